@@ -1,0 +1,1 @@
+"""Fast momentum-contrast pretraining."""

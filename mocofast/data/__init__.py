@@ -1,0 +1,1 @@
+"""Two random views of every image: sources, one stateless order, and two loaders behind one interface."""

@@ -1,0 +1,165 @@
+"""What every loader promises, and the one place where randomness enters the data.
+
+A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
+`epoch_order`, every random parameter of a view from `draw_view`. Loaders (DALI, torchvision) only execute
+those parameters, so both give the same views up to the rounding of their resampling, any step can be
+resumed without saving a stream's state, and a bad file cannot shift what other samples look like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocofast.config import AugmentConfig
+
+
+class Batch(NamedTuple):
+    """One step's images on one rank. S is the side of a view."""
+
+    views: tuple[Tensor, ...]  # each (B, 3, S, S) uint8, RGB, channels-last memory, not normalised
+    index: Tensor  # (B,) int64: which sample of the source each one shows (after substitution of bad files)
+    labels: Tensor | None  # (B,) int64, or None for an unlabelled source
+
+
+class Source(Protocol):
+    """A set of images. Files are decoded by the loader; arrays are (H, W, 3) uint8 already."""
+
+    labels: np.ndarray | None  # (N,) int64
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...  # what a log line calls the sample
+    def load(self, index: int) -> str | np.ndarray: ...  # a path, or the pixels
+
+
+class Loader(Protocol):
+    """An endless, seekable stream of batches."""
+
+    name: str  # "dali" or "torchvision"
+    steps_per_epoch: int
+    skipped: dict[int, str]  # bad samples met so far: index -> why
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...  # steps start .. steps_per_epoch - 1
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of every batch: ranks take consecutive slices, so that W ranks of B equal one of W*B."""
+
+    batch_size: int  # images per step over all ranks
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"data.batch_size must be a multiple of the number of ranks: got {self.batch_size} on "
+                f"{self.world_size} ranks"
+            )
+
+    def steps(self, count: int) -> int:
+        """Steps in an epoch of `count` samples."""
+        steps = count // self.batch_size
+        if not self.drop_last and count % self.batch_size >= self.world_size:
+            steps += 1
+        if steps == 0:
+            raise ValueError(
+                f"data.batch_size must be at most the number of images: got {self.batch_size}, and {count} images"
+            )
+        return steps
+
+    def indices(self, order: np.ndarray, step: int) -> np.ndarray:
+        """The slice of `order` that this rank sees at `step`; all ranks get equally many."""
+        whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        per_rank = len(whole) // self.world_size
+        return whole[self.rank * per_rank : (self.rank + 1) * per_rank]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` samples in an epoch, (count,) int64; a new permutation each epoch, the first included."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+class ViewParams(NamedTuple):
+    """Everything random about one view of one image. Operators apply in the order of the fields,
+    except that grayscale comes before the jitter where `AugmentConfig.gray_first` says so."""
+
+    top: int  # crop, in pixels of the decoded image (EXIF orientation not applied)
+    left: int
+    height: int
+    width: int
+    angle: float  # counter-clockwise rotation of the resized crop about its centre, in degrees; 0 for none
+    order: tuple[
+        int, ...
+    ]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
+    brightness: float  # factors; 1 keeps
+    contrast: float
+    saturation: float
+    hue: float  # shift, as a share of the colour circle; 0 keeps
+    gray: bool
+    sigma: float  # of the Gaussian blur, in pixels; 0 for none
+    flip: bool
+
+
+def draw_view(
+    augment: AugmentConfig, size: tuple[int, int], seed: int, epoch: int, index: int, view: int
+) -> ViewParams:
+    """Random parameters of one view, with the distributions of torchvision's transforms.
+
+    size: (height, width) of the decoded image. The generator is keyed by (seed, epoch) and counts from
+    (index, view), so a sample's views depend on nothing else, whoever computes them and in whatever order.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 1, index, view]))
+    top, left, height, width = _random_resized_crop(rng, size, augment.crop_scale)
+    angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
+    order: tuple[int, ...] = ()
+    brightness = contrast = saturation = 1.0
+    hue = 0.0
+    if any(augment.jitter) and rng.random() < augment.jitter_p:
+        order = tuple(int(i) for i in rng.permutation(4))
+        brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3])
+        hue = rng.uniform(-augment.jitter[3], augment.jitter[3])
+    gray = rng.random() < augment.gray
+    sigma = rng.uniform(*augment.blur_sigma) if rng.random() < augment.blur else 0.0
+    flip = rng.random() < augment.flip
+    return ViewParams(
+        top, left, height, width, angle, order, brightness, contrast, saturation, hue, gray, sigma, flip
+    )
+
+
+def _random_resized_crop(
+    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params with its default aspect ratios, 3/4 to 4/3."""
+    ratio = (3 / 4, 4 / 3)
+    full_height, full_width = size
+    for _ in range(10):
+        area = full_height * full_width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= full_width and 0 < height <= full_height:
+            top = int(rng.integers(0, full_height - height + 1))
+            left = int(rng.integers(0, full_width - width + 1))
+            return top, left, height, width
+    # No crop fitted: the largest central one of an allowed aspect.
+    if full_width < ratio[0] * full_height:
+        width, height = full_width, round(full_width / ratio[0])
+    elif full_width > ratio[1] * full_height:
+        width, height = round(full_height * ratio[1]), full_height
+    else:
+        width, height = full_width, full_height
+    return (full_height - height) // 2, (full_width - width) // 2, height, width
+
+
+def pixel_statistics(augment: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Channel mean and standard deviation of uint8 pixels, each (3,) float32 on the 0..255 scale."""
+    return 255 * torch.tensor(augment.mean), 255 * torch.tensor(augment.std)

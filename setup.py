@@ -1,0 +1,46 @@
+"""mocofast: one distribution, two import packages (``mocofast`` and ``mocofast_kernels``)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
+
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6"]
+BENCH = ["pytest-benchmark>=5"]
+
+setup(
+    name="mocofast",
+    version="0.1.0",
+    description="Momentum-contrast pretraining on fused kernels: MoCo v1 and v2, correct and fast",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # `kernels/` itself is no package: PyPI's `kernels` (Hugging Face) must stay importable.
+    packages=[*find_packages(include=["mocofast", "mocofast.*"]), "mocofast_kernels"],
+    package_dir={"mocofast_kernels": "kernels/mocofast_kernels"},
+    package_data={"mocofast": ["py.typed", "recipes/*.yaml"], "mocofast_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        f"triton>=3.6; {LINUX}",
+        "numpy",
+        "pillow",
+        "pyyaml",
+        "matplotlib",
+        "scikit-learn",  # carries the digits, the default data set
+        "tensorboard",
+        "tqdm",
+        "safetensors",
+    ],
+    extras_require={
+        # DALI's wheels of different CUDA versions exclude each other, so it is an extra: choose one.
+        "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
+        "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "test": TEST,
+        "bench": BENCH,
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
+)
