@@ -31,9 +31,7 @@ class ModelConfig:
     shuffle_bn: bool = option(
         True, "shuffle the keys' images over ranks (or BatchNorm splits), so that BN cannot leak"
     )
-    bn_splits: int = option(
-        1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one"
-    )
+    bn_splits: int = option(1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one")
     queue_dtype: str = option("float32", "type the queue is stored in", ("float32", "bfloat16", "float16"))
 
 
@@ -47,17 +45,13 @@ class DataConfig:
         ("folder", "digits", "cifar10", "cifar100"),
     )
     path: str = option("", "the folder of images, or where torchvision keeps CIFAR")
-    loader: str = option(
-        "auto", "who decodes and augments; auto says which and why", ("auto", "dali", "torchvision")
-    )
+    loader: str = option("auto", "who decodes and augments; auto says which and why", ("auto", "dali", "torchvision"))
     batch_size: int = option(256, "images per optimiser step, over all ranks and accumulation steps")
     workers: int = option(
         -1, "loader threads or processes per rank; -1 takes the cores there are, 0 loads in-process"
     )
     drop_last: bool = option(True, "leave out an epoch's last batch where it is smaller")
-    holdout: float = option(
-        0.1, "share of a labelled set without its own val/ or test/ folder kept for kNN, 0 to 1"
-    )
+    holdout: float = option(0.1, "share of a labelled set without its own val/ or test/ folder kept for kNN, 0 to 1")
 
 
 @dataclass
@@ -76,9 +70,7 @@ class AugmentConfig:
     gray_first: bool = option(True, "grayscale before the colour jitter (MoCo v1) instead of after it (v2)")
     blur: float = option(0.0, "probability of Gaussian blur")
     blur_sigma: tuple[float, float] = option((0.1, 2.0), "standard deviation of the blur, in pixels")
-    mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "channel means that normalise [0, 1] pixels"
-    )
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "channel means that normalise [0, 1] pixels")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "channel standard deviations, likewise")
 
 
@@ -90,9 +82,7 @@ class OptimConfig:
     momentum: float = option(0.9, "SGD momentum")
     weight_decay: float = option(1e-4, "L2 weight decay, on every parameter")
     schedule: str = option("step", "how the rate falls", ("constant", "step", "cosine"))
-    milestones: tuple[int, ...] = option(
-        (120, 160), "epochs at which schedule=step multiplies the rate by gamma"
-    )
+    milestones: tuple[int, ...] = option((120, 160), "epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = option(0.1, "factor of schedule=step")
     warmup_epochs: float = option(0.0, "epochs over which the rate rises linearly from 0")
     per: str = option("epoch", "how often the rate is set", ("epoch", "step"))
@@ -104,9 +94,7 @@ class TrainConfig:
 
     epochs: int = option(200, "passes over the data")
     accumulate: int = option(1, "micro-batches per optimiser step; each holds batch_size / accumulate images")
-    precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs that have it, else fp32", ("auto", "fp32", "bf16")
-    )
+    precision: str = option("auto", "auto: bf16 autocast on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "seed of weights, data order, views and shuffles")
     log_every: int = option(50, "steps between log lines; metrics are averaged over them")
@@ -130,12 +118,8 @@ class KNNConfig:
     every: int = option(10, "epochs between kNN evaluations; 0 means only at the start and the end")
     k: int = option(200, "neighbours that vote")
     temperature: float = option(0.1, "votes weigh exp(similarity / temperature)")
-    features: str = option(
-        "backbone", "pooled features before the head, or the embedding", ("backbone", "output")
-    )
-    shots: int = option(
-        0, "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not"
-    )
+    features: str = option("backbone", "pooled features before the head, or the embedding", ("backbone", "output"))
+    shots: int = option(0, "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not")
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Fused kernels of momentum contrast. Depends on torch, and on Triton where a GPU is used; never on mocofast."""
+"""Fused kernels of momentum contrast. Needs torch, and Triton where a GPU is used; never mocofast."""

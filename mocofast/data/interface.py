@@ -98,9 +98,7 @@ class ViewParams(NamedTuple):
     height: int
     width: int
     angle: float  # counter-clockwise rotation of the resized crop about its centre, in degrees; 0 for none
-    order: tuple[
-        int, ...
-    ]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
+    order: tuple[int, ...]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
     brightness: float  # factors; 1 keeps
     contrast: float
     saturation: float
