@@ -1,0 +1,49 @@
+"""Shared fixtures. Real images are found through MOCOFAST_DATA; tests that need them skip without it."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the long drills")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    long_drill = pytest.mark.skip(reason="a long drill; runs with --slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(long_drill)
+
+
+def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = os.environ.get("MOCOFAST_DATA")
+    if not root or not (Path(root) / archive).exists():
+        pytest.skip(f"set MOCOFAST_DATA to the folder that holds {archive} to run this test on real images")
+    out = tmp_path_factory.getbasetemp() / archive.split(".")[0]
+    if not out.exists():
+        with tarfile.open(Path(root) / archive) as tar:
+            tar.extractall(out, filter="data")
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 full-size JPEG photos, flat, some of them grayscale."""
+    return _unpacked("imagenet-sample-500.tar", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cifar10_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 as JPEG files: train/<class>/NNNN.jpg (50,000) and test/<class>/NNNN.jpg (10,000)."""
+    return _unpacked("cifar10-jpeg.tar.xz", tmp_path_factory)
