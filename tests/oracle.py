@@ -1,0 +1,109 @@
+"""InfoNCE by its definition, in float64 with PyTorch's autograd: what kernels and CPU paths are compared with.
+
+Written for clarity alone: the whole (N, 1 + K) matrix of logits, an explicit softmax, no blocking, no shift shared
+between rows. It shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def _scores(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities before the temperature: (N,), (N, K), and (N, K) bool, which negatives count."""
+    query, positive, negatives = query.double(), positive.double(), negatives.double()
+    if normalize:
+        query, positive = _unit(query), _unit(positive)
+    if normalize_negatives:
+        negatives = _unit(negatives)
+    similarity_positive = (query * positive).sum(dim=1)
+    similarity = query @ negatives.T
+    counts = torch.ones_like(similarity, dtype=torch.bool)
+    if exclude_period:
+        row = torch.arange(similarity.shape[0], device=similarity.device)[:, None]
+        column = torch.arange(similarity.shape[1], device=similarity.device)[None, :]
+        counts = row % exclude_period != column % exclude_period
+    return similarity_positive, similarity, counts
+
+
+def info_nce_oracle(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    normalize: bool = True,
+    normalize_negatives: bool = True,
+    exclude_period: int = 0,
+) -> Tensor:
+    """Loss of every row, (N,) float64, -log softmax([s_+; s_j] / T)[0], with its autograd graph.
+
+    query, positive: (N, C); negatives: (K, C); any float type (an exact copy in float64 is used).
+    exclude_period P > 0 leaves negative j out of row i where j % P == i % P.
+    """
+    similarity_positive, similarity, counts = _scores(
+        query, positive, negatives, normalize, normalize_negatives, exclude_period
+    )
+    if isinstance(temperature, Tensor):
+        temperature = temperature.double()
+    logits = torch.cat([similarity_positive[:, None], similarity.masked_fill(~counts, float("-inf"))], dim=1)
+    logits = logits / temperature
+    shifted = logits - logits.detach().max(dim=1, keepdim=True).values
+    return shifted.exp().sum(dim=1).log() - shifted[:, 0]
+
+
+def rank_oracle(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    normalize: bool = True,
+    normalize_negatives: bool = True,
+    exclude_period: int = 0,
+) -> Tensor:
+    """How many negatives score above the positive, (N,) int64, without an autograd graph."""
+    with torch.no_grad():
+        similarity_positive, similarity, counts = _scores(
+            query, positive, negatives, normalize, normalize_negatives, exclude_period
+        )
+        return ((similarity > similarity_positive[:, None]) & counts).sum(dim=1)
+
+
+def rank_bounds(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    tolerance: float,
+    normalize: bool = True,
+    normalize_negatives: bool = True,
+    exclude_period: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest rank, each (N,) int64, if every score may be off by `tolerance` times |q||n|.
+
+    Rounding can swap two scores that all but tie, so a rank is checked against this interval.
+    """
+    with torch.no_grad():
+        similarity_positive, similarity, counts = _scores(
+            query, positive, negatives, normalize, normalize_negatives, exclude_period
+        )
+        length = torch.ones((), dtype=torch.float64, device=query.device)
+        if not normalize:
+            length = query.double().norm(dim=1, keepdim=True)
+        scale = length * (1.0 if normalize_negatives else negatives.double().norm(dim=1)[None, :])
+        margin = tolerance * scale
+        gap = similarity - similarity_positive[:, None]
+        low = ((gap > margin) & counts).sum(dim=1)
+        high = ((gap > -margin) & counts).sum(dim=1)
+        return low, high
