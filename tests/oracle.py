@@ -6,8 +6,6 @@ between rows. It shares no code with the package.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
