@@ -119,6 +119,7 @@ class KNNConfig:
     k: int = option(200, "neighbours that vote")
     temperature: float = option(0.1, "votes weigh exp(similarity / temperature)")
     features: str = option("backbone", "pooled features before the head, or the embedding", ("backbone", "output"))
+    bank: int = option(50000, "training images that vote at most; a fixed random subset of a larger set")
     shots: int = option(0, "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not")
 
 
