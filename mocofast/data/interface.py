@@ -2,8 +2,11 @@
 
 A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
 `epoch_order`, every random parameter of a view from `draw_view`. Loaders (DALI, torchvision) only execute
-those parameters, so both give the same views up to the rounding of their resampling, any step can be
-resumed without saving a stream's state, and a bad file cannot shift what other samples look like.
+those parameters, so both give the same views up to their operators' arithmetic, any step can be resumed
+without saving a stream's state, and a bad file cannot shift what other samples look like.
+
+A sample that cannot be decoded is replaced by the next good one (index + 1, ..., modulo the number of
+samples). The substitute's views are drawn with the index of the slot it fills and with its own size.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from mocofast.config import AugmentConfig
 
 
 class Batch(NamedTuple):
-    """One step's images on one rank. S is the side of a view."""
+    """One step's images on one rank. S is the side of a view.
+
+    Views lie on the loader's device (copied without blocking the host); index and labels stay on the CPU.
+    """
 
     views: tuple[Tensor, ...]  # each (B, 3, S, S) uint8, RGB, channels-last memory, not normalised
     index: Tensor  # (B,) int64: which sample of the source each one shows (after substitution of bad files)
-    labels: Tensor | None  # (B,) int64, or None for an unlabelled source
+    labels: Tensor | None  # (B,) int64 of the samples shown, or None for an unlabelled source
 
 
 class Source(Protocol):
@@ -37,17 +43,22 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...  # what a log line calls the sample
     def load(self, index: int) -> str | np.ndarray: ...  # a path, or the pixels
+    def fingerprint(self) -> str: ...  # hash of names (or pixels) and labels: a resumed run needs the same set
 
 
 class Loader(Protocol):
     """An endless, seekable stream of batches."""
 
     name: str  # "dali" or "torchvision"
+    reason: str  # why this loader was chosen, for the log; set by `build_loader`
     steps_per_epoch: int
     skipped: dict[int, str]  # bad samples met so far: index -> why
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...  # steps start .. steps_per_epoch - 1
-    def close(self) -> None: ...
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Steps start .. steps_per_epoch - 1. A loader is one stream: a new epoch ends the one before."""
+        ...
+
+    def close(self) -> None: ...  # ends workers
 
 
 @dataclass(frozen=True)
