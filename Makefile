@@ -1,1 +1,39 @@
-.PHONY: setup
+# make setup   creates .venv with pinned versions (needs Python 3.10 to 3.13 and a network)
+# make demo    set-up, then a pretraining on the embedded digits: minutes on two CPU cores
+# make test    set-up, then the tests; real images through MOCOFAST_DATA=DIR
+# make check   format, lint, types and tests, as CI runs them
+# EXTRAS=cuda12,dev make setup    for a driver of CUDA 12
+
+EXTRAS ?= cuda13,dev
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: setup demo test lint check format
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mocofast needs Python 3.10 to 3.13; none was found on PATH"; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch and its CUDA libraries are about 5 GB, minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/mocofast pretrain
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

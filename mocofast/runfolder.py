@@ -1,9 +1,10 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, train.log, TensorBoard events, and its lines on the screen."""
+"""What a run leaves behind: config.yaml, metrics.jsonl, train.log, TensorBoard events; and its lines on the screen."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ class _ScreenHandler(logging.Handler):
     """Prints above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        if getattr(record, "on_screen", True):
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 class RunFolder:
@@ -39,10 +41,18 @@ class RunFolder:
             encoding="utf-8",
         )
         self._log_to(path / "train.log")
+        self._skipped: set[str] = set()
+        if resumed_step is None:
+            (path / "skipped.jsonl").unlink(missing_ok=True)
+        elif (path / "skipped.jsonl").exists():
+            named = (path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+            self._skipped = {json.loads(line)["file"] for line in named}
         self.metrics_path = path / "metrics.jsonl"
         kept = self._lines_until(resumed_step) if resumed_step is not None else []
-        self._metrics = open(self.metrics_path, "w", encoding="utf-8", buffering=1)  # a line is whole or absent
-        self._metrics.writelines(kept)
+        rewritten = path / "metrics.jsonl.tmp"
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        os.replace(rewritten, self.metrics_path)
+        self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
         from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
 
         self._board = SummaryWriter(str(path), purge_step=None if resumed_step is None else resumed_step + 1)
@@ -70,10 +80,16 @@ class RunFolder:
                 self._board.add_scalar(name, value, metrics["step"])
 
     def write_skipped(self, skipped: dict[str, str]) -> None:
-        """skipped.jsonl: the files that could not be decoded, with the reason."""
-        if skipped:
-            lines = (json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in sorted(skipped.items()))
-            (self.path / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+        """skipped.jsonl and the log: the files that could not be decoded, with the reason. `skipped` holds all so far;
+        those not named yet are."""
+        for name, reason in sorted(skipped.items()):
+            if name not in self._skipped:
+                self._skipped.add(name)
+                log.warning(
+                    "skipped unreadable file %d, another image in its place: %s: %s", len(self._skipped), name, reason
+                )
+                with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"file": name, "reason": reason}) + "\n")
 
     def close(self) -> None:
         """Flushes and closes every file."""

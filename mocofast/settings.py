@@ -1,4 +1,4 @@
-"""From files and command lines to a `Config` and back: names, types and sense checked, errors that name the nearest."""
+"""From files and command lines to a `Config` and back: names, types and sense checked, errors name the nearest."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _coerce(kind: Any, value: Any) -> Any:
 
 
 def apply(config: Config, values: Mapping[str, Any]) -> None:
-    """Sets {"group.option": value}; unknown names and values of another type raise ConfigError, nothing being set."""
+    """Sets {"group.option": value}; unknown names and values of another type raise ConfigError and set nothing."""
     known = {s.name: s for group, kind in groups().items() for s in settings(group, kind)}
     coerced = {}
     for name, value in values.items():
@@ -203,3 +203,10 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{name}: expected {expected}, got {getattr(getattr(c, group), key)!r}")
     if c.data.source == "folder" and not c.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
+
+
+def shown(value: Any) -> str:
+    """A default as the command line would take it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "none" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, exit with a status of its own; all ranks at one step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which schedulers can act on
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` ... `if stop.agreed(): break` once a step.
+
+    A signal reaches ranks at different steps, and a rank that stops alone leaves the others waiting in a
+    collective. So each rank's flag is reduced over a CPU group of its own, started at one step and read at the
+    next: nothing waits for it, and no device synchronises. A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        signal.signal(number, self._previous[number])
+
+    def agreed(self) -> bool:
+        """Whether every rank knows by now that it is to stop after this step. Call it once a step on all ranks."""
+        if self._group is None:
+            return self._requested
+        known = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            known = bool(flag)
+        flag = torch.tensor(int(self._requested), dtype=torch.int32)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None  # async_op returns one on every member of the group
+        self._pending = (work, flag)
+        return known

@@ -1,0 +1,89 @@
+"""Metrics of a run: summed on the device, read once a log line, so that no step waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+METRICS = ("loss", "acc1", "acc5")
+
+
+def step_metrics(loss: Tensor, rank: Tensor) -> Tensor:
+    """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five."""
+    return torch.stack([loss.detach().float(), (rank < 1).float().mean(), (rank < 5).float().mean()])
+
+
+class Window:
+    """Sums of `step_metrics` since the last log line, and the time they took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(METRICS), device=device)
+        self.steps = self.images = 0
+        self._began = time.perf_counter()
+        self._waited = 0.0
+
+    def state(self) -> dict[str, Tensor | int]:
+        """What a checkpoint keeps, so that a continued run logs the same averages."""
+        return {"sums": self.sums, "steps": self.steps}
+
+    def load_state(self, state: dict[str, Tensor | int]) -> None:
+        """Continues the averages of `state`; times start anew."""
+        assert isinstance(state["sums"], Tensor) and isinstance(state["steps"], int)
+        self.sums.copy_(state["sums"])
+        self.steps = state["steps"]
+
+    def add(self, metrics: Tensor, images: int, waited: float) -> None:
+        """One step: its metrics on the device, images over all ranks, and seconds spent waiting for data."""
+        self.sums += metrics
+        self.steps += 1
+        self.images += images
+        self._waited += waited
+
+    def flush(self) -> dict[str, float]:
+        """Means over the window and over ranks, and rates; starts the next window. The only synchronisation."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        values = dict(zip(METRICS, (sums / self.steps).tolist()))
+        seconds = time.perf_counter() - self._began
+        values["images_per_second"] = self.images / seconds
+        values["data_wait"] = self._waited / seconds
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        """Empties the window and restarts its clock."""
+        self.sums.zero_()
+        self.steps = self.images = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out what has passed since the last step (an evaluation, say) from the rates."""
+        self._began, self._waited = time.perf_counter(), 0.0
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the GPU's allocations, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+
+
+def chance_loss(negatives: int) -> float:
+    """InfoNCE of an encoder that knows nothing: log(K + 1). A loss near it, or above, is no sign of failure."""
+    return math.log(negatives + 1)
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

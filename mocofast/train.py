@@ -1,0 +1,404 @@
+"""Pretraining: one code path for a CPU, a GPU, and many processes under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from mocofast import __version__, distributed, settings
+from mocofast.checkpoint import FORMAT, CheckpointWriter, build_model, load_checkpoint
+from mocofast.config import Config
+from mocofast.data.interface import Batch, Loader, Shard
+from mocofast.data.loaders import build_loader
+from mocofast.data.sources import load_splits
+from mocofast.interrupt import StopRequest
+from mocofast.monitor import KNNMonitor
+from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
+from mocofast.plots import plot_curves
+from mocofast.progress import Window, chance_loss, duration, memory_gib, step_metrics
+from mocofast.runfolder import RunFolder, choose_folder
+
+log = logging.getLogger("mocofast")
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    interrupted: bool  # by a signal; the checkpoint holds where
+    before: dict[str, float]  # kNN figures of the random encoder; empty without labels
+    after: dict[str, float]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One optimiser step. Everything else in this file prepares it, feeds it, or writes down what it did.
+# --------------------------------------------------------------------------------------------------------------
+def train_step(
+    model: nn.Module,
+    views: tuple[Tensor, ...],
+    optimizer: torch.optim.Optimizer,
+    accumulate: int,
+    autocast: torch.autocast,
+) -> Tensor:
+    """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
+
+    model: MoCo, or DistributedDataParallel around it. views: (im_q, im_k), each (B, 3, S, S).
+    With accumulate > 1, micro-batches see one state of the key encoder and of the queue, so the result is that
+    of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
+    """
+    im_q, im_k = views
+    metrics = torch.zeros(3, device=im_q.device)
+    parts = list(zip(im_q.chunk(accumulate), im_k.chunk(accumulate)))
+    optimizer.zero_grad(set_to_none=True)
+    for i, (part_q, part_k) in enumerate(parts):
+        last = i == len(parts) - 1
+        share = len(part_q) / len(im_q)
+        # DDP reduces the gradients once, with the last micro-batch.
+        hold = (
+            model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        )
+        with hold:
+            with autocast:
+                out = model(part_q, part_k, update_keys=i == 0, enqueue=last)
+            (out.loss * share).backward()
+        metrics += step_metrics(out.loss, out.rank) * share
+    optimizer.step()
+    return metrics
+
+
+def choose_device(name: str) -> torch.device:
+    """`train.device`: auto takes a GPU where there is one, and under torchrun this process's own."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """`train.precision`: auto is bf16 on GPUs that have it, else fp32 (bf16 products are very slow on most CPUs)."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = precision == "bf16" or (precision == "auto" and bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def train(config: Config, resume: str = "") -> Result:
+    """Runs `config` from its start, or from a checkpoint.
+
+    resume: "" for a new run, "auto" for the newest checkpoint of the run folder (a new run if there is none),
+    or the path of a checkpoint or run folder.
+    """
+    device = choose_device(config.train.device)
+    rank, world_size, local_rank = distributed.init_from_environment(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    try:
+        with StopRequest() as stop:
+            return _Run(config, resume, device, rank, world_size).train(stop)
+    finally:
+        distributed.shutdown()
+
+
+class _Run:
+    """The objects of one run and its loop."""
+
+    def __init__(self, config: Config, resume: str, device: torch.device, rank: int, world_size: int) -> None:
+        self.config, self.device, self.rank, self.world_size = config, device, rank, world_size
+        self.path = path = _agree(choose_folder(config, bool(resume)) if rank == 0 else None)
+        state = _find_checkpoint(path, resume)
+        if state is not None:
+            _check_same_run(config, state)
+        self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
+
+        torch.manual_seed(config.train.seed)
+        self.model = build_model(config).to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model.parameters(), config.optim)
+        self.autocast = choose_autocast(config.train.precision, device)
+        splits = load_splits(config.data, config.train.seed)
+        self.loader: Loader = build_loader(
+            splits.train,
+            config.data,
+            (config.augment, config.augment),
+            Shard(config.data.batch_size, rank, world_size, config.data.drop_last),
+            config.train.seed,
+            device,
+        )
+        self.source = splits.train
+        self.monitor = None
+        if splits.val is not None and splits.train.labels is not None:
+            self.monitor = KNNMonitor(splits.train, splits.val, config, device)
+
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.step = self.epoch = self.step_in_epoch = 0
+        self.window = Window(device)
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        if state is not None:
+            self._restore(state)
+        self.ddp: nn.Module = self.model
+        if world_size > 1:
+            # Buffers: BatchNorm statistics stay each rank's own, and the queue is equal everywhere already.
+            self.ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self.writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep) if rank == 0 else None
+        self._announce(path, state)
+
+    # ---- the loop ----
+
+    def train(self, stop: StopRequest) -> Result:
+        """Trains to the end, to train.max_steps, or until a signal; always leaves a checkpoint."""
+        limit = self.config.train.max_steps or self.total_steps
+        interrupted = False
+        began, first_step = time.perf_counter(), self.step
+        try:
+            if self.step == 0:
+                self.before = self.after = self._evaluate()
+            saved_at = -1
+            with self._progress_bar(limit) as bar:
+                self.window.restart_clock()
+                while self.step < min(limit, self.total_steps) and not interrupted:
+                    for _ in self._epoch(limit):
+                        bar.update()
+                        interrupted = stop.agreed()
+                        if self._log_due(limit):
+                            elapsed = time.perf_counter() - began
+                            self._log(bar, elapsed / (self.step - first_step) * (self.total_steps - self.step))
+                        end = self.step_in_epoch == self.steps_per_epoch
+                        if end:
+                            self._end_epoch()
+                        if self._checkpoint_due(end) or interrupted:
+                            self._save()
+                            saved_at = self.step
+                        if interrupted:
+                            break
+            if saved_at != self.step:
+                self._save()
+            self._finish(interrupted, time.perf_counter() - began)
+        finally:
+            self.loader.close()
+            if self.writer is not None:
+                self.writer.wait()
+            if self.folder is not None:
+                self.folder.close()
+        return Result(self.path, self.step, interrupted, self.before, self.after)
+
+    def _epoch(self, limit: int) -> Any:
+        """Trains through the rest of the current epoch; yields after every step."""
+        batches = self.loader.epoch(self.epoch, self.step_in_epoch)
+        while self.step < limit:
+            asked = time.perf_counter()
+            batch: Batch | None = next(batches, None)
+            if batch is None:
+                return
+            views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
+            waited = time.perf_counter() - asked
+            self.rate = learning_rate(self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs)
+            set_learning_rate(self.optimizer, self.rate)
+            metrics = train_step(self.ddp, views, self.optimizer, self.config.train.accumulate, self.autocast)
+            self.step += 1
+            self.step_in_epoch += 1
+            self.window.add(metrics, len(views[0]) * self.world_size, waited)
+            yield
+
+    def _end_epoch(self) -> None:
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        every = self.config.knn.every
+        if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
+            self.after = self._evaluate()
+
+    # ---- what it writes ----
+
+    def _log_due(self, limit: int) -> bool:
+        return (
+            self.step % self.config.train.log_every == 0
+            or self.step_in_epoch == self.steps_per_epoch
+            or self.step == limit
+        )
+
+    def _log(self, bar: tqdm[Any], remaining: float) -> None:
+        values = self.window.flush()
+        if self.folder is None:
+            return
+        position = self.step / self.steps_per_epoch
+        chance = chance_loss(self.config.model.queue_size)
+        memory = memory_gib(self.device)
+        self.folder.write(
+            step=self.step, epoch=position, lr=self.rate, chance_loss=chance, memory_gib=memory, **values
+        )
+        line = (
+            f"epoch {position:6.2f}/{self.config.train.epochs}  step {self.step}  loss {values['loss']:.3f} "
+            f"(chance {chance:.2f})  acc@1 {values['acc1']:.1%}  acc@5 {values['acc5']:.1%}  lr {self.rate:.4g}  "
+            f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
+            f"ETA {duration(remaining)}  {memory:.1f} GiB"
+        )
+        bar.set_postfix_str(f"loss {values['loss']:.3f} (chance {chance:.2f}), acc@1 {values['acc1']:.1%}")
+        log.info(line, extra={"on_screen": bar.disable})  # beside a progress bar, in train.log alone
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.monitor is None:
+            return {}
+        values = self.monitor.evaluate(self.model.encoder_q)
+        if self.folder is not None:
+            self.folder.write(step=self.step, epoch=self.step / self.steps_per_epoch, **values)
+            when = "before training" if self.step == 0 else f"after epoch {self.epoch}"
+            log.info("%s: %s", when, _describe(values, self.config))
+        self.window.restart_clock()
+        return values
+
+    def _checkpoint_due(self, epoch_ended: bool) -> bool:
+        c = self.config.checkpoint
+        return bool(
+            (epoch_ended and self.epoch % c.every_epochs == 0) or (c.every_steps and self.step % c.every_steps == 0)
+        )
+
+    def _save(self) -> None:
+        """All ranks together, since each one's random state is kept."""
+        random_states = _gather({"cpu": torch.get_rng_state(), **_cuda_rng(self.device)})
+        skipped = {k: v for part in _gather(dict(self.loader.skipped)) for k, v in part.items()}
+        if self.writer is None or self.folder is None:
+            return
+        self.folder.write_skipped({self.source.name(i): why for i, why in skipped.items()})
+        self.writer.save(
+            {
+                "format": FORMAT,
+                "version": __version__,
+                "config": settings.to_dict(self.config),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "window": self.window.state(),
+                "random_states": random_states,
+                "shuffle": self.model.shuffle.state(),
+                "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
+                "before": self.before,
+                "after": self.after,
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        found = self.source.fingerprint()
+        if state["data"]["fingerprint"] != found:
+            raise settings.ConfigError(
+                f"data.path: these are not the images of the run to continue (fingerprint {found}, not "
+                f"{state['data']['fingerprint']}), so it would see other batches"
+            )
+        self.model.load_state_dict(state["model"])
+        self.model.shuffle.load_state(state["shuffle"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        self.window.load_state(state["window"])
+        self.before, self.after = state["before"], state["after"]
+        self.loader.skipped.update(state["data"]["skipped"])
+        if self.rank < len(state["random_states"]):
+            torch.set_rng_state(state["random_states"][self.rank]["cpu"])
+            if "cuda" in state["random_states"][self.rank] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_states"][self.rank]["cuda"], self.device)
+
+    def _announce(self, path: Path, state: dict[str, Any] | None) -> None:
+        if self.rank:
+            return
+        c = self.config
+        shown = "bf16 autocast" if self.autocast._enabled else "fp32"
+        log.info(
+            "recipe %s: %s, %d images in %d steps an epoch, %d epochs, queue of %d keys",
+            c.recipe, c.model.arch, len(self.source), self.steps_per_epoch, c.train.epochs, c.model.queue_size,
+        )  # fmt: skip
+        log.info("device %s x %d, %s; loader %s: %s", self.device, self.world_size, shown, self.loader.name,
+                 getattr(self.loader, "reason", ""))  # fmt: skip
+        if self.monitor is None:
+            log.info("no kNN monitor: the images have no labels, or no held-out split")
+        log.info("writing to %s", path)
+        if state is not None:
+            log.info("continuing at step %d, epoch %d + %d steps", self.step, self.epoch, self.step_in_epoch)
+
+    def _progress_bar(self, limit: int) -> tqdm[Any]:
+        plain = self.rank != 0 or not sys.stderr.isatty()
+        return tqdm(total=min(limit, self.total_steps), initial=self.step, unit="step", disable=plain)
+
+    def _finish(self, interrupted: bool, seconds: float) -> None:
+        if self.folder is None:
+            return
+        path = self.path
+        assert self.writer is not None
+        self.writer.wait()
+        plot_curves(self.folder.metrics_path, path / "curves.png")
+        log.info("%s at step %d after %s", "trained" if self.step >= self.total_steps else "stopped", self.step,
+                 duration(seconds))  # fmt: skip
+        if interrupted:
+            log.info("to continue: mocofast pretrain --resume %s", path)
+        if self.before:
+            log.info("before: %s", _describe(self.before, self.config))
+            log.info("after:  %s", _describe(self.after, self.config))
+        log.info("written to %s: config.yaml, metrics.jsonl, train.log, curves.png, TensorBoard events, "
+                 "checkpoints/last.pt", path)  # fmt: skip
+
+
+def _describe(values: dict[str, float], config: Config) -> str:
+    text = f"kNN accuracy {values['knn_top1']:.4f}"
+    if "few_shot_top1" in values:
+        text += f", with {config.knn.shots} labelled images a class {values['few_shot_top1']:.4f}"
+    return text
+
+
+# Options that may differ between the parts of one run: they change neither the model nor the stream of batches.
+FREE_TO_CHANGE = ("data.path", "data.workers", "data.loader", "train.device", "train.max_steps", "train.dir",
+                  "train.log_every", "checkpoint.", "knn.")  # fmt: skip
+
+
+def _check_same_run(config: Config, state: dict[str, Any]) -> None:
+    now, then = settings.to_dict(config), state["config"]
+    for group in settings.groups():
+        for key, value in now[group].items():
+            name = f"{group}.{key}"
+            if not name.startswith(FREE_TO_CHANGE) and value != then[group].get(key, value):
+                raise settings.ConfigError(
+                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}; "
+                    "start a new run (another --train.dir, no --resume) to change it"
+                )
+
+
+def _find_checkpoint(path: Path, resume: str) -> dict[str, Any] | None:
+    if resume == "auto":
+        try:
+            return load_checkpoint(path)
+        except FileNotFoundError:
+            return None
+    return load_checkpoint(resume) if resume else None
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _cuda_rng(device: torch.device) -> dict[str, Tensor]:
+    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
