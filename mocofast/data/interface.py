@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """
 
     views: tuple[Tensor, ...]  # each (B, 3, S, S) uint8, RGB, channels-last memory, not normalised
-    index: Tensor  # (B,) int64: which sample of the source each one shows (after substitution of bad files)
+    index: Tensor  # type: ignore[assignment]  # (B,) int64: the samples shown, after substitution of bad ones
     labels: Tensor | None  # (B,) int64 of the samples shown, or None for an unlabelled source
 
 

@@ -1,0 +1,270 @@
+"""Sets of images: a folder, the embedded digits, torchvision's CIFAR, and how each is split for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mocofast.config import DataConfig
+from mocofast.data.interface import Source
+
+# Formats that PIL and DALI both decode (each was tried). GIF and AVIF are left out: DALI reads neither.
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
+)
+DIGITS_HOLDOUT = 0.2
+
+
+class FolderSource:
+    """Image files below one folder; `load` gives a path."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        """names: (N,) paths relative to `root`; labels: (N,) integers that index `classes`, or None."""
+        self.root = str(root)
+        # One array of bytes instead of N Python strings: reading a string writes its reference count, and so
+        # forked workers would each end up with their own copy of a list of millions.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.labels = _checked_labels(labels, len(names), classes)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def load(self, index: int) -> str:
+        return os.path.join(self.root, self.name(index))
+
+    def fingerprint(self) -> str:
+        """Hash of relative names and labels: the folder may move, its contents may not change."""
+        return _digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
+
+
+class ArraySource:
+    """Images in memory; `load` gives pixels (H, W, 3) uint8."""
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray | None, classes: tuple[str, ...], prefix: str = "image"
+    ) -> None:
+        """images: (N, H, W, 3) uint8; labels: (N,) integers that index `classes`, or None."""
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        self.images = images
+        self.labels = _checked_labels(labels, len(images), classes)
+        self.classes = classes
+        self.prefix = prefix
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix} {index}"
+
+    def load(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        """Hash of pixels and labels."""
+        shape = repr(self.images.shape).encode()
+        return _digest(shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes)
+
+
+def _checked_labels(labels: np.ndarray | None, count: int, classes: tuple[str, ...]) -> np.ndarray | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels, dtype=np.int64)
+    if labels.shape != (count,):
+        raise ValueError(f"labels must be ({count},), one per image, got {labels.shape}")
+    if count and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"labels must index the {len(classes)} classes, got {labels.min()} to {labels.max()}")
+    return labels
+
+
+def _digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) -> str:
+    digest = hashlib.blake2b(content, digest_size=16)
+    digest.update(b"" if labels is None else labels.tobytes())
+    digest.update("\0".join(classes).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def find_images(folder: str | Path) -> list[str]:
+    """Names, relative to `folder` and sorted, of every image below it.
+
+    An image is a file whose extension, in any case, is one of EXTENSIONS. Hidden files and folders are
+    skipped, symbolic links followed (a link back to a folder above it only once). Nothing is decoded here.
+    Raises FileNotFoundError, NotADirectoryError, or ValueError where there is no image.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"data.path: there is no folder {str(folder)!r}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"data.path must be a folder of images: {str(folder)!r} is a file")
+    names: list[str] = []
+    _scan(str(folder), "", frozenset(), names)
+    if not names:
+        kinds = " ".join(sorted(EXTENSIONS))
+        raise ValueError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds})")
+    return sorted(names)
+
+
+def _scan(folder: str, prefix: str, above: frozenset[str], names: list[str]) -> None:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                _scan(entry.path, f"{prefix}{entry.name}/", above | {real}, names)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                names.append(prefix + entry.name)
+
+
+class Splits(NamedTuple):
+    """What is trained on, what kNN and linear evaluation look at, and a line for the log that says how."""
+
+    train: Source
+    val: Source | None  # None where there are no labels, or none were held out
+    note: str
+
+
+def load_splits(data: DataConfig, seed: int = 0) -> Splits:
+    """The images that `data` names, split for training and evaluation.
+
+    folder: `path`/train, with `path`/val (or test) for evaluation, where train/ is the only folder or one of those
+    two lies beside it; otherwise all of `path`. Without such a val/, a seeded, stratified share `data.holdout` is
+    held out. Images are labelled when all of them lie in subfolders, two or more: the first folder below the
+    root (of the split) is the class. An image directly in the root, or a single subfolder, means no labels.
+    digits: 1,797 grey images of 8 x 8 pixels from scikit-learn; the same stratified 20% held out at any seed.
+    cifar10, cifar100: torchvision's, kept in `path` and downloaded only if absent; the test set is held out.
+    Under several processes let one call this first, so that only it downloads.
+
+    Errors name the option; nothing is decoded, so bad files are found (and skipped) only by loaders.
+    """
+    if not 0 <= data.holdout < 1:
+        raise ValueError(f"data.holdout must be in [0, 1), got {data.holdout}")
+    if data.source == "digits":
+        return _digits()
+    if data.source in ("folder", "cifar10", "cifar100") and not data.path:
+        raise ValueError(f"data.path must name a folder for data.source={data.source}, got an empty one")
+    if data.source == "folder":
+        return _folder(Path(data.path).expanduser(), data.holdout, seed)
+    if data.source in ("cifar10", "cifar100"):
+        return _cifar(data.source, Path(data.path).expanduser())
+    raise ValueError(f"data.source must be folder, digits, cifar10 or cifar100, got {data.source!r}")
+
+
+def _folder(root: Path, holdout: float, seed: int) -> Splits:
+    train_part, val_part = _split_folders(root)
+    names = find_images(root / train_part)
+    classes, labels = _classes_of(names)
+    train = FolderSource(root, [train_part + name for name in names], labels, classes)
+    if labels is None:
+        return Splits(train, None, f"{len(train)} images without labels: no kNN")
+    summary = f"{len(train)} images of {len(classes)} classes"
+    if val_part:
+        val_names = find_images(root / val_part)
+        val_classes, val_labels = _classes_of(val_names)
+        unknown = sorted(set(val_classes) - set(classes))
+        if unknown:
+            raise ValueError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
+        if val_labels is not None:
+            labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
+            val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
+            return Splits(train, val, f"{summary}; kNN on {val_part}, {len(val)}")
+        summary += f" ({val_part} has no class folders)"
+    kept, held = stratified_split(labels, holdout, seed)
+    if not len(held):
+        return Splits(train, None, f"{summary}, none held out: no kNN")
+    return Splits(_subset(train, kept), _subset(train, held), f"{summary}; kNN on {len(held)} of them, held out")
+
+
+def _split_folders(root: Path) -> tuple[str, str]:
+    """Prefixes of the training and the evaluation images, such as ("train/", "val/"); "" for the root or for none."""
+    if not root.is_dir():
+        return "", ""
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    val = next((f"{name}/" for name in ("val", "test") if name in folders), "")
+    # A folder called train beside others may as well be a class (of vehicles).
+    return ("train/", val) if "train" in folders and (val or len(folders) == 1) else ("", "")
+
+
+def _classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Class names, sorted, and labels (N,) from the first folder of each name; ((), None) without a class level."""
+    first = [name.split("/", 1)[0] for name in names if "/" in name]
+    classes = tuple(sorted(set(first)))
+    if len(first) < len(names) or len(classes) < 2:
+        return (), None
+    label = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([label[name] for name in first], dtype=np.int64)
+
+
+def _subset(source: FolderSource, index: np.ndarray) -> FolderSource:
+    assert source.labels is not None
+    names = [source.name(int(i)) for i in index]
+    return FolderSource(source.root, names, source.labels[index], source.classes)
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (kept, held out): the same share of every class, rounded, drawn from `seed`.
+
+    A class is never held out whole; one of two or more images gives at least one to a positive share.
+    """
+    rng = np.random.default_rng(seed)
+    held: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
+        held.append(members[:count])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def _digits() -> Splits:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
+    images = np.repeat(gray[..., None], 3, axis=3)
+    classes = tuple(str(name) for name in digits.target_names)
+    kept, held = stratified_split(digits.target, DIGITS_HOLDOUT, seed=0)
+    train = ArraySource(images[kept], digits.target[kept], classes, "digits train")
+    val = ArraySource(images[held], digits.target[held], classes, "digits val")
+    return Splits(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
+
+
+def _cifar(kind: str, root: Path) -> Splits:
+    from torchvision import datasets
+
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    parts: list[Any] = []
+    try:
+        for is_train in (True, False):
+            try:
+                parts.append(dataset(root, train=is_train))
+            except RuntimeError:  # torchvision's way to say that it is not there
+                parts.append(dataset(root, train=is_train, download=True))
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"data.path: {kind} is not in {str(root)!r} and could not be downloaded ({error}); "
+            f"put {dataset.url} there, unpacked to {dataset.base_folder}/"
+        ) from error
+    train, val = (
+        ArraySource(part.data, np.array(part.targets), tuple(part.classes), f"{kind} {name}")
+        for part, name in zip(parts, ("train", "test"))
+    )
+    return Splits(train, val, f"{kind}: {len(train)} images; kNN on its test set, {len(val)}")
