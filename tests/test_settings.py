@@ -1,0 +1,165 @@
+"""Names, types and sense of options, and what a wrong one says."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mocofast import settings
+from mocofast.config import Config
+from mocofast.settings import ConfigError
+
+
+def test_every_option_has_a_meaning_and_its_default_passes_its_own_type() -> None:
+    for group, kind in settings.groups().items():
+        for setting in settings.settings(group, kind):
+            assert len(setting.help) > 10
+            assert settings.coerce(setting, setting.default) == setting.default
+            if setting.default != "":
+                assert settings.coerce(setting, settings.shown(setting.default)) == setting.default
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("optim.lr", "1e-4", 1e-4),  # YAML 1.1 reads this as a string
+        ("model.mlp", "true", True),
+        ("model.mlp", "no", False),
+        ("augment.crop_scale", "0.08,1", (0.08, 1.0)),
+        ("augment.crop_scale", "[0.08, 1.0]", (0.08, 1.0)),
+        ("optim.milestones", "3,5,8", (3, 5, 8)),
+        ("optim.milestones", "", ()),
+        ("data.path", "no", "no"),  # a folder, not a truth value
+        ("train.epochs", "7", 7),
+    ],
+)
+def test_text_becomes_a_value_of_the_options_type(name: str, text: str, value: object) -> None:
+    config = Config()
+    settings.apply(config, {name: text})
+    group, key = name.split(".")
+    assert getattr(getattr(config, group), key) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("optim.lrr", "1", "did you mean 'optim.lr'"),
+        ("optim.lr", "fast", "expected float, got 'fast'"),
+        ("optim.lr", "nan", "expected float"),
+        ("train.epochs", "1.5", "expected int"),
+        ("train.epochs", True, "expected int"),
+        ("model.mlp", "perhaps", "expected bool"),
+        ("augment.crop_scale", "0.1", "2 values like (0.2, 1.0)"),
+        ("data.loader", "daly", "did you mean 'dali'"),
+        ("data.path", 3, "expected str"),
+    ],
+)
+def test_a_wrong_option_names_itself_and_sets_nothing(name: str, value: object, said: str) -> None:
+    config = Config()
+    with pytest.raises(ConfigError) as error:
+        settings.apply(config, {"train.seed": "5", name: value})
+    assert said in str(error.value)
+    assert name in str(error.value)
+    assert config == Config()
+
+
+def test_a_configuration_survives_its_own_file() -> None:
+    config = settings.load_recipe("cifar10_r18")
+    assert settings.from_dict(settings.to_dict(config)) == config
+
+
+def test_recipes_hold_only_differences_and_are_valid() -> None:
+    default = settings.to_dict(Config())
+    for name in settings.recipes():
+        values = yaml.safe_load((resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text())
+        for group, content in values.items():
+            for key, value in content.items():
+                same = default[group][key] == value
+                # One line to show where the recipe stands, where nothing at all differs.
+                assert not same or name == "moco_v1_r50", f"{name}: {group}.{key} is the default already"
+        config = settings.load_recipe(name)
+        if config.data.source == "folder":
+            config.data.path = "images"
+        settings.validate(config)
+
+
+def test_the_published_settings_are_in_the_recipes() -> None:
+    """Figures of the MoCo papers and of the authors' CIFAR-10 demo."""
+    v1 = settings.load_recipe("moco_v1_r50")
+    assert (v1.model.temperature, v1.model.mlp, v1.optim.schedule, v1.optim.milestones) == (
+        0.07,
+        False,
+        "step",
+        (120, 160),
+    )
+    assert (v1.augment.jitter, v1.augment.jitter_p, v1.augment.gray_first) == ((0.4, 0.4, 0.4, 0.4), 1.0, True)
+    assert (v1.optim.lr, v1.optim.momentum, v1.optim.weight_decay, v1.data.batch_size) == (0.03, 0.9, 1e-4, 256)
+    v2 = settings.load_recipe("moco_v2_r50_200ep")
+    assert (v2.model.temperature, v2.model.mlp, v2.optim.schedule, v2.train.epochs) == (0.2, True, "cosine", 200)
+    assert (v2.augment.jitter, v2.augment.jitter_p, v2.augment.blur, v2.augment.blur_sigma) == (
+        (0.4, 0.4, 0.4, 0.1),
+        0.8,
+        0.5,
+        (0.1, 2.0),
+    )
+    assert not v2.augment.gray_first
+    long = settings.load_recipe("moco_v2_r50_800ep")
+    assert long.train.epochs == 800
+    long.train.epochs, long.recipe = 200, v2.recipe
+    assert long == v2
+    demo = settings.load_recipe("cifar10_r18")
+    assert (demo.model.queue_size, demo.model.momentum, demo.model.temperature, demo.model.bn_splits) == (
+        4096,
+        0.99,
+        0.1,
+        8,
+    )
+    assert (demo.optim.lr, demo.optim.weight_decay, demo.data.batch_size) == (0.06, 5e-4, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.temperature", 0.0),
+        ("model.momentum", 1.5),
+        ("data.batch_size", 0),
+        ("augment.crop_scale", (0.5, 0.2)),
+        ("augment.gray", 1.2),
+        ("augment.jitter", (0.4, 0.4, 0.4, 0.6)),
+        ("train.log_every", 0),
+        ("knn.k", 0),
+    ],
+)
+def test_senseless_numbers_are_refused_by_name(name: str, value: object) -> None:
+    config = settings.load_recipe("digits")
+    settings.apply(config, {name: value})
+    with pytest.raises(ConfigError, match=name):
+        settings.validate(config)
+
+
+def test_batches_must_divide_into_micro_batches() -> None:
+    config = settings.load_recipe("digits")
+    config.train.accumulate = 3
+    with pytest.raises(ConfigError, match="multiple of train"):
+        settings.validate(config)
+
+
+def test_a_folder_needs_a_path() -> None:
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        settings.validate(settings.load_recipe("moco_v1_r50"))
+
+
+def test_unknown_recipes_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        settings.load_recipe("digit")
+
+
+@pytest.mark.parametrize("text", ["model: 3", "modle: {dim: 3}", "model: {dim: [", "- 1"])
+def test_a_malformed_recipe_file_is_a_config_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        settings.load_recipe(str(path))
