@@ -1,0 +1,215 @@
+"""What this machine has, which path each part of mocofast will take on it, and why: ``mocofast doctor``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One part of the product on this machine."""
+
+    part: str
+    use: str  # what is there, or which path is taken
+    why: str  # the reason, and what to install for more; may be empty
+
+
+def report() -> list[Finding]:
+    """Every finding, in reading order. Never raises: a probe that fails is a finding that says so."""
+    findings = []
+    for part, probe in _PROBES.items():
+        try:
+            findings += [Finding(part, use, why) for use, why in probe()]
+        except Exception as error:
+            findings.append(Finding(part, "unknown", f"the check failed: {type(error).__name__}: {error}"))
+    return findings
+
+
+def table(findings: list[Finding], width: int) -> str:
+    """The findings as aligned columns of at most `width` characters, the last column wrapped."""
+    first, second = (max(len(finding[i]) for finding in findings) for i in (0, 1))
+    indent = first + second + 4
+    lines = []
+    for part, use, why in findings:
+        wrapped = textwrap.wrap(why, max(width - indent, 30)) or [""]
+        lines.append(f"{part:<{first}}  {use:<{second}}  {wrapped[0]}".rstrip())
+        lines += [" " * indent + rest for rest in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    print(table(report(), shutil.get_terminal_size((120, 24)).columns))
+
+
+def default_device() -> torch.device:
+    """The device that `train.device=auto` takes in a single process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+Rows = Iterator[tuple[str, str]]
+
+
+def _mocofast() -> Rows:
+    try:
+        version = importlib.metadata.version("mocofast")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"  # imported from a checkout
+    yield version, f"imported from {Path(__file__).parent}"
+
+
+def _python() -> Rows:
+    yield platform.python_version(), f"{sys.executable} on {platform.platform()}"
+
+
+def _torch() -> Rows:
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield torch.__version__, build
+
+
+def _gpus() -> Rows:
+    if not torch.cuda.is_available():
+        why = (
+            "torch finds no CUDA device: no NVIDIA GPU, or no driver for it (see nvidia-smi)"
+            if torch.version.cuda
+            else "this torch cannot use one; for CUDA install torch from https://pytorch.org"
+        )
+        yield "none", why
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield (
+            gpu.name,
+            f"cuda:{index}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}, "
+            f"{gpu.multi_processor_count} SMs",
+        )
+
+
+def _device() -> Rows:
+    device = default_device()
+    more = torch.cuda.device_count()
+    if more > 1:
+        yield (
+            "cuda:0",
+            f"one process uses one GPU; for all: torchrun --nproc-per-node {more} -m mocofast pretrain ...",
+        )
+    elif device.type == "cuda":
+        yield "cuda:0", "the GPU"
+    else:
+        yield "cpu", "no CUDA device"
+
+
+def _precision() -> Rows:
+    if not torch.cuda.is_available():
+        yield "fp32", "on CPUs: bf16 matrix products without bf16 instructions are hundreds of times slower"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "bf16", "autocast; the GPU has bf16 tensor cores"
+    else:
+        yield "fp32", "the GPU has no bf16 (compute capability below 8.0)"
+
+
+def _triton() -> Rows:
+    if importlib.util.find_spec("triton") is None:
+        why = "publishes Linux wheels only" if platform.system() != "Linux" else "pip install triton"
+        yield "not installed", why
+    else:
+        triton = importlib.import_module("triton")
+        yield triton.__version__, "compiles the fused kernels for GPUs; a CPU does not use it"
+
+
+def _fused_ops() -> Rows:
+    has_triton = importlib.util.find_spec("triton") is not None
+    if not torch.cuda.is_available():
+        yield "blocked PyTorch", "no CUDA device; the same one-pass mathematics, blocked over the queue"
+    elif has_triton:
+        yield "Triton kernels", "CUDA tensors and Triton are here"
+    else:
+        yield "blocked PyTorch", "Triton is missing, so the GPU runs the unfused fallback: pip install triton"
+
+
+def _dali() -> Rows:
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        if platform.system() != "Linux":
+            yield "not installed", "publishes Linux wheels only"
+        else:
+            extra = "cuda12" if (torch.version.cuda or "13").startswith("12") else "cuda13"
+            yield "not installed", f"several times faster on photos: pip install 'mocofast[{extra}]'"
+        return
+    dali = importlib.import_module("nvidia.dali")
+    if importlib.import_module("nvidia.dali.backend").GetCUDADeviceCount() and torch.cuda.is_available():
+        yield dali.__version__, "decodes on the GPU (mixed), augments there"
+    else:
+        yield dali.__version__, "decodes and augments on the CPU: DALI finds no CUDA device"
+
+
+def _loader() -> Rows:
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        yield "dali", "for folders of images (data.loader=auto); arrays such as the digits go through torchvision"
+    else:
+        yield "torchvision", "DALI is not installed"
+
+
+def _nvimgcodec() -> Rows:
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+        yield "not installed", "finds damaged files for the DALI loader; comes with DALI's wheels"
+    else:
+        codec = importlib.import_module("nvidia.nvimgcodec")
+        yield codec.__version__, "finds the damaged files of a batch that DALI could not decode"
+
+
+def _distributed() -> Rows:
+    if not torch.distributed.is_available():
+        yield "none", "this torch is built without torch.distributed: one process only"
+        return
+    backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]
+    chosen = "nccl" if "nccl" in backends and torch.cuda.is_available() else "gloo"
+    yield ", ".join(backends) or "none", f"torchrun would use {chosen} on {default_device().type}"
+
+
+def _cpu() -> Rows:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield (
+        f"{usable} cores",
+        f"of {os.cpu_count()}; torch computes on {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    )
+
+
+def _memory() -> Rows:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # what a container may use
+    text = limit.read_text().strip() if limit.exists() else "max"
+    if text != "max" and int(text) < total:
+        yield f"{int(text) / GIB:.0f} GiB", f"the container's limit; the machine has {total / GIB:.0f} GiB"
+    else:
+        yield f"{total / GIB:.0f} GiB", ""
+
+
+_PROBES: dict[str, Callable[[], Rows]] = {
+    "mocofast": _mocofast,
+    "Python": _python,
+    "torch": _torch,
+    "GPU": _gpus,
+    "CPU": _cpu,
+    "memory": _memory,
+    "device": _device,
+    "precision": _precision,
+    "Triton": _triton,
+    "fused ops": _fused_ops,
+    "DALI": _dali,
+    "data loader": _loader,
+    "nvImageCodec": _nvimgcodec,
+    "torch.distributed": _distributed,
+}

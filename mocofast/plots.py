@@ -1,0 +1,112 @@
+"""Curves of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
+
+_BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
+
+
+def plot_curves(metrics: Path | str, out: Path | str) -> bool:
+    """Draw the curves of `metrics` (a metrics.jsonl) into the image file `out`; the suffix chooses the format.
+
+    Returns whether there was anything to draw; without a single line of metrics no file is written.
+    """
+    records = read_metrics(metrics)
+    if records:
+        draw_curves(records).savefig(out)
+    return bool(records)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order of their step. A last line cut off by a crash is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON: {line[:80]!r}") from None
+            continue
+        records.append(record)
+    return sorted(records, key=lambda record: record["step"])
+
+
+def draw_curves(records: list[dict[str, Any]]) -> Figure:
+    """Four panels over epochs: loss, pretext accuracy, kNN accuracy, learning rate.
+
+    records: dicts with "step", "epoch" (progress, float) and any of "loss", "chance_loss", "acc1", "acc5",
+    "knn_top1", "few_shot_top1", "lr"; accuracies are shares, 0 to 1. What is missing leaves its panel with a note.
+    """
+    figure = Figure(figsize=(11, 7.5), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+    loss, pretext, knn, rate = figure.subplots(2, 2, sharex=True).flat
+
+    _draw(loss, records, "loss", _BLUE, "loss")
+    chance = [record["chance_loss"] for record in records if record.get("chance_loss") is not None]
+    if chance:
+        loss.axhline(chance[-1], color=_GRAY, linestyle="--", label=f"chance, log(K + 1) = {chance[-1]:.2f}")
+    loss.set(title="InfoNCE loss (may rise at first)", ylabel="loss, in nats")
+
+    _draw(pretext, records, "acc1", _BLUE, "Acc@1: ranked first")
+    _draw(pretext, records, "acc5", _ORANGE, "Acc@5: among the first five")
+    pretext.set(title="Pretext task: find the other view among K + 1 keys", ylabel="share of the queries")
+    pretext.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+    _draw(knn, records, "knn_top1", _GREEN, "kNN top-1", evaluation=True)
+    _draw(knn, records, "few_shot_top1", _ORANGE, "1-NN, few labels", evaluation=True)
+    knn.set(title="What the features know: accuracy on held-out images", ylabel="accuracy")
+    knn.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+    _draw(rate, records, "lr", _GRAY, "learning rate")
+    rate.set(title="Learning rate", ylabel="learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+
+    for axes in (loss, pretext, knn, rate):
+        _finish(axes)
+    for axes in (pretext, rate):
+        axes.set_ylim(bottom=0)
+    end = max(record["epoch"] for record in records)
+    loss.set_xlim(-0.02 * (end or 1), 1.03 * (end or 1))
+    return figure
+
+
+def _draw(
+    axes: Axes, records: list[dict[str, Any]], key: str, color: str, label: str, evaluation: bool = False
+) -> None:
+    """A line; an evaluation's points are few and matter singly, so they get dots and the ends their values."""
+    points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
+    if not points:
+        return
+    x, y = zip(*points)
+    dots = "o" if evaluation or len(points) == 1 else ""  # one point draws no line
+    axes.plot(x, y, color=color, marker=dots, markersize=4, linewidth=1.6, label=label)
+    if evaluation:
+        places = [(0, "left", (6, -13)), (len(points) - 1, "right", (0, 7))]
+        for end, side, offset in places if len(points) > 1 else places[1:]:
+            text = f"{y[end]:.1%}"
+            axes.annotate(text, points[end], xytext=offset, textcoords="offset points", ha=side, color=color)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("epoch (passes over the data)")
+    axes.tick_params(labelbottom=True)
+    axes.title.set_fontsize(11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if axes.lines:
+        axes.margins(y=0.12)
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color=_GRAY)

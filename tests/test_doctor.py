@@ -1,0 +1,98 @@
+"""doctor.py: what it reports is what the machine and the code say, and nothing can make it raise."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+from mocofast import doctor
+from mocofast.doctor import Finding
+
+PARTS = [
+    *("mocofast", "Python", "torch", "GPU", "CPU", "memory", "device", "precision"),
+    *("Triton", "fused ops", "DALI", "data loader", "nvImageCodec", "torch.distributed"),
+]
+
+
+def found() -> dict[str, Finding]:
+    return {finding.part: finding for finding in doctor.report()}
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As if these packages were not installed."""
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name in names else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def test_every_part_is_reported_with_this_machines_versions() -> None:
+    findings = found()
+    assert list(findings) == PARTS
+    assert findings["Python"].use == platform.python_version()
+    assert findings["torch"].use == torch.__version__
+    assert "unknown" not in [finding.use for finding in findings.values()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+def test_without_a_gpu_every_part_falls_back_and_says_why() -> None:
+    findings = found()
+    assert findings["GPU"].use == "none"
+    assert findings["device"].use == "cpu"
+    assert findings["precision"].use == "fp32"
+    assert findings["fused ops"].use == "blocked PyTorch"
+    assert "gloo" in findings["torch.distributed"].why
+
+
+@pytest.mark.gpu
+def test_with_a_gpu_the_kernels_and_the_gpu_are_named() -> None:
+    findings = found()
+    assert findings["GPU"].use == torch.cuda.get_device_name(0)
+    assert findings["device"].use == "cuda:0"
+    assert findings["fused ops"].use == "Triton kernels"
+    assert "nccl" in findings["torch.distributed"].why
+
+
+def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    hide(monkeypatch, "triton", "nvidia.dali", "nvidia.nvimgcodec")
+    findings = found()
+    assert "pip install triton" in findings["Triton"].why
+    assert "pip install 'mocofast[cuda1" in findings["DALI"].why
+    assert findings["data loader"] == ("data loader", "torchvision", "DALI is not installed")
+    assert findings["nvImageCodec"].use == "not installed"
+    assert findings["fused ops"].use == "blocked PyTorch"
+
+
+def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise OSError(f"libcuda.so.1 for {name}")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    findings = found()
+    assert list(findings) == PARTS
+    assert findings["torch"].use == torch.__version__
+    if importlib.util.find_spec("triton"):
+        assert findings["Triton"] == ("Triton", "unknown", "the check failed: OSError: libcuda.so.1 for triton")
+
+
+def test_the_table_is_aligned_and_wrapped_to_the_width() -> None:
+    rows = [Finding("a", "first", "one two three four five six seven eight"), Finding("longer", "x", "")]
+    assert doctor.table(rows, 47).split("\n") == [
+        "a       first  one two three four five six",
+        "               seven eight",
+        "longer  x",
+    ]
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [part for part in PARTS if any(line.startswith(part) for line in lines)] == PARTS

@@ -1,0 +1,101 @@
+"""plots.py: the lines of the figure hold the run's numbers, for whole runs and for barely begun ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mocofast.plots import draw_curves, plot_curves, read_metrics
+
+CHANCE = math.log(4097)
+
+
+def step(n: int, **values: float) -> dict[str, Any]:
+    line = {"step": n, "epoch": n / 10, "loss": 8 - n / 100, "lr": 0.06 - n / 1000, "chance_loss": CHANCE}
+    return {**line, "acc1": n / 100, "acc5": n / 50, "images_per_second": 99.0, **values}
+
+
+def lines(figure: Figure, panel: int) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (list(np.asarray(line.get_xdata())), list(np.asarray(line.get_ydata())))
+        for line in figure.axes[panel].lines
+    }
+
+
+def test_every_line_shows_the_numbers_of_the_metrics() -> None:
+    records = [step(n) for n in range(0, 30, 10)]
+    records += [
+        {"step": 0, "epoch": 0.0, "knn_top1": 0.85, "few_shot_top1": 0.6},
+        {"step": 20, "epoch": 2.0, "knn_top1": 0.97, "few_shot_top1": 0.8},
+    ]
+    figure = draw_curves(records)
+    epochs = [0.0, 1.0, 2.0]
+    loss, pretext, knn, rate = (lines(figure, panel) for panel in range(4))
+    assert loss["loss"] == (epochs, [8.0, 7.9, 7.8])
+    assert loss[f"chance, log(K + 1) = {CHANCE:.2f}"][1] == [CHANCE, CHANCE]
+    assert pretext["Acc@1: ranked first"] == (epochs, [0.0, 0.1, 0.2])
+    assert pretext["Acc@5: among the first five"] == (epochs, [0.0, 0.2, 0.4])
+    assert knn["kNN top-1"] == ([0.0, 2.0], [0.85, 0.97])
+    assert knn["1-NN, few labels"] == ([0.0, 2.0], [0.6, 0.8])
+    assert rate["learning rate"] == (epochs, pytest.approx([0.06, 0.05, 0.04]))
+    texts = [text.get_text() for text in figure.axes[2].texts]
+    assert texts == ["85.0%", "97.0%", "60.0%", "80.0%"]  # before and after, readable without a ruler
+
+
+def test_every_panel_says_what_it_shows() -> None:
+    figure = draw_curves([step(0), step(10, knn_top1=0.5)])
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        assert axes.get_title()
+        assert axes.get_ylabel()
+        assert axes.get_xlabel() == "epoch (passes over the data)"
+        assert axes.get_legend() is not None
+    assert figure.axes[0].get_ylabel() == "loss, in nats"
+
+
+def test_a_single_line_is_drawn_as_points_one_can_see() -> None:
+    figure = draw_curves([step(1)])
+    line = figure.axes[0].lines[0]
+    assert line.get_marker() == "o"
+    assert len(np.asarray(line.get_xdata())) == 1
+    assert "not measured in this run" in [text.get_text() for text in figure.axes[2].texts]
+
+
+def test_a_run_that_was_only_evaluated_is_drawn() -> None:
+    figure = draw_curves([{"step": 0, "epoch": 0.0, "knn_top1": 0.5}])
+    assert lines(figure, 2)["kNN top-1"] == ([0.0], [0.5])
+    assert [text.get_text() for text in figure.axes[2].texts] == ["50.0%"]
+    assert not figure.axes[0].lines
+
+
+def test_the_picture_is_written_without_a_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(step(n)) + "\n" for n in range(5)))
+    assert plot_curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10  # ink, not a blank page
+
+
+def test_lines_come_in_order_of_steps_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 2, "epoch": 0.2}\n{"step": 1, "epoch": 0.1}\n{"step": 3, "epo')
+    assert [record["step"] for record in read_metrics(metrics)] == [1, 2]
+    metrics.write_text('{"step": 2, "ep\n{"step": 1, "epoch": 0.1}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_metrics(metrics)
+
+
+def test_no_metrics_make_no_picture(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("")
+    assert not plot_curves(metrics, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
