@@ -57,8 +57,9 @@ def info_nce_oracle(
     )
     if isinstance(temperature, Tensor):
         temperature = temperature.double()
-    logits = torch.cat([similarity_positive[:, None], similarity.masked_fill(~counts, float("-inf"))], dim=1)
-    logits = logits / temperature
+    # Masked after the division: 0 * inf would make the temperature's gradient NaN.
+    negative_logits = (similarity / temperature).masked_fill(~counts, float("-inf"))
+    logits = torch.cat([(similarity_positive / temperature)[:, None], negative_logits], dim=1)
     shifted = logits - logits.detach().max(dim=1, keepdim=True).values
     return shifted.exp().sum(dim=1).log() - shifted[:, 0]
 

@@ -1,0 +1,322 @@
+"""Backend choice and autograd of InfoNCE: an autograd.Function in eager mode, a custom op under torch.compile.
+
+`_backend` is the only dispatch point; tests replace it to drive other kernels through the public ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from mocofast_kernels import cpu
+from mocofast_kernels.cpu import InfoNCEForward
+from torch import Tensor
+
+
+class Backend(NamedTuple):
+    """The kernels behind the ops; `mocofast_kernels.cpu` documents each."""
+
+    infonce_forward: Callable[..., InfoNCEForward]
+    infonce_grad_negatives: Callable[..., Tensor]
+    enqueue_: Callable[..., None]
+    ema_update_: Callable[..., None]
+
+
+@functools.cache
+def _backend(device_type: str) -> Backend:
+    """The only dispatch point: Triton on CUDA, plain PyTorch elsewhere or where Triton is missing."""
+    if device_type == "cuda":
+        try:
+            from mocofast_kernels import ema, enqueue, infonce, infonce_backward
+        except ImportError as error:
+            if error.name is None or error.name.split(".")[0] != "triton":
+                raise
+            warnings.warn(
+                f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
+            )
+        else:
+            return Backend(
+                infonce.infonce_forward,
+                infonce_backward.infonce_grad_negatives,
+                enqueue.enqueue_,
+                ema.ema_update_,
+            )
+    return Backend(cpu.infonce_forward, cpu.infonce_grad_negatives, cpu.enqueue_, cpu.ema_update_)
+
+
+class _Options(NamedTuple):
+    """What the kernels take besides tensors and temperature."""
+
+    normalize: bool
+    normalize_negatives: bool
+    exclude_period: int
+    return_rank: bool
+    dot_dtype: torch.dtype
+
+
+def info_nce_rows(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+    return_rank: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of every row, (N,) float32, with its gradient; rank (N,) int32 or None. Arguments are checked already."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dot_dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dot_dtype = torch.promote_types(torch.promote_types(query.dtype, positive.dtype), negatives.dtype)
+    options = _Options(normalize, normalize_negatives, exclude_period, return_rank, dot_dtype)
+    scalar, tensor = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (query, positive, tensor)]
+    needs_negatives = torch.is_grad_enabled() and negatives.requires_grad
+    if torch.compiler.is_compiling():
+        loss, _, rank, _, _, _ = _info_nce_op(query, positive, negatives, tensor, scalar, *options, any(needs))
+        return loss, rank if return_rank else None
+    if any(needs) or needs_negatives:
+        # Not the op above: its wrapper costs tens of microseconds a call.
+        return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, any(needs))
+    forward = _forward(query, positive, negatives, temperature, options, compute_grad=False)
+    return forward.loss, forward.rank
+
+
+def _forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    options: _Options,
+    compute_grad: bool,
+) -> InfoNCEForward:
+    device_type = query.device.type
+    with _without_autocast(device_type):
+        return _backend(device_type).infonce_forward(
+            query.detach(),
+            positive.detach(),
+            negatives.detach(),
+            temperature.detach() if isinstance(temperature, Tensor) else temperature,
+            **options._asdict(),
+            compute_grad=compute_grad,
+        )
+
+
+def _grad_negatives(
+    grad_loss: Tensor, query: Tensor, negatives: Tensor, lse: Tensor, temperature: float | Tensor, options: _Options
+) -> Tensor:
+    arguments = options._asdict()
+    del arguments["return_rank"]
+    device_type = query.device.type
+    with _without_autocast(device_type):
+        return _backend(device_type).infonce_grad_negatives(
+            grad_loss, query.detach(), negatives.detach(), lse, temperature, **arguments
+        )
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The kernels choose their own precision; autocast would turn their float32 products into bfloat16."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _temperature_grad(grad_loss: Tensor, grad_scale: Tensor, temperature: Tensor) -> Tensor:
+    """dL/dT from dL/d(1/T), ()."""
+    return -(grad_loss * grad_scale).sum() / temperature.float().square()
+
+
+class _InfoNCE(torch.autograd.Function):
+    """The whole gradient is known after the forward sweep, but for the negatives': that one is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        temperature: Tensor | None,
+        scalar: float,
+        options: _Options,
+        compute_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        result = _forward(
+            query, positive, negatives, scalar if temperature is None else temperature, options, compute_grad
+        )
+        if result.rank is not None:
+            ctx.mark_non_differentiable(result.rank)
+        ctx.options, ctx.scalar = options, scalar
+        ctx.dtypes = (query.dtype, positive.dtype, negatives.dtype)
+        need_query, need_positive, need_negatives, need_temperature = ctx.needs_input_grad[:4]
+        # Inputs are kept only where a gradient needs them, so that a queue may be overwritten before backward.
+        ctx.save_for_backward(
+            result.grad_query if need_query else None,
+            result.grad_positive if need_positive else None,
+            result.grad_scale if need_temperature else None,
+            result.lse if need_negatives else None,
+            query if need_query or need_negatives else None,
+            positive if need_positive else None,
+            negatives if need_negatives else None,
+            temperature if need_temperature or need_negatives else None,
+        )
+        return result.loss, result.rank
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        grad_query, grad_positive, grad_scale, lse, query, positive, negatives, temperature = ctx.saved_tensors
+        query_dtype, positive_dtype, negatives_dtype = ctx.dtypes
+        grads: list[Tensor | None] = [None] * 4
+        with torch.no_grad():
+            if grad_query is not None:
+                grads[0] = (grad_loss[:, None] * grad_query).to(query_dtype)
+            if grad_positive is not None:
+                grads[1] = (grad_loss[:, None] * grad_positive).to(positive_dtype)
+            if lse is not None:
+                at = ctx.scalar if temperature is None else temperature
+                grads[2] = _grad_negatives(grad_loss, query, negatives, lse, at, ctx.options).to(negatives_dtype)
+            if grad_scale is not None:
+                grads[3] = _temperature_grad(grad_loss, grad_scale, temperature).to(temperature.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = (grad_loss, query, positive, negatives, temperature)
+            grads = [None if grad is None else _FirstDerivative.apply(grad, *inputs) for grad in grads]
+        return *grads, None, None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Identity that stands where the graph of the gradient would be: without it a penalty on the gradient would
+    silently get no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError(
+            "info_nce has no second derivative: its gradient cannot be differentiated (double backward)"
+        )
+
+
+# --- torch.compile: the same, as an op that the compiler does not look into ------------------------------------
+
+
+@torch.library.custom_op("mocofast::info_nce", mutates_args=())
+def _info_nce_op(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: Tensor | None,
+    scalar: float,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+    return_rank: bool,
+    dot_dtype: torch.dtype,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = _Options(normalize, normalize_negatives, exclude_period, return_rank, dot_dtype)
+    result = _forward(
+        query, positive, negatives, scalar if temperature is None else temperature, options, compute_grad
+    )
+    # An op's outputs cannot be None: empty tensors stand for what was not asked.
+    return (
+        result.loss,
+        result.lse,
+        query.new_empty(0, dtype=torch.int32) if result.rank is None else result.rank,
+        query.new_empty(0, dtype=torch.float32) if result.grad_query is None else result.grad_query,
+        query.new_empty(0, dtype=torch.float32) if result.grad_positive is None else result.grad_positive,
+        query.new_empty(0, dtype=torch.float32) if result.grad_scale is None else result.grad_scale,
+    )
+
+
+@_info_nce_op.register_fake
+def _(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: Tensor | None,
+    scalar: float,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+    return_rank: bool,
+    dot_dtype: torch.dtype,
+    compute_grad: bool,
+) -> tuple[Tensor, ...]:
+    rows, none = (query.shape[0],), (0,)
+    return (
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty(rows if return_rank else none, dtype=torch.int32),
+        query.new_empty(query.shape if compute_grad else none, dtype=torch.float32),
+        query.new_empty(query.shape if compute_grad else none, dtype=torch.float32),
+        query.new_empty(rows if compute_grad else none, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mocofast::info_nce_grad_negatives", mutates_args=())
+def _grad_negatives_op(
+    grad_loss: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    lse: Tensor,
+    temperature: Tensor | None,
+    scalar: float,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+    dot_dtype: torch.dtype,
+) -> Tensor:
+    options = _Options(normalize, normalize_negatives, exclude_period, False, dot_dtype)
+    at = scalar if temperature is None else temperature
+    return _grad_negatives(grad_loss, query, negatives, lse, at, options)
+
+
+@_grad_negatives_op.register_fake
+def _(
+    grad_loss: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    *_: Any,
+) -> Tensor:
+    return negatives.new_empty(negatives.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, positive, negatives, temperature, scalar, normalize, normalize_negatives, period, _, dot_dtype, _ = inputs
+    _, lse, _, grad_query, grad_positive, grad_scale = output
+    need_negatives, need_temperature = ctx.needs_input_grad[2:4]
+    ctx.dtypes = (query.dtype, positive.dtype, negatives.dtype)
+    ctx.options = (scalar, normalize, normalize_negatives, period, dot_dtype)
+    ctx.save_for_backward(
+        grad_query,
+        grad_positive,
+        grad_scale,
+        *((lse, query, negatives) if need_negatives else (None, None, None)),
+        temperature if need_negatives or need_temperature else None,
+    )
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_query, grad_positive, grad_scale, lse, query, negatives, temperature = ctx.saved_tensors
+    need_query, need_positive, need_negatives, need_temperature = ctx.needs_input_grad[:4]
+    grads: list[Tensor | None] = [None] * 11
+    if need_query:
+        grads[0] = (grad_loss[:, None] * grad_query).to(ctx.dtypes[0])
+    if need_positive:
+        grads[1] = (grad_loss[:, None] * grad_positive).to(ctx.dtypes[1])
+    if need_negatives:
+        grads[2] = _grad_negatives_op(grad_loss, query, negatives, lse, temperature, *ctx.options).to(ctx.dtypes[2])
+    if need_temperature:
+        grads[3] = _temperature_grad(grad_loss, grad_scale, temperature).to(temperature.dtype)
+    return tuple(grads)
+
+
+_info_nce_op.register_autograd(_op_backward, setup_context=_setup_context)
