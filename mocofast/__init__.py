@@ -1,1 +1,33 @@
-"""Fast momentum-contrast pretraining."""
+"""Fast momentum-contrast pretraining. Importing this package is light: its members load on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mocofast import ops
+    from mocofast.moco import MoCo
+
+    __version__: str
+
+__all__ = ["MoCo", "__version__", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MoCo":
+        from mocofast.moco import MoCo
+
+        return MoCo
+    if name == "ops":
+        import importlib
+
+        return importlib.import_module("mocofast.ops")
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("mocofast")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,221 @@
+"""Encoders by name, their inputs, their features, and BatchNorm over parts of a batch."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
+HEADS = ("fc", "head", "heads")
+
+
+def build_encoder(arch: str) -> Callable[..., nn.Module]:
+    """The constructor `f(num_classes=...)` of an encoder.
+
+    arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT; one of the first three with `_cifar` appended, for
+    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); or `resnet_tiny`. ValueError for
+    another name.
+    """
+    from torchvision.models import get_model, list_models
+
+    names = list_models(include=list(TORCHVISION))
+    if arch in names:
+        return functools.partial(get_model, arch)
+    cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
+    if arch in cifar:
+        return functools.partial(_cifar_resnet, cifar[arch])
+    if arch == "resnet_tiny":
+        return TinyResNet
+    nearest = difflib.get_close_matches(arch, [*names, *cifar, "resnet_tiny"], n=1, cutoff=0)[0]
+    raise ValueError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
+
+
+def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model
+
+    encoder = get_model(name, num_classes=num_classes)
+    encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()
+    return encoder
+
+
+class TinyResNet(nn.Module):
+    """A ResNet for images of about 8 pixels a side, quick on a CPU: three basic blocks, 64 features."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _BasicBlock(16, 16, stride=1)
+        self.layer2 = _BasicBlock(16, 32, stride=2)
+        self.layer3 = _BasicBlock(32, 64, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, S, S)
+        x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, S/4, S/4)
+        return self.fc(x.mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+def head_name(encoder: nn.Module) -> str:
+    """Under which of `fc`, `head`, `heads` the encoder keeps its last layers; ValueError where there is none."""
+    for name in HEADS:
+        if isinstance(getattr(encoder, name, None), nn.Module):
+            return name
+    raise ValueError(f"encoder: expected a module ending in {', '.join(HEADS)}; {type(encoder).__name__} has none")
+
+
+def add_mlp_head(encoder: nn.Module) -> None:
+    """Replaces the last linear layer by Linear(d, d)-ReLU-that layer, the head of MoCo v2 (arXiv:2003.04297)."""
+    head = head_name(encoder)
+    linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in linears if name == head or name.startswith(f"{head}.")]
+    if not inside:
+        raise ValueError(f"mlp: expected a linear layer in the encoder's .{head}, and there is none")
+    parent_name, _, name = inside[-1].rpartition(".")
+    parent = encoder.get_submodule(parent_name)
+    last: nn.Linear = getattr(parent, name)
+    width = last.in_features
+    setattr(parent, name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+
+
+def features(encoder: nn.Module, images: Tensor) -> Tensor:
+    """The pooled features of images (N, 3, S, S) before the encoder's head, (N, D): the input of its .fc or .head."""
+    found: list[Tensor] = []
+    head = encoder.get_submodule(head_name(encoder))
+    handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        encoder(images)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def prepare_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels as an encoder takes them: (N, 3, S, S) uint8 -> (x - mean) / std, channels-last.
+
+    mean, std: three channels' statistics on the 0..255 scale, on the images' device. The result has the autocast
+    dtype where autocast is on, else float32; the arithmetic is float32 either way.
+    """
+    pixels = images.contiguous(memory_format=torch.channels_last)
+    # uint8 - float32 converts while it subtracts: one pass over the pixels less.
+    normalised = (pixels - mean.float().view(3, 1, 1)).div_(std.float().view(3, 1, 1))
+    return to_autocast_dtype(normalised)
+
+
+def to_autocast_dtype(images: Tensor) -> Tensor:
+    """The images in the type that autocast would give them at the first convolution; as they are without autocast."""
+    device = images.device.type
+    return images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that takes its statistics over parts of the batch, as if each part were on a GPU of its own.
+
+    In training, sample n belongs to part n % num_splits, as in MoCo's CIFAR demo; running statistics become the mean
+    over the parts of what each part would have made them. In eval mode it is an ordinary BatchNorm2d, and its
+    state-dict names are BatchNorm2d's. The batch has to be divisible by num_splits in training (ValueError).
+    """
+
+    def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.num_splits = num_splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        splits = self.num_splits
+        if len(x) % splits:
+            raise ValueError(f"the batch must be divisible by bn_splits: got {len(x)} images and {splits} splits")
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
+        folded = F.batch_norm(
+            _fold(x, splits),
+            mean,
+            var,
+            self.weight.repeat(splits),
+            self.bias.repeat(splits),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(splits, -1).mean(0))
+        self.running_var.copy_(var.view(splits, -1).mean(0))
+        return _unfold(folded, x, splits)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+def split_batch_norm(module: nn.Module, num_splits: int) -> None:
+    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.BatchNorm2d:
+                continue
+            if not child.affine or not child.track_running_stats or child.momentum is None:
+                raise ValueError(
+                    f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {child}"
+                )
+            split = SplitBatchNorm2d(child.num_features, num_splits, child.eps, child.momentum)
+            split.train(child.training)
+            split.weight, split.bias = child.weight, child.bias
+            split.running_mean, split.running_var = child.running_mean, child.running_var
+            split.num_batches_tracked = child.num_batches_tracked
+            setattr(parent, name, split)
+
+
+def _fold(x: Tensor, splits: int) -> Tensor:
+    """(N, C, H, W) -> (N/splits, splits*C, H, W): sample n moves into channel group n % splits.
+
+    NCHW memory needs only another view of it. In channels-last memory rows of C values are re-ordered, once before
+    and once after one native BatchNorm; `splits` native calls on strided slices would copy as much and launch more.
+    """
+    n, c, h, w = x.shape
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return x.reshape(n // splits, splits * c, h, w)
+    parts = x.permute(0, 2, 3, 1).view(n // splits, splits, h, w, c)
+    return parts.permute(0, 2, 3, 1, 4).reshape(n // splits, h, w, splits * c).permute(0, 3, 1, 2)
+
+
+def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
+    """The inverse of `_fold`, in the memory format of `x`."""
+    n, c, h, w = x.shape
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return folded.reshape(n, c, h, w)
+    parts = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
+    return parts.permute(0, 3, 1, 2, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
