@@ -1,0 +1,80 @@
+"""Who decodes and augments: chosen once, with a reason for the log."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.interface import Loader, Shard, Source
+
+INSTALL = "pip install 'mocofast[cuda13]'"  # CUDA 13's DALI also runs where there is no GPU
+
+
+def build_loader(
+    source: Source,
+    data: DataConfig,
+    augments: tuple[AugmentConfig, ...],
+    shard: Shard,
+    seed: int,
+    device: torch.device,
+) -> Loader:
+    """The loader that `data.loader` asks for, with `reason` set.
+
+    augments: one per view, so two for pretraining and one for a linear probe.
+    Raises ValueError or ImportError where `data.loader` names one that cannot serve.
+    """
+    choice, reason = choose_loader(source, data.loader)
+    workers = count_workers(data.workers)
+    loader: Loader
+    if choice == "dali":
+        from mocofast.data.dali_loader import DaliLoader
+
+        loader = DaliLoader(source, augments, shard, seed, device, workers)
+    else:
+        from mocofast.data.torchvision_loader import TorchvisionLoader
+
+        loader = TorchvisionLoader(source, augments, shard, seed, device, workers)
+    loader.reason = reason
+    return loader
+
+
+def choose_loader(source: Source, asked: str) -> tuple[str, str]:
+    """("dali" or "torchvision", why). asked: "auto", "dali" or "torchvision"."""
+    if asked not in ("auto", "dali", "torchvision"):
+        raise ValueError(f"data.loader must be auto, dali or torchvision, got {asked!r}")
+    if asked == "torchvision":
+        return asked, "asked for"
+    if not isinstance(source.load(0), str):
+        if asked == "dali":
+            raise ValueError(
+                "data.loader=dali needs image files to decode; this source is in memory: use torchvision"
+            )
+        return "torchvision", "the images are in memory, so there is nothing to decode"
+    missing = dali_missing()
+    if missing and asked == "dali":
+        raise ImportError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
+    if missing:
+        return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
+    return "dali", "asked for" if asked == "dali" else "image files, and DALI is installed"
+
+
+def dali_missing() -> str:
+    """Why `nvidia.dali` cannot be imported; "" if it can."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a shared library of it that does not load
+        return str(error)
+    return ""
+
+
+def count_workers(workers: int) -> int:
+    """data.workers with -1 resolved: the cores this process may use, shared by the ranks of this machine."""
+    if workers < -1:
+        raise ValueError(f"data.workers must be -1 or more, got {workers}")
+    if workers >= 0:
+        return workers
+    available = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
