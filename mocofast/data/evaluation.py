@@ -54,9 +54,15 @@ def _collate(samples: list[tuple[int, np.ndarray | str]]) -> tuple[Tensor | None
 
 
 class EvalBatches:
-    """Iterable of (images, labels, index), see `eval_batches`; `skipped` holds the bad samples met: index -> why."""
+    """Every good image of a source once, in order, as `center_view` cuts it.
+
+    Yields (images, labels, index): images (B, 3, size, size) uint8, RGB, channels-last, on `device`; labels (B,)
+    int64 or None, and index (B,) int64, both on the CPU. Bad files are left out, so a batch may be smaller;
+    `skipped` records them: index -> why.
+    """
 
     def __init__(self, source: Source, size: int, batch_size: int, workers: int, device: torch.device) -> None:
+        """workers: processes; 0 loads in this one."""
         self.skipped: dict[int, str] = {}
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
         self._device = device
@@ -76,15 +82,3 @@ class EvalBatches:
             if pixels is not None:
                 images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
                 yield images, None if self._labels is None else self._labels[index], index
-
-
-def eval_batches(
-    source: Source, size: int, batch_size: int, workers: int, device: torch.device | str = "cpu"
-) -> EvalBatches:
-    """Every good image of `source` once, in order, as `center_view` cuts it.
-
-    Yields (images, labels, index): images (B, 3, size, size) uint8, RGB, channels-last, on `device`; labels (B,)
-    int64 or None, index (B,) int64, both on the CPU. Bad files are left out (a batch may be smaller) and
-    recorded in the result's `.skipped`. workers: processes; 0 loads in this one.
-    """
-    return EvalBatches(source, size, batch_size, workers, torch.device(device))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.interface import Loader, Shard, Source
+
+if TYPE_CHECKING:
+    from mocofast.data.evaluation import EvalBatches
 
 INSTALL = "pip install 'mocofast[cuda13]'"  # CUDA 13's DALI also runs where there is no GPU
 
@@ -38,6 +42,18 @@ def build_loader(
         loader = TorchvisionLoader(source, augments, shard, seed, device, workers)
     loader.reason = reason
     return loader
+
+
+def eval_batches(
+    source: Source, size: int, batch_size: int, workers: int, device: torch.device | str = "cpu"
+) -> EvalBatches:
+    """Every good image of `source` once, in order, resized and cropped at its centre to `size`.
+
+    See EvalBatches for what it yields. workers: as data.workers, -1 for the cores there are.
+    """
+    from mocofast.data.evaluation import EvalBatches
+
+    return EvalBatches(source, size, batch_size, count_workers(workers), torch.device(device))
 
 
 def choose_loader(source: Source, asked: str) -> tuple[str, str]:
