@@ -1,0 +1,267 @@
+"""Two real gloo processes run everything once; the tests look at what each of them found."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mocofast import MoCo, distributed
+from mocofast.encoders import TinyResNet
+from mocofast.moco import MoCoOutput
+
+WORLD = 2
+PER_RANK = 5  # odd, so that a rank cannot receive equally many images from both
+STEPS = 5  # 50 keys into 23 rows: two wrap-arounds, in the middle of a batch
+
+
+def small_moco(base: type[nn.Module], **options: Any) -> MoCo:
+    return MoCo(base, **{"dim": 13, "queue_size": 23, "momentum": 0.9, "temperature": 0.1, **options})
+
+
+def own_part(batches: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
+    return [tuple(im.chunk(WORLD)[rank] for im in pair) for pair in batches]  # type: ignore[misc]
+
+
+def three_trajectories(rank: int, base: type[nn.Module], **options: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = small_moco(base, **options)
+    eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
+    if rank:  # whatever DDP or the first step is to take from rank 0 differs here
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.add_(1)
+    batches = own_part(random_batches(STEPS, WORLD * PER_RANK), rank)
+    found = {}
+    for name, each in (("ours", model), ("eager", eager), ("exact", exact)):
+        torch.manual_seed(7 + rank)  # ranks' default generators differ: rank 0's decides
+        found[name] = sgd_trajectory(each, batches)
+    return {
+        **found,
+        "pointer": (model.queue_ptr.clone(), exact.pointer),
+        "buffers": (dict(model.encoder_q.named_buffers()), dict(eager.encoder_q.named_buffers())),
+    }
+
+
+@contextmanager
+def counted(function: str, record: Callable[..., Any]) -> Iterator[list[Any]]:
+    """What `record` returns for each call of the collective `torch.distributed.<function>`."""
+    calls: list[Any] = []
+    original = getattr(dist, function)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(record(*args, **kwargs))
+        return original(*args, **kwargs)
+
+    setattr(dist, function, wrapper)
+    try:
+        yield calls
+    finally:
+        setattr(dist, function, original)
+
+
+def shuffles(rank: int) -> dict[str, Any]:
+    """Batches through BatchShuffle, beside the whole batch indexed by rank 0's default permutations."""
+    results = []
+    shuffle = distributed.BatchShuffle()
+    generator = torch.Generator().manual_seed(7)
+    torch.manual_seed(7 + rank)
+    kinds = (torch.uint8, torch.bfloat16, torch.float32)
+    for dtype, channels_last in [(dtype, flag) for dtype in kinds for flag in (True, False)]:
+        whole = torch.arange(WORLD * PER_RANK * 3 * 2 * 4).view(-1, 3, 2, 4).to(dtype)
+        mine = whole.chunk(WORLD)[rank]
+        if channels_last:
+            mine = mine.contiguous(memory_format=torch.channels_last)
+        with counted("all_to_all_single", lambda out, inp, outs, ins: (out.dtype, outs, ins)) as sent:
+            got, restore = shuffle(mine)
+        permutation = torch.randperm(len(whole), generator=generator)
+        back = distributed.all_gather(got.contiguous())[restore]
+        results.append(
+            {
+                "got": got,
+                "expected": whole[permutation.view(WORLD, -1)[rank]],
+                "in order": torch.equal(back, whole),
+                "channels last": (got.is_contiguous(memory_format=torch.channels_last), channels_last),
+                "sent": sent,
+            }
+        )
+    state = shuffle.state()
+    first = [shuffle(whole.chunk(WORLD)[rank])[0] for _ in range(3)]
+    # A run that continues in the middle, on rank 1 from a state that only rank 0 really has.
+    shuffle.load_state(state if rank == 0 else None)
+    again = [shuffle(whole.chunk(WORLD)[rank])[0] for _ in range(3)]
+    return {"batches": results, "first": first, "again": again}
+
+
+def broadcasts(rank: int) -> dict[str, list[list[str]]]:
+    """Names of the broadcasts of three steps under DDP's defaults, and those of a model that leaves them all in."""
+    im_q, im_k = own_part(random_batches(1, WORLD * PER_RANK), rank)[0]
+    found = {}
+    for name, model, images in (("plain", TinyResNet(4), (im_q,)), ("moco", small_moco(TinyResNet), (im_q, im_k))):
+        wrapped = DistributedDataParallel(model)
+        found[name] = []
+        for _ in range(3):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                out = wrapped(*images)
+                (out.loss if isinstance(out, MoCoOutput) else out.sum()).backward()
+            found[name].append([e.name for e in profile.events() if e.name.startswith("c10d::broadcast")])
+    return found
+
+
+def one_process_against_two(rank: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return sgd_trajectory(small_moco(PlainEncoder), own_part(random_batches(STEPS, 16), rank))
+
+
+def worker(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    joined = distributed.init_from_environment("cpu")
+    found = {
+        "joined": joined,
+        "main": distributed.is_main(),
+        "no BatchNorm": three_trajectories(rank, PlainEncoder),
+        "v1": three_trajectories(rank, TinyResNet),
+        "v2": three_trajectories(rank, TinyResNet, mlp=True, temperature=0.2),
+        "two": one_process_against_two(rank),
+        "shuffles": shuffles(rank),
+        "broadcasts": broadcasts(rank),
+    }
+    # Three steps in eval mode on one rank only: no collective may wait for the other.
+    model = small_moco(TinyResNet).eval()
+    if rank == 0:
+        found["eval"] = [model(*pair).loss.detach() for pair in random_batches(3, 4)]
+    distributed.barrier()
+    distributed.shutdown()
+    found["left"] = distributed.rank_and_world_size()
+    torch.save(found, Path(out) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(out)), nprocs=WORLD)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def test_ranks_join_and_leave_as_torchrun_says(ranks: list[dict[str, Any]]) -> None:
+    assert [r["joined"] for r in ranks] == [(0, 2, 0), (1, 2, 1)]
+    assert [r["main"] for r in ranks] == [True, False]
+    assert [r["left"] for r in ranks] == [(0, 1), (0, 1)]
+    assert len(ranks[0]["eval"]) == 3
+
+
+@pytest.mark.parametrize("case", ["no BatchNorm", "v1", "v2"])
+def test_trajectory_on_two_ranks_is_that_of_eager_moco(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
+        found = rank[case]
+        assert_same_to_rounding(found["ours"], found["eager"], found["exact"])
+        pointer, expected = found["pointer"]
+        assert pointer.tolist() == [expected] == [STEPS * WORLD * PER_RANK % 23]
+    for name, value in ranks[0][case]["ours"].items():
+        if name != "losses":
+            assert torch.equal(value, ranks[1][case]["ours"][name]), name
+    ours, eager = ranks[0][case]["buffers"]
+    for name, value in ours.items():  # running statistics of rank 0, which a checkpoint keeps
+        torch.testing.assert_close(value, eager[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_permutation_matters_where_there_is_batchnorm(ranks: list[dict[str, Any]]) -> None:
+    # Without this, the trajectories above would agree whatever the permutations are.
+    torch.manual_seed(0)
+    model = small_moco(TinyResNet)
+    unshuffled = sgd_trajectory(EagerMoCo(model, torch.float64), random_batches(STEPS, WORLD * PER_RANK))
+    both = (ranks[0]["v1"]["exact"]["losses"] + ranks[1]["v1"]["exact"]["losses"]) / 2
+    assert (unshuffled["losses"] - both).abs().max() > 1e-2
+
+
+def test_two_ranks_of_8_equal_one_of_16_without_batchnorm(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    one = sgd_trajectory(small_moco(PlainEncoder), random_batches(STEPS, 16))
+    for rank in ranks:
+        for name in one.keys() - {"losses"}:
+            torch.testing.assert_close(rank["two"][name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+    mean = (ranks[0]["two"]["losses"] + ranks[1]["two"]["losses"]) / 2
+    torch.testing.assert_close(mean, one["losses"], rtol=1e-5, atol=1e-6)
+
+
+def test_shuffle_gives_every_rank_its_part_of_rank_0s_permutations(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for batch in rank["shuffles"]["batches"]:
+            assert torch.equal(batch["got"], batch["expected"])
+            assert batch["in order"]
+            is_channels_last, expected = batch["channels last"]
+            assert is_channels_last == expected
+
+
+def test_shuffle_sends_each_image_once_in_its_own_type(ranks: list[dict[str, Any]]) -> None:
+    crossed = 0
+    for batches in zip(*(r["shuffles"]["batches"] for r in ranks)):
+        for number, batch in enumerate(batches):
+            ((dtype, received, sent),) = batch["sent"]  # one exchange a step
+            assert dtype == batch["got"].dtype
+            assert sum(sent) == sum(received) == PER_RANK
+            crossed += received[1 - number]
+    steps = len(ranks[0]["shuffles"]["batches"])
+    # (W-1)/W of the images on average, 30 of 60 here; an all-gather would have every image cross, 60 of 60.
+    assert 0 < crossed < 0.8 * steps * WORLD * PER_RANK
+
+
+def test_shuffle_continues_from_its_state(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["shuffles"]
+        assert all(torch.equal(a, b) for a, b in zip(found["first"], found["again"]))
+        assert not torch.equal(found["first"][0], found["first"][1])
+
+
+def test_no_buffer_is_broadcast_again_after_the_first_step(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert all(rank["broadcasts"]["plain"])  # DDP's default, and proof that the profile shows broadcasts
+        first, second, third = rank["broadcasts"]["moco"]
+        assert first
+        # DDP agrees once on the order of its gradient buckets, with two broadcasts in the second step.
+        assert len(second) <= 2
+        assert third == []
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.init_from_environment("cpu") == (0, 1, 0)
+    assert not dist.is_initialized()
+    assert distributed.is_main()
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def test_one_process_shuffles_by_the_default_generators_permutations() -> None:
+    images = torch.arange(7 * 3 * 2 * 2).view(7, 3, 2, 2)
+    shuffle = distributed.BatchShuffle()
+    assert shuffle.state() is None
+    torch.manual_seed(5)
+    expected = [images[torch.randperm(7)] for _ in range(2)]
+    torch.manual_seed(5)
+    for each in expected:
+        shuffled, restore = shuffle(images)
+        assert torch.equal(shuffled, each)
+        assert torch.equal(shuffled[restore], images)
+        torch.rand(3)  # other draws do not disturb it
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without GPUs")
+def test_more_processes_than_gpus_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="needs cuda:0, and there are 0 GPUs"):
+        distributed.init_from_environment("cuda")
