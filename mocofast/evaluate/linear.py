@@ -1,0 +1,237 @@
+"""How good frozen features are under a linear classifier, by two protocols.
+
+``fast`` extracts every feature once (centre crops) and fits a multinomial logistic regression; the strength of its
+L2 penalty is chosen on a tenth of the training features, never on the validation set. Minutes.
+``reference`` is facebookresearch/moco's: random crops and flips anew in each of 100 epochs, SGD with rate 30. Use it
+to compare with published numbers.
+
+Both run in one process on one device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mocofast.config import Config, option
+from mocofast.data.interface import Shard, Source, pixel_statistics
+from mocofast.data.loaders import build_loader, eval_batches
+from mocofast.data.sources import Splits
+from mocofast.evaluate.features import embed, evaluating, extract
+from mocofast.evaluate.knn import label_rank
+from mocofast.settings import ConfigError
+
+log = logging.getLogger("mocofast")
+
+_EXTRACT_BATCH = 256  # images
+_ROWS = 65536  # features whose logits are in memory at a time
+# L2 strengths on standardised features, strongest first: each fit starts from the one before.
+_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+@dataclass
+class LinearConfig:
+    """The linear probe. All options but `protocol` belong to the reference protocol."""
+
+    protocol: str = option(
+        "fast",
+        "fast: logistic regression on features extracted once; reference: facebookresearch/moco's 100 epochs of SGD",
+        ("fast", "reference"),
+    )
+    epochs: int = option(100, "passes over the training images")
+    lr: float = option(30.0, "learning rate of SGD with momentum 0.9 and no weight decay")
+    batch_size: int = option(256, "images per step")
+    milestones: tuple[int, ...] = option((60, 80), "epochs at which the rate falls to a tenth")
+
+
+class LinearResult(NamedTuple):
+    """Shares, 0 to 1."""
+
+    top1: float  # of the validation images
+    top5: float
+    train_top1: float  # of the training images; under `reference`, of the last epoch's random crops
+    l2: float | None  # the strength that `fast` chose; None under `reference`
+
+
+def linear_probe(
+    encoder: nn.Module, splits: Splits, config: Config, options: LinearConfig, device: torch.device
+) -> LinearResult:
+    """Train a linear classifier on `encoder`'s pooled features (before its head) and validate it.
+
+    encoder: on `device`; it comes back with its weights, statistics and modes untouched, which is checked
+    (RuntimeError otherwise). splits: labelled, with a validation part (ConfigError otherwise). config: the run's
+    configuration, of which view size, pixel statistics, flips, loader, workers and seed are used.
+    """
+    if splits.val is None or splits.train.labels is None or splits.val.labels is None:
+        raise ConfigError(
+            "data.path: a linear probe needs labelled images, some of them held out (class folders, and val/ beside "
+            f"train/ or data.holdout above 0); got {splits.note}"
+        )
+    if options.protocol not in ("fast", "reference"):
+        raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
+    with _unchanged(encoder):
+        val = _features(encoder, splits.val, config, device)
+        if options.protocol == "fast":
+            train = _features(encoder, splits.train, config, device)
+            return _fast(*train, *val, len(splits.train.classes), config.train.seed)
+        return _reference(encoder, splits, *val, config, options, device)
+
+
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    l2: float,
+    start: tuple[Tensor, Tensor] | None = None,
+    max_iterations: int = 200,
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression: minimise mean cross-entropy + l2/2 |weight|^2 (bias free) by L-BFGS.
+
+    features (N, D) float32, labels (N,) int64 below num_classes. start: (weight, bias) to begin from, else zeros.
+    Returns weight (num_classes, D) and bias (num_classes,). Equals scikit-learn's with C = 1 / (N l2).
+    Logits are computed in blocks of rows, and on any device, hence not scikit-learn itself.
+    """
+    if start is None:
+        start = features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
+    weight, bias = (tensor.clone() for tensor in start)
+    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-6, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def objective() -> float:
+        assert weight.grad is not None
+        assert bias.grad is not None
+        weight.grad.copy_(l2 * weight)
+        bias.grad.zero_()
+        loss = 0.5 * l2 * weight.double().square().sum()
+        for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):
+            log_share = F.log_softmax(x @ weight.T + bias, dim=1)
+            loss += F.nll_loss(log_share, y, reduction="sum") / len(features)
+            error = log_share.exp_()  # d loss / d logits = (softmax - one-hot) / N
+            error[torch.arange(len(y), device=y.device), y] -= 1
+            error /= len(features)
+            weight.grad.addmm_(error.T, x)
+            bias.grad += error.sum(0)
+        return loss.item()
+
+    solver.step(objective)
+    return weight, bias
+
+
+def _fast(
+    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, classes: int, seed: int
+) -> LinearResult:
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
+    features, labels = features[order], labels[order]
+    # Standardised, so that one range of strengths suits every encoder. A dimension that hardly varies (a dead
+    # unit) must not be blown up to unit variance.
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    std = std.clamp_min(1e-3 * std.mean().clamp_min(1e-12))
+    features.sub_(mean).div_(std)
+    val_features = (val_features - mean) / std
+
+    held = max(1, len(features) // 10)
+    best, chosen = -1.0, _STRENGTHS[0]
+    solution = None
+    for l2 in _STRENGTHS:
+        solution = fit_logistic(features[held:], labels[held:], classes, l2, solution)
+        accuracy = _accuracy(features[:held], labels[:held], *solution)[0]
+        log.info("linear: l2 %.0e gives %.2f %% on the held-out tenth of the training images", l2, 100 * accuracy)
+        if accuracy > best:
+            best, chosen = accuracy, l2
+    solution = fit_logistic(features, labels, classes, chosen)
+    top1, top5 = _accuracy(val_features, val_labels, *solution)
+    return LinearResult(top1, top5, _accuracy(features, labels, *solution)[0], chosen)
+
+
+def _reference(
+    encoder: nn.Module,
+    splits: Splits,
+    val_features: Tensor,
+    val_labels: Tensor,
+    config: Config,
+    options: LinearConfig,
+    device: torch.device,
+) -> LinearResult:
+    # Its RandomResizedCrop covers 8 % to 100 %, and nothing else is random but the flip, which stays the run's
+    # own: 0.5 unless the images (digits, say) do not bear it.
+    still = (0.0, 0.0, 0.0, 0.0)
+    view = replace(config.augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0)
+    data = replace(config.data, batch_size=options.batch_size)
+    shard = Shard(options.batch_size, drop_last=False)
+    seed = config.train.seed
+    loader = build_loader(splits.train, data, (view,), shard, seed, device)
+    mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
+
+    head = nn.Linear(val_features.shape[1], len(splits.train.classes), device=device)
+    with torch.no_grad():
+        initial = torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+        head.weight.copy_(initial)
+        head.bias.zero_()
+    optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.milestones), gamma=0.1)
+    train_top1 = 0.0
+    try:
+        with evaluating(encoder):
+            for epoch in range(options.epochs):
+                seen, hits, loss_sum = 0, torch.zeros((), device=device), torch.zeros((), device=device)
+                for batch in loader.epoch(epoch):
+                    assert batch.labels is not None
+                    labels = batch.labels.to(device)
+                    with torch.no_grad():
+                        features = embed(encoder, batch.views[0].to(device), mean, std, "backbone")
+                    with torch.autocast(device.type, enabled=False):
+                        logits = head(features)
+                        loss = F.cross_entropy(logits, labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    seen += len(labels)
+                    hits += (logits.argmax(1) == labels).sum()
+                    loss_sum += loss.detach() * len(labels)
+                schedule.step()
+                train_top1 = hits.item() / seen
+                top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
+                log.info(
+                    "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation acc@1 %.2f %%",
+                    *(epoch + 1, options.epochs, loss_sum.item() / seen, 100 * train_top1, 100 * top1),
+                )
+    finally:
+        loader.close()
+    return LinearResult(*_accuracy(val_features, val_labels, head.weight, head.bias), train_top1, None)
+
+
+def _features(encoder: nn.Module, source: Source, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    batches = eval_batches(source, config.augment.size, _EXTRACT_BATCH, config.data.workers, device)
+    features, labels = extract(encoder, batches, device, "backbone", *pixel_statistics(config.augment))
+    return features.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+    """Shares of rows whose label scores highest, and among the five highest."""
+    hits = torch.zeros(2, dtype=torch.int64, device=features.device)
+    for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):
+        rank = label_rank(x @ weight.T + bias, y)
+        hits += torch.stack([(rank < top).sum() for top in (1, 5)])
+    top1, top5 = (hits.double() / len(features)).tolist()
+    return top1, top5
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """The reference's sanity check: whatever happens inside must leave every weight and statistic as it was."""
+    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    yield
+    for name, tensor in module.state_dict().items():
+        if not torch.equal(tensor, before[name]):
+            raise RuntimeError(f"{name} of the frozen encoder changed during the linear probe")

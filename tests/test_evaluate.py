@@ -1,0 +1,400 @@
+"""evaluate/: kNN and linear probes against brute force and scikit-learn; encoders come back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from mocofast import encoders
+from mocofast.config import Config
+from mocofast.data.interface import Shard, pixel_statistics
+from mocofast.data.loaders import build_loader
+from mocofast.data.sources import ArraySource, Splits
+from mocofast.evaluate import knn, linear
+from mocofast.evaluate.features import embed, evaluating, extract
+from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_rank
+from mocofast.evaluate.linear import LinearConfig, fit_logistic, linear_probe
+from mocofast.settings import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def clusters(
+    samples: int, classes: int, dim: int, seed: int, noise: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overlapping Gaussian classes: train features and labels, validation features and labels (a third as many)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=generator)
+    parts: list[Tensor] = []
+    for count in (samples, max(1, samples // 3)):
+        labels = (torch.arange(count) % classes)[torch.randperm(count, generator=generator)]
+        parts += [centres[labels] + noise * torch.randn(count, dim, generator=generator), labels]
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+def brute_force_knn(
+    train: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    val: NDArray[np.float64],
+    own: NDArray[np.int64],
+    k: int,
+    temperature: float,
+) -> tuple[float, float]:
+    """Loops in float64, written from Wu et al. (2018): top-1 and top-5; classes without a vote are no prediction."""
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    val = val / np.linalg.norm(val, axis=1, keepdims=True)
+    hits = [0, 0]
+    for row, label in zip(val, own):
+        similarity = train @ row
+        votes: dict[int, float] = {}
+        for neighbour in np.argsort(-similarity)[:k]:
+            c = int(labels[neighbour])
+            votes[c] = votes.get(c, 0.0) + float(np.exp((similarity[neighbour] - similarity.max()) / temperature))
+        ranking = sorted(votes, key=lambda c: -votes[c])
+        hits = [hit + (label in ranking[:top]) for hit, top in zip(hits, (1, 5))]
+    return hits[0] / len(val), hits[1] / len(val)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    samples=st.integers(1, 90),
+    classes=st.integers(1, 13),  # fewer and more than the five of top-5
+    dim=st.integers(2, 20),
+    k=st.integers(1, 120),  # also beyond the bank
+    temperature=st.floats(0.005, 1.0),
+    seed=st.integers(0, 10**6),
+)
+def test_knn_equals_brute_force_in_float64(
+    samples: int, classes: int, dim: int, k: int, temperature: float, seed: int
+) -> None:
+    train, labels, val, own = clusters(samples, classes, dim, seed)
+    top1, top5 = knn_accuracy(train, labels, val, own, k, temperature, num_classes=classes + 1)
+    arrays = (train.double().numpy(), labels.numpy(), val.double().numpy(), own.numpy())
+    expected = brute_force_knn(*arrays, k, temperature)
+    # Float32 similarities may swap two neighbours or classes that are equal to 1e-7: one sample at most.
+    assert abs(top1 - expected[0]) <= 1.001 / len(val)
+    assert abs(top5 - expected[1]) <= 1.001 / len(val)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.07), (200, 0.1)])
+def test_knn_equals_scikit_learns_weighted_classifier(k: int, temperature: float) -> None:
+    train, labels, val, own = clusters(1501, 11, 16, seed=3)
+    classifier = KNeighborsClassifier(
+        n_neighbors=k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    classifier.fit(train.double().numpy(), labels.numpy())
+    share = classifier.predict_proba(val.double().numpy())
+    expected_top1 = float((share.argmax(1) == own.numpy()).mean())
+    ranked = np.argsort(-share, axis=1)[:, :5]
+    voted = np.take_along_axis(share, own.numpy()[:, None], 1)[:, 0] > 0
+    expected_top5 = float(((ranked == own.numpy()[:, None]).any(1) & voted).mean())
+    top1, top5 = knn_accuracy(train, labels, val, own, k, temperature)
+    assert (top1, top5) == pytest.approx((expected_top1, expected_top5), abs=1.001 / len(val))
+    assert 0.5 < top1 < 0.99  # the task is neither trivial nor hopeless
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, val, own = clusters(331, 7, 8, seed=5)  # a prime: the last tile is short both ways
+    whole = knn_accuracy(train, labels, val, own, 20)
+    nearest = knn._nearest(val, train, 20)
+    monkeypatch.setattr(knn, "_ROWS", 17)
+    monkeypatch.setattr(knn, "_COLUMNS", 13)  # smaller than k
+    assert knn_accuracy(train, labels, val, own, 20) == whole
+    tiled = knn._nearest(val, train, 20)
+    assert torch.equal(tiled[1], nearest[1])
+
+
+def test_knn_votes_by_similarity_not_by_number() -> None:
+    # One very close neighbour of class 0, two distant ones of class 1: at a low temperature the close one wins.
+    train = torch.tensor([[1.0, 0.05], [0.2, 1.0], [0.2, 1.0]])
+    labels, val, own = torch.tensor([0, 1, 1]), torch.tensor([[10.0, 0.0]]), torch.tensor([0])
+    assert knn_accuracy(train, labels, val, own, k=3, temperature=0.1).top1 == 1.0
+    assert knn_accuracy(train, labels, val, own, k=3, temperature=100.0).top1 == 0.0
+
+
+def test_broken_features_never_look_good() -> None:
+    labels = torch.arange(200) % 10
+    for broken in (torch.zeros(200, 4), torch.full((200, 4), torch.nan)):
+        result = knn_accuracy(broken, labels, broken, labels, 50)
+        assert result.top1 <= 0.1
+        assert result.top5 <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k must be at least 1 neighbour: got 0"),
+        ({"temperature": 0.0}, "temperature must be > 0: got 0.0"),
+        ({"num_classes": 3}, "num_classes must exceed every label: got 3, and the labels reach 4"),
+        ({"val_features": torch.ones(4, 2)}, "must have the same dimension: got 3 and 2"),
+        ({"val_features": torch.ones(0, 3), "val_labels": torch.ones(0).long()}, "val_features must be .* not empty"),
+        ({"train_labels": torch.zeros(4).long()}, r"train_labels must hold one label for each of the 5 rows"),
+        ({"train_labels": torch.zeros(5)}, "train_labels must be int64: got torch.float32"),
+        ({"val_labels": torch.tensor([0, 1, -1, 0])}, "val_labels must not be negative: got -1"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_the_argument(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "train_features": torch.ones(5, 3),
+        "train_labels": torch.arange(5),
+        "val_features": torch.ones(4, 3),
+        "val_labels": torch.arange(4),
+    }
+    with pytest.raises(ValueError, match=message):
+        knn_accuracy(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+def test_few_shots_equal_one_nearest_neighbour_on_each_draw() -> None:
+    train, labels, val, own = clusters(211, 5, 6, seed=7)
+    result = few_shot_accuracy(train, labels, val, own, shots=3, repeats=4, seed=9)
+    generator = torch.Generator().manual_seed(9)
+    shares = []
+    for _ in range(4):
+        drawn = []
+        for c in range(5):
+            members = np.flatnonzero(labels.numpy() == c)
+            drawn += list(members[torch.randperm(len(members), generator=generator)[:3].numpy()])
+        classifier = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(train[drawn].numpy(), labels[drawn])
+        shares.append(classifier.score(val.numpy(), own.numpy()))
+    assert result == pytest.approx((np.mean(shares), np.std(shares, ddof=1)), abs=1e-6)
+    assert result.std > 0
+
+
+def test_all_labels_make_few_shots_plain_nearest_neighbours() -> None:
+    train, labels, val, own = clusters(60, 6, 4, seed=11)
+    result = few_shot_accuracy(train, labels, val, own, shots=10, repeats=3)
+    expected = knn_accuracy(train, labels, val, own, k=1).top1
+    assert result == pytest.approx((expected, 0), abs=1e-9)  # every draw is the whole bank
+    assert expected > 1 / 6
+
+
+def test_too_few_examples_of_a_class_are_named() -> None:
+    train, val = torch.randn(9, 3), torch.randn(2, 3)
+    labels = torch.tensor([0, 0, 0, 0, 2, 2, 7, 7, 7])
+    with pytest.raises(ValueError, match="got 3, and class 2 has 2"):
+        few_shot_accuracy(train, labels, val, torch.tensor([0, 2]), shots=3)
+    with pytest.raises(ValueError, match="shots must be at least 1: got 0"):
+        few_shot_accuracy(train, labels, val, torch.tensor([0, 2]), shots=0)
+
+
+def test_equal_scores_rank_the_lower_class_first_and_nan_last() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [torch.nan] * 3, [0.0, 0.0, 0.0]])
+    ranks = label_rank(scores, torch.tensor([1, 2, 0, 2]))
+    assert ranks.tolist() == [0, 1, torch.iinfo(torch.int64).max, 2]
+
+
+def images_of(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pictures whose class is how bright they are, under noise: (N, 3, 8, 8) uint8 and labels of 4 classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, samples)
+    pixels = np.clip(60 * labels[:, None, None, None] + rng.normal(30, 20, (samples, 3, 8, 8)), 0, 255)
+    return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels)
+
+
+def batches_of(images: Tensor, labels: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    for rows in torch.arange(len(images)).split(size):
+        yield images[rows], None if labels is None else labels[rows], rows
+
+
+def tiny_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return encoders.build_encoder("resnet_tiny")(num_classes=5)
+
+
+MEAN, STD = torch.tensor([120.0, 110.0, 100.0]), torch.tensor([60.0, 50.0, 40.0])
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("backbone", 64), ("output", 5)])
+def test_features_equal_a_plain_forward_in_eval_mode(kind: str, dim: int) -> None:
+    encoder = tiny_encoder()
+    images, labels = images_of(23)  # batches of 10, 10 and 3
+    features, found = extract(encoder, batches_of(images, labels, 10), CPU, kind, MEAN, STD)
+    head = encoder.fc
+    encoder.eval()
+    if kind == "backbone":
+        encoder.fc = nn.Identity()
+    with torch.no_grad():
+        expected = encoder((images.float() - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
+    encoder.fc = head
+    assert features.shape == (23, dim)
+    assert features.dtype == torch.float32
+    # Batches of another size may sum convolutions in another order: some float32 roundings through 7 layers.
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, labels)
+    assert not features.requires_grad
+
+
+def test_every_submodule_gets_its_own_mode_back_even_after_an_error() -> None:
+    encoder = tiny_encoder().train()
+    encoder.get_submodule("layer1").eval()  # a partly frozen encoder
+    modes = [part.training for part in encoder.modules()]
+    statistics = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images, labels = images_of(6)
+    extract(encoder, batches_of(images, labels, 4), CPU, "backbone", MEAN, STD)
+    assert [part.training for part in encoder.modules()] == modes
+    with evaluating(encoder):
+        assert not any(part.training for part in encoder.modules())
+    with pytest.raises(ValueError, match="labels"):
+        extract(encoder, batches_of(images, None, 4), CPU, "backbone", MEAN, STD)
+    assert [part.training for part in encoder.modules()] == modes
+    assert all(torch.equal(value, statistics[name]) for name, value in encoder.state_dict().items())
+
+
+def test_extraction_errors_name_the_argument() -> None:
+    encoder = tiny_encoder()
+    images, labels = images_of(4)
+    with pytest.raises(ValueError, match="kind must be 'backbone' or 'output': got 'head'"):
+        extract(encoder, batches_of(images, labels, 4), CPU, "head", MEAN, STD)
+    with pytest.raises(ValueError, match="batches must carry labels"):
+        extract(encoder, batches_of(images, None, 4), CPU, "output", MEAN, STD)
+    with pytest.raises(ValueError, match="at least one batch"):
+        extract(encoder, [], CPU, "output", MEAN, STD)
+
+
+@pytest.mark.parametrize("l2", [1e-1, 1e-3])
+def test_logistic_regression_equals_scikit_learns(l2: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, val, _ = clusters(301, 5, 9, seed=13)
+    monkeypatch.setattr(linear, "_ROWS", 128)  # several blocks, the last one short
+    weight, bias = fit_logistic(train, labels, 5, l2)
+    theirs = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, max_iter=10000)
+    theirs.fit(train.double().numpy(), labels.numpy())
+    share = (val @ weight.T + bias).softmax(1).numpy()
+    # The optimum is flat to second order: gradients below 1e-6 leave shares within 1e-3 at these strengths.
+    np.testing.assert_allclose(share, theirs.predict_proba(val.double().numpy()), atol=1e-3)
+    np.testing.assert_allclose(weight.numpy(), theirs.coef_, atol=0.01 * np.abs(theirs.coef_).max())
+
+
+def bright_splits(seed: int = 0) -> tuple[Splits, Config]:
+    """Images in memory and a configuration of small views, one process."""
+    parts = []
+    for samples in (160, 60):
+        images, labels = images_of(samples, seed + samples)
+        classes = ("dark", "dim", "light", "bright")
+        parts.append(ArraySource(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), classes))
+    config = Config()
+    config.augment.size = 8
+    config.data.source, config.data.workers = "digits", 0
+    return Splits(parts[0], parts[1], "made for a test"), config
+
+
+def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(caplog: pytest.LogCaptureFixture) -> None:
+    splits, config = bright_splits()
+    encoder = tiny_encoder().train()
+    with caplog.at_level("INFO", "mocofast"):
+        result = linear_probe(encoder, splits, config, LinearConfig(), CPU)
+    assert result.top1 > 0.9
+    assert result.top5 == 1.0  # of four classes
+    assert result.l2 in linear._STRENGTHS
+    assert len(caplog.messages) == len(linear._STRENGTHS)
+    assert encoder.training
+    assert linear_probe(encoder, splits, config, LinearConfig(), CPU) == result  # reproducible
+
+
+def test_the_validation_images_have_no_part_in_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits, config = bright_splits()
+    assert isinstance(splits.val, ArraySource)
+    assert splits.val.labels is not None
+    wrong = ArraySource(splits.val.images, np.asarray(3 - splits.val.labels), splits.val.classes)
+    right = linear_probe(tiny_encoder(), splits, config, LinearConfig(), CPU)
+    fooled = linear_probe(tiny_encoder(), splits._replace(val=wrong), config, LinearConfig(), CPU)
+    assert (fooled.l2, fooled.train_top1) == (right.l2, right.train_top1)
+    assert fooled.top1 < 0.1
+
+
+def test_the_reference_protocol_follows_sgd_with_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against an independent loop over the same batches, in float64."""
+    splits, config = bright_splits()
+    options = LinearConfig(protocol="reference", epochs=4, lr=0.5, batch_size=48, milestones=(2, 3))
+    encoder = tiny_encoder().train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    heads: list[tuple[Tensor, Tensor]] = []
+    accuracy = linear._accuracy
+
+    def recorded(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+        heads.append((weight.detach().clone(), bias.detach().clone()))
+        return accuracy(features, labels, weight, bias)
+
+    monkeypatch.setattr(linear, "_accuracy", recorded)
+    result = linear_probe(encoder, splits, config, options, CPU)
+
+    encoder.eval()
+    view = replace(config.augment, crop_scale=(0.08, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
+    loader = build_loader(splits.train, config.data, (view,), Shard(48, drop_last=False), 0, CPU)
+    mean, std = pixel_statistics(config.augment)
+    weight = torch.empty(4, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)).double()
+    bias = torch.zeros(4, dtype=torch.float64)
+    momentum_w, momentum_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    for epoch, rate in enumerate([0.5, 0.5, 0.05, 0.005]):
+        sizes, hits = [], 0
+        for batch in loader.epoch(epoch):
+            assert batch.labels is not None
+            with torch.no_grad():
+                x = embed(encoder, batch.views[0], mean, std, "backbone").double()
+            error = (x @ weight.T + bias).softmax(1)
+            hits += int((error.argmax(1) == batch.labels).sum())
+            error[torch.arange(len(x)), batch.labels] -= 1
+            error /= len(x)
+            momentum_w = 0.9 * momentum_w + error.T @ x
+            momentum_b = 0.9 * momentum_b + error.sum(0)
+            weight, bias = weight - rate * momentum_w, bias - rate * momentum_b
+            sizes.append(len(x))
+        # Float32 against float64 over at most 16 steps.
+        torch.testing.assert_close(heads[epoch][0].double(), weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(heads[epoch][1].double(), bias, rtol=1e-4, atol=1e-5)
+        assert sizes == [48, 48, 48, 16]  # the last, smaller batch is not dropped
+    loader.close()
+    assert isinstance(splits.val, ArraySource)
+    assert splits.val.labels is not None
+    pixels = torch.from_numpy(splits.val.images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        scores = embed(encoder, pixels, mean, std, "backbone").double() @ weight.T + bias
+    top1 = float((scores.argmax(1).numpy() == splits.val.labels).mean())
+    # One sample may lie on the border to float32 rounding.
+    assert result.top1 == pytest.approx(top1, abs=1.001 / 60)
+    assert result.train_top1 == pytest.approx(hits / 160, abs=1.001 / 160)
+    assert result.top5 == 1.0
+    assert result.l2 is None
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_diverged_probe_is_wrong_and_not_right() -> None:
+    splits, config = bright_splits()
+    options = LinearConfig(protocol="reference", epochs=2, lr=1e38, batch_size=160)
+    assert linear_probe(tiny_encoder(), splits, config, options, CPU).top1 <= 0.5
+
+
+def test_an_encoder_that_changes_is_noticed() -> None:
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_encoder()
+            self.fc = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner.fc.bias.data += 1  # type: ignore[union-attr, operator]
+            return self.fc(self.inner(x))
+
+    splits, config = bright_splits()
+    with pytest.raises(RuntimeError, match=r"inner.fc.bias of the frozen encoder changed"):
+        linear_probe(Restless(), splits, config, LinearConfig(), CPU)
+
+
+def test_a_probe_without_labels_or_held_out_images_says_what_is_needed() -> None:
+    splits, config = bright_splits()
+    with pytest.raises(ConfigError, match=r"needs labelled images, some of them held out .* got made for a test"):
+        linear_probe(tiny_encoder(), splits._replace(val=None), config, LinearConfig(), CPU)
+    with pytest.raises(ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"):
+        linear_probe(tiny_encoder(), splits, config, LinearConfig(protocol="quick"), CPU)
