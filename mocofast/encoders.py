@@ -182,21 +182,29 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.BatchNorm2d:
-                continue
-            if not child.affine or not child.track_running_stats or child.momentum is None:
-                raise ValueError(
-                    f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {child}"
-                )
-            split = SplitBatchNorm2d(child.num_features, num_splits, child.eps, child.momentum)
-            split.train(child.training)
-            split.weight, split.bias = child.weight, child.bias
-            split.running_mean, split.running_var = child.running_mean, child.running_var
-            split.num_batches_tracked = child.num_batches_tracked
-            setattr(parent, name, split)
+    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place.
+
+    ValueError, before anything is changed, for one without weights, running statistics or a fixed momentum.
+    """
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.BatchNorm2d
+    ]
+    for _, _, child in found:
+        if not child.affine or not child.track_running_stats or child.momentum is None:
+            raise ValueError(
+                f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {child}"
+            )
+    for parent, name, child in found:
+        assert child.momentum is not None
+        split = SplitBatchNorm2d(child.num_features, num_splits, child.eps, child.momentum)
+        split.train(child.training)
+        split.weight, split.bias = child.weight, child.bias
+        split.running_mean, split.running_var = child.running_mean, child.running_var
+        split.num_batches_tracked = child.num_batches_tracked
+        setattr(parent, name, split)
 
 
 def _fold(x: Tensor, splits: int) -> Tensor:
@@ -218,4 +226,5 @@ def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return folded.reshape(n, c, h, w)
     parts = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
-    return parts.permute(0, 3, 1, 2, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    # With one sample a part, reshape alone would return a view of the folded memory.
+    return parts.permute(0, 3, 1, 2, 4).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from eager_moco import LoopedSplitBatchNorm
+from torch import Tensor, nn
+
+from mocofast import MoCo
+from mocofast.encoders import (
+    SplitBatchNorm2d,
+    TinyResNet,
+    add_mlp_head,
+    build_encoder,
+    features,
+    head_name,
+    prepare_images,
+    split_batch_norm,
+)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("arch", "side", "width"),
+    [("resnet18", 32, 512), ("resnet18_cifar", 16, 512), ("resnet_tiny", 8, 64), ("vit_b_32", 224, 768)],
+)
+def test_every_family_gives_embeddings_and_pooled_features(arch: str, side: int, width: int) -> None:
+    encoder = build_encoder(arch)(num_classes=11).eval()
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        assert encoder(images).shape == (2, 11)
+        pooled = features(encoder, images)
+        assert pooled.shape == (2, width)
+        head = encoder.get_submodule(head_name(encoder))
+        torch.testing.assert_close(head(pooled), encoder(images))
+
+
+def test_cifar_stem_keeps_the_resolution() -> None:
+    encoder = build_encoder("resnet18_cifar")(num_classes=3)
+    sizes: list[torch.Size] = []
+    encoder.layer1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert sizes == [(2, 64, 32, 32)]
+
+
+def test_torchvision_encoder_keeps_torchvisions_names() -> None:
+    from torchvision.models import resnet50
+
+    assert list(build_encoder("resnet50")(num_classes=128).state_dict()) == list(resnet50().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arch", "nearest"),
+    [
+        ("resnet51", "resnet50"),
+        ("resnet18_cifr", "resnet18_cifar"),
+        ("tiny", "resnet_tiny"),
+        ("vit_b_17", "vit_b_1[46]"),
+    ],
+)
+def test_unknown_name_is_an_error_that_names_a_near_one(arch: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"model.arch: unknown encoder '{arch}'; .* '{nearest}'"):
+        build_encoder(arch)
+
+
+def test_mlp_head_has_the_references_names_and_keeps_the_last_layer() -> None:
+    encoder = TinyResNet(num_classes=5)
+    last = encoder.fc
+    add_mlp_head(encoder)
+    assert [name for name, _ in encoder.named_parameters() if name.startswith("fc.")] == [
+        "fc.0.weight",
+        "fc.0.bias",
+        "fc.2.weight",
+        "fc.2.bias",
+    ]
+    assert encoder.fc[0].weight.shape == (64, 64)
+    assert encoder.fc[2] is last
+    assert features(encoder.eval(), torch.randn(3, 3, 8, 8)).shape == (3, 64)
+
+
+def test_mlp_head_of_a_vit_goes_into_its_heads() -> None:
+    encoder = build_encoder("vit_b_32")(num_classes=5)
+    add_mlp_head(encoder)
+    assert [
+        tuple(p.shape) for n, p in encoder.named_parameters() if n.startswith("heads.head.") and p.dim() == 2
+    ] == [
+        (768, 768),
+        (5, 768),
+    ]
+
+
+def test_encoder_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="ending in fc, head, heads; Sequential has none"):
+        MoCo(lambda num_classes: nn.Sequential(nn.Linear(4, num_classes)))
+    encoder = TinyResNet(3)
+    encoder.fc = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"expected a linear layer in the encoder's \.fc"):
+        add_mlp_head(encoder)
+
+
+def test_features_leaves_no_hook_behind_even_after_an_error() -> None:
+    encoder = TinyResNet(3)
+    with pytest.raises(RuntimeError):
+        features(encoder, torch.randn(2, 4, 8, 8))
+    assert not encoder.fc._forward_pre_hooks
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+# 13 channels and 3 x 5 pixels: odd; one sample per part; one part.
+@pytest.mark.parametrize(("size", "splits"), [(12, 4), (6, 6), (5, 1)])
+def test_split_batchnorm_is_one_batchnorm_per_part(
+    size: int, splits: int, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    split = SplitBatchNorm2d(13, splits).double()
+    nn.init.normal_(split.weight)
+    nn.init.normal_(split.bias)
+    looped = LoopedSplitBatchNorm(split).double()
+    for _ in range(2):  # twice, so that running statistics start from something
+        x = torch.randn(size, 13, 3, 5, dtype=torch.float64) * 3 + 2
+        ours = x.clone(memory_format=memory_format).requires_grad_()
+        theirs = x.clone().requires_grad_()
+        grad = torch.randn_like(x)
+        y, expected = split(ours), looped(theirs)
+        y.backward(grad.contiguous(memory_format=memory_format))
+        expected.backward(grad)
+        assert y.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert ours.grad.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(split.weight.grad, looped.whole.weight.grad)
+    torch.testing.assert_close(split.bias.grad, looped.whole.bias.grad)
+    torch.testing.assert_close(split.running_mean, looped.whole.running_mean)
+    torch.testing.assert_close(split.running_var, looped.whole.running_var)
+    assert split.num_batches_tracked == 2
+    torch.testing.assert_close(split.eval()(x), looped.eval()(x))
+
+
+def test_split_batchnorm_refuses_a_batch_it_cannot_split_but_only_in_training() -> None:
+    split = SplitBatchNorm2d(3, 4)
+    x = torch.randn(6, 3, 2, 2)
+    before = {name: value.clone() for name, value in split.state_dict().items()}
+    with pytest.raises(ValueError, match="got 6 images and 4 splits"):
+        split(x)
+    assert all(torch.equal(value, before[name]) for name, value in split.state_dict().items())
+    assert split.eval()(x).shape == x.shape
+
+
+def test_conversion_keeps_names_weights_statistics_and_modes() -> None:
+    encoder = TinyResNet(3)
+    encoder(torch.randn(4, 3, 8, 8))
+    encoder.layer1.bn1.eval()
+    names, parameters = list(encoder.state_dict()), list(encoder.parameters())
+    images = torch.randn(4, 3, 8, 8)
+    modes = [m.training for m in encoder.modules()]
+    split_batch_norm(encoder, 2)
+    assert [m.training for m in encoder.modules()] == modes
+    assert list(encoder.state_dict()) == names
+    assert all(a is b for a, b in zip(encoder.parameters(), parameters))
+    assert not any(type(m) is nn.BatchNorm2d for m in encoder.modules())
+    encoder.eval()
+    expected = TinyResNet(3).eval()
+    expected.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(encoder(images), expected(images))
+
+
+def test_conversion_refuses_layers_without_running_statistics() -> None:
+    layers = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="track_running_stats=False"):
+        split_batch_norm(layers, 2)
+    assert type(layers[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pixels_are_normalised_in_float32_and_channels_last(autocast: bool) -> None:
+    pixels = torch.randint(0, 256, (5, 3, 7, 7), dtype=torch.uint8)
+    mean, std = torch.tensor([124.0, 116.5, 103.5]), torch.tensor([58.4, 57.1, 57.4])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        images = prepare_images(channels_last(pixels), mean, std)
+    expected = (pixels.double() - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
+    assert images.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    # bfloat16 keeps 8 significant bits and is rounded to once, at the end: 2^-8 at most; float32: two roundings.
+    torch.testing.assert_close(images.double(), expected, rtol=1.001 * 2**-8 if autocast else 2**-22, atol=1e-7)
+
+
+def test_importing_encoders_does_not_import_torchvision() -> None:
+    code = "import sys, mocofast.encoders; assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
