@@ -1,0 +1,168 @@
+"""The order of samples, the ranks' shares of it, and the random parameters of views."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+
+from mocofast.config import AugmentConfig
+from mocofast.data.interface import Shard, ViewParams, draw_view, epoch_order
+
+V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
+DRAWS = 4000  # two such samples of distributions 5 points of probability apart are told from each other
+LEVEL = 1e-4  # about 80 tests below: one in 125 seeds would fail one of them by chance alone; the seeds are fixed
+
+
+def draws(augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[ViewParams]:
+    return [draw_view(augment, size, seed=3, epoch=2, index=i, view=i % 2) for i in range(count)]
+
+
+def theirs(transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[dict]:
+    image = torch.empty(3, *size, dtype=torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return [transform.make_params([image]) for _ in range(count)]
+
+
+def assert_same_distribution(ours: list[float], reference: list[float]) -> None:
+    assert stats.ks_2samp(ours, reference).pvalue > LEVEL
+
+
+def assert_frequency(hits: int, probability: float, count: int = DRAWS) -> None:
+    assert stats.binomtest(hits, count, probability).pvalue > LEVEL
+
+
+@pytest.mark.parametrize("count", [1, 2, 97, 1000])  # one, smallest that can be shuffled, prime, round
+def test_every_epoch_is_a_permutation(count: int) -> None:
+    for epoch in range(3):
+        assert sorted(epoch_order(count, 7, epoch)) == list(range(count))
+
+
+def test_every_epoch_is_shuffled_anew_the_first_included() -> None:
+    orders = [epoch_order(97, seed, epoch).tolist() for seed in (0, 1) for epoch in range(4)]
+    assert list(range(97)) not in orders
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    first = epoch_order(97, 5, 3)
+    np.random.seed(0)  # noqa: NPY002
+    assert np.array_equal(first, epoch_order(97, 5, 3))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(world_size: int, drop_last: bool) -> None:
+    count, batch = 97, 12  # 97 is prime: the last batch holds 1, less than a rank each for 2 and 3 ranks
+    for count in (97, 97 + 4):  # and 5: an uneven last batch, whose remainder is dropped so that ranks stay equal
+        order = epoch_order(count, 0, 0)
+        whole = Shard(batch, 0, 1, drop_last)
+        ranks = [Shard(batch, rank, world_size, drop_last) for rank in range(world_size)]
+        assert len({shard.steps(count) for shard in ranks}) == 1
+        for step in range(ranks[0].steps(count)):
+            parts = [shard.indices(order, step) for shard in ranks]
+            together = np.concatenate(parts)
+            assert len({len(part) for part in parts}) == 1
+            assert np.array_equal(together, whole.indices(order, step)[: len(together)])
+            assert len(together) > 0
+        full_steps = count // batch
+        assert ranks[0].steps(count) - full_steps == int(not drop_last and count % batch >= world_size)
+
+
+def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size .* got 10 on 3 ranks"):
+        Shard(10, 0, 3)
+    with pytest.raises(ValueError, match=r"got 10, and 9 images"):
+        Shard(10).steps(9)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (375, 500),  # a photo
+        (8, 8),  # a digit: pixels are coarse, rounding matters
+        (60, 400),  # wide: crops often do not fit, and the central fallback is taken
+        (400, 60),
+        (1, 1),
+    ],
+)
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    ours = draws(AugmentConfig(crop_scale=scale), size)
+    reference = theirs(v2.RandomResizedCrop(8, scale=scale), size)
+    for field in ("top", "left", "height", "width"):
+        assert_same_distribution([getattr(p, field) for p in ours], [p[field] for p in reference])
+    assert_same_distribution([p.height / p.width for p in ours], [p["height"] / p["width"] for p in reference])
+    assert_same_distribution([p.height * p.width for p in ours], [p["height"] * p["width"] for p in reference])
+    for p in ours:
+        assert p.height > 0
+        assert p.width > 0
+        assert p.top >= 0
+        assert p.left >= 0
+        assert p.top + p.height <= size[0]
+        assert p.left + p.width <= size[1]
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    strengths = (0.4, 0.3, 1.5, 0.1)  # all different; 1.5 because the factor must not go below 0
+    ours = [p for p in draws(replace(V2, jitter=strengths)) if p.order]
+    reference = theirs(v2.ColorJitter(*strengths))
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        assert_same_distribution([getattr(p, name) for p in ours], [p[f"{name}_factor"] for p in reference])
+    orders = Counter(p.order for p in ours)
+    assert set(orders) == set(permutations(range(4)))
+    assert stats.chisquare(list(orders.values())).pvalue > LEVEL
+
+
+def test_blur_and_rotation_are_distributed_as_torchvisions() -> None:
+    ours = draws(replace(V2, rotate=15.0))
+    blur = theirs(v2.GaussianBlur(23, sigma=(0.1, 2.0)))
+    assert_same_distribution([p.sigma for p in ours if p.sigma], [p["sigma"][0] for p in blur])
+    rotation = theirs(v2.RandomRotation(15.0))
+    assert_same_distribution([p.angle for p in ours], [p["angle"] for p in rotation])
+
+
+def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
+    ours = draws(V2)
+    happens = {
+        "jitter": (0.8, [bool(p.order) for p in ours]),
+        "gray": (0.2, [p.gray for p in ours]),
+        "blur": (0.5, [p.sigma > 0 for p in ours]),
+        "flip": (0.5, [p.flip for p in ours]),
+    }
+    for probability, hits in happens.values():
+        assert_frequency(sum(hits), probability)
+    names = list(happens)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            both = sum(x and y for x, y in zip(happens[a][1], happens[b][1]))
+            assert_frequency(both, happens[a][0] * happens[b][0])
+
+
+def test_what_is_switched_off_never_happens() -> None:
+    still = AugmentConfig(jitter=(0, 0, 0, 0), gray=0, blur=0, flip=0, rotate=0)
+    for p in draws(still, count=200):
+        assert p[4:] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False)
+
+
+def test_views_differ_by_seed_epoch_sample_and_view_and_repeat_otherwise() -> None:
+    def angle(*key: int) -> float:
+        return draw_view(replace(V2, rotate=90.0), (375, 500), *key).angle
+
+    keys = [(s, e, i, v) for s in (0, 1) for e in (0, 1) for i in (0, 1) for v in (0, 1)]
+    assert len({angle(*key) for key in keys}) == len(keys)
+    assert [angle(*key) for key in reversed(keys)] == [angle(*key) for key in keys][::-1]
+
+
+def test_the_two_views_of_a_sample_are_independent() -> None:
+    pairs = [[draw_view(V2, (375, 500), 0, 0, i, view) for view in (0, 1)] for i in range(DRAWS)]
+    left, right = ([pair[view].left / pair[view].width for pair in pairs] for view in (0, 1))
+    assert stats.spearmanr(left, right).pvalue > LEVEL
+    assert_frequency(sum(a.flip == b.flip for a, b in pairs), 0.5)
