@@ -1,0 +1,285 @@
+"""Which images a folder holds, how they are labelled and split, and what identifies a data set."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocofast.config import DataConfig
+from mocofast.data.sources import ArraySource, FolderSource, Splits, find_images, load_splits, stratified_split
+
+
+def put(root: Path, *names: str) -> Path:
+    """A real image of 5 x 3 pixels at each name."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 3), (i % 256, 40, 200)).save(path.with_suffix(".png"))
+        path.with_suffix(".png").rename(path)
+    return root
+
+
+def folder(path: Path, seed: int = 0, **options: object) -> Splits:
+    return load_splits(DataConfig(path=str(path), **options), seed)  # type: ignore[arg-type]
+
+
+def shown(source: object) -> list[tuple[str, str]]:
+    """(name, class) of every image."""
+    assert isinstance(source, FolderSource)
+    assert source.labels is not None
+    return [(source.name(i), source.classes[source.labels[i]]) for i in range(len(source))]
+
+
+def test_images_are_found_recursively_sorted_and_by_extension_in_any_case(tmp_path: Path) -> None:
+    wanted = ["a.JPEG", "b/deep/er/c.Png", "b/d.jp2", "e.tif", "f.webp", "z.ppm", "ü/ß.bmp", "two words.jpg"]
+    put(tmp_path, *wanted, ".hidden.jpg", ".cache/x.jpg", "b/.thumb/y.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "animation.gif").write_bytes(b"GIF89a")  # DALI reads none, so neither loader is offered one
+    (tmp_path / "folder.jpg").mkdir()  # a folder, whatever its name
+    assert find_images(tmp_path) == sorted(wanted)
+
+
+def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "x.jpg", "y.jpg")
+    root = put(tmp_path / "root", "a/b.jpg")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "c.jpg").symlink_to(tmp_path / "elsewhere" / "x.jpg")
+    (root / "a" / "up").symlink_to(root)
+    assert find_images(root) == ["a/b.jpg", "c.jpg", "linked/x.jpg", "linked/y.jpg"]
+
+
+def test_a_folder_without_images_or_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.md").write_text("text")
+    with pytest.raises(ValueError, match=r"no image below .*empty.*\.jpeg"):
+        folder(tmp_path / "empty")
+    put(tmp_path, "one.jpg")
+    with pytest.raises(NotADirectoryError, match=r"one\.jpg"):
+        folder(tmp_path / "one.jpg")
+    with pytest.raises(ValueError, match=r"data\.path must name a folder"):
+        load_splits(DataConfig(path=""))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.jpg", "b.jpg"),  # flat
+        ("all/a.jpg", "all/b.jpg"),  # one subfolder: no classes to tell apart
+        ("cat/a.jpg", "dog/b.jpg", "stray.jpg"),  # an image without a class
+    ],
+)
+def test_images_without_a_class_level_are_unlabelled(tmp_path: Path, names: tuple[str, ...]) -> None:
+    splits = folder(put(tmp_path, *names))
+    assert splits.train.labels is None
+    assert splits.train.classes == ()
+    assert splits.val is None
+    assert "without labels" in splits.note
+    assert [splits.train.name(i) for i in range(len(splits.train))] == sorted(names)
+
+
+def test_the_first_level_of_folders_is_the_class_however_deep_the_images(tmp_path: Path) -> None:
+    splits = folder(put(tmp_path, "dog/x/1.jpg", "dog/2.jpg", "cat/y/z/3.jpg"), holdout=0.0)
+    assert shown(splits.train) == [("cat/y/z/3.jpg", "cat"), ("dog/2.jpg", "dog"), ("dog/x/1.jpg", "dog")]
+    assert splits.train.classes == ("cat", "dog")
+    assert splits.val is None
+    assert splits.train.load(0) == str(tmp_path / "cat/y/z/3.jpg")
+
+
+@pytest.mark.parametrize("val", ["val", "test"])
+def test_train_and_val_folders_are_the_splits(tmp_path: Path, val: str) -> None:
+    # val lacks the class in the middle, so its own numbering would differ from train's.
+    root = put(
+        tmp_path, "train/ant/1.jpg", "train/bee/2.jpg", "train/cat/3.jpg", f"{val}/ant/4.jpg", f"{val}/cat/5.jpg"
+    )
+    splits = folder(root)
+    assert shown(splits.train) == [("train/ant/1.jpg", "ant"), ("train/bee/2.jpg", "bee"), ("train/cat/3.jpg", "cat")]
+    assert shown(splits.val) == [(f"{val}/ant/4.jpg", "ant"), (f"{val}/cat/5.jpg", "cat")]
+    assert splits.val is not None
+    assert splits.val.classes == splits.train.classes
+
+
+def test_val_goes_before_test_and_neither_is_trained_on(tmp_path: Path) -> None:
+    splits = folder(put(tmp_path, *(f"{part}/{kind}/1.jpg" for part in ("train", "val", "test") for kind in "ab")))
+    assert [name for name, _ in shown(splits.val)] == ["val/a/1.jpg", "val/b/1.jpg"]
+    assert [name for name, _ in shown(splits.train)] == ["train/a/1.jpg", "train/b/1.jpg"]
+
+
+def test_a_train_folder_beside_other_classes_is_a_class(tmp_path: Path) -> None:
+    splits = folder(put(tmp_path, "train/1.jpg", "car/2.jpg", "plane/3.jpg"), holdout=0.0)
+    assert splits.train.classes == ("car", "plane", "train")
+
+
+def test_a_val_folder_without_classes_leaves_a_holdout_of_train_and_says_so(tmp_path: Path) -> None:
+    names = [f"train/{kind}/{i}.jpg" for kind in "ab" for i in range(5)]
+    splits = folder(put(tmp_path, *names, "val/1.jpg"), holdout=0.2)
+    assert splits.val is not None
+    assert len(splits.train) == 8
+    assert len(splits.val) == 2
+    assert "val/ has no class folders" in splits.note
+
+
+def test_classes_that_only_val_has_are_an_error(tmp_path: Path) -> None:
+    root = put(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/zebra/1.jpg")
+    with pytest.raises(ValueError, match="zebra"):
+        folder(root)
+
+
+def test_the_holdout_is_stratified_seeded_and_apart_from_train(tmp_path: Path) -> None:
+    root = put(tmp_path, *(f"big/{i:02}.jpg" for i in range(40)), *(f"small/{i}.jpg" for i in range(10)))
+    splits = folder(root, holdout=0.2)
+    train, val = dict(shown(splits.train)), dict(shown(splits.val))
+    assert set(train) | set(val) == set(find_images(root))
+    assert not set(train) & set(val)
+    assert list(val.values()).count("big") == 8
+    assert list(val.values()).count("small") == 2
+    assert shown(folder(root, holdout=0.2).val) == shown(splits.val)
+    assert shown(folder(root, seed=1, holdout=0.2).val) != shown(splits.val)
+    with pytest.raises(ValueError, match=r"data\.holdout must be in \[0, 1\), got 1"):
+        folder(root, holdout=1.0)
+
+
+def test_a_split_never_takes_a_whole_class_and_rounds_up_to_one() -> None:
+    labels = np.array([0] * 100 + [1] * 2 + [2])
+    kept, held = stratified_split(labels, 0.1, seed=0)
+    assert np.bincount(labels[held], minlength=3).tolist() == [10, 1, 0]
+    assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
+    kept, held = stratified_split(labels, 0.99, seed=0)
+    assert np.bincount(labels[kept], minlength=3).tolist() == [1, 1, 1]
+
+
+def test_the_fingerprint_follows_names_and_labels_but_not_the_place(tmp_path: Path) -> None:
+    names = ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
+    one = folder(put(tmp_path / "one", *names), holdout=0.0).train.fingerprint()
+    assert folder(put(tmp_path / "two", *names), holdout=0.0).train.fingerprint() == one
+    (tmp_path / "two/dog/3.jpg").rename(tmp_path / "two/cat/3.jpg")
+    moved = folder(tmp_path / "two", holdout=0.0).train.fingerprint()
+    labelled = FolderSource("x", names, np.array([0, 1, 1]), ("cat", "dog")).fingerprint()
+    relabelled = FolderSource("x", names, np.array([0, 0, 1]), ("cat", "dog")).fingerprint()
+    unlabelled = FolderSource("x", names).fingerprint()
+    assert labelled == one
+    assert len({one, moved, relabelled, unlabelled}) == 4
+
+
+def test_an_array_sources_fingerprint_follows_its_pixels_and_labels() -> None:
+    images = np.zeros((3, 2, 2, 3), np.uint8)
+    labels = np.array([0, 1, 0])
+    one = ArraySource(images, labels, ("a", "b")).fingerprint()
+    assert ArraySource(images.copy(), labels, ("a", "b")).fingerprint() == one
+    images[2, 1, 1, 2] = 1
+    assert ArraySource(images, labels, ("a", "b")).fingerprint() != one
+
+
+def test_wrong_labels_and_images_are_refused() -> None:
+    images = np.zeros((3, 2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"labels must be \(3,\), one per image, got \(2,\)"):
+        ArraySource(images, np.array([0, 1]), ("a", "b"))
+    with pytest.raises(ValueError, match="labels must index the 2 classes, got 0 to 2"):
+        FolderSource("x", ["1", "2", "3"], np.array([0, 1, 2]), ("a", "b"))
+    with pytest.raises(ValueError, match=r"images must be \(N, H, W, 3\) uint8, got \(3, 2, 2\) float64"):
+        ArraySource(np.zeros((3, 2, 2)), None, ())
+
+
+def test_names_that_are_not_utf8_reach_the_file(tmp_path: Path) -> None:
+    put(tmp_path, "plain.jpg")
+    odd = b"\xff\xfe.jpg"
+    try:
+        (tmp_path / "plain.jpg").rename(tmp_path / odd.decode(errors="surrogateescape"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    source = pickle.loads(pickle.dumps(folder(tmp_path).train))
+    assert Path(source.load(0)).exists()
+    assert len(source.fingerprint()) == 32
+
+
+def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
+    from sklearn.datasets import load_digits
+
+    splits = load_splits(DataConfig(source="digits"), seed=0)
+    again = load_splits(DataConfig(source="digits"), seed=9)
+    assert splits.train.fingerprint() == again.train.fingerprint()
+    assert splits.val is not None
+    assert splits.train.labels is not None
+    assert splits.val.labels is not None
+    assert 0.19 < len(splits.val) / 1797 < 0.21
+    share = np.bincount(splits.val.labels) / np.bincount(load_digits().target)
+    assert np.abs(share - 0.2).max() < 0.005  # half an image of about 180
+    seen = {
+        (np.asarray(part.load(i)).tobytes(), int(part.labels[i]))
+        for part in (splits.train, splits.val)
+        for i in range(len(part))
+    }
+    digits = load_digits()
+    gray = np.round(digits.images / 16 * 255).astype(np.uint8)
+    assert seen == {
+        (np.stack([image] * 3, axis=2).tobytes(), int(label)) for image, label in zip(gray, digits.target)
+    }
+    assert len(splits.train) + len(splits.val) == 1797
+
+
+def write_cifar10(root: Path) -> None:
+    """A CIFAR-10 in its own file format, 20 images a file, with the checksums torchvision looks for left aside."""
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    for part, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        data = np.random.default_rng(part).integers(0, 256, (20, 3072), dtype=np.uint8)
+        with (base / name).open("wb") as file:
+            pickle.dump({"data": data, "labels": [i % 10 for i in range(20)]}, file)
+    with (base / "batches.meta").open("wb") as file:
+        pickle.dump({"label_names": [f"class {i}" for i in range(10)]}, file)
+
+
+def test_cifar10_is_read_from_its_own_files_with_the_test_set_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+    from torchvision.datasets import cifar
+
+    write_cifar10(tmp_path)
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the checksums are those of the real images
+    splits = load_splits(DataConfig(source="cifar10", path=str(tmp_path)))
+    assert isinstance(splits.train, ArraySource)
+    assert isinstance(splits.val, ArraySource)
+    assert np.array_equal(splits.train.images, datasets.CIFAR10(tmp_path, train=True).data)
+    assert np.array_equal(splits.val.images, datasets.CIFAR10(tmp_path, train=False).data)
+    assert splits.val.labels is not None
+    assert splits.val.labels.tolist() == [i % 10 for i in range(20)]
+    assert splits.train.classes == tuple(f"class {i}" for i in range(10))
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_without_files_or_network_says_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def no_network(*args: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(RuntimeError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"):
+        load_splits(DataConfig(source=kind, path=str(tmp_path)))
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.source must be folder, digits, cifar10 or cifar100, got 'mnist'"):
+        load_splits(DataConfig(source="mnist", path="x"))
+
+
+@pytest.mark.data
+def test_real_folders_are_found_whole(photos: Path, cifar10_jpeg: Path) -> None:
+    flat = folder(photos)
+    assert len(flat.train) == 500
+    assert flat.train.labels is None
+    cifar = folder(cifar10_jpeg)
+    assert cifar.val is not None
+    assert cifar.train.labels is not None
+    assert cifar.val.labels is not None
+    assert np.bincount(cifar.train.labels).tolist() == [5000] * 10
+    assert np.bincount(cifar.val.labels).tolist() == [1000] * 10
