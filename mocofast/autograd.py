@@ -1,4 +1,5 @@
-"""Backend choice and autograd of InfoNCE: an autograd.Function in eager mode, a custom op under torch.compile.
+"""Backend choice, and how the kernels join autograd and torch.compile: directly in eager mode, as custom ops when
+compiled.
 
 `_backend` is the only dispatch point; tests replace it to drive other kernels through the public ops.
 """
@@ -18,9 +19,9 @@ from torch import Tensor
 
 
 class Backend(NamedTuple):
-    """The kernels behind the ops; `mocofast_kernels.cpu` documents each."""
+    """The kernels behind the ops; `mocofast_kernels.cpu` documents each, and its InfoNCEForward what the first returns."""
 
-    infonce_forward: Callable[..., InfoNCEForward]
+    infonce_forward: Callable[..., Any]
     infonce_grad_negatives: Callable[..., Tensor]
     enqueue_: Callable[..., None]
     ema_update_: Callable[..., None]
@@ -320,3 +321,30 @@ def _op_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 _info_nce_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("mocofast::enqueue_", mutates_args=("queue", "pointer"))
+def _enqueue_op(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    _backend(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
+
+
+@torch.library.custom_op("mocofast::ema_update_", mutates_args=("targets",))
+def _ema_update_op(targets: list[Tensor], sources: list[Tensor], momentum: Tensor | None, scalar: float) -> None:
+    _backend(targets[0].device.type).ema_update_(targets, sources, scalar if momentum is None else momentum)
+
+
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    """The backend's, hidden from the compiler while it traces."""
+    if torch.compiler.is_compiling():
+        _enqueue_op(queue, pointer, keys, normalize)
+    else:
+        _backend(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
+
+
+def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
+    """The backend's, for tensors of one device, hidden from the compiler while it traces."""
+    if torch.compiler.is_compiling():
+        scalar, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
+        _ema_update_op(targets, sources, tensor, scalar)
+    else:
+        _backend(targets[0].device.type).ema_update_(targets, sources, momentum)

@@ -181,8 +181,8 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
         group[1].append(source)
     for device in groups:
         momentum = _checked_momentum(momentum, device)
-    for device, group in groups.items():
-        autograd._backend(device.type).ema_update_(*group, momentum)
+    for group in groups.values():
+        autograd.ema_update_(*group, momentum)
 
 
 def get_ema_multi_avg_fn(momentum: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
@@ -204,6 +204,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     Raises ValueError or TypeError naming the argument, before anything is modified.
     """
     _check_matrix("queue", queue, "(K, C)")
+    _check_writable("queue", queue)
     _check_matrix("keys", keys, "(B, C)")
     _check_same("keys", keys.shape[1], "second dimension of queue", queue.shape[1])
     _check_same("keys", keys.device, "device of queue", queue.device)
@@ -212,7 +213,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     if pointer.shape != (1,):
         raise ValueError(f"pointer must be an int64 tensor of shape (1,): got {_described(pointer)}")
     _check_same("pointer", pointer.device, "device of queue", queue.device)
-    autograd._backend(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
+    autograd.enqueue_(queue, pointer, keys, normalize)
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
@@ -270,7 +271,7 @@ def _checked_momentum(value: Any, device: torch.device) -> float | Tensor:
         if value.dim() != 0:
             raise ValueError(f"{expected}: got {_described(value)}")
         _check_same("momentum", value.device, "device of targets", device)
-        if device.type != "cpu":
+        if device.type != "cpu" or torch.compiler.is_compiling():
             return value
         value = float(value)
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -297,4 +298,12 @@ def _check_pair(i: int, target: Any, source: Any) -> None:
     if target.is_floating_point() != source.is_floating_point():
         raise TypeError(
             f"sources[{i}] and targets[{i}] must be both floating or both integer: got {source.dtype}, {target.dtype}"
+        )
+    _check_writable(f"targets[{i}]", target)
+
+
+def _check_writable(name: str, value: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+        raise ValueError(
+            f"{name} must not overlap itself: got an expanded {_described(value)}, expected its own memory"
         )

@@ -1,0 +1,120 @@
+"""Bad input: the error names the argument, what came and what was expected, and nothing is modified."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mocofast import ops
+
+GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments", "options"),
+    [
+        (TypeError, r"query .*\[1\]", ([1], GOOD), {}),
+        (TypeError, r"query .*int64 tensor of shape \(3, 4\)", (GOOD.long(), GOOD), {}),
+        (TypeError, r"positive_key .*float64", (GOOD, GOOD.double()), {}),
+        (TypeError, r"negative_keys .*bool", (GOOD, GOOD, GOOD > 0), {}),
+        (ValueError, r"query .*\(N, C\).*\(4,\)", (GOOD[0], GOOD[0]), {}),
+        (ValueError, r"query .*not empty.*\(0, 4\)", (GOOD[:0], GOOD[:0]), {}),
+        (ValueError, r"query .*not empty.*\(3, 0\)", (GOOD[:, :0], GOOD[:, :0]), {}),
+        (ValueError, r"positive_key .*\(2, 4\).*\(3, 4\)", (GOOD, GOOD[:2]), {}),
+        (ValueError, r"positive_key .*\(3, 1\).*\(3, 4\)", (GOOD, GOOD[:, :1]), {}),
+        (ValueError, r"positive_key .*device.*meta", (GOOD, GOOD.to("meta")), {}),
+        (ValueError, r"negative_keys .*\(K, C\).*\(0, 4\)", (GOOD, GOOD, GOOD[:0]), {}),
+        (ValueError, r"negative_keys .*\(1, 3, 4\)", (GOOD, GOOD, GOOD[None]), {}),
+        (ValueError, r"negative_keys .*got 3, expected 4", (GOOD, GOOD, GOOD[:, :3]), {}),
+        (ValueError, r"negative_keys .*device.*meta", (GOOD, GOOD, GOOD.to("meta")), {}),
+        (ValueError, r"temperature .*> 0.*got 0\.0", (GOOD, GOOD), {"temperature": 0}),
+        (ValueError, r"temperature .*got -0\.1", (GOOD, GOOD), {"temperature": -0.1}),
+        (ValueError, r"temperature .*got nan", (GOOD, GOOD), {"temperature": math.nan}),
+        (ValueError, r"temperature .*got inf", (GOOD, GOOD), {"temperature": math.inf}),
+        (TypeError, r"temperature .*'0\.1'", (GOOD, GOOD), {"temperature": "0.1"}),
+        (TypeError, r"temperature .*True", (GOOD, GOOD), {"temperature": True}),
+        (TypeError, r"temperature .*int64", (GOOD, GOOD), {"temperature": torch.tensor(1)}),
+        (ValueError, r"temperature .*\(1,\)", (GOOD, GOOD), {"temperature": torch.ones(1)}),
+        (ValueError, r"temperature .*got 0\.0", (GOOD, GOOD), {"temperature": torch.tensor(0.0)}),
+        (ValueError, r"temperature .*device.*meta", (GOOD, GOOD), {"temperature": torch.ones((), device="meta")}),
+        (ValueError, r"reduction .*mean, sum, none.*'avg'", (GOOD, GOOD), {"reduction": "avg"}),
+    ],
+)
+def test_info_nce_names_the_bad_argument(
+    error: type[Exception], match: str, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=match):
+        ops.info_nce(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (TypeError, "z_a .*None", lambda: ops.nt_xent(None, GOOD)),
+        (ValueError, r"z_b .*\(2, 4\).*\(3, 4\)", lambda: ops.nt_xent(GOOD, GOOD[:2])),
+        (ValueError, "temperature .*got -1", lambda: ops.nt_xent(GOOD, GOOD, temperature=-1)),
+        (ValueError, "reduction .*'x'", lambda: ops.nt_xent(GOOD, GOOD, reduction="x")),
+        (TypeError, "image_features .*int64", lambda: ops.clip_loss(GOOD.long(), GOOD, 1.0)),
+        (ValueError, "text_features .*meta", lambda: ops.clip_loss(GOOD, GOOD.to("meta"), 1.0)),
+        (ValueError, r"logit_scale .*got 0\.0", lambda: ops.clip_loss(GOOD, GOOD, 0.0)),
+        (ValueError, r"logit_scale .*\(2,\)", lambda: ops.clip_loss(GOOD, GOOD, torch.ones(2))),
+        (ValueError, "momentum .*got 1.5", lambda: ops.get_ema_multi_avg_fn(1.5)),
+    ],
+)
+def test_the_other_losses_name_the_bad_argument(error: type[Exception], match: str, call: Any) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "targets", "sources", "momentum"),
+    [
+        (ValueError, "sources .*1 and 2", [GOOD, GOOD], [GOOD], 0.9),
+        (ValueError, r"sources\[1\] .*\(2, 4\).*\(3, 4\)", [GOOD, GOOD], [GOOD, GOOD[:2]], 0.9),
+        (ValueError, r"sources\[1\] .*meta", [GOOD, GOOD], [GOOD, GOOD.to("meta")], 0.9),
+        (TypeError, r"sources\[1\] .*int64", [GOOD, GOOD], [GOOD, GOOD.long()], 0.9),
+        (TypeError, r"targets\[1\] .*3", [GOOD, 3], [GOOD, GOOD], 0.9),
+        (ValueError, r"targets\[1\] .*overlap", [GOOD, GOOD[:1].expand(3, 4)], [GOOD, GOOD], 0.9),
+        (ValueError, "momentum .*1.1", [GOOD], [GOOD], 1.1),
+        (ValueError, "momentum .*nan", [GOOD], [GOOD], math.nan),
+        (TypeError, "momentum .*'a'", [GOOD], [GOOD], "a"),
+        (ValueError, r"momentum .*\(1,\)", [GOOD], [GOOD], torch.ones(1)),
+    ],
+)
+def test_a_rejected_ema_changes_nothing(
+    error: type[Exception], match: str, targets: list[Any], sources: list[Any], momentum: Any
+) -> None:
+    before = GOOD.clone()
+    with pytest.raises(error, match=match):
+        ops.ema_update_(targets, [s + 1 for s in sources], momentum)
+    assert torch.equal(GOOD, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "pointer", "keys"),
+    [
+        (ValueError, "keys .*got 3, expected 4", torch.tensor([1]), GOOD[:, :3]),
+        (TypeError, "keys .*int64", torch.tensor([1]), GOOD.long()),
+        (ValueError, r"keys .*\(0, 4\)", torch.tensor([1]), GOOD[:0]),
+        (TypeError, "pointer .*int32", torch.tensor([1], dtype=torch.int32), GOOD),
+        (ValueError, r"pointer .*\(\)", torch.tensor(1), GOOD),
+        (ValueError, "pointer .*meta", torch.ones(1, dtype=torch.int64, device="meta"), GOOD),
+    ],
+)
+def test_a_rejected_enqueue_changes_nothing(
+    error: type[Exception], match: str, pointer: Tensor, keys: Tensor
+) -> None:
+    queue = torch.ones(5, 4)
+    before = queue.clone()
+    with pytest.raises(error, match=match):
+        ops.enqueue_(queue, pointer, keys)
+    assert torch.equal(queue, before)
+
+
+def test_a_queue_that_overlaps_itself_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"queue .*overlap"):
+        ops.enqueue_(torch.zeros(1, 4).expand(5, 4), torch.tensor([0]), GOOD)

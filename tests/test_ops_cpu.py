@@ -1,0 +1,295 @@
+"""The blocked PyTorch kernels against float64: InfoNCE, EMA, enqueue."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mocofast_kernels import cpu, reference
+from oracle import info_nce_oracle, rank_bounds
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def forward(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor, **changes: Any) -> Any:
+    options: dict[str, Any] = {
+        "normalize": True,
+        "normalize_negatives": True,
+        "exclude_period": 0,
+        "return_rank": True,
+        "compute_grad": True,
+        "dot_dtype": torch.float32,
+    }
+    return cpu.infonce_forward(query, positive, negatives, temperature, **{**options, **changes})
+
+
+def features(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 0.2, torch.tensor(0.2)])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("count", "size", "dim"),
+    [
+        (1, 1, 1),  # the smallest
+        (7, 13, 5),  # primes
+        (257, 300, 3),  # one row more than a block
+        (3, 8193, 129),  # one negative more than a block of 256 rows
+    ],
+)
+def test_every_field_matches_float64(
+    count: int, size: int, dim: int, normalize: bool, temperature: float | Tensor
+) -> None:
+    # Raw dot products of this size stay comparable with unit vectors'.
+    spread = 1.0 if normalize else dim**-0.5
+    query, positive, negatives = (features(i, n, dim) * spread for i, n in enumerate((count, count, size)))
+    result = forward(query, positive, negatives, temperature, normalize=normalize, normalize_negatives=normalize)
+
+    q, k = (x.double().requires_grad_() for x in (query, positive))
+    scale = torch.full((count,), 1.0 / float(temperature), dtype=torch.float64, requires_grad=True)
+    expected = torch.stack(
+        [
+            info_nce_oracle(q[i : i + 1], k[i : i + 1], negatives, 1 / scale[i], normalize, normalize)[0]
+            for i in range(count)
+        ]
+    )
+    grad_query, grad_positive, grad_scale = torch.autograd.grad(expected.sum(), (q, k, scale))
+    # Rounding of the scores (|s| <= about 4 here) is amplified by 1/T in every quantity.
+    slack = 8 * EPS * max(1.0, 4 / float(temperature))
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=slack, atol=slack)
+    # A gradient may vanish (C = 1: a unit vector is a sign), so what is left is measured against 1/T, its bound.
+    for got, want in (
+        (result.grad_query, grad_query),
+        (result.grad_positive, grad_positive),
+        (result.grad_scale / float(temperature), grad_scale / float(temperature)),
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=slack, atol=4 * EPS / float(temperature))
+    low, high = rank_bounds(query, positive, negatives, 8 * EPS, normalize, normalize)
+    assert bool(((low <= result.rank) & (result.rank <= high)).all())
+
+
+def test_unasked_fields_are_none() -> None:
+    result = forward(
+        features(0, 3, 4), features(1, 3, 4), features(2, 5, 4), 0.1, return_rank=False, compute_grad=False
+    )
+    assert result.rank is None
+    assert result.grad_query is None
+    assert result.grad_positive is None
+    assert result.grad_scale is None
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+@pytest.mark.parametrize(("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)])
+def test_excluded_negatives_neither_count_nor_get_a_gradient(
+    count: int, period: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In-batch (P = N), SimCLR (P = N / 2), several blocks both ways, and rows with nothing left (P = 1)."""
+    monkeypatch.setattr(cpu, "ROWS", 64)
+    monkeypatch.setattr(cpu, "COLUMNS", 256)
+    query, keys = features(0, count, 6), features(1, count, 6)
+    result = forward(query, keys, keys, temperature, exclude_period=period)
+    q, k, negatives = (x.double().requires_grad_() for x in (query, keys, keys))
+    expected = info_nce_oracle(q, k, negatives, temperature, exclude_period=period)
+    grads = torch.autograd.grad(expected.sum(), (q, k, negatives))
+    got = cpu.infonce_grad_negatives(
+        torch.ones(count),
+        query,
+        keys,
+        result.lse,
+        temperature,
+        normalize=True,
+        normalize_negatives=True,
+        exclude_period=period,
+        dot_dtype=torch.float32,
+    )
+    slack = 32 * EPS / temperature
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=slack, atol=slack)
+    for ours, want in zip((result.grad_query, result.grad_positive, got), grads):
+        torch.testing.assert_close(ours.double(), want, rtol=slack, atol=slack / temperature)
+    if period == 1:
+        assert bool((result.loss == 0).all())
+        assert not got.any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    size=st.integers(1, 70),
+    dim=st.integers(1, 40),
+    temperature=st.floats(0.005, 1.0),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 3),
+    layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_size_type_and_stride_gives_the_float64_loss_and_negatives_gradient(
+    count: int,
+    size: int,
+    dim: int,
+    temperature: float,
+    dtypes: tuple[torch.dtype, ...],
+    layout: str,
+    seed: int,
+) -> None:
+    def made(offset: int, rows: int, dtype: torch.dtype) -> Tensor:
+        if layout == "transposed":
+            return features(seed + offset, dim, rows).to(dtype).t()
+        if layout == "strided":
+            return features(seed + offset, 2 * rows, 3 * dim).to(dtype)[::2, ::3]
+        if layout == "expanded":
+            return features(seed + offset, 1, dim).to(dtype).expand(rows, dim)
+        return features(seed + offset, rows, dim).to(dtype)
+
+    query, positive, negatives = (made(i, n, t) for i, (n, t) in enumerate(zip((count, count, size), dtypes)))
+    weights = features(seed + 3, count)
+    result = forward(query, positive, negatives, temperature)
+    got = cpu.infonce_grad_negatives(
+        weights,
+        query,
+        negatives,
+        result.lse,
+        temperature,
+        normalize=True,
+        normalize_negatives=True,
+        exclude_period=0,
+        dot_dtype=torch.float32,
+    )
+    wide = negatives.double().requires_grad_()
+    expected = info_nce_oracle(query, positive, wide, temperature)
+    (want,) = torch.autograd.grad((expected * weights).sum(), wide)
+    slack = 8 * EPS * max(1.0, 1 / temperature)
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=slack, atol=slack)
+    # The bound of a negative's gradient: 1 / (T |n|) times the weights.
+    bound = float(weights.abs().sum()) / temperature / negatives.double().norm(dim=1, keepdim=True)
+    assert bool(((got - want).abs() <= slack * bound).all())
+
+
+def test_a_nearly_perfect_match_keeps_the_digits_of_its_small_loss() -> None:
+    # loss about 1e-9: a log-sum-exp minus the positive logit would return 0 in float32.
+    query = torch.tensor([[1.0, 0.0]])
+    negatives = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    result = forward(query, query, negatives, 1 / 20)
+    expected = info_nce_oracle(query, query, negatives, 1 / 20)
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_zero_vectors_and_tiny_vectors_follow_normalize() -> None:
+    # torch.nn.functional.normalize divides by 1e-12 below that norm, and its gradient there has no radial part.
+    query = torch.tensor([[0.0, 0.0], [3e-13, 4e-13], [1.0, 2.0]])
+    positive, negatives = features(0, 3, 2), features(1, 4, 2)
+    result = forward(query, positive, negatives, 0.5)
+    wide = query.double().requires_grad_()
+    scores = F.normalize(wide, eps=1e-12) @ torch.cat([F.normalize(positive), F.normalize(negatives)]).double().T
+    logits = torch.cat([scores.diagonal()[:, None], scores[:, 3:]], 1) / 0.5
+    expected = F.cross_entropy(logits, torch.zeros(3, dtype=torch.long), reduction="none")
+    (grad,) = torch.autograd.grad(expected.sum(), wide)
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.grad_query.double(), grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2])
+@pytest.mark.parametrize("where", ["query", "positive", "negatives"])
+def test_nan_in_gives_nan_out(where: str, temperature: float) -> None:
+    inputs = {"query": features(0, 3, 4), "positive": features(1, 3, 4), "negatives": features(2, 5, 4)}
+    inputs[where][1, 2] = math.nan
+    result = forward(**inputs, temperature=temperature)
+    touched = torch.tensor([True] * 3 if where == "negatives" else [False, True, False])
+    assert torch.equal(result.loss.isnan(), touched)
+    assert torch.equal(result.grad_query.isnan().any(1), touched)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+def test_repeated_runs_are_bit_equal(temperature: float) -> None:
+    query, positive, negatives = features(0, 300, 32), features(1, 300, 32), features(2, 9001, 32)
+    first, second = (forward(query, positive, negatives, temperature) for _ in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+# --- EMA and queue ---
+
+
+def test_ema_matches_float64_for_every_dtype_and_stride() -> None:
+    shapes = [(1,), (7, 3), (64, 3, 7, 7)]
+    targets = [features(i, *s) for i, s in enumerate(shapes)]
+    targets += [
+        features(3, 5, 4).t(),
+        features(4, 8, 8)[::2],
+        features(5, 4, 6).to(memory_format=torch.contiguous_format),
+    ]
+    targets += [features(6, 33).bfloat16(), features(7, 33).half(), features(8, 9).double()]
+    sources = [features(10 + i, *t.shape).to(t.dtype) for i, t in enumerate(targets)]
+    sources[3] = sources[3].bfloat16()  # mixed: a bfloat16 source of a float32 average
+    wanted = [0.99 * t.double() + 0.01 * s.double() for t, s in zip(targets, sources)]
+    cpu.ema_update_(targets, sources, 0.99)
+    for target, want in zip(targets, wanted):
+        # One rounding to the target's type (half a unit in the last place: averaging in bfloat16 itself takes
+        # several), and a few in float32.
+        low = target.dtype in (torch.bfloat16, torch.float16)
+        tolerance = 0.51 * torch.finfo(target.dtype).eps if low else 4 * EPS
+        torch.testing.assert_close(target.double(), want, rtol=tolerance, atol=EPS)
+
+
+def test_ema_copies_integers_and_updates_tied_tensors_once() -> None:
+    weight = torch.ones(3)
+    count = torch.tensor(4)
+    cpu.ema_update_([weight, count, weight], [torch.zeros(3), torch.tensor(9), torch.zeros(3)], 0.5)
+    assert torch.equal(weight, torch.full((3,), 0.5))
+    assert int(count) == 9
+
+
+def test_ema_takes_its_momentum_from_a_tensor() -> None:
+    by_float, by_tensor = [features(0, 5), features(1, 5)], [features(0, 5), features(1, 5)]
+    sources = [features(2, 5), features(3, 5)]
+    cpu.ema_update_(by_float, sources, 0.5)
+    cpu.ema_update_(by_tensor, sources, torch.tensor(0.5))
+    for a, b in zip(by_float, by_tensor):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 17),
+    batches=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    start=st.integers(0, 16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_queue_holds_the_last_keys_after_any_wrap_around(
+    size: int, batches: list[int], start: int, dtype: torch.dtype
+) -> None:
+    """Against a list written key by key; batches may exceed the queue."""
+    queue, pointer = torch.zeros(size, 3, dtype=dtype), torch.tensor([start % size])
+    rows = list(queue.clone())
+    at = start % size
+    for i, count in enumerate(batches):
+        keys = features(i, count, 3)
+        cpu.enqueue_(queue, pointer, keys, normalize=True)
+        for key in keys:
+            rows[at] = (key / key.norm()).to(dtype)
+            at = (at + 1) % size
+    assert int(pointer) == at
+    # The norm may be summed in another order: one rounding of the stored type apart.
+    torch.testing.assert_close(queue, torch.stack(rows), rtol=torch.finfo(dtype).eps, atol=EPS)
+
+
+def test_the_reference_twin_agrees() -> None:
+    query, positive, negatives = features(0, 9, 4), features(1, 9, 4), F.normalize(features(2, 12, 4))
+    loss = reference.info_nce(query, positive, negatives, 0.2)
+    expected = info_nce_oracle(query, positive, negatives, 0.2).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    ours, theirs = [features(3, 4)], [features(3, 4)]
+    cpu.ema_update_(ours, [query[0]], 0.9)
+    reference.ema_update_(theirs, [query[0]], 0.9)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    queues = [torch.zeros(18, 4), torch.zeros(18, 4)]
+    pointers = [torch.tensor([9]), torch.tensor([9])]
+    cpu.enqueue_(queues[0], pointers[0], query, normalize=True)
+    reference.enqueue_(queues[1], pointers[1], query)
+    torch.testing.assert_close(queues[0], queues[1])
+    assert torch.equal(pointers[0], pointers[1])
