@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Backend(NamedTuple):
-    """The kernels behind the ops; `mocofast_kernels.cpu` documents each, and its InfoNCEForward what the first returns."""
+    """The kernels behind the ops; `mocofast_kernels.cpu` documents each, and what the first one returns."""
 
     infonce_forward: Callable[..., Any]
     infonce_grad_negatives: Callable[..., Tensor]
