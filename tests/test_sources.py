@@ -214,6 +214,7 @@ def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
         (np.asarray(part.load(i)).tobytes(), int(part.labels[i]))
         for part in (splits.train, splits.val)
         for i in range(len(part))
+        if part.labels is not None
     }
     digits = load_digits()
     gray = np.round(digits.images / 16 * 255).astype(np.uint8)

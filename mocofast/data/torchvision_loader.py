@@ -36,13 +36,14 @@ def decode(item: str | np.ndarray) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    with warnings.catch_warnings(), Image.open(item) as image:
-        warnings.simplefilter("ignore")  # odd EXIF data, large images, palettes: each is fine here
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
-            wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-            image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-        return image.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF data, many pixels, palettes: each is fine here
+        with Image.open(item) as image:
+            image.load()
+            if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
+                wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+                return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
 
 
 def describe(error: Exception) -> str:

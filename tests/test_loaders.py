@@ -1,0 +1,136 @@
+"""Which loader serves, and why; what evaluation sees."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data import loaders
+from mocofast.data.interface import Shard
+from mocofast.data.loaders import build_loader, choose_loader, count_workers, dali_missing, eval_batches
+from mocofast.data.sources import ArraySource, FolderSource, find_images
+
+IN_MEMORY = ArraySource(np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderSource:
+    """Seven images: larger than 32 pixels, wide, tall, exactly 32, smaller."""
+    sizes = [(70, 50), (64, 33), (33, 90), (32, 32), (20, 20), (30, 20), (200, 40)]
+    for i, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    return FolderSource(tmp_path, find_images(tmp_path), np.arange(7) % 2, ("a", "b"))
+
+
+def test_auto_takes_dali_for_files_where_it_is_installed(
+    folder: FolderSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "dali_missing", lambda: "")
+    assert choose_loader(folder, "auto") == ("dali", "image files, and DALI is installed")
+    assert choose_loader(folder, "dali")[0] == "dali"
+    assert choose_loader(folder, "torchvision") == ("torchvision", "asked for")
+
+
+def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
+    folder: FolderSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what import finds where it is not installed
+    assert dali_missing()
+    choice, reason = choose_loader(folder, "auto")
+    assert choice == "torchvision"
+    assert "pip install 'mocofast[cuda13]'" in reason
+    with pytest.raises(ImportError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
+        choose_loader(folder, "dali")
+
+
+def test_images_in_memory_are_not_for_dali() -> None:
+    choice, reason = choose_loader(IN_MEMORY, "auto")
+    assert choice == "torchvision"
+    assert "in memory" in reason
+    with pytest.raises(ValueError, match=r"data\.loader=dali needs image files"):
+        choose_loader(IN_MEMORY, "dali")
+    with pytest.raises(ValueError, match=r"data\.loader must be auto, dali or torchvision, got 'pil'"):
+        choose_loader(IN_MEMORY, "pil")
+
+
+def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:
+    augment = AugmentConfig(size=16)
+    data = DataConfig(loader="torchvision", workers=0)
+    for views in (1, 2):  # linear probe, pretraining
+        loader = build_loader(folder, data, (augment,) * views, Shard(3), 0, torch.device("cpu"))
+        assert (loader.name, loader.reason, loader.steps_per_epoch) == ("torchvision", "asked for", 2)
+        assert len(next(loader.epoch(0)).views) == views
+        loader.close()
+
+
+def test_workers_share_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    assert count_workers(-1) == 7
+    assert count_workers(0) == 0
+    assert count_workers(3) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's name for the ranks of this machine
+    assert count_workers(-1) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert count_workers(-1) == 1
+    with pytest.raises(ValueError, match=r"data\.workers must be -1 or more, got -2"):
+        count_workers(-2)
+
+
+def reference_center(image: Image.Image, size: int) -> np.ndarray:
+    """torchvision's evaluation transforms, on PIL images as the reference's linear protocol uses them."""
+    short = round(size * 256 / 224) if max(image.size) > size else size
+    return np.asarray(transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size)])(image))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_image_once_in_order_as_torchvision_cuts_it(folder: FolderSource, workers: int) -> None:
+    batches = list(eval_batches(folder, size=32, batch_size=3, workers=workers))  # the last batch holds 1
+    assert torch.cat([index for _, _, index in batches]).tolist() == list(range(7))
+    for images, labels, index in batches:
+        assert images.dtype == torch.uint8
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels is not None
+        assert labels.tolist() == [i % 2 for i in index.tolist()]
+        for image, i in zip(images, index.tolist()):
+            expected = reference_center(Image.open(folder.load(i)), 32)
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_images_of_the_views_size_are_not_touched_by_evaluation() -> None:
+    [(images, labels, index)] = eval_batches(IN_MEMORY, size=8, batch_size=10, workers=0)
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), IN_MEMORY.images)
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert index.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_bad_files_out_and_counts_them(folder: FolderSource, workers: int) -> None:
+    for i in (1, 3, 4, 5):  # 3, 4, 5: a whole batch
+        Path(folder.load(i)).write_bytes(b"no image")
+    batches = eval_batches(folder, size=32, batch_size=3, workers=workers)
+    found = [index.tolist() for _, _, index in batches]
+    assert found == [[0, 2], [6]]
+    assert set(batches.skipped) == {1, 3, 4, 5}
+    assert all("UnidentifiedImageError" in reason for reason in batches.skipped.values())
+
+
+@pytest.mark.data
+def test_real_photos_are_evaluated_as_the_imagenet_protocol_cuts_them(photos: Path) -> None:
+    source = FolderSource(photos, find_images(photos)[::50])
+    [(images, labels, index)] = eval_batches(source, size=224, batch_size=10, workers=0)
+    assert labels is None
+    protocol = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for image, i in zip(images, index.tolist()):
+        expected = np.asarray(protocol(Image.open(source.load(i)).convert("RGB")))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
