@@ -6,11 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mocofast import settings
-from mocofast.config import Config
+from mocofast.config import Config, DataConfig, KNNConfig
 from mocofast.settings import ConfigError
+
+if TYPE_CHECKING:
+    from mocofast.data.sources import Splits
+    from mocofast.moco import MoCo
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,8 +56,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, str]:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
-    from mocofast.checkpoint import load_checkpoint
     from mocofast.interrupt import EXIT_INTERRUPTED
+    from mocofast.resume import configure
     from mocofast.train import train
 
     parser = _Parser(
@@ -61,81 +65,125 @@ def pretrain(argv: Sequence[str]) -> int:
         description=(
             "Pretrains with momentum contrast. Without arguments: the digits, minutes on two CPU cores.\n"
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
-            f"Recipes: {', '.join(settings.recipes())}. Defaults in [brackets] are those of MoCo v1; a recipe\n"
-            "changes some. Exit status 75: stopped by a signal, a checkpoint was written."
+            f"Recipes: {', '.join(settings.recipes())}.\n"
+            "Defaults in [brackets] are those of MoCo v1; a recipe changes some.\n"
+            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM; a checkpoint was written."
         ),
     )
     parser.add_argument("recipe", nargs="?", help=f"name of a recipe, or a .yaml file [{settings.DEFAULT_RECIPE}]")
     parser.add_argument(
-        "--resume", metavar="auto|PATH", default="",
-        help="auto: continue the newest checkpoint of the run folder; PATH: a run folder or checkpoint",
-    )  # fmt: skip
+        "--resume",
+        metavar="auto|PATH",
+        default="",
+        help="auto: continue the newest checkpoint of the run folder, if any; PATH: a run folder or checkpoint",
+    )
     _add_settings(parser, settings.groups())
     arguments = parser.parse(argv)
-    given = _given(arguments)
-    resume: str = arguments.resume
-    if arguments.recipe:
-        config = settings.load_recipe(arguments.recipe)
-    elif resume and resume != "auto":
-        config = settings.from_dict(load_checkpoint(resume)["config"])  # the run says what it is
-        if os.path.isdir(resume):
-            config.train.dir = resume
-    elif resume and os.path.exists(os.path.join(given.get("train.dir", ""), "checkpoints", "last.pt")):
-        config = settings.from_dict(load_checkpoint(given["train.dir"])["config"])
-    else:
-        config = settings.load_recipe(settings.DEFAULT_RECIPE)
-    settings.apply(config, given)
-    settings.validate(config)
-    return EXIT_INTERRUPTED if train(config, resume).interrupted else 0
+    config = configure(arguments.recipe, arguments.resume, _given(arguments))
+    return EXIT_INTERRUPTED if train(config, arguments.resume).interrupted else 0
 
 
-def _checkpoint_command(name: str, description: str) -> _Parser:
-    """A parser of `mocofast NAME CKPT --data.path DIR ...`."""
-    from mocofast.config import DataConfig
-
+def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _Parser:
+    """A parser of `mocofast NAME CKPT --data.path DIR ...` with one more group of options."""
     parser = _Parser(prog=f"mocofast {name}", description=description)
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    _add_settings(parser, {"data": DataConfig})
+    parser.add_argument("--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    _add_settings(parser, {"data": DataConfig, group: kind})
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Config]:
-    """The model and its run's configuration, with the data options of the command line."""
+def _load(arguments: argparse.Namespace) -> tuple[MoCo, Config, Splits]:
+    """The model, its run's configuration with the data options of the command line, and the images."""
     from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
+    from mocofast.data.sources import load_splits
 
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
     given = _given(arguments)
-    if "data.path" in given and "data.source" not in given:
-        given["data.source"] = "folder"
+    if "data.path" in given:
+        given.setdefault("data.source", "folder")
     settings.apply(config, {name: value for name, value in given.items() if name.split(".")[0] in settings.groups()})
     settings.validate(config)
-    return model, config
+    return model, config, load_splits(config.data, config.train.seed)
 
 
 def knn(argv: Sequence[str]) -> int:
     """k-nearest-neighbour accuracy of a checkpoint"""
-    from mocofast.config import KNNConfig
-    from mocofast.data.sources import load_splits
     from mocofast.monitor import KNNMonitor
-    from mocofast.train import choose_device
+    from mocofast.step import choose_device
 
-    parser = _checkpoint_command("knn", "Weighted kNN accuracy of a checkpoint's query encoder on labelled images.")
-    _add_settings(parser, {"knn": KNNConfig})
-    arguments = parser.parse(argv)
-    model, config = _load(arguments)
-    splits = load_splits(config.data, config.train.seed)
-    if splits.val is None or splits.train.labels is None:
-        raise ConfigError(f"data.path: kNN needs labelled images with a held-out split; {config.data.path} has none")
+    description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
+    arguments = _evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
+    model, config, splits = _load(arguments)
     device = choose_device(arguments.device)
-    values = KNNMonitor(splits.train, splits.val, config, device).evaluate(model.encoder_q.to(device))
-    print(f"{len(splits.train)} labelled images vote on {len(splits.val)}")
-    for name, value in values.items():
+    monitor = KNNMonitor.of(splits, config, device)
+    if monitor is None:
+        raise ConfigError(f"data.path: kNN needs labelled images, some of them held out; got {splits.note}")
+    print(splits.note)
+    for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
         print(f"{name} {value:.4f}")
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "knn": knn}
+def linear(argv: Sequence[str]) -> int:
+    """accuracy of a linear classifier on a checkpoint's frozen features"""
+    import logging
+
+    from mocofast.evaluate.linear import LinearConfig, linear_probe
+    from mocofast.step import choose_device
+
+    description = "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
+    arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    options = LinearConfig()
+    for setting in settings.settings("linear", LinearConfig):
+        if setting.name in _given(arguments):
+            setattr(options, setting.name.split(".")[1], settings.coerce(setting, _given(arguments)[setting.name]))
+    model, config, splits = _load(arguments)
+    device = choose_device(arguments.device)
+    print(splits.note)
+    result = linear_probe(model.encoder_q.to(device), splits, config, options, device)
+    for name, value in result._asdict().items():
+        if value is not None:
+            print(f"{'linear_' if name.startswith('top') else ''}{name} {value:.4g}")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """a checkpoint's encoder for torchvision, timm, detectron2 or facebookresearch/moco"""
+    from mocofast.checkpoint import load_checkpoint
+    from mocofast.export import FORMATS
+    from mocofast.export import export as write
+
+    parser = _Parser(prog="mocofast export", description="Writes a checkpoint's query encoder in another format.")
+    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
+    parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
+    parser.add_argument("out", help="the file to write; .safetensors selects that file format")
+    arguments = parser.parse(argv)
+    print(write(load_checkpoint(arguments.checkpoint), arguments.format, arguments.out))
+    return 0
+
+
+def bench(argv: Sequence[str]) -> int:
+    """time the kernels and loaders beside eager PyTorch"""
+    from mocofast.bench import main
+
+    return main(argv)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """what this machine has, which path each part takes, and why"""
+    from mocofast.doctor import main
+
+    _Parser(prog="mocofast doctor", description="Shows what this machine has, and which path each part takes.").parse(
+        argv
+    )
+    main()
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    command.__name__: command for command in (pretrain, knn, linear, export, bench, doctor)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,5 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[name](rest)
     except (ConfigError, FileNotFoundError) as error:
-        print(f"mocofast {name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
+            print(f"mocofast {name}: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ Everything works in one process without a process group as well, as rank 0 of a 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,25 @@ def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value (anything that pickles), on every rank."""
+    if rank_and_world_size()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value (anything that pickles), on every rank, ranks in order."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather(local: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 from mocofast.config import Config
 from mocofast.data.interface import Source, pixel_statistics
 from mocofast.data.loaders import eval_batches
+from mocofast.data.sources import Splits
+from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
-
-log = logging.getLogger("mocofast")
 
 
 class Subset:
@@ -49,10 +47,17 @@ class KNNMonitor:
             train = Subset(train, np.sort(chosen))
         self.train, self.val = train, val
 
+    @classmethod
+    def of(cls, splits: Splits, config: Config, device: torch.device) -> KNNMonitor | None:
+        """The monitor of these images; None where they have no labels or none are held out."""
+        if splits.val is None or splits.train.labels is None:
+            return None
+        return cls(splits.train, splits.val, config, device)
+
     def evaluate(self, encoder: nn.Module) -> dict[str, float]:
         """{"knn_top1": share, ...}, equal on all ranks. BatchNorm uses rank 0's running statistics, as the
         checkpoint that rank 0 writes will."""
-        if dist.is_initialized():
+        if rank_and_world_size()[1] > 1:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
         bank, bank_labels = self._features(encoder, self.train)
@@ -66,16 +71,13 @@ class KNNMonitor:
 
     def _features(self, encoder: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of the whole source, on this rank's device."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        part = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
+        rank, world_size = rank_and_world_size()
+        part = Subset(source, np.arange(rank, len(source), world_size)) if world_size > 1 else source
         augment = self.config.augment
         workers = self.config.data.workers
         batches = eval_batches(part, augment.size, 256, workers, self.device)
         mean, std = pixel_statistics(augment)
         features, labels = extract(encoder, batches, self.device, self.config.knn.features, mean, std)
-        if world > 1:
-            parts: list[tuple[Tensor, Tensor]] = [None] * world  # type: ignore[list-item]
-            dist.all_gather_object(parts, (features, labels))
-            features, labels = (torch.cat(tensors) for tensors in zip(*parts))
+        parts = gather_objects((features, labels))
+        features, labels = (torch.cat(tensors) for tensors in zip(*parts))
         return features.to(self.device), labels.to(self.device)

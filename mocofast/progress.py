@@ -45,13 +45,17 @@ class Window:
         self.images += images
         self._waited += waited
 
-    def flush(self) -> dict[str, float]:
-        """Means over the window and over ranks, and rates; starts the next window. The only synchronisation."""
+    def means(self) -> dict[str, float]:
+        """Means over the window and over ranks (which call it together). Waits for the device."""
         sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
-        values = dict(zip(METRICS, (sums / self.steps).tolist()))
+        return dict(zip(METRICS, (sums / self.steps).tolist()))
+
+    def flush(self) -> dict[str, float]:
+        """`means` and rates; starts the next window. The only place where a run waits for the device."""
+        values = self.means()
         seconds = time.perf_counter() - self._began
         values["images_per_second"] = self.images / seconds
         values["data_wait"] = self._waited / seconds

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
-from mocofast.checkpoint import FORMAT, CheckpointWriter, build_model, load_checkpoint
+from mocofast.checkpoint import FORMAT, CheckpointWriter, build_model
 from mocofast.config import Config
-from mocofast.data.interface import Batch, Loader, Shard
+from mocofast.data.interface import Loader, Shard
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import load_splits
 from mocofast.interrupt import StopRequest
 from mocofast.monitor import KNNMonitor
 from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
 from mocofast.plots import plot_curves
-from mocofast.progress import Window, chance_loss, duration, memory_gib, step_metrics
+from mocofast.progress import Window, chance_loss, duration, memory_gib
+from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
+from mocofast.step import choose_autocast, choose_device, train_step
 
 log = logging.getLogger("mocofast")
 
@@ -39,56 +40,6 @@ class Result(NamedTuple):
     interrupted: bool  # by a signal; the checkpoint holds where
     before: dict[str, float]  # kNN figures of the random encoder; empty without labels
     after: dict[str, float]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# One optimiser step. Everything else in this file prepares it, feeds it, or writes down what it did.
-# --------------------------------------------------------------------------------------------------------------
-def train_step(
-    model: nn.Module,
-    views: tuple[Tensor, ...],
-    optimizer: torch.optim.Optimizer,
-    accumulate: int,
-    autocast: torch.autocast,
-) -> Tensor:
-    """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
-
-    model: MoCo, or DistributedDataParallel around it. views: (im_q, im_k), each (B, 3, S, S).
-    With accumulate > 1, micro-batches see one state of the key encoder and of the queue, so the result is that
-    of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
-    """
-    im_q, im_k = views
-    metrics = torch.zeros(3, device=im_q.device)
-    parts = list(zip(im_q.chunk(accumulate), im_k.chunk(accumulate)))
-    optimizer.zero_grad(set_to_none=True)
-    for i, (part_q, part_k) in enumerate(parts):
-        last = i == len(parts) - 1
-        share = len(part_q) / len(im_q)
-        # DDP reduces the gradients once, with the last micro-batch.
-        hold = (
-            model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        )
-        with hold:
-            with autocast:
-                out = model(part_q, part_k, update_keys=i == 0, enqueue=last)
-            (out.loss * share).backward()
-        metrics += step_metrics(out.loss, out.rank) * share
-    optimizer.step()
-    return metrics
-
-
-def choose_device(name: str) -> torch.device:
-    """`train.device`: auto takes a GPU where there is one, and under torchrun this process's own."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """`train.precision`: auto is bf16 on GPUs that have it, else fp32 (bf16 products are very slow on most CPUs)."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = precision == "bf16" or (precision == "auto" and bf16)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def train(config: Config, resume: str = "") -> Result:
@@ -113,14 +64,15 @@ class _Run:
 
     def __init__(self, config: Config, resume: str, device: torch.device, rank: int, world_size: int) -> None:
         self.config, self.device, self.rank, self.world_size = config, device, rank, world_size
-        self.path = path = _agree(choose_folder(config, bool(resume)) if rank == 0 else None)
-        state = _find_checkpoint(path, resume)
+        self.path = path = distributed.from_main(choose_folder(config, bool(resume)) if rank == 0 else None)
+        state = find_checkpoint(path, resume)
         if state is not None:
-            _check_same_run(config, state)
+            check_same_run(config, state)
         self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
 
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config).to(device, memory_format=torch.channels_last)
+        self.model = build_model(config).to(device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.autocast = choose_autocast(config.train.precision, device)
         splits = load_splits(config.data, config.train.seed)
@@ -132,10 +84,8 @@ class _Run:
             config.train.seed,
             device,
         )
-        self.source = splits.train
-        self.monitor = None
-        if splits.val is not None and splits.train.labels is not None:
-            self.monitor = KNNMonitor(splits.train, splits.val, config, device)
+        self.source, self.note = splits.train, splits.note
+        self.monitor = KNNMonitor.of(splits, config, device)
 
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -174,7 +124,7 @@ class _Run:
                     for _ in self._epoch(limit):
                         bar.update()
                         interrupted = stop.agreed()
-                        if self._log_due(limit):
+                        if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
                             elapsed = time.perf_counter() - began
                             self._log(bar, elapsed / (self.step - first_step) * (self.total_steps - self.step))
                         end = self.step_in_epoch == self.steps_per_epoch
@@ -187,6 +137,9 @@ class _Run:
                             break
             if saved_at != self.step:
                 self._save()
+            if self.window.steps:  # the next line's averages so far; they stay in the window, for a continued run
+                loss = self.window.means()["loss"]
+                log.info("loss %.3f over the last %d steps", loss, self.window.steps)
             self._finish(interrupted, time.perf_counter() - began)
         finally:
             self.loader.close()
@@ -196,12 +149,12 @@ class _Run:
                 self.folder.close()
         return Result(self.path, self.step, interrupted, self.before, self.after)
 
-    def _epoch(self, limit: int) -> Any:
+    def _epoch(self, limit: int) -> Iterator[None]:
         """Trains through the rest of the current epoch; yields after every step."""
         batches = self.loader.epoch(self.epoch, self.step_in_epoch)
         while self.step < limit:
             asked = time.perf_counter()
-            batch: Batch | None = next(batches, None)
+            batch = next(batches, None)
             if batch is None:
                 return
             views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
@@ -221,13 +174,6 @@ class _Run:
             self.after = self._evaluate()
 
     # ---- what it writes ----
-
-    def _log_due(self, limit: int) -> bool:
-        return (
-            self.step % self.config.train.log_every == 0
-            or self.step_in_epoch == self.steps_per_epoch
-            or self.step == limit
-        )
 
     def _log(self, bar: tqdm[Any], remaining: float) -> None:
         values = self.window.flush()
@@ -267,8 +213,8 @@ class _Run:
 
     def _save(self) -> None:
         """All ranks together, since each one's random state is kept."""
-        random_states = _gather({"cpu": torch.get_rng_state(), **_cuda_rng(self.device)})
-        skipped = {k: v for part in _gather(dict(self.loader.skipped)) for k, v in part.items()}
+        random_states = distributed.gather_objects(random_state(self.device))
+        skipped = {k: v for part in distributed.gather_objects(dict(self.loader.skipped)) for k, v in part.items()}
         if self.writer is None or self.folder is None:
             return
         self.folder.write_skipped({self.source.name(i): why for i, why in skipped.items()})
@@ -306,9 +252,7 @@ class _Run:
         self.before, self.after = state["before"], state["after"]
         self.loader.skipped.update(state["data"]["skipped"])
         if self.rank < len(state["random_states"]):
-            torch.set_rng_state(state["random_states"][self.rank]["cpu"])
-            if "cuda" in state["random_states"][self.rank] and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_states"][self.rank]["cuda"], self.device)
+            set_random_state(state["random_states"][self.rank], self.device)
 
     def _announce(self, path: Path, state: dict[str, Any] | None) -> None:
         if self.rank:
@@ -319,10 +263,11 @@ class _Run:
             "recipe %s: %s, %d images in %d steps an epoch, %d epochs, queue of %d keys",
             c.recipe, c.model.arch, len(self.source), self.steps_per_epoch, c.train.epochs, c.model.queue_size,
         )  # fmt: skip
+        log.info("data: %s", self.note)
         log.info("device %s x %d, %s; loader %s: %s", self.device, self.world_size, shown, self.loader.name,
                  getattr(self.loader, "reason", ""))  # fmt: skip
         if self.monitor is None:
-            log.info("no kNN monitor: the images have no labels, or no held-out split")
+            log.info("no kNN monitor")
         log.info("writing to %s", path)
         if state is not None:
             log.info("continuing at step %d, epoch %d + %d steps", self.step, self.epoch, self.step_in_epoch)
@@ -354,51 +299,3 @@ def _describe(values: dict[str, float], config: Config) -> str:
     if "few_shot_top1" in values:
         text += f", with {config.knn.shots} labelled images a class {values['few_shot_top1']:.4f}"
     return text
-
-
-# Options that may differ between the parts of one run: they change neither the model nor the stream of batches.
-FREE_TO_CHANGE = ("data.path", "data.workers", "data.loader", "train.device", "train.max_steps", "train.dir",
-                  "train.log_every", "checkpoint.", "knn.")  # fmt: skip
-
-
-def _check_same_run(config: Config, state: dict[str, Any]) -> None:
-    now, then = settings.to_dict(config), state["config"]
-    for group in settings.groups():
-        for key, value in now[group].items():
-            name = f"{group}.{key}"
-            if not name.startswith(FREE_TO_CHANGE) and value != then[group].get(key, value):
-                raise settings.ConfigError(
-                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}; "
-                    "start a new run (another --train.dir, no --resume) to change it"
-                )
-
-
-def _find_checkpoint(path: Path, resume: str) -> dict[str, Any] | None:
-    if resume == "auto":
-        try:
-            return load_checkpoint(path)
-        except FileNotFoundError:
-            return None
-    return load_checkpoint(resume) if resume else None
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _cuda_rng(device: torch.device) -> dict[str, Tensor]:
-    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
