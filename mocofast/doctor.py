@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +56,8 @@ def main() -> None:
     print(table(report(), shutil.get_terminal_size((120, 24)).columns))
 
 
-def default_device() -> torch.device:
-    """The device that `train.device=auto` takes in a single process."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
+# The probes import lazily: what cannot be imported here is a finding of one of them, not the end of all. The
+# choices themselves are asked of the code that makes them in a run, never repeated here.
 Rows = Iterator[tuple[str, str]]
 
 
@@ -97,31 +95,41 @@ def _gpus() -> Rows:
         )
 
 
+def _auto_device() -> torch.device:
+    from mocofast.step import choose_device
+
+    return choose_device("auto")
+
+
 def _device() -> Rows:
-    device = default_device()
-    more = torch.cuda.device_count()
-    if more > 1:
-        yield (
-            "cuda:0",
-            f"one process uses one GPU; for all: torchrun --nproc-per-node {more} -m mocofast pretrain ...",
-        )
-    elif device.type == "cuda":
-        yield "cuda:0", "the GPU"
-    else:
+    device, gpus = _auto_device(), torch.cuda.device_count()
+    if device.type == "cpu":
         yield "cpu", "no CUDA device"
+    elif gpus == 1:
+        yield str(device), "the GPU"
+    else:
+        yield str(device), f"one process uses one GPU; for all: torchrun --nproc-per-node {gpus} -m mocofast pretrain"
 
 
 def _precision() -> Rows:
-    if not torch.cuda.is_available():
-        yield "fp32", "on CPUs: bf16 matrix products without bf16 instructions are hundreds of times slower"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        yield "bf16", "autocast; the GPU has bf16 tensor cores"
+    from mocofast.step import choose_autocast
+
+    device = _auto_device()
+    if choose_autocast("auto", device)._enabled:
+        yield "bf16", "autocast; this GPU computes in bf16"
+    elif device.type == "cuda":
+        yield "fp32", "this GPU has no bf16 (compute capability below 8.0)"
     else:
-        yield "fp32", "the GPU has no bf16 (compute capability below 8.0)"
+        yield "fp32", "bf16 matrix products are very slow on most CPUs"
+
+
+def _missing(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    return bool(parent and _missing(parent)) or importlib.util.find_spec(module) is None
 
 
 def _triton() -> Rows:
-    if importlib.util.find_spec("triton") is None:
+    if _missing("triton"):
         why = "publishes Linux wheels only" if platform.system() != "Linux" else "pip install triton"
         yield "not installed", why
     else:
@@ -130,39 +138,50 @@ def _triton() -> Rows:
 
 
 def _fused_ops() -> Rows:
-    has_triton = importlib.util.find_spec("triton") is not None
-    if not torch.cuda.is_available():
-        yield "blocked PyTorch", "no CUDA device; the same one-pass mathematics, blocked over the queue"
-    elif has_triton:
-        yield "Triton kernels", "CUDA tensors and Triton are here"
+    from mocofast import autograd
+
+    device = _auto_device()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing Triton, which is said below
+        kernels = autograd._backend(device.type)
+    if kernels.infonce_forward.__module__ != "mocofast_kernels.cpu":
+        yield "Triton kernels", "for the CUDA device"
+    elif device.type == "cuda":
+        yield "blocked PyTorch", "Triton is missing, so the GPU takes the slower path: pip install triton"
     else:
-        yield "blocked PyTorch", "Triton is missing, so the GPU runs the unfused fallback: pip install triton"
+        yield "blocked PyTorch", "no CUDA device; the same mathematics in one pass over the queue"
 
 
 def _dali() -> Rows:
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        if platform.system() != "Linux":
-            yield "not installed", "publishes Linux wheels only"
-        else:
-            extra = "cuda12" if (torch.version.cuda or "13").startswith("12") else "cuda13"
-            yield "not installed", f"several times faster on photos: pip install 'mocofast[{extra}]'"
-        return
-    dali = importlib.import_module("nvidia.dali")
-    if importlib.import_module("nvidia.dali.backend").GetCUDADeviceCount() and torch.cuda.is_available():
-        yield dali.__version__, "decodes on the GPU (mixed), augments there"
+    from mocofast.data.loaders import dali_missing
+
+    missing = dali_missing()
+    if missing and platform.system() != "Linux":
+        yield "not installed", "publishes Linux wheels only"
+    elif missing:
+        extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
+        yield "not installed", f"faster on photos: pip install 'mocofast[{extra}]' ({missing})"
     else:
-        yield dali.__version__, "decodes and augments on the CPU: DALI finds no CUDA device"
+        dali, backend = (importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.backend"))
+        if _auto_device().type == "cpu":
+            yield dali.__version__, "decodes on the CPU: no CUDA device"
+        elif backend.GetCUDADeviceCount():
+            yield dali.__version__, "decodes on the GPU"
+        else:
+            yield dali.__version__, "finds no GPU though torch does: a wheel for another CUDA version?"
 
 
 def _loader() -> Rows:
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-        yield "dali", "for folders of images (data.loader=auto); arrays such as the digits go through torchvision"
+    from mocofast.data.loaders import dali_missing
+
+    if dali_missing():
+        yield "torchvision", "DALI cannot be imported"
     else:
-        yield "torchvision", "DALI is not installed"
+        yield "dali", "for image files; images in memory (digits, CIFAR) go through torchvision"
 
 
 def _nvimgcodec() -> Rows:
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+    if _missing("nvidia.nvimgcodec"):
         yield "not installed", "finds damaged files for the DALI loader; comes with DALI's wheels"
     else:
         codec = importlib.import_module("nvidia.nvimgcodec")
@@ -174,8 +193,8 @@ def _distributed() -> Rows:
         yield "none", "this torch is built without torch.distributed: one process only"
         return
     backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]
-    chosen = "nccl" if "nccl" in backends and torch.cuda.is_available() else "gloo"
-    yield ", ".join(backends) or "none", f"torchrun would use {chosen} on {default_device().type}"
+    chosen = "nccl" if _auto_device().type == "cuda" else "gloo"
+    yield ", ".join(backends) or "none", f"several processes would use {chosen}"
 
 
 def _cpu() -> Rows:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,12 +27,8 @@ def found() -> dict[str, Finding]:
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """As if these packages were not installed."""
-    real = importlib.util.find_spec
-
-    def find_spec(name: str, package: str | None = None) -> Any:
-        return None if name in names else real(name, package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def test_every_part_is_reported_with_this_machines_versions() -> None:
@@ -51,6 +49,23 @@ def test_without_a_gpu_every_part_falls_back_and_says_why() -> None:
     assert "gloo" in findings["torch.distributed"].why
 
 
+def test_a_machine_with_two_gpus_is_described_with_the_command_that_uses_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    gpus = [finding for finding in doctor.report() if finding.part == "GPU"]
+    assert [gpu.use for gpu in gpus] == ["H100", "H100"]
+    assert gpus[1].why == "cuda:1, 80 GiB, compute capability 9.0, 132 SMs"
+    findings = found()
+    assert findings["precision"].use == "bf16"
+    assert "torchrun --nproc-per-node 2 -m mocofast pretrain" in findings["device"].why
+    assert "nccl" in findings["torch.distributed"].why
+
+
 @pytest.mark.gpu
 def test_with_a_gpu_the_kernels_and_the_gpu_are_named() -> None:
     findings = found()
@@ -66,9 +81,8 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: py
     findings = found()
     assert "pip install triton" in findings["Triton"].why
     assert "pip install 'mocofast[cuda1" in findings["DALI"].why
-    assert findings["data loader"] == ("data loader", "torchvision", "DALI is not installed")
+    assert findings["data loader"] == ("data loader", "torchvision", "DALI cannot be imported")
     assert findings["nvImageCodec"].use == "not installed"
-    assert findings["fused ops"].use == "blocked PyTorch"
 
 
 def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(monkeypatch: pytest.MonkeyPatch) -> None:

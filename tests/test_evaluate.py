@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mocofast import encoders
 from mocofast.config import Config
 from mocofast.data.interface import Shard, pixel_statistics
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import ArraySource, Splits
+from mocofast.data.sources import ArraySource, Splits, load_splits
 from mocofast.evaluate import knn, linear
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_rank
@@ -277,6 +281,24 @@ def test_logistic_regression_equals_scikit_learns(l2: float, monkeypatch: pytest
     np.testing.assert_allclose(weight.numpy(), theirs.coef_, atol=0.01 * np.abs(theirs.coef_).max())
 
 
+def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(caplog: pytest.LogCaptureFixture) -> None:
+    train, labels, val, own = clusters(400, 5, 90, seed=17, noise=4.0)  # few samples, many dimensions: they overfit
+    scale = torch.logspace(-2, 2, 90)  # features of very different sizes, which standardising makes equal
+    with caplog.at_level("INFO", "mocofast"):
+        result = linear._fast(train * scale + 7, labels, val * scale + 7, own, 5, seed=3)
+    swept = [cast(tuple[float, float], record.args) for record in caplog.records]
+    assert [l2 for l2, _ in swept] == list(linear._STRENGTHS)
+    best = max(accuracy for _, accuracy in swept)
+    assert result.l2 == next(l2 for l2, accuracy in swept if accuracy == best)
+    assert result.l2 is not None
+    assert best > swept[-1][1]
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (400 * result.l2), tol=1e-8, max_iter=10000))
+    theirs.fit((train * scale + 7).double().numpy(), labels.numpy())
+    expected = theirs.score((val * scale + 7).double().numpy(), own.numpy())
+    # One sample may lie on the border to float32 rounding.
+    assert result.top1 == pytest.approx(expected, abs=1.001 / len(val))
+
+
 def bright_splits(seed: int = 0) -> tuple[Splits, Config]:
     """Images in memory and a configuration of small views, one process."""
     parts = []
@@ -398,3 +420,27 @@ def test_a_probe_without_labels_or_held_out_images_says_what_is_needed() -> None
         linear_probe(tiny_encoder(), splits._replace(val=None), config, LinearConfig(), CPU)
     with pytest.raises(ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"):
         linear_probe(tiny_encoder(), splits, config, LinearConfig(protocol="quick"), CPU)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+@pytest.mark.parametrize("protocol", ["fast", "reference"])
+def test_jpeg_files_are_probed_through_either_loader(
+    loader: str, protocol: str, cifar10_jpeg: Path, tmp_path: Path
+) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    for split, count in (("train", 41), ("test", 11)):
+        for folder in sorted((cifar10_jpeg / split).iterdir())[:3]:
+            (tmp_path / split / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                (tmp_path / split / folder.name / image.name).symlink_to(image)
+    config = Config()
+    config.data.path, config.data.loader, config.data.workers = str(tmp_path), loader, 1
+    config.augment.size = 32
+    splits = load_splits(config.data)
+    options = LinearConfig(protocol=protocol, epochs=6, lr=0.1, batch_size=32, milestones=(5,))
+    result = linear_probe(tiny_encoder(), splits, config, options, CPU)
+    # Three classes, 33 images: random weights see colours, which is worth more than chance (0.33).
+    assert result.top1 > 0.4
+    assert result.top5 == 1.0

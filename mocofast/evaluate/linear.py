@@ -33,7 +33,7 @@ log = logging.getLogger("mocofast")
 _EXTRACT_BATCH = 256  # images
 _ROWS = 65536  # features whose logits are in memory at a time
 # L2 strengths on standardised features, strongest first: each fit starts from the one before.
-_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass
