@@ -280,7 +280,7 @@ class _Batches:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
         paths = [str(self._source.load(int(i))) for i in samples]
-        bad = undecodable(paths, self._sizes[samples], self._threads)
+        bad = undecodable(paths, self._sizes[samples])
         self.skipped.update({int(samples[position]): reason for position, reason in bad.items()})
         return bool(bad)
 

@@ -49,14 +49,14 @@ def _jpeg_size(file: IO[bytes]) -> tuple[int, int] | None:
         file.seek(length - 7, 1)
 
 
-def undecodable(paths: Sequence[str], sizes: np.ndarray, threads: int) -> dict[int, str]:
+def undecodable(paths: Sequence[str], sizes: np.ndarray) -> dict[int, str]:
     """Which files cannot be decoded to the size their header states: position in `paths` -> why.
 
     paths: n files; sizes: (n, 2), what `image_size` said.
     Decodes every file: with nvImageCodec, which is what DALI decodes with, or PIL where that is not installed.
     """
     try:
-        check = _nvimgcodec_check(threads)
+        check = _nvimgcodec_check()
     except ImportError:
         check = _pil_check
     bad: dict[int, str] = {}
@@ -74,12 +74,12 @@ def undecodable(paths: Sequence[str], sizes: np.ndarray, threads: int) -> dict[i
 Check = Callable[[Sequence[str]], "list[tuple[int, int] | str]"]  # for each file (height, width), or why not
 
 
-def _nvimgcodec_check(threads: int) -> Check:
+def _nvimgcodec_check() -> Check:
     from nvidia import nvimgcodec
 
     cpu = nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
     no_gpu = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY
-    decoder = nvimgcodec.Decoder(device_id=no_gpu, max_num_cpu_threads=threads, backends=[cpu])
+    decoder = nvimgcodec.Decoder(device_id=no_gpu, backends=[cpu])
     params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def check(paths: Sequence[str]) -> list[tuple[int, int] | str]:
