@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.models import list_models
 
 from mocofast.checkpoint import model_from_checkpoint
 from mocofast.config import Config
@@ -112,8 +114,18 @@ def _check_arch(format: str, arch: str) -> None:
 
 def _how_to_load(format: str, config: Config, out: Path) -> str:
     arch, path, mean, std = config.model.arch, str(out), config.augment.mean, config.augment.std
-    if format == "reference":
-        return f"python main_moco.py --arch {arch} --resume {path} ...    # facebookresearch/moco"
+    if format == "reference" and arch in list_models(module=torchvision.models):
+        m = config.model
+        mlp = " --mlp" if m.mlp else ""
+        return (
+            f"python main_moco.py --arch {arch} --resume {path} --moco-dim {m.dim} --moco-k {m.queue_size}{mlp} ..."
+            "    # facebookresearch/moco"
+        )
+    if format == "reference":  # an encoder that the reference's own program cannot build
+        return (
+            f"import torch, mocofast.interop\n"
+            f"mocofast.interop.load_reference_state_dict(model, torch.load({path!r}))    # model: a mocofast.MoCo"
+        )
     if format == "detectron2":
         bytes_mean, bytes_std = ([round(255 * value, 3) for value in part] for part in (mean, std))
         return (

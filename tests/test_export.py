@@ -149,7 +149,9 @@ class ReferenceMoCo(nn.Module):
 
 def test_a_reference_checkpoint_loads_into_a_reference_model_and_its_optimiser(tmp_path: Path) -> None:
     checkpoint = trained("resnet18", mlp=True)
-    export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar")
+    how_to_load = export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar").how_to_load
+    assert "main_moco.py --arch resnet18" in how_to_load
+    assert "--moco-dim 24 --moco-k 31 --mlp" in how_to_load
     written = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert (written["epoch"], written["arch"]) == (7, "resnet18")
     model = ReferenceMoCo(24, 31)
@@ -174,6 +176,15 @@ def test_a_reference_checkpoint_comes_back_unchanged(tmp_path: Path) -> None:
     state = model.state_dict()
     assert state.keys() == checkpoint["model"].keys()
     assert all(torch.equal(state[name], checkpoint["model"][name]) for name in state)
+
+
+def test_an_encoder_unknown_to_the_references_program_is_loaded_by_our_own_lines(tmp_path: Path) -> None:
+    checkpoint = trained("resnet_tiny")
+    written = export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar")
+    assert "main_moco" not in written.how_to_load
+    model = build_model(settings.from_dict(checkpoint["config"]))
+    exec(written.how_to_load, {"model": model})
+    assert torch.equal(model.queue, checkpoint["model"]["queue"])
 
 
 def test_detectron2_names_and_values_follow_the_conversion_rules(tmp_path: Path) -> None:
