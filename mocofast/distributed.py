@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # and what stands for them in one process
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
@@ -33,7 +35,7 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
     (`cuda:1`) becomes the current one.
     """
     device = torch.device(device)
-    rank, world_size, local_rank = (int(os.environ.get(f, d)) for f, d in _TORCHRUN)
+    rank, world_size, local_rank = (int(os.environ.get(name, alone)) for name, alone in TORCHRUN)
     if device.type == "cuda":
         index = local_rank if world_size > 1 or device.index is None else device.index
         if index >= torch.cuda.device_count():
@@ -49,9 +51,6 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
         else:
             dist.init_process_group("gloo")
     return rank, world_size, local_rank
-
-
-_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def barrier() -> None:

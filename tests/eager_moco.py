@@ -56,7 +56,7 @@ class EagerMoCo(nn.Module):
             for key in keys:
                 self.queue[:, self.pointer] = key
                 self.pointer = (self.pointer + 1) % self.queue.shape[1]
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
 class LoopedSplitBatchNorm(nn.Module):
@@ -123,13 +123,13 @@ def sgd_trajectory(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -
 
     Returns every step's loss, (steps,), and the final parameters of both encoders and queue (K, C), by name, float64.
     """
-    dtype = next(model.parameters()).dtype
+    weight = next(model.parameters())
     trained = DistributedDataParallel(model) if dist.is_initialized() else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
     losses = []
     for im_q, im_k in batches:
-        out = trained(im_q.to(dtype), im_k.to(dtype))
+        out = trained(im_q.to(weight), im_k.to(weight))
         loss = out if isinstance(out, Tensor) else out.loss
         optimizer.zero_grad()
         loss.backward()

@@ -4,12 +4,15 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mocofast.moco
 from mocofast import MoCo
@@ -24,6 +27,15 @@ def small_moco(base: type[nn.Module] = PlainEncoder, **options: object) -> MoCo:
     return MoCo(base, **{"dim": 13, "queue_size": 17, "momentum": 0.9, "temperature": 0.1, **options})
 
 
+@pytest.fixture
+def float32_convolutions() -> Iterator[None]:
+    """cuDNN rounds the operands of float32 convolutions to TF32 by default: ten bits."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+@pytest.mark.usefixtures("float32_convolutions")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("base", "options"),
     [
@@ -34,10 +46,12 @@ def small_moco(base: type[nn.Module] = PlainEncoder, **options: object) -> MoCo:
     ],
     ids=["no BatchNorm", "v1", "v2", "split BatchNorm"],
 )
-def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(base: type[nn.Module], options: dict) -> None:
+def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
+    base: type[nn.Module], options: dict, device: str
+) -> None:
     # 6 steps of 6 keys write 36 of them into 17 rows: the queue wraps twice, in the middle of a batch.
     batches = random_batches(steps=6, size=6)
-    model = small_moco(base, **options)
+    model = small_moco(base, **options).to(device)
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
     trajectories = []
     for each in (model, eager, exact):
@@ -173,6 +187,57 @@ def test_keys_are_unit_vectors_in_float32_under_autocast() -> None:
     assert loss.dtype == torch.float32
     # Normalised in float32 after the bfloat16 encoder: 1e-3 would be bfloat16's own rounding of a norm.
     torch.testing.assert_close(model.queue[:5].norm(dim=1), torch.ones(5), rtol=0, atol=1e-6)
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of all operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bn_splits", [1, 2])
+def test_a_steady_step_never_asks_for_a_tensors_value(bn_splits: int) -> None:
+    model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)
+    pixels = torch.randint(0, 256, (2, 6, 3, 8, 8), dtype=torch.uint8)
+    model(*pixels).loss.backward()
+    with Dispatched() as dispatched:
+        model(*pixels).loss.backward()
+    assert "convolution" in dispatched.names
+    assert not {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"} & set(dispatched.names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bn_splits", [1, 2])
+def test_a_steady_step_does_not_wait_for_the_gpu(bn_splits: int) -> None:
+    model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)
+    model = model.to("cuda", memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (2, 6, 3, 8, 8), dtype=torch.uint8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        for _ in range(2):
+            model(*pixels).loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(*pixels).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_forward_compiles_into_one_graph() -> None:
+    model = small_moco(TinyResNet, mlp=True)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for im_q, im_k in random_batches(steps=3, size=6):
+        ours, expected = compiled(im_q, im_k), twin(im_q, im_k)
+        ours.loss.backward()
+        torch.testing.assert_close(ours.loss, expected.loss)
+        assert torch.equal(ours.rank, expected.rank)
+    torch.testing.assert_close(model.queue, twin.queue)
 
 
 def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:
