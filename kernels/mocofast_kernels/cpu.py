@@ -31,9 +31,7 @@ LOG2E = 1.0 / math.log(2.0)
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) stay normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 256  # queries per block
-COLUMNS = (
-    8192  # negatives per block: 8 MB of logits, in the last-level cache; fewer thread barriers than smaller ones
-)
+COLUMNS = 2048  # negatives per block: 2 MB of logits; larger blocks gain 5% of speed for their memory
 
 
 class InfoNCEForward(NamedTuple):
@@ -77,6 +75,7 @@ def infonce_forward(
     scaled = h * scale
 
     sweep = _Sweep(negatives, normalize_negatives, count)
+    flags = torch.empty_like(sweep.logits) if return_rank else None
     weight_sum = torch.zeros(count, device=h.device)  # sum over negatives of exp2(logit - maximum)
     maximum = torch.zeros_like(logit_positive) if unshifted else logit_positive.clone()
     output = torch.zeros_like(h) if compute_grad else None
@@ -86,8 +85,10 @@ def infonce_forward(
         for start, block, logits in sweep.blocks(scaled[rows]):
             if exclude_period:
                 _fill_excluded(logits, rows.start, start, exclude_period)
-            if above is not None:
-                above[rows] += _count_above(logits, logit_positive[rows])
+            if above is not None and flags is not None:
+                # Comparing into float32 is several times as fast as into booleans; exact, as a block has < 2**24.
+                wins = flags[: logits.numel()].view_as(logits)
+                above[rows] += torch.gt(logits, logit_positive[rows, None], out=wins).sum(1).int()
             if not unshifted:
                 new_top = torch.maximum(top, logits.amax(1))
                 rescale = torch.exp2(top - new_top)
@@ -262,8 +263,3 @@ def _fill_excluded(logits: Tensor, row: int, column: int, period: int) -> None:
     for offset in range(first, width, period):
         if offset > -count:
             logits.diagonal(offset).fill_(-math.inf)
-
-
-def _count_above(logits: Tensor, threshold: Tensor) -> Tensor:
-    # Comparing into float32 and summing that is several times as fast as summing booleans; exact below 2**24.
-    return torch.gt(logits, threshold[:, None], out=torch.empty_like(logits)).sum(1).int()

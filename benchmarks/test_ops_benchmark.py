@@ -1,0 +1,49 @@
+"""Small, repeatable timings of the ops beside eager PyTorch, by pytest-benchmark.
+
+    pytest benchmarks/test_ops_benchmark.py --benchmark-enable --benchmark-group-by=group
+
+The full-size comparison, with memory and the machine's limits, is `mocofast bench kernels` and `mocofast bench ema`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from mocofast_kernels import reference
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from mocofast import ops
+from mocofast.bench import kernels, timing
+
+SIZES = [(64, 4096, 64), (128, 16384, 128)]  # N, K, C
+
+
+@pytest.mark.parametrize("side", ["mocofast", "with rank", "eager"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_info_nce_forward_and_backward(benchmark: BenchmarkFixture, sizes: tuple[int, int, int], side: str) -> None:
+    benchmark.group = f"info_nce {sizes}"
+    device = timing.resolved("auto")
+    step = kernels.steps(sizes, torch.float32, device)[side]
+
+    def synchronised() -> None:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    benchmark(synchronised)
+
+
+@pytest.mark.parametrize("update", [ops.ema_update_, reference.ema_update_], ids=["mocofast", "eager"])
+def test_ema(benchmark: BenchmarkFixture, update: Callable[..., None]) -> None:
+    benchmark.group = "ema, 64 tensors of 64 x 64 x 3 x 3"
+    targets, sources = ([torch.randn(64, 64, 3, 3) for _ in range(64)] for _ in range(2))
+    benchmark(update, targets, sources, 0.999)
+
+
+@pytest.mark.parametrize("enqueue", [ops.enqueue_, reference.enqueue_], ids=["mocofast", "eager"])
+def test_enqueue(benchmark: BenchmarkFixture, enqueue: Callable[..., None]) -> None:
+    benchmark.group = "enqueue 256 of 65536 x 128"
+    queue, pointer, keys = torch.zeros(65536, 128), torch.tensor([0]), torch.randn(256, 128)
+    benchmark(enqueue, queue, pointer, keys)

@@ -1,0 +1,149 @@
+"""Pairs of views per second on a folder of images: the DALI loader, the torchvision loader, and the MoCo reference's
+own way (a PyTorch DataLoader of torchvision's transforms on PIL images).
+
+Each loader is started anew in every round and closed after it, so that none works ahead while another is timed;
+the batches that it has ready by then are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from mocofast.bench import timing
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.interface import Loader, Shard, Source
+from mocofast.data.loaders import build_loader, count_workers, dali_missing
+from mocofast.data.sources import FolderSource, find_images
+from mocofast.settings import load_recipe
+
+WARM_UP = 6  # batches: what two workers, or DALI's queues, have made before the first is taken
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The folder, and how it is read."""
+    parser.add_argument("path", help="a folder of images")
+    parser.add_argument("--recipe", default="moco_v2_r50_200ep", help="whose augmentation (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="pairs in a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=positive, default=8, help="timed in a round (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=-1, help="threads or processes; -1: the cores there are")
+    parser.set_defaults(repeats=5)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the table, return the row."""
+    device = timing.resolved(arguments.device)
+    workers = count_workers(arguments.workers)
+    augment = load_recipe(arguments.recipe).augment
+    source = FolderSource(arguments.path, find_images(arguments.path))
+    shard = Shard(arguments.batch_size)
+    if shard.steps(len(source)) < WARM_UP + arguments.batches:
+        raise SystemExit(
+            f"bench data: {len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
+            f"{WARM_UP} + {arguments.batches} are needed"
+        )
+
+    def loader(name: str) -> Callable[[], Loader]:
+        data = DataConfig(loader=name, workers=workers)
+        return lambda: build_loader(source, data, (augment, augment), shard, 0, device)
+
+    names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
+    candidates: dict[str, Callable[[], Any]] = {name: loader(name) for name in names}
+    candidates["reference"] = lambda: _Reference(source, augment, arguments.batch_size, workers)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(arguments.repeats):
+        for name, make in candidates.items():
+            with closing(make()) as made:
+                samples[name].append(_seconds_per_batch(made.epoch(0), arguments.batches, device))
+    rates = {name: [arguments.batch_size / value for value in values] for name, values in samples.items()}
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}")
+    print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
+    print(f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}")
+    for name, values in rates.items():
+        spread = f"{min(values):.0f}, {max(values):.0f}"
+        print(f"{name:14}{rate[name]:10.1f}{spread:>18}{rate[name] / rate['reference']:13.2f}")
+    return {
+        "benchmark": "data",
+        **timing.environment(device),
+        "images": len(source),
+        "recipe": arguments.recipe,
+        "size": augment.size,
+        "batch_size": arguments.batch_size,
+        "batches": arguments.batches,
+        "workers": workers,
+        "repeats": arguments.repeats,
+        "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},
+        "speedup": {name: round(value / rate["reference"], 3) for name, value in rate.items()},
+    }
+
+
+def _seconds_per_batch(batches: Iterator[Any], count: int, device: torch.device) -> float:
+    for _ in range(WARM_UP):
+        next(batches)
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / count
+
+
+class _Reference:
+    """The transforms of the MoCo reference in torchvision's first API, normalised float32 pairs."""
+
+    def __init__(self, source: Source, augment: AugmentConfig, batch_size: int, workers: int) -> None:
+        self._batches = DataLoader(
+            _Pairs(source, augment), batch_size, shuffle=True, num_workers=workers, drop_last=True
+        )
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def close(self) -> None:
+        """Its workers end with its iterator."""
+
+
+class _Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, source: Source, augment: AugmentConfig) -> None:
+        self._source = source
+        jitter = transforms.RandomApply([transforms.ColorJitter(*augment.jitter)], augment.jitter_p)
+        gray = transforms.RandomGrayscale(augment.gray)
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(augment.size, augment.crop_scale),
+                *((gray, jitter) if augment.gray_first else (jitter, gray)),
+                transforms.RandomApply([_Blur(augment.blur_sigma)], augment.blur),
+                transforms.RandomHorizontalFlip(augment.flip),
+                transforms.ToTensor(),
+                transforms.Normalize(augment.mean, augment.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        item = self._source.load(index)
+        assert isinstance(item, str)
+        with Image.open(item) as opened:
+            image = opened.convert("RGB")
+        return self._transform(image), self._transform(image)
+
+
+class _Blur:
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self._sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        sigma = float(torch.empty(()).uniform_(*self._sigma))
+        return image.filter(ImageFilter.GaussianBlur(sigma))

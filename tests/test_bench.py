@@ -1,0 +1,91 @@
+"""`mocofast bench`: the row it reports, its clock and memory gauge, and the claims it is there to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocofast.bench import ema, kernels, main, timing
+
+CPU = torch.device("cpu")
+CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU
+
+
+def test_kernels_reports_both_sides_and_appends_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "rows.jsonl"
+    command = ["kernels", "--n", "8", "--k", "64", "--c", "4", "--repeats", "2", "--no-compile", "--device", "cpu"]
+    assert main([*command, "--save", str(target)]) == 0
+    row = json.loads(target.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
+    assert (row["n"], row["k"], row["c"], row["dtype"]) == (8, 64, 4, "float32")
+    assert set(row["milliseconds"]) == {"mocofast", "with rank", "eager"}
+    # 4 N K C operations at the rate that the same row states; both are rounded.
+    assert row["floor_milliseconds"] == pytest.approx(4 * 8 * 64 * 4 / row["matrix_gflops"] / 1e6, rel=1e-3, abs=1e-4)
+    assert row["torch"] == torch.__version__
+    assert row["device"]
+
+
+def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ema", "--repeats", "1", "--device", "cpu"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # torchvision's ResNet-50 without its fc (23,508,032), and 2048 x 2048 and 2048 x 128 layers with biases.
+    assert row["weights"] == 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
+    assert row["bytes"] == 3 * 4 * row["weights"]
+    assert len(ema.weight_shapes()) == row["tensors"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["kernels", "--n", "0"], ["kernels", "--dtype", "int8"], ["unknown"]])
+def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+
+
+def test_the_clock_sees_a_known_wait() -> None:
+    calls = []
+
+    def wait() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    times = timing.interleaved({"wait": wait, "nothing": lambda: None}, 3, CPU)
+    assert 0.02 <= times["wait"].low <= times["wait"].median <= times["wait"].high
+    assert times["nothing"].median < 0.001
+    assert len(calls) == 3 + 3  # warm-up and rounds
+
+
+def allocate(megabytes: int) -> int | None:
+    return timing.peak_extra_memory(lambda: torch.ones(megabytes, 2**18), CPU)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc")
+def test_the_memory_gauge_sees_a_known_allocation_that_is_freed_again() -> None:
+    extra = timing.in_fresh_process(allocate, 32)
+    assert extra == pytest.approx(32 * 2**20, abs=3 * 2**20)  # and some pages of code
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc")
+def test_info_nce_takes_at_most_6_percent_of_eagers_extra_memory() -> None:
+    extra = {
+        name: timing.in_fresh_process(kernels.memory_of, name, CLAIM, torch.float32, "cpu")
+        for name in ("mocofast", "with rank", "eager")
+    }
+    assert extra["eager"] > 3 * 4 * CLAIM[0] * CLAIM[1]  # it did hold several N x K arrays
+    assert extra["mocofast"] <= 0.06 * extra["eager"]
+    assert extra["with rank"] <= 0.06 * extra["eager"]
+
+
+@pytest.mark.slow
+def test_info_nce_is_3_times_as_fast_as_eager_on_an_idle_cpu() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        times = timing.interleaved(kernels.steps(CLAIM, torch.float32, CPU), 15, CPU)
+    finally:
+        torch.set_num_threads(threads)
+    assert times["eager"].median >= 3 * times["mocofast"].median
