@@ -80,8 +80,7 @@ class DaliLoader:
     """See `mocofast.data.interface.Loader`. Bad files: see this module's docstring.
 
     Images of 16 bits, alpha, palettes, CMYK or one channel come out as `torchvision_loader.decode` has them,
-    to 1 of 255; EXIF orientation is not applied. Moving to another position costs at most the batches that are
-    under way (up to two are decoded in vain), no rebuild.
+    to 1 of 255; EXIF orientation is not applied. Moving to another position than the next starts a new pipeline.
     """
 
     name = "dali"
@@ -201,14 +200,13 @@ class _Batches:
         self._pool = _single_threaded_pool(self._threads)
         self._pipeline: Pipeline | None = None
         self._under_way: deque[_Plan] = deque()  # what DALI works on, oldest first
-        self._stale = 0  # how many of those nobody waits for any more
         self._delivered = self._planned = (0, 0)  # (epoch, step) of the next batch to hand out, and to plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def seek(self, epoch: int, step: int) -> None:
-        """The next batch will be this one. What DALI has begun is dropped when it is done: up to two batches."""
-        self._delivered = self._planned = (epoch, step)
-        self._stale = len(self._under_way)
+        """The next batch will be this one."""
+        self._delivered = (epoch, step)
+        self._forget_pipeline()  # a new one is sooner ready than the batches that this one has under way
 
     def next(self) -> Batch:
         """The next batch, finished. Raises ValueError where no sample of the source can be decoded."""
@@ -248,10 +246,7 @@ class _Batches:
                 if not self._find_bad(suspects):
                     raise
                 continue
-            plan = self._under_way.popleft()
-            if not self._stale:
-                return plan, crops
-            self._stale -= 1
+            return self._under_way.popleft(), crops
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"
@@ -272,7 +267,6 @@ class _Batches:
     def _forget_pipeline(self) -> None:
         self._pipeline = None
         self._under_way.clear()
-        self._stale = 0
 
     def _find_bad(self, plans: list[_Plan]) -> bool:
         """Puts the undecodable files of these batches on record; False where there is none."""
