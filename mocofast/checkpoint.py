@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mocofast import encoders, settings
-from mocofast.config import Config
+from mocofast.config import Config, ConfigError
 from mocofast.data.interface import pixel_statistics
 from mocofast.moco import MoCo
 
@@ -94,7 +94,7 @@ class CheckpointWriter:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU. `path`: the file, or a run folder (its checkpoints/last.pt).
 
-    Raises FileNotFoundError where there is none, ValueError for a file that is not a mocofast checkpoint.
+    Raises FileNotFoundError where there is none, ConfigError (a ValueError) for a file that is no mocofast checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,9 +104,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(
+        raise ConfigError(
             f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's files see "
             "mocofast.interop.load_reference_state_dict)"
         )

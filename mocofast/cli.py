@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mocofast import settings
-from mocofast.config import Config, DataConfig, KNNConfig
-from mocofast.settings import ConfigError
+from mocofast.config import Config, ConfigError, DataConfig, KNNConfig
 
 if TYPE_CHECKING:
     from mocofast.data.sources import Splits
@@ -205,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name](rest)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
         if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
             print(f"mocofast {name}: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class ConfigError(ValueError):
+    """A recipe, option or value that cannot be used; the message names it and what would do."""
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """One option: its default, what it means (with units), and, where it is a closed set, its values."""
     return field(default=default, metadata={"help": help, "choices": choices})

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mocofast.config import ConfigError
+
 TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # and what stands for them in one process
 
 
@@ -39,7 +41,7 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
     if device.type == "cuda":
         index = local_rank if world_size > 1 or device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(
+            raise ConfigError(
                 f"device: process {local_rank} of this machine needs cuda:{index}, and there are "
                 f"{torch.cuda.device_count()} GPUs; start at most one process per GPU"
             )

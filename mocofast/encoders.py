@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mocofast.config import ConfigError
+
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
 HEADS = ("fc", "head", "heads")
 
@@ -32,7 +34,7 @@ def build_encoder(arch: str) -> Callable[..., nn.Module]:
     if arch == "resnet_tiny":
         return TinyResNet
     nearest = difflib.get_close_matches(arch, [*names, *cifar, "resnet_tiny"], n=1, cutoff=0)[0]
-    raise ValueError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
+    raise ConfigError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
 
 
 def _cifar_resnet(name: str, num_classes: int) -> nn.Module:

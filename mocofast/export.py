@@ -20,10 +20,10 @@ from torch import Tensor
 from torchvision.models import list_models
 
 from mocofast.checkpoint import model_from_checkpoint
-from mocofast.config import Config
+from mocofast.config import Config, ConfigError
 from mocofast.interop import backbone_state_dict, to_reference_state_dict
 from mocofast.moco import MoCo
-from mocofast.settings import ConfigError, nearest
+from mocofast.settings import nearest
 
 FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
 

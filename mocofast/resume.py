@@ -10,8 +10,7 @@ import torch
 
 from mocofast import settings
 from mocofast.checkpoint import load_checkpoint
-from mocofast.config import Config
-from mocofast.settings import ConfigError
+from mocofast.config import Config, ConfigError
 
 # Options that may differ between the parts of one run: they change neither the model nor the stream of batches.
 FREE_TO_CHANGE = (

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, train.log, TensorBoard events; and its lines on the screen."""
+"""What a run leaves behind: config.yaml, metrics.jsonl, train.log, TensorBoard events; and its screen lines."""
 
 from __future__ import annotations
 
@@ -80,8 +80,10 @@ class RunFolder:
                 self._board.add_scalar(name, value, metrics["step"])
 
     def write_skipped(self, skipped: dict[str, str]) -> None:
-        """skipped.jsonl and the log: the files that could not be decoded, with the reason. `skipped` holds all so far;
-        those not named yet are."""
+        """Names in the log and in skipped.jsonl the files that could not be decoded, unless it has done so before.
+
+        skipped: all so far, file -> reason.
+        """
         for name, reason in sorted(skipped.items()):
             if name not in self._skipped:
                 self._skipped.add(name)

@@ -13,13 +13,9 @@ from typing import Any
 
 import yaml
 
-from mocofast.config import Config
+from mocofast.config import Config, ConfigError
 
 DEFAULT_RECIPE = "digits"
-
-
-class ConfigError(ValueError):
-    """A recipe, option or value that cannot be used; the message names it and what would do."""
 
 
 class Setting(typing.NamedTuple):

@@ -68,14 +68,17 @@ class _Run:
         state = find_checkpoint(path, resume)
         if state is not None:
             check_same_run(config, state)
-        self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
 
         torch.manual_seed(config.train.seed)
         self.model = build_model(config).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.autocast = choose_autocast(config.train.precision, device)
+        if rank:  # rank 0 may have to download the images
+            distributed.barrier()
         splits = load_splits(config.data, config.train.seed)
+        if rank == 0:
+            distributed.barrier()
         self.loader: Loader = build_loader(
             splits.train,
             config.data,
@@ -95,6 +98,8 @@ class _Run:
         self.after: dict[str, float] = {}
         if state is not None:
             self._restore(state)
+        # From here on nothing refuses the configuration, so a refused one leaves no files behind.
+        self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
         self.ddp: nn.Module = self.model
         if world_size > 1:
             # Buffers: BatchNorm statistics stay each rank's own, and the queue is equal everywhere already.

@@ -48,7 +48,7 @@ def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
     choice, reason = choose_loader(folder, "auto")
     assert choice == "torchvision"
     assert "pip install 'mocofast[cuda13]'" in reason
-    with pytest.raises(ImportError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
+    with pytest.raises(ValueError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
         choose_loader(folder, "dali")
 
 

@@ -264,7 +264,7 @@ def test_cifar_without_files_or_network_says_what_to_put_where(
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    with pytest.raises(RuntimeError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"):
+    with pytest.raises(ValueError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"):
         load_splits(DataConfig(source=kind, path=str(tmp_path)))
 
 

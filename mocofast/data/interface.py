@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocofast.config import AugmentConfig
+from mocofast.config import AugmentConfig, ConfigError
 
 
 class Batch(NamedTuple):
@@ -72,7 +72,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"data.batch_size must be a multiple of the number of ranks: got {self.batch_size} on "
                 f"{self.world_size} ranks"
             )
@@ -83,7 +83,7 @@ class Shard:
         if not self.drop_last and count % self.batch_size >= self.world_size:
             steps += 1
         if steps == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"data.batch_size must be at most the number of images: got {self.batch_size}, and {count} images"
             )
         return steps

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mocofast.config import AugmentConfig, DataConfig
+from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data.interface import Loader, Shard, Source
 
 if TYPE_CHECKING:
@@ -59,18 +59,18 @@ def eval_batches(
 def choose_loader(source: Source, asked: str) -> tuple[str, str]:
     """("dali" or "torchvision", why). asked: "auto", "dali" or "torchvision"."""
     if asked not in ("auto", "dali", "torchvision"):
-        raise ValueError(f"data.loader must be auto, dali or torchvision, got {asked!r}")
+        raise ConfigError(f"data.loader must be auto, dali or torchvision, got {asked!r}")
     if asked == "torchvision":
         return asked, "asked for"
     if not isinstance(source.load(0), str):
         if asked == "dali":
-            raise ValueError(
+            raise ConfigError(
                 "data.loader=dali needs image files to decode; this source is in memory: use torchvision"
             )
         return "torchvision", "the images are in memory, so there is nothing to decode"
     missing = dali_missing()
     if missing and asked == "dali":
-        raise ImportError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
+        raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
     return "dali", "asked for" if asked == "dali" else "image files, and DALI is installed"
@@ -88,7 +88,7 @@ def dali_missing() -> str:
 def count_workers(workers: int) -> int:
     """data.workers with -1 resolved: the cores this process may use, shared by the ranks of this machine."""
     if workers < -1:
-        raise ValueError(f"data.workers must be -1 or more, got {workers}")
+        raise ConfigError(f"data.workers must be -1 or more, got {workers}")
     if workers >= 0:
         return workers
     available = getattr(os, "sched_getaffinity", None)  # absent outside Linux

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocofast.config import DataConfig
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data.interface import Source
 
 # Formats that PIL and DALI both decode (each was tried). GIF and AVIF are left out: DALI reads neither.
@@ -116,7 +116,7 @@ def find_images(folder: str | Path) -> list[str]:
     _scan(str(folder), "", frozenset(), names)
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
-        raise ValueError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds})")
+        raise ConfigError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds})")
     return sorted(names)
 
 
@@ -156,16 +156,16 @@ def load_splits(data: DataConfig, seed: int = 0) -> Splits:
     Errors name the option; nothing is decoded, so bad files are found (and skipped) only by loaders.
     """
     if not 0 <= data.holdout < 1:
-        raise ValueError(f"data.holdout must be in [0, 1), got {data.holdout}")
+        raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
     if data.source == "digits":
         return _digits()
     if data.source in ("folder", "cifar10", "cifar100") and not data.path:
-        raise ValueError(f"data.path must name a folder for data.source={data.source}, got an empty one")
+        raise ConfigError(f"data.path must name a folder for data.source={data.source}, got an empty one")
     if data.source == "folder":
         return _folder(Path(data.path).expanduser(), data.holdout, seed)
     if data.source in ("cifar10", "cifar100"):
         return _cifar(data.source, Path(data.path).expanduser())
-    raise ValueError(f"data.source must be folder, digits, cifar10 or cifar100, got {data.source!r}")
+    raise ConfigError(f"data.source must be folder, digits, cifar10 or cifar100, got {data.source!r}")
 
 
 def _folder(root: Path, holdout: float, seed: int) -> Splits:
@@ -181,7 +181,7 @@ def _folder(root: Path, holdout: float, seed: int) -> Splits:
         val_classes, val_labels = _classes_of(val_names)
         unknown = sorted(set(val_classes) - set(classes))
         if unknown:
-            raise ValueError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
+            raise ConfigError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
         if val_labels is not None:
             labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
             val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
@@ -259,7 +259,7 @@ def _cifar(kind: str, root: Path) -> Splits:
             except RuntimeError:  # torchvision's way to say that it is not there
                 parts.append(dataset(root, train=is_train, download=True))
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise ConfigError(
             f"data.path: {kind} is not in {str(root)!r} and could not be downloaded ({error}); "
             f"put {dataset.url} there, unpacked to {dataset.base_folder}/"
         ) from error

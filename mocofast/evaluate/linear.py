@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, option
+from mocofast.config import Config, ConfigError, option
 from mocofast.data.interface import Shard, Source, pixel_statistics
 from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.sources import Splits
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import label_rank
-from mocofast.settings import ConfigError
 
 log = logging.getLogger("mocofast")
 

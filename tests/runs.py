@@ -1,0 +1,97 @@
+"""Helpers for tests that run the command line: real processes, small data, few steps.
+
+As a script, `python runs.py ARGS...` is `mocofast ARGS...` with an encoder without BatchNorm under the name
+`resnet_tiny`, for claims that BatchNorm would break (its statistics depend on how a batch is divided).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"images_per_second", "data_wait", "memory_gib"}  # differ from run to run
+
+
+class PlainEncoder(nn.Module):
+    """Convolution, pooling, linear layer: nothing mixes the images of a batch."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(images)).mean((2, 3)))
+
+
+def environment() -> dict[str, str]:
+    """The package from this checkout, on one thread, so that several processes do not fight for two cores."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def mocofast(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m mocofast ARGS`."""
+    return _run([sys.executable, "-m", "mocofast", *arguments], check)
+
+
+def torchrun(processes: int, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node N -m mocofast ARGS`, or a script in place of the module."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return _run([*launcher, *([script] if script else ["-m", "mocofast"]), *arguments], True)
+
+
+def _run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the machine's speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The model of a run's last checkpoint."""
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+def make_images(folder: Path, count: int, classes: int = 2, side: int = 24) -> Path:
+    """`count` JPEG files of smooth random colours in class folders; images of a class resemble each other."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        label = i % classes
+        path = folder / f"class{label}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 128, (4, 4, 3)) + 127 * np.eye(3, dtype=np.int64)[label % 3]
+        pixels = np.kron(coarse, np.ones((side // 4, side // 4, 1))).astype(np.uint8)
+        Image.fromarray(pixels).resize((side, side)).save(path, quality=90)
+    return folder
+
+
+if __name__ == "__main__":
+    from mocofast import cli, encoders
+
+    encoders.TinyResNet = PlainEncoder  # type: ignore[assignment,misc]
+    sys.exit(cli.main())

@@ -1,0 +1,138 @@
+"""What the command line says: help, mistakes, evaluation and export of a small run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from mocofast import cli, settings
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command in this process."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:  # argparse
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_lists_every_option_with_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "pretrain", "--help")
+    assert status == 0
+    text = re.sub(r"\s+", " ", out)
+    for group, kind in settings.groups().items():
+        for setting in settings.settings(group, kind):
+            assert f"--{setting.name} VALUE {setting.help}" in text
+            assert f"[{settings.shown(setting.default)}]" in text
+    assert all(name in out for name in settings.recipes())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, _ = call(capsys, name, "--help")
+    assert status == 0
+    assert f"mocofast {name}" in out
+    assert name in call(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "usage"),
+        (("pretrian",), "did you mean 'pretrain'"),
+        (("pretrain", "digit"), "did you mean 'digits'"),
+        (("pretrain", "--optim.lrr", "1"), "did you mean '--optim.lr'"),
+        (("pretrain", "--optim.lrr=1"), "did you mean '--optim.lr'"),
+        (("pretrain", "--optim.l", "1"), "unknown option '--optim.l'"),  # no abbreviations
+        (("pretrain", "--optim.lr"), "expected one argument"),
+        (("pretrain", "--optim.lr", "x"), "expected float, got 'x'"),
+        (("pretrain", "--data.loader", "dalli"), "did you mean 'dali'"),
+        (("pretrain", "--model.arch", "resnet5"), "resnet50"),
+        (("pretrain", "moco_v1_r50"), "data.path"),
+        (("pretrain", "moco_v1_r50", "--data.path", "/nowhere"), "/nowhere"),
+        (("pretrain", "--data.batch_size", "5000"), "data.batch_size"),
+        (("pretrain", "--resume", "/nowhere"), "/nowhere"),
+        (("knn", "/nowhere"), "/nowhere"),
+        (("export", "/nowhere", "--format", "onnx", "x.pt"), "/nowhere"),
+        (("bench", "kernel"), "kernels"),
+    ],
+)
+def test_mistakes_are_named_in_a_line_with_status_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a run that starts anyway leaves its folder here
+    status, out, err = call(capsys, *arguments)
+    assert status == 2
+    assert said in out + err
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of a torchvision ResNet on small JPEG files."""
+    images = runs.make_images(tmp_path_factory.mktemp("images"), 60)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    runs.mocofast(
+        *("pretrain", "digits", "--model.arch", "resnet18", "--model.mlp", "true", "--data.source", "folder"),
+        *("--data.path", str(images), "--augment.size", "32", "--data.batch_size", "16", "--train.max_steps", "2"),
+        *("--train.dir", str(folder), "--data.workers", "0", "--knn.shots", "2"),
+    )
+    return folder
+
+
+def test_knn_and_linear_report_accuracies(run_folder: Path) -> None:
+    out = runs.mocofast("knn", str(run_folder), "--knn.k", "3").stdout
+    values = dict(re.findall(r"^(\w+) ([\d.]+)$", out, re.MULTILINE))
+    assert {"knn_top1", "knn_top5", "few_shot_top1"} <= values.keys()
+    assert all(0 <= float(value) <= 1 for value in values.values())
+    out = runs.mocofast("linear", str(run_folder)).stdout
+    values = dict(re.findall(r"^(\w+) ([\d.e-]+)$", out, re.MULTILINE))
+    assert 0.5 <= float(values["linear_top1"]) <= 1  # two classes that differ by their tint
+
+
+def test_an_export_loads_into_torchvision_apart_from_the_head(run_folder: Path, tmp_path: Path) -> None:
+    from torchvision.models import resnet18
+
+    out = runs.mocofast("export", str(run_folder), "--format", "torchvision", str(tmp_path / "backbone.pt")).stdout
+    assert "resnet18" in out
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    model = resnet18()
+    head = {name: value for name, value in model.state_dict().items() if name.startswith("fc.")}
+    model.load_state_dict(state | head, strict=True)
+    trained = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert torch.equal(model.conv1.weight, trained["encoder_q.conv1.weight"])
+
+
+def test_the_reference_format_holds_the_queue_the_other_way_round(run_folder: Path, tmp_path: Path) -> None:
+    runs.mocofast("export", str(run_folder), "--format", "reference", str(tmp_path / "moco.pth.tar"))
+    state = torch.load(tmp_path / "moco.pth.tar", weights_only=True)
+    trained = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert state["arch"] == "resnet18"
+    assert torch.equal(state["state_dict"]["module.queue"], trained["queue"].T)
+    assert "module.encoder_q.fc.0.weight" in state["state_dict"]
+
+
+def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in runs.make_images(tmp_path / "images", 20).rglob("*.jpg"):
+        path.rename(flat / path.name)
+    out = runs.mocofast(
+        *("pretrain", "digits", "--data.source", "folder", "--data.path", str(flat), "--data.batch_size", "8"),
+        *("--train.max_steps", "1", "--train.dir", str(tmp_path / "run"), "--data.workers", "0"),
+    ).stdout
+    assert "no kNN monitor" in out
+    assert "unlabelled" in out
+    done = runs.mocofast("knn", str(tmp_path / "run"), check=False)
+    assert done.returncode == 2
+    assert "labelled" in done.stderr
