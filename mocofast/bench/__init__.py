@@ -1,4 +1,4 @@
-"""`mocofast bench`: our ops beside eager PyTorch, both sides in one run.
+"""`mocofast bench`: our ops beside eager PyTorch, our loaders beside the reference's, all sides in one run.
 
 Every benchmark interleaves its candidates in one process, prints a table with the machine's own limit measured in
 the same run, and ends with one JSON line that `--save FILE` also appends to a file.
@@ -11,16 +11,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import ema, kernels
+from mocofast.bench import data, ema, kernels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `kernels` or `ema`; returns the exit status (arguments that cannot be used exit with 2)."""
-    parser = argparse.ArgumentParser(prog="mocofast bench", description="Times the ops beside eager PyTorch.")
-    commands = parser.add_subparsers(required=True, metavar="kernels|ema")
+    """Run `kernels`, `ema` or `data`; returns the exit status (arguments that cannot be used exit with 2)."""
+    parser = argparse.ArgumentParser(
+        prog="mocofast bench", description="Times ops and loaders beside what they replace."
+    )
+    commands = parser.add_subparsers(required=True, metavar="kernels|ema|data")
     for module, name, text in (
         (kernels, "kernels", "InfoNCE: time and memory of forward and backward"),
         (ema, "ema", "EMA of a ResNet-50's weights"),
+        (data, "data", "pairs of views per second from a folder of images"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

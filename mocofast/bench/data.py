@@ -24,7 +24,7 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.interface import Loader, Shard, Source
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
-from mocofast.settings import load_recipe
+from mocofast.settings import ConfigError, load_recipe
 
 WARM_UP = 6  # batches: what two workers, or DALI's queues, have made before the first is taken
 
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     source = FolderSource(arguments.path, find_images(arguments.path))
     shard = Shard(arguments.batch_size)
     if shard.steps(len(source)) < WARM_UP + arguments.batches:
-        raise SystemExit(
-            f"bench data: {len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
+        raise ConfigError(
+            f"{len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
             f"{WARM_UP} + {arguments.batches} are needed"
         )
 
