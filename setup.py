@@ -1,19 +1,24 @@
 """mocofast: one distribution, two import packages (``mocofast`` and ``mocofast_kernels``)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mocofast/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6"]
+# The packaging test builds a wheel without a network, so with the setuptools that is installed.
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6", "setuptools>=77"]
 BENCH = ["pytest-benchmark>=5"]
 
 setup(
     name="mocofast",
-    version="0.1.0",
+    version=VERSION,
     description="Momentum-contrast pretraining on fused kernels: MoCo v1 and v2, correct and fast",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

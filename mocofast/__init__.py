@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from mocofast import ops
     from mocofast.moco import MoCo
 
-    __version__: str
-
 __all__ = ["MoCo", "__version__", "ops"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -22,10 +22,6 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return importlib.import_module("mocofast.ops")
-    if name == "__version__":
-        from importlib import metadata
-
-        return metadata.version("mocofast")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

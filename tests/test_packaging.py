@@ -1,0 +1,119 @@
+"""What is shipped: the contents of wheel and sdist, the version, the pins, and whose the name `kernels` is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import mocofast
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads: a build in the checkout leaves a build/ there that the next wheel ships too."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "Makefile"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("mocofast", "kernels", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> zipfile.ZipFile:
+    """The wheel that `pip install .` makes, built by the installed setuptools: no network."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77 (pip install '.[test]')")
+    pip = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--quiet", "--wheel-dir", "out"], cwd=checkout, check=True)
+    (path,) = (checkout / "out").iterdir()
+    return zipfile.ZipFile(path)
+
+
+def metadata(wheel: zipfile.ZipFile, name: str) -> str:
+    return wheel.read(f"mocofast-{mocofast.__version__}.dist-info/{name}").decode()
+
+
+def test_the_wheel_holds_both_packages_their_recipes_and_type_markers_and_nothing_else(
+    checkout: Path, wheel: zipfile.ZipFile
+) -> None:
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    packages = [(checkout, "mocofast"), (checkout / "kernels", "mocofast_kernels")]
+    paths = {path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")}
+    assert files == {path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")}
+    assert {"mocofast/py.typed", "mocofast_kernels/py.typed", "mocofast/recipes/digits.yaml"} <= files
+
+
+def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
+    assert "mocofast = mocofast.cli:main" in metadata(wheel, "entry_points.txt")
+
+
+def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipFile) -> None:
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('out-sdist'))"
+    subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True)
+    (path,) = (checkout / "out-sdist").iterdir()
+    with tarfile.open(path) as archive:
+        files = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    shipped = {name.replace("mocofast_kernels/", "kernels/mocofast_kernels/") for name in wheel.namelist()}
+    assert {name for name in shipped if ".dist-info/" not in name} <= files
+    assert {"README.md", "LICENSE", "setup.py", "pyproject.toml", "constraints.txt", "Makefile"} <= files
+    assert {"tests/conftest.py", "tests/oracle.py", "tests/test_packaging.py"} <= files
+
+
+def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfile.ZipFile) -> None:
+    # -S leaves out site-packages, so no installed copy can answer.
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", "import mocofast; print(mocofast.__version__, mocofast.__file__)"],
+        env={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    version, path = out.strip().split(" ", 1)
+    assert Path(path) == ROOT / "mocofast" / "__init__.py"
+    assert version == mocofast.__version__ == Parser().parsestr(metadata(wheel, "METADATA"))["Version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+
+
+def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_allowed(
+    wheel: zipfile.ZipFile,
+) -> None:
+    """So what the tests run with is what `>=` promises. A pin of a package that nobody requires is a leftover."""
+    requirements = pytest.importorskip("packaging.requirements")
+    ranges: dict[str, set[str]] = {}
+    for line in Parser().parsestr(metadata(wheel, "METADATA")).get_all("Requires-Dist"):
+        required = requirements.Requirement(line)
+        ranges.setdefault(required.name, set()).add(str(required.specifier))
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines())
+    pins = {pin.name: pin.specifier for pin in map(requirements.Requirement, filter(None, lines))}
+    assert {"torch", "torchvision", "triton", "numpy"} <= pins.keys()
+    for name, specifier in pins.items():
+        assert name in ranges, f"constraints.txt pins {name}, which setup.py does not require"
+        (allowed,) = ranges[name]
+        (pin,) = specifier
+        if pin.operator == "==":
+            assert pin.version in requirements.SpecifierSet(allowed), f"setup.py wants {name}{allowed}, not {pin}"
+        if name.startswith(("torch", "triton", "nvidia-dali")):
+            assert f">={pin.version}".removesuffix(".0") == allowed, f"{name}: tested with {pin}, promised {allowed}"
+
+
+def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: Path) -> None:
+    """Hugging Face's `kernels` is one; `kernels/` here must not hide it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
+    code = "import kernels, mocofast_kernels; print(kernels.owner, mocofast_kernels.__file__)"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))  # as pytest and a bare checkout order them
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    ).stdout
+    assert out.strip() == f"somebody else {ROOT / 'kernels' / 'mocofast_kernels' / '__init__.py'}"
