@@ -2,22 +2,24 @@
 # make demo    set-up, then a pretraining on the embedded digits: minutes on two CPU cores
 # make test    set-up, then the tests; real images through MOCOFAST_DATA=DIR
 # make check   format, lint, types and tests, as CI runs them
-# EXTRAS=cuda12,dev make setup    for a driver of CUDA 12
+# make test-newest                the tests with the newest versions of everything, in a .venv of their own
+# EXTRAS=cuda12,dev make setup    for a driver of CUDA 12, in a clone without .venv
 
 EXTRAS ?= cuda13,dev
+# The first that runs and can make a virtual environment: Debian packs venv's pip, `ensurepip`, apart.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test lint check format
+.PHONY: setup demo test test-newest lint check format
 
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "mocofast needs Python 3.10 to 3.13; none was found on PATH"; exit 1; }
-	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch and its CUDA libraries are about 5 GB, minutes"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch and its CUDA libraries are about 6 GB, minutes"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
@@ -26,6 +28,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
