@@ -18,6 +18,7 @@ from mocofast.data.interface import Shard
 from mocofast.data.loaders import build_loader, choose_loader, count_workers, dali_missing, eval_batches
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 
+CPU = torch.device("cpu")
 IN_MEMORY = ArraySource(np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b"))
 
 
@@ -35,9 +36,9 @@ def test_auto_takes_dali_for_files_where_it_is_installed(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "dali_missing", lambda: "")
-    assert choose_loader(folder, "auto") == ("dali", "image files, and DALI is installed")
-    assert choose_loader(folder, "dali")[0] == "dali"
-    assert choose_loader(folder, "torchvision") == ("torchvision", "asked for")
+    assert choose_loader(folder, "auto", CPU) == ("dali", "image files, and DALI is installed")
+    assert choose_loader(folder, "dali", CPU)[0] == "dali"
+    assert choose_loader(folder, "torchvision", CPU) == ("torchvision", "asked for")
 
 
 def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
@@ -45,21 +46,22 @@ def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what import finds where it is not installed
     assert dali_missing()
-    choice, reason = choose_loader(folder, "auto")
+    choice, reason = choose_loader(folder, "auto", CPU)
     assert choice == "torchvision"
     assert "pip install 'mocofast[cuda13]'" in reason
     with pytest.raises(ValueError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
-        choose_loader(folder, "dali")
+        choose_loader(folder, "dali", CPU)
 
 
-def test_images_in_memory_are_not_for_dali() -> None:
-    choice, reason = choose_loader(IN_MEMORY, "auto")
+def test_images_in_memory_go_through_dali_on_a_gpu_only() -> None:
+    choice, reason = choose_loader(IN_MEMORY, "auto", CPU)
     assert choice == "torchvision"
     assert "in memory" in reason
-    with pytest.raises(ValueError, match=r"data\.loader=dali needs image files"):
-        choose_loader(IN_MEMORY, "dali")
     with pytest.raises(ValueError, match=r"data\.loader must be auto, dali or torchvision, got 'pil'"):
-        choose_loader(IN_MEMORY, "pil")
+        choose_loader(IN_MEMORY, "pil", CPU)
+    pytest.importorskip("nvidia.dali")
+    assert choose_loader(IN_MEMORY, "auto", torch.device("cuda"))[0] == "dali"
+    assert choose_loader(IN_MEMORY, "dali", CPU) == ("dali", "asked for")
 
 
 def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:

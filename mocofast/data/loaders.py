@@ -29,7 +29,7 @@ def build_loader(
     augments: one per view, so two for pretraining and one for a linear probe.
     Raises ValueError or ImportError where `data.loader` names one that cannot serve.
     """
-    choice, reason = choose_loader(source, data.loader)
+    choice, reason = choose_loader(source, data.loader, device)
     workers = count_workers(data.workers)
     loader: Loader
     if choice == "dali":
@@ -56,24 +56,23 @@ def eval_batches(
     return EvalBatches(source, size, batch_size, count_workers(workers), torch.device(device))
 
 
-def choose_loader(source: Source, asked: str) -> tuple[str, str]:
-    """("dali" or "torchvision", why). asked: "auto", "dali" or "torchvision"."""
+def choose_loader(source: Source, asked: str, device: torch.device) -> tuple[str, str]:
+    """("dali" or "torchvision", why). asked: "auto", "dali" or "torchvision"; device: where the batches go."""
     if asked not in ("auto", "dali", "torchvision"):
         raise ConfigError(f"data.loader must be auto, dali or torchvision, got {asked!r}")
     if asked == "torchvision":
         return asked, "asked for"
-    if not isinstance(source.load(0), str):
-        if asked == "dali":
-            raise ConfigError(
-                "data.loader=dali needs image files to decode; this source is in memory: use torchvision"
-            )
-        return "torchvision", "the images are in memory, so there is nothing to decode"
     missing = dali_missing()
-    if missing and asked == "dali":
-        raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
+    if asked == "dali":
+        if missing:
+            raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
+        return asked, "asked for"
+    in_memory = not isinstance(source.load(0), str)
+    if in_memory and device.type != "cuda":
+        return "torchvision", "the images are in memory, so there is nothing to decode"
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
-    return "dali", "asked for" if asked == "dali" else "image files, and DALI is installed"
+    return "dali", "the views are made on the GPU" if in_memory else "image files, and DALI is installed"
 
 
 def dali_missing() -> str:

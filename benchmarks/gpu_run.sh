@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go, from a plain checkout (nothing installed, nothing downloaded):
+#   OUT=results benchmarks/gpu_run.sh [PART ...]
+# Parts: env tests kernels data train accuracy (all of them by default), each under 10 minutes and restartable.
+# OUT gets rows.jsonl (benchmark rows), a log per part, and the runs. MOCOFAST_DATA: folder with the image archives.
+# DALI may come from a folder on PYTHONPATH.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu_results}
+mkdir -p "$OUT"
+export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+mocofast="$python -m mocofast"
+rows=$OUT/rows.jsonl
+
+part_env() {
+	nvidia-smi
+	$mocofast doctor
+}
+
+part_tests() {
+	# Every test that takes a device runs on the GPU, through the real compiler; then the rest of the GPU ones.
+	timeout 580 $python -m pytest -m "gpu or not slow" -p no:cacheprovider --durations=10 \
+		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py tests/test_dali_*.py
+}
+
+part_kernels() {
+	for shape in "256 65536 128" "32 65536 128" "1024 65536 128" "4096 65536 128" "4096 65536 256" "256 1048576 128"; do
+		read -r n k c <<<"$shape"
+		for dtype in float32 bfloat16; do
+			timeout 120 $mocofast bench kernels --n "$n" --k "$k" --c "$c" --dtype $dtype --save "$rows"
+		done
+	done
+	timeout 120 $mocofast bench ema --save "$rows"
+}
+
+unpack() { # ARCHIVE: its folder under OUT, unpacked once
+	local folder=/tmp/mocofast_${1%%.*}
+	[ -d "$folder" ] || { mkdir -p "$folder" && tar xf "$MOCOFAST_DATA/$1" -C "$folder"; }
+	echo "$folder"
+}
+
+part_data() {
+	timeout 300 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --save "$rows"
+}
+
+part_train() {
+	timeout 200 $mocofast pretrain --train.dir "$OUT/digits"
+	timeout 300 $mocofast pretrain moco_v2_r50_200ep --data.path "$(unpack imagenet-sample-500.tar)" \
+		--data.batch_size 64 --train.max_steps 50 --train.log_every 10 --train.dir "$OUT/photos"
+}
+
+part_accuracy() {
+	# The authors' CIFAR-10 demo; restarts where it stopped, so repeat the part until 200 epochs are done.
+	timeout -s TERM 570 $mocofast pretrain cifar10_r18 --data.source folder \
+		--data.path "$(unpack cifar10-jpeg.tar.xz)" --model.queue_dtype bfloat16 \
+		--train.dir "$OUT/cifar10" --resume auto --checkpoint.keep 0
+}
+
+for part in "${@:-env tests kernels data train accuracy}"; do
+	for name in $part; do
+		echo "== $name"
+		"part_$name" 2>&1 | tee "$OUT/$name.log"
+		echo "== $name ended with ${PIPESTATUS[0]}"
+	done
+done
