@@ -177,7 +177,7 @@ def _loader() -> Rows:
     if dali_missing():
         yield "torchvision", "DALI cannot be imported"
     else:
-        yield "dali", "for image files; images in memory (digits, CIFAR) go through torchvision"
+        yield "dali", "for image files; images in memory (digits, CIFAR) go through torchvision on a CPU"
 
 
 def _nvimgcodec() -> Rows:
