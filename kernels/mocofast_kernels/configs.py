@@ -1,4 +1,8 @@
-"""Tile sizes of the InfoNCE kernels and how many parts the negatives are split into: a table and a rule."""
+"""Tile sizes of the InfoNCE kernels and how many parts the negatives are split into: a table and a rule.
+
+Chosen from the machine code that `mocofast_kernels.static` reports, not by timing on the user's machine: nothing
+changes from run to run, and every row of the table is compiled by the tests for sm_80, sm_90 and sm_100.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,57 @@ import triton
 
 
 class Tile(NamedTuple):
-    """One configuration: rows of the stationary block, rows of the streamed one, columns of a chunk."""
+    """How a kernel is cut: rows of the block that stays, rows of the blocks that stream past, and columns."""
 
-    block_n: int
-    block_k: int
-    block_c: int  # columns of a score product; the whole row where C fits it
-    out_c: int  # columns of the accumulator; several programs share a row where C exceeds it
+    stay: int
+    stream: int
+    block_c: int  # columns of a row that a score product takes at a time
+    out_c: int  # columns of the accumulator; programs share a row that is longer, and each repeats the scores
     warps: int
-    stages: int
+    stages: int  # depth of the software pipeline
 
 
-def forward_tile(C: int, dot: str, stored_bytes: int, normalize_negatives: bool) -> Tile:
-    """Tile of the forward sweep. dot: "16bit", "tf32" or "ieee"; stored_bytes: of one element of the negatives."""
-    block_c = max(16, triton.next_power_of_2(C))
+def block_of(C: int) -> int:
+    """The power of two, at least 16 (the smallest side of a matrix product), that holds C columns."""
+    return max(16, triton.next_power_of_2(C))
+
+
+def forward_tile(C: int, dot: str, plain: bool, normalize_negatives: bool, online: bool) -> Tile:
+    """Tile of the forward sweep: queries stay, negatives stream.
+
+    dot: "16bit", "tf32" or "ieee". plain: negatives are operands as they lie in memory (dot's type, rows contiguous),
+    and so go from memory to shared memory past the registers. online: the running maximum is kept.
+
+    The binding limit is 255 registers a thread: BLOCK stay x out_c of sums, stay x stream of scores and, if the
+    negatives pass through registers, stream x block_c of them.
+    """
+    c = block_of(C)
     if dot == "ieee":
-        return Tile(32, 32, min(block_c, 64), min(block_c, 64), 4, 1)
-    if block_c > 256:
-        return Tile(64, 64, 64, 256, 4, 2)
+        # No matrix unit multiplies float32: fused multiply-adds, whose operands all sit in registers.
+        return Tile(64, 32, min(c, 32), min(c, 128), 8, 1)
     if dot == "tf32":
-        return Tile(64, 32, block_c, block_c, 4, 2)
-    return Tile(64, 64 if block_c == 256 or normalize_negatives else 128, block_c, block_c, 4, 2)
+        if c <= 128 and plain and not normalize_negatives:
+            return Tile(64, 32, c, c, 4, 2)
+        return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
+    in_registers = normalize_negatives or not plain
+    if c > 256 or (c > 128 and in_registers):
+        return Tile(64, 64, 64, 256, 8, 2)
+    if c == 256:
+        return Tile(64, 64, c, c, 8 if online else 4, 2)
+    if in_registers or online:
+        return Tile(128, 64, c, c, 8, 3 if plain else 2)
+    # The queue of MoCo: two programs share a multiprocessor, one's exponentials under the other's products.
+    return Tile(64, 128, c, c, 4, 2)
 
 
-def dot_kind(dot_dtype: torch.dtype, precision: str) -> str:
-    return precision if dot_dtype == torch.float32 else "16bit"
+def backward_tile(C: int, dot: str) -> Tile:
+    """Tile of the negatives' gradient: negatives stay, prepared queries stream."""
+    c = block_of(C)
+    if dot == "ieee":
+        return Tile(64, 32, min(c, 32), min(c, 128), 8, 1)
+    if dot == "tf32":
+        return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
+    return Tile(64, 64, min(c, 64), min(c, 256), 8, 2)
 
 
 @functools.cache
@@ -42,18 +73,18 @@ def _processors(device: torch.device) -> int:
 
 
 def kernel_slots(device: torch.device) -> int:
-    """How many sweep programs a device runs at a time: two a multiprocessor, so that one's exponentials run under
-    the other's matrix products. Without a GPU (Triton's interpreter) a few, so that splits are exercised."""
+    """Sweep programs that a device runs at a time, two a multiprocessor. Without a GPU (Triton's interpreter): a few,
+    so that splits are exercised."""
     return 2 * _processors(device) if device.type == "cuda" else 6
 
 
 @functools.cache
 def split_count(blocks: int, tiles: int, slots: int) -> int:
-    """Into how many parts to split `tiles` tiles of negatives, for `blocks` blocks of queries and `slots` programs
-    at a time: the one of least cost, in the time of a tile.
+    """Into how many parts to split `tiles` tiles of negatives, for `blocks` programs a part and `slots` at a time:
+    the number of least cost, in the time of a tile.
 
-    Programs run in waves; each costs its tiles and about 2 more to start and finish. Each part adds its fp32
-    partial sums, about 1/40 tile of memory traffic for every block of queries, spread over the device.
+    Programs run in waves, and each takes its tiles plus about 2 more to start and finish. Each part also writes and
+    reads again one block of float32 sums for every program, about 1/40 tile when the whole device does it.
     """
 
     def cost(splits: int) -> float:

@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import dot_kind, forward_tile, kernel_slots, split_count
+from mocofast_kernels.configs import block_of, forward_tile, kernel_slots, split_count
 from mocofast_kernels.rows import (
-    block_of,
+    dot_kind,
     inverse_norm,
     load_rows,
     narrow,
     precision_of,
-    prepare_queries,
+    prepare_rows,
     round_operand,
     through_unit,
     triton_dtype,
@@ -61,11 +61,12 @@ def inverse_temperature(temperature, IS_POINTER: tl.constexpr):
 def _sweep_step(
     maximum, total, rank, out, query_block, query, query_rows, query_limit, positive_score, scale, negatives,
     remaining, out_column, residue, period, query_stride_n: tl.constexpr, query_stride_c: tl.constexpr,
-    stride_k: tl.constexpr, stride_c: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE_NEGATIVES: tl.constexpr,
-    EXCLUDE: tl.constexpr, ONLINE: tl.constexpr, RANK: tl.constexpr, GRAD: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, OUT_C: tl.constexpr,
+    stride_k: tl.constexpr, stride_c: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_NEGATIVES: tl.constexpr, EXCLUDE: tl.constexpr, ONLINE: tl.constexpr, RANK: tl.constexpr,
+    GRAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, OUT_C: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of negatives into the running sums. `negatives` points at its first row."""
+    HALF: tl.constexpr = tl.float16 == DOT
     rows = tl.arange(0, BLOCK_K)
     if C <= BLOCK_C:
         values = load_rows(negatives, rows, 0, stride_k, stride_c, remaining, C, BLOCK_C, TAIL)
@@ -108,13 +109,8 @@ def _sweep_step(
         total *= fade
         if GRAD:
             out *= fade[:, None]
-    shift = maximum
-    if DOT == tl.float16:
-        shift -= HALF_LIFT
-    if ONLINE:
-        weights = tl.exp2(scores * scale - shift[:, None])
-    else:
-        weights = tl.exp2(scores * scale - shift)
+    shift = maximum - HALF_LIFT if HALF else maximum
+    weights = tl.exp2(scores * scale - (shift[:, None] if ONLINE else shift))
     total += tl.sum(weights, axis=1)
     if GRAD:
         out = tl.dot(round_operand(weights, DOT, PRECISION), values, out, input_precision=PRECISION)
@@ -168,15 +164,13 @@ def _sweep_kernel(
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     rank = tl.zeros([BLOCK_N], dtype=tl.int32)
     out = tl.zeros([BLOCK_N, OUT_C], dtype=tl.float32)
-    if ONLINE:
-        maximum = positive_score * scale
-    else:
-        maximum = scale  # scores of unit vectors are at most 1
+    maximum = positive_score * scale if ONLINE else scale  # scores of unit vectors are at most 1
 
     tile = split * tiles_per_split
     full_tiles = tl.minimum(tiles_per_split, K // BLOCK_K - tile)
     negatives += tile.to(tl.int64) * BLOCK_K * stride_k
     TAIL_K: tl.constexpr = min(BLOCK_K, 32)
+    HALF: tl.constexpr = tl.float16 == DOT
     query_residue = rows
     if EXCLUDE:
         query_residue = (first + rows) % period
@@ -207,9 +201,9 @@ def _sweep_kernel(
             )  # fmt: skip
             negatives += TAIL_K * stride_k
 
-    if DOT == tl.float16:
-        total *= 0.0009765625  # 2^-HALF_LIFT
-        out *= 0.0009765625
+    if HALF:
+        total *= tl.exp2(-HALF_LIFT)
+        out *= tl.exp2(-HALF_LIFT)
     place = split.to(tl.int64) * N + first
     inside = rows < limit
     if out_column == 0:
@@ -281,8 +275,8 @@ def _combine_kernel(
             place = outs + (part.to(tl.int64) * N + row)[:, None] * C + columns[None, :]
             tile = tl.load(place, mask=(part < splits)[:, None] & (columns < C)[None, :], other=0.0)
             if ONLINE:
-                shifts = tl.load(maxima + part * N + row, mask=part < splits, other=float("-inf"))
-                tile *= tl.exp2(shifts - maximum)[:, None]
+                shift = tl.load(maxima + part * N + row, mask=part < splits, other=float("-inf"))
+                tile *= tl.exp2(shift - maximum)[:, None]
             mean += tl.sum(tile, axis=0)[None, :]
         mean /= tl.where(total == 0.0, 1.0, total)
         share = 1.0 / (1.0 + tl.exp(-d))  # the negatives' share of the softmax
@@ -320,8 +314,8 @@ def infonce_forward(
     num_splits forces how many parts the negatives are split into; the default fills the GPU.
 
     Returns, for each of the N rows: loss = lse - s_+ / T and lse (N,) float32; rank (N,) int32, how many negatives
-    score above the positive, or None; and with compute_grad the loss's gradients by query, by positive (N, C) (through
-    its own score alone) and by 1 / T (N,), float32, else None. No host synchronisation.
+    score above the positive, or None; and with compute_grad the loss's gradients by query, by positive (N, C)
+    (through its own score alone) and by 1 / T (N,), float32, else None. No host synchronisation.
     """
     N, C = query.shape
     K = negatives.shape[0]
@@ -333,37 +327,40 @@ def infonce_forward(
     # have normalised are unit vectors already (the queue).
     online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
     online = online or dot_dtype == torch.float16
-    precision = precision_of(dot_dtype)
-    tile = forward_tile(C, dot_kind(dot_dtype, precision), negatives.element_size(), normalize_negatives)
+    plain = negatives.dtype == dot_dtype and negatives.stride(1) == 1
+    tile = forward_tile(C, dot_kind(dot_dtype), plain, normalize_negatives, online)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=query.device) if wanted else None
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
 
     with torch.cuda.device_of(query):
-        row_blocks, chunks = triton.cdiv(N, tile.block_n), triton.cdiv(C, tile.out_c) if compute_grad else 1
-        tiles = triton.cdiv(K, tile.block_k)
+        row_blocks, chunks = triton.cdiv(N, tile.stay), triton.cdiv(C, tile.out_c) if compute_grad else 1
+        tiles = triton.cdiv(K, tile.stream)
         splits = num_splits or split_count(row_blocks * chunks, tiles, kernel_slots(query.device))
         tiles_per_split = triton.cdiv(tiles, splits)
         splits = triton.cdiv(tiles, tiles_per_split)  # no split without a tile
-        totals, maxima = empty(splits, N), empty(splits, N, wanted=online)
-        ranks = empty(splits, N, dtype=torch.int32, wanted=return_rank)
-        outs = empty(splits, N, C, wanted=compute_grad)
+        totals, maxima = empty(splits, N), empty(splits, N) if online else None
+        ranks = empty(splits, N, dtype=torch.int32) if return_rank else None
+        outs = empty(splits, N, C) if compute_grad else None
         operand, positive_scores = query, None
-        prepared = C > 128  # a block of longer rows does not fit the registers while it is normalised
+        # Longer rows do not fit the registers while they are normalised; chunks are read again for every tile.
+        prepared = C > 128 or tile.block_c < C
         if prepared:
-            operand, positive_scores = prepare_queries(query, positive, normalize, dot_dtype)
+            operand, positive_scores = prepare_rows(query, positive, normalize, dot_dtype)
         _sweep_kernel[(row_blocks, splits, chunks)](
             operand, positive, negatives, temperature, positive_scores, maxima, totals, ranks, outs, N, K,
             tiles_per_split, exclude_period, *operand.stride(), *positive.stride(), *negatives.stride(), C=C,
-            TEMPERATURE_IS_POINTER=is_pointer, PREPARED=prepared, NORMALIZE=normalize, NORMALIZE_NEGATIVES=normalize_negatives,
-            DOT=triton_dtype(dot_dtype), PRECISION=precision, EXCLUDE=exclude_period > 0, ONLINE=online,
-            RANK=return_rank, GRAD=compute_grad, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c,
-            OUT_C=tile.out_c, num_warps=tile.warps, num_stages=tile.stages,
+            TEMPERATURE_IS_POINTER=is_pointer, PREPARED=prepared, NORMALIZE=normalize,
+            NORMALIZE_NEGATIVES=normalize_negatives, DOT=triton_dtype(dot_dtype), PRECISION=precision_of(dot_dtype),
+            EXCLUDE=exclude_period > 0, ONLINE=online, RANK=return_rank, GRAD=compute_grad, BLOCK_N=tile.stay,
+            BLOCK_K=tile.stream, BLOCK_C=tile.block_c, OUT_C=tile.out_c, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
-        loss, lse = torch.empty(N, device=query.device), torch.empty(N, device=query.device)
-        rank = empty(N, dtype=torch.int32, wanted=return_rank)
-        grad_query, grad_positive = empty(N, C, wanted=compute_grad), empty(N, C, wanted=compute_grad)
-        grad_scale = empty(N, wanted=compute_grad)
+        loss, lse = empty(N), empty(N)
+        rank = empty(N, dtype=torch.int32) if return_rank else None
+        grad_query, grad_positive, grad_scale = (
+            (empty(N, C), empty(N, C), empty(N)) if compute_grad else (None, None, None)
+        )
         _combine_kernel[(N,)](
             query, positive, temperature, maxima, totals, ranks, outs, loss, lse, rank, grad_query, grad_positive,
             grad_scale, N, splits, *query.stride(), *positive.stride(), C=C, TEMPERATURE_IS_POINTER=is_pointer,

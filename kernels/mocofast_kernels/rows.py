@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mocofast_kernels.configs import block_of
+
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 
 
@@ -65,30 +67,28 @@ def round_operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _prepare_queries_kernel(
+def _prepare_rows_kernel(
     query, positive, operand, score, N, query_stride_n, query_stride_c, positive_stride_n, positive_stride_c,
     C: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
-    q = load_rows(query + first * query_stride_n, rows, 0, query_stride_n, query_stride_c, N - first, C, BLOCK_C, True)
+    limit = N - first
+    query += first * query_stride_n
+    q = load_rows(query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True)
     if NORMALIZE:
         q = unit_rows(q)
     q = round_operand(q, DOT, PRECISION)
     columns = tl.arange(0, BLOCK_C)[None, :]
-    inside = (rows[:, None] < N - first) & (columns < C)
-    tl.store(operand + (first + rows[:, None]) * C + columns, q, mask=inside)
+    tl.store(operand + (first + rows[:, None]) * C + columns, q, mask=(rows[:, None] < limit) & (columns < C))
     if score is not None:
-        k = load_rows(
-            positive + first * positive_stride_n, rows, 0, positive_stride_n, positive_stride_c, N - first, C,
-            BLOCK_C, True,
-        )  # fmt: skip
+        positive += first * positive_stride_n
+        k = load_rows(positive, rows, 0, positive_stride_n, positive_stride_c, limit, C, BLOCK_C, True)
         if NORMALIZE:
             k = unit_rows(k)
-        k = round_operand(k, DOT, PRECISION)
-        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
-        tl.store(score + first + rows, scores, mask=rows < N - first)
+        k = round_operand(k, DOT, PRECISION).to(tl.float32)
+        tl.store(score + first + rows, tl.sum(q.to(tl.float32) * k, axis=1), mask=rows < limit)
 
 
 @triton.jit
@@ -105,11 +105,6 @@ def _project_rows_kernel(
     tl.store(grad + (first + rows[:, None]) * C + columns, projected, mask=inside)
 
 
-def block_of(C: int) -> int:
-    """The power of two, at least 16 (the smallest side of a matrix product), that holds C columns."""
-    return max(16, triton.next_power_of_2(C))
-
-
 def rows_per_program(C: int) -> int:
     """Rows of a row-wise kernel's program: 4096 elements, 32 a thread, stay in registers."""
     return max(1, 4096 // block_of(C))
@@ -122,6 +117,11 @@ def precision_of(dot_dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def dot_kind(dot_dtype: torch.dtype) -> str:
+    """The column of the tile table: "16bit", "tf32" or "ieee"."""
+    return precision_of(dot_dtype) if dot_dtype == torch.float32 else "16bit"
+
+
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
@@ -131,15 +131,16 @@ def narrow(x: Tensor) -> Tensor:
     return x.contiguous() if max(x.stride()) >= 2**22 else x
 
 
-def prepare_queries(
+def prepare_rows(
     query: Tensor, positive: Tensor | None, normalize: bool, dot_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries as operands (N, C) of dot_dtype, and their scores with the positives (N,) float32 from equal operands."""
+    """Rows as operands of matrix products, (N, C) dot_dtype; queries also give their scores with the positives, (N,)
+    float32, from operands rounded likewise."""
     N, C = query.shape
     operand = torch.empty((N, C), dtype=dot_dtype, device=query.device)
     score = None if positive is None else torch.empty(N, dtype=torch.float32, device=query.device)
     block_n = rows_per_program(C)
-    _prepare_queries_kernel[(triton.cdiv(N, block_n),)](
+    _prepare_rows_kernel[(triton.cdiv(N, block_n),)](
         query, positive, operand, score, N, *query.stride(), *(query if positive is None else positive).stride(),
         C=C, NORMALIZE=normalize, DOT=triton_dtype(dot_dtype), PRECISION=precision_of(dot_dtype), BLOCK_N=block_n,
         BLOCK_C=block_of(C),

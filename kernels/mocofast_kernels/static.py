@@ -1,7 +1,7 @@
 """Compile the shipped kernels for GPUs that are not there, and read registers, spills and instructions off the code.
 
-`python -m mocofast_kernels.static` prints a table, `--json` one object a line; `--only TEXT` keeps the cases whose
-name holds TEXT, `--capability 90` one architecture. TRITON_INTERPRET must not be set.
+`python -m mocofast_kernels.static` prints a table, `--json` one object a line; `--only PATTERN` keeps cases whose
+name matches, `--capability 90` one architecture. TRITON_INTERPRET must not be set.
 
 The arguments are those of the real launches: the launching functions run on tensors without storage (device "meta")
 while launches are recorded instead of made.
@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from mocofast_kernels.ema import FLOATS as EMA_TYPES
+from mocofast_kernels.ema import ema_update_
+from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.infonce import infonce_forward
+from mocofast_kernels.infonce_backward import infonce_grad_negatives
 
 CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -68,7 +71,7 @@ class Report(NamedTuple):
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     signature, constants, divisible = {}, {}, []
     given = dict(zip(kernel.arg_names, args), **kwargs)
     for parameter in kernel.params:
@@ -130,47 +133,139 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
     )  # fmt: skip
 
 
-def _forward(
-    N: int, K: int, C: int, stored: torch.dtype, dot: torch.dtype, normalize_negatives: bool, rank: bool, grad: bool,
-    online: bool, exclude: bool, transposed: bool = False,
-) -> Callable[[], object]:  # fmt: skip
+class Case(NamedTuple):
+    """A call whose launches are compiled, and the precision of PyTorch's float32 products it is made under."""
+
+    name: str
+    call: Callable[[], object]
+    matmul_precision: str = "highest"
+
+
+class Types(NamedTuple):
+    """Stored type of the inputs, type of the matrix operands, precision of float32 products."""
+
+    name: str
+    stored: torch.dtype
+    dot: torch.dtype
+    matmul_precision: str = "highest"
+
+
+TYPES = (
+    Types("bf16", torch.bfloat16, torch.bfloat16),
+    Types("fp16", torch.float16, torch.float16),
+    Types("fp32 as bf16", torch.float32, torch.bfloat16),
+    Types("fp32 as fp16", torch.float32, torch.float16),
+    Types("fp32 as tf32", torch.float32, torch.float32, "high"),
+    Types("fp32", torch.float32, torch.float32),
+)
+# One C for each row of the tile table, and sizes that are no power of two: rows of 200 bytes load narrowly.
+COLUMNS = (16, 32, 64, 100, 128, 256, 300, 1024)
+
+
+class Variant(NamedTuple):
+    """A way to call the forward sweep; the names say what calls it so."""
+
+    name: str
+    normalize_negatives: bool
+    compute_grad: bool
+    online: bool
+    exclude: bool
+    transposed: bool = False
+
+
+VARIANTS = (
+    Variant("queue", False, True, False, False),
+    Variant("queue, temperature tensor", False, True, True, False),
+    Variant("queue, loss only", False, False, False, False),
+    Variant("queue, transposed", False, True, True, False, True),
+    Variant("in-batch", True, True, True, True),
+)
+
+
+def _forward(C: int, types: Types, variant: Variant) -> Callable[[], object]:
     def call() -> object:
-        query = torch.empty(N, C, dtype=stored, device="meta")
-        negatives = torch.empty(K, C, dtype=stored, device="meta")
-        if transposed:
-            negatives = torch.empty(C, K, dtype=stored, device="meta").T
-        temperature = torch.empty((), device="meta") if online else 0.07
+        query = torch.empty(256, C, dtype=types.stored, device="meta")
+        negatives = torch.empty(65536, C, dtype=types.stored, device="meta")
+        if variant.transposed:
+            negatives = torch.empty(C, 65536, dtype=types.stored, device="meta").T
         return infonce_forward(
-            query, query, negatives, temperature, normalize=True, normalize_negatives=normalize_negatives,
-            exclude_period=N if exclude else 0, return_rank=rank, compute_grad=grad, dot_dtype=dot,
+            query, query, negatives, torch.empty((), device="meta") if variant.online else 0.07, normalize=True,
+            normalize_negatives=variant.normalize_negatives, exclude_period=256 if variant.exclude else 0,
+            return_rank=True, compute_grad=variant.compute_grad, dot_dtype=types.dot,
         )  # fmt: skip
 
     return call
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object], str]]:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    for C in (16, 32, 64, 100, 128, 256, 300, 512):
-        for stored, dot, precision in [(torch.bfloat16, torch.bfloat16, "highest"), (torch.float16, torch.float16, "highest"), (torch.float32, torch.bfloat16, "highest"), (torch.float32, torch.float32, "high"), (torch.float32, torch.float32, "highest")]:
-            for variant, opts in dict(queue=(0,1,1,0,0), online=(0,1,1,1,0), loss=(0,1,0,0,0), batch=(1,1,1,1,1)).items():
-                yield f"forward C={C} {short[stored]}->{short[dot]} {precision} {variant}", _forward(256, 65536, C, stored, dot, *map(bool, opts)), precision
+def _grad_negatives(C: int, types: Types) -> Callable[[], object]:
+    def call() -> object:
+        row = torch.empty(256, device="meta")
+        x = torch.empty(256, C, dtype=types.stored, device="meta")
+        return infonce_grad_negatives(
+            row, x, x, row, torch.empty((), device="meta"), normalize=True, normalize_negatives=True,
+            exclude_period=256, dot_dtype=types.dot,
+        )  # fmt: skip
+
+    return call
+
+
+def _enqueue(C: int, types: Types) -> Callable[[], object]:
+    def call() -> None:
+        queue = torch.empty(65536, C, dtype=types.stored, device="meta")
+        pointer = torch.empty(1, dtype=torch.int64, device="meta")
+        enqueue_(queue, pointer, torch.empty(256, C, device="meta"), normalize=True)
+
+    return call
+
+
+def _ema(target: torch.dtype, momentum: float | Tensor) -> Callable[[], object]:
+    return lambda: ema_update_(
+        [torch.empty(9, 3, dtype=target, device="meta")], [torch.empty(9, 3, device="meta")], momentum
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Every row of the tile tables in every variant that changes its code, and the small kernels."""
+    for C, types in itertools.product(COLUMNS, TYPES):
+        for variant in VARIANTS:
+            yield Case(
+                f"forward, C={C}, {types.name}, {variant.name}", _forward(C, types, variant), types.matmul_precision
+            )
+        yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
+        yield Case(f"enqueue, C={C}, {types.name}", _enqueue(C, types))
+    for target, momentum in itertools.product(EMA_TYPES, (0.999, torch.empty((), device="meta"))):
+        yield Case(f"ema, {target}, {type(momentum).__name__} momentum", _ema(target, momentum))
+
+
+def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[Report]:
+    """Compile the cases whose name holds a match of `pattern`; equal launches only once."""
+    seen = set()
+    for case in cases():
+        if not re.search(pattern, case.name):
+            continue
+        torch.set_float32_matmul_precision(case.matmul_precision)
+        for launch, capability in itertools.product(record(case.call), capabilities):
+            identity = (launch.kernel.__name__, repr(launch[1:]), capability)
+            if identity not in seen:
+                seen.add(identity)
+                yield inspect(case.name, launch, capability)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--capability", type=int, choices=CAPABILITIES)
+    parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not there.")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--only", default="", help="regular expression that a case's name must match")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="one architecture; default all")
     options = parser.parse_args()
-    for name, call, precision in cases():
-        if not re.search(options.only, name):
-            continue
-        torch.set_float32_matmul_precision(precision)
-        for launch, capability in itertools.product(record(call), CAPABILITIES):
-            if options.capability not in (None, capability): continue
-            if 'sweep' not in launch.kernel.__name__: continue
-            print(inspect(name, launch, capability)._asdict() if options.json else " ".join(f"{k}={v}" for k,v in inspect(name, launch, capability)._asdict().items()), flush=True)
+    capabilities = (options.capability,) if options.capability else CAPABILITIES
+    if not options.json:
+        print(" ".join(f"{name:>12}" for name in Report._fields[2:]))
+    for report in reports(options.only, capabilities):
+        if options.json:
+            print(json.dumps(report._asdict()), flush=True)
+        else:
+            print(" ".join(f"{value:12}" for value in report[2:]), f" {report.kernel} ({report.case})", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,111 @@
+"""Gradient of InfoNCE by the negatives: probabilities recomputed block by block, on a GPU, by Triton.
+
+MoCo's queue takes no gradient and never comes here; in-batch negatives (SimCLR, CLIP) do. A program owns a block of
+negatives and streams all queries past it, so that sums have one order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mocofast_kernels.configs import backward_tile
+from mocofast_kernels.infonce import LOG2_E, inverse_temperature
+from mocofast_kernels.rows import (
+    dot_kind,
+    load_rows,
+    narrow,
+    precision_of,
+    prepare_rows,
+    project_rows_,
+    round_operand,
+    triton_dtype,
+)
+
+# float16 holds weights down to 2^-24; those of the largest incoming gradient are lifted to 2^10.
+LIFT = 1024.0
+
+
+@triton.jit
+def _grad_negatives_kernel(
+    operand, negatives, lse, grad_loss, temperature, grad, N, K, period, C: tl.constexpr,
+    TEMPERATURE_IS_POINTER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr,
+    STAY: tl.constexpr, STREAM: tl.constexpr, BLOCK_C: tl.constexpr, OUT_C: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * STAY
+    out_column = tl.program_id(1) * OUT_C
+    own = tl.arange(0, STAY)
+    limit = K - first
+    scale = inverse_temperature(temperature, TEMPERATURE_IS_POINTER)
+    negatives += first.to(tl.int64) * C
+    residue = own
+    if EXCLUDE:
+        residue = (first + own) % period
+    out = tl.zeros([STAY, OUT_C], dtype=tl.float32)
+    for start in range(0, N, STREAM):
+        rows = tl.arange(0, STREAM)
+        inside = rows < N - start
+        scores = tl.zeros([STAY, STREAM], dtype=tl.float32)
+        for c in range(0, C, BLOCK_C):
+            n = load_rows(negatives, own, c, C, 1, limit, C, BLOCK_C, True)
+            q = load_rows(operand, rows, c, C, 1, N - start, C, BLOCK_C, True)
+            scores = tl.dot(n, tl.trans(q), scores, input_precision=PRECISION)
+        row_lse = tl.load(lse + start + rows, mask=inside, other=float("inf"))
+        incoming = tl.load(grad_loss + start + rows, mask=inside, other=0.0)
+        weights = tl.exp2((scores * scale - row_lse[None, :]) * LOG2_E) * incoming[None, :]
+        if EXCLUDE:
+            weights = tl.where(residue[:, None] == ((start + rows) % period)[None, :], 0.0, weights)
+        values = load_rows(operand, rows, out_column, C, 1, N - start, C, OUT_C, True)
+        out = tl.dot(round_operand(weights, DOT, PRECISION), values, out, input_precision=PRECISION)
+        operand += STREAM * C
+    columns = out_column + tl.arange(0, OUT_C)
+    tl.store(
+        grad + (first.to(tl.int64) + own)[:, None] * C + columns[None, :],
+        out * scale,
+        mask=(own < limit)[:, None] & (columns < C)[None, :],
+    )
+
+
+def infonce_grad_negatives(
+    grad_loss: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    lse: Tensor,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    normalize_negatives: bool,
+    exclude_period: int,
+    dot_dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
+
+    grad_loss: (N,) float32; lse: (N,) float32 from `infonce_forward`; the rest as there. For each negative j it is
+    sum_i grad_loss_i p_ij h_i / T, taken through the normalisation if normalize_negatives.
+    """
+    N, C = query.shape
+    K = negatives.shape[0]
+    assert grad_loss.shape == lse.shape == (N,) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
+    grad_loss = grad_loss.float().contiguous()
+    tile = backward_tile(C, dot_kind(dot_dtype))
+    with torch.cuda.device_of(query):
+        if dot_dtype == torch.float16:
+            peak = grad_loss.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * LIFT)
+            grad_loss = grad_loss * (LIFT / peak)
+        # Each block is read many times here, so operands are prepared once, unlike in the forward sweep.
+        queries, _ = prepare_rows(narrow(query), None, normalize, dot_dtype)
+        operands, _ = prepare_rows(narrow(negatives), None, normalize_negatives, dot_dtype)
+        grad = torch.empty((K, C), dtype=torch.float32, device=query.device)
+        _grad_negatives_kernel[(triton.cdiv(K, tile.stay), triton.cdiv(C, tile.out_c))](
+            queries, operands, lse, grad_loss, temperature, grad, N, K, exclude_period, C=C,
+            TEMPERATURE_IS_POINTER=isinstance(temperature, Tensor), DOT=triton_dtype(dot_dtype),
+            PRECISION=precision_of(dot_dtype), EXCLUDE=exclude_period > 0, STAY=tile.stay, STREAM=tile.stream,
+            BLOCK_C=tile.block_c, OUT_C=tile.out_c, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if dot_dtype == torch.float16:
+            grad *= peak / LIFT
+        if normalize_negatives:
+            project_rows_(grad, negatives)
+    return grad
