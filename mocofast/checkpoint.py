@@ -94,7 +94,7 @@ class CheckpointWriter:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU. `path`: the file, or a run folder (its checkpoints/last.pt).
 
-    Raises FileNotFoundError where there is none, ConfigError (a ValueError) for a file that is no mocofast checkpoint.
+    Raises FileNotFoundError if none is there, ConfigError (a ValueError) for a file that is no mocofast checkpoint.
     """
     path = Path(path)
     if path.is_dir():
