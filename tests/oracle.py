@@ -89,7 +89,7 @@ def rank_bounds(
     normalize_negatives: bool = True,
     exclude_period: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Smallest and largest rank, each (N,) int64, if every score may be off by `tolerance` times |q||n|.
+    """Smallest and largest rank, each (N,) int64, if every score q.x may be off by `tolerance` times |q||x|.
 
     Rounding can swap two scores that all but tie, so a rank is checked against this interval.
     """
@@ -97,11 +97,13 @@ def rank_bounds(
         similarity_positive, similarity, counts = _scores(
             query, positive, negatives, normalize, normalize_negatives, exclude_period
         )
-        length = torch.ones((), dtype=torch.float64, device=query.device)
-        if not normalize:
-            length = query.double().norm(dim=1, keepdim=True)
-        scale = length * (1.0 if normalize_negatives else negatives.double().norm(dim=1)[None, :])
-        margin = tolerance * scale
+        length_query, length_positive = query.double().norm(dim=1), positive.double().norm(dim=1)
+        if normalize:
+            length_query, length_positive = torch.ones_like(length_query), torch.ones_like(length_positive)
+        length = negatives.double().norm(dim=1)
+        if normalize_negatives:
+            length = torch.ones_like(length)
+        margin = tolerance * length_query[:, None] * (length[None, :] + length_positive[:, None])
         gap = similarity - similarity_positive[:, None]
         low = ((gap > margin) & counts).sum(dim=1)
         high = ((gap > -margin) & counts).sum(dim=1)
