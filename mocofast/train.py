@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
-from mocofast.checkpoint import FORMAT, CheckpointWriter, build_model
-from mocofast.config import Config
+from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter, build_model
+from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Shard
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import load_splits
@@ -68,6 +68,10 @@ class _Run:
         state = find_checkpoint(path, resume)
         if state is not None:
             check_same_run(config, state)
+        elif (path / "checkpoints" / LAST).exists():
+            raise ConfigError(
+                f"train.dir: {path} holds a run already; --resume auto continues it, another --train.dir starts anew"
+            )
 
         torch.manual_seed(config.train.seed)
         self.model = build_model(config).to(device)
@@ -245,7 +249,7 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         found = self.source.fingerprint()
         if state["data"]["fingerprint"] != found:
-            raise settings.ConfigError(
+            raise ConfigError(
                 f"data.path: these are not the images of the run to continue (fingerprint {found}, not "
                 f"{state['data']['fingerprint']}), so it would see other batches"
             )

@@ -264,6 +264,15 @@ def test_unreadable_files_are_replaced_counted_and_named(images: Path, tmp_path:
     assert "step" in (folder / "train.log").read_text()
 
 
+def test_a_finished_run_is_not_overwritten_by_accident(digits_run: tuple[Path, str]) -> None:
+    folder, _ = digits_run
+    before = (folder / "metrics.jsonl").read_bytes()
+    done = runs.mocofast("pretrain", "digits", *SHORT, "--train.dir", str(folder), check=False)
+    assert done.returncode == 2
+    assert "--resume auto" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
