@@ -15,13 +15,11 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from mocofast.bench import timing
-from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.interface import Loader, Shard, Source
+from mocofast.bench.reference_loop import ReferenceLoader
+from mocofast.config import DataConfig
+from mocofast.data.interface import Loader, Shard
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     candidates: dict[str, Callable[[], Any]] = {name: loader(name) for name in names}
-    candidates["reference"] = lambda: _Reference(source, augment, arguments.batch_size, workers)
+    candidates["reference"] = lambda: ReferenceLoader(source, augment, arguments.batch_size, workers)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(arguments.repeats):
         for name, make in candidates.items():
@@ -96,54 +94,3 @@ def _seconds_per_batch(batches: Iterator[Any], count: int, device: torch.device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - begin) / count
-
-
-class _Reference:
-    """The transforms of the MoCo reference in torchvision's first API, normalised float32 pairs."""
-
-    def __init__(self, source: Source, augment: AugmentConfig, batch_size: int, workers: int) -> None:
-        self._batches = DataLoader(
-            _Pairs(source, augment), batch_size, shuffle=True, num_workers=workers, drop_last=True
-        )
-
-    def epoch(self, epoch: int) -> Iterator[Any]:
-        return iter(self._batches)
-
-    def close(self) -> None:
-        """Its workers end with its iterator."""
-
-
-class _Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    def __init__(self, source: Source, augment: AugmentConfig) -> None:
-        self._source = source
-        jitter = transforms.RandomApply([transforms.ColorJitter(*augment.jitter)], augment.jitter_p)
-        gray = transforms.RandomGrayscale(augment.gray)
-        self._transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(augment.size, augment.crop_scale),
-                *((gray, jitter) if augment.gray_first else (jitter, gray)),
-                transforms.RandomApply([_Blur(augment.blur_sigma)], augment.blur),
-                transforms.RandomHorizontalFlip(augment.flip),
-                transforms.ToTensor(),
-                transforms.Normalize(augment.mean, augment.std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        item = self._source.load(index)
-        assert isinstance(item, str)
-        with Image.open(item) as opened:
-            image = opened.convert("RGB")
-        return self._transform(image), self._transform(image)
-
-
-class _Blur:
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        self._sigma = sigma
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        sigma = float(torch.empty(()).uniform_(*self._sigma))
-        return image.filter(ImageFilter.GaussianBlur(sigma))
