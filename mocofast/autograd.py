@@ -32,7 +32,10 @@ def _backend(device_type: str) -> Backend:
     """The only dispatch point: Triton on CUDA, plain PyTorch elsewhere or where Triton is missing."""
     if device_type == "cuda":
         try:
-            from mocofast_kernels import ema, enqueue, infonce, infonce_backward
+            from mocofast_kernels.ema import ema_update_ as ema
+            from mocofast_kernels.enqueue import enqueue_ as enqueue
+            from mocofast_kernels.infonce import infonce_forward
+            from mocofast_kernels.infonce_backward import infonce_grad_negatives
         except ImportError as error:
             if error.name is None or error.name.split(".")[0] != "triton":
                 raise
@@ -40,12 +43,7 @@ def _backend(device_type: str) -> Backend:
                 f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
             )
         else:
-            return Backend(
-                infonce.infonce_forward,
-                infonce_backward.infonce_grad_negatives,
-                enqueue.enqueue_,
-                ema.ema_update_,
-            )
+            return Backend(infonce_forward, infonce_grad_negatives, enqueue, ema)
     return Backend(cpu.infonce_forward, cpu.infonce_grad_negatives, cpu.enqueue_, cpu.ema_update_)
 
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_kernels import cpu, reference
-from oracle import info_nce_oracle, rank_bounds
 from torch import Tensor
 from torch.nn import functional as F
+
+from tests.oracle import info_nce_oracle, rank_bounds
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -1,0 +1,74 @@
+"""The public ops over the Triton kernels: on a GPU through the compiler, elsewhere through the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle import info_nce_oracle
+from tests.triton_device import DEVICE
+
+pytest.importorskip("triton")
+
+from mocofast import autograd, ops
+
+
+@pytest.fixture(autouse=True)
+def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = autograd._backend("cuda")
+    assert kernels.infonce_forward.__module__ == "mocofast_kernels.infonce"
+    monkeypatch.setattr(autograd, "_backend", lambda device_type: kernels)
+
+
+def features(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_info_nce_gives_every_gradient(in_batch: bool, reduction: str) -> None:
+    inputs = [features(i, n, 20).requires_grad_() for i, n in enumerate((7, 7) if in_batch else (7, 7, 67))]
+    temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True)
+    incoming = features(5, 7) if reduction == "none" else torch.ones((), device=DEVICE)
+    loss, rank = ops.info_nce(*inputs, temperature=temperature, reduction=reduction, return_rank=True)
+    expected = info_nce_oracle(*inputs[:2], inputs[-1], temperature, exclude_period=7 if in_batch else 0)
+    if reduction == "mean":
+        expected = expected.mean()
+    leaves = [*inputs, temperature]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert rank.shape == (7,)
+    for got, want in zip(
+        torch.autograd.grad(loss, leaves, incoming), torch.autograd.grad(expected, leaves, incoming.double())
+    ):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_nt_xent_and_clip_agree_with_the_pytorch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = features(0, 9, 16).requires_grad_(), features(1, 9, 16).requires_grad_()
+    scale = torch.tensor(3.0, device=DEVICE, requires_grad=True)
+
+    def both() -> tuple[Tensor, ...]:
+        loss = ops.nt_xent(x, y) + ops.clip_loss(x, y, scale)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y, scale))
+
+    triton = both()
+    plain = autograd.Backend(*(getattr(autograd.cpu, name) for name in autograd.Backend._fields))
+    monkeypatch.setattr(autograd, "_backend", lambda device_type: plain)
+    for got, want in zip(triton, both()):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_enqueue_and_ema_agree_with_their_definitions() -> None:
+    queue, pointer, keys = torch.zeros(5, 8, device=DEVICE), torch.tensor([3], device=DEVICE), features(0, 4, 8)
+    ops.enqueue_(queue, pointer, keys)
+    unit = keys / keys.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(queue[[3, 4, 0, 1]], unit)
+    assert not queue[2].any()
+    assert pointer.tolist() == [2]
+
+    targets, sources = [features(1, 3, 5), features(2, 7).bfloat16()], [features(3, 3, 5), features(4, 7).bfloat16()]
+    expected = [0.9 * t.double() + 0.1 * s.double() for t, s in zip(targets, sources)]
+    ops.ema_update_(targets, sources, 0.9)
+    for got, want in zip(targets, expected):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=torch.finfo(got.dtype).eps, atol=1e-6)
