@@ -41,7 +41,7 @@ def forward_tile(C: int, dot: str, plain: bool, normalize_negatives: bool, onlin
     c = block_of(C)
     if dot == "ieee":
         # No matrix unit multiplies float32: fused multiply-adds, whose operands all sit in registers.
-        return Tile(64, 32, min(c, 32), min(c, 128), 8, 1)
+        return Tile(32, 32, c, c, 4, 1) if c <= 32 else Tile(64, 32, 32, min(c, 128), 8, 1)
     if dot == "tf32":
         if c <= 128 and plain and not normalize_negatives:
             return Tile(64, 32, c, c, 4, 2)
