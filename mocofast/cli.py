@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mocofast import settings
@@ -123,27 +125,61 @@ def knn(argv: Sequence[str]) -> int:
     return 0
 
 
+def _log_to_screen() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+
+
+def _options(kind: type, group: str, arguments: argparse.Namespace) -> Any:
+    """The group's dataclass with the values of the command line."""
+    options, given = kind(), _given(arguments)
+    for setting in settings.settings(group, kind):
+        if setting.name in given:
+            setattr(options, setting.name.split(".")[1], settings.coerce(setting, given[setting.name]))
+    return options
+
+
 def linear(argv: Sequence[str]) -> int:
     """accuracy of a linear classifier on a checkpoint's frozen features"""
-    import logging
-
     from mocofast.evaluate.linear import LinearConfig, linear_probe
     from mocofast.step import choose_device
 
     description = "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options = LinearConfig()
-    for setting in settings.settings("linear", LinearConfig):
-        if setting.name in _given(arguments):
-            setattr(options, setting.name.split(".")[1], settings.coerce(setting, _given(arguments)[setting.name]))
+    options = _options(LinearConfig, "linear", arguments)
     model, config, splits = _load(arguments)
     device = choose_device(arguments.device)
+    _log_to_screen()
     print(splits.note)
     result = linear_probe(model.encoder_q.to(device), splits, config, options, device)
     for name, value in result._asdict().items():
         if value is not None:
             print(f"{'linear_' if name.startswith('top') else ''}{name} {value:.4g}")
+    return 0
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """accuracy of a checkpoint's encoder after training all of it on labels"""
+    from mocofast.checkpoint import save_atomically
+    from mocofast.evaluate.finetune import FinetuneConfig
+    from mocofast.evaluate.finetune import finetune as run
+    from mocofast.step import choose_autocast, choose_device
+
+    description = "Trains a checkpoint's query encoder and a new linear head on labelled images, and validates it."
+    parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the trained classifier's state dict, in torchvision's names"
+    )
+    arguments = parser.parse(argv)
+    options = _options(FinetuneConfig, "finetune", arguments)
+    model, config, splits = _load(arguments)
+    device = choose_device(arguments.device)
+    _log_to_screen()
+    print(splits.note)
+    encoder = model.encoder_q.to(device)
+    result = run(encoder, splits, config, options, device, choose_autocast(config.train.precision, device))
+    if arguments.out:
+        save_atomically(encoder.state_dict(), Path(arguments.out))
+    print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")
     return 0
 
 
@@ -181,7 +217,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (pretrain, knn, linear, export, bench, doctor)
+    command.__name__: command for command in (pretrain, knn, linear, finetune, export, bench, doctor)
 }
 
 

@@ -100,6 +100,20 @@ def test_knn_and_linear_report_accuracies(run_folder: Path) -> None:
     assert 0.5 <= float(values["linear_top1"]) <= 1  # two classes that differ by their tint
 
 
+def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(run_folder: Path, tmp_path: Path) -> None:
+    out_file = tmp_path / "classifier.pt"
+    out = runs.mocofast(
+        *("finetune", str(run_folder), "--finetune.epochs", "4", "--finetune.batch_size", "24"),
+        *("--finetune.lr", "0.05", "--out", str(out_file)),
+    ).stdout
+    values = dict(re.findall(r"^(\w+) ([\d.e-]+)$", out, re.MULTILINE))
+    assert float(values["finetune_top1"]) == 1.0  # two classes that differ by their tint
+    state = torch.load(out_file, weights_only=True)
+    assert state["fc.weight"].shape == (2, 512)
+    trained = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert not torch.equal(state["conv1.weight"], trained["encoder_q.conv1.weight"])
+
+
 def test_an_export_loads_into_torchvision_apart_from_the_head(run_folder: Path, tmp_path: Path) -> None:
     from torchvision.models import resnet18
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError, option
+from mocofast.config import AugmentConfig, Config, ConfigError, option
 from mocofast.data.interface import Shard, Source, pixel_statistics
 from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.sources import Splits
@@ -81,6 +81,13 @@ def linear_probe(
             train = _features(encoder, splits.train, config, device)
             return _fast(*train, *val, len(splits.train.classes), config.train.seed)
         return _reference(encoder, splits, *val, config, options, device)
+
+
+def plain_view(augment: AugmentConfig) -> AugmentConfig:
+    """What supervised training sees: RandomResizedCrop over 8 % to 100 %, and flips at the run's own rate (0.5 unless
+    the images, digits say, do not bear them)."""
+    still = (0.0, 0.0, 0.0, 0.0)
+    return replace(augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0)
 
 
 def fit_logistic(
@@ -161,14 +168,10 @@ def _reference(
     options: LinearConfig,
     device: torch.device,
 ) -> LinearResult:
-    # Its RandomResizedCrop covers 8 % to 100 %, and nothing else is random but the flip, which stays the run's
-    # own: 0.5 unless the images (digits, say) do not bear it.
-    still = (0.0, 0.0, 0.0, 0.0)
-    view = replace(config.augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0)
     data = replace(config.data, batch_size=options.batch_size)
     shard = Shard(options.batch_size, drop_last=False)
     seed = config.train.seed
-    loader = build_loader(splits.train, data, (view,), shard, seed, device)
+    loader = build_loader(splits.train, data, (plain_view(config.augment),), shard, seed, device)
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
 
     head = nn.Linear(val_features.shape[1], len(splits.train.classes), device=device)

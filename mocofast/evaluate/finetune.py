@@ -1,0 +1,110 @@
+"""Fine-tuning: the whole query encoder with a new linear head, on labelled images.
+
+SGD with a cosine schedule on random crops and flips, centre crops for validation. One process, one device.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mocofast.config import Config, ConfigError, OptimConfig, option
+from mocofast.data.interface import Shard, Source, pixel_statistics
+from mocofast.data.loaders import build_loader, eval_batches
+from mocofast.data.sources import Splits
+from mocofast.encoders import SplitBatchNorm2d, features, head_name, prepare_images
+from mocofast.evaluate.features import evaluating
+from mocofast.evaluate.knn import label_rank
+from mocofast.evaluate.linear import plain_view
+from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
+
+log = logging.getLogger("mocofast")
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tuning of the whole encoder."""
+
+    epochs: int = option(50, "passes over the training images")
+    lr: float = option(0.01, "learning rate of SGD with momentum 0.9, falling along a cosine")
+    weight_decay: float = option(1e-4, "L2 weight decay")
+    batch_size: int = option(256, "images per step, at most the number of training images")
+
+
+class FinetuneResult(NamedTuple):
+    """Shares of the validation images, 0 to 1, after the last epoch."""
+
+    top1: float
+    top5: float
+
+
+def finetune(
+    encoder: nn.Module,
+    splits: Splits,
+    config: Config,
+    options: FinetuneConfig,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> FinetuneResult:
+    """Replaces the encoder's head by a linear classifier and trains both, in place; accuracy on `splits.val`.
+
+    encoder: on `device`. BatchNorm sees whole batches, whatever parts it was pretrained with.
+    splits: labelled, with a validation part (ConfigError otherwise). config: the run's configuration, of which view
+    size, pixel statistics, flips, loader, workers and seed are used.
+    """
+    if splits.val is None or splits.train.labels is None:
+        raise ConfigError(f"data.path: fine-tuning needs labelled images, some of them held out; got {splits.note}")
+    seed, classes = config.train.seed, len(splits.train.classes)
+    batch_size = min(options.batch_size, len(splits.train))
+    loader = build_loader(splits.train, config.data, (plain_view(config.augment),), Shard(batch_size), seed, device)
+    mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
+    torch.manual_seed(seed)
+    with evaluating(encoder), torch.no_grad():
+        width = features(encoder, torch.zeros(1, 3, config.augment.size, config.augment.size, device=device)).shape[1]
+    setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
+    for module in encoder.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            module.num_splits = 1
+    schedule = OptimConfig(lr=options.lr, weight_decay=options.weight_decay, schedule="cosine", per="step")
+    optimizer = build_optimizer(encoder.parameters(), schedule)
+    step = 0
+    try:
+        for epoch in range(options.epochs):
+            loss_sum = torch.zeros((), device=device)
+            encoder.train()
+            for batch in loader.epoch(epoch):
+                assert batch.labels is not None
+                set_learning_rate(optimizer, learning_rate(schedule, step, loader.steps_per_epoch, options.epochs))
+                with autocast:
+                    logits = encoder(prepare_images(batch.views[0].to(device), mean, std))
+                loss = F.cross_entropy(logits.float(), batch.labels.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach()
+                step += 1
+            log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, loss_sum / loader.steps_per_epoch)
+    finally:
+        loader.close()
+    return FinetuneResult(*_validate(encoder, splits.val, config, device, autocast))
+
+
+@torch.no_grad()
+def _validate(
+    encoder: nn.Module, source: Source, config: Config, device: torch.device, autocast: torch.autocast
+) -> tuple[float, float]:
+    mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
+    hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
+    with evaluating(encoder), autocast:
+        for images, labels, _ in eval_batches(source, config.augment.size, 256, config.data.workers, device):
+            assert labels is not None
+            rank = label_rank(encoder(prepare_images(images, mean, std)).float(), labels.to(device))
+            hits += torch.stack([(rank < top).sum() for top in (1, 5)])
+            seen += len(labels)
+    top1, top5 = (hits.double() / seen).tolist()
+    return top1, top5
