@@ -401,7 +401,7 @@ def test_splits_fill_the_gpu_and_every_part_has_tiles() -> None:
     assert 4 * split_count(4, 512, 264) > 0.9 * 264
     assert split_count(264, 512, 264) == 1
     assert split_count(1, 1, 264) == 1
-    assert forward_tile(128, "16bit", True, False, False).stay == 64
+    assert forward_tile(128, "16bit", True, True, False).stay == 64
 
 
 @pytest.mark.gpu

@@ -29,32 +29,34 @@ def block_of(C: int) -> int:
     return max(16, triton.next_power_of_2(C))
 
 
-def forward_tile(C: int, dot: str, plain: bool, normalize_negatives: bool, online: bool) -> Tile:
+def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> Tile:
     """Tile of the forward sweep: queries stay, negatives stream.
 
-    dot: "16bit", "tf32" or "ieee". plain: negatives are operands as they lie in memory (dot's type, rows contiguous),
-    and so go from memory to shared memory past the registers. online: the running maximum is kept.
+    dot: "16bit", "tf32" or "ieee". aligned: rows of negatives lie contiguous, in whole pieces of 16 bytes. plain:
+    they are operands as they lie there (aligned, of dot's type, not to be normalised) and go to shared memory past
+    the registers. online: the running maximum is kept.
 
-    The binding limit is 255 registers a thread: BLOCK stay x out_c of sums, stay x stream of scores and, if the
-    negatives pass through registers, stream x block_c of them.
+    The binding limit is 255 registers a thread: they hold stay x out_c of sums, stay x stream of scores and, where
+    the negatives pass through them, stream x block_c of those; rows that are not aligned also take many addresses.
     """
     c = block_of(C)
     if dot == "ieee":
         # No matrix unit multiplies float32: fused multiply-adds, whose operands all sit in registers.
         return Tile(32, 32, c, c, 4, 1) if c <= 32 else Tile(64, 32, 32, min(c, 128), 8, 1)
     if dot == "tf32":
-        if c <= 128 and plain and not normalize_negatives:
+        if c <= 128 and plain:
             return Tile(64, 32, c, c, 4, 2)
         return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
-    in_registers = normalize_negatives or not plain
-    if c > 256 or (c > 128 and in_registers):
+    if not aligned:
+        return Tile(64, 32, min(c, 64), min(c, 256), 8, 2)
+    if c > 256 or (c == 256 and not (plain and c == C)):
         return Tile(64, 64, 64, 256, 8, 2)
     if c == 256:
         return Tile(64, 64, c, c, 8 if online else 4, 2)
-    if in_registers or online:
-        return Tile(128, 64, c, c, 8, 3 if plain else 2)
-    # The queue of MoCo: two programs share a multiprocessor, one's exponentials under the other's products.
-    return Tile(64, 128, c, c, 4, 2)
+    if plain and c == C and not online:
+        # The queue of MoCo: two programs share a multiprocessor, one's exponentials under the other's products.
+        return Tile(64, 128, c, c, 4, 2)
+    return Tile(128, 64, c, c, 8, 3 if plain else 2)
 
 
 def backward_tile(C: int, dot: str) -> Tile:

@@ -327,8 +327,9 @@ def infonce_forward(
     # have normalised are unit vectors already (the queue).
     online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
     online = online or dot_dtype == torch.float16
-    plain = negatives.dtype == dot_dtype and negatives.stride(1) == 1
-    tile = forward_tile(C, dot_kind(dot_dtype), plain, normalize_negatives, online)
+    aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
+    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives
+    tile = forward_tile(C, dot_kind(dot_dtype), aligned, plain, online)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)

@@ -158,8 +158,8 @@ TYPES = (
     Types("fp32 as tf32", torch.float32, torch.float32, "high"),
     Types("fp32", torch.float32, torch.float32),
 )
-# One C for each row of the tile table, and sizes that are no power of two: rows of 200 bytes load narrowly.
-COLUMNS = (16, 32, 64, 100, 128, 256, 300, 1024)
+# Every row of the tile tables: whole blocks, partly filled ones, several chunks, and rows that are not aligned.
+COLUMNS = (16, 32, 64, 101, 120, 128, 200, 256, 300, 512)
 
 
 class Variant(NamedTuple):
@@ -228,11 +228,11 @@ def cases() -> Iterator[Case]:
     """Every row of the tile tables in every variant that changes its code, and the small kernels."""
     for C, types in itertools.product(COLUMNS, TYPES):
         for variant in VARIANTS:
-            yield Case(
-                f"forward, C={C}, {types.name}, {variant.name}", _forward(C, types, variant), types.matmul_precision
-            )
+            name = f"forward, C={C}, {types.name}, {variant.name}"
+            yield Case(name, _forward(C, types, variant), types.matmul_precision)
         yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
-        yield Case(f"enqueue, C={C}, {types.name}", _enqueue(C, types))
+    for C in COLUMNS:
+        yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     for target, momentum in itertools.product(EMA_TYPES, (0.999, torch.empty((), device="meta"))):
         yield Case(f"ema, {target}, {type(momentum).__name__} momentum", _ema(target, momentum))
 

@@ -1,0 +1,81 @@
+"""The kernels compiled for GPUs that are not there: no spills, room in shared memory, matrix instructions.
+
+A GPU of any kind, or none, may be present: the compiler runs in a process of its own, outside the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+# Bytes of shared memory a program may have, by compute capability (CUDA C++ programming guide, table of
+# technical specifications).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PRODUCTS = ("_sweep_kernel", "_grad_negatives_kernel")
+
+
+def _reports(*options: str) -> list[dict[str, Any]]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "mocofast_kernels.static", "--json", *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def _assert_sound(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        assert report["spills"] == 0, report
+        assert report["shared"] <= SHARED[report["capability"]], report
+        if report["kernel"] not in PRODUCTS:
+            continue
+        instruction = {80: "mma", 90: "hgmma", 100: "tcgen"}[report["capability"]]
+        # No matrix unit multiplies float32: that one configuration runs on fused multiply-adds, and says so.
+        exact_float32 = report["case"].split(", ")[2] == "fp32"
+        assert (report[instruction] == 0) == exact_float32, report
+
+
+def test_moco_s_own_configurations_do_not_spill_and_use_the_matrix_unit() -> None:
+    reports = _reports("--only", r"^forward, C=128, (bf16|fp32 as bf16), queue$")
+    _assert_sound(reports)
+    # Two types of queue on three architectures, a sweep and its combination each; equal code is reported once.
+    assert len([r for r in reports if r["kernel"] == "_sweep_kernel"]) == 6
+    hopper = next(r for r in reports if r["capability"] == 90 and r["case"].split(", ")[2] == "bf16")
+    # What lets two programs share a multiprocessor: 65536 registers and 228 KB for both.
+    assert hopper["registers"] * 128 * 2 <= 65536
+    assert hopper["shared"] * 2 <= 227 * 1024
+
+
+def test_every_kind_of_launch_compiles_for_hopper() -> None:
+    reports = _reports(
+        "--capability", "90", "--only",
+        r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$|^(backward|forward), C=200, bf16(, in-batch)?$"
+        r"|^enqueue, C=128|^ema, torch.bfloat16",
+    )  # fmt: skip
+    _assert_sound(reports)
+    assert {r["kernel"] for r in reports} == {
+        "_sweep_kernel",
+        "_combine_kernel",
+        "_prepare_rows_kernel",
+        "_project_rows_kernel",
+        "_grad_negatives_kernel",
+        "_enqueue_kernel",
+        "_ema_kernel",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_every_shipped_configuration_does_not_spill(capability: int) -> None:
+    reports = _reports("--capability", str(capability))
+    _assert_sound(reports)
+    assert len(reports) > 300
