@@ -33,7 +33,7 @@ LOG2E = 1.0 / math.log(2.0)
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 256  # queries per block
 MAX_SPLITS = 8  # parts of a block, one per thread; more would leave each product too small
-COLUMNS = 2048  # negatives per block: 2 MB of logits
+COLUMNS = 3072  # negatives per block: 3 MB of logits
 
 
 class InfoNCEForward(NamedTuple):
