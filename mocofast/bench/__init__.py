@@ -1,4 +1,4 @@
-"""`mocofast bench`: our ops beside eager PyTorch, our loaders beside the reference's, all sides in one run.
+"""`mocofast bench`: our ops, steps and loaders beside what they replace, all sides in one run.
 
 Every benchmark interleaves its candidates in one process, prints a table with the machine's own limit measured in
 the same run, and ends with one JSON line that `--save FILE` also appends to a file.
@@ -11,34 +11,62 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import data, ema, kernels
+from mocofast.bench import data, ema, kernels, step, train
+
+BENCHMARKS = {
+    "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
+    "ema": (ema, "EMA of a ResNet-50's weights"),
+    "data": (data, "pairs of views per second from a folder of images"),
+    "step": (step, "one optimiser step beside the reference's, a strong eager one and lightly's"),
+    "train": (train, "training end to end on a folder of images beside the reference's loop and loader"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `kernels`, `ema` or `data`; returns the exit status (arguments that cannot be used exit with 2)."""
+    """Run one benchmark, or `all`; returns the exit status (arguments that cannot be used exit with 2)."""
     parser = argparse.ArgumentParser(
-        prog="mocofast bench", description="Times ops and loaders beside what they replace."
+        prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
     )
-    commands = parser.add_subparsers(required=True, metavar="kernels|ema|data")
-    for module, name, text in (
-        (kernels, "kernels", "InfoNCE: time and memory of forward and backward"),
-        (ema, "ema", "EMA of a ResNet-50's weights"),
-        (data, "data", "pairs of views per second from a folder of images"),
-    ):
-        command = commands.add_parser(name, help=text, description=module.__doc__)
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    commands = parser.add_subparsers(required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|all")
+    for name, (module, text) in BENCHMARKS.items():
+        command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
-        command.add_argument("--save", type=Path, metavar="FILE", help="append the JSON line to this file")
         module.add_arguments(command, positive)
-        command.set_defaults(run=module.run)
+    every = _add(commands, "all", "every one of them, with its defaults for this machine", None)
+    every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
     arguments = parser.parse_args(argv)
-    row = arguments.run(arguments)
-    line = json.dumps(row)
+    if arguments.name != "all":
+        _run(arguments)
+        return 0
+    for name in BENCHMARKS:
+        own = [name, "--device", arguments.device]
+        if arguments.save is not None:
+            own += ["--save", str(arguments.save)]
+        if name in ("data", "train") and arguments.path is not None:
+            own.append(arguments.path)
+        elif name == "data":
+            print("\ndata is left out: it needs a folder of images (--path DIR)")
+            continue
+        print(f"\nmocofast bench {' '.join(own)}")
+        _run(parser.parse_args(own))
+    return 0
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, description: str | None
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description or text)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    command.add_argument("--save", type=Path, metavar="FILE", help="append the JSON line to this file")
+    return command
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    line = json.dumps(BENCHMARKS[arguments.name][0].run(arguments))
     print(line)
     if arguments.save is not None:
         with arguments.save.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-    return 0
 
 
 def positive(text: str) -> int:

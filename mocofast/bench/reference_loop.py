@@ -128,7 +128,8 @@ class StrongMoCo(nn.Module):
         """Normalised float images (N, 3, S, S), twice -> logits (N, 1 + K), the positive first, and keys (N, C)."""
         q = F.normalize(self.encoder_q(im_q).float(), dim=1)
         with torch.no_grad():
-            keys, queries = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+            keys: list[Tensor] = list(self.encoder_k.parameters())
+            queries: list[Tensor] = list(self.encoder_q.parameters())
             torch._foreach_lerp_(keys, queries, 1 - self.momentum)
             if self.shuffles:
                 order = torch.randperm(len(im_k), device=im_k.device)

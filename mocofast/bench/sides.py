@@ -1,0 +1,192 @@
+"""What `mocofast bench step` times: each side builds its own model from the same seed and returns one step of it.
+
+Images are on the device already: uint8 for our step, which normalises them itself, normalised floats for the others,
+as each one's loader delivers them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mocofast.bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
+from mocofast.checkpoint import build_model
+from mocofast.config import Config
+from mocofast.encoders import prepare_images
+from mocofast.moco import MoCo
+from mocofast.ops import ema_update_, enqueue_, info_nce
+from mocofast.optim import build_optimizer
+from mocofast.step import choose_autocast, train_step
+
+Step = Callable[[], Any]
+
+
+def fresh_model(config: Config, device: torch.device) -> MoCo:
+    """The model of a configuration, its weights drawn from seed 0, channels-last as train.py has it."""
+    torch.manual_seed(0)
+    model = build_model(config).to(device)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def channels_first(model: MoCo) -> MoCo:
+    """In the reference's layout."""
+    return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def our_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
+    """As train.py makes it."""
+    return build_optimizer(model.parameters(), config.optim)
+
+
+def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two batches (B, 3, S, S) uint8, channels-last, as our loaders give them. Noise: a step's time is the same."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (config.data.batch_size, config.augment.size, config.augment.size, 3)
+    im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(2))
+    return im_q.permute(0, 3, 1, 2), im_k.permute(0, 3, 1, 2)
+
+
+def float_views(model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """The same images normalised, (B, 3, S, S) float32, as a plain DataLoader gives them."""
+    im_q, im_k = (normalised(model, view).contiguous(memory_format=layout) for view in views)
+    return im_q, im_k
+
+
+def normalised(model: MoCo, images: Tensor) -> Tensor:
+    """uint8 images as our model's encoders take them."""
+    assert model.pixel_mean is not None and model.pixel_std is not None
+    return prepare_images(images, model.pixel_mean, model.pixel_std)
+
+
+def mocofast(config: Config, device: torch.device) -> Step:
+    """Our step, as train.py runs it."""
+    model, views = fresh_model(config, device), pixel_views(config, device)
+    optimizer = our_optimizer(model, config)
+    autocast = choose_autocast(config.train.precision, device)
+    return lambda: train_step(model, views, optimizer, config.train.accumulate, autocast)
+
+
+def reference(config: Config, device: torch.device) -> Step:
+    """The reference's, in fp32 and its NCHW layout."""
+    model = channels_first(fresh_model(config, device))
+    views = float_views(model, pixel_views(config, device), torch.contiguous_format)
+    plain = ReferenceMoCo(model)
+    optimizer = plain_sgd(plain.parameters(), config.optim)
+    return lambda: reference_step(plain, views, optimizer)
+
+
+def strong(config: Config, device: torch.device) -> Step:
+    """Plain PyTorch at its best: autocast where we use it, channels-last, grouped updates."""
+    model = fresh_model(config, device)
+    views = float_views(model, pixel_views(config, device), torch.channels_last)
+    eager = StrongMoCo(model)
+    optimizer = plain_sgd(eager.parameters(), config.optim, foreach=True)
+    autocast = choose_autocast(config.train.precision, device)
+    return lambda: strong_step(eager, views, optimizer, autocast)
+
+
+def lightly(config: Config, device: torch.device) -> Step:
+    """lightly's blocks put together as its MoCo example does, in the strong baseline's precision and layout."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+
+    model = fresh_model(config, device)
+    im_q, im_k = float_views(model, pixel_views(config, device), torch.channels_last)
+    query, key = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+    criterion = NTXentLoss(config.model.temperature, (config.model.queue_size, config.model.dim)).to(device)
+    optimizer = plain_sgd(query.parameters(), config.optim, foreach=True)
+    autocast = choose_autocast(config.train.precision, device)
+
+    def step() -> Tensor:
+        update_momentum(query, key, config.model.momentum)
+        with autocast:
+            q = query(im_q)
+            with torch.no_grad():
+                images, order = batch_shuffle(im_k)
+                k = batch_unshuffle(key(images), order)
+            loss = criterion(q, k)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+SIDES: dict[str, Callable[[Config, torch.device], Step]] = {
+    "mocofast": mocofast,
+    "reference": reference,
+    "strong": strong,
+    "lightly": lightly,
+}
+
+
+def encoders_only(config: Config, device: torch.device) -> Step:
+    """The floor: forward and backward of the query encoder, forward of the key encoder, nothing else."""
+    model = fresh_model(config, device)
+    autocast = choose_autocast(config.train.precision, device)
+    with autocast:
+        im_q, im_k = (normalised(model, view) for view in pixel_views(config, device))
+    grad = torch.randn(len(im_q), config.model.dim, device=device)
+
+    def step() -> None:
+        model.encoder_q.zero_grad(set_to_none=True)
+        with autocast:
+            q = model.encoder_q(im_q)
+            with torch.no_grad():
+                model.encoder_k(im_k)
+        q.backward(grad.to(q.dtype))
+
+    return step
+
+
+def parts_of_a_step(config: Config, device: torch.device) -> dict[str, Step]:
+    """The parts of our step, each on its own, by name."""
+    model, (im_q, im_k) = fresh_model(config, device), pixel_views(config, device)
+    autocast = choose_autocast(config.train.precision, device)
+    optimizer = our_optimizer(model, config)
+    train_step(model, (im_q, im_k), optimizer, 1, autocast)  # leaves gradients and momenta behind
+    # Backward has an encoder and a graph of its own: the optimiser's part changes the weights of the others.
+    encoder = copy.deepcopy(model.encoder_q)
+    with autocast:
+        output = encoder(normalised(model, im_q))
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    grad = torch.randn_like(output)
+    with torch.no_grad():
+        k = F.normalize(output.float(), dim=1)
+    queries, keys = list(model.encoder_q.parameters()), list(model.encoder_k.parameters())
+
+    def query_forward() -> None:
+        with autocast:
+            model.encoder_q(normalised(model, im_q))
+
+    @torch.no_grad()
+    def key_forward() -> None:
+        with autocast:
+            images, restore = model.shuffle(im_k) if config.model.bn_splits > 1 else (im_k, slice(None))
+            F.normalize(model.encoder_k(normalised(model, images)).float(), dim=1)[restore]
+
+    def loss() -> None:
+        q = output.detach().requires_grad_()
+        value, _ = info_nce(
+            q, k, model.queue, temperature=model.temperature, negatives_normalized=True, return_rank=True
+        )
+        value.backward()
+        enqueue_(model.queue, model.queue_ptr, k, normalize=False)
+
+    def update() -> None:
+        ema_update_(keys, queries, model.momentum)
+        optimizer.step()
+
+    return {
+        "query forward": query_forward,
+        "backward": lambda: torch.autograd.grad(output, weights, grad, retain_graph=True),
+        "key forward": key_forward,
+        "loss": loss,
+        "optimiser and EMA": update,
+    }

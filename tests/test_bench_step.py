@@ -1,0 +1,193 @@
+"""`mocofast bench step|train|all` at tiny sizes: rows hold what they promise, and their numbers fit each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from mocofast.bench import BENCHMARKS, main, sides, step, train
+from mocofast.config import Config, ConfigError
+from mocofast.settings import load_recipe
+
+CPU = torch.device("cpu")
+TINY = ["--recipe", "digits", "--batch", "8", "--queue", "16", "--repeats", "1", "--device", "cpu"]
+
+
+def last_row(out: str) -> dict[str, Any]:
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of `bench step`; without lightly, whether it is installed here or not."""
+    target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "lightly", None)
+        assert main(["step", *TINY, "--save", str(target)]) == 0
+    return json.loads(target.read_text())
+
+
+def test_step_times_every_side_on_the_same_problem(step_row: dict[str, Any]) -> None:
+    assert (step_row["arch"], step_row["size"]) == ("resnet_tiny", 8)
+    assert (step_row["batch_size"], step_row["queue_size"]) == (8, 16)
+    assert set(step_row["milliseconds"]) == {"mocofast", "reference", "strong", "encoders only"}
+    for name, milliseconds in step_row["milliseconds"].items():
+        low, high = step_row["quartiles"][name]
+        assert 0 < low <= milliseconds <= high
+        assert step_row["images_per_second"][name] == pytest.approx(8e3 / milliseconds, rel=1e-3)
+    ours = step_row["milliseconds"]["mocofast"]
+    for name, ratio in step_row["speedup"].items():
+        assert ratio == pytest.approx(step_row["milliseconds"][name] / ours, rel=0.01)
+    floor = step_row["milliseconds"]["encoders only"]
+    assert step_row["over_encoders_only"] == pytest.approx(ours / floor, rel=0.01)
+
+
+def test_step_names_the_side_it_skips_and_why(step_row: dict[str, Any]) -> None:
+    assert list(step_row["skipped"]) == ["lightly"]
+    assert "lightly" in step_row["skipped"]["lightly"]
+
+
+def test_the_parts_of_a_step_and_the_rest_make_the_whole(step_row: dict[str, Any]) -> None:
+    parts = step_row["breakdown_milliseconds"]
+    assert set(parts) == {"query forward", "backward", "key forward", "loss", "optimiser and EMA", "other"}
+    assert sum(parts.values()) == pytest.approx(step_row["milliseconds"]["mocofast"], rel=1e-3)
+    assert all(value > 0 for name, value in parts.items() if name != "other")
+
+
+def test_only_the_reference_waits_for_its_device(step_row: dict[str, Any]) -> None:
+    # The queue's pointer and the loss.
+    assert step_row["host_synchronisations"] == {"mocofast": 0, "reference": 2, "strong": 0}
+
+
+def test_step_measures_memory_of_each_side(step_row: dict[str, Any]) -> None:
+    assert set(step_row["extra_bytes"]) == {"mocofast", "reference", "strong"}
+    if sys.platform == "linux":
+        # At least the output of the first convolution, 8 x 16 x 8 x 8 floats, is alive at the peak.
+        assert all(value >= 4 * 8 * 16 * 8 * 8 for value in step_row["extra_bytes"].values())
+
+
+def test_operations_of_the_encoders_are_counted(step_row: dict[str, Any]) -> None:
+    # resnet_tiny at 8 px by hand, multiply-adds: the stem, three blocks, two shortcuts, the head.
+    stem = 64 * 3 * 9 * 16
+    blocks = 64 * 16 * 9 * 16 * 2 + 16 * (16 + 32) * 9 * 32 + 4 * (32 + 64) * 9 * 64
+    forward = stem + blocks + 16 * 16 * 32 + 4 * 32 * 64 + 64 * 64
+    # Backward takes twice the forward, less the gradient to the images, which nobody wants; then the key's forward.
+    assert step_row["encoder_flops"] == 2 * 8 * (4 * forward - stem)
+
+
+def tiny() -> Config:
+    config = load_recipe("digits")
+    config.data.batch_size, config.model.queue_size = 8, 16
+    return config
+
+
+def test_all_sides_start_from_the_same_loss() -> None:
+    config = tiny()
+    ours, strong = (sides.SIDES[name](config, CPU)() for name in ("mocofast", "strong"))
+    reference = sides.SIDES["reference"](config, CPU)()
+    assert ours[0].item() == pytest.approx(reference, rel=1e-5)
+    torch.testing.assert_close(ours, strong, rtol=1e-5, atol=1e-6)
+
+
+def test_lightlys_side_waits_once_and_learns_on_the_same_images() -> None:
+    pytest.importorskip("lightly")
+    run = sides.lightly(tiny(), CPU)
+    first = [run() for _ in range(3)]
+    assert all(torch.isfinite(loss) for loss in first)
+    assert step.host_synchronisations(run) == 1  # its memory bank's pointer
+
+
+def test_the_counter_counts_waits_and_nothing_else() -> None:
+    with step.HostSynchronisations() as waits:
+        torch.ones(3).nonzero()
+        torch.ones(1).item()
+        torch.ones(3) + 1
+    assert waits.count == 2
+
+
+@pytest.mark.gpu
+def test_a_copy_to_the_host_counts_as_a_wait() -> None:
+    with step.HostSynchronisations() as waits:
+        torch.ones(3, device="cuda").cpu()
+        torch.ones(3).cuda()
+    assert waits.count == 1
+
+
+@pytest.mark.parametrize("command", ["step", "train"])
+def test_a_queue_that_the_reference_refuses_is_an_error_that_says_so(command: str) -> None:
+    with pytest.raises(ConfigError, match=r"--queue must be a multiple of --batch, .* 17 keys and 8 images"):
+        main([command, "--recipe", "digits", "--batch", "8", "--queue", "17", "--device", "cpu"])
+
+
+def test_train_measures_both_loops_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs.make_images(tmp_path, 20)  # two batches an epoch: loaders start over while they are timed
+    options = ["--arch", "resnet_tiny", "--size", "8", "--steps", "2", "--workers", "1"]
+    assert main(["train", str(folder), *TINY, *options]) == 0
+    row = last_row(capsys.readouterr().out)
+    assert (row["images"], row["batch_size"], row["workers"]) == (20, 8, 1)
+    assert row["loader"] in ("dali", "torchvision")
+    for field in train.Measured._fields:
+        assert set(row[field]) == {"mocofast", "reference", "synthetic"}
+    rate = row["images_per_second"]
+    assert row["speedup"] == pytest.approx(rate["mocofast"] / rate["reference"], rel=0.01)
+    assert row["over_synthetic"] == pytest.approx(rate["mocofast"] / rate["synthetic"], rel=0.01)
+    assert all(0 <= share <= 1 for share in row["data_wait"].values())
+    assert row["data_wait"]["synthetic"] < 0.1
+    # A loader has to start and to make a batch; images that are there are only trained on.
+    assert row["time_to_first_step"]["synthetic"] < row["time_to_first_step"]["reference"]
+
+
+def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
+    """A side whose batches come from a busy process: its CPU time and the wait for it are seen."""
+
+    class Slow:
+        def epoch(self, epoch: int) -> Any:
+            from torch.utils.data import DataLoader
+
+            return iter(DataLoader(range(100), num_workers=1, collate_fn=spin))  # type: ignore[arg-type]
+
+        def close(self) -> None: ...
+
+    found = train.measure(train.Side(Slow, lambda batch: None), 4, 32, CPU)
+    assert found.data_wait > 0.9
+    assert found.cores > 0.1
+    assert found.time_to_first_step > SPIN
+
+
+SPIN = 0.05  # seconds of work a batch
+
+
+def spin(items: list[int]) -> list[int]:
+    import time
+
+    end = time.process_time() + SPIN
+    while time.process_time() < end:
+        pass
+    return items
+
+
+@pytest.mark.parametrize("path", [None, "photos"])
+def test_all_runs_every_benchmark_with_its_defaults(
+    path: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = {}
+
+    def recorder(name: str) -> Any:
+        return lambda arguments: ran.setdefault(name, vars(arguments)) and {"benchmark": name}
+
+    for name, (module, _) in list(BENCHMARKS.items()):
+        fake = types.SimpleNamespace(add_arguments=module.add_arguments, run=recorder(name), __doc__=module.__doc__)
+        monkeypatch.setitem(BENCHMARKS, name, (fake, ""))
+    assert main(["all", "--device", "cpu", *(["--path", path] if path else [])]) == 0
+    assert set(ran) == set(BENCHMARKS) - (set() if path else {"data"})
+    assert ("data is left out" in capsys.readouterr().out) == (path is None)
+    assert ran["train"]["path"] == path
+    assert all(arguments["device"] == "cpu" for arguments in ran.values())
+    assert (ran["kernels"]["n"], ran["step"]["recipe"]) == (256, None)
