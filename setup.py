@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mocofast/__init__.py").r
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
 # The packaging test builds a wheel without a network, so with the setuptools that is installed.
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6", "setuptools>=77"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6", "setuptools>=77", "timm>=1"]
 BENCH = ["pytest-benchmark>=5"]
 
 setup(
