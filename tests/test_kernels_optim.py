@@ -1,0 +1,290 @@
+"""Fused optimiser steps of both backends against float64: Triton's through its interpreter where there is no GPU.
+
+The rule: our error is at most that of the same formulas, written one after the other in PyTorch in the tensors' own
+types, plus `SLACK` units in the last place of the largest value that enters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mocofast_kernels import cpu_optim
+from mocofast_kernels.cpu_optim import Row
+from torch import Tensor
+
+from tests.optim_oracle import copied, step_, values
+from tests.triton_device import DEVICE
+
+pytest.importorskip("triton")
+
+from mocofast_kernels import optim, tables
+
+KINDS = ("sgd", "lars", "adamw")
+BACKENDS = (optim, cpu_optim)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SLACK = 2.0
+
+# 1; a prime; one whole block; two blocks and one more element; matrices, of which LARS takes norms, of a size that
+# wide loads do not fit and over several blocks; a convolution that may be channels-last, and a 1x1 one; nothing; ().
+SHAPES = ((1,), (13,), (2048,), (4097,), (3, 5), (64, 97), (8, 3, 3, 3), (16, 8, 1, 1), (0,), ())
+
+
+def _device(backend: Any) -> str:
+    return DEVICE if backend is optim else "cpu"
+
+
+def _options(kind: str, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "ema_momentum": 0.99}
+    if kind == "adamw":
+        options |= {"betas": (0.9, 0.999), "eps": 1e-8}
+    else:
+        options |= {"momentum": 0.9}
+    if kind == "lars":
+        options |= {"trust_coefficient": 0.001}
+    return {**options, **{name: value for name, value in changes.items() if name in options}}
+
+
+def _rows(
+    kind: str,
+    shapes: Any,
+    dtype: torch.dtype,
+    seed: int,
+    device: str,
+    *,
+    layout: str = "contiguous",
+    momentum: bool = True,
+    missing: bool = False,
+    followers: bool = True,
+) -> list[Row]:
+    """Rows with state of earlier steps. missing: every second one has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator)
+        if layout == "channels_last" and len(shape) == 4:
+            values = values.to(memory_format=torch.channels_last)
+        if layout == "sliced":
+            return torch.stack([values, values], dim=-1).to(device, dtype)[..., 0]
+        return values.to(device, dtype)
+
+    rows = []
+    for i, shape in enumerate(shapes):
+        grad = None if missing and i % 2 else draw(shape)
+        state: tuple[Tensor, ...] = ()
+        if grad is not None and kind == "adamw":
+            state = (draw(shape), draw(shape).abs(), torch.tensor(float(i), device=device))
+        elif grad is not None and momentum:
+            state = (draw(shape),)
+        follow = (draw(shape, torch.float32), draw(shape, torch.bfloat16), draw(shape, torch.float16))
+        rows.append(Row(draw(shape), grad, *(follow if followers else (None, None, None)), state))
+    return rows
+
+
+def _run(backend: Any, kind: str, rows: list[Row], options: dict[str, Any]) -> None:
+    getattr(backend, f"{kind}_")(rows, **options)
+
+
+def _check(kind: str, backend: Any, rows: list[Row], options: dict[str, Any]) -> None:
+    """Two steps, so that state written by the first counts."""
+    ours, eager, exact = copied(rows), copied(rows), copied(rows, torch.float64)
+    for _ in range(2):
+        _run(backend, kind, ours, options)
+        step_(kind, eager, options)
+        step_(kind, exact, options)
+    for row, got, plain, true in zip(rows, values(ours), values(eager), values(exact)):
+        if row.param.numel() == 0:
+            continue
+        for name, x in got.items():
+            if name == "state 2":  # the count of steps
+                assert x == true[name]
+                continue
+            # An average of parameters and the copies inherit the rounding of a parameter that is stored narrower.
+            source = {"shadow": "param", "target_shadow": "target"}.get(name, name)
+            coarse = max(torch.finfo(t).eps for t in (x.dtype, row.param.dtype, got[source].dtype))
+            expected = true[source]
+            allowed = _error(plain[name], expected) + SLACK * coarse * max(1.0, expected.abs().max().item())
+            assert _error(x, expected) <= allowed, (name, row.param.shape, _error(x, expected), allowed)
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4),
+    dtype=st.sampled_from(TYPES),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
+    momentum=st.booleans(),
+    missing=st.booleans(),
+    followers=st.booleans(),
+    weight_decay=st.sampled_from([0.0, 0.05]),
+    ema_momentum=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_step_equals_its_formulas(
+    backend: Any,
+    kind: str,
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    layout: str,
+    momentum: bool,
+    missing: bool,
+    followers: bool,
+    weight_decay: float,
+    ema_momentum: float,
+    seed: int,
+) -> None:
+    rows = _rows(
+        kind, shapes, dtype, seed, _device(backend), layout=layout, momentum=momentum, missing=missing,
+        followers=followers,
+    )  # fmt: skip
+    changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
+    _check(kind, backend, rows, _options(kind, **changes, **({} if momentum else {"momentum": 0.0})))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_of_one_row_may_lie_and_be_stored_differently(backend: Any, kind: str) -> None:
+    """A channels-last weight with a contiguous gradient, state in bfloat16, a float64 row, among others."""
+    device = _device(backend)
+    rows = _rows(kind, SHAPES[6:8] * 2 + SHAPES[:2], torch.float32, 5, device, layout="channels_last")
+    assert rows[0].grad is not None
+    rows[0] = rows[0]._replace(grad=rows[0].grad.contiguous())
+    # Two ways to write the strides of a 1x1 convolution: not a difference, and no copies are made for it.
+    one = torch.randn(16, 8, 1, 1, device=device)
+    assert one.stride() != rows[1].param.stride() and cpu_optim.same_layout([one, rows[1].param])
+    rows[1] = rows[1]._replace(grad=one)
+    rows[2] = rows[2]._replace(state=(rows[2].state[0].bfloat16(), *rows[2].state[1:]))
+    rows[3] = copied(rows[3:4], torch.float64)[0]
+    _check(kind, backend, rows, _options(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_may_be_tensors(backend: Any, kind: str) -> None:
+    device = _device(backend)
+    rows = _rows(kind, SHAPES[3:6], torch.float32, 6, device)
+    names = {"lr": 0.25, "weight_decay": 0.5, "ema_momentum": 0.75, "momentum": 0.5, "trust_coefficient": 0.125}
+    floats, tensors = copied(rows), copied(rows)
+    _run(backend, kind, floats, _options(kind, **names))
+    # Powers of two: the same number in float32, in a float64 tensor, and subtracted from 1.
+    _run(backend, kind, tensors, _options(kind, **{n: torch.tensor(x, device=device) for n, x in names.items()}))
+    for a, b in zip(values(floats), values(tensors)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_steps_are_equal_bit_for_bit(backend: Any, kind: str) -> None:
+    """LARS's norms above all: (300, 99) is 15 blocks."""
+    rows = _rows(kind, ((300, 99), (4097,), (5, 3)), torch.float32, 7, _device(backend))
+    first, second = copied(rows), copied(rows)
+    _run(backend, kind, first, _options(kind))
+    _run(backend, kind, second, _options(kind))
+    for a, b in zip(values(first), values(second)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_are_neither_divided_by_nor_scaled(backend: Any) -> None:
+    """LARS: |p| = 0 (MoCo's zero-initialised weights), |d| = 0, both."""
+    device = _device(backend)
+    one, zero = torch.ones(3, 4, device=device), torch.zeros(3, 4, device=device)
+    pairs = ((zero, one), (one, zero), (zero, zero), (one, one))
+    rows = [Row(p.clone(), g, None, None, None, ()) for p, g in pairs]
+    _run(backend, "lars", rows, _options("lars", weight_decay=0.0, momentum=0.0, lr=0.5))
+    for row, expected in zip(rows, (-0.5, 1.0, 0.0, 1 - 0.5 * 0.001)):
+        torch.testing.assert_close(row.param, torch.full((3, 4), expected, device=device))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_nan_reaches_its_own_tensors_only(backend: Any, kind: str) -> None:
+    rows = _rows(kind, ((5, 7), (5, 7)), torch.float32, 8, _device(backend))
+    assert rows[0].grad is not None
+    rows[0].grad[1, 2] = float("nan")
+    _run(backend, kind, rows, _options(kind))
+    nan, clean = values(rows)
+    for name in ("param", "target", "shadow", "target_shadow", "state 0"):
+        assert nan[name][1, 2].isnan() and not clean[name].isnan().any()
+
+
+def test_bias_corrections_keep_their_digits() -> None:
+    """1 - .999^step has lost 4 digits where it is taken in float32; at step 1 the update is lr by definition."""
+    for step in (0, 1, 9, 999, 99_999):
+        row = Row(
+            torch.zeros(3, device=DEVICE), torch.full((3,), 0.5, device=DEVICE), None, None, None,
+            (torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE), torch.tensor(float(step), device=DEVICE)),
+        )  # fmt: skip
+        optim.adamw_([row], lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0, ema_momentum=0.0)
+        first, second = 0.1 / (1 - 0.9 ** (step + 1)), 0.001 / (1 - 0.999 ** (step + 1))
+        assert row.param[0].item() == pytest.approx(-first / second**0.5, rel=5e-7)
+
+
+def test_a_replaced_storage_is_found_and_the_old_one_left_alone() -> None:
+    rows = _rows("sgd", ((40,), (6, 8)), torch.float32, 9, DEVICE)
+    options = _options("sgd")
+    _run(optim, "sgd", rows, options)
+    param = rows[0].param
+    old, kept = param.data, param.clone()
+    param.data = param.data.clone()
+    _run(optim, "sgd", rows, options)
+    assert torch.equal(old, kept) and not torch.equal(param, kept)
+
+
+def test_tables_are_kept_and_a_few_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    upload = tables._upload
+    monkeypatch.setattr(tables, "_upload", lambda t, device: made.append(t) or upload(t, device))
+    cache = tables.TableCache(8)
+    row = [torch.ones(9, device=DEVICE)]
+    plan = cache.plan([row], 1)
+    count = len(made)
+    assert cache.plan([row], 1) is plan and len(made) == count
+    assert plan.tables[0].owners.tolist() == [[0, 0], [0, 1]]  # 9 elements are 2 blocks of 8
+    others = [[torch.ones(1, device=DEVICE)] for _ in range(tables.PLANS)]
+    for other in others:
+        cache.plan([other], 1)
+    assert cache.plan([row], 1) is not plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_captured_step_follows_the_rate_and_equals_an_eager_one(kind: str) -> None:
+    rows = _rows(kind, SHAPES[1:6], torch.float32, 10, "cuda")
+    captured, eager = copied(rows), copied(rows)
+    lr = torch.tensor(0.1, device="cuda")
+    options = _options(kind, lr=lr)
+    _run(optim, kind, captured, options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _run(optim, kind, captured, options)
+    with pytest.raises(RuntimeError, match="no table"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        _run(optim, kind, copied(rows), options)
+    for rate in (0.1, 0.1, 0.3):
+        _run(optim, kind, eager, _options(kind, lr=rate))
+    graph.replay()
+    lr.fill_(0.3)
+    graph.replay()
+    for a, b in zip(values(captured), values(eager)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_steady_step_never_waits_for_the_gpu(kind: str) -> None:
+    rows = _rows(kind, SHAPES[1:6], torch.float32, 11, "cuda")
+    for _ in range(2):
+        _run(optim, kind, rows, _options(kind))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _run(optim, kind, rows, _options(kind))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
