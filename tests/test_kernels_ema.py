@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from mocofast_kernels import ema
 from mocofast_kernels.ema import BLOCK, ema_update_
+from mocofast_kernels.tables import PLANS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # 1, either side of what one program updates, and several programs with a tail.
@@ -108,7 +109,9 @@ def test_a_replaced_storage_is_written_and_the_old_one_is_not() -> None:
     assert target.tolist() == [2.0] * 5
 
 
-def test_one_launch_for_each_pair_of_types_and_one_table_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_for_each_pair_of_types_and_width_of_loads_and_one_plan_for_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     kernel, grids = ema._ema_kernel, []
 
     class Counting:
@@ -118,20 +121,20 @@ def test_one_launch_for_each_pair_of_types_and_one_table_for_a_model(monkeypatch
 
     monkeypatch.setattr(ema, "_ema_kernel", Counting())
     targets, sources = _tensors(FP32, 0) + _tensors(BF16, 1), _tensors(FP32, 2) * 2
-    ema._plans.clear()
+    ema._tables._plans.clear()
     for _ in range(3):
         ema_update_(targets, sources, 0.9)
-    # 1 + 1 + 1 + 2 + 3 programs, twice each time.
-    assert grids == [(8,)] * 6
-    assert len(ema._plans) == 1
+    # 1 + 1 + 2 + 3 programs for sizes that wide loads do not fit, 1 for BLOCK; both types each time.
+    assert grids == [(7,), (1,)] * 6
+    assert len(ema._tables._plans) == 1
 
 
 def test_remembered_tables_do_not_pile_up() -> None:
     kept = []  # so that addresses are not used again
-    for _ in range(ema.PLANS + 3):
+    for _ in range(PLANS + 3):
         kept.append((torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)))
         ema_update_([kept[-1][0]], [kept[-1][1]], 0.5)
-    assert len(ema._plans) == ema.PLANS
+    assert len(ema._tables._plans) == PLANS
     assert all(target.tolist() == [0.5, 0.5] for target, _ in kept)
 
 

@@ -184,9 +184,9 @@ def _dense_groups(rows: Sequence[Row]) -> Iterator[_Group]:
     for param, grad, _, _, _, state in rows:
         if grad is None or param.numel() == 0:
             continue
-        wide = torch.promote_types(param.dtype, torch.float32)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         small = param.device.type == "cpu" and param.numel() < SMALL
-        key = (wide, param.device, len(state), small)
+        key: Hashable = (wide, param.device, len(state), small)
         tensors = (param, grad, *state[:2])
         if any(t.dtype != wide for t in tensors) or not same_layout(tensors):
             copies = [t.to(wide, copy=True, memory_format=torch.contiguous_format) for t in tensors]
@@ -205,11 +205,12 @@ def _dense_groups(rows: Sequence[Row]) -> Iterator[_Group]:
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether all have one shape and each fills one stretch of memory, in the same order of elements (contiguous,
     channels-last, transposed)."""
-    first = tensors[0]
-    order = _order(first)
-    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(first)) and all(
-        t.shape == first.shape and _order(t) == order for t in tensors[1:]
-    )
+    first, *others = tensors
+    shape, stride = first.shape, first.stride()
+    for t in others:
+        if t.shape != shape or (t.stride() != stride and _order(t) != _order(first)):
+            return False
+    return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(first))
 
 
 def _order(t: Tensor) -> list[int]:

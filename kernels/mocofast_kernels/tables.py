@@ -74,7 +74,8 @@ class TableCache:
 
     def plan(self, rows: Sequence[Row], elementwise: int) -> Plan:
         """The plan for these rows, all of one device; columns from `elementwise` on are not updated element by
-        element (a counter), so they have no part in the layout.
+        element (a counter), so they have no part in the layout. A row whose first tensor was met in another row
+        already (tied weights) is left out.
 
         A new set of rows uploads tables, without waiting for them; that cannot be captured in a CUDA graph, so
         RuntimeError is raised there.
@@ -85,10 +86,14 @@ class TableCache:
             return self._plans[key]
         groups: dict[tuple[Hashable, ...], list[int]] = {}
         singly = []
+        seen = set()
         for place, row in enumerate(rows):
             present = [t for t in row[:elementwise] if t is not None]
-            if not present or present[0].numel() == 0:
+            identity = (present[0].data_ptr(), present[0].dtype, present[0].shape, present[0].stride())
+            # Tensors without storage, which `static` compiles for, are all at address 0.
+            if present[0].numel() == 0 or (identity in seen and present[0].device.type != "meta"):
                 continue
+            seen.add(identity)
             if all(t.dtype in FLOATS for t in present) and same_layout(present):
                 wide = present[0].numel() % WIDE == 0 and all(t.data_ptr() % 16 == 0 for t in present)
                 groups.setdefault((wide, *(None if t is None else t.dtype for t in row)), []).append(place)
