@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import ConfigError
+from mocofast.normalization import ghost_batch_norm
 
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
 HEADS = ("fc", "head", "heads")
@@ -147,44 +147,46 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     In training, sample n belongs to part n % num_splits, as in MoCo's CIFAR demo; running statistics become the mean
     over the parts of what each part would have made them. In eval mode it is an ordinary BatchNorm2d, and its
     state-dict names are BatchNorm2d's. The batch has to be divisible by num_splits in training (ValueError).
+    `residual`, of the input's shape and type, is added to what BatchNorm gives, and `relu` rectifies the sum: on CUDA
+    in one pass.
     """
 
     def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(num_features, eps, momentum)
         self.num_splits = num_splits
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         if not self.training:
-            return super().forward(x)
-        splits = self.num_splits
-        if len(x) % splits:
-            raise ValueError(f"the batch must be divisible by bn_splits: got {len(x)} images and {splits} splits")
+            y = super().forward(x)
+            if residual is not None:
+                y = y + residual
+            return y.relu_() if relu else y
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
-        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
-        folded = F.batch_norm(
-            _fold(x, splits),
-            mean,
-            var,
-            self.weight.repeat(splits),
-            self.bias.repeat(splits),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
+        y = ghost_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_splits,
+            self.momentum,
+            self.eps,
+            relu,
+            residual,
         )
-        self.running_mean.copy_(mean.view(splits, -1).mean(0))
-        self.running_var.copy_(var.view(splits, -1).mean(0))
-        return _unfold(folded, x, splits)
+        self.num_batches_tracked.add_(1)
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place.
+    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place;
+    torchvision's residual blocks then give their additions and ReLUs to it.
 
     ValueError, before anything is changed, for one without weights, running statistics or a fixed momentum.
     """
@@ -207,26 +209,7 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
         split.running_mean, split.running_var = child.running_mean, child.running_var
         split.num_batches_tracked = child.num_batches_tracked
         setattr(parent, name, split)
+    if found:
+        from mocofast.fused_blocks import fuse_blocks
 
-
-def _fold(x: Tensor, splits: int) -> Tensor:
-    """(N, C, H, W) -> (N/splits, splits*C, H, W): sample n moves into channel group n % splits.
-
-    NCHW memory needs only another view of it. In channels-last memory rows of C values are re-ordered, once before
-    and once after one native BatchNorm; `splits` native calls on strided slices would copy as much and launch more.
-    """
-    n, c, h, w = x.shape
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return x.reshape(n // splits, splits * c, h, w)
-    parts = x.permute(0, 2, 3, 1).view(n // splits, splits, h, w, c)
-    return parts.permute(0, 2, 3, 1, 4).reshape(n // splits, h, w, splits * c).permute(0, 3, 1, 2)
-
-
-def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
-    """The inverse of `_fold`, in the memory format of `x`."""
-    n, c, h, w = x.shape
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return folded.reshape(n, c, h, w)
-    parts = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
-    # With one sample a part, reshape alone would return a view of the folded memory.
-    return parts.permute(0, 3, 1, 2, 4).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)
+        fuse_blocks(module, SplitBatchNorm2d)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -167,6 +168,30 @@ def test_conversion_keeps_names_weights_statistics_and_modes() -> None:
     expected = TinyResNet(3).eval()
     expected.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(encoder(images), expected(images))
+
+
+@pytest.mark.parametrize(("arch", "side"), [("resnet18_cifar", 16), ("resnet50", 64)])  # basic blocks, bottlenecks
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_that_give_their_relu_and_residual_to_batchnorm_compute_the_same(
+    arch: str, side: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(arch)(num_classes=3)
+    plain = copy.deepcopy(encoder)
+    split_batch_norm(encoder, 2)
+    assert {type(block).__name__ for block in encoder.layer2} <= {"FusedBasicBlock", "FusedBottleneck"}
+    with monkeypatch.context() as patch:
+        patch.setattr("mocofast.fused_blocks.FUSED", {})
+        split_batch_norm(plain, 2)
+    assert not any(type(module).__name__.startswith("Fused") for module in plain.modules())
+    assert list(encoder.state_dict()) == list(plain.state_dict())
+    images = channels_last(torch.randn(8, 3, side, side))
+    grads = []
+    for model in (encoder, plain):
+        model.double().train(training)
+        model(images.double()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*grads)
 
 
 def test_conversion_refuses_layers_without_running_statistics() -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("mocofast_kernels",),
     ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed"),
+    ("mocofast.fused_blocks", "mocofast.normalization"),
     ("mocofast.settings",),
     ("mocofast.encoders",),
     ("mocofast.moco", "mocofast.optim", "mocofast.data", "mocofast.interop", "mocofast.plots", "mocofast.progress"),

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from mocofast_kernels.ema import FLOATS as EMA_TYPES
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
+from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     divisible: tuple[str, ...]  # integers and pointers that are multiples of 16, which the compiler may use
-    options: dict[str, int]
+    options: dict[str, int | None]
 
 
 class Report(NamedTuple):
@@ -71,12 +72,15 @@ class Report(NamedTuple):
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
-    options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options: dict[str, int | None] = {
+        name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs
+    }
     signature, constants, divisible = {}, {}, []
     given = dict(zip(kernel.arg_names, args), **kwargs)
     for parameter in kernel.params:
         name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -85,7 +89,7 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and free:
                 divisible.append(name)
     return Launch(kernel, signature, constants, tuple(divisible), options)
 
@@ -224,6 +228,27 @@ def _ema(target: torch.dtype, momentum: float | Tensor) -> Callable[[], object]:
     )
 
 
+def _ghost_bn(
+    shape: tuple[int, int, int, int], parts: int, dtype: torch.dtype, relu: bool, residual: bool, running: bool
+) -> Callable[[], object]:
+    def call() -> None:
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        row = torch.empty(shape[1], device="meta")
+        statistics = (row, row) if running else (None, None)
+        output = ghost_bn_forward(
+            x, x if residual else None, row, row, *statistics, parts=parts, momentum=0.1, eps=1e-5, relu=relu
+        )
+        y = output.output if relu and residual else None
+        ghost_bn_backward(x, x, y, row, row, output.statistics, parts=parts, relu=relu)
+
+    return call
+
+
+# Widths of ResNets, with the last one's few rows; a width that masks columns; rows that are not aligned; so many rows
+# that their numbers need 64 bits.
+ACTIVATIONS = ((256, 64, 56, 56), (256, 2048, 7, 7), (256, 48, 28, 28), (256, 13, 7, 7), (2**20, 64, 56, 56))
+
+
 def cases() -> Iterator[Case]:
     """Every row of the tile tables in every variant that changes its code, and the small kernels."""
     for C, types in itertools.product(COLUMNS, TYPES):
@@ -235,6 +260,10 @@ def cases() -> Iterator[Case]:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     for target, momentum in itertools.product(EMA_TYPES, (0.999, torch.empty((), device="meta"))):
         yield Case(f"ema, {target}, {type(momentum).__name__} momentum", _ema(target, momentum))
+    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, EMA_TYPES, (False, True), (False, True)):
+        name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
+        yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
+    yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))
 
 
 def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[Report]:
