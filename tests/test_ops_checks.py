@@ -94,6 +94,22 @@ def test_a_rejected_ema_changes_nothing(
     assert torch.equal(GOOD, before)
 
 
+def test_an_ema_sees_what_changed_in_place_since_the_last_call() -> None:
+    targets, sources = [torch.zeros(2, 3), torch.zeros(4)], [torch.ones(2, 3), torch.ones(4)]
+    ops.ema_update_(targets, sources, 0.5)
+    targets[1].data = torch.zeros(4)  # another storage, as loading or moving a model leaves
+    ops.ema_update_(targets, sources, 0.5)
+    assert torch.equal(targets[0], torch.full((2, 3), 0.75))
+    assert torch.equal(targets[1], torch.full((4,), 0.5))
+    sources[0].resize_(3, 2)
+    with pytest.raises(ValueError, match=r"sources\[0\] .*\(3, 2\).*\(2, 3\)"):
+        ops.ema_update_(targets, sources, 0.5)
+    sources[0].data = torch.ones(2, 3, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"sources\[0\] .*int32"):
+        ops.ema_update_(targets, sources, 0.5)
+    assert torch.equal(targets[0], torch.full((2, 3), 0.75))
+
+
 @pytest.mark.parametrize(
     ("error", "match", "pointer", "keys"),
     [

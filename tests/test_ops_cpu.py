@@ -255,6 +255,14 @@ def test_ema_copies_integers_and_updates_tied_tensors_once() -> None:
     assert int(count) == 9
 
 
+def test_ema_of_weights_in_channels_last_and_tied_ones() -> None:
+    weight = features(0, 5, 4, 3, 3).to(memory_format=torch.channels_last)
+    source = features(1, 5, 4, 3, 3)  # in the other layout: paired by index, not by place in memory
+    want = 0.9 * weight + 0.1 * source
+    cpu.ema_update_([weight, weight], [source, source], 0.9)
+    torch.testing.assert_close(weight, want, rtol=4 * EPS, atol=EPS)
+
+
 def test_ema_takes_its_momentum_from_a_tensor() -> None:
     by_float, by_tensor = [features(0, 5), features(1, 5)], [features(0, 5), features(1, 5)]
     sources = [features(2, 5), features(3, 5)]

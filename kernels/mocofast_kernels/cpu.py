@@ -184,6 +184,9 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum
+    if isinstance(step, float) and _are_distinct_float32(targets, sources):
+        torch._foreach_lerp_(targets, sources, step)
+        return
     plain_targets, plain_sources = [], []
     seen = set()
     for target, source in zip(targets, sources):
@@ -206,6 +209,12 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     else:
         for target, source in zip(plain_targets, plain_sources):
             target.lerp_(source, step)
+
+
+def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
+    """Whether all are float32 and no target is listed twice: the usual case, seen sooner for all of them at once."""
+    pointers = {x.data_ptr() for x in targets}
+    return len(pointers) == len(targets) and {x.dtype for x in targets + sources} == {torch.float32}
 
 
 class _Sweep:
