@@ -13,18 +13,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import cpu
+from mocofast_kernels import cpu, cpu_optim
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
 
 
 class Backend(NamedTuple):
-    """The kernels behind the ops; `mocofast_kernels.cpu` documents each, and what the first one returns."""
+    """The kernels behind ops and optimisers; `mocofast_kernels.cpu` and `cpu_optim` document each."""
 
     infonce_forward: Callable[..., Any]
     infonce_grad_negatives: Callable[..., Tensor]
     enqueue_: Callable[..., None]
     ema_update_: Callable[..., None]
+    sgd_: Callable[..., None]
+    lars_: Callable[..., None]
+    adamw_: Callable[..., None]
 
 
 @functools.cache
@@ -36,6 +39,7 @@ def _backend(device_type: str) -> Backend:
             from mocofast_kernels.enqueue import enqueue_ as enqueue
             from mocofast_kernels.infonce import infonce_forward
             from mocofast_kernels.infonce_backward import infonce_grad_negatives
+            from mocofast_kernels.optim import adamw_, lars_, sgd_
         except ImportError as error:
             if error.name is None or error.name.split(".")[0] != "triton":
                 raise
@@ -43,8 +47,16 @@ def _backend(device_type: str) -> Backend:
                 f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
             )
         else:
-            return Backend(infonce_forward, infonce_grad_negatives, enqueue, ema)
-    return Backend(cpu.infonce_forward, cpu.infonce_grad_negatives, cpu.enqueue_, cpu.ema_update_)
+            return Backend(infonce_forward, infonce_grad_negatives, enqueue, ema, sgd_, lars_, adamw_)
+    return Backend(
+        cpu.infonce_forward,
+        cpu.infonce_grad_negatives,
+        cpu.enqueue_,
+        cpu.ema_update_,
+        cpu_optim.sgd_,
+        cpu_optim.lars_,
+        cpu_optim.adamw_,
+    )
 
 
 class _Options(NamedTuple):

@@ -122,7 +122,8 @@ class MoCo(nn.Module):
         key encoder and the same queue, as one large batch would.
 
         The moving average is taken here, before the keys, as the paper's code does. Taken right after the optimiser
-        step it gives the same trajectory, since encoder_k starts as a copy of encoder_q.
+        step it gives the same trajectory, since encoder_k starts as a copy of encoder_q: an optimiser of
+        mocofast.optim can do it (see `trained_pairs`), and update_keys is then False always.
         """
         self._check_images(im_q, im_k)
         if self.training and not self._synchronized:
@@ -147,6 +148,15 @@ class MoCo(nn.Module):
                 enqueue_(self.queue, self.queue_ptr, torch.cat(self._pending), normalize=False)
                 self._pending.clear()
         return MoCoOutput(loss, rank)
+
+    def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters of encoder_q that are trained, and those of encoder_k that follow them.
+
+        For an optimiser that averages: FusedSGD(queries, ..., ema=(keys, model.momentum)).
+        """
+        pairs = zip(self.encoder_q.parameters(), self.encoder_k.parameters())
+        trained = [(q, k) for q, k in pairs if q.requires_grad]
+        return [q for q, _ in trained], [k for _, k in trained]
 
     def _encode_keys(self, im_k: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, S, S) -> the keys of these images (N, C), and all ranks' keys in the order of ranks (W*N, C)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mocofast.optim import FusedOptimizer
 from mocofast.progress import step_metrics
 
 
@@ -22,11 +23,13 @@ def train_step(
     """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
 
     model: MoCo, or DistributedDataParallel around it. views: (im_q, im_k), each (B, 3, S, S).
+    The key encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the model.
     With accumulate > 1, micro-batches see one state of the key encoder and of the queue, so the result is that
     of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
     """
     im_q, im_k = views
     metrics = torch.zeros(3, device=im_q.device)
+    average = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
     parts = list(zip(im_q.chunk(accumulate), im_k.chunk(accumulate)))
     optimizer.zero_grad(set_to_none=True)
     for i, (part_q, part_k) in enumerate(parts):
@@ -38,7 +41,7 @@ def train_step(
         )
         with hold:
             with autocast:
-                out = model(part_q, part_k, update_keys=i == 0, enqueue=last)
+                out = model(part_q, part_k, update_keys=average and i == 0, enqueue=last)
             (out.loss * share).backward()
         metrics += step_metrics(out.loss, out.rank) * share
     optimizer.step()

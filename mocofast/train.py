@@ -76,7 +76,8 @@ class _Run:
         torch.manual_seed(config.train.seed)
         self.model = build_model(config).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        self.optimizer = build_optimizer(self.model.parameters(), config.optim)
+        queries, keys = self.model.trained_pairs()
+        self.optimizer = build_optimizer(queries, config.optim, ema=(keys, self.model.momentum))
         self.autocast = choose_autocast(config.train.precision, device)
         if rank:  # rank 0 may have to download the images
             distributed.barrier()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mocofast import encoders, settings
-from mocofast.checkpoint import build_model
+from mocofast.checkpoint import FORMAT, build_model
 from mocofast.config import Config
 from mocofast.export import FORMATS, export
 from mocofast.interop import load_reference_state_dict
@@ -42,7 +42,7 @@ def trained(arch: str, **model_options: Any) -> dict[str, Any]:
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.step()
     state = {"config": settings.to_dict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    return {**state, "format": 1, "epoch": 7, "step": 70}
+    return {**state, "format": FORMAT, "epoch": 7, "step": 70}
 
 
 def query_features(checkpoint: dict[str, Any], images: Tensor) -> Tensor:

@@ -1,16 +1,24 @@
-"""Schedules against the reference's own rules, and which parameters are trained."""
+"""Schedules against the reference's own rules, which parameters are trained, and optimisers that average: against
+PyTorch's, MoCo v3's LARS, and the average that the model takes itself."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import mocofast.optim
 from mocofast.config import OptimConfig
-from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
+from mocofast.moco import MoCo
+from mocofast.ops import ema_update_
+from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer, learning_rate, set_learning_rate
+from mocofast.step import choose_autocast, train_step
+from tests.eager_moco import PlainEncoder, random_batches
 
 
 def rates(config: OptimConfig, steps_per_epoch: int, epochs: int) -> list[float]:
@@ -70,3 +78,192 @@ def test_sgd_follows_torchs_rule_in_float64_and_skips_frozen_parameters() -> Non
     # Four steps of float32 rounding, about 1e-7 each, on values near 1.
     torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-6, atol=1e-6)
     assert torch.equal(model.bias, frozen)
+
+
+# ---- fused steps with an average ----
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """A weight of four dimensions, channels-last; norms and biases of one. No bias before a norm: its gradient would
+    be rounding noise, which Adam scales to steps of full size."""
+    torch.manual_seed(seed)
+    convolution = nn.Conv2d(3, 8, 3, bias=False)
+    layers = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 5))
+    return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        images = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+
+def make(kind: str, params: Any, **more: Any) -> torch.optim.Optimizer:
+    """Ours and PyTorch's with the same numbers."""
+    numbers = {"lr": 0.05, "weight_decay": 0.1}
+    if kind.endswith("AdamW"):
+        numbers["lr"] = 0.01
+    else:
+        numbers["momentum"] = 0.9
+    place = torch.optim if hasattr(torch.optim, kind) else mocofast.optim
+    return getattr(place, kind)(params, **numbers, **more)
+
+
+def assert_close(ours: nn.Module, expected: nn.Module) -> None:
+    # Float32 rounding in another order, over ten steps, on values near 1.
+    for a, b in zip(ours.parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), [("FusedSGD", "SGD"), ("FusedAdamW", "AdamW")])
+def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, torchs: str) -> None:
+    """Ours for 4 steps, PyTorch's for 3, ours for 3, beside 10 of PyTorch's."""
+    expected, model = network(), network()
+    train(expected, make(torchs, expected.parameters()), 10)
+    first, second, third = (make(kind, model.parameters()) for kind in (ours, torchs, ours))
+    train(model, first, 4)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(model, second, 3, 4)
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
+    train(model, third, 3, 7)
+    assert_close(model, expected)
+    names = {"momentum_buffer"} if torchs == "SGD" else {"step", "exp_avg", "exp_avg_sq"}
+    assert all(set(state) == names for state in third.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
+def test_a_state_dict_continues_bit_for_bit(kind: str) -> None:
+    whole, parts = network(), network()
+    train(whole, make(kind, whole.parameters()), 6)
+    optimizer = make(kind, parts.parameters())
+    train(parts, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer = make(kind, parts.parameters())
+    optimizer.load_state_dict(state)
+    train(parts, optimizer, 3, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
+
+
+def test_lars_is_mocos_and_keeps_its_state_names() -> None:
+    """MoCo v3's, tensor by tensor; the first step has no momentum to hide behind."""
+    model, expected = network(), network()
+    optimizer = FusedLARS(model.parameters(), lr=0.3, weight_decay=0.1)
+    buffers = [torch.zeros_like(p) for p in expected.parameters()]
+    for step in range(10):
+        train(model, optimizer, 1, step)
+        images = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        loss = expected(images).square().mean()
+        params = list(expected.parameters())
+        with torch.no_grad():
+            for p, g, b in zip(params, torch.autograd.grad(loss, params), buffers):
+                if p.ndim > 1:
+                    g = g + 0.1 * p
+                    g = g * 0.001 * p.norm() / g.norm()
+                b.mul_(0.9).add_(g)
+                p.sub_(0.3 * b)
+    assert_close(model, expected)
+    assert all(set(state) == {"mu"} for state in optimizer.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
+def test_a_step_averages_and_copies_whatever_has_a_gradient_or_not(kind: str) -> None:
+    model, key = network(), network(1)
+    shadows = [[torch.empty_like(p, dtype=torch.bfloat16) for p in model.parameters()] for _ in range(2)]
+    model[4].requires_grad_(False)
+    start = [k.detach().double() for k in key.parameters()]
+    frozen = model[4].weight.clone()
+    optimizer = make(
+        kind, model.parameters(), ema=(list(key.parameters()), 0.5), shadows=(shadows[0], shadows[1])
+    )  # fmt: skip
+    train(model, optimizer, 1)
+    assert torch.equal(model[4].weight, frozen) and model[4].weight not in optimizer.state
+    for p, k, before, copy_q, copy_k in zip(model.parameters(), key.parameters(), start, *shadows):
+        torch.testing.assert_close(k.double(), 0.5 * before + 0.5 * p.double(), rtol=0, atol=1e-7)
+        assert torch.equal(copy_q, p.bfloat16()) and torch.equal(copy_k, k.bfloat16())
+
+
+def test_the_average_of_the_optimiser_gives_the_models_trajectory() -> None:
+    """MoCo's own average comes before the next keys; one more of it at the end, and both are at the same point.
+
+    7 steps of 6 keys go around a queue of 16 twice.
+    """
+    batches = random_batches(7, 6)
+    models = []
+    for owned in (False, True):
+        torch.manual_seed(3)
+        model = MoCo(PlainEncoder, 5, 16, momentum=0.9)
+        queries, keys = model.trained_pairs()
+        ema = (keys, model.momentum) if owned else None
+        optimizer = build_optimizer(queries, OptimConfig(lr=0.5), ema=ema)
+        assert optimizer.owns_ema == owned
+        losses = [train_step(model, pair, optimizer, 2, autocast("fp32"))[0] for pair in batches]
+        if not owned:
+            ema_update_(keys, queries, model.momentum)
+        models.append((torch.stack(losses), model.queue, *queries, *keys))
+    for by_model, by_optimizer in zip(*models):
+        assert torch.equal(by_model, by_optimizer)  # the same arithmetic on a CPU, so the same bits
+    assert models[0][0].std() > 0.01  # it did train
+
+
+def autocast(precision: str) -> torch.autocast:
+    return choose_autocast(precision, torch.device("cpu"))
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer = FusedSGD(model.parameters(), lr=0.5)
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    model(torch.ones(2, 4)).sum().backward()
+    weight, gradient = model[0].weight.detach().clone(), model[0].weight.grad
+    assert gradient is not None
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), weight - 0.5 * gradient)
+    view = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ValueError, match="share their memory"):
+        FusedSGD([*model.parameters(), view], lr=0.5)
+
+
+def test_groups_have_their_own_numbers_and_later_ones_no_followers() -> None:
+    a, b, c, k = (nn.Parameter(torch.ones(2)) for _ in range(4))
+    optimizer = FusedSGD([{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5, ema=([k, k.detach().clone()], 0.0))
+    optimizer.add_param_group({"params": [c], "lr": 1.0})
+    for p in (a, b, c):
+        p.grad = torch.ones(2)
+    loss = optimizer.step(lambda: torch.tensor(3.0))
+    assert loss == 3.0
+    assert [p[0].item() for p in (a, b, c, k)] == [0.5, 0.75, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ema": ([], 0.9)}, "ema must have a tensor for each parameter: got 0 for 1"),
+        ({"ema": ([torch.ones(3)], 0.9)}, r"ema, tensor 0 must be floating, of shape \(2,\)"),
+        ({"ema": ([torch.ones(2, dtype=torch.int64)], 0.9)}, "must be floating"),
+        ({"ema": ([torch.ones(2)], 1.5)}, r"momentum must be in \[0, 1\]: got 1.5"),
+        ({"shadows": (None, [torch.ones(2)])}, "no targets; pass ema"),
+        ({"shadows": ([torch.ones(2, device="meta")], None)}, r"shadows\[0\], tensor 0 .* on cpu"),
+        ({"lr": -1.0}, "-1"),
+    ],
+)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS, FusedAdamW])
+def test_unusable_arguments_are_named(kind: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind([nn.Parameter(torch.ones(2))], **{"lr": 0.1, **change})
+
+
+def test_state_dicts_of_other_rules_are_refused_and_change_nothing() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = FusedSGD([p], lr=0.5)
+    for other in ({"nesterov": True, "momentum": 0.9}, {"dampening": 0.5}, {"maximize": True}):
+        state = torch.optim.SGD([p], lr=0.1, **other).state_dict()  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=next(iter(other))):
+            optimizer.load_state_dict(state)
+        with pytest.raises(ValueError, match=next(iter(other))):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **other})
+    with pytest.raises(ValueError, match="amsgrad"):
+        FusedAdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5 and len(optimizer.param_groups) == 1

@@ -19,7 +19,7 @@ from mocofast.checkpoint import build_model
 from mocofast.config import Config
 from mocofast.encoders import prepare_images
 from mocofast.moco import MoCo
-from mocofast.ops import ema_update_, enqueue_, info_nce
+from mocofast.ops import enqueue_, info_nce
 from mocofast.optim import build_optimizer
 from mocofast.step import choose_autocast, train_step
 
@@ -40,7 +40,8 @@ def channels_first(model: MoCo) -> MoCo:
 
 def our_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
     """As train.py makes it."""
-    return build_optimizer(model.parameters(), config.optim)
+    queries, keys = model.trained_pairs()
+    return build_optimizer(queries, config.optim, ema=(keys, model.momentum))
 
 
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,6 @@ def parts_of_a_step(config: Config, device: torch.device) -> dict[str, Step]:
     grad = torch.randn_like(output)
     with torch.no_grad():
         k = F.normalize(output.float(), dim=1)
-    queries, keys = list(model.encoder_q.parameters()), list(model.encoder_k.parameters())
 
     def query_forward() -> None:
         with autocast:
@@ -179,14 +179,10 @@ def parts_of_a_step(config: Config, device: torch.device) -> dict[str, Step]:
         value.backward()
         enqueue_(model.queue, model.queue_ptr, k, normalize=False)
 
-    def update() -> None:
-        ema_update_(keys, queries, model.momentum)
-        optimizer.step()
-
     return {
         "query forward": query_forward,
         "backward": lambda: torch.autograd.grad(output, weights, grad, retain_graph=True),
         "key forward": key_forward,
         "loss": loss,
-        "optimiser and EMA": update,
+        "optimiser and EMA": optimizer.step,
     }
