@@ -1,0 +1,189 @@
+"""Optimiser steps with the momentum encoder's average, on a ResNet-50's weights: SGD and AdamW, with bfloat16 copies
+of both encoders, beside PyTorch's fused steps followed by torch._foreach_lerp_ and casts; LARS beside the loops over
+tensors that MoCo v3 takes for it and for the average.
+
+The floor is the traffic of a step that reads and writes everything once (LARS reads weights and gradients twice, for
+their norms) at the copy bandwidth measured in the same run. On a GPU both sides are also timed as CUDA graphs, which
+leaves out the launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mocofast.bench import timing
+from mocofast.bench.ema import weight_shapes
+from mocofast.optim import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
+
+MOMENTUM = 0.99  # of the average
+LR = 1e-6  # so that weights stay what they are through thousands of steps
+DECAY = 1e-4
+
+Step = Callable[[], Any]
+
+
+class Weights(NamedTuple):
+    """One side's tensors, ResNet-50's by shape, float32 but for the shadows."""
+
+    params: list[torch.nn.Parameter]  # with gradients
+    targets: list[Tensor]
+    shadows: tuple[list[Tensor], list[Tensor]]  # bfloat16
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Which steps."""
+    parser.add_argument(
+        "--only", choices=tuple(BENCHMARKS), help="one of the optimisers (default: all, one after the other)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the tables, return the row."""
+    device = timing.resolved(arguments.device)
+    count = sum(torch.Size(shape).numel() for shape in weight_shapes())
+    row = {
+        "benchmark": "optim",
+        **timing.environment(device),
+        "tensors": len(weight_shapes()),
+        "weights": count,
+        "repeats": arguments.repeats,
+    }
+    print(f"{timing.device_name(device)}; {len(weight_shapes())} float32 tensors, {count / 1e6:.1f} M weights")
+    for name in [arguments.only] if arguments.only else BENCHMARKS:
+        row[name] = _measure(name, device, arguments.repeats)
+    return row
+
+
+def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
+    sides, traffic = BENCHMARKS[name]
+    steps = sides(weights(device), weights(device))
+    if device.type == "cuda":
+        steps |= {f"{side}, graph": captured(step) for side, step in steps.items()}
+    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(block)
+    times = timing.interleaved({**steps, "copy": lambda: copy.copy_(block)}, repeats, device)
+    bandwidth = 2 * block.numel() / times.pop("copy").median
+    size = traffic()
+    floor = size / bandwidth
+    ours, theirs = list(steps)[:2]
+    print(f"{name}: {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
+    print(f"{'':24}{'ms':>10}{'quartiles':>20}{'speed':>9}{'of floor':>10}")
+    for side, time in times.items():
+        quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
+        speed = times[theirs].median / time.median
+        print(f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{floor / time.median:10.0%}")
+    return {
+        "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
+        "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
+        "bytes": size,
+        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "floor_milliseconds": round(1e3 * floor, 4),
+        "speedup": round(times[theirs].median / times[ours].median, 3),
+        "fraction_of_floor": round(floor / times[ours].median, 3),
+    }
+
+
+def captured(step: Step) -> Step:
+    """Replays of a CUDA graph of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # makes state and tables, which a capture cannot
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def weights(device: torch.device) -> Weights:
+    """Random weights, gradients and targets, for one side alone."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(scale: float) -> list[Tensor]:
+        return [scale * torch.randn(shape, device=device, generator=generator) for shape in weight_shapes()]
+
+    params = [torch.nn.Parameter(value) for value in draw(0.1)]
+    for param, gradient in zip(params, draw(1e-3)):
+        param.grad = gradient
+    first, second = ([torch.zeros_like(p, dtype=torch.bfloat16) for p in params] for _ in range(2))
+    return Weights(params, draw(0.1), (first, second))
+
+
+def sgd(w: Weights, v: Weights) -> dict[str, Step]:
+    """SGD with momentum and weight decay: our step of w, the other side's of v."""
+    ours = FusedSGD(w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
+    theirs = torch.optim.SGD(v.params, LR, momentum=0.9, weight_decay=DECAY, fused=True)
+    return {"mocofast": ours.step, "fused, lerp, casts": _then_average(theirs, v)}
+
+
+def adamw(w: Weights, v: Weights) -> dict[str, Step]:
+    """AdamW."""
+    ours = FusedAdamW(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
+    capturable = v.targets[0].is_cuda
+    theirs = torch.optim.AdamW(v.params, LR, weight_decay=DECAY, fused=True, capturable=capturable)
+    return {"mocofast": ours.step, "fused, lerp, casts": _then_average(theirs, v)}
+
+
+def lars(w: Weights, v: Weights) -> dict[str, Step]:
+    """LARS and the average, without shadows, of which MoCo v3 has none."""
+    ours: FusedOptimizer = FusedLARS(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM))
+    buffers = [torch.zeros_like(p) for p in v.params]
+    return {"mocofast": ours.step, "loops": lambda: lars_loops(v, buffers)}
+
+
+def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Step:
+    params = [p.detach() for p in w.params]
+
+    def step() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(w.targets, params, 1 - MOMENTUM)
+        torch._foreach_copy_(w.shadows[0], params)
+        torch._foreach_copy_(w.shadows[1], w.targets)
+
+    return step
+
+
+@torch.no_grad()
+def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
+    """A LARS step, then the average, tensor by tensor and operation by operation (arXiv:2104.02057)."""
+    for param, buffer in zip(w.params, buffers):
+        update = param.grad
+        assert update is not None
+        if param.ndim > 1:
+            update = update.add(param, alpha=DECAY)
+            param_norm, update_norm = torch.norm(param), torch.norm(update)
+            one = torch.ones_like(param_norm)
+            scale = torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one)
+            update = update.mul(torch.where(param_norm > 0, scale, one))
+        buffer.mul_(0.9).add_(update)
+        param.add_(buffer, alpha=-LR)
+    for target, param in zip(w.targets, w.params):
+        target.copy_(target * MOMENTUM + param * (1.0 - MOMENTUM))
+
+
+def sgd_traffic() -> int:
+    """Reads weight, gradient, momentum and target; writes all but the gradient, and two bfloat16 copies."""
+    return (7 * 4 + 2 * 2) * _elements()
+
+
+def adamw_traffic() -> int:
+    """As SGD's, with one more state."""
+    return (9 * 4 + 2 * 2) * _elements()
+
+
+def lars_traffic() -> int:
+    """As SGD's without copies; weight and gradient once more where they have two or more dimensions."""
+    return 7 * 4 * _elements() + 2 * 4 * _elements(2)
+
+
+def _elements(least_dimensions: int = 0) -> int:
+    return sum(torch.Size(shape).numel() for shape in weight_shapes() if len(shape) >= least_dimensions)
+
+
+BENCHMARKS = {"sgd": (sgd, sgd_traffic), "lars": (lars, lars_traffic), "adamw": (adamw, adamw_traffic)}
