@@ -300,7 +300,7 @@ def _native(
     running_var.copy_(variance.view(num_splits, -1).mean(0))
     y = _unfold(folded, x, num_splits)
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual)
     return y.relu_() if relu else y
 
 

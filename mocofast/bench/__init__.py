@@ -11,12 +11,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import data, ema, kernels, optim, step, train
+from mocofast.bench import data, ema, kernels, norm, optim, step, train
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
     "ema": (ema, "EMA of a ResNet-50's weights"),
     "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies, of a ResNet-50's weights"),
+    "norm": (norm, "ghost BatchNorm of a ResNet-50's activations"),
     "data": (data, "pairs of views per second from a folder of images"),
     "step": (step, "one optimiser step beside the reference's, a strong eager one and lightly's"),
     "train": (train, "training end to end on a folder of images beside the reference's loop and loader"),

@@ -1,0 +1,207 @@
+"""Ghost BatchNorm of a ResNet-50's activations, channels-last, beside PyTorch's BatchNorm over the whole batch, which
+is less work (cuDNN's on a GPU), and two ways to split with it: a loop over the parts, and folding the parts into
+channels.
+
+Timed are the forward pass alone (the key encoder), forward and backward (the query encoder), and a forward pass with
+a residual and ReLU. The floor is the traffic of sweeps that read and write everything once (statistics, then output;
+sums, then gradient) at the copy bandwidth measured in the same run. Inputs rotate through more memory than caches
+hold. On a GPU both main sides are also timed as CUDA graphs, which leaves out the launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mocofast import normalization
+from mocofast.bench import timing
+from mocofast.bench.optim import captured
+
+LAYERS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))  # channels, side in a ResNet-50
+MOMENTUM, EPS = 0.1, 1e-5
+ROTATED = 256 * 2**20  # bytes of inputs, beyond what caches hold
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call."""
+
+    x: Tensor  # (N, C, S, S) channels-last
+    residual: Tensor
+    grad: Tensor
+    weight: Tensor  # (C,) float32, as the others
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+class Mode(NamedTuple):
+    """What is timed."""
+
+    backward: bool
+    fused: bool  # with residual and ReLU
+    sweeps: int  # arrays read and written: the traffic in sizes of x
+
+
+MODES = {
+    "forward": Mode(backward=False, fused=False, sweeps=3),
+    "forward, backward": Mode(backward=True, fused=False, sweeps=8),
+    "forward, residual, ReLU": Mode(backward=False, fused=True, sweeps=4),
+}
+
+Norm = Callable[[Inputs, int, bool], Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Batch, parts and type."""
+    parser.add_argument("--n", type=positive, help="images (default: 256 on a GPU, 16 on a CPU)")
+    parser.add_argument("--splits", type=positive, default=8, help="parts of the batch (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the activations (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        choices=range(1, len(LAYERS) + 1),
+        help="one of ResNet-50's (default: all; on a CPU from 4 on)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the tables, return the row."""
+    device = timing.resolved(arguments.device)
+    on_gpu = device.type == "cuda"
+    n = arguments.n or (256 if on_gpu else 16)
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    if n % arguments.splits:
+        raise SystemExit(f"--n must be divisible by --splits: got {n} and {arguments.splits}")
+    layers = LAYERS if on_gpu else LAYERS[3:]
+    if arguments.layer:
+        layers = (LAYERS[arguments.layer - 1],)
+    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(block)
+    print(f"{timing.device_name(device)}; {n} images, {arguments.splits} parts, {dtype}")
+    rows = []
+    for channels, side in layers:
+        inputs = activations(n, channels, side, dtype, device)
+        for name, mode in MODES.items():
+            steps = rotated_steps(inputs, arguments.splits, mode)
+            times = timing.interleaved({**steps, "copy": lambda: copy.copy_(block)}, arguments.repeats, device)
+            bandwidth = 2 * block.numel() / times.pop("copy").median
+            traffic = mode.sweeps * inputs[0].x.nbytes
+            rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
+    return {
+        "benchmark": "norm",
+        **timing.environment(device),
+        "splits": arguments.splits,
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": arguments.repeats,
+        "rows": rows,
+    }
+
+
+def _report(
+    mode: str, shape: tuple[int, ...], traffic: int, bandwidth: float, times: dict[str, timing.Timing]
+) -> dict[str, Any]:
+    floor = traffic / bandwidth
+    whole = times["unsplit"].median
+    print(f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
+    print(f"{'':20}{'ms':>10}{'quartiles':>20}{'of unsplit':>12}{'of floor':>10}")
+    for side, time in times.items():
+        quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
+        share = time.median / whole
+        print(f"{side:20}{1e3 * time.median:10.3f}{quartiles:>20}{share:11.2f}x{floor / time.median:10.0%}")
+    return {
+        "shape": shape,
+        "mode": mode,
+        "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
+        "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
+        "bytes": traffic,
+        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "floor_milliseconds": round(1e3 * floor, 4),
+        "time_of_unsplit": round(times["mocofast"].median / whole, 3),
+        "fraction_of_floor": round(floor / times["mocofast"].median, 3),
+    }
+
+
+def activations(n: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
+    """Enough random inputs, one set after the other, that no cache holds them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw() -> Tensor:
+        x = torch.randn(n, channels, side, side, device=device, generator=generator).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    size = n * channels * side**2 * dtype.itemsize
+    sets = []
+    for _ in range(min(32, -(-ROTATED // size))):
+        rows = (torch.rand(channels, device=device, generator=generator) + 0.5 for _ in range(4))
+        sets.append(Inputs(draw(), draw(), draw(), *rows))
+    return sets
+
+
+def rotated_steps(inputs: list[Inputs], splits: int, mode: Mode) -> dict[str, Callable[[], Any]]:
+    """Every side's call, which takes the next inputs each time."""
+    sides: dict[str, Norm] = {"mocofast": ghost, "unsplit": unsplit, "loop": loop, "fold": fold}
+    steps = {name: _rotated([_step(norm, i, splits, mode) for i in inputs]) for name, norm in sides.items()}
+    if inputs[0].x.is_cuda:
+        for name in ("mocofast", "unsplit"):
+            steps[f"{name}, graph"] = _rotated([captured(_step(sides[name], i, splits, mode)) for i in inputs])
+    return steps
+
+
+def _rotated(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    turns = itertools.cycle(calls)
+
+    def call() -> None:
+        next(turns)()
+
+    return call
+
+
+def _step(norm: Norm, inputs: Inputs, splits: int, mode: Mode) -> Callable[[], Any]:
+    if not mode.backward:
+        return torch.no_grad()(lambda: norm(inputs, splits, mode.fused))
+    leaves = [tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.weight, inputs.bias)]
+    tracked = inputs._replace(x=leaves[0], weight=leaves[1], bias=leaves[2])
+    return lambda: torch.autograd.grad(norm(tracked, splits, mode.fused), leaves, inputs.grad)
+
+
+def ghost(i: Inputs, splits: int, fused: bool) -> Tensor:
+    """Ours."""
+    residual = i.residual if fused else None
+    rows = (i.weight, i.bias, i.running_mean, i.running_var)
+    return normalization.ghost_batch_norm(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
+
+
+def unsplit(i: Inputs, splits: int, fused: bool) -> Tensor:
+    """PyTorch's over the whole batch."""
+    return _finish(_native(i.x, i), i, fused)
+
+
+def loop(i: Inputs, splits: int, fused: bool) -> Tensor:
+    """PyTorch's, called for each part."""
+    parts = [_native(i.x[part::splits], i) for part in range(splits)]
+    return _finish(torch.stack(parts, dim=1).flatten(0, 1), i, fused)
+
+
+def fold(i: Inputs, splits: int, fused: bool) -> Tensor:
+    """PyTorch's once, over re-ordered channels."""
+    residual = i.residual if fused else None
+    rows = (i.weight, i.bias, i.running_mean, i.running_var)
+    return normalization._native(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
+
+
+def _native(x: Tensor, i: Inputs) -> Tensor:
+    return F.batch_norm(x, i.running_mean, i.running_var, i.weight, i.bias, True, MOMENTUM, EPS)
+
+
+def _finish(y: Tensor, i: Inputs, fused: bool) -> Tensor:
+    return y.add_(i.residual).relu_() if fused else y
