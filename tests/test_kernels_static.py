@@ -73,6 +73,21 @@ def test_every_kind_of_launch_compiles_for_hopper() -> None:
     }
 
 
+def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
+    """Four memory instructions in the place of one were 2.3 times the code, and 2.5 times the registers."""
+    reports = _reports(
+        "--capability", "90", "--only", r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
+    )
+    _assert_sound(reports)
+    found: dict[str, list[int]] = {}
+    for report in reports:
+        found.setdefault(report["case"].split(",")[0] + report["kernel"], []).append(report["instructions"])
+    for name in ("sgd__sgd_kernel", "adamw__adamw_kernel", "ema_ema_kernel"):
+        wide, narrow = found[name]
+        assert 1.8 * wide < narrow, (name, wide, narrow)
+    assert {"lars__squares_kernel", "lars__trust_kernel", "lars__sgd_kernel", "adamw__count_kernel"} <= found.keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", list(SHARED))
 def test_every_shipped_configuration_does_not_spill(capability: int) -> None:

@@ -27,12 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mocofast_kernels.ema import FLOATS as EMA_TYPES
+from mocofast_kernels.cpu_optim import Row
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
+from mocofast_kernels.optim import adamw_, lars_, sgd_
+from mocofast_kernels.tables import FLOATS
 
 CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -222,10 +224,36 @@ def _enqueue(C: int, types: Types) -> Callable[[], object]:
     return call
 
 
-def _ema(target: torch.dtype, momentum: float | Tensor) -> Callable[[], object]:
+def _ema(target: torch.dtype, shape: tuple[int, int], momentum: float | Tensor) -> Callable[[], object]:
     return lambda: ema_update_(
-        [torch.empty(9, 3, dtype=target, device="meta")], [torch.empty(9, 3, device="meta")], momentum
+        [torch.empty(shape, dtype=target, device="meta")], [torch.empty(shape, device="meta")], momentum
     )
+
+
+def _optimizer(
+    step: Callable[..., None], dtype: torch.dtype, shape: tuple[int, int], number: float | Tensor, followed: bool
+) -> Callable[[], object]:
+    def call() -> None:
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        target, *shadows = (
+            empty(kind) if followed else None for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
+        )
+        options: dict[str, Any] = {"lr": number, "weight_decay": 0.1, "ema_momentum": number}
+        if step is adamw_:
+            state: tuple[Tensor, ...] = (empty(dtype), empty(dtype), torch.empty((), device="meta"))
+            options |= {"betas": (0.9, 0.999), "eps": 1e-8}
+        else:
+            state = (empty(dtype),)
+            options |= {"momentum": 0.9, **({"trust_coefficient": 0.001} if step is lars_ else {})}
+        step([Row(empty(dtype), empty(dtype), target, shadows[0], shadows[1], state)], **options)
+
+    return call
+
+
+# What wide loads fit, and what they do not.
+WEIGHTS = ((64, 64), (5, 3))
 
 
 def _ghost_bn(
@@ -258,9 +286,17 @@ def cases() -> Iterator[Case]:
         yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
-    for target, momentum in itertools.product(EMA_TYPES, (0.999, torch.empty((), device="meta"))):
-        yield Case(f"ema, {target}, {type(momentum).__name__} momentum", _ema(target, momentum))
-    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, EMA_TYPES, (False, True), (False, True)):
+    numbers = (0.1, torch.empty((), device="meta"))
+    for target, shape, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
+        yield Case(f"ema, {target}, {shape}, {type(momentum).__name__} momentum", _ema(target, shape, momentum))
+    for step, dtype, shape, number, followed in itertools.product(
+        (sgd_, lars_, adamw_), FLOATS, WEIGHTS, numbers, (True, False)
+    ):
+        name = (
+            f"{step.__name__}, {dtype}, {shape}, {type(number).__name__} lr, {'with' if followed else 'without'} EMA"
+        )
+        yield Case(name, _optimizer(step, dtype, shape, number, followed))
+    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, FLOATS, (False, True), (False, True)):
         name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
         yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
     yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))
