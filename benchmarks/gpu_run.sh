@@ -32,6 +32,7 @@ part_kernels() {
 		done
 	done
 	timeout 120 $mocofast bench ema --save "$rows"
+	timeout 120 $mocofast bench norm --save "$rows"
 }
 
 unpack() { # ARCHIVE: its folder under OUT, unpacked once

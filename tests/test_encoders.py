@@ -217,3 +217,20 @@ def test_pixels_are_normalised_in_float32_and_channels_last(autocast: bool) -> N
 def test_importing_encoders_does_not_import_torchvision() -> None:
     code = "import sys, mocofast.encoders; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_split_batchnorm_without_gradients_equals_that_with_them(splits: int) -> None:
+    """The key encoder's way, part by part, against the query encoder's, which another test holds to BatchNorm."""
+    torch.manual_seed(0)
+    keys = SplitBatchNorm2d(7, splits)
+    nn.init.normal_(keys.weight)
+    queries = copy.deepcopy(keys)
+    x, residual = channels_last(torch.randn(6, 7, 3, 5) + 2), channels_last(torch.randn(6, 7, 3, 5))
+    with torch.no_grad():
+        y = keys(x, relu=True, residual=residual)
+    expected = queries(x, relu=True, residual=residual)
+    assert expected.requires_grad
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(keys.state_dict(), queries.state_dict())

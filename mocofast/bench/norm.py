@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     if n % arguments.splits:
         raise SystemExit(f"--n must be divisible by --splits: got {n} and {arguments.splits}")
-    layers = LAYERS if on_gpu else LAYERS[3:]
+    layers: tuple[tuple[int, int], ...] = LAYERS if on_gpu else LAYERS[3:]
     if arguments.layer:
         layers = (LAYERS[arguments.layer - 1],)
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
@@ -194,9 +194,8 @@ def loop(i: Inputs, splits: int, fused: bool) -> Tensor:
 
 def fold(i: Inputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's once, over re-ordered channels."""
-    residual = i.residual if fused else None
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
-    return normalization._native(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
+    return _finish(normalization._folded(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
 
 
 def _native(x: Tensor, i: Inputs) -> Tensor:
