@@ -12,6 +12,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+# Registers a thread may have: all there are. Without a number ptxas goes, in a few of these kernels, for more
+# programs at a time and spills 2 to 24 words for it.
+REGISTERS = 255
+
 
 class Tile(NamedTuple):
     """How a kernel is cut: rows of the block that stays, rows of the blocks that stream past, and columns."""
@@ -49,8 +53,8 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
         return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
     if not aligned:
         return Tile(64, 32, min(c, 64), min(c, 256), 8, 2)
-    if c > 256 or (c == 256 and not (plain and c == C)):
-        return Tile(64, 64, 64, 256, 8, 2)
+    if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
+        return Tile(64, 64, 64, min(c, 256), 8, 2)
     if c == 256:
         return Tile(64, 64, c, c, 8 if online else 4, 2)
     if plain and c == C and not online:

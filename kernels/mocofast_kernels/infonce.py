@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import block_of, forward_tile, kernel_slots, split_count
+from mocofast_kernels.configs import REGISTERS, block_of, forward_tile, kernel_slots, split_count
 from mocofast_kernels.rows import (
     dot_kind,
     inverse_norm,
@@ -355,7 +355,7 @@ def infonce_forward(
             NORMALIZE_NEGATIVES=normalize_negatives, DOT=triton_dtype(dot_dtype), PRECISION=precision_of(dot_dtype),
             EXCLUDE=exclude_period > 0, ONLINE=online, RANK=return_rank, GRAD=compute_grad, BLOCK_N=tile.stay,
             BLOCK_K=tile.stream, BLOCK_C=tile.block_c, OUT_C=tile.out_c, num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=tile.stages, maxnreg=REGISTERS,
         )  # fmt: skip
         loss, lse = empty(N), empty(N)
         rank = empty(N, dtype=torch.int32) if return_rank else None

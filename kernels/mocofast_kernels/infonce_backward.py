@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import backward_tile
+from mocofast_kernels.configs import REGISTERS, backward_tile
 from mocofast_kernels.infonce import LOG2_E, inverse_temperature
 from mocofast_kernels.rows import (
     dot_kind,
@@ -103,6 +103,7 @@ def infonce_grad_negatives(
             TEMPERATURE_IS_POINTER=isinstance(temperature, Tensor), DOT=triton_dtype(dot_dtype),
             PRECISION=precision_of(dot_dtype), EXCLUDE=exclude_period > 0, STAY=tile.stay, STREAM=tile.stream,
             BLOCK_C=tile.block_c, OUT_C=tile.out_c, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=REGISTERS,
         )  # fmt: skip
         if dot_dtype == torch.float16:
             grad *= peak / LIFT
