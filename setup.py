@@ -12,7 +12,14 @@ LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels onl
 
 # The packaging test builds a wheel without a network, so with the setuptools that is installed.
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6", "setuptools>=77", "timm>=1"]
-BENCH = ["pytest-benchmark>=5"]
+# What `mocofast bench` compares with. Liger-Kernel asks for Triton everywhere, hence the marker.
+BENCH = [
+    "pytest-benchmark>=5",
+    f"cut-cross-entropy>=25.1; {LINUX}",
+    f"liger-kernel>=0.8; {LINUX}",
+    "lightly>=1.6",
+    "timm>=1",
+]
 
 setup(
     name="mocofast",

@@ -23,7 +23,9 @@ def test_kernels_reports_both_sides_and_appends_its_row(tmp_path: Path, capsys: 
     row = json.loads(target.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
     assert (row["n"], row["k"], row["c"], row["dtype"]) == (8, 64, 4, "float32")
-    assert set(row["milliseconds"]) == {"mocofast", "with rank", "eager"}
+    assert {"mocofast", "with rank", "eager"} <= set(row["milliseconds"])
+    assert set(row["extra_bytes"]) == set(row["milliseconds"])
+    assert "Liger" in row["skipped"]
     # 4 N K C operations at the rate that the same row states; both are rounded.
     assert row["floor_milliseconds"] == pytest.approx(4 * 8 * 64 * 4 / row["matrix_gflops"] / 1e6, rel=1e-3, abs=1e-4)
     assert row["torch"] == torch.__version__
@@ -37,6 +39,7 @@ def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["weights"] == 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert row["bytes"] == 3 * 4 * row["weights"]
     assert len(ema.weight_shapes()) == row["tensors"]
+    assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel"} <= set(row["milliseconds"])
 
 
 @pytest.mark.parametrize("arguments", [[], ["kernels", "--n", "0"], ["kernels", "--dtype", "int8"], ["unknown"]])

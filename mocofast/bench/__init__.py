@@ -11,10 +11,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import data, ema, kernels, norm, optim, step, train
+from mocofast.bench import data, ema, kernels, norm, optim, step, sweep, train
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
+    "sweep": (sweep, "InfoNCE over numbers of queries and negatives and dimensions, with plots"),
     "ema": (ema, "EMA of a ResNet-50's weights"),
     "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies, of a ResNet-50's weights"),
     "norm": (norm, "ghost BatchNorm of a ResNet-50's activations"),
@@ -34,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
         module.add_arguments(command, positive)
-    every = _add(commands, "all", "every one of them, with its defaults for this machine", None)
+    every = _add(commands, "all", "every one of them but the sweep, with its defaults for this machine", None)
     every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
     arguments = parser.parse_args(argv)
     if arguments.name != "all":
         _run(arguments)
         return 0
     for name in BENCHMARKS:
+        if name == "sweep":  # minutes of its own, and a folder for its plots
+            continue
         own = [name, "--device", arguments.device]
         if arguments.save is not None:
             own += ["--save", str(arguments.save)]

@@ -1,4 +1,5 @@
-"""The EMA of a ResNet-50 with MoCo v2's head (28 M weights) beside the reference's loop and torch._foreach_lerp_.
+"""The EMA of a ResNet-50 with MoCo v2's head (28 M weights) beside the reference's loop, torch._foreach_lerp_,
+torch.optim.swa_utils.AveragedModel and timm's ModelEmaV3.
 
 The floor is the traffic that any of them needs (read both, write one) at the copy bandwidth measured in the same run.
 """
@@ -6,18 +7,26 @@ The floor is the traffic that any of them needs (read both, write one) at the co
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels import reference
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mocofast import ops
 from mocofast.bench import timing
 
 MOMENTUM = 0.999
 HEAD = (2048, 2048, 128)
+
+
+class Side(NamedTuple):
+    """One way to average."""
+
+    averages: list[Tensor]
+    update: Callable[[], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -30,22 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
     device, dtype = timing.resolved(arguments.device), getattr(torch, arguments.dtype)
-    sources = [torch.randn(shape, device=device).to(dtype) for shape in weight_shapes()]
-    targets = [torch.randn_like(source) for source in sources]
-    count, size = sum(t.numel() for t in targets), targets[0].element_size()
+    sources, candidates, skipped = sides(weight_shapes(), dtype, device)
+    count, size, tensors = sum(s.numel() for s in sources), dtype.itemsize, len(sources)
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     copy = torch.empty_like(block)
-
-    def foreach() -> None:
-        torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
-
     times = timing.interleaved(
-        {
-            "mocofast": lambda: ops.ema_update_(targets, sources, MOMENTUM),
-            "loop": lambda: reference.ema_update_(targets, sources, MOMENTUM),
-            "foreach_lerp": foreach,
-            "copy": lambda: copy.copy_(block),
-        },
+        {**{name: side.update for name, side in candidates.items()}, "copy": lambda: copy.copy_(block)},
         arguments.repeats,
         device,
     )
@@ -53,29 +52,64 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     traffic = 3 * count * size
     floor = traffic / bandwidth
     loop = times["loop"].median
-    print(f"EMA of {len(targets)} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, {traffic / 1e6:.0f} MB")
+    print(f"EMA of {tensors} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, {traffic / 1e6:.0f} MB")
     print(f"{timing.device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
-    print(f"{'':16}{'ms':>10}{'quartiles':>20}{'x loop':>9}{'of floor':>10}")
+    print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x loop':>9}{'of floor':>10}")
     for name, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
         print(
-            f"{name:16}{1e3 * time.median:10.3f}{quartiles:>20}{loop / time.median:9.2f}{floor / time.median:10.0%}"
+            f"{name:28}{1e3 * time.median:10.3f}{quartiles:>20}{loop / time.median:9.2f}{floor / time.median:10.0%}"
         )
+    for name, reason in skipped.items():
+        print(f"{name} is left out: {reason}")
     return {
         "benchmark": "ema",
         **timing.environment(device),
-        "tensors": len(targets),
+        "tensors": tensors,
         "weights": count,
         "dtype": arguments.dtype,
         "repeats": arguments.repeats,
         "milliseconds": {name: round(1e3 * time.median, 4) for name, time in times.items()},
         "quartiles": {name: [round(1e3 * t, 4) for t in time[1:]] for name, time in times.items()},
+        "skipped": skipped,
         "bytes": traffic,
         "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),
         "speedup": round(loop / times["mocofast"].median, 3),
+        "speedup_over_foreach_lerp": round(times["foreach_lerp"].median / times["mocofast"].median, 3),
         "fraction_of_floor": round(floor / times["mocofast"].median, 3),
     }
+
+
+def sides(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], dict[str, Side], dict[str, str]]:
+    """Sources, every side with averages of its own, and why others cannot run."""
+    model = nn.ParameterList(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    sources: list[Tensor] = list(model.parameters())
+    ours, looped, lerped = ([torch.randn_like(source) for source in sources] for _ in range(3))
+
+    @torch.no_grad()
+    def foreach() -> None:
+        torch._foreach_lerp_(lerped, sources, 1 - MOMENTUM)
+
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
+    averaged.update_parameters(model)  # the first one copies
+    result = {
+        "mocofast": Side(ours, lambda: ops.ema_update_(ours, sources, MOMENTUM)),
+        "loop": Side(looped, lambda: reference.ema_update_(looped, sources, MOMENTUM)),
+        "foreach_lerp": Side(lerped, foreach),
+        "swa_utils.AveragedModel": Side(
+            list(averaged.module.parameters()), lambda: averaged.update_parameters(model)
+        ),
+    }
+    try:
+        from timm.utils import ModelEmaV3
+    except ImportError as error:
+        return sources, result, {"timm.ModelEmaV3": str(error)}
+    timms = ModelEmaV3(model, decay=MOMENTUM)
+    result["timm.ModelEmaV3"] = Side(list(timms.module.parameters()), lambda: timms.update(model))
+    return sources, result, {}
 
 
 def weight_shapes() -> list[tuple[int, ...]]:

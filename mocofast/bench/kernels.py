@@ -1,7 +1,9 @@
-"""InfoNCE, forward and backward (gradient to the query, negatives normalised already), beside the eager formula.
+"""InfoNCE, forward and backward (gradient to the query, negatives normalised already), beside the reference's formula
+in eager PyTorch and under torch.compile, cut-cross-entropy, Liger-Kernel and lightly.
 
-The eager side writes the N x (1 + K) logits, as MoCo's paper does; ours streams the negatives once. The floor is
-4 N K C operations at the matrix rate measured in the same run.
+The reference's formula writes the N x (1 + K) logits, as MoCo's paper does; ours streams the negatives once. The
+floor is 4 N K C operations at the matrix rate measured in the same run. Inputs rotate past the last-level cache. On a
+GPU those that never wait for the device are also timed as CUDA graphs, which leaves out the launches.
 """
 
 from __future__ import annotations
@@ -11,15 +13,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mocofast_kernels import reference
 from torch import Tensor
-from torch.nn import functional as F
 
-from mocofast import ops
 from mocofast.bench import timing
+from mocofast.bench.optim import captured
+from mocofast.bench.peers import (
+    BASELINE,
+    OURS,
+    Peer,
+    Sizes,
+    Step,
+    all_peers,
+    input_sets,
+    prepared,
+    sets_past_the_cache,
+    step_over,
+)
 
-TEMPERATURE = 0.2  # MoCo v2's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPH = ", graph"
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -28,103 +40,96 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     parser.add_argument("--k", type=positive, default=65536, help="negatives (default: %(default)s)")
     parser.add_argument("--c", type=positive, default=128, help="feature dimension (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the eager formula")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
     device, dtype = timing.resolved(arguments.device), DTYPES[arguments.dtype]
     sizes = (arguments.n, arguments.k, arguments.c)
-    memory = measured_memory(sizes, dtype, device)
-    candidates: dict[str, Callable[[], Any]] = {**steps(sizes, dtype, device)}
-    if not arguments.no_compile:
-        compiled = compiled_step(sizes, dtype, device)
-        if compiled is not None:
-            candidates["torch.compile"] = compiled
+    peers = all_peers(dtype, compiling=not arguments.no_compile)
+    row = measured(peers, sizes, dtype, device, arguments.repeats)
+    for name in row["milliseconds"]:
+        if not name.endswith(GRAPH):
+            row["extra_bytes"][name] = timing.in_fresh_process(memory_of, name, sizes, dtype, str(device))
+    print_table(row)
+    return row
+
+
+def measured(
+    peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """The row of one problem, but for the memory: every peer's times, and why some have none."""
+    sets = sets_past_the_cache(sizes, dtype, device)
+    steps, skipped = prepared(peers, sizes, dtype, device, sets)
+    candidates: dict[str, Callable[[], Any]] = dict(steps)
+    if device.type == "cuda":
+        graphs = {name: step for name, step in steps.items() if not peers[name].waits}
+        candidates |= {name + GRAPH: captured(cycle(step, sets)) for name, step in graphs.items()}
     side = 8192 if device.type == "cuda" else 2048
     candidates["matrix product"] = matrix_product(side, dtype, device)
-    times = timing.interleaved(candidates, arguments.repeats, device)
-
+    times = timing.interleaved(candidates, repeats, device)
     rate = 2 * side**3 / times.pop("matrix product").median
-    floor = 4 * arguments.n * arguments.k * arguments.c / rate
-    eager = times["eager"].median
-    print(f"InfoNCE forward and backward, N {sizes[0]}, K {sizes[1]}, C {sizes[2]}, {arguments.dtype}")
-    print(f"{timing.device_name(device)}; matrix rate {rate / 1e9:.0f} GFLOP/s; floor {1e3 * floor:.3f} ms")
-    print(f"{'':16}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}{'extra MB':>10}{'of eager':>10}")
-    for name, time in times.items():
-        quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
-        line = (
-            f"{name:16}{1e3 * time.median:10.3f}{quartiles:>20}{eager / time.median:9.2f}{floor / time.median:10.0%}"
-        )
-        if (extra := memory.get(name)) is not None:
-            line += f"{extra / 1e6:10.1f}{extra / (memory['eager'] or 1):10.1%}"
-        print(line)
+    for name in times:
+        if name.endswith(GRAPH):
+            times[name] = timing.Timing(*(value / sets for value in times[name]))
+
+    floor = 4 * sizes[0] * sizes[1] * sizes[2] / rate
+    ours = min(times[name].median for name in times if name.removesuffix(GRAPH) == "mocofast")
+    others = {name: time.median for name, time in times.items() if name.removesuffix(GRAPH) not in OURS}
+    best = min(others, key=lambda name: others[name])
     return {
         "benchmark": "info_nce",
         **timing.environment(device),
         "n": sizes[0],
         "k": sizes[1],
         "c": sizes[2],
-        "dtype": arguments.dtype,
-        "repeats": arguments.repeats,
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": repeats,
+        "input_sets": sets,
         "milliseconds": {name: round(1e3 * time.median, 4) for name, time in times.items()},
         "quartiles": {name: [round(1e3 * t, 4) for t in time[1:]] for name, time in times.items()},
-        "extra_bytes": memory,
+        "extra_bytes": {},
+        "skipped": skipped,
         "matrix_gflops": round(rate / 1e9, 1),
         "floor_milliseconds": round(1e3 * floor, 4),
-        "speedup": round(eager / times["mocofast"].median, 3),
-        "fraction_of_floor": round(floor / times["mocofast"].median, 3),
+        "speedup": round(others["eager"] / ours, 3),
+        "best_peer": best,
+        "speedup_over_best_peer": round(others[best] / ours, 3),
+        "fraction_of_floor": round(floor / ours, 3),
     }
 
 
-def inputs(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Query that requires its gradient (N, C), positive key (N, C), unit negatives (K, C)."""
-    n, k, c = sizes
-    generator = torch.Generator().manual_seed(0)
-    query, positive, negatives = (torch.randn(rows, c, generator=generator) for rows in (n, n, k))
-    negatives = F.normalize(negatives)
-    query, positive, negatives = (x.to(device, dtype) for x in (query, positive, negatives))
-    return query.requires_grad_(), positive, negatives
+def print_table(row: dict[str, Any]) -> None:
+    """For people."""
+    memory, floor = row["extra_bytes"], row["floor_milliseconds"]
+    eager = row["milliseconds"]["eager"]
+    print(f"InfoNCE forward and backward, N {row['n']}, K {row['k']}, C {row['c']}, {row['dtype']}")
+    print(f"{row['device']}; matrix rate {row['matrix_gflops']:.0f} GFLOP/s; floor {floor:.3f} ms")
+    print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}{'extra MB':>10}{'of eager':>10}")
+    for name, time in row["milliseconds"].items():
+        low, high = row["quartiles"][name]
+        line = f"{name:28}{time:10.3f}{f'{low:.3f} - {high:.3f}':>20}{eager / time:9.2f}{floor / time:10.0%}"
+        if (extra := memory.get(name)) is not None:
+            line += f"{extra / 1e6:10.1f}{extra / (memory['eager'] or 1):10.1%}"
+        print(line)
+    for name, reason in row["skipped"].items():
+        print(f"{name} is left out: {reason}")
 
 
-def steps(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], None]]:
-    """One forward and backward of each side, by name."""
-    query, positive, negatives = inputs(sizes, dtype, device)
-
-    def ours() -> None:
-        query.grad = None
-        loss = ops.info_nce(query, positive, negatives, temperature=TEMPERATURE, negatives_normalized=True)
-        loss.backward()
-
-    def ours_with_rank() -> None:
-        query.grad = None
-        loss, _ = ops.info_nce(
-            query, positive, negatives, temperature=TEMPERATURE, negatives_normalized=True, return_rank=True
-        )
-        loss.backward()
-
-    def eager() -> None:
-        query.grad = None
-        reference.info_nce(query, positive, negatives, TEMPERATURE).backward()
-
-    return {"mocofast": ours, "with rank": ours_with_rank, "eager": eager}
+def steps(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """One forward and backward of ours and of the eager formula, by name."""
+    return prepared({**OURS, **BASELINE}, sizes, dtype, device, 1)[0]
 
 
-def compiled_step(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], None] | None:
-    """torch.compile of the eager formula; None, with the reason printed, where this machine cannot compile."""
-    query, positive, negatives = inputs(sizes, dtype, device)
-    formula = torch.compile(reference.info_nce)
+def cycle(step: Step, sets: int) -> Step:
+    """Once for every set of inputs."""
 
-    def step() -> None:
-        query.grad = None
-        formula(query, positive, negatives, TEMPERATURE).backward()
+    def steps() -> None:
+        for _ in range(sets):
+            step()
 
-    try:
-        step()
-    except Exception as error:  # whatever its tool chain raises, the other sides are still worth a table
-        print(f"torch.compile is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return None
-    return step
+    return steps
 
 
 def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
@@ -134,17 +139,17 @@ def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Calla
     return lambda: torch.mm(a, b, out=out)
 
 
-def measured_memory(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, int | None]:
-    """Peak extra bytes of each side, each in a process of its own."""
-    return {
-        name: timing.in_fresh_process(memory_of, name, sizes, dtype, str(device))
-        for name in ("mocofast", "with rank", "eager")
-    }
+def memory_of(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> int | None:
+    """Peak extra bytes of one forward and backward by the peer of that name."""
+    peer, where = all_peers(dtype)[name], torch.device(device)
 
+    def step(sizes: Sizes) -> Step:
+        own = peer.dtype or dtype
+        return step_over(peer.build(sizes, own), input_sets(sizes, own, where, 1))
 
-def memory_of(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, device: str) -> int | None:
-    """Peak extra bytes of one forward and backward; the same on a small problem first, to load code."""
-    small = (min(sizes[0], 64), min(sizes[1], 256), sizes[2])
-    where = torch.device(device)
-    steps(small, dtype, where)[name]()
-    return timing.peak_extra_memory(steps(sizes, dtype, where)[name], where)
+    torch.compiler.reset()  # else earlier sizes count against its limit of recompilations
+    full = step(sizes)
+    # First a small problem, as loading code takes memory too; compiling does for every size.
+    first = full if peer.compiles else step((min(sizes[0], 64), min(sizes[1], 256), sizes[2]))
+    first()
+    return timing.peak_extra_memory(full, where)

@@ -136,6 +136,15 @@ def device_name(device: torch.device) -> str:
     return match.group(1) if match else platform.machine()
 
 
+def cache_size(device: torch.device) -> int:
+    """Bytes of the last cache before memory; 32 MB where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    levels = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [level.read_text(encoding="utf-8").strip() for level in levels]
+    return max((int(text[:-1]) * 1024 for text in texts if text.endswith("K")), default=32 * 2**20)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

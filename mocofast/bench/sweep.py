@@ -1,0 +1,164 @@
+"""InfoNCE over the number of queries N, of negatives K and the dimension C, one at a time around a middle size: time,
+peak extra memory and fraction of the floor of ours and its peers, as rows and as plots in a folder.
+
+On a CPU the sizes are smaller. Every problem is measured as `mocofast bench kernels` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocofast.bench import timing
+from mocofast.bench.kernels import DTYPES, GRAPH, measured, memory_of
+from mocofast.bench.peers import Sizes, all_peers
+
+AXES = ("n", "k", "c")
+MIDDLE = {"cuda": (256, 65536, 128), "cpu": (256, 16384, 128)}
+VALUES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "cuda": (
+        (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+        (1024, 4096, 16384, 65536, 262144, 1048576),
+        (64, 128, 256, 512),
+    ),
+    "cpu": ((32, 128, 256, 1024), (1024, 4096, 16384, 65536), (64, 128, 256, 512)),
+}
+TITLES = {"n": "queries N", "k": "negatives K", "c": "dimension C"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The sizes, and where results go."""
+    parser.add_argument("folder", type=Path, help="gets sweep.jsonl, time.png, memory.png and floor.png")
+    for axis in AXES:
+        parser.add_argument(f"--{axis}", type=positive, nargs="+", help=f"{TITLES[axis]} to go through")
+    parser.add_argument("--middle", type=positive, nargs=3, metavar=("N", "K", "C"), help="what the others stay at")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
+    parser.set_defaults(repeats=7)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write rows and plots, return a summary."""
+    device, dtype = timing.resolved(arguments.device), DTYPES[arguments.dtype]
+    middle, axes = chosen(arguments, device)
+    peers = {n: p for n, p in all_peers(dtype, compiling=not arguments.no_compile).items() if n != "with rank"}
+    cases = sorted({case for values in axes.values() for case in values}, key=lambda sizes: sizes[0] * sizes[1])
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    where = "a GPU" if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads, with smaller sizes"
+    print(f"{timing.device_name(device)}: {where}; {len(cases)} problems around N, K, C = {middle}", flush=True)
+    rows = []
+    for sizes in cases:
+        row = measured(peers, sizes, dtype, device, arguments.repeats)
+        rows.append(row)
+        print(
+            f"N {sizes[0]:5} K {sizes[1]:8} C {sizes[2]:4}: {row['milliseconds']['mocofast']:9.3f} ms, "
+            f"{row['speedup']:5.2f} x eager, {row['speedup_over_best_peer']:5.2f} x {row['best_peer']}, "
+            f"{row['fraction_of_floor']:.0%} of the floor",
+            flush=True,
+        )
+    for name in peers:
+        if any(name in row["milliseconds"] for row in rows):
+            memory = timing.in_fresh_process(memory_of_all, name, cases, dtype, str(device))
+            for row, extra in zip(rows, memory):
+                row["extra_bytes"][name] = extra
+    with (arguments.folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    draw(rows, axes, arguments.folder)
+    for name, reason in rows[0]["skipped"].items():
+        print(f"{name} is left out: {reason}")
+    over_best = [row["speedup_over_best_peer"] for row in rows]
+    return {
+        "benchmark": "sweep",
+        **timing.environment(device),
+        "dtype": arguments.dtype,
+        "repeats": arguments.repeats,
+        "problems": len(rows),
+        "least_speedup": min(row["speedup"] for row in rows),
+        "least_speedup_over_best_peer": min(over_best),
+        "median_speedup_over_best_peer": sorted(over_best)[len(over_best) // 2],
+    }
+
+
+def chosen(arguments: argparse.Namespace, device: torch.device) -> tuple[Sizes, dict[str, list[Sizes]]]:
+    """The middle, and by axis the problems along it: those asked for, or those for this kind of device."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    n, k, c = arguments.middle or MIDDLE[kind]
+    axes = {}
+    for i, axis in enumerate(AXES):
+        values = sorted(set(getattr(arguments, axis) or VALUES[kind][i]))
+        axes[axis] = [(value if i == 0 else n, value if i == 1 else k, value if i == 2 else c) for value in values]
+    return (n, k, c), axes
+
+
+def memory_of_all(name: str, cases: list[Sizes], dtype: torch.dtype, device: str) -> list[int | None]:
+    """Peak extra bytes of one peer in every problem, one after the other: the small ones come first."""
+    return [memory_of(name, sizes, dtype, device) for sizes in cases]
+
+
+def draw(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
+    """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
+    # Here, so that the processes that measure memory start without matplotlib.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    quantities: dict[str, tuple[str, Callable[[dict[str, Any], str], float | None]]] = {
+        "time": ("milliseconds", shortest),
+        "memory": ("peak extra memory, MB", lambda row, name: (row["extra_bytes"].get(name) or 0) / 1e6 or None),
+        "floor": ("fraction of the floor", fraction_of_floor),
+    }
+    by_sizes = {(row["n"], row["k"], row["c"]): row for row in rows}
+    names = [name for name in rows[0]["milliseconds"] if not name.endswith(GRAPH)]
+    for file, (label, value) in quantities.items():
+        figure = Figure(figsize=(13, 4.4), dpi=110, layout=ConstrainedLayoutEngine())
+        FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+        for axis, panel in zip(AXES, figure.subplots(1, 3, sharey=True)):
+            along = [by_sizes[sizes] for sizes in axes[axis]]
+            for color, name in enumerate(names):
+                points = [(row[axis], y) for row in along if (y := value(row, name)) is not None]
+                width = 2.6 if name == "mocofast" else 1.3
+                panel.plot(*zip(*points), marker="o", markersize=4, linewidth=width, color=f"C{color}", label=name)
+            if file == "time":
+                floors = [row["floor_milliseconds"] for row in along]
+                panel.plot([row[axis] for row in along], floors, color="gray", linestyle="--", label="floor")
+            fixed = ", ".join(f"{other.upper()} {along[0][other]}" for other in AXES if other != axis)
+            panel.set(xscale="log", yscale="linear" if file == "floor" else "log", xlabel=TITLES[axis], title=fixed)
+            panel.set_xticks([row[axis] for row in along], [short(row[axis]) for row in along])
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.grid(alpha=0.3)
+        first = figure.axes[0]
+        first.set_ylabel(label)
+        if file == "floor":
+            first.set_ylim(bottom=0)
+            first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+        figure.axes[-1].legend(fontsize="small")
+        row = rows[0]
+        threads = f", {row['threads']} threads" if row["threads"] else ""
+        figure.suptitle(f"InfoNCE forward and backward, {row['dtype']}, {row['device']}{threads}")
+        figure.savefig(folder / f"{file}.png")
+
+
+def shortest(row: dict[str, Any], name: str) -> float | None:
+    """Milliseconds, as a CUDA graph where that was measured and is less."""
+    times = [row["milliseconds"][n] for n in (name, name + GRAPH) if n in row["milliseconds"]]
+    return min(times, default=None)
+
+
+def fraction_of_floor(row: dict[str, Any], name: str) -> float | None:
+    """Floor over time."""
+    time = shortest(row, name)
+    return None if time is None else row["floor_milliseconds"] / time
+
+
+def short(value: int) -> str:
+    """65536 as 64K."""
+    for unit, suffix in ((2**20, "M"), (2**10, "K")):
+        if value >= unit and value % unit == 0:
+            return f"{value // unit}{suffix}"
+    return str(value)
