@@ -9,6 +9,8 @@ EXTRAS ?= cuda13,dev
 # The first that runs and can make a virtual environment: Debian packs venv's pip, `ensurepip`, apart.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
 	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+PYTEST_ARGS ?= -n 2
+# Two test processes of one thread: threads of several that wait for one another take minutes on a busy machine.
 BIN := .venv/bin
 READY := .venv/ready
 
@@ -27,12 +29,12 @@ demo: $(READY)
 	$(BIN)/mocofast pretrain
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
-	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
