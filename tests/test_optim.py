@@ -126,11 +126,14 @@ def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, t
     train(model, first, 4)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     train(model, second, 3, 4)
+    second.param_groups[0]["fused"] = None  # PyTorch's default
     third.load_state_dict(copy.deepcopy(second.state_dict()))
     train(model, third, 3, 7)
     assert_close(model, expected)
     names = {"momentum_buffer"} if torchs == "SGD" else {"step", "exp_avg", "exp_avg_sq"}
     assert all(set(state) == names for state in third.state_dict()["state"].values())
+    if torchs == "AdamW":
+        assert third.param_groups[0]["fused"]  # says that steps are on the parameters' device, which the kernel needs
 
 
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])

@@ -49,10 +49,9 @@ def _share(take):
 
 
 @triton.jit
-def _power(beta_log, beta_log_rest, count):
-    """beta^count in double, as float32 would leave 5 digits of 1 - .999; the logarithm comes in two float32 parts."""
-    zero = tl.zeros((), tl.float64)
-    return tl.exp(count.to(tl.float64) * ((zero + beta_log) + beta_log_rest))
+def _complement_of_power(log_beta, count):
+    """1 - beta^count, in double: in float32, 4 digits of 1 - .999 would be gone. log_beta itself may be rounded."""
+    return 1.0 - tl.exp(count.to(tl.float64) * log_beta)
 
 
 @triton.jit
@@ -134,13 +133,13 @@ def _trust_kernel(squares, starts, trust, trust_coefficient, PARTIALS: tl.conste
 
 
 @triton.jit
-def _count_kernel(steps, corrections, log_beta1, log_beta1_rest, log_beta2, log_beta2_rest):
+def _count_kernel(steps, corrections, log_beta1, log_beta2):
     """A row's step + 1, and with it 1 / (1 - beta1^step) and 1 / sqrt(1 - beta2^step); corrections: (rows, 2)."""
     step = tl.load(steps + tl.program_id(0)).to(tl.pointer_type(tl.float32))
     count = tl.load(step) + 1.0
     tl.store(step, count)
-    first = 1.0 - _power(log_beta1, log_beta1_rest, count)
-    second = 1.0 - _power(log_beta2, log_beta2_rest, count)
+    first = _complement_of_power(log_beta1, count)
+    second = _complement_of_power(log_beta2, count)
     tl.store(corrections + 2 * tl.program_id(0), (1.0 / first).to(tl.float32))
     tl.store(corrections + 2 * tl.program_id(0) + 1, (1.0 / tl.sqrt(second)).to(tl.float32))
 
@@ -245,7 +244,7 @@ def adamw_(
         corrections = torch.empty(count, 2, device=device)
         types = _types(table, "PARAM", "GRAD", "TARGET", "SHADOW", "TARGET_SHADOW", "EXP_AVG", "EXP_AVG_SQ")
         with torch.cuda.device_of(rows[0].param):
-            _count_kernel[(count,)](table.addresses[7], corrections, *_log(beta1), *_log(beta2))
+            _count_kernel[(count,)](table.addresses[7], corrections, _log(beta1), _log(beta2))
             _adamw_kernel[(len(table.owners),)](
                 table.addresses, table.sizes, table.owners, corrections, _argument(lr), 1.0 - beta1, float(beta2),
                 1.0 - beta2, float(eps), _argument(weight_decay), _take(ema_momentum), count, **types,
@@ -295,8 +294,6 @@ def _take(momentum: float | Tensor) -> float | Tensor:
     return momentum if isinstance(momentum, Tensor) else 1.0 - momentum
 
 
-def _log(beta: float) -> tuple[float, float]:
-    """log(beta) as the sum of two float32 numbers; beta = 0 as something whose power is 0."""
-    value = math.log(beta) if beta > 0 else -1e4
-    rounded = float(torch.tensor(value, dtype=torch.float32))
-    return rounded, value - rounded
+def _log(beta: float) -> float:
+    """Its logarithm; for beta = 0, something of which every power is 0."""
+    return math.log(beta) if beta > 0 else -1e4
