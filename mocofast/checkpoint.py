@@ -20,7 +20,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import pixel_statistics
 from mocofast.moco import MoCo
 
-FORMAT = 2  # 1 held encoder_k as it was before its step's average
+FORMAT = 1
 LAST = "last.pt"
 
 
