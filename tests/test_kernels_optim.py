@@ -128,7 +128,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
     momentum=st.booleans(),
     missing=st.booleans(),
     followers=st.booleans(),
-    small=st.sampled_from([0, cpu_optim.SMALL]),
+    threads=st.sampled_from([1, 2]),
     weight_decay=st.sampled_from([0.0, 0.05]),
     ema_momentum=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
     seed=st.integers(0, 99),
@@ -142,18 +142,18 @@ def test_a_step_equals_its_formulas(
     momentum: bool,
     missing: bool,
     followers: bool,
-    small: int,
+    threads: int,
     weight_decay: float,
     ema_momentum: float,
     seed: int,
 ) -> None:
-    """small: on a CPU, PyTorch's fused steps for everything, or foreach operations."""
+    """With one thread, CPUs take PyTorch's fused steps; with more, foreach operations for tensors as small as these."""
     rows = _rows(
         kind, shapes, dtype, seed, _device(backend), layout=layout, momentum=momentum, missing=missing,
         followers=followers,
     )  # fmt: skip
     changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
-    with mock.patch.object(cpu_optim, "SMALL", small):
+    with mock.patch.object(torch, "get_num_threads", lambda: threads):
         _check(kind, backend, rows, _options(kind, **changes, **({} if momentum else {"momentum": 0.0})))
 
 
