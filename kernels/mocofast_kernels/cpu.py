@@ -78,7 +78,7 @@ def infonce_forward(
 
     sweep = _Sweep(negatives, normalize_negatives, count)
     flags = torch.empty_like(sweep.logits) if return_rank else None
-    maximum = torch.empty_like(logit_positive)
+    maximum = torch.zeros_like(logit_positive)
     weight_sum = torch.empty_like(logit_positive)  # sum over negatives of exp2(logit - maximum)
     output = torch.empty_like(h) if compute_grad else None  # sum over negatives of exp2(logit - maximum) negative
     above = torch.zeros_like(logit_positive, dtype=torch.int32) if return_rank else None
@@ -107,11 +107,15 @@ def infonce_forward(
             total[splits] += weights.sum(2)
             if partial is not None:
                 partial[splits].baddbmm_(weights, block)
-        maximum[rows] = top.amax(0)
-        rescale = torch.exp2(top - maximum[rows])
-        weight_sum[rows] = (total * rescale).sum(0)
+        if not unshifted:
+            maximum[rows] = top.amax(0)
+            rescale = torch.exp2(top - maximum[rows])
+            total *= rescale
+            if partial is not None:
+                partial *= rescale[:, :, None]
+        weight_sum[rows] = total.sum(0)
         if output is not None and partial is not None:
-            output[rows] = partial.mul_(rescale[:, :, None]).sum(0)
+            output[rows] = partial.sum(0)
 
     # log(0) = -inf where no negative counts: loss 0.
     difference = (maximum - logit_positive) / LOG2E + weight_sum.log()
@@ -239,7 +243,8 @@ class _Sweep:
         S is `splits`, or 1 in a last block that does not divide. Both tensors are buffers: the caller may overwrite
         the logits, and uses both before the next block.
         """
-        repeated = scaled.repeat(self.splits, 1, 1)  # bmm copies an expanded operand at every call
+        # bmm copies an expanded operand at every call
+        repeated = scaled.repeat(self.splits, 1, 1) if self.splits > 1 else scaled[None]
         for columns in _ranges(len(self.negatives), self.columns):
             block = self.negatives[columns]
             size = len(block)
