@@ -1,0 +1,139 @@
+"""Weak scaling over gloo processes on the cores of one machine, ours beside the reference's loop.
+
+    python benchmarks/weak_scaling.py --ranks 1 2 4 --save benchmarks/results/weak_scaling.jsonl
+
+Every rank trains on a batch of the same size, on one thread; all ranks together are timed, sides in turns. Beside
+images per second it reports CPU seconds per image, which other jobs on the machine disturb less. docs/scaling.md has
+the measured figures and says what they can and cannot show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from mocofast.bench import timing
+from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
+from mocofast.bench.sides import channels_first, float_views, fresh_model, our_optimizer, pixel_views
+from mocofast.config import Config
+from mocofast.settings import apply, load_recipe
+from mocofast.step import choose_autocast, train_step
+
+CPU = torch.device("cpu")
+WARM_UP = 3  # DistributedDataParallel settles its buckets in the second step
+
+
+def sides(config: Config, world: int) -> dict[str, Callable[[], Any]]:
+    """One step of each side on this rank; config.data.batch_size is a rank's here."""
+    views = pixel_views(config, CPU)
+    model, plain = fresh_model(config, CPU), ReferenceMoCo(channels_first(fresh_model(config, CPU)))
+    floats = float_views(model, views, torch.contiguous_format)
+    optimizer, sgd = our_optimizer(model, config), plain_sgd(plain.parameters(), config.optim)
+    trained: torch.nn.Module = model
+    if world > 1:
+        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(plain)  # the reference has no other way, one process included
+    autocast = choose_autocast("fp32", CPU)
+    return {
+        "mocofast": lambda: train_step(trained, views, optimizer, 1, autocast),
+        "reference": lambda: reference_step(wrapped, floats, sgd),
+    }
+
+
+def worker(rank: int, world: int, port: int, config: Config, repeats: int, steps: int, out: str) -> None:
+    """Rank 0 writes {side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    found: dict[str, list[tuple[float, float]]] = {}
+    both = sides(config, world)
+    for _ in range(WARM_UP):
+        for step in both.values():
+            step()
+    for _ in range(repeats):
+        for name, step in both.items():
+            dist.barrier()
+            began, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                step()
+            dist.barrier()
+            used = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+            seconds = time.perf_counter() - began
+            dist.all_reduce(used)
+            found.setdefault(name, []).append((seconds, used.item()))
+    if rank == 0:
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, dict[str, float]]:
+    """Medians over the rounds: images per second of all ranks together, CPU milliseconds per image."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/rounds.json"
+        torch.multiprocessing.spawn(worker, (world, port, config, repeats, steps, out), nprocs=world)
+        rounds = json.loads(Path(out).read_text(encoding="utf-8"))
+    images = world * config.data.batch_size * steps
+    return {
+        name: {
+            "images_per_second": round(statistics.median(images / seconds for seconds, _ in values), 2),
+            "cpu_milliseconds_per_image": round(statistics.median(1e3 * cpu / images for _, cpu in values), 4),
+        }
+        for name, values in rounds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="process counts (default: 1 2 4)")
+    parser.add_argument("--arch", default="resnet18", help="encoder (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="side of a view, in pixels (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images per rank (default: %(default)s)")
+    parser.add_argument("--queue", type=int, default=4096, help="negative keys (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed in a round (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="append the JSON line to this file")
+    arguments = parser.parse_args()
+    config = load_recipe("moco_v2_r50_200ep")
+    sizes = {"model.arch": arguments.arch, "augment.size": arguments.size, "data.batch_size": arguments.batch}
+    apply(config, {**sizes, "model.queue_size": arguments.queue})
+
+    results = {}
+    print(f"{'ranks':>6}{'side':>12}{'images/s':>10}{'CPU ms per image':>18}{'of one rank':>13}")
+    for world in arguments.ranks:
+        results[str(world)] = found = measure(world, config, arguments.repeats, arguments.steps)
+        for name, values in found.items():
+            one = results[str(arguments.ranks[0])][name]["cpu_milliseconds_per_image"]
+            cpu = values["cpu_milliseconds_per_image"]
+            print(f"{world:6}{name:>12}{values['images_per_second']:10.1f}{cpu:18.2f}{cpu / one:13.2f}", flush=True)
+    load = round(os.getloadavg()[0], 1)
+    row = {
+        "benchmark": "weak_scaling",
+        **timing.environment(CPU),
+        "threads": 1,
+        "cores": os.cpu_count(),
+        "load": load,
+    }
+    line = json.dumps({**row, **sizes, "queue_size": arguments.queue, "results": results})
+    print(line)
+    if arguments.save is not None:
+        with arguments.save.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
