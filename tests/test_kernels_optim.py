@@ -147,13 +147,13 @@ def test_a_step_equals_its_formulas(
     ema_momentum: float,
     seed: int,
 ) -> None:
-    """With one thread, CPUs take PyTorch's fused steps; with more, foreach operations for tensors as small as these."""
+    """With one thread, CPUs take PyTorch's fused steps; with more, foreach operations for tensors of these sizes."""
     rows = _rows(
         kind, shapes, dtype, seed, _device(backend), layout=layout, momentum=momentum, missing=missing,
         followers=followers,
     )  # fmt: skip
     changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
-    with mock.patch.object(torch, "get_num_threads", lambda: threads):
+    with mock.patch.object(torch, "get_num_threads", return_value=threads):
         _check(kind, backend, rows, _options(kind, **changes, **({} if momentum else {"momentum": 0.0})))
 
 
