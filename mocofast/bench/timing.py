@@ -32,7 +32,7 @@ class Timing(NamedTuple):
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Time every candidate once per round, in random order, so that a slow spell of the machine hits all of them alike."""
+    """Time every candidate once per round, in random order, so that a slow spell of the machine hits all alike."""
     calls = {}
     for name, function in candidates.items():
         for _ in range(3):  # the first calls load code, fill caches and compile
