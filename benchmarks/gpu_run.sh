@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, from a plain checkout (nothing installed, nothing downloaded):
 #   OUT=results benchmarks/gpu_run.sh [PART ...]
-# Parts: env tests kernels data train accuracy (all of them by default), each under 10 minutes and restartable.
+# Parts: env tests kernels sweep data train accuracy (all of them by default), each under 10 minutes and restartable.
 # OUT gets rows.jsonl (benchmark rows), a log per part, and the runs. MOCOFAST_DATA: folder with the image archives.
-# DALI may come from a folder on PYTHONPATH.
+# DALI and the peers of the kernels (extra `bench`) may come from a folder on PYTHONPATH.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_results}
@@ -28,11 +28,16 @@ part_kernels() {
 	for shape in "256 65536 128" "32 65536 128" "1024 65536 128" "4096 65536 128" "4096 65536 256" "256 1048576 128"; do
 		read -r n k c <<<"$shape"
 		for dtype in float32 bfloat16; do
-			timeout 120 $mocofast bench kernels --n "$n" --k "$k" --c "$c" --dtype $dtype --save "$rows"
+			timeout 150 $mocofast bench kernels --n "$n" --k "$k" --c "$c" --dtype $dtype --save "$rows" ${compile-}
 		done
+		local compile=--no-compile # compilers build for minutes: for the first shape only
 	done
 	timeout 120 $mocofast bench ema --save "$rows"
 	timeout 120 $mocofast bench norm --save "$rows"
+}
+
+part_sweep() {
+	timeout 580 $mocofast bench sweep "$OUT/sweep" --dtype bfloat16 --no-compile --save "$rows"
 }
 
 unpack() { # ARCHIVE: its folder under OUT, unpacked once
@@ -58,7 +63,7 @@ part_accuracy() {
 		--train.dir "$OUT/cifar10" --resume auto --checkpoint.keep 0
 }
 
-for part in "${@:-env tests kernels data train accuracy}"; do
+for part in "${@:-env tests kernels sweep data train accuracy}"; do
 	for name in $part; do
 		echo "== $name"
 		"part_$name" 2>&1 | tee "$OUT/$name.log"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mocofast_kernels import reference
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from mocofast import ops
 from mocofast.bench import kernels, timing
@@ -35,7 +36,16 @@ def test_info_nce_forward_and_backward(benchmark: BenchmarkFixture, sizes: tuple
     benchmark(synchronised)
 
 
-@pytest.mark.parametrize("update", [ops.ema_update_, reference.ema_update_], ids=["mocofast", "eager"])
+def foreach_lerp_(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
+    """What `ema_update_` is on a CPU after its checks."""
+    torch._foreach_lerp_(targets, sources, 1 - momentum)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [ops.ema_update_, foreach_lerp_, reference.ema_update_],
+    ids=["mocofast", "foreach_lerp", "eager"],
+)
 def test_ema(benchmark: BenchmarkFixture, update: Callable[..., None]) -> None:
     benchmark.group = "ema, 64 tensors of 64 x 64 x 3 x 3"
     targets, sources = ([torch.randn(64, 64, 3, 3) for _ in range(64)] for _ in range(2))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mocofast.bench import timing
-from mocofast.bench.kernels import DTYPES, GRAPH, measured, memory_of
+from mocofast.bench.kernels import DTYPES, GRAPH, measured, memory_of_all
 from mocofast.bench.peers import Sizes, all_peers
 
 AXES = ("n", "k", "c")
@@ -63,8 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     for name in peers:
         if any(name in row["milliseconds"] for row in rows):
-            memory = timing.in_fresh_process(memory_of_all, name, cases, dtype, str(device))
-            for row, extra in zip(rows, memory):
+            for row, extra in zip(rows, memory_of_all(name, cases, dtype, device)):
                 row["extra_bytes"][name] = extra
     with (arguments.folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -95,11 +94,6 @@ def chosen(arguments: argparse.Namespace, device: torch.device) -> tuple[Sizes, 
     return (n, k, c), axes
 
 
-def memory_of_all(name: str, cases: list[Sizes], dtype: torch.dtype, device: str) -> list[int | None]:
-    """Peak extra bytes of one peer in every problem, one after the other: the small ones come first."""
-    return [memory_of(name, sizes, dtype, device) for sizes in cases]
-
-
 def draw(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
     """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
     # Here, so that the processes that measure memory start without matplotlib.
@@ -122,22 +116,28 @@ def draw(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path)
             along = [by_sizes[sizes] for sizes in axes[axis]]
             for color, name in enumerate(names):
                 points = [(row[axis], y) for row in along if (y := value(row, name)) is not None]
-                width = 2.6 if name == "mocofast" else 1.3
-                panel.plot(*zip(*points), marker="o", markersize=4, linewidth=width, color=f"C{color}", label=name)
+                if points:  # memory is not measured on every system
+                    width = 2.6 if name == "mocofast" else 1.3
+                    panel.plot(
+                        *zip(*points), marker="o", markersize=4, linewidth=width, color=f"C{color}", label=name
+                    )
             if file == "time":
                 floors = [row["floor_milliseconds"] for row in along]
                 panel.plot([row[axis] for row in along], floors, color="gray", linestyle="--", label="floor")
             fixed = ", ".join(f"{other.upper()} {along[0][other]}" for other in AXES if other != axis)
-            panel.set(xscale="log", yscale="linear" if file == "floor" else "log", xlabel=TITLES[axis], title=fixed)
+            panel.set(xscale="log", xlabel=TITLES[axis], title=fixed)
             panel.set_xticks([row[axis] for row in along], [short(row[axis]) for row in along])
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
+            if panel.lines and file != "floor":
+                panel.set_yscale("log")
         first = figure.axes[0]
         first.set_ylabel(label)
         if file == "floor":
             first.set_ylim(bottom=0)
             first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-        figure.axes[-1].legend(fontsize="small")
+        if first.lines:
+            first.legend(fontsize="small")
         row = rows[0]
         threads = f", {row['threads']} threads" if row["threads"] else ""
         figure.suptitle(f"InfoNCE forward and backward, {row['dtype']}, {row['device']}{threads}")
