@@ -1,5 +1,4 @@
-"""Optimisers that take the momentum encoder's average in the same pass, and learning-rate schedules as pure functions
-of the step.
+"""Optimisers that take the momentum encoder's average in the same pass over memory as the step.
 
 `FusedSGD`, `FusedLARS` and `FusedAdamW` are ordinary optimisers, with the state dicts of torch.optim.SGD, MoCo v3's
 LARS and torch.optim.AdamW. Given `ema`, a step ends with t = m t + (1 - m) p for every parameter p and its target t;
@@ -15,7 +14,6 @@ need `mocofast.ops.ema_update_` once before they are trained on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -270,26 +268,3 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, ema
     """
     trainable = [p for p in parameters if p.requires_grad]
     return FusedSGD(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
-
-
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The rate of optimiser step `step` (from 0). Stateless, so a resumed run needs nothing but its step.
-
-    `optim.per` "epoch" holds the rate over an epoch, as facebookresearch/moco does; warm-up always moves by step.
-    """
-    exact = step / steps_per_epoch
-    if exact < config.warmup_epochs:
-        return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch)
-    epoch = float(step // steps_per_epoch) if config.per == "epoch" else exact
-    if config.schedule == "cosine":
-        span = epochs - config.warmup_epochs
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / span))
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-    return config.lr
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate

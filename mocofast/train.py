@@ -22,11 +22,12 @@ from mocofast.data.loaders import build_loader
 from mocofast.data.sources import load_splits
 from mocofast.interrupt import StopRequest
 from mocofast.monitor import KNNMonitor
-from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
+from mocofast.optim import build_optimizer
 from mocofast.plots import plot_curves
 from mocofast.progress import Window, chance_loss, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
+from mocofast.schedule import learning_rate, set_learning_rate
 from mocofast.step import choose_autocast, choose_device, train_step
 
 log = logging.getLogger("mocofast")

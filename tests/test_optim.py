@@ -16,7 +16,8 @@ import mocofast.optim
 from mocofast.config import OptimConfig
 from mocofast.moco import MoCo
 from mocofast.ops import ema_update_
-from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer, learning_rate, set_learning_rate
+from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer
+from mocofast.schedule import learning_rate, set_learning_rate
 from mocofast.step import choose_autocast, train_step
 from tests.eager_moco import PlainEncoder, random_batches
 

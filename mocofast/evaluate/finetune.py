@@ -21,7 +21,8 @@ from mocofast.encoders import SplitBatchNorm2d, features, head_name, prepare_ima
 from mocofast.evaluate.features import evaluating
 from mocofast.evaluate.knn import label_rank
 from mocofast.evaluate.linear import plain_view
-from mocofast.optim import build_optimizer, learning_rate, set_learning_rate
+from mocofast.optim import build_optimizer
+from mocofast.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 
