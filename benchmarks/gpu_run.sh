@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, from a plain checkout (nothing installed, nothing downloaded):
 #   OUT=results benchmarks/gpu_run.sh [PART ...]
-# Parts: env tests kernels sweep data train accuracy (all of them by default), each under 10 minutes and restartable.
+# Parts: env tests kernels step data train accuracy sweep (all of them by default), each under 10 minutes and restartable.
 # OUT gets rows.jsonl (benchmark rows), a log per part, and the runs. MOCOFAST_DATA: folder with the image archives.
 # DALI and the peers of the kernels (extra `bench`) may come from a folder on PYTHONPATH.
 set -uo pipefail
@@ -34,6 +34,12 @@ part_kernels() {
 	done
 	timeout 120 $mocofast bench ema --save "$rows"
 	timeout 120 $mocofast bench norm --save "$rows"
+	timeout 120 $mocofast bench optim --save "$rows"
+}
+
+part_step() {
+	timeout 300 $mocofast bench step --save "$rows"
+	timeout 250 $mocofast bench train "$(unpack imagenet-sample-500.tar)" --save "$rows"
 }
 
 part_sweep() {
@@ -63,7 +69,7 @@ part_accuracy() {
 		--train.dir "$OUT/cifar10" --resume auto --checkpoint.keep 0
 }
 
-for part in "${@:-env tests kernels sweep data train accuracy}"; do
+for part in "${@:-env tests kernels step data train accuracy sweep}"; do
 	for name in $part; do
 		echo "== $name"
 		"part_$name" 2>&1 | tee "$OUT/$name.log"
