@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 
 from mocofast.bench import BENCHMARKS, main, sides, step, train
 from mocofast.config import Config, ConfigError
 from mocofast.settings import load_recipe
+from tests import runs
 
 CPU = torch.device("cpu")
 TINY = ["--recipe", "digits", "--batch", "8", "--queue", "16", "--repeats", "1", "--device", "cpu"]

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
 from mocofast import cli, settings
+from tests import runs
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

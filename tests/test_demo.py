@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import runs
+from tests import runs
 
 
 def test_the_demo_learns_digits_without_labels(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from mocofast.moco import MoCo
 from mocofast.optim import build_optimizer
 from mocofast.progress import Window
 from mocofast.step import choose_autocast, train_step
+from tests import runs
 
 # Few steps of an epoch of 11; a queue that wraps around within them; a window that no checkpoint falls on.
 SHORT = ["--train.log_every", "3", "--model.queue_size", "300", "--knn.every", "1", "--data.workers", "1"]
