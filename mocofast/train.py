@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mocofast import __version__, distributed, settings
 from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter, build_model
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Shard
-from mocofast.data.loaders import build_loader
+from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.interrupt import StopRequest
 from mocofast.monitor import KNNMonitor
@@ -28,7 +29,7 @@ from mocofast.progress import Window, chance_loss, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
 from mocofast.schedule import learning_rate, set_learning_rate
-from mocofast.step import choose_autocast, choose_device, train_step
+from mocofast.step import choose_autocast, choose_device, choose_threads, train_step
 
 log = logging.getLogger("mocofast")
 
@@ -51,6 +52,8 @@ def train(config: Config, resume: str = "") -> Result:
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # which torchrun sets, too
+        torch.set_num_threads(choose_threads(count_workers(-1)))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     try:
