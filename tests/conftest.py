@@ -6,8 +6,14 @@ import os
 import tarfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# In CI the same examples every time: a change is judged by what it changed. New ones are tried everywhere else.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 if not torch.cuda.is_available():

@@ -98,12 +98,18 @@ def _eager(
     return cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=DEVICE), reduction="none")
 
 
+NAMES = ("query", "positive", "negatives")
+
+
 def _slack(dtype: torch.dtype, length: float, temperature: float) -> float:
     """Half of what rounding both vectors of one score may move its logit: eps |q||n| / T / 2.
 
-    Eager PyTorch's error on one small case may be nothing by luck; ours must not have to beat luck.
+    Eager PyTorch's error on one small case may be nothing by luck; ours must not have to beat luck. Neither need it
+    where unit vectors of one dimension, 1 or -1, make all products exact: a loss of up to 2 |q||n| / T takes
+    three float32 roundings of eps / 2 each on its way (times log2 e, the difference of two logits, times ln 2).
     """
-    return 0.5 * torch.finfo(dtype).eps * max(length, 1.0) / temperature + 1e-6
+    largest = max(length, 1.0) / temperature
+    return 0.5 * torch.finfo(dtype).eps * largest + 3 * torch.finfo(torch.float32).eps * largest + 1e-6
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
@@ -196,10 +202,15 @@ def _check(problem: Problem) -> None:
     low, high = rank_bounds(*inputs, torch.finfo(dtype).eps, *options)
     assert bool(((result.rank >= low) & (result.rank <= high)).all()), (low, result.rank, high)
 
-    for name, mine, theirs, truth in zip(("query", "positive", "negatives"), ours, eager, expected):
+    normalized = (normalize, normalize, normalize_negatives)
+    for name, x, is_unit, mine, theirs, truth in zip(NAMES, inputs, normalized, ours, eager, expected):
         error, baseline = (mine - truth).norm(), (theirs - truth).norm()
-        # A saturated softmax leaves gradients that are all rounding: relative to the largest there could be, then.
-        floor = 1e-6 * length / temperature
+        # A saturated softmax, or unit vectors of one dimension, leave gradients that are all rounding: relative to
+        # the largest there could be, then, which normalising divides by the vector's length, and which for a
+        # negative is a sum over the queries.
+        shortest = float(x.double().norm(dim=1).clamp_min(1e-12).min()) if is_unit else 1.0
+        terms = float(incoming.abs().sum()) if name == "negatives" else 1.0
+        floor = _slack(torch.float32, length, temperature) * length / temperature * max(1.0, 1.0 / shortest) * terms
         assert error <= baseline + slack * truth.norm() + floor, name
 
 
