@@ -203,7 +203,7 @@ class _Run:
             f"epoch {position:6.2f}/{self.config.train.epochs}  step {self.step}  loss {values['loss']:.3f} "
             f"(chance {chance:.2f})  acc@1 {values['acc1']:.1%}  acc@5 {values['acc5']:.1%}  lr {self.rate:.4g}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
-            f"ETA {duration(remaining)}  {memory:.1f} GiB"
+            f"ETA {duration(remaining)}  memory {memory:.1f} GiB"
         )
         bar.set_postfix_str(f"loss {values['loss']:.3f} (chance {chance:.2f}), acc@1 {values['acc1']:.1%}")
         log.info(line, extra={"on_screen": bar.disable})  # beside a progress bar, in train.log alone
@@ -306,10 +306,12 @@ class _Run:
             log.info("after:  %s", _describe(self.after, self.config))
         log.info("written to %s: config.yaml, metrics.jsonl, train.log, curves.png, TensorBoard events, "
                  "checkpoints/last.pt", path)  # fmt: skip
+        log.info("next: look at %s; mocofast linear %s; mocofast export %s --format torchvision FILE",
+                 path / "curves.png", path, path)  # fmt: skip
 
 
 def _describe(values: dict[str, float], config: Config) -> str:
     text = f"kNN accuracy {values['knn_top1']:.4f}"
     if "few_shot_top1" in values:
-        text += f", with {config.knn.shots} labelled images a class {values['few_shot_top1']:.4f}"
+        text += f"; 1-nearest neighbour with {config.knn.shots} labels a class {values['few_shot_top1']:.4f}"
     return text
