@@ -21,7 +21,7 @@ from torch import Tensor
 class Backend(NamedTuple):
     """The kernels behind ops and optimisers; `mocofast_kernels.cpu` and `cpu_optim` document each."""
 
-    infonce_forward: Callable[..., Any]
+    infonce_forward: Callable[..., InfoNCEForward]
     infonce_grad_negatives: Callable[..., Tensor]
     enqueue_: Callable[..., None]
     ema_update_: Callable[..., None]

@@ -23,7 +23,8 @@ from tests.triton_device import DEVICE
 pytest.importorskip("triton")
 
 from mocofast_kernels.configs import forward_tile, split_count
-from mocofast_kernels.infonce import InfoNCEForward, infonce_forward
+from mocofast_kernels.cpu import InfoNCEForward
+from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.rows import narrow
 

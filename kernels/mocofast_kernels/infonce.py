@@ -11,14 +11,13 @@ row, brings the positive in and finishes. There are no atomics: equal inputs giv
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels.configs import REGISTERS, block_of, forward_tile, kernel_slots, split_count
+from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.rows import (
     dot_kind,
     inverse_norm,
@@ -36,17 +35,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # float16 loses what lies below 2^-24 of the largest probability; room for 2^10 more divides out in the end.
 HALF_LIFT = tl.constexpr(10.0)
-
-
-class InfoNCEForward(NamedTuple):
-    """What one sweep gives, per row; see `infonce_forward`."""
-
-    loss: Tensor
-    lse: Tensor
-    rank: Tensor | None
-    grad_query: Tensor | None
-    grad_positive: Tensor | None
-    grad_scale: Tensor | None
 
 
 @triton.jit
