@@ -138,11 +138,11 @@ def efficiency(step: Step, cluster: Cluster) -> dict[str, float]:
 
 def moco_v2() -> Step:
     """ResNet-50 with MoCo v2's head at 224 px, queue of 65,536 keys, counted on the model itself."""
-    from mocofast.checkpoint import build_model
+    from mocofast.methods.moco import build
     from mocofast.settings import load_recipe
 
     config = load_recipe("moco_v2_r50_200ep")
-    model = build_model(config)
+    model = build(config)
     return Step(
         ranks=8,
         batch=32,

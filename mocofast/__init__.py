@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mocofast import ops
-    from mocofast.moco import MoCo
+    from mocofast.methods.moco import MoCo
 
 __all__ = ["MoCo", "__version__", "ops"]
 
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "MoCo":
-        from mocofast.moco import MoCo
+        from mocofast.methods.moco import MoCo
 
         return MoCo
     if name == "ops":

@@ -1,9 +1,8 @@
 """Checkpoints: written atomically, in the background, pruned; loaded with weights_only.
 
-Layout of a file: `format`, `config` (nested dictionaries), `model` (state dict of MoCo: both encoders, queue,
-pointer), `optimizer`, `epoch` and `step_in_epoch` (the position in the data stream), `step`, and what else a
-continued run needs (see train.py). Only tensors, numbers, strings and containers of them, so that
-torch.load(weights_only=True) reads it.
+Layout of a file: `format`, `config` (nested dictionaries), `model` (state dict of the method), `optimizer`, `epoch`
+and `step_in_epoch` (the position in the data stream), `step`, and what else a continued run needs (see train.py).
+Only tensors, numbers, strings and containers of them, so that torch.load(weights_only=True) reads it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from mocofast import encoders, settings
+from mocofast import settings
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import pixel_statistics
-from mocofast.moco import MoCo
+from mocofast.methods import build_method
+from mocofast.methods.base import Method
 
 FORMAT = 1
 LAST = "last.pt"
@@ -113,28 +112,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def build_model(config: Config) -> MoCo:
-    """The untrained model of a configuration, on the CPU, its weights drawn from torch's default generator."""
-    m = config.model
-    mean, std = pixel_statistics(config.augment)
-    return MoCo(
-        encoders.build_encoder(m.arch),
-        m.dim,
-        m.queue_size,
-        m.momentum,
-        m.temperature,
-        m.mlp,
-        m.shuffle_bn,
-        bn_splits=m.bn_splits,
-        queue_dtype=getattr(torch, m.queue_dtype),
-        pixel_mean=mean,
-        pixel_std=std,
-    )
-
-
-def model_from_checkpoint(state: dict[str, Any]) -> tuple[MoCo, Config]:
+def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     """The trained model, on the CPU, and the configuration of its run."""
     config = settings.from_dict(state["config"])
-    model = build_model(config)
+    model = build_method(config)
     model.load_state_dict(state["model"])
     return model, config

@@ -15,7 +15,7 @@ from mocofast.config import Config, ConfigError, DataConfig, KNNConfig
 
 if TYPE_CHECKING:
     from mocofast.data.sources import Splits
-    from mocofast.moco import MoCo
+    from mocofast.methods.base import Method
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,7 +93,7 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> tuple[MoCo, Config, Splits]:
+def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Splits]:
     """The model, its run's configuration with the data options of the command line, and the images."""
     from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
     from mocofast.data.sources import load_splits

@@ -23,6 +23,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class ModelConfig:
     """The method: encoders, queue, momentum and temperature."""
 
+    method: str = option("moco", "how the encoder is trained", ("moco",))
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's with _cifar for a 3x3 stem, no max-pool; or resnet_tiny",
@@ -30,6 +31,9 @@ class ModelConfig:
     dim: int = option(128, "dimension of the embedding that the loss compares")
     queue_size: int = option(65536, "number of negative keys kept, in keys")
     momentum: float = option(0.999, "EMA momentum m of the key encoder: k = m k + (1-m) q")
+    momentum_schedule: str = option(
+        "constant", "cosine: m rises to 1 over the run, step by step (MoCo v3, BYOL)", ("constant", "cosine")
+    )
     temperature: float = option(0.07, "softmax temperature of InfoNCE")
     mlp: bool = option(False, "two-layer projection head (MoCo v2) instead of a linear one")
     shuffle_bn: bool = option(
@@ -45,10 +49,15 @@ class DataConfig:
 
     source: str = option(
         "folder",
-        "folder (of images, recursive), or embedded digits, or torchvision's CIFAR",
-        ("folder", "digits", "cifar10", "cifar100"),
+        "folder (of images, recursive), tar shards, embedded digits, or torchvision's CIFAR",
+        ("folder", "shards", "digits", "cifar10", "cifar100"),
     )
-    path: str = option("", "the folder of images, or where torchvision keeps CIFAR")
+    path: str = option(
+        "", "folder of images or *.tar; shards also by pattern or URL: x-{000..099}.tar; where CIFAR lies"
+    )
+    shuffle_window: int = option(
+        0, "of source=shards: shuffle samples within this many shards at a time, not over all; 0 means all"
+    )
     loader: str = option("auto", "who decodes and augments; auto says which and why", ("auto", "dali", "torchvision"))
     batch_size: int = option(256, "images per optimiser step, over all ranks and accumulation steps")
     workers: int = option(

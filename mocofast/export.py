@@ -22,7 +22,7 @@ from torchvision.models import list_models
 from mocofast.checkpoint import model_from_checkpoint
 from mocofast.config import Config, ConfigError
 from mocofast.interop import backbone_state_dict, to_reference_state_dict
-from mocofast.moco import MoCo
+from mocofast.methods.moco import MoCo
 from mocofast.settings import nearest
 
 FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
@@ -62,6 +62,8 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
     if format == "reference":
+        if not isinstance(model, MoCo):
+            raise ConfigError(f"format: reference is facebookresearch/moco's, got model.method {config.model.method}")
         whole = _reference(model, config.model.arch, checkpoint)
         _write(out, lambda file: torch.save(whole, file))
         count = len(whole["state_dict"])

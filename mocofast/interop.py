@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from mocofast.encoders import head_name
-from mocofast.moco import MoCo
+from mocofast.methods.base import Method
+from mocofast.methods.moco import MoCo
 
 PREFIX = "module."
 
@@ -49,10 +50,10 @@ def to_reference_state_dict(model: MoCo) -> dict[str, Tensor]:
     return {**state, "queue": state["queue"].float().t().contiguous()}
 
 
-def backbone_state_dict(model: MoCo, head: bool = False) -> dict[str, Tensor]:
+def backbone_state_dict(model: Method, head: bool = False) -> dict[str, Tensor]:
     """The query encoder in its own names, those of torchvision for a torchvision encoder.
 
-    head: also the layers of the embedding (`fc.*` or `heads.*`), whose shapes are MoCo's, not a classifier's.
+    head: also the layers of the embedding (`fc.*` or `heads.*`), whose shapes are the method's, not a classifier's.
     """
     encoder = model.encoder_q
     prefix = f"{head_name(encoder)}."

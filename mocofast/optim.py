@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mocofast import autograd
 from mocofast.config import OptimConfig
+from mocofast.methods.base import Method
 
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
@@ -261,10 +262,25 @@ def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Te
     return tensors
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, ema: EMA | None = None) -> FusedSGD:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, ema: EMA | None = None
+) -> FusedOptimizer:
     """SGD with momentum and weight decay on every trainable parameter, norms and biases included, as MoCo's.
 
     ema: (targets, momentum), a target for each trainable parameter.
     """
     trainable = [p for p in parameters if p.requires_grad]
     return FusedSGD(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
+
+
+def optimizer_of(method: Method, config: OptimConfig) -> FusedOptimizer:
+    """`build_optimizer` for all trainable parameters of a method; its steps average the momentum encoder, if any."""
+    queries, keys = method.trained_pairs()
+    paired = set(queries)
+    others = [p for p in method.parameters() if p.requires_grad and p not in paired]
+    if not queries:
+        return build_optimizer(others, config)
+    optimizer = build_optimizer(queries, config, ema=(keys, method.momentum))
+    if others:  # heads that nothing follows
+        optimizer.add_param_group({"params": others})
+    return optimizer

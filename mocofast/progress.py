@@ -14,9 +14,12 @@ from torch import Tensor
 METRICS = ("loss", "acc1", "acc5")
 
 
-def step_metrics(loss: Tensor, rank: Tensor) -> Tensor:
-    """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five."""
-    return torch.stack([loss.detach().float(), (rank < 1).float().mean(), (rank < 5).float().mean()])
+def step_metrics(loss: Tensor, rank: Tensor | None) -> Tensor:
+    """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five;
+    NaN for these where the method ranks nothing."""
+    nothing = torch.full_like(loss.detach(), math.nan)
+    shares = [nothing if rank is None else (rank < k).float().mean() for k in (1, 5)]
+    return torch.stack([loss.detach(), *shares]).float()
 
 
 class Window:
@@ -46,12 +49,14 @@ class Window:
         self._waited += waited
 
     def means(self) -> dict[str, float]:
-        """Means over the window and over ranks (which call it together). Waits for the device."""
+        """Means over the window and over ranks (which call it together), of what there is. Waits for the device."""
         sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
-        return dict(zip(METRICS, (sums / self.steps).tolist()))
+        means = dict(zip(METRICS, (sums / self.steps).tolist()))
+        # A loss that is not a number has to be seen; accuracies are only so where there are none.
+        return {name: value for name, value in means.items() if name == "loss" or not math.isnan(value)}
 
     def flush(self) -> dict[str, float]:
         """`means` and rates; starts the next window. The only place where a run waits for the device."""
@@ -79,11 +84,6 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
-
-
-def chance_loss(negatives: int) -> float:
-    """InfoNCE of an encoder that knows nothing: log(K + 1). A loss near it, or above, is no sign of failure."""
-    return math.log(negatives + 1)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step."""
+"""Schedules of the learning rate and of the momentum encoder, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mocofast.config import OptimConfig
+from mocofast.config import ModelConfig, OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -24,6 +24,16 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     return config.lr
+
+
+def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
+    """The momentum m of the key encoder's average at optimiser step `step` (from 0).
+
+    `model.momentum_schedule` "cosine" is MoCo v3's: 1 - (1 - m) (1 + cos(pi step / total_steps)) / 2.
+    """
+    if config.momentum_schedule == "constant":
+        return config.momentum
+    return 1 - (1 - config.momentum) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

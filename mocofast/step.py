@@ -4,6 +4,8 @@ it did."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +21,32 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     accumulate: int,
     autocast: torch.autocast,
+    needed: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
 
-    model: MoCo, or DistributedDataParallel around it. views: (im_q, im_k), each (B, 3, S, S).
-    The key encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the model.
-    With accumulate > 1, micro-batches see one state of the key encoder and of the queue, so the result is that
+    model: a method, or DistributedDataParallel around it. views: each (B, 3, S, S). needed: what else the method
+    takes of a batch, by name, each (B,).
+    The momentum encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the method.
+    With accumulate > 1, micro-batches see one state of the momentum encoder and of memories, so MoCo's result is that
     of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
     """
-    im_q, im_k = views
-    metrics = torch.zeros(3, device=im_q.device)
+    metrics = torch.zeros(3, device=views[0].device)
     average = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
-    parts = list(zip(im_q.chunk(accumulate), im_k.chunk(accumulate)))
+    parts = list(zip(*(view.chunk(accumulate) for view in views)))
+    needed_parts = {name: values.chunk(accumulate) for name, values in needed.items()}
     optimizer.zero_grad(set_to_none=True)
-    for i, (part_q, part_k) in enumerate(parts):
+    for i, part in enumerate(parts):
         last = i == len(parts) - 1
-        share = len(part_q) / len(im_q)
+        share = len(part[0]) / len(views[0])
+        others = {name: values[i] for name, values in needed_parts.items()}
         # DDP reduces the gradients once, with the last micro-batch.
         hold = (
             model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         )
         with hold:
             with autocast:
-                out = model(part_q, part_k, update_keys=average and i == 0, enqueue=last)
+                out = model(*part, update_keys=average and i == 0, enqueue=last, **others)
             (out.loss * share).backward()
         metrics += step_metrics(out.loss, out.rank) * share
     optimizer.step()

@@ -16,19 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
-from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter, build_model
+from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Shard
 from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.interrupt import StopRequest
+from mocofast.methods import build_method
 from mocofast.monitor import KNNMonitor
-from mocofast.optim import build_optimizer
+from mocofast.optim import optimizer_of
 from mocofast.plots import plot_curves
-from mocofast.progress import Window, chance_loss, duration, memory_gib
+from mocofast.progress import Window, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
-from mocofast.schedule import learning_rate, set_learning_rate
+from mocofast.schedule import key_momentum, learning_rate, set_learning_rate
 from mocofast.step import choose_autocast, choose_device, choose_threads, train_step
 
 log = logging.getLogger("mocofast")
@@ -78,10 +79,9 @@ class _Run:
             )
 
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config).to(device)
+        self.model = build_method(config).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        queries, keys = self.model.trained_pairs()
-        self.optimizer = build_optimizer(queries, config.optim, ema=(keys, self.model.momentum))
+        self.optimizer = optimizer_of(self.model, config.optim)
         self.autocast = choose_autocast(config.train.precision, device)
         if rank:  # rank 0 may have to download the images
             distributed.barrier()
@@ -91,11 +91,13 @@ class _Run:
         self.loader: Loader = build_loader(
             splits.train,
             config.data,
-            (config.augment, config.augment),
+            (config.augment,) * self.model.num_views,
             Shard(config.data.batch_size, rank, world_size, config.data.drop_last),
             config.train.seed,
             device,
         )
+        if "labels" in self.model.needs and splits.train.labels is None:
+            raise ConfigError(f"model.method: {config.model.method} needs labelled images, and these have no labels")
         self.source, self.note = splits.train, splits.note
         self.monitor = KNNMonitor.of(splits, config, device)
 
@@ -175,7 +177,14 @@ class _Run:
             waited = time.perf_counter() - asked
             self.rate = learning_rate(self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs)
             set_learning_rate(self.optimizer, self.rate)
-            metrics = train_step(self.ddp, views, self.optimizer, self.config.train.accumulate, self.autocast)
+            self.optimizer.ema_momentum = key_momentum(self.config.model, self.step, self.total_steps)
+            offered = {"index": batch.index, "labels": batch.labels}
+            needed = {
+                name: values.to(self.device, non_blocking=True)
+                for name, values in offered.items()
+                if name in self.model.needs and values is not None
+            }
+            metrics = train_step(self.ddp, views, self.optimizer, self.config.train.accumulate, self.autocast, needed)
             self.step += 1
             self.step_in_epoch += 1
             self.window.add(metrics, len(views[0]) * self.world_size, waited)
@@ -194,18 +203,22 @@ class _Run:
         if self.folder is None:
             return
         position = self.step / self.steps_per_epoch
-        chance = chance_loss(self.config.model.queue_size)
         memory = memory_gib(self.device)
         self.folder.write(
-            step=self.step, epoch=position, lr=self.rate, chance_loss=chance, memory_gib=memory, **values
-        )
+            step=self.step, epoch=position, lr=self.rate, chance_loss=self.model.chance_loss, memory_gib=memory,
+            **values,
+        )  # fmt: skip
+        loss = f"loss {values['loss']:.3f}"
+        if self.model.chance_loss is not None:
+            loss += f" (chance {self.model.chance_loss:.2f})"
+        shares = "".join(f"  acc@{k} {values[f'acc{k}']:.1%}" for k in (1, 5) if f"acc{k}" in values)
         line = (
-            f"epoch {position:6.2f}/{self.config.train.epochs}  step {self.step}  loss {values['loss']:.3f} "
-            f"(chance {chance:.2f})  acc@1 {values['acc1']:.1%}  acc@5 {values['acc5']:.1%}  lr {self.rate:.4g}  "
+            f"epoch {position:6.2f}/{self.config.train.epochs}  step {self.step}  {loss}{shares}  "
+            f"lr {self.rate:.4g}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
             f"ETA {duration(remaining)}  memory {memory:.1f} GiB"
         )
-        bar.set_postfix_str(f"loss {values['loss']:.3f} (chance {chance:.2f}), acc@1 {values['acc1']:.1%}")
+        bar.set_postfix_str(loss + shares)
         log.info(line, extra={"on_screen": bar.disable})  # beside a progress bar, in train.log alone
 
     def _evaluate(self) -> dict[str, float]:
@@ -244,7 +257,7 @@ class _Run:
                 "step_in_epoch": self.step_in_epoch,
                 "window": self.window.state(),
                 "random_states": random_states,
-                "shuffle": self.model.shuffle.state(),
+                "method_random_state": self.model.random_state(),
                 "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
                 "before": self.before,
                 "after": self.after,
@@ -259,7 +272,7 @@ class _Run:
                 f"{state['data']['fingerprint']}), so it would see other batches"
             )
         self.model.load_state_dict(state["model"])
-        self.model.shuffle.load_state(state["shuffle"])
+        self.model.load_random_state(state["method_random_state"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
         self.window.load_state(state["window"])
@@ -273,10 +286,8 @@ class _Run:
             return
         c = self.config
         shown = "bf16 autocast" if self.autocast._enabled else "fp32"
-        log.info(
-            "recipe %s: %s, %d images in %d steps an epoch, %d epochs, queue of %d keys",
-            c.recipe, c.model.arch, len(self.source), self.steps_per_epoch, c.train.epochs, c.model.queue_size,
-        )  # fmt: skip
+        log.info("recipe %s: %s, %d images in %d steps an epoch, %d epochs, %s", c.recipe, c.model.arch,
+                 len(self.source), self.steps_per_epoch, c.train.epochs, self.model.describe())  # fmt: skip
         log.info("data: %s", self.note)
         log.info("device %s x %d, %s; loader %s: %s", self.device, self.world_size, shown, self.loader.name,
                  getattr(self.loader, "reason", ""))  # fmt: skip

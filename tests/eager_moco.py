@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.encoders import SplitBatchNorm2d
-from mocofast.moco import MoCo
+from mocofast.methods.moco import MoCo
 
 
 def gather(x: Tensor) -> Tensor:

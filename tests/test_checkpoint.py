@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mocofast import checkpoint, settings
-from mocofast.checkpoint import CheckpointWriter, build_model, load_checkpoint, model_from_checkpoint, save_atomically
+from mocofast.checkpoint import CheckpointWriter, load_checkpoint, model_from_checkpoint, save_atomically
+from mocofast.methods import build_method
 
 
 def state(step: int, value: torch.Tensor) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def test_a_model_comes_back_whole(dtype: str) -> None:
     config = settings.load_recipe("digits")
     config.model.queue_dtype, config.model.bn_splits, config.model.mlp = dtype, 2, True
     torch.manual_seed(3)
-    model = build_model(config)
+    model = build_method(config)
     again, same = model_from_checkpoint({"config": settings.to_dict(config), "model": model.state_dict()})
     assert same == config
     for name, value in model.state_dict().items():

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import MoCo, distributed
 from mocofast.encoders import TinyResNet
-from mocofast.moco import MoCoOutput
+from mocofast.methods.base import MethodOutput
 
 WORLD = 2
 PER_RANK = 5  # odd, so that a rank cannot receive equally many images from both
@@ -112,7 +112,7 @@ def broadcasts(rank: int) -> dict[str, list[list[str]]]:
         for _ in range(3):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 out = wrapped(*images)
-                (out.loss if isinstance(out, MoCoOutput) else out.sum()).backward()
+                (out.loss if isinstance(out, MethodOutput) else out.sum()).backward()
             found[name].append([e.name for e in profile.events() if e.name.startswith("c10d::broadcast")])
     return found
 

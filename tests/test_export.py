@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mocofast import encoders, settings
-from mocofast.checkpoint import FORMAT, build_model
+from mocofast.checkpoint import FORMAT
 from mocofast.config import Config
 from mocofast.export import FORMATS, export
 from mocofast.interop import load_reference_state_dict
+from mocofast.methods import build_method
 from mocofast.optim import build_optimizer
 from mocofast.settings import ConfigError
 
@@ -31,7 +32,7 @@ def trained(arch: str, **model_options: Any) -> dict[str, Any]:
     config.model.dim, config.model.queue_size = 24, 31  # a prime: no multiple of anything
     for name, value in model_options.items():
         setattr(config.model, name, value)
-    model = build_model(config)
+    model = build_method(config)
     for encoder in (model.encoder_q, model.encoder_k):
         for buffer in encoder.buffers():
             if buffer.is_floating_point():
@@ -46,7 +47,7 @@ def trained(arch: str, **model_options: Any) -> dict[str, Any]:
 
 
 def query_features(checkpoint: dict[str, Any], images: Tensor) -> Tensor:
-    model = build_model(settings.from_dict(checkpoint["config"]))
+    model = build_method(settings.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     with torch.no_grad():
         return encoders.features(model.encoder_q.eval(), images)
@@ -171,7 +172,7 @@ def test_a_reference_checkpoint_loads_into_a_reference_model_and_its_optimiser(t
 def test_a_reference_checkpoint_comes_back_unchanged(tmp_path: Path) -> None:
     checkpoint = trained("resnet18")
     export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar")
-    model = build_model(settings.from_dict(checkpoint["config"]))
+    model = build_method(settings.from_dict(checkpoint["config"]))
     load_reference_state_dict(model, torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True))
     state = model.state_dict()
     assert state.keys() == checkpoint["model"].keys()
@@ -182,7 +183,7 @@ def test_an_encoder_unknown_to_the_references_program_is_loaded_by_our_own_lines
     checkpoint = trained("resnet_tiny")
     written = export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar")
     assert "main_moco" not in written.how_to_load
-    model = build_model(settings.from_dict(checkpoint["config"]))
+    model = build_method(settings.from_dict(checkpoint["config"]))
     exec(written.how_to_load, {"model": model})
     assert torch.equal(model.queue, checkpoint["model"]["queue"])
 

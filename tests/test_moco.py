@@ -14,7 +14,7 @@ from eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mocofast.moco
+import mocofast.methods.moco
 from mocofast import MoCo
 from mocofast.encoders import TinyResNet
 
@@ -99,13 +99,13 @@ def test_two_micro_batches_give_the_trajectory_of_one_batch_without_batchnorm() 
 
 def test_a_positive_is_never_among_its_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    original = mocofast.moco.info_nce
+    original = mocofast.methods.moco.info_nce
 
     def recorded(query: Tensor, positive: Tensor, negatives: Tensor, **options: object) -> object:
         seen.append((positive.clone(), negatives.clone()))
         return original(query, positive, negatives, **options)
 
-    monkeypatch.setattr(mocofast.moco, "info_nce", recorded)
+    monkeypatch.setattr(mocofast.methods.moco, "info_nce", recorded)
     model = small_moco(TinyResNet, bn_splits=2)
     batches = random_batches(steps=4, size=6)
     for im_q, im_k in batches:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import mocofast.optim
-from mocofast.config import OptimConfig
-from mocofast.moco import MoCo
+from mocofast.config import ModelConfig, OptimConfig
+from mocofast.methods.moco import MoCo
 from mocofast.ops import ema_update_
 from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer
-from mocofast.schedule import learning_rate, set_learning_rate
+from mocofast.schedule import key_momentum, learning_rate, set_learning_rate
 from mocofast.step import choose_autocast, train_step
 from tests.eager_moco import PlainEncoder, random_batches
 
@@ -271,3 +271,11 @@ def test_state_dicts_of_other_rules_are_refused_and_change_nothing() -> None:
     with pytest.raises(ValueError, match="amsgrad"):
         FusedAdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.5 and len(optimizer.param_groups) == 1
+
+
+def test_momentum_of_the_key_encoder_rises_to_one_as_in_moco_v3() -> None:
+    config = ModelConfig(momentum=0.99, momentum_schedule="cosine")
+    values = [key_momentum(config, step, 100) for step in (0, 25, 50, 100)]
+    # Half of the way to 1 after half of the run; cos(pi / 4) = 0.70710678 after a quarter.
+    assert values == pytest.approx([0.99, 1 - 0.01 * 1.70710678 / 2, 0.995, 1.0], abs=1e-10)
+    assert key_momentum(ModelConfig(momentum=0.99), 50, 100) == 0.99

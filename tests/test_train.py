@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocofast.config import OptimConfig
-from mocofast.moco import MoCo
+from mocofast.methods.moco import MoCo
 from mocofast.optim import build_optimizer
 from mocofast.progress import Window
 from mocofast.step import choose_autocast, train_step

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mocofast.config import AugmentConfig, OptimConfig
+from mocofast.data.image_files import opened
 from mocofast.data.interface import Source
 from mocofast.distributed import rank_and_world_size
 from mocofast.encoders import SplitBatchNorm2d
-from mocofast.moco import MoCo
+from mocofast.methods.moco import MoCo
 
 
 class ReferenceMoCo(nn.Module):
@@ -222,11 +224,11 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         item = self._source.load(index)
-        if isinstance(item, str):
-            with Image.open(item) as opened:
-                image = opened.convert("RGB")
-        else:
+        if isinstance(item, np.ndarray):
             image = Image.fromarray(item)
+        else:
+            with Image.open(opened(item)) as file:
+                image = file.convert("RGB")
         return self._transform(image), self._transform(image)
 
 

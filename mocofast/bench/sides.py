@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mocofast.bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
-from mocofast.checkpoint import build_model
 from mocofast.config import Config
 from mocofast.encoders import prepare_images
-from mocofast.moco import MoCo
+from mocofast.methods.moco import MoCo, build
 from mocofast.ops import enqueue_, info_nce
-from mocofast.optim import build_optimizer
+from mocofast.optim import optimizer_of
 from mocofast.step import choose_autocast, train_step
 
 Step = Callable[[], Any]
@@ -29,7 +28,7 @@ Step = Callable[[], Any]
 def fresh_model(config: Config, device: torch.device) -> MoCo:
     """The model of a configuration, its weights drawn from seed 0, channels-last as train.py has it."""
     torch.manual_seed(0)
-    model = build_model(config).to(device)
+    model = build(config).to(device)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
@@ -40,8 +39,7 @@ def channels_first(model: MoCo) -> MoCo:
 
 def our_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
     """As train.py makes it."""
-    queries, keys = model.trained_pairs()
-    return build_optimizer(queries, config.optim, ema=(keys, model.momentum))
+    return optimizer_of(model, config.optim)
 
 
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,30 +8,24 @@ with temperature 0.2, stronger augmentation and a cosine schedule, is MoCo v2 (C
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import ModelConfig
+from mocofast.config import Config, ModelConfig
+from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
-from mocofast.encoders import add_mlp_head, head_name, prepare_images, split_batch_norm, to_autocast_dtype
+from mocofast.encoders import add_mlp_head, build_encoder, head_name, split_batch_norm, to_autocast_dtype
+from mocofast.methods.base import Method, MethodOutput, following_pairs
 from mocofast.ops import ema_update_, enqueue_, info_nce
 
 QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class MoCoOutput(NamedTuple):
-    """What a forward pass yields, over this rank's own queries."""
-
-    loss: Tensor  # () float32, differentiable: mean InfoNCE
-    rank: Tensor  # (N,) int32: how many negatives score above the positive; Acc@k is mean(rank < k)
-
-
-class MoCo(nn.Module):
+class MoCo(Method):
     """Query encoder, momentum encoder and queue.
 
     base_encoder: `base_encoder(num_classes=dim)` returns a module that ends in `.fc`, `.head` or `.heads`, as
@@ -45,16 +39,12 @@ class MoCo(nn.Module):
     queue_dtype: how the queue is stored: float32, bfloat16 or float16, by name or as torch's.
     pixel_mean, pixel_std: the three channels' statistics on the 0..255 scale, needed for uint8 images only.
 
-    State dict: `encoder_q.*`, `encoder_k.*`, `queue` (K, C), `queue_ptr` (1,) int64. The state of the shuffle's
-    generator is `shuffle.state()`. Wrapped in DistributedDataParallel, every rank has the same batch size; nothing
-    but gradients, images and keys crosses ranks after the first step: buffers are kept out of DDP's broadcasts and
-    taken from rank 0 once, so each rank keeps its own BatchNorm running statistics; those of rank 0 are the model's.
+    State dict: `encoder_q.*`, `encoder_k.*`, `queue` (K, C), `queue_ptr` (1,) int64; `random_state` is the shuffle's.
+    Nothing but gradients, images and keys crosses ranks after the first step.
     """
 
     queue: Tensor
     queue_ptr: Tensor
-    pixel_mean: Tensor | None
-    pixel_std: Tensor | None
 
     def __init__(
         self,
@@ -71,7 +61,7 @@ class MoCo(nn.Module):
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pixel_mean, pixel_std)
         for name, value in (("dim", dim), ("queue_size", queue_size), ("bn_splits", bn_splits)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1: got {value}")
@@ -82,8 +72,6 @@ class MoCo(nn.Module):
         dtype = QUEUE_DTYPES.get(queue_dtype) if isinstance(queue_dtype, str) else queue_dtype
         if dtype not in QUEUE_DTYPES.values():
             raise ValueError(f"queue_dtype must be one of {', '.join(QUEUE_DTYPES)}: got {queue_dtype}")
-        if (pixel_mean is None) != (pixel_std is None):
-            raise ValueError("pixel_mean and pixel_std belong together: got one of them only")
         self.momentum = momentum
         self.temperature = temperature
 
@@ -105,14 +93,18 @@ class MoCo(nn.Module):
         self._splits = bn_splits > 1
         self.shuffle = BatchShuffle()
 
-        for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            pixels = None if statistics is None else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
-            self.register_buffer(name, pixels, persistent=False)
-        # Read by DistributedDataParallel, which would otherwise broadcast the queue at every step.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self._synchronized = False
+        self.keep_buffers_out_of_broadcasts()
 
-    def forward(self, im_q: Tensor, im_k: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MoCoOutput:
+    @property
+    def chance_loss(self) -> float:
+        """InfoNCE of an encoder that knows nothing: log(K + 1). A loss near it, or above, is no sign of failure."""
+        return math.log(len(self.queue) + 1)
+
+    def describe(self) -> str:
+        """The size of the queue."""
+        return f"queue of {len(self.queue)} keys"
+
+    def forward(self, im_q: Tensor, im_k: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
         """Loss of this rank's queries; in train mode also updates the key encoder and the queue.
 
         im_q, im_k: (N, 3, S, S), two views of the same images: uint8 pixels, normalised here with pixel_mean and
@@ -125,14 +117,12 @@ class MoCo(nn.Module):
         step it gives the same trajectory, since encoder_k starts as a copy of encoder_q: an optimiser of
         mocofast.optim can do it (see `trained_pairs`), and update_keys is then False always.
         """
-        self._check_images(im_q, im_k)
-        if self.training and not self._synchronized:
-            self._synchronize()
-        q = self.encoder_q(self._prepare(im_q))  # queries: (N, C), normalised inside info_nce
+        self.check_views(im_q=im_q, im_k=im_k)
+        q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
 
         with torch.no_grad():
             if not self.training:
-                k = self.encoder_k(self._prepare(im_k))  # keys: (N, C)
+                k = self.encode("encoder_k", im_k)  # keys: (N, C)
             else:
                 if update_keys:
                     ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
@@ -147,46 +137,47 @@ class MoCo(nn.Module):
             if enqueue:
                 enqueue_(self.queue, self.queue_ptr, torch.cat(self._pending), normalize=False)
                 self._pending.clear()
-        return MoCoOutput(loss, rank)
+        return MethodOutput(loss, rank)
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters of encoder_q that are trained, and those of encoder_k that follow them.
+        """The parameters of encoder_q that are trained, and those of encoder_k that follow them."""
+        return following_pairs(self.encoder_q, self.encoder_k)
 
-        For an optimiser that averages: FusedSGD(queries, ..., ema=(keys, model.momentum)).
-        """
-        pairs = zip(self.encoder_q.parameters(), self.encoder_k.parameters())
-        trained = [(q, k) for q, k in pairs if q.requires_grad]
-        return [q for q, _ in trained], [k for _, k in trained]
+    def random_state(self) -> Tensor | None:
+        """The shuffle's; None before the first one."""
+        return self.shuffle.state()
+
+    def load_random_state(self, state: Tensor | None) -> None:
+        """Shuffles on from `random_state()`, afresh from None."""
+        self.shuffle.load_state(state)
 
     def _encode_keys(self, im_k: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, S, S) -> the keys of these images (N, C), and all ranks' keys in the order of ranks (W*N, C)."""
         rank, world_size = rank_and_world_size()
         if not self._shuffles or (world_size == 1 and not self._splits):
-            k = F.normalize(self.encoder_k(self._prepare(im_k)).float(), dim=1)
+            k = F.normalize(self.encode("encoder_k", im_k).float(), dim=1)
             return k, all_gather(k)
         # Images cross ranks in the smallest form there is: uint8, or what autocast would make of floats anyway.
         shuffled, restore = self.shuffle(im_k if im_k.dtype == torch.uint8 else to_autocast_dtype(im_k))
-        k = F.normalize(self.encoder_k(self._prepare(shuffled)).float(), dim=1)
+        k = F.normalize(self.encode("encoder_k", shuffled).float(), dim=1)
         keys = all_gather(k)[restore]  # one gather serves both un-shuffling and the queue
         return keys[rank * len(im_k) : (rank + 1) * len(im_k)], keys
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            return images
-        return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
 
-    def _check_images(self, im_q: Tensor, im_k: Tensor) -> None:
-        if im_q.shape != im_k.shape:
-            raise ValueError(f"im_k must have the shape of im_q: got {tuple(im_k.shape)} and {tuple(im_q.shape)}")
-        if self.pixel_mean is None and torch.uint8 in (im_q.dtype, im_k.dtype):
-            raise TypeError(
-                "im_q, im_k: got uint8 images, and this MoCo has no pixel statistics to normalise them with; pass "
-                "pixel_mean and pixel_std (on the 0..255 scale) to MoCo, or normalised float images to forward"
-            )
-
-    def _synchronize(self) -> None:
-        """Takes rank 0's buffers, once. DistributedDataParallel does so for the parameters."""
-        if rank_and_world_size()[1] > 1:
-            for buffer in self.buffers():
-                dist.broadcast(buffer, 0)
-        self._synchronized = True
+def build(config: Config) -> MoCo:
+    """MoCo with the options of `config.model`."""
+    m = config.model
+    mean, std = pixel_statistics(config.augment)
+    return MoCo(
+        build_encoder(m.arch),
+        m.dim,
+        m.queue_size,
+        m.momentum,
+        m.temperature,
+        m.mlp,
+        m.shuffle_bn,
+        bn_splits=m.bn_splits,
+        queue_dtype=m.queue_dtype,
+        pixel_mean=mean,
+        pixel_std=std,
+    )
