@@ -30,7 +30,7 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
-    def load(self, index: int) -> str | np.ndarray:
+    def load(self, index: int) -> str | bytes | np.ndarray:
         return self.source.load(int(self.indices[index]))
 
     def fingerprint(self) -> str:

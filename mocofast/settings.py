@@ -166,6 +166,7 @@ def validate(config: Config) -> None:
             c.data.batch_size >= 1 and c.data.batch_size % c.train.accumulate == 0,
             "a multiple of train.accumulate",
         ),
+        "data.shuffle_window": (c.data.shuffle_window >= 0, "at least 0"),
         "data.holdout": (0 <= c.data.holdout < 1, "from 0 to below 1"),
         "augment.size": (c.augment.size >= 1, "at least 1"),
         "augment.crop_scale": (
@@ -197,7 +198,7 @@ def validate(config: Config) -> None:
         if not holds:
             group, key = name.split(".")
             raise ConfigError(f"{name}: expected {expected}, got {getattr(getattr(c, group), key)!r}")
-    if c.data.source == "folder" and not c.data.path:
+    if c.data.source in ("folder", "shards") and not c.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
 
 

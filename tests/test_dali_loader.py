@@ -250,7 +250,7 @@ def test_crops_reach_pytorch_without_a_copy() -> None:
         lambda: [[picture], corner, shape],
         (CROP_ONLY,),
         False,
-        False,
+        np.ndarray,
         batch_size=1,
         num_threads=1,
         device_id=None,

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig
 from mocofast.data.image_files import image_size, undecodable
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, epoch_order
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
 from mocofast.data.view_ops import apply_view_ops
 
 DECODED_AHEAD = 2  # batches inside DALI
@@ -49,14 +49,16 @@ class _Plan(NamedTuple):
 
 
 @pipeline_def
-def _crops(read: Any, augments: Sequence[AugmentConfig], on_gpu: bool, from_files: bool) -> tuple[Any, ...]:
-    """Per view, (B, S, S, 3) uint8: decoded, cropped, resized. read() gives the images and for each view the
-    crops' corners (B, 2) and shapes (B, 2), int32."""
-    layout = None if from_files else ["HWC"] + 2 * len(augments) * [""]
+def _crops(read: Any, augments: Sequence[AugmentConfig], on_gpu: bool, kind: type) -> tuple[Any, ...]:
+    """Per view, (B, S, S, 3) uint8: decoded, cropped, resized. read() gives the images, of a kind that
+    `Source.load` has, and for each view the crops' corners (B, 2) and shapes (B, 2), int32."""
+    layout = None if kind is not np.ndarray else ["HWC"] + 2 * len(augments) * [""]
     images, *boxes = fn.external_source(source=read, num_outputs=1 + 2 * len(augments), batch=True, layout=layout)
-    if from_files:
+    if kind is str:
+        images = fn.io.file.read(images)
+    if kind is not np.ndarray:
         images = fn.decoders.image(
-            fn.io.file.read(images),
+            images,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
@@ -194,7 +196,7 @@ class _Batches:
         self.skipped: dict[int, str] = {}
         self._source, self._augments, self._shard, self._seed = source, augments, shard, seed
         self._device, self._threads = device, max(1, workers)
-        self._from_files = isinstance(source.load(0), str)
+        self._kind = type(source.load(0))
         self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # (height, width); 0 where not known yet
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last epoch asked for
         self._pool = _single_threaded_pool(self._threads)
@@ -254,7 +256,7 @@ class _Batches:
             self._feed,
             self._augments,
             on_gpu,
-            self._from_files,
+            self._kind,
             batch_size=self._shard.batch_size // self._shard.world_size,
             num_threads=self._threads,
             device_id=self._stream.device_index if self._stream is not None else None,
@@ -270,11 +272,11 @@ class _Batches:
 
     def _find_bad(self, plans: list[_Plan]) -> bool:
         """Puts the undecodable files of these batches on record; False where there is none."""
-        if not self._from_files or not plans:
+        if self._kind is np.ndarray or not plans:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
-        paths = [str(self._source.load(int(i))) for i in samples]
-        bad = undecodable(paths, self._sizes[samples])
+        files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
+        bad = undecodable(files, self._sizes[samples])
         self.skipped.update({int(samples[position]): reason for position, reason in bad.items()})
         return bool(bad)
 
@@ -284,18 +286,20 @@ class _Batches:
         plan = self._plan(*self._planned)
         self._planned = self._after(plan.epoch, plan.step)
         self._under_way.append(plan)
-        items = [self._source.load(int(i)) for i in plan.samples]
-        if self._from_files:
-            items = [np.frombuffer(os.fsencode(str(path)), dtype=np.uint8) for path in items]
-        fed: list[Any] = [items]
+        fed: list[Any] = [list(self._pool.map(self._item, plan.samples.tolist()))]
         for params in plan.params:
             fed.append(np.array([(p.top, p.left) for p in params], dtype=np.int32))
             fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
+    def _item(self, index: int) -> np.ndarray:
+        """Pixels, or the bytes of a path or file."""
+        item = self._source.load(index)
+        return item if isinstance(item, np.ndarray) else np.frombuffer(os.fsencode(item), dtype=np.uint8)
+
     def _plan(self, epoch: int, step: int) -> _Plan:
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self._source), self._seed, epoch))
+            self._order = (epoch, order_of(self._source, self._seed, epoch))
         slots = [int(slot) for slot in self._shard.indices(self._order[1], step)]
         list(self._pool.map(self._is_good, slots))  # reads unknown headers side by side
         samples = np.array([self._first_good(slot) for slot in slots], dtype=np.int64)
@@ -313,9 +317,9 @@ class _Batches:
         if index in self.skipped:
             return False
         if not self._sizes[index, 0]:
+            item = self._source.load(index)
             try:
-                item = self._source.load(index)
-                self._sizes[index] = image_size(item) if isinstance(item, str) else item.shape[:2]
+                self._sizes[index] = item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
             except Exception as error:  # PIL raises nearly any exception on corrupt headers
                 self.skipped[index] = f"{type(error).__name__}: {error}"
                 return False

@@ -39,8 +39,9 @@ class _Centers(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         """index and the pixels (size, size, 3), or why there are none."""
+        item = self.source.load(index)
         try:
-            image = decode(self.source.load(index))
+            image = decode(item)
         except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
             return index, describe(error)
         return index, np.asarray(center_view(image, self.size))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -10,20 +12,25 @@ from PIL import Image
 PROBED_AT_ONCE = 64  # decoded images held in memory by `undecodable`
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """(height, width) from the header of an image file, EXIF orientation not applied.
+def image_size(file: str | bytes) -> tuple[int, int]:
+    """(height, width) from the header of an image file (its path, or its content), EXIF orientation not applied.
 
     Raises OSError (also PIL.UnidentifiedImageError) or another exception of PIL's where there is no readable
     header, and PIL.Image.DecompressionBombError above twice PIL.Image.MAX_IMAGE_PIXELS.
     """
-    with Image.open(path) as image:
+    with Image.open(opened(file)) as image:
         return image.height, image.width
 
 
-def undecodable(paths: Sequence[str], sizes: np.ndarray) -> dict[int, str]:
-    """Which files cannot be decoded to the size their header states: position in `paths` -> why.
+def opened(file: str | bytes) -> str | io.BytesIO:
+    """What PIL.Image.open takes."""
+    return io.BytesIO(file) if isinstance(file, bytes) else file
 
-    paths: n files; sizes: (n, 2), what `image_size` said.
+
+def undecodable(files: Sequence[str | bytes], sizes: np.ndarray) -> dict[int, str]:
+    """Which files cannot be decoded to the size their header states: position in `files` -> why.
+
+    files: n paths or contents; sizes: (n, 2), what `image_size` said.
     Decodes every file: with nvImageCodec, which is what DALI decodes with, or PIL where that is not installed.
     """
     try:
@@ -31,9 +38,9 @@ def undecodable(paths: Sequence[str], sizes: np.ndarray) -> dict[int, str]:
     except ImportError:
         check = _pil_check
     bad: dict[int, str] = {}
-    for start in range(0, len(paths), PROBED_AT_ONCE):
+    for start in range(0, len(files), PROBED_AT_ONCE):
         part = slice(start, start + PROBED_AT_ONCE)
-        for position, size in enumerate(check(paths[part]), start):
+        for position, size in enumerate(check(files[part]), start):
             stated = (int(sizes[position][0]), int(sizes[position][1]))
             if isinstance(size, str):
                 bad[position] = size
@@ -42,7 +49,7 @@ def undecodable(paths: Sequence[str], sizes: np.ndarray) -> dict[int, str]:
     return bad
 
 
-Check = Callable[[Sequence[str]], "list[tuple[int, int] | str]"]  # for each file (height, width), or why not
+Check = Callable[[Sequence[str | bytes]], "list[tuple[int, int] | str]"]  # for each file (height, width), or why not
 
 
 def _nvimgcodec_check() -> Check:
@@ -53,19 +60,19 @@ def _nvimgcodec_check() -> Check:
     decoder = nvimgcodec.Decoder(device_id=no_gpu, backends=[cpu])
     params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
-    def check(paths: Sequence[str]) -> list[tuple[int, int] | str]:
-        found: list[tuple[int, int] | str] = [""] * len(paths)
+    def check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
+        found: list[tuple[int, int] | str] = [""] * len(files)
         streams = {}
-        for position, path in enumerate(paths):
+        for position, file in enumerate(files):
             try:
-                with open(path, "rb") as file:
-                    streams[position] = nvimgcodec.CodeStream(file.read())
+                content = file if isinstance(file, bytes) else Path(file).read_bytes()
+                streams[position] = nvimgcodec.CodeStream(content)
             # OSError where it cannot be read, RuntimeError where nvImageCodec knows no such format.
             except Exception as error:
                 found[position] = f"{type(error).__name__}: {error}"
         for position, image in zip(streams, decoder.decode(list(streams.values()), params=params)):
             if image is None:  # nvImageCodec has no words for it, PIL mostly has
-                reason = _pil_check([paths[position]])[0]
+                reason = _pil_check([files[position]])[0]
                 found[position] = reason if isinstance(reason, str) else "nvImageCodec cannot decode it"
             else:
                 found[position] = (image.height, image.width)
@@ -74,11 +81,11 @@ def _nvimgcodec_check() -> Check:
     return check
 
 
-def _pil_check(paths: Sequence[str]) -> list[tuple[int, int] | str]:
+def _pil_check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
     found: list[tuple[int, int] | str] = []
-    for path in paths:
+    for file in files:
         try:
-            with Image.open(path) as image:
+            with Image.open(opened(file)) as image:
                 image.load()
                 found.append((image.height, image.width))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,15 +35,26 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """A set of images. Files are decoded by the loader; arrays are (H, W, 3) uint8 already."""
+    """A set of images. Files are decoded by the loader; arrays are (H, W, 3) uint8 already.
+
+    All of a source's samples are of one kind. `load` raises only where going on would be wrong (a shard that cannot
+    be reached): what a bad path or bad bytes do is the loader's to find.
+    """
 
     labels: np.ndarray | None  # (N,) int64
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...  # what a log line calls the sample
-    def load(self, index: int) -> str | np.ndarray: ...  # a path, or the pixels
+    def load(self, index: int) -> str | bytes | np.ndarray: ...  # a path, a file's content, or the pixels
     def fingerprint(self) -> str: ...  # hash of names (or pixels) and labels: a resumed run needs the same set
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A source with an order of its own."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray: ...
 
 
 class Loader(Protocol):
@@ -98,6 +109,11 @@ class Shard:
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` samples in an epoch, (count,) int64; a new permutation each epoch, the first included."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def order_of(source: Source, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch shows a source's samples, (N,) int64: its own where it has one."""
+    return source.order(seed, epoch) if isinstance(source, Ordered) else epoch_order(len(source), seed, epoch)
 
 
 class ViewParams(NamedTuple):

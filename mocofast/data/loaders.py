@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
@@ -67,7 +68,7 @@ def choose_loader(source: Source, asked: str, device: torch.device) -> tuple[str
         if missing:
             raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
         return asked, "asked for"
-    in_memory = not isinstance(source.load(0), str)
+    in_memory = isinstance(source.load(0), np.ndarray)
     if in_memory and device.type != "cuda":
         return "torchvision", "the images are in memory, so there is nothing to decode"
     if missing:

@@ -1,8 +1,7 @@
-"""Sets of images: a folder, the embedded digits, torchvision's CIFAR, and how each is split for evaluation."""
+"""Sets of images (a folder, tar shards, the embedded digits, CIFAR), and how each is split for evaluation."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,17 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.interface import Source
-
-# Formats that PIL and DALI both decode (each was tried). GIF and AVIF are left out: DALI reads neither.
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
+from mocofast.data.names import (
+    EXTENSIONS,
+    checked_labels,
+    classes_of,
+    digest,
+    find_files,
+    split_folders,
+    stratified_split,
 )
+from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards
+
 DIGITS_HOLDOUT = 0.2
 
 
@@ -36,7 +40,7 @@ class FolderSource:
         # One array of bytes instead of N Python strings: reading a string writes its reference count, and so
         # forked workers would each end up with their own copy of a list of millions.
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        self.labels = _checked_labels(labels, len(names), classes)
+        self.labels = checked_labels(labels, len(names), classes)
         self.classes = classes
 
     def __len__(self) -> int:
@@ -48,9 +52,14 @@ class FolderSource:
     def load(self, index: int) -> str:
         return os.path.join(self.root, self.name(index))
 
+    def subset(self, index: np.ndarray) -> FolderSource:
+        """These of its images; index: (n,) int64."""
+        labels = None if self.labels is None else self.labels[index]
+        return FolderSource(self.root, [self.name(int(i)) for i in index], labels, self.classes)
+
     def fingerprint(self) -> str:
         """Hash of relative names and labels: the folder may move, its contents may not change."""
-        return _digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
+        return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
 
 
 class ArraySource:
@@ -63,7 +72,7 @@ class ArraySource:
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
         self.images = images
-        self.labels = _checked_labels(labels, len(images), classes)
+        self.labels = checked_labels(labels, len(images), classes)
         self.classes = classes
         self.prefix = prefix
 
@@ -79,25 +88,7 @@ class ArraySource:
     def fingerprint(self) -> str:
         """Hash of pixels and labels."""
         shape = repr(self.images.shape).encode()
-        return _digest(shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes)
-
-
-def _checked_labels(labels: np.ndarray | None, count: int, classes: tuple[str, ...]) -> np.ndarray | None:
-    if labels is None:
-        return None
-    labels = np.asarray(labels, dtype=np.int64)
-    if labels.shape != (count,):
-        raise ValueError(f"labels must be ({count},), one per image, got {labels.shape}")
-    if count and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"labels must index the {len(classes)} classes, got {labels.min()} to {labels.max()}")
-    return labels
-
-
-def _digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) -> str:
-    digest = hashlib.blake2b(content, digest_size=16)
-    digest.update(b"" if labels is None else labels.tobytes())
-    digest.update("\0".join(classes).encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        return digest(shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes)
 
 
 def find_images(folder: str | Path) -> list[str]:
@@ -112,26 +103,11 @@ def find_images(folder: str | Path) -> list[str]:
         raise FileNotFoundError(f"data.path: there is no folder {str(folder)!r}")
     if not folder.is_dir():
         raise NotADirectoryError(f"data.path must be a folder of images: {str(folder)!r} is a file")
-    names: list[str] = []
-    _scan(str(folder), "", frozenset(), names)
+    names = find_files(folder, EXTENSIONS)
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
         raise ConfigError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds})")
-    return sorted(names)
-
-
-def _scan(folder: str, prefix: str, above: frozenset[str], names: list[str]) -> None:
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                _scan(entry.path, f"{prefix}{entry.name}/", above | {real}, names)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                names.append(prefix + entry.name)
+    return names
 
 
 class Splits(NamedTuple):
@@ -149,6 +125,8 @@ def load_splits(data: DataConfig, seed: int = 0) -> Splits:
     two lies beside it; otherwise all of `path`. Without such a val/, a seeded, stratified share `data.holdout` is
     held out. Images are labelled when all of them lie in subfolders, two or more: the first folder below the
     root (of the split) is the class. An image directly in the root, or a single subfolder, means no labels.
+    shards: tar files (`mocofast.data.shards`): a folder of them, which may have such a train/ and val/, a pattern,
+    or URLs; labels are those in the shards.
     digits: 1,797 grey images of 8 x 8 pixels from scikit-learn; the same stratified 20% held out at any seed.
     cifar10, cifar100: torchvision's, kept in `path` and downloaded only if absent; the test set is held out.
     Under several processes let one call this first, so that only it downloads.
@@ -159,79 +137,61 @@ def load_splits(data: DataConfig, seed: int = 0) -> Splits:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
     if data.source == "digits":
         return _digits()
-    if data.source in ("folder", "cifar10", "cifar100") and not data.path:
+    if data.source in ("folder", "shards", "cifar10", "cifar100") and not data.path:
         raise ConfigError(f"data.path must name a folder for data.source={data.source}, got an empty one")
+    if data.source == "shards":
+        return _shards(data.path, data.holdout, seed, data.shuffle_window)
     if data.source == "folder":
         return _folder(Path(data.path).expanduser(), data.holdout, seed)
     if data.source in ("cifar10", "cifar100"):
         return _cifar(data.source, Path(data.path).expanduser())
-    raise ConfigError(f"data.source must be folder, digits, cifar10 or cifar100, got {data.source!r}")
+    raise ConfigError(f"data.source must be folder, shards, digits, cifar10 or cifar100, got {data.source!r}")
 
 
 def _folder(root: Path, holdout: float, seed: int) -> Splits:
-    train_part, val_part = _split_folders(root)
+    train_part, val_part = split_folders(root)
     names = find_images(root / train_part)
-    classes, labels = _classes_of(names)
+    classes, labels = classes_of(names)
     train = FolderSource(root, [train_part + name for name in names], labels, classes)
-    if labels is None:
-        return Splits(train, None, f"{len(train)} images without labels: no kNN")
-    summary = f"{len(train)} images of {len(classes)} classes"
-    if val_part:
-        val_names = find_images(root / val_part)
-        val_classes, val_labels = _classes_of(val_names)
-        unknown = sorted(set(val_classes) - set(classes))
-        if unknown:
-            raise ConfigError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
-        if val_labels is not None:
-            labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
-            val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
-            return Splits(train, val, f"{summary}; kNN on {val_part}, {len(val)}")
-        summary += f" ({val_part} has no class folders)"
-    kept, held = stratified_split(labels, holdout, seed)
+    if labels is None or not val_part:
+        return _held_out(train, holdout, seed)
+    val_names = find_images(root / val_part)
+    val_classes, val_labels = classes_of(val_names)
+    unknown = sorted(set(val_classes) - set(classes))
+    if unknown:
+        raise ConfigError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
+    if val_labels is None:
+        return _held_out(train, holdout, seed, f" ({val_part} has no class folders)")
+    labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
+    val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
+    return Splits(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+
+
+def _shards(path: str, holdout: float, seed: int, window: int) -> Splits:
+    root = Path(path).expanduser()
+    train_part, val_part = ("", "") if is_url(path) else split_folders(root)
+    train = open_shards(find_shards(path, train_part), window)
+    if train.labels is None or not val_part:
+        return _held_out(train, holdout, seed)
+    val = open_shards(find_shards(path, val_part), classes=train.classes)
+    if val.labels is None:
+        return _held_out(train, holdout, seed, f" ({val_part} has no labels)")
+    return Splits(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+
+
+def _summary(source: Source) -> str:
+    return f"{len(source)} images of {len(source.classes)} classes"
+
+
+def _held_out(source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = "") -> Splits:
+    if source.labels is None:
+        return Splits(source, None, f"{len(source)} images without labels: no kNN")
+    kept, held = stratified_split(source.labels, holdout, seed)
+    summary = _summary(source) + remark
     if not len(held):
-        return Splits(train, None, f"{summary}, none held out: no kNN")
-    return Splits(_subset(train, kept), _subset(train, held), f"{summary}; kNN on {len(held)} of them, held out")
-
-
-def _split_folders(root: Path) -> tuple[str, str]:
-    """Prefixes of the training and the evaluation images, such as ("train/", "val/"); "" for the root or for none."""
-    if not root.is_dir():
-        return "", ""
-    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    val = next((f"{name}/" for name in ("val", "test") if name in folders), "")
-    # A folder called train beside others may as well be a class (of vehicles).
-    return ("train/", val) if "train" in folders and (val or len(folders) == 1) else ("", "")
-
-
-def _classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Class names, sorted, and labels (N,) from the first folder of each name; ((), None) without a class level."""
-    first = [name.split("/", 1)[0] for name in names if "/" in name]
-    classes = tuple(sorted(set(first)))
-    if len(first) < len(names) or len(classes) < 2:
-        return (), None
-    label = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([label[name] for name in first], dtype=np.int64)
-
-
-def _subset(source: FolderSource, index: np.ndarray) -> FolderSource:
-    assert source.labels is not None
-    names = [source.name(int(i)) for i in index]
-    return FolderSource(source.root, names, source.labels[index], source.classes)
-
-
-def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices (kept, held out): the same share of every class, rounded, drawn from `seed`.
-
-    A class is never held out whole; one of two or more images gives at least one to a positive share.
-    """
-    rng = np.random.default_rng(seed)
-    held: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
-        held.append(members[:count])
-    out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), out), out
+        return Splits(source, None, f"{summary}, none held out: no kNN")
+    note = f"{summary}; kNN on {len(held)} of them, held out"
+    return Splits(source.subset(kept), source.subset(held), note)
 
 
 def _digits() -> Splits:

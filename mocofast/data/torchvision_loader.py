@@ -25,11 +25,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, epoch_order
+from mocofast.data.image_files import opened
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
 
 
-def decode(item: str | np.ndarray) -> Image.Image:
-    """A file or (H, W, 3) uint8 pixels as an RGB image; raises whatever PIL raises on a bad file.
+def decode(item: str | bytes | np.ndarray) -> Image.Image:
+    """A file (path or content) or (H, W, 3) uint8 pixels as an RGB image; raises whatever PIL raises on a bad file.
 
     EXIF orientation is not applied. Transparency is dropped: the colour stored under it shows. 16-bit grey is
     scaled to 8 bits (PIL's own conversion would clip it), the first frame of an animation is taken.
@@ -38,7 +39,7 @@ def decode(item: str | np.ndarray) -> Image.Image:
         return Image.fromarray(item)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF data, many pixels, palettes: each is fine here
-        with Image.open(item) as image:
+        with Image.open(opened(item)) as image:
             image.load()
             if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
                 wide = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -105,8 +106,9 @@ class _Samples(Dataset[Sample]):
         for offset in range(len(self.source)):
             index = (slot + offset) % len(self.source)
             if index not in self.bad:
+                item = self.source.load(index)
                 try:
-                    image = decode(self.source.load(index))
+                    image = decode(item)
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError, struct.error, ...).
                 except Exception as error:
                     self.bad[index] = describe(error)
@@ -126,14 +128,14 @@ class _Samples(Dataset[Sample]):
 class _Steps(Sampler[list[tuple[int, int]]]):
     """Stateless: the (epoch, index) pairs of this rank's batches, from a step that is set before each pass."""
 
-    def __init__(self, count: int, shard: Shard, seed: int) -> None:
-        self.count, self.shard, self.seed = count, shard, seed
+    def __init__(self, source: Source, shard: Shard, seed: int) -> None:
+        self.source, self.shard, self.seed = source, shard, seed
         self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        order = epoch_order(self.count, self.seed, epoch)
-        for step in range(self.start, self.shard.steps(self.count)):
+        order = order_of(self.source, self.seed, epoch)
+        for step in range(self.start, self.shard.steps(len(self.source))):
             yield [(epoch, int(index)) for index in self.shard.indices(order, step)]
 
 
@@ -184,7 +186,7 @@ class TorchvisionLoader:
         self._device = device
         self._workers = workers
         self._samples = _Samples(source, augments, seed)
-        self._steps = _Steps(len(source), shard, seed)
+        self._steps = _Steps(source, shard, seed)
         self._batches: DataLoader[Any] | None = None
         self._running: Generator[Batch, None, None] | None = None
 

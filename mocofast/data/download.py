@@ -1,0 +1,79 @@
+"""Files from HTTP servers, whole or not at all, once for all processes of a machine."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import os
+import shutil
+import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+ATTEMPTS = 6
+FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
+TIMEOUT = 60.0  # seconds without a byte
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: mocofast/ below $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocofast"
+
+
+def download(url: str, path: Path) -> None:
+    """Puts the content of `url` at `path`, unless there is a file already.
+
+    A broken transfer goes on where it stopped (a range request; from the start if the content has changed), after a
+    pause, ATTEMPTS times. Processes and threads that want the same file wait for the one that fetches it.
+    Raises urllib.error.HTTPError for an answer such as 404, another OSError where the network fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        part = Path(f"{path}.part")
+        part.write_bytes(b"")  # a killed process may have left part of an older version
+        validator = ""
+        for attempt in range(ATTEMPTS):
+            try:
+                validator = _append(url, part, validator)
+                os.replace(part, path)
+                return
+            except (OSError, http.client.HTTPException) as error:
+                refused = isinstance(error, HTTPError) and error.code not in TRANSIENT
+                if refused or attempt == ATTEMPTS - 1:
+                    part.unlink(missing_ok=True)
+                    raise
+                validator = getattr(error, "validator", validator)
+            time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+class _Broken(OSError):
+    """A transfer that ended early, of content that the server tells apart from later versions by `validator`."""
+
+    def __init__(self, message: str, validator: str) -> None:
+        super().__init__(message)
+        self.validator = validator
+
+
+def _append(url: str, part: Path, validator: str) -> str:
+    have = part.stat().st_size if validator else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": validator} if have else {}
+    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
+        found = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        whole = response.status != 206
+        expected = response.headers.get("Content-Length")
+        with part.open("r+b") as file:
+            begin = file.seek(0 if whole else have)
+            file.truncate()
+            try:
+                shutil.copyfileobj(response, file, 1 << 20)
+            except (OSError, http.client.HTTPException) as error:
+                raise _Broken(f"{url}: {error}", found) from error
+            got = file.tell() - begin
+    if expected is not None and got != int(expected):
+        raise _Broken(f"{url}: ended after {got} of {expected} bytes", found)
+    return found
