@@ -269,7 +269,9 @@ def test_cifar_without_files_or_network_says_what_to_put_where(
 
 
 def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'"
+    ):
         load_splits(DataConfig(source="mnist", path="x"))
 
 
