@@ -40,6 +40,7 @@ class ModelConfig:
         True, "shuffle the keys' images over ranks (or BatchNorm splits), so that BN cannot leak"
     )
     bn_splits: int = option(1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one")
+    symmetric: bool = option(False, "MoCo: both views are queries and keys; the loss is the sum (MoCo v2+)")
     queue_dtype: str = option("float32", "type the queue is stored in", ("float32", "bfloat16", "float16"))
 
 

@@ -37,12 +37,25 @@ class EagerMoCo(nn.Module):
         self.register_buffer("queue", model.queue.clone().t())
         self.to(dtype)
         self.momentum, self.temperature, self.pointer = model.momentum, model.temperature, int(model.queue_ptr)
+        self.symmetric = model.symmetric
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
-        q = F.normalize(self.encoder_q(im_q), dim=1)
         with torch.no_grad():
             for key_weight, query_weight in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
                 key_weight.copy_(self.momentum * key_weight + (1 - self.momentum) * query_weight)
+        loss, keys = self.contrast(im_q, im_k)
+        if self.symmetric:
+            swapped_loss, first_keys = self.contrast(im_k, im_q)
+            loss, keys = loss + swapped_loss, torch.cat([first_keys, keys])
+        with torch.no_grad():
+            for key in keys:
+                self.queue[:, self.pointer] = key
+                self.pointer = (self.pointer + 1) % self.queue.shape[1]
+        return loss
+
+    def contrast(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
             images = gather(im_k)
             permutation = torch.randperm(len(images))
             if dist.is_initialized():
@@ -52,11 +65,7 @@ class EagerMoCo(nn.Module):
             keys = gather(F.normalize(self.encoder_k(shuffled), dim=1))[permutation.argsort()]
             k = keys.view(world_size, -1, keys.shape[1])[rank]
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / self.temperature
-        with torch.no_grad():
-            for key in keys:
-                self.queue[:, self.pointer] = key
-                self.pointer = (self.pointer + 1) % self.queue.shape[1]
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)), keys
 
 
 class LoopedSplitBatchNorm(nn.Module):

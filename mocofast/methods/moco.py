@@ -2,7 +2,8 @@
 
 A query is matched with its positive key, another view of the same image, against a queue of keys of earlier batches.
 Keys come from a second encoder whose weights are an exponential moving average of the query encoder's. `mlp=True`,
-with temperature 0.2, stronger augmentation and a cosine schedule, is MoCo v2 (Chen et al. 2020, arXiv:2003.04297).
+with temperature 0.2, stronger augmentation and a cosine schedule, is MoCo v2 (Chen et al. 2020, arXiv:2003.04297);
+with `symmetric=True` besides, MoCo v2+.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class MoCo(Method):
     shuffle_bn: the keys' images are re-distributed over ranks (with bn_splits, over parts) before their encoder, so
         that BatchNorm statistics cannot betray the positive.
     bn_splits: BatchNorm of both encoders over this many parts of a rank's batch, to stand in for as many GPUs.
+    symmetric: both views are queries and keys, and the loss is the sum of both (the CIFAR-10 demo of MoCo's authors).
     queue_dtype: how the queue is stored: float32, bfloat16 or float16, by name or as torch's.
     pixel_mean, pixel_std: the three channels' statistics on the 0..255 scale, needed for uint8 images only.
 
@@ -57,6 +59,7 @@ class MoCo(Method):
         shuffle_bn: bool = ModelConfig.shuffle_bn,
         *,
         bn_splits: int = ModelConfig.bn_splits,
+        symmetric: bool = ModelConfig.symmetric,
         queue_dtype: torch.dtype | str = ModelConfig.queue_dtype,
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
@@ -74,6 +77,7 @@ class MoCo(Method):
             raise ValueError(f"queue_dtype must be one of {', '.join(QUEUE_DTYPES)}: got {queue_dtype}")
         self.momentum = momentum
         self.temperature = temperature
+        self.symmetric = symmetric
 
         self.encoder_q = base_encoder(num_classes=dim)
         head_name(self.encoder_q)  # raises where there is no head
@@ -97,12 +101,13 @@ class MoCo(Method):
 
     @property
     def chance_loss(self) -> float:
-        """InfoNCE of an encoder that knows nothing: log(K + 1). A loss near it, or above, is no sign of failure."""
-        return math.log(len(self.queue) + 1)
+        """InfoNCE of an encoder that knows nothing: log(K + 1), twice if symmetric. A loss near it, or above, is no
+        sign of failure."""
+        return (1 + self.symmetric) * math.log(len(self.queue) + 1)
 
     def describe(self) -> str:
         """The size of the queue."""
-        return f"queue of {len(self.queue)} keys"
+        return f"queue of {len(self.queue)} keys" + ", symmetric loss" * self.symmetric
 
     def forward(self, im_q: Tensor, im_k: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
         """Loss of this rank's queries; in train mode also updates the key encoder and the queue.
@@ -118,26 +123,33 @@ class MoCo(Method):
         mocofast.optim can do it (see `trained_pairs`), and update_keys is then False always.
         """
         self.check_views(im_q=im_q, im_k=im_k)
-        q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
-
-        with torch.no_grad():
-            if not self.training:
-                k = self.encode("encoder_k", im_k)  # keys: (N, C)
-            else:
-                if update_keys:
-                    ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
-                k, keys = self._encode_keys(im_k)  # own keys (N, C), and those of all W ranks (W*N, C)
-
+        if self.training and update_keys:
+            ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
         # The queue is read before these keys enter it: a positive is never among its own negatives.
-        loss, rank = info_nce(
-            q, k, self.queue, temperature=self.temperature, negatives_normalized=True, return_rank=True
-        )
+        loss, rank, keys = self._contrast(im_q, im_k)
+        if self.symmetric:
+            swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q)
+            loss, rank = loss + swapped_loss, torch.cat([rank, swapped_rank])
+            keys = torch.cat([first_keys, keys])  # as the demo enqueues them: those of the first view first
         if self.training:
             self._pending.append(keys)
             if enqueue:
                 enqueue_(self.queue, self.queue_ptr, torch.cat(self._pending), normalize=False)
                 self._pending.clear()
         return MethodOutput(loss, rank)
+
+    def _contrast(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (), ranks (N,), and the keys of all W ranks (W*N, C), in eval mode of this one only."""
+        q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
+        with torch.no_grad():
+            if self.training:
+                k, keys = self._encode_keys(im_k)  # own keys (N, C), and those of all ranks
+            else:
+                k = keys = self.encode("encoder_k", im_k)
+        loss, rank = info_nce(
+            q, k, self.queue, temperature=self.temperature, negatives_normalized=True, return_rank=True
+        )
+        return loss, rank, keys
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of encoder_q that are trained, and those of encoder_k that follow them."""
@@ -177,6 +189,7 @@ def build(config: Config) -> MoCo:
         m.mlp,
         m.shuffle_bn,
         bn_splits=m.bn_splits,
+        symmetric=m.symmetric,
         queue_dtype=m.queue_dtype,
         pixel_mean=mean,
         pixel_std=std,
