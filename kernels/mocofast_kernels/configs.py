@@ -74,14 +74,14 @@ def backward_tile(C: int, dot: str) -> Tile:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. Without one (Triton's interpreter): a few, so that splits are exercised."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def kernel_slots(device: torch.device) -> int:
-    """Sweep programs that a device runs at a time, two a multiprocessor. Without a GPU (Triton's interpreter): a few,
-    so that splits are exercised."""
-    return 2 * _processors(device) if device.type == "cuda" else 6
+def kernel_slots(device: torch.device, warps: int = 4) -> int:
+    """Programs of a sweep that a device runs at a time, if each takes nearly every register that it may."""
+    return processors(device) * (8 // warps)
 
 
 @functools.cache

@@ -325,7 +325,7 @@ def infonce_forward(
     with torch.cuda.device_of(query):
         row_blocks, chunks = triton.cdiv(N, tile.stay), triton.cdiv(C, tile.out_c) if compute_grad else 1
         tiles = triton.cdiv(K, tile.stream)
-        splits = num_splits or split_count(row_blocks * chunks, tiles, kernel_slots(query.device))
+        splits = num_splits or split_count(row_blocks * chunks, tiles, kernel_slots(query.device, tile.warps))
         tiles_per_split = triton.cdiv(tiles, splits)
         splits = triton.cdiv(tiles, tiles_per_split)  # no split without a tile
         totals, maxima = empty(splits, N), empty(splits, N) if online else None

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import block_of
+from mocofast_kernels.configs import REGISTERS, block_of
 
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 
@@ -143,7 +143,7 @@ def prepare_rows(
     _prepare_rows_kernel[(triton.cdiv(N, block_n),)](
         query, positive, operand, score, N, *query.stride(), *(query if positive is None else positive).stride(),
         C=C, NORMALIZE=normalize, DOT=triton_dtype(dot_dtype), PRECISION=precision_of(dot_dtype), BLOCK_N=block_n,
-        BLOCK_C=block_of(C),
+        BLOCK_C=block_of(C), maxnreg=REGISTERS,
     )  # fmt: skip
     return operand, score
 

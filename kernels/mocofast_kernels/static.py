@@ -1,7 +1,8 @@
 """Compile the shipped kernels for GPUs that are not there, and read registers, spills and instructions off the code.
 
 `python -m mocofast_kernels.static` prints a table, `--json` one object a line; `--only PATTERN` keeps cases whose
-name matches, `--capability 90` one architecture. TRITON_INTERPRET must not be set.
+name matches, `--capability 90` one architecture. TRITON_INTERPRET must not be set. `mocofast bench static` adds
+occupancy, bytes, operations and the time of a model.
 
 The arguments are those of the real launches: the launching functions run on tensors without storage (device "meta")
 while launches are recorded instead of made.
@@ -10,11 +11,11 @@ while launches are recorded instead of made.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mocofast_kernels.cpu_optim import Row
-from mocofast_kernels.ema import ema_update_
-from mocofast_kernels.enqueue import enqueue_
-from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
-from mocofast_kernels.infonce import infonce_forward
-from mocofast_kernels.infonce_backward import infonce_grad_negatives
-from mocofast_kernels.optim import adamw_, lars_, sgd_
-from mocofast_kernels.tables import FLOATS
+from mocofast_kernels import configs, tables
+from mocofast_kernels.static_cases import cases
 
-CAPABILITIES = (80, 90, 100)
+# Multiprocessors, by compute capability, of the GPU whose launches are recorded: A100, H200 and B200 (their data
+# sheets).
+PROCESSORS = {80: 108, 90: 132, 100: 148}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -45,16 +42,25 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+# Float32 arithmetic, and how many numbers of a thread an instruction takes.
+FLOAT = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel and everything that decides its machine code."""
+    """One recorded launch: the kernel and everything that decides its machine code, then its size."""
 
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
     divisible: tuple[str, ...]  # integers and pointers that are multiples of 16, which the compiler may use
     options: dict[str, int | None]
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Equal for launches of equal code."""
+        return repr((self.kernel.__name__, self[1:5]))
 
 
 class Report(NamedTuple):
@@ -66,13 +72,28 @@ class Report(NamedTuple):
     registers: int  # a thread
     spills: int  # instructions that store to or load from local memory
     shared: int  # bytes a program
+    tensor_memory: int  # columns a program (sm_100)
+    warps: int  # a program
     instructions: int
     hgmma: int  # warpgroup matrix instructions (sm_90)
     tcgen: int  # fifth-generation tensor core instructions (sm_100)
     mma: int  # warp-level matrix instructions
+    # Issued by a warp in one round of the main loop, whose inner loops count once for each chunk of columns. All 0
+    # where there is no loop.
+    loop: int
+    loop_float: int  # float32 arithmetic
+    loop_special: int  # exponentials and the like
 
 
-def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+class Instruction(NamedTuple):
+    """A line of machine code."""
+
+    address: int
+    opcode: str
+    text: str
+
+
+def _describe(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
     options: dict[str, int | None] = {
         name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs
@@ -93,17 +114,21 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and free:
                 divisible.append(name)
-    return Launch(kernel, signature, constants, tuple(divisible), options)
+    return Launch(kernel, signature, constants, tuple(divisible), options, grid, given)
 
 
-def record(call: Callable[[], object]) -> list[Launch]:
-    """The launches that `call` would make."""
+def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list[Launch]:
+    """The launches that `call` would make on a GPU with that many multiprocessors."""
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_describe(self, args, kwargs))
+        launches.append(_describe(self, args, grid, kwargs))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(configs, "processors", return_value=processors),
+        mock.patch.object(tables, "_upload", lambda values, _: values),  # their sizes are counted later
+    ):
         call()
     return launches
 
@@ -127,205 +152,125 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
             command = [str(TOOLS / "cuobjdump"), *options, file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        usage, code = tool("-res-usage"), tool("-sass")
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", code)
+        usage, listing = tool("-res-usage"), tool("-sass")
     found = re.search(r"REG:(\d+)", usage)
-    assert found is not None and opcodes, usage
-    count = opcodes.count
+    code = disassembled(listing)
+    assert found is not None and code, usage
+    count = Counter(instruction.opcode for instruction in code)
+    # Columns are taken in chunks by an inner loop where a row is longer than a block.
+    chunks = -(-launch.constants.get("C", 1) // launch.constants.get("BLOCK_C", 1))
+    loop = main_loop(code, chunks)
     return Report(
-        case, compiled.metadata.name, capability, int(found[1]), count("STL") + count("LDL"),
-        compiled.metadata.shared, len(opcodes), count("HGMMA"), count("UTCHMMA") + count("UTCQMMA"),
-        count("HMMA"),
+        case, compiled.metadata.name, capability, int(found[1]), count["STL"] + count["LDL"],
+        compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, compiled.metadata.num_warps,
+        len(code), count["HGMMA"], count["UTCHMMA"] + count["UTCQMMA"], count["HMMA"], loop.total(),
+        sum(width * loop[name] for name, width in FLOAT.items()), loop["MUFU"],
     )  # fmt: skip
 
 
-class Case(NamedTuple):
-    """A call whose launches are compiled, and the precision of PyTorch's float32 products it is made under."""
-
-    name: str
-    call: Callable[[], object]
-    matmul_precision: str = "highest"
-
-
-class Types(NamedTuple):
-    """Stored type of the inputs, type of the matrix operands, precision of float32 products."""
-
-    name: str
-    stored: torch.dtype
-    dot: torch.dtype
-    matmul_precision: str = "highest"
+def disassembled(listing: str) -> list[Instruction]:
+    """The instructions of cuobjdump's listing, without the padding that stands after the last jump to itself."""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)[^;]*);"
+    code = [Instruction(int(place, 16), name, text) for place, text, name in re.findall(pattern, listing)]
+    return [instruction for instruction in code if instruction.opcode != "NOP"]
 
 
-TYPES = (
-    Types("bf16", torch.bfloat16, torch.bfloat16),
-    Types("fp16", torch.float16, torch.float16),
-    Types("fp32 as bf16", torch.float32, torch.bfloat16),
-    Types("fp32 as fp16", torch.float32, torch.float16),
-    Types("fp32 as tf32", torch.float32, torch.float32, "high"),
-    Types("fp32", torch.float32, torch.float32),
-)
-# Every row of the tile tables: whole blocks, partly filled ones, several chunks, and rows that are not aligned.
-COLUMNS = (16, 32, 64, 101, 120, 128, 200, 256, 300, 512)
+def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
+    """How often each operation is issued in one round of the loop with most exponentials, of equal ones the shortest:
+    the ragged end of the negatives has a loop of its own, of narrower tiles and with masks."""
+    following = _successors(code)
+    counted = []
+    for loop in _cycles(set(following), following):
+        entries = {j for i in set(following) - loop for j in following[i]} & loop
+        inner = set().union(*_cycles(loop - entries, following))
+        count: Counter[str] = Counter()
+        for i in loop:
+            count[code[i].opcode] += chunks if i in inner else 1
+        counted.append(count)
+    return max(counted, key=lambda count: (count["MUFU"], -count.total()), default=Counter())
 
 
-class Variant(NamedTuple):
-    """A way to call the forward sweep; the names say what calls it so."""
-
-    name: str
-    normalize_negatives: bool
-    compute_grad: bool
-    online: bool
-    exclude: bool
-    transposed: bool = False
-
-
-VARIANTS = (
-    Variant("queue", False, True, False, False),
-    Variant("queue, temperature tensor", False, True, True, False),
-    Variant("queue, loss only", False, False, False, False),
-    Variant("queue, transposed", False, True, True, False, True),
-    Variant("in-batch", True, True, True, True),
-)
+def _successors(code: list[Instruction]) -> dict[int, list[int]]:
+    """What may be executed after each instruction, by index; subroutines count as part of nothing."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    following = {}
+    for i, (_, name, text) in enumerate(code):
+        # A call on a condition, which never returns, is ptxas's jump out of a loop.
+        jump = name == "BRA" or (name == "CALL" and text.startswith("@"))
+        target = re.search(r"0x([0-9a-f]+)\s*$", text) if jump else None
+        # Conditions stand before the name (@P0) or after it (BRA.U UP3, BRA.DIV UR4).
+        ends = re.match(r"BRA\S* 0x|EXIT|RET", text) is not None
+        jumps = [index[int(target[1], 16)]] if target and int(target[1], 16) in index else []
+        following[i] = jumps + ([] if ends or i + 1 == len(code) else [i + 1])
+    return following
 
 
-def _forward(C: int, types: Types, variant: Variant) -> Callable[[], object]:
-    def call() -> object:
-        query = torch.empty(256, C, dtype=types.stored, device="meta")
-        negatives = torch.empty(65536, C, dtype=types.stored, device="meta")
-        if variant.transposed:
-            negatives = torch.empty(C, 65536, dtype=types.stored, device="meta").T
-        return infonce_forward(
-            query, query, negatives, torch.empty((), device="meta") if variant.online else 0.07, normalize=True,
-            normalize_negatives=variant.normalize_negatives, exclude_period=256 if variant.exclude else 0,
-            return_rank=True, compute_grad=variant.compute_grad, dot_dtype=types.dot,
-        )  # fmt: skip
-
-    return call
-
-
-def _grad_negatives(C: int, types: Types) -> Callable[[], object]:
-    def call() -> object:
-        row = torch.empty(256, device="meta")
-        x = torch.empty(256, C, dtype=types.stored, device="meta")
-        return infonce_grad_negatives(
-            row, x, x, row, torch.empty((), device="meta"), normalize=True, normalize_negatives=True,
-            exclude_period=256, dot_dtype=types.dot,
-        )  # fmt: skip
-
-    return call
-
-
-def _enqueue(C: int, types: Types) -> Callable[[], object]:
-    def call() -> None:
-        queue = torch.empty(65536, C, dtype=types.stored, device="meta")
-        pointer = torch.empty(1, dtype=torch.int64, device="meta")
-        enqueue_(queue, pointer, torch.empty(256, C, device="meta"), normalize=True)
-
-    return call
-
-
-def _ema(target: torch.dtype, shape: tuple[int, int], momentum: float | Tensor) -> Callable[[], object]:
-    return lambda: ema_update_(
-        [torch.empty(shape, dtype=target, device="meta")], [torch.empty(shape, device="meta")], momentum
-    )
+def _cycles(nodes: set[int], following: dict[int, list[int]]) -> list[set[int]]:
+    """Strongly connected components of more than one node (Tarjan 1972), without recursion."""
+    order: dict[int, int] = {}
+    low: dict[int, int] = {}
+    stack: list[int] = []
+    held: set[int] = set()
+    result = []
+    for root in sorted(nodes):
+        path = [(root, iter(following[root]))] if root not in order else []
+        while path:
+            node, edges = path[-1]
+            if node not in order:
+                order[node] = low[node] = len(order)
+                stack.append(node)
+                held.add(node)
+            for target in edges:
+                if target not in nodes:
+                    continue
+                if target not in order:
+                    path.append((target, iter(following[target])))
+                    break
+                if target in held:
+                    low[node] = min(low[node], order[target])
+            else:
+                path.pop()
+                if path:
+                    low[path[-1][0]] = min(low[path[-1][0]], low[node])
+                if low[node] == order[node]:
+                    place = stack.index(node)
+                    component = set(stack[place:])
+                    del stack[place:]
+                    held -= component
+                    if len(component) > 1:
+                        result.append(component)
+    return result
 
 
-def _optimizer(
-    step: Callable[..., None], dtype: torch.dtype, shape: tuple[int, int], number: float | Tensor, followed: bool
-) -> Callable[[], object]:
-    def call() -> None:
-        def empty(dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        target, *shadows = (
-            empty(kind) if followed else None for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
-        )
-        options: dict[str, Any] = {"lr": number, "weight_decay": 0.1, "ema_momentum": number}
-        if step is adamw_:
-            state: tuple[Tensor, ...] = (empty(dtype), empty(dtype), torch.empty((), device="meta"))
-            options |= {"betas": (0.9, 0.999), "eps": 1e-8}
-        else:
-            state = (empty(dtype),)
-            options |= {"momentum": 0.9, **({"trust_coefficient": 0.001} if step is lars_ else {})}
-        step([Row(empty(dtype), empty(dtype), target, shadows[0], shadows[1], state)], **options)
-
-    return call
-
-
-# What wide loads fit, and what they do not.
-WEIGHTS = ((64, 64), (5, 3))
-
-
-def _ghost_bn(
-    shape: tuple[int, int, int, int], parts: int, dtype: torch.dtype, relu: bool, residual: bool, running: bool
-) -> Callable[[], object]:
-    def call() -> None:
-        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-        row = torch.empty(shape[1], device="meta")
-        statistics = (row, row) if running else (None, None)
-        output = ghost_bn_forward(
-            x, x if residual else None, row, row, *statistics, parts=parts, momentum=0.1, eps=1e-5, relu=relu
-        )
-        y = output.output if relu and residual else None
-        ghost_bn_backward(x, x, y, row, row, output.statistics, parts=parts, relu=relu)
-
-    return call
-
-
-# Widths of ResNets, with the last one's few rows; a width that masks columns; rows that are not aligned; so many rows
-# that their numbers need 64 bits.
-ACTIVATIONS = ((256, 64, 56, 56), (256, 2048, 7, 7), (256, 48, 28, 28), (256, 13, 7, 7), (2**20, 64, 56, 56))
-
-
-def cases() -> Iterator[Case]:
-    """Every row of the tile tables in every variant that changes its code, and the small kernels."""
-    for C, types in itertools.product(COLUMNS, TYPES):
-        for variant in VARIANTS:
-            name = f"forward, C={C}, {types.name}, {variant.name}"
-            yield Case(name, _forward(C, types, variant), types.matmul_precision)
-        yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
-    for C in COLUMNS:
-        yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
-    numbers = (0.1, torch.empty((), device="meta"))
-    for target, shape, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
-        yield Case(f"ema, {target}, {shape}, {type(momentum).__name__} momentum", _ema(target, shape, momentum))
-    for step, dtype, shape, number, followed in itertools.product(
-        (sgd_, lars_, adamw_), FLOATS, WEIGHTS, numbers, (True, False)
-    ):
-        name = (
-            f"{step.__name__}, {dtype}, {shape}, {type(number).__name__} lr, {'with' if followed else 'without'} EMA"
-        )
-        yield Case(name, _optimizer(step, dtype, shape, number, followed))
-    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, FLOATS, (False, True), (False, True)):
-        name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
-        yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
-    yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))
-
-
-def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[Report]:
-    """Compile the cases whose name holds a match of `pattern`; equal launches only once."""
-    seen = set()
+def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Report, Launch, bool]]:
+    """Every launch of the cases whose name holds a match of `pattern`, and whether its code is met first here: equal
+    code is compiled once."""
+    known: dict[tuple[str, int], Report] = {}
     for case in cases():
         if not re.search(pattern, case.name):
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
-        for launch, capability in itertools.product(record(case.call), capabilities):
-            identity = (launch.kernel.__name__, repr(launch[1:]), capability)
-            if identity not in seen:
-                seen.add(identity)
-                yield inspect(case.name, launch, capability)
+        for capability in capabilities:
+            for launch in record(case.call, PROCESSORS[capability]):
+                identity = (launch.identity, capability)
+                first = identity not in known
+                if first:
+                    known[identity] = inspect(case.name, launch, capability)
+                yield known[identity]._replace(case=case.name), launch, first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not there.")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--only", default="", help="regular expression that a case's name must match")
-    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="one architecture; default all")
+    parser.add_argument("--capability", type=int, choices=PROCESSORS, help="one architecture; default all")
     options = parser.parse_args()
-    capabilities = (options.capability,) if options.capability else CAPABILITIES
+    capabilities = (options.capability,) if options.capability else tuple(PROCESSORS)
     if not options.json:
         print(" ".join(f"{name:>12}" for name in Report._fields[2:]))
-    for report in reports(options.only, capabilities):
+    for report, _, first in reports(options.only, capabilities):
+        if not first:
+            continue
         if options.json:
             print(json.dumps(report._asdict()), flush=True)
         else:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import data, ema, kernels, norm, optim, step, sweep, train
+from mocofast.bench import data, ema, kernels, norm, optim, static, step, sweep, train
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
@@ -30,14 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
     )
-    commands = parser.add_subparsers(required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|all")
+    commands = parser.add_subparsers(required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|static|all")
     for name, (module, text) in BENCHMARKS.items():
         command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
         module.add_arguments(command, positive)
+    compiled = commands.add_parser(
+        "static", help="the kernels' machine code and predicted times; needs no GPU", description=static.__doc__
+    )
+    static.add_arguments(compiled)
     every = _add(commands, "all", "every one of them but the sweep, with its defaults for this machine", None)
     every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--static"]:
+        given[0] = "static"
+    arguments = parser.parse_args(given)
+    if arguments.name == "static":
+        static.run(arguments, compiled)
+        return 0
     if arguments.name != "all":
         _run(arguments)
         return 0

@@ -1,0 +1,208 @@
+"""The calls whose launches `static` compiles: every row of the tile tables in every variant that changes its code,
+and the small kernels, at the sizes that predictions are made for.
+
+InfoNCE: 256 queries, 65536 negatives. EMA and optimisers: the 161 tensors of a ResNet-50 with MoCo v2's head, or one
+of odd size. Ghost BatchNorm: activations of ResNets at 256 images of 224 pixels, in 8 parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mocofast_kernels.cpu_optim import Row
+from mocofast_kernels.ema import ema_update_
+from mocofast_kernels.enqueue import enqueue_
+from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
+from mocofast_kernels.infonce import infonce_forward
+from mocofast_kernels.infonce_backward import infonce_grad_negatives
+from mocofast_kernels.optim import adamw_, lars_, sgd_
+from mocofast_kernels.tables import FLOATS
+
+N, K = 256, 65536  # queries and negatives
+
+
+class Case(NamedTuple):
+    """A call whose launches are compiled, and the precision of PyTorch's float32 products it is made under."""
+
+    name: str
+    call: Callable[[], object]
+    matmul_precision: str = "highest"
+
+
+class Types(NamedTuple):
+    """Stored type of the inputs, type of the matrix operands, precision of float32 products."""
+
+    name: str
+    stored: torch.dtype
+    dot: torch.dtype
+    matmul_precision: str = "highest"
+
+
+TYPES = (
+    Types("bf16", torch.bfloat16, torch.bfloat16),
+    Types("fp16", torch.float16, torch.float16),
+    Types("fp32 as bf16", torch.float32, torch.bfloat16),
+    Types("fp32 as fp16", torch.float32, torch.float16),
+    Types("fp32 as tf32", torch.float32, torch.float32, "high"),
+    Types("fp32", torch.float32, torch.float32),
+)
+# Every row of the tile tables: whole blocks, partly filled ones, several chunks, and rows that are not aligned.
+COLUMNS = (16, 32, 64, 101, 120, 128, 200, 256, 300, 512, 768, 1024)
+
+
+class Variant(NamedTuple):
+    """A way to call the forward sweep; the names say what calls it so."""
+
+    name: str
+    normalize_negatives: bool
+    compute_grad: bool
+    online: bool
+    exclude: bool
+    transposed: bool = False
+    rank: bool = True
+
+
+VARIANTS = (
+    Variant("queue", False, True, False, False),
+    Variant("queue, temperature tensor", False, True, True, False),
+    Variant("queue, loss only", False, False, False, False),
+    Variant("queue, transposed", False, True, True, False, transposed=True),
+    Variant("queue, no ranks", False, True, False, False, rank=False),
+    Variant("in-batch", True, True, True, True),
+)
+
+
+def _forward(C: int, types: Types, variant: Variant) -> Callable[[], object]:
+    def call() -> object:
+        query = torch.empty(N, C, dtype=types.stored, device="meta")
+        negatives = torch.empty(K, C, dtype=types.stored, device="meta")
+        if variant.transposed:
+            negatives = torch.empty(C, K, dtype=types.stored, device="meta").T
+        return infonce_forward(
+            query, query, negatives, torch.empty((), device="meta") if variant.online else 0.07, normalize=True,
+            normalize_negatives=variant.normalize_negatives, exclude_period=N if variant.exclude else 0,
+            return_rank=variant.rank, compute_grad=variant.compute_grad, dot_dtype=types.dot,
+        )  # fmt: skip
+
+    return call
+
+
+def _grad_negatives(C: int, types: Types) -> Callable[[], object]:
+    def call() -> object:
+        row = torch.empty(N, device="meta")
+        query, negatives = (torch.empty(rows, C, dtype=types.stored, device="meta") for rows in (N, K))
+        return infonce_grad_negatives(
+            row, query, negatives, row, torch.empty((), device="meta"), normalize=True, normalize_negatives=True,
+            exclude_period=N, dot_dtype=types.dot,
+        )  # fmt: skip
+
+    return call
+
+
+def _enqueue(C: int, types: Types) -> Callable[[], object]:
+    def call() -> None:
+        queue = torch.empty(K, C, dtype=types.stored, device="meta")
+        pointer = torch.empty(1, dtype=torch.int64, device="meta")
+        enqueue_(queue, pointer, torch.empty(N, C, device="meta"), normalize=True)
+
+    return call
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """Shapes of a ResNet-50's parameters (torchvision's) with the two-layer head of MoCo v2: 27,966,656 weights."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inside, 1, 1))
+            for shape in convolutions:
+                shapes += [shape, shape[:1], shape[:1]]
+            inside = 4 * width
+    return [*shapes, (2048, 2048), (2048,), (128, 2048), (128,)]
+
+
+# What wide loads fit, and what they do not.
+WEIGHTS: dict[str, list[tuple[int, ...]]] = {"ResNet-50": resnet50(), "odd size": [(3, 9_322_219)]}
+
+
+def _ema(target: torch.dtype, weights: str, momentum: float | Tensor) -> Callable[[], object]:
+    def call() -> None:
+        targets = [torch.empty(shape, dtype=target, device="meta") for shape in WEIGHTS[weights]]
+        ema_update_(targets, [torch.empty(shape, device="meta") for shape in WEIGHTS[weights]], momentum)
+
+    return call
+
+
+def _optimizer(
+    step: Callable[..., None], dtype: torch.dtype, weights: str, number: float | Tensor, followed: bool
+) -> Callable[[], object]:
+    def row(shape: tuple[int, ...]) -> Row:
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        target, *shadows = (
+            empty(kind) if followed else None for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
+        )
+        state: tuple[Tensor, ...] = (empty(dtype),)
+        if step is adamw_:
+            state = (empty(dtype), empty(dtype), torch.empty((), device="meta"))
+        return Row(empty(dtype), empty(dtype), target, shadows[0], shadows[1], state)
+
+    options: dict[str, Any] = {"lr": number, "weight_decay": 0.1, "ema_momentum": number}
+    if step is adamw_:
+        options |= {"betas": (0.9, 0.999), "eps": 1e-8}
+    else:
+        options |= {"momentum": 0.9, **({"trust_coefficient": 0.001} if step is lars_ else {})}
+    return lambda: step([row(shape) for shape in WEIGHTS[weights]], **options)
+
+
+def _ghost_bn(
+    shape: tuple[int, int, int, int], parts: int, dtype: torch.dtype, relu: bool, residual: bool, running: bool
+) -> Callable[[], object]:
+    def call() -> None:
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        row = torch.empty(shape[1], device="meta")
+        statistics = (row, row) if running else (None, None)
+        output = ghost_bn_forward(
+            x, x if residual else None, row, row, *statistics, parts=parts, momentum=0.1, eps=1e-5, relu=relu
+        )
+        y = output.output if relu and residual else None
+        ghost_bn_backward(x, x, y, row, row, output.statistics, parts=parts, relu=relu)
+
+    return call
+
+
+# Widths of ResNets, with the last one's few rows; a width that masks columns; rows that are not aligned; so many rows
+# that their numbers need 64 bits.
+ACTIVATIONS = ((256, 64, 56, 56), (256, 2048, 7, 7), (256, 48, 28, 28), (256, 13, 7, 7), (2**20, 64, 56, 56))
+
+
+def cases() -> Iterator[Case]:
+    """Every row of the tile tables in every variant that changes its code, and the small kernels."""
+    for C, types in itertools.product(COLUMNS, TYPES):
+        for variant in VARIANTS:
+            name = f"forward, C={C}, {types.name}, {variant.name}"
+            yield Case(name, _forward(C, types, variant), types.matmul_precision)
+        yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
+    for C in COLUMNS:
+        yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
+    numbers = (0.1, torch.empty((), device="meta"))
+    for target, weights, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
+        yield Case(f"ema, {target}, {weights}, {type(momentum).__name__} momentum", _ema(target, weights, momentum))
+    for step, dtype, weights, number, followed in itertools.product(
+        (sgd_, lars_, adamw_), FLOATS, WEIGHTS, numbers, (True, False)
+    ):
+        average = "with" if followed else "without"
+        name = f"{step.__name__}, {dtype}, {weights}, {type(number).__name__} lr, {average} EMA"
+        yield Case(name, _optimizer(step, dtype, weights, number, followed))
+    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, FLOATS, (False, True), (False, True)):
+        name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
+        yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
+    yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))

@@ -1,0 +1,180 @@
+"""The kernels' machine code for GPUs that are not there: registers, spills, shared memory, occupancy, instructions,
+bytes, operations, and the time that a model predicts (`mocofast.bench.roofline` states it). No GPU is used.
+
+InfoNCE: 256 queries, 65,536 negatives. EMA and optimisers: a ResNet-50 with a two-layer head. Ghost BatchNorm:
+activations of 256 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mocofast.bench.roofline import GPUS, LAUNCH, Prediction, predict
+
+if TYPE_CHECKING:
+    from mocofast_kernels.static import Launch, Report
+
+# One case of every family, which the summary shows.
+HEADLINES = {
+    "info_nce, bf16": "forward, C=128, bf16, queue",
+    "info_nce, bf16, no ranks": "forward, C=128, bf16, queue, no ranks",
+    "info_nce, bf16, loss only": "forward, C=128, bf16, queue, loss only",
+    "info_nce, bf16, temperature tensor": "forward, C=128, bf16, queue, temperature tensor",
+    "info_nce, bf16, in-batch": "forward, C=128, bf16, in-batch",
+    "info_nce, bf16, gradient of negatives": "backward, C=128, bf16",
+    "info_nce, fp32 queue, bf16 products": "forward, C=128, fp32 as bf16, queue",
+    "info_nce, fp32 queue, tf32 products": "forward, C=128, fp32 as tf32, queue",
+    "info_nce, fp32": "forward, C=128, fp32, queue",
+    "info_nce, bf16, C = 256": "forward, C=256, bf16, queue",
+    "info_nce, bf16, C = 1024": "forward, C=1024, bf16, queue",
+    "enqueue 256 keys": "enqueue, C=128, fp32",
+    "EMA": "ema, torch.float32, ResNet-50, float momentum",
+    "SGD + EMA + bf16 copies": "sgd_, torch.float32, ResNet-50, float lr, with EMA",
+    "LARS + EMA + bf16 copies": "lars_, torch.float32, ResNet-50, float lr, with EMA",
+    "AdamW + EMA + bf16 copies": "adamw_, torch.float32, ResNet-50, float lr, with EMA",
+    "ghost BatchNorm, forward and backward": "ghost_bn, (256, 64, 56, 56), torch.bfloat16, relu",
+}
+# Of a row of the full data, for each architecture. Times in microseconds.
+FIELDS = (
+    "registers", "spills", "shared", "tensor_memory", "warps", "programs", "resident", "instructions",
+    "matrix_instructions", "loop", "bytes", "operations", "microseconds", "limit",
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One launch, as compiled for one architecture and as the model sees it."""
+
+    report: Report
+    launch: Launch
+    prediction: Prediction
+
+    def values(self) -> list[Any]:
+        """In the order of FIELDS."""
+        r, p = self.report, self.prediction
+        return [
+            r.registers, r.spills, r.shared, r.tensor_memory, r.warps, p.programs, p.resident, r.instructions,
+            r.hgmma + r.tcgen + r.mma, r.loop, p.bytes, p.operations, round(1e6 * p.time, 2), p.limit,
+        ]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to compile, and files to write."""
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name holds a match (default: all)")
+    parser.add_argument("--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full data: one JSON object a line")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the summary as Markdown")
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Compile, print a line for each kernel as it comes, write the files."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
+    try:
+        from mocofast_kernels import static
+    except ImportError as error:
+        parser.error(f"Triton is needed to compile its kernels: {error}")
+    capabilities = (arguments.capability,) if arguments.capability else tuple(GPUS)
+    calls: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    data: dict[tuple[str, str, int], dict[str, Any]] = {}
+    print(HEADER)
+    for report, launch, first in static.reports(arguments.only, capabilities):
+        row = Row(report, launch, predict(launch, report, GPUS[report.capability]))
+        call = calls[report.case, report.capability]
+        call.append(row)
+        if first:
+            print(line(row), flush=True)
+            entry = data.setdefault(
+                (report.case, report.kernel, len(call)), {"case": report.case, "kernel": report.kernel}
+            )
+            entry[f"sm_{report.capability}"] = row.values()
+    if not calls:
+        parser.error(f"no case has a match of --only {arguments.only!r}")
+    text = summary(calls)
+    print(f"\n{text}")
+    if arguments.json is not None:
+        import triton
+
+        head = {"benchmark": "static", "triton": triton.__version__, "fields": FIELDS}
+        arguments.json.write_text("".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8")
+    if arguments.summary is not None:
+        arguments.summary.write_text(f"{PREFACE}\n{limits()}\n{text}", "utf-8")
+
+
+HEADER = (
+    f"{'GPU':5}{'regs':>5}{'spill':>6}{'shared':>8}{'programs':>9}{'resident':>9}{'warps':>6}{'code':>6}{'matrix':>7}"
+    f"{'MB':>8}{'GFLOP':>8}{'us':>8} limit   kernel (case)"
+)
+
+
+def line(row: Row) -> str:
+    """A line of the full table."""
+    r, p = row.report, row.prediction
+    return (
+        f"{GPUS[r.capability].name:5}{r.registers:5}{r.spills:6}{r.shared:8}{p.programs:9}{p.resident:9}"
+        f"{p.resident * r.warps:6}{r.instructions:6}{r.hgmma + r.tcgen + r.mma:7}{p.bytes / 1e6:8.1f}"
+        f"{p.operations / 1e9:8.2f}{1e6 * p.time:8.1f} {p.limit:7} {r.kernel} ({r.case})"
+    )
+
+
+PREFACE = """# What the machine code says
+
+Written by `mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md`,
+without a GPU: registers, shared memory and instructions are facts of the code, times are predictions of the model
+that `mocofast/bench/roofline.py` states, with the numbers of the first table. The floor is the largest of what the
+matrix units, the float32 lanes and the memory take. Every kernel and variant is in `static.jsonl`.
+
+InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA
+and optimisers with the 27,966,656 weights of a ResNet-50 and its two-layer head; BatchNorm over 256 x 64 x 56 x 56 in
+bf16, 8 parts, with ReLU.
+"""
+
+
+def limits() -> str:
+    """The table of what the model takes a GPU to have."""
+    lines = [
+        "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz | of a multiprocessor: registers | shared, KB |"
+        " threads | bf16 operations a clock | float32 lanes | exponentials | L2, bytes a clock |",
+        "|---" * 12 + "|",
+    ]
+    for capability, gpu in GPUS.items():
+        lines.append(
+            f"| {gpu.name} (sm_{capability}) | {gpu.processors} | {gpu.matrix_rate / 1e12:.0f} |"
+            f" {gpu.bandwidth / 1e12:.2f} | {gpu.clock / 1e9:.2f} | {gpu.registers} | {gpu.shared // 1024} |"
+            f" {gpu.threads} | {gpu.matrix} | {gpu.lanes} | {gpu.special} | {gpu.l2 / gpu.processors:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
+    """Whole calls at their headline sizes: the slowest kernel's code, all kernels' bytes, operations and time. The
+    floor is the largest of what matrix units, float32 lanes and memory take."""
+    lines = [
+        "| call | GPU | slowest kernel | registers | spills | shared, KB | programs and warps a multiprocessor |"
+        " matrix instructions | MB | GFLOP | floor, us | predicted, us | limit |",
+        "|---" * 13 + "|",
+    ]
+    for name, case in HEADLINES.items():
+        for capability, gpu in GPUS.items():
+            rows = calls.get((case, capability))
+            if not rows:
+                continue
+            slowest = max(rows, key=lambda row: row.prediction.time)
+            r, p = slowest.report, slowest.prediction
+            floor = max(
+                sum(getattr(row.prediction, name) for row in rows) for name in ("matrix", "float32", "memory")
+            )
+            predicted = sum(row.prediction.time for row in rows) + LAUNCH * len(rows)
+            lines.append(
+                f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "
+                f"{sum(row.report.spills for row in rows)} | {r.shared / 1024:.0f} | "
+                f"{p.resident}, {p.resident * r.warps} | {r.hgmma + r.tcgen + r.mma} | "
+                f"{sum(row.prediction.bytes for row in rows) / 1e6:.1f} | "
+                f"{sum(row.prediction.operations for row in rows) / 1e9:.2f} | {1e6 * floor:.1f} | "
+                f"{1e6 * predicted:.1f} | {p.limit} |"
+            )
+    return "\n".join(lines) + "\n"

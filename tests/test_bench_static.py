@@ -1,0 +1,152 @@
+"""`mocofast bench static`: what it reads off machine code, counts and predicts, and the table that is committed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mocofast.bench.roofline import GPUS, residents
+from tests.triton_device import DEVICE
+
+pytest.importorskip("triton")
+
+from mocofast_kernels.static import PROCESSORS, Report, disassembled, main_loop
+
+assert DEVICE  # imported for Triton's interpreter, which has to be chosen before Triton is loaded
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "benchmarks" / "results" / "static.jsonl"
+MOCO = "forward, C=128, bf16, queue"
+EMA = "ema, torch.float32, ResNet-50, float momentum"
+ENQUEUE = "enqueue, C=128, fp32"
+LARS = "lars_, torch.float32, ResNet-50, float lr, with EMA"
+
+
+def _run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, since this one interprets."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "mocofast", "bench", "--static", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=False)
+
+
+def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]]]:
+    """The first line, and by case, kernel and architecture what the others hold, by name."""
+    head, *lines = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for entry in lines:
+        for name in (name for name in entry if name.startswith("sm_")):
+            rows.setdefault(
+                (entry["case"], entry["kernel"], name), dict(zip(head["fields"], entry[name], strict=True))
+            )
+    return head, rows
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
+    """What it printed, the rows it wrote, and its summary, for one case of each kind."""
+    folder = tmp_path_factory.mktemp("static")
+    only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
+    result = _run("--only", only, "--json", str(folder / "rows"), "--summary", str(folder / "summary"))
+    assert result.returncode == 0, result.stderr
+    return result.stdout, _table(folder / "rows")[1], (folder / "summary").read_text("utf-8")
+
+
+def test_bytes_and_operations_are_those_of_the_mathematics(table: Any) -> None:
+    _, rows, _ = table
+    weights = 27_966_656  # torchvision's ResNet-50 without fc, 23,508,032, and the two layers of the head
+    assert rows[EMA, "_ema_kernel", "sm_90"]["bytes"] == 3 * 4 * weights
+    vectors = 53_120 + 2048 + 128  # the two numbers of each normalised channel, and the head's biases
+    assert rows[LARS, "_squares_kernel", "sm_90"]["bytes"] == 2 * 4 * (weights - vectors)
+    # Keys in float32 are read, the rows they go to written, the pointer read.
+    assert rows[ENQUEUE, "_enqueue_kernel", "sm_90"]["bytes"] == 2 * 4 * 256 * 128 + 8
+    for capability in PROCESSORS:
+        sweep = rows[MOCO, "_sweep_kernel", f"sm_{capability}"]
+        assert sweep["operations"] == 4 * 256 * 65536 * 128
+        splits = sweep["programs"] // (256 // 64)
+        # Queries, positives and queue in bfloat16; for each part sums, and of every row total and rank.
+        assert sweep["bytes"] == 2 * 128 * (256 + 256 + 65536) + splits * 256 * (4 * 128 + 4 + 4) - 2 * 128 * 256
+
+
+def test_the_time_of_the_headline_is_its_waves_of_rounds(table: Any) -> None:
+    _, rows, summary = table
+    sweep = rows[MOCO, "_sweep_kernel", "sm_90"]
+    # 512 tiles in 64 parts: 8 rounds and 2 more, of two programs with 4 x 64 x 128 x 128 operations at 4096 a clock.
+    assert sweep["programs"] == 4 * 64
+    assert sweep["resident"] == 2
+    assert sweep["limit"] == "matrix"
+    expected = 10 * 2 * (4 * 64 * 128 * 128 / 4096) / GPUS[90].clock
+    assert sweep["microseconds"] == pytest.approx(1e6 * expected, abs=0.01)
+    assert "| info_nce, bf16 | H200 | sweep_kernel |" in summary
+
+
+def test_the_main_loop_is_the_one_over_whole_tiles(table: Any) -> None:
+    """The ragged end's loop holds a quarter of the exponentials, and at least as many matrix instructions."""
+    printed, rows, _ = table
+    assert f"({MOCO})" in printed
+    for name, fewest, most in (("sm_90", 400, 600), ("sm_80", 700, 1100)):
+        # 64 x 128 logits are 64 a thread; 5 to 10 instructions each, with the loads and products of older units more.
+        assert fewest < rows[MOCO, "_sweep_kernel", name]["loop"] < most
+
+
+def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
+    head, committed = _table(COMMITTED)
+    if head["triton"] != importlib.metadata.version("triton"):
+        pytest.skip(f"the table is Triton {head['triton']}'s")
+    for key, row in table[1].items():
+        if key in committed:  # equal code stands once, at the first case that has it
+            assert committed[key] == row, f"{key}: regenerate it as benchmarks/results/static.md says"
+    assert {(MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS} <= committed.keys()
+    assert max(row["spills"] for row in committed.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "message"),
+    [
+        (("--only", "no such case"), {}, "no case has a match"),
+        ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET"),
+    ],
+)
+def test_what_cannot_be_compiled_exits_with_2(
+    options: tuple[str, ...], variables: dict[str, str], message: str
+) -> None:
+    result = _run(*options, **variables)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def _report(**numbers: int) -> Report:
+    return Report("", "", 90, **{name: numbers.get(name, 0) for name in Report._fields[3:]})
+
+
+def test_occupancy_is_what_registers_shared_memory_threads_and_tensor_memory_allow() -> None:
+    assert residents(_report(registers=255, warps=4), GPUS[90]) == 2  # 65536 / (256 x 128)
+    assert residents(_report(registers=255, warps=8), GPUS[90]) == 1
+    assert residents(_report(registers=16, warps=4), GPUS[90]) == 16  # 2048 threads
+    assert residents(_report(registers=16, warps=1), GPUS[90]) == 32
+    assert residents(_report(registers=33, warps=4), GPUS[90]) == 12  # 33 are allocated as 40
+    assert residents(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2  # and 1 KB each of 164
+    assert residents(_report(registers=128, warps=4, shared=82 * 1024), GPUS[80]) == 1
+    assert residents(_report(registers=128, warps=4, tensor_memory=256), GPUS[100]) == 2
+
+
+def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_all_forms() -> None:
+    lines = [
+        "MOV R1, R2", "@!P0 BRA 0x00c0",
+        "FADD R1, R1, R2", "FFMA R1, R1, R2, R3", "@P1 BRA 0x0030", "MUFU.EX2 R1, R1", "@P0 CALL.REL.NOINC 0x0080",
+        "BRA 0x0020", "MUFU.EX2 R1, R1", "MUFU.EX2 R1, R1", "NOP", "BRA.U !UP2, 0x0080", "EXIT", "BRA 0x00d0",
+    ]  # fmt: skip
+    code = disassembled("\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines)))
+    # Loops: 0x20 to 0x70 with an inner one from 0x30 to 0x40, and 0x80 to 0xb0, which has more exponentials.
+    assert main_loop(code, 5) == {"MUFU": 2, "BRA": 1}
+    shorter = [x for x in code if x.address != 0x90]
+    assert main_loop(shorter, 5) == {"MUFU": 1, "BRA": 1}
+    outer = [x for x in code if x.address not in (0x80, 0x90)]
+    assert main_loop(outer, 5) == {"FADD": 1, "FFMA": 5, "BRA": 6, "MUFU": 1, "CALL": 1}
