@@ -198,6 +198,26 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def prepare(argv: Sequence[str]) -> int:
+    """a compact copy of a folder of images, as tar shards"""
+    from mocofast.data import prepare as module
+
+    parser = _Parser(prog="mocofast prepare", description=module.__doc__)
+    parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
+    parser.add_argument("out", help="the folder to write, for data.source=shards; must not exist")
+    for setting in settings.settings("prepare", module.PrepareConfig):
+        flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
+        shown = f"{setting.help} [{setting.default}]"
+        parser.add_argument(flag, type=setting.type, default=setting.default, metavar="N", help=shown)
+    given = vars(parser.parse(argv))
+    source, out = given.pop("source"), given.pop("out")
+    meta = module.prepare(source, out, module.PrepareConfig(**given))
+    for name, reason in meta["skipped"].items():
+        print(f"left out: {name}: {reason}")
+    print(f"{sum(meta['images'].values())} images in {out}; mocofast pretrain --data.source shards --data.path {out}")
+    return 0
+
+
 def bench(argv: Sequence[str]) -> int:
     """time the kernels and loaders beside eager PyTorch"""
     from mocofast.bench import main
@@ -217,7 +237,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (pretrain, knn, linear, finetune, export, bench, doctor)
+    command.__name__: command for command in (pretrain, knn, linear, finetune, export, prepare, bench, doctor)
 }
 
 
