@@ -146,8 +146,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_what_failed(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--size", "0", "at least 1, got 0"),
-        ("--quality", "101", "1 to 100, got 101"),
+        ("--size", "0", "at least 1"),
+        ("--quality", "101", "1 to 100"),
         ("--shard-mb", "0", "at least 1"),
     ],
 )
