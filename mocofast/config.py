@@ -64,6 +64,9 @@ class DataConfig:
     workers: int = option(
         -1, "loader threads or processes per rank; -1 takes the cores there are, 0 loads in-process"
     )
+    prefetch: int = option(2, "batches decoded ahead, and as many finished ones that wait (torchvision: a worker's)")
+    hw_decoder_load: float = option(0.65, "DALI on a GPU with a JPEG decoder: its share of the images, 0 to 1")
+    preallocate: tuple[int, int] = option((0, 0), "DALI on a GPU: width and height to make room for at the start")
     drop_last: bool = option(True, "leave out an epoch's last batch where it is smaller")
     holdout: float = option(0.1, "share of a labelled set without its own val/ or test/ folder kept for kNN, 0 to 1")
 

@@ -19,7 +19,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from nvidia.dali import types
 
-from mocofast.config import AugmentConfig
+from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import dali_loader
 from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.image_files import image_size, undecodable
@@ -251,6 +251,7 @@ def test_crops_reach_pytorch_without_a_copy() -> None:
         (CROP_ONLY,),
         False,
         np.ndarray,
+        DataConfig(),
         batch_size=1,
         num_threads=1,
         device_id=None,

@@ -27,13 +27,11 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
-from mocofast.config import AugmentConfig
+from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.image_files import image_size, undecodable
 from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
 from mocofast.data.view_ops import apply_view_ops
 
-DECODED_AHEAD = 2  # batches inside DALI
-READY_AHEAD = 2  # finished batches that wait for the training loop
 # Pixels of a view that `view_ops` handles in one call. On a CPU its dozen planes should stay in the L2 cache
 # (half as fast at 40 views of 224 pixels as at 1); on a GPU more pixels amortise kernel launches.
 CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
@@ -49,7 +47,9 @@ class _Plan(NamedTuple):
 
 
 @pipeline_def
-def _crops(read: Any, augments: Sequence[AugmentConfig], on_gpu: bool, kind: type) -> tuple[Any, ...]:
+def _crops(
+    read: Any, augments: Sequence[AugmentConfig], on_gpu: bool, kind: type, data: DataConfig
+) -> tuple[Any, ...]:
     """Per view, (B, S, S, 3) uint8: decoded, cropped, resized. read() gives the images, of a kind that
     `Source.load` has, and for each view the crops' corners (B, 2) and shapes (B, 2), int32."""
     layout = None if kind is not np.ndarray else ["HWC"] + 2 * len(augments) * [""]
@@ -62,6 +62,9 @@ def _crops(read: Any, augments: Sequence[AugmentConfig], on_gpu: bool, kind: typ
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
+            hw_decoder_load=data.hw_decoder_load,
+            preallocate_width_hint=data.preallocate[0],
+            preallocate_height_hint=data.preallocate[1],
             jpeg_fancy_upsampling=True,  # as libjpeg, so that both devices see the same pixels
         )
     elif on_gpu:
@@ -95,14 +98,17 @@ class DaliLoader:
         seed: int,
         device: torch.device,
         workers: int,
+        data: DataConfig | None = None,
     ) -> None:
-        """augments: one per view. workers: threads that decode, and as many that augment where device is a CPU."""
+        """augments: one per view. workers: threads that decode, and as many that augment where device is a CPU.
+        data: for `prefetch`, `hw_decoder_load` and `preallocate`."""
         self.reason = ""
-        batches = _Batches(source, augments, shard, seed, device, workers)
+        data = data or DataConfig()
+        batches = _Batches(source, augments, shard, seed, device, workers, data)
         self.steps_per_epoch = batches.steps
         self.skipped = batches.skipped
         self._device = device
-        self._producer = _Producer(batches)
+        self._producer = _Producer(batches, data.prefetch)
         self._position: tuple[int, int] | None = None  # (epoch, step) that the producer hands out next
         self._iteration = 0
         # At the latest when the interpreter exits: a thread inside DALI must not outlive it.
@@ -131,13 +137,13 @@ class DaliLoader:
 
 
 class _Producer:
-    """A thread that keeps READY_AHEAD batches ready, into the next epochs too."""
+    """A thread that keeps `ahead` batches ready, into the next epochs too."""
 
-    def __init__(self, batches: _Batches) -> None:
+    def __init__(self, batches: _Batches, ahead: int) -> None:
         self._batches = batches
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(READY_AHEAD)
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(ahead)
 
     def start(self, epoch: int, step: int) -> None:
         self.stop()
@@ -191,11 +197,12 @@ class _Batches:
         seed: int,
         device: torch.device,
         workers: int,
+        data: DataConfig,
     ) -> None:
         self.steps = shard.steps(len(source))
         self.skipped: dict[int, str] = {}
         self._source, self._augments, self._shard, self._seed = source, augments, shard, seed
-        self._device, self._threads = device, max(1, workers)
+        self._device, self._threads, self._data = device, max(1, workers), data
         self._kind = type(source.load(0))
         self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # (height, width); 0 where not known yet
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last epoch asked for
@@ -257,10 +264,11 @@ class _Batches:
             self._augments,
             on_gpu,
             self._kind,
+            self._data,
             batch_size=self._shard.batch_size // self._shard.world_size,
             num_threads=self._threads,
             device_id=self._stream.device_index if self._stream is not None else None,
-            prefetch_queue_depth=DECODED_AHEAD,
+            prefetch_queue_depth=self._data.prefetch,
             exec_dynamic=True,
         )
         pipeline.build()

@@ -36,11 +36,11 @@ def build_loader(
     if choice == "dali":
         from mocofast.data.dali_loader import DaliLoader
 
-        loader = DaliLoader(source, augments, shard, seed, device, workers)
+        loader = DaliLoader(source, augments, shard, seed, device, workers, data)
     else:
         from mocofast.data.torchvision_loader import TorchvisionLoader
 
-        loader = TorchvisionLoader(source, augments, shard, seed, device, workers)
+        loader = TorchvisionLoader(source, augments, shard, seed, device, workers, data)
     loader.reason = reason
     return loader
 

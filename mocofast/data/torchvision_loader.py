@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mocofast.config import AugmentConfig
+from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.image_files import opened
 from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
 
@@ -177,14 +177,16 @@ class TorchvisionLoader:
         seed: int,
         device: torch.device,
         workers: int,
+        data: DataConfig | None = None,
     ) -> None:
-        """augments: one per view. workers: processes; 0 loads in this one."""
+        """augments: one per view. workers: processes; 0 loads in this one. data: for `prefetch`."""
         self.reason = ""
         self.steps_per_epoch = shard.steps(len(source))
         self.skipped: dict[int, str] = {}
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
         self._device = device
         self._workers = workers
+        self._prefetch = (data or DataConfig()).prefetch if workers else None
         self._samples = _Samples(source, augments, seed)
         self._steps = _Steps(source, shard, seed)
         self._batches: DataLoader[Any] | None = None
@@ -204,6 +206,7 @@ class TorchvisionLoader:
                 batch_sampler=self._steps,
                 collate_fn=_collate,
                 num_workers=self._workers,
+                prefetch_factor=self._prefetch,
                 persistent_workers=self._workers > 0,
                 pin_memory=self._device.type == "cuda",
                 # A generator of its own: else each pass would draw from the global one, and so change a run.
