@@ -69,7 +69,7 @@ class _Options(NamedTuple):
     dot_dtype: torch.dtype
 
 
-def info_nce_rows(
+def info_nce(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
@@ -79,8 +79,10 @@ def info_nce_rows(
     normalize_negatives: bool,
     exclude_period: int,
     return_rank: bool,
+    reduction: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of every row, (N,) float32, with its gradient; rank (N,) int32 or None. Arguments are checked already."""
+    """Loss, float32, (N,) or reduced to (), with its gradient; rank (N,) int32 or None. Arguments are checked
+    already."""
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dot_dtype = torch.get_autocast_dtype(device_type)
@@ -92,12 +94,18 @@ def info_nce_rows(
     needs_negatives = torch.is_grad_enabled() and negatives.requires_grad
     if torch.compiler.is_compiling():
         loss, _, rank, _, _, _ = _info_nce_op(query, positive, negatives, tensor, scalar, *options, any(needs))
-        return loss, rank if return_rank else None
+        return _reduced(loss, reduction), rank if return_rank else None
     if any(needs) or needs_negatives:
         # Not the op above: its wrapper costs tens of microseconds a call.
-        return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, any(needs))
+        return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, reduction)
     forward = _forward(query, positive, negatives, temperature, options, compute_grad=False)
-    return forward.loss, forward.rank
+    return _reduced(forward.loss, reduction), forward.rank
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _forward(
@@ -107,16 +115,18 @@ def _forward(
     temperature: float | Tensor,
     options: _Options,
     compute_grad: bool,
+    only_query: bool = False,
 ) -> InfoNCEForward:
     device_type = query.device.type
     with _without_autocast(device_type):
         return _backend(device_type).infonce_forward(
-            query.detach(),
-            positive.detach(),
-            negatives.detach(),
-            temperature.detach() if isinstance(temperature, Tensor) else temperature,
+            query,
+            positive,
+            negatives,
+            temperature,
             **options._asdict(),
             compute_grad=compute_grad,
+            only_query=only_query,
         )
 
 
@@ -156,16 +166,17 @@ class _InfoNCE(torch.autograd.Function):
         temperature: Tensor | None,
         scalar: float,
         options: _Options,
-        compute_grad: bool,
+        reduction: str,
     ) -> tuple[Tensor, Tensor | None]:
-        result = _forward(
-            query, positive, negatives, scalar if temperature is None else temperature, options, compute_grad
-        )
+        need_query, need_positive, need_negatives, need_temperature = ctx.needs_input_grad[:4]
+        only_query = not (need_positive or need_negatives or need_temperature)
+        compute_grad = need_query or need_positive or need_temperature
+        at = scalar if temperature is None else temperature
+        result = _forward(query, positive, negatives, at, options, compute_grad, only_query)
         if result.rank is not None:
             ctx.mark_non_differentiable(result.rank)
-        ctx.options, ctx.scalar = options, scalar
+        ctx.options, ctx.scalar, ctx.reduction, ctx.rows = options, scalar, reduction, len(query)
         ctx.dtypes = (query.dtype, positive.dtype, negatives.dtype)
-        need_query, need_positive, need_negatives, need_temperature = ctx.needs_input_grad[:4]
         # Inputs are kept only where a gradient needs them, so that a queue may be overwritten before backward.
         ctx.save_for_backward(
             result.grad_query if need_query else None,
@@ -177,7 +188,8 @@ class _InfoNCE(torch.autograd.Function):
             negatives if need_negatives else None,
             temperature if need_temperature or need_negatives else None,
         )
-        return result.loss, result.rank
+        # Reduced here, which spares autograd a node.
+        return _reduced(result.loss, reduction), result.rank
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -185,15 +197,17 @@ class _InfoNCE(torch.autograd.Function):
         query_dtype, positive_dtype, negatives_dtype = ctx.dtypes
         grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
+            factor = grad_loss / ctx.rows if ctx.reduction == "mean" else grad_loss  # of every row's loss, () or (N,)
+            column = factor[:, None] if factor.dim() else factor
             if grad_query is not None:
-                grads[0] = (grad_loss[:, None] * grad_query).to(query_dtype)
+                grads[0] = (grad_query * column).to(query_dtype)
             if grad_positive is not None:
-                grads[1] = (grad_loss[:, None] * grad_positive).to(positive_dtype)
+                grads[1] = (grad_positive * column).to(positive_dtype)
             if lse is not None:
-                at = ctx.scalar if temperature is None else temperature
-                grads[2] = _grad_negatives(grad_loss, query, negatives, lse, at, ctx.options).to(negatives_dtype)
+                at, factors = ctx.scalar if temperature is None else temperature, factor.expand(ctx.rows)
+                grads[2] = _grad_negatives(factors, query, negatives, lse, at, ctx.options).to(negatives_dtype)
             if grad_scale is not None:
-                grads[3] = _temperature_grad(grad_loss, grad_scale, temperature).to(temperature.dtype)
+                grads[3] = _temperature_grad(factor, grad_scale, temperature).to(temperature.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             inputs = (grad_loss, query, positive, negatives, temperature)
             grads = [None if grad is None else _FirstDerivative.apply(grad, *inputs) for grad in grads]
@@ -236,6 +250,7 @@ def _info_nce_op(
     result = _forward(
         query, positive, negatives, scalar if temperature is None else temperature, options, compute_grad
     )
+    assert result.lse is not None  # not only the query's gradient was asked for
     # An op's outputs cannot be None: empty tensors stand for what was not asked.
     return (
         result.loss,

@@ -90,7 +90,7 @@ def info_nce(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}: got {reduction!r}")
     in_batch = negative_keys is None
-    loss, rank = autograd.info_nce_rows(
+    loss, rank = autograd.info_nce(
         query,
         positive_key,
         positive_key if negative_keys is None else negative_keys,
@@ -99,8 +99,8 @@ def info_nce(
         normalize_negatives=normalize and (in_batch or not negatives_normalized),
         exclude_period=len(query) if in_batch else 0,
         return_rank=return_rank,
+        reduction=reduction,
     )
-    loss = _reduced(loss, reduction)
     return (loss, rank) if return_rank else loss
 
 
@@ -118,7 +118,7 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float | Tensor = 0.5, redu
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}: got {reduction!r}")
     views = torch.cat([z_a, z_b])
-    loss, _ = autograd.info_nce_rows(
+    loss, _ = autograd.info_nce(
         views,
         torch.cat([z_b, z_a]),
         views,
@@ -127,8 +127,9 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float | Tensor = 0.5, redu
         normalize_negatives=True,
         exclude_period=len(z_a),  # leaves out the view itself and its positive, which has its own term
         return_rank=False,
+        reduction=reduction,
     )
-    return _reduced(loss, reduction)
+    return loss
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float 
     scale = _checked_temperature(logit_scale, image_features.device, "logit_scale")
     pairs = ((image_features, text_features), (text_features, image_features))
     losses = [
-        autograd.info_nce_rows(
+        autograd.info_nce(
             query,
             key,
             key,
@@ -155,10 +156,11 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float 
             normalize_negatives=False,
             exclude_period=len(query),
             return_rank=False,
+            reduction="mean",
         )[0]
         for query, key in pairs
     ]
-    return (losses[0].mean() + losses[1].mean()) / 2
+    return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()
@@ -217,12 +219,6 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
         raise ValueError(f"pointer must be an int64 tensor of shape (1,): got {_described(pointer)}")
     _check_same("pointer", pointer.device, "device of queue", queue.device)
     autograd.enqueue_(queue, pointer, keys, normalize)
-
-
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _described(value: Any) -> str:

@@ -25,6 +25,7 @@ def forward(query: Tensor, positive: Tensor, negatives: Tensor, temperature: flo
         "exclude_period": 0,
         "return_rank": True,
         "compute_grad": True,
+        "only_query": False,
         "dot_dtype": torch.float32,
     }
     return cpu.infonce_forward(query, positive, negatives, temperature, **{**options, **changes})
@@ -94,6 +95,15 @@ def test_unasked_fields_are_none() -> None:
     assert result.grad_scale is None
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.1])  # with and without a maximum
+def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: float) -> None:
+    inputs = features(0, 5, 4), features(1, 5, 4), features(2, 9, 4)
+    everything, alone = (forward(*inputs, temperature, only_query=only_query) for only_query in (False, True))
+    for name in ("loss", "rank", "grad_query"):
+        assert torch.equal(getattr(everything, name), getattr(alone, name)), name
+    assert alone.lse is alone.grad_positive is alone.grad_scale is None
+
+
 @pytest.mark.parametrize("threads", [1, 3])  # which decides into how many parts a block is split
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 @pytest.mark.parametrize(("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)])
@@ -102,7 +112,7 @@ def test_excluded_negatives_neither_count_nor_get_a_gradient(
 ) -> None:
     """In-batch (P = N), SimCLR (P = N / 2), several blocks both ways, and rows with nothing left (P = 1)."""
     monkeypatch.setattr(cpu, "ROWS", 64)
-    monkeypatch.setattr(cpu, "COLUMNS", 256)
+    monkeypatch.setattr(cpu, "PART", 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     query, keys = features(0, count, 6), features(1, count, 6)
     result = forward(query, keys, keys, temperature, exclude_period=period)

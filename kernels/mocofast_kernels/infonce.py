@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, block_of, forward_tile, kernel_slots, split_count
+from mocofast_kernels.configs import REGISTERS, Tile, block_of, kernel_slots, split_count
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.rows import (
     dot_kind,
@@ -30,6 +30,7 @@ from mocofast_kernels.rows import (
     triton_dtype,
     unit_rows,
 )
+from mocofast_kernels.tiles import Products, tile_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -279,6 +280,26 @@ def _combine_kernel(
         tl.store(grad_positive + row * C + columns[None, :], to_positive, mask=(columns < C)[None, :])
 
 
+def forward_products(
+    negatives: Tensor,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    normalize_negatives: bool,
+    dot_dtype: torch.dtype,
+) -> Products:
+    """What decides the tile of `infonce_forward`."""
+    C = negatives.shape[1]
+    aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
+    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives
+    # Scores of unit vectors lie in [-1, 1], so the largest logit is known, 1/T, and probabilities relative to it
+    # reach down to e^(-2/T): float32 and bfloat16 hold that, float16 does not. Negatives that the caller need not
+    # have normalised are unit vectors already (the queue).
+    online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
+    online = online or dot_dtype == torch.float16
+    return Products("forward", C, dot_kind(dot_dtype), aligned, plain, online)
+
+
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -291,7 +312,9 @@ def infonce_forward(
     return_rank: bool,
     compute_grad: bool,
     dot_dtype: torch.dtype,
+    only_query: bool = False,
     num_splits: int | None = None,
+    tile: Tile | None = None,
 ) -> InfoNCEForward:
     """InfoNCE of every row and, in the same sweep, its gradients and the positive's rank.
 
@@ -299,7 +322,9 @@ def infonce_forward(
     temperature: float > 0, or a tensor () on the same device, read there. normalize: query and positive are
     divided by max(|x|, 1e-12) inside, normalize_negatives: so are the negatives. exclude_period P > 0 leaves negative
     j out of row i where j % P == i % P. dot_dtype: of the operands of matrix products; sums are float32 always.
-    num_splits forces how many parts the negatives are split into; the default fills the GPU.
+    only_query (no gradient but the query's is needed) changes nothing: the others are by-products of the same kernel.
+    num_splits forces how many parts the negatives are split into; the default fills the GPU. tile forces a tile that
+    `tiles.check` lets pass.
 
     Returns, for each of the N rows: loss = lse - s_+ / T and lse (N,) float32; rank (N,) int32, how many negatives
     score above the positive, or None; and with compute_grad the loss's gradients by query, by positive (N, C)
@@ -310,14 +335,11 @@ def infonce_forward(
     assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
     query, positive, negatives = narrow(query), narrow(positive), narrow(negatives)
     is_pointer = isinstance(temperature, Tensor)
-    # Scores of unit vectors lie in [-1, 1], so the largest logit is known, 1/T, and probabilities relative to it
-    # reach down to e^(-2/T): float32 and bfloat16 hold that, float16 does not. Negatives that the caller need not
-    # have normalised are unit vectors already (the queue).
-    online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
-    online = online or dot_dtype == torch.float16
-    aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
-    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives
-    tile = forward_tile(C, dot_kind(dot_dtype), aligned, plain, online)
+    products = forward_products(
+        negatives, temperature, normalize=normalize, normalize_negatives=normalize_negatives, dot_dtype=dot_dtype
+    )
+    online = products.online
+    tile = tile or tile_of(products, query.device)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
