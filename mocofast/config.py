@@ -40,6 +40,8 @@ class ModelConfig:
         True, "shuffle the keys' images over ranks (or BatchNorm splits), so that BN cannot leak"
     )
     bn_splits: int = option(1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one")
+    sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
+    hidden_dim: int = option(4096, "width of the projector's and predictor's hidden layers (MoCo v3, BYOL)")
     symmetric: bool = option(False, "MoCo: both views are queries and keys; the loss is the sum (MoCo v2+)")
     queue_dtype: str = option("float32", "type the queue is stored in", ("float32", "bfloat16", "float16"))
 
@@ -87,17 +89,23 @@ class AugmentConfig:
     gray_first: bool = option(True, "grayscale before the colour jitter (MoCo v1) instead of after it (v2)")
     blur: float = option(0.0, "probability of Gaussian blur")
     blur_sigma: tuple[float, float] = option((0.1, 2.0), "standard deviation of the blur, in pixels")
+    solarize: float = option(0.0, "probability of inverting all values of 128 and more")
+    blur_2: float = option(-1.0, "blur's probability in the second view; -1: as in the others")
+    solarize_2: float = option(-1.0, "solarize's probability in the second view; -1: as in the others")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "channel means that normalise [0, 1] pixels")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "channel standard deviations, likewise")
 
 
 @dataclass
 class OptimConfig:
-    """SGD and its schedule."""
+    """The optimiser and its schedule."""
 
-    lr: float = option(0.03, "learning rate of the whole batch (for 256 images; not scaled by batch size)")
-    momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(1e-4, "L2 weight decay, on every parameter")
+    name: str = option("sgd", "optimiser; lars neither decays nor scales biases and norms", ("sgd", "lars", "adamw"))
+    lr: float = option(0.03, "peak learning rate; MoCo's is for 256 images, whatever the batch")
+    lr_per: int = option(0, "lr is for so many images: times data.batch_size / lr_per; 0 takes it as it is")
+    momentum: float = option(0.9, "momentum of sgd and lars")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of adamw's averages of gradients and of their squares")
+    weight_decay: float = option(1e-4, "weight decay: L2 with sgd and lars, decoupled with adamw")
     schedule: str = option("step", "how the rate falls", ("constant", "step", "cosine"))
     milestones: tuple[int, ...] = option((120, 160), "epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = option(0.1, "factor of schedule=step")

@@ -265,12 +265,15 @@ def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Te
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, ema: EMA | None = None
 ) -> FusedOptimizer:
-    """SGD with momentum and weight decay on every trainable parameter, norms and biases included, as MoCo's.
+    """`optim.name` on every trainable parameter. SGD and AdamW decay norms and biases too, as MoCo's and MoCo v3's.
 
     ema: (targets, momentum), a target for each trainable parameter.
     """
     trainable = [p for p in parameters if p.requires_grad]
-    return FusedSGD(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
+    if config.name == "adamw":
+        return FusedAdamW(trainable, config.lr, config.betas, weight_decay=config.weight_decay, ema=ema)
+    kind = {"sgd": FusedSGD, "lars": FusedLARS}[config.name]
+    return kind(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
 
 
 def optimizer_of(method: Method, config: OptimConfig) -> FusedOptimizer:

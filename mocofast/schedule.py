@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from mocofast.config import ModelConfig, OptimConfig
+
+
+def scaled_by_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
+    """`config` with the rate of a batch of `batch_size` images in place of that of `optim.lr_per` (Goyal et al. 2017,
+    arXiv:1706.02677)."""
+    return replace(config, lr=config.lr * batch_size / config.lr_per, lr_per=0) if config.lr_per else config
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:

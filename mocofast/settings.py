@@ -162,6 +162,8 @@ def validate(config: Config) -> None:
         "model.momentum": (0 <= c.model.momentum <= 1, "between 0 and 1"),
         "model.temperature": (c.model.temperature > 0, "above 0"),
         "model.bn_splits": (c.model.bn_splits >= 1, "at least 1"),
+        "model.hidden_dim": (c.model.hidden_dim >= 1, "at least 1"),
+        "model.sync_bn": (not c.model.sync_bn or c.model.bn_splits == 1, "false where model.bn_splits is above 1"),
         "data.batch_size": (
             c.data.batch_size >= 1 and c.data.batch_size % c.train.accumulate == 0,
             "a multiple of train.accumulate",
@@ -180,6 +182,8 @@ def validate(config: Config) -> None:
         "augment.jitter": (min(c.augment.jitter) >= 0 and c.augment.jitter[3] <= 0.5, "at least 0; hue at most 0.5"),
         "augment.std": (min(c.augment.std) > 0, "above 0"),
         "optim.lr": (c.optim.lr >= 0, "at least 0"),
+        "optim.lr_per": (c.optim.lr_per >= 0, "at least 0"),
+        "optim.betas": (0 <= min(c.optim.betas) <= max(c.optim.betas) < 1, "two shares, 0 to below 1"),
         "optim.warmup_epochs": (c.optim.warmup_epochs >= 0, "at least 0"),
         "train.epochs": (c.train.epochs >= 0, "at least 0"),
         "train.accumulate": (c.train.accumulate >= 1, "at least 1"),
@@ -194,7 +198,11 @@ def validate(config: Config) -> None:
         "knn.bank": (c.knn.bank >= 1, "at least 1"),
         **{
             f"augment.{p}": (0 <= getattr(c.augment, p) <= 1, "a probability, 0 to 1")
-            for p in ("flip", "jitter_p", "gray", "blur")
+            for p in ("flip", "jitter_p", "gray", "blur", "solarize")
+        },
+        **{
+            f"augment.{p}": (getattr(c.augment, p) == -1 or 0 <= getattr(c.augment, p) <= 1, "a probability, or -1")
+            for p in ("blur_2", "solarize_2")
         },
     }
     for name, (holds, expected) in rules.items():

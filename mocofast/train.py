@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mocofast import __version__, distributed, settings
 from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import Loader, Shard
+from mocofast.data.interface import Loader, Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.interrupt import StopRequest
@@ -29,7 +29,7 @@ from mocofast.plots import plot_curves
 from mocofast.progress import Window, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
-from mocofast.schedule import key_momentum, learning_rate, set_learning_rate
+from mocofast.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
 from mocofast.step import choose_autocast, choose_device, choose_threads, train_step
 
 log = logging.getLogger("mocofast")
@@ -91,7 +91,7 @@ class _Run:
         self.loader: Loader = build_loader(
             splits.train,
             config.data,
-            (config.augment,) * self.model.num_views,
+            view_augments(config.augment, self.model.num_views),
             Shard(config.data.batch_size, rank, world_size, config.data.drop_last),
             config.train.seed,
             device,
@@ -103,6 +103,7 @@ class _Run:
 
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
         self.step = self.epoch = self.step_in_epoch = 0
         self.window = Window(device)
         self.before: dict[str, float] = {}
@@ -175,7 +176,7 @@ class _Run:
                 return
             views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
             waited = time.perf_counter() - asked
-            self.rate = learning_rate(self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs)
+            self.rate = learning_rate(self.schedule, self.step, self.steps_per_epoch, self.config.train.epochs)
             set_learning_rate(self.optimizer, self.rate)
             self.optimizer.ema_momentum = key_momentum(self.config.model, self.step, self.total_steps)
             offered = {"index": batch.index, "labels": batch.labels}

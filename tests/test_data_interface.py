@@ -13,7 +13,7 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import Shard, ViewParams, draw_view, epoch_order
+from mocofast.data.interface import Shard, ViewParams, draw_view, epoch_order, view_augments
 
 V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
 DRAWS = 4000  # two such samples of distributions 5 points of probability apart are told from each other
@@ -130,11 +130,12 @@ def test_blur_and_rotation_are_distributed_as_torchvisions() -> None:
 
 
 def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
-    ours = draws(V2)
+    ours = draws(replace(V2, solarize=0.3))
     happens = {
         "jitter": (0.8, [bool(p.order) for p in ours]),
         "gray": (0.2, [p.gray for p in ours]),
         "blur": (0.5, [p.sigma > 0 for p in ours]),
+        "solarize": (0.3, [p.solarize for p in ours]),
         "flip": (0.5, [p.flip for p in ours]),
     }
     for probability, hits in happens.values():
@@ -149,7 +150,25 @@ def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
 def test_what_is_switched_off_never_happens() -> None:
     still = AugmentConfig(jitter=(0, 0, 0, 0), gray=0, blur=0, flip=0, rotate=0)
     for p in draws(still, count=200):
-        assert p[4:] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False)
+        assert p[4:] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+
+
+def test_solarize_switched_off_takes_no_draw_so_that_streams_of_before_stay() -> None:
+    for with_it, without in zip(draws(replace(V2, solarize=0.5, flip=0.0), count=50), draws(V2, count=50)):
+        assert with_it[:12] == without[:12]
+    # The flip, which is drawn next, as it was before there was solarize.
+    assert "".join(str(int(p.flip)) for p in draws(V2, count=16)) == "1101100111010010"
+
+
+def test_the_second_view_has_probabilities_of_its_own_where_they_are_given() -> None:
+    same = view_augments(V2, 3)
+    assert same == (V2, V2, V2)
+    augment = replace(V2, blur=1.0, blur_2=0.1, solarize_2=0.2)
+    first, second = view_augments(augment, 2)
+    assert first == augment
+    assert (second.blur, second.solarize) == (0.1, 0.2)
+    assert replace(second, blur=1.0, solarize=0.0) == augment
+    assert view_augments(replace(augment, blur_2=0.0), 2)[1].blur == 0.0
 
 
 def test_views_differ_by_seed_epoch_sample_and_view_and_repeat_otherwise() -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed"),
     ("mocofast.fused_blocks", "mocofast.normalization"),
     ("mocofast.settings",),
-    ("mocofast.encoders",),
+    ("mocofast.encoders", "mocofast.sync_batch_norm"),
     (
         "mocofast.schedule",
         "mocofast.data",

@@ -17,7 +17,7 @@ from mocofast.config import ModelConfig, OptimConfig
 from mocofast.methods.moco import MoCo
 from mocofast.ops import ema_update_
 from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer
-from mocofast.schedule import key_momentum, learning_rate, set_learning_rate
+from mocofast.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
 from mocofast.step import choose_autocast, train_step
 from tests.eager_moco import PlainEncoder, random_batches
 
@@ -79,6 +79,22 @@ def test_sgd_follows_torchs_rule_in_float64_and_skips_frozen_parameters() -> Non
     # Four steps of float32 rounding, about 1e-7 each, on values near 1.
     torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-6, atol=1e-6)
     assert torch.equal(model.bias, frozen)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", FusedSGD), ("lars", FusedLARS), ("adamw", FusedAdamW)])
+def test_the_optimiser_that_is_asked_for_gets_its_options(name: str, kind: type) -> None:
+    config = OptimConfig(name=name, lr=0.3, momentum=0.8, betas=(0.8, 0.95), weight_decay=0.02)
+    optimizer = build_optimizer(nn.Linear(2, 2).parameters(), config)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is kind
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.3, 0.02, 2)
+    assert (group["betas"] == (0.8, 0.95)) if name == "adamw" else (group["momentum"] == 0.8)
+
+
+def test_a_rate_per_256_images_grows_with_the_batch() -> None:
+    config = OptimConfig(lr=0.3, lr_per=256, schedule="constant")
+    assert rates(scaled_by_batch(config, 4096), 2, 3) == pytest.approx([4.8] * 6)
+    assert scaled_by_batch(OptimConfig(lr=0.3), 4096).lr == 0.3
 
 
 # ---- fused steps with an average ----

@@ -128,6 +128,8 @@ def test_the_published_settings_are_in_the_recipes() -> None:
         ("data.batch_size", 0),
         ("augment.crop_scale", (0.5, 0.2)),
         ("augment.gray", 1.2),
+        ("augment.blur_2", -0.5),
+        ("optim.betas", (0.9, 1.0)),
         ("augment.jitter", (0.4, 0.4, 0.4, 0.6)),
         ("train.log_every", 0),
         ("knn.k", 0),

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -19,7 +19,7 @@ from mocofast.data.interface import ViewParams, draw_view
 from mocofast.data.torchvision_loader import apply_view
 
 SIDE = 37  # odd and prime
-NEUTRAL = ViewParams(0, 0, SIDE, SIDE, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False)
+NEUTRAL = ViewParams(0, 0, SIDE, SIDE, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
 FACTORS = [0.0, 0.3, 0.6, 1.0, 1.25, 1.4, 2.0]
 
 
@@ -132,10 +132,18 @@ def test_rotation_is_pils_to_rounding(angle: float, side: int) -> None:
         assert error.mean() < 0.01
 
 
+def test_solarization_equals_pil_at_every_value() -> None:
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    x = planes(Image.fromarray(values))
+    view_ops.solarize_(x)
+    assert torch.equal(x, planes(ImageOps.solarize(Image.fromarray(values))))
+    assert sorted(x[0, 0].flatten().tolist()) == sorted([*range(128), *range(128)])
+
+
 @pytest.mark.parametrize("gray_first", [True, False])
 def test_a_view_without_hue_equals_the_torchvision_loaders(gray_first: bool) -> None:
     augment = AugmentConfig(
-        size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, gray_first=gray_first, blur=0.5
+        size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, gray_first=gray_first, blur=0.5, solarize=0.4
     )
     for index in range(8):
         for view, image in enumerate(images()):
@@ -144,7 +152,9 @@ def test_a_view_without_hue_equals_the_torchvision_loaders(gray_first: bool) -> 
 
 
 def test_views_of_a_batch_do_not_depend_on_their_neighbours() -> None:
-    augment = AugmentConfig(size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 4.0))
+    augment = AugmentConfig(
+        size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 4.0), solarize=0.4
+    )
     batch = images() * 5  # 25 views: every operator applies to some of them, none (but the crop) to all
     params = [whole_image(draw_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
     together = applied(batch, params, augment)
@@ -164,7 +174,7 @@ def test_neutral_parameters_keep_every_pixel_and_crops_may_be_their_own_output()
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_views_of_the_cpu_to_rounding() -> None:
-    augment = AugmentConfig(size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5)
+    augment = AugmentConfig(size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, solarize=0.4)
     batch = images() * 5
     params = [whole_image(draw_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
     crops = torch.cat([pixels(image) for image in batch])

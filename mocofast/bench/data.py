@@ -19,7 +19,7 @@ import torch
 from mocofast.bench import timing
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.config import DataConfig
-from mocofast.data.interface import Loader, Shard
+from mocofast.data.interface import Loader, Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def loader(name: str) -> Callable[[], Loader]:
         data = DataConfig(loader=name, workers=workers)
-        return lambda: build_loader(source, data, (augment, augment), shard, 0, device)
+        return lambda: build_loader(source, data, view_augments(augment, 2), shard, 0, device)
 
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     candidates: dict[str, Callable[[], Any]] = {name: loader(name) for name in names}

@@ -23,7 +23,7 @@ from mocofast.bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_
 from mocofast.bench.sides import channels_first, fresh_model, our_optimizer, pixel_views
 from mocofast.bench.step import add_model_arguments, configured
 from mocofast.config import Config
-from mocofast.data.interface import Batch, Shard, Source
+from mocofast.data.interface import Batch, Shard, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.settings import DEFAULT_RECIPE, validate
@@ -164,7 +164,7 @@ def ours(source: Source, config: Config, device: torch.device) -> Side:
     autocast = choose_autocast(config.train.precision, device)
 
     def start() -> Any:
-        augments = (config.augment, config.augment)
+        augments = view_augments(config.augment, 2)
         return build_loader(source, config.data, augments, Shard(config.data.batch_size), config.train.seed, device)
 
     def step(batch: Batch) -> None:

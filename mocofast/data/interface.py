@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -116,6 +116,16 @@ def order_of(source: Source, seed: int, epoch: int) -> np.ndarray:
     return source.order(seed, epoch) if isinstance(source, Ordered) else epoch_order(len(source), seed, epoch)
 
 
+def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig, ...]:
+    """The augmentation of each view: the second one's own probabilities in the places of `blur` and `solarize`."""
+    second = replace(
+        augment,
+        blur=augment.blur_2 if augment.blur_2 >= 0 else augment.blur,
+        solarize=augment.solarize_2 if augment.solarize_2 >= 0 else augment.solarize,
+    )
+    return tuple(second if view == 1 else augment for view in range(num_views))
+
+
 class ViewParams(NamedTuple):
     """Everything random about one view of one image. Operators apply in the order of the fields,
     except that grayscale comes before the jitter where `AugmentConfig.gray_first` says so."""
@@ -132,6 +142,7 @@ class ViewParams(NamedTuple):
     hue: float  # shift, as a share of the colour circle; 0 keeps
     gray: bool
     sigma: float  # of the Gaussian blur, in pixels; 0 for none
+    solarize: bool
     flip: bool
 
 
@@ -155,9 +166,10 @@ def draw_view(
         hue = rng.uniform(-augment.jitter[3], augment.jitter[3])
     gray = rng.random() < augment.gray
     sigma = rng.uniform(*augment.blur_sigma) if rng.random() < augment.blur else 0.0
+    solarize = augment.solarize > 0 and rng.random() < augment.solarize
     flip = rng.random() < augment.flip
     return ViewParams(
-        top, left, height, width, angle, order, brightness, contrast, saturation, hue, gray, sigma, flip
+        top, left, height, width, angle, order, brightness, contrast, saturation, hue, gray, sigma, solarize, flip
     )
 
 

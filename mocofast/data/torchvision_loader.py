@@ -66,6 +66,8 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if params.sigma:
         image = image.filter(ImageFilter.GaussianBlur(radius=params.sigma))
+    if params.solarize:
+        image = F.solarize(image, threshold=128)
     return F.horizontal_flip(image) if params.flip else image
 
 

@@ -1,4 +1,4 @@
-"""Colour jitter, grayscale, blur, rotation and flip of a batch of views, in plain PyTorch for CPU and GPU alike.
+"""Colour jitter, grayscale, blur, solarize, rotation and flip of a batch of views, in plain PyTorch on any device.
 
 The arithmetic is PIL's, which the MoCo reference uses through torchvision: values are integers between
 operators, blends truncate, luma rounds, the blur is three box filters a direction. Hue is the exception: PIL
@@ -45,6 +45,7 @@ def apply_view_ops(crops: Tensor, params: Sequence[ViewParams], augment: Augment
     reaches = [math.ceil(radius) for radius in radii]
     for reach in sorted({*reaches} - {0}):
         _on_rows(x, [i for i, r in enumerate(reaches) if r == reach], partial(box_blur_, reach=reach), radii)
+    _on_rows(x, [i for i, p in enumerate(params) if p.solarize], solarize_)
     _on_rows(x, [i for i, p in enumerate(params) if p.flip], flip_)
     out.copy_(x.permute(0, 2, 3, 1))
 
@@ -185,6 +186,11 @@ def rotate_(x: Tensor, angle: Tensor) -> None:
     inside = ((grid >= -1) & (grid < 1)).all(dim=3).unsqueeze(1)
     # PIL truncates. The hair keeps what float32 put just below an integer (PIL has float64) from losing 1.
     torch.mul(turned.add_(2**-10).floor_(), inside, out=x)
+
+
+def solarize_(x: Tensor) -> None:
+    """Inverts values of 128 and more."""
+    torch.where(x < 128, x, 255 - x, out=x)
 
 
 def flip_(x: Tensor) -> None:

@@ -87,7 +87,7 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     """What supervised training sees: RandomResizedCrop over 8 % to 100 %, and flips at the run's own rate (0.5 unless
     the images, digits say, do not bear them)."""
     still = (0.0, 0.0, 0.0, 0.0)
-    return replace(augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0)
+    return replace(augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0)
 
 
 def fit_logistic(

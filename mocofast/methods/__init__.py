@@ -8,6 +8,7 @@ from typing import cast
 
 from mocofast.config import Config, ConfigError
 from mocofast.methods.base import Method
+from mocofast.sync_batch_norm import sync_batch_norm
 
 BUILDERS = {"moco": "mocofast.methods.moco"}
 
@@ -18,4 +19,7 @@ def build_method(config: Config) -> Method:
     if name not in BUILDERS:
         raise ConfigError(f"model.method must be one of {', '.join(BUILDERS)}: got {name!r}")
     build = cast("Callable[[Config], Method]", importlib.import_module(BUILDERS[name]).build)
-    return build(config)
+    method = build(config)
+    if config.model.sync_bn:
+        sync_batch_norm(method)
+    return method

@@ -1,0 +1,94 @@
+"""BatchNorm over ranks against PyTorch's on the whole batch, on real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import on_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mocofast.sync_batch_norm import SyncBatchNorm, sync_batch_norm
+
+WORLD = 2
+
+
+def network() -> nn.Module:
+    """A BatchNorm over pixels, one over vectors without weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
+        nn.BatchNorm1d(5, affine=False),
+    ).double()  # fmt: skip
+
+
+def images() -> Tensor:
+    """Two batches of 6 images; the halves of each differ, so that a rank's own statistics would show."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64) + torch.arange(6).view(1, 6, 1, 1, 1)
+
+
+def trained(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
+    """Two steps: outputs, gradients of inputs, and all weights and statistics after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = {}
+    for step, part in enumerate(parts):
+        x = part.clone().requires_grad_()
+        y = model(x)
+        optimizer.zero_grad()
+        # Weighted by pixel, since BatchNorm's outputs sum to 0 whatever its weights are.
+        (y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * x.mean((1, 2, 3)).unsqueeze(1)).mean().backward()
+        optimizer.step()
+        found |= {f"output {step}": y.detach(), f"gradient {step}": x.grad}
+    state = {name.removeprefix("module."): value.clone() for name, value in model.state_dict().items()}
+    return found | state
+
+
+def on_a_rank(rank: int) -> dict[str, Any]:
+    model = network()
+    sync_batch_norm(model)
+    parts = [batch.chunk(WORLD)[rank] for batch in images()]
+    found = trained(DistributedDataParallel(model, broadcast_buffers=False), parts)
+    model.eval()
+    found["eval"] = model(images()[0]).detach() if rank == 0 else None  # on one rank only: waits for nobody
+    return found
+
+
+def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+    ranks = on_ranks(on_a_rank, tmp_path, WORLD)
+    whole = network()
+    expected = trained(whole, list(images()))
+    for name, value in expected.items():
+        if name.startswith(("output", "gradient")):
+            # A rank's loss is the mean over its own half: the gradients of its inputs are twice as large.
+            factor = WORLD if name.startswith("gradient") else 1
+            got = torch.cat([rank[name] for rank in ranks])
+            torch.testing.assert_close(got, factor * value, rtol=1e-9, atol=1e-12, msg=name)
+        else:
+            for rank in ranks:
+                torch.testing.assert_close(rank[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    whole.eval()
+    torch.testing.assert_close(ranks[0]["eval"], whole(images()[0]), rtol=1e-9, atol=1e-12)
+
+
+def test_in_one_process_it_is_an_ordinary_batchnorm_that_keeps_weights_and_statistics() -> None:
+    ordinary, sync = network(), network()
+    trained(ordinary, list(images()))
+    sync.load_state_dict(ordinary.state_dict())
+    weights = dict(sync.named_parameters())
+    sync_batch_norm(sync)
+    assert [type(module) for module in sync].count(SyncBatchNorm) == 2
+    assert all(value is weights[name] for name, value in sync.named_parameters())
+    found, expected = (trained(model, list(images())) for model in (sync, ordinary))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_batchnorm_that_keeps_no_statistics_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="sync_bn: expected BatchNorm with running statistics"):
+        sync_batch_norm(model)
+    assert type(model[0]) is nn.BatchNorm1d
