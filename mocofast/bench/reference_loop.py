@@ -10,7 +10,7 @@ plain PyTorch would write today: no copies, no waits, grouped updates, and autoc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -180,9 +180,17 @@ class ReferenceLoader:
     a small folder their start would hide everything else.
     """
 
-    def __init__(self, source: Source, augment: AugmentConfig, batch_size: int, workers: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        augment: AugmentConfig,
+        batch_size: int,
+        workers: int,
+        pairs: Callable[[Source, AugmentConfig], Dataset[tuple[Tensor, Tensor]]] | None = None,
+    ) -> None:
+        """pairs: the data set of two views of each image, in place of the reference's."""
         self._batches: DataLoader[tuple[Tensor, Tensor]] | None = DataLoader(
-            _Pairs(source, augment),
+            (pairs or _Pairs)(source, augment),
             batch_size,
             shuffle=True,
             num_workers=workers,
