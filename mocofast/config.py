@@ -128,6 +128,17 @@ class TrainConfig:
 
 
 @dataclass
+class EngineConfig:
+    """How a step is launched; every mode gives the same trajectory, to rounding."""
+
+    mode: str = option(
+        "auto",
+        "op by op (eager), each encoder compiled (compile), besides in one CUDA graph (graph); auto says which and why",
+        ("auto", "eager", "compile", "graph"),
+    )
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept to resume from."""
 
@@ -158,5 +169,6 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)

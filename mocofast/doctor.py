@@ -123,6 +123,12 @@ def _precision() -> Rows:
         yield "fp32", "bf16 matrix products are very slow on most CPUs"
 
 
+def _engine() -> Rows:
+    from mocofast.engine import choose_mode
+
+    yield choose_mode("auto", _auto_device(), world_size=1)
+
+
 def _missing(module: str) -> bool:
     parent = module.rpartition(".")[0]
     return bool(parent and _missing(parent)) or importlib.util.find_spec(module) is None
@@ -225,6 +231,7 @@ _PROBES: dict[str, Callable[[], Rows]] = {
     "memory": _memory,
     "device": _device,
     "precision": _precision,
+    "engine": _engine,
     "Triton": _triton,
     "fused ops": _fused_ops,
     "DALI": _dali,

@@ -14,7 +14,7 @@ need `mocofast.ops.ema_update_` once before they are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     def owns_ema(self) -> bool:
         """Whether steps average, so that nobody else has to."""
         return any(follower.target is not None for follower in self._followers.values())
+
+    def write_shadows(self, shadows: Mapping[Tensor, Tensor]) -> None:
+        """From now on steps end with copies in these shadows, by the parameter or target that each is a copy of, of
+        its shape and strides. For those that are copied already, this is the only copy then."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                follower = self._followers.get(p, _Follower(None, None, None))
+                self._followers[p] = follower._replace(
+                    shadow=shadows.get(p, follower.shadow),
+                    target_shadow=follower.target_shadow
+                    if follower.target is None
+                    else shadows.get(follower.target, follower.target_shadow),
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; parameters added later are followed by nothing."""

@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "train.max_steps",
     "train.dir",
     "train.log_every",
+    "engine.",
     "checkpoint.",
     "knn.",
 )

@@ -4,13 +4,16 @@ it did."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mocofast.distributed import rank_and_world_size
 from mocofast.optim import FusedOptimizer
 from mocofast.progress import step_metrics
 
@@ -22,11 +25,15 @@ def train_step(
     accumulate: int,
     autocast: torch.autocast,
     needed: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    arranged: Sequence[tuple[Tensor, ...]] = (),
+    gradients: FlatGradients | None = None,
 ) -> Tensor:
     """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
 
     model: a method, or DistributedDataParallel around it. views: each (B, 3, S, S). needed: what else the method
-    takes of a batch, by name, each (B,).
+    takes of a batch, by name, each (B,). arranged: what the method's `arrange` made of each micro-batch, where that
+    is done already. gradients: where they are kept and averaged over ranks, in the place of DistributedDataParallel.
     The momentum encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the method.
     With accumulate > 1, micro-batches see one state of the momentum encoder and of memories, so MoCo's result is that
     of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
@@ -35,11 +42,16 @@ def train_step(
     average = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
     parts = list(zip(*(view.chunk(accumulate) for view in views)))
     needed_parts = {name: values.chunk(accumulate) for name, values in needed.items()}
-    optimizer.zero_grad(set_to_none=True)
+    if gradients is None:
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        gradients.zero_()
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         share = len(part[0]) / len(views[0])
-        others = {name: values[i] for name, values in needed_parts.items()}
+        others: dict[str, Any] = {name: values[i] for name, values in needed_parts.items()}
+        if arranged and arranged[i]:
+            others["arranged"] = arranged[i]
         # DDP reduces the gradients once, with the last micro-batch.
         hold = (
             model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
@@ -49,8 +61,63 @@ def train_step(
                 out = model(*part, update_keys=average and i == 0, enqueue=last, **others)
             (out.loss * share).backward()
         metrics += step_metrics(out.loss, out.rank) * share
+    if gradients is not None:
+        gradients.average_()
     optimizer.step()
     return metrics
+
+
+class FlatGradients:
+    """The gradients of parameters in one buffer a type, which stays where it is: a captured step needs that, clears
+    them in one launch and averages them over ranks in one all-reduce.
+
+    The buffers are made by the first `average_`, for the parameters that have a gradient then: an optimiser decays
+    the others as little as without buffers.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._buffers: list[Tensor] = []
+
+    def zero_(self) -> None:
+        """Before a step's backward passes, which add to what is there."""
+        for buffer in self._buffers:
+            buffer.zero_()
+        if not self._buffers:
+            for p in self._parameters:
+                p.grad = None
+
+    @torch.no_grad()
+    def average_(self) -> None:
+        """After them."""
+        if not self._buffers:
+            self._bind()
+        world_size = rank_and_world_size()[1]
+        if world_size > 1:
+            for buffer in self._buffers:
+                buffer.div_(world_size)  # before the sum, as DistributedDataParallel does
+                dist.all_reduce(buffer)
+
+    def _bind(self) -> None:
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in self._parameters:
+            if p.grad is not None:
+                groups.setdefault((p.dtype, p.device), []).append(p)
+        for (dtype, device), parameters in groups.items():
+            # Multiples of 8 elements: the optimiser's kernels read 16 bytes at a time.
+            places = [0]
+            for p in parameters:
+                places.append(places[-1] + -(-p.numel() // 8) * 8)
+            buffer = torch.zeros(places[-1], dtype=dtype, device=device)
+            for p, place in zip(parameters, places):
+                # Strides of its parameter, which are those of its momentum, too.
+                dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
+                strides = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
+                view = torch.as_strided(buffer, p.shape, strides, place)
+                assert p.grad is not None
+                view.copy_(p.grad)
+                p.grad = view
+            self._buffers.append(buffer)
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
@@ -21,6 +20,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import load_splits
+from mocofast.engine import Engine, choose_mode, garbage_held
 from mocofast.interrupt import StopRequest
 from mocofast.methods import build_method
 from mocofast.monitor import KNNMonitor
@@ -30,7 +30,7 @@ from mocofast.progress import Window, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
 from mocofast.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
-from mocofast.step import choose_autocast, choose_device, choose_threads, train_step
+from mocofast.step import choose_autocast, choose_device, choose_threads
 
 log = logging.getLogger("mocofast")
 
@@ -78,6 +78,9 @@ class _Run:
                 f"train.dir: {path} holds a run already; --resume auto continues it, another --train.dir starts anew"
             )
 
+        mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch but an epoch's last has the same shape
         torch.manual_seed(config.train.seed)
         self.model = build_method(config).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -112,15 +115,8 @@ class _Run:
             self._restore(state)
         # From here on nothing refuses the configuration, so a refused one leaves no files behind.
         self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
-        self.ddp: nn.Module = self.model
-        if world_size > 1:
-            # Buffers: BatchNorm statistics stay each rank's own, and the queue is equal everywhere already.
-            self.ddp = DistributedDataParallel(
-                self.model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        images = config.data.batch_size // world_size // config.train.accumulate
+        self.engine = Engine(mode, self.model, self.optimizer, self.autocast, config.train.accumulate, images)
         self.writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep) if rank == 0 else None
         self._announce(path, state)
 
@@ -135,7 +131,7 @@ class _Run:
             if self.step == 0:
                 self.before = self.after = self._evaluate()
             saved_at = -1
-            with self._progress_bar(limit) as bar:
+            with self._progress_bar(limit) as bar, garbage_held():
                 self.window.restart_clock()
                 while self.step < min(limit, self.total_steps) and not interrupted:
                     for _ in self._epoch(limit):
@@ -150,6 +146,7 @@ class _Run:
                         if self._checkpoint_due(end) or interrupted:
                             self._save()
                             saved_at = self.step
+                            gc.collect()
                         if interrupted:
                             break
             if saved_at != self.step:
@@ -185,7 +182,7 @@ class _Run:
                 for name, values in offered.items()
                 if name in self.model.needs and values is not None
             }
-            metrics = train_step(self.ddp, views, self.optimizer, self.config.train.accumulate, self.autocast, needed)
+            metrics = self.engine.step(views, needed)
             self.step += 1
             self.step_in_epoch += 1
             self.window.add(metrics, len(views[0]) * self.world_size, waited)
@@ -292,6 +289,7 @@ class _Run:
         log.info("data: %s", self.note)
         log.info("device %s x %d, %s; loader %s: %s", self.device, self.world_size, shown, self.loader.name,
                  getattr(self.loader, "reason", ""))  # fmt: skip
+        log.info("engine %s: %s", self.engine.mode, self.why_mode)
         if self.monitor is None:
             log.info("no kNN monitor")
         log.info("writing to %s", path)

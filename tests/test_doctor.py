@@ -16,7 +16,7 @@ from mocofast import doctor
 from mocofast.doctor import Finding
 
 PARTS = [
-    *("mocofast", "Python", "torch", "GPU", "CPU", "memory", "device", "precision"),
+    *("mocofast", "Python", "torch", "GPU", "CPU", "memory", "device", "precision", "engine"),
     *("Triton", "fused ops", "DALI", "data loader", "nvImageCodec", "torch.distributed"),
 ]
 

@@ -24,7 +24,7 @@ LAYERS = [
     ),
     ("mocofast.methods",),
     ("mocofast.optim", "mocofast.interop"),
-    ("mocofast.checkpoint", "mocofast.interrupt", "mocofast.runfolder", "mocofast.step"),
+    ("mocofast.checkpoint", "mocofast.interrupt", "mocofast.runfolder", "mocofast.step", "mocofast.engine"),
     ("mocofast.evaluate", "mocofast.export", "mocofast.bench"),
     ("mocofast.monitor", "mocofast.resume"),
     ("mocofast.train",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -54,8 +55,9 @@ class Method(nn.Module):
         for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             pixels = None if statistics is None else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
-        # How an encoder, by its name here, is run; the step engine replaces it where there is a faster way.
+        # How an encoder, by its name here, is trained: the step engine's faster ways (see mocofast.engine).
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.second_stream: torch.cuda.Stream | None = None
         self._synchronized = False
 
     @property
@@ -81,15 +83,43 @@ class Method(nn.Module):
     def load_random_state(self, state: Tensor | None) -> None:
         """Continues from `random_state()` of another run; to be called on every rank."""
 
+    def arrange(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """What a training step needs the host for (to draw a permutation, to exchange images by it), done before the
+        step, which then is the same work every time: forward(*views, arranged=arrange(*views)), and just
+        forward(*views) where it is empty, as here."""
+        return ()
+
+    def discard(self) -> None:
+        """Forgets the micro-batches of an optimiser step that was not finished."""
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[Callable[[], None]]:
+        """`with self.beside() as join:` what is launched inside may run on the GPU beside what follows, until
+        `join()`, after which its results may be used."""
+        stream = self.second_stream
+        if stream is None:
+            yield lambda: None
+            return
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            yield lambda: current.wait_stream(stream)
+
     def keep_buffers_out_of_broadcasts(self) -> None:
         """To be called when all buffers are there: DistributedDataParallel would broadcast them at every step."""
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def encode(self, name: str, images: Tensor) -> Tensor:
         """The output (N, C) of the encoder `name` ("encoder_q") for images (N, 3, S, S), uint8 or normalised."""
-        if images.dtype == torch.uint8:
-            images = prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
-        return self.run.get(name, getattr(self, name))(images)
+        if self.training and name in self.run:
+            return self.run[name](images)
+        return getattr(self, name)(self.prepared(images))
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S), uint8 or normalised, as encoders take them: normalised."""
+        if images.dtype != torch.uint8:
+            return images
+        return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
 
     def check_views(self, **views: Tensor) -> None:
         """ValueError for views of different shapes, TypeError for uint8 ones without pixel statistics; the first call

@@ -92,7 +92,6 @@ class MoCo(Method):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self._pending: list[Tensor] = []  # keys of micro-batches that wait for their optimiser step's last one
 
-        # One process whose BatchNorm sees the whole batch has nothing to hide by shuffling.
         self._shuffles = shuffle_bn
         self._splits = bn_splits > 1
         self.shuffle = BatchShuffle()
@@ -109,7 +108,15 @@ class MoCo(Method):
         """The size of the queue."""
         return f"queue of {len(self.queue)} keys" + ", symmetric loss" * self.symmetric
 
-    def forward(self, im_q: Tensor, im_k: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
+    def forward(
+        self,
+        im_q: Tensor,
+        im_k: Tensor,
+        *,
+        update_keys: bool = True,
+        enqueue: bool = True,
+        arranged: tuple[Tensor, ...] = (),
+    ) -> MethodOutput:
         """Loss of this rank's queries; in train mode also updates the key encoder and the queue.
 
         im_q, im_k: (N, 3, S, S), two views of the same images: uint8 pixels, normalised here with pixel_mean and
@@ -121,14 +128,18 @@ class MoCo(Method):
         The moving average is taken here, before the keys, as the paper's code does. Taken right after the optimiser
         step it gives the same trajectory, since encoder_k starts as a copy of encoder_q: an optimiser of
         mocofast.optim can do it (see `trained_pairs`), and update_keys is then False always.
+
+        arranged: what `arrange` made of these views, where the caller has called it.
         """
         self.check_views(im_q=im_q, im_k=im_k)
+        if self.training and not arranged:
+            arranged = self.arrange(im_q, im_k)
         if self.training and update_keys:
             ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
         # The queue is read before these keys enter it: a positive is never among its own negatives.
-        loss, rank, keys = self._contrast(im_q, im_k)
+        loss, rank, keys = self._contrast(im_q, im_k, arranged[:2])
         if self.symmetric:
-            swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q)
+            swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q, arranged[2:])
             loss, rank = loss + swapped_loss, torch.cat([rank, swapped_rank])
             keys = torch.cat([first_keys, keys])  # as the demo enqueues them: those of the first view first
         if self.training:
@@ -138,14 +149,32 @@ class MoCo(Method):
                 self._pending.clear()
         return MethodOutput(loss, rank)
 
-    def _contrast(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def arrange(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """The shuffled images of the keys and the index that restores their order, as BatchShuffle has them; if
+        symmetric, those of the first view as keys after those of the second. Nothing without shuffling."""
+        # One process whose BatchNorm sees the whole batch has nothing to hide by shuffling.
+        if not self._shuffles or (rank_and_world_size()[1] == 1 and not self._splits):
+            return ()
+        im_q, im_k = views
+        arranged: tuple[Tensor, ...] = ()
+        for images in (im_k, im_q) if self.symmetric else (im_k,):
+            # Images cross ranks in the smallest form there is: uint8, or what autocast would make of floats anyway.
+            arranged += self.shuffle(images if images.dtype == torch.uint8 else to_autocast_dtype(images))
+        return arranged
+
+    def discard(self) -> None:
+        """Forgets the keys that wait for their optimiser step's last micro-batch."""
+        self._pending.clear()
+
+    def _contrast(self, im_q: Tensor, im_k: Tensor, arranged: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), ranks (N,), and the keys of all W ranks (W*N, C), in eval mode of this one only."""
-        q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
-        with torch.no_grad():
+        with torch.no_grad(), self.beside() as join:
             if self.training:
-                k, keys = self._encode_keys(im_k)  # own keys (N, C), and those of all ranks
+                k, keys = self._encode_keys(im_k, arranged)  # own keys (N, C), and those of all ranks
             else:
                 k = keys = self.encode("encoder_k", im_k)
+        q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
+        join()
         loss, rank = info_nce(
             q, k, self.queue, temperature=self.temperature, negatives_normalized=True, return_rank=True
         )
@@ -163,16 +192,15 @@ class MoCo(Method):
         """Shuffles on from `random_state()`, afresh from None."""
         self.shuffle.load_state(state)
 
-    def _encode_keys(self, im_k: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_keys(self, im_k: Tensor, arranged: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(N, 3, S, S) -> the keys of these images (N, C), and all ranks' keys in the order of ranks (W*N, C)."""
-        rank, world_size = rank_and_world_size()
-        if not self._shuffles or (world_size == 1 and not self._splits):
-            k = F.normalize(self.encode("encoder_k", im_k).float(), dim=1)
-            return k, all_gather(k)
-        # Images cross ranks in the smallest form there is: uint8, or what autocast would make of floats anyway.
-        shuffled, restore = self.shuffle(im_k if im_k.dtype == torch.uint8 else to_autocast_dtype(im_k))
+        shuffled, restore = arranged or (im_k, None)
         k = F.normalize(self.encode("encoder_k", shuffled).float(), dim=1)
-        keys = all_gather(k)[restore]  # one gather serves both un-shuffling and the queue
+        keys = all_gather(k)
+        if restore is None:
+            return k, keys
+        keys = keys[restore]  # one gather serves both un-shuffling and the queue
+        rank = rank_and_world_size()[0]
         return keys[rank * len(im_k) : (rank + 1) * len(im_k)], keys
 
 
