@@ -35,7 +35,7 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("threads", [1, 3])  # which decides into how many parts a block is split
+@pytest.mark.parametrize("onednn", [True, False])  # without: the products of other builds of PyTorch
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.2, torch.tensor(0.2)])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def features(seed: int, *shape: int) -> Tensor:
     [
         (1, 1, 1),  # the smallest
         (7, 13, 5),  # primes
-        (257, 300, 3),  # one row more than a block
+        (513, 300, 3),  # one row more than a block
         (3, 8193, 129),  # several blocks, the last one ragged
     ],
 )
@@ -53,10 +53,10 @@ def test_every_field_matches_float64(
     dim: int,
     normalize: bool,
     temperature: float | Tensor,
-    threads: int,
+    onednn: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     # Raw dot products of this size stay comparable with unit vectors'.
     spread = 1.0 if normalize else dim**-0.5
     query, positive, negatives = (features(i, n, dim) * spread for i, n in enumerate((count, count, size)))
@@ -104,16 +104,16 @@ def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: fl
     assert alone.lse is alone.grad_positive is alone.grad_scale is None
 
 
-@pytest.mark.parametrize("threads", [1, 3])  # which decides into how many parts a block is split
+@pytest.mark.parametrize("onednn", [True, False])  # without: the products of other builds of PyTorch
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 @pytest.mark.parametrize(("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)])
 def test_excluded_negatives_neither_count_nor_get_a_gradient(
-    count: int, period: int, temperature: float, threads: int, monkeypatch: pytest.MonkeyPatch
+    count: int, period: int, temperature: float, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In-batch (P = N), SimCLR (P = N / 2), several blocks both ways, and rows with nothing left (P = 1)."""
     monkeypatch.setattr(cpu, "ROWS", 64)
-    monkeypatch.setattr(cpu, "PART", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "LOGITS", 64 * 256)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     query, keys = features(0, count, 6), features(1, count, 6)
     result = forward(query, keys, keys, temperature, exclude_period=period)
     q, k, negatives = (x.double().requires_grad_() for x in (query, keys, keys))

@@ -9,10 +9,11 @@ n_j the negatives, s_j = h.n_j and a = log-sum-exp over the negatives of s_j / T
 
 Writing the positive apart from the negatives loses no digits when it dominates (loss near 0).
 
-What made it fast on the CPU, in order of effect: no N x K array (a block of logits stays in the cache and is
-overwritten by its exponentials), `exp2` instead of `exp` (PyTorch's is four times as fast in float32; log2(e) / T is
-folded into the query), parts of a block that fit a core's own cache, no maximum and no shift where the logits are
-bounded, and for small problems few operations. docs/log.md has the numbers.
+What made it fast on the CPU, in order of effect: oneDNN's float32 products instead of `torch.mm` (MKL's, half as fast
+on an AMD CPU with AVX-512), no N x K array (a block of logits stays in the cache and is overwritten by its
+exponentials), `exp2` instead of `exp` (PyTorch's is four times as fast in float32; log2(e) / T is folded into the
+query), no maximum and no shift where the logits are bounded, and for small problems few operations. docs/log.md has
+the numbers.
 
 Everything is computed in float32 whatever `dot_dtype` asks: bfloat16 products are hundreds of times slower on CPUs
 without the instructions for them. Runs are bit-equal on one machine with one number of threads.
@@ -21,7 +22,7 @@ without the instructions for them. Runs are bit-equal on one machine with one nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,12 @@ EPS = 1e-12  # below this norm a vector is divided by EPS instead, as torch.nn.f
 LOG2E = 1.0 / math.log(2.0)
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) stay normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
-ROWS = 256  # queries per block
-PART = 768  # negatives per part of a block: their logits, 768 KB, stay in the L2 cache of the core that works on them
-MAX_PARTS = 16  # per block
+ROWS = 512  # queries per block
+LOGITS = 3 * 2**18  # per block: 3 MB
+# x @ weight.T by oneDNN, as torch.compile calls it; None in a build without it.
+_ONEDNN_LINEAR = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
 
 
 class InfoNCEForward(NamedTuple):
@@ -74,11 +78,11 @@ def infonce_forward(
     key, key_norm = _rows(positive, normalize)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)
-    sweep = _Sweep(negatives, normalize_negatives, len(h))
+    blocks = _Blocks(negatives, normalize_negatives, len(h))
     total, output, maximum, rank = _joined(
         [
             _sums(
-                sweep,
+                blocks,
                 scaled[rows],
                 logit_positive[rows],
                 rows.start,
@@ -87,15 +91,14 @@ def infonce_forward(
                 return_rank,
                 compute_grad,
             )
-            for rows in _ranges(len(h), sweep.rows)
+            for rows in blocks.rows
         ]
     )
 
     # log(0) = -inf where no negative counts: loss 0.
-    difference = total.log2().sub_(logit_positive)
+    difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
-        difference += maximum
-    difference.div_(LOG2E)
+        difference.add_(maximum, alpha=1 / LOG2E)
     loss = torch.nn.functional.softplus(difference)
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
     if output is None:
@@ -124,7 +127,7 @@ class _Sums(NamedTuple):
 
 
 def _sums(
-    sweep: _Sweep,
+    blocks: _Blocks,
     scaled: Tensor,
     logit_positive: Tensor,
     first: int,
@@ -135,49 +138,34 @@ def _sums(
 ) -> _Sums:
     """For one block of queries, the first of them query number `first`. What is added up over the blocks of negatives
     starts with the first block: few operations, which is what small problems take."""
-    total = output = top = above = None
-    for start, block, logits in sweep.blocks(scaled):
-        parts = slice(len(block))  # all, or one in a last block that does not divide
+    total = output = maximum = above = flags = None
+    for start, block in blocks:
+        logits = _product(scaled, block)
         if exclude_period:
             _fill_excluded(logits, first, start, exclude_period)
         if return_rank:
             # Comparing into float32 is several times as fast as into booleans; exact, as a block has < 2**24.
-            wins = torch.gt(logits, logit_positive, out=sweep.like(logits)).sum((0, 2)).int()
+            flags = torch.empty_like(logits) if flags is None else flags.view(-1)[: logits.numel()].view_as(logits)
+            wins = torch.gt(logits, logit_positive, out=flags).sum(1).int()
             above = wins if above is None else above.add_(wins)
         if not unshifted:
-            floor = logit_positive if top is None else top[parts]
-            new_top = torch.maximum(floor, logits.amax(2, keepdim=True))
-            logits.sub_(new_top)
-            if top is None:
-                top = new_top
-            elif total is not None:
-                rescale = torch.exp2(floor - new_top)
-                top[parts] = new_top
-                total[parts].mul_(rescale)
+            before = logit_positive if maximum is None else maximum
+            maximum = torch.maximum(before, logits.amax(1, keepdim=True))
+            logits.sub_(maximum)
+            if total is not None:
+                rescale = torch.exp2(before - maximum)
+                total.mul_(rescale)
                 if output is not None:
-                    output[parts].mul_(rescale)
+                    output.mul_(rescale)
         weights = logits.exp2_()
-        sums = weights.sum(2, keepdim=True)
-        if total is None:
-            total = sums
-            output = torch.bmm(weights, block) if compute_grad else None
-        else:
-            total[parts].add_(sums)
-            if output is not None:
-                output[parts].baddbmm_(weights, block)
+        sums = weights.sum(1, keepdim=True)
+        total = sums if total is None else total.add_(sums)
+        if compute_grad:
+            part = _product(weights, block.t())
+            output = part if output is None else output.add_(part)
+        del logits, weights  # before the next block's
     assert total is not None  # there is a negative
-    maximum = None
-    if top is not None:
-        maximum = top.amax(0)
-        rescale = torch.exp2(top - maximum)
-        total.mul_(rescale)
-        if output is not None:
-            output.mul_(rescale)
-    return _Sums(_added(total), None if output is None else _added(output), maximum, above)
-
-
-def _added(parts: Tensor) -> Tensor:
-    return parts.sum(0) if len(parts) > 1 else parts[0]
+    return _Sums(total, output, maximum, above)
 
 
 def _joined(blocks: list[_Sums]) -> _Sums:
@@ -206,19 +194,19 @@ def infonce_grad_negatives(
     inverse_t = _inverse(temperature)
     h, _ = _rows(query, normalize)
     scaled = h * (inverse_t * LOG2E)
-    shift = (lse * LOG2E)[:, None]
+    shift = lse * LOG2E
     weighted = h * (grad_loss.float() * inverse_t)[:, None]
     result = torch.zeros(negatives.shape, device=h.device)
-    sweep = _Sweep(negatives, normalize_negatives, len(h))
-    for rows in _ranges(len(h), sweep.rows):
-        for start, block, logits in sweep.blocks(scaled[rows]):
+    blocks = _Blocks(negatives, normalize_negatives, len(h))
+    for rows in blocks.rows:
+        for start, block in blocks:
+            logits = _product(block, scaled[rows])  # transposed, (B, R)
             if exclude_period:
-                _fill_excluded(logits, rows.start, start, exclude_period)
+                _fill_excluded(logits.t(), rows.start, start, exclude_period)
             probabilities = logits.sub_(shift[rows]).exp2_()
-            part = result[start : start + block[..., 0].numel()].view_as(block)
-            part.baddbmm_(probabilities.transpose(1, 2), weighted[rows].expand(len(block), -1, -1))
+            result[start : start + len(block)].add_(_product(probabilities, weighted[rows].t()))
     if normalize_negatives:
-        for columns in _ranges(len(result), sweep.columns):
+        for columns in _ranges(len(result), blocks.columns):
             unit, norm = _rows(negatives[columns], True)
             along = (result[columns] * unit).sum(1, keepdim=True)
             result[columns] = _through_normalize(result[columns], along, unit, norm)
@@ -276,59 +264,35 @@ def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
     return len(pointers) == len(targets) and {x.dtype for x in targets + sources} == {torch.float32}
 
 
-class _Sweep:
-    """Block sizes and work buffers of a sweep of `count` queries over the negatives; allocated once, reused."""
+class _Blocks:
+    """How `count` queries by the negatives (K, C) are blocked, and these negatives as float32, block by block."""
 
     def __init__(self, negatives: Tensor, normalize: bool, count: int) -> None:
         size, dim = negatives.shape
         self.negatives, self.normalize = negatives, normalize
-        self.rows = min(ROWS, count)
-        part = ROWS * PART // max(self.rows, dim)
-        threads = torch.get_num_threads() if negatives.device.type == "cpu" else 1
-        # Every thread works on parts of its own, two of them: faster than all threads in one product.
-        self.parts = min(2 * threads, MAX_PARTS) if threads > 1 else 1
-        columns = max(256, part * max(self.parts, 4))
-        self.columns = min(size, columns - columns % self.parts)
-        self.logits: Tensor | None = None
-        self.scratch: Tensor | None = None
+        self.rows = _ranges(count, ROWS)
+        self.columns = min(size, max(256, LOGITS // max(min(ROWS, count), dim)))
         # float32 negatives that need no normalisation are read in place.
-        self.copies = normalize or negatives.dtype != torch.float32
-        self.copy = torch.empty(self.columns, dim, device=negatives.device) if self.copies else None
+        in_place = negatives.dtype == torch.float32 and negatives.is_contiguous() and not normalize
+        self.copy = None if in_place else torch.empty(self.columns, dim, device=negatives.device)
 
-    def blocks(self, scaled: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Per block: its first negative, the negatives (S, B, C) as float32, and scaled @ negatives.T, (S, rows, B).
-
-        S is `parts`, or 1 in a last block that does not divide. Both tensors are buffers: the caller may overwrite
-        the logits, and uses both before the next block.
-        """
-        # bmm copies an expanded operand at every call
-        repeated = scaled.repeat(self.parts, 1, 1) if self.parts > 1 else scaled[None]
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Number of the first negative, and negatives (B, C), contiguous; to be used before the next block."""
         for columns in _ranges(len(self.negatives), self.columns):
             block = self.negatives[columns]
-            size = len(block)
             if self.copy is not None:
-                block = self.copy[:size].copy_(block)
+                block = self.copy[: len(block)].copy_(block)
             if self.normalize:
                 block.div_(_clamped_norm(block))
-            parts = 1 if size % self.parts else self.parts
-            block = block.view(parts, size // parts, -1)
-            operands = repeated[:parts], block.transpose(1, 2)
-            if self.logits is None:  # the first block is the largest
-                self.logits = logits = torch.bmm(*operands)
-            else:
-                logits = torch.bmm(*operands, out=_shaped(self.logits, (parts, len(scaled), size // parts)))
-            yield columns.start, block, logits
-
-    def like(self, logits: Tensor) -> Tensor:
-        """A second buffer of the same shape."""
-        if self.scratch is None:
-            self.scratch = torch.empty_like(logits)
-        return _shaped(self.scratch, logits.shape)
+            yield columns.start, block
 
 
-def _shaped(buffer: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first elements of a contiguous buffer, in that shape."""
-    return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, float32."""
+    if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled:
+        result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
+        return result
+    return torch.mm(x, weight.t())
 
 
 def _ranges(size: int, step: int) -> list[slice]:
@@ -359,17 +323,14 @@ def _through_normalize(grad: Tensor, along: Tensor, unit: Tensor, norm: Tensor |
     from along = grad . unit, (M, 1), which is overwritten."""
     if norm is None:
         return grad
-    along.masked_fill_(norm <= EPS, 0.0)  # there the divisor is the constant EPS
-    return grad.addcmul(unit, along, value=-1).div_(norm)
+    along.div_(torch.threshold(norm, EPS, math.inf))  # no such part up to EPS: there the divisor is a constant
+    return grad.div(norm).addcmul_(unit, along, value=-1)
 
 
 def _fill_excluded(logits: Tensor, row: int, column: int, period: int) -> None:
-    """-inf where (row + i) % period == (column + j) % period, for logits of rows i and columns j at that offset,
-    (S, rows, B): the columns of split s come after those of split s - 1."""
-    _, count, width = logits.shape
-    for split in logits:
-        first = (row - column) % period - ((count - 1) // period + 1) * period
-        for offset in range(first, width, period):
-            if offset > -count:
-                split.diagonal(offset).fill_(-math.inf)
-        column += width
+    """-inf where (row + i) % period == (column + j) % period, for logits (R, B) of rows i and columns j."""
+    count, width = logits.shape
+    first = (row - column) % period - ((count - 1) // period + 1) * period
+    for offset in range(first, width, period):
+        if offset > -count:
+            logits.diagonal(offset).fill_(-math.inf)
