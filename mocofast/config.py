@@ -23,10 +23,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class ModelConfig:
     """The method: encoders, queue, momentum and temperature."""
 
-    method: str = option("moco", "how the encoder is trained", ("moco",))
+    method: str = option("moco", "how the encoder is trained", ("moco", "moco_v3", "byol"))
     arch: str = option(
         "resnet50",
-        "torchvision model name; a ResNet's with _cifar for a 3x3 stem, no max-pool; or resnet_tiny",
+        "torchvision model name; a ResNet's with _cifar for a 3x3 stem, no max-pool; MoCo v3's vit_small, vit_base; "
+        "vit_tiny_cifar, for 32 pixels; or resnet_tiny",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares")
     queue_size: int = option(65536, "number of negative keys kept, in keys")

@@ -9,23 +9,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mocofast.config import ConfigError
+from mocofast.config import AugmentConfig, ConfigError
 from mocofast.normalization import ghost_batch_norm
+from mocofast.vit import SIZES, vision_transformer
 
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
 HEADS = ("fc", "head", "heads")
 
 
-def build_encoder(arch: str) -> Callable[..., nn.Module]:
+def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[..., nn.Module]:
     """The constructor `f(num_classes=...)` of an encoder.
 
     arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT; one of the first three with `_cifar` appended, for
-    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); or `resnet_tiny`. ValueError for
-    another name.
+    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); a ViT of `mocofast.vit.SIZES`; or
+    `resnet_tiny`. image_size: side of the images, of which ViTs take this one only. ConfigError (a ValueError) for
+    another name, or a size that is not made of patches.
     """
     from torchvision.models import get_model, list_models
 
     names = list_models(include=list(TORCHVISION))
+    if arch in SIZES or (arch in names and arch.startswith("vit_")):
+        patch = SIZES[arch].patch_size if arch in SIZES else int(arch.rpartition("_")[2])
+        if image_size % patch:
+            raise ConfigError(f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}")
+        make = vision_transformer if arch in SIZES else _torchvision_vit
+        return functools.partial(make, arch, image_size)
     if arch in names:
         return functools.partial(get_model, arch)
     cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
@@ -33,8 +41,16 @@ def build_encoder(arch: str) -> Callable[..., nn.Module]:
         return functools.partial(_cifar_resnet, cifar[arch])
     if arch == "resnet_tiny":
         return TinyResNet
-    nearest = difflib.get_close_matches(arch, [*names, *cifar, "resnet_tiny"], n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(arch, [*names, *cifar, *SIZES, "resnet_tiny"], n=1, cutoff=0)[0]
     raise ConfigError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
+
+
+def _torchvision_vit(name: str, image_size: int, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model
+
+    encoder = get_model(name, image_size=image_size, num_classes=num_classes)
+    encoder.heads.head.reset_parameters()  # torchvision's zeros are for a classifier: no embedding is of length 0
+    return encoder
 
 
 def _cifar_resnet(name: str, num_classes: int) -> nn.Module:

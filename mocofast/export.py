@@ -24,6 +24,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.interop import backbone_state_dict, to_reference_state_dict
 from mocofast.methods.moco import MoCo
 from mocofast.settings import nearest
+from mocofast.vit import SIZES
 
 FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
 
@@ -137,14 +138,16 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
     plain = arch.removesuffix("_cifar")
     if format == "timm":
         library, make = "timm", f'model = timm.create_model("{plain}", num_classes=0)'
-    elif arch == "resnet_tiny":
-        library, make = "mocofast.encoders", f'model = mocofast.encoders.build_encoder("{arch}")(num_classes=1)'
+    elif arch == "resnet_tiny" or arch in SIZES:
+        made = f'mocofast.encoders.build_encoder("{arch}", {config.augment.size})'
+        library, make = "mocofast.encoders", f"model = {made}(num_classes=1)"
     else:
-        library, make = "torchvision", f"model = torchvision.models.{plain}()"
+        size = f"image_size={config.augment.size}" if arch.startswith("vit_") else ""
+        library, make = "torchvision", f"model = torchvision.models.{plain}({size})"
     lines = [f"import torch, {library}", make]
     if format != "timm":
         lines[-1] += f"; model.{'heads' if arch.startswith('vit_') else 'fc'} = torch.nn.Identity()"
-    if plain != arch:
+    if plain != arch and arch not in SIZES:
         lines += [
             "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity()"
         ]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("mocofast_kernels",),
     ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed"),
-    ("mocofast.fused_blocks", "mocofast.normalization"),
+    ("mocofast.fused_blocks", "mocofast.normalization", "mocofast.vit"),
     ("mocofast.settings",),
     ("mocofast.encoders", "mocofast.sync_batch_norm"),
     (

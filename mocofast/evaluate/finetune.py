@@ -68,6 +68,7 @@ def finetune(
     with evaluating(encoder), torch.no_grad():
         width = features(encoder, torch.zeros(1, 3, config.augment.size, config.augment.size, device=device)).shape[1]
     setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
+    encoder.requires_grad_(True)  # also what pretraining froze, as a ViT's patches and positions
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.num_splits = 1

@@ -10,7 +10,11 @@ from mocofast.config import Config, ConfigError
 from mocofast.methods.base import Method
 from mocofast.sync_batch_norm import sync_batch_norm
 
-BUILDERS = {"moco": "mocofast.methods.moco"}
+BUILDERS = {
+    "moco": "mocofast.methods.moco",
+    "moco_v3": "mocofast.methods.moco_v3",
+    "byol": "mocofast.methods.byol",
+}
 
 
 def build_method(config: Config) -> Method:

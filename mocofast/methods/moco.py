@@ -209,7 +209,7 @@ def build(config: Config) -> MoCo:
     m = config.model
     mean, std = pixel_statistics(config.augment)
     return MoCo(
-        build_encoder(m.arch),
+        build_encoder(m.arch, config.augment.size),
         m.dim,
         m.queue_size,
         m.momentum,

@@ -1,0 +1,225 @@
+"""MoCo v3 and BYOL against eager twins, in one process and over two ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
+from processes import on_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mocofast.config import OptimConfig
+from mocofast.encoders import TinyResNet
+from mocofast.methods.byol import BYOL
+from mocofast.methods.moco_v3 import MoCoV3
+from mocofast.methods.predicting import PredictingMethod
+from mocofast.optim import optimizer_of
+from mocofast.step import choose_autocast, train_step
+from mocofast.sync_batch_norm import sync_batch_norm
+
+WORLD = 2
+# Each step's m, as a schedule would set it. The first is of equal weights: an average of them shows nothing.
+MOMENTA = (0.9, 0.8, 0.95, 0.7)
+BATCH = 10  # images, so 5 on each of two ranks
+
+
+def moco_v3(base: type[nn.Module] = TinyResNet, temperature: float = 0.3) -> MoCoV3:
+    torch.manual_seed(0)
+    return MoCoV3(base, 13, 17, 0.99, temperature)
+
+
+def moco_v3_as_for_vits() -> MoCoV3:
+    torch.manual_seed(0)
+    return MoCoV3(TinyResNet, 13, 17, 0.99, 0.3, projector_layers=3, predictor_norm=True)
+
+
+def byol() -> BYOL:
+    torch.manual_seed(0)
+    return BYOL(TinyResNet, 13, 17, 0.99)
+
+
+METHODS: dict[str, Callable[[], PredictingMethod]] = {
+    "MoCo v3": moco_v3,
+    "MoCo v3 as for ViTs": moco_v3_as_for_vits,
+    "BYOL": byol,
+}
+
+
+class Eager(nn.Module):
+    """The papers' algorithms on a copy of a method's weights; the average comes before the momentum encoder runs."""
+
+    def __init__(self, model: PredictingMethod, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.predictor = copy.deepcopy(model.predictor)
+        self.temperature = model.temperature if isinstance(model, MoCoV3) else None
+        self.momentum = model.momentum
+        self.to(dtype)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        q1, q2 = self.predictor(self.encoder_q(x1)), self.predictor(self.encoder_q(x2))
+        with torch.no_grad():
+            for target, online in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+                target.copy_(self.momentum * target + (1 - self.momentum) * online)
+            k1, k2 = self.encoder_k(x1), self.encoder_k(x2)
+        return self.compare(q1, k2) + self.compare(q2, k1)
+
+    def compare(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        if self.temperature is None:
+            return (q - k).square().sum(1).mean()
+        return 2 * self.temperature * F.cross_entropy(q @ k.t() / self.temperature, torch.arange(len(q)))
+
+
+def trajectory(model: nn.Module, batches: list[tuple[Tensor, Tensor]], ddp: bool = False) -> dict[str, Tensor]:
+    """Every step's loss and the final parameters, by name, float64.
+
+    A rate of 0.02: at 0.1, BatchNorms over 10 images make of float32's rounding 1e-4 within four steps.
+    """
+    weight = next(model.parameters())
+    trained = DistributedDataParallel(model) if ddp else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
+    losses = []
+    for momentum, (x1, x2) in zip(MOMENTA, batches):
+        model.momentum = momentum  # type: ignore[assignment]
+        out = trained(x1.to(weight), x2.to(weight))
+        loss = out if isinstance(out, Tensor) else out.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    result = {"losses": torch.stack(losses), **dict(model.named_parameters())}
+    return {name: value.detach().double().clone() for name, value in result.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trajectory_is_that_of_the_eager_method(method: str) -> None:
+    batches = random_batches(len(MOMENTA), BATCH)
+    model = METHODS[method]()
+    eager, exact = Eager(model, torch.float32), Eager(model, torch.float64)
+    assert_same_to_rounding(*(trajectory(each, batches) for each in (model, eager, exact)))
+
+
+def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+    batches = [(x1.chunk(WORLD)[rank], x2.chunk(WORLD)[rank]) for x1, x2 in random_batches(len(MOMENTA), BATCH)]
+    found = {}
+    for name, make in METHODS.items():
+        model = make()
+        sync_batch_norm(model)
+        if rank:  # whatever DDP or the first step is to take from rank 0 differs here
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data.add_(1)
+        found[name] = trajectory(model, batches, ddp=True)
+    model = moco_v3().eval()
+    if rank == 0:  # alone: no collective may wait for the other
+        found["eval"] = {"loss": model(*batches[0]).loss.detach()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(on_a_rank, tmp_path_factory.mktemp("ranks"), WORLD)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_with_batchnorm_over_both_are_one_eager_process_of_twice_the_batch(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    batches = random_batches(len(MOMENTA), BATCH)
+    model = METHODS[method]()
+    eager, exact = (trajectory(Eager(model, dtype), batches) for dtype in (torch.float32, torch.float64))
+    ours = dict(ranks[0][method])
+    ours["losses"] = (ours["losses"] + ranks[1][method]["losses"]) / 2  # a rank's own is over its own images
+    assert_same_to_rounding(ours, eager, exact)
+    for name, value in ranks[1][method].items():
+        if name != "losses":
+            assert torch.equal(value, ranks[0][method][name]), name
+
+
+def test_the_optimisers_average_gives_the_trajectory_of_the_methods_own() -> None:
+    # AdamW and LARS move a predictor that nothing follows beside an encoder that is followed.
+    for name in ("adamw", "lars"):
+        config = OptimConfig(name=name, lr=0.01 if name == "adamw" else 1.0, weight_decay=0.01)
+        fused, own = moco_v3(), moco_v3()
+        autocast = choose_autocast("fp32", torch.device("cpu"))
+        batches = random_batches(3, BATCH)
+        optimizer = optimizer_of(fused, config)
+        for views in batches:
+            train_step(fused, views, optimizer, 1, autocast)
+        optimizer = optimizer_of(own, config)
+        optimizer._follow(None, None)
+        for views in batches:
+            train_step(own, views, optimizer, 1, autocast)
+        own(*batches[0])  # which averages what the last step left
+        for (parameter, got), expected in zip(fused.named_parameters(), own.parameters()):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}")
+
+
+def test_the_predictor_is_trained_and_followed_by_nothing() -> None:
+    model = byol()
+    queries, keys = model.trained_pairs()
+    assert [id(p) for p in queries] == [id(p) for p in model.encoder_q.parameters()]
+    assert [id(p) for p in keys] == [id(p) for p in model.encoder_k.parameters()]
+    assert sum(len(group["params"]) for group in optimizer_of(model, OptimConfig()).param_groups) == len(
+        [*model.encoder_q.parameters(), *model.predictor.parameters()]
+    )
+
+
+def test_ranks_and_chance_of_moco_v3_are_those_of_its_logits() -> None:
+    model = moco_v3(PlainEncoder)
+    x1, x2 = random_batches(1, 7)[0]
+    assert model.chance_loss is None
+    rank = model(x1, x2).rank
+    eager = Eager(model, torch.float64)
+    q = [F.normalize(eager.predictor(eager.encoder_q(x.double())), dim=1) for x in (x1, x2)]
+    k = [F.normalize(eager.encoder_k(x.double()), dim=1) for x in (x1, x2)]
+    scores = [q[0] @ k[1].t(), q[1] @ k[0].t()]
+    assert torch.equal(rank.long(), torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in scores]))
+    uninformed = 2 * 2 * 0.3 * F.cross_entropy(torch.zeros(7, 7, dtype=torch.float64), torch.arange(7))
+    assert model.chance_loss == pytest.approx(float(uninformed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_mode_changes_nothing_and_waits_for_nobody(method: str, ranks: list[dict[str, Any]]) -> None:
+    model = METHODS[method]().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = model(*random_batches(1, BATCH)[0]).loss
+    assert torch.isfinite(loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.isfinite(ranks[0]["eval"]["loss"])
+
+
+def test_senseless_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        moco_v3(temperature=0.0)
+    with pytest.raises(ValueError, match="momentum must be in"):
+        BYOL(TinyResNet, 4, 4, 1.5)
+    with pytest.raises(ValueError, match=r"expected a linear layer in its \.fc"):
+        BYOL(lambda num_classes: nn.ModuleDict({"fc": nn.Identity()}), 4, 4, 0.5)
+
+
+def test_views_of_uint8_pixels_are_those_of_normalised_ones() -> None:
+    mean, std = torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 61, 62])
+    torch.manual_seed(0)
+    model = BYOL(PlainEncoder, 5, 6, 0.9, pixel_mean=mean, pixel_std=std)
+    pixels = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    floats = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(model.eval()(*pixels).loss, model(*floats).loss)
+    with pytest.raises(ValueError, match="im_2 must have the shape of im_1"):
+        model(pixels[0], pixels[1, :2])
+
+
+def test_a_state_dict_keeps_projector_in_the_head_and_predictor_apart(tmp_path: Path) -> None:
+    names = moco_v3().state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"encoder_q", "encoder_k", "predictor"}
+    assert "encoder_q.fc.0.weight" in names
+    assert "encoder_q.fc.4.running_mean" in names  # the projector ends in BatchNorm,
+    assert "encoder_q.fc.4.weight" not in names  # without weights
+    assert "predictor.4.running_mean" not in names

@@ -1,0 +1,102 @@
+"""The ViTs of MoCo v3 against timm's and a position embedding written out."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mocofast.config import ConfigError
+from mocofast.encoders import build_encoder
+from mocofast.vit import SIZES, sincos_position_embedding
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return build_encoder("vit_tiny_cifar", 32)(num_classes=5)
+
+
+def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
+    side, dim = 3, 8
+    expected = torch.zeros(1 + side * side, dim, dtype=torch.float64)
+    for row in range(side):
+        for column in range(side):
+            frequencies = [10000 ** (-i / 2) for i in range(2)]
+            expected[1 + row * side + column] = torch.tensor(
+                [wave(place * f) for place in (row, column) for wave in (math.sin, math.cos) for f in frequencies]
+            )
+    torch.testing.assert_close(sincos_position_embedding(side, dim)[0].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def timms(name: str) -> str:
+    """What timm calls a parameter of torchvision's ViT."""
+    for pattern, replacement in (
+        (r"^class_token$", "cls_token"), (r"^encoder.pos_embedding$", "pos_embed"), (r"^heads.head", "head"),
+        (r"^encoder.layers.encoder_layer_", "blocks."), (r"^encoder.ln", "norm"), (r"^conv_proj", "patch_embed.proj"),
+        (r"ln_(\d)", r"norm\1"), (r"self_attention.in_proj_", "attn.qkv."), (r"self_attention.out_proj", "attn.proj"),
+        (r"mlp.0", "mlp.fc1"), (r"mlp.3", "mlp.fc2"),
+    ):  # fmt: skip
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def test_it_computes_what_timms_vision_transformer_computes() -> None:
+    ours = tiny().eval()
+    patch, layers, heads, width = SIZES["vit_tiny_cifar"]
+    theirs = timm.models.VisionTransformer(
+        img_size=32, patch_size=patch, embed_dim=width, depth=layers, num_heads=heads, num_classes=5
+    ).eval()
+    theirs.load_state_dict({timms(name): value for name, value in ours.state_dict().items()})
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_and_patches_are_frozen_and_nothing_else() -> None:
+    frozen = {name for name, p in tiny().named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+
+
+def test_layers_start_uniform_and_query_key_and_value_as_three() -> None:
+    model = tiny()
+    width = 192
+
+    def assert_uniform(weight: Tensor, bound: float) -> None:
+        # The largest of 36,864 and more draws is within 0.1 % of the bound; the deviation within 1 %.
+        assert 0.999 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=1e-2)
+
+    for layer in model.encoder.layers:
+        assert_uniform(layer.self_attention.in_proj_weight, math.sqrt(6 / (2 * width)))
+        assert_uniform(layer.mlp[0].weight, math.sqrt(6 / (5 * width)))
+    patch = model.conv_proj.weight
+    assert patch.abs().max() <= math.sqrt(6 / (3 * 16 + width))
+    assert patch.std().item() == pytest.approx(math.sqrt(2 / (3 * 16 + width)), rel=0.05)
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert all(not bias.any() for bias in biases)
+    assert 0 < model.class_token.abs().max() < 1e-5
+
+
+def test_vit_base_has_the_names_and_shapes_of_torchvisions_and_vit_small_twelve_heads() -> None:
+    with torch.device("meta"):  # 86 million parameters that nobody needs
+        ours, theirs = build_encoder("vit_base")(num_classes=7), torchvision.models.vit_b_16(num_classes=7)
+        small = build_encoder("vit_small")(num_classes=7)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {layer.self_attention.num_heads for layer in (*ours.encoder.layers, *small.encoder.layers)} == {12}
+    assert (len(small.encoder.layers), small.class_token.shape[2]) == (12, 384)
+
+
+def test_images_are_made_of_whole_patches() -> None:
+    for arch, patch in (("vit_small", 16), ("vit_b_32", 32)):
+        with pytest.raises(ConfigError, match=rf"augment\.size: expected a multiple of {patch}"):
+            build_encoder(arch, 72)
+
+
+def test_torchvisions_vits_take_the_images_size_and_embed_images_apart() -> None:
+    encoder = build_encoder("vit_b_32", 32)(num_classes=3).eval()
+    a, b = encoder(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert not torch.allclose(a, b, atol=1e-4)  # torchvision's head of zeros would give zeros
