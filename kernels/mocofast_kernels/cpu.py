@@ -140,7 +140,7 @@ def _sums(
     starts with the first block: few operations, which is what small problems take."""
     total = output = maximum = above = flags = None
     for start, block in blocks:
-        logits = _product(scaled, block)
+        logits = product(scaled, block)
         if exclude_period:
             _fill_excluded(logits, first, start, exclude_period)
         if return_rank:
@@ -161,7 +161,7 @@ def _sums(
         sums = weights.sum(1, keepdim=True)
         total = sums if total is None else total.add_(sums)
         if compute_grad:
-            part = _product(weights, block.t())
+            part = product(weights, block.t())
             output = part if output is None else output.add_(part)
         del logits, weights  # before the next block's
     assert total is not None  # there is a negative
@@ -200,11 +200,11 @@ def infonce_grad_negatives(
     blocks = _Blocks(negatives, normalize_negatives, len(h))
     for rows in blocks.rows:
         for start, block in blocks:
-            logits = _product(block, scaled[rows])  # transposed, (B, R)
+            logits = product(block, scaled[rows])  # transposed, (B, R)
             if exclude_period:
                 _fill_excluded(logits.t(), rows.start, start, exclude_period)
             probabilities = logits.sub_(shift[rows]).exp2_()
-            result[start : start + len(block)].add_(_product(probabilities, weighted[rows].t()))
+            result[start : start + len(block)].add_(product(probabilities, weighted[rows].t()))
     if normalize_negatives:
         for columns in _ranges(len(result), blocks.columns):
             unit, norm = _rows(negatives[columns], True)
@@ -287,8 +287,8 @@ class _Blocks:
             yield columns.start, block
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, float32."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, (M, C) by (P, C), float32, by the faster library."""
     if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled:
         result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
         return result
