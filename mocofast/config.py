@@ -62,7 +62,11 @@ class DataConfig:
     shuffle_window: int = option(
         0, "of source=shards: shuffle samples within this many shards at a time, not over all; 0 means all"
     )
-    loader: str = option("auto", "who decodes and augments; auto says which and why", ("auto", "dali", "torchvision"))
+    loader: str = option(
+        "auto",
+        "who decodes and augments; auto says which and why",
+        ("auto", "device", "dali", "torchvision"),
+    )
     batch_size: int = option(256, "images per optimiser step, over all ranks and accumulation steps")
     workers: int = option(
         -1, "loader threads or processes per rank; -1 takes the cores there are, 0 loads in-process"

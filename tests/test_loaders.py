@@ -53,19 +53,25 @@ def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
         choose_loader(folder, "dali", CPU)
 
 
-def test_images_in_memory_go_through_dali_on_a_gpu_only() -> None:
-    choice, reason = choose_loader(IN_MEMORY, "auto", CPU)
+def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> None:
+    small, large = (AugmentConfig(size=8),), (AugmentConfig(size=8), AugmentConfig(size=224))
+    assert choose_loader(IN_MEMORY, "auto", CPU, small)[0] == "device"
+    assert choose_loader(IN_MEMORY, "device", CPU, large) == ("device", "asked for")  # which then refuses
+    choice, reason = choose_loader(IN_MEMORY, "auto", CPU, large)
     assert choice == "torchvision"
-    assert "in memory" in reason
-    with pytest.raises(ValueError, match=r"data\.loader must be auto, dali or torchvision, got 'pil'"):
+    assert "in memory" in reason and "up to 64 pixels, not 224" in reason
+    with pytest.raises(ValueError, match=r"data\.loader must be auto, device, dali or torchvision, got 'pil'"):
         choose_loader(IN_MEMORY, "pil", CPU)
     pytest.importorskip("nvidia.dali")
-    assert choose_loader(IN_MEMORY, "auto", torch.device("cuda"))[0] == "dali"
+    assert choose_loader(IN_MEMORY, "auto", torch.device("cuda"), large)[0] == "dali"
     assert choose_loader(IN_MEMORY, "dali", CPU) == ("dali", "asked for")
 
 
 def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:
     augment = AugmentConfig(size=16)
+    on_device = build_loader(IN_MEMORY, DataConfig(), (augment,), Shard(3), 0, torch.device("cpu"))
+    assert (on_device.name, on_device.steps_per_epoch) == ("device", 2)
+    assert on_device.reason == "the images are in memory, and their views small"
     data = DataConfig(loader="torchvision", workers=0)
     for views in (1, 2):  # linear probe, pretraining
         loader = build_loader(folder, data, (augment,) * views, Shard(3), 0, torch.device("cpu"))

@@ -41,6 +41,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 # Float32 arithmetic, and how many numbers of a thread an instruction takes.
 FLOAT = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
@@ -96,7 +97,9 @@ class Instruction(NamedTuple):
 def _describe(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
     options: dict[str, int | None] = {
-        name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs
+        name: kwargs.pop(name)
+        for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+        if name in kwargs
     }
     signature, constants, divisible = {}, {}, []
     given = dict(zip(kernel.arg_names, args), **kwargs)

@@ -1,7 +1,7 @@
 """What every loader promises, and the one place where randomness enters the data.
 
 A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
-`epoch_order`, every random parameter of a view from `draw_view`. Loaders (DALI, torchvision) only execute
+`epoch_order`, every random parameter of a view from `draw_view`. Loaders (device, DALI, torchvision) only execute
 those parameters, so both give the same views up to their operators' arithmetic, any step can be resumed
 without saving a stream's state, and a bad file cannot shift what other samples look like.
 
@@ -60,7 +60,7 @@ class Ordered(Protocol):
 class Loader(Protocol):
     """An endless, seekable stream of batches."""
 
-    name: str  # "dali" or "torchvision"
+    name: str  # "device", "dali" or "torchvision"
     reason: str  # why this loader was chosen, for the log; set by `build_loader`
     steps_per_epoch: int
     skipped: dict[int, str]  # bad samples met so far: index -> why

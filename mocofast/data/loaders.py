@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
+from mocofast.data.device_loader import DeviceLoader, unfit
 from mocofast.data.interface import Loader, Shard, Source
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ def build_loader(
     augments: one per view, so two for pretraining and one for a linear probe.
     Raises ValueError or ImportError where `data.loader` names one that cannot serve.
     """
-    choice, reason = choose_loader(source, data.loader, device)
+    choice, reason = choose_loader(source, data.loader, device, augments)
     workers = count_workers(data.workers)
     loader: Loader
-    if choice == "dali":
+    if choice == "device":
+        loader = DeviceLoader(source, augments, shard, seed, device)
+    elif choice == "dali":
         from mocofast.data.dali_loader import DaliLoader
 
         loader = DaliLoader(source, augments, shard, seed, device, workers, data)
@@ -57,12 +60,17 @@ def eval_batches(
     return EvalBatches(source, size, batch_size, count_workers(workers), torch.device(device))
 
 
-def choose_loader(source: Source, asked: str, device: torch.device) -> tuple[str, str]:
-    """("dali" or "torchvision", why). asked: "auto", "dali" or "torchvision"; device: where the batches go."""
-    if asked not in ("auto", "dali", "torchvision"):
-        raise ConfigError(f"data.loader must be auto, dali or torchvision, got {asked!r}")
-    if asked == "torchvision":
+def choose_loader(
+    source: Source, asked: str, device: torch.device, augments: tuple[AugmentConfig, ...] = ()
+) -> tuple[str, str]:
+    """("device", "dali" or "torchvision", why). asked: one of them or "auto"; device: where the batches go."""
+    if asked not in ("auto", "device", "dali", "torchvision"):
+        raise ConfigError(f"data.loader must be auto, device, dali or torchvision, got {asked!r}")
+    if asked in ("device", "torchvision"):  # the device loader says itself what it cannot do
         return asked, "asked for"
+    obstacle = unfit(source, augments, device)
+    if asked == "auto" and not obstacle:
+        return "device", "the images are in memory, and their views small"
     missing = dali_missing()
     if asked == "dali":
         if missing:
@@ -70,7 +78,7 @@ def choose_loader(source: Source, asked: str, device: torch.device) -> tuple[str
         return asked, "asked for"
     in_memory = isinstance(source.load(0), np.ndarray)
     if in_memory and device.type != "cuda":
-        return "torchvision", "the images are in memory, so there is nothing to decode"
+        return "torchvision", f"the images are in memory, so there is nothing to decode; device: {obstacle}"
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
     return "dali", "the views are made on the GPU" if in_memory else "image files, and DALI is installed"

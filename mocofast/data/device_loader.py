@@ -1,0 +1,184 @@
+"""The device loader: a small set of small images, held where the training runs, so that nothing is fetched.
+
+On a GPU one launch of one kernel (`mocofast_kernels.augment`) makes all views of a batch; elsewhere PyTorch makes
+them, as many at a time as a core's cache holds. The parameters are those of `draw_view`, drawn for many steps at
+once, so the stream is that of the other loaders. Normalising is left to the model, as with every loader.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocofast.config import AugmentConfig, ConfigError
+from mocofast.data.drawing import Views, draw_views
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, order_of
+from mocofast.data.sources import ArraySource
+from mocofast.data.view_ops import apply_view_ops, box_radius
+
+LARGEST, LARGEST_ROTATED = 64, 32  # sides of views, as in the kernel's module (which imports Triton)
+FUSED_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()  # tests add others
+DRAWN_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
+CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
+
+
+def unfit(source: Source, augments: tuple[AugmentConfig, ...], device: torch.device) -> str:
+    """Why the device loader cannot serve; "" if it can."""
+    if not isinstance(source, ArraySource):
+        return "it holds images in memory of one size, not files"
+    for augment in augments:
+        largest = LARGEST_ROTATED if augment.rotate else LARGEST
+        if augment.size > largest:
+            return f"it makes{' rotated' * bool(augment.rotate)} views of up to {largest} pixels, not {augment.size}"
+    if device.type == "cuda" and source.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return f"{source.images.nbytes / 2**30:.1f} GiB of images are more than a quarter of the GPU's free memory"
+    return ""
+
+
+class DeviceLoader:
+    """See `mocofast.data.interface.Loader`."""
+
+    name = "device"
+
+    def __init__(
+        self, source: Source, augments: tuple[AugmentConfig, ...], shard: Shard, seed: int, device: torch.device
+    ) -> None:
+        """augments: one per view. The images are copied to `device` here."""
+        if why := unfit(source, augments, device):
+            raise ConfigError(f"data.loader=device cannot serve: {why}")
+        assert isinstance(source, ArraySource)
+        self.reason = ""
+        self.steps_per_epoch = shard.steps(len(source))
+        self.skipped: dict[int, str] = {}  # nothing to decode, so nothing that cannot be
+        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
+        self._source = source
+        self._images = torch.from_numpy(np.ascontiguousarray(source.images)).to(device)
+        self._augments, self._shard, self._seed, self._device = augments, shard, seed, device
+        self._running: Generator[Batch, None, None] | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Steps start .. steps_per_epoch - 1 of an epoch. Ends the iteration before, if one is under way."""
+        self.close()
+        self._running = self._iterate(epoch, start)
+        return self._running
+
+    def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        size = np.array(self._images.shape[1:3])
+        order = order_of(self._source, self._seed, epoch)
+        make = self._fused if self._device.type in FUSED_DEVICES else self._composed
+        per_step = len(self._augments) * self._shard.batch_size // self._shard.world_size
+        chunk = max(1, DRAWN_AT_ONCE // per_step)
+        for first in range(start, self.steps_per_epoch, chunk):
+            last = min(first + chunk, self.steps_per_epoch)
+            slots = [self._shard.indices(order, step) for step in range(first, last)]
+            index = np.concatenate(slots)
+            drawn = [
+                draw_views(augment, size, self._seed, epoch, index, view)
+                for view, augment in enumerate(self._augments)
+            ]
+            shares = torch.from_numpy(index).split([len(slot) for slot in slots])
+            for shown, views in zip(shares, make(shares, drawn)):
+                batch = tuple(view.permute(0, 3, 1, 2) for view in views)
+                yield Batch(batch, shown, None if self._labels is None else self._labels[shown])
+
+    def _composed(self, shares: tuple[Tensor, ...], drawn: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+        """The views of one step after the other, (B, S, S, 3) each, by PyTorch, which is faster on many at once."""
+        index = torch.cat(shares)
+        views = (compose(self._images, index, own, augment) for own, augment in zip(drawn, self._augments))
+        return zip(*(view.split([len(share) for share in shares]) for view in views))
+
+    def _fused(self, shares: tuple[Tensor, ...], drawn: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+        """The same by the kernel: one launch a step for all views of one size."""
+        from mocofast_kernels.augment import augment as fused
+
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x
+
+        rotate = any(augment.rotate for augment in self._augments)
+        sizes = [augment.size for augment in self._augments]
+        grouped = {size: [view for view, own in enumerate(sizes) if own == size] for size in sizes}
+        tables = [parameter_table(views, augment) for views, augment in zip(drawn, self._augments)]
+        stacked = {size: moved(torch.stack([tables[view] for view in views])) for size, views in grouped.items()}
+        index, begin = moved(torch.cat(shares)), 0
+        for share in shares:
+            rows = slice(begin, begin := begin + len(share))
+            made: dict[int, Tensor] = {}
+            for size, views in grouped.items():
+                made |= zip(views, fused(self._images, index[rows], stacked[size][:, rows], size, rotate=rotate))
+            yield tuple(made[view] for view in range(len(sizes)))
+
+    def close(self) -> None:
+        """End the iteration that is under way."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+
+def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig) -> Tensor:
+    """(B, S, S, 3) uint8: `apply_view_ops` on `crop_and_resize`, a few images at a time.
+
+    images: (M, H, W, 3) uint8; index: (B,) int64 on the CPU, the image of every view.
+    """
+    size = augment.size
+    out = torch.empty((len(index), size, size, 3), dtype=torch.uint8, device=images.device)
+    columns = [column.tolist() for column in views]
+    params = [ViewParams(*row)._replace(order=tuple(row[5]) if row[5][0] >= 0 else ()) for row in zip(*columns)]
+    step = max(1, CACHED_PIXELS // size**2)
+    for begin in range(0, len(index), step):
+        rows = slice(begin, begin + step)
+        boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
+        crops = crop_and_resize(images[index[rows].to(images.device)], boxes.to(images.device), size)
+        apply_view_ops(crops, params[rows], augment, out[rows])
+    return out
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """(n, size, size, 3) uint8: PIL's antialiased bilinear resize of a box of each image.
+
+    images: (n, H, W, 3) uint8; boxes: (4, n) int64: top, left, height, width. A weighted sum along rows, rounded half
+    up, then one along columns. Weights are integers and so are all sums (exact in float32 while 255 times their total
+    stays below 2^24), which makes this exact; PIL rounds weights to 22 bits, which may turn a tie around.
+    """
+    top, left, height, width = boxes
+    n, H, W, channels = images.shape
+    x = images.permute(0, 1, 3, 2).reshape(n, H * channels, W).float()
+    weights = _weights(left, width, W, size)
+    x = _rounded(x @ weights, weights.sum(1, keepdim=True)).view(n, H, channels * size)
+    weights = _weights(top, height, H, size)
+    x = _rounded(weights.mT @ x, weights.sum(1).unsqueeze(2))
+    return x.view(n, size, channels, size).permute(0, 1, 3, 2).byte()
+
+
+def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+    """(n, full, size) float32 integers: a triangle about the centre of every pixel, as wide as a pixel of the larger
+    side, in units of 1 / (2 max(length, size))."""
+    at = torch.arange(full, device=start.device) - start.unsqueeze(1)
+    place = (2 * torch.arange(size, device=start.device) + 1) * length.unsqueeze(1)
+    reach = 2 * length.clamp(min=size)
+    weights = reach.view(-1, 1, 1) - ((2 * at + 1) * size).unsqueeze(2).sub(place.unsqueeze(1)).abs_()
+    outside = (at < 0) | (at >= length.unsqueeze(1))
+    return weights.clamp_(min=0).masked_fill_(outside.unsqueeze(2), 0).float()
+
+
+def _rounded(sums: Tensor, total: Tensor) -> Tensor:
+    return sums.mul_(2).add_(total).div_(2 * total).floor_()
+
+
+def parameter_table(views: Views, augment: AugmentConfig) -> Tensor:
+    """(n, 20) float32: the parameters that `mocofast_kernels.augment.augment` documents."""
+    radii = np.array([box_radius(sigma) for sigma in views.sigma.tolist()])
+    reach = np.ceil(radii)
+    inner = 1 / (2 * radii + 1)
+    radians = views.angle.astype(np.float32) * np.float32(math.pi / 180)
+    outer = (1 - (2 * reach - 1) * inner) / 2
+    columns = (
+        views.top, views.left, views.height, views.width, np.cos(radians), np.sin(radians),
+        views.gray * (1 if augment.gray_first else 2), *views.order.T, views.brightness, views.contrast,
+        views.saturation, views.hue, reach, inner, outer, views.solarize, views.flip,
+    )  # fmt: skip
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))

@@ -1,0 +1,209 @@
+"""The device loader: the torchvision loader's stream, from images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mocofast.config import AugmentConfig
+from mocofast.data import device_loader
+from mocofast.data.device_loader import DeviceLoader, crop_and_resize
+from mocofast.data.interface import Batch, Shard, draw_view
+from mocofast.data.sources import ArraySource, FolderSource
+from mocofast.data.torchvision_loader import TorchvisionLoader
+from tests.triton_device import DEVICE
+
+CPU = torch.device("cpu")
+SIDE = 16
+EVERYTHING = AugmentConfig(size=SIDE, rotate=10.0, jitter_p=0.8, gray=0.3, gray_first=False, blur=0.5, solarize=0.2)
+
+
+def images(count: int = 23, side: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+SOURCE = ArraySource(images(), np.arange(23) % 3, ("a", "b", "c"))
+
+
+def loader(shard: Shard, seed: int = 0, augment: AugmentConfig = EVERYTHING) -> DeviceLoader:
+    return DeviceLoader(SOURCE, (augment, augment), shard, seed, CPU)
+
+
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert torch.equal(x.index, y.index)
+        for u, v in zip(x.views, y.views):
+            assert torch.equal(u, v)
+
+
+@pytest.fixture(params=[4096, 16])
+def drawn_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole epoch at a time, or two steps."""
+    monkeypatch.setattr(device_loader, "DRAWN_AT_ONCE", request.param)
+
+
+def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
+    # Neither hue (which PIL quantises) nor rotation (truncated from double precision): equal to the bit.
+    augment = AugmentConfig(
+        size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.2
+    )
+    shard = Shard(4, drop_last=False)
+    ours = DeviceLoader(SOURCE, (augment, augment), shard, 3, CPU)
+    reference = TorchvisionLoader(SOURCE, (augment, augment), shard, 3, CPU, 0)
+    assert ours.steps_per_epoch == reference.steps_per_epoch == 6
+    for epoch in range(2):
+        batches = list(ours.epoch(epoch))
+        assert_equal(batches, list(reference.epoch(epoch)))
+        assert [len(batch.index) for batch in batches] == [4, 4, 4, 4, 4, 3]
+
+
+def test_whole_views_are_the_torchvision_loaders_but_for_hue_and_rounding() -> None:
+    shard = Shard(23)
+    ours = next(loader(shard).epoch(0))
+    reference = next(TorchvisionLoader(SOURCE, (EVERYTHING,) * 2, shard, 0, CPU, 0).epoch(0))
+    for x, y in zip(ours.views, reference.views):
+        error = (x.int() - y.int()).abs().float()
+        assert error.mean() < 1  # another sample's view, or other parameters, differ by some 80
+        assert error.max() <= 40  # as view_ops: hue 9, times 1.4 by each of three operators; solarize keeps it
+
+
+def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
+    stream = loader(Shard(4))
+    whole = [list(stream.epoch(epoch)) for epoch in range(2)]
+    assert [len(epoch) for epoch in whole] == [5, 5]  # 23 images: 3 are left out
+    assert not torch.equal(whole[0][0].index, whole[1][0].index)
+    for epoch, start in ((1, 3), (0, 0), (1, 0), (0, 4), (0, 5)):
+        assert_equal(list(stream.epoch(epoch, start)), whole[epoch][start:])
+    early = stream.epoch(0)
+    assert_equal([next(early)], whole[0][:1])
+    assert_equal(list(stream.epoch(1, 1)), whole[1][1:])
+    assert list(early) == []
+    stream.close()
+    assert_equal(list(stream.epoch(0, 3)), whole[0][3:])  # a closed loader can start again
+
+
+def test_the_ranks_batches_make_the_batch_of_one_process(drawn_at_once: None) -> None:
+    whole = list(loader(Shard(6)).epoch(1))
+    ranks = [list(loader(Shard(6, rank, 3)).epoch(1)) for rank in range(3)]
+    together = [
+        Batch(
+            tuple(torch.cat(views) for views in zip(*(b.views for b in parts))),
+            torch.cat([b.index for b in parts]),
+            None,
+        )
+        for parts in zip(*ranks)
+    ]
+    assert_equal(together, whole)
+
+
+def test_batches_are_channels_last_uint8_with_the_samples_labels() -> None:
+    small = AugmentConfig(size=7)
+    stream = DeviceLoader(SOURCE, (EVERYTHING, small), Shard(4, drop_last=False), 0, CPU)
+    seen: list[int] = []
+    for batch in stream.epoch(0):
+        seen += batch.index.tolist()
+        for view, size in zip(batch.views, (SIDE, 7)):
+            assert view.shape == (len(batch.index), 3, size, size)
+            assert view.dtype == torch.uint8
+            assert view.is_contiguous(memory_format=torch.channels_last)
+        assert SOURCE.labels is not None
+        assert batch.labels is not None
+        assert batch.labels.tolist() == SOURCE.labels[batch.index].tolist()
+    assert sorted(seen) == list(range(23))
+    assert stream.skipped == {}
+    unlabelled = DeviceLoader(ArraySource(images(), None, ()), (small,), Shard(4), 0, CPU)
+    assert next(unlabelled.epoch(0)).labels is None
+
+
+def test_loading_draws_nothing_from_the_global_generators() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    list(loader(Shard(4)).epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    still = replace(EVERYTHING, rotate=0.0)  # rotation takes long in the interpreter
+    augments = (still, AugmentConfig(size=8), still)  # two views of one size are one launch
+    device = torch.device(DEVICE)
+
+    def batches(device: torch.device) -> list[Batch]:
+        return list(DeviceLoader(SOURCE, augments, Shard(5, 1, 5), 0, device).epoch(0, 2))
+
+    composed = batches(CPU)
+    monkeypatch.setattr(device_loader, "FUSED_DEVICES", (DEVICE,))
+    for a, b in zip(composed, batches(device)):
+        assert torch.equal(a.index, b.index)
+        for x, y in zip(a.views, b.views):
+            assert y.device.type == DEVICE
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            error = (x.int() - y.cpu().int()).abs().float()
+            assert error.max() <= 4  # as test_kernels_augment.py
+            assert (error > 0).float().mean() < 1e-3
+
+
+def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -> Tensor:
+    view = F.resized_crop(Image.fromarray(pixels), *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    return torch.from_numpy(np.asarray(view).copy())
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width", "largest"),
+    [
+        (32, 32, 32, 0),  # never smaller than its crop, sides powers of two: PIL's weights are exact, too
+        (8, 8, 8, 0),
+        (19, 23, 37, 1),  # odd and prime
+        (16, 96, 57, 1),  # filters of up to 12 pixels
+    ],
+)
+def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (40, height, width, 3), dtype=np.uint8)
+    boxes = [draw_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))]
+    got = crop_and_resize(torch.from_numpy(pixels), torch.tensor(boxes).T, size)
+    expected = torch.stack([resized_by_pil(image, box, size) for image, box in zip(pixels, boxes)])
+    error = (got.int() - expected.int()).abs()
+    assert error.max() <= largest
+    assert error.float().mean() < 0.02
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
+    def refused(augment: AugmentConfig) -> None:
+        DeviceLoader(SOURCE, (AugmentConfig(size=8), augment), Shard(4), 0, CPU)
+
+    with pytest.raises(ValueError, match=r"data\.loader=device .* views of up to 64 pixels, not 65"):
+        refused(AugmentConfig(size=65))
+    with pytest.raises(ValueError, match="rotated views of up to 32 pixels, not 33"):
+        refused(AugmentConfig(size=33, rotate=5.0))
+    Image.fromarray(images(1)[0]).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="images in memory of one size, not files"):
+        DeviceLoader(FolderSource(tmp_path, ["a.png"]), (EVERYTHING,), Shard(1), 0, CPU)
+
+
+@pytest.mark.gpu
+def test_a_cifar_epoch_on_a_gpu_needs_no_synchronisation_and_equals_the_cpus() -> None:
+    augment = AugmentConfig(size=32, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
+    source = ArraySource(images(600, 32), None, ())
+    on_gpu = DeviceLoader(source, (augment, augment), Shard(128), 0, torch.device("cuda"))
+    next(on_gpu.epoch(0))  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(on_gpu.epoch(0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(DeviceLoader(source, (augment, augment), Shard(128), 0, CPU).epoch(0), batches):
+        for x, y in zip(a.views, b.views):
+            error = (x.int() - y.cpu().int()).abs().float()
+            assert error.max() <= 4
+            assert (error > 0).float().mean() < 1e-3

@@ -1,0 +1,81 @@
+"""Parameters drawn for a batch are those drawn one by one, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mocofast.config import AugmentConfig
+from mocofast.data.drawing import Views, _Stream, draw_views, stack_views
+from mocofast.data.interface import ViewParams, draw_view
+from mocofast.settings import load_recipe
+
+EVERYTHING = AugmentConfig(rotate=10.0, jitter_p=0.8, blur=0.5, solarize=0.2)
+AUGMENTS = {
+    "moco_v1": AugmentConfig(),
+    "cifar10": load_recipe("cifar10_r18").augment,
+    "digits": load_recipe("digits").augment,
+    "everything": EVERYTHING,
+    "crops only": AugmentConfig(jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, flip=0.0),
+}
+SIZES = [
+    (32, 32),
+    (375, 500),
+    (60, 400),  # wide, and tall: most crops do not fit, and all ten attempts of many fail
+    (400, 60),
+    (1, 1),  # there is one place for a crop: nothing is drawn for it
+]
+
+
+def assert_equal(got: Views, expected: Views) -> None:
+    for name, ours, reference in zip(Views._fields, got, expected):
+        assert np.array_equal(ours, reference), name
+
+
+def test_a_batch_of_views_has_the_fields_of_one() -> None:
+    assert Views._fields == ViewParams._fields
+
+
+@pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
+def test_a_batch_is_drawn_as_its_views_one_by_one(augment: AugmentConfig) -> None:
+    index = np.random.default_rng(0).integers(0, 2**40, 300)  # most need both halves of a counter's word
+    for size in SIZES:
+        for view in (0, 1):
+            expected = stack_views([draw_view(augment, size, 7, 3, int(i), view) for i in index])
+            assert_equal(draw_views(augment, np.array(size), 7, 3, index, view), expected)
+
+
+def test_every_image_of_a_batch_may_have_its_own_size() -> None:
+    index = np.arange(200)
+    sizes = np.array(SIZES)[index % len(SIZES)]
+    views = [draw_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1) for i, (h, w) in zip(index, sizes)]
+    assert_equal(draw_views(EVERYTHING, sizes, 0, 0, index, 1), stack_views(views))
+
+
+def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
+    expected = stack_views([draw_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)])
+    assert_equal(draw_views(EVERYTHING, np.array((32, 32)), 2**63 - 1, 10**6, np.arange(50), 0), expected)
+
+
+def test_nothing_is_drawn_for_an_empty_batch() -> None:
+    views = draw_views(EVERYTHING, np.array((32, 32)), 0, 0, np.arange(0), 0)
+    assert all(len(column) == 0 for column in views)
+
+
+def test_numbers_that_numpy_draws_again_are_drawn_again() -> None:
+    """A count of 3 2^30 refuses every fourth word, which crops of images never meet; and more words than are made
+    at first."""
+    index, key = np.arange(40), np.array([5, 6], dtype=np.uint64)
+    stream = _Stream(key, index, 1, first=np.zeros(40, dtype=np.int64))
+    some = index % 3 > 0  # the others draw less, so streams stand at different words
+    ours = []
+    for _ in range(12):
+        ours.append(stream.below(np.full(int(some.sum()), 3 * 2**30), some))
+        ours.append(stream.permutations(4, some)[:, 0])
+        ours.append(stream.random(np.ones(40, dtype=bool))[some])
+    for column, i in enumerate(index[some]):
+        rng = np.random.Generator(np.random.Philox(key=[5, 6], counter=[0, 1, int(i), 1]))
+        expected = [
+            x for _ in range(12) for x in (int(rng.integers(0, 3 * 2**30)), rng.permutation(4)[0], rng.random())
+        ]
+        assert [row[column] for row in ours] == expected

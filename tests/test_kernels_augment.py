@@ -1,0 +1,144 @@
+"""The augmentation kernel against PIL and against the PyTorch operators; in Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.triton_device import DEVICE
+
+pytest.importorskip("triton")
+
+import mocofast_kernels.augment as kernel
+
+from mocofast.config import AugmentConfig
+from mocofast.data import device_loader
+from mocofast.data.device_loader import compose, parameter_table
+from mocofast.data.drawing import Views, draw_views, stack_views
+from mocofast.data.interface import ViewParams, draw_view
+from mocofast.data.torchvision_loader import apply_view
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+
+PLAIN = AugmentConfig(size=32, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
+# PIL quantises hue to 8 bits, so what is compared with PIL has none.
+WITHOUT_HUE = AugmentConfig(
+    size=32, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, gray_first=False, blur=0.6, solarize=0.3
+)
+EVERYTHING = replace(WITHOUT_HUE, jitter=(0.4, 0.4, 0.4, 0.4))
+
+
+def pictures(height: int, width: int) -> np.ndarray:
+    """(4, H, W, 3): noise, a ramp, the corners of the colour cube, gray noise."""
+    rng = np.random.default_rng(height + width)
+    noise = rng.integers(0, 256, (2, height, width, 3))
+    y, x = np.mgrid[:height, :width]
+    ramp = np.stack((x * 255 // (width - 1), y * 255 // (height - 1), 255 - x), axis=2)
+    corners = 255 * rng.integers(0, 2, (height, width, 3))
+    gray = np.repeat(noise[1, ..., :1], 3, axis=2)
+    return np.stack((noise[0], ramp, corners, gray)).astype(np.uint8)
+
+
+def by_kernel(images: np.ndarray, index: np.ndarray, views: Views, augment: AugmentConfig) -> Tensor:
+    table = parameter_table(views, augment).to(DEVICE)
+    on_device = torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE)
+    return kernel.augment(*on_device, table[None], augment.size, rotate=augment.rotate > 0)[0].cpu()
+
+
+def by_pil(images: np.ndarray, index: np.ndarray, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
+    views = [np.asarray(apply_view(Image.fromarray(images[i]), p, augment)) for i, p in zip(index, params)]
+    return torch.from_numpy(np.stack(views))
+
+
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    return (a.int() - b.int()).abs().float()
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width", "largest"),
+    [
+        (32, 32, 32, 0),  # CIFAR: never smaller than its crop, sides powers of two, so PIL's weights are exact, too
+        (8, 8, 8, 0),  # digits: a tile is padded to the smallest matrix product
+        (64, 40, 64, 0),  # the largest tile
+        (19, 23, 37, 1),  # odd and prime; PIL's weights have 22 bits: a tie may turn around
+        (16, 30, 57, 1),  # up to 4 times smaller: filters of many pixels
+    ],
+)
+def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
+    images, index = pictures(height, width), np.arange(4)
+    augment = replace(PLAIN, size=size)
+    params = [draw_view(augment, (height, width), 1, 0, i, 0) for i in range(len(index))]
+    error = differences(
+        by_kernel(images, index, stack_views(params), augment), by_pil(images, index, params, augment)
+    )
+    assert error.max() <= largest
+    assert error.mean() < 0.05  # a ramp has many ties
+
+
+def test_a_view_without_hue_is_pils() -> None:
+    images, index = pictures(32, 32), np.arange(16) % 4
+    params = [draw_view(WITHOUT_HUE, (32, 32), 5, 0, i, 0) for i in range(len(index))]
+    happened = [(bool(p.order), p.gray, p.sigma > 0, p.solarize, p.flip) for p in params]
+    assert np.any(happened, axis=0).all() and not np.all(happened, axis=0).any()
+    got = by_kernel(images, index, stack_views(params), WITHOUT_HUE)
+    error = differences(got, by_pil(images, index, params, WITHOUT_HUE))
+    # Equal but for ties of the blur, whose weights PIL holds in 24 bits and the kernel in 22.
+    assert (error > 0).float().mean() < 1e-3
+
+
+def test_a_view_is_that_of_the_pytorch_operators() -> None:
+    images, index = pictures(32, 32), np.arange(16) % 4
+    augment = replace(EVERYTHING, gray_first=True)
+    views = draw_views(augment, np.array((32, 32)), 3, 0, np.arange(len(index)), 0)
+    expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
+    error = differences(by_kernel(images, index, views, augment), expected)
+    # Hue's order of additions: a value within 1e-5 of a half may round, and later be truncated, the other way.
+    assert error.max() <= 4
+    assert (error > 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [8, 17])
+def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
+    images, index = pictures(11, 13), np.arange(4)
+    augment = replace(EVERYTHING, size=size, rotate=60.0)
+    views = draw_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
+    expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
+    error = differences(by_kernel(images, index, views, augment), expected)
+    assert (error > 1).float().mean() < 5e-3  # positions differ in the 7th digit, so truncation may
+    assert error.mean() < 0.02
+
+
+def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
+    images, index = pictures(5, 5), np.arange(4)
+    augment = replace(PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0))  # boxes of 7 pixels and more on 5
+    params = [draw_view(augment, (5, 5), 1, 0, i, 0) for i in range(4)]
+    got = by_kernel(images, index, stack_views(params), augment)
+    error = differences(got, by_pil(images, index, params, augment))
+    assert error.max() <= 1
+    assert error.mean() < 0.02
+
+
+def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() -> None:
+    images, index = pictures(8, 8), np.array([3, 0])
+    augment = replace(EVERYTHING, size=8)
+    drawn = [draw_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)]
+    table = torch.stack([parameter_table(views, augment) for views in drawn]).to(DEVICE)
+    both = kernel.augment(
+        torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE), table[:, 1:3], 8, rotate=False
+    ).cpu()
+    for got, views in zip(both, drawn):
+        own = Views(*(column[1:3] for column in views))
+        assert torch.equal(got, by_kernel(images, index, own, augment))
+
+
+def test_what_the_kernel_cannot_hold_is_refused() -> None:
+    assert (device_loader.LARGEST, device_loader.LARGEST_ROTATED) == (kernel.LARGEST, kernel.LARGEST_ROTATED)
+    images, index = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    for size, rotate in ((65, False), (33, True)):
+        with pytest.raises(AssertionError):
+            kernel.augment(images, index, torch.zeros(1, 1, 20), size, rotate=rotate)
