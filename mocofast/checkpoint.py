@@ -115,6 +115,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     """The trained model, on the CPU, and the configuration of its run."""
     config = settings.from_dict(state["config"])
-    model = build_method(config)
+    model = build_method(config, **state.get("sizes", {}))
     model.load_state_dict(state["model"])
     return model, config

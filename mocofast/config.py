@@ -23,15 +23,21 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class ModelConfig:
     """The method: encoders, queue, momentum and temperature."""
 
-    method: str = option("moco", "how the encoder is trained", ("moco", "moco_v3", "byol"))
+    method: str = option(
+        "moco",
+        "how the encoder is trained",
+        ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised"),
+    )
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's with _cifar for a 3x3 stem, no max-pool; MoCo v3's vit_small, vit_base; "
         "vit_tiny_cifar, for 32 pixels; or resnet_tiny",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares")
-    queue_size: int = option(65536, "number of negative keys kept, in keys")
-    momentum: float = option(0.999, "EMA momentum m of the key encoder: k = m k + (1-m) q")
+    queue_size: int = option(65536, "number of negative keys kept, in keys; of a memory bank: drawn per batch")
+    momentum: float = option(
+        0.999, "EMA momentum m of the key encoder, k = m k + (1-m) q, or of a memory bank's slots"
+    )
     momentum_schedule: str = option(
         "constant", "cosine: m rises to 1 over the run, step by step (MoCo v3, BYOL)", ("constant", "cosine")
     )
@@ -42,7 +48,10 @@ class ModelConfig:
     )
     bn_splits: int = option(1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one")
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
-    hidden_dim: int = option(4096, "width of the projector's and predictor's hidden layers (MoCo v3, BYOL)")
+    hidden_dim: int = option(4096, "width of the projector's and predictor's hidden layers (all methods but MoCo)")
+    prototypes: int = option(3000, "SwAV: number of prototypes")
+    epsilon: float = option(0.05, "SwAV: smoothness of the assignments to prototypes")
+    freeze_prototypes: int = option(313, "SwAV: optimiser steps at the start in which prototypes stay")
     symmetric: bool = option(False, "MoCo: both views are queries and keys; the loss is the sum (MoCo v2+)")
     queue_dtype: str = option("float32", "type the queue is stored in", ("float32", "bfloat16", "float16"))
 

@@ -96,14 +96,11 @@ def all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
-class BatchShuffle:
-    """Random re-distribution of a batch over ranks, "shuffling BN" of MoCo (He et al. 2020, section 3.3).
+class SharedGenerator:
+    """A generator on the CPU that draws the same on every rank.
 
-    BatchNorm's statistics of a rank's batch would let a query recognise its own key; shuffled, a key is normalised
-    together with other images than its query was. The permutations are those of facebookresearch/moco, which draws
-    each from rank 0's default CPU generator and broadcasts it. Here every rank owns a generator that starts, at the
-    first shuffle, from rank 0's default one: the same draws from then on, without a broadcast and without waiting for
-    the device, which also lets every rank know on the host how many images each other one sends it.
+    It starts, when it is first asked for, from rank 0's default one: the same draws from then on, without a broadcast
+    and without waiting for the device.
     """
 
     def __init__(self) -> None:
@@ -111,7 +108,7 @@ class BatchShuffle:
         self._agreed = False
 
     def state(self) -> Tensor | None:
-        """The generator's state (uint8), equal on all ranks, for a checkpoint; None before the first shuffle."""
+        """The generator's state (uint8), equal on all ranks, for a checkpoint; None before the first draw."""
         return None if self._generator is None else self._generator.get_state()
 
     def load_state(self, state: Tensor | None) -> None:
@@ -122,39 +119,8 @@ class BatchShuffle:
             self._generator.set_state(state.cpu())
         self._agreed = False
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of the shuffled global batch, (N, ...), and the index that restores the order.
-
-        images: (N, ...), N the same on all ranks. restore: (W*N,) int64 on the images' device:
-        `all_gather(x)[restore]` has, for rows `x` computed from the shuffled images, the order of the ranks'
-        original batches. Each image is sent at most once, in its own dtype; channels-last stays channels-last.
-        """
-        rank, world_size = rank_and_world_size()
-        size = len(images)
-        permutation = torch.randperm(world_size * size, generator=self._shared_generator(images.device))
-        position = torch.argsort(permutation)  # (W*N,): the place of each image in the shuffled batch
-        # index_select would turn channels-last into NCHW, so rows are taken from the (N, H, W, C) view.
-        channels_last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
-        rows = images.permute(0, 2, 3, 1) if channels_last else images
-        if world_size == 1:
-            permutation, restore = _to_device([permutation, position], images.device)
-            rows = rows.index_select(0, permutation)
-        else:
-            mine = slice(rank * size, (rank + 1) * size)
-            targets, origins = position[mine], permutation[mine]  # of the images that leave, and that arrive
-            # Sorted by target place, images leave grouped by target rank; they arrive grouped by rank of origin.
-            leave = torch.argsort(targets)
-            arrive = torch.argsort(torch.argsort(origins // size, stable=True))
-            leave, arrive, restore = _to_device([leave, arrive, position], images.device)
-            sent = rows.index_select(0, leave)
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(
-                received, sent, _count(origins // size, world_size), _count(targets // size, world_size)
-            )
-            rows = received.index_select(0, arrive)
-        return (rows.permute(0, 3, 1, 2) if channels_last else rows), restore
-
-    def _shared_generator(self, device: torch.device) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
+        """To draw from, by all ranks together. device: where the process group can exchange tensors."""
         if self._generator is not None and self._agreed:
             return self._generator
         state = torch.get_rng_state() if self._generator is None else self._generator.get_state()
@@ -168,11 +134,53 @@ class BatchShuffle:
         return self._generator
 
 
+class BatchShuffle(SharedGenerator):
+    """Random re-distribution of a batch over ranks, "shuffling BN" of MoCo (He et al. 2020, section 3.3).
+
+    BatchNorm's statistics of a rank's batch would let a query recognise its own key; shuffled, a key is normalised
+    together with other images than its query was. The permutations are those of facebookresearch/moco, which draws
+    each from rank 0's default CPU generator and broadcasts it. Here every rank draws the same, which also tells it on
+    the host how many images each other one sends it.
+    """
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the shuffled global batch, (N, ...), and the index that restores the order.
+
+        images: (N, ...), N the same on all ranks. restore: (W*N,) int64 on the images' device:
+        `all_gather(x)[restore]` has, for rows `x` computed from the shuffled images, the order of the ranks'
+        original batches. Each image is sent at most once, in its own dtype; channels-last stays channels-last.
+        """
+        rank, world_size = rank_and_world_size()
+        size = len(images)
+        permutation = torch.randperm(world_size * size, generator=self.generator(images.device))
+        position = torch.argsort(permutation)  # (W*N,): the place of each image in the shuffled batch
+        # index_select would turn channels-last into NCHW, so rows are taken from the (N, H, W, C) view.
+        channels_last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+        rows = images.permute(0, 2, 3, 1) if channels_last else images
+        if world_size == 1:
+            permutation, restore = to_device([permutation, position], images.device)
+            rows = rows.index_select(0, permutation)
+        else:
+            mine = slice(rank * size, (rank + 1) * size)
+            targets, origins = position[mine], permutation[mine]  # of the images that leave, and that arrive
+            # Sorted by target place, images leave grouped by target rank; they arrive grouped by rank of origin.
+            leave = torch.argsort(targets)
+            arrive = torch.argsort(torch.argsort(origins // size, stable=True))
+            leave, arrive, restore = to_device([leave, arrive, position], images.device)
+            sent = rows.index_select(0, leave)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(
+                received, sent, _count(origins // size, world_size), _count(targets // size, world_size)
+            )
+            rows = received.index_select(0, arrive)
+        return (rows.permute(0, 3, 1, 2) if channels_last else rows), restore
+
+
 def _count(ranks: Tensor, world_size: int) -> list[int]:
     return torch.bincount(ranks, minlength=world_size).tolist()
 
 
-def _to_device(indices: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def to_device(indices: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Index tensors in one copy; from pinned memory to a GPU, so that the host does not wait for it."""
     joined = torch.cat(indices)
     if device.type == "cuda":

@@ -164,6 +164,9 @@ def validate(config: Config) -> None:
         "model.bn_splits": (c.model.bn_splits >= 1, "at least 1"),
         "model.hidden_dim": (c.model.hidden_dim >= 1, "at least 1"),
         "model.sync_bn": (not c.model.sync_bn or c.model.bn_splits == 1, "false where model.bn_splits is above 1"),
+        "model.prototypes": (c.model.prototypes >= 2, "at least 2"),
+        "model.epsilon": (c.model.epsilon > 0, "above 0"),
+        "model.freeze_prototypes": (c.model.freeze_prototypes >= 0, "at least 0"),
         "data.batch_size": (
             c.data.batch_size >= 1 and c.data.batch_size % c.train.accumulate == 0,
             "a multiple of train.accumulate",

@@ -81,16 +81,18 @@ class _Run:
         mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch but an epoch's last has the same shape
-        torch.manual_seed(config.train.seed)
-        self.model = build_method(config).to(device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        self.optimizer = optimizer_of(self.model, config.optim)
-        self.autocast = choose_autocast(config.train.precision, device)
         if rank:  # rank 0 may have to download the images
             distributed.barrier()
         splits = load_splits(config.data, config.train.seed)
         if rank == 0:
             distributed.barrier()
+        self.sizes = {"images": len(splits.train), "classes": len(splits.train.classes)}
+
+        torch.manual_seed(config.train.seed)
+        self.model = build_method(config, **self.sizes).to(device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        self.optimizer = optimizer_of(self.model, config.optim)
+        self.autocast = choose_autocast(config.train.precision, device)
         self.loader: Loader = build_loader(
             splits.train,
             config.data,
@@ -99,8 +101,6 @@ class _Run:
             config.train.seed,
             device,
         )
-        if "labels" in self.model.needs and splits.train.labels is None:
-            raise ConfigError(f"model.method: {config.model.method} needs labelled images, and these have no labels")
         self.source, self.note = splits.train, splits.note
         self.monitor = KNNMonitor.of(splits, config, device)
 
@@ -257,6 +257,7 @@ class _Run:
                 "random_states": random_states,
                 "method_random_state": self.model.random_state(),
                 "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
+                "sizes": self.sizes,
                 "before": self.before,
                 "after": self.after,
             }

@@ -14,16 +14,25 @@ BUILDERS = {
     "moco": "mocofast.methods.moco",
     "moco_v3": "mocofast.methods.moco_v3",
     "byol": "mocofast.methods.byol",
+    "simclr": "mocofast.methods.simclr",
+    "memory_bank": "mocofast.methods.memory_bank",
+    "swav": "mocofast.methods.swav",
+    "supervised": "mocofast.methods.supervised",
 }
+SIZED = {"memory_bank": ("images",), "supervised": ("classes",)}  # what else their builders take
 
 
-def build_method(config: Config) -> Method:
-    """The untrained method of a configuration, on the CPU, its weights drawn from torch's default generator."""
+def build_method(config: Config, images: int = 0, classes: int = 0) -> Method:
+    """The untrained method of a configuration, on the CPU, its weights drawn from torch's default generator.
+
+    images, classes: how many the training set has; for the methods that keep something for each (SIZED).
+    """
     name = config.model.method
     if name not in BUILDERS:
         raise ConfigError(f"model.method must be one of {', '.join(BUILDERS)}: got {name!r}")
-    build = cast("Callable[[Config], Method]", importlib.import_module(BUILDERS[name]).build)
-    method = build(config)
+    build = cast("Callable[..., Method]", importlib.import_module(BUILDERS[name]).build)
+    sizes = {"images": images, "classes": classes}
+    method = build(config, **{size: sizes[size] for size in SIZED.get(name, ())})
     if config.model.sync_bn:
         sync_batch_norm(method)
     return method

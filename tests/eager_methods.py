@@ -1,0 +1,170 @@
+"""SimCLR, memory bank, SwAV and supervised training written the plain way, as their papers' pseudo-code and
+definitions have them, in one process on the whole batch: what the methods must equal, on however many ranks.
+
+Parameters and buffers have the names of the methods' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mocofast.methods.base import Method
+from mocofast.methods.memory_bank import MemoryBank
+from mocofast.methods.simclr import SimCLR
+from mocofast.methods.supervised import Supervised
+from mocofast.methods.swav import SwAV
+
+
+class Batch(NamedTuple):
+    """Float views (N, 3, 8, 8), numbers of the images and their labels, each (N,)."""
+
+    views: tuple[Tensor, ...]
+    index: Tensor
+    labels: Tensor
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """A rank's share."""
+        views = tuple(view.chunk(ranks)[rank] for view in self.views)
+        return Batch(views, self.index.chunk(ranks)[rank], self.labels.chunk(ranks)[rank])
+
+
+class EagerSimCLR(nn.Module):
+    """Every view i: -log exp(s_ij / T) / sum over k != i of exp(s_ik / T), j the other view of its image."""
+
+    def __init__(self, model: SimCLR, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q = copy.deepcopy(model.encoder_q).to(dtype)
+        self.temperature = model.temperature
+
+    def forward(self, batch: Batch) -> Tensor:
+        z = F.normalize(self.encoder_q(torch.cat(batch.views)), dim=1)
+        logits = (z @ z.t() / self.temperature).fill_diagonal_(-torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+
+
+class EagerMemoryBank(nn.Module):
+    """Slot by slot, negatives picked from a list."""
+
+    def __init__(self, model: MemoryBank, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q = copy.deepcopy(model.encoder_q).to(dtype)
+        self.register_buffer("bank", model.bank.to(dtype))
+        self.temperature, self.momentum, self.negatives = model.temperature, model.momentum, model.negatives
+
+    def forward(self, batch: Batch) -> Tensor:
+        v = F.normalize(self.encoder_q(batch.views[0]), dim=1)
+        outside = [slot for slot in range(len(self.bank)) if slot not in batch.index.tolist()]
+        numbers = torch.randint(len(self.bank) - len(v), (self.negatives,)).tolist()
+        negatives = self.bank[[outside[number] for number in numbers]]
+        positive = (v * self.bank[batch.index]).sum(1, keepdim=True)
+        logits = torch.cat([positive, v @ negatives.t()], dim=1) / self.temperature
+        before = self.bank.clone()
+        for slot, embedding in zip(batch.index.tolist(), v.detach()):
+            self.bank[slot] = F.normalize(self.momentum * before[slot] + (1 - self.momentum) * embedding, dim=0)
+        return F.cross_entropy(logits, torch.zeros(len(v), dtype=torch.int64))
+
+
+class EagerSwAV(nn.Module):
+    """With the transport plan (K, N) scaled to a whole of 1, rows to 1 / K and columns to 1 / N, three times."""
+
+    def __init__(self, model: SwAV, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q, self.prototypes = copy.deepcopy(model.encoder_q), copy.deepcopy(model.prototypes)
+        self.to(dtype)
+        self.temperature, self.epsilon, self.frozen = model.temperature, model.epsilon, model.freeze_prototypes
+
+    def forward(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        z = F.normalize(self.encoder_q(torch.cat(batch.views)), dim=1)
+        scores = self.prototypes(z).chunk(2)
+        codes = [self.code(s.detach()) for s in scores]
+        losses = [
+            -(code * F.log_softmax(s / self.temperature, dim=1)).sum(1).mean() for code, s in zip(codes, scores[::-1])
+        ]
+        return (losses[0] + losses[1]) / 2
+
+    def code(self, scores: Tensor) -> Tensor:
+        plan = (scores / self.epsilon).exp().t()
+        plan /= plan.sum()
+        for _ in range(3):
+            plan /= plan.sum(1, keepdim=True) * len(plan)
+            plan /= plan.sum(0, keepdim=True) * plan.shape[1]
+        return (plan * plan.shape[1]).t()
+
+    def after_backward(self) -> None:
+        if self.frozen:
+            self.frozen -= 1
+            self.prototypes.weight.grad = None
+
+
+class EagerSupervised(nn.Module):
+    """Cross entropy by its definition."""
+
+    def __init__(self, model: Supervised, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q = copy.deepcopy(model.encoder_q).to(dtype)
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits = self.encoder_q(batch.views[0])
+        return (logits.exp().sum(1).log() - logits[torch.arange(len(logits)), batch.labels]).mean()
+
+
+EAGER: dict[type[Method], Any] = {
+    SimCLR: EagerSimCLR,
+    MemoryBank: EagerMemoryBank,
+    SwAV: EagerSwAV,
+    Supervised: EagerSupervised,
+}
+
+
+def random_batches(steps: int, size: int, images: int, classes: int, views: int) -> list[Batch]:
+    """Images come back in later batches, and one comes twice in every batch."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(steps):
+        index = torch.randperm(images, generator=generator)[:size]
+        index[-1] = index[0]
+        labels = torch.randint(classes, (size,), generator=generator)
+        pixels = torch.randn(views, size, 3, 8, 8, generator=generator)
+        batches.append(Batch(tuple(pixels), index, labels))
+    return batches
+
+
+def trajectory(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Trains in place, under DistributedDataParallel where there is a process group; the loss of every step (its mean
+    over ranks), (steps,), and all parameters and floating buffers in the end, by name, float64.
+
+    No weight decay: see SwAV on what it does to frozen prototypes.
+    """
+    dtype = next(model.parameters()).dtype
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(7)  # a memory bank's negatives start from the default generator
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        if isinstance(model, Method):
+            needed = {name: getattr(batch, name) for name in model.needs}
+            loss = trained(*batch.views, **needed).loss
+        else:
+            loss = trained(batch._replace(views=tuple(view.to(dtype) for view in batch.views)))
+        loss.backward()
+        if hasattr(model, "after_backward"):
+            model.after_backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    return {name: value.detach().double().clone() for name, value in {"losses": mean, **state}.items()}

@@ -1,0 +1,95 @@
+"""The methods beside MoCo: trajectories against plain re-implementations, and whole runs through the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mocofast.encoders import TinyResNet
+from mocofast.methods.base import Method
+from mocofast.methods.memory_bank import MemoryBank
+from mocofast.methods.simclr import SimCLR
+from mocofast.methods.supervised import Supervised
+from mocofast.methods.swav import SwAV
+from mocofast.sync_batch_norm import sync_batch_norm
+from tests.eager_methods import EAGER, Batch, random_batches, trajectory
+from tests.eager_moco import assert_same_to_rounding
+from tests.processes import on_ranks
+
+IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
+
+SMALL: dict[str, Callable[[], Method]] = {
+    "simclr": partial(SimCLR, TinyResNet, dim=13, hidden_dim=16, temperature=0.2),
+    "memory bank": partial(MemoryBank, TinyResNet, IMAGES, dim=13, negatives=40, temperature=0.2, mlp=True),
+    # Frozen for two of the five steps.
+    "swav": partial(SwAV, TinyResNet, dim=13, hidden_dim=16, prototypes=11, freeze_prototypes=2),
+    "supervised": partial(Supervised, TinyResNet, CLASSES),
+}
+
+
+def small(name: str) -> Method:
+    """With smooth activations: at a ReLU's kink, rounding decides between gradients that differ by 1e-3."""
+    torch.manual_seed(0)
+    model = SMALL[name]()
+    for module in list(model.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, child_name, nn.SiLU())
+    return model
+
+
+def batches_for(model: Method) -> list[Batch]:
+    return random_batches(STEPS, SIZE, IMAGES, CLASSES, model.num_views)
+
+
+def eager_trajectories(model: Method) -> list[dict[str, Tensor]]:
+    twin = EAGER[type(model)]
+    return [trajectory(twin(model, dtype), batches_for(model)) for dtype in (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_trajectory_is_that_of_the_plain_re_implementation(name: str) -> None:
+    model = small(name)
+    eager, exact = eager_trajectories(model)
+    ours = trajectory(model, batches_for(model))
+    assert_same_to_rounding(ours, eager, exact)
+
+
+def two_ranks(rank: int) -> dict[str, Any]:
+    """Every method on its half of each batch, with BatchNorm over both ranks."""
+    found: dict[str, Any] = {}
+    for name in SMALL:
+        model = small(name)
+        sync_batch_norm(model)
+        if rank:  # whatever DDP or the first step takes from rank 0 differs here
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data.add_(1)
+        found[name] = trajectory(model, [batch.part(rank, 2) for batch in batches_for(model)])
+    # In eval mode, on one rank only: no collective may wait for the other.
+    if rank == 0:
+        found["eval"] = {name: evaluated(small(name)) for name in SMALL}
+    return found
+
+
+def evaluated(model: Method) -> Tensor:
+    batch = batches_for(model)[0]
+    with torch.no_grad():
+        return model.eval()(*batch.views, **{name: getattr(batch, name) for name in model.needs}).loss
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(two_ranks, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_two_ranks_follow_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    eager, exact = eager_trajectories(small(name))
+    for rank in ranks:
+        assert_same_to_rounding(rank[name], eager, exact, factor=5.0)  # sums over ranks round once more
+    assert ranks[0]["eval"][name].isfinite()
