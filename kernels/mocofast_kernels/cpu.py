@@ -33,7 +33,7 @@ LOG2E = 1.0 / math.log(2.0)
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) stay normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
-LOGITS = 3 * 2**18  # per block: 3 MB
+LOGITS = 2**19  # per block: 2 MB
 # x @ weight.T by oneDNN, as torch.compile calls it; None in a build without it.
 _ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
