@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
-from processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +21,8 @@ from mocofast.methods.predicting import PredictingMethod
 from mocofast.optim import optimizer_of
 from mocofast.step import choose_autocast, train_step
 from mocofast.sync_batch_norm import sync_batch_norm
+from tests.eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
+from tests.processes import on_ranks
 
 WORLD = 2
 # Each step's m, as a schedule would set it. The first is of equal weights: an average of them shows nothing.

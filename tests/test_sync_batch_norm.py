@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.sync_batch_norm import SyncBatchNorm, sync_batch_norm
+from tests.processes import on_ranks
 
 WORLD = 2
 

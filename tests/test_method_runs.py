@@ -1,0 +1,202 @@
+"""MoCo v3 and BYOL through the command line: they learn, continue exactly, and every command takes their runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mocofast import cli
+from mocofast.config import Config
+from mocofast.data.interface import view_augments
+from mocofast.encoders import build_encoder
+from mocofast.settings import load_recipe, validate
+from tests import runs
+
+SHORT = ("--model.hidden_dim", "128", "--model.momentum_schedule", "cosine", "--train.epochs", "8",
+         "--train.log_every", "11", "--knn.shots", "0", "--data.workers", "0")  # fmt: skip
+METHODS = {
+    "moco_v3": ("--model.method", "moco_v3", "--model.temperature", "0.2"),
+    "byol": ("--model.method", "byol", "--optim.lr", "0.06"),
+}
+
+
+def mocofast(*arguments: object) -> None:
+    """In this process: starting one costs more than these runs."""
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def learnt(folder: Path) -> tuple[float, float, float, float]:
+    """Loss of the first and the last log line, kNN accuracy before and after."""
+    lines = runs.metrics(folder)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    return losses[0], losses[-1], accuracies[0], accuracies[-1]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """88 steps on the digits: folder and options."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    options = METHODS[request.param] + SHORT
+    mocofast("pretrain", "digits", *options, "--train.dir", folder)
+    return folder, options
+
+
+def test_loss_falls_and_knn_accuracy_rises(run: tuple[Path, tuple[str, ...]]) -> None:
+    first, last, before, after = learnt(run[0])
+    assert last < 0.95 * first
+    assert after > before + 0.02  # of 359 images 7 more; a random encoder knows 88 % of these
+
+
+def test_a_stopped_and_continued_run_equals_one_never_stopped(
+    run: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    whole, options = run
+    parts = tmp_path / "parts"
+    mocofast("pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50)  # inside the fifth epoch
+    mocofast("pretrain", "--resume", parts, "--train.max_steps", 0)
+    assert runs.metrics(parts) == runs.metrics(whole)
+    expected, got = runs.weights(whole), runs.weights(parts)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def values(printed: str) -> dict[str, float]:
+    return {name: float(value) for name, value in re.findall(r"^(\w+) ([\d.e-]+)$", printed, re.MULTILINE)}
+
+
+def test_its_checkpoint_goes_through_every_command(
+    run: tuple[Path, tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    mocofast("knn", folder)
+    assert values(capsys.readouterr().out)["knn_top1"] == pytest.approx(learnt(folder)[3], abs=1e-4)
+    mocofast("linear", folder)
+    assert values(capsys.readouterr().out)["linear_top1"] > 0.9
+    mocofast("finetune", folder, "--finetune.epochs", 1, "--out", tmp_path / "classifier.pt")
+    assert "finetune_top1" in values(capsys.readouterr().out)
+    assert torch.load(tmp_path / "classifier.pt", weights_only=True)["fc.weight"].shape == (10, 64)
+
+    mocofast("export", folder, "--format", "torchvision", tmp_path / "backbone.pt")
+    backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    encoder = build_encoder("resnet_tiny")(num_classes=1)
+    missing, unexpected = encoder.load_state_dict(backbone, strict=False)
+    assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])  # neither projector nor predictor
+    assert cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")]) == 2
+    assert "model.method" in capsys.readouterr().err
+
+
+def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Images of 8 pixels: four patches.
+    folder = tmp_path / "run"
+    mocofast(
+        *(
+            "pretrain",
+            "digits",
+            *METHODS["moco_v3"],
+            *SHORT,
+            "--model.arch",
+            "vit_tiny_cifar",
+            "--optim.name",
+            "adamw",
+        ),
+        *("--optim.lr", "1e-3", "--optim.lr_per", "64", "--optim.weight_decay", "0.1", "--train.max_steps", "3"),
+        *("--train.log_every", "1", "--train.dir", folder),
+    )
+    lines = [line for line in runs.metrics(folder) if "loss" in line]
+    assert lines[0]["lr"] == pytest.approx(2e-3)  # 128 images
+    state = runs.weights(folder)
+    for name in ("conv_proj.weight", "encoder.pos_embedding"):
+        assert torch.equal(state[f"encoder_q.{name}"], state[f"encoder_k.{name}"])
+    assert "encoder_q.heads.7.running_mean" in state  # the third layer's BatchNorm
+    mocofast("finetune", folder, "--finetune.epochs", 1, "--out", tmp_path / "classifier.pt")
+    tuned = torch.load(tmp_path / "classifier.pt", weights_only=True)
+    assert not torch.equal(tuned["conv_proj.weight"], state["encoder_q.conv_proj.weight"])
+    capsys.readouterr()
+
+    mocofast("export", folder, "--format", "safetensors", tmp_path / "vit.safetensors")
+    code = capsys.readouterr().out.partition("\n\n")[2]
+    found: dict[str, Any] = {}
+    exec(code, found)
+    loaded = found["model"].state_dict()
+    assert loaded and all(torch.equal(value, state[f"encoder_q.{name}"]) for name, value in loaded.items())
+
+
+# name: method, encoder, batch size, epochs, (optimiser, rate per 256 images, weight decay), momentum, crops
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "moco_v3_r50": ("moco_v3", "resnet50", 4096, 300, ("lars", 0.3, 1e-6), 0.99, 0.2),
+    "moco_v3_vit_s": ("moco_v3", "vit_small", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
+    "moco_v3_vit_b": ("moco_v3", "vit_base", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
+    "byol_r50": ("byol", "resnet50", 4096, 1000, ("lars", 0.2, 1.5e-6), 0.996, 0.08),
+}
+
+
+def loaded(recipe: str) -> Config:
+    config = load_recipe(recipe)
+    config.data.path = "anywhere"
+    validate(config)
+    return config
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_imagenet_recipes_are_the_published_settings(recipe: str) -> None:
+    c = loaded(recipe)
+    method, arch, batch, epochs, optim, momentum, smallest = PUBLISHED[recipe]
+    assert (c.model.method, c.model.arch, c.data.batch_size, c.train.epochs) == (method, arch, batch, epochs)
+    assert ((c.optim.name, c.optim.lr, c.optim.weight_decay), c.optim.lr_per) == (optim, 256)
+    assert (c.optim.schedule, c.optim.per) == ("cosine", "step")
+    assert c.optim.warmup_epochs == (40 if "vit" in recipe else 10)
+    assert (c.model.momentum, c.model.momentum_schedule, c.model.sync_bn) == (momentum, "cosine", True)
+    assert (c.model.dim, c.model.hidden_dim) == (256, 4096)
+    if method == "moco_v3":
+        assert c.model.temperature == (0.2 if "vit" in recipe else 1.0)
+    first, second = view_augments(c.augment, 2)
+    assert c.augment.crop_scale == (smallest, 1.0)
+    assert (c.augment.jitter, c.augment.jitter_p, c.augment.gray) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
+    assert ((first.blur, first.solarize), (second.blur, second.solarize)) == ((1.0, 0.0), (0.1, 0.2))
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_moco_v3", "cifar10_byol"])
+def test_cifar_recipes_blur_nothing_and_see_small_images(recipe: str) -> None:
+    c = loaded(recipe)
+    assert (c.model.arch, c.augment.size, c.augment.blur, c.augment.blur_2) == ("resnet18_cifar", 32, 0.0, -1.0)
+    assert c.model.sync_bn
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("recipe", ["cifar10_moco_v3", "cifar10_byol"])
+def test_recipes_learn_real_images_in_one_and_two_processes(
+    cifar10_jpeg: Path, tmp_path: Path, recipe: str, processes: int
+) -> None:
+    """640 images in 10 classes, of 16 pixels for a small encoder: 5 steps an epoch of 128, 12 epochs."""
+    images = tmp_path / "images"
+    for part, count in (("train", 64), ("test", 20)):
+        for folder in sorted((cifar10_jpeg / part).iterdir()):
+            (images / part / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                (images / part / folder.name / path.name).symlink_to(path)
+    arguments = (
+        *("pretrain", recipe, "--data.source", "folder", "--data.path", str(images), "--augment.size", "16"),
+        *(
+            "--model.arch",
+            "resnet_tiny",
+            "--model.hidden_dim",
+            "128",
+            "--data.batch_size",
+            "128",
+            "--optim.lr",
+            "0.2",
+        ),
+        *("--train.epochs", "12", "--train.log_every", "5", "--knn.every", "12", "--knn.k", "20"),
+        *("--data.workers", "1", "--train.dir", str(tmp_path / "run")),
+    )
+    runs.mocofast(*arguments) if processes == 1 else runs.torchrun(processes, *arguments)
+    first, last, before, after = learnt(tmp_path / "run")
+    assert last < 0.97 * first
+    assert after > before + 0.03  # of 200 images 7 more
