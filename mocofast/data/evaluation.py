@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.interface import Source
-from mocofast.data.torchvision_loader import decode, describe, leave_signals_to_main
+from mocofast.data.torchvision_loader import decode, describe
+
+AHEAD = 2  # batches in the making beside the one that is taken
 
 
 def center_view(image: Image.Image, size: int) -> Image.Image:
@@ -29,31 +31,6 @@ def center_view(image: Image.Image, size: int) -> Image.Image:
     return F.center_crop(image, [size, size])
 
 
-class _Centers(Dataset[Any]):
-    def __init__(self, source: Source, size: int) -> None:
-        self.source = source
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
-        """index and the pixels (size, size, 3), or why there are none."""
-        item = self.source.load(index)
-        try:
-            image = decode(item)
-        except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
-            return index, describe(error)
-        return index, np.asarray(center_view(image, self.size))
-
-
-def _collate(samples: list[tuple[int, np.ndarray | str]]) -> tuple[Tensor | None, Tensor, dict[int, str]]:
-    pixels = [sample for _, sample in samples if isinstance(sample, np.ndarray)]
-    index = torch.tensor([i for i, sample in samples if isinstance(sample, np.ndarray)], dtype=torch.int64)
-    bad = {i: sample for i, sample in samples if isinstance(sample, str)}
-    return torch.from_numpy(np.stack(pixels)) if pixels else None, index, bad
-
-
 class EvalBatches:
     """Every good image of a source once, in order, as `center_view` cuts it.
 
@@ -63,23 +40,44 @@ class EvalBatches:
     """
 
     def __init__(self, source: Source, size: int, batch_size: int, workers: int, device: torch.device) -> None:
-        """workers: processes; 0 loads in this one."""
+        """workers: threads. PIL decodes and resizes outside the interpreter's lock, so they are as fast as processes,
+        which would have to be forked from a process of many threads."""
         self.skipped: dict[int, str] = {}
+        self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
+        self._threads = max(1, workers)
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
-        self._device = device
-        self._batches = DataLoader(
-            _Centers(source, size),
-            batch_size=batch_size,
-            collate_fn=_collate,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # evaluating must not draw from the global one
-            worker_init_fn=leave_signals_to_main,
-        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        for pixels, index, bad in self._batches:
-            self.skipped.update(bad)
-            if pixels is not None:
-                images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-                yield images, None if self._labels is None else self._labels[index], index
+        pool = ThreadPoolExecutor(self._threads, "mocofast-eval")
+        waiting: deque[tuple[range, list[Future[np.ndarray | str]]]] = deque()
+        try:
+            for start in range(0, len(self._source), self._batch_size):
+                indices = range(start, min(start + self._batch_size, len(self._source)))
+                waiting.append((indices, [pool.submit(self._center, index) for index in indices]))
+                if len(waiting) > AHEAD:
+                    yield from self._batch(*waiting.popleft())
+            while waiting:
+                yield from self._batch(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _center(self, index: int) -> np.ndarray | str:
+        """The pixels (size, size, 3), or why there are none."""
+        item = self._source.load(index)
+        try:
+            return np.asarray(center_view(decode(item), self._size))
+        except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
+            return describe(error)
+
+    def _batch(
+        self, indices: range, made: list[Future[np.ndarray | str]]
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """One batch, or none where all its images are bad."""
+        results = {index: future.result() for index, future in zip(indices, made)}
+        good = {index: pixels for index, pixels in results.items() if not isinstance(pixels, str)}
+        self.skipped.update({index: reason for index, reason in results.items() if isinstance(reason, str)})
+        if good:
+            images, index = torch.from_numpy(np.stack(list(good.values()))), torch.tensor(list(good))
+            if self._device.type == "cuda":
+                images = images.pin_memory().to(self._device, non_blocking=True)
+            yield images.permute(0, 3, 1, 2), None if self._labels is None else self._labels[index], index

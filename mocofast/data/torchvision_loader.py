@@ -28,6 +28,9 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.image_files import opened
 from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
 
+# Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def decode(item: str | bytes | np.ndarray) -> Image.Image:
     """A file (path or content) or (H, W, 3) uint8 pixels as an RGB image; raises whatever PIL raises on a bad file.
@@ -37,14 +40,12 @@ def decode(item: str | bytes | np.ndarray) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF data, many pixels, palettes: each is fine here
-        with Image.open(opened(item)) as image:
-            image.load()
-            if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
-                wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-                return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+    with Image.open(opened(item)) as image:
+        image.load()
+        if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
+            wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+            return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 def describe(error: Exception) -> str:
