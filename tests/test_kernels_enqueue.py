@@ -79,6 +79,15 @@ def test_rows_between_the_keys_of_a_wider_buffer_are_left_alone() -> None:
     assert torch.equal(buffer, expected)
 
 
+def test_rows_more_than_two_to_the_31_elements_into_the_ring() -> None:
+    """600 rows at a distance of 4 M: 2.5e9 elements, of which only the pages of 4 rows are ever touched."""
+    distance = 2**22
+    queue = torch.empty(600 * distance, dtype=torch.bfloat16, device=DEVICE).as_strided((600, 16), (distance, 1))
+    keys = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    enqueue_(queue, torch.tensor([596], device=DEVICE), keys, normalize=False)
+    assert torch.equal(queue[596:], keys.bfloat16())
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_advances_the_ring_at_every_replay() -> None:
     queue, pointer = torch.zeros(5, 3, device="cuda"), torch.tensor([0], device="cuda")

@@ -232,6 +232,9 @@ def test_the_same_holds_over_many_more_cases(problem: Problem) -> None:
 def test_the_same_holds_beyond_every_block_of_rows_columns_and_negatives() -> None:
     _check(Problem(131, 150, 300, 0.1, BF16, True, True, 131, ("contiguous",) * 3, 2, 0))
     _check(Problem(67, 293, 100, 0.1, FP32, True, True, 67, ("contiguous",) * 3, None, 0))
+    # Chunks of scores, and programs that share a row: 600 = 9 x 64 + 24 = 512 + 88, and the longest row.
+    _check(Problem(5, 150, 600, 0.1, BF16, True, False, 0, ("contiguous",) * 3, 2, 0))
+    _check(Problem(5, 70, 1024, 0.1, FP16, True, True, 0, ("contiguous",) * 3, None, 0))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
@@ -414,6 +417,20 @@ def test_splits_fill_the_gpu_and_every_part_has_tiles() -> None:
     assert split_count(264, 512, 264) == 1
     assert split_count(1, 1, 264) == 1
     assert forward_tile(128, "16bit", True, True, False).stay == 64
+
+
+def test_rows_more_than_two_to_the_31_elements_apart() -> None:
+    """600 rows at the largest distance that takes no copy: 2.5e9 elements, of which 600 pages are ever touched."""
+    distance = 2**22 - 8
+    buffer = torch.empty(600 * distance, dtype=BF16, device=DEVICE)
+    negatives = buffer.as_strided((600, 16), (distance, 1))
+    assert narrow(negatives) is negatives
+    query, positive, packed = _inputs(5, 600, 16, BF16)
+    packed = unit(packed.float()).to(BF16)
+    negatives.copy_(packed)
+    far, near = (_forward(query, positive, x, 0.07, BF16, True, False, num_splits=3) for x in (negatives, packed))
+    assert torch.equal(far.loss, near.loss)
+    assert far.grad_query is not None and near.grad_query is not None and torch.equal(far.grad_query, near.grad_query)
 
 
 @pytest.mark.gpu

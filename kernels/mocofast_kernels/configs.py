@@ -53,6 +53,9 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
         return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
     if not aligned:
         return Tile(64, 32, min(c, 64), min(c, 256), 8, 2)
+    if c > 256 and plain:
+        # Every program of a row repeats its scores: 512 columns of sums, at 128 registers a thread, halve that.
+        return Tile(64, 64, 64, 512, 8, 2)
     if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
         return Tile(64, 64, 64, min(c, 256), 8, 2)
     if c == 256:
@@ -70,6 +73,9 @@ def backward_tile(C: int, dot: str) -> Tile:
         return Tile(64, 32, min(c, 32), min(c, 128), 8, 1)
     if dot == "tf32":
         return Tile(64, 32, min(c, 64), min(c, 128), 8, 2)
+    if c <= 128:
+        # The negatives wait in registers or shared memory, and two programs share a multiprocessor.
+        return Tile(64, 64, c, c, 4, 2)
     return Tile(64, 64, min(c, 64), min(c, 256), 8, 2)
 
 

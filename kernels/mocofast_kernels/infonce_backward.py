@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, backward_tile
+from mocofast_kernels.configs import REGISTERS, Tile
 from mocofast_kernels.infonce import LOG2_E, inverse_temperature
 from mocofast_kernels.rows import (
     dot_kind,
@@ -23,6 +23,7 @@ from mocofast_kernels.rows import (
     round_operand,
     triton_dtype,
 )
+from mocofast_kernels.tiles import Products, tile_of
 
 # float16 holds weights down to 2^-24; those of the largest incoming gradient are lifted to 2^10.
 LIFT = 1024.0
@@ -44,20 +45,27 @@ def _grad_negatives_kernel(
     if EXCLUDE:
         residue = (first + own) % period
     out = tl.zeros([STAY, OUT_C], dtype=tl.float32)
+    own_block = None  # read again for every block of queries
+    if C <= BLOCK_C:
+        own_block = load_rows(negatives, own, 0, C, 1, limit, C, BLOCK_C, True)
     for start in range(0, N, STREAM):
         rows = tl.arange(0, STREAM)
         inside = rows < N - start
-        scores = tl.zeros([STAY, STREAM], dtype=tl.float32)
-        for c in range(0, C, BLOCK_C):
-            n = load_rows(negatives, own, c, C, 1, limit, C, BLOCK_C, True)
-            q = load_rows(operand, rows, c, C, 1, N - start, C, BLOCK_C, True)
-            scores = tl.dot(n, tl.trans(q), scores, input_precision=PRECISION)
+        if C <= BLOCK_C:
+            values = load_rows(operand, rows, 0, C, 1, N - start, C, BLOCK_C, True)
+            scores = tl.dot(own_block, tl.trans(values), input_precision=PRECISION)
+        else:
+            scores = tl.zeros([STAY, STREAM], dtype=tl.float32)
+            for c in range(0, C, BLOCK_C):
+                n = load_rows(negatives, own, c, C, 1, limit, C, BLOCK_C, True)
+                q = load_rows(operand, rows, c, C, 1, N - start, C, BLOCK_C, True)
+                scores = tl.dot(n, tl.trans(q), scores, input_precision=PRECISION)
+            values = load_rows(operand, rows, out_column, C, 1, N - start, C, OUT_C, True)
         row_lse = tl.load(lse + start + rows, mask=inside, other=float("inf"))
         incoming = tl.load(grad_loss + start + rows, mask=inside, other=0.0)
         weights = tl.exp2((scores * scale - row_lse[None, :]) * LOG2_E) * incoming[None, :]
         if EXCLUDE:
             weights = tl.where(residue[:, None] == ((start + rows) % period)[None, :], 0.0, weights)
-        values = load_rows(operand, rows, out_column, C, 1, N - start, C, OUT_C, True)
         out = tl.dot(round_operand(weights, DOT, PRECISION), values, out, input_precision=PRECISION)
         operand += STREAM * C
     columns = out_column + tl.arange(0, OUT_C)
@@ -79,6 +87,7 @@ def infonce_grad_negatives(
     normalize_negatives: bool,
     exclude_period: int,
     dot_dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
 
@@ -89,7 +98,7 @@ def infonce_grad_negatives(
     K = negatives.shape[0]
     assert grad_loss.shape == lse.shape == (N,) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
     grad_loss = grad_loss.float().contiguous()
-    tile = backward_tile(C, dot_kind(dot_dtype))
+    tile = tile or tile_of(Products("negatives", C, dot_kind(dot_dtype)), query.device)
     with torch.cuda.device_of(query):
         if dot_dtype == torch.float16:
             peak = grad_loss.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * LIFT)

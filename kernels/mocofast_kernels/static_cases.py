@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from mocofast_kernels.configs import Tile
 from mocofast_kernels.cpu_optim import Row
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
-from mocofast_kernels.infonce import infonce_forward
+from mocofast_kernels.infonce import forward_products, infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.optim import adamw_, lars_, sgd_
+from mocofast_kernels.rows import dot_kind
 from mocofast_kernels.tables import FLOATS
+from mocofast_kernels.tiles import Products
 
 N, K = 256, 65536  # queries and negatives
 
@@ -77,31 +82,49 @@ VARIANTS = (
 )
 
 
-def _forward(C: int, types: Types, variant: Variant) -> Callable[[], object]:
-    def call() -> object:
-        query = torch.empty(N, C, dtype=types.stored, device="meta")
-        negatives = torch.empty(K, C, dtype=types.stored, device="meta")
-        if variant.transposed:
-            negatives = torch.empty(C, K, dtype=types.stored, device="meta").T
-        return infonce_forward(
-            query, query, negatives, torch.empty((), device="meta") if variant.online else 0.07, normalize=True,
-            normalize_negatives=variant.normalize_negatives, exclude_period=N if variant.exclude else 0,
-            return_rank=variant.rank, compute_grad=variant.compute_grad, dot_dtype=types.dot,
-        )  # fmt: skip
+class Problem(NamedTuple):
+    """A product on given inputs, what decides its tile, and how to run it with another."""
 
-    return call
+    products: Products
+    run: Callable[[Tile | None], object]
 
 
-def _grad_negatives(C: int, types: Types) -> Callable[[], object]:
-    def call() -> object:
-        row = torch.empty(N, device="meta")
-        query, negatives = (torch.empty(rows, C, dtype=types.stored, device="meta") for rows in (N, K))
-        return infonce_grad_negatives(
-            row, query, negatives, row, torch.empty((), device="meta"), normalize=True, normalize_negatives=True,
-            exclude_period=N, dot_dtype=types.dot,
-        )  # fmt: skip
+def _rows(count: int, C: int, types: Types, device: str) -> Tensor:
+    """Random unit vectors; on the device "meta", just their shape."""
+    return normalize(torch.randn(count, C, device=device), dim=1).to(types.stored)
 
-    return call
+
+def forward(C: int, types: Types, variant: Variant, device: str = "meta", n: int = N, k: int = K) -> Problem:
+    """The forward sweep of n queries over k negatives."""
+    query, positive, negatives = (_rows(count, C, types, device) for count in (n, n, k))
+    if variant.transposed:
+        negatives = negatives.T.contiguous().T
+    temperature = torch.full((), 0.07, device=device) if variant.online else 0.07
+    flags: dict[str, Any] = {
+        "normalize": True,
+        "normalize_negatives": variant.normalize_negatives,
+        "dot_dtype": types.dot,
+    }
+    return Problem(
+        forward_products(negatives, temperature, **flags),
+        lambda tile: infonce_forward(
+            query, positive, negatives, temperature, exclude_period=n if variant.exclude else 0,
+            return_rank=variant.rank, compute_grad=variant.compute_grad, tile=tile, **flags,
+        ),
+    )  # fmt: skip
+
+
+def grad_negatives(C: int, types: Types, device: str = "meta", n: int = N, k: int = K) -> Problem:
+    """The gradient of k negatives from n queries."""
+    query, negatives = (_rows(count, C, types, device) for count in (n, k))
+    row, temperature = torch.ones(n, device=device), torch.full((), 0.07, device=device)
+    return Problem(
+        Products("negatives", C, dot_kind(types.dot)),
+        lambda tile: infonce_grad_negatives(
+            row, query, negatives, row, temperature, normalize=True, normalize_negatives=True, exclude_period=n,
+            dot_dtype=types.dot, tile=tile,
+        ),
+    )  # fmt: skip
 
 
 def _enqueue(C: int, types: Types) -> Callable[[], object]:
@@ -189,8 +212,9 @@ def cases() -> Iterator[Case]:
     for C, types in itertools.product(COLUMNS, TYPES):
         for variant in VARIANTS:
             name = f"forward, C={C}, {types.name}, {variant.name}"
-            yield Case(name, _forward(C, types, variant), types.matmul_precision)
-        yield Case(f"backward, C={C}, {types.name}", _grad_negatives(C, types), types.matmul_precision)
+            yield Case(name, partial(forward(C, types, variant).run, None), types.matmul_precision)
+        name = f"backward, C={C}, {types.name}"
+        yield Case(name, partial(grad_negatives(C, types).run, None), types.matmul_precision)
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     numbers = (0.1, torch.empty((), device="meta"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,13 +97,19 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"no case has a match of --only {arguments.only!r}")
     text = summary(calls)
     print(f"\n{text}")
-    if arguments.json is not None:
-        import triton
+    import triton
 
+    if arguments.json is not None:
         head = {"benchmark": "static", "triton": triton.__version__, "fields": FIELDS}
         arguments.json.write_text("".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8")
     if arguments.summary is not None:
-        arguments.summary.write_text(f"{PREFACE}\n{limits()}\n{text}", "utf-8")
+        command = (
+            "mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md"
+        )
+        if arguments.only:
+            command += f" \\\n    --only {shlex.quote(arguments.only)}"
+        preface = PREFACE.format(command=command, triton=triton.__version__)
+        arguments.summary.write_text(f"{preface}\n{limits()}\n{text}", "utf-8")
 
 
 HEADER = (
@@ -123,10 +130,13 @@ def line(row: Row) -> str:
 
 PREFACE = """# What the machine code says
 
-Written by `mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md`,
-without a GPU: registers, shared memory and instructions are facts of the code, times are predictions of the model
-that `mocofast/bench/roofline.py` states, with the numbers of the first table. The floor is the largest of what the
-matrix units, the float32 lanes and the memory take. Every kernel and variant is in `static.jsonl`.
+Written, without a GPU and with Triton {triton}, by
+
+    {command}
+
+Registers, shared memory and instructions are facts of the code. Times are predictions of the model that
+`mocofast/bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
+largest of what the matrix units, the float32 lanes and the memory take. `static.jsonl` holds every kernel.
 
 InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA
 and optimisers with the 27,966,656 weights of a ResNet-50 and its two-layer head; BatchNorm over 256 x 64 x 56 x 56 in
