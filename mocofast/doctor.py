@@ -183,7 +183,7 @@ def _loader() -> Rows:
     if dali_missing():
         yield "torchvision", "DALI cannot be imported"
     else:
-        yield "dali", "for image files; images in memory (digits, CIFAR) go through torchvision on a CPU"
+        yield "dali", "for image files; images in memory with small views (digits, CIFAR) stay on the device"
 
 
 def _nvimgcodec() -> Rows:

@@ -91,6 +91,13 @@ def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
     assert {"lars__squares_kernel", "lars__trust_kernel", "lars__sgd_kernel", "adamw__count_kernel"} <= found.keys()
 
 
+def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs() -> None:
+    [report] = _reports("--capability", "90", "--only", "^augment, 32 px$")
+    _assert_sound([report])
+    assert report["mma"] > 0  # the blur's products
+    assert report["registers"] * 128 * 3 <= 65536  # three programs of 4 warps on a multiprocessor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", list(SHARED))
 def test_every_shipped_configuration_does_not_spill(capability: int) -> None:

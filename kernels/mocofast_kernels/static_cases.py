@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mocofast_kernels.augment import NAMES, augment
 from mocofast_kernels.configs import Tile
 from mocofast_kernels.cpu_optim import Row
 from mocofast_kernels.ema import ema_update_
@@ -207,6 +208,19 @@ def _ghost_bn(
 ACTIVATIONS = ((256, 64, 56, 56), (256, 2048, 7, 7), (256, 48, 28, 28), (256, 13, 7, 7), (2**20, 64, 56, 56))
 
 
+# Sides of views and whether they rotate: digits, one that masks columns, CIFAR, the largest of either kind.
+VIEWS = ((8, True), (19, True), (32, True), (32, False), (64, False))
+
+
+def _augment(size: int, rotate: bool) -> Callable[[], object]:
+    def call() -> object:
+        images = torch.empty(512, size, size, 3, dtype=torch.uint8, device="meta")  # each read by both views
+        index = torch.empty(512, dtype=torch.int64, device="meta")
+        return augment(images, index, torch.empty(2, 512, len(NAMES), device="meta"), size, rotate=rotate)
+
+    return call
+
+
 def cases() -> Iterator[Case]:
     """Every row of the tile tables in every variant that changes its code, and the small kernels."""
     for C, types in itertools.product(COLUMNS, TYPES):
@@ -230,3 +244,5 @@ def cases() -> Iterator[Case]:
         name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
         yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
     yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))
+    for size, rotate in VIEWS:
+        yield Case(f"augment, {size} px{', rotated' * rotate}", _augment(size, rotate))
