@@ -39,9 +39,8 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int, device: 
             once = _sample(function, 1, device)
         calls[name] = max(1, round(MINIMUM_SAMPLE / once))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    shuffled = random.Random(
-        0
-    )  # in a fixed order, whoever follows a large copy pays for its cache lines: 8% on a CPU
+    # In a fixed order, whoever follows a large copy pays for its cache lines: 8% on a CPU.
+    shuffled = random.Random(0)
     for _ in range(repeats):
         for name in shuffled.sample(list(candidates), len(candidates)):
             samples[name].append(_sample(candidates[name], calls[name], device))
@@ -49,6 +48,8 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int, device: 
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:
+    if calls > 1:  # a short one's first call would mostly time the cache that its predecessor has filled
+        function()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
