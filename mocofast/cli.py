@@ -78,10 +78,16 @@ def pretrain(argv: Sequence[str]) -> int:
         default="",
         help="auto: continue the newest checkpoint of the run folder, if any; PATH: a run folder or checkpoint",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also look at some steps after the first ones: profile.png and profile.txt in the run folder say where "
+        "a step's time goes and what its floor is, trace.json.gz opens in Perfetto; the run's results stay the same",
+    )
     _add_settings(parser, settings.groups())
     arguments = parser.parse(argv)
     config = configure(arguments.recipe, arguments.resume, _given(arguments))
-    return EXIT_INTERRUPTED if train(config, arguments.resume).interrupted else 0
+    return EXIT_INTERRUPTED if train(config, arguments.resume, arguments.profile).interrupted else 0
 
 
 def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _Parser:

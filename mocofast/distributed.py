@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocofast.config import ConfigError
+from mocofast.parts import step_part
 
 TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # and what stands for them in one process
 
@@ -92,7 +93,8 @@ def all_gather(local: Tensor) -> Tensor:
     if world_size == 1:
         return local
     gathered = local.new_empty(world_size * len(local), *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous())
+    with step_part("communication"):
+        dist.all_gather_into_tensor(gathered, local.contiguous())
     return gathered
 
 
@@ -169,9 +171,10 @@ class BatchShuffle(SharedGenerator):
             leave, arrive, restore = to_device([leave, arrive, position], images.device)
             sent = rows.index_select(0, leave)
             received = torch.empty_like(sent)
-            dist.all_to_all_single(
-                received, sent, _count(origins // size, world_size), _count(targets // size, world_size)
-            )
+            with step_part("communication"):
+                dist.all_to_all_single(
+                    received, sent, _count(origins // size, world_size), _count(targets // size, world_size)
+                )
             rows = received.index_select(0, arrive)
         return (rows.permute(0, 3, 1, 2) if channels_last else rows), restore
 

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
+from mocofast import parts
 from mocofast.config import ConfigError
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method
@@ -137,7 +138,7 @@ class Engine:
             return self._train_static()
         if self._graph is None and self._warmed >= WARM_UP:
             self._capture()
-        if self._graph is not None:
+        if self._graph is not None and not parts.timed():  # inside a graph nothing can be timed
             self._graph.replay()
             assert self._metrics is not None
             return self._metrics

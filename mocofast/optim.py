@@ -55,6 +55,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether steps average, so that nobody else has to."""
         return any(follower.target is not None for follower in self._followers.values())
 
+    def traffic(self) -> int:
+        """Bytes that a step has to move: parameters, state and averages read and written, gradients read, copies
+        written. After a step, whose gradients are still there."""
+        moved = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                follower = self._followers.get(p, _Follower(None, None, None))
+                states = [s for s in self.state.get(p, {}).values() if isinstance(s, Tensor) and s.shape == p.shape]
+                both = [p, *states] if p.grad is not None else []
+                both += [] if follower.target is None else [follower.target]
+                once = [t for t in (p.grad, follower.shadow, follower.target_shadow) if t is not None]
+                moved += sum(2 * t.nbytes for t in both) + sum(t.nbytes for t in once)
+        return moved
+
     def write_shadows(self, shadows: Mapping[Tensor, Tensor]) -> None:
         """From now on steps end with copies in these shadows, by the parameter or target that each is a copy of, of
         its shape and strides. For those that are copied already, this is the only copy then."""

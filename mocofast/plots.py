@@ -1,16 +1,19 @@
-"""Curves of a run, drawn from its metrics.jsonl."""
+"""Pictures: curves of a run from its metrics.jsonl, and the profile of a step."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
+
+if TYPE_CHECKING:
+    from mocofast.profile import Profile
 
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
@@ -78,6 +81,45 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
     end = max(record["epoch"] for record in records)
     loss.set_xlim(-0.02 * (end or 1), 1.03 * (end or 1))
     return figure
+
+
+def draw_profile(profile: Profile) -> Figure:
+    """A step as bars, one below the other where one part follows another; what is hatched is the part's floor."""
+    figure = Figure(figsize=(10, 1.6 + 0.5 * len(profile.parts)), dpi=110, layout=ConstrainedLayoutEngine())
+    FigureCanvasAgg(figure)
+    profile_panel(figure.subplots(), profile)
+    return figure
+
+
+def profile_panel(axes: Axes, profile: Profile) -> None:
+    """`draw_profile` in axes of another figure."""
+    total, began = 1e3 * profile.seconds, 0.0
+    for row, part in enumerate(profile.parts):
+        width = 1e3 * part.seconds
+        axes.barh(row, width, left=began, height=0.66, color="#c9d3e0", edgecolor="black", linewidth=0.8)
+        text = f"{width:.3g} ms, {part.seconds / profile.seconds:.1%}"
+        if part.floor is not None:
+            floor = 1e3 * part.floor.seconds
+            axes.barh(
+                row, floor, left=began, height=0.66, color="#5b6b7f", hatch="////", edgecolor="black", linewidth=0.8
+            )
+            text += f"; floor {floor:.3g} ms, {floor / width:.0%}"
+        end = began + max(width, 1e3 * part.floor.seconds if part.floor else 0.0)
+        right = end < 0.6 * total  # else the text stands left of the bar
+        place = end + 0.01 * total if right else began - 0.01 * total
+        axes.text(place, row, text, va="center", ha="left" if right else "right", fontsize=9)
+        began += width
+    axes.set_yticks(range(len(profile.parts)), [part.name for part in profile.parts])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02 * total)
+    axes.set_xlabel(
+        f"milliseconds of a step of {total:.4g} ms; dark: the floor ({1e3 * profile.floor:.4g} ms together, "
+        f"{profile.floor / profile.seconds:.0%} of the step)"
+    )
+    axes.set_title(profile.title, fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _draw(

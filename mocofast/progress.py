@@ -73,6 +73,10 @@ class Window:
         self.steps = self.images = 0
         self.restart_clock()
 
+    def leave_out(self, seconds: float) -> None:
+        """Leaves so much out of the time that passes."""
+        self._began += seconds
+
     def restart_clock(self) -> None:
         """Leaves out what has passed since the last step (an evaluation, say) from the rates."""
         self._began, self._waited = time.perf_counter(), 0.0

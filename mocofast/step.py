@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.distributed import rank_and_world_size
 from mocofast.optim import FusedOptimizer
+from mocofast.parts import step_part
 from mocofast.progress import step_metrics
 
 
@@ -57,13 +58,15 @@ def train_step(
             model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         )
         with hold:
-            with autocast:
+            with autocast, step_part("loss"):  # what is left of it beside the encoders
                 out = model(*part, update_keys=average and i == 0, enqueue=last, **others)
-            (out.loss * share).backward()
+            with step_part("backward"):
+                (out.loss * share).backward()
         metrics += step_metrics(out.loss, out.rank) * share
     if gradients is not None:
         gradients.average_()
-    optimizer.step()
+    with step_part("optimiser and EMA"):
+        optimizer.step()
     return metrics
 
 
@@ -96,7 +99,8 @@ class FlatGradients:
         if world_size > 1:
             for buffer in self._buffers:
                 buffer.div_(world_size)  # before the sum, as DistributedDataParallel does
-                dist.all_reduce(buffer)
+                with step_part("communication"):
+                    dist.all_reduce(buffer)
 
     def _bind(self) -> None:
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}

@@ -25,7 +25,9 @@ from mocofast.interrupt import StopRequest
 from mocofast.methods import build_method
 from mocofast.monitor import KNNMonitor
 from mocofast.optim import optimizer_of
+from mocofast.parts import step_part
 from mocofast.plots import plot_curves
+from mocofast.profile import STEPS, StepProfiler
 from mocofast.progress import Window, duration, memory_gib
 from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
 from mocofast.runfolder import RunFolder, choose_folder
@@ -45,11 +47,12 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def train(config: Config, resume: str = "") -> Result:
+def train(config: Config, resume: str = "", profile: bool = False) -> Result:
     """Runs `config` from its start, or from a checkpoint.
 
     resume: "" for a new run, "auto" for the newest checkpoint of the run folder (a new run if there is none),
-    or the path of a checkpoint or run folder.
+    or the path of a checkpoint or run folder. profile: rank 0 also looks at a few of its steps and writes
+    mocofast.profile.FILES into the run folder; what is computed stays the same.
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
@@ -59,7 +62,7 @@ def train(config: Config, resume: str = "") -> Result:
         device = torch.device("cuda", local_rank)
     try:
         with StopRequest() as stop:
-            return _Run(config, resume, device, rank, world_size).train(stop)
+            return _Run(config, resume, device, rank, world_size, profile).train(stop)
     finally:
         distributed.shutdown()
 
@@ -67,7 +70,9 @@ def train(config: Config, resume: str = "") -> Result:
 class _Run:
     """The objects of one run and its loop."""
 
-    def __init__(self, config: Config, resume: str, device: torch.device, rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: Config, resume: str, device: torch.device, rank: int, world_size: int, profile: bool
+    ) -> None:
         self.config, self.device, self.rank, self.world_size = config, device, rank, world_size
         self.path = path = distributed.from_main(choose_folder(config, bool(resume)) if rank == 0 else None)
         state = find_checkpoint(path, resume)
@@ -78,9 +83,6 @@ class _Run:
                 f"train.dir: {path} holds a run already; --resume auto continues it, another --train.dir starts anew"
             )
 
-        mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every batch but an epoch's last has the same shape
         if rank:  # rank 0 may have to download the images
             distributed.barrier()
         splits = load_splits(config.data, config.train.seed)
@@ -88,6 +90,9 @@ class _Run:
             distributed.barrier()
         self.sizes = {"images": len(splits.train), "classes": len(splits.train.classes)}
 
+        mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch but an epoch's last has the same shape
         torch.manual_seed(config.train.seed)
         self.model = build_method(config, **self.sizes).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -117,6 +122,9 @@ class _Run:
         self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
         images = config.data.batch_size // world_size // config.train.accumulate
         self.engine = Engine(mode, self.model, self.optimizer, self.autocast, config.train.accumulate, images)
+        self.profiler = (
+            StepProfiler(self.model, self.optimizer, self.autocast, config) if profile and not rank else None
+        )
         self.writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep) if rank == 0 else None
         self._announce(path, state)
 
@@ -167,12 +175,17 @@ class _Run:
         """Trains through the rest of the current epoch; yields after every step."""
         batches = self.loader.epoch(self.epoch, self.step_in_epoch)
         while self.step < limit:
+            if self.profiler is not None:
+                self.profiler.begin()
             asked = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
+            with step_part("data wait"):
+                batch = next(batches, None)
+                views = tuple(view.to(self.device, non_blocking=True) for view in batch.views) if batch else ()
             waited = time.perf_counter() - asked
+            if batch is None:
+                if self.profiler is not None:
+                    self.profiler.abandon()
+                return
             self.rate = learning_rate(self.schedule, self.step, self.steps_per_epoch, self.config.train.epochs)
             set_learning_rate(self.optimizer, self.rate)
             self.optimizer.ema_momentum = key_momentum(self.config.model, self.step, self.total_steps)
@@ -186,6 +199,13 @@ class _Run:
             self.step += 1
             self.step_in_epoch += 1
             self.window.add(metrics, len(views[0]) * self.world_size, waited)
+            if self.profiler is not None:
+                ended = time.perf_counter()
+                if self.profiler.end():
+                    self.profiler.write(self.path)
+                    log.info("profile of a step: %s", self.path / "profile.png")
+                    self.profiler = None
+                self.window.leave_out(time.perf_counter() - ended)
             yield
 
     def _end_epoch(self) -> None:
@@ -312,6 +332,8 @@ class _Run:
                  duration(seconds))  # fmt: skip
         if interrupted:
             log.info("to continue: mocofast pretrain --resume %s", path)
+        if self.profiler is not None:
+            log.info("no profile: it takes %d steps from the start", STEPS)
         if self.before:
             log.info("before: %s", _describe(self.before, self.config))
             log.info("after:  %s", _describe(self.after, self.config))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import only from lower layers, or its own.
 LAYERS = [
     ("mocofast_kernels",),
-    ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed"),
+    ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed", "mocofast.parts"),
     ("mocofast.fused_blocks", "mocofast.normalization", "mocofast.vit"),
     ("mocofast.settings",),
     ("mocofast.encoders", "mocofast.sync_batch_norm"),
@@ -25,6 +25,7 @@ LAYERS = [
     ("mocofast.methods",),
     ("mocofast.optim", "mocofast.interop"),
     ("mocofast.checkpoint", "mocofast.interrupt", "mocofast.runfolder", "mocofast.step", "mocofast.engine"),
+    ("mocofast.profile",),
     ("mocofast.evaluate", "mocofast.export", "mocofast.bench"),
     ("mocofast.monitor", "mocofast.resume"),
     ("mocofast.train",),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mocofast.distributed import rank_and_world_size
 from mocofast.encoders import prepare_images
+from mocofast.parts import step_part
 
 
 class MethodOutput(NamedTuple):
@@ -111,9 +112,10 @@ class Method(nn.Module):
 
     def encode(self, name: str, images: Tensor) -> Tensor:
         """The output (N, C) of the encoder `name` ("encoder_q") for images (N, 3, S, S), uint8 or normalised."""
-        if self.training and name in self.run:
-            return self.run[name](images)
-        return getattr(self, name)(self.prepared(images))
+        with step_part("query forward" if name == "encoder_q" else "key forward", len(images)):
+            if self.training and name in self.run:
+                return self.run[name](images)
+            return getattr(self, name)(self.prepared(images))
 
     def prepared(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S), uint8 or normalised, as encoders take them: normalised."""
