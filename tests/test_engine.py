@@ -1,0 +1,373 @@
+"""Engine modes give one trajectory. On a CPU the step that a GPU captures runs uncaptured, otherwise the same code."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eager_moco import PlainEncoder
+from processes import on_ranks
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import VisionTransformer
+
+from mocofast import MoCo
+from mocofast.config import ConfigError, OptimConfig
+from mocofast.encoders import TinyResNet
+from mocofast.engine import Engine, choose_mode, garbage_held
+from mocofast.evaluate.features import extract
+from mocofast.methods import BUILDERS, build_method
+from mocofast.methods.base import Method
+from mocofast.optim import FusedOptimizer, FusedSGD, optimizer_of
+from mocofast.settings import apply, load_recipe
+from mocofast.step import FlatGradients, choose_autocast, train_step
+
+CPU = torch.device("cpu")
+MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
+IMAGES = 12  # a batch; two or three micro-batches, two parts or ranks
+Step = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def tiny_vit(num_classes: int) -> nn.Module:
+    return VisionTransformer(8, 4, 1, 2, 16, 32, num_classes=num_classes)
+
+
+def small_moco(base: Callable[..., nn.Module] = TinyResNet, **options: Any) -> MoCo:
+    """A queue of 50 keys wraps around within 5 steps; a momentum of 0.9 moves the key encoder visibly."""
+    torch.manual_seed(0)
+    options = {"dim": 16, "queue_size": 50, "momentum": 0.9, "pixel_mean": MEAN, "pixel_std": STD, **options}
+    return MoCo(base, **options).to(memory_format=torch.channels_last)
+
+
+def batches(steps: int, last: int = IMAGES, seed: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Pairs of uint8 views, 8 pixels, channels-last; the last but one of `last` images, as an epoch's end may be."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(steps):
+        size = last if i == steps - 2 else IMAGES
+        pixels = torch.randint(0, 256, (2, size, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        yield tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels)
+
+
+def plain_step(method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1) -> Step:
+    """PyTorch's autocast, without an engine."""
+    autocast = choose_autocast(precision, CPU)
+    return lambda views: train_step(method, views, optimizer, accumulate, autocast)
+
+
+def engine_step(
+    mode: str, method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1, backend: Any = None
+) -> Step:
+    engine = Engine(
+        mode, method, optimizer, choose_autocast(precision, CPU), accumulate, IMAGES // accumulate, backend
+    )
+    return engine.step
+
+
+def trajectory(
+    step: Step, method: Method, optimizer: FusedOptimizer, data: Iterator[tuple[Tensor, ...]], first: int = 0
+) -> dict[str, Tensor]:
+    """Metrics of every step, and what there is at the end, by name. Rate and momentum change at every step."""
+    metrics = []
+    for i, views in enumerate(data, first):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (i + 1)
+        optimizer.ema_momentum = 0.9 + 0.01 * i
+        metrics.append(step(views).clone())
+    assert all(group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups)  # floats, for a state dict
+    momenta = [buffer.flatten() for state in optimizer.state.values() for buffer in state.values()]
+    state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    return {"metrics": torch.stack(metrics).nan_to_num(-1), **state, "momenta": torch.cat(momenta)}
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def run(mode: str, precision: str, accumulate: int = 1, backend: Any = None, **options: Any) -> dict[str, Tensor]:
+    """Six steps of an engine's mode, or of "plain" PyTorch."""
+    model = small_moco(**options)
+    optimizer = optimizer_of(model, OptimConfig())
+    torch.manual_seed(5)  # split BatchNorm shuffles with draws that start here
+    if mode == "plain":
+        step = plain_step(model, optimizer, precision, accumulate)
+    else:
+        step = engine_step(mode, model, optimizer, precision, accumulate, backend)
+    return trajectory(step, model, optimizer, batches(6, last=8))
+
+
+# ---- one trajectory ----
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulate"),
+    [
+        ({"base": PlainEncoder}, 1),
+        ({}, 1),
+        ({"bn_splits": 2, "mlp": True}, 1),
+        ({"bn_splits": 2}, 2),
+        ({"base": tiny_vit}, 1),
+    ],
+    ids=["no BatchNorm", "v1", "v2, split BatchNorm", "micro-batches", "ViT"],
+)
+def test_bf16_shadows_and_the_static_step_follow_autocast_bit_by_bit(options: dict, accumulate: int) -> None:
+    expected = run("plain", "bf16", accumulate, **options)
+    for mode in ("eager", "graph"):
+        assert_equal(run(mode, "bf16", accumulate, **options), expected)
+
+
+def test_in_float32_every_mode_follows_the_plain_step() -> None:
+    options: dict[str, Any] = {"bn_splits": 2, "symmetric": True}
+    expected = run("plain", "fp32", **options)
+    for mode, backend in (("eager", None), ("graph", None), ("compile", "aot_eager")):
+        ours = run(mode, "fp32", backend=backend, **options)
+        if backend is None:
+            assert_equal(ours, expected)
+        for name, value in expected.items():  # compiled BatchNorm is composed of other operations
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
+    config = load_recipe("digits")
+    apply(config, {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10})
+    apply(config, {"model.queue_size": 20, "model.freeze_prototypes": 2, "optim.name": "lars"})
+
+    def found(mode: str, precision: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        method = build_method(config, images=40, classes=4).to(memory_format=torch.channels_last)
+        optimizer = optimizer_of(method, config.optim)
+        generator = torch.Generator().manual_seed(2)
+
+        def needed(images: int) -> dict[str, Tensor]:
+            offered = {
+                "index": torch.randint(40, (images,), generator=generator),
+                "labels": torch.randint(4, (images,), generator=generator),
+            }
+            return {name: offered[name] for name in method.needs}
+
+        autocast = choose_autocast(precision, CPU)
+        if mode == "plain":
+            step: Callable[..., Tensor] = partial(
+                train_step, method, optimizer=optimizer, accumulate=2, autocast=autocast
+            )
+        else:
+            step = Engine(mode, method, optimizer, autocast, 2, IMAGES // 2, None).step
+        torch.manual_seed(5)
+        return trajectory(
+            lambda views: step(views[: method.num_views], needed=needed(len(views[0]))),
+            method,
+            optimizer,
+            batches(5, last=8),
+        )
+
+    assert_equal(found("graph", "fp32"), found("plain", "fp32"))
+    assert_equal(found("graph", "bf16"), found("eager", "bf16"))
+
+
+@pytest.mark.slow
+def test_compiled_encoders_follow_the_plain_step() -> None:
+    expected = run("plain", "fp32", bn_splits=2)
+    ours = run("compile", "fp32", backend="inductor", bn_splits=2)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_shadows_are_the_weights_after_every_step() -> None:
+    model = small_moco(tiny_vit, mlp=True)
+    optimizer = optimizer_of(model, OptimConfig(lr=0.1))
+    step = engine_step("eager", model, optimizer, "bf16")
+    followed = optimizer._followers
+    for views in batches(3):
+        step(views)
+        copies = 0
+        for p, (target, shadow, target_shadow) in followed.items():
+            for weight, copy in ((p, shadow), (target, target_shadow)):
+                if copy is not None:
+                    assert torch.equal(copy, weight.to(torch.bfloat16))
+                    copies += 1
+    # In both encoders: patches, attention's two layers, the MLP's two and the head's two, each a weight and a bias.
+    assert copies == 2 * 7 * 2
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_continued_run_equals_one_never_stopped(mode: str) -> None:
+    def started() -> tuple[MoCo, FusedOptimizer]:
+        model = small_moco(bn_splits=2)
+        return model, optimizer_of(model, OptimConfig())
+
+    whole, optimizer = started()
+    torch.manual_seed(5)
+    expected = trajectory(engine_step(mode, whole, optimizer, "bf16"), whole, optimizer, batches(6))
+
+    model, optimizer = started()
+    torch.manual_seed(5)
+    data = batches(6)
+    first = [next(data) for _ in range(3)]
+    found = trajectory(engine_step(mode, model, optimizer, "bf16"), model, optimizer, iter(first))
+    assert torch.equal(found["metrics"], expected["metrics"][:3])
+    state, weights, random = optimizer.state_dict(), model.state_dict(), model.random_state()
+    model, optimizer = started()
+    torch.manual_seed(6)
+    model.load_state_dict(weights)
+    model.load_random_state(random)
+    optimizer.load_state_dict(state)
+    ours = trajectory(engine_step(mode, model, optimizer, "bf16"), model, optimizer, data, first=3)
+    assert_equal(ours, expected | {"metrics": expected["metrics"][3:]})
+
+
+def ranks_trajectories(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Every mode on this rank's half of each batch, from weights that only rank 0 has."""
+    found = {}
+    for mode, precision in (("eager", "fp32"), ("graph", "fp32"), ("eager", "bf16"), ("graph", "bf16")):
+        model = small_moco()
+        if rank:
+            for p in model.parameters():
+                p.data.add_(1)
+        optimizer = optimizer_of(model, OptimConfig())
+        torch.manual_seed(5)
+        engine = Engine(mode, model, optimizer, choose_autocast(precision, CPU), 1, IMAGES // 2, None)
+        halves = (tuple(view.chunk(2)[rank] for view in views) for views in batches(5, 8))
+        found[f"{mode} {precision}"] = trajectory(engine.step, model, optimizer, halves)
+    return found
+
+
+def test_two_ranks_follow_one_trajectory_in_every_mode(tmp_path: Path) -> None:
+    first, second = on_ranks(ranks_trajectories, tmp_path)
+    for precision in ("fp32", "bf16"):
+        for found in (first, second):
+            for name, value in found[f"eager {precision}"].items():
+                # Half of a sum is exact, so the averages are those of DistributedDataParallel.
+                assert torch.equal(found[f"graph {precision}"][name], value), name
+        for name in ("encoder_q.conv1.weight", "encoder_k.fc.weight", "queue"):
+            assert torch.equal(first[f"graph {precision}"][name], second[f"graph {precision}"][name])
+
+
+def test_what_has_no_gradient_is_not_decayed_by_the_static_step() -> None:
+    used, unused = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(4))
+    gradients = FlatGradients([used, unused])
+    optimizer = FusedSGD([used, unused], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        gradients.zero_()
+        (3 * used).sum().backward()
+        gradients.average_()
+        optimizer.step()
+    assert torch.equal(unused, torch.ones(4))
+    assert torch.equal(used.grad, torch.full((3, 5), 3.0))  # cleared in between
+    assert used.grad.data_ptr() % 16 == 0
+
+
+# ---- compilations, waits, garbage ----
+
+
+def test_each_encoder_is_compiled_once_and_never_again() -> None:
+    compiled: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = small_moco(bn_splits=2, mlp=True)
+    optimizer = optimizer_of(model, OptimConfig())
+    step = engine_step("compile", model, optimizer, "bf16", backend=counting)
+    first, *others = batches(5, last=8)
+    step(first)
+    assert len(compiled) == 2
+    assert min(compiled) > 20  # whole encoders: nothing was left out of the graphs
+    for views in others:
+        images = (views[0], torch.zeros(len(views[0]), dtype=torch.int64), torch.zeros(0))
+        extract(model.encoder_q, [images], CPU, "backbone", torch.tensor(MEAN), torch.tensor(STD))
+        model.eval()
+        model(*views)
+        model.train()
+        step(views)  # one of them smaller than the others
+    assert len(compiled) == 2
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of all operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+def test_a_steady_step_never_asks_for_a_tensors_value(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_moco(bn_splits=2, symmetric=True)
+    optimizer = optimizer_of(model, OptimConfig())
+    step = engine_step(mode, model, optimizer, "bf16", backend="eager" if mode == "compile" else None)
+    first, second, third = batches(3)
+    step(first)
+    step(second)
+    if mode == "graph":  # a CPU's optimiser reads its numbers, which are tensors here
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    with Dispatched() as dispatched:
+        step(third)
+    assert "convolution" in dispatched.names
+    assert not {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"} & set(dispatched.names)
+
+
+def test_garbage_is_collected_when_asked_alone() -> None:
+    collections: list[str] = []
+
+    def record(phase: str, _: dict[str, int]) -> None:
+        collections.append(phase)
+
+    assert gc.isenabled()
+    with garbage_held():
+        gc.callbacks.append(record)
+        try:
+            cycles = [[] for _ in range(100_000)]  # 50 times what starts a collection
+            for cycle in cycles:
+                cycle.append(cycle)
+            assert collections == []
+            del cycles, cycle
+            assert gc.collect() >= 100_000
+        finally:
+            gc.callbacks.remove(record)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    gc.disable()
+    try:
+        with garbage_held():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
+
+
+# ---- choice ----
+
+
+def test_auto_names_its_mode_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_mode("auto", CPU, 1)[0] == "eager"
+    assert choose_mode("auto", gpu, 1)[0] == "graph"
+    assert choose_mode("auto", gpu, 8)[0] == "compile"
+    assert choose_mode("compile", CPU, 1) == ("compile", "as asked")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    mode, why = choose_mode("auto", gpu, 1)
+    assert mode == "eager"
+    assert "Triton" in why
+    for name in ("compile", "graph"):
+        with pytest.raises(ConfigError, match=f"engine.mode: {name} needs Triton"):
+            choose_mode(name, gpu, 1)
+    assert choose_mode("compile", CPU, 1)[0] == "compile"
+
+
+def test_a_cpu_refuses_the_graph_mode() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.mode: graph is a CUDA graph and needs a GPU"):
+        choose_mode("graph", CPU, 1)
