@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mocofast.bench import data, ema, kernels, norm, optim, static, step, sweep, train
+from mocofast.bench import autotune, data, ema, kernels, norm, optim, static, step, sweep, train
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
     )
-    commands = parser.add_subparsers(required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|static|all")
+    commands = parser.add_subparsers(
+        required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|static|autotune|all"
+    )
     for name, (module, text) in BENCHMARKS.items():
         command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "static", help="the kernels' machine code and predicted times; needs no GPU", description=static.__doc__
     )
     static.add_arguments(compiled)
+    tuned = commands.add_parser(
+        "autotune", help="choose the kernels' tiles for this GPU", description=autotune.__doc__
+    )
+    autotune.add_arguments(tuned, positive)
     every = _add(commands, "all", "every one of them but the sweep, with its defaults for this machine", None)
     every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -48,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     if arguments.name == "static":
         static.run(arguments, compiled)
+        return 0
+    if arguments.name == "autotune":
+        autotune.run(arguments, tuned)
         return 0
     if arguments.name != "all":
         _run(arguments)

@@ -1,0 +1,167 @@
+"""Choose the tiles of InfoNCE's products for a GPU: every candidate is timed, and the fastest go into a table that
+later runs on this GPU load by themselves (`mocofast_kernels.tiles` says from where). Without a GPU, `--static` ranks
+the candidates by their machine code and the model of `mocofast bench static`.
+
+On a GPU candidates are CUDA graphs, timed in turns. The table is for the kinds of call, types and dimensions given;
+all others keep the rule of `mocofast_kernels.configs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mocofast.bench import timing
+from mocofast.bench.optim import captured
+from mocofast.bench.roofline import GPUS, RESERVED, predict, residents
+
+if TYPE_CHECKING:
+    from mocofast_kernels.configs import Tile
+    from mocofast_kernels.static_cases import Problem, Types
+    from mocofast_kernels.tiles import Products
+
+KINDS = ("queue", "queue, temperature tensor", "in-batch", "gradient of negatives")
+TYPES = ("bf16", "fp16", "fp32 as bf16", "fp32 as fp16", "fp32 as tf32", "fp32")
+Score = Callable[["Problem", "list[Tile]"], "dict[Tile, float]"]
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """What to tune, and where the table goes."""
+    parser.add_argument("--n", type=positive, default=256, help="queries (default: %(default)s)")
+    parser.add_argument("--k", type=positive, default=65536, help="negatives (default: %(default)s)")
+    parser.add_argument("--c", type=positive, nargs="+", default=[128], help="dimensions (default: 128)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of call (default: all)")
+    parser.add_argument(
+        "--types", nargs="+", choices=TYPES, default=["bf16", "fp32 as bf16"],
+        help="types of inputs and products (default: bf16, and fp32 as bf16)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--static", action="store_true", help="rank by the model of machine code; needs no GPU")
+    parser.add_argument("--capability", type=int, choices=GPUS, default=90, help="with --static (default: 90)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where this GPU looks for it)")
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Rank the candidates of every kind, type and dimension; print the best and write the table."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
+    if not arguments.static and not torch.cuda.is_available():
+        parser.error("there is no GPU to time on; --static ranks by the model of machine code instead")
+    if max(arguments.c) > 1024:
+        parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
+    try:
+        from mocofast_kernels import static_cases, tiles
+    except ImportError as error:
+        parser.error(f"Triton is needed to compile its kernels: {error}")
+    score: Score
+    if arguments.static:
+        device, capability, name = torch.device("meta"), arguments.capability, GPUS[arguments.capability].name
+        score, out = partial(_predicted, capability), arguments.out
+    else:
+        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+        score, out = partial(_timed, arguments.repeats), arguments.out or tiles.path_of(device)
+    nearest = GPUS[max((c for c in GPUS if c <= capability), default=80)]
+    known = {types.name: types for types in static_cases.TYPES}
+    rows: dict[Products, dict[str, Any]] = {}
+    for C, types_name, kind in itertools.product(arguments.c, arguments.types, arguments.kinds):
+        types = known[types_name]
+        torch.set_float32_matmul_precision(types.matmul_precision)
+        problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
+        rule = tiles.rule(problem.products)
+        tried = [rule, *(tile for tile in candidates(problem.products, nearest.shared - RESERVED) if tile != rule)]
+        times = score(problem, tried)
+        best = min(times, key=lambda tile: times[tile])
+        print(f"\n{kind}, {types_name}, C = {C}: {len(times)} of {len(tried)} candidates run; microseconds")
+        for tile in sorted({*sorted(times, key=lambda tile: times[tile])[:5], rule} & times.keys(), key=times.get):  # type: ignore[arg-type]
+            print(f"{1e6 * times[tile]:9.1f} {tile}{' (the rule)' if tile == rule else ''}", flush=True)
+        rows[problem.products] = {
+            "products": problem.products._asdict(),
+            "tile": best._asdict(),
+            "microseconds": round(1e6 * times[best], 2),
+            "rule_microseconds": round(1e6 * times.get(rule, math.nan), 2),
+        }
+    if out is not None:
+        tiles.dump(out, name, capability, list(rows.values()))
+        print(f"\nwritten: {out}")
+
+
+def _problem(kind: str, C: int, types: Types, device: str, n: int, k: int) -> Problem:
+    from mocofast_kernels import static_cases
+
+    if kind == "gradient of negatives":
+        return static_cases.grad_negatives(C, types, device, n, k)
+    variant = next(variant for variant in static_cases.VARIANTS if variant.name == kind)
+    return static_cases.forward(C, types, variant, device, n, k)
+
+
+def candidates(products: Products, shared: int) -> Iterator[Tile]:
+    """Tiles worth compiling: 16 to 176 registers a thread for sums and scores, blocks in flight in `shared` bytes,
+    and columns in one piece where that is possible, else in pieces."""
+    from mocofast_kernels.configs import Tile, block_of
+
+    c, size = block_of(products.C), 2 if products.dot == "16bit" else 4
+    sides: dict[str, tuple[int, ...]] = {"stay": (64, 128), "stream": (32, 64, 128), "stages": (2, 3)}
+    if products.dot == "ieee":
+        sides = {"stay": (32, 64), "stream": (32, 64), "stages": (1,)}
+    pieces = [(c, c)] if c <= 256 else []
+    if c >= 256 or not products.plain or products.dot != "16bit":
+        blocks = (32,) if products.dot == "ieee" else (64, 128)
+        pieces += [(block, out) for block in blocks for out in {min(c, 256), min(c, 512)} if block < c]
+    for (block_c, out_c), warps in itertools.product(pieces, (4, 8)):
+        for stay, stream, stages in itertools.product(*sides.values()):
+            registers = (stay * out_c + stay * stream) / (32 * warps)
+            in_flight = stages * stream * max(block_c, out_c) * size
+            if 16 <= registers <= 176 and in_flight <= shared:
+                yield Tile(stay, stream, block_c, out_c, warps, stages)
+
+
+def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
+    """Seconds of each, on the GPU; those that do not compile or fit are left out."""
+    from triton.runtime.errors import OutOfResources
+
+    runs: dict[str, Callable[[], Any]] = {}
+    names = {}
+    for tile in tried:
+        try:
+            runs[str(tile)] = captured(partial(problem.run, tile))
+        except (OutOfResources, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            continue
+        names[str(tile)] = tile
+    if not runs:
+        raise RuntimeError(f"no tile runs for {problem.products}")
+    times = timing.interleaved(runs, repeats, torch.device("cuda"))
+    return {names[name]: time.median for name, time in times.items()}
+
+
+def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
+    """Seconds of each by the model; those that spill, do not fit or do not compile are left out."""
+    from mocofast_kernels import static
+
+    result = {}
+    for tile in tried:
+        total = 0.0
+        for launch in static.record(partial(problem.run, tile), static.PROCESSORS[capability]):
+            try:
+                report = static.inspect("", launch, capability)
+            except RuntimeError:
+                break
+            if report.spills or residents(report, GPUS[capability]) == 0:
+                break
+            total += predict(launch, report, GPUS[capability]).time
+        else:
+            result[tile] = total
+    if not result:
+        raise RuntimeError(f"no tile compiles without spills for {problem.products}")
+    return result
