@@ -1,15 +1,20 @@
-"""BatchNorm over the batches of all ranks together, on GPUs and on CPUs (PyTorch's own refuses the latter)."""
+"""BatchNorm over the batches of all ranks together, on GPUs and on CPUs.
+
+torch.nn.SyncBatchNorm refuses CPUs, and on a GPU waits for it at every layer, since it allows ranks without images.
+Here every rank has equally many, so nothing on the host depends on what ranks exchange.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
-from torch.nn.modules._functions import SyncBatchNorm as _GPUSyncBatchNorm  # what torch.nn.SyncBatchNorm runs
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mocofast.distributed import rank_and_world_size
+from mocofast.distributed import all_gather, rank_and_world_size
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -27,43 +32,94 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        if input.is_cuda:
-            return _GPUSyncBatchNorm.apply(
-                input,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                self.eps,
-                self.momentum,
-                dist.group.WORLD,
-                world_size,
-            )
-        return self._composed(input, world_size)
-
-    def _composed(self, input: Tensor, world_size: int) -> Tensor:
-        """Sums over ranks are differentiable: their gradients are summed over ranks in turn."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        x = input.to(self.running_mean.dtype)  # float32 where autocast made bfloat16
-        over = [dim for dim in range(x.dim()) if dim != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world_size
-        mean = all_reduce(x.sum(over)) / count
-        centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(over)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        y = centred * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
-        return y.to(input.dtype)
+        return _Function.apply(
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, world_size
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"input must be (N, C, ...): got shape {tuple(input.shape)}")
+
+
+class _Function(torch.autograd.Function):
+    """Statistics are gathered forwards, two sums a channel are reduced backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        world_size: int,
+    ) -> Tensor:
+        if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        gathered = all_gather(torch.stack(_moments(x, eps)).unsqueeze(0))  # (W, 2, C)
+        means, variances = gathered.unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        count = x.numel() // x.shape[1] * world_size
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
+        ctx.world_size = world_size
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        sums = _gradient_sums(grad, x, mean, inverse_std)  # (2, C): of the gradient, and of it times x - mean
+        grad_weight = grad_bias = None
+        if weight is not None:
+            grad_weight, grad_bias = (sums[1] * inverse_std).to(weight.dtype), sums[0].to(weight.dtype)
+        totals = sums.clone()  # the weights' gradients are of this rank alone
+        dist.all_reduce(totals)
+        grad_x = _gradient(grad, x, mean, inverse_std, weight, totals, ctx.world_size)
+        return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,), float32 at least."""
+    if x.is_cuda:
+        mean, inverse_std = torch.batch_norm_stats(x, eps)
+        return mean, inverse_std.pow(-2) - eps
+    wide = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(wide, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    return mean, variance
+
+
+def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    if x.is_cuda:
+        wanted = (True, False, False)
+        return torch.stack(torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, None, *wanted)[:2])
+    over = [dim for dim in range(x.dim()) if dim != 1]
+    wide = grad.to(mean.dtype)
+    return torch.stack([wide.sum(over), (wide * (x - _per_channel(mean, x))).sum(over)])
+
+
+def _gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, sums: Tensor, world_size: int
+) -> Tensor:
+    """Of x, from the sums over all ranks."""
+    count = x.numel() // x.shape[1]
+    if x.is_cuda:
+        counts = torch.full((world_size,), count, dtype=torch.int32, device=x.device)
+        return torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, sums[0], sums[1], counts)
+    mean_grad, mean_product = (sums / (count * world_size)).unbind()
+    scale = inverse_std if weight is None else inverse_std * weight
+    centred = x - _per_channel(mean, x)
+    slope = _per_channel(mean_product * inverse_std.square(), x)
+    return ((grad - _per_channel(mean_grad, x) - centred * slope) * _per_channel(scale, x)).to(x.dtype)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
 def sync_batch_norm(module: nn.Module) -> None:

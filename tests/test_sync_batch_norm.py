@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import mocofast.sync_batch_norm as module
 from mocofast.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from tests.processes import on_ranks
 
@@ -92,3 +93,25 @@ def test_a_batchnorm_that_keeps_no_statistics_is_refused_before_anything_changes
     with pytest.raises(ValueError, match="sync_bn: expected BatchNorm with running statistics"):
         sync_batch_norm(model)
     assert type(model[0]) is nn.BatchNorm1d
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 4)])
+def test_a_gpus_kernels_compute_what_the_cpu_does(shape: tuple[int, ...]) -> None:
+    """The three parts that differ, for one rank of two, whose sums are said to be equal."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, *shape, generator=generator)
+    weight = torch.randn(5, generator=generator)
+
+    def parts(device: str, dtype: torch.dtype) -> list[Tensor]:
+        here, upstream, scale = (tensor.to(device, dtype) for tensor in (x, grad, weight))
+        if len(shape) == 4:
+            here = here.contiguous(memory_format=torch.channels_last)
+            upstream = upstream.contiguous(memory_format=torch.channels_last)
+        mean, variance = module._moments(here, 1e-5)
+        inverse_std = torch.rsqrt(variance + 1e-5)
+        sums = module._gradient_sums(upstream, here, mean, inverse_std)
+        return [mean, variance, sums, module._gradient(upstream, here, mean, inverse_std, scale, 2 * sums, 2)]
+
+    for got, expected in zip(parts("cuda", torch.float32), parts("cpu", torch.float64)):
+        torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=1e-5)
