@@ -188,7 +188,8 @@ class _Run:
                 return
             self.rate = learning_rate(self.schedule, self.step, self.steps_per_epoch, self.config.train.epochs)
             set_learning_rate(self.optimizer, self.rate)
-            self.optimizer.ema_momentum = key_momentum(self.config.model, self.step, self.total_steps)
+            # The average that ends this step is the one that MoCo v3 takes as the next step begins.
+            self.optimizer.ema_momentum = key_momentum(self.config.model, self.step + 1, self.total_steps)
             offered = {"index": batch.index, "labels": batch.labels}
             needed = {
                 name: values.to(self.device, non_blocking=True)
