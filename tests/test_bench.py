@@ -84,14 +84,14 @@ def test_info_nce_takes_at_most_6_percent_of_eagers_extra_memory() -> None:
 
 
 @pytest.mark.slow
-def test_info_nce_is_3_times_as_fast_as_eager_on_an_idle_cpu() -> None:
+def test_info_nce_is_3_and_a_half_times_as_fast_as_eager_on_an_idle_cpu() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         times = timing.interleaved(kernels.steps(CLAIM, torch.float32, CPU), 15, CPU)
     finally:
         torch.set_num_threads(threads)
-    assert times["eager"].median >= 3 * times["mocofast"].median
+    assert times["eager"].median >= 3.5 * times["mocofast"].median
 
 
 def test_optim_reports_every_optimiser_and_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,7 @@ def draw(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path)
             panel.grid(alpha=0.3)
             if panel.lines and file != "floor":
                 panel.set_yscale("log")
+                panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         first = figure.axes[0]
         first.set_ylabel(label)
         if file == "floor":
