@@ -154,7 +154,7 @@ def build(config: Config, images: int) -> MemoryBank:
     m = config.model
     mean, std = pixel_statistics(config.augment)
     return MemoryBank(
-        build_encoder(m.arch),
+        build_encoder(m.arch, config.augment.size),
         images,
         m.dim,
         m.queue_size,

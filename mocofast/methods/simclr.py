@@ -83,4 +83,6 @@ def build(config: Config) -> SimCLR:
     """SimCLR with the options of `config.model`."""
     m = config.model
     mean, std = pixel_statistics(config.augment)
-    return SimCLR(build_encoder(m.arch), m.dim, m.hidden_dim, m.temperature, pixel_mean=mean, pixel_std=std)
+    return SimCLR(
+        build_encoder(m.arch, config.augment.size), m.dim, m.hidden_dim, m.temperature, pixel_mean=mean, pixel_std=std
+    )

@@ -114,7 +114,7 @@ def build(config: Config) -> SwAV:
     m = config.model
     mean, std = pixel_statistics(config.augment)
     return SwAV(
-        build_encoder(m.arch),
+        build_encoder(m.arch, config.augment.size),
         m.dim,
         m.hidden_dim,
         m.prototypes,
