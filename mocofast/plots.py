@@ -1,19 +1,17 @@
-"""Pictures: curves of a run from its metrics.jsonl, and the profile of a step."""
+"""Pictures: curves of a run from its metrics.jsonl, where a step's time goes, sides of a benchmark."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
-
-if TYPE_CHECKING:
-    from mocofast.profile import Profile
 
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
@@ -83,43 +81,81 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def draw_profile(profile: Profile) -> Figure:
-    """A step as bars, one below the other where one part follows another; what is hatched is the part's floor."""
-    figure = Figure(figsize=(10, 1.6 + 0.5 * len(profile.parts)), dpi=110, layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)
-    profile_panel(figure.subplots(), profile)
+class Bar(NamedTuple):
+    """A part of a step."""
+
+    name: str
+    milliseconds: float
+    floor: float | None  # milliseconds that it takes at least
+
+
+def draw_step(bars: Sequence[Bar], title: str) -> Figure:
+    """A step as bars, one below the other where one part follows another; what is dark is the part's floor."""
+    figure = _figure(10, 1.6 + 0.5 * len(bars))
+    step_panel(figure.subplots(), bars, title)
     return figure
 
 
-def profile_panel(axes: Axes, profile: Profile) -> None:
-    """`draw_profile` in axes of another figure."""
-    total, began = 1e3 * profile.seconds, 0.0
-    for row, part in enumerate(profile.parts):
-        width = 1e3 * part.seconds
+def draw_sides(title: str, quantities: Mapping[str, Mapping[str, float]], bars: Sequence[Bar] = ()) -> Figure:
+    """Sides of a benchmark, a panel for each quantity; the first side, ours, is dark.
+
+    quantities: by label (with unit), the values by side. bars: our step's, drawn below.
+    """
+    names = list(dict.fromkeys(name for values in quantities.values() for name in values))
+    columns = min(3, len(quantities))
+    rows = -(-len(quantities) // columns)
+    above, below = rows * (0.9 + 0.34 * len(names)) + 0.4, (1.6 + 0.4 * len(bars)) * bool(bars)
+    figure = _figure(3.9 * columns + 1, above + below)
+    heights = [above, below] if bars else [above]
+    first, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    first.suptitle(title, fontsize=11)
+    for number, (label, values) in enumerate(quantities.items()):
+        axes = first.add_subplot(rows, columns, number + 1)
+        widths = [values.get(name, 0.0) for name in names]
+        axes.barh(names, widths, color=["#5b6b7f", *["#c9d3e0"] * (len(names) - 1)], edgecolor="black", linewidth=0.8)
+        for row, name in enumerate(names):
+            axes.text(widths[row], row, f" {values[name]:.4g}" if name in values else " not measured", va="center")
+        axes.set_xlim(0, 1.3 * max(widths) or 1)
+        axes.set_xlabel(label)
+        axes.invert_yaxis()
+        axes.tick_params(labelleft=number % columns == 0)
+        axes.spines[["top", "right"]].set_visible(False)
+    if bars:
+        step_panel(rest[0].subplots(), bars, "our step")
+    return figure
+
+
+def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
+    """`draw_step` in axes of another figure."""
+    total, began = sum(bar.milliseconds for bar in bars), 0.0
+    for row, (_, width, floor) in enumerate(bars):
         axes.barh(row, width, left=began, height=0.66, color="#c9d3e0", edgecolor="black", linewidth=0.8)
-        text = f"{width:.3g} ms, {part.seconds / profile.seconds:.1%}"
-        if part.floor is not None:
-            floor = 1e3 * part.floor.seconds
-            axes.barh(
-                row, floor, left=began, height=0.66, color="#5b6b7f", hatch="////", edgecolor="black", linewidth=0.8
-            )
+        text = f"{width:.3g} ms, {width / total:.1%}"
+        if floor is not None:
+            axes.barh(row, floor, left=began, height=0.66, color="#5b6b7f", hatch="////", edgecolor="black")
             text += f"; floor {floor:.3g} ms, {floor / width:.0%}"
-        end = began + max(width, 1e3 * part.floor.seconds if part.floor else 0.0)
+        end = began + max(width, floor or 0.0)
         right = end < 0.6 * total  # else the text stands left of the bar
         place = end + 0.01 * total if right else began - 0.01 * total
         axes.text(place, row, text, va="center", ha="left" if right else "right", fontsize=9)
         began += width
-    axes.set_yticks(range(len(profile.parts)), [part.name for part in profile.parts])
+    least = sum(bar.floor or 0.0 for bar in bars)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02 * total)
     axes.set_xlabel(
-        f"milliseconds of a step of {total:.4g} ms; dark: the floor ({1e3 * profile.floor:.4g} ms together, "
-        f"{profile.floor / profile.seconds:.0%} of the step)"
+        f"milliseconds; the step takes {total:.4g}; dark: floors, together {least:.4g}, {least / total:.0%}"
     )
-    axes.set_title(profile.title, fontsize=11, loc="left")
+    axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine())
+    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+    return figure
 
 
 def _draw(

@@ -34,7 +34,7 @@ from mocofast.config import Config
 from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer
 from mocofast.parts import OTHER, OVERLAP, STEP, Recorder, Step
-from mocofast.plots import draw_profile
+from mocofast.plots import Bar, draw_step
 
 # In the order of a step.
 PARTS = (
@@ -100,6 +100,10 @@ class Profile(NamedTuple):
     @property
     def floor(self) -> float:
         return sum(part.floor.seconds for part in self.parts if part.floor is not None)
+
+    def bars(self) -> list[Bar]:
+        """For the picture."""
+        return [Bar(p.name, 1e3 * p.seconds, p.floor and 1e3 * p.floor.seconds) for p in self.parts]
 
     def table(self) -> str:
         """For people."""
@@ -184,7 +188,7 @@ class StepProfiler:
         assert self.profile is not None and self._traced is not None
         operators = self._traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
         (folder / FILES[0]).write_text(f"{self.profile.table()}\n\n{__doc__}\n{operators}\n", "utf-8")
-        draw_profile(self.profile).savefig(folder / FILES[1])
+        draw_step(self.profile.bars(), self.profile.title).savefig(folder / FILES[1])
         self._traced.export_chrome_trace(str(folder / FILES[2]))
 
     def _profile(self, traced: torch.profiler.profile) -> Profile:

@@ -19,7 +19,7 @@ from mocofast.encoders import build_encoder
 from mocofast.methods.moco import build
 from mocofast.optim import FusedAdamW, FusedSGD, optimizer_of
 from mocofast.parts import Recorder, Span, Step, step_part
-from mocofast.plots import draw_profile
+from mocofast.plots import draw_step
 from mocofast.settings import load_recipe
 from mocofast.step import choose_autocast, train_step
 from tests import runs
@@ -247,7 +247,7 @@ def test_micro_batches_count_together() -> None:
 
 def test_the_picture_shows_every_part_its_floor_and_its_numbers(profile_of_a_loop: profile.Profile) -> None:
     p = profile_of_a_loop
-    figure = draw_profile(p)
+    figure = draw_step(p.bars(), p.title)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [part.name for part in p.parts]
     with_floor = sum(part.floor is not None for part in p.parts)
