@@ -17,8 +17,9 @@ from mocofast.config import AugmentConfig
 from mocofast.data import device_loader
 from mocofast.data.device_loader import DeviceLoader, crop_and_resize
 from mocofast.data.interface import Batch, Shard, draw_view
-from mocofast.data.sources import ArraySource, FolderSource
+from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
+from mocofast.settings import load_recipe
 from tests.triton_device import DEVICE
 
 CPU = torch.device("cpu")
@@ -178,7 +179,7 @@ def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, large
     assert error.float().mean() < 0.02
 
 
-def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(augment: AugmentConfig) -> None:
         DeviceLoader(SOURCE, (AugmentConfig(size=8), augment), Shard(4), 0, CPU)
 
@@ -186,9 +187,57 @@ def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> Non
         refused(AugmentConfig(size=65))
     with pytest.raises(ValueError, match="rotated views of up to 32 pixels, not 33"):
         refused(AugmentConfig(size=33, rotate=5.0))
-    Image.fromarray(images(1)[0]).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="images in memory of one size, not files"):
-        DeviceLoader(FolderSource(tmp_path, ["a.png"]), (EVERYTHING,), Shard(1), 0, CPU)
+    monkeypatch.setattr(device_loader, "LARGEST_SET", 2**10)
+    with pytest.raises(ValueError, match="GiB of pixels are more than it holds"):
+        refused(EVERYTHING)
+    with pytest.raises(ValueError, match="GiB of pixels are more than it holds"):
+        DeviceLoader(files_of(tmp_path, SOURCE.images), (EVERYTHING,), Shard(1), 0, CPU)
+
+
+def files_of(root: Path, pixels: np.ndarray) -> FolderSource:
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(root / f"{i:02}.png")
+    names = find_images(root)
+    return FolderSource(root, names, np.arange(len(names)) % 3, ("a", "b", "c"))
+
+
+def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_loader(tmp_path: Path) -> None:
+    source = files_of(tmp_path, SOURCE.images)
+    shard, augments = Shard(23), (EVERYTHING, EVERYTHING)
+    in_memory = list(loader(shard).epoch(1))
+    assert_equal(list(DeviceLoader(source, augments, shard, 0, CPU).epoch(1)), in_memory)
+    bad = {2, 7, 8, 22}  # two neighbours, and the last: the search for its substitute wraps around
+    for index in bad:
+        (tmp_path / f"{index:02}.png").write_bytes(b"no image")
+    stream = DeviceLoader(source, augments, shard, 0, CPU)
+    assert set(stream.skipped) == bad
+    assert all("UnidentifiedImageError" in reason for reason in stream.skipped.values())
+    [ours], [reference] = list(stream.epoch(1)), list(TorchvisionLoader(source, augments, shard, 0, CPU, 0).epoch(1))
+    assert torch.equal(ours.index, reference.index)
+    assert ours.labels is not None and reference.labels is not None
+    assert torch.equal(ours.labels, reference.labels)
+    for x, y in zip(ours.views, reference.views):
+        assert (x.int() - y.int()).abs().float().mean() < 1  # as above: rotation and hue
+    for index in range(23):
+        (tmp_path / f"{index:02}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 23 images can be decoded; the first: 00\.png: Unidentified"):
+        DeviceLoader(source, augments, shard, 0, CPU)
+
+
+def test_files_of_several_sizes_are_refused_with_the_first_that_differs(tmp_path: Path) -> None:
+    source = files_of(tmp_path, SOURCE.images)
+    Image.new("RGB", (9, 7)).save(tmp_path / "05.png")
+    with pytest.raises(ValueError, match=r"images of one size, got 16 x 16 and 9 x 7 \(05\.png\)"):
+        DeviceLoader(source, (EVERYTHING,), Shard(4), 0, CPU)
+
+
+@pytest.mark.data
+def test_real_cifar_files_give_the_torchvision_loaders_views(cifar10_jpeg: Path) -> None:
+    names = find_images(cifar10_jpeg / "train")[::500]
+    source = FolderSource(cifar10_jpeg / "train", names)
+    augment = replace(load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0))  # PIL quantises hue
+    ours = DeviceLoader(source, (augment, augment), Shard(50), 0, CPU)
+    assert_equal(list(ours.epoch(0)), list(TorchvisionLoader(source, (augment,) * 2, Shard(50), 0, CPU, 0).epoch(0)))
 
 
 @pytest.mark.gpu

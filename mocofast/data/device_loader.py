@@ -1,8 +1,9 @@
 """The device loader: a small set of small images, held where the training runs, so that nothing is fetched.
 
-On a GPU one launch of one kernel (`mocofast_kernels.augment`) makes all views of a batch; elsewhere PyTorch makes
-them, as many at a time as a core's cache holds. The parameters are those of `draw_view`, drawn for many steps at
-once, so the stream is that of the other loaders. Normalising is left to the model, as with every loader.
+Image files are decoded once, at the start; all have to be of one size. On a GPU one launch of one kernel
+(`mocofast_kernels.augment`) makes all views of a batch; elsewhere PyTorch makes them, as many at a time as a core's
+cache holds. The parameters are those of `draw_view`, drawn for many steps at once, so the stream is that of the other
+loaders. Normalising is left to the model, as with every loader.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Generator, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,21 +25,67 @@ from mocofast.data.view_ops import apply_view_ops, box_radius
 
 LARGEST, LARGEST_ROTATED = 64, 32  # sides of views, as in the kernel's module (which imports Triton)
 FUSED_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()  # tests add others
+LARGEST_SET = 8 * 2**30  # bytes of pixels: CIFAR has 150 MB, STL-10's unlabelled part 2.8 GB
 DRAWN_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
 CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
 
 
 def unfit(source: Source, augments: tuple[AugmentConfig, ...], device: torch.device) -> str:
-    """Why the device loader cannot serve; "" if it can."""
-    if not isinstance(source, ArraySource):
-        return "it holds images in memory of one size, not files"
+    """Why the device loader cannot serve, as far as can be told without decoding anything; "" if it can."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
         if augment.size > largest:
             return f"it makes{' rotated' * bool(augment.rotate)} views of up to {largest} pixels, not {augment.size}"
-    if device.type == "cuda" and source.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
-        return f"{source.images.nbytes / 2**30:.1f} GiB of images are more than a quarter of the GPU's free memory"
-    return ""
+    return _too_large(source.images.nbytes, device) if isinstance(source, ArraySource) else ""
+
+
+def _too_large(size: int, device: torch.device) -> str:
+    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LARGEST_SET
+    if size <= min(room, LARGEST_SET):
+        return ""
+    of = "a quarter of the GPU's free memory" if room < LARGEST_SET else "it holds"
+    return f"{size / 2**30:.1f} GiB of pixels are more than {of}"
+
+
+class Held(NamedTuple):
+    """Every image of a source, decoded."""
+
+    images: np.ndarray  # (N, H, W, 3) uint8
+    shown: np.ndarray  # (N,) int64: a sample's own index, or that of its substitute
+    skipped: dict[int, str]  # bad samples: why
+
+
+def hold(source: Source, device: torch.device) -> Held:
+    """Decode every image; bad ones are replaced as `mocofast.data.interface` says.
+
+    Raises ValueError where no image can be decoded, or they differ in size, or are too many.
+    """
+    every = np.arange(len(source))
+    if isinstance(source, ArraySource):
+        return Held(source.images, every, {})
+    from mocofast.data.torchvision_loader import decode, describe
+
+    images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
+    for index in every.tolist():
+        try:
+            pixels = np.asarray(decode(source.load(index)))
+        except Exception as error:  # PIL's decoders raise nearly any on corrupt files
+            skipped[index] = describe(error)
+            continue
+        if not len(images):
+            if why := _too_large(len(source) * pixels.nbytes, device):
+                raise ConfigError(f"data.loader=device cannot serve: {why}")
+            images = np.zeros((len(source), *pixels.shape), dtype=np.uint8)
+        if pixels.shape != images.shape[1:]:
+            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (images.shape[1:], pixels.shape))
+            raise ConfigError(f"data.loader=device needs images of one size, got {sizes} ({source.name(index)})")
+        images[index] = pixels
+    good = np.setdiff1d(every, list(skipped))
+    if not len(good):
+        raise ValueError(
+            f"data: none of the {len(source)} images can be decoded; the first: {source.name(0)}: {skipped[0]}"
+        )
+    return Held(images, good[np.searchsorted(good, every) % len(good)], skipped)
 
 
 class DeviceLoader:
@@ -48,16 +96,17 @@ class DeviceLoader:
     def __init__(
         self, source: Source, augments: tuple[AugmentConfig, ...], shard: Shard, seed: int, device: torch.device
     ) -> None:
-        """augments: one per view. The images are copied to `device` here."""
+        """augments: one per view. Decodes files, and copies the images to `device`."""
         if why := unfit(source, augments, device):
             raise ConfigError(f"data.loader=device cannot serve: {why}")
-        assert isinstance(source, ArraySource)
         self.reason = ""
         self.steps_per_epoch = shard.steps(len(source))
-        self.skipped: dict[int, str] = {}  # nothing to decode, so nothing that cannot be
+        held = hold(source, device)
+        self.skipped = held.skipped
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
         self._source = source
-        self._images = torch.from_numpy(np.ascontiguousarray(source.images)).to(device)
+        self._images = torch.from_numpy(np.ascontiguousarray(held.images)).to(device)
+        self._shown = torch.from_numpy(held.shown)
         self._augments, self._shard, self._seed, self._device = augments, shard, seed, device
         self._running: Generator[Batch, None, None] | None = None
 
@@ -81,7 +130,7 @@ class DeviceLoader:
                 draw_views(augment, size, self._seed, epoch, index, view)
                 for view, augment in enumerate(self._augments)
             ]
-            shares = torch.from_numpy(index).split([len(slot) for slot in slots])
+            shares = self._shown[torch.from_numpy(index)].split([len(slot) for slot in slots])
             for shown, views in zip(shares, make(shares, drawn)):
                 batch = tuple(view.permute(0, 3, 1, 2) for view in views)
                 yield Batch(batch, shown, None if self._labels is None else self._labels[shown])

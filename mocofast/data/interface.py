@@ -2,7 +2,7 @@
 
 A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
 `epoch_order`, every random parameter of a view from `draw_view`. Loaders (device, DALI, torchvision) only execute
-those parameters, so both give the same views up to their operators' arithmetic, any step can be resumed
+those parameters, so all give the same views up to their operators' arithmetic, any step can be resumed
 without saving a stream's state, and a bad file cannot shift what other samples look like.
 
 A sample that cannot be decoded is replaced by the next good one (index + 1, ..., modulo the number of

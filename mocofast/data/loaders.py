@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data.device_loader import DeviceLoader, unfit
 from mocofast.data.interface import Loader, Shard, Source
+from mocofast.data.sources import ArraySource
 
 if TYPE_CHECKING:
     from mocofast.data.evaluation import EvalBatches
@@ -68,15 +68,15 @@ def choose_loader(
         raise ConfigError(f"data.loader must be auto, device, dali or torchvision, got {asked!r}")
     if asked in ("device", "torchvision"):  # the device loader says itself what it cannot do
         return asked, "asked for"
+    in_memory = isinstance(source, ArraySource)
     obstacle = unfit(source, augments, device)
-    if asked == "auto" and not obstacle:
+    if asked == "auto" and in_memory and not obstacle:
         return "device", "the images are in memory, and their views small"
     missing = dali_missing()
     if asked == "dali":
         if missing:
             raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
         return asked, "asked for"
-    in_memory = isinstance(source.load(0), np.ndarray)
     if in_memory and device.type != "cuda":
         return "torchvision", f"the images are in memory, so there is nothing to decode; device: {obstacle}"
     if missing:
