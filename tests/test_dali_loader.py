@@ -433,3 +433,15 @@ def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(folder:
         # Two decoders that round differently by 1 or 2, resized, jittered.
         assert difference(on_host, expected, view).mean() < 1.5
     assert all(map(same, again, batches[2:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.data
+def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    streams = []
+    for data in (DataConfig(hw_decoder_load=0.0), DataConfig(hw_decoder_load=1.0, preallocate=(1000, 1000))):
+        loader = DaliLoader(images(folder), (CROP_ONLY,), Shard(8), SEED, device, 2, data)
+        streams.append([b._replace(views=tuple(v.cpu() for v in b.views)) for b in loader.epoch(0)])
+        loader.close()
+    assert difference(*streams, view=0).mean() < 1

@@ -17,6 +17,7 @@ from mocofast.data import loaders
 from mocofast.data.interface import Shard
 from mocofast.data.loaders import build_loader, choose_loader, count_workers, dali_missing, eval_batches
 from mocofast.data.sources import ArraySource, FolderSource, find_images
+from mocofast.data.torchvision_loader import TorchvisionLoader
 
 CPU = torch.device("cpu")
 IN_MEMORY = ArraySource(np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b"))
@@ -78,6 +79,24 @@ def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:
         assert (loader.name, loader.reason, loader.steps_per_epoch) == ("torchvision", "asked for", 2)
         assert len(next(loader.epoch(0)).views) == views
         loader.close()
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_working_further_ahead_changes_no_batch(folder: FolderSource, name: str) -> None:
+    if name == "dali" and dali_missing():
+        pytest.skip("DALI is not installed")
+    streams = []
+    for prefetch in (1, 3):
+        data = DataConfig(loader=name, workers=1, prefetch=prefetch)
+        loader = build_loader(folder, data, (AugmentConfig(size=16),) * 2, Shard(2), 0, CPU)
+        streams.append([batch for epoch in range(3) for batch in loader.epoch(epoch)])
+        if isinstance(loader, TorchvisionLoader):
+            assert loader._batches is not None
+            assert loader._batches.prefetch_factor == prefetch
+        loader.close()
+    for left, right in zip(*streams):
+        assert torch.equal(left.index, right.index)
+        assert all(map(torch.equal, left.views, right.views))
 
 
 def test_workers_share_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """`mocofast prepare`: a compact copy of a folder of images, as tar shards that are smaller and faster to decode.
 
 Measured on 125 photos (short side 375 pixels in the median; two random crops of 20 to 100% of each, at 224 pixels)
-with the defaults: half the bytes, half the decoding time, a fifth less CPU time in the whole DALI loader; views differ
-from the originals' by 2.6 of 255 on average (PSNR 37.6 dB), since crops that were shrunk to 224 pixels are now
-enlarged. With --size 384: .7 (48 dB), at .83 of the decoding time. What it does to a trained encoder was not measured.
+with the defaults: half the bytes, half the decoding time, a fifth less CPU time in the whole DALI loader; views
+differ from the originals' by 2.6 of 255 on average (PSNR 37.6 dB), since crops that were shrunk to 224 pixels are now
+enlarged. With --size 384: .7 (48 dB), at .83 of the decoding time. What it does to a trained encoder was not
+measured.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def find_images(folder: str | Path) -> list[str]:
     names = find_files(folder, EXTENSIONS)
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
-        raise ConfigError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds})")
+        tars = "; its *.tar are for data.source=shards" if find_files(folder, {".tar"}) else ""
+        raise ConfigError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds}){tars}")
     return names
 
 
