@@ -30,7 +30,7 @@ def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "lightly", None)
-        assert main(["step", *TINY, "--save", str(target)]) == 0
+        assert main(["step", *TINY, "--modes", "graph", "--save", str(target)]) == 0
     return json.loads(target.read_text())
 
 
@@ -50,7 +50,8 @@ def test_step_times_every_side_on_the_same_problem(step_row: dict[str, Any]) -> 
 
 
 def test_step_names_the_side_it_skips_and_why(step_row: dict[str, Any]) -> None:
-    assert list(step_row["skipped"]) == ["lightly"]
+    assert set(step_row["skipped"]) == {"engine graph", "lightly"}
+    assert "needs a GPU" in step_row["skipped"]["engine graph"]
     assert "lightly" in step_row["skipped"]["lightly"]
 
 

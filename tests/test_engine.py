@@ -1,4 +1,4 @@
-"""Engine modes give one trajectory. On a CPU the step that a GPU captures runs uncaptured, otherwise the same code."""
+"""Engine modes give one trajectory. On a CPU the step that a GPU captures runs uncaptured, and is the same code."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ as each one's loader delivers them.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from mocofast.bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
 from mocofast.config import Config
 from mocofast.encoders import prepare_images
+from mocofast.engine import Engine, choose_mode
 from mocofast.methods.moco import MoCo, build
 from mocofast.ops import enqueue_, info_nce
 from mocofast.optim import optimizer_of
@@ -62,12 +64,15 @@ def normalised(model: MoCo, images: Tensor) -> Tensor:
     return prepare_images(images, model.pixel_mean, model.pixel_std)
 
 
-def mocofast(config: Config, device: torch.device) -> Step:
-    """Our step, as train.py runs it."""
+def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Step:
+    """Our step, as train.py runs it, in the engine's mode of the configuration or in another one; ConfigError for one
+    that this device does not have."""
+    mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model, views = fresh_model(config, device), pixel_views(config, device)
-    optimizer = our_optimizer(model, config)
     autocast = choose_autocast(config.train.precision, device)
-    return lambda: train_step(model, views, optimizer, config.train.accumulate, autocast)
+    parts = config.train.accumulate
+    engine = Engine(mode, model, optimizer_of(model, config.optim), autocast, parts, config.data.batch_size // parts)
+    return lambda: engine.step(views)
 
 
 def reference(config: Config, device: torch.device) -> Step:
@@ -117,8 +122,10 @@ def lightly(config: Config, device: torch.device) -> Step:
     return step
 
 
+MODES = ("eager", "compile", "graph")
 SIDES: dict[str, Callable[[Config, torch.device], Step]] = {
     "mocofast": mocofast,
+    **{f"engine {mode}": functools.partial(mocofast, mode=mode) for mode in MODES},
     "reference": reference,
     "strong": strong,
     "lightly": lightly,

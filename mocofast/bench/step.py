@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.bench import timing
 from mocofast.bench.kernels import matrix_product
-from mocofast.bench.sides import SIDES, Step, encoders_only, parts_of_a_step
+from mocofast.bench.sides import MODES, SIDES, Step, encoders_only, parts_of_a_step
 from mocofast.config import Config, ConfigError
+from mocofast.engine import choose_mode
 from mocofast.settings import apply, load_recipe, validate
 
 RECIPE = "moco_v2_r50_200ep"
@@ -28,6 +29,13 @@ SMALL = {"model.arch": "resnet18_cifar", "augment.size": 32, "data.batch_size": 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The model and its sizes."""
     add_model_arguments(parser, positive, SMALL)
+    parser.add_argument(
+        "--modes",
+        nargs="*",
+        choices=MODES,
+        default=MODES,
+        help="engine modes to time beside the one that training takes (default: all; compiling takes minutes)",
+    )
     parser.set_defaults(repeats=5)
 
 
@@ -69,10 +77,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     steps: dict[str, Step] = {}
     skipped: dict[str, str] = {}
+    mode, why = choose_mode(config.engine.mode, device, world_size=1)
+    left_out = {f"engine {other}" for other in MODES if other == mode or other not in arguments.modes}
     for name, build in SIDES.items():
+        if name in left_out:
+            continue
         try:
             steps[name] = build(config, device)
-        except ImportError as error:
+        except (ImportError, ConfigError) as error:
             skipped[name] = str(error)
     memory = {name: timing.in_fresh_process(memory_of, name, config, str(device)) for name in steps}
     steps["encoders only"] = encoders_only(config, device)
@@ -97,6 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{timing.device_name(device)}; matrix rate {matrix_rate / 1e9:.0f} GFLOP/s, encoders {flops / 1e9:.1f} GFLOP"
     )
+    print(f"mocofast: engine {mode}, {why}")
     print(f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}{'extra MB':>10}{'waits':>7}")
     for name, time in times.items():
         quartiles = f"{1e3 * time.low:.1f} - {1e3 * time.high:.1f}"
@@ -112,6 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "step",
         **timing.environment(device),
         "recipe": config.recipe,
+        "engine": mode,
         "arch": config.model.arch,
         "size": config.augment.size,
         "batch_size": batch,
