@@ -22,8 +22,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocofast"
 
 
-def download(url: str, path: Path) -> None:
-    """Puts the content of `url` at `path`, unless there is a file already.
+def download(url: str, path: Path) -> bool:
+    """Puts the content of `url` at `path`; False where a file was there already.
 
     A broken transfer goes on where it stopped (a range request; from the start if the content has changed), after a
     pause, ATTEMPTS times. Processes and threads that want the same file wait for the one that fetches it.
@@ -33,22 +33,25 @@ def download(url: str, path: Path) -> None:
     with Path(f"{path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
-            return
+            return False
         part = Path(f"{path}.part")
         part.write_bytes(b"")  # a killed process may have left part of an older version
-        validator = ""
-        for attempt in range(ATTEMPTS):
+        validator, failures = "", 0
+        while True:
             try:
                 validator = _append(url, part, validator)
                 os.replace(part, path)
-                return
+                return True
             except (OSError, http.client.HTTPException) as error:
+                failures += 1
                 refused = isinstance(error, HTTPError) and error.code not in TRANSIENT
-                if refused or attempt == ATTEMPTS - 1:
+                if refused or failures == ATTEMPTS:
                     part.unlink(missing_ok=True)
-                    raise
+                    if isinstance(error, OSError):
+                        raise
+                    raise OSError(f"{url}: {error}") from error
                 validator = getattr(error, "validator", validator)
-            time.sleep(FIRST_PAUSE * 2**attempt)
+            time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
 
 class _Broken(OSError):

@@ -144,14 +144,15 @@ class ShardSource:
             return
         begin = time.monotonic()
         try:
-            download(shard.url, shard.path)
+            fetched = download(shard.url, shard.path)
         except OSError as error:
             raise OSError(f"cannot fetch {shard.url}: {error}") from error
         found, expected = shard.path.stat().st_size, self._indices[number].shard_size
         if found != expected:
             shard.path.unlink()
             raise OSError(f"{shard.url} has {found} bytes, its index says {expected}; delete {shard.path}{INDEX}")
-        log.info("%s is here: %.0f MB after %.0f s", shard.name, found / 1e6, time.monotonic() - begin)
+        if fetched:  # and not waited for, while another did
+            log.info("%s is here: %.0f MB after %.0f s", shard.name, found / 1e6, time.monotonic() - begin)
 
     def _fetch_ahead(self, numbers: list[int]) -> None:
         try:
