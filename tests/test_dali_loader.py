@@ -362,6 +362,22 @@ def test_where_no_file_is_good_the_error_says_so_and_nothing_hangs(tmp_path: Pat
 
 
 @pytest.mark.data
+def test_an_image_of_another_size_than_its_headers_is_skipped(
+    folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = images(folder)
+    wrong = source.load(5)
+    sizes = {wrong: (3000, 2000)}
+    monkeypatch.setattr(dali_loader, "image_size", lambda file: sizes.get(file) or image_size(file))
+    loader = load(source, drop_last=False)
+    shown = torch.cat([batch.index for batch in loader.epoch(0)])
+    assert set(loader.skipped) == {5}
+    assert "header states (3000, 2000)" in loader.skipped[5]
+    assert len(shown) == 41
+    assert 5 not in shown
+
+
+@pytest.mark.data
 def test_an_error_that_is_no_bad_file_is_raised(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = load(images(folder))
 

@@ -264,7 +264,19 @@ class _Batches:
                 if not self._find_bad(suspects):
                     raise
                 continue
+            if self._stream is None and self._missized(outputs[0].shape(), self._under_way[0].samples):
+                self._forget_pipeline()
+                continue
             return self._under_way.popleft(), outputs
+
+    def _missized(self, shapes: list[tuple[int, ...]], samples: np.ndarray) -> bool:
+        """Puts images of another size than their header's on record: their crops may lie outside of them.
+        (On a GPU DALI's slice raises where they do.)"""
+        for (height, width, _), index in zip(shapes, samples.tolist()):
+            stated = tuple(self._sizes[index].tolist())
+            if (height, width) != stated:
+                self.skipped[index] = f"decodes to {(height, width)}, but its header states {stated}"
+        return not self.skipped.keys().isdisjoint(samples.tolist())
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"

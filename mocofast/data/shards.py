@@ -128,6 +128,8 @@ class ShardSource:
             order = np.concatenate([rng.permutation(part) for part in parts])
         missing = [int(i) for i in use if self._shards[i].url and not self._shards[i].path.exists()]
         if missing:
+            if not self._window:
+                log.info("batches draw on all %d shards, so all are needed first (see data.shuffle_window)", len(use))
             threading.Thread(target=self._fetch_ahead, args=(missing,), daemon=True).start()
         return order
 
