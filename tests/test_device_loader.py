@@ -20,7 +20,6 @@ from mocofast.data.interface import Batch, Shard, draw_view
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from mocofast.settings import load_recipe
-from tests.triton_device import DEVICE
 
 CPU = torch.device("cpu")
 SIDE = 16
@@ -136,6 +135,8 @@ def test_loading_draws_nothing_from_the_global_generators() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    from tests.triton_device import DEVICE
+
     still = replace(EVERYTHING, rotate=0.0)  # rotation takes long in the interpreter
     augments = (still, AugmentConfig(size=8), still)  # two views of one size are one launch
     device = torch.device(DEVICE)
