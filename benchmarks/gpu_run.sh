@@ -21,7 +21,8 @@ part_env() {
 part_tests() {
 	# Every test that takes a device runs on the GPU, through the real compiler; then the rest of the GPU ones.
 	timeout 580 $python -m pytest -m "gpu or not slow" -p no:cacheprovider --durations=10 \
-		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py tests/test_dali_*.py
+		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py tests/test_engine*.py \
+		tests/test_dali_*.py
 }
 
 part_kernels() {

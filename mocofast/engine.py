@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -33,8 +32,6 @@ from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer
 from mocofast.step import FlatGradients, train_step
-
-log = logging.getLogger("mocofast")
 
 ENCODERS = ("encoder_q", "encoder_k")  # what a Method calls those that it encodes images with
 WARM_UP = 3  # steps before a capture: libraries choose algorithms and allocate, kernels are loaded
@@ -136,9 +133,9 @@ class Engine:
         self._set_numbers()
         if self._stream is None:
             return self._train_static()
-        if self._graph is None and self._warmed >= WARM_UP:
-            self._capture()
-        if self._graph is not None and not parts.timed():  # inside a graph nothing can be timed
+        if self._warmed >= WARM_UP and not parts.timed():  # inside a graph nothing can be timed
+            if self._graph is None:
+                self._graph = self._capture()
             self._graph.replay()
             assert self._metrics is not None
             return self._metrics
@@ -234,19 +231,18 @@ class Engine:
         finally:
             self._give_numbers(numbers)  # a state dict holds floats
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (loaders that pin memory, NCCL's watchdog) may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._metrics = self._train_static()
-        except RuntimeError as error:
-            # Nothing has run, so training goes on as it was.
-            log.warning("engine: this step cannot be captured in a CUDA graph, and is launched op by op: %s", error)
-            self.method.discard()
-            self._warmed = -(2**62)
-        else:
-            self._graph = graph
+        except RuntimeError as error:  # the end of a capture raises, too, and hides what went wrong inside
+            raise ConfigError(
+                "engine.mode: this step cannot be captured in a CUDA graph; --engine.mode compile does without one "
+                f"({error.__context__ or error})"
+            ) from error
+        return graph
 
     def _host_numbers(self) -> list[float | Tensor]:
         return [*(group["lr"] for group in self.optimizer.param_groups), self.optimizer.ema_momentum]

@@ -90,9 +90,6 @@ class Method(nn.Module):
         forward(*views) where it is empty, as here."""
         return ()
 
-    def discard(self) -> None:
-        """Forgets the micro-batches of an optimiser step that was not finished."""
-
     @contextlib.contextmanager
     def beside(self) -> Iterator[Callable[[], None]]:
         """`with self.beside() as join:` what is launched inside may run on the GPU beside what follows, until

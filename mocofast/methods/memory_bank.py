@@ -126,10 +126,6 @@ class MemoryBank(Method):
         generator = self.draws.generator(images.device) if self.training else None
         return to_device([torch.randint(free, (self.negatives,), generator=generator)], images.device)
 
-    def discard(self) -> None:
-        """Forgets the micro-batches of an optimiser step that was not finished."""
-        self._pending.clear()
-
     def _slots(self, numbers: Tensor, batch: Tensor) -> Tensor:
         """Slots (K,): of number n is the n-th slot outside `batch` (B,)."""
         # It is n + as many slots of the batch as stand before it; an image counts once, however often it is there.

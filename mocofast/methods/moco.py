@@ -162,10 +162,6 @@ class MoCo(Method):
             arranged += self.shuffle(images if images.dtype == torch.uint8 else to_autocast_dtype(images))
         return arranged
 
-    def discard(self) -> None:
-        """Forgets the keys that wait for their optimiser step's last micro-batch."""
-        self._pending.clear()
-
     def _contrast(self, im_q: Tensor, im_k: Tensor, arranged: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), ranks (N,), and the keys of all W ranks (W*N, C), in eval mode of this one only."""
         with torch.no_grad(), self.beside() as join:
