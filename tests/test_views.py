@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from pictures import files, photo
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 from mocofast.config import AugmentConfig
 from mocofast.data import torchvision_loader
-from mocofast.data.interface import Shard, ViewParams, draw_view
+from mocofast.data.interface import Shard, ViewParams, draw_view, view_augments
 from mocofast.data.sources import find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
 from mocofast.settings import load_recipe
@@ -105,6 +105,35 @@ def assert_recipe_is_the_reference(
 def test_every_recipe_makes_the_references_views_bit_for_bit(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     images = [photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)]
     assert_recipe_is_the_reference(monkeypatch, recipe, images, views=6)
+
+
+def moco_v3(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
+    return [
+        transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=float(bool(p.order))),
+        transforms.RandomGrayscale(p=float(p.gray)),
+        *blur_of(p),
+        *([transforms.Lambda(ImageOps.solarize)] if p.solarize else []),
+        transforms.RandomHorizontalFlip(p=float(p.flip)),
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["moco_v3_r50", "moco_v3_vit_s", "moco_v3_vit_b", "byol_r50"])
+def test_both_views_of_moco_v3_and_byol_are_the_references_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    images = [photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)] * 4  # 24 second views: 5 solarized, 2 blurred
+    happened = np.zeros((2, 2), dtype=int)
+    for view, augment in enumerate(view_augments(load_recipe(recipe).augment, 2)):
+        for i, image in enumerate(images):
+            p = draw_view(augment, (image.height, image.width), 0, 0, i, view)
+            happened[view] += [p.sigma > 0, p.solarize]
+            pinned(monkeypatch, p)
+            expected = transforms.Compose(moco_v3(p))(image)
+            assert np.array_equal(np.asarray(apply_view(image, p, augment)), np.asarray(expected)), (i, view, p)
+    assert happened[0].tolist() == [24, 0]
+    assert 0 < happened[1].min()
+    assert happened[1].max() < 12
 
 
 @pytest.mark.data
