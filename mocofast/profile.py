@@ -19,7 +19,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from mocofast.config import Config
 from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer
 from mocofast.parts import OTHER, OVERLAP, STEP, Recorder, Step
-from mocofast.plots import Bar, draw_step
+
+if TYPE_CHECKING:
+    from mocofast.plots import Bar
 
 # In the order of a step.
 PARTS = (
@@ -103,6 +105,8 @@ class Profile(NamedTuple):
 
     def bars(self) -> list[Bar]:
         """For the picture."""
+        from mocofast.plots import Bar  # here, so that benchmarks' processes start without matplotlib
+
         return [Bar(p.name, 1e3 * p.seconds, p.floor and 1e3 * p.floor.seconds) for p in self.parts]
 
     def table(self) -> str:
@@ -185,6 +189,8 @@ class StepProfiler:
 
     def write(self, folder: Path) -> None:
         """`FILES`, of a profile that is there."""
+        from mocofast.plots import draw_step
+
         assert self.profile is not None and self._traced is not None
         operators = self._traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
         (folder / FILES[0]).write_text(f"{self.profile.table()}\n\n{__doc__}\n{operators}\n", "utf-8")
@@ -231,7 +237,7 @@ class StepProfiler:
         where = (
             torch.cuda.get_device_name(self._device)
             if kind == "cuda"
-            else f"a CPU, {torch.get_num_threads()} threads"
+            else f"a CPU ({torch.get_num_threads()} in use)"
         )
         dtype = "bf16" if self._autocast._enabled else "fp32"
         return f"{c.model.arch}, {c.augment.size} px, batch {c.data.batch_size}, {dtype}, on {where}"

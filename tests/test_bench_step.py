@@ -30,7 +30,9 @@ def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "lightly", None)
-        assert main(["step", *TINY, "--modes", "graph", "--save", str(target)]) == 0
+        drawn = target.with_name("step.png")
+        assert main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(drawn)]) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     return json.loads(target.read_text())
 
 
@@ -55,11 +57,29 @@ def test_step_names_the_side_it_skips_and_why(step_row: dict[str, Any]) -> None:
     assert "lightly" in step_row["skipped"]["lightly"]
 
 
-def test_the_parts_of_a_step_and_the_rest_make_the_whole(step_row: dict[str, Any]) -> None:
-    parts = step_row["breakdown_milliseconds"]
-    assert set(parts) == {"query forward", "backward", "key forward", "loss", "optimiser and EMA", "other"}
-    assert sum(parts.values()) == pytest.approx(step_row["milliseconds"]["mocofast"], rel=1e-3)
-    assert all(value > 0 for name, value in parts.items() if name != "other")
+def test_the_row_says_where_our_steps_time_goes(step_row: dict[str, Any]) -> None:
+    parts, floors = step_row["breakdown_milliseconds"], step_row["floor_milliseconds"]
+    assert list(parts) == ["key forward", "query forward", "loss", "backward", "optimiser and EMA", "other"]
+    assert list(floors) == ["key forward", "query forward", "loss", "backward", "optimiser and EMA"]
+    assert all(value > 0 for value in (*parts.values(), *floors.values()))
+
+
+def test_each_side_starts_in_a_process_of_its_own(step_row: dict[str, Any]) -> None:
+    sides_timed = {"mocofast", "reference", "strong"}
+    assert set(step_row["first_step_seconds"]) == set(step_row["cores"]) == sides_timed
+    assert all(value > 0 for value in (*step_row["first_step_seconds"].values(), *step_row["cores"].values()))
+
+
+def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str, Any]) -> None:
+    figure = step.draw(step_row)
+    *panels, below = figure.get_axes()
+    assert [panel.get_xlabel() for panel in panels] == [
+        "images/s", "time to first step, s", "peak extra memory, MB",
+    ]  # fmt: skip
+    rates = step_row["images_per_second"]
+    widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]
+    assert widths == [rates[name] for name in step_row["speedup"]]
+    assert [label.get_text() for label in below.get_yticklabels()] == list(step_row["breakdown_milliseconds"])
 
 
 def test_only_the_reference_waits_for_its_device(step_row: dict[str, Any]) -> None:
@@ -136,6 +156,11 @@ def test_train_measures_both_loops_end_to_end(tmp_path: Path, capsys: pytest.Cap
     assert row["loader"] in ("dali", "torchvision")
     for field in train.Measured._fields:
         assert set(row[field]) == {"mocofast", "reference", "synthetic"}
+    assert set(row["extra_bytes"]) == {"mocofast", "reference", "synthetic"}
+    panels = train.draw(row).get_axes()
+    assert len(panels) == 5
+    widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]
+    assert widths == list(row["images_per_second"].values())
     rate = row["images_per_second"]
     assert row["speedup"] == pytest.approx(rate["mocofast"] / rate["reference"], rel=0.01)
     assert row["over_synthetic"] == pytest.approx(rate["mocofast"] / rate["synthetic"], rel=0.01)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mocofast.bench import autotune, data, ema, kernels, norm, optim, static, step, sweep, train
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
         module.add_arguments(command, positive)
+        if hasattr(module, "draw"):
+            command.add_argument("--plot", type=Path, metavar="FILE", help="draw the sides into this image file")
     compiled = commands.add_parser(
         "static", help="the kernels' machine code and predicted times; needs no GPU", description=static.__doc__
     )
@@ -87,8 +90,12 @@ def _add(
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    line = json.dumps(BENCHMARKS[arguments.name][0].run(arguments))
+    module: Any = BENCHMARKS[arguments.name][0]
+    row = module.run(arguments)
+    line = json.dumps(row)
     print(line)
+    if getattr(arguments, "plot", None) is not None:
+        module.draw(row).savefig(arguments.plot)
     if arguments.save is not None:
         with arguments.save.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mocofast.bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
@@ -20,9 +19,8 @@ from mocofast.config import Config
 from mocofast.encoders import prepare_images
 from mocofast.engine import Engine, choose_mode
 from mocofast.methods.moco import MoCo, build
-from mocofast.ops import enqueue_, info_nce
 from mocofast.optim import optimizer_of
-from mocofast.step import choose_autocast, train_step
+from mocofast.step import choose_autocast
 
 Step = Callable[[], Any]
 
@@ -64,14 +62,19 @@ def normalised(model: MoCo, images: Tensor) -> Tensor:
     return prepare_images(images, model.pixel_mean, model.pixel_std)
 
 
-def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Step:
-    """Our step, as train.py runs it, in the engine's mode of the configuration or in another one; ConfigError for one
-    that this device does not have."""
+def our_engine(config: Config, device: torch.device, mode: str | None = None) -> Engine:
+    """As train.py has it, in the mode of the configuration or in another one; ConfigError for one that this device
+    does not have."""
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
-    model, views = fresh_model(config, device), pixel_views(config, device)
+    model = fresh_model(config, device)
     autocast = choose_autocast(config.train.precision, device)
     parts = config.train.accumulate
-    engine = Engine(mode, model, optimizer_of(model, config.optim), autocast, parts, config.data.batch_size // parts)
+    return Engine(mode, model, optimizer_of(model, config.optim), autocast, parts, config.data.batch_size // parts)
+
+
+def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Step:
+    """Our step, in a mode that `our_engine` takes."""
+    engine, views = our_engine(config, device, mode), pixel_views(config, device)
     return lambda: engine.step(views)
 
 
@@ -149,45 +152,3 @@ def encoders_only(config: Config, device: torch.device) -> Step:
         q.backward(grad.to(q.dtype))
 
     return step
-
-
-def parts_of_a_step(config: Config, device: torch.device) -> dict[str, Step]:
-    """The parts of our step, each on its own, by name."""
-    model, (im_q, im_k) = fresh_model(config, device), pixel_views(config, device)
-    autocast = choose_autocast(config.train.precision, device)
-    optimizer = our_optimizer(model, config)
-    train_step(model, (im_q, im_k), optimizer, 1, autocast)  # leaves gradients and momenta behind
-    # Backward has an encoder and a graph of its own: the optimiser's part changes the weights of the others.
-    encoder = copy.deepcopy(model.encoder_q)
-    with autocast:
-        output = encoder(normalised(model, im_q))
-    weights = [p for p in encoder.parameters() if p.requires_grad]
-    grad = torch.randn_like(output)
-    with torch.no_grad():
-        k = F.normalize(output.float(), dim=1)
-
-    def query_forward() -> None:
-        with autocast:
-            model.encoder_q(normalised(model, im_q))
-
-    @torch.no_grad()
-    def key_forward() -> None:
-        with autocast:
-            images, restore = model.shuffle(im_k) if config.model.bn_splits > 1 else (im_k, slice(None))
-            F.normalize(model.encoder_k(normalised(model, images)).float(), dim=1)[restore]
-
-    def loss() -> None:
-        q = output.detach().requires_grad_()
-        value, _ = info_nce(
-            q, k, model.queue, temperature=model.temperature, negatives_normalized=True, return_rank=True
-        )
-        value.backward()
-        enqueue_(model.queue, model.queue_ptr, k, normalize=False)
-
-    return {
-        "query forward": query_forward,
-        "backward": lambda: torch.autograd.grad(output, weights, grad, retain_graph=True),
-        "key forward": key_forward,
-        "loss": loss,
-        "optimiser and EMA": optimizer.step,
-    }

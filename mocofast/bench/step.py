@@ -1,5 +1,5 @@
 """One optimiser step of ours beside the reference's loop, a strong eager baseline and lightly's building blocks, all
-with the same encoder, weights and images; and what its parts take, next to the encoders alone.
+with the same encoder, weights and images; and where its time goes, as `mocofast pretrain --profile` shows it.
 
 The floor, "encoders only", is the forward and backward of the query encoder and the forward of the key encoder in our
 step's precision on images that are prepared already.
@@ -8,19 +8,23 @@ step's precision on images that are prepared already.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.bench import timing
-from mocofast.bench.kernels import matrix_product
-from mocofast.bench.sides import MODES, SIDES, Step, encoders_only, parts_of_a_step
+from mocofast.bench.sides import MODES, SIDES, Step, encoders_only, our_engine, pixel_views
 from mocofast.config import Config, ConfigError
 from mocofast.engine import choose_mode
+from mocofast.profile import WAITING, Profile, StepProfiler
 from mocofast.settings import apply, load_recipe, validate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RECIPE = "moco_v2_r50_200ep"
 SMALL = {"model.arch": "resnet18_cifar", "augment.size": 32, "data.batch_size": 32, "model.queue_size": 4096}
@@ -86,41 +90,38 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             steps[name] = build(config, device)
         except (ImportError, ConfigError) as error:
             skipped[name] = str(error)
-    memory = {name: timing.in_fresh_process(memory_of, name, config, str(device)) for name in steps}
+    alone = {name: timing.in_fresh_process(measured_alone, name, config, str(device)) for name in steps}
     steps["encoders only"] = encoders_only(config, device)
     with FlopCounterMode(display=False) as counter:
         steps["encoders only"]()
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    parts = parts_of_a_step(config, device)
-    everything = {**steps, **parts, "matrix product": matrix_product(side, dtype, device)}
-    times = timing.interleaved(everything, arguments.repeats, device)
-    matrix_rate = 2 * side**3 / times.pop("matrix product").median
-    waits = {name: host_synchronisations(step) for name, step in steps.items() if name in memory}
+    times = timing.interleaved(steps, arguments.repeats, device)
+    waits = {name: host_synchronisations(steps[name]) for name in alone}
+    profile = profile_of(config, device)
 
     batch, ours = config.data.batch_size, times["mocofast"].median
     floor = times["encoders only"].median
-    breakdown = {name: times.pop(name).median for name in parts}
-    breakdown["other"] = ours - sum(breakdown.values())
     flops = counter.get_total_flops()
     print(
         f"{config.model.arch}, {config.augment.size} px, batch {batch}, queue {config.model.queue_size}, "
         f"{'two-layer' if config.model.mlp else 'linear'} head"
     )
-    print(
-        f"{timing.device_name(device)}; matrix rate {matrix_rate / 1e9:.0f} GFLOP/s, encoders {flops / 1e9:.1f} GFLOP"
-    )
+    print(f"{timing.device_name(device)}; encoders {flops / 1e9:.1f} GFLOP")
     print(f"mocofast: engine {mode}, {why}")
-    print(f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}{'extra MB':>10}{'waits':>7}")
-    for name, time in times.items():
-        quartiles = f"{1e3 * time.low:.1f} - {1e3 * time.high:.1f}"
-        line = (
-            f"{name:16}{batch / time.median:10.1f}{1e3 * time.median:10.1f}{quartiles:>20}{time.median / ours:11.2f}"
-        )
-        extra = memory.get(name)
-        print(line + (f"{extra / 1e6:10.1f}" if extra is not None else f"{'':10}") + f"{waits.get(name, ''):>7}")
+    print(
+        f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}"
+        f"{'first s':>9}{'extra MB':>10}{'cores':>7}{'waits':>7}"
+    )
+    for name, (median, low, high) in times.items():
+        quartiles = f"{1e3 * low:.1f} - {1e3 * high:.1f}"
+        line = f"{name:16}{batch / median:10.1f}{1e3 * median:10.1f}{quartiles:>20}{median / ours:11.2f}"
+        if name in alone:
+            first, extra, cores = alone[name]
+            shown = "" if extra is None else f"{extra / 1e6:.1f}"
+            line += f"{first:9.2f}{shown:>10}{cores:7.2f}{waits[name]:7}"
+        print(line)
     for name, reason in skipped.items():
         print(f"{name:16}skipped: {reason}")
-    print(f"parts of our step: {', '.join(f'{name} {value / ours:.0%}' for name, value in breakdown.items())}")
+    print(f"our step: {profile.table()}")
     return {
         "benchmark": "step",
         **timing.environment(device),
@@ -131,36 +132,78 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch_size": batch,
         "queue_size": config.model.queue_size,
         "repeats": arguments.repeats,
-        "images_per_second": {name: round(batch / time.median, 2) for name, time in times.items()},
-        "milliseconds": {name: round(1e3 * time.median, 4) for name, time in times.items()},
-        "quartiles": {name: [round(1e3 * t, 4) for t in time[1:]] for name, time in times.items()},
-        "speedup": {name: round(times[name].median / ours, 3) for name in memory},
+        "images_per_second": {name: round(batch / t.median, 2) for name, t in times.items()},
+        "milliseconds": {name: round(1e3 * t.median, 4) for name, t in times.items()},
+        "quartiles": {name: [round(1e3 * value, 4) for value in t[1:]] for name, t in times.items()},
+        "speedup": {name: round(times[name].median / ours, 3) for name in alone},
         "over_encoders_only": round(ours / floor, 3),
-        "extra_bytes": memory,
-        "breakdown_milliseconds": {name: round(1e3 * value, 4) for name, value in breakdown.items()},
+        "first_step_seconds": {name: round(values.first_step_seconds, 3) for name, values in alone.items()},
+        "extra_bytes": {name: values.extra_bytes for name, values in alone.items()},
+        "cores": {name: round(values.cores, 3) for name, values in alone.items()},
+        "breakdown_milliseconds": {name: round(value, 4) for name, value, _ in profile.bars()},
+        "floor_milliseconds": {name: round(floor, 4) for name, _, floor in profile.bars() if floor is not None},
         "host_synchronisations": waits,
         "encoder_flops": flops,
         "gflops": round(flops / ours / 1e9, 1),
-        "matrix_gflops": round(matrix_rate / 1e9, 1),
+        "matrix_gflops": round(profile.rate / 1e9, 1),
         "skipped": skipped,
     }
 
 
-# ---- memory and waits ----
+def draw(row: dict[str, Any]) -> Figure:
+    """The picture of a row."""
+    from mocofast.plots import Bar, draw_sides  # here, so that processes that measure start without matplotlib
+
+    quantities = {
+        "images/s": {name: row["images_per_second"][name] for name in row["speedup"]},
+        "time to first step, s": row["first_step_seconds"],
+        "peak extra memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+    }
+    title = f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
+    floors = row["floor_milliseconds"]
+    parts = [Bar(name, value, floors.get(name)) for name, value in row["breakdown_milliseconds"].items()]
+    return draw_sides(title, quantities, parts)
 
 
-def memory_of(name: str, config: Config, device: str) -> int | None:
-    """Peak extra bytes of one step of a side: beyond weights, optimiser state, queue and the images."""
+def profile_of(config: Config, device: torch.device) -> Profile:
+    """Of our step, on images that are there: without a wait for data."""
+    engine, views = our_engine(config, device), pixel_views(config, device)
+    profiler = StepProfiler(engine.method, engine.optimizer, engine.autocast, config)
+    while profiler.profile is None:
+        profiler.begin()
+        engine.step(views)
+        profiler.end()
+    return profiler.profile
+
+
+# ---- first step, memory and waits ----
+
+
+class Alone(NamedTuple):
+    """A side in a process of its own."""
+
+    first_step_seconds: float  # with what is compiled and loaded for it; the model is there
+    extra_bytes: int | None  # at the peak of a step, beyond weights, optimiser state, queue and the images
+    cores: float  # CPU time of a step over its duration
+
+
+def measured_alone(name: str, config: Config, device: str) -> Alone:
+    """To be called in a fresh process."""
     where = torch.device(device)
     step = SIDES[name](config, where)
-    step()  # loads code, makes momenta
-    return timing.peak_extra_memory(step, where)
+    began = time.perf_counter()
+    step()
+    timing.synchronize(where)
+    first = time.perf_counter() - began
+    extra = timing.peak_extra_memory(step, where)
+    cpu, began = time.process_time(), time.perf_counter()
+    step()
+    timing.synchronize(where)
+    return Alone(first, extra, (time.process_time() - cpu) / (time.perf_counter() - began))
 
 
 class HostSynchronisations(TorchDispatchMode):
     """Counts the calls that make the host wait for a device, which on a CPU only would."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +213,7 @@ class HostSynchronisations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         to_host = name == "_to_copy" and result.device.type == "cpu" and args[0].device.type != "cpu"
-        self.count += name in self.WAITING or to_host
+        self.count += name in WAITING or to_host
         return result
 
 

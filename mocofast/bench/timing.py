@@ -72,6 +72,12 @@ def _summary(values: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a module-level function in a new process: what others left in memory would hide its own peak."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,9 @@ from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast.step import choose_autocast, train_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WARM_UP = 6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
 SMALL = {"model.arch": "resnet18", "augment.size": 64, "data.batch_size": 32, "model.queue_size": 4096}
@@ -74,8 +77,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
 
     rounds: dict[str, list[Measured]] = {}
-    sides = {"mocofast": ours(source, config, device), "reference": reference(source, config, device)}
-    sides["synthetic"] = synthetic(config, device)
+    memory = {name: timing.in_fresh_process(memory_of, name, config, str(device)) for name in SIDES}
+    sides = {name: build(source, config, device) for name, build in SIDES.items()}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
             rounds.setdefault(name, []).append(measure(side, arguments.steps, batch, device))
@@ -88,13 +91,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     print(f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds")
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
-    print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}")
+    print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
     for name, median in medians.items():
         rates = [each.images_per_second for each in rounds[name]]
         print(
             f"{name:12}{rate[name]:10.1f}{f'{min(rates):.1f}, {max(rates):.1f}':>18}"
             f"{rate[name] / rate['reference']:12.2f}{median.time_to_first_step:14.2f}{median.data_wait:6.0%}"
-            f"{median.cores:7.2f}"
+            f"{median.cores:7.2f}" + (f"{extra / 1e6:10.0f}" if (extra := memory[name]) is not None else "")
         )
     return {
         "benchmark": "train",
@@ -113,9 +116,37 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             field: {name: round(getattr(median, field), 4) for name, median in medians.items()}
             for field in Measured._fields
         },
+        "extra_bytes": memory,
         "speedup": round(rate["mocofast"] / rate["reference"], 3),
         "over_synthetic": round(rate["mocofast"] / rate["synthetic"], 3),
     }
+
+
+def draw(row: dict[str, Any]) -> Figure:
+    """The picture of a row."""
+    from mocofast.plots import draw_sides  # here, so that processes that measure start without matplotlib
+
+    quantities = {
+        "images/s": row["images_per_second"],
+        "time to first step, s": row["time_to_first_step"],
+        "wait for data, share of the time": row["data_wait"],
+        "CPU cores in use": row["cores"],
+        "peak memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+    }
+    title = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
+    return draw_sides(title, quantities)
+
+
+def memory_of(name: str, config: Config, device: str) -> int | None:
+    """Peak bytes of a side's training, weights included, beyond those of a process that has loaded the libraries;
+    what worker processes take is not in it. To be called in a fresh process."""
+    where = torch.device(device)
+    source = load_splits(config.data, config.train.seed).train
+
+    def trained() -> None:
+        measure(SIDES[name](source, config, where), 1, config.data.batch_size, where)
+
+    return timing.peak_extra_memory(trained, where)
 
 
 def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Measured:
@@ -125,16 +156,16 @@ def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Me
     with closing(side.start()) as loader, closing(_endless(loader)) as batches:
         for i in range(WARM_UP + steps):
             if i == WARM_UP:
-                _synchronize(device)
+                timing.synchronize(device)
                 waited, counted_from = 0.0, time.perf_counter()
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             side.step(batch)
             if i == 0:
-                _synchronize(device)
+                timing.synchronize(device)
                 first = time.perf_counter() - began
-        _synchronize(device)
+        timing.synchronize(device)
         seconds = time.perf_counter() - counted_from
     whole = time.perf_counter() - began
     return Measured(steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole)
@@ -145,11 +176,6 @@ def _endless(loader: Any) -> Generator[Any, None, None]:
     while True:
         yield from loader.epoch(epoch)
         epoch += 1
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _cpu_seconds() -> float:
@@ -186,8 +212,8 @@ def reference(source: Source, config: Config, device: torch.device) -> Side:
     return Side(lambda: ReferenceLoader(source, config.augment, config.data.batch_size, config.data.workers), step)
 
 
-def synthetic(config: Config, device: torch.device) -> Side:
-    """Our step on one batch that is on the device already."""
+def synthetic(source: Source, config: Config, device: torch.device) -> Side:
+    """Our step on one batch that is on the device already; `source` is not looked at."""
     model = fresh_model(config, device)
     optimizer = our_optimizer(model, config)
     autocast = choose_autocast(config.train.precision, device)
@@ -201,3 +227,10 @@ class _Nothing:
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+SIDES: dict[str, Callable[[Source, Config, torch.device], Side]] = {
+    "mocofast": ours,
+    "reference": reference,
+    "synthetic": synthetic,
+}
