@@ -156,6 +156,26 @@ def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
             assert (error > 0).float().mean() < 1e-3
 
 
+def test_views_of_one_size_are_one_launch_which_rotates_where_one_of_them_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    import mocofast_kernels.augment as kernel
+
+    launches = []
+
+    def recorded(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool) -> Tensor:
+        launches.append((len(parameters), len(index), size, rotate))
+        return torch.empty(len(parameters), len(index), size, size, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(kernel, "augment", recorded)
+    monkeypatch.setattr(device_loader, "FUSED_DEVICES", ("cpu",))
+    large = AugmentConfig(size=64)  # too large to rotate
+    stream = DeviceLoader(SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), Shard(6, 0, 2), 0, CPU)
+    next(stream.epoch(0))
+    assert launches == [(2, 3, SIDE, True), (1, 3, 64, False)]
+
+
 def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -> Tensor:
     view = F.resized_crop(Image.fromarray(pixels), *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     return torch.from_numpy(np.asarray(view).copy())

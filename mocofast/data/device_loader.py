@@ -148,7 +148,6 @@ class DeviceLoader:
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x
 
-        rotate = any(augment.rotate for augment in self._augments)
         sizes = [augment.size for augment in self._augments]
         grouped = {size: [view for view, own in enumerate(sizes) if own == size] for size in sizes}
         tables = [parameter_table(views, augment) for views, augment in zip(drawn, self._augments)]
@@ -158,6 +157,7 @@ class DeviceLoader:
             rows = slice(begin, begin := begin + len(share))
             made: dict[int, Tensor] = {}
             for size, views in grouped.items():
+                rotate = any(self._augments[view].rotate for view in views)
                 made |= zip(views, fused(self._images, index[rows], stacked[size][:, rows], size, rotate=rotate))
             yield tuple(made[view] for view in range(len(sizes)))
 
