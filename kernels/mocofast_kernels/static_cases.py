@@ -198,7 +198,7 @@ def _ghost_bn(
             x, x if residual else None, row, row, *statistics, parts=parts, momentum=0.1, eps=1e-5, relu=relu
         )
         y = output.output if relu and residual else None
-        ghost_bn_backward(x, x, y, row, row, output.statistics, parts=parts, relu=relu)
+        ghost_bn_backward(torch.empty_like(x), x, y, row, row, output.statistics, parts=parts, relu=relu)
 
     return call
 

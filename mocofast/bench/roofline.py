@@ -101,6 +101,7 @@ class Prediction(NamedTuple):
     float32: float
     l2: float
     memory: float
+    arithmetic: float  # that `operations` take at the full rate of their unit; with `memory`, the floor
     time: float
 
     @property
@@ -158,7 +159,9 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     if "PRECISION" not in launch.constants or "K" not in launch.arguments:
         code = 0 if report.loop else report.instructions
         issue = programs * report.warps * code / 4 / gpu.processors / gpu.clock
-        return Prediction(programs, resident, moved, counted, 0.0, issue, 0.0, 0.0, 0.0, memory, max(memory, issue))
+        return Prediction(
+            programs, resident, moved, counted, 0.0, issue, 0.0, 0.0, 0.0, memory, 0.0, max(memory, issue)
+        )
     rounds, resources = _round(launch, report, gpu)
     alone = resources[0] + max(resources[1:4])
 
@@ -170,8 +173,13 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     matrix, issue, special, float32, l2 = (
         programs * rounds * each / gpu.processors / gpu.clock for each in resources
     )
-    time = max(memory, clocks / gpu.clock)
-    return Prediction(programs, resident, moved, counted, matrix, issue, special, float32, l2, memory, time)
+    rate = gpu.matrix_rate if matrix else 2 * gpu.lanes * gpu.processors * gpu.clock
+    if launch.constants["PRECISION"] == "tf32":
+        rate /= 2
+    return Prediction(
+        programs, resident, moved, counted, matrix, issue, special, float32, l2, memory, counted / rate,
+        max(memory, clocks / gpu.clock),
+    )  # fmt: skip
 
 
 def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:

@@ -136,7 +136,7 @@ Written, without a GPU and with Triton {triton}, by
 
 Registers, shared memory and instructions are facts of the code. Times are predictions of the model that
 `mocofast/bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
-largest of what the matrix units, the float32 lanes and the memory take. `static.jsonl` holds every kernel.
+larger of what the products take at their unit's full rate and what the memory takes. `static.jsonl` has all kernels.
 
 InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA
 and optimisers with the 27,966,656 weights of a ResNet-50 and its two-layer head; BatchNorm over 256 x 64 x 56 x 56 in
@@ -162,7 +162,7 @@ def limits() -> str:
 
 def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
     """Whole calls at their headline sizes: the slowest kernel's code, all kernels' bytes, operations and time. The
-    floor is the largest of what matrix units, float32 lanes and memory take."""
+    floor is the larger of what the products take at their unit's full rate and what the memory takes."""
     lines = [
         "| call | GPU | slowest kernel | registers | spills | shared, KB | programs and warps a multiprocessor |"
         " matrix instructions | MB | GFLOP | floor, us | predicted, us | limit |",
@@ -175,9 +175,7 @@ def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
                 continue
             slowest = max(rows, key=lambda row: row.prediction.time)
             r, p = slowest.report, slowest.prediction
-            floor = max(
-                sum(getattr(row.prediction, name) for row in rows) for name in ("matrix", "float32", "memory")
-            )
+            floor = max(sum(getattr(row.prediction, name) for row in rows) for name in ("arithmetic", "memory"))
             predicted = sum(row.prediction.time for row in rows) + LAUNCH * len(rows)
             lines.append(
                 f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "
