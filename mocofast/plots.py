@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
@@ -117,6 +117,7 @@ def draw_sides(title: str, quantities: Mapping[str, Mapping[str, float]], bars: 
             axes.text(widths[row], row, f" {values[name]:.4g}" if name in values else " not measured", va="center")
         axes.set_xlim(0, 1.3 * max(widths) or 1)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.invert_yaxis()
         axes.tick_params(labelleft=number % columns == 0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -133,7 +134,7 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
         text = f"{width:.3g} ms, {width / total:.1%}"
         if floor is not None:
             axes.barh(row, floor, left=began, height=0.66, color="#5b6b7f", hatch="////", edgecolor="black")
-            text += f"; floor {floor:.3g} ms, {floor / width:.0%}"
+            text += f"; floor {floor:.3g} ms ({floor / width:.0%})"
         end = began + max(width, floor or 0.0)
         right = end < 0.6 * total  # else the text stands left of the bar
         place = end + 0.01 * total if right else began - 0.01 * total
@@ -144,7 +145,7 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02 * total)
     axes.set_xlabel(
-        f"milliseconds; the step takes {total:.4g}; dark: floors, together {least:.4g}, {least / total:.0%}"
+        f"milliseconds; the step takes {total:.4g}; dark: floors, together {least:.4g} ({least / total:.0%})"
     )
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mocofast.bench import data, main, tune
+from mocofast.bench import data, main, timing, tune
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
@@ -36,9 +36,12 @@ def options(folder: Path) -> list[str]:
 
 
 def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main([*options(folder), "--batches", str(BATCHES)]) == 0
+    picture = folder.parent / "data.png"
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *given: function(*given))  # 3 s each
+    assert main([*options(folder), "--batches", str(BATCHES), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     row = json.loads(out.splitlines()[-1])
     rates = row["pairs_per_second"]
@@ -47,12 +50,20 @@ def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
         assert rate > 0
         assert row["speedup"][name] == pytest.approx(rate / rates["reference"], rel=0.01)
         assert f"\n{name} " in out
+    for field in ("time_to_first_batch", "cores", "extra_bytes"):
+        assert set(row[field]) == set(rates)
+    assert all(row["time_to_first_batch"][name] > 0 and row["cores"][name] > 0 for name in rates)
     assert (row["images"], row["size"], row["workers"]) == (16, 32, 1)
 
 
 def test_too_few_images_are_an_error_that_says_how_many_are_needed(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"16 images make 8 batches of 2; 6 \+ 3 are needed"):
         main([*options(folder), "--batches", str(BATCHES + 1)])
+
+
+def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--plot draws the comparison, which --tune leaves out"):
+        main([*options(folder), "--tune", "--plot", str(tmp_path / "data.png")])
 
 
 def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:

@@ -14,18 +14,22 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mocofast.bench import timing, tune
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
-from mocofast.bench.tune import WARM_UP, seconds_per_batch
+from mocofast.bench.train import WARM_UP, Measured, Side, measure
 from mocofast.config import DataConfig
 from mocofast.data.interface import Loader, Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -44,6 +48,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
     device = timing.resolved(arguments.device)
     if arguments.tune:
+        if arguments.plot is not None:
+            raise ConfigError("--plot draws the comparison, which --tune leaves out: got both")
         return tune.run(arguments, device)
     workers = count_workers(arguments.workers)
     augment = load_recipe(arguments.recipe).augment
@@ -55,28 +61,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{WARM_UP} + {arguments.batches} are needed"
         )
 
-    def loader(name: str) -> Callable[[], Loader]:
-        data = DataConfig(loader=name, workers=workers)
-        return lambda: build_loader(source, data, view_augments(augment, 2), shard, 0, device)
-
-    names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
-    candidates: dict[str, Callable[[], Any]] = {name: loader(name) for name in names}
-    candidates["reference"] = lambda: ReferenceLoader(source, augment, arguments.batch_size, workers)
-    candidates["v2 tensors"] = lambda: ReferenceLoader(source, augment, arguments.batch_size, workers, TensorPairs)
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    sides = loaders(arguments, device)
+    memory = {name: timing.in_fresh_process(memory_of, name, arguments, str(device)) for name in sides}
+    rounds: dict[str, list[Measured]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
-        for name, make in candidates.items():
-            with closing(make()) as made:
-                samples[name].append(seconds_per_batch(made.epoch(0), arguments.batches, device))
-    rates = {name: [arguments.batch_size / value for value in values] for name, values in samples.items()}
-    rate = {name: statistics.median(values) for name, values in rates.items()}
+        for name, side in sides.items():
+            rounds[name].append(measure(side, arguments.batches, arguments.batch_size, device))
+    medians = {name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()}
+    rate = {name: median.images_per_second for name, median in medians.items()}
     print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}")
     print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
-    print(f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}")
-    for name, values in rates.items():
-        spread = f"{min(values):.0f}, {max(values):.0f}"
+    print(
+        f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}"
+        f"{'first batch s':>15}{'cores':>7}{'extra MB':>10}"
+    )
+    for name, (_, first, _, cores) in medians.items():
+        rates = [each.images_per_second for each in rounds[name]]
         ratios = f"{rate[name] / rate['reference']:13.2f}{rate[name] / rate['v2 tensors']:14.2f}"
-        print(f"{name:14}{rate[name]:10.1f}{spread:>18}{ratios}")
+        extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:.0f}"
+        print(
+            f"{name:14}{rate[name]:10.1f}{f'{min(rates):.0f}, {max(rates):.0f}':>18}{ratios}"
+            f"{first:15.2f}{cores:7.2f}{extra:>10}"
+        )
     return {
         "benchmark": "data",
         **timing.environment(device),
@@ -89,4 +95,48 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},
         "speedup": {name: round(value / rate["reference"], 3) for name, value in rate.items()},
+        "time_to_first_batch": {name: round(median.time_to_first_step, 4) for name, median in medians.items()},
+        "cores": {name: round(median.cores, 3) for name, median in medians.items()},
+        "extra_bytes": memory,
     }
+
+
+def draw(row: dict[str, Any]) -> Figure:
+    """The picture of a row."""
+    from mocofast.plots import draw_sides  # here, so that processes that measure start without matplotlib
+
+    quantities = {
+        "pairs of views/s": row["pairs_per_second"],
+        "time to first batch, s": row["time_to_first_batch"],
+        "CPU cores in use": row["cores"],
+        "peak memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+    }
+    title = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
+    return draw_sides(title, quantities)
+
+
+def loaders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Side]:
+    """What is compared, by name: loops that do nothing with their batches."""
+    workers, batch_size = count_workers(arguments.workers), arguments.batch_size
+    augment = load_recipe(arguments.recipe).augment
+    source = FolderSource(arguments.path, find_images(arguments.path))
+
+    def loader(name: str) -> Callable[[], Loader]:
+        data = DataConfig(loader=name, workers=workers)
+        return lambda: build_loader(source, data, view_augments(augment, 2), Shard(batch_size), 0, device)
+
+    starts: dict[str, Callable[[], Any]] = {
+        **({} if dali_missing() else {"dali": loader("dali")}),
+        "torchvision": loader("torchvision"),
+        "reference": lambda: ReferenceLoader(source, augment, batch_size, workers),
+        "v2 tensors": lambda: ReferenceLoader(source, augment, batch_size, workers, TensorPairs),
+    }
+    return {name: Side(start, lambda batch: None) for name, start in starts.items()}
+
+
+def memory_of(name: str, arguments: argparse.Namespace, device: str) -> int | None:
+    """Peak bytes that a loader takes beyond those of a process that has loaded the libraries; what worker processes
+    take is not in it. To be called in a fresh process."""
+    where = torch.device(device)
+    side = loaders(arguments, where)[name]
+    return timing.peak_extra_memory(lambda: measure(side, 1, arguments.batch_size, where), where)

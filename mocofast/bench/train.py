@@ -129,7 +129,7 @@ def draw(row: dict[str, Any]) -> Figure:
     quantities = {
         "images/s": row["images_per_second"],
         "time to first step, s": row["time_to_first_step"],
-        "wait for data, share of the time": row["data_wait"],
+        "wait for data, % of the time": {name: 100 * share for name, share in row["data_wait"].items()},
         "CPU cores in use": row["cores"],
         "peak memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
     }
