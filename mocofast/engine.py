@@ -133,7 +133,8 @@ class Engine:
         self._set_numbers()
         if self._stream is None:
             return self._train_static()
-        if self._warmed >= WARM_UP and not parts.timed():  # inside a graph nothing can be timed
+        # Inside a graph nothing can be timed; but ranks launch collectives all captured or all not.
+        if self._warmed >= WARM_UP and (rank_and_world_size()[1] > 1 or not parts.timed()):
             if self._graph is None:
                 self._graph = self._capture()
             self._graph.replay()
