@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, from a plain checkout (nothing installed, nothing downloaded):
 #   OUT=results benchmarks/gpu_run.sh [PART ...]
-# Parts: env tests kernels step data train accuracy sweep (all of them by default), each under 10 minutes and restartable.
+# Parts (all of them by default, each under 10 minutes and restartable):
+#   env gpu_tests kernel_tests checkers kernels step data train accuracy autotune sweep
 # OUT gets rows.jsonl (benchmark rows), a log per part, and the runs. MOCOFAST_DATA: folder with the image archives.
 # DALI and the peers of the kernels (extra `bench`) may come from a folder on PYTHONPATH.
 set -uo pipefail
@@ -18,11 +19,22 @@ part_env() {
 	$mocofast doctor
 }
 
-part_tests() {
-	# Every test that takes a device runs on the GPU, through the real compiler; then the rest of the GPU ones.
-	timeout 580 $python -m pytest -m "gpu or not slow" -p no:cacheprovider --durations=10 \
-		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py tests/test_engine*.py \
-		tests/test_dali_*.py
+part_gpu_tests() {
+	timeout 580 $python -m pytest -m gpu -p no:cacheprovider --durations=10 tests
+}
+
+part_kernel_tests() {
+	# Tests that take a device run on the GPU, through the real compiler, where elsewhere Triton's interpreter is.
+	timeout 580 $python -m pytest -m "not gpu and not slow" -p no:cacheprovider --durations=10 \
+		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py
+}
+
+part_checkers() {
+	command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: left out"; return 0; }
+	for tool in memcheck racecheck; do
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 compute-sanitizer --tool $tool --error-exitcode 9 \
+			$python -m pytest -q -x -p no:cacheprovider tests/test_kernels_{infonce,enqueue,ema}.py -k "not compile"
+	done
 }
 
 part_kernels() {
@@ -54,23 +66,28 @@ unpack() { # ARCHIVE: its folder under OUT, unpacked once
 }
 
 part_data() {
-	timeout 300 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --save "$rows"
+	timeout 200 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --save "$rows"
+	timeout 380 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --tune --out "$OUT/tuned.yaml"
 }
 
 part_train() {
-	timeout 200 $mocofast pretrain --train.dir "$OUT/digits"
+	timeout 200 $mocofast pretrain --train.dir "$OUT/digits" --profile
 	timeout 300 $mocofast pretrain moco_v2_r50_200ep --data.path "$(unpack imagenet-sample-500.tar)" \
 		--data.batch_size 64 --train.max_steps 50 --train.log_every 10 --train.dir "$OUT/photos"
 }
 
 part_accuracy() {
 	# The authors' CIFAR-10 demo; restarts where it stopped, so repeat the part until 200 epochs are done.
-	timeout -s TERM 570 $mocofast pretrain cifar10_r18 --data.source folder \
+	timeout -s TERM 570 $mocofast pretrain cifar10_r18 --data.source folder --data.loader device \
 		--data.path "$(unpack cifar10-jpeg.tar.xz)" --model.queue_dtype bfloat16 \
 		--train.dir "$OUT/cifar10" --resume auto --checkpoint.keep 0
 }
 
-for part in "${@:-env tests kernels step data train accuracy sweep}"; do
+part_autotune() {
+	timeout 580 $mocofast bench autotune --c 64 128 256 --out "$OUT/tiles.json"
+}
+
+for part in "${@:-env gpu_tests kernel_tests checkers kernels step data train accuracy autotune sweep}"; do
 	for name in $part; do
 		echo "== $name"
 		"part_$name" 2>&1 | tee "$OUT/$name.log"
