@@ -136,7 +136,7 @@ def test_in_float32_every_mode_follows_the_plain_step() -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
+def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str) -> None:
     config = load_recipe("digits")
     apply(config, {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10})
     apply(config, {"model.queue_size": 20, "model.freeze_prototypes": 2, "optim.name": "lars"})
@@ -162,12 +162,17 @@ def test_every_methods_static_step_is_its_eager_one(name: str) -> None:
         else:
             step = Engine(mode, method, optimizer, autocast, accumulate, IMAGES // accumulate, None).step
         torch.manual_seed(5)
-        return trajectory(
-            lambda views: step(views[: method.num_views], needed=needed(len(views[0]))),
-            method,
-            optimizer,
-            batches(5, last=8),
-        )
+
+        def taken(views: tuple[Tensor, ...]) -> Tensor:
+            return step(views[: method.num_views], needed=needed(len(views[0])))
+
+        result = trajectory(taken, method, optimizer, batches(5, last=8))
+        if mode == "plain":
+            (views,) = batches(1)
+            with HostSynchronisations() as waits:
+                taken(views)
+            assert waits.count == 0
+        return result
 
     assert_equal(found("graph", "fp32", 2), found("plain", "fp32", 2))
     # Where an encoder is used twice, bf16 gradients of several micro-batches are summed in another order.
