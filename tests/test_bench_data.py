@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mocofast.bench import data, main, timing, tune
+from mocofast.bench import data, main, timing, train, tune
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
@@ -36,10 +39,9 @@ def options(folder: Path) -> list[str]:
 
 
 def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = folder.parent / "data.png"
-    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *given: function(*given))  # 3 s each
     assert main([*options(folder), "--batches", str(BATCHES), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -59,6 +61,26 @@ def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
 def test_too_few_images_are_an_error_that_says_how_many_are_needed(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"16 images make 8 batches of 2; 6 \+ 3 are needed"):
         main([*options(folder), "--batches", str(BATCHES + 1)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
+    """A side whose one batch is 64 MB here, made by a process that holds 100 MB itself."""
+
+    class Holding:
+        def epoch(self, epoch: int) -> Iterator[torch.Tensor]:
+            with multiprocessing.get_context("spawn").Manager() as manager:
+                kept = manager.list()
+                kept.append(bytes(100 * 2**20))
+                for _ in range(data.WARM_UP + 1):
+                    yield torch.ones(16 * 2**20)
+
+        def close(self) -> None: ...
+
+    found = data.memory_of(train.Side(Holding, lambda batch: None), 1, torch.device("cpu"))
+    assert found is not None
+    assert found > 160 * 2**20
+    assert timing.resident_memory(own=False) == 0  # the process has ended
 
 
 def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     sides = loaders(arguments, device)
-    memory = {name: timing.in_fresh_process(memory_of, name, arguments, str(device)) for name in sides}
+    memory = {name: memory_of(side, arguments.batch_size, device) for name, side in sides.items()}
     rounds: dict[str, list[Measured]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
@@ -109,7 +109,9 @@ def draw(row: dict[str, Any]) -> Figure:
         "pairs of views/s": row["pairs_per_second"],
         "time to first batch, s": row["time_to_first_batch"],
         "CPU cores in use": row["cores"],
-        "peak memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+        "memory, workers included, MB": {
+            n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None
+        },
     }
     title = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     return draw_sides(title, quantities)
@@ -134,9 +136,10 @@ def loaders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Si
     return {name: Side(start, lambda batch: None) for name, start in starts.items()}
 
 
-def memory_of(name: str, arguments: argparse.Namespace, device: str) -> int | None:
-    """Peak bytes that a loader takes beyond those of a process that has loaded the libraries; what worker processes
-    take is not in it. To be called in a fresh process."""
-    where = torch.device(device)
-    side = loaders(arguments, where)[name]
-    return timing.peak_extra_memory(lambda: measure(side, 1, arguments.batch_size, where), where)
+def memory_of(side: Side, batch_size: int, device: torch.device) -> int | None:
+    """Most bytes of the host's memory that a loader and its processes have taken when a batch is there."""
+    before = timing.resident_memory()
+    found = []
+    measure(Side(side.start, lambda batch: found.append(timing.resident_memory())), 1, batch_size, device)
+    values = [value - before for value in found if value is not None and before is not None]
+    return max(values, default=None)

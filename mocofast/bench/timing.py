@@ -108,6 +108,23 @@ def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int 
     return _status("VmHWM") - before
 
 
+def resident_memory(own: bool = True) -> int | None:
+    """Bytes in memory of the processes that this one has started, and of itself if `own`, pages that several share
+    divided among them; None where that cannot be known."""
+    processes: list[int | str | None] = [child.pid for child in multiprocessing.active_children()]
+    total = 0
+    for process in [*processes, *(["self"] if own else [])]:
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
+        except ProcessLookupError:  # ended meanwhile
+            continue
+        except OSError:
+            return None
+        found = re.search(r"Pss:\s+(\d+) kB", text)
+        total += 1024 * int(found.group(1)) if found else 0
+    return total
+
+
 def _status(field: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     match = re.search(rf"{field}:\s+(\d+) kB", text)

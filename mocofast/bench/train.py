@@ -131,22 +131,32 @@ def draw(row: dict[str, Any]) -> Figure:
         "time to first step, s": row["time_to_first_step"],
         "wait for data, % of the time": {name: 100 * share for name, share in row["data_wait"].items()},
         "CPU cores in use": row["cores"],
-        "peak memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+        "peak memory, workers included, MB": {
+            n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None
+        },
     }
     title = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     return draw_sides(title, quantities)
 
 
 def memory_of(name: str, config: Config, device: str) -> int | None:
-    """Peak bytes of a side's training, weights included, beyond those of a process that has loaded the libraries;
-    what worker processes take is not in it. To be called in a fresh process."""
+    """Peak bytes of a side's training, weights included, beyond those of a process that has loaded the libraries. On
+    a CPU with those of its loader's processes. To be called in a fresh process."""
     where = torch.device(device)
     source = load_splits(config.data, config.train.seed).train
+    workers: list[int | None] = [0]
 
     def trained() -> None:
-        measure(SIDES[name](source, config, where), 1, config.data.batch_size, where)
+        side = SIDES[name](source, config, where)
 
-    return timing.peak_extra_memory(trained, where)
+        def step(batch: Any) -> None:
+            side.step(batch)
+            workers.append(timing.resident_memory(own=False) if where.type == "cpu" else 0)
+
+        measure(Side(side.start, step), 1, config.data.batch_size, where)
+
+    extra = timing.peak_extra_memory(trained, where)
+    return None if extra is None else extra + max(value or 0 for value in workers)
 
 
 def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Measured:
