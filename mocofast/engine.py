@@ -58,7 +58,8 @@ def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, 
         return "eager", "Triton is missing, which compiles encoders: pip install triton"
     if world_size > 1:
         return "compile", "DistributedDataParallel sends gradients while others are computed"
-    return "graph", "one launch a step, and compiled encoders"
+    # A step that cannot be captured ends the run, and no GPU has run this one yet: nobody gets it unasked.
+    return "compile", "compiled encoders; --engine.mode graph also makes the step one launch"
 
 
 @contextlib.contextmanager

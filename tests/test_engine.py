@@ -397,7 +397,7 @@ def test_auto_names_its_mode_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert choose_mode("auto", CPU, 1)[0] == "eager"
-    assert choose_mode("auto", gpu, 1)[0] == "graph"
+    assert choose_mode("auto", gpu, 1)[0] == "compile"
     assert choose_mode("auto", gpu, 8)[0] == "compile"
     assert choose_mode("compile", CPU, 1) == ("compile", "as asked")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
