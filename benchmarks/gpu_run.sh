@@ -51,8 +51,8 @@ part_kernels() {
 }
 
 part_step() {
-	timeout 300 $mocofast bench step --save "$rows"
-	timeout 250 $mocofast bench train "$(unpack imagenet-sample-500.tar)" --save "$rows"
+	timeout 300 $mocofast bench step --save "$rows" --plot "$OUT/step.png"
+	timeout 250 $mocofast bench train "$(unpack imagenet-sample-500.tar)" --save "$rows" --plot "$OUT/train.png"
 }
 
 part_sweep() {
@@ -66,7 +66,7 @@ unpack() { # ARCHIVE: its folder under OUT, unpacked once
 }
 
 part_data() {
-	timeout 200 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --save "$rows"
+	timeout 200 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --save "$rows" --plot "$OUT/data.png"
 	timeout 380 $mocofast bench data "$(unpack imagenet-sample-500.tar)" --device cuda --tune --out "$OUT/tuned.yaml"
 }
 

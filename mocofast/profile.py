@@ -233,14 +233,12 @@ class StepProfiler:
         return works
 
     def _title(self) -> str:
-        c, kind = self._config, self._device.type
-        where = (
-            torch.cuda.get_device_name(self._device)
-            if kind == "cuda"
-            else f"a CPU ({torch.get_num_threads()} in use)"
-        )
+        c, threads = self._config, torch.get_num_threads()
+        where = f"{threads} thread{'s' * (threads > 1)} of a CPU"
+        if self._device.type == "cuda":
+            where = torch.cuda.get_device_name(self._device)
         dtype = "bf16" if self._autocast._enabled else "fp32"
-        return f"{c.model.arch}, {c.augment.size} px, batch {c.data.batch_size}, {dtype}, on {where}"
+        return f"{c.model.arch}, {c.augment.size} px, batch {c.data.batch_size}, {dtype}, {where}"
 
 
 def seconds_by_part(step: Step) -> Counter[str]:

@@ -147,14 +147,14 @@ def tiny() -> Config:
     return config
 
 
-def profiled(config: Config, wait: float = 0.0) -> tuple[profile.Profile, list[float]]:
+def profiled(config: Config, wait: float = 0.0, device: torch.device = CPU) -> tuple[profile.Profile, list[float]]:
     """Of a loop that waits so many seconds for each batch; also how long each step took by its own clock."""
     torch.manual_seed(0)
-    model = build(config)
+    model = build(config).to(device)
     optimizer = optimizer_of(model, config.optim)
-    autocast = choose_autocast("fp32", CPU)
+    autocast = choose_autocast("fp32", device)
     profiler = profile.StepProfiler(model, optimizer, autocast, config)
-    views = tuple(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8) for _ in range(2))
+    views = tuple(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8).to(device) for _ in range(2))
     seconds = []
     for i in range(profile.STEPS):
         if i % 11 == 10:  # an epoch ends: the batch that was asked for is not there
@@ -219,14 +219,14 @@ def test_the_table_says_it_all(profile_of_a_loop: profile.Profile) -> None:
     table = p.table()
     for part in p.parts:
         assert f"{part.name:18}{1e3 * part.seconds:10.3f}{part.seconds / p.seconds:8.1%}" in table
-    assert "resnet_tiny, 8 px, batch 8, fp32, on a CPU" in table
+    assert table.startswith("resnet_tiny, 8 px, batch 8, fp32, ")
     assert f"{p.operators:.0f} operators, 0 host synchronisations a step" in table
 
 
 def test_operators_and_waits_are_counted_within_steps_only() -> None:
     recorder = Recorder(CPU, timing=False)
     x = torch.ones(3)
-    with torch.profiler.profile() as traced:
+    with torch.profiler.profile(acc_events=True) as traced:
         for _ in range(profile.TRACED):
             recorder.begin()
             torch.relu(x.add(1))  # relu calls clamp_min, which is no call of its own
@@ -243,6 +243,14 @@ def test_micro_batches_count_together() -> None:
     single = profile.encoder_work(build(config).encoder_q, 8, 8, FP32)[0]
     (forward,) = (part.floor for part in found.parts if part.name == "query forward")
     assert forward is not None and forward.operations == sum(layer.operations for layer in single)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_launches_are_counted_and_no_step_waits() -> None:
+    found, _ = profiled(tiny(), device=torch.device("cuda"))
+    assert found.launches is not None and found.launches > 50  # op by op: each layer launches a few times
+    assert found.synchronisations == 0
+    assert found.seconds > found.floor > 0
 
 
 def test_the_picture_shows_every_part_its_floor_and_its_numbers(profile_of_a_loop: profile.Profile) -> None:
