@@ -33,7 +33,7 @@ class Window:
 
     def state(self) -> dict[str, Tensor | int]:
         """What a checkpoint keeps, so that a continued run logs the same averages."""
-        return {"sums": self.sums, "steps": self.steps}
+        return {"sums": self.sums.cpu(), "steps": self.steps}
 
     def load_state(self, state: dict[str, Tensor | int]) -> None:
         """Continues the averages of `state`; times start anew."""

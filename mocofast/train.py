@@ -258,8 +258,9 @@ class _Run:
         )
 
     def _save(self) -> None:
-        """All ranks together, since each one's random state is kept."""
+        """All ranks together, since each one's random state and averages are kept."""
         random_states = distributed.gather_objects(random_state(self.device))
+        windows = distributed.gather_objects(self.window.state())
         skipped = {k: v for part in distributed.gather_objects(dict(self.loader.skipped)) for k, v in part.items()}
         if self.writer is None or self.folder is None:
             return
@@ -274,7 +275,7 @@ class _Run:
                 "step": self.step,
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
-                "window": self.window.state(),
+                "windows": windows,
                 "random_states": random_states,
                 "method_random_state": self.model.random_state(),
                 "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
@@ -295,7 +296,8 @@ class _Run:
         self.model.load_random_state(state["method_random_state"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
-        self.window.load_state(state["window"])
+        windows = state["windows"]
+        self.window.load_state(windows[self.rank % len(windows)])
         self.before, self.after = state["before"], state["after"]
         self.loader.skipped.update(state["data"]["skipped"])
         if self.rank < len(state["random_states"]):
