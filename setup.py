@@ -24,7 +24,7 @@ BENCH = [
 setup(
     name="mocofast",
     version=VERSION,
-    description="Momentum-contrast pretraining on fused kernels: MoCo v1 and v2, correct and fast",
+    description="Momentum-contrast pretraining on fused kernels: MoCo and its relatives, correct and fast",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -52,7 +52,8 @@ setup(
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "test": TEST,
         "bench": BENCH,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        # The peers too: every one of them really runs in the tests.
+        "dev": [*TEST, *BENCH, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
 )
