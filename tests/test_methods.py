@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mocofast.config import Config, ConfigError, ModelConfig
 from mocofast.encoders import TinyResNet
+from mocofast.methods import build_method
 from mocofast.methods.base import Method
 from mocofast.methods.memory_bank import MemoryBank
 from mocofast.methods.simclr import SimCLR
@@ -93,3 +95,25 @@ def test_two_ranks_follow_one_process_on_the_whole_batch(ranks: list[dict[str, A
     for rank in ranks:
         assert_same_to_rounding(rank[name], eager, exact, factor=5.0)  # sums over ranks round once more
     assert ranks[0]["eval"][name].isfinite()
+
+
+def test_memories_wait_for_a_steps_last_micro_batch() -> None:
+    bank, swav = small("memory bank"), small("swav")
+    first, second = (batch.part(0, 2) for batch in batches_for(bank)[:2])
+    before = bank.bank.clone()
+    for batch, last in ((first, False), (second, True)):
+        assert torch.equal(bank.bank, before)
+        bank(*batch.views, index=batch.index, enqueue=last)
+        swav(*batch.views * 2, enqueue=last)
+    changed = (bank.bank != before).any(1).nonzero().flatten()
+    assert torch.equal(changed, torch.cat([first.index, second.index]).unique())
+    assert swav.steps == 1
+
+
+def test_data_that_a_method_cannot_learn_from_are_named() -> None:
+    bank, batch = small("memory bank"), random_batches(1, IMAGES, IMAGES, CLASSES, 1)[0]
+    with pytest.raises(ConfigError, match=r"data.batch_size.* 31 images"):
+        bank(*batch.views, index=batch.index)
+    config = Config(model=ModelConfig(method="supervised", arch="resnet_tiny"))
+    with pytest.raises(ConfigError, match="supervised needs images of two classes or more"):
+        build_method(config, images=7, classes=0)
