@@ -242,15 +242,67 @@ def doctor(argv: Sequence[str]) -> int:
     return 0
 
 
+def main_moco(argv: Sequence[str]) -> int:
+    """facebookresearch/moco's and moco-v3's main_moco.py, flag for flag"""
+    from mocofast import reference_flags
+
+    parser = _Parser(
+        prog="mocofast main_moco", description="Runs a command line of MoCo's, or MoCo v3's, main_moco.py."
+    )
+    reference_flags.add_flags(parser, linear=False)
+    return reference_flags.main_moco(vars(parser.parse(argv)), argv)
+
+
+def main_lincls(argv: Sequence[str]) -> int:
+    """their main_lincls.py"""
+    from mocofast import reference_flags
+
+    parser = _Parser(
+        prog="mocofast main_lincls", description="Runs a command line of MoCo's, or MoCo v3's, main_lincls.py."
+    )
+    reference_flags.add_flags(parser, linear=True)
+    given = vars(parser.parse(argv))
+    _log_to_screen()
+    return reference_flags.main_lincls(given)
+
+
+def study(argv: Sequence[str]) -> int:
+    """what pretraining gives where labels are few: four classes, a ResNet and a ViT"""
+    from mocofast import study as module
+    from mocofast.interrupt import EXIT_INTERRUPTED
+    from mocofast.step import choose_device
+
+    parser = _Parser(prog="mocofast study", description=module.__doc__)
+    parser.add_argument("name", choices=("four-class",), help="which study: four-class")
+    parser.add_argument("--data.path", metavar="DIR", dest="path", required=True, help="train/CLASS and test/CLASS")
+    parser.add_argument(
+        "--setting", choices=tuple(module.SETTINGS), default="cpu", help="its sizes, for a [cpu] or a gpu"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default="", help="where to write, and continue [runs/four-class-SETTING]"
+    )
+    parser.add_argument("--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    given = parser.parse(argv)
+    out = Path(given.out or f"runs/{given.name}-{given.setting}")
+    try:
+        module.four_class(given.path, out, module.SETTINGS[given.setting], choose_device(given.device))
+    except KeyboardInterrupt:
+        print(f"stopped; the same command continues in {out}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"{(out / 'table.md').read_text(encoding='utf-8')}written to {out}: results.json, table.md, curves.png")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (pretrain, knn, linear, finetune, export, prepare, bench, doctor)
+    command.__name__: command
+    for command in (pretrain, knn, linear, finetune, export, prepare, study, bench, doctor, main_moco, main_lincls)
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for arguments that cannot be used, 75 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    lines = "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items())
     usage = f"usage: mocofast COMMAND [...]\n\n{lines}\n\nmocofast COMMAND --help lists its options."
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)

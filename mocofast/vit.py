@@ -21,6 +21,7 @@ SIZES = {
     "vit_small": ViTSize(16, 12, 12, 384),  # 12 heads, where DeiT's ViT-S has 6
     "vit_base": ViTSize(16, 12, 12, 768),
     "vit_tiny_cifar": ViTSize(4, 6, 3, 192),  # half of DeiT's ViT-Ti, for images of 32 pixels
+    "vit_micro_cifar": ViTSize(4, 4, 4, 64),  # for a CPU
 }
 
 

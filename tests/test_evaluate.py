@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -336,10 +337,21 @@ def test_the_validation_images_have_no_part_in_the_choice(monkeypatch: pytest.Mo
     assert fooled.top1 < 0.1
 
 
-def test_the_reference_protocol_follows_sgd_with_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("step", [0.5, 0.5, 0.05, 0.005]),
+        ("cosine", [0.25 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]),  # MoCo v3's
+    ],
+)
+def test_the_reference_protocol_follows_sgd_with_its_schedule(
+    schedule: str, rates: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against an independent loop over the same batches, in float64."""
     splits, config = bright_splits()
-    options = LinearConfig(protocol="reference", epochs=4, lr=0.5, batch_size=48, milestones=(2, 3))
+    options = LinearConfig(
+        protocol="reference", epochs=4, lr=0.5, batch_size=48, milestones=(2, 3), schedule=schedule
+    )
     encoder = tiny_encoder().train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     heads: list[tuple[Tensor, Tensor]] = []
@@ -359,7 +371,7 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(monkeypatch: pytes
     weight = torch.empty(4, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)).double()
     bias = torch.zeros(4, dtype=torch.float64)
     momentum_w, momentum_b = torch.zeros_like(weight), torch.zeros_like(bias)
-    for epoch, rate in enumerate([0.5, 0.5, 0.05, 0.005]):
+    for epoch, rate in enumerate(rates):
         sizes, hits = [], 0
         for batch in loader.epoch(epoch):
             assert batch.labels is not None

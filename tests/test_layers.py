@@ -26,10 +26,10 @@ LAYERS = [
     ("mocofast.optim", "mocofast.interop"),
     ("mocofast.checkpoint", "mocofast.interrupt", "mocofast.runfolder", "mocofast.step", "mocofast.engine"),
     ("mocofast.profile",),
-    ("mocofast.evaluate", "mocofast.export", "mocofast.bench"),
+    ("mocofast.evaluate", "mocofast.export", "mocofast.bench", "mocofast.reference_files"),
     ("mocofast.monitor", "mocofast.resume"),
     ("mocofast.train",),
-    ("mocofast.doctor",),
+    ("mocofast.doctor", "mocofast.reference_flags", "mocofast.study"),
     ("mocofast.cli",),
     ("mocofast.__main__",),
 ]

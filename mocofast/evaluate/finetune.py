@@ -1,11 +1,12 @@
 """Fine-tuning: the whole query encoder with a new linear head, on labelled images.
 
-SGD with a cosine schedule on random crops and flips, centre crops for validation. One process, one device.
+SGD or AdamW with a cosine schedule on random crops and flips, centre crops for validation. One process, one device.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,13 +33,14 @@ class FinetuneConfig:
     """Fine-tuning of the whole encoder."""
 
     epochs: int = option(50, "passes over the training images")
-    lr: float = option(0.01, "learning rate of SGD with momentum 0.9, falling along a cosine")
-    weight_decay: float = option(1e-4, "L2 weight decay")
+    optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw, which suits ViTs", ("sgd", "adamw"))
+    lr: float = option(0.01, "learning rate, falling along a cosine")
+    weight_decay: float = option(1e-4, "weight decay: L2 with sgd, decoupled with adamw")
     batch_size: int = option(256, "images per step, at most the number of training images")
 
 
 class FinetuneResult(NamedTuple):
-    """Shares of the validation images, 0 to 1, after the last epoch."""
+    """Shares of the validation images, 0 to 1."""
 
     top1: float
     top5: float
@@ -51,12 +53,14 @@ def finetune(
     options: FinetuneConfig,
     device: torch.device,
     autocast: torch.autocast,
+    on_epoch: Callable[[FinetuneResult], None] | None = None,
 ) -> FinetuneResult:
     """Replaces the encoder's head by a linear classifier and trains both, in place; accuracy on `splits.val`.
 
     encoder: on `device`. BatchNorm sees whole batches, whatever parts it was pretrained with.
     splits: labelled, with a validation part (ConfigError otherwise). config: the run's configuration, of which view
-    size, pixel statistics, flips, loader, workers and seed are used.
+    size, pixel statistics, flips, loader, workers and seed are used. on_epoch: is given the accuracy after every
+    epoch, which then is measured after every epoch.
     """
     if splits.val is None or splits.train.labels is None:
         raise ConfigError(f"data.path: fine-tuning needs labelled images, some of them held out; got {splits.note}")
@@ -72,7 +76,9 @@ def finetune(
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.num_splits = 1
-    schedule = OptimConfig(lr=options.lr, weight_decay=options.weight_decay, schedule="cosine", per="step")
+    schedule = OptimConfig(
+        name=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, schedule="cosine", per="step"
+    )
     optimizer = build_optimizer(encoder.parameters(), schedule)
     step = 0
     try:
@@ -91,6 +97,8 @@ def finetune(
                 loss_sum += loss.detach()
                 step += 1
             log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, loss_sum / loader.steps_per_epoch)
+            if on_epoch is not None:
+                on_epoch(FinetuneResult(*_validate(encoder, splits.val, config, device, autocast)))
     finally:
         loader.close()
     return FinetuneResult(*_validate(encoder, splits.val, config, device, autocast))

@@ -47,7 +47,8 @@ class LinearConfig:
     epochs: int = option(100, "passes over the training images")
     lr: float = option(30.0, "learning rate of SGD with momentum 0.9 and no weight decay")
     batch_size: int = option(256, "images per step")
-    milestones: tuple[int, ...] = option((60, 80), "epochs at which the rate falls to a tenth")
+    milestones: tuple[int, ...] = option((60, 80), "epochs at which the rate falls to a tenth, if schedule=step")
+    schedule: str = option("step", "how the rate falls; cosine: from epoch to epoch, MoCo v3's", ("step", "cosine"))
 
 
 class LinearResult(NamedTuple):
@@ -180,7 +181,11 @@ def _reference(
         head.weight.copy_(initial)
         head.bias.zero_()
     optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.milestones), gamma=0.1)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if options.schedule == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
+    else:
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.milestones), gamma=0.1)
     train_top1 = 0.0
     try:
         with evaluating(encoder):

@@ -1,0 +1,109 @@
+"""Checkpoint files of facebookresearch/moco and facebookresearch/moco-v3 as trained models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocofast import settings
+from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
+from mocofast.config import Config, ConfigError
+from mocofast.encoders import head_name
+from mocofast.interop import PREFIX, load_reference_state_dict
+from mocofast.methods import build_method
+from mocofast.methods.base import Method
+from mocofast.methods.moco import MoCo
+
+# timm's names of a ViT's parameters, which moco-v3 has, in torchvision's.
+_TIMM = (
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.norm(\d)\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+)
+
+
+def load_pretrained(path: str, arch: str | None) -> tuple[Method, Config, bool]:
+    """The model of a checkpoint, on the CPU, its configuration, and whether the file is ours.
+
+    path: a run folder or checkpoint of ours, or a checkpoint of facebookresearch/moco, which is loaded whole, or of
+    moco-v3, of which the query encoder without its head is loaded. arch: the encoder that is expected; None takes the
+    file's. Raises FileNotFoundError, and ConfigError for another file or another encoder.
+    """
+    content = {} if Path(path).is_dir() else _read(path)
+    if "state_dict" not in content:
+        model, config = model_from_checkpoint(load_checkpoint(path))
+        _check(arch, config.model.arch, path)
+        return model, config, True
+    _check(arch, content.get("arch", arch), path)
+    arch = arch or content.get("arch", Config().model.arch)
+    weights = {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}
+    try:
+        if any(name.startswith("base_encoder.") for name in weights):
+            return *_moco_v3(weights, arch), False
+        return *_moco(weights, arch), False
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _check(expected: str | None, found: str | None, path: str) -> None:
+    if expected and found != expected:
+        raise ConfigError(f"-a {expected}: the encoder of {path} is {found}")
+
+
+def _moco(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
+    if "queue" not in weights:
+        raise ConfigError(
+            "expected the names of facebookresearch/moco (encoder_q.*, queue) or moco-v3 (base_encoder.*)"
+        )
+    config = settings.load_recipe("moco_v1_r50")
+    config.model.arch, config.model.mlp = arch, "encoder_q.fc.2.weight" in weights
+    config.model.dim, config.model.queue_size = weights["queue"].shape
+    model = build_method(config)
+    assert isinstance(model, MoCo)
+    load_reference_state_dict(model, weights)
+    return model, config
+
+
+def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
+    config = settings.load_recipe("moco_v3_r50")
+    config.model.arch = arch
+    model = build_method(config)
+    head = head_name(model.encoder_q)
+    given = {}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        if part == "base_encoder" and not rest.startswith(("fc.", "head.")):
+            for pattern, ours in _TIMM if arch.startswith("vit_") else ():
+                rest = re.sub(pattern, ours, rest)
+            given[rest] = value
+    wanted = {name: value for name, value in model.encoder_q.state_dict().items() if not name.startswith(f"{head}.")}
+    wrong = sorted(name for name in given.keys() | wanted.keys() if _shape(given, name) != _shape(wanted, name))
+    if wrong:
+        raise ConfigError(f"not the weights of {arch}: missing, unknown or of another shape: {', '.join(wrong[:5])}")
+    model.encoder_q.load_state_dict(given, strict=False)
+    return model, config
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None

@@ -1,0 +1,324 @@
+"""The command lines of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3, as recipes and options of ours.
+
+Flags, their defaults and their meaning are facts of those projects' main_moco.py and main_lincls.py (the former's
+last runnable commit is 3b42c2a). Which project a command line is of, its flags say; one that neither's own flag is in
+is MoCo v1's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+import yaml
+
+from mocofast import settings
+from mocofast.config import Config, ConfigError
+from mocofast.data.names import split_folders
+from mocofast.data.sources import load_splits
+from mocofast.evaluate.linear import LinearConfig, linear_probe
+from mocofast.interrupt import EXIT_INTERRUPTED
+from mocofast.reference_files import load_pretrained
+from mocofast.resume import configure
+from mocofast.step import choose_device
+from mocofast.train import train
+
+V1 = {
+    "arch": "resnet50", "epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4,
+    "schedule": [120, 160], "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07,
+    "mlp": False, "aug_plus": False, "cos": False,
+}  # fmt: skip
+V3 = {
+    "arch": "resnet50", "epochs": 100, "batch_size": 4096, "lr": 0.6, "momentum": 0.9, "weight_decay": 1e-6,
+    "moco_dim": 256, "moco_mlp_dim": 4096, "moco_m": 0.99, "moco_m_cos": False, "moco_t": 1.0,
+    "stop_grad_conv1": False, "optimizer": "lars", "warmup_epochs": 10, "crop_min": 0.08,
+}  # fmt: skip
+LINEAR_V1 = {"epochs": 100, "batch_size": 256, "lr": 30.0, "schedule": [60, 80]}
+LINEAR_V3 = {"epochs": 90, "batch_size": 1024, "lr": 0.1}
+RECIPES = {
+    1: ("moco_v1_r50", "moco_v2_r50_200ep", "moco_v2_r50_800ep"),
+    3: ("moco_v3_r50", "moco_v3_vit_s", "moco_v3_vit_b"),
+}
+_AUG_PLUS = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_first": False, "blur": 0.5}
+_BYOL_AUG = {
+    "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_first": False,
+    "blur": 1.0, "blur_2": 0.1, "solarize_2": 0.2,
+}  # fmt: skip
+
+
+class Equivalent(NamedTuple):
+    """A run in our terms."""
+
+    recipe: str  # the nearest of the shipped ones
+    options: dict[str, Any]  # {"group.option": value} that differ from it
+    notes: list[str]  # what a flag that has no such option means here
+
+    def command(self, resume: str = "") -> str:
+        """`mocofast pretrain ...` that does the same."""
+        words = ["mocofast", "pretrain", self.recipe, *(["--resume", resume] if resume else [])]
+        for name, value in self.options.items():
+            words += [f"--{name}", settings.shown(value) if value != () else ","]
+        return shlex.join(words)
+
+
+def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
+    """The flags of main_moco.py, or of main_lincls.py. Only those given are in what the parser returns."""
+
+    def flag(*names: str, kind: Any = None, help: str, **more: Any) -> None:
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "VALUE"}
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=help, **{**how, **more})
+
+    parser.add_argument("data", metavar="DIR", help="folder of train/ and val/ with class folders")
+    flag("-a", "--arch", kind=str, help="encoder [resnet50]")
+    flag("-j", "--workers", kind=int, help="loader threads of this machine [its cores]")
+    flag("--epochs", kind=int, help="[v1/v2 100, v3 90]" if linear else "[v1/v2 200, v3 100]")
+    flag("--start-epoch", kind=int, help="a continued run's checkpoint says it [0]")
+    flag("-b", "--batch-size", kind=int, help="images per step [v1/v2 256, v3 1024 (linear) or 4096]")
+    flag("--lr", "--learning-rate", kind=float, dest="lr", help="rate; of v3: for 256 images")
+    flag("--schedule", kind=int, nargs="*", help="v1/v2: epochs at which the rate falls to a tenth")
+    flag("--momentum", kind=float, help="of SGD or LARS [0.9]")
+    flag("--wd", "--weight-decay", kind=float, dest="weight_decay", help="weight decay")
+    flag("-p", "--print-freq", kind=int, help="steps between log lines")
+    flag("--resume", kind=str, help="a checkpoint or run folder of ours")
+    flag("--seed", kind=int, help="seed [0]")
+    flag("--gpu", kind=int, help="GPU to use")
+    flag("--world-size", kind=int, help="number of nodes; more than one are torchrun's to start")
+    flag("--rank", kind=int, help="this node's number")
+    flag("--dist-url", kind=str, help="tcp://HOST:PORT of the first node")
+    flag("--dist-backend", kind=str, choices=("nccl", "gloo"), help="here: nccl on GPUs, gloo on CPUs")
+    flag("--multiprocessing-distributed", kind=bool, help="a process for every GPU of this machine")
+    if linear:
+        flag("-e", "--evaluate", kind=bool, help="refused: no classifier is kept")
+        flag("--pretrained", kind=str, help="a checkpoint of ours, of facebookresearch/moco or of moco-v3")
+        return
+    flag("--moco-dim", kind=int, help="dimension of the embedding [v1/v2 128, v3 256]")
+    flag("--moco-m", kind=float, help="momentum of the key encoder [v1/v2 0.999, v3 0.99]")
+    flag("--moco-t", kind=float, help="temperature [v1/v2 0.07, v3 1.0]")
+    flag("--moco-k", kind=int, help="v1/v2: queue size [65536]")
+    flag("--mlp", kind=bool, help="v1/v2: MLP head")
+    flag("--aug-plus", kind=bool, help="v1/v2: the augmentation of v2")
+    flag("--cos", kind=bool, help="v1/v2: cosine schedule")
+    flag("--moco-mlp-dim", kind=int, help="v3: hidden width of projector and predictor [4096]")
+    flag("--moco-m-cos", kind=bool, help="v3: the momentum rises to 1 along a cosine")
+    flag("--stop-grad-conv1", kind=bool, help="v3: a ViT's patch projection stays as drawn")
+    flag("--optimizer", kind=str, choices=("lars", "adamw"), help="v3: optimiser [lars]")
+    flag("--warmup-epochs", kind=int, help="v3: epochs of warm-up [10]")
+    flag("--crop-min", kind=float, help="v3: smallest share of a random crop [0.08]")
+
+
+def pretraining(given: Mapping[str, Any]) -> Equivalent:
+    """What a command line of main_moco.py trains; given: its flags as `add_flags` parses them.
+
+    ConfigError for flags of both projects, and for what has no equivalent here.
+    """
+    is_v3 = _is_v3(given)
+    flags = {**(V3 if is_v3 else V1), **given}
+    config = _moco_v3(flags) if is_v3 else _moco(flags)
+    config.data.path = given["data"]
+    if not split_folders(Path(given["data"]).expanduser())[1]:
+        config.data.holdout = 0.0  # the reference trains on all that is there
+    if "workers" in given:
+        config.data.workers = -(-given["workers"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "seed" in given:
+        config.train.seed = given["seed"]
+    if "print_freq" in given:
+        config.train.log_every = given["print_freq"]
+    if "gpu" in given and not (given.get("multiprocessing_distributed") or "WORLD_SIZE" in os.environ):
+        config.train.device = _gpu(given["gpu"])
+    if given.get("start_epoch") and not given.get("resume"):
+        raise ConfigError(
+            f"--start-epoch {given['start_epoch']}: expected 0 without --resume: only checkpoints start elsewhere"
+        )
+    notes = []
+    if given.get("start_epoch"):
+        notes.append("--start-epoch: the checkpoint of --resume says where to go on")
+    differences = {name: _differences(config, settings.load_recipe(name)) for name in RECIPES[3 if is_v3 else 1]}
+    recipe = min(differences, key=lambda name: len(differences[name]))
+    return Equivalent(recipe, differences[recipe], notes)
+
+
+def _is_v3(given: Mapping[str, Any]) -> bool:
+    arch = given.get("arch", "")
+    of_v3 = [_spelled(name) for name in given if name in V3.keys() - V1.keys()]
+    of_v3 += [f"-a {arch}"] * arch.startswith("vit_")
+    of_v1 = [_spelled(name) for name in given if name in V1.keys() - V3.keys()]
+    if of_v1 and of_v3:
+        raise ConfigError(
+            f"{', '.join(of_v1)} of MoCo v1/v2's main_moco.py and {', '.join(of_v3)} of MoCo v3's: "
+            "expected the flags of one of them"
+        )
+    return bool(of_v3)
+
+
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _moco(flags: Mapping[str, Any]) -> Config:
+    config = Config()
+    m, o = config.model, config.optim
+    m.arch, m.dim, m.queue_size = flags["arch"], flags["moco_dim"], flags["moco_k"]
+    m.momentum, m.temperature, m.mlp = flags["moco_m"], flags["moco_t"], flags["mlp"]
+    # -b is a node's batch there.
+    config.data.batch_size, config.train.epochs = flags["batch_size"] * _nodes(flags), flags["epochs"]
+    o.lr, o.momentum, o.weight_decay = flags["lr"], flags["momentum"], flags["weight_decay"]
+    o.schedule, o.milestones = "cosine" if flags["cos"] else "step", tuple(flags["schedule"])
+    if flags["aug_plus"]:
+        settings.apply(config, {f"augment.{name}": value for name, value in _AUG_PLUS.items()})
+    return config
+
+
+def _moco_v3(flags: Mapping[str, Any]) -> Config:
+    config = Config()
+    m, o = config.model, config.optim
+    if flags["arch"].startswith("vit_conv"):
+        raise ConfigError(
+            f"-a {flags['arch']}: mocofast has no ViTs with convolutional stems; it has vit_small, vit_base"
+        )
+    if flags["arch"].startswith("vit_") and not flags["stop_grad_conv1"]:
+        raise ConfigError(
+            f"-a {flags['arch']}: mocofast's ViTs keep their patch projection as drawn; expected --stop-grad-conv1"
+        )
+    m.method, m.arch, m.dim, m.hidden_dim = "moco_v3", flags["arch"], flags["moco_dim"], flags["moco_mlp_dim"]
+    m.momentum, m.temperature, m.sync_bn = flags["moco_m"], flags["moco_t"], True
+    m.momentum_schedule = "cosine" if flags["moco_m_cos"] else "constant"
+    config.data.batch_size, config.train.epochs = flags["batch_size"], flags["epochs"]
+    o.name, o.lr, o.lr_per, o.momentum = flags["optimizer"], flags["lr"], 256, flags["momentum"]
+    o.weight_decay, o.warmup_epochs = flags["weight_decay"], float(flags["warmup_epochs"])
+    o.schedule, o.per = "cosine", "step"
+    augment = {**_BYOL_AUG, "crop_scale": (flags["crop_min"], 1.0)}
+    settings.apply(config, {f"augment.{name}": value for name, value in augment.items()})
+    return config
+
+
+def _differences(config: Config, base: Config) -> dict[str, Any]:
+    """{"group.option": value} of `config` that are others in `base`."""
+    found = {}
+    for group in settings.groups():
+        for name, value in vars(getattr(config, group)).items():
+            if value != getattr(getattr(base, group), name):
+                found[f"{group}.{name}"] = value
+    return found
+
+
+def _nodes(given: Mapping[str, Any]) -> int:
+    return max(1, given.get("world_size", 1))
+
+
+def _gpu(number: int) -> str:
+    if number >= torch.cuda.device_count():
+        raise ConfigError(f"--gpu {number}: this machine has {torch.cuda.device_count()} GPUs")
+    return f"cuda:{number}"
+
+
+def processes(given: Mapping[str, Any], equivalent: Equivalent) -> tuple[int, str]:
+    """How many processes to start here (1: this one), and why. Under torchrun, always this one.
+
+    ConfigError with torchrun's line to use where other machines take part.
+    """
+    if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
+        return 1, f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, started by torchrun"
+    every_gpu, gpus = given.get("multiprocessing_distributed", False), torch.cuda.device_count()
+    if _nodes(given) > 1:
+        url = urlsplit(given.get("dist_url", ""))
+        rank = given.get("rank", -1)
+        line = (
+            f"torchrun --nnodes {_nodes(given)} --node-rank {rank if rank >= 0 else 'RANK'} "
+            f"--nproc-per-node {(gpus or 'GPUS') if every_gpu else 1} "
+            f"--master-addr {url.hostname or 'HOST'} --master-port {url.port or 'PORT'} "
+            f"-m {equivalent.command(given.get('resume', ''))}"
+        )
+        raise ConfigError(f"--world-size {given['world_size']}: on each node start\n  {line}")
+    if every_gpu and gpus > 1:
+        return gpus, f"torchrun --standalone --nproc-per-node {gpus}, for this machine's GPUs"
+    asked = "--multiprocessing-distributed: " if every_gpu else ""
+    several = f"; torchrun --nproc-per-node {gpus} -m mocofast main_moco ... takes all GPUs" if gpus > 1 else ""
+    return 1, f"{asked}one process on one device, of {gpus} GPUs here{several}"
+
+
+def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
+    """Prints the equivalent recipe and command of a main_moco.py command line and trains; its exit status.
+
+    given: the flags parsed from `argv`.
+    """
+    equivalent, resume = pretraining(given), given.get("resume", "")
+    count, why = processes(given, equivalent)
+    if count > 1:
+        print(f"starting {why}", flush=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        os.execv(sys.executable, [*launcher, "-m", "mocofast", "main_moco", *argv])
+    config = configure(equivalent.recipe, resume, equivalent.options)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"# the equivalent recipe; also: {equivalent.command(resume)}")
+        print(_as_yaml(_differences(config, Config())))
+        print("\n".join([*equivalent.notes, why]), flush=True)
+    return EXIT_INTERRUPTED if train(config, resume).interrupted else 0
+
+
+def _as_yaml(options: Mapping[str, Any]) -> str:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        group, key = name.split(".")
+        groups.setdefault(group, {})[key] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(groups, sort_keys=False)
+
+
+def probing(given: Mapping[str, Any], is_v3: bool) -> LinearConfig:
+    """The linear probe that a command line of main_lincls.py asks for; is_v3: whether MoCo v3 trained the encoder.
+
+    ConfigError for flags that have no equivalent.
+    """
+    for name, why in {
+        "evaluate": "mocofast keeps no trained classifier; the probe validates as it trains",
+        "resume": "a linear probe is not continued; it starts anew",
+        "start_epoch": "a linear probe is not continued; it starts anew",
+    }.items():
+        if given.get(name):
+            raise ConfigError(f"{_spelled(name)}: {why}")
+    for name, fixed in {"momentum": 0.9, "weight_decay": 0.0}.items():
+        if given.get(name, fixed) != fixed:
+            raise ConfigError(f"{_spelled(name)} {given[name]}: the protocol's is {fixed}")
+    if is_v3 and "schedule" in given:
+        raise ConfigError("--schedule: a flag of MoCo v1/v2's main_lincls.py, and MoCo v3 trained this encoder")
+    flags = {**(LINEAR_V3 if is_v3 else LINEAR_V1), **given}
+    options = LinearConfig("reference", flags["epochs"], flags["lr"], flags["batch_size"])
+    if is_v3:
+        options.lr *= options.batch_size / 256
+        options.schedule = "cosine"
+    else:
+        options.milestones = tuple(flags["schedule"])
+    return options
+
+
+def main_lincls(given: Mapping[str, Any]) -> int:
+    """Prints what a main_lincls.py command line asks for in our terms and trains the classifier; its exit status."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or _nodes(given) > 1:
+        raise ConfigError(
+            "the linear probe runs in one process on one device; expected neither torchrun nor --world-size"
+        )
+    if not given.get("pretrained"):
+        raise ConfigError("--pretrained: expected a checkpoint of the encoder to probe, got nothing")
+    model, config, ours = load_pretrained(given["pretrained"], given.get("arch"))
+    options = probing(given, config.model.method == "moco_v3")
+    values = {"data.source": "folder", "data.path": given["data"], "data.workers": given.get("workers", -1)}
+    settings.apply(config, {**values, "train.seed": given.get("seed", config.train.seed)})
+    device = choose_device(_gpu(given["gpu"]) if "gpu" in given else "auto")
+    changed = {name: value for name, value in vars(options).items() if value != getattr(LinearConfig(), name)}
+    print(_as_yaml({f"linear.{name}": value for name, value in changed.items()}))
+    if ours:
+        words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]
+        for name, value in changed.items():
+            words += [f"--linear.{name}", settings.shown(value) if value != () else ","]
+        print(f"# also: {shlex.join(words)}")
+    splits = load_splits(config.data, config.train.seed)
+    print(f"{splits.note}\none process on {device}", flush=True)
+    result = linear_probe(model.encoder_q.to(device), splits, config, options, device)
+    print(f"linear_top1 {result.top1:.4g}\nlinear_top5 {result.top5:.4g}")
+    return 0
