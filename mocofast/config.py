@@ -147,7 +147,7 @@ class EngineConfig:
 
     mode: str = option(
         "auto",
-        "op by op (eager), each encoder compiled (compile), besides in one CUDA graph (graph); auto says which and why",
+        "op by op (eager), encoders compiled (compile), besides in one CUDA graph (graph); auto says which and why",
         ("auto", "eager", "compile", "graph"),
     )
 
