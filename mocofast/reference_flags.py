@@ -238,9 +238,12 @@ def processes(given: Mapping[str, Any], equivalent: Equivalent) -> tuple[int, st
         raise ConfigError(f"--world-size {given['world_size']}: on each node start\n  {line}")
     if every_gpu and gpus > 1:
         return gpus, f"torchrun --standalone --nproc-per-node {gpus}, for this machine's GPUs"
-    asked = "--multiprocessing-distributed: " if every_gpu else ""
-    several = f"; torchrun --nproc-per-node {gpus} -m mocofast main_moco ... takes all GPUs" if gpus > 1 else ""
-    return 1, f"{asked}one process on one device, of {gpus} GPUs here{several}"
+    if every_gpu:
+        return 1, (
+            f"--multiprocessing-distributed: one process, as this machine has {gpus} GPUs; where there are several, "
+            "torchrun --nproc-per-node=GPUS -m mocofast main_moco ..., which this command then starts itself"
+        )
+    return 1, f"one process on one device, of {gpus} GPUs; --multiprocessing-distributed takes all"
 
 
 def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:

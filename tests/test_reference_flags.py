@@ -232,8 +232,13 @@ def test_unchanged_lines_train_and_probe_both_kinds_of_checkpoints(
     out = capsys.readouterr().out
     assert "model:\n  arch: resnet18\n  queue_size: 16\n  temperature: 0.2\n  mlp: true\n" in out
     assert "mocofast pretrain moco_v2_r50_200ep --model.arch resnet18 --model.queue_size 16 --data.path images" in out
+    assert "torchrun --nproc-per-node=GPUS -m mocofast main_moco" in out
     folder = tmp_path / "runs" / "moco_v2_r50_200ep"
     assert [line["step"] for line in runs.metrics(folder) if "loss" in line] == [1, 2, 3]
+    assert cli.main(["main_moco", *line.split(), "--resume", str(folder), "--start-epoch", "1", "images"]) == 0
+    out = capsys.readouterr().out
+    assert "--start-epoch: the checkpoint of --resume says where to go on" in out
+    assert "continuing at step 3, epoch 1 + 0 steps" in out
     assert cli.main(["export", str(folder), "--format", "reference", "checkpoint_0000.pth.tar"]) == 0
     capsys.readouterr()
 
