@@ -248,8 +248,10 @@ def main_moco(argv: Sequence[str]) -> int:
 
     parser = _Parser(
         prog="mocofast main_moco",
-        description="Runs a command line of main_moco.py and prints what it is here. A flag that only MoCo v3's has, or "
-        "a\nViT, makes it MoCo v3's; without one it is MoCo v1's or v2's. Of [defaults], its own count.",
+        description=(
+            "Runs a command line of main_moco.py and prints what it is here. A flag that only MoCo v3's has, or a ViT,\n"
+            "makes it MoCo v3's; without one it is MoCo v1's or v2's."
+        ),
     )
     reference_flags.add_flags(parser, linear=False)
     return reference_flags.main_moco(vars(parser.parse(argv)), argv)
@@ -261,8 +263,7 @@ def main_lincls(argv: Sequence[str]) -> int:
 
     parser = _Parser(
         prog="mocofast main_lincls",
-        description="Runs a command line of main_lincls.py. How it is trained, MoCo's way or MoCo v3's, the checkpoint "
-        "says.",
+        description="Runs a command line of main_lincls.py, in MoCo's way or MoCo v3's, as the checkpoint says.",
     )
     reference_flags.add_flags(parser, linear=True)
     given = vars(parser.parse(argv))
