@@ -249,8 +249,8 @@ def main_moco(argv: Sequence[str]) -> int:
     parser = _Parser(
         prog="mocofast main_moco",
         description=(
-            "Runs a command line of main_moco.py and prints what it is here. A flag that only MoCo v3's has, or a ViT,\n"
-            "makes it MoCo v3's; without one it is MoCo v1's or v2's."
+            "Runs a command line of main_moco.py and prints what it is here. A flag that only MoCo v3's has, or\n"
+            "a ViT, makes it MoCo v3's; without one it is MoCo v1's or v2's."
         ),
     )
     reference_flags.add_flags(parser, linear=False)
