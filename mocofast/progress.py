@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -48,30 +49,45 @@ class Window:
         self.images += images
         self._waited += waited
 
-    def means(self) -> dict[str, float]:
-        """Means over the window and over ranks (which call it together), of what there is. Waits for the device."""
-        sums = self.sums.clone()
+    def means(self) -> Callable[[], dict[str, float]]:
+        """A function that gives the means over the window and over ranks (which call `means` together), of what there
+        is. Only that function waits for the device, and only for what was launched by now."""
+        means = self.sums / self.steps
         if dist.is_initialized():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-        means = dict(zip(METRICS, (sums / self.steps).tolist()))
-        # A loss that is not a number has to be seen; accuracies are only so where there are none.
-        return {name: value for name, value in means.items() if name == "loss" or not math.isnan(value)}
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        copied = None
+        if means.is_cuda:
+            on_host = torch.empty(len(METRICS), pin_memory=True)
+            means, copied = on_host.copy_(means, non_blocking=True), torch.cuda.Event()
+            copied.record()
 
-    def flush(self) -> dict[str, float]:
-        """`means` and rates; starts the next window. The only place where a run waits for the device."""
-        values = self.means()
-        seconds = time.perf_counter() - self._began
-        values["images_per_second"] = self.images / seconds
-        values["data_wait"] = self._waited / seconds
-        self.restart()
-        return values
+        def read() -> dict[str, float]:
+            if copied is not None:
+                copied.synchronize()
+            values = dict(zip(METRICS, means.tolist()))
+            # A loss that is not a number has to be seen; accuracies are only so where there are none.
+            return {name: value for name, value in values.items() if name == "loss" or not math.isnan(value)}
 
-    def restart(self) -> None:
-        """Empties the window and restarts its clock."""
+        return read
+
+    def flush(self) -> Callable[[], dict[str, float]]:
+        """Starts the next window. A function that gives this one's `means` and rates; called after the next step's
+        launch, it leaves the device something to do. The only place where a run waits for the device."""
+        read, images, waited = self.means(), self.images, self._waited
         self.sums.zero_()
         self.steps = self.images = 0
-        self.restart_clock()
+        self._waited = 0.0
+
+        def finished() -> dict[str, float]:
+            values = read()
+            # From one reading to the next, since what the host has launched is not done.
+            now = time.perf_counter()
+            seconds = now - self._began
+            self._began = now
+            return {**values, "images_per_second": images / seconds, "data_wait": waited / seconds}
+
+        return finished
 
     def leave_out(self, seconds: float) -> None:
         """Leaves so much out of the time that passes."""

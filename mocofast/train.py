@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class _Run:
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
         self.step = self.epoch = self.step_in_epoch = 0
         self.window = Window(device)
+        self.due: Callable[[], None] | None = None  # a line whose figures the device still computes
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         if state is not None:
@@ -144,11 +146,14 @@ class _Run:
                 while self.step < min(limit, self.total_steps) and not interrupted:
                     for _ in self._epoch(limit):
                         bar.update()
+                        self._write_line()
                         interrupted = stop.agreed()
                         if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
                             elapsed = time.perf_counter() - began
                             self._log(bar, elapsed / (self.step - first_step) * (self.total_steps - self.step))
                         end = self.step_in_epoch == self.steps_per_epoch
+                        if end or self._checkpoint_due(end) or interrupted:
+                            self._write_line()
                         if end:
                             self._end_epoch()
                         if self._checkpoint_due(end) or interrupted:
@@ -157,10 +162,11 @@ class _Run:
                             gc.collect()
                         if interrupted:
                             break
+                self._write_line()
             if saved_at != self.step:
                 self._save()
             if self.window.steps:  # the next line's averages so far; they stay in the window, for a continued run
-                loss = self.window.means()["loss"]
+                loss = self.window.means()()["loss"]
                 log.info("loss %.3f over the last %d steps", loss, self.window.steps)
             self._finish(interrupted, time.perf_counter() - began)
         finally:
@@ -218,22 +224,31 @@ class _Run:
     # ---- what it writes ----
 
     def _log(self, bar: tqdm[Any], remaining: float) -> None:
-        values = self.window.flush()
+        """A line on the steps so far, which `_write_line` reads and writes when the device has the next one to do."""
+        self.due = functools.partial(self._write, bar, self.step, self.rate, remaining, self.window.flush())
+
+    def _write_line(self) -> None:
+        if self.due is not None:
+            self.due()
+            self.due = None
+
+    def _write(
+        self, bar: tqdm[Any], step: int, rate: float, remaining: float, read: Callable[[], dict[str, float]]
+    ) -> None:
+        values = read()
         if self.folder is None:
             return
-        position = self.step / self.steps_per_epoch
+        position = step / self.steps_per_epoch
         memory = memory_gib(self.device)
         self.folder.write(
-            step=self.step, epoch=position, lr=self.rate, chance_loss=self.model.chance_loss, memory_gib=memory,
-            **values,
-        )  # fmt: skip
+            step=step, epoch=position, lr=rate, chance_loss=self.model.chance_loss, memory_gib=memory, **values
+        )
         loss = f"loss {values['loss']:.3f}"
         if self.model.chance_loss is not None:
             loss += f" (chance {self.model.chance_loss:.2f})"
         shares = "".join(f"  acc@{k} {values[f'acc{k}']:.1%}" for k in (1, 5) if f"acc{k}" in values)
         line = (
-            f"epoch {position:6.2f}/{self.config.train.epochs}  step {self.step}  {loss}{shares}  "
-            f"lr {self.rate:.4g}  "
+            f"epoch {position:6.2f}/{self.config.train.epochs}  step {step}  {loss}{shares}  lr {rate:.4g}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
             f"ETA {duration(remaining)}  memory {memory:.1f} GiB"
         )

@@ -238,8 +238,14 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     window = Window(torch.device("cpu"))
     train_step(model, views, optimizer, 1, autocast)  # the first step sets things up
     with Synchronisations() as waits:
+        metrics = train_step(model, views, optimizer, 1, autocast)
+        window.add(metrics, 8, 0.0)
+        read = window.flush()
         window.add(train_step(model, views, optimizer, 1, autocast), 8, 0.0)
     assert waits.seen == []
+    assert read()["loss"] == float(
+        metrics[0]
+    )  # of the first step alone: a log line is read after the next one's launch
     with Synchronisations() as waits:
         torch.ones(1).item()  # the counter does count
     assert len(waits.seen) == 1
