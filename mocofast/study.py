@@ -121,9 +121,12 @@ def four_class(data: str, out: Path, setting: Setting, device: torch.device) -> 
 
     try:
         for name, model in reversed(setting.models.items()):  # the ViT's pretraining takes longest
-            pending[pool.submit(_pretrain, out, name, model, str(device))] = name, "pretraining", None
+            if name not in results["knn"]:
+                pending[pool.submit(_pretrain, out, name, model, str(device))] = name, "pretraining", None
         for name in setting.models:
             tune(name, "scratch")
+            if name in results["knn"]:
+                tune(name, "pretrained")
         while pending:
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 name, start, seed = pending.pop(done)
@@ -282,9 +285,9 @@ def draw(results: dict[str, Any], setting: Setting) -> Figure:
         axes.axhline(1 / CLASSES, color="#7a7f87", linestyle=":", linewidth=1)
         axes.set_title(f"{name}, {CLASSES * setting.labelled} labelled images", fontsize=11)
         axes.set_xlabel("epoch on the labelled images")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e8eb", linewidth=0.8)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc=(0.52, 0.1))
     panels[0].set_ylabel("accuracy on test images (dotted: chance)")
     return figure
