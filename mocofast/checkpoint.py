@@ -19,7 +19,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.methods import build_method
 from mocofast.methods.base import Method
 
-FORMAT = 1
+FORMAT = 2
 LAST = "last.pt"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.config import OptimConfig
 from mocofast.encoders import TinyResNet
+from mocofast.methods import build_method
 from mocofast.methods.byol import BYOL
 from mocofast.methods.moco_v3 import MoCoV3
 from mocofast.methods.predicting import PredictingMethod
 from mocofast.optim import optimizer_of
+from mocofast.settings import load_recipe
 from mocofast.step import choose_autocast, train_step
 from mocofast.sync_batch_norm import sync_batch_norm
 from tests.eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
@@ -223,3 +226,12 @@ def test_a_state_dict_keeps_projector_in_the_head_and_predictor_apart(tmp_path: 
     assert "encoder_q.fc.4.running_mean" in names  # the projector ends in BatchNorm,
     assert "encoder_q.fc.4.weight" not in names  # without weights
     assert "predictor.4.running_mean" not in names
+
+
+def test_residual_blocks_of_moco_v3s_resnets_start_as_identities() -> None:
+    config = load_recipe("cifar10_moco_v3")
+    state = build_method(config).state_dict()
+    last = [name for name in state if re.fullmatch(r"encoder_[qk]\.layer\d\.\d\.bn2\.weight", name)]
+    assert len(last) == 16  # 8 blocks of a ResNet-18, in two encoders
+    assert all(not state[name].any() for name in last)
+    assert state["encoder_q.layer1.0.bn1.weight"].all()

@@ -104,8 +104,15 @@ def build(config: Config) -> MoCoV3:
     m = config.model
     mean, std = pixel_statistics(config.augment)
     is_vit = m.arch.startswith("vit_")
+    build_base = build_encoder(m.arch, config.augment.size)
+
+    def base_encoder(num_classes: int) -> nn.Module:
+        encoder = build_base(num_classes=num_classes)
+        _start_blocks_as_identity(encoder)
+        return encoder
+
     return MoCoV3(
-        build_encoder(m.arch, config.augment.size),
+        base_encoder,
         m.dim,
         m.hidden_dim,
         m.momentum,
@@ -115,3 +122,14 @@ def build(config: Config) -> MoCoV3:
         pixel_mean=mean,
         pixel_std=std,
     )
+
+
+def _start_blocks_as_identity(encoder: nn.Module) -> None:
+    """Zeroes the last BatchNorm weight of every residual block (Goyal et al. 2017, arXiv:1706.02677, section 5.1), as the
+    reference's ResNets start."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    for block in encoder.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            nn.init.zeros_(last.weight)
