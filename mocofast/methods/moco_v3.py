@@ -125,8 +125,8 @@ def build(config: Config) -> MoCoV3:
 
 
 def _start_blocks_as_identity(encoder: nn.Module) -> None:
-    """Zeroes the last BatchNorm weight of every residual block (Goyal et al. 2017, arXiv:1706.02677, section 5.1), as the
-    reference's ResNets start."""
+    """Zeroes the last BatchNorm weight of every residual block, as the reference's ResNets start (Goyal et al. 2017,
+    arXiv:1706.02677, section 5.1)."""
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
     for block in encoder.modules():
