@@ -29,7 +29,8 @@ def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of `bench step`; without lightly, whether it is installed here or not."""
     target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "lightly", None)
+        for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
+            patch.setitem(sys.modules, name, None)
         drawn = target.with_name("step.png")
         assert main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(drawn)]) == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")

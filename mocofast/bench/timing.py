@@ -120,8 +120,8 @@ def resident_memory(own: bool = True) -> int | None:
             continue
         except OSError:
             return None
-        found = re.search(r"Pss:\s+(\d+) kB", text)
-        total += 1024 * int(found.group(1)) if found else 0
+        # Without the pages of files: libraries, whose shares change with whatever else runs on the machine.
+        total += sum(1024 * int(found) for found in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text))
     return total
 
 
