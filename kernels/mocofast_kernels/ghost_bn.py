@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import kernel_slots
+from mocofast_kernels.configs import REGISTERS, kernel_slots
 
 WARPS = 4
 TILE = 2048  # elements: 16 a thread
@@ -401,10 +401,12 @@ def ghost_bn_backward(
             partial, statistics, sums, plan.C, parts, plan.sweep, BLOCK_P=_combined(plan), BLOCK_C=COMBINED,
             num_warps=WARPS,
         )  # fmt: skip
+        # ptxas would spill two words of the mask's work for one program more.
+        limit = {"maxnreg": REGISTERS} if relu and output is None else {}
         _grad_input_kernel[(blocks * plan.write,)](
             rectified, x, statistics, weight, bias, sums, grad_input, grad_weight, grad_bias, plan.C, plan.area,
             parts, plan.rows, plan.write, RELU=relu and output is None, WIDE=plan.wide, BLOCK_R=plan.block_r,
-            BLOCK_C=plan.block_c, TILES=TILES, num_warps=WARPS,
+            BLOCK_C=plan.block_c, TILES=TILES, num_warps=WARPS, **limit,
         )  # fmt: skip
     return grad_input, grad_weight, grad_bias, rectified
 

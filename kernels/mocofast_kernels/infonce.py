@@ -377,5 +377,6 @@ def infonce_forward(
             grad_scale, N, splits, *query.stride(), *positive.stride(), C=C, TEMPERATURE_IS_POINTER=is_pointer,
             NORMALIZE=normalize, ONLINE=online, RANK=return_rank, GRAD=compute_grad,
             SPLITS=triton.next_power_of_2(splits), BLOCK_SPLITS=max(1, 4096 // block_of(C)), BLOCK_C=block_of(C),
+            maxnreg=REGISTERS,
         )  # fmt: skip
     return InfoNCEForward(loss, lse, rank, grad_query, grad_positive, grad_scale)
