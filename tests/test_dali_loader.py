@@ -461,3 +461,16 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
         streams.append([b._replace(views=tuple(v.cpu() for v in b.views)) for b in loader.epoch(0)])
         loader.close()
     assert difference(*streams, view=0).mean() < 1
+
+
+def test_threads_that_make_views_use_one_core_each() -> None:
+    """PyTorch gives a thread its number of threads when it first asks for it, and then the process's default."""
+    used = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with dali_loader._single_threaded_pool(2) as pool:
+            seen = list(pool.map(lambda _: torch.get_num_threads(), range(8)))
+        assert seen == [1] * 8
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(used)

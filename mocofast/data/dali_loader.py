@@ -400,6 +400,7 @@ def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
     all_started = threading.Barrier(threads + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the default, whatever was set before
         torch.set_num_threads(1)
         all_started.wait()
 
