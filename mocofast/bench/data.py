@@ -12,6 +12,7 @@ the batches that it has ready by then are not counted.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ def loaders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Si
 
 def memory_of(side: Side, batch_size: int, device: torch.device) -> int | None:
     """Most bytes of the host's memory that a loader and its processes have taken when a batch is there."""
+    gc.collect()  # else what is garbage by now is gone from the later figure only
     before = timing.resident_memory()
     found = []
     measure(Side(side.start, lambda batch: found.append(timing.resident_memory())), 1, batch_size, device)
