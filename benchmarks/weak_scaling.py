@@ -10,11 +10,10 @@ the measured figures and says what they can and cannot show.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.bench import timing
+from mocofast.bench.processes import on_ranks
 from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
 from mocofast.bench.sides import channels_first, float_views, fresh_model, our_optimizer, pixel_views
 from mocofast.config import Config
@@ -52,11 +52,8 @@ def sides(config: Config, world: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def worker(rank: int, world: int, port: int, config: Config, repeats: int, steps: int, out: str) -> None:
-    """Rank 0 writes {side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def rounds(world: int, config: Config, repeats: int, steps: int, rank: int) -> dict[str, list[tuple[float, float]]]:
+    """{side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
     found: dict[str, list[tuple[float, float]]] = {}
     both = sides(config, world)
     for _ in range(WARM_UP):
@@ -73,27 +70,19 @@ def worker(rank: int, world: int, port: int, config: Config, repeats: int, steps
             seconds = time.perf_counter() - began
             dist.all_reduce(used)
             found.setdefault(name, []).append((seconds, used.item()))
-    if rank == 0:
-        Path(out).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    return found
 
 
 def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds: images per second of all ranks together, CPU milliseconds per image."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/rounds.json"
-        torch.multiprocessing.spawn(worker, (world, port, config, repeats, steps, out), nprocs=world)
-        rounds = json.loads(Path(out).read_text(encoding="utf-8"))
+    found = on_ranks(functools.partial(rounds, world, config, repeats, steps), world)[0]
     images = world * config.data.batch_size * steps
     return {
         name: {
             "images_per_second": round(statistics.median(images / seconds for seconds, _ in values), 2),
             "cpu_milliseconds_per_image": round(statistics.median(1e3 * cpu / images for _, cpu in values), 4),
         }
-        for name, values in rounds.items()
+        for name, values in found.items()
     }
 
 

@@ -63,7 +63,12 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one.
+
+    Models wrapped in DistributedDataParallel have to be gone by then. One that outlives the group ends gloo's threads
+    itself, with Python's lock in its hands: a thread that still waits for that lock, to let go of the last
+    collective's tensors, is waited for without end (pytorch/pytorch#56297).
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

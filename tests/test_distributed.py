@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import MoCo, distributed
+from mocofast.bench.processes import on_ranks
 from mocofast.encoders import TinyResNet
 from mocofast.methods.base import MethodOutput
 
@@ -122,13 +120,9 @@ def one_process_against_two(rank: int) -> dict[str, Tensor]:
     return sgd_trajectory(small_moco(PlainEncoder), own_part(random_batches(STEPS, 16), rank))
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    joined = distributed.init_from_environment("cpu")
+def on_a_rank(rank: int) -> dict[str, Any]:
     found = {
-        "joined": joined,
+        "joined": distributed.init_from_environment("cpu"),
         "main": distributed.is_main(),
         "no BatchNorm": three_trajectories(rank, PlainEncoder),
         "v1": three_trajectories(rank, TinyResNet),
@@ -145,17 +139,12 @@ def worker(rank: int, port: int, out: str) -> None:
     distributed.barrier()
     distributed.shutdown()
     found["left"] = distributed.rank_and_world_size()
-    torch.save(found, Path(out) / f"{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(out)), nprocs=WORLD)
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(on_a_rank, WORLD)
 
 
 def test_ranks_join_and_leave_as_torchrun_says(ranks: list[dict[str, Any]]) -> None:

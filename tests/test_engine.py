@@ -6,18 +6,17 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from eager_moco import PlainEncoder
-from processes import on_ranks
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from mocofast import MoCo
+from mocofast.bench.processes import on_ranks
 from mocofast.bench.step import HostSynchronisations
 from mocofast.config import ConfigError, OptimConfig
 from mocofast.encoders import TinyResNet
@@ -246,8 +245,8 @@ def ranks_trajectories(rank: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def test_two_ranks_follow_one_trajectory_in_every_mode(tmp_path: Path) -> None:
-    first, second = on_ranks(ranks_trajectories, tmp_path)
+def test_two_ranks_follow_one_trajectory_in_every_mode() -> None:
+    first, second = on_ranks(ranks_trajectories)
     for precision in ("fp32", "bf16"):
         for found in (first, second):
             for name, value in found[f"eager {precision}"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import cli, distributed
+from mocofast.bench.processes import on_ranks
 from mocofast.config import Config
 from mocofast.data.interface import view_augments
 from mocofast.encoders import build_encoder
 from mocofast.schedule import scaled_by_batch
 from mocofast.settings import load_recipe, validate
 from tests import runs
-from tests.processes import on_ranks
 
 SHORT = ("--model.hidden_dim", "128", "--model.momentum_schedule", "cosine", "--train.epochs", "8",
          "--train.log_every", "11", "--knn.shots", "0", "--data.workers", "0")  # fmt: skip
@@ -81,19 +83,39 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
 WITH_OTHER_RANKS = ("simclr", "memory_bank", "swav")
 
 
-def two_rank_runs(folder: Path, rank: int) -> None:
+def two_rank_runs(folder: Path, rank: int) -> list[int]:
+    """How many models were wrapped until a run's end, and how many of these wrappers were then alive: run by run."""
+    wrappers: list[weakref.ref[DistributedDataParallel]] = []
+    counts: list[int] = []
+
+    def wrapped(*arguments: Any, **options: Any) -> DistributedDataParallel:
+        wrapper = DistributedDataParallel(*arguments, **options)
+        wrappers.append(weakref.ref(wrapper))
+        return wrapper
+
+    def leave() -> None:
+        counts.extend((len(wrappers), sum(wrapper() is not None for wrapper in wrappers)))
+        distributed.barrier()
+
     # All runs in one process group: a second one cannot take the same port again.
-    with mock.patch("mocofast.distributed.shutdown", distributed.barrier):
+    with (
+        mock.patch("mocofast.distributed.shutdown", leave),
+        mock.patch("mocofast.engine.DistributedDataParallel", wrapped),
+    ):
         for name in WITH_OTHER_RANKS:
             options = ("pretrain", "digits", *SHORT, *METHODS[name], "--train.log_every", "3")
             mocofast(*options, "--train.dir", folder / name, "--train.max_steps", "12")
             mocofast(*options, "--train.dir", folder / f"{name}, in parts", "--train.max_steps", "7")
             mocofast("pretrain", "--resume", folder / f"{name}, in parts", "--train.max_steps", "12")
+    return counts
 
 
 def test_two_ranks_stop_and_continue_as_if_they_never_had(tmp_path: Path) -> None:
     """What ranks share there: gathered views, negatives drawn alike, a bank, sums over ranks."""
-    on_ranks(partial(two_rank_runs, tmp_path), tmp_path)
+    for counts in on_ranks(partial(two_rank_runs, tmp_path)):
+        # A wrapper that outlives its group can wait without end for the group's threads.
+        assert counts[::2] == list(range(1, 3 * len(WITH_OTHER_RANKS) + 1))
+        assert not any(counts[1::2])
     for name in WITH_OTHER_RANKS:
         whole, parts = tmp_path / name, tmp_path / f"{name}, in parts"
         assert [line["step"] for line in runs.metrics(whole) if "loss" in line] == [3, 6, 9, 12]

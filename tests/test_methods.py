@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mocofast.bench.processes import on_ranks
 from mocofast.config import Config, ConfigError, ModelConfig
 from mocofast.encoders import TinyResNet
 from mocofast.methods import build_method
@@ -21,7 +22,6 @@ from mocofast.methods.swav import SwAV
 from mocofast.sync_batch_norm import sync_batch_norm
 from tests.eager_methods import EAGER, Batch, random_batches, trajectory
 from tests.eager_moco import assert_same_to_rounding
-from tests.processes import on_ranks
 
 IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
 
@@ -85,8 +85,8 @@ def evaluated(model: Method) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(two_ranks, tmp_path_factory.mktemp("ranks"))
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(two_ranks)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mocofast.bench.processes import on_ranks
 from mocofast.config import OptimConfig
 from mocofast.encoders import TinyResNet
 from mocofast.methods import build_method
@@ -25,7 +26,6 @@ from mocofast.settings import load_recipe
 from mocofast.step import choose_autocast, train_step
 from mocofast.sync_batch_norm import sync_batch_norm
 from tests.eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
-from tests.processes import on_ranks
 
 WORLD = 2
 # Each step's m, as a schedule would set it. The first is of equal weights: an average of them shows nothing.
@@ -127,8 +127,8 @@ def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(on_a_rank, tmp_path_factory.mktemp("ranks"), WORLD)
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(on_a_rank, WORLD)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,21 +5,20 @@ What is compared is the same training: our step and the reference's give the sam
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from wire import Collective, Wire
 
 from benchmarks import scaling, weak_scaling
 from mocofast import MoCo
+from mocofast.bench.processes import on_ranks
 from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
 from mocofast.config import OptimConfig
 from mocofast.encoders import TinyResNet
@@ -80,46 +79,30 @@ def reference(model: ReferenceMoCo, world: int, rank: int) -> dict[str, Any]:
     return {"losses": losses, "collectives": collectives}
 
 
-def worker(rank: int, ports: list[int], out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    for world, port in zip(WORLDS, ports):
-        if rank >= world:
-            return
-        os.environ["MASTER_PORT"] = str(port)
-        dist.init_process_group("gloo", rank=rank, world_size=world)
-        torch.manual_seed(0)
-        model = MoCo(TinyResNet, DIM, QUEUE, pixel_mean=[127.0] * 3, pixel_std=[50.0] * 3)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        plain = ReferenceMoCo(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        found: dict[str, Any] = {
-            "step": scaling.Step(
-                ranks=world,
-                batch=BATCH,
-                pixels=3 * SIDE**2,
-                dim=DIM,
-                parameters=sum(p.numel() for p in model.encoder_q.parameters()),
-                buffers=sum(b.numel() * b.element_size() for b in plain.buffers()),
-            )
-        }
-        for name, run, trained in (("mocofast", ours, model), ("reference", reference, plain)):
-            torch.manual_seed(7 + rank)  # rank 0's generator draws the permutations, on both sides
-            found[name] = run(trained, world, rank)  # type: ignore[operator]
-        torch.save(found, Path(out) / f"{world}-{rank}.pt")
-        dist.destroy_process_group()
+def on_a_rank(world: int, rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = MoCo(TinyResNet, DIM, QUEUE, pixel_mean=[127.0] * 3, pixel_std=[50.0] * 3)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = ReferenceMoCo(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    found: dict[str, Any] = {
+        "step": scaling.Step(
+            ranks=world,
+            batch=BATCH,
+            pixels=3 * SIDE**2,
+            dim=DIM,
+            parameters=sum(p.numel() for p in model.encoder_q.parameters()),
+            buffers=sum(b.numel() * b.element_size() for b in plain.buffers()),
+        )
+    }
+    for name, run, trained in (("mocofast", ours, model), ("reference", reference, plain)):
+        torch.manual_seed(7 + rank)  # rank 0's generator draws the permutations, on both sides
+        found[name] = run(trained, world, rank)  # type: ignore[operator]
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    out = tmp_path_factory.mktemp("ranks")
-    probes = [socket.socket() for _ in WORLDS]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    torch.multiprocessing.spawn(worker, (ports, str(out)), nprocs=max(WORLDS))
-    return {w: [torch.load(out / f"{w}-{r}.pt", weights_only=False) for r in range(w)] for w in WORLDS}
+def ranks() -> dict[int, list[dict[str, Any]]]:
+    return {world: on_ranks(partial(on_a_rank, world), world) for world in WORLDS}
 
 
 def assert_close(measured: float, payload: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mocofast.sync_batch_norm as module
+from mocofast.bench.processes import on_ranks
 from mocofast.sync_batch_norm import SyncBatchNorm, sync_batch_norm
-from tests.processes import on_ranks
 
 WORLD = 2
 
@@ -58,8 +57,8 @@ def on_a_rank(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path: Path) -> None:
-    ranks = on_ranks(on_a_rank, tmp_path, WORLD)
+def test_two_ranks_equal_one_process_on_the_whole_batch() -> None:
+    ranks = on_ranks(on_a_rank, WORLD)
     whole = network()
     expected = trained(whole, list(images()))
     for name, value in expected.items():

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mocofast.bench.processes import free_port
 from mocofast.config import OptimConfig
 from mocofast.methods.moco import MoCo
 from mocofast.optim import build_optimizer
@@ -130,7 +131,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(tmp_path: Pat
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
-    folder, port = tmp_path / "run", str(runs.free_port())
+    folder, port = tmp_path / "run", str(free_port())
     command = [sys.executable, "-m", "mocofast", "pretrain", "digits", *SHORT, "--train.dir", str(folder)]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
