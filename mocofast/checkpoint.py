@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mocofast import settings
+from mocofast import files, settings
 from mocofast.config import Config, ConfigError
 from mocofast.methods import build_method
 from mocofast.methods.base import Method
@@ -24,13 +24,9 @@ LAST = "last.pt"
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes beside `path`, flushes to disk, then renames: `path` is always whole, the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """torch.save, but `path` is always whole: it has the old content or the new."""
+    with files.whole(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _snapshot(value: Any) -> Any:

@@ -6,7 +6,6 @@ is its moving average and only served the queue.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import list_models
 
+from mocofast import files
 from mocofast.checkpoint import model_from_checkpoint
 from mocofast.config import Config, ConfigError
 from mocofast.interop import backbone_state_dict, to_reference_state_dict
@@ -162,9 +162,5 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(path) as file:
+        save(file)

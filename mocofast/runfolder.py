@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from mocofast import settings
+from mocofast import files, settings
 from mocofast.config import Config
 
 log = logging.getLogger("mocofast")
@@ -49,9 +48,8 @@ class RunFolder:
             self._skipped = {json.loads(line)["file"] for line in named}
         self.metrics_path = path / "metrics.jsonl"
         kept = self._lines_until(resumed_step) if resumed_step is not None else []
-        rewritten = path / "metrics.jsonl.tmp"
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        os.replace(rewritten, self.metrics_path)
+        with files.whole(self.metrics_path) as rewritten:
+            rewritten.write_text("".join(kept), encoding="utf-8")
         self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
         from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
 

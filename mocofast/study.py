@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from mocofast import __version__, settings
+from mocofast import __version__, files, settings
 from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.loaders import count_workers
@@ -233,9 +233,8 @@ def _tune(out: Path, name: str, start: str, seed: int, setting: Setting, device:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with files.whole(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def _describe(device: torch.device) -> str:

@@ -64,8 +64,8 @@ def test_a_failing_write_is_reported_and_leaves_the_old_file(tmp_path: Path, mon
     writer.save(state(1, torch.ones(1)))
     writer.wait()
 
-    def full_disk(value: object, file: Any) -> None:
-        file.write(b"half")
+    def full_disk(value: object, file: Path) -> None:
+        file.write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
@@ -73,6 +73,7 @@ def test_a_failing_write_is_reported_and_leaves_the_old_file(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space left"):
         writer.wait()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
     writer.wait()  # reported once
 
 

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 # Each module may import only from lower layers, or its own.
 LAYERS = [
     ("mocofast_kernels",),
-    ("mocofast", "mocofast.ops", "mocofast.autograd", "mocofast.config", "mocofast.distributed", "mocofast.parts"),
+    (
+        "mocofast",
+        "mocofast.ops",
+        "mocofast.autograd",
+        "mocofast.config",
+        "mocofast.distributed",
+        "mocofast.files",
+        "mocofast.parts",
+    ),
     ("mocofast.fused_blocks", "mocofast.normalization", "mocofast.vit"),
     ("mocofast.settings",),
     ("mocofast.encoders", "mocofast.sync_batch_norm"),
