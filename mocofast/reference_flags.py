@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
-import yaml
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
@@ -139,7 +138,9 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
     notes = []
     if given.get("start_epoch"):
         notes.append("--start-epoch: the checkpoint of --resume says where to go on")
-    differences = {name: _differences(config, settings.load_recipe(name)) for name in RECIPES[3 if is_v3 else 1]}
+    differences = {
+        name: settings.differences(config, settings.load_recipe(name)) for name in RECIPES[3 if is_v3 else 1]
+    }
     recipe = min(differences, key=lambda name: len(differences[name]))
     return Equivalent(recipe, differences[recipe], notes)
 
@@ -198,16 +199,6 @@ def _moco_v3(flags: Mapping[str, Any]) -> Config:
     return config
 
 
-def _differences(config: Config, base: Config) -> dict[str, Any]:
-    """{"group.option": value} of `config` that are others in `base`."""
-    found = {}
-    for group in settings.groups():
-        for name, value in vars(getattr(config, group)).items():
-            if value != getattr(getattr(base, group), name):
-                found[f"{group}.{name}"] = value
-    return found
-
-
 def _nodes(given: Mapping[str, Any]) -> int:
     return max(1, given.get("world_size", 1))
 
@@ -260,17 +251,9 @@ def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
     config = configure(equivalent.recipe, resume, equivalent.options)
     if os.environ.get("RANK", "0") == "0":
         print(f"# the equivalent recipe; also: {equivalent.command(resume)}")
-        print(_as_yaml(_differences(config, Config())))
+        print(settings.as_yaml(settings.differences(config, Config())))
         print("\n".join([*equivalent.notes, why]), flush=True)
     return EXIT_INTERRUPTED if train(config, resume).interrupted else 0
-
-
-def _as_yaml(options: Mapping[str, Any]) -> str:
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        group, key = name.split(".")
-        groups.setdefault(group, {})[key] = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(groups, sort_keys=False)
 
 
 def probing(given: Mapping[str, Any], is_v3: bool) -> LinearConfig:
@@ -314,7 +297,7 @@ def main_lincls(given: Mapping[str, Any]) -> int:
     settings.apply(config, {**values, "train.seed": given.get("seed", config.train.seed)})
     device = choose_device(_gpu(given["gpu"]) if "gpu" in given else "auto")
     changed = {name: value for name, value in vars(options).items() if value != getattr(LinearConfig(), name)}
-    print(_as_yaml({f"linear.{name}": value for name, value in changed.items()}))
+    print(settings.as_yaml({f"linear.{name}": value for name, value in changed.items()}))
     if ours:
         words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]
         for name, value in changed.items():

@@ -127,6 +127,25 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def differences(config: Config, base: Config) -> dict[str, Any]:
+    """{"group.option": value} of `config` that are others in `base`."""
+    found = {}
+    for group in groups():
+        for name, value in vars(getattr(config, group)).items():
+            if value != getattr(getattr(base, group), name):
+                found[f"{group}.{name}"] = value
+    return found
+
+
+def as_yaml(options: Mapping[str, Any]) -> str:
+    """{"group.option": value} as a recipe's text."""
+    grouped: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        group, key = name.split(".")
+        grouped.setdefault(group, {})[key] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(grouped, sort_keys=False)
+
+
 def recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("mocofast") / "recipes"

@@ -11,25 +11,22 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mocofast import settings
 from mocofast.bench import timing
+from mocofast.bench.train import Side, measure
 from mocofast.config import Config, DataConfig
 from mocofast.data.image_files import image_size
-from mocofast.data.interface import Loader, Shard, view_augments
+from mocofast.data.interface import Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 
-WARM_UP = 6  # batches: what two workers, or DALI's queues, have made before the first is taken
 FASTER = 1.03
 HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SAMPLED = 1000  # images whose headers are read for the largest size
@@ -46,10 +43,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     views = view_augments(config.augment, 2)
 
     def once(data: DataConfig) -> float:
-        with closing(build_loader(source, data, views, shard, 0, device)) as loader:
-            return arguments.batch_size / seconds_per_batch(_endless(loader), arguments.batches, device)
+        side = Side(lambda: build_loader(source, data, views, shard, 0, device), lambda batch: None)
+        return measure(side, arguments.batches, arguments.batch_size, device).images_per_second
 
-    def measure(candidates: list[DataConfig]) -> list[list[float]]:
+    def rates_of(candidates: list[DataConfig]) -> list[list[float]]:
         rates: list[list[float]] = [[] for _ in candidates]
         for _ in range(arguments.repeats):
             for i in random.sample(range(len(candidates)), len(candidates)):
@@ -63,26 +60,28 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     rows: list[dict[str, Any]] = []
     tuned = [
-        tuned_loader(DataConfig(loader=name, workers=cores), _stages(name, cores, source, device), measure, rows)
+        tuned_loader(DataConfig(loader=name, workers=cores), _stages(name, cores, source, device), rates_of, rows)
         for name in names
     ]
-    best = _best("loader", tuned, measure, rows)
+    best = _best("loader", tuned, rates_of, rows)
     chosen = replace(config.data, source="folder", path=str(Path(arguments.path).resolve()), loader=best.loader)
     chosen = replace(chosen, workers=best.workers, prefetch=best.prefetch)
     config.data = replace(chosen, hw_decoder_load=best.hw_decoder_load, preallocate=best.preallocate)
     row = {"benchmark": "data --tune", **timing.environment(device), "rows": rows}
-    _write(Path(arguments.out), config, f"mocofast bench data --tune on {row['device']}, {row['date']}")
+    recipe = settings.as_yaml(settings.differences(config, Config()))
+    title = f"mocofast bench data --tune on {row['device']}, {row['date']}"
+    Path(arguments.out).write_text(f"# {title}\n{recipe}", encoding="utf-8")
     print(f"written to {arguments.out}; mocofast pretrain {arguments.out}")
     return row
 
 
 def tuned_loader(
-    data: DataConfig, stages: list[tuple[str, list[Any]]], measure: Measure, rows: list[dict[str, Any]]
+    data: DataConfig, stages: list[tuple[str, list[Any]]], rates_of: Measure, rows: list[dict[str, Any]]
 ) -> DataConfig:
     """`data` with the fastest value of each option, in the order of `stages`; appends what was measured to `rows`."""
     for name, values in stages:
         others = [replace(data, **{name: value}) for value in values if value != getattr(data, name)]
-        data = _best(name, [data, *others], measure, rows)
+        data = _best(name, [data, *others], rates_of, rows)
     return data
 
 
@@ -108,9 +107,9 @@ def _largest(source: FolderSource) -> tuple[int, int]:
     return width, height
 
 
-def _best(name: str, candidates: list[DataConfig], measure: Measure, rows: list[dict[str, Any]]) -> DataConfig:
+def _best(name: str, candidates: list[DataConfig], rates_of: Measure, rows: list[dict[str, Any]]) -> DataConfig:
     """The fastest; the first unless another is clearly faster."""
-    rates = measure(candidates)
+    rates = rates_of(candidates)
     medians = [statistics.median(values) for values in rates]
     best = max(range(len(candidates)), key=lambda i: medians[i] * (FASTER if i == 0 else 1))
     for i, (data, values) in enumerate(zip(candidates, rates)):
@@ -119,33 +118,3 @@ def _best(name: str, candidates: list[DataConfig], measure: Measure, rows: list[
         print(f"{data.loader:13}{name:18}{settings.shown(value):>12}{medians[i]:10.1f}{spread:>18} {mark}")
         rows.append({"loader": data.loader, name: value, "pairs_per_second": round(medians[i], 1), "best": i == best})
     return candidates[best]
-
-
-def _write(path: Path, config: Config, title: str) -> None:
-    default = settings.to_dict(Config())
-    differences = {
-        group: {name: value for name, value in content.items() if value != default[group][name]}
-        for group, content in settings.to_dict(config).items()
-        if group != "recipe"
-    }
-    text = yaml.safe_dump({group: content for group, content in differences.items() if content}, sort_keys=False)
-    path.write_text(f"# {title}\n{text}", encoding="utf-8")
-
-
-def _endless(loader: Loader) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
-
-
-def seconds_per_batch(batches: Iterator[Any], count: int, device: torch.device) -> float:
-    """Of `count` batches, after WARM_UP."""
-    for _ in range(WARM_UP):
-        next(batches)
-    begin = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / count
