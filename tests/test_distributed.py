@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from mocofast import MoCo, distributed
 from mocofast.bench.processes import on_ranks
 from mocofast.encoders import TinyResNet
 from mocofast.methods.base import MethodOutput
+from tests.eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
 
 WORLD = 2
 PER_RANK = 5  # odd, so that a rank cannot receive equally many images from both

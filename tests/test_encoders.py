@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from eager_moco import LoopedSplitBatchNorm
 from torch import Tensor, nn
 
 from mocofast import MoCo
@@ -20,6 +19,7 @@ from mocofast.encoders import (
     prepare_images,
     split_batch_norm,
 )
+from tests.eager_moco import LoopedSplitBatchNorm
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from eager_moco import PlainEncoder
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -27,6 +26,7 @@ from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer, FusedSGD, optimizer_of
 from mocofast.settings import apply, load_recipe
 from mocofast.step import FlatGradients, choose_autocast, train_step
+from tests.eager_moco import PlainEncoder
 
 CPU = torch.device("cpu")
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_moco import EagerMoCo, random_batches
 from torch import Tensor, nn
 
 from mocofast import MoCo
 from mocofast.encoders import TinyResNet, build_encoder
 from mocofast.interop import backbone_state_dict, load_reference_state_dict, to_reference_state_dict
+from tests.eager_moco import EagerMoCo, random_batches
 
 
 def small_moco(seed: int, **options: object) -> MoCo:

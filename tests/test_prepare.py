@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import photo
 from PIL import Image
 
 from mocofast.cli import main
@@ -19,6 +18,7 @@ from mocofast.data.prepare import PrepareConfig, compact, prepare
 from mocofast.data.shards import INDEX, ShardSource
 from mocofast.data.sources import load_splits
 from mocofast.data.torchvision_loader import decode
+from tests.pictures import photo
 
 
 def stored(root: Path) -> tuple[ShardSource, ShardSource | None]:

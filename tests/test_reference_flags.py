@@ -21,7 +21,7 @@ from mocofast.evaluate.linear import LinearConfig
 from mocofast.reference_files import load_pretrained
 from mocofast.resume import configure
 from tests import runs
-from tests.test_vit import timms
+from tests.timm_names import timms
 
 ON_EIGHT_GPUS = "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
 # The commands of both READMEs and of moco-v3's CONFIG.md, and the recipe with which the same figures are published.

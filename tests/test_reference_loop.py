@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_moco import assert_same_to_rounding
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from mocofast.data.sources import ArraySource, FolderSource
 from mocofast.encoders import TinyResNet
 from mocofast.optim import build_optimizer
 from mocofast.step import choose_autocast, train_step
+from tests.eager_moco import assert_same_to_rounding
 
 BATCH, QUEUE = 6, 18  # as the reference demands, batches fit the queue a whole number of times
 STEPS = 7  # two wrap-arounds of the queue, and one step more

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from wire import Collective, Wire
 
 from benchmarks import scaling, weak_scaling
 from mocofast import MoCo
@@ -25,6 +24,7 @@ from mocofast.encoders import TinyResNet
 from mocofast.optim import build_optimizer
 from mocofast.settings import load_recipe
 from mocofast.step import choose_autocast, train_step
+from tests.wire import Collective, Wire
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's socket counters")
 

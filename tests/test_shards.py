@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import photo
 from PIL import Image
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
@@ -27,6 +26,7 @@ from mocofast.data.interface import Batch, Loader, Shard, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
 from mocofast.data.shards import INDEX, ShardSource, expand_braces, find_shards, local_index, open_shards
 from mocofast.data.sources import FolderSource, load_splits
+from tests.pictures import photo
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=19, jitter_p=0.8, blur=0.5)

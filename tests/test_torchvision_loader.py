@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import files, photo, save_photos
 from PIL import Image
 
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import Batch, Shard, draw_view
 from mocofast.data.sources import ArraySource, FolderSource
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
+from tests.pictures import files, photo, save_photos
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everything on; an odd, prime side

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import files, photo
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
@@ -21,6 +20,7 @@ from mocofast.data.interface import Shard, ViewParams, draw_view, view_augments
 from mocofast.data.sources import find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
 from mocofast.settings import load_recipe
+from tests.pictures import files, photo
 
 SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everything on; an odd, prime side
 

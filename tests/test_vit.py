@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import timm
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mocofast.config import ConfigError
 from mocofast.encoders import build_encoder
 from mocofast.vit import SIZES, sincos_position_embedding
+from tests.timm_names import timms
 
 
 def tiny() -> nn.Module:
@@ -31,18 +31,6 @@ def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
                 [wave(place * f) for place in (row, column) for wave in (math.sin, math.cos) for f in frequencies]
             )
     torch.testing.assert_close(sincos_position_embedding(side, dim)[0].double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def timms(name: str) -> str:
-    """What timm calls a parameter of torchvision's ViT."""
-    for pattern, replacement in (
-        (r"^class_token$", "cls_token"), (r"^encoder.pos_embedding$", "pos_embed"), (r"^heads.head", "head"),
-        (r"^encoder.layers.encoder_layer_", "blocks."), (r"^encoder.ln", "norm"), (r"^conv_proj", "patch_embed.proj"),
-        (r"ln_(\d)", r"norm\1"), (r"self_attention.in_proj_", "attn.qkv."), (r"self_attention.out_proj", "attn.proj"),
-        (r"mlp.0", "mlp.fc1"), (r"mlp.3", "mlp.fc2"),
-    ):  # fmt: skip
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def test_it_computes_what_timms_vision_transformer_computes() -> None:

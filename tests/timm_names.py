@@ -1,0 +1,17 @@
+"""Parameters of vision transformers by the names of another library."""
+
+from __future__ import annotations
+
+import re
+
+
+def timms(name: str) -> str:
+    """What timm calls a parameter of torchvision's ViT."""
+    for pattern, replacement in (
+        (r"^class_token$", "cls_token"), (r"^encoder.pos_embedding$", "pos_embed"), (r"^heads.head", "head"),
+        (r"^encoder.layers.encoder_layer_", "blocks."), (r"^encoder.ln", "norm"), (r"^conv_proj", "patch_embed.proj"),
+        (r"ln_(\d)", r"norm\1"), (r"self_attention.in_proj_", "attn.qkv."), (r"self_attention.out_proj", "attn.proj"),
+        (r"mlp.0", "mlp.fc1"), (r"mlp.3", "mlp.fc2"),
+    ):  # fmt: skip
+        name = re.sub(pattern, replacement, name)
+    return name
