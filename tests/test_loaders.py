@@ -20,6 +20,7 @@ from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 
 CPU = torch.device("cpu")
+LARGE = (AugmentConfig(size=224),)  # a view that the device loader does not make
 IN_MEMORY = ArraySource(np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b"))
 
 
@@ -37,9 +38,9 @@ def test_auto_takes_dali_for_files_where_it_is_installed(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "dali_missing", lambda: "")
-    assert choose_loader(folder, "auto", CPU) == ("dali", "image files, and DALI is installed")
-    assert choose_loader(folder, "dali", CPU)[0] == "dali"
-    assert choose_loader(folder, "torchvision", CPU) == ("torchvision", "asked for")
+    assert choose_loader(folder, "auto", CPU, LARGE) == ("dali", "image files, and DALI is installed")
+    assert choose_loader(folder, "dali", CPU, LARGE)[0] == "dali"
+    assert choose_loader(folder, "torchvision", CPU, LARGE) == ("torchvision", "asked for")
 
 
 def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
@@ -47,11 +48,11 @@ def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what import finds where it is not installed
     assert dali_missing()
-    choice, reason = choose_loader(folder, "auto", CPU)
+    choice, reason = choose_loader(folder, "auto", CPU, LARGE)
     assert choice == "torchvision"
     assert "pip install 'mocofast[cuda13]'" in reason
     with pytest.raises(ValueError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
-        choose_loader(folder, "dali", CPU)
+        choose_loader(folder, "dali", CPU, LARGE)
 
 
 def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> None:
@@ -62,10 +63,10 @@ def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> No
     assert choice == "torchvision"
     assert "in memory" in reason and "up to 64 pixels, not 224" in reason
     with pytest.raises(ValueError, match=r"data\.loader must be auto, device, dali or torchvision, got 'pil'"):
-        choose_loader(IN_MEMORY, "pil", CPU)
+        choose_loader(IN_MEMORY, "pil", CPU, small)
     pytest.importorskip("nvidia.dali")
     assert choose_loader(IN_MEMORY, "auto", torch.device("cuda"), large)[0] == "dali"
-    assert choose_loader(IN_MEMORY, "dali", CPU) == ("dali", "asked for")
+    assert choose_loader(IN_MEMORY, "dali", CPU, small) == ("dali", "asked for")
 
 
 def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:

@@ -332,7 +332,7 @@ def test_a_bad_member_is_skipped_counted_and_named(tmp_path: Path, name: str) ->
 
 def test_shards_go_to_dali_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mocofast.data.loaders.dali_missing", lambda: "")
-    assert choose_loader(source_of(write_shards(tmp_path)), "auto", CPU)[0] == "dali"
+    assert choose_loader(source_of(write_shards(tmp_path)), "auto", CPU, (SMALL,))[0] == "dali"
 
 
 # From a server

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             rounds.setdefault(name, []).append(measure(side, arguments.steps, batch, device))
     medians = {name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()}
     rate = {name: median.images_per_second for name, median in medians.items()}
-    loader = choose_loader(source, config.data.loader, device)[0]
+    loader = choose_loader(source, config.data.loader, device, view_augments(config.augment, 2))[0]
     print(
         f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, batches of {batch}, "
         f"loader {loader}"

@@ -61,24 +61,26 @@ def eval_batches(
 
 
 def choose_loader(
-    source: Source, asked: str, device: torch.device, augments: tuple[AugmentConfig, ...] = ()
+    source: Source, asked: str, device: torch.device, augments: tuple[AugmentConfig, ...]
 ) -> tuple[str, str]:
-    """("device", "dali" or "torchvision", why). asked: one of them or "auto"; device: where the batches go."""
+    """("device", "dali" or "torchvision", why). asked: one of them or "auto"; device: where the batches go; augments:
+    one per view."""
     if asked not in ("auto", "device", "dali", "torchvision"):
         raise ConfigError(f"data.loader must be auto, device, dali or torchvision, got {asked!r}")
     if asked in ("device", "torchvision"):  # the device loader says itself what it cannot do
         return asked, "asked for"
     in_memory = isinstance(source, ArraySource)
-    obstacle = unfit(source, augments, device)
-    if asked == "auto" and in_memory and not obstacle:
-        return "device", "the images are in memory, and their views small"
+    if asked == "auto" and in_memory:
+        obstacle = unfit(source, augments, device)
+        if not obstacle:
+            return "device", "the images are in memory, and their views small"
+        if device.type != "cuda":
+            return "torchvision", f"the images are in memory, so there is nothing to decode; device: {obstacle}"
     missing = dali_missing()
     if asked == "dali":
         if missing:
             raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
         return asked, "asked for"
-    if in_memory and device.type != "cuda":
-        return "torchvision", f"the images are in memory, so there is nothing to decode; device: {obstacle}"
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
     return "dali", "the views are made on the GPU" if in_memory else "image files, and DALI is installed"
