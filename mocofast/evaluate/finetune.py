@@ -80,7 +80,7 @@ def finetune(
         name=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, schedule="cosine", per="step"
     )
     optimizer = build_optimizer(encoder.parameters(), schedule)
-    step = 0
+    step, result = 0, None
     try:
         for epoch in range(options.epochs):
             loss_sum = torch.zeros((), device=device)
@@ -98,16 +98,17 @@ def finetune(
                 step += 1
             log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, loss_sum / loader.steps_per_epoch)
             if on_epoch is not None:
-                on_epoch(FinetuneResult(*_validate(encoder, splits.val, config, device, autocast)))
+                result = _validate(encoder, splits.val, config, device, autocast)
+                on_epoch(result)
     finally:
         loader.close()
-    return FinetuneResult(*_validate(encoder, splits.val, config, device, autocast))
+    return _validate(encoder, splits.val, config, device, autocast) if result is None else result
 
 
 @torch.no_grad()
 def _validate(
     encoder: nn.Module, source: Source, config: Config, device: torch.device, autocast: torch.autocast
-) -> tuple[float, float]:
+) -> FinetuneResult:
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
     hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
     with evaluating(encoder), autocast:
@@ -116,5 +117,4 @@ def _validate(
             rank = label_rank(encoder(prepare_images(images, mean, std)).float(), labels.to(device))
             hits += torch.stack([(rank < top).sum() for top in (1, 5)])
             seen += len(labels)
-    top1, top5 = (hits.double() / seen).tolist()
-    return top1, top5
+    return FinetuneResult(*(hits.double() / seen).tolist())
