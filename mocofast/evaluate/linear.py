@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import AugmentConfig, Config, ConfigError, option
+from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import Shard, Source, pixel_statistics
 from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.sources import Splits
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import label_rank
+from mocofast.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 
@@ -181,15 +182,15 @@ def _reference(
         head.weight.copy_(initial)
         head.bias.zero_()
     optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    if options.schedule == "cosine":
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
-    else:
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.milestones), gamma=0.1)
+    schedule = OptimConfig(
+        lr=options.lr, schedule=options.schedule, milestones=options.milestones, gamma=0.1, per="epoch"
+    )
+    steps = loader.steps_per_epoch
     train_top1 = 0.0
     try:
         with evaluating(encoder):
             for epoch in range(options.epochs):
+                set_learning_rate(optimizer, learning_rate(schedule, epoch * steps, steps, options.epochs))
                 seen, hits, loss_sum = 0, torch.zeros((), device=device), torch.zeros((), device=device)
                 for batch in loader.epoch(epoch):
                     assert batch.labels is not None
@@ -205,7 +206,6 @@ def _reference(
                     seen += len(labels)
                     hits += (logits.argmax(1) == labels).sum()
                     loss_sum += loss.detach() * len(labels)
-                schedule.step()
                 train_top1 = hits.item() / seen
                 top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
                 log.info(
