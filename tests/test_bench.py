@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mocofast.bench import ema, kernels, main, optim, timing
+from mocofast.bench import data, ema, kernels, main, optim, timing
 
 CPU = torch.device("cpu")
 CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU
@@ -42,7 +44,16 @@ def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel"} <= set(row["milliseconds"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["kernels", "--n", "0"], ["kernels", "--dtype", "int8"], ["unknown"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["kernels", "--n", "0"],
+        ["kernels", "--dtype", "int8"],
+        ["unknown"],
+        ["sweep", "folder", "--plot", "sweep.png"],  # it draws into its folder, always
+    ],
+)
 def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
@@ -121,3 +132,18 @@ def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.M
     for ours, theirs in zip(*([*w.params, *w.targets, *w.shadows[0], *w.shadows[1]] for w in pair)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32 rounding, values below 1
     assert all((p - before).abs().max() > 1e-5 for p, before in zip(pair[0].params, start))
+
+
+def test_a_row_is_saved_before_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        return {"benchmark": "data"}
+
+    def draw(row: dict[str, Any]) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(data, "run", run)
+    monkeypatch.setattr(data, "draw", draw)
+    rows = tmp_path / "rows.jsonl"
+    with pytest.raises(RuntimeError, match="no picture"):
+        main(["data", "folder", "--save", str(rows), "--plot", str(tmp_path / "data.png")])
+    assert json.loads(rows.read_text()) == {"benchmark": "data"}

@@ -94,11 +94,11 @@ def _run(arguments: argparse.Namespace) -> None:
     row = module.run(arguments)
     line = json.dumps(row)
     print(line)
-    if getattr(arguments, "plot", None) is not None:
-        module.draw(row).savefig(arguments.plot)
-    if arguments.save is not None:
+    if arguments.save is not None:  # before a picture, which may fail: a measurement takes minutes
         with arguments.save.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+    if getattr(arguments, "plot", None) is not None:
+        module.draw(row).savefig(arguments.plot)
 
 
 def positive(text: str) -> int:

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 row["extra_bytes"][name] = extra
     with (arguments.folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    draw(rows, axes, arguments.folder)
+    draw_axes(rows, axes, arguments.folder)
     for name, reason in rows[0]["skipped"].items():
         print(f"{name} is left out: {reason}")
     over_best = [row["speedup_over_best_peer"] for row in rows]
@@ -94,7 +94,7 @@ def chosen(arguments: argparse.Namespace, device: torch.device) -> tuple[Sizes, 
     return (n, k, c), axes
 
 
-def draw(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
+def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
     """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
     # Here, so that the processes that measure memory start without matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
