@@ -33,7 +33,6 @@ from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer
 from mocofast.step import FlatGradients, train_step
 
-ENCODERS = ("encoder_q", "encoder_k")  # what a Method calls those that it encodes images with
 WARM_UP = 3  # steps before a capture: libraries choose algorithms and allocate, kernels are loaded
 # Pixels of a micro-batch up to which keys are encoded beside queries: above, either one fills a GPU alone.
 BESIDE = 64 * 224 * 224
@@ -106,7 +105,7 @@ class Engine:
         self._gradients = FlatGradients(method.parameters()) if mode == "graph" else None
         if rank_and_world_size()[1] > 1:
             self._join_ranks()
-        for name in ENCODERS:
+        for name in parts.FORWARD:
             if isinstance(getattr(method, name, None), nn.Module):
                 self._replace_run(name, None if mode == "eager" else backend)
         self._static: _Batch | None = None
@@ -120,10 +119,9 @@ class Engine:
     def step(self, views: tuple[Tensor, ...], needed: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """One optimiser step on this rank's part of a batch, as `train_step` has it, with the optimiser's present
         rates and momentum; returns its metrics (3,), which the next step may overwrite."""
-        if self._gradients is None:
-            return train_step(self._model, views, self.optimizer, self._accumulate, self.autocast, needed)
-        batch = _Batch(views, dict(needed), self._arranged(views))
-        if len(views[0]) != self._images * self._accumulate:
+        static = self._gradients is not None
+        batch = _Batch(views, dict(needed), self._arranged(views) if static else [])
+        if not static or len(views[0]) != self._images * self._accumulate:
             return self._train(batch)
         if self._static is None:
             self._static = batch.empty_like()
@@ -268,7 +266,7 @@ class _Batch(NamedTuple):
 
     views: tuple[Tensor, ...]
     needed: dict[str, Tensor]
-    arranged: list[tuple[Tensor, ...]]  # of each micro-batch
+    arranged: list[tuple[Tensor, ...]]  # of each micro-batch; empty where the forward pass arranges
 
     def tensors(self) -> list[Tensor]:
         return [*self.views, *self.needed.values(), *(tensor for part in self.arranged for tensor in part)]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 STEP = "step"  # as torch.profiler shows a whole one
+FORWARD = {"encoder_q": "query forward", "encoder_k": "key forward"}  # by what a Method calls its encoders
 OTHER = "other"  # what no part names
 OVERLAP = "overlapped"  # counted twice above: what one stream of a GPU did beside another
 

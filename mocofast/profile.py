@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from mocofast.config import Config
 from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer
-from mocofast.parts import OTHER, OVERLAP, STEP, Recorder, Step
+from mocofast.parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
 
 if TYPE_CHECKING:
     from mocofast.plots import Bar
@@ -218,17 +218,18 @@ class StepProfiler:
     def _works(self, images: Mapping[str, int]) -> dict[str, list[Work]]:
         """By part, what it has to do, layer by layer where it has layers."""
         works: dict[str, list[Work]] = {}
-        for name, encoder in (("query forward", "encoder_q"), ("key forward", "encoder_k")):
+        for encoder, name in FORWARD.items():
             count, module = images.get(name, 0), getattr(self._method, encoder, None)
             if not count or module is None:
                 continue
             forward, backward = encoder_work(module, count, self._config.augment.size, self._autocast)
             works[name] = forward
-            if name == "query forward":
+            if encoder == "encoder_q":
                 works["backward"] = backward
         queue = getattr(self._method, "queue", None)
         if isinstance(queue, Tensor) and queue.dim() == 2:
-            works["loss"] = [Work(4 * images.get("query forward", 0) * queue.numel(), queue.numel() * queue.itemsize)]
+            queries = images.get(FORWARD["encoder_q"], 0)
+            works["loss"] = [Work(4 * queries * queue.numel(), queue.numel() * queue.itemsize)]
         works["optimiser and EMA"] = [Work(0, self._optimizer.traffic())]
         return works
 
