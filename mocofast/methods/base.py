@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mocofast.distributed import rank_and_world_size
 from mocofast.encoders import prepare_images
-from mocofast.parts import step_part
+from mocofast.parts import FORWARD, step_part
 
 
 class MethodOutput(NamedTuple):
@@ -108,8 +108,8 @@ class Method(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def encode(self, name: str, images: Tensor) -> Tensor:
-        """The output (N, C) of the encoder `name` ("encoder_q") for images (N, 3, S, S), uint8 or normalised."""
-        with step_part("query forward" if name == "encoder_q" else "key forward", len(images)):
+        """The output (N, C) of the encoder `name` (one of `FORWARD`) for images (N, 3, S, S), uint8 or normalised."""
+        with step_part(FORWARD[name], len(images)):
             if self.training and name in self.run:
                 return self.run[name](images)
             return getattr(self, name)(self.prepared(images))
@@ -144,9 +144,3 @@ class Method(nn.Module):
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
         self._synchronized = True
-
-
-def following_pairs(trained: nn.Module, following: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """`trained_pairs` of an encoder and its momentum copy: the parameters that want gradients, and their twins."""
-    pairs = [(q, k) for q, k in zip(trained.parameters(), following.parameters()) if q.requires_grad]
-    return [q for q, _ in pairs], [k for _, k in pairs]

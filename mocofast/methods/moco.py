@@ -8,7 +8,6 @@ with `symmetric=True` besides, MoCo v2+.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,13 +19,14 @@ from mocofast.config import Config, ModelConfig
 from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
 from mocofast.encoders import add_mlp_head, build_encoder, head_name, split_batch_norm, to_autocast_dtype
-from mocofast.methods.base import Method, MethodOutput, following_pairs
-from mocofast.ops import ema_update_, enqueue_, info_nce
+from mocofast.methods.base import MethodOutput
+from mocofast.methods.momentum import MomentumMethod
+from mocofast.ops import enqueue_, info_nce
 
 QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class MoCo(Method):
+class MoCo(MomentumMethod):
     """Query encoder, momentum encoder and queue.
 
     base_encoder: `base_encoder(num_classes=dim)` returns a module that ends in `.fc`, `.head` or `.heads`, as
@@ -68,14 +68,11 @@ class MoCo(Method):
         for name, value in (("dim", dim), ("queue_size", queue_size), ("bn_splits", bn_splits)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1: got {value}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1]: got {momentum}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive: got {temperature}")
         dtype = QUEUE_DTYPES.get(queue_dtype) if isinstance(queue_dtype, str) else queue_dtype
         if dtype not in QUEUE_DTYPES.values():
             raise ValueError(f"queue_dtype must be one of {', '.join(QUEUE_DTYPES)}: got {queue_dtype}")
-        self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
 
@@ -85,8 +82,7 @@ class MoCo(Method):
             add_mlp_head(self.encoder_q)
         if bn_splits > 1:
             split_batch_norm(self.encoder_q, bn_splits)
-        self.encoder_k = copy.deepcopy(self.encoder_q)
-        self.encoder_k.requires_grad_(False)
+        self.follow(momentum)
 
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1).to(dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
@@ -135,7 +131,7 @@ class MoCo(Method):
         if self.training and not arranged:
             arranged = self.arrange(im_q, im_k)
         if self.training and update_keys:
-            ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
+            self.update_momentum_encoder()
         # The queue is read before these keys enter it: a positive is never among its own negatives.
         loss, rank, keys = self._contrast(im_q, im_k, arranged[:2])
         if self.symmetric:
@@ -175,10 +171,6 @@ class MoCo(Method):
             q, k, self.queue, temperature=self.temperature, negatives_normalized=True, return_rank=True
         )
         return loss, rank, keys
-
-    def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters of encoder_q that are trained, and those of encoder_k that follow them."""
-        return following_pairs(self.encoder_q, self.encoder_k)
 
     def random_state(self) -> Tensor | None:
         """The shuffle's; None before the first one."""

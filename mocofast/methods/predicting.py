@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mocofast.methods.base import Method, following_pairs
-from mocofast.ops import ema_update_
+from mocofast.methods.momentum import MomentumMethod
 
 
-class PredictingMethod(Method):
+class PredictingMethod(MomentumMethod):
     """A symmetric method: what the predictor makes of each view is compared with the momentum encoder's other view.
 
     encoder_q: ends in its projector. predictor: (N, C) -> (N, C). momentum: m of the average, of parameters only.
@@ -28,24 +26,16 @@ class PredictingMethod(Method):
         pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__(pixel_mean, pixel_std)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1]: got {momentum}")
-        self.momentum = momentum
         self.encoder_q = encoder_q
-        self.encoder_k = copy.deepcopy(encoder_q)
-        self.encoder_k.requires_grad_(False)
+        self.follow(momentum)
         self.predictor = predictor
         self.keep_buffers_out_of_broadcasts()
-
-    def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters of encoder_q that are trained, and those of encoder_k that follow them."""
-        return following_pairs(self.encoder_q, self.encoder_k)
 
     def outputs(self, *views: Tensor, update_keys: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(N, C) for each view: the predictor's output, and the momentum encoder's, after its own update where that
         is asked for. BatchNorm sees one view at a time."""
         if self.training and update_keys:
-            ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
+            self.update_momentum_encoder()
         with torch.no_grad(), self.beside() as join:
             targets = [self.encode("encoder_k", images) for images in views]
         predictions = [self.predictor(self.encode("encoder_q", images)) for images in views]
