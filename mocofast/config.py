@@ -19,6 +19,9 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")  # modules of mocofast.methods
+
+
 @dataclass
 class ModelConfig:
     """The method: encoders, queue, momentum and temperature."""
@@ -26,7 +29,7 @@ class ModelConfig:
     method: str = option(
         "moco",
         "how the encoder is trained",
-        ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised"),
+        METHODS,
     )
     arch: str = option(
         "resnet50",

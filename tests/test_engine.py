@@ -17,11 +17,11 @@ from torchvision.models import VisionTransformer
 from mocofast import MoCo
 from mocofast.bench.processes import on_ranks
 from mocofast.bench.step import HostSynchronisations
-from mocofast.config import ConfigError, OptimConfig
+from mocofast.config import METHODS, ConfigError, OptimConfig
 from mocofast.encoders import TinyResNet
 from mocofast.engine import Engine, choose_mode, garbage_held
 from mocofast.evaluate.features import extract
-from mocofast.methods import BUILDERS, build_method
+from mocofast.methods import build_method
 from mocofast.methods.base import Method
 from mocofast.optim import FusedOptimizer, FusedSGD, optimizer_of
 from mocofast.settings import apply, load_recipe
@@ -134,7 +134,7 @@ def test_in_float32_every_mode_follows_the_plain_step() -> None:
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str) -> None:
     config = load_recipe("digits")
     apply(config, {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10})
@@ -313,6 +313,18 @@ def test_what_has_no_gradient_is_not_decayed_by_the_static_step() -> None:
     assert torch.equal(unused, torch.ones(4))
     assert torch.equal(used.grad, torch.full((3, 5), 3.0))  # cleared in between
     assert used.grad.data_ptr() % 16 == 0
+
+
+def test_static_gradients_lie_as_the_momentum_does() -> None:
+    gaps = nn.Parameter(torch.ones(5, 6)[:, ::2].t())  # not dense: both take the order of its strides, without gaps
+    for weight in (gaps, nn.Parameter(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))):
+        gradients = FlatGradients([weight])
+        optimizer = FusedSGD([weight], lr=0.1, momentum=0.9)
+        (3 * weight).sum().backward()
+        gradients.average_()
+        optimizer.step()
+        assert weight.grad.stride() == optimizer.state[weight]["momentum_buffer"].stride()
+        assert torch.equal(weight.grad, torch.full(weight.shape, 3.0))
 
 
 # ---- compilations, waits, garbage ----

@@ -6,19 +6,10 @@ import importlib
 from collections.abc import Callable
 from typing import cast
 
-from mocofast.config import Config, ConfigError
+from mocofast.config import METHODS, Config, ConfigError
 from mocofast.methods.base import Method
 from mocofast.sync_batch_norm import sync_batch_norm
 
-BUILDERS = {
-    "moco": "mocofast.methods.moco",
-    "moco_v3": "mocofast.methods.moco_v3",
-    "byol": "mocofast.methods.byol",
-    "simclr": "mocofast.methods.simclr",
-    "memory_bank": "mocofast.methods.memory_bank",
-    "swav": "mocofast.methods.swav",
-    "supervised": "mocofast.methods.supervised",
-}
 SIZED = {"memory_bank": ("images",), "supervised": ("classes",)}  # what else their builders take
 
 
@@ -28,9 +19,9 @@ def build_method(config: Config, images: int = 0, classes: int = 0) -> Method:
     images, classes: how many the training set has; for the methods that keep something for each (SIZED).
     """
     name = config.model.method
-    if name not in BUILDERS:
-        raise ConfigError(f"model.method must be one of {', '.join(BUILDERS)}: got {name!r}")
-    build = cast("Callable[..., Method]", importlib.import_module(BUILDERS[name]).build)
+    if name not in METHODS:
+        raise ConfigError(f"model.method must be one of {', '.join(METHODS)}: got {name!r}")
+    build = cast("Callable[..., Method]", importlib.import_module(f"mocofast.methods.{name}").build)
     sizes = {"images": images, "classes": classes}
     method = build(config, **{size: sizes[size] for size in SIZED.get(name, ())})
     if config.model.sync_bn:
