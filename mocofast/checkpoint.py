@@ -91,15 +91,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError if none is there, ConfigError (a ValueError) for a file that is no mocofast checkpoint.
     """
+    return checked(*read_file(path))
+
+
+def read_file(path: str | Path) -> tuple[Any, Path]:
+    """What torch.save wrote, ours or another's, on the CPU, and its file; `path` and errors as of `load_checkpoint`,
+    which also looks at the content."""
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoints" / LAST
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True), path
     except Exception as error:
         raise ConfigError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+
+
+def checked(state: Any, path: Path) -> dict[str, Any]:
+    """`state`, read from `path`, if it is a checkpoint of ours, else ConfigError."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(
             f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's files see "

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mocofast import settings
-from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
+from mocofast.checkpoint import checked, model_from_checkpoint, read_file
 from mocofast.config import Config, ConfigError
-from mocofast.encoders import head_name
-from mocofast.interop import PREFIX, load_reference_state_dict
+from mocofast.interop import PREFIX, backbone_state_dict, load_reference_state_dict
 from mocofast.methods import build_method
 from mocofast.methods.base import Method
 from mocofast.methods.moco import MoCo
@@ -40,9 +37,9 @@ def load_pretrained(path: str, arch: str | None) -> tuple[Method, Config, bool]:
     moco-v3, of which the query encoder without its head is loaded. arch: the encoder that is expected; None takes the
     file's. Raises FileNotFoundError, and ConfigError for another file or another encoder.
     """
-    content = {} if Path(path).is_dir() else _read(path)
-    if "state_dict" not in content:
-        model, config = model_from_checkpoint(load_checkpoint(path))
+    content, file = read_file(path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        model, config = model_from_checkpoint(checked(content, file))
         _check(arch, config.model.arch, path)
         return model, config, True
     _check(arch, content.get("arch", arch), path)
@@ -54,16 +51,6 @@ def load_pretrained(path: str, arch: str | None) -> tuple[Method, Config, bool]:
         return *_moco(weights, arch), False
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _check(expected: str | None, found: str | None, path: str) -> None:
@@ -89,7 +76,6 @@ def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
     config = settings.load_recipe("moco_v3_r50")
     config.model.arch = arch
     model = build_method(config)
-    head = head_name(model.encoder_q)
     given = {}
     for name, value in weights.items():
         part, _, rest = name.partition(".")
@@ -97,7 +83,7 @@ def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
             for pattern, ours in _TIMM if arch.startswith("vit_") else ():
                 rest = re.sub(pattern, ours, rest)
             given[rest] = value
-    wanted = {name: value for name, value in model.encoder_q.state_dict().items() if not name.startswith(f"{head}.")}
+    wanted = backbone_state_dict(model)
     wrong = sorted(name for name in given.keys() | wanted.keys() if _shape(given, name) != _shape(wanted, name))
     if wrong:
         raise ConfigError(f"not the weights of {arch}: missing, unknown or of another shape: {', '.join(wrong[:5])}")
