@@ -62,9 +62,7 @@ class Equivalent(NamedTuple):
     def command(self, resume: str = "") -> str:
         """`mocofast pretrain ...` that does the same."""
         words = ["mocofast", "pretrain", self.recipe, *(["--resume", resume] if resume else [])]
-        for name, value in self.options.items():
-            words += [f"--{name}", settings.shown(value) if value != () else ","]
-        return shlex.join(words)
+        return shlex.join([*words, *settings.as_flags(self.options)])
 
 
 def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
@@ -131,12 +129,12 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
         config.train.log_every = given["print_freq"]
     if "gpu" in given and not (given.get("multiprocessing_distributed") or "WORLD_SIZE" in os.environ):
         config.train.device = _gpu(given["gpu"])
-    if given.get("start_epoch") and not given.get("resume"):
-        raise ConfigError(
-            f"--start-epoch {given['start_epoch']}: expected 0 without --resume: only checkpoints start elsewhere"
-        )
     notes = []
     if given.get("start_epoch"):
+        if not given.get("resume"):
+            raise ConfigError(
+                f"--start-epoch {given['start_epoch']}: expected 0 without --resume: only checkpoints start elsewhere"
+            )
         notes.append("--start-epoch: the checkpoint of --resume says where to go on")
     differences = {
         name: settings.differences(config, settings.load_recipe(name)) for name in RECIPES[3 if is_v3 else 1]
@@ -296,13 +294,12 @@ def main_lincls(given: Mapping[str, Any]) -> int:
     values = {"data.source": "folder", "data.path": given["data"], "data.workers": given.get("workers", -1)}
     settings.apply(config, {**values, "train.seed": given.get("seed", config.train.seed)})
     device = choose_device(_gpu(given["gpu"]) if "gpu" in given else "auto")
-    changed = {name: value for name, value in vars(options).items() if value != getattr(LinearConfig(), name)}
-    print(settings.as_yaml({f"linear.{name}": value for name, value in changed.items()}))
+    default = LinearConfig()
+    changed = {f"linear.{name}": v for name, v in vars(options).items() if v != getattr(default, name)}
+    print(settings.as_yaml(changed))
     if ours:
         words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]
-        for name, value in changed.items():
-            words += [f"--linear.{name}", settings.shown(value) if value != () else ","]
-        print(f"# also: {shlex.join(words)}")
+        print(f"# also: {shlex.join([*words, *settings.as_flags(changed)])}")
     splits = load_splits(config.data, config.train.seed)
     print(f"{splits.note}\none process on {device}", flush=True)
     result = linear_probe(model.encoder_q.to(device), splits, config, options, device)

@@ -146,6 +146,11 @@ def as_yaml(options: Mapping[str, Any]) -> str:
     return yaml.safe_dump(grouped, sort_keys=False)
 
 
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """{"group.option": value} as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", shown(value))]
+
+
 def recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("mocofast") / "recipes"
@@ -236,7 +241,7 @@ def validate(config: Config) -> None:
 
 
 def shown(value: Any) -> str:
-    """A default as the command line would take it."""
+    """A value as the command line would take it."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or ","
     return "none" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)
