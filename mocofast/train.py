@@ -152,8 +152,6 @@ class _Run:
                             elapsed = time.perf_counter() - began
                             self._log(bar, elapsed / (self.step - first_step) * (self.total_steps - self.step))
                         end = self.step_in_epoch == self.steps_per_epoch
-                        if end or self._checkpoint_due(end) or interrupted:
-                            self._write_line()
                         if end:
                             self._end_epoch()
                         if self._checkpoint_due(end) or interrupted:
@@ -196,12 +194,7 @@ class _Run:
             set_learning_rate(self.optimizer, self.rate)
             # The average that ends this step is the one that MoCo v3 takes as the next step begins.
             self.optimizer.ema_momentum = key_momentum(self.config.model, self.step + 1, self.total_steps)
-            offered = {"index": batch.index, "labels": batch.labels}
-            needed = {
-                name: values.to(self.device, non_blocking=True)
-                for name, values in offered.items()
-                if name in self.model.needs and values is not None
-            }
+            needed = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in self.model.needs}
             metrics = self.engine.step(views, needed)
             self.step += 1
             self.step_in_epoch += 1
@@ -216,6 +209,7 @@ class _Run:
             yield
 
     def _end_epoch(self) -> None:
+        self._write_line()  # before what takes its time
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         every = self.config.knn.every
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
@@ -274,6 +268,7 @@ class _Run:
 
     def _save(self) -> None:
         """All ranks together, since each one's random state and averages are kept."""
+        self._write_line()  # before what takes its time
         random_states = distributed.gather_objects(random_state(self.device))
         windows = distributed.gather_objects(self.window.state())
         skipped = {k: v for part in distributed.gather_objects(dict(self.loader.skipped)) for k, v in part.items()}
