@@ -55,11 +55,11 @@ class SimCLR(Method):
         first. Gradients reach every rank's views. The two flags, which concern memories, change nothing."""
         self.check_views(im_a=im_a, im_b=im_b)
         z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # (N, C) each
-        first, all_a, all_b = 0, z_a, z_b
-        if self.training and rank_and_world_size()[1] > 1:
+        rank, world_size = rank_and_world_size()
+        all_a, all_b = z_a, z_b
+        if self.training and world_size > 1:
             # With its own views at the front, a rank's n-th view is image n among all.
-            first = rank_and_world_size()[0] * len(z_a)
-            all_a, all_b = (torch.cat(all_gather(z)).roll(-first, 0) for z in (z_a, z_b))
+            all_a, all_b = (torch.cat(all_gather(z)).roll(-rank * len(z), 0) for z in (z_a, z_b))
         views = torch.cat([all_a, all_b])  # (2WN, C)
         (loss_a, rank_a), (loss_b, rank_b) = (
             autograd.info_nce(
