@@ -14,6 +14,7 @@ indices are fetched first where the server has them (`mocofast prepare` writes t
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
@@ -70,23 +71,18 @@ class ShardSource:
     """Samples of tar shards; `load` gives the bytes of an image file."""
 
     def __init__(
-        self,
-        shards: Sequence[TarShard],
-        indices: Sequence[Index],
-        classes: tuple[str, ...],
-        window: int = 0,
-        chosen: np.ndarray | None = None,
+        self, shards: Sequence[TarShard], indices: Sequence[Index], classes: tuple[str, ...], window: int = 0
     ) -> None:
-        """classes: names of the labels, () for unlabelled; window: see `order`; chosen: the samples meant, sorted."""
+        """classes: names of the labels, () for unlabelled; window: see `order`."""
+        self._shards, self._window = tuple(shards), window
+        self._shard_sizes = tuple(index.shard_size for index in indices)
         counts = [len(index.keys) for index in indices]
-        every = np.arange(sum(counts)) if chosen is None else chosen
-        self._shards, self._indices, self._window, self._chosen = tuple(shards), tuple(indices), window, every
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[every]
+        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # a sample's shard
         self._keys, self._offsets, self._sizes, labels = (
-            np.concatenate([index[field] for index in indices])[every] for field in range(1, 5)
+            np.concatenate([index[field] for index in indices]) for field in range(1, 5)
         )
         self.classes = classes
-        self.labels = checked_labels(labels if classes else None, len(every), classes)
+        self.labels = checked_labels(labels if classes else None, len(self), classes)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -108,7 +104,12 @@ class ShardSource:
 
     def subset(self, index: np.ndarray) -> ShardSource:
         """These of its samples; index: (n,) int64, ascending."""
-        return ShardSource(self._shards, self._indices, self.classes, self._window, self._chosen[index])
+        part = copy.copy(self)
+        part._shard, part._keys, part._offsets, part._sizes = (
+            column[index] for column in (self._shard, self._keys, self._offsets, self._sizes)
+        )
+        part.labels = None if self.labels is None else self.labels[index]
+        return part
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of an epoch, (N,) int64: a permutation of all samples, or, with a window of W shards, of the
@@ -149,7 +150,7 @@ class ShardSource:
             fetched = download(shard.url, shard.path)
         except OSError as error:
             raise OSError(f"cannot fetch {shard.url}: {error}") from error
-        found, expected = shard.path.stat().st_size, self._indices[number].shard_size
+        found, expected = shard.path.stat().st_size, self._shard_sizes[number]
         if found != expected:
             shard.path.unlink()
             raise OSError(f"{shard.url} has {found} bytes, its index says {expected}; delete {shard.path}{INDEX}")
