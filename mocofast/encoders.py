@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.normalization import ghost_batch_norm
+from mocofast.normalization import ghost_batch_norm, replace_batch_norms
 from mocofast.vit import SIZES, vision_transformer
 
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
@@ -206,26 +206,15 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
 
     ValueError, before anything is changed, for one without weights, running statistics or a fixed momentum.
     """
-    found = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.BatchNorm2d
-    ]
-    for _, _, child in found:
-        if not child.affine or not child.track_running_stats or child.momentum is None:
+
+    def make(old: nn.BatchNorm2d) -> SplitBatchNorm2d:
+        if not old.affine or not old.track_running_stats or old.momentum is None:
             raise ValueError(
-                f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {child}"
+                f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {old}"
             )
-    for parent, name, child in found:
-        assert child.momentum is not None
-        split = SplitBatchNorm2d(child.num_features, num_splits, child.eps, child.momentum)
-        split.train(child.training)
-        split.weight, split.bias = child.weight, child.bias
-        split.running_mean, split.running_var = child.running_mean, child.running_var
-        split.num_batches_tracked = child.num_batches_tracked
-        setattr(parent, name, split)
-    if found:
+        return SplitBatchNorm2d(old.num_features, num_splits, old.eps, old.momentum)
+
+    if replace_batch_norms(module, lambda child: type(child) is nn.BatchNorm2d, make):
         from mocofast.fused_blocks import fuse_blocks
 
         fuse_blocks(module, SplitBatchNorm2d)

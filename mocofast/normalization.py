@@ -1,4 +1,5 @@
-"""Ghost BatchNorm: training-mode BatchNorm over parts of a batch (Hoffer et al. 2017, arXiv:1705.08741).
+"""Ghost BatchNorm: training-mode BatchNorm over parts of a batch (Hoffer et al. 2017, arXiv:1705.08741); and how a
+model's BatchNorms are replaced.
 
 On CUDA channels-last tensors go to Triton kernels that also add a residual and rectify, directly in eager mode and as
 custom ops under torch.compile; all others to PyTorch's own BatchNorm. Importing this needs neither a GPU nor Triton.
@@ -9,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 FUSED_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()  # tests add others
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -362,3 +365,26 @@ def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
     parts = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
     # With one sample a part, reshape alone would return a view of the folded memory.
     return parts.permute(0, 3, 1, 2, 4).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# --- Replacing BatchNorms ------------------------------------------------------------------------------------------
+
+
+def replace_batch_norms(
+    module: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[Any], _BatchNorm]
+) -> bool:
+    """Puts make(child) in the place of every `wanted` BatchNorm inside `module`, with the child's mode, weights and
+    statistics; returns whether there were any. What `make` raises, it raises before anything is changed."""
+    found: list[tuple[nn.Module, str, Any, _BatchNorm]] = [
+        (parent, name, child, make(child))
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if wanted(child)
+    ]
+    for parent, name, old, new in found:
+        new.train(old.training)
+        new.weight, new.bias = old.weight, old.bias
+        new.running_mean, new.running_var = old.running_mean, old.running_var
+        new.num_batches_tracked = old.num_batches_tracked
+        setattr(parent, name, new)
+    return bool(found)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.distributed import all_gather, rank_and_world_size
+from mocofast.normalization import replace_batch_norms
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -127,19 +128,10 @@ def sync_batch_norm(module: nn.Module) -> None:
 
     ValueError, before anything is changed, for one without running statistics or a fixed momentum.
     """
-    found = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, BATCH_NORMS)
-    ]
-    for _, _, child in found:
-        if not child.track_running_stats or child.momentum is None:
-            raise ValueError(f"sync_bn: expected BatchNorm with running statistics and a momentum; got {child}")
-    for parent, name, child in found:
-        sync = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-        sync.train(child.training)
-        sync.weight, sync.bias = child.weight, child.bias
-        sync.running_mean, sync.running_var = child.running_mean, child.running_var
-        sync.num_batches_tracked = child.num_batches_tracked
-        setattr(parent, name, sync)
+
+    def make(old: _BatchNorm) -> SyncBatchNorm:
+        if not old.track_running_stats or old.momentum is None:
+            raise ValueError(f"sync_bn: expected BatchNorm with running statistics and a momentum; got {old}")
+        return SyncBatchNorm(old.num_features, old.eps, old.momentum, old.affine)
+
+    replace_batch_norms(module, lambda child: isinstance(child, BATCH_NORMS), make)
