@@ -35,9 +35,9 @@ UNSUPPORTED = {"dampening": 0, "nesterov": False, "maximize": False, "differenti
 class _Follower(NamedTuple):
     """What is written after a parameter."""
 
-    target: Tensor | None
-    shadow: Tensor | None
-    target_shadow: Tensor | None
+    target: Tensor | None = None
+    shadow: Tensor | None = None
+    target_shadow: Tensor | None = None
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -61,7 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         moved = 0
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._followers.get(p, _Follower(None, None, None))
+                follower = self._follower(p)
                 states = [s for s in self.state.get(p, {}).values() if isinstance(s, Tensor) and s.shape == p.shape]
                 both = [p, *states] if p.grad is not None else []
                 both += [] if follower.target is None else [follower.target]
@@ -74,7 +74,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         its shape and strides. For those that are copied already, this is the only copy then."""
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._followers.get(p, _Follower(None, None, None))
+                follower = self._follower(p)
                 self._followers[p] = follower._replace(
                     shadow=shadows.get(p, follower.shadow),
                     target_shadow=follower.target_shadow
@@ -108,12 +108,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rows: dict[torch.device, list[Row]] = {}
             for p in group["params"]:
-                follower = self._followers.get(p, _Follower(None, None, None))
+                follower = self._follower(p)
                 state = () if p.grad is None else self._state(p, group)
                 rows.setdefault(p.device, []).append(Row(p, p.grad, *follower, state))
             for device, part in rows.items():
                 self._update(autograd._backend(device.type), part, group)
         return loss
+
+    def _follower(self, p: Tensor) -> _Follower:
+        return self._followers.get(p, _Follower())
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         """The state of a parameter that has a gradient, made where there is none."""
