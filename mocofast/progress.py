@@ -18,9 +18,9 @@ METRICS = ("loss", "acc1", "acc5")
 def step_metrics(loss: Tensor, rank: Tensor | None) -> Tensor:
     """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five;
     NaN for these where the method ranks nothing."""
-    nothing = torch.full_like(loss.detach(), math.nan)
-    shares = [nothing if rank is None else (rank < k).float().mean() for k in (1, 5)]
-    return torch.stack([loss.detach(), *shares]).float()
+    loss = loss.detach()
+    shares = [torch.full_like(loss, math.nan)] * 2 if rank is None else [(rank < k).float().mean() for k in (1, 5)]
+    return torch.stack([loss, *shares]).float()
 
 
 class Window:
