@@ -1,12 +1,15 @@
-"""Images that tests of the data make for themselves."""
+"""Images that tests of the data make for themselves, and how they compare the batches made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from mocofast.data.interface import Batch
 from mocofast.data.sources import FolderSource, find_images
 
 
@@ -28,3 +31,27 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
     names = find_images(root)
     labels = np.arange(len(names)) % 3 if labelled else None
     return FolderSource(root, names, labels, ("a", "b", "c") if labelled else ())
+
+
+def assert_same_batches(a: Iterable[Batch], b: Iterable[Batch]) -> None:
+    """To the bit, labels and number of batches included."""
+    a, b = list(a), list(b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert torch.equal(x.index, y.index)
+        assert (x.labels is None) == (y.labels is None)
+        assert x.labels is None or y.labels is None or torch.equal(x.labels, y.labels)
+        assert len(x.views) == len(y.views)
+        assert all(map(torch.equal, x.views, y.views))
+
+
+def joined(ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
+    """The batches of one process that those of its ranks make."""
+    return [
+        Batch(
+            tuple(torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)),
+            torch.cat([part.index for part in parts]),
+            None if parts[0].labels is None else torch.cat([part.labels for part in parts]),  # type: ignore[misc]
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
