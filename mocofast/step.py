@@ -114,9 +114,7 @@ class FlatGradients:
                 places.append(places[-1] + -(-p.numel() // 8) * 8)
             buffer = torch.zeros(places[-1], dtype=dtype, device=device)
             for p, place in zip(parameters, places):
-                # Strides of its parameter, which are those of its momentum, too.
-                dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
-                strides = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
+                strides = torch.empty_like(p, device="meta").stride()  # those of its momentum, too
                 view = torch.as_strided(buffer, p.shape, strides, place)
                 assert p.grad is not None
                 view.copy_(p.grad)
