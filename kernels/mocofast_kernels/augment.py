@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mocofast_kernels.configs import REGISTERS, block_of
+
 # Side of a view, without and with rotation: what the registers of 8 warps hold.
 LARGEST, LARGEST_ROTATED = 64, 32
 # Columns of `parameters`. A kernel reads constants of its module only as constexpr.
@@ -231,12 +233,12 @@ def augment(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rot
     assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), (index.shape, index.dtype)
     assert 0 < size <= (LARGEST_ROTATED if rotate else LARGEST), (size, rotate)
     out = torch.empty((V, B, size, size, 3), dtype=torch.uint8, device=images.device)
-    block = max(16, triton.next_power_of_2(size))  # 16: the smallest matrix product
+    block = block_of(size)
     with torch.cuda.device_of(images):
         # Without contracted multiply-adds: a value just above an integer must not end just below it.
         _augment_kernel[(B, V)](
             images, index, parameters, out, parameters.stride(0), H, W, S=size, ROTATE=rotate, BLOCK=block,
-            num_warps=8 if rotate or block > 32 else 4, num_stages=1, maxnreg=255,
+            num_warps=8 if rotate or block > 32 else 4, num_stages=1, maxnreg=REGISTERS,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
