@@ -9,13 +9,14 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, writer: str = "") -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end, flushed to disk before.
 
     So `path` always has all of the old content or all of the new, also where the process or the machine stops
-    halfway. After an error nothing is left. One writer at a time.
+    halfway. After an error nothing is left. One writer at a time, or each with a name of its own, `writer`: what a
+    killed one leaves is only overwritten by the next of the same name.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{writer}.tmp" if writer else f"{path.name}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -177,6 +177,19 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(
     assert local_index(path).keys.tolist() == [b"only"]
 
 
+def test_an_index_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def fill_the_disk(file: io.BufferedWriter, **columns: np.ndarray) -> None:
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    path = write_shards(tmp_path, sizes=(3,)) / "set-000000.tar"
+    monkeypatch.setattr(np, "savez", fill_the_disk)
+    assert len(local_index(path).keys) == 3
+    assert [*tmp_path.iterdir(), *cache.rglob("*.*")] == [path]
+
+
 def test_a_shard_that_shrinks_during_a_run_ends_it(tmp_path: Path) -> None:
     source = source_of(write_shards(tmp_path, sizes=(4,)))
     os.truncate(tmp_path / "set-000000.tar", 3000)

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder, download
 from mocofast.data.interface import epoch_order
@@ -287,10 +288,9 @@ def _read(place: Path, stamp: np.ndarray | None) -> Index:
 
 def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}")
-    with part.open("wb") as file:
+    # Ranks and threads may index one shard at the same time.
+    with files.whole(place, f"{os.getpid()}.{threading.get_ident()}") as part, part.open("wb") as file:
         np.savez(file, stamp=stamp, keys=index.keys, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
-    os.replace(part, place)
 
 
 def _scanned(path: Path) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,37 @@
+"""Files are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mocofast import files
+
+
+@pytest.mark.parametrize("writer", ["", "7"])
+def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.whole(path, writer) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with files.whole(path, writer) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_with_names_do_not_meet_and_one_without_finds_what_it_left(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with files.whole(path, "1") as one, files.whole(path, "2") as two, files.whole(path) as nobodys:
+        assert len({one, two, nobodys}) == 3
+        for temporary in (one, two, nobodys):
+            temporary.write_text(temporary.name)
+    assert path.read_text() == one.name  # the last to end
+    with files.whole(path) as again:
+        assert again == nobodys  # what was killed halfway is overwritten
+        again.write_text("new")
+    assert list(tmp_path.iterdir()) == [path]
