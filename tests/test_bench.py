@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
+from mocofast_kernels.sizes import weight_shapes
+from torch import nn
 
-from mocofast.bench import data, ema, kernels, main, optim, timing
+from mocofast.bench import data, kernels, main, optim, timing
 
 CPU = torch.device("cpu")
 CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU
@@ -40,8 +43,15 @@ def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     # torchvision's ResNet-50 without its fc (23,508,032), and 2048 x 2048 and 2048 x 128 layers with biases.
     assert row["weights"] == 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert row["bytes"] == 3 * 4 * row["weights"]
-    assert len(ema.weight_shapes()) == row["tensors"]
+    assert len(weight_shapes()) == row["tensors"]
     assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel"} <= set(row["milliseconds"])
+
+
+def test_the_benchmarks_weights_are_those_of_a_resnet50_with_mocos_head() -> None:
+    with torch.device("meta"):
+        network = torchvision.models.resnet50()
+        network.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 128))
+    assert weight_shapes() == [tuple(parameter.shape) for parameter in network.parameters()]
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mocofast_kernels import configs, tables
+from mocofast_kernels.sizes import PROCESSORS
 from mocofast_kernels.static_cases import cases
 
-# Multiprocessors, by compute capability, of the GPU whose launches are recorded: A100, H200 and B200 (their data
-# sheets).
-PROCESSORS = {80: 108, 90: 132, 100: 148}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -84,6 +82,11 @@ class Report(NamedTuple):
     loop: int
     loop_float: int  # float32 arithmetic
     loop_special: int  # exponentials and the like
+
+    @property
+    def matrix(self) -> int:
+        """Matrix instructions of any kind."""
+        return self.hgmma + self.tcgen + self.mma
 
 
 class Instruction(NamedTuple):

@@ -1,7 +1,7 @@
 """The calls whose launches `static` compiles: every row of the tile tables in every variant that changes its code,
 and the small kernels, at the sizes that predictions are made for.
 
-InfoNCE: 256 queries, 65536 negatives. EMA and optimisers: the 161 tensors of a ResNet-50 with MoCo v2's head, or one
+InfoNCE: 256 queries, 65536 negatives. EMA and optimisers: the 163 tensors of a ResNet-50 with MoCo v2's head, or one
 of odd size. Ghost BatchNorm: activations of ResNets at 256 images of 224 pixels, in 8 parts.
 """
 
@@ -26,6 +26,7 @@ from mocofast_kernels.infonce import forward_products, infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.optim import adamw_, lars_, sgd_
 from mocofast_kernels.rows import dot_kind
+from mocofast_kernels.sizes import weight_shapes
 from mocofast_kernels.tables import FLOATS
 from mocofast_kernels.tiles import Products
 
@@ -137,23 +138,8 @@ def _enqueue(C: int, types: Types) -> Callable[[], object]:
     return call
 
 
-def resnet50() -> list[tuple[int, ...]]:
-    """Shapes of a ResNet-50's parameters (torchvision's) with the two-layer head of MoCo v2: 27,966,656 weights."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    inside = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions = [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                convolutions.append((4 * width, inside, 1, 1))
-            for shape in convolutions:
-                shapes += [shape, shape[:1], shape[:1]]
-            inside = 4 * width
-    return [*shapes, (2048, 2048), (2048,), (128, 2048), (128,)]
-
-
 # What wide loads fit, and what they do not.
-WEIGHTS: dict[str, list[tuple[int, ...]]] = {"ResNet-50": resnet50(), "odd size": [(3, 9_322_219)]}
+WEIGHTS: dict[str, list[tuple[int, ...]]] = {"ResNet-50": weight_shapes(), "odd size": [(3, 9_322_219)]}
 
 
 def _ema(target: torch.dtype, weights: str, momentum: float | Tensor) -> Callable[[], object]:

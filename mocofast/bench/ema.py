@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels import reference
+from mocofast_kernels.sizes import weight_shapes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,7 +20,6 @@ from mocofast import ops
 from mocofast.bench import timing
 
 MOMENTUM = 0.999
-HEAD = (2048, 2048, 128)
 
 
 class Side(NamedTuple):
@@ -110,14 +110,3 @@ def sides(
     timms = ModelEmaV3(model, decay=MOMENTUM)
     result["timm.ModelEmaV3"] = Side(list(timms.module.parameters()), lambda: timms.update(model))
     return sources, result, {}
-
-
-def weight_shapes() -> list[tuple[int, ...]]:
-    """Shapes of the parameters of torchvision's ResNet-50 with a two-layer head."""
-    from torchvision.models import resnet50
-
-    with torch.device("meta"):
-        network = resnet50()
-        inside, hidden, out = HEAD
-        network.fc = nn.Sequential(nn.Linear(inside, hidden), nn.ReLU(), nn.Linear(hidden, out))
-    return [tuple(parameter.shape) for parameter in network.parameters()]

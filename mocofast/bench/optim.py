@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from mocofast_kernels.sizes import weight_shapes
 from torch import Tensor
 
 from mocofast.bench import timing
-from mocofast.bench.ema import weight_shapes
 from mocofast.optim import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
 
 MOMENTUM = 0.99  # of the average

@@ -21,6 +21,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from mocofast_kernels.sizes import PROCESSORS
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,17 +51,20 @@ class GPU(NamedTuple):
         return self.matrix_rate / (self.matrix * self.processors)
 
 
-# Multiprocessors, peaks of matrix units (312, 989 and 2250 TFLOP/s) and memory (2.04, 4.8 and 8.0 TB/s): NVIDIA's
-# data sheets of the A100 80 GB SXM, H200 SXM and HGX B200. On an H200 790 TFLOP/s and a copy at 4.3 TB/s were
-# measured: 80% and 90% of its peaks, which the others are taken to reach too. Shared memory, registers, threads,
-# programs, lanes and exponentials: CUDA C++ programming guide, "Compute capabilities" and "Arithmetic instructions".
-# Matrix operations a clock follow from peak and boost clock. L2: 5120 bytes a clock on an A100 (its white paper);
-# none is published for the others: taken to be 5120 on an H200 too, and as much for each multiprocessor on a B200.
+# Peaks of matrix units (312, 989 and 2250 TFLOP/s) and memory (2.04, 4.8 and 8.0 TB/s): NVIDIA's data sheets of the
+# A100 80 GB SXM, H200 SXM and HGX B200. On an H200 790 TFLOP/s and a copy at 4.3 TB/s were measured: 80% and 90% of
+# its peaks, which the others are taken to reach too. Shared memory, registers, threads, programs, lanes and
+# exponentials: CUDA C++ programming guide, "Compute capabilities" and "Arithmetic instructions". Matrix operations a
+# clock follow from peak and boost clock. L2: 5120 bytes a clock on an A100 (its white paper); none is published for
+# the others: taken to be 5120 on an H200 too, and as much for each multiprocessor on a B200.
 GPUS = {
-    80: GPU("A100", 108, 0.80 * 312e12, 0.90 * 2.04e12, 2048, 64, 5120, 164 * 1024),
-    90: GPU("H200", 132, 790e12, 4.3e12, 4096, 128, 5120, 228 * 1024),
-    100: GPU("B200", 148, 0.80 * 2250e12, 0.90 * 8.0e12, 8192, 128, 5120 * 148 / 132, 228 * 1024),
-}
+    80: GPU("A100", PROCESSORS[80], 0.80 * 312e12, 0.90 * 2.04e12, 2048, 64, 5120, 164 * 1024),
+    90: GPU("H200", PROCESSORS[90], 790e12, 4.3e12, 4096, 128, 5120, 228 * 1024),
+    100: GPU(
+        "B200", PROCESSORS[100], 0.80 * 2250e12, 0.90 * 8.0e12, 8192, 128,
+        5120 * PROCESSORS[100] / PROCESSORS[90], 228 * 1024,
+    ),
+}  # fmt: skip
 RESERVED = 1024  # bytes of shared memory that each program takes for the system (same guide)
 EXTRA_ROUNDS = 2  # as mocofast_kernels.configs.split_count has it
 LAUNCH = 2e-6  # seconds that each launch of a call adds: an assumption, for replays of CUDA graphs
@@ -95,14 +99,14 @@ class Prediction(NamedTuple):
     resident: int  # programs that fit on a multiprocessor at a time
     bytes: int
     operations: int
-    matrix: float
-    issue: float
-    special: float
-    float32: float
-    l2: float
-    memory: float
-    arithmetic: float  # that `operations` take at the full rate of their unit; with `memory`, the floor
     time: float
+    memory: float
+    arithmetic: float = 0.0  # that `operations` take at the full rate of their unit; with `memory`, the floor
+    matrix: float = 0.0
+    issue: float = 0.0
+    special: float = 0.0
+    float32: float = 0.0
+    l2: float = 0.0
 
     @property
     def limit(self) -> str:
@@ -138,10 +142,15 @@ def traffic(launch: Launch) -> int:
     return total
 
 
+def _is_product(launch: Launch) -> bool:
+    """Whether it is one of InfoNCE's sweeps."""
+    return "PRECISION" in launch.constants and "K" in launch.arguments
+
+
 def operations(launch: Launch) -> int:
     """Floating-point operations that the mathematics asks for, without padding."""
     kernel, given = launch.kernel.__name__, launch.arguments
-    if "PRECISION" in launch.constants and "K" in given:
+    if _is_product(launch):
         return (4 if launch.constants.get("GRAD", True) else 2) * given["N"] * given["K"] * launch.constants["C"]
     name, each = OPERATIONS.get(kernel, ("", 0))
     if not name or given[name] is None:
@@ -156,12 +165,10 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     programs, resident = prod(launch.grid), residents(report, gpu)
     moved, counted = traffic(launch), operations(launch)
     memory = moved / gpu.bandwidth
-    if "PRECISION" not in launch.constants or "K" not in launch.arguments:
+    if not _is_product(launch):
         code = 0 if report.loop else report.instructions
         issue = programs * report.warps * code / 4 / gpu.processors / gpu.clock
-        return Prediction(
-            programs, resident, moved, counted, 0.0, issue, 0.0, 0.0, 0.0, memory, 0.0, max(memory, issue)
-        )
+        return Prediction(programs, resident, moved, counted, max(memory, issue), memory, issue=issue)
     rounds, resources = _round(launch, report, gpu)
     alone = resources[0] + max(resources[1:4])
 
@@ -176,10 +183,10 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     rate = gpu.matrix_rate if matrix else 2 * gpu.lanes * gpu.processors * gpu.clock
     if launch.constants["PRECISION"] == "tf32":
         rate /= 2
+    time, arithmetic = max(memory, clocks / gpu.clock), counted / rate
     return Prediction(
-        programs, resident, moved, counted, matrix, issue, special, float32, l2, memory, counted / rate,
-        max(memory, clocks / gpu.clock),
-    )  # fmt: skip
+        programs, resident, moved, counted, time, memory, arithmetic, matrix, issue, special, float32, l2
+    )
 
 
 def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:

@@ -59,7 +59,7 @@ class Row(NamedTuple):
         r, p = self.report, self.prediction
         return [
             r.registers, r.spills, r.shared, r.tensor_memory, r.warps, p.programs, p.resident, r.instructions,
-            r.hgmma + r.tcgen + r.mma, r.loop, p.bytes, p.operations, round(1e6 * p.time, 2), p.limit,
+            r.matrix, r.loop, p.bytes, p.operations, round(1e6 * p.time, 2), p.limit,
         ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def line(row: Row) -> str:
     r, p = row.report, row.prediction
     return (
         f"{GPUS[r.capability].name:5}{r.registers:5}{r.spills:6}{r.shared:8}{p.programs:9}{p.resident:9}"
-        f"{p.resident * r.warps:6}{r.instructions:6}{r.hgmma + r.tcgen + r.mma:7}{p.bytes / 1e6:8.1f}"
+        f"{p.resident * r.warps:6}{r.instructions:6}{r.matrix:7}{p.bytes / 1e6:8.1f}"
         f"{p.operations / 1e9:8.2f}{1e6 * p.time:8.1f} {p.limit:7} {r.kernel} ({r.case})"
     )
 
@@ -180,7 +180,7 @@ def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
             lines.append(
                 f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "
                 f"{sum(row.report.spills for row in rows)} | {r.shared / 1024:.0f} | "
-                f"{p.resident}, {p.resident * r.warps} | {r.hgmma + r.tcgen + r.mma} | "
+                f"{p.resident}, {p.resident * r.warps} | {r.matrix} | "
                 f"{sum(row.prediction.bytes for row in rows) / 1e6:.1f} | "
                 f"{sum(row.prediction.operations for row in rows) / 1e9:.2f} | {1e6 * floor:.1f} | "
                 f"{1e6 * predicted:.1f} | {p.limit} |"
