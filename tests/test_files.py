@@ -13,9 +13,14 @@ from mocofast import files
 def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(tmp_path: Path, writer: str) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.whole(path, writer) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def write_half() -> None:
+        with files.whole(path, writer) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert path.read_text() == "old"
     with files.whole(path, writer) as temporary:
         temporary.write_text("new")
