@@ -25,6 +25,7 @@ LR = 1e-6  # so that weights stay what they are through thousands of steps
 DECAY = 1e-4
 
 Step = Callable[[], Any]
+Pair = tuple[FusedOptimizer, dict[str, Step]]  # ours, and by name the step of the other side
 
 
 class Weights(NamedTuple):
@@ -60,15 +61,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    sides, traffic = BENCHMARKS[name]
-    steps = sides(weights(device), weights(device))
+    optimizer, others = BENCHMARKS[name](weights(device), weights(device))
+    steps: dict[str, Step] = {"mocofast": optimizer.step, **others}
     if device.type == "cuda":
         steps |= {f"{side}, graph": captured(step) for side, step in steps.items()}
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     copy = torch.empty_like(block)
     times = timing.interleaved({**steps, "copy": lambda: copy.copy_(block)}, repeats, device)
     bandwidth = 2 * block.numel() / times.pop("copy").median
-    size = traffic()
+    size = optimizer.traffic() + read_again(optimizer)
     floor = size / bandwidth
     ours, theirs = list(steps)[:2]
     print(f"{name}: {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
@@ -115,26 +116,26 @@ def weights(device: torch.device) -> Weights:
     return Weights(params, draw(0.1), (first, second))
 
 
-def sgd(w: Weights, v: Weights) -> dict[str, Step]:
-    """SGD with momentum and weight decay: our step of w, the other side's of v."""
+def sgd(w: Weights, v: Weights) -> Pair:
+    """SGD with momentum and weight decay: ours of w, the other side's step of v."""
     ours = FusedSGD(w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
     theirs = torch.optim.SGD(v.params, LR, momentum=0.9, weight_decay=DECAY, fused=True)
-    return {"mocofast": ours.step, "fused, lerp, casts": _then_average(theirs, v)}
+    return ours, {"fused, lerp, casts": _then_average(theirs, v)}
 
 
-def adamw(w: Weights, v: Weights) -> dict[str, Step]:
+def adamw(w: Weights, v: Weights) -> Pair:
     """AdamW."""
     ours = FusedAdamW(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
     capturable = v.targets[0].is_cuda
     theirs = torch.optim.AdamW(v.params, LR, weight_decay=DECAY, fused=True, capturable=capturable)
-    return {"mocofast": ours.step, "fused, lerp, casts": _then_average(theirs, v)}
+    return ours, {"fused, lerp, casts": _then_average(theirs, v)}
 
 
-def lars(w: Weights, v: Weights) -> dict[str, Step]:
+def lars(w: Weights, v: Weights) -> Pair:
     """LARS and the average, without shadows, of which MoCo v3 has none."""
-    ours: FusedOptimizer = FusedLARS(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM))
+    ours = FusedLARS(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM))
     buffers = [torch.zeros_like(p) for p in v.params]
-    return {"mocofast": ours.step, "loops": lambda: lars_loops(v, buffers)}
+    return ours, {"loops": lambda: lars_loops(v, buffers)}
 
 
 def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Step:
@@ -167,23 +168,11 @@ def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
         target.copy_(target * MOMENTUM + param * (1.0 - MOMENTUM))
 
 
-def sgd_traffic() -> int:
-    """Reads weight, gradient, momentum and target; writes all but the gradient, and two bfloat16 copies."""
-    return (7 * 4 + 2 * 2) * _elements()
+def read_again(optimizer: FusedOptimizer) -> int:
+    """Bytes beyond `traffic`: LARS reads weights and gradients of two or more dimensions twice, for their norms."""
+    if not isinstance(optimizer, FusedLARS):
+        return 0
+    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p.ndim > 1)
 
 
-def adamw_traffic() -> int:
-    """As SGD's, with one more state."""
-    return (9 * 4 + 2 * 2) * _elements()
-
-
-def lars_traffic() -> int:
-    """As SGD's without copies; weight and gradient once more where they have two or more dimensions."""
-    return 7 * 4 * _elements() + 2 * 4 * _elements(2)
-
-
-def _elements(least_dimensions: int = 0) -> int:
-    return sum(torch.Size(shape).numel() for shape in weight_shapes() if len(shape) >= least_dimensions)
-
-
-BENCHMARKS = {"sgd": (sgd, sgd_traffic), "lars": (lars, lars_traffic), "adamw": (adamw, adamw_traffic)}
+BENCHMARKS = {"sgd": sgd, "lars": lars, "adamw": adamw}
