@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.interface import Source
+from mocofast.data.threads import Threads
 from mocofast.data.torchvision_loader import decode, describe
 
 AHEAD = 2  # batches in the making beside the one that is taken
@@ -40,26 +40,19 @@ class EvalBatches:
     """
 
     def __init__(self, source: Source, size: int, batch_size: int, workers: int, device: torch.device) -> None:
-        """workers: threads. PIL decodes and resizes outside the interpreter's lock, so they are as fast as processes,
-        which would have to be forked from a process of many threads."""
+        """workers: threads. They are as fast as processes, which would have to be forked from a process of many
+        threads."""
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
-        self._threads = max(1, workers)
+        self._threads = workers
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        pool = ThreadPoolExecutor(self._threads, "mocofast-eval")
-        waiting: deque[tuple[range, list[Future[np.ndarray | str]]]] = deque()
-        try:
-            for start in range(0, len(self._source), self._batch_size):
-                indices = range(start, min(start + self._batch_size, len(self._source)))
-                waiting.append((indices, [pool.submit(self._center, index) for index in indices]))
-                if len(waiting) > AHEAD:
-                    yield from self._batch(*waiting.popleft())
-            while waiting:
-                yield from self._batch(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+        every = range(len(self._source))
+        with Threads(self._threads, "mocofast-eval") as pool:
+            made = zip(every, pool.map(self._center, every, AHEAD * self._batch_size))
+            while results := dict(islice(made, self._batch_size)):
+                yield from self._batch(results)
 
     def _center(self, index: int) -> np.ndarray | str:
         """The pixels (size, size, 3), or why there are none."""
@@ -69,11 +62,8 @@ class EvalBatches:
         except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
             return describe(error)
 
-    def _batch(
-        self, indices: range, made: list[Future[np.ndarray | str]]
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """One batch, or none where all its images are bad."""
-        results = {index: future.result() for index, future in zip(indices, made)}
+    def _batch(self, results: dict[int, np.ndarray | str]) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """One batch, or none where all its images are bad; results: what `_center` says of each."""
         good = {index: pixels for index, pixels in results.items() if not isinstance(pixels, str)}
         self.skipped.update({index: reason for index, reason in results.items() if isinstance(reason, str)})
         if good:

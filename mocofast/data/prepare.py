@@ -14,12 +14,9 @@ import json
 import os
 import shutil
 import tarfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -29,10 +26,10 @@ from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
 from mocofast.data.shards import META, local_index
 from mocofast.data.sources import load_splits
+from mocofast.data.threads import Threads
 from mocofast.data.torchvision_loader import decode, describe
 
-T = TypeVar("T")
-U = TypeVar("U")
+AHEAD = 4  # images per thread in the making beside the one that is stored
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         meta: dict[str, Any] = {"size": options.size, "quality": options.quality, "classes": splits.train.classes}
         meta |= {"images": {}, "skipped": {}}
         total = sum(map(len, parts.values()))
-        with tqdm(total=total, unit="image", disable=None) as bar, _Pool(count_workers(options.workers)) as pool:
+        with tqdm(total=total, unit="image", disable=None) as bar, Threads(count_workers(options.workers)) as pool:
             for part, images in parts.items():
                 stored, skipped = _write(images, partial / part, part, options, pool, bar)
                 meta["images"][part or "all"] = stored
@@ -104,7 +101,7 @@ def compact(path: str, size: int, quality: int) -> tuple[str, bytes]:
 
 
 def _write(
-    source: Source, folder: Path, part: str, options: PrepareConfig, pool: _Pool, bar: tqdm[Any]
+    source: Source, folder: Path, part: str, options: PrepareConfig, pool: Threads, bar: tqdm[Any]
 ) -> tuple[int, dict[str, str]]:
     """One split's shards; how many images they hold, and which files are not among them: name -> why."""
 
@@ -119,7 +116,7 @@ def _write(
     keys: set[str] = set()
     order = epoch_order(len(source), 0, 0).tolist()
     with _Shards(folder, options.shard_mb * 10**6) as shards:
-        for index, item in zip(order, pool.map(work, order)):
+        for index, item in zip(order, pool.map(work, order, AHEAD * pool.count)):
             bar.update()
             if isinstance(item, str):
                 skipped[source.name(index)] = item
@@ -169,26 +166,3 @@ class _Shards:
             info.size = len(content)
             self._tar.addfile(info, io.BytesIO(content))
         self._tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header until it is closed
-
-
-class _Pool:
-    """Threads (PIL releases the interpreter's lock), a few results ahead of the one that is taken."""
-
-    def __init__(self, threads: int) -> None:
-        self._ahead = 4 * max(1, threads)
-        self._pool = ThreadPoolExecutor(max(1, threads))
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-        waiting: deque[Future[U]] = deque()
-        for item in items:
-            waiting.append(self._pool.submit(function, item))
-            if len(waiting) > self._ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
