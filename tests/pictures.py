@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mocofast.data.interface import Batch
-from mocofast.data.sources import FolderSource, find_images
+from mocofast.config import DataConfig
+from mocofast.data.interface import Batch, ViewParams
+from mocofast.data.shards import ShardSource
+from mocofast.data.sources import FolderSource, find_images, load_splits
 
 
 def photo(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -20,11 +23,17 @@ def photo(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
+def jpeg(seed: int) -> bytes:
+    """Of a size of its own, so that a substitute's size matters; for seeds below 45."""
+    buffer = io.BytesIO()
+    photo(seed, (30 + 3 * seed, 90 - 2 * seed)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def save_photos(root: Path, count: int = 23) -> Path:
-    """JPEG files of different sizes, so that a substitute's size matters."""
     root.mkdir(exist_ok=True)
     for i in range(count):
-        photo(i, (30 + 3 * i, 90 - 2 * i)).save(root / f"{i:03}.jpg", quality=90)
+        (root / f"{i:03}.jpg").write_bytes(jpeg(i))
     return root
 
 
@@ -32,6 +41,18 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
     names = find_images(root)
     labels = np.arange(len(names)) % 3 if labelled else None
     return FolderSource(root, names, labels, ("a", "b", "c") if labelled else ())
+
+
+def shard_splits(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
+    train, val, note = load_splits(DataConfig(source="shards", path=str(path), **options))  # type: ignore[arg-type]
+    assert isinstance(train, ShardSource)
+    assert val is None or isinstance(val, ShardSource)
+    return train, val, note
+
+
+def neutral(side: int) -> ViewParams:
+    """Of a view that is a whole image of that side."""
+    return ViewParams(0, 0, side, side, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
 
 
 def assert_same_batches(a: Iterable[Batch], b: Iterable[Batch]) -> None:

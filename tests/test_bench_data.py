@@ -18,8 +18,8 @@ from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.loaders import dali_missing
-from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
+from tests.pictures import files
 
 BATCHES = 2
 
@@ -92,7 +92,7 @@ def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:
 def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
     """Everything random that changes colours or shapes off: what is left is the image, resized and normalised."""
     augment = AugmentConfig(size=20, crop_scale=(1.0, 1.0), flip=0.0, jitter_p=0.0, gray=0.0, blur=0.0)
-    pairs = TensorPairs(FolderSource(folder, find_images(folder)), augment)
+    pairs = TensorPairs(files(folder, labelled=False), augment)
     assert len(pairs) == 16
     view = pairs[3][0]
     with Image.open(folder / sorted(path.name for path in folder.iterdir())[3]) as image:
@@ -101,7 +101,7 @@ def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
     # The crop is whole, or nearly (aspect 3/4): means over the image agree, where another image's are 3 away.
     assert (255 * pixels.mean((1, 2)) - torch.tensor(expected.mean((0, 1)))).abs().max() < 1
     everything = AugmentConfig(size=20, rotate=10.0, blur=1.0)
-    loader = ReferenceLoader(FolderSource(folder, find_images(folder)), everything, 4, 0, TensorPairs)
+    loader = ReferenceLoader(files(folder, labelled=False), everything, 4, 0, TensorPairs)
     batch = next(loader.epoch(0))
     assert [view.shape for view in batch] == [(4, 3, 20, 20)] * 2
     assert not torch.equal(*batch)
@@ -143,7 +143,7 @@ def test_tuning_writes_a_recipe_that_pretrain_accepts(folder: Path, capsys: pyte
 
 
 def test_the_gpu_decoders_options_are_tuned_on_a_gpu_alone(folder: Path) -> None:
-    source = FolderSource(folder, find_images(folder))
+    source = files(folder, labelled=False)
     names = [[name for name, _ in tune._stages("dali", 4, source, torch.device(kind))] for kind in ("cpu", "cuda")]
     assert names == [["workers", "prefetch"], ["workers", "prefetch", "hw_decoder_load", "preallocate"]]
     assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [(30, 40)]  # width, height

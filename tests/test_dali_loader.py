@@ -24,9 +24,9 @@ from mocofast.data import dali_loader
 from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.image_files import image_size, undecodable
 from mocofast.data.interface import Batch, Shard, Source, epoch_order
-from mocofast.data.sources import ArraySource, FolderSource, find_images
+from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader
-from tests.pictures import assert_same_batches, differences, joined
+from tests.pictures import assert_same_batches, differences, files, joined
 
 CPU = torch.device("cpu")
 CROP_ONLY = AugmentConfig(size=65, jitter_p=0.0, gray=0.0, flip=0.0)  # odd
@@ -68,11 +68,6 @@ def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def images(folder: Path) -> FolderSource:
-    names = find_images(folder)
-    return FolderSource(folder, names, np.arange(len(names)) % 3, ("a", "b", "c"))
-
-
 def epochs(loader: DaliLoader, *numbers: int) -> Iterator[Batch]:
     for epoch in numbers:
         yield from loader.epoch(epoch)
@@ -88,8 +83,8 @@ def difference(left: list[Batch], right: list[Batch], view: int) -> torch.Tensor
 
 @pytest.mark.data
 def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
-    ours = list(load(images(folder), augments=(CROP_ONLY,)).epoch(0))
-    reference = list(TorchvisionLoader(images(folder), (CROP_ONLY,), Shard(8), SEED, CPU, 0).epoch(0))
+    ours = list(load(files(folder), augments=(CROP_ONLY,)).epoch(0))
+    reference = list(TorchvisionLoader(files(folder), (CROP_ONLY,), Shard(8), SEED, CPU, 0).epoch(0))
     error = difference(ours, reference, 0)
     assert error.max() <= 1  # weights of another fixed point
     assert error.mean() < 0.1
@@ -97,8 +92,8 @@ def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
 
 @pytest.mark.data
 def test_both_loaders_show_the_same_views_of_the_same_images(folder: Path, load: Load) -> None:
-    ours = list(load(images(folder)).epoch(1))
-    reference = list(TorchvisionLoader(images(folder), (V2, V1), Shard(8), SEED, CPU, 0).epoch(1))
+    ours = list(load(files(folder)).epoch(1))
+    reference = list(TorchvisionLoader(files(folder), (V2, V1), Shard(8), SEED, CPU, 0).epoch(1))
     assert len(ours) == len(reference) == 5
     for left, right in zip(ours, reference):
         assert torch.equal(left.index, right.index)
@@ -155,7 +150,7 @@ def test_gray_cmyk_palette_16_bit_alpha_and_turned_images_look_as_with_torchvisi
     folder: Path, load: Load, tmp_path: Path
 ) -> None:
     odd_files(tmp_path, next(folder.iterdir()))
-    source = images(tmp_path)
+    source = files(tmp_path)
     count = len(source)
     assert count == 20
     loader = load(source, batch_size=count, augments=(CROP_ONLY,))
@@ -176,8 +171,8 @@ def test_gray_cmyk_palette_16_bit_alpha_and_turned_images_look_as_with_torchvisi
 def test_a_stream_resumed_in_mid_epoch_is_bit_identical_whatever_the_number_of_threads(
     folder: Path, load: Load
 ) -> None:
-    whole = list(epochs(load(images(folder)), 2, 3))
-    resumed = load(images(folder), workers=1)
+    whole = list(epochs(load(files(folder)), 2, 3))
+    resumed = load(files(folder), workers=1)
     tail = [*resumed.epoch(2, 3), *resumed.epoch(3)]
     assert len(tail) == 2 + 5
     assert_same_batches(tail, whole[3:])
@@ -185,8 +180,8 @@ def test_a_stream_resumed_in_mid_epoch_is_bit_identical_whatever_the_number_of_t
 
 @pytest.mark.data
 def test_iteration_can_be_abandoned_and_restarted_anywhere(folder: Path, load: Load) -> None:
-    reference = list(load(images(folder)).epoch(0))
-    loader = load(images(folder))
+    reference = list(load(files(folder)).epoch(0))
+    loader = load(files(folder))
     first = loader.epoch(0)
     assert_same_batches([next(first)], reference[:1])
     second = loader.epoch(0, 3)
@@ -201,7 +196,7 @@ def test_iteration_can_be_abandoned_and_restarted_anywhere(folder: Path, load: L
 
 @pytest.mark.data
 def test_epochs_are_shuffled_from_the_first_on_and_show_each_image_once(folder: Path, load: Load) -> None:
-    loader = load(images(folder), drop_last=False)
+    loader = load(files(folder), drop_last=False)
     for epoch in (0, 1):
         batches = list(loader.epoch(epoch))
         assert [len(b.index) for b in batches] == [8, 8, 8, 8, 8, 1]
@@ -213,15 +208,15 @@ def test_epochs_are_shuffled_from_the_first_on_and_show_each_image_once(folder: 
 
 @pytest.mark.data
 def test_two_ranks_together_show_what_one_process_shows(folder: Path, load: Load) -> None:
-    whole = list(load(images(folder)).epoch(0))
-    halves = [list(load(images(folder), rank=rank, world_size=2).epoch(0)) for rank in (0, 1)]
+    whole = list(load(files(folder)).epoch(0))
+    halves = [list(load(files(folder), rank=rank, world_size=2).epoch(0)) for rank in (0, 1)]
     assert [len(batch.index) for batch in halves[0]] == [4] * 5
     assert_same_batches(joined(halves), whole)
 
 
 @pytest.mark.data
 def test_batches_are_channels_last_and_stay_as_they_were_handed_out(folder: Path, load: Load) -> None:
-    loader = load(images(folder))
+    loader = load(files(folder))
     threads = torch.get_num_threads()
     held, copies = [], []
     for batch in epochs(loader, 0, 1):
@@ -304,8 +299,8 @@ def spoilt(folder: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
 def test_bad_files_are_replaced_and_named_and_all_other_samples_are_bit_identical(
     folder: Path, spoilt: tuple[Path, dict[str, str]], load: Load
 ) -> None:
-    clean = list(epochs(load(images(folder), drop_last=False), 0, 1))
-    source = images(spoilt[0])
+    clean = list(epochs(load(files(folder), drop_last=False), 0, 1))
+    source = files(spoilt[0])
     loader = load(source, drop_last=False)
     batches = list(epochs(loader, 0, 1))
     assert len(batches) == 2 * 6
@@ -334,7 +329,7 @@ def test_a_file_that_disappears_during_the_run_is_skipped(
     spoilt: tuple[Path, dict[str, str]], folder: Path, load: Load
 ) -> None:
     path, _ = spoilt
-    source = images(path)
+    source = files(path)
     loader = load(source)
     list(loader.epoch(0))
     before = dict(loader.skipped)
@@ -350,7 +345,7 @@ def test_a_file_that_disappears_during_the_run_is_skipped(
 def test_where_no_file_is_good_the_error_says_so_and_nothing_hangs(tmp_path: Path, load: Load) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.jpg").write_bytes(b"no image")
-    loader = load(FolderSource(tmp_path, find_images(tmp_path)), batch_size=2)
+    loader = load(files(tmp_path, labelled=False), batch_size=2)
     for _ in range(2):  # again after the error
         with pytest.raises(ValueError, match="none of the 4 images can be decoded"):
             next(iter(loader.epoch(0)))
@@ -360,7 +355,7 @@ def test_where_no_file_is_good_the_error_says_so_and_nothing_hangs(tmp_path: Pat
 def test_an_image_of_another_size_than_its_headers_is_skipped(
     folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = images(folder)
+    source = files(folder)
     wrong = source.load(5)
     sizes = {wrong: (3000, 2000)}
     monkeypatch.setattr(dali_loader, "image_size", lambda file: sizes.get(file) or image_size(file))
@@ -374,7 +369,7 @@ def test_an_image_of_another_size_than_its_headers_is_skipped(
 
 @pytest.mark.data
 def test_an_error_that_is_no_bad_file_is_raised(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = load(images(folder))
+    loader = load(files(folder))
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
@@ -434,9 +429,9 @@ def test_a_script_that_ends_in_the_middle_of_an_epoch_exits_cleanly(folder: Path
 @pytest.mark.data
 def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(folder: Path, load: Load) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    expected = list(load(images(folder)).epoch(0))
-    batches = list(load(images(folder), device=device).epoch(0))
-    again = list(load(images(folder), device=device).epoch(0, 2))
+    expected = list(load(files(folder)).epoch(0))
+    batches = list(load(files(folder), device=device).epoch(0))
+    again = list(load(files(folder), device=device).epoch(0, 2))
     for view in range(2):
         assert batches[0].views[view].device == device
         assert batches[0].views[view].is_contiguous(memory_format=torch.channels_last)
@@ -452,7 +447,7 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
     device = torch.device("cuda", torch.cuda.current_device())
     streams = []
     for data in (DataConfig(hw_decoder_load=0.0), DataConfig(hw_decoder_load=1.0, preallocate=(1000, 1000))):
-        loader = DaliLoader(images(folder), (CROP_ONLY,), Shard(8), SEED, device, 2, data)
+        loader = DaliLoader(files(folder), (CROP_ONLY,), Shard(8), SEED, device, 2, data)
         streams.append([b._replace(views=tuple(v.cpu() for v in b.views)) for b in loader.epoch(0)])
         loader.close()
     assert difference(*streams, view=0).mean() < 1

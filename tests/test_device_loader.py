@@ -20,7 +20,7 @@ from mocofast.data.interface import Batch, Shard, draw_view
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from mocofast.settings import load_recipe
-from tests.pictures import assert_same_batches, assert_same_views_but_for_hue, differences, joined
+from tests.pictures import assert_same_batches, assert_same_views_but_for_hue, differences, files, joined
 
 CPU = torch.device("cpu")
 SIDE = 16
@@ -203,8 +203,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, monkey
 def files_of(root: Path, pixels: np.ndarray) -> FolderSource:
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(root / f"{i:02}.png")
-    names = find_images(root)
-    return FolderSource(root, names, np.arange(len(names)) % 3, ("a", "b", "c"))
+    return files(root)
 
 
 def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_loader(tmp_path: Path) -> None:

@@ -12,20 +12,12 @@ import pytest
 from PIL import Image
 
 from mocofast.cli import main
-from mocofast.config import ConfigError, DataConfig
+from mocofast.config import ConfigError
 from mocofast.data import prepare as module
 from mocofast.data.prepare import PrepareConfig, compact, prepare
 from mocofast.data.shards import INDEX, ShardSource
-from mocofast.data.sources import load_splits
 from mocofast.data.torchvision_loader import decode
-from tests.pictures import photo
-
-
-def stored(root: Path) -> tuple[ShardSource, ShardSource | None]:
-    train, val, _ = load_splits(DataConfig(source="shards", path=str(root), holdout=0.0))
-    assert isinstance(train, ShardSource)
-    assert val is None or isinstance(val, ShardSource)
-    return train, val
+from tests.pictures import photo, shard_splits
 
 
 def write(root: Path, *names: str, size: tuple[int, int] = (60, 90)) -> Path:
@@ -72,7 +64,7 @@ def test_labels_splits_and_names_are_the_folders(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "left out: train/bee/bad.jpg: OSError" in printed
     assert f"5 images in {out};" in printed
-    train, val = stored(out)
+    train, val, _ = shard_splits(out)
     assert val is not None
     assert train.classes == val.classes == ("ant", "bee")
     found = samples(train)
@@ -101,7 +93,7 @@ def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(tmp
     assert all(1e6 <= path.stat().st_size < 1.2e6 for path in shards[:-1])
     again = sorted((tmp_path / "b").glob("*.tar"))
     assert [path.read_bytes() for path in shards] == [path.read_bytes() for path in again]
-    train, val = stored(tmp_path / "a")
+    train, val, _ = shard_splits(tmp_path / "a", holdout=0.0)
     assert val is None
     assert train.labels is not None
     assert sorted(train.load(i) for i in range(200)) == sorted(path.read_bytes() for path in tmp_path.rglob("*.bmp"))
@@ -111,7 +103,7 @@ def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(tmp
 def test_an_unlabelled_folder_makes_unlabelled_shards(tmp_path: Path) -> None:
     meta = prepare(str(write(tmp_path / "in", "b.jpg", "a.jpg")), str(tmp_path / "out"), PrepareConfig())
     assert meta["images"] == {"all": 2}
-    train, _ = stored(tmp_path / "out")
+    train, *_ = shard_splits(tmp_path / "out")
     assert train.labels is None
     assert sorted(train.name(i) for i in range(2)) == ["shard-000000.tar:a", "shard-000000.tar:b"]
 
@@ -166,7 +158,7 @@ def test_real_photos_keep_what_the_help_text_says(photos: Path, tmp_path: Path) 
     for path in names:
         shutil.copy(path, tmp_path / "in")
     prepare(str(tmp_path / "in"), str(tmp_path / "out"), PrepareConfig())
-    train, _ = stored(tmp_path / "out")
+    train, *_ = shard_splits(tmp_path / "out")
     total = sum(path.stat().st_size for path in names)
     assert 0.3 < sum(len(train.load(i)) for i in range(len(train))) / total < 0.7
     for i in range(len(train)):

@@ -26,7 +26,7 @@ from mocofast.data.interface import Loader, Shard, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
 from mocofast.data.shards import INDEX, ShardSource, expand_braces, find_shards, local_index, open_shards
 from mocofast.data.sources import FolderSource, load_splits
-from tests.pictures import assert_same_batches, photo
+from tests.pictures import assert_same_batches, jpeg, shard_splits
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=19, jitter_p=0.8, blur=0.5)
@@ -39,12 +39,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
-
-
-def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    photo(seed, (30 + 3 * seed, 90 - 2 * seed)).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
@@ -215,34 +209,27 @@ def test_shards_are_named_by_folder_pattern_and_braces(tmp_path: Path) -> None:
     assert [shard.name for shard in find_shards(f"{tmp_path}/set-{{000002,000000}}.tar")] == everything[2::-2]
 
 
-def splits(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
-    train, val, note = load_splits(DataConfig(source="shards", path=str(path), **options))  # type: ignore[arg-type]
-    assert isinstance(train, ShardSource)
-    assert val is None or isinstance(val, ShardSource)
-    return train, val, note
-
-
 def test_train_and_val_folders_of_shards_are_the_splits_and_meta_names_the_classes(tmp_path: Path) -> None:
     write_shards(tmp_path / "train")
     write_shards(tmp_path / "val", sizes=(6,), first=30)
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
-    train, val, note = splits(tmp_path)
+    train, val, note = shard_splits(tmp_path)
     assert val is not None
     assert note == "23 images of 3 classes; kNN on val/, 6"
     assert train.classes == val.classes == ("ant", "bee", "cat")
     assert (train.name(0), val.name(0)) == ("train/set-000000.tar:0000", "val/set-000000.tar:0030")
     write_tar(tmp_path / "val" / "set-000001.tar", [("odd.jpg", jpeg(0)), ("odd.cls", b"3")])
     with pytest.raises(ConfigError, match=r"label 3 .* 3 classes"):
-        splits(tmp_path)
+        shard_splits(tmp_path)
 
 
 def test_labelled_shards_without_val_hold_a_share_out_and_unlabelled_ones_do_not(tmp_path: Path) -> None:
-    train, val, note = splits(write_shards(tmp_path / "a"), holdout=0.2)
+    train, val, note = shard_splits(write_shards(tmp_path / "a"), holdout=0.2)
     assert val is not None
     assert "kNN on 5 of them, held out" in note
     names = [source.name(i) for source in (train, val) for i in range(len(source))]
     assert len(set(names)) == len(names) == 23
-    train, val, note = splits(write_shards(tmp_path / "b", labelled=False))
+    train, val, note = shard_splits(write_shards(tmp_path / "b", labelled=False))
     assert (train.labels, val, note) == (None, None, "23 images without labels: no kNN")
 
 

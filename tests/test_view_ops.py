@@ -17,10 +17,10 @@ from mocofast.config import AugmentConfig
 from mocofast.data import view_ops
 from mocofast.data.interface import ViewParams, draw_view
 from mocofast.data.torchvision_loader import apply_view
-from tests.pictures import differences
+from tests.pictures import differences, neutral
 
 SIDE = 37  # odd and prime
-NEUTRAL = ViewParams(0, 0, SIDE, SIDE, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+NEUTRAL = neutral(SIDE)
 FACTORS = [0.0, 0.3, 0.6, 1.0, 1.25, 1.4, 2.0]
 
 

@@ -20,7 +20,7 @@ from mocofast.data.interface import Shard, ViewParams, draw_view, view_augments
 from mocofast.data.sources import find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
 from mocofast.settings import load_recipe
-from tests.pictures import files, photo
+from tests.pictures import files, neutral, photo
 
 SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everything on; an odd, prime side
 
@@ -149,7 +149,7 @@ def test_every_recipe_makes_the_references_views_of_real_photos(
 def test_grayscale_comes_before_or_after_the_jitter_as_asked(gray_first: bool) -> None:
     image = photo(0, (40, 40))
     augment = AugmentConfig(size=40, gray_first=gray_first)
-    p = ViewParams(0, 0, 40, 40, 0.0, (2, 3, 0, 1), 1.2, 0.8, 0.5, 0.3, True, 0.0, False, False)
+    p = neutral(40)._replace(order=(2, 3, 0, 1), brightness=1.2, contrast=0.8, saturation=0.5, hue=0.3, gray=True)
     got = np.asarray(apply_view(image, p, augment)).astype(int)
     assert np.ptp(got, axis=2).max() == 0
     # Saturation and hue change the luma of a coloured image, but not a grey one's.
@@ -160,7 +160,7 @@ def test_grayscale_comes_before_or_after_the_jitter_as_asked(gray_first: bool) -
 def test_rotation_is_counter_clockwise_about_the_centre_and_fills_with_black() -> None:
     pixels = np.zeros((21, 21, 3), np.uint8)
     pixels[10, 18] = 255  # right of the centre
-    still = ViewParams(0, 0, 21, 21, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+    still = neutral(21)
     turned = np.asarray(apply_view(Image.fromarray(pixels), still._replace(angle=90.0), AugmentConfig(size=21)))
     assert turned[2, 10].tolist() == [255] * 3  # above it
     assert turned.sum() == 3 * 255
@@ -171,7 +171,7 @@ def test_rotation_is_counter_clockwise_about_the_centre_and_fills_with_black() -
 
 def test_neutral_parameters_change_nothing() -> None:
     image = photo(1, (19, 19))
-    p = ViewParams(0, 0, 19, 19, 0.0, (3, 2, 1, 0), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+    p = neutral(19)._replace(order=(3, 2, 1, 0))
     assert np.array_equal(np.asarray(apply_view(image, p, SMALL)), np.asarray(image))
 
 
