@@ -39,7 +39,7 @@ def download(url: str, path: Path) -> bool:
         validator, failures = "", 0
         while True:
             try:
-                validator = _append(url, part, validator)
+                _append(url, part, validator)
                 os.replace(part, path)
                 return True
             except (OSError, http.client.HTTPException) as error:
@@ -62,7 +62,8 @@ class _Broken(OSError):
         self.validator = validator
 
 
-def _append(url: str, part: Path, validator: str) -> str:
+def _append(url: str, part: Path, validator: str) -> None:
+    """Puts into `part` what it lacks of `url`; all of it where `validator`, "" at first, is no longer the content's."""
     have = part.stat().st_size if validator else 0
     headers = {"Range": f"bytes={have}-", "If-Range": validator} if have else {}
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
@@ -79,4 +80,3 @@ def _append(url: str, part: Path, validator: str) -> str:
             got = file.tell() - begin
     if expected is not None and got != int(expected):
         raise _Broken(f"{url}: ended after {got} of {expected} bytes", found)
-    return found
