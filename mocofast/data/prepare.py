@@ -137,7 +137,7 @@ def _write(
 
 
 class _Shards:
-    """Tar files one after the other, each with its index."""
+    """Tar files one after the other, each with its index once it is whole."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
@@ -147,22 +147,28 @@ class _Shards:
     def __enter__(self) -> _Shards:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._tar is not None:
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        if error is None:
+            self._end()
+        elif self._tar is not None:
             self._tar.close()
-            local_index(self._path)
 
     def add(self, members: dict[str, bytes]) -> None:
         """The members of one sample, in one shard."""
         if self._tar is not None and self._tar.offset >= self._limit:
-            self.__exit__()
-            self._tar = None
+            self._end()
         if self._tar is None:
             self._path = self._folder / f"shard-{self._count:06}.tar"
-            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed above
+            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by _end
             self._count += 1
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             self._tar.addfile(info, io.BytesIO(content))
         self._tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header until it is closed
+
+    def _end(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
+            local_index(self._path)
