@@ -127,25 +127,43 @@ def random_batches(steps: int, size: int, seed: int = 1) -> list[tuple[Tensor, T
     return [tuple(torch.randn(2, size, 3, 8, 8, generator=generator)) for _ in range(steps)]  # type: ignore[misc]
 
 
-def sgd_trajectory(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def differ_from_rank_0(model: nn.Module, rank: int) -> None:
+    """In every tensor, so that it shows what DDP or the first step does not take from there."""
+    if rank:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.add_(1)
+
+
+def sgd_trajectory(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    lr: float = 0.1,
+    weight_decay: float = 1e-3,
+    momenta: Sequence[float] = (),
+) -> dict[str, Tensor]:
     """Trains in place, wrapped in DistributedDataParallel (its defaults) where there is a process group.
 
-    Returns every step's loss, (steps,), and the final parameters of both encoders and queue (K, C), by name, float64.
+    momenta: each step's for the key encoder, where they change as a schedule would set them.
+    Returns every step's loss, (steps,), and the final parameters and, where there is one, queue (K, C), by name,
+    float64.
     """
     weight = next(model.parameters())
     trained = DistributedDataParallel(model) if dist.is_initialized() else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     losses = []
-    for im_q, im_k in batches:
+    for step, (im_q, im_k) in enumerate(batches):
+        if momenta:
+            model.momentum = momenta[step]  # type: ignore[assignment]
         out = trained(im_q.to(weight), im_k.to(weight))
         loss = out if isinstance(out, Tensor) else out.loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    queue = model.queue.t() if isinstance(model, EagerMoCo) else model.queue
-    result = {"losses": torch.stack(losses), "queue": queue, **dict(model.named_parameters())}
+    result = {"losses": torch.stack(losses), **dict(model.named_parameters())}
+    if hasattr(model, "queue"):
+        result["queue"] = model.queue.t() if isinstance(model, EagerMoCo) else model.queue
     return {name: value.detach().double().clone() for name, value in result.items()}
 
 

@@ -16,7 +16,14 @@ from mocofast import MoCo, distributed
 from mocofast.bench.processes import on_ranks
 from mocofast.encoders import TinyResNet
 from mocofast.methods.base import MethodOutput
-from tests.eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
+from tests.eager_moco import (
+    EagerMoCo,
+    PlainEncoder,
+    assert_same_to_rounding,
+    differ_from_rank_0,
+    random_batches,
+    sgd_trajectory,
+)
 
 WORLD = 2
 PER_RANK = 5  # odd, so that a rank cannot receive equally many images from both
@@ -35,9 +42,7 @@ def three_trajectories(rank: int, base: type[nn.Module], **options: Any) -> dict
     torch.manual_seed(0)
     model = small_moco(base, **options)
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
-    if rank:  # whatever DDP or the first step is to take from rank 0 differs here
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data.add_(1)
+    differ_from_rank_0(model, rank)
     batches = own_part(random_batches(STEPS, WORLD * PER_RANK), rank)
     found = {}
     for name, each in (("ours", model), ("eager", eager), ("exact", exact)):

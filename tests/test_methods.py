@@ -1,4 +1,4 @@
-"""The methods beside MoCo: trajectories against plain re-implementations, and whole runs through the command line."""
+"""The methods beside MoCo: trajectories against plain re-implementations, in one process and over two ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mocofast.methods.supervised import Supervised
 from mocofast.methods.swav import SwAV
 from mocofast.sync_batch_norm import sync_batch_norm
 from tests.eager_methods import EAGER, Batch, random_batches, trajectory
-from tests.eager_moco import assert_same_to_rounding
+from tests.eager_moco import assert_same_to_rounding, differ_from_rank_0
 
 IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
 
@@ -68,9 +68,7 @@ def two_ranks(rank: int) -> dict[str, Any]:
     for name in SMALL:
         model = small(name)
         sync_batch_norm(model)
-        if rank:  # whatever DDP or the first step takes from rank 0 differs here
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data.add_(1)
+        differ_from_rank_0(model, rank)
         found[name] = trajectory(model, [batch.part(rank, 2) for batch in batches_for(model)])
     # In eval mode, on one rank only: no collective may wait for the other.
     if rank == 0:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.bench.processes import on_ranks
 from mocofast.config import OptimConfig
@@ -25,7 +24,13 @@ from mocofast.optim import optimizer_of
 from mocofast.settings import load_recipe
 from mocofast.step import choose_autocast, train_step
 from mocofast.sync_batch_norm import sync_batch_norm
-from tests.eager_moco import PlainEncoder, assert_same_to_rounding, random_batches
+from tests.eager_moco import (
+    PlainEncoder,
+    assert_same_to_rounding,
+    differ_from_rank_0,
+    random_batches,
+    sgd_trajectory,
+)
 
 WORLD = 2
 # Each step's m, as a schedule would set it. The first is of equal weights: an average of them shows nothing.
@@ -81,25 +86,8 @@ class Eager(nn.Module):
         return 2 * self.temperature * F.cross_entropy(q @ k.t() / self.temperature, torch.arange(len(q)))
 
 
-def trajectory(model: nn.Module, batches: list[tuple[Tensor, Tensor]], ddp: bool = False) -> dict[str, Tensor]:
-    """Every step's loss and the final parameters, by name, float64.
-
-    A rate of 0.02: at 0.1, BatchNorms over 10 images make of float32's rounding 1e-4 within four steps.
-    """
-    weight = next(model.parameters())
-    trained = DistributedDataParallel(model) if ddp else model
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
-    losses = []
-    for momentum, (x1, x2) in zip(MOMENTA, batches):
-        model.momentum = momentum  # type: ignore[assignment]
-        out = trained(x1.to(weight), x2.to(weight))
-        loss = out if isinstance(out, Tensor) else out.loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    result = {"losses": torch.stack(losses), **dict(model.named_parameters())}
-    return {name: value.detach().double().clone() for name, value in result.items()}
+# A rate of 0.02: at 0.1, BatchNorms over 10 images make of float32's rounding 1e-4 within four steps.
+trajectory = partial(sgd_trajectory, lr=0.02, weight_decay=0.0, momenta=MOMENTA)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,10 +104,8 @@ def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
     for name, make in METHODS.items():
         model = make()
         sync_batch_norm(model)
-        if rank:  # whatever DDP or the first step is to take from rank 0 differs here
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data.add_(1)
-        found[name] = trajectory(model, batches, ddp=True)
+        differ_from_rank_0(model, rank)
+        found[name] = trajectory(model, batches)
     model = moco_v3().eval()
     if rank == 0:  # alone: no collective may wait for the other
         found["eval"] = {"loss": model(*batches[0]).loss.detach()}
@@ -219,7 +205,7 @@ def test_views_of_uint8_pixels_are_those_of_normalised_ones() -> None:
         model(pixels[0], pixels[1, :2])
 
 
-def test_a_state_dict_keeps_projector_in_the_head_and_predictor_apart(tmp_path: Path) -> None:
+def test_a_state_dict_keeps_projector_in_the_head_and_predictor_apart() -> None:
     names = moco_v3().state_dict().keys()
     assert {name.split(".")[0] for name in names} == {"encoder_q", "encoder_k", "predictor"}
     assert "encoder_q.fc.0.weight" in names
