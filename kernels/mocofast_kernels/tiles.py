@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -64,8 +64,15 @@ def table(device: torch.device) -> Table:
     path = path_of(device)
     if path is None or (VARIABLE not in os.environ and not path.exists()):
         return {}
-    capability = 10 * (c := torch.cuda.get_device_capability(device))[0] + c[1] if device.type == "cuda" else None
-    return load(path, capability)
+    return load(path, capability_of(device))
+
+
+def capability_of(device: torch.device) -> int | None:
+    """A GPU's compute capability, 8.0 as 80; None for other devices."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def load(path: Path, capability: int | None) -> Table:
@@ -97,8 +104,7 @@ def load(path: Path, capability: int | None) -> Table:
 
 def check(products: Products, tile: Tile) -> None:
     """ValueError unless the kernels compute the right thing with this tile."""
-    kinds = {"kernel": str, "C": int, "dot": str, "aligned": bool, "plain": bool, "online": bool}
-    for (name, kind), value in zip(kinds.items(), products):
+    for (name, kind), value in zip(get_type_hints(Products).items(), products):
         if type(value) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}: got {value!r}")
     if products.kernel not in ("forward", "negatives") or products.dot not in ("16bit", "tf32", "ieee"):

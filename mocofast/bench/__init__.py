@@ -10,8 +10,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from mocofast.bench import autotune, data, ema, kernels, norm, optim, static, step, sweep, train
 
@@ -25,6 +26,10 @@ BENCHMARKS = {
     "step": (step, "one optimiser step beside the reference's, a strong eager one and lightly's"),
     "train": (train, "training end to end on a folder of images beside the reference's loop and loader"),
 }
+COMPILING = {
+    "static": (static, "the kernels' machine code and predicted times; needs no GPU"),
+    "autotune": (autotune, "choose the kernels' tiles for this GPU"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,39 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
     )
-    commands = parser.add_subparsers(
-        required=True, dest="name", metavar=f"{'|'.join(BENCHMARKS)}|static|autotune|all"
-    )
+    commands = parser.add_subparsers(required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"]))
     for name, (module, text) in BENCHMARKS.items():
         command = _add(commands, name, text, module.__doc__)
         command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
         module.add_arguments(command, positive)
         if hasattr(module, "draw"):
             command.add_argument("--plot", type=Path, metavar="FILE", help="draw the sides into this image file")
-    compiled = commands.add_parser(
-        "static", help="the kernels' machine code and predicted times; needs no GPU", description=static.__doc__
-    )
-    static.add_arguments(compiled)
-    tuned = commands.add_parser(
-        "autotune", help="choose the kernels' tiles for this GPU", description=autotune.__doc__
-    )
-    autotune.add_arguments(tuned, positive)
+        command.set_defaults(run=partial(_run, module))
+    for name, (module, text) in COMPILING.items():
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command, positive)
+        command.set_defaults(run=partial(module.run, parser=command))
     every = _add(commands, "all", "every one of them but the sweep, with its defaults for this machine", None)
     every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--static"]:
         given[0] = "static"
     arguments = parser.parse_args(given)
-    if arguments.name == "static":
-        static.run(arguments, compiled)
-        return 0
-    if arguments.name == "autotune":
-        autotune.run(arguments, tuned)
-        return 0
     if arguments.name != "all":
-        _run(arguments)
+        arguments.run(arguments)
         return 0
-    for name in BENCHMARKS:
+    for name, (module, _) in BENCHMARKS.items():
         if name == "sweep":  # minutes of its own, and a folder for its plots
             continue
         own = [name, "--device", arguments.device]
@@ -76,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\ndata is left out: it needs a folder of images (--path DIR)")
             continue
         print(f"\nmocofast bench {' '.join(own)}")
-        _run(parser.parse_args(own))
+        _run(module, parser.parse_args(own))
     return 0
 
 
@@ -89,8 +83,7 @@ def _add(
     return command
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    module: Any = BENCHMARKS[arguments.name][0]
+def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     row = module.run(arguments)
     line = json.dumps(row)
     print(line)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mocofast import files
 from mocofast.bench import timing
 from mocofast.bench.optim import captured
 from mocofast.bench.roofline import GPUS, RESERVED, predict, residents
+from mocofast.bench.static import need_compiler
 
 if TYPE_CHECKING:
     from mocofast_kernels.configs import Tile
+    from mocofast_kernels.static import Report
     from mocofast_kernels.static_cases import Problem, Types
     from mocofast_kernels.tiles import Products
 
@@ -51,24 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Rank the candidates of every kind, type and dimension; print the best and write the table."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
+    need_compiler(parser)
     if not arguments.static and not torch.cuda.is_available():
         parser.error("there is no GPU to time on; --static ranks by the model of machine code instead")
     if max(arguments.c) > 1024:
         parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
-    try:
-        from mocofast_kernels import static_cases, tiles
-    except ImportError as error:
-        parser.error(f"Triton is needed to compile its kernels: {error}")
+    from mocofast_kernels import static_cases, tiles
+
     score: Score
+    capability: int | None
     if arguments.static:
         device, capability, name = torch.device("meta"), arguments.capability, GPUS[arguments.capability].name
         score, out = partial(_predicted, capability), arguments.out
     else:
         device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
+        capability = tiles.capability_of(device)
+        assert capability is not None
         score, out = partial(_timed, arguments.repeats), arguments.out or tiles.path_of(device)
     nearest = GPUS[max((c for c in GPUS if c <= capability), default=80)]
     known = {types.name: types for types in static_cases.TYPES}
@@ -80,18 +80,19 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rule = tiles.rule(problem.products)
         tried = [rule, *(tile for tile in candidates(problem.products, nearest.shared - RESERVED) if tile != rule)]
         times = score(problem, tried)
-        best = min(times, key=lambda tile: times[tile])
+        ranked = sorted(times, key=lambda tile: times[tile])
         print(f"\n{kind}, {types_name}, C = {C}: {len(times)} of {len(tried)} candidates run; microseconds")
-        for tile in sorted({*sorted(times, key=lambda tile: times[tile])[:5], rule} & times.keys(), key=times.get):  # type: ignore[arg-type]
+        for tile in [*ranked[:5], *(tile for tile in ranked[5:] if tile == rule)]:
             print(f"{1e6 * times[tile]:9.1f} {tile}{' (the rule)' if tile == rule else ''}", flush=True)
         rows[problem.products] = {
             "products": problem.products._asdict(),
-            "tile": best._asdict(),
-            "microseconds": round(1e6 * times[best], 2),
+            "tile": ranked[0]._asdict(),
+            "microseconds": round(1e6 * times[ranked[0]], 2),
             "rule_microseconds": round(1e6 * times.get(rule, math.nan), 2),
         }
     if out is not None:
-        tiles.dump(out, name, capability, list(rows.values()))
+        with files.whole(out) as file:
+            tiles.dump(file, name, capability, list(rows.values()))
         print(f"\nwritten: {out}")
 
 
@@ -129,34 +130,34 @@ def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, floa
     """Seconds of each, on the GPU; those that do not compile or fit are left out."""
     from triton.runtime.errors import OutOfResources
 
-    runs: dict[str, Callable[[], Any]] = {}
-    names = {}
+    runs: dict[Tile, Callable[[], Any]] = {}
     for tile in tried:
         try:
-            runs[str(tile)] = captured(partial(problem.run, tile))
+            runs[tile] = captured(partial(problem.run, tile))
         except (OutOfResources, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            continue
-        names[str(tile)] = tile
     if not runs:
         raise RuntimeError(f"no tile runs for {problem.products}")
     times = timing.interleaved(runs, repeats, torch.device("cuda"))
-    return {names[name]: time.median for name, time in times.items()}
+    return {tile: time.median for tile, time in times.items()}
 
 
 def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
     """Seconds of each by the model; those that spill, do not fit or do not compile are left out."""
     from mocofast_kernels import static
 
+    known: dict[str, Report] = {}  # candidates share the launches around their product
     result = {}
     for tile in tried:
         total = 0.0
         for launch in static.record(partial(problem.run, tile), static.PROCESSORS[capability]):
-            try:
-                report = static.inspect("", launch, capability)
-            except RuntimeError:
-                break
+            if launch.identity not in known:
+                try:
+                    known[launch.identity] = static.inspect("", launch, capability)
+                except RuntimeError:
+                    break
+            report = known[launch.identity]
             if report.spills or residents(report, GPUS[capability]) == 0:
                 break
             total += predict(launch, report, GPUS[capability]).time

@@ -8,10 +8,12 @@ activations of 256 images.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +65,7 @@ class Row(NamedTuple):
         ]  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """What to compile, and files to write."""
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name holds a match (default: all)")
     parser.add_argument("--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)")
@@ -71,14 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the summary as Markdown")
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Compile, print a line for each kernel as it comes, write the files."""
+def need_compiler(parser: argparse.ArgumentParser) -> None:
+    """Exit with 2 where Triton cannot compile."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
     try:
-        from mocofast_kernels import static
+        importlib.import_module("mocofast_kernels.static")
     except ImportError as error:
         parser.error(f"Triton is needed to compile its kernels: {error}")
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Compile, print a line for each kernel as it comes, write the files."""
+    need_compiler(parser)
+    import triton
+    from mocofast_kernels import static
+
     capabilities = (arguments.capability,) if arguments.capability else tuple(GPUS)
     calls: dict[tuple[str, int], list[Row]] = defaultdict(list)
     data: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -97,8 +107,6 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"no case has a match of --only {arguments.only!r}")
     text = summary(calls)
     print(f"\n{text}")
-    import triton
-
     if arguments.json is not None:
         head = {"benchmark": "static", "triton": triton.__version__, "fields": FIELDS}
         arguments.json.write_text("".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8")

@@ -11,16 +11,18 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 MINIMUM_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, so that the clock's grain does not count
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -31,14 +33,14 @@ class Timing(NamedTuple):
     high: float  # third quartile
 
 
-def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, Timing]:
+def interleaved(candidates: dict[Key, Callable[[], Any]], repeats: int, device: torch.device) -> dict[Key, Timing]:
     """Time every candidate once per round, in random order, so that a slow spell of the machine hits all alike."""
     calls = {}
     for name, function in candidates.items():
         for _ in range(3):  # the first calls load code, fill caches and compile
             once = _sample(function, 1, device)
         calls[name] = max(1, round(MINIMUM_SAMPLE / once))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[Key, list[float]] = {name: [] for name in candidates}
     # In a fixed order, whoever follows a large copy pays for its cache lines: 8% on a CPU.
     shuffled = random.Random(0)
     for _ in range(repeats):
