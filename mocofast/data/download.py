@@ -63,7 +63,7 @@ class _Broken(OSError):
 
 
 def _append(url: str, part: Path, validator: str) -> None:
-    """Puts into `part` what it lacks of `url`; all of it where `validator`, "" at first, is no longer the content's."""
+    """Puts into `part` what it lacks of `url`, or all of it where `validator`, "" at first, is another content's."""
     have = part.stat().st_size if validator else 0
     headers = {"Range": f"bytes={have}-", "If-Range": validator} if have else {}
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
