@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,16 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_what_failed(
         (source / name).write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"none of the 2 images can be decoded; .*UnidentifiedImageError"):
         prepare(str(source), str(out), PrepareConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_shard_that_an_error_ends_halfway_is_not_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in", *(f"{i}.jpg" for i in range(5)))
+    left = iter(range(3))
+    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: next(left))  # the fourth image is one too many
+    monkeypatch.setattr(module, "local_index", lambda path: pytest.fail(f"indexed {path}"))
+    with pytest.raises(StopIteration):
+        prepare(str(source), str(tmp_path / "out"), PrepareConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
