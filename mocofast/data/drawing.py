@@ -14,10 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import ViewParams
-
-ATTEMPTS = 10  # of `_random_resized_crop` to find a crop that fits
-RATIO = (3 / 4, 4 / 3)
+from mocofast.data.interface import CROP_ATTEMPTS, CROP_RATIO, ViewParams
 
 
 class Views(NamedTuple):
@@ -87,14 +84,14 @@ def _random_resized_crops(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(n, 4) boxes of which height and width are set, zeros where no attempt fitted; (n,) words each has used."""
     box = np.zeros((len(index), 4), dtype=np.int64)
-    used = np.full(len(index), 2 * ATTEMPTS)
+    used = np.full(len(index), 2 * CROP_ATTEMPTS)
     left = np.arange(len(index))  # whose attempts all failed so far
-    for attempt in range(ATTEMPTS):
+    for attempt in range(CROP_ATTEMPTS):
         if attempt % 2 == 0:
             words = _philox(key, index[left], view, np.full(len(left), attempt // 2))
         area, ratio = _doubles(words[:, 2 * (attempt % 2) :][:, :2]).T
         area = sizes[left, 0] * sizes[left, 1] * (scale[0] + (scale[1] - scale[0]) * area)
-        lowest, highest = math.log(RATIO[0]), math.log(RATIO[1])
+        lowest, highest = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
         aspect = np.exp(lowest + (highest - lowest) * ratio)
         width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
@@ -110,10 +107,10 @@ def _random_resized_crops(
 def _central_crops(sizes: np.ndarray) -> np.ndarray:
     """(n, 4): the largest central boxes of an allowed aspect."""
     full_height, full_width = sizes.T
-    tall = full_width < RATIO[0] * full_height
-    wide = full_width > RATIO[1] * full_height
-    height = np.where(tall, np.rint(full_width / RATIO[0]).astype(np.int64), full_height)
-    width = np.where(wide, np.rint(full_height * RATIO[1]).astype(np.int64), full_width)
+    tall = full_width < CROP_RATIO[0] * full_height
+    wide = full_width > CROP_RATIO[1] * full_height
+    height = np.where(tall, np.rint(full_width / CROP_RATIO[0]).astype(np.int64), full_height)
+    width = np.where(wide, np.rint(full_height * CROP_RATIO[1]).astype(np.int64), full_width)
     return np.stack(((full_height - height) // 2, (full_width - width) // 2, height, width), axis=1)
 
 

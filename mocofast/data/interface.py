@@ -22,6 +22,9 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
 
+CROP_ATTEMPTS = 10  # to find a random crop that fits into the image
+CROP_RATIO = (3 / 4, 4 / 3)  # least and largest width / height of a crop
+
 
 class Batch(NamedTuple):
     """One step's images on one rank. S is the side of a view.
@@ -176,22 +179,21 @@ def draw_view(
 def _random_resized_crop(
     rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params with its default aspect ratios, 3/4 to 4/3."""
-    ratio = (3 / 4, 4 / 3)
+    """torchvision's RandomResizedCrop.get_params with its default aspect ratios."""
     full_height, full_width = size
-    for _ in range(10):
+    for _ in range(CROP_ATTEMPTS):
         area = full_height * full_width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= full_width and 0 < height <= full_height:
             top = int(rng.integers(0, full_height - height + 1))
             left = int(rng.integers(0, full_width - width + 1))
             return top, left, height, width
     # No crop fitted: the largest central one of an allowed aspect.
-    if full_width < ratio[0] * full_height:
-        width, height = full_width, round(full_width / ratio[0])
-    elif full_width > ratio[1] * full_height:
-        width, height = round(full_height * ratio[1]), full_height
+    if full_width < CROP_RATIO[0] * full_height:
+        width, height = full_width, round(full_width / CROP_RATIO[0])
+    elif full_width > CROP_RATIO[1] * full_height:
+        width, height = round(full_height * CROP_RATIO[1]), full_height
     else:
         width, height = full_width, full_height
     return (full_height - height) // 2, (full_width - width) // 2, height, width
