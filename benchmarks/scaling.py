@@ -217,13 +217,12 @@ def tables(base: Step, cluster: Cluster) -> str:
 
 def draw(base: Step, cluster: Cluster, out: Path) -> None:
     """Bytes received per step, and weak-scaling efficiency, over the number of GPUs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
+    from mocofast.plots import new_figure
+
     blue, orange, gray = "#1f6feb", "#e8710a", "#7a7f87"
-    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.6)
     bytes_axes, share_axes = figure.subplots(1, 2)
     steps = [replace(base, ranks=ranks) for ranks in RANKS]
     rows = [received(step) for step in steps]

@@ -16,6 +16,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
 
+def new_figure(width: float, height: float, pad: float | None = None) -> Figure:
+    """An empty one, sizes in inches. pad: around its axes; None takes matplotlib's."""
+    figure = Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
+    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+    return figure
+
+
 def plot_curves(metrics: Path | str, out: Path | str) -> bool:
     """Draw the curves of `metrics` (a metrics.jsonl) into the image file `out`; the suffix chooses the format.
 
@@ -48,8 +55,7 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
     records: dicts with "step", "epoch" (progress, float) and any of "loss", "chance_loss", "acc1", "acc5",
     "knn_top1", "few_shot_top1", "lr"; accuracies are shares, 0 to 1. What is missing leaves its panel with a note.
     """
-    figure = Figure(figsize=(11, 7.5), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+    figure = new_figure(11, 7.5, pad=0.12)
     loss, pretext, knn, rate = figure.subplots(2, 2, sharex=True).flat
 
     _draw(loss, records, "loss", _BLUE, "loss")
@@ -91,7 +97,7 @@ class Bar(NamedTuple):
 
 def draw_step(bars: Sequence[Bar], title: str) -> Figure:
     """A step as bars, one below the other where one part follows another; what is dark is the part's floor."""
-    figure = _figure(10, 1.6 + 0.5 * len(bars))
+    figure = new_figure(10, 1.6 + 0.5 * len(bars))
     step_panel(figure.subplots(), bars, title)
     return figure
 
@@ -105,7 +111,7 @@ def draw_sides(title: str, quantities: Mapping[str, Mapping[str, float]], bars: 
     columns = min(3, len(quantities))
     rows = -(-len(quantities) // columns)
     above, below = rows * (0.9 + 0.34 * len(names)) + 0.4, (1.6 + 0.4 * len(bars)) * bool(bars)
-    figure = _figure(3.9 * columns + 1, above + below)
+    figure = new_figure(3.9 * columns + 1, above + below)
     heights = [above, below] if bars else [above]
     first, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     first.suptitle(title, fontsize=11)
@@ -151,12 +157,6 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
-    return figure
 
 
 def _draw(

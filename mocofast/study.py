@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -27,6 +26,7 @@ from mocofast.data.loaders import count_workers
 from mocofast.data.sources import FolderSource, Splits, load_splits
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods import build_method
+from mocofast.plots import new_figure
 from mocofast.step import choose_autocast
 from mocofast.train import train
 
@@ -271,8 +271,7 @@ def _spread(shares: np.ndarray) -> str:
 
 def draw(results: dict[str, Any], setting: Setting) -> Figure:
     """A panel a model: accuracy by epoch, the mean over seeds in a band from the worst to the best."""
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
     panels = figure.subplots(1, len(setting.models), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, setting.models):
         for start, color in zip(STARTS, ("#7a7f87", "#1f6feb")):

@@ -97,10 +97,9 @@ def chosen(arguments: argparse.Namespace, device: torch.device) -> tuple[Sizes, 
 def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
     """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
     # Here, so that the processes that measure memory start without matplotlib.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    from mocofast.plots import new_figure
 
     quantities: dict[str, tuple[str, Callable[[dict[str, Any], str], float | None]]] = {
         "time": ("milliseconds", shortest),
@@ -110,8 +109,7 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
     by_sizes = {(row["n"], row["k"], row["c"]): row for row in rows}
     names = [name for name in rows[0]["milliseconds"] if not name.endswith(GRAPH)]
     for file, (label, value) in quantities.items():
-        figure = Figure(figsize=(13, 4.4), dpi=110, layout=ConstrainedLayoutEngine())
-        FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+        figure = new_figure(13, 4.4)
         for axis, panel in zip(AXES, figure.subplots(1, 3, sharey=True)):
             along = [by_sizes[sizes] for sizes in axes[axis]]
             for color, name in enumerate(names):
