@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mocofast.config import AugmentConfig
-from mocofast.data.drawing import Views, _Stream, draw_views, stack_views
+from mocofast.data.drawing import Views, _Stream, draw_views, per_view
 from mocofast.data.interface import ViewParams, draw_view
 from mocofast.settings import load_recipe
+from tests.drawn import stack_views
 
 EVERYTHING = AugmentConfig(rotate=10.0, jitter_p=0.8, blur=0.5, solarize=0.2)
 AUGMENTS = {
@@ -49,7 +50,9 @@ def test_every_image_of_a_batch_may_have_its_own_size() -> None:
     index = np.arange(200)
     sizes = np.array(SIZES)[index % len(SIZES)]
     views = [draw_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1) for i, (h, w) in zip(index, sizes)]
-    assert_equal(draw_views(EVERYTHING, sizes, 0, 0, index, 1), stack_views(views))
+    drawn = draw_views(EVERYTHING, sizes, 0, 0, index, 1)
+    assert_equal(drawn, stack_views(views))
+    assert per_view(drawn) == views
 
 
 def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
@@ -60,6 +63,7 @@ def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
 def test_nothing_is_drawn_for_an_empty_batch() -> None:
     views = draw_views(EVERYTHING, np.array((32, 32)), 0, 0, np.arange(0), 0)
     assert all(len(column) == 0 for column in views)
+    assert per_view(views) == []
 
 
 def test_numbers_that_numpy_draws_again_are_drawn_again() -> None:

@@ -19,9 +19,10 @@ import mocofast_kernels.augment as kernel
 from mocofast.config import AugmentConfig
 from mocofast.data import device_loader
 from mocofast.data.device_loader import compose, parameter_table
-from mocofast.data.drawing import Views, draw_views, stack_views
+from mocofast.data.drawing import Views, draw_views
 from mocofast.data.interface import ViewParams, draw_view
 from mocofast.data.torchvision_loader import apply_view
+from tests.drawn import stack_views
 from tests.pictures import assert_same_views_but_for_hue, differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.data.drawing import Views, draw_views
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, order_of
+from mocofast.data.drawing import Views, draw_views, per_view
+from mocofast.data.interface import Batch, Shard, Source, order_of
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
 
@@ -175,8 +175,7 @@ def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig)
     """
     size = augment.size
     out = torch.empty((len(index), size, size, 3), dtype=torch.uint8, device=images.device)
-    columns = [column.tolist() for column in views]
-    params = [ViewParams(*row)._replace(order=tuple(row[5]) if row[5][0] >= 0 else ()) for row in zip(*columns)]
+    params = per_view(views)
     step = max(1, CACHED_PIXELS // size**2)
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)

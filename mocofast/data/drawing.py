@@ -36,11 +36,11 @@ class Views(NamedTuple):
     flip: np.ndarray
 
 
-def stack_views(params: list[ViewParams]) -> Views:
-    """The same parameters, one view per row."""
-    columns = dict(zip(ViewParams._fields, zip(*params)))
-    columns["order"] = tuple(order or (-1,) * 4 for order in columns["order"])
-    return Views(**{name: np.array(column) for name, column in columns.items()})
+def per_view(views: Views) -> list[ViewParams]:
+    """The same parameters, view by view."""
+    columns = {name: column.tolist() for name, column in zip(Views._fields, views)}
+    columns["order"] = [tuple(order) if order[0] >= 0 else () for order in columns["order"]]
+    return [ViewParams(*row) for row in zip(*columns.values())]
 
 
 def draw_views(
