@@ -50,6 +50,13 @@ def torchrun(processes: int, *arguments: str, script: str | None = None) -> subp
     return _run([*launcher, *([script] if script else ["-m", "mocofast"]), *arguments], True)
 
 
+def compiled(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGS` with Triton's compiler, where this process may have its interpreter."""
+    inherited = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=inherited | variables, capture_output=True, text=True, check=False)
+
+
 def _run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mocofast.bench.roofline import GPUS, residents
-from tests.triton_device import DEVICE
+from tests import runs
 
 pytest.importorskip("triton")
 
 from mocofast_kernels.static import PROCESSORS, Report, disassembled, main_loop
 
-assert DEVICE  # imported for Triton's interpreter, which has to be chosen before Triton is loaded
-
-ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "benchmarks" / "results" / "static.jsonl"
+COMMITTED = runs.ROOT / "benchmarks" / "results" / "static.jsonl"
 MOCO = "forward, C=128, bf16, queue"
 EMA = "ema, torch.float32, ResNet-50, float momentum"
 ENQUEUE = "enqueue, C=128, fp32"
 LARS = "lars_, torch.float32, ResNet-50, float lr, with EMA"
-
-
-def _run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, since this one interprets."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "mocofast", "bench", "--static", *options]
-    return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=False)
 
 
 def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]]]:
@@ -54,7 +40,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[tuple[str
     """What it printed, the rows it wrote, and its summary, for one case of each kind."""
     folder = tmp_path_factory.mktemp("static")
     only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
-    result = _run("--only", only, "--json", str(folder / "rows"), "--summary", str(folder / "summary"))
+    written = ("--json", str(folder / "rows"), "--summary", str(folder / "summary"))
+    result = runs.compiled("mocofast", "bench", "--static", "--only", only, *written)
     assert result.returncode == 0, result.stderr
     return result.stdout, _table(folder / "rows")[1], (folder / "summary").read_text("utf-8")
 
@@ -117,7 +104,7 @@ def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
 def test_what_cannot_be_compiled_exits_with_2(
     options: tuple[str, ...], variables: dict[str, str], message: str
 ) -> None:
-    result = _run(*options, **variables)
+    result = runs.compiled("mocofast", "bench", "--static", *options, **variables)
     assert result.returncode == 2
     assert message in result.stderr
 

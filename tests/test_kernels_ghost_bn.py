@@ -7,9 +7,6 @@ The rule: our error is at most that of PyTorch's BatchNorm, one call a part in t
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import runs
 from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
@@ -338,11 +336,9 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
 
 def test_the_kernels_compile_without_spills_for_gpus_that_are_not_here() -> None:
     """In a process of its own, without the interpreter; test_kernels_static has the rest under --slow."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = ":".join(sys.path)
     only = r"^ghost_bn, \(256, 64, 56, 56\), torch.bfloat16, residual, relu$"
-    command = [sys.executable, "-m", "mocofast_kernels.static", "--json", "--only", only]
-    result = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    result = runs.compiled("mocofast_kernels.static", "--json", "--only", only)
+    assert result.returncode == 0, result.stderr
     reports = [json.loads(line) for line in result.stdout.splitlines()]
     assert {report["capability"] for report in reports} == {80, 90, 100}
     assert len(reports) == 3 * 6

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import runs
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 # Bytes of shared memory a program may have, by compute capability (CUDA C++ programming guide, table of
 # technical specifications).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -27,10 +24,7 @@ PRODUCTS = ("_sweep_kernel", "_grad_negatives_kernel")
 
 
 def _reports(*options: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "mocofast_kernels.static", "--json", *options]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = runs.compiled("mocofast_kernels.static", "--json", *options)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests import runs
 from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
@@ -28,7 +26,6 @@ from mocofast.bench.autotune import candidates
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
-ROOT = Path(__file__).parents[1]
 PRODUCTS = Products("forward", 24, "ieee", plain=False)  # of float32 negatives, normalised inside
 TILE = Tile(16, 64, 16, 32, 4, 1)  # the rule has 32 rows of queries, 32 of negatives, 32 columns
 CPU = torch.device("cpu")
@@ -40,6 +37,7 @@ def fresh_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiles.table.cache_clear()
     yield
     tiles.table.cache_clear()
+    torch.set_float32_matmul_precision("highest")  # tuning for tf32 sets it
 
 
 def _write(path: Path, **changes: Any) -> Path:
@@ -172,13 +170,8 @@ def test_autotune_without_a_gpu_says_so_and_exits_with_2(
 
 def _autotune(out: Path, *options: str) -> list[dict[str, Any]]:
     """In a process of its own, since this one may interpret."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "mocofast", "bench", "autotune", "--types", "fp32", "--kinds", "in-batch"]
-    result = subprocess.run(
-        [*command, "--c", "16", "--out", str(out), *options],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    problem = ("--types", "fp32", "--kinds", "in-batch", "--c", "16")
+    result = runs.compiled("mocofast", "bench", "autotune", *problem, "--out", str(out), *options)
     assert result.returncode == 0, result.stderr
     assert "(the rule)" in result.stdout
     rows: list[dict[str, Any]] = json.loads(out.read_text())["tiles"]
@@ -199,7 +192,6 @@ def test_the_fastest_candidates_of_every_problem_go_into_the_table(
     out = tmp_path / "tiles.json"
     kinds = ["--kinds", "queue", "gradient of negatives", "--types", "bf16", "fp32 as tf32", "--c", "64"]
     assert main(["autotune", "--static", "--capability", "100", *kinds, "--out", str(out)]) == 0
-    torch.set_float32_matmul_precision("highest")
     found = tiles.load(out, 100)
     assert len(found) == 2 * 2
     assert Products("forward", 64, "tf32") in found
