@@ -77,6 +77,15 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"]
 
 
+def assert_same_run(got: Path, expected: Path) -> None:
+    """Equal metrics, and weights to the bit."""
+    assert metrics(got) == metrics(expected)
+    ours, theirs = weights(got), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
 def make_images(folder: Path, count: int, classes: int = 2, side: int = 24) -> Path:
     """`count` JPEG files of smooth random colours in class folders; images of a class resemble each other."""
     rng = np.random.default_rng(0)

@@ -75,9 +75,7 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
     parts = tmp_path / "parts"
     mocofast("pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50)  # inside the fifth epoch
     mocofast("pretrain", "--resume", parts, "--train.max_steps", 0)
-    assert runs.metrics(parts) == runs.metrics(whole)
-    expected, got = runs.weights(whole), runs.weights(parts)
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    runs.assert_same_run(parts, whole)
 
 
 WITH_OTHER_RANKS = ("simclr", "memory_bank", "swav")
@@ -119,9 +117,7 @@ def test_two_ranks_stop_and_continue_as_if_they_never_had(tmp_path: Path) -> Non
     for name in WITH_OTHER_RANKS:
         whole, parts = tmp_path / name, tmp_path / f"{name}, in parts"
         assert [line["step"] for line in runs.metrics(whole) if "loss" in line] == [3, 6, 9, 12]
-        assert runs.metrics(parts) == runs.metrics(whole)
-        expected, got = runs.weights(whole), runs.weights(parts)
-        assert all(torch.equal(expected[key], got[key]) for key in expected)
+        runs.assert_same_run(parts, whole)
 
 
 def values(printed: str) -> dict[str, float]:
@@ -145,10 +141,9 @@ def test_its_checkpoint_goes_through_every_command(
     encoder = build_encoder("resnet_tiny")(num_classes=1)
     missing, unexpected = encoder.load_state_dict(backbone, strict=False)
     assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])  # neither projector nor predictor
-    assert "encoder_k.fc.weight" in runs.weights(folder) or (  # only MoCo's is a reference checkpoint
-        cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")]) == 2
-        and "model.method" in capsys.readouterr().err
-    )
+    if "queue" not in runs.weights(folder):  # only MoCo's is a reference checkpoint
+        assert cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")]) == 2
+        assert "model.method" in capsys.readouterr().err
 
 
 def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocofast.bench.processes import free_port
+from mocofast.bench.step import HostSynchronisations
 from mocofast.config import OptimConfig
 from mocofast.methods.moco import MoCo
 from mocofast.optim import build_optimizer
@@ -76,9 +75,7 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
     folder = tmp_path / "parts"
     runs.mocofast("pretrain", "digits", *SHORT, *options(train__dir=folder, train__max_steps=stop))
     runs.mocofast("pretrain", "--resume", "auto", *options(train__dir=folder, train__max_steps=17))
-    assert runs.metrics(folder) == runs.metrics(whole)
-    expected, got = runs.weights(whole), runs.weights(folder)
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    runs.assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
@@ -94,9 +91,7 @@ def test_resuming_is_exact_on_image_files_with_both_loaders(images: Path, tmp_pa
     runs.mocofast("pretrain", "digits", *common, *options(train__dir=whole, train__max_steps=7))
     runs.mocofast("pretrain", "digits", *common, *options(train__dir=parts, train__max_steps=2))
     runs.mocofast("pretrain", "--resume", str(parts), "--train.max_steps", "7")
-    assert runs.metrics(parts) == runs.metrics(whole)
-    expected, got = runs.weights(whole), runs.weights(parts)
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    runs.assert_same_run(parts, whole)
 
 
 def test_metrics_from_after_the_checkpoint_are_not_written_twice(tmp_path: Path) -> None:
@@ -207,21 +202,6 @@ def test_micro_batches_follow_the_whole_batch() -> None:
             torch.testing.assert_close(other[name], state[name], rtol=1e-4, atol=1e-5)
 
 
-class Synchronisations(TorchDispatchMode):
-    """Counts the calls that would make the host wait for a GPU."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.WAITING:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     torch.manual_seed(0)
@@ -238,18 +218,17 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     autocast = choose_autocast("fp32", torch.device("cpu"))
     window = Window(torch.device("cpu"))
     train_step(model, views, optimizer, 1, autocast)  # the first step sets things up
-    with Synchronisations() as waits:
+    with HostSynchronisations() as waits:
         metrics = train_step(model, views, optimizer, 1, autocast)
         window.add(metrics, 8, 0.0)
         read = window.flush()
         window.add(train_step(model, views, optimizer, 1, autocast), 8, 0.0)
-    assert waits.seen == []
-    assert read()["loss"] == float(
-        metrics[0]
-    )  # of the first step alone: a log line is read after the next one's launch
-    with Synchronisations() as waits:
+    assert waits.count == 0
+    # Of the first step alone: a log line is read after the next one's launch.
+    assert read()["loss"] == float(metrics[0])
+    with HostSynchronisations() as waits:
         torch.ones(1).item()  # the counter does count
-    assert len(waits.seen) == 1
+    assert waits.count == 1
 
 
 def test_unreadable_files_are_replaced_counted_and_named(images: Path, tmp_path: Path) -> None:
