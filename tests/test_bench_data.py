@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mocofast.bench import data, main, timing, train, tune
+from mocofast.bench import data, loops, main, timing, tune
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
@@ -27,7 +27,7 @@ BATCHES = 2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Just enough images for batches of 2."""
-    for i in range(2 * (data.WARM_UP + BATCHES)):
+    for i in range(2 * (loops.WARM_UP + BATCHES)):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
     return tmp_path
@@ -72,12 +72,12 @@ def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
             with multiprocessing.get_context("spawn").Manager() as manager:
                 kept = manager.list()
                 kept.append(bytes(100 * 2**20))
-                for _ in range(data.WARM_UP + 1):
+                for _ in range(loops.WARM_UP + 1):
                     yield torch.ones(16 * 2**20)
 
         def close(self) -> None: ...
 
-    found = data.memory_of(train.Side(Holding, lambda batch: None), 1, torch.device("cpu"))
+    found = data.memory_of(loops.Side(Holding, lambda batch: None), 1, torch.device("cpu"))
     assert found is not None
     # The batch itself may lie where earlier tests left room: what its process holds is more than the batch.
     assert found > 100 * 2**20

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mocofast.bench import BENCHMARKS, main, sides, step, train
+from mocofast.bench import BENCHMARKS, loops, main, sides, step, train
 from mocofast.config import Config, ConfigError
 from mocofast.settings import load_recipe
 from tests import runs
@@ -155,7 +155,7 @@ def test_train_measures_both_loops_end_to_end(tmp_path: Path, capsys: pytest.Cap
     row = last_row(capsys.readouterr().out)
     assert (row["images"], row["batch_size"], row["workers"]) == (20, 8, 1)
     assert row["loader"] in ("dali", "torchvision")
-    for field in train.Measured._fields:
+    for field in loops.Measured._fields:
         assert set(row[field]) == {"mocofast", "reference", "synthetic"}
     assert set(row["extra_bytes"]) == {"mocofast", "reference", "synthetic"}
     panels = train.draw(row).get_axes()
@@ -182,7 +182,7 @@ def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
 
         def close(self) -> None: ...
 
-    found = train.measure(train.Side(Slow, lambda batch: None), 4, 32, CPU)
+    found = loops.measure(loops.Side(Slow, lambda batch: None), 4, 32, CPU)
     assert found.data_wait > 0.9
     assert found.cores > 0.1
     assert found.time_to_first_step > SPIN

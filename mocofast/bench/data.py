@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mocofast.bench import timing, tune
+from mocofast.bench.loops import WARM_UP, Side, in_turns, measure, medians
 from mocofast.bench.reference_loop import ReferenceLoader
 from mocofast.bench.tensor_pairs import TensorPairs
-from mocofast.bench.train import WARM_UP, Measured, Side, measure
-from mocofast.config import DataConfig
-from mocofast.data.interface import Loader, Shard, view_augments
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.interface import Loader, Shard, Source, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
@@ -62,21 +61,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{WARM_UP} + {arguments.batches} are needed"
         )
 
-    sides = loaders(arguments, device)
+    sides = loaders(source, augment, arguments.batch_size, workers, device)
     memory = {name: memory_of(side, arguments.batch_size, device) for name, side in sides.items()}
-    rounds: dict[str, list[Measured]] = {name: [] for name in sides}
-    for _ in range(arguments.repeats):
-        for name, side in sides.items():
-            rounds[name].append(measure(side, arguments.batches, arguments.batch_size, device))
-    medians = {name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()}
-    rate = {name: median.images_per_second for name, median in medians.items()}
+    rounds = in_turns(sides, arguments.repeats, arguments.batches, arguments.batch_size, device)
+    middle = medians(rounds)
+    rate = {name: median.images_per_second for name, median in middle.items()}
     print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}")
     print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
     print(
         f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}"
         f"{'first batch s':>15}{'cores':>7}{'extra MB':>10}"
     )
-    for name, (_, first, _, cores) in medians.items():
+    for name, (_, first, _, cores) in middle.items():
         rates = [each.images_per_second for each in rounds[name]]
         ratios = f"{rate[name] / rate['reference']:13.2f}{rate[name] / rate['v2 tensors']:14.2f}"
         extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:.0f}"
@@ -96,8 +92,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},
         "speedup": {name: round(value / rate["reference"], 3) for name, value in rate.items()},
-        "time_to_first_batch": {name: round(median.time_to_first_step, 4) for name, median in medians.items()},
-        "cores": {name: round(median.cores, 3) for name, median in medians.items()},
+        "time_to_first_batch": {name: round(median.time_to_first_step, 4) for name, median in middle.items()},
+        "cores": {name: round(median.cores, 3) for name, median in middle.items()},
         "extra_bytes": memory,
     }
 
@@ -110,19 +106,16 @@ def draw(row: dict[str, Any]) -> Figure:
         "pairs of views/s": row["pairs_per_second"],
         "time to first batch, s": row["time_to_first_batch"],
         "CPU cores in use": row["cores"],
-        "memory, workers included, MB": {
-            n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None
-        },
+        "memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
     title = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     return draw_sides(title, quantities)
 
 
-def loaders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Side]:
+def loaders(
+    source: Source, augment: AugmentConfig, batch_size: int, workers: int, device: torch.device
+) -> dict[str, Side]:
     """What is compared, by name: loops that do nothing with their batches."""
-    workers, batch_size = count_workers(arguments.workers), arguments.batch_size
-    augment = load_recipe(arguments.recipe).augment
-    source = FolderSource(arguments.path, find_images(arguments.path))
 
     def loader(name: str) -> Callable[[], Loader]:
         data = DataConfig(loader=name, workers=workers)

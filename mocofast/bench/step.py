@@ -157,7 +157,7 @@ def draw(row: dict[str, Any]) -> Figure:
     quantities = {
         "images/s": {name: row["images_per_second"][name] for name in row["speedup"]},
         "time to first step, s": row["first_step_seconds"],
-        "peak extra memory, MB": {n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None},
+        "peak extra memory, MB": timing.megabytes(row["extra_bytes"]),
     }
     title = f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     floors = row["floor_milliseconds"]

@@ -127,6 +127,11 @@ def resident_memory(own: bool = True) -> int | None:
     return total
 
 
+def megabytes(extra_bytes: dict[str, int | None]) -> dict[str, float]:
+    """By name, where memory could be measured."""
+    return {name: value / 1e6 for name, value in extra_bytes.items() if value is not None}
+
+
 def _status(field: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     match = re.search(rf"{field}:\s+(\d+) kB", text)

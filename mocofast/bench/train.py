@@ -9,16 +9,13 @@ work is queued, it need not delay anything: there, compare with synthetic.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mocofast.bench import timing
+from mocofast.bench.loops import Measured, Side, in_turns, measure, medians
 from mocofast.bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
 from mocofast.bench.sides import channels_first, fresh_model, our_optimizer, pixel_views
 from mocofast.bench.step import add_model_arguments, configured
@@ -32,24 +29,7 @@ from mocofast.step import choose_autocast, train_step
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WARM_UP = 6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
 SMALL = {"model.arch": "resnet18", "augment.size": 64, "data.batch_size": 32, "model.queue_size": 4096}
-
-
-class Side(NamedTuple):
-    """A loop: how to start its loader (with `epoch(number)` and `close()`), and one step on a batch of it."""
-
-    start: Callable[[], Any]
-    step: Callable[[Any], Any]
-
-
-class Measured(NamedTuple):
-    """One round of one side."""
-
-    images_per_second: float
-    time_to_first_step: float  # seconds from the start of the loader to the end of a first step
-    data_wait: float  # share of the time in which the host waited for a batch
-    cores: float  # CPU time of this process and its workers over the time that passed, start included
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -76,14 +56,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Shard(batch).steps(len(source))  # too few images are an error here, not in a worker
     torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
 
-    rounds: dict[str, list[Measured]] = {}
-    memory = {name: timing.in_fresh_process(memory_of, name, config, str(device)) for name in SIDES}
+    memory = {name: timing.in_fresh_process(memory_of, name, source, config, str(device)) for name in SIDES}
     sides = {name: build(source, config, device) for name, build in SIDES.items()}
-    for _ in range(arguments.repeats):
-        for name, side in sides.items():
-            rounds.setdefault(name, []).append(measure(side, arguments.steps, batch, device))
-    medians = {name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()}
-    rate = {name: median.images_per_second for name, median in medians.items()}
+    rounds = in_turns(sides, arguments.repeats, arguments.steps, batch, device)
+    middle = medians(rounds)
+    rate = {name: median.images_per_second for name, median in middle.items()}
     loader = choose_loader(source, config.data.loader, device, view_augments(config.augment, 2))[0]
     print(
         f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, batches of {batch}, "
@@ -92,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds")
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
     print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
-    for name, median in medians.items():
+    for name, median in middle.items():
         rates = [each.images_per_second for each in rounds[name]]
         print(
             f"{name:12}{rate[name]:10.1f}{f'{min(rates):.1f}, {max(rates):.1f}':>18}"
@@ -113,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "repeats": arguments.repeats,
         **{
-            field: {name: round(getattr(median, field), 4) for name, median in medians.items()}
+            field: {name: round(getattr(median, field), 4) for name, median in middle.items()}
             for field in Measured._fields
         },
         "extra_bytes": memory,
@@ -131,66 +108,30 @@ def draw(row: dict[str, Any]) -> Figure:
         "time to first step, s": row["time_to_first_step"],
         "wait for data, % of the time": {name: 100 * share for name, share in row["data_wait"].items()},
         "CPU cores in use": row["cores"],
-        "peak memory, workers included, MB": {
-            n: value / 1e6 for n, value in row["extra_bytes"].items() if value is not None
-        },
+        "peak memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
     title = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     return draw_sides(title, quantities)
 
 
-def memory_of(name: str, config: Config, device: str) -> int | None:
+def memory_of(name: str, source: Source, config: Config, device: str) -> int | None:
     """Peak bytes of a side's training, weights included, beyond those of a process that has loaded the libraries. On
     a CPU with those of its loader's processes. To be called in a fresh process."""
-    where = torch.device(device)
-    source = load_splits(config.data, config.train.seed).train
-    workers: list[int | None] = [0]
+    where, held = torch.device(device), 0
 
     def trained() -> None:
         side = SIDES[name](source, config, where)
 
         def step(batch: Any) -> None:
+            nonlocal held
             side.step(batch)
-            workers.append(timing.resident_memory(own=False) if where.type == "cpu" else 0)
+            if where.type == "cpu":
+                held = max(held, timing.resident_memory(own=False) or 0)
 
         measure(Side(side.start, step), 1, config.data.batch_size, where)
 
     extra = timing.peak_extra_memory(trained, where)
-    return None if extra is None else extra + max(value or 0 for value in workers)
-
-
-def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Measured:
-    """Start, warm up, and time `steps` steps."""
-    first = waited = counted_from = 0.0
-    cpu, began = _cpu_seconds(), time.perf_counter()
-    with closing(side.start()) as loader, closing(_endless(loader)) as batches:
-        for i in range(WARM_UP + steps):
-            if i == WARM_UP:
-                timing.synchronize(device)
-                waited, counted_from = 0.0, time.perf_counter()
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            side.step(batch)
-            if i == 0:
-                timing.synchronize(device)
-                first = time.perf_counter() - began
-        timing.synchronize(device)
-        seconds = time.perf_counter() - counted_from
-    whole = time.perf_counter() - began
-    return Measured(steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole)
-
-
-def _endless(loader: Any) -> Generator[Any, None, None]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
-
-
-def _cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+    return None if extra is None else extra + held
 
 
 def ours(source: Source, config: Config, device: torch.device) -> Side:

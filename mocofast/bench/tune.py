@@ -20,7 +20,7 @@ import torch
 
 from mocofast import settings
 from mocofast.bench import timing
-from mocofast.bench.train import Side, measure
+from mocofast.bench.loops import Side, measure
 from mocofast.config import Config, DataConfig
 from mocofast.data.image_files import image_size
 from mocofast.data.interface import Shard, view_augments
@@ -64,9 +64,16 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for name in names
     ]
     best = _best("loader", tuned, rates_of, rows)
-    chosen = replace(config.data, source="folder", path=str(Path(arguments.path).resolve()), loader=best.loader)
-    chosen = replace(chosen, workers=best.workers, prefetch=best.prefetch)
-    config.data = replace(chosen, hw_decoder_load=best.hw_decoder_load, preallocate=best.preallocate)
+    config.data = replace(
+        config.data,
+        source="folder",
+        path=str(Path(arguments.path).resolve()),
+        loader=best.loader,
+        workers=best.workers,
+        prefetch=best.prefetch,
+        hw_decoder_load=best.hw_decoder_load,
+        preallocate=best.preallocate,
+    )
     row = {"benchmark": "data --tune", **timing.environment(device), "rows": rows}
     recipe = settings.as_yaml(settings.differences(config, Config()))
     title = f"mocofast bench data --tune on {row['device']}, {row['date']}"
