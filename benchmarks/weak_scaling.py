@@ -26,36 +26,32 @@ from torch.nn.parallel import DistributedDataParallel
 from mocofast.bench import timing
 from mocofast.bench.processes import on_ranks
 from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
-from mocofast.bench.sides import channels_first, float_views, fresh_model, our_optimizer, pixel_views
+from mocofast.bench.sides import channels_first, float_views, fresh_model, our_engine, pixel_views
 from mocofast.config import Config
 from mocofast.settings import apply, load_recipe
-from mocofast.step import choose_autocast, train_step
 
 CPU = torch.device("cpu")
 WARM_UP = 3  # DistributedDataParallel settles its buckets in the second step
 
 
-def sides(config: Config, world: int) -> dict[str, Callable[[], Any]]:
+def sides(config: Config) -> dict[str, Callable[[], Any]]:
     """One step of each side on this rank; config.data.batch_size is a rank's here."""
-    views = pixel_views(config, CPU)
-    model, plain = fresh_model(config, CPU), ReferenceMoCo(channels_first(fresh_model(config, CPU)))
+    engine, views = our_engine(config, CPU), pixel_views(config, CPU)
+    model = channels_first(fresh_model(config, CPU))
     floats = float_views(model, views, torch.contiguous_format)
-    optimizer, sgd = our_optimizer(model, config), plain_sgd(plain.parameters(), config.optim)
-    trained: torch.nn.Module = model
-    if world > 1:
-        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    plain = ReferenceMoCo(model)
+    sgd = plain_sgd(plain.parameters(), config.optim)
     wrapped = DistributedDataParallel(plain)  # the reference has no other way, one process included
-    autocast = choose_autocast("fp32", CPU)
     return {
-        "mocofast": lambda: train_step(trained, views, optimizer, 1, autocast),
+        "mocofast": lambda: engine.step(views),
         "reference": lambda: reference_step(wrapped, floats, sgd),
     }
 
 
-def rounds(world: int, config: Config, repeats: int, steps: int, rank: int) -> dict[str, list[tuple[float, float]]]:
+def rounds(config: Config, repeats: int, steps: int, rank: int) -> dict[str, list[tuple[float, float]]]:
     """{side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
     found: dict[str, list[tuple[float, float]]] = {}
-    both = sides(config, world)
+    both = sides(config)
     for _ in range(WARM_UP):
         for step in both.values():
             step()
@@ -75,7 +71,7 @@ def rounds(world: int, config: Config, repeats: int, steps: int, rank: int) -> d
 
 def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds: images per second of all ranks together, CPU milliseconds per image."""
-    found = on_ranks(functools.partial(rounds, world, config, repeats, steps), world)[0]
+    found = on_ranks(functools.partial(rounds, config, repeats, steps), world)[0]
     images = world * config.data.batch_size * steps
     return {
         name: {

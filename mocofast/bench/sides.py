@@ -37,11 +37,6 @@ def channels_first(model: MoCo) -> MoCo:
     return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
-def our_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
-    """As train.py makes it."""
-    return optimizer_of(model, config.optim)
-
-
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two batches (B, 3, S, S) uint8, channels-last, as our loaders give them. Noise: a step's time is the same."""
     generator = torch.Generator().manual_seed(1)

@@ -3,7 +3,8 @@ loop on images that are there already (synthetic), which says what our loader co
 
 Each side starts its loader anew in every round and closes it after, so that none works ahead while another is timed;
 steps on the batches that a loader has ready by then are not counted. The wait for data is the host's. On a GPU, whose
-work is queued, it need not delay anything: there, compare with synthetic.
+work is queued, it need not delay anything: there, compare with synthetic. What our engine compiles there is compiled
+in a side's first round; the median of three or more leaves that out of the time to a first step.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import torch
 from mocofast.bench import timing
 from mocofast.bench.loops import Measured, Side, in_turns, measure, medians
 from mocofast.bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
-from mocofast.bench.sides import channels_first, fresh_model, our_optimizer, pixel_views
+from mocofast.bench.sides import channels_first, fresh_model, our_engine, pixel_views
 from mocofast.bench.step import add_model_arguments, configured
 from mocofast.config import Config
 from mocofast.data.interface import Batch, Shard, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.settings import DEFAULT_RECIPE, validate
-from mocofast.step import choose_autocast, train_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,17 +136,14 @@ def memory_of(name: str, source: Source, config: Config, device: str) -> int | N
 
 def ours(source: Source, config: Config, device: torch.device) -> Side:
     """What train.py does in a step, with the loader it would take."""
-    model = fresh_model(config, device)
-    optimizer = our_optimizer(model, config)
-    autocast = choose_autocast(config.train.precision, device)
+    engine = our_engine(config, device)
 
     def start() -> Any:
         augments = view_augments(config.augment, 2)
         return build_loader(source, config.data, augments, Shard(config.data.batch_size), config.train.seed, device)
 
     def step(batch: Batch) -> None:
-        views = tuple(view.to(device, non_blocking=True) for view in batch.views)
-        train_step(model, views, optimizer, config.train.accumulate, autocast)
+        engine.step(tuple(view.to(device, non_blocking=True) for view in batch.views))
 
     return Side(start, step)
 
@@ -165,11 +162,8 @@ def reference(source: Source, config: Config, device: torch.device) -> Side:
 
 def synthetic(source: Source, config: Config, device: torch.device) -> Side:
     """Our step on one batch that is on the device already; `source` is not looked at."""
-    model = fresh_model(config, device)
-    optimizer = our_optimizer(model, config)
-    autocast = choose_autocast(config.train.precision, device)
-    views = pixel_views(config, device)
-    return Side(_Nothing, lambda _: train_step(model, views, optimizer, config.train.accumulate, autocast))
+    engine, views = our_engine(config, device), pixel_views(config, device)
+    return Side(_Nothing, lambda _: engine.step(views))
 
 
 class _Nothing:
