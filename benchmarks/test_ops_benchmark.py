@@ -30,8 +30,7 @@ def test_info_nce_forward_and_backward(benchmark: BenchmarkFixture, sizes: tuple
 
     def synchronised() -> None:
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        timing.synchronize(device)
 
     benchmark(synchronised)
 
