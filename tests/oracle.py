@@ -64,22 +64,6 @@ def info_nce_oracle(
     return shifted.exp().sum(dim=1).log() - shifted[:, 0]
 
 
-def rank_oracle(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    normalize: bool = True,
-    normalize_negatives: bool = True,
-    exclude_period: int = 0,
-) -> Tensor:
-    """How many negatives score above the positive, (N,) int64, without an autograd graph."""
-    with torch.no_grad():
-        similarity_positive, similarity, counts = _scores(
-            query, positive, negatives, normalize, normalize_negatives, exclude_period
-        )
-        return ((similarity > similarity_positive[:, None]) & counts).sum(dim=1)
-
-
 def rank_bounds(
     query: Tensor,
     positive: Tensor,

@@ -325,9 +325,7 @@ def test_bad_files_are_replaced_and_named_and_all_other_samples_are_bit_identica
 
 
 @pytest.mark.data
-def test_a_file_that_disappears_during_the_run_is_skipped(
-    spoilt: tuple[Path, dict[str, str]], folder: Path, load: Load
-) -> None:
+def test_a_file_that_disappears_during_the_run_is_skipped(spoilt: tuple[Path, dict[str, str]], load: Load) -> None:
     path, _ = spoilt
     source = files(path)
     loader = load(source)

@@ -35,8 +35,7 @@ class Run:
         options = {"dim": 16, "queue_size": 50, "momentum": 0.9, "pixel_mean": MEAN, "pixel_std": STD, **options}
         self.model = MoCo(TinyResNet, **options).to(cuda, memory_format=torch.channels_last)
         self.optimizer: FusedOptimizer = optimizer_of(self.model, OptimConfig())
-        self.autocast = choose_autocast(precision, cuda)
-        self.arguments = (self.autocast, accumulate, IMAGES // accumulate, backend)
+        self.arguments = (choose_autocast(precision, cuda), accumulate, IMAGES // accumulate, backend)
         self.mode, self.done = mode, 0
         self.window = Window(cuda)
         torch.manual_seed(5)  # split BatchNorm shuffles with draws that start here
@@ -59,12 +58,12 @@ class Run:
         return {"metrics": metrics, **{name: value.clone() for name, value in self.model.state_dict().items()}}
 
 
-def batches(steps: int = STEPS, last: int = IMAGES) -> list[tuple[Tensor, ...]]:
+def batches(last: int = IMAGES) -> list[tuple[Tensor, ...]]:
     """The last but one is an epoch's, of `last` images."""
     generator = torch.Generator().manual_seed(1)
     found = []
-    for i in range(steps):
-        size = last if i == steps - 2 else IMAGES
+    for i in range(STEPS):
+        size = last if i == STEPS - 2 else IMAGES
         pixels = torch.randint(0, 256, (2, size, 8, 8, 3), dtype=torch.uint8, generator=generator).cuda()
         found.append(tuple(pixels.permute(0, 1, 4, 2, 3)))
     return found

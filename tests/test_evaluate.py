@@ -326,7 +326,7 @@ def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(caplo
     assert linear_probe(encoder, splits, config, LinearConfig(), CPU) == result  # reproducible
 
 
-def test_the_validation_images_have_no_part_in_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_validation_images_have_no_part_in_the_choice() -> None:
     splits, config = bright_splits()
     assert isinstance(splits.val, ArraySource)
     assert splits.val.labels is not None

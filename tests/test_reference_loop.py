@@ -27,17 +27,13 @@ from mocofast.data.sources import ArraySource, FolderSource
 from mocofast.encoders import TinyResNet
 from mocofast.optim import build_optimizer
 from mocofast.step import choose_autocast, train_step
-from tests.eager_moco import assert_same_to_rounding
+from tests.eager_moco import assert_same_to_rounding, random_batches
 
 BATCH, QUEUE = 6, 18  # as the reference demands, batches fit the queue a whole number of times
 STEPS = 7  # two wrap-arounds of the queue, and one step more
+BATCHES = random_batches(STEPS, BATCH)
 OPTIM = OptimConfig(lr=0.1, weight_decay=1e-3)
 FP32 = choose_autocast("fp32", torch.device("cpu"))
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.randn(2, BATCH, 3, 8, 8, generator=generator)) for _ in range(STEPS)]  # type: ignore[misc]
 
 
 def small_moco(splits: int) -> MoCo:
@@ -48,7 +44,7 @@ def small_moco(splits: int) -> MoCo:
 def trajectory(model: nn.Module, step: Callable[[tuple[Tensor, Tensor]], Tensor | float]) -> dict[str, Tensor]:
     """Losses of all steps, final weights and queue (K, C), in float64."""
     torch.manual_seed(7)  # of the shuffle's permutations
-    losses = torch.tensor([float(step(pair)) for pair in batches()])
+    losses = torch.tensor([float(step(pair)) for pair in BATCHES])
     queue = model.queue if model.queue.shape[0] == QUEUE else model.queue.t()
     result = {"losses": losses, "queue": queue, **dict(model.named_parameters())}
     return {name: value.detach().double() for name, value in result.items()}
@@ -80,17 +76,17 @@ def test_the_permutation_matters_to_split_batchnorm() -> None:
     unshuffled = ReferenceMoCo(model).double()
     unshuffled._shuffle = lambda im_k: (im_k, torch.arange(len(im_k)))  # type: ignore[method-assign]
     optimizer = plain_sgd(unshuffled.parameters(), OPTIM)
-    losses = [reference_step(unshuffled, tuple(v.double() for v in pair), optimizer) for pair in batches()]  # type: ignore[arg-type]
+    losses = [reference_step(unshuffled, tuple(v.double() for v in pair), optimizer) for pair in BATCHES]  # type: ignore[arg-type]
     assert (torch.tensor(losses) - exact["losses"]).abs().max() > 1e-2
 
 
 def test_accuracy_of_the_strong_baseline_counts_ranks() -> None:
     strong = StrongMoCo(small_moco(1))
-    im_q, im_k = batches()[0]
+    im_q, im_k = BATCHES[0]
     with torch.no_grad():
         twin = copy.deepcopy(strong)
         # Negatives from where the positives lie, so that some of them score higher.
-        others = torch.cat([twin.encoder_k(im) for im, _ in batches()[1:4]])
+        others = torch.cat([twin.encoder_k(im) for im, _ in BATCHES[1:4]])
         strong.queue.copy_(F.normalize(others))
         q, k = (F.normalize(encoder(im)) for encoder, im in ((twin.encoder_q, im_q), (twin.encoder_k, im_k)))
         rank = ((q @ strong.queue.t()) > (q * k).sum(1, keepdim=True)).sum(1)
@@ -103,7 +99,7 @@ def test_accuracy_of_the_strong_baseline_counts_ranks() -> None:
 def test_the_reference_refuses_a_batch_that_does_not_divide_its_queue() -> None:
     model = ReferenceMoCo(small_moco(1))
     with pytest.raises(ValueError, match="got 18 keys and batches of 5"):
-        model(*(im[:5] for im in batches()[0]))
+        model(*(im[:5] for im in BATCHES[0]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

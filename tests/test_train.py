@@ -231,7 +231,7 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     assert waits.count == 1
 
 
-def test_unreadable_files_are_replaced_counted_and_named(images: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_replaced_counted_and_named(tmp_path: Path) -> None:
     broken = runs.make_images(tmp_path / "images", 60)
     names = []
     for path in sorted(broken.rglob("*.jpg"))[:6:2]:
