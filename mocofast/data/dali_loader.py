@@ -1,7 +1,7 @@
 """The DALI loader: DALI decodes each file once, and on a GPU cuts a crop per view; `view_ops` does the rest.
 
 On a CPU PyTorch crops and resizes: its operator is PIL's to 1 of 255 and takes a fifth of the time of DALI's.
-Every random parameter comes from `draw_view`, so nothing here has a random state: to resume is to start at (epoch,
+Every random parameter is `draw_view`'s, so nothing here has a random state: to resume is to start at (epoch,
 step). A thread works ahead of the training loop.
 
 A file that cannot be decoded makes DALI raise for a whole batch, without a name, and leaves its pipeline
@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.drawing import draw_views, per_view
 from mocofast.data.image_files import image_size, undecodable
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, order_of
 from mocofast.data.view_ops import apply_view_ops
 
 # Pixels of a view that `view_ops` handles in one call. On a CPU its dozen planes should stay in the L2 cache
@@ -329,14 +330,12 @@ class _Batches:
     def _plan(self, epoch: int, step: int) -> _Plan:
         if self._order[0] != epoch:
             self._order = (epoch, order_of(self._source, self._seed, epoch))
-        slots = [int(slot) for slot in self._shard.indices(self._order[1], step)]
-        list(self._pool.map(self._is_good, slots))  # reads unknown headers side by side
-        samples = np.array([self._first_good(slot) for slot in slots], dtype=np.int64)
+        slots = self._shard.indices(self._order[1], step)
+        list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers side by side
+        samples = np.array([self._first_good(slot) for slot in slots.tolist()], dtype=np.int64)
+        sizes = self._sizes[samples]
         params = [
-            [
-                draw_view(augment, (int(height), int(width)), self._seed, epoch, slot, view)
-                for slot, (height, width) in zip(slots, self._sizes[samples])
-            ]
+            per_view(draw_views(augment, sizes, self._seed, epoch, slots, view))
             for view, augment in enumerate(self._augments)
         ]
         return _Plan(epoch, step, samples, params)
