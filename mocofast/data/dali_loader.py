@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.drawing import draw_views, per_view
-from mocofast.data.image_files import image_size, undecodable
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, order_of
+from mocofast.data.image_files import image_size, undecodable, unlike_header
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, none_decodes, order_of
 from mocofast.data.view_ops import apply_view_ops
 
 # Pixels of a view that `view_ops` handles in one call. On a CPU its dozen planes should stay in the L2 cache
@@ -274,9 +274,8 @@ class _Batches:
         """Puts images of another size than their header's on record: their crops may lie outside of them.
         (On a GPU DALI's slice raises where they do.)"""
         for (height, width, _), index in zip(shapes, samples.tolist()):
-            stated = tuple(self._sizes[index].tolist())
-            if (height, width) != stated:
-                self.skipped[index] = f"decodes to {(height, width)}, but its header states {stated}"
+            if why := unlike_header((height, width), self._sizes[index]):
+                self.skipped[index] = why
         return not self.skipped.keys().isdisjoint(samples.tolist())
 
     def _build(self) -> Pipeline:
@@ -359,9 +358,7 @@ class _Batches:
             index = (slot + offset) % count
             if self._is_good(index):
                 return index
-        raise ValueError(
-            f"data: none of the {count} images can be decoded; {self._source.name(slot)}: {self.skipped[slot]}"
-        )
+        raise none_decodes(self._source, self.skipped)
 
     def _after(self, epoch: int, step: int) -> tuple[int, int]:
         return (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)

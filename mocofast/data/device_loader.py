@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.data.drawing import Views, draw_views, per_view
-from mocofast.data.interface import Batch, Shard, Source, order_of
+from mocofast.data.interface import Batch, Shard, Source, none_decodes, order_of
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
 
@@ -82,9 +82,7 @@ def hold(source: Source, device: torch.device) -> Held:
         images[index] = pixels
     good = np.setdiff1d(every, list(skipped))
     if not len(good):
-        raise ValueError(
-            f"data: none of the {len(source)} images can be decoded; the first: {source.name(0)}: {skipped[0]}"
-        )
+        raise none_decodes(source, skipped)
     return Held(images, good[np.searchsorted(good, every) % len(good)], skipped)
 
 

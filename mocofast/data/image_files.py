@@ -41,12 +41,17 @@ def undecodable(files: Sequence[str | bytes], sizes: np.ndarray) -> dict[int, st
     for start in range(0, len(files), PROBED_AT_ONCE):
         part = slice(start, start + PROBED_AT_ONCE)
         for position, size in enumerate(check(files[part]), start):
-            stated = (int(sizes[position][0]), int(sizes[position][1]))
             if isinstance(size, str):
                 bad[position] = size
-            elif size != stated:
-                bad[position] = f"decodes to {size}, but its header states {stated}"
+            elif why := unlike_header(size, sizes[position]):
+                bad[position] = why
     return bad
+
+
+def unlike_header(size: tuple[int, int], stated: np.ndarray) -> str:
+    """Why an image of this size is bad: its header states another; "" where it does not. Both (height, width)."""
+    header = tuple(stated.tolist())
+    return "" if size == header else f"decodes to {size}, but its header states {header}"
 
 
 Check = Callable[[Sequence[str | bytes]], "list[tuple[int, int] | str]"]  # for each file (height, width), or why not

@@ -12,7 +12,7 @@ samples). The substitute's views are drawn with the index of the slot it fills a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -117,6 +117,13 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 def order_of(source: Source, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch shows a source's samples, (N,) int64: its own where it has one."""
     return source.order(seed, epoch) if isinstance(source, Ordered) else epoch_order(len(source), seed, epoch)
+
+
+def none_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
+    """What a loader raises where no sample can be decoded; skipped: why, of each."""
+    return ValueError(
+        f"data: none of the {len(source)} images can be decoded; the first: {source.name(0)}: {skipped[0]}"
+    )
 
 
 def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig, ...]:

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.image_files import opened
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, order_of
+from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, none_decodes, order_of
 
 # Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -220,10 +220,7 @@ class TorchvisionLoader:
         for views, index, skipped in self._batches:
             self.skipped.update(skipped)
             if not views:
-                raise ValueError(
-                    f"data: none of the {len(self._samples.source)} images can be decoded; the first: "
-                    f"{self._samples.source.name(0)}: {self.skipped[0]}"
-                )
+                raise none_decodes(self._samples.source, self.skipped)
             on_device = (view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views)
             yield Batch(tuple(on_device), index, None if self._labels is None else self._labels[index])
 
