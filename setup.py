@@ -1,4 +1,4 @@
-"""mocofast: one distribution, two import packages (``mocofast`` and ``mocofast_kernels``)."""
+"""mocofast: one distribution, three import packages (``mocofast``, ``mocofast_kernels``, ``mocofast_bench``)."""
 
 import re
 from pathlib import Path
@@ -29,10 +29,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # `kernels/` itself is no package: PyPI's `kernels` (Hugging Face) must stay importable.
-    packages=[*find_packages(include=["mocofast", "mocofast.*"]), "mocofast_kernels"],
-    package_dir={"mocofast_kernels": "kernels/mocofast_kernels"},
-    package_data={"mocofast": ["py.typed", "recipes/*.yaml"], "mocofast_kernels": ["py.typed"]},
+    # `kernels/` and `benchmarks/` are no packages: PyPI's `kernels` (Hugging Face) must stay importable.
+    packages=[*find_packages(include=["mocofast", "mocofast.*"]), "mocofast_kernels", "mocofast_bench"],
+    package_dir={
+        "mocofast_kernels": "kernels/mocofast_kernels",
+        "mocofast_bench": "benchmarks/mocofast_bench",
+    },
+    package_data={
+        "mocofast": ["py.typed", "recipes/*.yaml"],
+        "mocofast_kernels": ["py.typed"],
+        "mocofast_bench": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_results}
 mkdir -p "$OUT"
-export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH=".:kernels:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 mocofast="$python -m mocofast"
 rows=$OUT/rows.jsonl

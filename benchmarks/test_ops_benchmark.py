@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mocofast_kernels import reference
+from mocofast_bench import eager_formulas, kernels, timing
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from mocofast import ops
-from mocofast.bench import kernels, timing
 
 SIZES = [(64, 4096, 64), (128, 16384, 128)]  # N, K, C
 
@@ -42,7 +41,7 @@ def foreach_lerp_(targets: list[Tensor], sources: list[Tensor], momentum: float)
 
 @pytest.mark.parametrize(
     "update",
-    [ops.ema_update_, foreach_lerp_, reference.ema_update_],
+    [ops.ema_update_, foreach_lerp_, eager_formulas.ema_update_],
     ids=["mocofast", "foreach_lerp", "eager"],
 )
 def test_ema(benchmark: BenchmarkFixture, update: Callable[..., None]) -> None:
@@ -51,7 +50,7 @@ def test_ema(benchmark: BenchmarkFixture, update: Callable[..., None]) -> None:
     benchmark(update, targets, sources, 0.999)
 
 
-@pytest.mark.parametrize("enqueue", [ops.enqueue_, reference.enqueue_], ids=["mocofast", "eager"])
+@pytest.mark.parametrize("enqueue", [ops.enqueue_, eager_formulas.enqueue_], ids=["mocofast", "eager"])
 def test_enqueue(benchmark: BenchmarkFixture, enqueue: Callable[..., None]) -> None:
     benchmark.group = "enqueue 256 of 65536 x 128"
     queue, pointer, keys = torch.zeros(65536, 128), torch.tensor([0]), torch.randn(256, 128)

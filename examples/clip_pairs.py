@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mocofast.encoders import build_encoder
+from mocofast.models.encoders import build_encoder
 from mocofast.ops import clip_loss
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -22,7 +22,7 @@ from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requ
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mocofast.encoders import build_encoder
+from mocofast.models.encoders import build_encoder
 from mocofast.ops import info_nce
 
 

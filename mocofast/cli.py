@@ -57,9 +57,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, str]:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
-    from mocofast.interrupt import EXIT_INTERRUPTED
-    from mocofast.resume import configure
-    from mocofast.train import train
+    from mocofast.train.interrupt import EXIT_INTERRUPTED
+    from mocofast.train.resume import configure
+    from mocofast.train.run import train
 
     parser = _Parser(
         prog="mocofast pretrain",
@@ -101,8 +101,8 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _
 
 def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Splits]:
     """The model, its run's configuration with the data options of the command line, and the images."""
-    from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
     from mocofast.data.sources import load_splits
+    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
     given = _given(arguments)
@@ -115,8 +115,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Splits]:
 
 def knn(argv: Sequence[str]) -> int:
     """k-nearest-neighbour accuracy of a checkpoint"""
-    from mocofast.monitor import KNNMonitor
-    from mocofast.step import choose_device
+    from mocofast.device import choose_device
+    from mocofast.evaluate.monitor import KNNMonitor
 
     description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
     arguments = _evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
@@ -146,8 +146,8 @@ def _options(kind: type, group: str, arguments: argparse.Namespace) -> Any:
 
 def linear(argv: Sequence[str]) -> int:
     """accuracy of a linear classifier on a checkpoint's frozen features"""
+    from mocofast.device import choose_device
     from mocofast.evaluate.linear import LinearConfig, linear_probe
-    from mocofast.step import choose_device
 
     description = "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
@@ -165,10 +165,10 @@ def linear(argv: Sequence[str]) -> int:
 
 def finetune(argv: Sequence[str]) -> int:
     """accuracy of a checkpoint's encoder after training all of it on labels"""
-    from mocofast.checkpoint import save_atomically
+    from mocofast.device import choose_autocast, choose_device
     from mocofast.evaluate.finetune import FinetuneConfig
     from mocofast.evaluate.finetune import finetune as run
-    from mocofast.step import choose_autocast, choose_device
+    from mocofast.train.checkpoint import save_atomically
 
     description = "Trains a checkpoint's query encoder and a new linear head on labelled images, and validates it."
     parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
@@ -191,9 +191,9 @@ def finetune(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """a checkpoint's encoder for torchvision, timm, detectron2 or facebookresearch/moco"""
-    from mocofast.checkpoint import load_checkpoint
-    from mocofast.export import FORMATS
-    from mocofast.export import export as write
+    from mocofast.interop.export import FORMATS
+    from mocofast.interop.export import export as write
+    from mocofast.train.checkpoint import load_checkpoint
 
     parser = _Parser(prog="mocofast export", description="Writes a checkpoint's query encoder in another format.")
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
@@ -226,7 +226,7 @@ def prepare(argv: Sequence[str]) -> int:
 
 def bench(argv: Sequence[str]) -> int:
     """time the kernels and loaders beside eager PyTorch"""
-    from mocofast.bench import main
+    from mocofast_bench.commands import main
 
     return main(argv)
 
@@ -244,7 +244,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 def main_moco(argv: Sequence[str]) -> int:
     """facebookresearch/moco's and moco-v3's main_moco.py, flag for flag"""
-    from mocofast import reference_flags
+    from mocofast.interop import reference_commands
 
     parser = _Parser(
         prog="mocofast main_moco",
@@ -253,29 +253,29 @@ def main_moco(argv: Sequence[str]) -> int:
             "a ViT, makes it MoCo v3's; without one it is MoCo v1's or v2's."
         ),
     )
-    reference_flags.add_flags(parser, linear=False)
-    return reference_flags.main_moco(vars(parser.parse(argv)), argv)
+    reference_commands.add_flags(parser, linear=False)
+    return reference_commands.main_moco(vars(parser.parse(argv)), argv)
 
 
 def main_lincls(argv: Sequence[str]) -> int:
     """their main_lincls.py"""
-    from mocofast import reference_flags
+    from mocofast.interop import reference_commands
 
     parser = _Parser(
         prog="mocofast main_lincls",
         description="Runs a command line of main_lincls.py, in MoCo's way or MoCo v3's, as the checkpoint says.",
     )
-    reference_flags.add_flags(parser, linear=True)
+    reference_commands.add_flags(parser, linear=True)
     given = vars(parser.parse(argv))
     _log_to_screen()
-    return reference_flags.main_lincls(given)
+    return reference_commands.main_lincls(given)
 
 
 def study(argv: Sequence[str]) -> int:
     """what pretraining gives where labels are few: four classes, a ResNet and a ViT"""
     from mocofast import study as module
-    from mocofast.interrupt import EXIT_INTERRUPTED
-    from mocofast.step import choose_device
+    from mocofast.device import choose_device
+    from mocofast.train.interrupt import EXIT_INTERRUPTED
 
     parser = _Parser(prog="mocofast study", description=module.__doc__)
     parser.add_argument("name", choices=("four-class",), help="which study: four-class")

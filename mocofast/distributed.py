@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocofast.config import ConfigError
-from mocofast.parts import step_part
+from mocofast.step_parts import step_part
 
 TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # and what stands for them in one process
 

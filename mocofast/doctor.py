@@ -96,7 +96,7 @@ def _gpus() -> Rows:
 
 
 def _auto_device() -> torch.device:
-    from mocofast.step import choose_device
+    from mocofast.device import choose_device
 
     return choose_device("auto")
 
@@ -112,7 +112,7 @@ def _device() -> Rows:
 
 
 def _precision() -> Rows:
-    from mocofast.step import choose_autocast
+    from mocofast.device import choose_autocast
 
     device = _auto_device()
     if choose_autocast("auto", device)._enabled:
@@ -124,7 +124,7 @@ def _precision() -> Rows:
 
 
 def _engine() -> Rows:
-    from mocofast.engine import choose_mode
+    from mocofast.train.engine import choose_mode
 
     yield choose_mode("auto", _auto_device(), world_size=1)
 
@@ -144,12 +144,12 @@ def _triton() -> Rows:
 
 
 def _fused_ops() -> Rows:
-    from mocofast import autograd
+    from mocofast.ops import backend
 
     device = _auto_device()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a missing Triton, which is said below
-        kernels = autograd._backend(device.type)
+        kernels = backend.backend_for(device.type)
     if kernels.infonce_forward.__module__ != "mocofast_kernels.cpu":
         yield "Triton kernels", "for the CUDA device"
     elif device.type == "cuda":

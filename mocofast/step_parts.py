@@ -1,6 +1,6 @@
 """Names for the parts of a training step, so that a profile can time them: `with step_part("backward"): ...`.
 
-While nobody profiles, that costs a look at one variable. See mocofast.profile.
+While nobody profiles, that costs a look at one variable. See mocofast.train.profile.
 """
 
 from __future__ import annotations

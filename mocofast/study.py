@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from mocofast import __version__, files, settings
-from mocofast.checkpoint import load_checkpoint, model_from_checkpoint
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.loaders import count_workers
 from mocofast.data.sources import FolderSource, Splits, load_splits
+from mocofast.device import choose_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
-from mocofast.methods import build_method
+from mocofast.methods.build import build_method
 from mocofast.plots import new_figure
-from mocofast.step import choose_autocast
-from mocofast.train import train
+from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
+from mocofast.train.run import train
 
 CLASSES = 4
 STARTS = ("scratch", "pretrained")

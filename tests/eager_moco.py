@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mocofast.encoders import SplitBatchNorm2d
 from mocofast.methods.moco import MoCo
+from mocofast.models.batch_norm import SplitBatchNorm2d
 
 
 def gather(x: Tensor) -> Tensor:

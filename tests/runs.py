@@ -36,7 +36,8 @@ class PlainEncoder(nn.Module):
 
 def environment() -> dict[str, str]:
     """The package from this checkout, on one thread, so that several processes do not fight for two cores."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def mocofast(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -100,7 +101,8 @@ def make_images(folder: Path, count: int, classes: int = 2, side: int = 24) -> P
 
 
 if __name__ == "__main__":
-    from mocofast import cli, encoders
+    from mocofast import cli
+    from mocofast.models import encoders
 
     encoders.TinyResNet = PlainEncoder  # type: ignore[assignment,misc]
     sys.exit(cli.main())

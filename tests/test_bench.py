@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from mocofast_kernels.sizes import weight_shapes
+from mocofast_bench import data, kernels, optim, timing
+from mocofast_bench.commands import main
+from mocofast_bench.sizes import weight_shapes
 from torch import nn
-
-from mocofast.bench import data, kernels, main, optim, timing
 
 CPU = torch.device("cpu")
 CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mocofast_bench import data, loops, timing, tune
+from mocofast_bench.commands import main
+from mocofast_bench.reference_loop import ReferenceLoader
+from mocofast_bench.tensor_pairs import TensorPairs
 from PIL import Image
 
-from mocofast.bench import data, loops, main, timing, tune
-from mocofast.bench.reference_loop import ReferenceLoader
-from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.loaders import dali_missing
 from mocofast.settings import ConfigError, load_recipe

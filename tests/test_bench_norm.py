@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-
-from mocofast.bench import main, norm
+from mocofast_bench import norm
+from mocofast_bench.commands import main
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_bench import ema, kernels, peers, sweep, timing
+from mocofast_bench.commands import main
 from torch import Tensor
 
-from mocofast.bench import ema, kernels, main, peers, sweep, timing
 from tests.oracle import info_nce_oracle
 
 CPU = torch.device("cpu")

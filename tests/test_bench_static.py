@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mocofast_bench.roofline import GPUS, residents
 
-from mocofast.bench.roofline import GPUS, residents
 from tests import runs
 
 pytest.importorskip("triton")
 
-from mocofast_kernels.static import PROCESSORS, Report, disassembled, main_loop
+from mocofast_bench.inspect_code import PROCESSORS, Report, disassembled, main_loop
 
 COMMITTED = runs.ROOT / "benchmarks" / "results" / "static.jsonl"
 MOCO = "forward, C=128, bf16, queue"

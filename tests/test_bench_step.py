@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_bench import loops, sides, step, train
+from mocofast_bench.commands import BENCHMARKS, main
 
-from mocofast.bench import BENCHMARKS, loops, main, sides, step, train
 from mocofast.config import Config, ConfigError
 from mocofast.settings import load_recipe
 from tests import runs

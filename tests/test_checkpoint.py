@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from mocofast import checkpoint, settings
-from mocofast.checkpoint import CheckpointWriter, load_checkpoint, model_from_checkpoint, save_atomically
-from mocofast.methods import build_method
+from mocofast import settings
+from mocofast.methods.build import build_method
+from mocofast.train import checkpoint
+from mocofast.train.checkpoint import CheckpointWriter, load_checkpoint, model_from_checkpoint, save_atomically
 
 
 def state(step: int, value: torch.Tensor) -> dict[str, Any]:

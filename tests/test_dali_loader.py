@@ -22,7 +22,7 @@ from nvidia.dali import types
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import dali_loader
 from mocofast.data.dali_loader import DaliLoader
-from mocofast.data.image_files import image_size, undecodable
+from mocofast.data.decoding import image_size, undecodable
 from mocofast.data.interface import Batch, Shard, Source, epoch_order
 from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader

@@ -19,6 +19,7 @@ from mocofast.data.device_loader import DeviceLoader, crop_and_resize
 from mocofast.data.interface import Batch, Shard, draw_view
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
+from mocofast.ops import backend
 from mocofast.settings import load_recipe
 from tests.pictures import assert_same_batches, assert_same_views_but_for_hue, differences, files, joined
 
@@ -130,7 +131,8 @@ def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
         return list(DeviceLoader(SOURCE, augments, Shard(5, 1, 5), 0, device).epoch(0, 2))
 
     composed = batches(CPU)
-    monkeypatch.setattr(device_loader, "FUSED_DEVICES", (DEVICE,))
+    kernels = backend.backend_for("cuda")
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
     fused = batches(device)
     assert len(composed) == len(fused) > 0
     for a, b in zip(composed, fused):
@@ -144,17 +146,14 @@ def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
 def test_views_of_one_size_are_one_launch_which_rotates_where_one_of_them_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("triton")
-    import mocofast_kernels.augment as kernel
-
     launches = []
 
     def recorded(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool) -> Tensor:
         launches.append((len(parameters), len(index), size, rotate))
         return torch.empty(len(parameters), len(index), size, size, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(kernel, "augment", recorded)
-    monkeypatch.setattr(device_loader, "FUSED_DEVICES", ("cpu",))
+    kernels = backend.backend_for("cpu")._replace(augment=recorded)
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
     large = AugmentConfig(size=64)  # too large to rotate
     stream = DeviceLoader(SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), Shard(6, 0, 2), 0, CPU)
     next(stream.epoch(0))

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mocofast_bench.processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import MoCo, distributed
-from mocofast.bench.processes import on_ranks
-from mocofast.encoders import TinyResNet
 from mocofast.methods.base import MethodOutput
+from mocofast.models.encoders import TinyResNet
 from tests.eager_moco import (
     EagerMoCo,
     PlainEncoder,

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mocofast import MoCo
-from mocofast.encoders import (
-    SplitBatchNorm2d,
-    TinyResNet,
-    add_mlp_head,
-    build_encoder,
-    features,
-    head_name,
-    prepare_images,
-    split_batch_norm,
-)
+from mocofast.models.batch_norm import SplitBatchNorm2d, split_batch_norm
+from mocofast.models.encoders import TinyResNet, add_mlp_head, build_encoder, features, head_name
+from mocofast.models.pixels import prepare_images
 from tests.eager_moco import LoopedSplitBatchNorm
 
 
@@ -181,7 +174,7 @@ def test_blocks_that_give_their_relu_and_residual_to_batchnorm_compute_the_same(
     split_batch_norm(encoder, 2)
     assert {type(block).__name__ for block in encoder.layer2} <= {"FusedBasicBlock", "FusedBottleneck"}
     with monkeypatch.context() as patch:
-        patch.setattr("mocofast.fused_blocks.FUSED", {})
+        patch.setattr("mocofast.models.batch_norm.FUSED", {})
         split_batch_norm(plain, 2)
     assert not any(type(module).__name__.startswith("Fused") for module in plain.modules())
     assert list(encoder.state_dict()) == list(plain.state_dict())
@@ -215,7 +208,7 @@ def test_pixels_are_normalised_in_float32_and_channels_last(autocast: bool) -> N
 
 
 def test_importing_encoders_does_not_import_torchvision() -> None:
-    code = "import sys, mocofast.encoders; assert 'torchvision' not in sys.modules"
+    code = "import sys, mocofast.models.encoders; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

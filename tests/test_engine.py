@@ -11,21 +11,24 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from mocofast_bench.processes import on_ranks
+from mocofast_bench.step import HostSynchronisations
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from mocofast import MoCo
-from mocofast.bench.processes import on_ranks
-from mocofast.bench.step import HostSynchronisations
 from mocofast.config import METHODS, ConfigError, OptimConfig
-from mocofast.encoders import TinyResNet
-from mocofast.engine import Engine, choose_mode, garbage_held
+from mocofast.device import choose_autocast
 from mocofast.evaluate.features import extract
-from mocofast.methods import build_method
 from mocofast.methods.base import Method
-from mocofast.optim import FusedOptimizer, FusedSGD, optimizer_of
+from mocofast.methods.build import build_method
+from mocofast.models.encoders import TinyResNet
+from mocofast.optim import FusedSGD
+from mocofast.optim.fused import FusedOptimizer
 from mocofast.settings import apply, load_recipe
-from mocofast.step import FlatGradients, choose_autocast, train_step
+from mocofast.train.engine import Engine, choose_mode, garbage_held
+from mocofast.train.optimizer import optimizer_of
+from mocofast.train.step import FlatGradients, train_step
 from tests.eager_moco import PlainEncoder
 
 CPU = torch.device("cpu")

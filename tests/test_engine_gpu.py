@@ -13,11 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from mocofast import MoCo
 from mocofast.config import OptimConfig
-from mocofast.encoders import TinyResNet
-from mocofast.engine import WARM_UP, Engine
-from mocofast.optim import FusedOptimizer, optimizer_of
-from mocofast.progress import Window
-from mocofast.step import choose_autocast
+from mocofast.device import choose_autocast
+from mocofast.models.encoders import TinyResNet
+from mocofast.optim.fused import FusedOptimizer
+from mocofast.train.engine import WARM_UP, Engine
+from mocofast.train.metrics import Window
+from mocofast.train.optimizer import optimizer_of
 
 pytestmark = pytest.mark.gpu
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)

@@ -20,15 +20,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from mocofast import encoders
 from mocofast.config import Config
-from mocofast.data.interface import Shard, pixel_statistics
+from mocofast.data.interface import Shard
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import ArraySource, Splits, load_splits
 from mocofast.evaluate import knn, linear
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_rank
 from mocofast.evaluate.linear import LinearConfig, fit_logistic, linear_probe
+from mocofast.models import encoders
+from mocofast.models.pixels import pixel_statistics
 from mocofast.settings import ConfigError
 
 CPU = torch.device("cpu")

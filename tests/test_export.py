@@ -14,14 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mocofast import encoders, settings
-from mocofast.checkpoint import FORMAT
+from mocofast import settings
 from mocofast.config import Config
-from mocofast.export import FORMATS, export
 from mocofast.interop import load_reference_state_dict
-from mocofast.methods import build_method
-from mocofast.optim import build_optimizer
+from mocofast.interop.export import FORMATS, export
+from mocofast.methods.build import build_method
+from mocofast.models import encoders
+from mocofast.optim.build import build_optimizer
 from mocofast.settings import ConfigError
+from mocofast.train.checkpoint import FORMAT
 
 
 def trained(arch: str, **model_options: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast import MoCo
-from mocofast.encoders import TinyResNet, build_encoder
 from mocofast.interop import backbone_state_dict, load_reference_state_dict, to_reference_state_dict
+from mocofast.models.encoders import TinyResNet, build_encoder
 from tests.eager_moco import EagerMoCo, random_batches
 
 

@@ -22,12 +22,13 @@ pytest.importorskip("triton")
 
 from mocofast_kernels import ghost_bn
 
-from mocofast import normalization
-from mocofast.normalization import ghost_batch_norm
+from mocofast.ops import backend, batch_norm
+from mocofast.ops.batch_norm import ghost_batch_norm
 
 # The interpreter is NumPy, which warns where a GPU goes on silently.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
+TRITON = backend.backend_for("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MOMENTUM, EPS = 0.1, 1e-5
 # Rounding of a type; statistics and sums are float32, so that its rounding stands beside.
@@ -36,8 +37,8 @@ ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 
 @pytest.fixture(autouse=True)
 def _kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(normalization, "FUSED_DEVICES", (DEVICE,))
-    monkeypatch.setattr(normalization, "_native", None)  # whatever should run on the kernels must not come here
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
+    monkeypatch.setattr(batch_norm, "_native", None)  # whatever should run on the kernels must not come here
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -238,8 +239,8 @@ def test_other_strides_are_made_channels_last(form: str) -> None:
 
 def test_nchw_memory_and_float64_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(normalization, "FUSED_DEVICES", (DEVICE,))
-    monkeypatch.setattr(normalization, "_forward", None)
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
+    monkeypatch.setattr(batch_norm, "_forward", None)
     c = case((6, 5, 3, 7), residual=True)
     nchw = Case(*(t.contiguous() if t is not None else None for t in c))
     for inputs in (nchw, c.to(torch.float64)):
@@ -326,18 +327,18 @@ def test_compiled_it_equals_eager(relu: bool, residual: bool) -> None:
 def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
     c = case((4, 3, 2, 3), residual=True)
     x, weight, bias, residual = (leaf.requires_grad_() for leaf in c.leaves())
-    torch.library.opcheck(normalization._ghost_batch_norm_op, (x, residual, weight, bias, 2, EPS, True))
-    torch.library.opcheck(normalization._ghost_batch_norm_op, (x, None, weight, bias, 2, EPS, False))
+    torch.library.opcheck(batch_norm._ghost_batch_norm_op, (x, residual, weight, bias, 2, EPS, True))
+    torch.library.opcheck(batch_norm._ghost_batch_norm_op, (x, None, weight, bias, 2, EPS, False))
     statistics = torch.rand(3, 2, 3, device=DEVICE)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    torch.library.opcheck(normalization._backward_op, (c.grad, x, x.clone(), weight, bias, statistics, 2, True))
-    torch.library.opcheck(normalization._backward_op, (c.grad, x, None, weight, bias, statistics, 2, False))
+    torch.library.opcheck(batch_norm._backward_op, (c.grad, x, x.clone(), weight, bias, statistics, 2, True))
+    torch.library.opcheck(batch_norm._backward_op, (c.grad, x, None, weight, bias, statistics, 2, False))
 
 
 def test_the_kernels_compile_without_spills_for_gpus_that_are_not_here() -> None:
     """In a process of its own, without the interpreter; test_kernels_static has the rest under --slow."""
     only = r"^ghost_bn, \(256, 64, 56, 56\), torch.bfloat16, residual, relu$"
-    result = runs.compiled("mocofast_kernels.static", "--json", "--only", only)
+    result = runs.compiled("mocofast_bench.inspect_code", "--json", "--only", only)
     assert result.returncode == 0, result.stderr
     reports = [json.loads(line) for line in result.stdout.splitlines()]
     assert {report["capability"] for report in reports} == {80, 90, 100}

@@ -24,7 +24,7 @@ PRODUCTS = ("_sweep_kernel", "_grad_negatives_kernel")
 
 
 def _reports(*options: str) -> list[dict[str, Any]]:
-    result = runs.compiled("mocofast_kernels.static", "--json", *options)
+    result = runs.compiled("mocofast_bench.inspect_code", "--json", *options)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

@@ -16,13 +16,13 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
 
+from mocofast_bench import autotune
+from mocofast_bench.autotune import candidates
+from mocofast_bench.commands import main
 from mocofast_kernels import infonce, tiles
 from mocofast_kernels.configs import Tile
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.tiles import Products
-
-from mocofast.bench import autotune, main
-from mocofast.bench.autotune import candidates
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 

@@ -5,93 +5,102 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
 
-# Each module may import only from lower layers, or its own.
-LAYERS = [
-    ("mocofast_kernels",),
-    (
-        "mocofast",
-        "mocofast.ops",
-        "mocofast.autograd",
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "mocofast": ROOT,
+    "mocofast_kernels": ROOT / "kernels",
+    "mocofast_bench": ROOT / "benchmarks",
+}
+
+# Each room (a folder, or a module beside the folders) may import from lower floors and from itself.
+FLOORS = [
+    {"mocofast_kernels"},
+    {"mocofast.lazy"},
+    {"mocofast"},  # the package itself: its version, and lazy names
+    {
         "mocofast.config",
-        "mocofast.distributed",
+        "mocofast.device",
         "mocofast.files",
-        "mocofast.parts",
-    ),
-    ("mocofast.fused_blocks", "mocofast.normalization", "mocofast.vit"),
-    ("mocofast.settings",),
-    ("mocofast.encoders", "mocofast.sync_batch_norm"),
-    (
-        "mocofast.schedule",
-        "mocofast.data",
         "mocofast.plots",
-        "mocofast.progress",
-    ),
-    ("mocofast.methods",),
-    ("mocofast.optim", "mocofast.interop"),
-    ("mocofast.checkpoint", "mocofast.interrupt", "mocofast.runfolder", "mocofast.step", "mocofast.engine"),
-    ("mocofast.profile",),
-    ("mocofast.evaluate", "mocofast.export", "mocofast.bench", "mocofast.reference_files"),
-    ("mocofast.monitor", "mocofast.resume"),
-    ("mocofast.train",),
-    ("mocofast.doctor", "mocofast.reference_flags", "mocofast.study"),
-    ("mocofast.cli",),
-    ("mocofast.__main__",),
+        "mocofast.step_parts",
+    },
+    {"mocofast.distributed", "mocofast.ops", "mocofast.settings"},
+    {"mocofast.data", "mocofast.models", "mocofast.optim"},
+    {"mocofast.evaluate", "mocofast.methods"},
+    {"mocofast.train"},
+    {"mocofast.interop"},
+    {"mocofast_bench", "mocofast.doctor", "mocofast.study"},
+    {"mocofast.cli"},
+    {"mocofast.__main__"},
 ]
 
 
-def layer(module: str) -> int:
-    names = [(i, name) for i, layer in enumerate(LAYERS) for name in layer]
-    fits = [
-        (len(name), i)
-        for i, name in names
-        if module == name or (module.startswith(name + ".") and name != "mocofast")
-    ]
-    assert fits, f"{module} stands in no layer; give it a place in LAYERS"
-    return max(fits)[1]
+def room(module: str) -> str:
+    """The folder that a module lives in; the module itself where it stands beside the folders."""
+    package, _, rest = module.partition(".")
+    return f"{package}.{rest.split('.')[0]}" if package == "mocofast" and rest else package
+
+
+def floor(module: str) -> int:
+    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert found, f"{module} stands on no floor; give {room(module)} a place in FLOORS"
+    return found[0]
 
 
 def modules() -> dict[str, Path]:
+    """Every module of the three packages by its name; a package's is its `__init__`."""
     found = {}
-    for base in (ROOT, ROOT / "kernels"):
-        for top in ("mocofast", "mocofast_kernels"):
-            for path in (base / top).rglob("*.py"):
-                name = ".".join(path.relative_to(base).with_suffix("").parts)
-                found[name.removesuffix(".__init__")] = path
+    for package, base in PACKAGES.items():
+        for path in (base / package).rglob("*.py"):
+            name = ".".join(path.relative_to(base).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
     return found
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of ours that a file imports, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement that may run: all but `if TYPE_CHECKING:` blocks."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from statements(node)
+
+
+def imports(module: str, known: dict[str, Path]) -> set[str]:
+    """What an import of `module` loads directly, wherever in the file the import statement stands.
+
+    `import a.b.c` also runs the `__init__` of a and of a.b, so these count.
+    """
+    named = set()
+    path = known[module]
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative imports hide the layer"
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in known else node.module)
-    return (found & known.keys()) - {"mocofast"}  # the package itself: its version, and lazy names
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    loaded = {".".join(name.split(".")[: i + 1]) for name in named for i in range(name.count(".") + 1)}
+    return loaded & known.keys() - {module}
 
 
 def test_imports_point_downwards() -> None:
     known = modules()
-    assert len(known) > 20
-    for module, path in known.items():
-        if module == "mocofast":  # loads its members lazily, from any layer
-            continue
-        for imported in imports(path, known):
-            assert layer(imported) <= layer(module), f"{module} imports {imported}, which stands above it"
+    assert len(known) > 100
+    for module in known:
+        for imported in imports(module, known):
+            assert room(imported) == room(module) or floor(imported) < floor(module), (
+                f"{module} imports {imported}, whose floor is not below"
+            )
 
 
 def test_there_are_no_import_cycles() -> None:
     known = modules()
-    graph = {module: imports(path, known) - {module} for module, path in known.items()}
-    del graph["mocofast"]
+    graph = {module: imports(module, known) for module in known}
     while graph:
         leaves = [module for module, targets in graph.items() if not targets & graph.keys()]
         assert leaves, f"a cycle among {sorted(graph)}"
@@ -99,9 +108,23 @@ def test_there_are_no_import_cycles() -> None:
             del graph[module]
 
 
-def test_files_stay_readable() -> None:
+def test_an_import_of_a_package_counts_its_init(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("from a import c\nfrom a.d import e\n")
+    known = dict.fromkeys(("a", "a.c", "a.d", "x.b"), tmp_path / "b.py")
+    assert imports("x.b", known) == {"a", "a.c", "a.d"}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_files_stay_readable(module: str) -> None:
+    lines = modules()[module].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 400, f"{module} is long; split it"
+
+
+def test_every_folder_says_what_it_is_for() -> None:
     for module, path in modules().items():
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, f"{module} is long; split it"
+        if path.name == "__init__.py":
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            assert text and text.split("\n")[0].endswith("."), f"{module}: say in one sentence what it is for"
 
 
 def test_importing_the_ops_is_light() -> None:
@@ -115,6 +138,7 @@ def test_importing_the_ops_is_light() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_hugging_faces_kernels_package_stays_importable() -> None:
-    """A package named `kernels` at the root would hide PyPI's."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_the_folders_of_packages_are_no_packages(name: str) -> None:
+    """A package named `kernels` at the root would hide PyPI's (Hugging Face)."""
+    assert not (ROOT / name / "__init__.py").exists()

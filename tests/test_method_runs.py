@@ -11,14 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
+from mocofast_bench.processes import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import cli, distributed
-from mocofast.bench.processes import on_ranks
 from mocofast.config import Config
 from mocofast.data.interface import view_augments
-from mocofast.encoders import build_encoder
-from mocofast.schedule import scaled_by_batch
+from mocofast.models.encoders import build_encoder
+from mocofast.optim.schedule import scaled_by_batch
 from mocofast.settings import load_recipe, validate
 from tests import runs
 
@@ -98,7 +98,7 @@ def two_rank_runs(folder: Path, rank: int) -> list[int]:
     # All runs in one process group: a second one cannot take the same port again.
     with (
         mock.patch("mocofast.distributed.shutdown", leave),
-        mock.patch("mocofast.engine.DistributedDataParallel", wrapped),
+        mock.patch("mocofast.train.engine.DistributedDataParallel", wrapped),
     ):
         for name in WITH_OTHER_RANKS:
             options = ("pretrain", "digits", *SHORT, *METHODS[name], "--train.log_every", "3")

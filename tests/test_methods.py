@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_bench.processes import on_ranks
 from torch import Tensor, nn
 
-from mocofast.bench.processes import on_ranks
 from mocofast.config import Config, ConfigError, ModelConfig
-from mocofast.encoders import TinyResNet
-from mocofast.methods import build_method
 from mocofast.methods.base import Method
+from mocofast.methods.build import build_method
 from mocofast.methods.memory_bank import MemoryBank
 from mocofast.methods.simclr import SimCLR
 from mocofast.methods.supervised import Supervised
 from mocofast.methods.swav import SwAV
-from mocofast.sync_batch_norm import sync_batch_norm
+from mocofast.models.encoders import TinyResNet
+from mocofast.models.sync_batch_norm import sync_batch_norm
 from tests.eager_methods import EAGER, Batch, random_batches, trajectory
 from tests.eager_moco import assert_same_to_rounding, differ_from_rank_0
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mocofast.methods.moco
 from mocofast import MoCo
-from mocofast.encoders import TinyResNet
+from mocofast.models.encoders import TinyResNet
 from tests.eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
 
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)

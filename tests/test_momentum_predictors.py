@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mocofast_bench.processes import on_ranks
 from torch import Tensor, nn
 
-from mocofast.bench.processes import on_ranks
 from mocofast.config import OptimConfig
-from mocofast.encoders import TinyResNet
-from mocofast.methods import build_method
+from mocofast.device import choose_autocast
+from mocofast.methods.build import build_method
 from mocofast.methods.byol import BYOL
 from mocofast.methods.moco_v3 import MoCoV3
 from mocofast.methods.predicting import PredictingMethod
-from mocofast.optim import optimizer_of
+from mocofast.models.encoders import TinyResNet
+from mocofast.models.sync_batch_norm import sync_batch_norm
 from mocofast.settings import load_recipe
-from mocofast.step import choose_autocast, train_step
-from mocofast.sync_batch_norm import sync_batch_norm
+from mocofast.train.optimizer import optimizer_of
+from mocofast.train.step import train_step
 from tests.eager_moco import (
     PlainEncoder,
     assert_same_to_rounding,

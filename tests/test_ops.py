@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mocofast_kernels import cpu, reference
+from mocofast_bench import eager_formulas
+from mocofast_kernels import cpu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mocofast import autograd, ops
+from mocofast import ops
+from mocofast.ops import backend
 from tests.oracle import info_nce_oracle
 
 EPS = torch.finfo(torch.float32).eps
@@ -251,7 +253,7 @@ def test_products_run_in_the_promoted_or_the_autocast_type(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(autograd, "_backend", lambda device_type: recorder)
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: recorder)
     query, positive, negatives = (features(i, 4, 3).to(t) for i, t in enumerate(dtypes))
     with torch.autocast("cpu", dtype=context, enabled=context is not None):
         ops.info_nce(query, positive, negatives)
@@ -304,13 +306,13 @@ def test_cuda_without_triton_falls_back_and_says_so(monkeypatch: pytest.MonkeyPa
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(f"{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    autograd._backend.cache_clear()
+    backend.backend_for.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton is missing"):
-            backend = autograd._backend("cuda")
-        assert backend.infonce_forward is cpu.infonce_forward
+            chosen = backend.backend_for("cuda")
+        assert chosen.infonce_forward is cpu.infonce_forward
     finally:
-        autograd._backend.cache_clear()
+        backend.backend_for.cache_clear()
 
 
 # --- SimCLR, CLIP, EMA ---
@@ -370,7 +372,7 @@ def test_ema_updates_parameters_in_place_and_follows_the_loop() -> None:
     storage = [p.data_ptr() for p in target.parameters()]
     for _ in range(2):
         ops.ema_update_(list(target.parameters()), list(source.parameters()), 0.99)
-        reference.ema_update_(expected, source.parameters(), 0.99)
+        eager_formulas.ema_update_(expected, source.parameters(), 0.99)
     assert [p.data_ptr() for p in target.parameters()] == storage
     for parameter, want in zip(target.parameters(), expected):
         assert parameter.grad is None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mocofast import autograd, ops
+from mocofast import ops
+from mocofast.ops import autograd
 
 BACKENDS = [
     "aot_eager",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mocofast_kernels import cpu, reference
+from mocofast_bench import eager_formulas
+from mocofast_kernels import cpu
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -309,16 +310,16 @@ def test_the_queue_holds_the_last_keys_after_any_wrap_around(
 
 def test_the_reference_twin_agrees() -> None:
     query, positive, negatives = features(0, 9, 4), features(1, 9, 4), F.normalize(features(2, 12, 4))
-    loss = reference.info_nce(query, positive, negatives, 0.2)
+    loss = eager_formulas.info_nce(query, positive, negatives, 0.2)
     expected = info_nce_oracle(query, positive, negatives, 0.2).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     ours, theirs = [features(3, 4)], [features(3, 4)]
     cpu.ema_update_(ours, [query[0]], 0.9)
-    reference.ema_update_(theirs, [query[0]], 0.9)
+    eager_formulas.ema_update_(theirs, [query[0]], 0.9)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     queues = [torch.zeros(18, 4), torch.zeros(18, 4)]
     pointers = [torch.tensor([9]), torch.tensor([9])]
     cpu.enqueue_(queues[0], pointers[0], query, normalize=True)
-    reference.enqueue_(queues[1], pointers[1], query)
+    eager_formulas.enqueue_(queues[1], pointers[1], query)
     torch.testing.assert_close(queues[0], queues[1])
     assert torch.equal(pointers[0], pointers[1])

@@ -11,16 +11,17 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
 
-from mocofast import autograd, ops
+from mocofast import ops
+from mocofast.ops import backend
 
-PLAIN = autograd._backend("cpu")
+PLAIN = backend.backend_for("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = autograd._backend("cuda")
+    kernels = backend.backend_for("cuda")
     assert kernels.infonce_forward.__module__ == "mocofast_kernels.infonce"
-    monkeypatch.setattr(autograd, "_backend", lambda device_type: kernels)
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
 
 
 def features(seed: int, *shape: int) -> Tensor:
@@ -55,7 +56,7 @@ def test_nt_xent_and_clip_agree_with_the_pytorch_path(monkeypatch: pytest.Monkey
         return loss.detach(), *torch.autograd.grad(loss, (x, y, scale))
 
     triton = both()
-    monkeypatch.setattr(autograd, "_backend", lambda device_type: PLAIN)
+    monkeypatch.setattr(backend, "backend_for", lambda device_type: PLAIN)
     for got, want in zip(triton, both()):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 

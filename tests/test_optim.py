@@ -14,11 +14,13 @@ from torch import nn
 
 import mocofast.optim
 from mocofast.config import ModelConfig, OptimConfig
+from mocofast.device import choose_autocast
 from mocofast.methods.moco import MoCo
 from mocofast.ops import ema_update_
-from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD, build_optimizer
-from mocofast.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
-from mocofast.step import choose_autocast, train_step
+from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD
+from mocofast.optim.build import build_optimizer
+from mocofast.optim.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
+from mocofast.train.step import train_step
 from tests.eager_moco import PlainEncoder, random_batches
 
 

@@ -45,14 +45,18 @@ def metadata(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(f"mocofast-{mocofast.__version__}.dist-info/{name}").decode()
 
 
-def test_the_wheel_holds_both_packages_their_recipes_and_type_markers_and_nothing_else(
+def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing_else(
     checkout: Path, wheel: zipfile.ZipFile
 ) -> None:
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    packages = [(checkout, "mocofast"), (checkout / "kernels", "mocofast_kernels")]
+    packages = [
+        (checkout, "mocofast"),
+        (checkout / "kernels", "mocofast_kernels"),
+        (checkout / "benchmarks", "mocofast_bench"),
+    ]
     paths = {path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")}
     assert files == {path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")}
-    assert {"mocofast/py.typed", "mocofast_kernels/py.typed", "mocofast/recipes/digits.yaml"} <= files
+    assert {"mocofast/recipes/digits.yaml", *(f"{package}/py.typed" for _, package in packages)} <= files
 
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
@@ -65,7 +69,9 @@ def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipF
     (path,) = (checkout / "out-sdist").iterdir()
     with tarfile.open(path) as archive:
         files = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    shipped = {name.replace("mocofast_kernels/", "kernels/mocofast_kernels/") for name in wheel.namelist()}
+    folders = {"mocofast_kernels": "kernels", "mocofast_bench": "benchmarks"}
+    parts = (name.partition("/") for name in wheel.namelist())
+    shipped = {f"{folders[top]}/{top}/{rest}" if top in folders else f"{top}/{rest}" for top, _, rest in parts}
     assert {name for name in shipped if ".dist-info/" not in name} <= files
     assert {"setup.py", "pyproject.toml", *FILES} <= files
     for folder in ("tests", "benchmarks"):

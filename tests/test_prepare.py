@@ -15,9 +15,9 @@ from PIL import Image
 from mocofast.cli import main
 from mocofast.config import ConfigError
 from mocofast.data import prepare as module
+from mocofast.data.decoding import decode
 from mocofast.data.prepare import PrepareConfig, compact, prepare
 from mocofast.data.shards import INDEX, ShardSource
-from mocofast.data.torchvision_loader import decode
 from tests.pictures import photo, shard_splits
 
 

@@ -13,15 +13,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocofast import cli, parts, profile
+from mocofast import cli, step_parts
 from mocofast.config import Config
-from mocofast.encoders import build_encoder
+from mocofast.device import choose_autocast
 from mocofast.methods.moco import build
-from mocofast.optim import FusedAdamW, FusedSGD, optimizer_of
-from mocofast.parts import Recorder, Span, Step, step_part
+from mocofast.models.encoders import build_encoder
+from mocofast.optim import FusedAdamW, FusedSGD
 from mocofast.plots import draw_step
 from mocofast.settings import load_recipe
-from mocofast.step import choose_autocast, train_step
+from mocofast.step_parts import Recorder, Span, Step, step_part
+from mocofast.train import profile
+from mocofast.train.optimizer import optimizer_of
+from mocofast.train.step import train_step
 from tests import runs
 
 CPU = torch.device("cpu")
@@ -48,14 +51,14 @@ def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(monkeypatc
 
 
 def test_nothing_is_timed_outside_a_step() -> None:
-    assert not parts.timed()
+    assert not step_parts.timed()
     recorder = Recorder(CPU)
     recorder.begin()
-    assert parts.timed()
+    assert step_parts.timed()
     recorder.end()
-    assert not parts.timed()
+    assert not step_parts.timed()
     with step_part("loss"):
-        assert not parts._active
+        assert not step_parts._active
 
 
 def test_what_two_streams_do_at_once_counts_as_overlap_so_that_the_sum_stays_the_step() -> None:

@@ -14,12 +14,13 @@ import timm
 import torch
 from torch import nn
 
-from mocofast import cli, reference_flags, settings
+from mocofast import cli, settings
 from mocofast.config import Config, ConfigError
-from mocofast.encoders import features
 from mocofast.evaluate.linear import LinearConfig
-from mocofast.reference_files import load_pretrained
-from mocofast.resume import configure
+from mocofast.interop import reference_commands
+from mocofast.interop.reference_checkpoints import load_pretrained
+from mocofast.models.encoders import features
+from mocofast.train.resume import configure
 from tests import runs
 from tests.timm_names import timms
 
@@ -61,7 +62,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def parsed(line: str, linear: bool = False) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    reference_flags.add_flags(parser, linear)
+    reference_commands.add_flags(parser, linear)
     return vars(parser.parse_args(shlex.split(line)))
 
 
@@ -75,7 +76,7 @@ def imagenet(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_commands_are_the_recipes_of_their_figures(name: str, imagenet: Path) -> None:
     line, recipe, differences = PUBLISHED[name]
-    equivalent = reference_flags.pretraining(parsed(f"{line} {imagenet}"))
+    equivalent = reference_commands.pretraining(parsed(f"{line} {imagenet}"))
     assert equivalent.recipe == recipe
     assert equivalent.options == {"data.path": str(imagenet), **differences}
     # The line that is printed gives the same configuration through `mocofast pretrain`'s own parser.
@@ -90,7 +91,7 @@ def test_every_other_flag_has_its_option(imagenet: Path) -> None:
         "-a resnet18 -j 3 --epochs 7 -b 64 --learning-rate 0.1 --schedule 2 4 --momentum 0.8 --weight-decay 0.01 "
         "-p 5 --seed 9 --moco-dim 32 --moco-k 640 --moco-m 0.99 --moco-t 0.3 --mlp"
     )
-    equivalent = reference_flags.pretraining(parsed(f"{line} -- {imagenet}"))
+    equivalent = reference_commands.pretraining(parsed(f"{line} -- {imagenet}"))
     expected = Config()
     m, o = expected.model, expected.optim
     expected.data.path, expected.data.workers, expected.data.batch_size = str(imagenet), 3, 64
@@ -101,19 +102,21 @@ def test_every_other_flag_has_its_option(imagenet: Path) -> None:
     got.recipe = "custom"
     assert got == expected
     # Here -b is a node's; and all images are trained on where none are set apart for validation.
-    options = reference_flags.pretraining(parsed(f"--world-size 2 -b 64 {imagenet / 'train'}")).options
+    options = reference_commands.pretraining(parsed(f"--world-size 2 -b 64 {imagenet / 'train'}")).options
     assert (options["data.batch_size"], options["data.holdout"]) == (128, 0.0)
-    options = reference_flags.pretraining(parsed(f"--schedule -- {imagenet}")).options
+    options = reference_commands.pretraining(parsed(f"--schedule -- {imagenet}")).options
     assert options["optim.milestones"] == ()
     assert settings.coerce(next(s for s in settings.settings("optim", type(o)) if "miles" in s.name), ",") == ()
 
 
 def test_linear_protocols_of_both_projects() -> None:
     line = f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained FILE {ON_EIGHT_GPUS} DIR"
-    assert reference_flags.probing(parsed(line, linear=True), is_v3=False) == LinearConfig("reference")
-    options = reference_flags.probing(parsed("-a vit_small --lr=3 --pretrained FILE DIR", linear=True), is_v3=True)
+    assert reference_commands.probing(parsed(line, linear=True), is_v3=False) == LinearConfig("reference")
+    options = reference_commands.probing(parsed("-a vit_small --lr=3 --pretrained FILE DIR", linear=True), is_v3=True)
     assert options == LinearConfig("reference", epochs=90, lr=12.0, batch_size=1024, schedule="cosine")
-    options = reference_flags.probing(parsed("--schedule 1 2 --epochs 3 --pretrained FILE DIR", linear=True), False)
+    options = reference_commands.probing(
+        parsed("--schedule 1 2 --epochs 3 --pretrained FILE DIR", linear=True), False
+    )
     assert (options.milestones, options.epochs) == ((1, 2), 3)
 
 
@@ -130,7 +133,7 @@ def test_linear_protocols_of_both_projects() -> None:
 )
 def test_what_has_no_equivalent_is_refused_and_named(line: str, said: str, imagenet: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        reference_flags.pretraining(parsed(f"{line} {imagenet}"))
+        reference_commands.pretraining(parsed(f"{line} {imagenet}"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_what_has_no_equivalent_is_refused_and_named(line: str, said: str, image
 )
 def test_linear_flags_without_an_equivalent_are_refused(line: str, is_v3: bool, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        reference_flags.probing(parsed(f"{line} -- DIR", linear=True), is_v3)
+        reference_commands.probing(parsed(f"{line} -- DIR", linear=True), is_v3)
 
 
 def test_several_nodes_are_refused_with_the_line_for_torchrun(
@@ -155,22 +158,22 @@ def test_several_nodes_are_refused_with_the_line_for_torchrun(
         "--moco-m-cos --crop-min=.2 --dist-url tcp://first:1234 --multiprocessing-distributed --world-size 2 "
         f"--rank 1 {imagenet}"
     )
-    equivalent = reference_flags.pretraining(given)
+    equivalent = reference_commands.pretraining(given)
     with pytest.raises(ConfigError) as error:
-        reference_flags.processes(given, equivalent)
+        reference_commands.processes(given, equivalent)
     assert str(error.value).splitlines()[-1].strip() == (
         "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 1234 "
         f"-m {equivalent.command()}"
     )
     # One node with 8 GPUs starts itself as torchrun would; under torchrun this is one of its processes.
     given["world_size"] = 1
-    assert reference_flags.processes(given, equivalent)[0] == 8
+    assert reference_commands.processes(given, equivalent)[0] == 8
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert reference_flags.processes(given, equivalent)[0] == 1
+    assert reference_commands.processes(given, equivalent)[0] == 1
     for name, value in {"WORLD_SIZE": "16", "RANK": "3", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     given["world_size"] = 2
-    assert reference_flags.processes(given, equivalent) == (1, "process 3 of 16, started by torchrun")
+    assert reference_commands.processes(given, equivalent) == (1, "process 3 of 16, started by torchrun")
 
 
 def test_one_command_line_starts_all_gpus(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-
-from mocofast import MoCo
-from mocofast.bench.reference_loop import (
+from mocofast_bench.reference_loop import (
     ReferenceLoader,
     ReferenceMoCo,
     StrongMoCo,
@@ -22,11 +18,16 @@ from mocofast.bench.reference_loop import (
     reference_step,
     strong_step,
 )
+from PIL import Image
+from torch import Tensor, nn
+
+from mocofast import MoCo
 from mocofast.config import AugmentConfig, OptimConfig
 from mocofast.data.sources import ArraySource, FolderSource
-from mocofast.encoders import TinyResNet
-from mocofast.optim import build_optimizer
-from mocofast.step import choose_autocast, train_step
+from mocofast.device import choose_autocast
+from mocofast.models.encoders import TinyResNet
+from mocofast.optim.build import build_optimizer
+from mocofast.train.step import train_step
 from tests.eager_moco import assert_same_to_rounding, random_batches
 
 BATCH, QUEUE = 6, 18  # as the reference demands, batches fit the queue a whole number of times

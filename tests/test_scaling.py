@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_bench import scaling_model, weak_scaling
+from mocofast_bench.processes import on_ranks
+from mocofast_bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import scaling, weak_scaling
 from mocofast import MoCo
-from mocofast.bench.processes import on_ranks
-from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
 from mocofast.config import OptimConfig
-from mocofast.encoders import TinyResNet
-from mocofast.optim import build_optimizer
+from mocofast.device import choose_autocast
+from mocofast.models.encoders import TinyResNet
+from mocofast.optim.build import build_optimizer
 from mocofast.settings import load_recipe
-from mocofast.step import choose_autocast, train_step
+from mocofast.train.step import train_step
 from tests.wire import Collective, Wire
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's socket counters")
@@ -85,7 +86,7 @@ def on_a_rank(world: int, rank: int) -> dict[str, Any]:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = ReferenceMoCo(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     found: dict[str, Any] = {
-        "step": scaling.Step(
+        "step": scaling_model.Step(
             ranks=world,
             batch=BATCH,
             pixels=3 * SIDE**2,
@@ -120,8 +121,8 @@ def test_our_steady_step_exchanges_images_once_keys_once_and_gradients(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
     for rank in ranks[world]:
-        step: scaling.Step = rank["step"]
-        model = scaling.received(step)["mocofast"]
+        step: scaling_model.Step = rank["step"]
+        model = scaling_model.received(step)["mocofast"]
         for collectives, arrived in zip(rank["mocofast"]["collectives"], rank["mocofast"]["arrived"]):
             images, keys, gradients = collectives
             assert (images.name, images.dtype) == ("alltoall_base_", torch.uint8)
@@ -154,7 +155,7 @@ def test_the_references_step_has_three_gathers_and_broadcasts_all_buffers(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
     for number, rank in enumerate(ranks[world]):
-        model = scaling.received(rank["step"])["reference"]
+        model = scaling_model.received(rank["step"])["reference"]
         for collectives in rank["reference"]["collectives"]:
             found = purposes(collectives)
             assert sum(map(len, found.values())) == len(collectives)
@@ -172,8 +173,8 @@ def test_the_references_step_has_three_gathers_and_broadcasts_all_buffers(
 def test_shuffle_receives_ranks_times_fewer_images_and_a_quarter_of_the_bytes_of_each(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
-    step: scaling.Step = ranks[world][0]["step"]
-    model = scaling.received(step)
+    step: scaling_model.Step = ranks[world][0]["step"]
+    model = scaling_model.received(step)
     assert model["reference"]["images"] / model["mocofast"]["images"] == pytest.approx(4 * world)
     ours = sum(c[0].received for rank in ranks[world] for c in rank["mocofast"]["collectives"])
     arrived = sum(n for rank in ranks[world] for n in rank["mocofast"]["arrived"])
@@ -189,9 +190,9 @@ def test_on_average_one_image_in_w_stays_at_home(world: int) -> None:
     generator = torch.Generator().manual_seed(0)
     home = torch.arange(world).repeat_interleave(BATCH)
     crossed = [int((home[torch.randperm(world * BATCH, generator=generator)] != home).sum()) for _ in range(2000)]
-    step = scaling.Step(world, BATCH, pixels=10, dim=1, parameters=0, buffers=0)
+    step = scaling_model.Step(world, BATCH, pixels=10, dim=1, parameters=0, buffers=0)
     assert 10 * sum(crossed) / len(crossed) / world == pytest.approx(
-        scaling.received(step)["mocofast"]["images"], rel=0.02
+        scaling_model.received(step)["mocofast"]["images"], rel=0.02
     )
 
 
@@ -208,7 +209,7 @@ def test_weak_scaling_times_both_sides_over_real_processes() -> None:
 
 # ---- the model of times ----
 
-FREE = scaling.Cluster(latency=0.0, message=0.0)  # bandwidth alone
+FREE = scaling_model.Cluster(latency=0.0, message=0.0)  # bandwidth alone
 
 
 def test_times_of_collectives_are_bytes_over_the_links_they_cross() -> None:
@@ -225,21 +226,21 @@ def test_times_of_collectives_are_bytes_over_the_links_they_cross() -> None:
 
 
 def test_gradients_hide_behind_backward_up_to_the_last_bucket() -> None:
-    step = scaling.Step(64, 256, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=0)
+    step = scaling_model.Step(64, 256, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=0)
     whole = FREE.all_reduce(64, 4 * step.parameters)
     slow, instant = replace(FREE, images_per_second=1.0), replace(FREE, images_per_second=1e12)
-    assert scaling.exposed(step, slow)["mocofast"]["gradients"] == pytest.approx(whole * 25 / 112)
-    assert scaling.exposed(step, instant)["mocofast"]["gradients"] == pytest.approx(whole, rel=1e-3)
+    assert scaling_model.exposed(step, slow)["mocofast"]["gradients"] == pytest.approx(whole * 25 / 112)
+    assert scaling_model.exposed(step, instant)["mocofast"]["gradients"] == pytest.approx(whole, rel=1e-3)
 
 
 def test_the_document_holds_what_the_script_computes() -> None:
-    text = (scaling.DOCS / "scaling.md").read_text("utf-8")
-    content = scaling.tables(scaling.moco_v2(), scaling.Cluster())
+    text = (scaling_model.DOCS / "scaling.md").read_text("utf-8")
+    content = scaling_model.tables(scaling_model.moco_v2(), scaling_model.Cluster())
     assert "| 1024 |" in content
-    assert scaling.rewritten(text, content) == text, "run python benchmarks/scaling.py"
+    assert scaling_model.rewritten(text, content) == text, "run python -m mocofast_bench.scaling_model"
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    step = scaling.Step(8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000)
-    scaling.draw(step, scaling.Cluster(), tmp_path / "scaling.png")
+    step = scaling_model.Step(8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000)
+    scaling_model.draw(step, scaling_model.Cluster(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_bench.processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import mocofast.sync_batch_norm as module
-from mocofast.bench.processes import on_ranks
-from mocofast.sync_batch_norm import SyncBatchNorm, sync_batch_norm
+import mocofast.models.sync_batch_norm as module
+from mocofast.models.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 
 WORLD = 2
 

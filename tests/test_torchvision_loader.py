@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from mocofast.config import AugmentConfig
+from mocofast.data.decoding import decode
 from mocofast.data.interface import Shard, draw_view
 from mocofast.data.sources import ArraySource, FolderSource
-from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
+from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from tests.pictures import assert_same_batches, files, joined, photo, save_photos
 
 CPU = torch.device("cpu")

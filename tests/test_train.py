@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mocofast_bench.processes import free_port
+from mocofast_bench.step import HostSynchronisations
 from torch import nn
 
-from mocofast.bench.processes import free_port
-from mocofast.bench.step import HostSynchronisations
 from mocofast.config import OptimConfig
+from mocofast.device import choose_autocast
 from mocofast.methods.moco import MoCo
-from mocofast.optim import build_optimizer
-from mocofast.progress import Window
-from mocofast.step import choose_autocast, train_step
+from mocofast.optim.build import build_optimizer
+from mocofast.train.metrics import Window
+from mocofast.train.step import train_step
 from tests import runs
 
 # Few steps of an epoch of 11; a queue that wraps around within them; a window that no checkpoint falls on.
@@ -207,7 +208,7 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     torch.manual_seed(0)
 
     def encoder(num_classes: int) -> nn.Module:
-        from mocofast.encoders import TinyResNet
+        from mocofast.models.encoders import TinyResNet
 
         return TinyResNet(num_classes)
 

@@ -16,9 +16,10 @@ from torchvision import transforms
 
 from mocofast.config import AugmentConfig
 from mocofast.data import torchvision_loader
+from mocofast.data.decoding import decode
 from mocofast.data.interface import Shard, ViewParams, draw_view, view_augments
 from mocofast.data.sources import find_images
-from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view, decode
+from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from mocofast.settings import load_recipe
 from tests.pictures import files, neutral, photo
 

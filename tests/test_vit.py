@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 from mocofast.config import ConfigError
-from mocofast.encoders import build_encoder
-from mocofast.vit import SIZES, sincos_position_embedding
+from mocofast.models.encoders import build_encoder
+from mocofast.models.vit import SIZES, sincos_position_embedding
 from tests.timm_names import timms
 
 

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocofast import files
-from mocofast.bench import timing
-from mocofast.bench.optim import captured
-from mocofast.bench.roofline import GPUS, RESERVED, predict, residents
-from mocofast.bench.static import need_compiler
+from mocofast_bench import timing
+from mocofast_bench.machine_code import need_compiler
+from mocofast_bench.optim import captured
+from mocofast_bench.roofline import GPUS, RESERVED, predict, residents
 
 if TYPE_CHECKING:
     from mocofast_kernels.configs import Tile
-    from mocofast_kernels.static import Report
-    from mocofast_kernels.static_cases import Problem, Types
     from mocofast_kernels.tiles import Products
+
+    from mocofast_bench.inspect_code import Report
+    from mocofast_bench.inspected_calls import Problem, Types
 
 KINDS = ("queue", "queue, temperature tensor", "in-batch", "gradient of negatives")
 TYPES = ("bf16", "fp16", "fp32 as bf16", "fp32 as fp16", "fp32 as tf32", "fp32")
@@ -58,7 +59,9 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("there is no GPU to time on; --static ranks by the model of machine code instead")
     if max(arguments.c) > 1024:
         parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
-    from mocofast_kernels import static_cases, tiles
+    from mocofast_kernels import tiles
+
+    from mocofast_bench import inspected_calls
 
     score: Score
     capability: int | None
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         assert capability is not None
         score, out = partial(_timed, arguments.repeats), arguments.out or tiles.path_of(device)
     nearest = GPUS[max((c for c in GPUS if c <= capability), default=80)]
-    known = {types.name: types for types in static_cases.TYPES}
+    known = {types.name: types for types in inspected_calls.TYPES}
     rows: dict[Products, dict[str, Any]] = {}
     for C, types_name, kind in itertools.product(arguments.c, arguments.types, arguments.kinds):
         types = known[types_name]
@@ -97,12 +100,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _problem(kind: str, C: int, types: Types, device: str, n: int, k: int) -> Problem:
-    from mocofast_kernels import static_cases
+    from mocofast_bench import inspected_calls
 
     if kind == "gradient of negatives":
-        return static_cases.grad_negatives(C, types, device, n, k)
-    variant = next(variant for variant in static_cases.VARIANTS if variant.name == kind)
-    return static_cases.forward(C, types, variant, device, n, k)
+        return inspected_calls.grad_negatives(C, types, device, n, k)
+    variant = next(variant for variant in inspected_calls.VARIANTS if variant.name == kind)
+    return inspected_calls.forward(C, types, variant, device, n, k)
 
 
 def candidates(products: Products, shared: int) -> Iterator[Tile]:
@@ -145,16 +148,16 @@ def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, floa
 
 def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
     """Seconds of each by the model; those that spill, do not fit or do not compile are left out."""
-    from mocofast_kernels import static
+    from mocofast_bench import inspect_code
 
     known: dict[str, Report] = {}  # candidates share the launches around their product
     result = {}
     for tile in tried:
         total = 0.0
-        for launch in static.record(partial(problem.run, tile), static.PROCESSORS[capability]):
+        for launch in inspect_code.record(partial(problem.run, tile), inspect_code.PROCESSORS[capability]):
             if launch.identity not in known:
                 try:
-                    known[launch.identity] = static.inspect("", launch, capability)
+                    known[launch.identity] = inspect_code.inspect("", launch, capability)
                 except RuntimeError:
                     break
             report = known[launch.identity]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from mocofast.bench import autotune, data, ema, kernels, norm, optim, static, step, sweep, train
+from mocofast_bench import autotune, data, ema, kernels, machine_code, norm, optim, step, sweep, train
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
@@ -27,7 +27,7 @@ BENCHMARKS = {
     "train": (train, "training end to end on a folder of images beside the reference's loop and loader"),
 }
 COMPILING = {
-    "static": (static, "the kernels' machine code and predicted times; needs no GPU"),
+    "static": (machine_code, "the kernels' machine code and predicted times; needs no GPU"),
     "autotune": (autotune, "choose the kernels' tiles for this GPU"),
 }
 

@@ -3,7 +3,7 @@ way (a PyTorch DataLoader of torchvision's transforms on PIL images), and the sa
 tensors.
 
 With --tune, no comparison: threads, prefetch depth and the GPU decoder's settings are tried one after the other
-(`mocofast.bench.tune`), and the recipe is written with the best of them.
+(`mocofast_bench.tune`), and the recipe is written with the best of them.
 
 Each loader is started anew in every round and closed after it, so that none works ahead while another is timed;
 the batches that it has ready by then are not counted.
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mocofast.bench import timing, tune
-from mocofast.bench.loops import WARM_UP, Side, in_turns, measure, medians
-from mocofast.bench.reference_loop import ReferenceLoader
-from mocofast.bench.tensor_pairs import TensorPairs
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.interface import Loader, Shard, Source, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
+from mocofast_bench import timing, tune
+from mocofast_bench.loops import WARM_UP, Side, in_turns, measure, medians
+from mocofast_bench.reference_loop import ReferenceLoader
+from mocofast_bench.tensor_pairs import TensorPairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

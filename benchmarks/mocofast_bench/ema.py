@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import reference
-from mocofast_kernels.sizes import weight_shapes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mocofast import ops
-from mocofast.bench import timing
+from mocofast_bench import eager_formulas, timing
+from mocofast_bench.sizes import weight_shapes
 
 MOMENTUM = 0.999
 
@@ -97,7 +96,7 @@ def sides(
     averaged.update_parameters(model)  # the first one copies
     result = {
         "mocofast": Side(ours, lambda: ops.ema_update_(ours, sources, MOMENTUM)),
-        "loop": Side(looped, lambda: reference.ema_update_(looped, sources, MOMENTUM)),
+        "loop": Side(looped, lambda: eager_formulas.ema_update_(looped, sources, MOMENTUM)),
         "foreach_lerp": Side(lerped, foreach),
         "swa_utils.AveragedModel": Side(
             list(averaged.module.parameters()), lambda: averaged.update_parameters(model)

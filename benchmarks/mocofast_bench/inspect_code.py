@@ -1,6 +1,6 @@
 """Compile the shipped kernels for GPUs that are not there, and read registers, spills and instructions off the code.
 
-`python -m mocofast_kernels.static` prints a table, `--json` one object a line; `--only PATTERN` keeps cases whose
+`python -m mocofast_bench.inspect_code` prints a table, `--json` one object a line; `--only PATTERN` keeps cases whose
 name matches, `--capability 90` one architecture. TRITON_INTERPRET must not be set. `mocofast bench static` adds
 occupancy, bytes, operations and the time of a model.
 
@@ -23,14 +23,14 @@ from unittest import mock
 
 import torch
 import triton
+from mocofast_kernels import configs, tables
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mocofast_kernels import configs, tables
-from mocofast_kernels.sizes import PROCESSORS
-from mocofast_kernels.static_cases import cases
+from mocofast_bench.inspected_calls import cases
+from mocofast_bench.sizes import PROCESSORS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {

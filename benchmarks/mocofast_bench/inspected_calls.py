@@ -13,9 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
 from mocofast_kernels.augment import NAMES, augment
 from mocofast_kernels.configs import Tile
 from mocofast_kernels.cpu_optim import Row
@@ -26,9 +23,12 @@ from mocofast_kernels.infonce import forward_products, infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.optim import adamw_, lars_, sgd_
 from mocofast_kernels.rows import dot_kind
-from mocofast_kernels.sizes import weight_shapes
 from mocofast_kernels.tables import FLOATS
 from mocofast_kernels.tiles import Products
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mocofast_bench.sizes import weight_shapes
 
 N, K = 256, 65536  # queries and negatives
 

@@ -16,9 +16,9 @@ import torch
 from mocofast_kernels import cpu
 from torch import Tensor
 
-from mocofast.bench import timing
-from mocofast.bench.optim import captured
-from mocofast.bench.peers import (
+from mocofast_bench import timing
+from mocofast_bench.optim import captured
+from mocofast_bench.peers import (
     BASELINE,
     OURS,
     Peer,

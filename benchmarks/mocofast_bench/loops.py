@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mocofast.bench import timing
+from mocofast_bench import timing
 
 WARM_UP = 6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
 

@@ -1,5 +1,5 @@
 """The kernels' machine code for GPUs that are not there: registers, spills, shared memory, occupancy, instructions,
-bytes, operations, and the time that a model predicts (`mocofast.bench.roofline` states it). No GPU is used.
+bytes, operations, and the time that a model predicts (`mocofast_bench.roofline` states it). No GPU is used.
 
 InfoNCE: 256 queries, 65,536 negatives. EMA and optimisers: a ResNet-50 with a two-layer head. Ghost BatchNorm:
 activations of 256 images.
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mocofast.bench.roofline import GPUS, LAUNCH, Prediction, predict
+from mocofast_bench.roofline import GPUS, LAUNCH, Prediction, predict
 
 if TYPE_CHECKING:
-    from mocofast_kernels.static import Launch, Report
+    from mocofast_bench.inspect_code import Launch, Report
 
 # One case of every family, which the summary shows.
 HEADLINES = {
@@ -78,7 +78,7 @@ def need_compiler(parser: argparse.ArgumentParser) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
     try:
-        importlib.import_module("mocofast_kernels.static")
+        importlib.import_module("mocofast_bench.inspect_code")
     except ImportError as error:
         parser.error(f"Triton is needed to compile its kernels: {error}")
 
@@ -87,13 +87,14 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Compile, print a line for each kernel as it comes, write the files."""
     need_compiler(parser)
     import triton
-    from mocofast_kernels import static
+
+    from mocofast_bench import inspect_code
 
     capabilities = (arguments.capability,) if arguments.capability else tuple(GPUS)
     calls: dict[tuple[str, int], list[Row]] = defaultdict(list)
     data: dict[tuple[str, str, int], dict[str, Any]] = {}
     print(HEADER)
-    for report, launch, first in static.reports(arguments.only, capabilities):
+    for report, launch, first in inspect_code.reports(arguments.only, capabilities):
         row = Row(report, launch, predict(launch, report, GPUS[report.capability]))
         call = calls[report.case, report.capability]
         call.append(row)
@@ -143,7 +144,7 @@ Written, without a GPU and with Triton {triton}, by
     {command}
 
 Registers, shared memory and instructions are facts of the code. Times are predictions of the model that
-`mocofast/bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
+`benchmarks/mocofast_bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
 larger of what the products take at their unit's full rate and what the memory takes. `static.jsonl` has all kernels.
 
 InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mocofast import normalization
-from mocofast.bench import timing
-from mocofast.bench.optim import captured
+from mocofast.ops import batch_norm
+from mocofast_bench import timing
+from mocofast_bench.optim import captured
 
 LAYERS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))  # channels, side in a ResNet-50
 MOMENTUM, EPS = 0.1, 1e-5
@@ -178,7 +178,7 @@ def ghost(i: Inputs, splits: int, fused: bool) -> Tensor:
     """Ours."""
     residual = i.residual if fused else None
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
-    return normalization.ghost_batch_norm(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
+    return batch_norm.ghost_batch_norm(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
 
 
 def unsplit(i: Inputs, splits: int, fused: bool) -> Tensor:
@@ -195,7 +195,7 @@ def loop(i: Inputs, splits: int, fused: bool) -> Tensor:
 def fold(i: Inputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's once, over re-ordered channels."""
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
-    return _finish(normalization._folded(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
+    return _finish(batch_norm._folded(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
 
 
 def _native(x: Tensor, i: Inputs) -> Tensor:

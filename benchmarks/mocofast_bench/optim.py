@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels.sizes import weight_shapes
 from torch import Tensor
 
-from mocofast.bench import timing
-from mocofast.optim import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
+from mocofast.optim.fused import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
+from mocofast_bench import timing
+from mocofast_bench.sizes import weight_shapes
 
 MOMENTUM = 0.99  # of the average
 LR = 1e-6  # so that weights stay what they are through thousands of steps

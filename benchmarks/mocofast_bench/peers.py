@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from mocofast_kernels import reference
 from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast import ops
-from mocofast.bench import timing
+from mocofast_bench import eager_formulas, timing
 
 TEMPERATURE = 0.2  # MoCo v2's
 MAX_SETS = 64  # of inputs
@@ -61,12 +60,12 @@ def with_rank(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 def eager(sizes: Sizes, dtype: torch.dtype) -> Loss:
     """The reference's formula, with its N x (1 + K) logits."""
-    return lambda query, positive, negatives: reference.info_nce(query, positive, negatives, TEMPERATURE)
+    return lambda query, positive, negatives: eager_formulas.info_nce(query, positive, negatives, TEMPERATURE)
 
 
 def compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
     """torch.compile of the reference's formula, for these sizes alone."""
-    formula = torch.compile(reference.info_nce, dynamic=False)
+    formula = torch.compile(eager_formulas.info_nce, dynamic=False)
     return lambda query, positive, negatives: formula(query, positive, negatives, TEMPERATURE)
 
 

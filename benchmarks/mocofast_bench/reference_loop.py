@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mocofast.config import AugmentConfig, OptimConfig
-from mocofast.data.image_files import opened
+from mocofast.data.decoding import opened
 from mocofast.data.interface import Source
 from mocofast.distributed import rank_and_world_size
-from mocofast.encoders import SplitBatchNorm2d
 from mocofast.methods.moco import MoCo
+from mocofast.models.batch_norm import SplitBatchNorm2d
 
 
 class ReferenceMoCo(nn.Module):

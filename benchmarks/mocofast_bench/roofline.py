@@ -21,11 +21,12 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from mocofast_kernels.sizes import PROCESSORS
 from torch import Tensor
 
+from mocofast_bench.sizes import PROCESSORS
+
 if TYPE_CHECKING:
-    from mocofast_kernels.static import Launch, Report
+    from mocofast_bench.inspect_code import Launch, Report
 
 
 class GPU(NamedTuple):

@@ -1,7 +1,7 @@
 """A model of 8 to 1,024 GPUs: bytes that each rank receives in a step, and the time they cost; ours beside the
 reference's.
 
-    python benchmarks/scaling.py      rewrites the tables of docs/scaling.md and draws docs/scaling.png
+    python -m mocofast_bench.scaling_model      rewrites the tables of docs/scaling.md and draws docs/scaling.png
 
 The bytes are exact, and tests/test_scaling.py counts them on the sockets of 2 and 4 real processes. The times are no
 measurement: they follow from the assumptions in `Cluster`, which docs/scaling.md states.

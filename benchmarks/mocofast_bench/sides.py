@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocofast.bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
 from mocofast.config import Config
-from mocofast.encoders import prepare_images
-from mocofast.engine import Engine, choose_mode
+from mocofast.device import choose_autocast
 from mocofast.methods.moco import MoCo, build
-from mocofast.optim import optimizer_of
-from mocofast.step import choose_autocast
+from mocofast.models.pixels import prepare_images
+from mocofast.train.engine import Engine, choose_mode
+from mocofast.train.optimizer import optimizer_of
+from mocofast_bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
 
 Step = Callable[[], Any]
 

@@ -16,12 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocofast.bench import timing
-from mocofast.bench.sides import MODES, SIDES, Step, encoders_only, our_engine, pixel_views
 from mocofast.config import Config, ConfigError
-from mocofast.engine import choose_mode
-from mocofast.profile import WAITING, Profile, StepProfiler
 from mocofast.settings import apply, load_recipe, validate
+from mocofast.train.engine import choose_mode
+from mocofast.train.profile import WAITING, Profile, StepProfiler
+from mocofast_bench import timing
+from mocofast_bench.sides import MODES, SIDES, Step, encoders_only, our_engine, pixel_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from mocofast.bench import timing
-from mocofast.bench.kernels import DTYPES, GRAPH, measured, memory_of_all
-from mocofast.bench.peers import Sizes, all_peers
+from mocofast_bench import timing
+from mocofast_bench.kernels import DTYPES, GRAPH, measured, memory_of_all
+from mocofast_bench.peers import Sizes, all_peers
 
 AXES = ("n", "k", "c")
 MIDDLE = {"cuda": (256, 65536, 128), "cpu": (256, 16384, 128)}

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mocofast.bench import timing
-from mocofast.bench.loops import Measured, Side, in_turns, measure, medians
-from mocofast.bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
-from mocofast.bench.sides import channels_first, fresh_model, our_engine, pixel_views
-from mocofast.bench.step import add_model_arguments, configured
 from mocofast.config import Config
 from mocofast.data.interface import Batch, Shard, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_splits
 from mocofast.settings import DEFAULT_RECIPE, validate
+from mocofast_bench import timing
+from mocofast_bench.loops import Measured, Side, in_turns, measure, medians
+from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
+from mocofast_bench.sides import channels_first, fresh_model, our_engine, pixel_views
+from mocofast_bench.step import add_model_arguments, configured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

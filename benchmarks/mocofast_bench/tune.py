@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from mocofast import settings
-from mocofast.bench import timing
-from mocofast.bench.loops import Side, measure
 from mocofast.config import Config, DataConfig
-from mocofast.data.image_files import image_size
+from mocofast.data.decoding import image_size
 from mocofast.data.interface import Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
+from mocofast_bench import timing
+from mocofast_bench.loops import Side, measure
 
 FASTER = 1.03
 HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)

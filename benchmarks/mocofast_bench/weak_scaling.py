@@ -1,6 +1,6 @@
 """Weak scaling over gloo processes on the cores of one machine, ours beside the reference's loop.
 
-    python benchmarks/weak_scaling.py --ranks 1 2 4 --save benchmarks/results/weak_scaling.jsonl
+    python -m mocofast_bench.weak_scaling --ranks 1 2 4 --save benchmarks/results/weak_scaling.jsonl
 
 Every rank trains on a batch of the same size, on one thread; all ranks together are timed, sides in turns. Beside
 images per second it reports CPU seconds per image, which other jobs on the machine disturb less. docs/scaling.md has
@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mocofast.bench import timing
-from mocofast.bench.processes import on_ranks
-from mocofast.bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
-from mocofast.bench.sides import channels_first, float_views, fresh_model, our_engine, pixel_views
 from mocofast.config import Config
 from mocofast.settings import apply, load_recipe
+from mocofast_bench import timing
+from mocofast_bench.processes import on_ranks
+from mocofast_bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
+from mocofast_bench.sides import channels_first, float_views, fresh_model, our_engine, pixel_views
 
 CPU = torch.device("cpu")
 WARM_UP = 3  # DistributedDataParallel settles its buckets in the second step

@@ -1,6 +1,6 @@
 """Tile sizes of the InfoNCE kernels and how many parts the negatives are split into: a table and a rule.
 
-Chosen from the machine code that `mocofast_kernels.static` reports, not by timing on the user's machine: nothing
+Chosen from the machine code that `mocofast_bench.inspect_code` reports, not by timing on the user's machine: nothing
 changes from run to run, and every row of the table is compiled by the tests for sm_80, sm_90 and sm_100. Where
 `mocofast bench autotune` was asked to time the candidates, its table comes before this rule (`tiles`).
 """

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.decoding import image_size, undecodable, unlike_header
 from mocofast.data.drawing import draw_views, per_view
-from mocofast.data.image_files import image_size, undecodable, unlike_header
 from mocofast.data.interface import Batch, Shard, Source, ViewParams, none_decodes, order_of
 from mocofast.data.view_ops import apply_view_ops
 

@@ -96,3 +96,24 @@ def _pil_check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             found.append(f"{type(error).__name__}: {error}")
     return found
+
+
+def decode(item: str | bytes | np.ndarray) -> Image.Image:
+    """A file (path or content) or (H, W, 3) uint8 pixels as an RGB image; raises whatever PIL raises on a bad file.
+
+    EXIF orientation is not applied. Transparency is dropped: the colour stored under it shows. 16-bit grey is
+    scaled to 8 bits (PIL's own conversion would clip it), the first frame of an animation is taken.
+    """
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    with Image.open(opened(item)) as image:
+        image.load()
+        if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
+            wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+            return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def describe(error: Exception) -> str:
+    """Why a file is bad, for the list of skipped ones."""
+    return f"{type(error).__name__}: {error}"

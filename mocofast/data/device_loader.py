@@ -8,7 +8,6 @@ loaders. Normalising is left to the model, as with every loader.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from mocofast.data.drawing import Views, draw_views, per_view
 from mocofast.data.interface import Batch, Shard, Source, none_decodes, order_of
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
+from mocofast.ops import backend
 
 LARGEST, LARGEST_ROTATED = 64, 32  # sides of views, as in the kernel's module (which imports Triton)
-FUSED_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()  # tests add others
 LARGEST_SET = 8 * 2**30  # bytes of pixels: CIFAR has 150 MB, STL-10's unlabelled part 2.8 GB
 DRAWN_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
 CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
@@ -63,7 +62,7 @@ def hold(source: Source, device: torch.device) -> Held:
     every = np.arange(len(source))
     if isinstance(source, ArraySource):
         return Held(source.images, every, {})
-    from mocofast.data.torchvision_loader import decode, describe
+    from mocofast.data.decoding import decode, describe
 
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
     for index in every.tolist():
@@ -117,7 +116,7 @@ class DeviceLoader:
     def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         size = np.array(self._images.shape[1:3])
         order = order_of(self._source, self._seed, epoch)
-        make = self._fused if self._device.type in FUSED_DEVICES else self._composed
+        make = self._composed if backend.backend_for(self._device.type).augment is None else self._fused
         per_step = len(self._augments) * self._shard.batch_size // self._shard.world_size
         chunk = max(1, DRAWN_AT_ONCE // per_step)
         for first in range(start, self.steps_per_epoch, chunk):
@@ -141,7 +140,8 @@ class DeviceLoader:
 
     def _fused(self, shares: tuple[Tensor, ...], drawn: list[Views]) -> Iterator[tuple[Tensor, ...]]:
         """The same by the kernel: one launch a step for all views of one size."""
-        from mocofast_kernels.augment import augment as fused
+        fused = backend.backend_for(self._device.type).augment
+        assert fused is not None
 
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from mocofast.data.decoding import decode, describe
 from mocofast.data.interface import Source
 from mocofast.data.threads import Threads
-from mocofast.data.torchvision_loader import decode, describe
 
 AHEAD = 2  # batches in the making beside the one that is taken
 

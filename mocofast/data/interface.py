@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
@@ -204,8 +203,3 @@ def _random_resized_crop(
     else:
         width, height = full_width, full_height
     return (full_height - height) // 2, (full_width - width) // 2, height, width
-
-
-def pixel_statistics(augment: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Channel mean and standard deviation of uint8 pixels, each (3,) float32 on the 0..255 scale."""
-    return 255 * torch.tensor(augment.mean), 255 * torch.tensor(augment.std)

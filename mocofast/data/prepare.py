@@ -22,12 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig, option
+from mocofast.data.decoding import decode, describe
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
 from mocofast.data.shards import META, local_index
 from mocofast.data.sources import load_splits
 from mocofast.data.threads import Threads
-from mocofast.data.torchvision_loader import decode, describe
 
 AHEAD = 4  # images per thread in the making beside the one that is stored
 

@@ -229,3 +229,24 @@ def _cifar(kind: str, root: Path) -> Splits:
         for part, name in zip(parts, ("train", "test"))
     )
     return Splits(train, val, f"{kind}: {len(train)} images; kNN on its test set, {len(val)}")
+
+
+class Subset:
+    """Some samples of a source, as a source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+        self.labels = None if source.labels is None else source.labels[indices]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def load(self, index: int) -> str | bytes | np.ndarray:
+        return self.source.load(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()

@@ -25,32 +25,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.image_files import opened
+from mocofast.data.decoding import decode, describe
 from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, none_decodes, order_of
 
 # Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def decode(item: str | bytes | np.ndarray) -> Image.Image:
-    """A file (path or content) or (H, W, 3) uint8 pixels as an RGB image; raises whatever PIL raises on a bad file.
-
-    EXIF orientation is not applied. Transparency is dropped: the colour stored under it shows. 16-bit grey is
-    scaled to 8 bits (PIL's own conversion would clip it), the first frame of an animation is taken.
-    """
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    with Image.open(opened(item)) as image:
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
-            wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-            return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-
-
-def describe(error: Exception) -> str:
-    """Why a file is bad, for the list of skipped ones."""
-    return f"{type(error).__name__}: {error}"
 
 
 def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -> Image.Image:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mocofast import encoders
+from mocofast.models import encoders, pixels
 
 
 def extract(
@@ -44,7 +44,7 @@ def extract(
 
 def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
     """Features (B, D) float32 of one batch of images (B, 3, S, S) uint8; everything on one device."""
-    images = encoders.prepare_images(images, mean, std)
+    images = pixels.prepare_images(images, mean, std)
     out = encoders.features(encoder, images) if kind == "backbone" else encoder(images)
     return out.float()
 

@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from mocofast.config import Config, ConfigError, OptimConfig, option
-from mocofast.data.interface import Shard, Source, pixel_statistics
+from mocofast.data.interface import Shard, Source
 from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.sources import Splits
-from mocofast.encoders import SplitBatchNorm2d, features, head_name, prepare_images
 from mocofast.evaluate.features import evaluating
 from mocofast.evaluate.knn import label_rank
 from mocofast.evaluate.linear import plain_view
-from mocofast.optim import build_optimizer
-from mocofast.schedule import learning_rate, set_learning_rate
+from mocofast.models.batch_norm import SplitBatchNorm2d
+from mocofast.models.encoders import features, head_name
+from mocofast.models.pixels import pixel_statistics, prepare_images
+from mocofast.optim.build import build_optimizer
+from mocofast.optim.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 

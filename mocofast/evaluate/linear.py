@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
-from mocofast.data.interface import Shard, Source, pixel_statistics
+from mocofast.data.interface import Shard, Source
 from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.sources import Splits
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import label_rank
-from mocofast.schedule import learning_rate, set_learning_rate
+from mocofast.models.pixels import pixel_statistics
+from mocofast.optim.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 

@@ -8,33 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.data.interface import Source, pixel_statistics
+from mocofast.data.interface import Source
 from mocofast.data.loaders import eval_batches
-from mocofast.data.sources import Splits
+from mocofast.data.sources import Splits, Subset
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
-
-
-class Subset:
-    """Some samples of a source, as a source."""
-
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source, self.indices = source, indices
-        self.labels = None if source.labels is None else source.labels[indices]
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def load(self, index: int) -> str | bytes | np.ndarray:
-        return self.source.load(int(self.indices[index]))
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
+from mocofast.models.pixels import pixel_statistics
 
 
 class KNNMonitor:

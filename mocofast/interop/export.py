@@ -19,12 +19,12 @@ from torch import Tensor
 from torchvision.models import list_models
 
 from mocofast import files
-from mocofast.checkpoint import model_from_checkpoint
 from mocofast.config import Config, ConfigError
-from mocofast.interop import backbone_state_dict, to_reference_state_dict
+from mocofast.interop.weights import backbone_state_dict, to_reference_state_dict
 from mocofast.methods.moco import MoCo
+from mocofast.models.vit import SIZES
 from mocofast.settings import nearest
-from mocofast.vit import SIZES
+from mocofast.train.checkpoint import model_from_checkpoint
 
 FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
 
@@ -139,8 +139,8 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
     if format == "timm":
         library, make = "timm", f'model = timm.create_model("{plain}", num_classes=0)'
     elif arch == "resnet_tiny" or arch in SIZES:
-        made = f'mocofast.encoders.build_encoder("{arch}", {config.augment.size})'
-        library, make = "mocofast.encoders", f"model = {made}(num_classes=1)"
+        made = f'mocofast.models.encoders.build_encoder("{arch}", {config.augment.size})'
+        library, make = "mocofast.models.encoders", f"model = {made}(num_classes=1)"
     else:
         size = f"image_size={config.augment.size}" if arch.startswith("vit_") else ""
         library, make = "torchvision", f"model = torchvision.models.{plain}({size})"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mocofast import settings
-from mocofast.checkpoint import checked, model_from_checkpoint, read_file
 from mocofast.config import Config, ConfigError
-from mocofast.interop import PREFIX, backbone_state_dict, load_reference_state_dict
-from mocofast.methods import build_method
+from mocofast.interop.weights import PREFIX, backbone_state_dict, load_reference_state_dict
 from mocofast.methods.base import Method
+from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
+from mocofast.train.checkpoint import checked, model_from_checkpoint, read_file
 
 # timm's names of a ViT's parameters, which moco-v3 has, in torchvision's.
 _TIMM = (

@@ -22,12 +22,12 @@ from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.names import split_folders
 from mocofast.data.sources import load_splits
+from mocofast.device import choose_device
 from mocofast.evaluate.linear import LinearConfig, linear_probe
-from mocofast.interrupt import EXIT_INTERRUPTED
-from mocofast.reference_files import load_pretrained
-from mocofast.resume import configure
-from mocofast.step import choose_device
-from mocofast.train import train
+from mocofast.interop.reference_checkpoints import load_pretrained
+from mocofast.train.interrupt import EXIT_INTERRUPTED
+from mocofast.train.resume import configure
+from mocofast.train.run import train
 
 V1 = {
     "arch": "resnet50", "epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4,

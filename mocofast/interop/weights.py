@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mocofast.encoders import head_name
 from mocofast.methods.base import Method
 from mocofast.methods.moco import MoCo
+from mocofast.models.encoders import head_name
 
 PREFIX = "module."
 

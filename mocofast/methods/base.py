@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocofast.distributed import rank_and_world_size
-from mocofast.encoders import prepare_images
-from mocofast.parts import FORWARD, step_part
+from mocofast.models.pixels import prepare_images
+from mocofast.step_parts import FORWARD, step_part
 
 
 class MethodOutput(NamedTuple):
@@ -56,7 +56,7 @@ class Method(nn.Module):
         for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             pixels = None if statistics is None else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
-        # How an encoder, by its name here, is trained: the step engine's faster ways (see mocofast.engine).
+        # How an encoder, by its name here, is trained: the step engine's faster ways (see mocofast.train.engine).
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}
         self.second_stream: torch.cuda.Stream | None = None
         self._synchronized = False

@@ -8,7 +8,7 @@ from typing import cast
 
 from mocofast.config import METHODS, Config, ConfigError
 from mocofast.methods.base import Method
-from mocofast.sync_batch_norm import sync_batch_norm
+from mocofast.models.sync_batch_norm import sync_batch_norm
 
 SIZED = {"memory_bank": ("images",), "supervised": ("classes",)}  # what else their builders take
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.data.interface import pixel_statistics
-from mocofast.encoders import build_encoder
 from mocofast.methods.base import MethodOutput
 from mocofast.methods.heads import mlp_head, set_head
 from mocofast.methods.predicting import PredictingMethod
+from mocofast.models.encoders import build_encoder
+from mocofast.models.pixels import pixel_statistics
 
 
 class BYOL(PredictingMethod):

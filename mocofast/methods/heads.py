@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mocofast.encoders import head_name
+from mocofast.models.encoders import head_name
 
 
 def mlp_head(widths: Sequence[int], *, last_norm: bool = False, bias: bool = False) -> nn.Sequential:

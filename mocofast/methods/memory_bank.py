@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError, ModelConfig
-from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import SharedGenerator, all_gather, rank_and_world_size, to_device
-from mocofast.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.moco import QUEUE_DTYPES
-from mocofast.ops import info_nce
+from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
+from mocofast.models.pixels import pixel_statistics
+from mocofast.ops.losses import info_nce
 
 
 class MemoryBank(Method):

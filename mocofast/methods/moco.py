@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ModelConfig
-from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
-from mocofast.encoders import add_mlp_head, build_encoder, head_name, split_batch_norm, to_autocast_dtype
 from mocofast.methods.base import MethodOutput
 from mocofast.methods.momentum import MomentumMethod
-from mocofast.ops import enqueue_, info_nce
+from mocofast.models.batch_norm import split_batch_norm
+from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
+from mocofast.models.pixels import pixel_statistics, to_autocast_dtype
+from mocofast.ops.losses import info_nce
+from mocofast.ops.memory import enqueue_
 
 QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +32,7 @@ class MoCo(MomentumMethod):
     """Query encoder, momentum encoder and queue.
 
     base_encoder: `base_encoder(num_classes=dim)` returns a module that ends in `.fc`, `.head` or `.heads`, as
-        torchvision's and timm's do (see `mocofast.encoders.build_encoder`).
+        torchvision's and timm's do (see `mocofast.models.encoders.build_encoder`).
     dim: C, dimension of the embedding. queue_size: K, any number of keys for any batch size.
     momentum: m of the key encoder's moving average. temperature: T of InfoNCE.
     mlp: MoCo v2's projection head.

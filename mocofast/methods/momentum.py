@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 from mocofast.methods.base import Method
-from mocofast.ops import ema_update_
+from mocofast.ops.memory import ema_update_
 
 
 class MomentumMethod(Method):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from mocofast import autograd
 from mocofast.config import Config, ModelConfig
-from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import rank_and_world_size
-from mocofast.encoders import build_encoder
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
+from mocofast.models.encoders import build_encoder
+from mocofast.models.pixels import pixel_statistics
+from mocofast.ops import autograd
 
 
 class SimCLR(Method):

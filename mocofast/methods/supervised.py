@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import pixel_statistics
-from mocofast.encoders import build_encoder, head_name
 from mocofast.methods.base import Method, MethodOutput
+from mocofast.models.encoders import build_encoder, head_name
+from mocofast.models.pixels import pixel_statistics
 
 
 class Supervised(Method):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ModelConfig
-from mocofast.data.interface import pixel_statistics
 from mocofast.distributed import rank_and_world_size
-from mocofast.encoders import build_encoder
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
+from mocofast.models.encoders import build_encoder
+from mocofast.models.pixels import pixel_statistics
 
 
 class SwAV(Method):

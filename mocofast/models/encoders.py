@@ -6,12 +6,10 @@ import difflib
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.normalization import ghost_batch_norm, replace_batch_norms
-from mocofast.vit import SIZES, vision_transformer
+from mocofast.models.vit import SIZES, vision_transformer
 
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
 HEADS = ("fc", "head", "heads")
@@ -21,8 +19,8 @@ def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[.
     """The constructor `f(num_classes=...)` of an encoder.
 
     arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT; one of the first three with `_cifar` appended, for
-    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); a ViT of `mocofast.vit.SIZES`; or
-    `resnet_tiny`. image_size: side of the images, of which ViTs take this one only. ConfigError (a ValueError) for
+    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); a ViT of
+    `mocofast.models.vit.SIZES`; or `resnet_tiny`. image_size: side of the images, of which ViTs take this one only. ConfigError (a ValueError) for
     another name, or a size that is not made of patches.
     """
     from torchvision.models import get_model, list_models
@@ -137,84 +135,3 @@ def features(encoder: nn.Module, images: Tensor) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-def prepare_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels as an encoder takes them: (N, 3, S, S) uint8 -> (x - mean) / std, channels-last.
-
-    mean, std: three channels' statistics on the 0..255 scale, on the images' device. The result has the autocast
-    dtype where autocast is on, else float32; the arithmetic is float32 either way.
-    """
-    pixels = images.contiguous(memory_format=torch.channels_last)
-    # uint8 - float32 converts while it subtracts: one pass over the pixels less.
-    normalised = (pixels - mean.float().view(3, 1, 1)).div_(std.float().view(3, 1, 1))
-    return to_autocast_dtype(normalised)
-
-
-def to_autocast_dtype(images: Tensor) -> Tensor:
-    """The images in the type that autocast would give them at the first convolution; as they are without autocast."""
-    device = images.device.type
-    return images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that takes its statistics over parts of the batch, as if each part were on a GPU of its own.
-
-    In training, sample n belongs to part n % num_splits, as in MoCo's CIFAR demo; running statistics become the mean
-    over the parts of what each part would have made them. In eval mode it is an ordinary BatchNorm2d, and its
-    state-dict names are BatchNorm2d's. The batch has to be divisible by num_splits in training (ValueError).
-    `residual`, of the input's shape and type, is added to what BatchNorm gives, and `relu` rectifies the sum: on CUDA
-    in one pass.
-    """
-
-    def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.num_splits = num_splits
-
-    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        if not self.training:
-            y = super().forward(x)
-            if residual is not None:
-                y = y + residual
-            return y.relu_() if relu else y
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        y = ghost_batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_splits,
-            self.momentum,
-            self.eps,
-            relu,
-            residual,
-        )
-        self.num_batches_tracked.add_(1)
-        return y
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_splits={self.num_splits}"
-
-
-def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place;
-    torchvision's residual blocks then give their additions and ReLUs to it.
-
-    ValueError, before anything is changed, for one without weights, running statistics or a fixed momentum.
-    """
-
-    def make(old: nn.BatchNorm2d) -> SplitBatchNorm2d:
-        if not old.affine or not old.track_running_stats or old.momentum is None:
-            raise ValueError(
-                f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {old}"
-            )
-        return SplitBatchNorm2d(old.num_features, num_splits, old.eps, old.momentum)
-
-    if replace_batch_norms(module, lambda child: type(child) is nn.BatchNorm2d, make):
-        from mocofast.fused_blocks import fuse_blocks
-
-        fuse_blocks(module, SplitBatchNorm2d)

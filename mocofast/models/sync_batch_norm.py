@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.distributed import all_gather, rank_and_world_size
-from mocofast.normalization import replace_batch_norms
+from mocofast.models.batch_norm import replace_batch_norms
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -1,62 +1,16 @@
-"""Backend choice, and how the kernels join autograd and torch.compile: directly in eager mode, as custom ops when
-compiled.
-
-`_backend` is the only dispatch point; tests replace it to drive other kernels through the public ops.
-"""
+"""Joins the kernels to autograd and to torch.compile: directly in eager mode, as custom ops when compiled."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import cpu, cpu_optim
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
 
-
-class Backend(NamedTuple):
-    """The kernels behind ops and optimisers; `mocofast_kernels.cpu` and `cpu_optim` document each."""
-
-    infonce_forward: Callable[..., InfoNCEForward]
-    infonce_grad_negatives: Callable[..., Tensor]
-    enqueue_: Callable[..., None]
-    ema_update_: Callable[..., None]
-    sgd_: Callable[..., None]
-    lars_: Callable[..., None]
-    adamw_: Callable[..., None]
-
-
-@functools.cache
-def _backend(device_type: str) -> Backend:
-    """The only dispatch point: Triton on CUDA, plain PyTorch elsewhere or where Triton is missing."""
-    if device_type == "cuda":
-        try:
-            from mocofast_kernels.ema import ema_update_ as ema
-            from mocofast_kernels.enqueue import enqueue_ as enqueue
-            from mocofast_kernels.infonce import infonce_forward
-            from mocofast_kernels.infonce_backward import infonce_grad_negatives
-            from mocofast_kernels.optim import adamw_, lars_, sgd_
-        except ImportError as error:
-            if error.name is None or error.name.split(".")[0] != "triton":
-                raise
-            warnings.warn(
-                f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
-            )
-        else:
-            return Backend(infonce_forward, infonce_grad_negatives, enqueue, ema, sgd_, lars_, adamw_)
-    return Backend(
-        cpu.infonce_forward,
-        cpu.infonce_grad_negatives,
-        cpu.enqueue_,
-        cpu.ema_update_,
-        cpu_optim.sgd_,
-        cpu_optim.lars_,
-        cpu_optim.adamw_,
-    )
+from mocofast.ops import backend
+from mocofast.ops.first_derivative import first_derivative
 
 
 class _Options(NamedTuple):
@@ -119,7 +73,7 @@ def _forward(
 ) -> InfoNCEForward:
     device_type = query.device.type
     with _without_autocast(device_type):
-        return _backend(device_type).infonce_forward(
+        return backend.backend_for(device_type).infonce_forward(
             query,
             positive,
             negatives,
@@ -137,7 +91,7 @@ def _grad_negatives(
     del arguments["return_rank"]
     device_type = query.device.type
     with _without_autocast(device_type):
-        return _backend(device_type).infonce_grad_negatives(
+        return backend.backend_for(device_type).infonce_grad_negatives(
             grad_loss, query.detach(), negatives.detach(), lse, temperature, **arguments
         )
 
@@ -210,23 +164,8 @@ class _InfoNCE(torch.autograd.Function):
                 grads[3] = _temperature_grad(factor, grad_scale, temperature).to(temperature.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             inputs = (grad_loss, query, positive, negatives, temperature)
-            grads = [None if grad is None else _FirstDerivative.apply(grad, *inputs) for grad in grads]
+            grads = first_derivative("info_nce", grads, inputs)
         return *grads, None, None, None
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Identity that stands where the graph of the gradient would be: without it a penalty on the gradient would
-    silently get no gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        raise RuntimeError(
-            "info_nce has no second derivative: its gradient cannot be differentiated (double backward)"
-        )
 
 
 # --- torch.compile: the same, as an op that the compiler does not look into ------------------------------------
@@ -350,12 +289,14 @@ _info_nce_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("mocofast::enqueue_", mutates_args=("queue", "pointer"))
 def _enqueue_op(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
-    _backend(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
+    backend.backend_for(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
 
 
 @torch.library.custom_op("mocofast::ema_update_", mutates_args=("targets",))
 def _ema_update_op(targets: list[Tensor], sources: list[Tensor], momentum: Tensor | None, scalar: float) -> None:
-    _backend(targets[0].device.type).ema_update_(targets, sources, scalar if momentum is None else momentum)
+    backend.backend_for(targets[0].device.type).ema_update_(
+        targets, sources, scalar if momentum is None else momentum
+    )
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
@@ -363,7 +304,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> N
     if torch.compiler.is_compiling():
         _enqueue_op(queue, pointer, keys, normalize)
     else:
-        _backend(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
+        backend.backend_for(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
@@ -372,4 +313,4 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
         scalar, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
         _ema_update_op(targets, sources, tensor, scalar)
     else:
-        _backend(targets[0].device.type).ema_update_(targets, sources, momentum)
+        backend.backend_for(targets[0].device.type).ema_update_(targets, sources, momentum)

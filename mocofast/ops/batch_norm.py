@@ -7,19 +7,15 @@ custom ops under torch.compile; all others to PyTorch's own BatchNorm. Importing
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-FUSED_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()  # tests add others
+from mocofast.ops import backend
+from mocofast.ops.first_derivative import first_derivative
+
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +45,7 @@ def ghost_batch_norm(
     _check(x, num_splits, residual)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if (
-        x.device.type not in FUSED_DEVICES
+        not backend.fuses_batch_norm(x.device.type)
         or x.dtype not in FUSED_DTYPES
         # In NCHW memory PyTorch's BatchNorm takes the parts as they lie.
         or (x.is_contiguous() and not channels_last)
@@ -88,11 +84,6 @@ def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
         raise TypeError(f"residual must have x's type {x.dtype}: got {residual.dtype}")
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("mocofast_kernels.ghost_bn")
-
-
 def _update(running_mean: Tensor, running_var: Tensor, statistics: Tensor, count: int, momentum: float) -> None:
     """What the kernels do with running statistics in eager mode, for the compiler to fuse."""
     with torch.no_grad():
@@ -114,7 +105,9 @@ def _forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the parts' statistics as `mocofast_kernels.ghost_bn.GhostBatchNorm` has them."""
-    return _kernels().ghost_bn_forward(
+    forward = backend.backend_for(x.device.type).ghost_bn_forward
+    assert forward is not None
+    return forward(
         x,
         residual,
         weight,
@@ -140,7 +133,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and residual (grad_output itself where there was no ReLU)."""
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-    grad_x, grad_weight, grad_bias, grad_residual = _kernels().ghost_bn_backward(
+    backward = backend.backend_for(x.device.type).ghost_bn_backward
+    assert backward is not None
+    grad_x, grad_weight, grad_bias, grad_residual = backward(
         grad_output, x, output, weight, bias, statistics, parts=num_splits, relu=relu
     )
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_residual
@@ -182,23 +177,8 @@ class _GhostBatchNorm(torch.autograd.Function):
         grads = [grad_x, grad_residual if has_residual else None, grad_weight, grad_bias]
         if torch.is_grad_enabled():  # create_graph=True
             inputs = (grad_output, x, weight, bias)
-            grads = [None if grad is None else _FirstDerivative.apply(grad, *inputs) for grad in grads]
+            grads = first_derivative("ghost_batch_norm on CUDA", grads, inputs)
         return *grads, *[None] * 6
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Identity that stands where the graph of the gradient would be, whose absence could pass for a zero."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        raise RuntimeError(
-            "ghost_batch_norm has no second derivative on CUDA: "
-            "its gradient cannot be differentiated (double backward)"
-        )
 
 
 # --- torch.compile: the same, as ops that the compiler does not look into --------------------------------------
@@ -368,23 +348,3 @@ def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
 
 
 # --- Replacing BatchNorms ------------------------------------------------------------------------------------------
-
-
-def replace_batch_norms(
-    module: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[Any], _BatchNorm]
-) -> bool:
-    """Puts make(child) in the place of every `wanted` BatchNorm inside `module`, with the child's mode, weights and
-    statistics; returns whether there were any. What `make` raises, it raises before anything is changed."""
-    found: list[tuple[nn.Module, str, Any, _BatchNorm]] = [
-        (parent, name, child, make(child))
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if wanted(child)
-    ]
-    for parent, name, old, new in found:
-        new.train(old.training)
-        new.weight, new.bias = old.weight, old.bias
-        new.running_mean, new.running_var = old.running_mean, old.running_var
-        new.num_batches_tracked = old.num_batches_tracked
-        setattr(parent, name, new)
-    return bool(found)

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels.cpu_optim import Row
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocofast import autograd
-from mocofast.config import OptimConfig
-from mocofast.methods.base import Method
+from mocofast.ops import backend
+from mocofast.ops.backend import Backend
 
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
@@ -112,7 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = () if p.grad is None else self._state(p, group)
                 rows.setdefault(p.device, []).append(Row(p, p.grad, *follower, state))
             for device, part in rows.items():
-                self._update(autograd._backend(device.type), part, group)
+                self._update(backend.backend_for(device.type), part, group)
         return loss
 
     def _follower(self, p: Tensor) -> _Follower:
@@ -122,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The state of a parameter that has a gradient, made where there is none."""
         raise NotImplementedError
 
-    def _update(self, backend: autograd.Backend, rows: list[Row], group: dict[str, Any]) -> None:
+    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _momentum_buffer(self, p: Tensor, group: dict[str, Any], name: str) -> tuple[Tensor, ...]:
@@ -172,8 +171,8 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "momentum_buffer")
 
-    def _update(self, backend: autograd.Backend, rows: list[Row], group: dict[str, Any]) -> None:
-        backend.sgd_(
+    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+        kernels.sgd_(
             rows,
             lr=group["lr"],
             momentum=group["momentum"],
@@ -213,8 +212,8 @@ class FusedLARS(FusedOptimizer):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "mu")
 
-    def _update(self, backend: autograd.Backend, rows: list[Row], group: dict[str, Any]) -> None:
-        backend.lars_(
+    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+        kernels.lars_(
             rows,
             lr=group["lr"],
             momentum=group["momentum"],
@@ -263,8 +262,8 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
-    def _update(self, backend: autograd.Backend, rows: list[Row], group: dict[str, Any]) -> None:
-        backend.adamw_(
+    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+        kernels.adamw_(
             rows,
             lr=group["lr"],
             betas=group["betas"],
@@ -290,30 +289,3 @@ def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Te
                 f"{tuple(tensor.shape)} on {tensor.device}"
             )
     return tensors
-
-
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimConfig, ema: EMA | None = None
-) -> FusedOptimizer:
-    """`optim.name` on every trainable parameter. SGD and AdamW decay norms and biases too, as MoCo's and MoCo v3's.
-
-    ema: (targets, momentum), a target for each trainable parameter.
-    """
-    trainable = [p for p in parameters if p.requires_grad]
-    if config.name == "adamw":
-        return FusedAdamW(trainable, config.lr, config.betas, weight_decay=config.weight_decay, ema=ema)
-    kind = {"sgd": FusedSGD, "lars": FusedLARS}[config.name]
-    return kind(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
-
-
-def optimizer_of(method: Method, config: OptimConfig) -> FusedOptimizer:
-    """`build_optimizer` for all trainable parameters of a method; its steps average the momentum encoder, if any."""
-    queries, keys = method.trained_pairs()
-    paired = set(queries)
-    others = [p for p in method.parameters() if p.requires_grad and p not in paired]
-    if not queries:
-        return build_optimizer(others, config)
-    optimizer = build_optimizer(queries, config, ema=(keys, method.momentum))
-    if others:  # heads that nothing follows
-        optimizer.add_param_group({"params": others})
-    return optimizer

@@ -16,8 +16,8 @@ import torch
 
 from mocofast import files, settings
 from mocofast.config import Config, ConfigError
-from mocofast.methods import build_method
 from mocofast.methods.base import Method
+from mocofast.methods.build import build_method
 
 FORMAT = 2
 LAST = "last.pt"

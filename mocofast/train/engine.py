@@ -26,12 +26,12 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
-from mocofast import parts
+from mocofast import step_parts
 from mocofast.config import ConfigError
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method
-from mocofast.optim import FusedOptimizer
-from mocofast.step import FlatGradients, train_step
+from mocofast.optim.fused import FusedOptimizer
+from mocofast.train.step import FlatGradients, train_step
 
 WARM_UP = 3  # steps before a capture: libraries choose algorithms and allocate, kernels are loaded
 # Pixels of a micro-batch up to which keys are encoded beside queries: above, either one fills a GPU alone.
@@ -105,7 +105,7 @@ class Engine:
         self._gradients = FlatGradients(method.parameters()) if mode == "graph" else None
         if rank_and_world_size()[1] > 1:
             self._join_ranks()
-        for name in parts.FORWARD:
+        for name in step_parts.FORWARD:
             if isinstance(getattr(method, name, None), nn.Module):
                 self._replace_run(name, None if mode == "eager" else backend)
         self._static: _Batch | None = None
@@ -133,7 +133,7 @@ class Engine:
         if self._stream is None:
             return self._train_static()
         # Inside a graph nothing can be timed; but ranks launch collectives all captured or all not.
-        if self._warmed >= WARM_UP and (rank_and_world_size()[1] > 1 or not parts.timed()):
+        if self._warmed >= WARM_UP and (rank_and_world_size()[1] > 1 or not step_parts.timed()):
             if self._graph is None:
                 self._graph = self._capture()
             self._graph.replay()

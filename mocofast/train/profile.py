@@ -32,8 +32,8 @@ from torch.utils.flop_counter import flop_registry
 
 from mocofast.config import Config
 from mocofast.methods.base import Method
-from mocofast.optim import FusedOptimizer
-from mocofast.parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
+from mocofast.optim.fused import FusedOptimizer
+from mocofast.step_parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
 
 if TYPE_CHECKING:
     from mocofast.plots import Bar

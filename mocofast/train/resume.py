@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mocofast import settings
-from mocofast.checkpoint import load_checkpoint
 from mocofast.config import Config, ConfigError
+from mocofast.train.checkpoint import load_checkpoint
 
 # Options that may differ between the parts of one run: they change neither the model nor the stream of batches.
 FREE_TO_CHANGE = (

@@ -16,24 +16,24 @@ import torch
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
-from mocofast.checkpoint import FORMAT, LAST, CheckpointWriter
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Shard, view_augments
 from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import load_splits
-from mocofast.engine import Engine, choose_mode, garbage_held
-from mocofast.interrupt import StopRequest
-from mocofast.methods import build_method
-from mocofast.monitor import KNNMonitor
-from mocofast.optim import optimizer_of
-from mocofast.parts import step_part
+from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.methods.build import build_method
+from mocofast.optim.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
 from mocofast.plots import plot_curves
-from mocofast.profile import STEPS, StepProfiler
-from mocofast.progress import Window, duration, memory_gib
-from mocofast.resume import check_same_run, find_checkpoint, random_state, set_random_state
-from mocofast.runfolder import RunFolder, choose_folder
-from mocofast.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
-from mocofast.step import choose_autocast, choose_device, choose_threads
+from mocofast.step_parts import step_part
+from mocofast.train.checkpoint import FORMAT, LAST, CheckpointWriter
+from mocofast.train.engine import Engine, choose_mode, garbage_held
+from mocofast.train.interrupt import StopRequest
+from mocofast.train.metrics import Window, duration, memory_gib
+from mocofast.train.optimizer import optimizer_of
+from mocofast.train.profile import STEPS, StepProfiler
+from mocofast.train.resume import check_same_run, find_checkpoint, random_state, set_random_state
+from mocofast.train.run_folder import RunFolder, choose_folder
 
 log = logging.getLogger("mocofast")
 
@@ -53,7 +53,7 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
 
     resume: "" for a new run, "auto" for the newest checkpoint of the run folder (a new run if there is none),
     or the path of a checkpoint or run folder. profile: rank 0 also looks at a few of its steps and writes
-    mocofast.profile.FILES into the run folder; what is computed stays the same.
+    mocofast.train.profile.FILES into the run folder; what is computed stays the same.
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.distributed import rank_and_world_size
-from mocofast.optim import FusedOptimizer
-from mocofast.parts import step_part
-from mocofast.progress import step_metrics
+from mocofast.optim.fused import FusedOptimizer
+from mocofast.step_parts import step_part
+from mocofast.train.metrics import step_metrics
 
 
 def train_step(
@@ -120,26 +120,3 @@ class FlatGradients:
                 view.copy_(p.grad)
                 p.grad = view
             self._buffers.append(buffer)
-
-
-def choose_device(name: str) -> torch.device:
-    """`train.device`: auto takes a GPU where there is one, and under torchrun this process's own."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_threads(cores: int) -> int:
-    """Threads of a CPU's computation, of the `cores` this process may use: half; the other half decodes and augments.
-
-    Threads that share cores wait for each other in every parallel region: on two busy cores the demo took 7.5 minutes
-    with two threads, and 1 minute with one.
-    """
-    return max(1, cores // 2)
-
-
-def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """`train.precision`: auto is bf16 on GPUs that have it, else fp32 (bf16 products are very slow on most CPUs)."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = precision == "bf16" or (precision == "auto" and bf16)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

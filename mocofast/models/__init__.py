@@ -1,0 +1,1 @@
+"""Encoders, their BatchNorm variants, and pixels as encoders take them."""

@@ -1,0 +1,88 @@
+"""Chooses, per device type, the kernels behind every op, optimiser, BatchNorm and fused augmentation.
+
+`backend_for` is the only dispatch point of the package. Callers look it up through this module, so a test that
+replaces it drives other kernels through the public ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from mocofast_kernels import cpu, cpu_optim
+from mocofast_kernels.cpu import InfoNCEForward
+from torch import Tensor
+
+
+class Backend(NamedTuple):
+    """The kernels of one device type.
+
+    `mocofast_kernels.cpu` and `cpu_optim` document the first seven, `mocofast_kernels.ghost_bn` and `augment` the
+    others. None: the device has no fused kernel, and the caller composes PyTorch operators.
+    """
+
+    infonce_forward: Callable[..., InfoNCEForward]
+    infonce_grad_negatives: Callable[..., Tensor]
+    enqueue_: Callable[..., None]
+    ema_update_: Callable[..., None]
+    sgd_: Callable[..., None]
+    lars_: Callable[..., None]
+    adamw_: Callable[..., None]
+    ghost_bn_forward: Callable[..., Any] | None = None
+    ghost_bn_backward: Callable[..., Any] | None = None
+    augment: Callable[..., Any] | None = None
+
+
+@functools.cache
+def backend_for(device_type: str) -> Backend:
+    """Returns Triton's kernels for "cuda", PyTorch's operators for other devices or without Triton."""
+    if device_type == "cuda":
+        try:
+            return _triton_backend()
+        except ImportError as error:
+            if error.name is None or error.name.split(".")[0] != "triton":
+                raise
+            warnings.warn(
+                f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
+            )
+    return Backend(
+        cpu.infonce_forward,
+        cpu.infonce_grad_negatives,
+        cpu.enqueue_,
+        cpu.ema_update_,
+        cpu_optim.sgd_,
+        cpu_optim.lars_,
+        cpu_optim.adamw_,
+    )
+
+
+@torch.compiler.assume_constant_result
+def fuses_batch_norm(device_type: str) -> bool:
+    """Returns whether the device has a BatchNorm kernel; torch.compile takes the answer without tracing it."""
+    return backend_for(device_type).ghost_bn_forward is not None
+
+
+def _triton_backend() -> Backend:
+    from mocofast_kernels.augment import augment
+    from mocofast_kernels.ema import ema_update_
+    from mocofast_kernels.enqueue import enqueue_
+    from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
+    from mocofast_kernels.infonce import infonce_forward
+    from mocofast_kernels.infonce_backward import infonce_grad_negatives
+    from mocofast_kernels.optim import adamw_, lars_, sgd_
+
+    return Backend(
+        infonce_forward,
+        infonce_grad_negatives,
+        enqueue_,
+        ema_update_,
+        sgd_,
+        lars_,
+        adamw_,
+        ghost_bn_forward,
+        ghost_bn_backward,
+        augment,
+    )
