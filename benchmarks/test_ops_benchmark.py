@@ -24,7 +24,7 @@ SIZES = [(64, 4096, 64), (128, 16384, 128)]  # N, K, C
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_info_nce_forward_and_backward(benchmark: BenchmarkFixture, sizes: tuple[int, int, int], side: str) -> None:
     benchmark.group = f"info_nce {sizes}"
-    device = timing.resolved("auto")
+    device = timing.choose_device("auto")
     step = kernels.steps(sizes, torch.float32, device)[side]
 
     def synchronised() -> None:

@@ -14,7 +14,7 @@ from mocofast import settings
 from mocofast.config import Config, ConfigError, DataConfig, KNNConfig
 
 if TYPE_CHECKING:
-    from mocofast.data.sources import Splits
+    from mocofast.data.sources import Datasets
     from mocofast.methods.base import Method
 
 
@@ -99,9 +99,9 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Splits]:
+def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """The model, its run's configuration with the data options of the command line, and the images."""
-    from mocofast.data.sources import load_splits
+    from mocofast.data.sources import load_datasets
     from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
@@ -110,7 +110,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Splits]:
         given.setdefault("data.source", "folder")
     settings.apply(config, {name: value for name, value in given.items() if name.split(".")[0] in settings.groups()})
     settings.validate(config)
-    return model, config, load_splits(config.data, config.train.seed)
+    return model, config, load_datasets(config.data, config.train.seed)
 
 
 def knn(argv: Sequence[str]) -> int:
@@ -120,12 +120,12 @@ def knn(argv: Sequence[str]) -> int:
 
     description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
     arguments = _evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
-    model, config, splits = _load(arguments)
+    model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
-    monitor = KNNMonitor.of(splits, config, device)
+    monitor = KNNMonitor.of(datasets, config, device)
     if monitor is None:
-        raise ConfigError(f"data.path: kNN needs labelled images, some of them held out; got {splits.note}")
-    print(splits.note)
+        raise ConfigError(f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}")
+    print(datasets.note)
     for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
         print(f"{name} {value:.4f}")
     return 0
@@ -152,11 +152,11 @@ def linear(argv: Sequence[str]) -> int:
     description = "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
     options = _options(LinearConfig, "linear", arguments)
-    model, config, splits = _load(arguments)
+    model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(splits.note)
-    result = linear_probe(model.encoder_q.to(device), splits, config, options, device)
+    print(datasets.note)
+    result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
     for name, value in result._asdict().items():
         if value is not None:
             print(f"{'linear_' if name.startswith('top') else ''}{name} {value:.4g}")
@@ -177,12 +177,12 @@ def finetune(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse(argv)
     options = _options(FinetuneConfig, "finetune", arguments)
-    model, config, splits = _load(arguments)
+    model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(splits.note)
+    print(datasets.note)
     encoder = model.encoder_q.to(device)
-    result = run(encoder, splits, config, options, device, choose_autocast(config.train.precision, device))
+    result = run(encoder, datasets, config, options, device, choose_autocast(config.train.precision, device))
     if arguments.out:
         save_atomically(encoder.state_dict(), Path(arguments.out))
     print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path, writer: str = "") -> Iterator[Path]:
+def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end, flushed to disk before.
 
     So `path` always has all of the old content or all of the new, also where the process or the machine stops

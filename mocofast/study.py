@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 from mocofast import __version__, files, settings
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.loaders import count_workers
-from mocofast.data.sources import FolderSource, Splits, load_splits
+from mocofast.data.sources import Datasets, FolderSource, load_datasets
 from mocofast.device import choose_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods.build import build_method
@@ -153,13 +153,13 @@ def _link_images(data: str, folder: Path, setting: Setting) -> None:
     """`folder`/train/CLASS and test/CLASS: links to the study's images, drawn at random."""
     if folder.exists():
         return
-    splits = load_splits(DataConfig(path=data))
-    if splits.val is None or len(splits.train.classes) < CLASSES:
-        raise ConfigError(f"data.path: the study needs {CLASSES} classes, each a folder; got {splits.note}")
+    datasets = load_datasets(DataConfig(path=data))
+    if datasets.val is None or len(datasets.train.classes) < CLASSES:
+        raise ConfigError(f"data.path: the study needs {CLASSES} classes, each a folder; got {datasets.note}")
     rng = np.random.default_rng(0)
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for part, source, count in (("train", splits.train, setting.unlabelled), ("test", splits.val, setting.test)):
+    for part, source, count in (("train", datasets.train, setting.unlabelled), ("test", datasets.val, setting.test)):
         assert isinstance(source, FolderSource)
         assert source.labels is not None
         for index in _drawn(source, count, rng):
@@ -215,14 +215,14 @@ def _tune(out: Path, name: str, start: str, seed: int, setting: Setting, device:
     else:
         torch.manual_seed(seed)
         encoder = build_method(config).encoder_q
-    train_images, val, note = load_splits(config.data)
+    train_images, val, note = load_datasets(config.data)
     assert isinstance(train_images, FolderSource)
     labelled = train_images.subset(_drawn(train_images, setting.labelled, np.random.default_rng(seed)))
     place = torch.device(device)
     accuracy: list[float] = []
     finetune(
         encoder.to(place),
-        Splits(labelled, val, note),
+        Datasets(labelled, val, note),
         config,
         model.tuning,
         place,
@@ -233,7 +233,7 @@ def _tune(out: Path, name: str, start: str, seed: int, setting: Setting, device:
 
 
 def _write(path: Path, text: str) -> None:
-    with files.whole(path) as file:
+    with files.atomic_write(path) as file:
         file.write_text(text, encoding="utf-8")
 
 

@@ -153,7 +153,7 @@ def trajectory(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
     for batch in batches:
         optimizer.zero_grad()
         if isinstance(model, Method):
-            needed = {name: getattr(batch, name) for name in model.needs}
+            needed = {name: getattr(batch, name) for name in model.batch_fields}
             loss = trained(*batch.views, **needed).loss
         else:
             loss = trained(batch._replace(views=tuple(view.to(dtype) for view in batch.views)))

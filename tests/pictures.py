@@ -14,7 +14,7 @@ from torch import Tensor
 from mocofast.config import DataConfig
 from mocofast.data.interface import Batch, ViewParams
 from mocofast.data.shards import ShardSource
-from mocofast.data.sources import FolderSource, find_images, load_splits
+from mocofast.data.sources import FolderSource, find_images, load_datasets
 
 
 def photo(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -44,7 +44,7 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
 
 
 def shard_splits(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
-    train, val, note = load_splits(DataConfig(source="shards", path=str(path), **options))  # type: ignore[arg-type]
+    train, val, note = load_datasets(DataConfig(source="shards", path=str(path), **options))  # type: ignore[arg-type]
     assert isinstance(train, ShardSource)
     assert val is None or isinstance(val, ShardSource)
     return train, val, note

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mocofast.data.drawing import Views
 from mocofast.data.interface import ViewParams
+from mocofast.data.sampling import Views
 
 
 def stack_views(params: list[ViewParams]) -> Views:

@@ -23,7 +23,7 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import dali_loader
 from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.decoding import image_size, undecodable
-from mocofast.data.interface import Batch, Shard, Source, epoch_order
+from mocofast.data.interface import Batch, BatchSlice, Source, epoch_order
 from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from tests.pictures import assert_same_batches, differences, files, joined
@@ -50,7 +50,7 @@ def load() -> Iterator[Load]:
         workers: int = 2,
         **shard: int | bool,
     ) -> DaliLoader:
-        loader = DaliLoader(source, augments, Shard(batch_size, **shard), SEED, device, workers)  # type: ignore[arg-type]
+        loader = DaliLoader(source, augments, BatchSlice(batch_size, **shard), SEED, device, workers)  # type: ignore[arg-type]
         made.append(loader)
         return loader
 
@@ -84,7 +84,7 @@ def difference(left: list[Batch], right: list[Batch], view: int) -> torch.Tensor
 @pytest.mark.data
 def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
     ours = list(load(files(folder), augments=(CROP_ONLY,)).epoch(0))
-    reference = list(TorchvisionLoader(files(folder), (CROP_ONLY,), Shard(8), SEED, CPU, 0).epoch(0))
+    reference = list(TorchvisionLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, CPU, 0).epoch(0))
     error = difference(ours, reference, 0)
     assert error.max() <= 1  # weights of another fixed point
     assert error.mean() < 0.1
@@ -93,7 +93,7 @@ def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
 @pytest.mark.data
 def test_both_loaders_show_the_same_views_of_the_same_images(folder: Path, load: Load) -> None:
     ours = list(load(files(folder)).epoch(1))
-    reference = list(TorchvisionLoader(files(folder), (V2, V1), Shard(8), SEED, CPU, 0).epoch(1))
+    reference = list(TorchvisionLoader(files(folder), (V2, V1), BatchSlice(8), SEED, CPU, 0).epoch(1))
     assert len(ours) == len(reference) == 5
     for left, right in zip(ours, reference):
         assert torch.equal(left.index, right.index)
@@ -117,8 +117,8 @@ def test_both_loaders_show_the_same_views_of_the_same_images(folder: Path, load:
 
 
 def odd_files(out: Path, photo: Path) -> None:
-    with Image.open(photo) as opened:
-        image = opened.convert("RGB").resize((97, 61))
+    with Image.open(photo) as open_image:
+        image = open_image.convert("RGB").resize((97, 61))
     alpha = image.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(image.size))
     exif = Image.Exif()
@@ -155,7 +155,7 @@ def test_gray_cmyk_palette_16_bit_alpha_and_turned_images_look_as_with_torchvisi
     assert count == 20
     loader = load(source, batch_size=count, augments=(CROP_ONLY,))
     ours = list(loader.epoch(0))
-    reference = list(TorchvisionLoader(source, (CROP_ONLY,), Shard(count), SEED, CPU, 0).epoch(0))
+    reference = list(TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(count), SEED, CPU, 0).epoch(0))
     assert not loader.skipped
     error = difference(ours, reference, 0).flatten(1)
     shown = [source.name(int(i)) for i in ours[0].index]
@@ -255,7 +255,7 @@ def test_images_in_memory_are_served_like_files(load: Load) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     source = ArraySource(pictures, None, ())
     (ours,) = load(source, batch_size=11, augments=(CROP_ONLY,)).epoch(0)
-    (reference,) = TorchvisionLoader(source, (CROP_ONLY,), Shard(11), SEED, CPU, 0).epoch(0)
+    (reference,) = TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(11), SEED, CPU, 0).epoch(0)
     assert ours.labels is None
     assert difference([ours], [reference], 0).mean() < 0.5
 
@@ -409,10 +409,10 @@ def test_a_script_that_ends_in_the_middle_of_an_epoch_exits_cleanly(folder: Path
         import torch
         from mocofast.config import AugmentConfig
         from mocofast.data.dali_loader import DaliLoader
-        from mocofast.data.interface import Shard
+        from mocofast.data.interface import BatchSlice
         from mocofast.data.sources import FolderSource, find_images
         source = FolderSource({str(folder)!r}, find_images({str(folder)!r}))
-        loader = DaliLoader(source, (AugmentConfig(size=64),) * 2, Shard(8), 0, torch.device("cpu"), 2)
+        loader = DaliLoader(source, (AugmentConfig(size=64),) * 2, BatchSlice(8), 0, torch.device("cpu"), 2)
         print(len(next(loader.epoch(0)).index))
         """
     )
@@ -445,7 +445,7 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
     device = torch.device("cuda", torch.cuda.current_device())
     streams = []
     for data in (DataConfig(hw_decoder_load=0.0), DataConfig(hw_decoder_load=1.0, preallocate=(1000, 1000))):
-        loader = DaliLoader(files(folder), (CROP_ONLY,), Shard(8), SEED, device, 2, data)
+        loader = DaliLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, device, 2, data)
         streams.append([b._replace(views=tuple(v.cpu() for v in b.views)) for b in loader.epoch(0)])
         loader.close()
     assert difference(*streams, view=0).mean() < 1

@@ -13,7 +13,7 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import Shard, ViewParams, draw_view, epoch_order, view_augments
+from mocofast.data.interface import BatchSlice, ViewParams, epoch_order, sample_view, view_augments
 
 V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
 DRAWS = 4000  # two such samples of distributions 5 points of probability apart are told from each other
@@ -21,7 +21,7 @@ LEVEL = 1e-4  # about 80 tests below: one in 125 seeds would fail one of them by
 
 
 def draws(augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[ViewParams]:
-    return [draw_view(augment, size, seed=3, epoch=2, index=i, view=i % 2) for i in range(count)]
+    return [sample_view(augment, size, seed=3, epoch=2, index=i, view=i % 2) for i in range(count)]
 
 
 def theirs(transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[dict]:
@@ -63,8 +63,8 @@ def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(world_size: int, dro
     count, batch = 97, 12  # 97 is prime: the last batch holds 1, less than a rank each for 2 and 3 ranks
     for count in (97, 97 + 4):  # and 5: an uneven last batch, whose remainder is dropped so that ranks stay equal
         order = epoch_order(count, 0, 0)
-        whole = Shard(batch, 0, 1, drop_last)
-        ranks = [Shard(batch, rank, world_size, drop_last) for rank in range(world_size)]
+        whole = BatchSlice(batch, 0, 1, drop_last)
+        ranks = [BatchSlice(batch, rank, world_size, drop_last) for rank in range(world_size)]
         assert len({shard.steps(count) for shard in ranks}) == 1
         for step in range(ranks[0].steps(count)):
             parts = [shard.indices(order, step) for shard in ranks]
@@ -78,9 +78,9 @@ def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(world_size: int, dro
 
 def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size .* got 10 on 3 ranks"):
-        Shard(10, 0, 3)
+        BatchSlice(10, 0, 3)
     with pytest.raises(ValueError, match=r"got 10, and 9 images"):
-        Shard(10).steps(9)
+        BatchSlice(10).steps(9)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_second_view_has_probabilities_of_its_own_where_they_are_given() -> 
 
 def test_views_differ_by_seed_epoch_sample_and_view_and_repeat_otherwise() -> None:
     def angle(*key: int) -> float:
-        return draw_view(replace(V2, rotate=90.0), (375, 500), *key).angle
+        return sample_view(replace(V2, rotate=90.0), (375, 500), *key).angle
 
     keys = [(s, e, i, v) for s in (0, 1) for e in (0, 1) for i in (0, 1) for v in (0, 1)]
     assert len({angle(*key) for key in keys}) == len(keys)
@@ -181,7 +181,7 @@ def test_views_differ_by_seed_epoch_sample_and_view_and_repeat_otherwise() -> No
 
 
 def test_the_two_views_of_a_sample_are_independent() -> None:
-    pairs = [[draw_view(V2, (375, 500), 0, 0, i, view) for view in (0, 1)] for i in range(DRAWS)]
+    pairs = [[sample_view(V2, (375, 500), 0, 0, i, view) for view in (0, 1)] for i in range(DRAWS)]
     left, right = ([pair[view].left / pair[view].width for pair in pairs] for view in (0, 1))
     assert stats.spearmanr(left, right).pvalue > LEVEL
     assert_frequency(sum(a.flip == b.flip for a, b in pairs), 0.5)

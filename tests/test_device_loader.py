@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from mocofast.config import AugmentConfig
 from mocofast.data import device_loader
 from mocofast.data.device_loader import DeviceLoader, crop_and_resize
-from mocofast.data.interface import Batch, Shard, draw_view
+from mocofast.data.interface import Batch, BatchSlice, sample_view
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from mocofast.ops import backend
@@ -35,14 +35,14 @@ def images(count: int = 23, side: int = SIDE) -> np.ndarray:
 SOURCE = ArraySource(images(), np.arange(23) % 3, ("a", "b", "c"))
 
 
-def loader(shard: Shard, seed: int = 0, augment: AugmentConfig = EVERYTHING) -> DeviceLoader:
+def loader(shard: BatchSlice, seed: int = 0, augment: AugmentConfig = EVERYTHING) -> DeviceLoader:
     return DeviceLoader(SOURCE, (augment, augment), shard, seed, CPU)
 
 
 @pytest.fixture(params=[4096, 16])
 def drawn_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole epoch at a time, or two steps."""
-    monkeypatch.setattr(device_loader, "DRAWN_AT_ONCE", request.param)
+    monkeypatch.setattr(device_loader, "SAMPLED_AT_ONCE", request.param)
 
 
 def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
@@ -50,7 +50,7 @@ def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
     augment = AugmentConfig(
         size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.2
     )
-    shard = Shard(4, drop_last=False)
+    shard = BatchSlice(4, drop_last=False)
     ours = DeviceLoader(SOURCE, (augment, augment), shard, 3, CPU)
     reference = TorchvisionLoader(SOURCE, (augment, augment), shard, 3, CPU, 0)
     assert ours.steps_per_epoch == reference.steps_per_epoch == 6
@@ -61,7 +61,7 @@ def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
 
 
 def test_whole_views_are_the_torchvision_loaders_but_for_hue_and_rounding() -> None:
-    shard = Shard(23)
+    shard = BatchSlice(23)
     ours = next(loader(shard).epoch(0))
     reference = next(TorchvisionLoader(SOURCE, (EVERYTHING,) * 2, shard, 0, CPU, 0).epoch(0))
     for x, y in zip(ours.views, reference.views):
@@ -71,7 +71,7 @@ def test_whole_views_are_the_torchvision_loaders_but_for_hue_and_rounding() -> N
 
 
 def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
-    stream = loader(Shard(4))
+    stream = loader(BatchSlice(4))
     whole = [list(stream.epoch(epoch)) for epoch in range(2)]
     assert [len(epoch) for epoch in whole] == [5, 5]  # 23 images: 3 are left out
     assert not torch.equal(whole[0][0].index, whole[1][0].index)
@@ -86,14 +86,14 @@ def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
 
 
 def test_the_ranks_batches_make_the_batch_of_one_process(drawn_at_once: None) -> None:
-    whole = list(loader(Shard(6)).epoch(1))
-    ranks = [list(loader(Shard(6, rank, 3)).epoch(1)) for rank in range(3)]
+    whole = list(loader(BatchSlice(6)).epoch(1))
+    ranks = [list(loader(BatchSlice(6, rank, 3)).epoch(1)) for rank in range(3)]
     assert_same_batches(joined(ranks), whole)
 
 
 def test_batches_are_channels_last_uint8_with_the_samples_labels() -> None:
     small = AugmentConfig(size=7)
-    stream = DeviceLoader(SOURCE, (EVERYTHING, small), Shard(4, drop_last=False), 0, CPU)
+    stream = DeviceLoader(SOURCE, (EVERYTHING, small), BatchSlice(4, drop_last=False), 0, CPU)
     seen: list[int] = []
     for batch in stream.epoch(0):
         seen += batch.index.tolist()
@@ -106,7 +106,7 @@ def test_batches_are_channels_last_uint8_with_the_samples_labels() -> None:
         assert batch.labels.tolist() == SOURCE.labels[batch.index].tolist()
     assert sorted(seen) == list(range(23))
     assert stream.skipped == {}
-    unlabelled = DeviceLoader(ArraySource(images(), None, ()), (small,), Shard(4), 0, CPU)
+    unlabelled = DeviceLoader(ArraySource(images(), None, ()), (small,), BatchSlice(4), 0, CPU)
     assert next(unlabelled.epoch(0)).labels is None
 
 
@@ -114,7 +114,7 @@ def test_loading_draws_nothing_from_the_global_generators() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    list(loader(Shard(4)).epoch(0))
+    list(loader(BatchSlice(4)).epoch(0))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -128,7 +128,7 @@ def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
     device = torch.device(DEVICE)
 
     def batches(device: torch.device) -> list[Batch]:
-        return list(DeviceLoader(SOURCE, augments, Shard(5, 1, 5), 0, device).epoch(0, 2))
+        return list(DeviceLoader(SOURCE, augments, BatchSlice(5, 1, 5), 0, device).epoch(0, 2))
 
     composed = batches(CPU)
     kernels = backend.backend_for("cuda")
@@ -155,7 +155,7 @@ def test_views_of_one_size_are_one_launch_which_rotates_where_one_of_them_does(
     kernels = backend.backend_for("cpu")._replace(augment=recorded)
     monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
     large = AugmentConfig(size=64)  # too large to rotate
-    stream = DeviceLoader(SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), Shard(6, 0, 2), 0, CPU)
+    stream = DeviceLoader(SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), BatchSlice(6, 0, 2), 0, CPU)
     next(stream.epoch(0))
     assert launches == [(2, 3, SIDE, True), (1, 3, 64, False)]
 
@@ -176,7 +176,7 @@ def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int
 )
 def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (40, height, width, 3), dtype=np.uint8)
-    boxes = [draw_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))]
+    boxes = [sample_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))]
     got = crop_and_resize(torch.from_numpy(pixels), torch.tensor(boxes).T, size)
     expected = torch.stack([resized_by_pil(image, box, size) for image, box in zip(pixels, boxes)])
     error = differences(got, expected)
@@ -186,7 +186,7 @@ def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, large
 
 def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(augment: AugmentConfig) -> None:
-        DeviceLoader(SOURCE, (AugmentConfig(size=8), augment), Shard(4), 0, CPU)
+        DeviceLoader(SOURCE, (AugmentConfig(size=8), augment), BatchSlice(4), 0, CPU)
 
     with pytest.raises(ValueError, match=r"data\.loader=device .* views of up to 64 pixels, not 65"):
         refused(AugmentConfig(size=65))
@@ -196,7 +196,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, monkey
     with pytest.raises(ValueError, match="GiB of pixels are more than it holds"):
         refused(EVERYTHING)
     with pytest.raises(ValueError, match="GiB of pixels are more than it holds"):
-        DeviceLoader(files_of(tmp_path, SOURCE.images), (EVERYTHING,), Shard(1), 0, CPU)
+        DeviceLoader(files_of(tmp_path, SOURCE.images), (EVERYTHING,), BatchSlice(1), 0, CPU)
 
 
 def files_of(root: Path, pixels: np.ndarray) -> FolderSource:
@@ -207,7 +207,7 @@ def files_of(root: Path, pixels: np.ndarray) -> FolderSource:
 
 def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_loader(tmp_path: Path) -> None:
     source = files_of(tmp_path, SOURCE.images)
-    shard, augments = Shard(23), (EVERYTHING, EVERYTHING)
+    shard, augments = BatchSlice(23), (EVERYTHING, EVERYTHING)
     in_memory = list(loader(shard).epoch(1))
     assert_same_batches(list(DeviceLoader(source, augments, shard, 0, CPU).epoch(1)), in_memory)
     bad = {2, 7, 8, 22}  # two neighbours, and the last: the search for its substitute wraps around
@@ -232,7 +232,7 @@ def test_files_of_several_sizes_are_refused_with_the_first_that_differs(tmp_path
     source = files_of(tmp_path, SOURCE.images)
     Image.new("RGB", (9, 7)).save(tmp_path / "05.png")
     with pytest.raises(ValueError, match=r"images of one size, got 16 x 16 and 9 x 7 \(05\.png\)"):
-        DeviceLoader(source, (EVERYTHING,), Shard(4), 0, CPU)
+        DeviceLoader(source, (EVERYTHING,), BatchSlice(4), 0, CPU)
 
 
 @pytest.mark.data
@@ -240,22 +240,24 @@ def test_real_cifar_files_give_the_torchvision_loaders_views(cifar10_jpeg: Path)
     names = find_images(cifar10_jpeg / "train")[::500]
     source = FolderSource(cifar10_jpeg / "train", names)
     augment = replace(load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0))  # PIL quantises hue
-    ours = DeviceLoader(source, (augment, augment), Shard(50), 0, CPU)
-    assert_same_batches(ours.epoch(0), list(TorchvisionLoader(source, (augment,) * 2, Shard(50), 0, CPU, 0).epoch(0)))
+    ours = DeviceLoader(source, (augment, augment), BatchSlice(50), 0, CPU)
+    assert_same_batches(
+        ours.epoch(0), list(TorchvisionLoader(source, (augment,) * 2, BatchSlice(50), 0, CPU, 0).epoch(0))
+    )
 
 
 @pytest.mark.gpu
 def test_a_cifar_epoch_on_a_gpu_needs_no_synchronisation_and_equals_the_cpus() -> None:
     augment = AugmentConfig(size=32, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
     source = ArraySource(images(600, 32), None, ())
-    on_gpu = DeviceLoader(source, (augment, augment), Shard(128), 0, torch.device("cuda"))
+    on_gpu = DeviceLoader(source, (augment, augment), BatchSlice(128), 0, torch.device("cuda"))
     next(on_gpu.epoch(0))  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         batches = list(on_gpu.epoch(0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = list(DeviceLoader(source, (augment, augment), Shard(128), 0, CPU).epoch(0))
+    expected = list(DeviceLoader(source, (augment, augment), BatchSlice(128), 0, CPU).epoch(0))
     assert len(expected) == len(batches) > 0
     for a, b in zip(expected, batches):
         assert torch.equal(a.index, b.index)

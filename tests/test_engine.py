@@ -26,7 +26,7 @@ from mocofast.models.encoders import TinyResNet
 from mocofast.optim import FusedSGD
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.settings import apply, load_recipe
-from mocofast.train.engine import Engine, choose_mode, garbage_held
+from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.step import FlatGradients, train_step
 from tests.eager_moco import PlainEncoder
@@ -154,7 +154,7 @@ def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str)
                 "index": torch.randint(40, (images,), generator=generator),
                 "labels": torch.randint(4, (images,), generator=generator),
             }
-            return {name: offered[name] for name in method.needs}
+            return {name: offered[name] for name in method.batch_fields}
 
         autocast = choose_autocast(precision, CPU)
         if mode == "plain":
@@ -193,7 +193,7 @@ def test_shadows_are_the_weights_after_every_step() -> None:
     model = small_moco(tiny_vit, mlp=True)
     optimizer = optimizer_of(model, OptimConfig(lr=0.1))
     step = engine_step("eager", model, optimizer, "bf16")
-    followed = optimizer._followers
+    followed = optimizer._companions
     for views in batches(3):
         step(views)
         copies = 0
@@ -274,7 +274,7 @@ class FakeGraph:
 def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
     engine = graph.engine
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-    copies = [tensor for row in engine.optimizer._followers.values() for tensor in row if tensor is not None]
+    copies = [tensor for row in engine.optimizer._companions.values() for tensor in row if tensor is not None]
     tensors = [*engine.method.state_dict().values(), *states, *copies]
     before = [tensor.detach().clone() for tensor in tensors]
     yield
@@ -382,7 +382,7 @@ def test_garbage_is_collected_when_asked_alone() -> None:
         collections.append(phase)
 
     assert gc.isenabled()
-    with garbage_held():
+    with garbage_collection_paused():
         gc.callbacks.append(record)
         try:
             cycles = [[] for _ in range(100_000)]  # 50 times what starts a collection
@@ -397,7 +397,7 @@ def test_garbage_is_collected_when_asked_alone() -> None:
     assert gc.get_freeze_count() == 0
     gc.disable()
     try:
-        with garbage_held():
+        with garbage_collection_paused():
             pass
         assert not gc.isenabled()  # as it was
     finally:

@@ -21,9 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.data.interface import Shard
+from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import ArraySource, Splits, load_splits
+from mocofast.data.sources import ArraySource, Datasets, load_datasets
 from mocofast.evaluate import knn, linear
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_rank
@@ -301,7 +301,7 @@ def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(capl
     assert result.top1 == pytest.approx(expected, abs=1.001 / len(val))
 
 
-def bright_splits(seed: int = 0) -> tuple[Splits, Config]:
+def bright_splits(seed: int = 0) -> tuple[Datasets, Config]:
     """Images in memory and a configuration of small views, one process."""
     parts = []
     for samples in (160, 60):
@@ -311,7 +311,7 @@ def bright_splits(seed: int = 0) -> tuple[Splits, Config]:
     config = Config()
     config.augment.size = 8
     config.data.source, config.data.workers = "digits", 0
-    return Splits(parts[0], parts[1], "made for a test"), config
+    return Datasets(parts[0], parts[1], "made for a test"), config
 
 
 def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(caplog: pytest.LogCaptureFixture) -> None:
@@ -367,7 +367,7 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
 
     encoder.eval()
     view = replace(config.augment, crop_scale=(0.08, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
-    loader = build_loader(splits.train, config.data, (view,), Shard(48, drop_last=False), 0, CPU)
+    loader = build_loader(splits.train, config.data, (view,), BatchSlice(48, drop_last=False), 0, CPU)
     mean, std = pixel_statistics(config.augment)
     weight = torch.empty(4, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)).double()
     bias = torch.zeros(4, dtype=torch.float64)
@@ -451,7 +451,7 @@ def test_jpeg_files_are_probed_through_either_loader(
     config = Config()
     config.data.path, config.data.loader, config.data.workers = str(tmp_path), loader, 1
     config.augment.size = 32
-    splits = load_splits(config.data)
+    splits = load_datasets(config.data)
     options = LinearConfig(protocol=protocol, epochs=6, lr=0.1, batch_size=32, milestones=(5,))
     result = linear_probe(tiny_encoder(), splits, config, options, CPU)
     # Three classes, 33 images: random weights see colours, which is worth more than chance (0.33).

@@ -15,14 +15,14 @@ def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(tmp_pa
     path.write_text("old")
 
     def write_half() -> None:
-        with files.whole(path, writer) as temporary:
+        with files.atomic_write(path, writer) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert path.read_text() == "old"
-    with files.whole(path, writer) as temporary:
+    with files.atomic_write(path, writer) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -31,12 +31,16 @@ def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(tmp_pa
 
 def test_writers_with_names_do_not_meet_and_one_without_finds_what_it_left(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with files.whole(path, "1") as one, files.whole(path, "2") as two, files.whole(path) as nobodys:
+    with (
+        files.atomic_write(path, "1") as one,
+        files.atomic_write(path, "2") as two,
+        files.atomic_write(path) as nobodys,
+    ):
         assert len({one, two, nobodys}) == 3
         for temporary in (one, two, nobodys):
             temporary.write_text(temporary.name)
     assert path.read_text() == one.name  # the last to end
-    with files.whole(path) as again:
+    with files.atomic_write(path) as again:
         assert again == nobodys  # what was killed halfway is overwritten
         again.write_text("new")
     assert list(tmp_path.iterdir()) == [path]

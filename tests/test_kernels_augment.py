@@ -19,11 +19,11 @@ import mocofast_kernels.augment as kernel
 from mocofast.config import AugmentConfig
 from mocofast.data import device_loader
 from mocofast.data.device_loader import compose, parameter_table
-from mocofast.data.drawing import Views, draw_views
-from mocofast.data.interface import ViewParams, draw_view
+from mocofast.data.interface import ViewParams, sample_view
+from mocofast.data.sampling import Views, sample_views
 from mocofast.data.torchvision_loader import apply_view
-from tests.drawn import stack_views
 from tests.pictures import assert_same_views_but_for_hue, differences
+from tests.sampled import stack_views
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
@@ -70,7 +70,7 @@ def by_pil(images: np.ndarray, index: np.ndarray, params: list[ViewParams], augm
 def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
     images, index = pictures(height, width), np.arange(4)
     augment = replace(PLAIN, size=size)
-    params = [draw_view(augment, (height, width), 1, 0, i, 0) for i in range(len(index))]
+    params = [sample_view(augment, (height, width), 1, 0, i, 0) for i in range(len(index))]
     error = differences(
         by_kernel(images, index, stack_views(params), augment), by_pil(images, index, params, augment)
     )
@@ -80,7 +80,7 @@ def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, large
 
 def test_a_view_without_hue_is_pils() -> None:
     images, index = pictures(32, 32), np.arange(16) % 4
-    params = [draw_view(WITHOUT_HUE, (32, 32), 5, 0, i, 0) for i in range(len(index))]
+    params = [sample_view(WITHOUT_HUE, (32, 32), 5, 0, i, 0) for i in range(len(index))]
     happened = [(bool(p.order), p.gray, p.sigma > 0, p.solarize, p.flip) for p in params]
     assert np.any(happened, axis=0).all() and not np.all(happened, axis=0).any()
     got = by_kernel(images, index, stack_views(params), WITHOUT_HUE)
@@ -92,7 +92,7 @@ def test_a_view_without_hue_is_pils() -> None:
 def test_a_view_is_that_of_the_pytorch_operators() -> None:
     images, index = pictures(32, 32), np.arange(16) % 4
     augment = replace(EVERYTHING, gray_first=True)
-    views = draw_views(augment, np.array((32, 32)), 3, 0, np.arange(len(index)), 0)
+    views = sample_views(augment, np.array((32, 32)), 3, 0, np.arange(len(index)), 0)
     expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
     assert_same_views_but_for_hue(by_kernel(images, index, views, augment), expected)
 
@@ -101,7 +101,7 @@ def test_a_view_is_that_of_the_pytorch_operators() -> None:
 def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
     images, index = pictures(11, 13), np.arange(4)
     augment = replace(EVERYTHING, size=size, rotate=60.0)
-    views = draw_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
+    views = sample_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
     expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
     error = differences(by_kernel(images, index, views, augment), expected)
     assert (error > 1).float().mean() < 5e-3  # positions differ in the 7th digit, so truncation may
@@ -111,7 +111,7 @@ def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
 def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
     images, index = pictures(5, 5), np.arange(4)
     augment = replace(PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0))  # boxes of 7 pixels and more on 5
-    params = [draw_view(augment, (5, 5), 1, 0, i, 0) for i in range(4)]
+    params = [sample_view(augment, (5, 5), 1, 0, i, 0) for i in range(4)]
     got = by_kernel(images, index, stack_views(params), augment)
     error = differences(got, by_pil(images, index, params, augment))
     assert error.max() <= 1
@@ -121,7 +121,7 @@ def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
 def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() -> None:
     images, index = pictures(8, 8), np.array([3, 0])
     augment = replace(EVERYTHING, size=8)
-    drawn = [draw_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)]
+    drawn = [sample_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)]
     table = torch.stack([parameter_table(views, augment) for views in drawn]).to(DEVICE)
     both = kernel.augment(
         torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE), table[:, 1:3], 8, rotate=False

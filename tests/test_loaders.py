@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import loaders
-from mocofast.data.interface import Shard
+from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader, choose_loader, count_workers, dali_missing, eval_batches
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
@@ -72,12 +72,12 @@ def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> No
 
 def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:
     augment = AugmentConfig(size=16)
-    on_device = build_loader(IN_MEMORY, DataConfig(), (augment,), Shard(3), 0, torch.device("cpu"))
+    on_device = build_loader(IN_MEMORY, DataConfig(), (augment,), BatchSlice(3), 0, torch.device("cpu"))
     assert (on_device.name, on_device.steps_per_epoch) == ("device", 2)
     assert on_device.reason == "the images are in memory, and their views small"
     data = DataConfig(loader="torchvision", workers=0)
     for views in (1, 2):  # linear probe, pretraining
-        loader = build_loader(folder, data, (augment,) * views, Shard(3), 0, torch.device("cpu"))
+        loader = build_loader(folder, data, (augment,) * views, BatchSlice(3), 0, torch.device("cpu"))
         assert (loader.name, loader.reason, loader.steps_per_epoch) == ("torchvision", "asked for", 2)
         assert len(next(loader.epoch(0)).views) == views
         loader.close()
@@ -90,7 +90,7 @@ def test_working_further_ahead_changes_no_batch(folder: FolderSource, name: str)
     streams = []
     for prefetch in (1, 3):
         data = DataConfig(loader=name, workers=1, prefetch=prefetch)
-        loader = build_loader(folder, data, (AugmentConfig(size=16),) * 2, Shard(2), 0, CPU)
+        loader = build_loader(folder, data, (AugmentConfig(size=16),) * 2, BatchSlice(2), 0, CPU)
         streams.append([batch for epoch in range(3) for batch in loader.epoch(epoch)])
         if isinstance(loader, TorchvisionLoader):
             assert loader._batches is not None

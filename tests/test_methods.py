@@ -79,7 +79,7 @@ def two_ranks(rank: int) -> dict[str, Any]:
 def evaluated(model: Method) -> Tensor:
     batch = batches_for(model)[0]
     with torch.no_grad():
-        return model.eval()(*batch.views, **{name: getattr(batch, name) for name in model.needs}).loss
+        return model.eval()(*batch.views, **{name: getattr(batch, name) for name in model.batch_fields}).loss
 
 
 @pytest.fixture(scope="module")

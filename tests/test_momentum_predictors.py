@@ -144,7 +144,7 @@ def test_the_optimisers_average_gives_the_trajectory_of_the_methods_own() -> Non
         for views in batches:
             train_step(fused, views, optimizer, 1, autocast)
         optimizer = optimizer_of(own, config)
-        optimizer._follow(None, None)
+        optimizer._register_companions(None, None)
         for views in batches:
             train_step(own, views, optimizer, 1, autocast)
         own(*batches[0])  # which averages what the last step left

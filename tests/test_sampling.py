@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mocofast.config import AugmentConfig
-from mocofast.data.drawing import Views, _Stream, draw_views, per_view
-from mocofast.data.interface import ViewParams, draw_view
+from mocofast.data.interface import ViewParams, sample_view
+from mocofast.data.sampling import Views, _Stream, per_view, sample_views
 from mocofast.settings import load_recipe
-from tests.drawn import stack_views
+from tests.sampled import stack_views
 
 EVERYTHING = AugmentConfig(rotate=10.0, jitter_p=0.8, blur=0.5, solarize=0.2)
 AUGMENTS = {
@@ -42,26 +42,26 @@ def test_a_batch_is_drawn_as_its_views_one_by_one(augment: AugmentConfig) -> Non
     index = np.random.default_rng(0).integers(0, 2**40, 300)  # most need both halves of a counter's word
     for size in SIZES:
         for view in (0, 1):
-            expected = stack_views([draw_view(augment, size, 7, 3, int(i), view) for i in index])
-            assert_equal(draw_views(augment, np.array(size), 7, 3, index, view), expected)
+            expected = stack_views([sample_view(augment, size, 7, 3, int(i), view) for i in index])
+            assert_equal(sample_views(augment, np.array(size), 7, 3, index, view), expected)
 
 
 def test_every_image_of_a_batch_may_have_its_own_size() -> None:
     index = np.arange(200)
     sizes = np.array(SIZES)[index % len(SIZES)]
-    views = [draw_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1) for i, (h, w) in zip(index, sizes)]
-    drawn = draw_views(EVERYTHING, sizes, 0, 0, index, 1)
+    views = [sample_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1) for i, (h, w) in zip(index, sizes)]
+    drawn = sample_views(EVERYTHING, sizes, 0, 0, index, 1)
     assert_equal(drawn, stack_views(views))
     assert per_view(drawn) == views
 
 
 def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
-    expected = stack_views([draw_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)])
-    assert_equal(draw_views(EVERYTHING, np.array((32, 32)), 2**63 - 1, 10**6, np.arange(50), 0), expected)
+    expected = stack_views([sample_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)])
+    assert_equal(sample_views(EVERYTHING, np.array((32, 32)), 2**63 - 1, 10**6, np.arange(50), 0), expected)
 
 
 def test_nothing_is_drawn_for_an_empty_batch() -> None:
-    views = draw_views(EVERYTHING, np.array((32, 32)), 0, 0, np.arange(0), 0)
+    views = sample_views(EVERYTHING, np.array((32, 32)), 0, 0, np.arange(0), 0)
     assert all(len(column) == 0 for column in views)
     assert per_view(views) == []
 

@@ -22,10 +22,10 @@ from PIL import Image
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data import download, shards
 from mocofast.data.evaluation import EvalBatches
-from mocofast.data.interface import Loader, Shard, epoch_order
+from mocofast.data.interface import BatchSlice, Loader, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
 from mocofast.data.shards import INDEX, ShardSource, expand_braces, find_shards, local_index, open_shards
-from mocofast.data.sources import FolderSource, load_splits
+from mocofast.data.sources import FolderSource, load_datasets
 from tests.pictures import assert_same_batches, jpeg, shard_splits
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_what_is_no_tar_or_cut_off_or_empty_is_an_error_that_names_it(tmp_path: 
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*gone-1\.tar"):
         find_shards(str(tmp_path / "gone-{1..2}.tar"))
     with pytest.raises(ConfigError, match=r"no image below .*its \*\.tar are for data\.source=shards"):
-        load_splits(DataConfig(path=str(tmp_path / "whole")))
+        load_datasets(DataConfig(path=str(tmp_path / "whole")))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"no \*\.tar file below .*folder"):
         find_shards(str(tmp_path / "folder"))
@@ -187,7 +187,7 @@ def test_an_index_that_cannot_be_written_leaves_nothing(
 def test_a_shard_that_shrinks_during_a_run_ends_it(tmp_path: Path) -> None:
     source = source_of(write_shards(tmp_path, sizes=(4,)))
     os.truncate(tmp_path / "set-000000.tar", 3000)
-    stream = build_loader(source, DataConfig(loader="torchvision", workers=0), (SMALL,), Shard(4), 0, CPU)
+    stream = build_loader(source, DataConfig(loader="torchvision", workers=0), (SMALL,), BatchSlice(4), 0, CPU)
     with pytest.raises(OSError, match="it changed after its index"):
         list(stream.epoch(0))
 
@@ -286,7 +286,7 @@ def test_loaders_show_shards_as_files_and_resume_exactly(tmp_path: Path, name: s
     data = DataConfig(loader=name, workers=1)
 
     def stream(source: ShardSource | FolderSource) -> Loader:
-        return build_loader(source, data, (SMALL, SMALL), Shard(4), 5, CPU)
+        return build_loader(source, data, (SMALL, SMALL), BatchSlice(4), 5, CPU)
 
     loader, files = stream(source), stream(folder_of(source, tmp_path / "files"))
     whole = [list(loader.epoch(epoch)) for epoch in (0, 1)]
@@ -297,8 +297,8 @@ def test_loaders_show_shards_as_files_and_resume_exactly(tmp_path: Path, name: s
     assert torch.cat([batch.index for batch in whole[1]]).tolist() == order[:20].tolist()
     resumed = stream(source)
     assert_same_batches(resumed.epoch(1, 2), whole[1][2:])
-    for opened in (loader, files, resumed):
-        opened.close()
+    for open_image in (loader, files, resumed):
+        open_image.close()
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -308,7 +308,7 @@ def test_a_bad_member_is_skipped_counted_and_named(tmp_path: Path, name: str) ->
     images[5] = b"no image"
     write_tar(tmp_path / "a.tar", [(f"{i}.jpg", content) for i, content in enumerate(images)])
     source = source_of(tmp_path)
-    loader = build_loader(source, DataConfig(loader=name, workers=1), (SMALL, SMALL), Shard(4), 0, CPU)
+    loader = build_loader(source, DataConfig(loader=name, workers=1), (SMALL, SMALL), BatchSlice(4), 0, CPU)
     shown = torch.cat([batch.index for batch in loader.epoch(0)]).tolist()
     loader.close()
     named = {source.name(i): reason for i, reason in loader.skipped.items()}
@@ -460,7 +460,7 @@ def test_what_cannot_be_fetched_is_an_error_that_names_it_and_skips_no_sample(
     for name in ("torchvision", "dali"):
         if name == "dali" and dali_missing():
             continue
-        loader = build_loader(source, DataConfig(loader=name, workers=0), (SMALL,), Shard(23), 0, CPU)
+        loader = build_loader(source, DataConfig(loader=name, workers=0), (SMALL,), BatchSlice(23), 0, CPU)
         with pytest.raises(OSError, match=r"cannot fetch http.*set-000001\.tar: .*404"):
             next(iter(loader.epoch(0)))
         assert not loader.skipped

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mocofast.config import DataConfig
-from mocofast.data.sources import ArraySource, FolderSource, Splits, find_images, load_splits, stratified_split
+from mocofast.data.sources import ArraySource, Datasets, FolderSource, find_images, load_datasets, stratified_split
 
 
 def put(root: Path, *names: str) -> Path:
@@ -24,8 +24,8 @@ def put(root: Path, *names: str) -> Path:
     return root
 
 
-def folder(path: Path, seed: int = 0, **options: object) -> Splits:
-    return load_splits(DataConfig(path=str(path), **options), seed)  # type: ignore[arg-type]
+def folder(path: Path, seed: int = 0, **options: object) -> Datasets:
+    return load_datasets(DataConfig(path=str(path), **options), seed)  # type: ignore[arg-type]
 
 
 def shown(source: object) -> list[tuple[str, str]]:
@@ -64,7 +64,7 @@ def test_a_folder_without_images_or_no_folder_is_an_error_that_names_it(tmp_path
     with pytest.raises(NotADirectoryError, match=r"one\.jpg"):
         folder(tmp_path / "one.jpg")
     with pytest.raises(ValueError, match=r"data\.path must name a folder"):
-        load_splits(DataConfig(path=""))
+        load_datasets(DataConfig(path=""))
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_names_that_are_not_utf8_reach_the_file(tmp_path: Path) -> None:
 def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
     from sklearn.datasets import load_digits
 
-    splits = load_splits(DataConfig(source="digits"), seed=0)
-    again = load_splits(DataConfig(source="digits"), seed=9)
+    splits = load_datasets(DataConfig(source="digits"), seed=0)
+    again = load_datasets(DataConfig(source="digits"), seed=9)
     assert splits.train.fingerprint() == again.train.fingerprint()
     assert splits.val is not None
     assert splits.train.labels is not None
@@ -244,7 +244,7 @@ def test_cifar10_is_read_from_its_own_files_with_the_test_set_held_out(
 
     write_cifar10(tmp_path)
     monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the checksums are those of the real images
-    splits = load_splits(DataConfig(source="cifar10", path=str(tmp_path)))
+    splits = load_datasets(DataConfig(source="cifar10", path=str(tmp_path)))
     assert isinstance(splits.train, ArraySource)
     assert isinstance(splits.val, ArraySource)
     assert np.array_equal(splits.train.images, datasets.CIFAR10(tmp_path, train=True).data)
@@ -265,14 +265,14 @@ def test_cifar_without_files_or_network_says_what_to_put_where(
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     with pytest.raises(ValueError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"):
-        load_splits(DataConfig(source=kind, path=str(tmp_path)))
+        load_datasets(DataConfig(source=kind, path=str(tmp_path)))
 
 
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'"
     ):
-        load_splits(DataConfig(source="mnist", path="x"))
+        load_datasets(DataConfig(source="mnist", path="x"))
 
 
 @pytest.mark.data

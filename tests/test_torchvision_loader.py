@@ -21,7 +21,7 @@ from PIL import Image
 
 from mocofast.config import AugmentConfig
 from mocofast.data.decoding import decode
-from mocofast.data.interface import Shard, draw_view
+from mocofast.data.interface import BatchSlice, sample_view
 from mocofast.data.sources import ArraySource, FolderSource
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from tests.pictures import assert_same_batches, files, joined, photo, save_photos
@@ -31,7 +31,11 @@ SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everythin
 
 
 def loader(
-    source: FolderSource | ArraySource, shard: Shard, seed: int = 0, workers: int = 0, augment: AugmentConfig = SMALL
+    source: FolderSource | ArraySource,
+    shard: BatchSlice,
+    seed: int = 0,
+    workers: int = 0,
+    augment: AugmentConfig = SMALL,
 ) -> TorchvisionLoader:
     return TorchvisionLoader(source, (augment, augment), shard, seed, CPU, workers)
 
@@ -43,11 +47,11 @@ def loader(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_step_can_be_resumed_and_workers_change_nothing(tmp_path: Path, workers: int) -> None:
     source = files(save_photos(tmp_path / "photos"))
-    in_process = loader(source, Shard(4))
+    in_process = loader(source, BatchSlice(4))
     whole = [list(in_process.epoch(epoch)) for epoch in range(2)]
     assert [len(epoch) for epoch in whole] == [5, 5]  # 23 images: 3 are left out
     assert not torch.equal(whole[0][0].index, whole[1][0].index)
-    stream = loader(source, Shard(4), workers=workers)
+    stream = loader(source, BatchSlice(4), workers=workers)
     try:
         for epoch, start in ((1, 3), (0, 0), (1, 0), (0, 4), (0, 5)):
             assert_same_batches(stream.epoch(epoch, start), whole[epoch][start:])
@@ -64,7 +68,7 @@ def test_any_step_can_be_resumed_and_workers_change_nothing(tmp_path: Path, work
 def test_batches_are_channels_last_uint8_with_the_samples_labels(tmp_path: Path) -> None:
     source = files(save_photos(tmp_path / "photos"))
     seen: list[int] = []
-    for batch in loader(source, Shard(4, drop_last=False)).epoch(0):
+    for batch in loader(source, BatchSlice(4, drop_last=False)).epoch(0):
         seen += batch.index.tolist()
         for view in batch.views:
             assert view.shape == (len(batch.index), 3, 19, 19)
@@ -75,26 +79,26 @@ def test_batches_are_channels_last_uint8_with_the_samples_labels(tmp_path: Path)
         assert batch.labels.tolist() == source.labels[batch.index].tolist()
         assert not torch.equal(*batch.views)
     assert sorted(seen) == list(range(23))
-    unlabelled = next(loader(files(tmp_path / "photos", labelled=False), Shard(4)).epoch(0))
+    unlabelled = next(loader(files(tmp_path / "photos", labelled=False), BatchSlice(4)).epoch(0))
     assert unlabelled.labels is None
 
 
 def test_a_view_is_its_parameters_executed_on_its_sample(tmp_path: Path) -> None:
     source = files(save_photos(tmp_path / "photos"))
     augments = (SMALL, AugmentConfig(size=7))  # each view has its own
-    batch = next(TorchvisionLoader(source, augments, Shard(5), 3, CPU, 0).epoch(2))
+    batch = next(TorchvisionLoader(source, augments, BatchSlice(5), 3, CPU, 0).epoch(2))
     for row, index in enumerate(batch.index.tolist()):
         image = Image.open(source.load(index)).convert("RGB")
         for view, augment in enumerate(augments):
-            p = draw_view(augment, (image.height, image.width), 3, 2, index, view)
+            p = sample_view(augment, (image.height, image.width), 3, 2, index, view)
             expected = torch.from_numpy(np.asarray(apply_view(image, p, augment)).copy()).permute(2, 0, 1)
             assert torch.equal(batch.views[view][row], expected)
 
 
 def test_the_ranks_batches_make_the_batch_of_one_process(tmp_path: Path) -> None:
     source = files(save_photos(tmp_path / "photos"))
-    whole = list(loader(source, Shard(6)).epoch(1))
-    ranks = [list(loader(source, Shard(6, rank, 3)).epoch(1)) for rank in range(3)]
+    whole = list(loader(source, BatchSlice(6)).epoch(1))
+    ranks = [list(loader(source, BatchSlice(6, rank, 3)).epoch(1)) for rank in range(3)]
     assert_same_batches(joined(ranks), whole)
 
 
@@ -106,7 +110,7 @@ def test_loading_draws_nothing_from_the_global_generators(tmp_path: Path, worker
     expected = (torch.rand(3), np.random.rand(3))  # noqa: NPY002
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
-    stream = loader(source, Shard(4), workers=workers)
+    stream = loader(source, BatchSlice(4), workers=workers)
     for epoch in range(2):
         list(stream.epoch(epoch))
     stream.close()
@@ -118,8 +122,8 @@ def test_images_in_memory_give_views_as_files_of_them_do(tmp_path: Path) -> None
     images = np.stack([np.asarray(photo(i, (8, 8))) for i in range(7)])
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    in_memory = loader(ArraySource(images, None, ()), Shard(3))
-    assert_same_batches(in_memory.epoch(0), loader(files(tmp_path, labelled=False), Shard(3)).epoch(0))
+    in_memory = loader(ArraySource(images, None, ()), BatchSlice(3))
+    assert_same_batches(in_memory.epoch(0), loader(files(tmp_path, labelled=False), BatchSlice(3)).epoch(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(tmp_path:
     root = save_photos(tmp_path / "spoilt")
     bad = spoil(root)
     source = files(root)
-    shard = Shard(4, drop_last=False)
+    shard = BatchSlice(4, drop_last=False)
     before = [list(loader(good, shard).epoch(epoch)) for epoch in range(2)]
     stream = loader(source, shard, workers=workers)
     try:
@@ -179,7 +183,7 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(tmp_path:
                     assert int(y.labels[row]) == shown % 3
                     image = decode(source.load(shown))
                     for view in range(2):
-                        p = draw_view(SMALL, (image.height, image.width), 0, epoch, slot, view)
+                        p = sample_view(SMALL, (image.height, image.width), 0, epoch, slot, view)
                         expected = torch.from_numpy(np.asarray(apply_view(image, p, SMALL)).copy()).permute(2, 0, 1)
                         assert torch.equal(y.views[view][row], expected)
                         if slot == shown:
@@ -195,7 +199,7 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(tmp_path:
 def test_a_set_of_bad_files_only_is_an_error_that_names_one(tmp_path: Path, workers: int) -> None:
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_text("no image")
-    stream = loader(files(tmp_path), Shard(2), workers=workers)
+    stream = loader(files(tmp_path), BatchSlice(2), workers=workers)
     with pytest.raises(ValueError, match=r"none of the 5 images can be decoded; the first: 0\.jpg: Unidentified"):
         next(stream.epoch(0))
     stream.close()
@@ -218,7 +222,7 @@ def new_workers() -> Callable[[], set[int | None]]:
 def test_an_epoch_left_early_leaves_no_worker_behind(
     tmp_path: Path, new_workers: Callable[[], set[int | None]]
 ) -> None:
-    stream = loader(files(save_photos(tmp_path / "photos")), Shard(2), workers=2)
+    stream = loader(files(save_photos(tmp_path / "photos")), BatchSlice(2), workers=2)
     next(stream.epoch(0))
     assert len(new_workers()) == 2
     start = time.monotonic()
@@ -229,8 +233,8 @@ def test_an_epoch_left_early_leaves_no_worker_behind(
 
 def test_interrupts_are_left_to_the_main_process(tmp_path: Path, new_workers: Callable[[], set[int | None]]) -> None:
     source = files(save_photos(tmp_path / "photos"))
-    whole = list(loader(source, Shard(2)).epoch(0))
-    stream = loader(source, Shard(2), workers=2)
+    whole = list(loader(source, BatchSlice(2)).epoch(0))
+    stream = loader(source, BatchSlice(2), workers=2)
     try:
         running = stream.epoch(0)
         first = next(running)
@@ -249,12 +253,12 @@ def test_a_program_that_ends_without_closing_its_loader_ends() -> None:
     program = (
         "import numpy as np, torch\n"
         "from mocofast.config import AugmentConfig\n"
-        "from mocofast.data.interface import Shard\n"
+        "from mocofast.data.interface import BatchSlice\n"
         "from mocofast.data.sources import ArraySource\n"
         "from mocofast.data.torchvision_loader import TorchvisionLoader\n"
         "source = ArraySource(np.zeros((8, 9, 9, 3), np.uint8), None, ())\n"
         "views = (AugmentConfig(size=8), AugmentConfig(size=8))\n"
-        "loader = TorchvisionLoader(source, views, Shard(2), 0, torch.device('cpu'), 2)\n"
+        "loader = TorchvisionLoader(source, views, BatchSlice(2), 0, torch.device('cpu'), 2)\n"
         "running = loader.epoch(0)\n"
         "print(next(running).views[0].shape)\n"
     )
@@ -269,11 +273,11 @@ def test_a_program_that_ends_without_closing_its_loader_ends() -> None:
 def test_views_arrive_on_the_gpu_equal_and_channels_last(tmp_path: Path) -> None:
     source = files(save_photos(tmp_path / "photos"))
     augments = (SMALL, SMALL)
-    on_gpu = TorchvisionLoader(source, augments, Shard(4), 0, torch.device("cuda"), 2)
+    on_gpu = TorchvisionLoader(source, augments, BatchSlice(4), 0, torch.device("cuda"), 2)
     batches = list(on_gpu.epoch(0))
     on_gpu.close()
     for view in (view for batch in batches for view in batch.views):
         assert view.is_cuda
         assert view.is_contiguous(memory_format=torch.channels_last)
     on_host = [batch._replace(views=tuple(view.cpu() for view in batch.views)) for batch in batches]
-    assert_same_batches(loader(source, Shard(4)).epoch(0), on_host)
+    assert_same_batches(loader(source, BatchSlice(4)).epoch(0), on_host)

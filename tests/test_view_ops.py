@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig
 from mocofast.data import view_ops
-from mocofast.data.interface import ViewParams, draw_view
+from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.torchvision_loader import apply_view
 from tests.pictures import differences, neutral
 
@@ -148,7 +148,7 @@ def test_a_view_without_hue_equals_the_torchvision_loaders(gray_first: bool) -> 
     )
     for index in range(8):
         for view, image in enumerate(images()):
-            params = whole_image(draw_view(augment, (SIDE, SIDE), 3, 0, index, view))
+            params = whole_image(sample_view(augment, (SIDE, SIDE), 3, 0, index, view))
             assert torch.equal(applied([image], [params], augment), pixels(apply_view(image, params, augment)))
 
 
@@ -157,7 +157,7 @@ def test_views_of_a_batch_do_not_depend_on_their_neighbours() -> None:
         size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 4.0), solarize=0.4
     )
     batch = images() * 5  # 25 views: every operator applies to some of them, none (but the crop) to all
-    params = [whole_image(draw_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
+    params = [whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
     together = applied(batch, params, augment)
     alone = torch.cat([applied([image], [p], augment) for image, p in zip(batch, params)])
     assert torch.equal(together, alone)
@@ -177,7 +177,7 @@ def test_neutral_parameters_keep_every_pixel_and_crops_may_be_their_own_output()
 def test_a_gpu_gives_the_views_of_the_cpu_to_rounding() -> None:
     augment = AugmentConfig(size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, solarize=0.4)
     batch = images() * 5
-    params = [whole_image(draw_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
+    params = [whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
     crops = torch.cat([pixels(image) for image in batch])
     on_gpu = torch.empty_like(crops, device="cuda")
     view_ops.apply_view_ops(crops.cuda(), params, augment, on_gpu)

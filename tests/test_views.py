@@ -17,7 +17,7 @@ from torchvision import transforms
 from mocofast.config import AugmentConfig
 from mocofast.data import torchvision_loader
 from mocofast.data.decoding import decode
-from mocofast.data.interface import Shard, ViewParams, draw_view, view_augments
+from mocofast.data.interface import BatchSlice, ViewParams, sample_view, view_augments
 from mocofast.data.sources import find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from mocofast.settings import load_recipe
@@ -93,7 +93,7 @@ def assert_recipe_is_the_reference(
     happened = np.zeros(4, dtype=int)
     for i, image in enumerate(images):
         for view in range(views):
-            p = draw_view(augment, (image.height, image.width), 0, 0, i, view)
+            p = sample_view(augment, (image.height, image.width), 0, 0, i, view)
             happened += [bool(p.order), p.gray, p.sigma > 0, p.flip]
             pinned(monkeypatch, p)
             expected = transforms.Compose(reference(p))(image)
@@ -127,7 +127,7 @@ def test_both_views_of_moco_v3_and_byol_are_the_references_bit_for_bit(
     happened = np.zeros((2, 2), dtype=int)
     for view, augment in enumerate(view_augments(load_recipe(recipe).augment, 2)):
         for i, image in enumerate(images):
-            p = draw_view(augment, (image.height, image.width), 0, 0, i, view)
+            p = sample_view(augment, (image.height, image.width), 0, 0, i, view)
             happened[view] += [p.sigma > 0, p.solarize]
             pinned(monkeypatch, p)
             expected = transforms.Compose(moco_v3(p))(image)
@@ -244,7 +244,9 @@ def test_unusual_images_are_read_as_rgb_at_full_range(tmp_path: Path, name: str)
     image = decode(str(tmp_path / name))
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance
-    batch = next(TorchvisionLoader(files(tmp_path), (SMALL, SMALL), Shard(1), 0, torch.device("cpu"), 0).epoch(0))
+    batch = next(
+        TorchvisionLoader(files(tmp_path), (SMALL, SMALL), BatchSlice(1), 0, torch.device("cpu"), 0).epoch(0)
+    )
     assert batch.views[0].shape == (1, 3, 19, 19)
 
 

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "rule_microseconds": round(1e6 * times.get(rule, math.nan), 2),
         }
     if out is not None:
-        with files.whole(out) as file:
+        with files.atomic_write(out) as file:
             tiles.dump(file, name, capability, list(rows.values()))
         print(f"\nwritten: {out}")
 

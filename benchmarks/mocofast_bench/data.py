@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.interface import Loader, Shard, Source, view_augments
+from mocofast.data.interface import BatchSlice, Loader, Source, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.resolved(arguments.device)
+    device = timing.choose_device(arguments.device)
     if arguments.tune:
         if arguments.plot is not None:
             raise ConfigError("--plot draws the comparison, which --tune leaves out: got both")
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     workers = count_workers(arguments.workers)
     augment = load_recipe(arguments.recipe).augment
     source = FolderSource(arguments.path, find_images(arguments.path))
-    shard = Shard(arguments.batch_size)
+    shard = BatchSlice(arguments.batch_size)
     if shard.steps(len(source)) < WARM_UP + arguments.batches:
         raise ConfigError(
             f"{len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
@@ -119,7 +119,7 @@ def loaders(
 
     def loader(name: str) -> Callable[[], Loader]:
         data = DataConfig(loader=name, workers=workers)
-        return lambda: build_loader(source, data, view_augments(augment, 2), Shard(batch_size), 0, device)
+        return lambda: build_loader(source, data, view_augments(augment, 2), BatchSlice(batch_size), 0, device)
 
     starts: dict[str, Callable[[], Any]] = {
         **({} if dali_missing() else {"dali": loader("dali")}),

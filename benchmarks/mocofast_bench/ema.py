@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device, dtype = timing.resolved(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = timing.choose_device(arguments.device), getattr(torch, arguments.dtype)
     sources, candidates, skipped = sides(weight_shapes(), dtype, device)
     count, size, tensors = sum(s.numel() for s in sources), dtype.itemsize, len(sources)
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device, dtype = timing.resolved(arguments.device), DTYPES[arguments.dtype]
+    device, dtype = timing.choose_device(arguments.device), DTYPES[arguments.dtype]
     sizes = (arguments.n, arguments.k, arguments.c)
     peers = all_peers(dtype, compiling=not arguments.no_compile)
     row = measured(peers, sizes, dtype, device, arguments.repeats)

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the tables, return the row."""
-    device = timing.resolved(arguments.device)
+    device = timing.choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     n = arguments.n or (256 if on_gpu else 16)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the tables, return the row."""
-    device = timing.resolved(arguments.device)
+    device = timing.choose_device(arguments.device)
     count = sum(torch.Size(shape).numel() for shape in weight_shapes())
     row = {
         "benchmark": "optim",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mocofast.config import AugmentConfig, OptimConfig
-from mocofast.data.decoding import opened
+from mocofast.data.decoding import open_image
 from mocofast.data.interface import Source
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.moco import MoCo
@@ -235,7 +235,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(item, np.ndarray):
             image = Image.fromarray(item)
         else:
-            with Image.open(opened(item)) as file:
+            with Image.open(open_image(item)) as file:
                 image = file.convert("RGB")
         return self._transform(image), self._transform(image)
 

@@ -73,7 +73,7 @@ def configured(arguments: argparse.Namespace, device: torch.device, small: dict[
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.resolved(arguments.device)
+    device = timing.choose_device(arguments.device)
     config = configured(arguments, device, SMALL)
     config.data.path = config.data.path or "."  # validate wants one; nothing is read
     validate(config)

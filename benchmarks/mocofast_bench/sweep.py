@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write rows and plots, return a summary."""
-    device, dtype = timing.resolved(arguments.device), DTYPES[arguments.dtype]
+    device, dtype = timing.choose_device(arguments.device), DTYPES[arguments.dtype]
     middle, axes = chosen(arguments, device)
     peers = {n: p for n, p in all_peers(dtype, compiling=not arguments.no_compile).items() if n != "with rank"}
     cases = sorted({case for values in axes.values() for case in values}, key=lambda sizes: sizes[0] * sizes[1])

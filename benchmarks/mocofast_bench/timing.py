@@ -139,7 +139,7 @@ def _status(field: str) -> int:
     return 1024 * int(match.group(1))
 
 
-def resolved(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device that --device names; auto takes CUDA where it is."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

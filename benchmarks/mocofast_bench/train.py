@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mocofast.config import Config
-from mocofast.data.interface import Batch, Shard, Source, view_augments
+from mocofast.data.interface import Batch, BatchSlice, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
-from mocofast.data.sources import load_splits
+from mocofast.data.sources import load_datasets
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast_bench import timing
 from mocofast_bench.loops import Measured, Side, in_turns, measure, medians
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.resolved(arguments.device)
+    device = timing.choose_device(arguments.device)
     if arguments.path is None and arguments.recipe is None:
         arguments.recipe = DEFAULT_RECIPE
     config = configured(arguments, device, SMALL)
@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.path is not None:
         config.data.source, config.data.path = "folder", arguments.path
     validate(config)
-    source = load_splits(config.data, config.train.seed).train
+    source = load_datasets(config.data, config.train.seed).train
     batch = config.data.batch_size
-    Shard(batch).steps(len(source))  # too few images are an error here, not in a worker
+    BatchSlice(batch).steps(len(source))  # too few images are an error here, not in a worker
     torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
 
     memory = {name: timing.in_fresh_process(memory_of, name, source, config, str(device)) for name in SIDES}
@@ -140,7 +140,9 @@ def ours(source: Source, config: Config, device: torch.device) -> Side:
 
     def start() -> Any:
         augments = view_augments(config.augment, 2)
-        return build_loader(source, config.data, augments, Shard(config.data.batch_size), config.train.seed, device)
+        return build_loader(
+            source, config.data, augments, BatchSlice(config.data.batch_size), config.train.seed, device
+        )
 
     def step(batch: Batch) -> None:
         engine.step(tuple(view.to(device, non_blocking=True) for view in batch.views))

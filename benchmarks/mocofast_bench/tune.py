@@ -21,7 +21,7 @@ import torch
 from mocofast import settings
 from mocofast.config import Config, DataConfig
 from mocofast.data.decoding import image_size
-from mocofast.data.interface import Shard, view_augments
+from mocofast.data.interface import BatchSlice, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast_bench import timing
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measures, prints a table, writes the recipe `arguments.out`, returns the row."""
     config = settings.load_recipe(arguments.recipe)
     source = FolderSource(arguments.path, find_images(arguments.path))
-    shard = Shard(arguments.batch_size)
+    shard = BatchSlice(arguments.batch_size)
     shard.steps(len(source))  # raises where there are too few images
     views = view_augments(config.augment, 2)
 

@@ -1,7 +1,7 @@
 """The DALI loader: DALI decodes each file once, and on a GPU cuts a crop per view; `view_ops` does the rest.
 
 On a CPU PyTorch crops and resizes: its operator is PIL's to 1 of 255 and takes a fifth of the time of DALI's.
-Every random parameter is `draw_view`'s, so nothing here has a random state: to resume is to start at (epoch,
+Every random parameter is `sample_view`'s, so nothing here has a random state: to resume is to start at (epoch,
 step). A thread works ahead of the training loop.
 
 A file that cannot be decoded makes DALI raise for a whole batch, without a name, and leaves its pipeline
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.decoding import image_size, undecodable, unlike_header
-from mocofast.data.drawing import draw_views, per_view
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, none_decodes, order_of
+from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, no_image_decodes, source_order
+from mocofast.data.sampling import per_view, sample_views
 from mocofast.data.view_ops import apply_view_ops
 
 # Pixels of a view that `view_ops` handles in one call. On a CPU its dozen planes should stay in the L2 cache
@@ -102,7 +102,7 @@ class DaliLoader:
         self,
         source: Source,
         augments: tuple[AugmentConfig, ...],
-        shard: Shard,
+        shard: BatchSlice,
         seed: int,
         device: torch.device,
         workers: int,
@@ -201,7 +201,7 @@ class _Batches:
         self,
         source: Source,
         augments: tuple[AugmentConfig, ...],
-        shard: Shard,
+        shard: BatchSlice,
         seed: int,
         device: torch.device,
         workers: int,
@@ -209,7 +209,7 @@ class _Batches:
     ) -> None:
         self.steps = shard.steps(len(source))
         self.skipped: dict[int, str] = {}
-        self._source, self._augments, self._shard, self._seed = source, augments, shard, seed
+        self._source, self._augments, self._slice, self._seed = source, augments, shard, seed
         self._device, self._threads, self._data = device, max(1, workers), data
         self._kind = type(source.load(0))
         self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # (height, width); 0 where not known yet
@@ -286,7 +286,7 @@ class _Batches:
             on_gpu,
             self._kind,
             self._data,
-            batch_size=self._shard.batch_size // self._shard.world_size,
+            batch_size=self._slice.batch_size // self._slice.world_size,
             num_threads=self._threads,
             device_id=self._stream.device_index if self._stream is not None else None,
             prefetch_queue_depth=self._data.prefetch,
@@ -328,13 +328,13 @@ class _Batches:
 
     def _plan(self, epoch: int, step: int) -> _Plan:
         if self._order[0] != epoch:
-            self._order = (epoch, order_of(self._source, self._seed, epoch))
-        slots = self._shard.indices(self._order[1], step)
+            self._order = (epoch, source_order(self._source, self._seed, epoch))
+        slots = self._slice.indices(self._order[1], step)
         list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers side by side
         samples = np.array([self._first_good(slot) for slot in slots.tolist()], dtype=np.int64)
         sizes = self._sizes[samples]
         params = [
-            per_view(draw_views(augment, sizes, self._seed, epoch, slots, view))
+            per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
             for view, augment in enumerate(self._augments)
         ]
         return _Plan(epoch, step, samples, params)
@@ -358,7 +358,7 @@ class _Batches:
             index = (slot + offset) % count
             if self._is_good(index):
                 return index
-        raise none_decodes(self._source, self.skipped)
+        raise no_image_decodes(self._source, self.skipped)
 
     def _after(self, epoch: int, step: int) -> tuple[int, int]:
         return (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)

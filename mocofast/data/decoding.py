@@ -18,11 +18,11 @@ def image_size(file: str | bytes) -> tuple[int, int]:
     Raises OSError (also PIL.UnidentifiedImageError) or another exception of PIL's where there is no readable
     header, and PIL.Image.DecompressionBombError above twice PIL.Image.MAX_IMAGE_PIXELS.
     """
-    with Image.open(opened(file)) as image:
+    with Image.open(open_image(file)) as image:
         return image.height, image.width
 
 
-def opened(file: str | bytes) -> str | io.BytesIO:
+def open_image(file: str | bytes) -> str | io.BytesIO:
     """What PIL.Image.open takes."""
     return io.BytesIO(file) if isinstance(file, bytes) else file
 
@@ -90,7 +90,7 @@ def _pil_check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
     found: list[tuple[int, int] | str] = []
     for file in files:
         try:
-            with Image.open(opened(file)) as image:
+            with Image.open(open_image(file)) as image:
                 image.load()
                 found.append((image.height, image.width))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
@@ -106,7 +106,7 @@ def decode(item: str | bytes | np.ndarray) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    with Image.open(opened(item)) as image:
+    with Image.open(open_image(item)) as image:
         image.load()
         if image.mode.startswith("I"):  # 16 bits; "I;16" from PNG and TIFF, "I" from PGM
             wide = np.asarray(image).astype(np.int64).clip(0, 65535)

@@ -2,7 +2,7 @@
 
 Image files are decoded once, at the start; all have to be of one size. On a GPU one launch of one kernel
 (`mocofast_kernels.augment`) makes all views of a batch; elsewhere PyTorch makes them, as many at a time as a core's
-cache holds. The parameters are those of `draw_view`, drawn for many steps at once, so the stream is that of the other
+cache holds. The parameters are those of `sample_view`, drawn for many steps at once, so the stream is that of the other
 loaders. Normalising is left to the model, as with every loader.
 """
 
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.data.drawing import Views, draw_views, per_view
-from mocofast.data.interface import Batch, Shard, Source, none_decodes, order_of
+from mocofast.data.interface import Batch, BatchSlice, Source, no_image_decodes, source_order
+from mocofast.data.sampling import Views, per_view, sample_views
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
 from mocofast.ops import backend
 
 LARGEST, LARGEST_ROTATED = 64, 32  # sides of views, as in the kernel's module (which imports Triton)
 LARGEST_SET = 8 * 2**30  # bytes of pixels: CIFAR has 150 MB, STL-10's unlabelled part 2.8 GB
-DRAWN_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
+SAMPLED_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
 CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
 
 
-def unfit(source: Source, augments: tuple[AugmentConfig, ...], device: torch.device) -> str:
+def why_not_device_loader(source: Source, augments: tuple[AugmentConfig, ...], device: torch.device) -> str:
     """Why the device loader cannot serve, as far as can be told without decoding anything; "" if it can."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
@@ -46,7 +46,7 @@ def _too_large(size: int, device: torch.device) -> str:
     return f"{size / 2**30:.1f} GiB of pixels are more than {of}"
 
 
-class Held(NamedTuple):
+class LoadedImages(NamedTuple):
     """Every image of a source, decoded."""
 
     images: np.ndarray  # (N, H, W, 3) uint8
@@ -54,14 +54,14 @@ class Held(NamedTuple):
     skipped: dict[int, str]  # bad samples: why
 
 
-def hold(source: Source, device: torch.device) -> Held:
+def load_images(source: Source, device: torch.device) -> LoadedImages:
     """Decode every image; bad ones are replaced as `mocofast.data.interface` says.
 
     Raises ValueError where no image can be decoded, or they differ in size, or are too many.
     """
     every = np.arange(len(source))
     if isinstance(source, ArraySource):
-        return Held(source.images, every, {})
+        return LoadedImages(source.images, every, {})
     from mocofast.data.decoding import decode, describe
 
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
@@ -81,8 +81,8 @@ def hold(source: Source, device: torch.device) -> Held:
         images[index] = pixels
     good = np.setdiff1d(every, list(skipped))
     if not len(good):
-        raise none_decodes(source, skipped)
-    return Held(images, good[np.searchsorted(good, every) % len(good)], skipped)
+        raise no_image_decodes(source, skipped)
+    return LoadedImages(images, good[np.searchsorted(good, every) % len(good)], skipped)
 
 
 class DeviceLoader:
@@ -91,20 +91,20 @@ class DeviceLoader:
     name = "device"
 
     def __init__(
-        self, source: Source, augments: tuple[AugmentConfig, ...], shard: Shard, seed: int, device: torch.device
+        self, source: Source, augments: tuple[AugmentConfig, ...], shard: BatchSlice, seed: int, device: torch.device
     ) -> None:
         """augments: one per view. Decodes files, and copies the images to `device`."""
-        if why := unfit(source, augments, device):
+        if why := why_not_device_loader(source, augments, device):
             raise ConfigError(f"data.loader=device cannot serve: {why}")
         self.reason = ""
         self.steps_per_epoch = shard.steps(len(source))
-        held = hold(source, device)
-        self.skipped = held.skipped
+        loaded = load_images(source, device)
+        self.skipped = loaded.skipped
         self._labels = None if source.labels is None else torch.from_numpy(source.labels)
         self._source = source
-        self._images = torch.from_numpy(np.ascontiguousarray(held.images)).to(device)
-        self._shown = torch.from_numpy(held.shown)
-        self._augments, self._shard, self._seed, self._device = augments, shard, seed, device
+        self._images = torch.from_numpy(np.ascontiguousarray(loaded.images)).to(device)
+        self._shown = torch.from_numpy(loaded.shown)
+        self._augments, self._slice, self._seed, self._device = augments, shard, seed, device
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -115,30 +115,30 @@ class DeviceLoader:
 
     def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         size = np.array(self._images.shape[1:3])
-        order = order_of(self._source, self._seed, epoch)
+        order = source_order(self._source, self._seed, epoch)
         make = self._composed if backend.backend_for(self._device.type).augment is None else self._fused
-        per_step = len(self._augments) * self._shard.batch_size // self._shard.world_size
-        chunk = max(1, DRAWN_AT_ONCE // per_step)
+        per_step = len(self._augments) * self._slice.batch_size // self._slice.world_size
+        chunk = max(1, SAMPLED_AT_ONCE // per_step)
         for first in range(start, self.steps_per_epoch, chunk):
             last = min(first + chunk, self.steps_per_epoch)
-            slots = [self._shard.indices(order, step) for step in range(first, last)]
+            slots = [self._slice.indices(order, step) for step in range(first, last)]
             index = np.concatenate(slots)
-            drawn = [
-                draw_views(augment, size, self._seed, epoch, index, view)
+            sampled = [
+                sample_views(augment, size, self._seed, epoch, index, view)
                 for view, augment in enumerate(self._augments)
             ]
             shares = self._shown[torch.from_numpy(index)].split([len(slot) for slot in slots])
-            for shown, views in zip(shares, make(shares, drawn)):
+            for shown, views in zip(shares, make(shares, sampled)):
                 batch = tuple(view.permute(0, 3, 1, 2) for view in views)
                 yield Batch(batch, shown, None if self._labels is None else self._labels[shown])
 
-    def _composed(self, shares: tuple[Tensor, ...], drawn: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+    def _composed(self, shares: tuple[Tensor, ...], sampled: list[Views]) -> Iterator[tuple[Tensor, ...]]:
         """The views of one step after the other, (B, S, S, 3) each, by PyTorch, which is faster on many at once."""
         index = torch.cat(shares)
-        views = (compose(self._images, index, own, augment) for own, augment in zip(drawn, self._augments))
+        views = (compose(self._images, index, own, augment) for own, augment in zip(sampled, self._augments))
         return zip(*(view.split([len(share) for share in shares]) for view in views))
 
-    def _fused(self, shares: tuple[Tensor, ...], drawn: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+    def _fused(self, shares: tuple[Tensor, ...], sampled: list[Views]) -> Iterator[tuple[Tensor, ...]]:
         """The same by the kernel: one launch a step for all views of one size."""
         fused = backend.backend_for(self._device.type).augment
         assert fused is not None
@@ -148,7 +148,7 @@ class DeviceLoader:
 
         sizes = [augment.size for augment in self._augments]
         grouped = {size: [view for view, own in enumerate(sizes) if own == size] for size in sizes}
-        tables = [parameter_table(views, augment) for views, augment in zip(drawn, self._augments)]
+        tables = [parameter_table(views, augment) for views, augment in zip(sampled, self._augments)]
         stacked = {size: moved(torch.stack([tables[view] for view in views])) for size, views in grouped.items()}
         index, begin = moved(torch.cat(shares)), 0
         for share in shares:

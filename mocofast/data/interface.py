@@ -1,7 +1,7 @@
 """What every loader promises, and the one place where randomness enters the data.
 
 A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
-`epoch_order`, every random parameter of a view from `draw_view`. Loaders (device, DALI, torchvision) only execute
+`epoch_order`, every random parameter of a view from `sample_view`. Loaders (device, DALI, torchvision) only execute
 those parameters, so all give the same views up to their operators' arithmetic, any step can be resumed
 without saving a stream's state, and a bad file cannot shift what other samples look like.
 
@@ -75,7 +75,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class Shard:
+class BatchSlice:
     """This rank's part of every batch: ranks take consecutive slices, so that W ranks of B equal one of W*B."""
 
     batch_size: int  # images per step over all ranks
@@ -113,12 +113,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def order_of(source: Source, seed: int, epoch: int) -> np.ndarray:
+def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch shows a source's samples, (N,) int64: its own where it has one."""
     return source.order(seed, epoch) if isinstance(source, Ordered) else epoch_order(len(source), seed, epoch)
 
 
-def none_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
+def no_image_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
     """What a loader raises where no sample can be decoded; skipped: why, of each."""
     return ValueError(
         f"data: none of the {len(source)} images can be decoded; the first: {source.name(0)}: {skipped[0]}"
@@ -155,7 +155,7 @@ class ViewParams(NamedTuple):
     flip: bool
 
 
-def draw_view(
+def sample_view(
     augment: AugmentConfig, size: tuple[int, int], seed: int, epoch: int, index: int, view: int
 ) -> ViewParams:
     """Random parameters of one view, with the distributions of torchvision's transforms.

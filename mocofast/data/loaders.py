@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
-from mocofast.data.device_loader import DeviceLoader, unfit
-from mocofast.data.interface import Loader, Shard, Source
+from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
+from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.sources import ArraySource
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def build_loader(
     source: Source,
     data: DataConfig,
     augments: tuple[AugmentConfig, ...],
-    shard: Shard,
+    shard: BatchSlice,
     seed: int,
     device: torch.device,
 ) -> Loader:
@@ -71,7 +71,7 @@ def choose_loader(
         return asked, "asked for"
     in_memory = isinstance(source, ArraySource)
     if asked == "auto" and in_memory:
-        obstacle = unfit(source, augments, device)
+        obstacle = why_not_device_loader(source, augments, device)
         if not obstacle:
             return "device", "the images are in memory, and their views small"
         if device.type != "cuda":

@@ -26,7 +26,7 @@ from mocofast.data.decoding import decode, describe
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
 from mocofast.data.shards import META, local_index
-from mocofast.data.sources import load_splits
+from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 
 AHEAD = 4  # images per thread in the making beside the one that is stored
@@ -65,13 +65,13 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     for path, remark in ((target, "is there already"), (partial, "is there: another run's, or left by a killed one")):
         if path.exists():
             raise ConfigError(f"{str(path)!r} {remark}; nothing is overwritten")
-    splits = load_splits(DataConfig(path=source, holdout=0.0))
-    parts: dict[str, Source] = {"": splits.train}
-    if splits.val is not None:
-        parts = {split.name(0).partition("/")[0]: split for split in (splits.train, splits.val)}
+    datasets = load_datasets(DataConfig(path=source, holdout=0.0))
+    parts: dict[str, Source] = {"": datasets.train}
+    if datasets.val is not None:
+        parts = {split.name(0).partition("/")[0]: split for split in (datasets.train, datasets.val)}
     partial.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = {"size": options.size, "quality": options.quality, "classes": splits.train.classes}
+        meta: dict[str, Any] = {"size": options.size, "quality": options.quality, "classes": datasets.train.classes}
         meta |= {"images": {}, "skipped": {}}
         total = sum(map(len, parts.values()))
         with tqdm(total=total, unit="image", disable=None) as bar, Threads(count_workers(options.workers)) as pool:

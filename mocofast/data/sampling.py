@@ -1,6 +1,6 @@
-"""`draw_view` for a whole batch at once, to the bit.
+"""`sample_view` for a whole batch at once, to the bit.
 
-One call of `draw_view` takes 20 us, most of it Python: too slow where a GPU makes 50,000 views a second. Here numpy's
+One call of `sample_view` takes 20 us, most of it Python: too slow where a GPU makes 50,000 views a second. Here numpy's
 generator itself runs over arrays: Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
 and on top of it what `numpy.random.Generator` makes of its words. So whoever draws in batches gives the same stream
 as whoever draws one by one; the tests compare the two.
@@ -43,10 +43,10 @@ def per_view(views: Views) -> list[ViewParams]:
     return [ViewParams(*row) for row in zip(*columns.values())]
 
 
-def draw_views(
+def sample_views(
     augment: AugmentConfig, sizes: np.ndarray, seed: int, epoch: int, index: np.ndarray, view: int
 ) -> Views:
-    """`draw_view(augment, sizes[i], seed, epoch, index[i], view)` for every i.
+    """`sample_view(augment, sizes[i], seed, epoch, index[i], view)` for every i.
 
     sizes: (n, 2) integers, height and width of the decoded images, or (2,) where all have one size; index: (n,).
     """
@@ -166,9 +166,9 @@ class _Stream:
         count = count.astype(np.uint64)
         waiting = count > 1
         while waiting.any():
-            drawing = rows.copy()
-            drawing[rows] = waiting
-            product = self._halves(drawing) * count[waiting]
+            sampling_rows = rows.copy()
+            sampling_rows[rows] = waiting
+            product = self._halves(sampling_rows) * count[waiting]
             out[waiting] = (product >> np.uint64(32)).astype(np.int64)
             # Words that would favour small numbers, 2^32 % count of them, are drawn again.
             low = product & np.uint64(0xFFFFFFFF)
@@ -186,11 +186,11 @@ class _Stream:
 
     def _up_to(self, last: int, rows: np.ndarray) -> np.ndarray:
         """Integers in [0, last], as numpy shuffles with: so many bits as `last` has, drawn again if above it."""
-        drawing = rows.copy()
+        sampling_rows = rows.copy()
         out = np.zeros(len(rows), dtype=np.int64)
-        while drawing.any():
-            out[drawing] = self._halves(drawing) & np.uint64(2 ** last.bit_length() - 1)
-            drawing &= out > last
+        while sampling_rows.any():
+            out[sampling_rows] = self._halves(sampling_rows) & np.uint64(2 ** last.bit_length() - 1)
+            sampling_rows &= out > last
         return out[rows]
 
 
@@ -200,7 +200,7 @@ def _doubles(words: np.ndarray) -> np.ndarray:
 
 
 def _philox(key: np.ndarray, index: np.ndarray, view: int, block: np.ndarray) -> np.ndarray:
-    """Philox 4x64 with 10 rounds: words (n, 4) of `draw_view`'s generator; `block` counts from 0.
+    """Philox 4x64 with 10 rounds: words (n, 4) of `sample_view`'s generator; `block` counts from 0.
 
     numpy's generator advances its counter before it makes a block.
     """

@@ -289,7 +289,7 @@ def _read(place: Path, stamp: np.ndarray | None) -> Index:
 def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     # Ranks and threads may index one shard at the same time.
-    with files.whole(place, f"{os.getpid()}.{threading.get_ident()}") as part, part.open("wb") as file:
+    with files.atomic_write(place, f"{os.getpid()}.{threading.get_ident()}") as part, part.open("wb") as file:
         np.savez(file, stamp=stamp, keys=index.keys, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
 
 

@@ -111,7 +111,7 @@ def find_images(folder: str | Path) -> list[str]:
     return names
 
 
-class Splits(NamedTuple):
+class Datasets(NamedTuple):
     """What is trained on, what kNN and linear evaluation look at, and a line for the log that says how."""
 
     train: Source
@@ -119,7 +119,7 @@ class Splits(NamedTuple):
     note: str
 
 
-def load_splits(data: DataConfig, seed: int = 0) -> Splits:
+def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """The images that `data` names, split for training and evaluation.
 
     folder: `path`/train, with `path`/val (or test) for evaluation, where train/ is the only folder or one of those
@@ -149,7 +149,7 @@ def load_splits(data: DataConfig, seed: int = 0) -> Splits:
     raise ConfigError(f"data.source must be folder, shards, digits, cifar10 or cifar100, got {data.source!r}")
 
 
-def _folder(root: Path, holdout: float, seed: int) -> Splits:
+def _folder(root: Path, holdout: float, seed: int) -> Datasets:
     train_part, val_part = split_folders(root)
     names = find_images(root / train_part)
     classes, labels = classes_of(names)
@@ -165,10 +165,10 @@ def _folder(root: Path, holdout: float, seed: int) -> Splits:
         return _held_out(train, holdout, seed, f" ({val_part} has no class folders)")
     labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
     val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
-    return Splits(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+    return Datasets(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
 
 
-def _shards(path: str, holdout: float, seed: int, window: int) -> Splits:
+def _shards(path: str, holdout: float, seed: int, window: int) -> Datasets:
     root = Path(path).expanduser()
     train_part, val_part = ("", "") if is_url(path) else split_folders(root)
     train = open_shards(find_shards(path, train_part), window)
@@ -177,25 +177,25 @@ def _shards(path: str, holdout: float, seed: int, window: int) -> Splits:
     val = open_shards(find_shards(path, val_part), classes=train.classes)
     if val.labels is None:
         return _held_out(train, holdout, seed, f" ({val_part} has no labels)")
-    return Splits(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+    return Datasets(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
 
 
 def _summary(source: Source) -> str:
     return f"{len(source)} images of {len(source.classes)} classes"
 
 
-def _held_out(source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = "") -> Splits:
+def _held_out(source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = "") -> Datasets:
     if source.labels is None:
-        return Splits(source, None, f"{len(source)} images without labels: no kNN")
+        return Datasets(source, None, f"{len(source)} images without labels: no kNN")
     kept, held = stratified_split(source.labels, holdout, seed)
     summary = _summary(source) + remark
     if not len(held):
-        return Splits(source, None, f"{summary}, none held out: no kNN")
+        return Datasets(source, None, f"{summary}, none held out: no kNN")
     note = f"{summary}; kNN on {len(held)} of them, held out"
-    return Splits(source.subset(kept), source.subset(held), note)
+    return Datasets(source.subset(kept), source.subset(held), note)
 
 
-def _digits() -> Splits:
+def _digits() -> Datasets:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -205,10 +205,10 @@ def _digits() -> Splits:
     kept, held = stratified_split(digits.target, DIGITS_HOLDOUT, seed=0)
     train = ArraySource(images[kept], digits.target[kept], classes, "digits train")
     val = ArraySource(images[held], digits.target[held], classes, "digits val")
-    return Splits(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
+    return Datasets(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
 
 
-def _cifar(kind: str, root: Path) -> Splits:
+def _cifar(kind: str, root: Path) -> Datasets:
     from torchvision import datasets
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
@@ -228,7 +228,7 @@ def _cifar(kind: str, root: Path) -> Splits:
         ArraySource(part.data, np.array(part.targets), tuple(part.classes), f"{kind} {name}")
         for part, name in zip(parts, ("train", "test"))
     )
-    return Splits(train, val, f"{kind}: {len(train)} images; kNN on its test set, {len(val)}")
+    return Datasets(train, val, f"{kind}: {len(train)} images; kNN on its test set, {len(val)}")
 
 
 class Subset:

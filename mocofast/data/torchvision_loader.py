@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.decoding import decode, describe
-from mocofast.data.interface import Batch, Shard, Source, ViewParams, draw_view, none_decodes, order_of
+from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, no_image_decodes, sample_view, source_order
 
 # Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -102,7 +102,7 @@ class _Samples(Dataset[Sample]):
     def _views(self, image: Image.Image, epoch: int, slot: int) -> list[np.ndarray]:
         size = (image.height, image.width)
         return [
-            np.asarray(apply_view(image, draw_view(augment, size, self.seed, epoch, slot, view), augment))
+            np.asarray(apply_view(image, sample_view(augment, size, self.seed, epoch, slot, view), augment))
             for view, augment in enumerate(self.augments)
         ]
 
@@ -110,15 +110,15 @@ class _Samples(Dataset[Sample]):
 class _Steps(Sampler[list[tuple[int, int]]]):
     """Stateless: the (epoch, index) pairs of this rank's batches, from a step that is set before each pass."""
 
-    def __init__(self, source: Source, shard: Shard, seed: int) -> None:
-        self.source, self.shard, self.seed = source, shard, seed
+    def __init__(self, source: Source, shard: BatchSlice, seed: int) -> None:
+        self.source, self.slice, self.seed = source, shard, seed
         self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        order = order_of(self.source, self.seed, epoch)
-        for step in range(self.start, self.shard.steps(len(self.source))):
-            yield [(epoch, int(index)) for index in self.shard.indices(order, step)]
+        order = source_order(self.source, self.seed, epoch)
+        for step in range(self.start, self.slice.steps(len(self.source))):
+            yield [(epoch, int(index)) for index in self.slice.indices(order, step)]
 
 
 def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]]:
@@ -155,7 +155,7 @@ class TorchvisionLoader:
         self,
         source: Source,
         augments: tuple[AugmentConfig, ...],
-        shard: Shard,
+        shard: BatchSlice,
         seed: int,
         device: torch.device,
         workers: int,
@@ -199,7 +199,7 @@ class TorchvisionLoader:
         for views, index, skipped in self._batches:
             self.skipped.update(skipped)
             if not views:
-                raise none_decodes(self._samples.source, self.skipped)
+                raise no_image_decodes(self._samples.source, self.skipped)
             on_device = (view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views)
             yield Batch(tuple(on_device), index, None if self._labels is None else self._labels[index])
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mocofast.config import Config, ConfigError, OptimConfig, option
-from mocofast.data.interface import Shard, Source
+from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader, eval_batches
-from mocofast.data.sources import Splits
+from mocofast.data.sources import Datasets
 from mocofast.evaluate.features import evaluating
 from mocofast.evaluate.knn import label_rank
 from mocofast.evaluate.linear import plain_view
@@ -50,25 +50,27 @@ class FinetuneResult(NamedTuple):
 
 def finetune(
     encoder: nn.Module,
-    splits: Splits,
+    datasets: Datasets,
     config: Config,
     options: FinetuneConfig,
     device: torch.device,
     autocast: torch.autocast,
     on_epoch: Callable[[FinetuneResult], None] | None = None,
 ) -> FinetuneResult:
-    """Replaces the encoder's head by a linear classifier and trains both, in place; accuracy on `splits.val`.
+    """Replaces the encoder's head by a linear classifier and trains both, in place; accuracy on `datasets.val`.
 
     encoder: on `device`. BatchNorm sees whole batches, whatever parts it was pretrained with.
     splits: labelled, with a validation part (ConfigError otherwise). config: the run's configuration, of which view
     size, pixel statistics, flips, loader, workers and seed are used. on_epoch: is given the accuracy after every
     epoch, which then is measured after every epoch.
     """
-    if splits.val is None or splits.train.labels is None:
-        raise ConfigError(f"data.path: fine-tuning needs labelled images, some of them held out; got {splits.note}")
-    seed, classes = config.train.seed, len(splits.train.classes)
-    batch_size = min(options.batch_size, len(splits.train))
-    loader = build_loader(splits.train, config.data, (plain_view(config.augment),), Shard(batch_size), seed, device)
+    if datasets.val is None or datasets.train.labels is None:
+        raise ConfigError(f"data.path: fine-tuning needs labelled images, some of them held out; got {datasets.note}")
+    seed, classes = config.train.seed, len(datasets.train.classes)
+    batch_size = min(options.batch_size, len(datasets.train))
+    loader = build_loader(
+        datasets.train, config.data, (plain_view(config.augment),), BatchSlice(batch_size), seed, device
+    )
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
     torch.manual_seed(seed)
     with evaluating(encoder), torch.no_grad():
@@ -100,11 +102,11 @@ def finetune(
                 step += 1
             log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, loss_sum / loader.steps_per_epoch)
             if on_epoch is not None:
-                result = _validate(encoder, splits.val, config, device, autocast)
+                result = _validate(encoder, datasets.val, config, device, autocast)
                 on_epoch(result)
     finally:
         loader.close()
-    return _validate(encoder, splits.val, config, device, autocast) if result is None else result
+    return _validate(encoder, datasets.val, config, device, autocast) if result is None else result
 
 
 @torch.no_grad()

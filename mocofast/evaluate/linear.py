@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
-from mocofast.data.interface import Shard, Source
+from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader, eval_batches
-from mocofast.data.sources import Splits
+from mocofast.data.sources import Datasets
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import label_rank
 from mocofast.models.pixels import pixel_statistics
@@ -63,7 +63,7 @@ class LinearResult(NamedTuple):
 
 
 def linear_probe(
-    encoder: nn.Module, splits: Splits, config: Config, options: LinearConfig, device: torch.device
+    encoder: nn.Module, datasets: Datasets, config: Config, options: LinearConfig, device: torch.device
 ) -> LinearResult:
     """Train a linear classifier on `encoder`'s pooled features (before its head) and validate it.
 
@@ -71,19 +71,19 @@ def linear_probe(
     (RuntimeError otherwise). splits: labelled, with a validation part (ConfigError otherwise). config: the run's
     configuration, of which view size, pixel statistics, flips, loader, workers and seed are used.
     """
-    if splits.val is None or splits.train.labels is None or splits.val.labels is None:
+    if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
         raise ConfigError(
             "data.path: a linear probe needs labelled images, some of them held out (class folders, and val/ beside "
-            f"train/ or data.holdout above 0); got {splits.note}"
+            f"train/ or data.holdout above 0); got {datasets.note}"
         )
     if options.protocol not in ("fast", "reference"):
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
     with _unchanged(encoder):
-        val = _features(encoder, splits.val, config, device)
+        val = _features(encoder, datasets.val, config, device)
         if options.protocol == "fast":
-            train = _features(encoder, splits.train, config, device)
-            return _fast(*train, *val, len(splits.train.classes), config.train.seed)
-        return _reference(encoder, splits, *val, config, options, device)
+            train = _features(encoder, datasets.train, config, device)
+            return _fast(*train, *val, len(datasets.train.classes), config.train.seed)
+        return _reference(encoder, datasets, *val, config, options, device)
 
 
 def plain_view(augment: AugmentConfig) -> AugmentConfig:
@@ -164,7 +164,7 @@ def _fast(
 
 def _reference(
     encoder: nn.Module,
-    splits: Splits,
+    datasets: Datasets,
     val_features: Tensor,
     val_labels: Tensor,
     config: Config,
@@ -172,12 +172,12 @@ def _reference(
     device: torch.device,
 ) -> LinearResult:
     data = replace(config.data, batch_size=options.batch_size)
-    shard = Shard(options.batch_size, drop_last=False)
+    shard = BatchSlice(options.batch_size, drop_last=False)
     seed = config.train.seed
-    loader = build_loader(splits.train, data, (plain_view(config.augment),), shard, seed, device)
+    loader = build_loader(datasets.train, data, (plain_view(config.augment),), shard, seed, device)
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
 
-    head = nn.Linear(val_features.shape[1], len(splits.train.classes), device=device)
+    head = nn.Linear(val_features.shape[1], len(datasets.train.classes), device=device)
     with torch.no_grad():
         initial = torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
         head.weight.copy_(initial)

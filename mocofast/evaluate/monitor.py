@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mocofast.config import Config
 from mocofast.data.interface import Source
 from mocofast.data.loaders import eval_batches
-from mocofast.data.sources import Splits, Subset
+from mocofast.data.sources import Datasets, Subset
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
@@ -28,11 +28,11 @@ class KNNMonitor:
         self.train, self.val = train, val
 
     @classmethod
-    def of(cls, splits: Splits, config: Config, device: torch.device) -> KNNMonitor | None:
+    def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:
         """The monitor of these images; None where they have no labels or none are held out."""
-        if splits.val is None or splits.train.labels is None:
+        if datasets.val is None or datasets.train.labels is None:
             return None
-        return cls(splits.train, splits.val, config, device)
+        return cls(datasets.train, datasets.val, config, device)
 
     def evaluate(self, encoder: nn.Module) -> dict[str, float]:
         """{"knn_top1": share, ...}, equal on all ranks. BatchNorm uses rank 0's running statistics, as the

@@ -162,5 +162,5 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(path) as file:
+    with files.atomic_write(path) as file:
         save(file)

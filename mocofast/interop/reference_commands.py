@@ -21,7 +21,7 @@ import torch
 from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.names import split_folders
-from mocofast.data.sources import load_splits
+from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.evaluate.linear import LinearConfig, linear_probe
 from mocofast.interop.reference_checkpoints import load_pretrained
@@ -300,8 +300,8 @@ def main_lincls(given: Mapping[str, Any]) -> int:
     if ours:
         words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]
         print(f"# also: {shlex.join([*words, *settings.as_flags(changed)])}")
-    splits = load_splits(config.data, config.train.seed)
-    print(f"{splits.note}\none process on {device}", flush=True)
-    result = linear_probe(model.encoder_q.to(device), splits, config, options, device)
+    datasets = load_datasets(config.data, config.train.seed)
+    print(f"{datasets.note}\none process on {device}", flush=True)
+    result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
     print(f"linear_top1 {result.top1:.4g}\nlinear_top5 {result.top5:.4g}")
     return 0

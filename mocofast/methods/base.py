@@ -30,7 +30,7 @@ class Method(nn.Module):
     set before any step.
 
     forward(*views, update_keys=True, enqueue=True, **needed): the loss of this rank's images. views: `num_views`
-    tensors (N, 3, S, S), uint8 pixels or normalised floats; needed: what `needs` names of a batch, "index" (the
+    tensors (N, 3, S, S), uint8 pixels or normalised floats; needed: what `batch_fields` names of a batch, "index" (the
     samples' numbers) or "labels", each (N,) int64. With gradient accumulation update_keys is True with the first
     micro-batch of an optimiser step only, enqueue with the last only: memories change with the latter. Where the
     optimiser averages (see mocofast.optim), update_keys is False always.
@@ -41,7 +41,7 @@ class Method(nn.Module):
     """
 
     num_views = 2
-    needs: tuple[str, ...] = ()
+    batch_fields: tuple[str, ...] = ()
     momentum = 0.0
     encoder_q: nn.Module
     pixel_mean: Tensor | None
@@ -84,15 +84,15 @@ class Method(nn.Module):
     def load_random_state(self, state: Tensor | None) -> None:
         """Continues from `random_state()` of another run; to be called on every rank."""
 
-    def arrange(self, *views: Tensor) -> tuple[Tensor, ...]:
+    def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
         """What a training step needs the host for (to draw a permutation, to exchange images by it), done before the
         step, which then is the same work every time: forward(*views, arranged=arrange(*views)), and just
         forward(*views) where it is empty, as here."""
         return ()
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[Callable[[], None]]:
-        """`with self.beside() as join:` what is launched inside may run on the GPU beside what follows, until
+    def side_stream(self) -> Iterator[Callable[[], None]]:
+        """`with self.side_stream() as join:` what is launched inside may run on the GPU beside what follows, until
         `join()`, after which its results may be used."""
         stream = self.second_stream
         if stream is None:

@@ -36,7 +36,7 @@ class MemoryBank(Method):
     """
 
     num_views = 1
-    needs = ("index",)
+    batch_fields = ("index",)
     bank: Tensor
 
     def __init__(
@@ -83,17 +83,17 @@ class MemoryBank(Method):
         index: Tensor,
         update_keys: bool = True,
         enqueue: bool = True,
-        arranged: tuple[Tensor, ...] = (),
+        step_inputs: tuple[Tensor, ...] = (),
     ) -> MethodOutput:
         """Loss of this rank's images (N, 3, S, S); in train mode also updates their slots, index (N,) int64.
 
         With gradient accumulation, slots are updated with enqueue=True, for all micro-batches since the last time.
-        arranged: what `arrange` made of these images, where the caller has called it.
+        arranged: what `prepare_step` made of these images, where the caller has called it.
         """
         self.check_views(images=images)
         v = self.encode("encoder_q", images)  # (N, C), normalised inside info_nce
         batch = all_gather(index) if self.training else index  # (W*N,)
-        (numbers,) = arranged or self.arrange(images)
+        (numbers,) = step_inputs or self.prepare_step(images)
         loss, rank = info_nce(
             v,
             self.bank[index],
@@ -117,7 +117,7 @@ class MemoryBank(Method):
         """Draws on from `random_state()`, afresh from None."""
         self.draws.load_state(state)
 
-    def arrange(self, *views: Tensor) -> tuple[Tensor, ...]:
+    def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
         """K random numbers (K,) int64 of slots that are not in the batch, equal on all ranks in train mode."""
         (images,) = views
         free = len(self.bank) - len(images) * (rank_and_world_size()[1] if self.training else 1)

@@ -84,7 +84,7 @@ class MoCo(MomentumMethod):
             add_mlp_head(self.encoder_q)
         if bn_splits > 1:
             split_batch_norm(self.encoder_q, bn_splits)
-        self.follow(momentum)
+        self.make_momentum_encoder(momentum)
 
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1).to(dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
@@ -113,7 +113,7 @@ class MoCo(MomentumMethod):
         *,
         update_keys: bool = True,
         enqueue: bool = True,
-        arranged: tuple[Tensor, ...] = (),
+        step_inputs: tuple[Tensor, ...] = (),
     ) -> MethodOutput:
         """Loss of this rank's queries; in train mode also updates the key encoder and the queue.
 
@@ -127,17 +127,17 @@ class MoCo(MomentumMethod):
         step it gives the same trajectory, since encoder_k starts as a copy of encoder_q: an optimiser of
         mocofast.optim can do it (see `trained_pairs`), and update_keys is then False always.
 
-        arranged: what `arrange` made of these views, where the caller has called it.
+        arranged: what `prepare_step` made of these views, where the caller has called it.
         """
         self.check_views(im_q=im_q, im_k=im_k)
-        if self.training and not arranged:
-            arranged = self.arrange(im_q, im_k)
+        if self.training and not step_inputs:
+            step_inputs = self.prepare_step(im_q, im_k)
         if self.training and update_keys:
             self.update_momentum_encoder()
         # The queue is read before these keys enter it: a positive is never among its own negatives.
-        loss, rank, keys = self._contrast(im_q, im_k, arranged[:2])
+        loss, rank, keys = self._contrast(im_q, im_k, step_inputs[:2])
         if self.symmetric:
-            swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q, arranged[2:])
+            swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q, step_inputs[2:])
             loss, rank = loss + swapped_loss, torch.cat([rank, swapped_rank])
             keys = torch.cat([first_keys, keys])  # as the demo enqueues them: those of the first view first
         if self.training:
@@ -147,24 +147,24 @@ class MoCo(MomentumMethod):
                 self._pending.clear()
         return MethodOutput(loss, rank)
 
-    def arrange(self, *views: Tensor) -> tuple[Tensor, ...]:
+    def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
         """The shuffled images of the keys and the index that restores their order, as BatchShuffle has them; if
         symmetric, those of the first view as keys after those of the second. Nothing without shuffling."""
         # One process whose BatchNorm sees the whole batch has nothing to hide by shuffling.
         if not self._shuffles or (rank_and_world_size()[1] == 1 and not self._splits):
             return ()
         im_q, im_k = views
-        arranged: tuple[Tensor, ...] = ()
+        step_inputs: tuple[Tensor, ...] = ()
         for images in (im_k, im_q) if self.symmetric else (im_k,):
             # Images cross ranks in the smallest form there is: uint8, or what autocast would make of floats anyway.
-            arranged += self.shuffle(images if images.dtype == torch.uint8 else to_autocast_dtype(images))
-        return arranged
+            step_inputs += self.shuffle(images if images.dtype == torch.uint8 else to_autocast_dtype(images))
+        return step_inputs
 
-    def _contrast(self, im_q: Tensor, im_k: Tensor, arranged: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def _contrast(self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), ranks (N,), and the keys of all W ranks (W*N, C), in eval mode of this one only."""
-        with torch.no_grad(), self.beside() as join:
+        with torch.no_grad(), self.side_stream() as join:
             if self.training:
-                k, keys = self._encode_keys(im_k, arranged)  # own keys (N, C), and those of all ranks
+                k, keys = self._encode_keys(im_k, step_inputs)  # own keys (N, C), and those of all ranks
             else:
                 k = keys = self.encode("encoder_k", im_k)
         q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
@@ -182,9 +182,9 @@ class MoCo(MomentumMethod):
         """Shuffles on from `random_state()`, afresh from None."""
         self.shuffle.load_state(state)
 
-    def _encode_keys(self, im_k: Tensor, arranged: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _encode_keys(self, im_k: Tensor, step_inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(N, 3, S, S) -> the keys of these images (N, C), and all ranks' keys in the order of ranks (W*N, C)."""
-        shuffled, restore = arranged or (im_k, None)
+        shuffled, restore = step_inputs or (im_k, None)
         k = F.normalize(self.encode("encoder_k", shuffled).float(), dim=1)
         keys = all_gather(k)
         if restore is None:

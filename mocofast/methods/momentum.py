@@ -15,7 +15,7 @@ class MomentumMethod(Method):
 
     encoder_k: nn.Module
 
-    def follow(self, momentum: float) -> None:
+    def make_momentum_encoder(self, momentum: float) -> None:
         """Makes `encoder_k`, a copy of `encoder_q`, which has to be complete. momentum: m of the average; ValueError
         unless it is in [0, 1]."""
         if not 0 <= momentum <= 1:

@@ -27,7 +27,7 @@ class PredictingMethod(MomentumMethod):
     ) -> None:
         super().__init__(pixel_mean, pixel_std)
         self.encoder_q = encoder_q
-        self.follow(momentum)
+        self.make_momentum_encoder(momentum)
         self.predictor = predictor
         self.keep_buffers_out_of_broadcasts()
 
@@ -36,7 +36,7 @@ class PredictingMethod(MomentumMethod):
         is asked for. BatchNorm sees one view at a time."""
         if self.training and update_keys:
             self.update_momentum_encoder()
-        with torch.no_grad(), self.beside() as join:
+        with torch.no_grad(), self.side_stream() as join:
             targets = [self.encode("encoder_k", images) for images in views]
         predictions = [self.predictor(self.encode("encoder_q", images)) for images in views]
         join()

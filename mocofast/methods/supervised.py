@@ -21,7 +21,7 @@ class Supervised(Method):
     """
 
     num_views = 1
-    needs = ("labels",)
+    batch_fields = ("labels",)
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
 UNSUPPORTED = {"dampening": 0, "nesterov": False, "maximize": False, "differentiable": False, "amsgrad": False}
 
 
-class _Follower(NamedTuple):
+class _Companions(NamedTuple):
     """What is written after a parameter."""
 
     target: Tensor | None = None
@@ -47,12 +47,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     ema_momentum: float | Tensor
-    _followers: dict[Tensor, _Follower]
+    _companions: dict[Tensor, _Companions]
 
     @property
     def owns_ema(self) -> bool:
         """Whether steps average, so that nobody else has to."""
-        return any(follower.target is not None for follower in self._followers.values())
+        return any(follower.target is not None for follower in self._companions.values())
 
     def traffic(self) -> int:
         """Bytes that a step has to move: parameters, state and averages read and written, gradients read, copies
@@ -60,7 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         moved = 0
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._follower(p)
+                follower = self._companions_of(p)
                 states = [s for s in self.state.get(p, {}).values() if isinstance(s, Tensor) and s.shape == p.shape]
                 both = [p, *states] if p.grad is not None else []
                 both += [] if follower.target is None else [follower.target]
@@ -73,8 +73,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         its shape and strides. For those that are copied already, this is the only copy then."""
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._follower(p)
-                self._followers[p] = follower._replace(
+                follower = self._companions_of(p)
+                self._companions[p] = follower._replace(
                     shadow=shadows.get(p, follower.shadow),
                     target_shadow=follower.target_shadow
                     if follower.target is None
@@ -107,15 +107,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rows: dict[torch.device, list[Row]] = {}
             for p in group["params"]:
-                follower = self._follower(p)
+                follower = self._companions_of(p)
                 state = () if p.grad is None else self._state(p, group)
                 rows.setdefault(p.device, []).append(Row(p, p.grad, *follower, state))
             for device, part in rows.items():
                 self._update(backend.backend_for(device.type), part, group)
         return loss
 
-    def _follower(self, p: Tensor) -> _Follower:
-        return self._followers.get(p, _Follower())
+    def _companions_of(self, p: Tensor) -> _Companions:
+        return self._companions.get(p, _Companions())
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         """The state of a parameter that has a gradient, made where there is none."""
@@ -133,7 +133,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             state[name] = torch.zeros_like(p)
         return (state[name],)
 
-    def _follow(self, ema: EMA | None, shadows: Shadows | None) -> None:
+    def _register_companions(self, ema: EMA | None, shadows: Shadows | None) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         targets, self.ema_momentum = ema if ema is not None else (None, 0.0)
         if not isinstance(self.ema_momentum, Tensor) and not 0 <= self.ema_momentum <= 1:
@@ -144,7 +144,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         columns = []
         for name, tensors in (("ema", targets), ("shadows[0]", copies), ("shadows[1]", target_copies)):
             columns.append([None] * len(params) if tensors is None else _matching(name, list(tensors), params))
-        self._followers = {p: _Follower(*row) for p, *row in zip(params, *columns)}
+        self._companions = {p: _Companions(*row) for p, *row in zip(params, *columns)}
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
@@ -166,7 +166,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
         shadows: Shadows | None = None,
     ) -> None:
         super().__init__(params, lr, momentum, weight_decay=weight_decay)
-        self._follow(ema, shadows)
+        self._register_companions(ema, shadows)
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "momentum_buffer")
@@ -207,7 +207,7 @@ class FusedLARS(FusedOptimizer):
             if not number >= 0:
                 raise ValueError(f"{name} must be at least 0: got {number}")
         super().__init__(params, numbers)
-        self._follow(ema, shadows)
+        self._register_companions(ema, shadows)
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "mu")
@@ -240,7 +240,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
         self._count_on_device()
-        self._follow(ema, shadows)
+        self._register_companions(ema, shadows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of torch.optim.AdamW, too."""

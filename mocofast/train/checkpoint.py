@@ -25,7 +25,7 @@ LAST = "last.pt"
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """torch.save, but `path` is always whole: it has the old content or the new."""
-    with files.whole(path) as file:
+    with files.atomic_write(path) as file:
         torch.save(state, file)
 
 

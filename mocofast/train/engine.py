@@ -62,7 +62,7 @@ def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, 
 
 
 @contextlib.contextmanager
-def garbage_held() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """No garbage collection by itself inside: it stops the host for longer than a step takes. Call gc.collect() where
     waiting does not matter."""
     was_enabled = gc.isenabled()
@@ -116,11 +116,11 @@ class Engine:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._metrics: Tensor | None = None
 
-    def step(self, views: tuple[Tensor, ...], needed: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+    def step(self, views: tuple[Tensor, ...], fields: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """One optimiser step on this rank's part of a batch, as `train_step` has it, with the optimiser's present
         rates and momentum; returns its metrics (3,), which the next step may overwrite."""
         static = self._gradients is not None
-        batch = _Batch(views, dict(needed), self._arranged(views) if static else [])
+        batch = _Batch(views, dict(fields), self._step_inputs(views) if static else [])
         if not static or len(views[0]) != self._images * self._accumulate:
             return self._train(batch)
         if self._static is None:
@@ -205,9 +205,11 @@ class Engine:
 
     # ---- the captured step ----
 
-    def _arranged(self, views: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def _step_inputs(self, views: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         with torch.no_grad(), self.autocast:
-            return [self.method.arrange(*part) for part in zip(*(view.chunk(self._accumulate) for view in views))]
+            return [
+                self.method.prepare_step(*part) for part in zip(*(view.chunk(self._accumulate) for view in views))
+            ]
 
     def _train(self, batch: _Batch) -> Tensor:
         return train_step(
@@ -216,8 +218,8 @@ class Engine:
             self.optimizer,
             self._accumulate,
             self.autocast,
-            batch.needed,
-            arranged=batch.arranged,
+            batch.fields,
+            step_inputs=batch.step_inputs,
             gradients=self._gradients,
         )
 
@@ -265,18 +267,18 @@ class _Batch(NamedTuple):
     """What a step reads."""
 
     views: tuple[Tensor, ...]
-    needed: dict[str, Tensor]
-    arranged: list[tuple[Tensor, ...]]  # of each micro-batch; empty where the forward pass arranges
+    fields: dict[str, Tensor]
+    step_inputs: list[tuple[Tensor, ...]]  # of each micro-batch; empty where the forward pass arranges
 
     def tensors(self) -> list[Tensor]:
-        return [*self.views, *self.needed.values(), *(tensor for part in self.arranged for tensor in part)]
+        return [*self.views, *self.fields.values(), *(tensor for part in self.step_inputs for tensor in part)]
 
     def empty_like(self) -> _Batch:
         """Of the same shapes, types and memory formats."""
         return _Batch(
             tuple(map(torch.empty_like, self.views)),
-            {name: torch.empty_like(tensor) for name, tensor in self.needed.items()},
-            [tuple(map(torch.empty_like, part)) for part in self.arranged],
+            {name: torch.empty_like(tensor) for name, tensor in self.fields.items()},
+            [tuple(map(torch.empty_like, part)) for part in self.step_inputs],
         )
 
 

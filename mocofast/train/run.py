@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import Loader, Shard, view_augments
+from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader, count_workers
-from mocofast.data.sources import load_splits
+from mocofast.data.sources import load_datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.build import build_method
@@ -27,7 +27,7 @@ from mocofast.optim.schedule import key_momentum, learning_rate, scaled_by_batch
 from mocofast.plots import plot_curves
 from mocofast.step_parts import step_part
 from mocofast.train.checkpoint import FORMAT, LAST, CheckpointWriter
-from mocofast.train.engine import Engine, choose_mode, garbage_held
+from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import Window, duration, memory_gib
 from mocofast.train.optimizer import optimizer_of
@@ -86,10 +86,10 @@ class _Run:
 
         if rank:  # rank 0 may have to download the images
             distributed.barrier()
-        splits = load_splits(config.data, config.train.seed)
+        datasets = load_datasets(config.data, config.train.seed)
         if rank == 0:
             distributed.barrier()
-        self.sizes = {"images": len(splits.train), "classes": len(splits.train.classes)}
+        self.sizes = {"images": len(datasets.train), "classes": len(datasets.train.classes)}
 
         mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
         if device.type == "cuda":
@@ -100,15 +100,15 @@ class _Run:
         self.optimizer = optimizer_of(self.model, config.optim)
         self.autocast = choose_autocast(config.train.precision, device)
         self.loader: Loader = build_loader(
-            splits.train,
+            datasets.train,
             config.data,
             view_augments(config.augment, self.model.num_views),
-            Shard(config.data.batch_size, rank, world_size, config.data.drop_last),
+            BatchSlice(config.data.batch_size, rank, world_size, config.data.drop_last),
             config.train.seed,
             device,
         )
-        self.source, self.note = splits.train, splits.note
-        self.monitor = KNNMonitor.of(splits, config, device)
+        self.source, self.note = datasets.train, datasets.note
+        self.monitor = KNNMonitor.of(datasets, config, device)
 
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -141,7 +141,7 @@ class _Run:
             if self.step == 0:
                 self.before = self.after = self._evaluate()
             saved_at = -1
-            with self._progress_bar(limit) as bar, garbage_held():
+            with self._progress_bar(limit) as bar, garbage_collection_paused():
                 self.window.restart_clock()
                 while self.step < min(limit, self.total_steps) and not interrupted:
                     for _ in self._epoch(limit):
@@ -194,8 +194,10 @@ class _Run:
             set_learning_rate(self.optimizer, self.rate)
             # The average that ends this step is the one that MoCo v3 takes as the next step begins.
             self.optimizer.ema_momentum = key_momentum(self.config.model, self.step + 1, self.total_steps)
-            needed = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in self.model.needs}
-            metrics = self.engine.step(views, needed)
+            fields = {
+                name: getattr(batch, name).to(self.device, non_blocking=True) for name in self.model.batch_fields
+            }
+            metrics = self.engine.step(views, fields)
             self.step += 1
             self.step_in_epoch += 1
             self.window.add(metrics, len(views[0]) * self.world_size, waited)

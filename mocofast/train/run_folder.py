@@ -48,7 +48,7 @@ class RunFolder:
             self._skipped = {json.loads(line)["file"] for line in named}
         self.metrics_path = path / "metrics.jsonl"
         kept = self._lines_until(resumed_step) if resumed_step is not None else []
-        with files.whole(self.metrics_path) as rewritten:
+        with files.atomic_write(self.metrics_path) as rewritten:
             rewritten.write_text("".join(kept), encoding="utf-8")
         self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
         from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second

@@ -25,15 +25,15 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     accumulate: int,
     autocast: torch.autocast,
-    needed: Mapping[str, Tensor] = MappingProxyType({}),
+    fields: Mapping[str, Tensor] = MappingProxyType({}),
     *,
-    arranged: Sequence[tuple[Tensor, ...]] = (),
+    step_inputs: Sequence[tuple[Tensor, ...]] = (),
     gradients: FlatGradients | None = None,
 ) -> Tensor:
     """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
 
     model: a method, or DistributedDataParallel around it. views: each (B, 3, S, S). needed: what else the method
-    takes of a batch, by name, each (B,). arranged: what the method's `arrange` made of each micro-batch, where that
+    takes of a batch, by name, each (B,). arranged: what the method's `prepare_step` made of each micro-batch, where that
     is done already. gradients: where they are kept and averaged over ranks, in the place of DistributedDataParallel.
     The momentum encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the method.
     With accumulate > 1, micro-batches see one state of the momentum encoder and of memories, so MoCo's result is that
@@ -42,7 +42,7 @@ def train_step(
     metrics = torch.zeros(3, device=views[0].device)
     average = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
     parts = list(zip(*(view.chunk(accumulate) for view in views)))
-    needed_parts = {name: values.chunk(accumulate) for name, values in needed.items()}
+    field_parts = {name: values.chunk(accumulate) for name, values in fields.items()}
     if gradients is None:
         optimizer.zero_grad(set_to_none=True)
     else:
@@ -50,9 +50,9 @@ def train_step(
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         share = len(part[0]) / len(views[0])
-        others: dict[str, Any] = {name: values[i] for name, values in needed_parts.items()}
-        if arranged and arranged[i]:
-            others["arranged"] = arranged[i]
+        others: dict[str, Any] = {name: values[i] for name, values in field_parts.items()}
+        if step_inputs and step_inputs[i]:
+            others["arranged"] = step_inputs[i]
         # DDP reduces the gradients once, with the last micro-batch.
         hold = (
             model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
