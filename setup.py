@@ -6,12 +6,21 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mocofast/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "mocofast/__init__.py").read_text("utf-8"), re.MULTILINE
+)[1]
 
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
 # The packaging test builds a wheel without a network, so with the setuptools that is installed.
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6", "setuptools>=77", "timm>=1"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6",
+    "setuptools>=77",
+    "timm>=1",
+]
 # What `mocofast bench` compares with. Liger-Kernel asks for Triton everywhere, hence the marker.
 BENCH = [
     "pytest-benchmark>=5",
@@ -30,7 +39,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # `kernels/` and `benchmarks/` are no packages: PyPI's `kernels` (Hugging Face) must stay importable.
-    packages=[*find_packages(include=["mocofast", "mocofast.*"]), "mocofast_kernels", "mocofast_bench"],
+    packages=[
+        *find_packages(include=["mocofast", "mocofast.*"]),
+        "mocofast_kernels",
+        "mocofast_bench",
+    ],
     package_dir={
         "mocofast_kernels": "kernels/mocofast_kernels",
         "mocofast_bench": "benchmarks/mocofast_bench",

@@ -22,7 +22,9 @@ SIZES = [(64, 4096, 64), (128, 16384, 128)]  # N, K, C
 
 @pytest.mark.parametrize("side", ["mocofast", "with rank", "eager"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_info_nce_forward_and_backward(benchmark: BenchmarkFixture, sizes: tuple[int, int, int], side: str) -> None:
+def test_info_nce_forward_and_backward(
+    benchmark: BenchmarkFixture, sizes: tuple[int, int, int], side: str
+) -> None:
     benchmark.group = f"info_nce {sizes}"
     device = timing.choose_device("auto")
     step = kernels.steps(sizes, torch.float32, device)[side]
@@ -50,7 +52,9 @@ def test_ema(benchmark: BenchmarkFixture, update: Callable[..., None]) -> None:
     benchmark(update, targets, sources, 0.999)
 
 
-@pytest.mark.parametrize("enqueue", [ops.enqueue_, eager_formulas.enqueue_], ids=["mocofast", "eager"])
+@pytest.mark.parametrize(
+    "enqueue", [ops.enqueue_, eager_formulas.enqueue_], ids=["mocofast", "eager"]
+)
 def test_enqueue(benchmark: BenchmarkFixture, enqueue: Callable[..., None]) -> None:
     benchmark.group = "enqueue 256 of 65536 x 128"
     queue, pointer, keys = torch.zeros(65536, 128), torch.tensor([0]), torch.randn(256, 128)

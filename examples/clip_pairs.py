@@ -31,11 +31,15 @@ def descriptions() -> Tensor:
     return torch.tensor([[float(sentence.count(word)) for word in WORDS] for sentence in SENTENCES])
 
 
-def train(epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0) -> tuple[list[float], float]:
+def train(
+    epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0
+) -> tuple[list[float], float]:
     """The mean loss of every epoch, and the accuracy of retrieval on 300 images that are not trained on."""
     torch.manual_seed(seed)
     digits = load_digits()
-    images = torch.from_numpy(np.repeat(digits.images[:, None] / 8 - 1, 3, axis=1)).float()  # (1797, 3, 8, 8)
+    images = torch.from_numpy(
+        np.repeat(digits.images[:, None] / 8 - 1, 3, axis=1)
+    ).float()  # (1797, 3, 8, 8)
     labels = torch.from_numpy(digits.target)
     texts = descriptions()
 
@@ -53,7 +57,9 @@ def train(epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0) 
             chosen = order[step * batch_size : (step + 1) * batch_size]
             wording = torch.randint(len(WORDINGS), (batch_size,))
             image_features = F.normalize(image_encoder(images[chosen]), dim=1)
-            text_features = F.normalize(text_encoder(texts[labels[chosen] * len(WORDINGS) + wording]), dim=1)
+            text_features = F.normalize(
+                text_encoder(texts[labels[chosen] * len(WORDINGS) + wording]), dim=1
+            )
             # A scale above 100 makes training unstable: CLIP's limit.
             loss = clip_loss(image_features, text_features, log_scale.exp().clamp(max=100))
             optimizer.zero_grad()
@@ -65,7 +71,10 @@ def train(epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0) 
 
     image_encoder.eval()
     with torch.no_grad():
-        similarity = F.normalize(image_encoder(images[-300:]), dim=1) @ F.normalize(text_encoder(texts), dim=1).t()
+        similarity = (
+            F.normalize(image_encoder(images[-300:]), dim=1)
+            @ F.normalize(text_encoder(texts), dim=1).t()
+        )
     nearest = similarity.argmax(1) // len(WORDINGS)
     accuracy = (nearest == labels[-300:]).float().mean().item()
     print(f"nearest description names the right digit: {accuracy:.1%}")
@@ -73,6 +82,8 @@ def train(epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=20)
     train(parser.parse_args().epochs)

@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from lightly.loss.memory_bank import MemoryBankModule
 from lightly.models.modules.heads import MoCoProjectionHead
-from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+from lightly.models.utils import (
+    batch_shuffle,
+    batch_unshuffle,
+    deactivate_requires_grad,
+    update_momentum,
+)
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -44,7 +49,9 @@ class MoCo(nn.Module):
 
     def forward_momentum(self, x: Tensor) -> Tensor:
         x, shuffle = batch_shuffle(x)
-        return batch_unshuffle(self.projection_head_momentum(self.backbone_momentum(x)).detach(), shuffle)
+        return batch_unshuffle(
+            self.projection_head_momentum(self.backbone_momentum(x)).detach(), shuffle
+        )
 
 
 def views(images: Tensor) -> Tensor:
@@ -74,8 +81,12 @@ def train(epochs: int = 5, fused: bool = True, batch_size: int = 128, seed: int 
             update_momentum(model.projection_head, model.projection_head_momentum, m=0.99)
             query, key = model(x_query), model.forward_momentum(x_key)
             if fused:
-                _, negatives = bank(F.normalize(key, dim=1), update=True)  # (32, 512), read before it is updated
-                loss = info_nce(query, key, negatives.t(), temperature=0.1, negatives_normalized=True)
+                _, negatives = bank(
+                    F.normalize(key, dim=1), update=True
+                )  # (32, 512), read before it is updated
+                loss = info_nce(
+                    query, key, negatives.t(), temperature=0.1, negatives_normalized=True
+                )
             else:
                 loss = criterion(query, key)
             optimizer.zero_grad()
@@ -88,7 +99,9 @@ def train(epochs: int = 5, fused: bool = True, batch_size: int = 128, seed: int 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--fused", choices=("true", "false"), default="true")
     arguments = parser.parse_args()

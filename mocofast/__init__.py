@@ -12,4 +12,6 @@ __all__ = ["MoCo", "__version__", "interop", "ops", "optim"]
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__ = lazy_members(__name__, {"methods.moco": ("MoCo",), "interop": (), "ops": (), "optim": ()})
+__getattr__, __dir__ = lazy_members(
+    __name__, {"methods.moco": ("MoCo",), "interop": (), "ops": (), "optim": ()}
+)

@@ -22,7 +22,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line that names the nearest known option; exit status 2; no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         arguments, unknown = self.parse_known_args(argv)
@@ -71,7 +73,9 @@ def pretrain(argv: Sequence[str]) -> int:
             f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM; a checkpoint was written."
         ),
     )
-    parser.add_argument("recipe", nargs="?", help=f"name of a recipe, or a .yaml file [{settings.DEFAULT_RECIPE}]")
+    parser.add_argument(
+        "recipe", nargs="?", help=f"name of a recipe, or a .yaml file [{settings.DEFAULT_RECIPE}]"
+    )
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
@@ -94,7 +98,9 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _
     """A parser of `mocofast NAME CKPT --data.path DIR ...` with one more group of options."""
     parser = _Parser(prog=f"mocofast {name}", description=description)
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
-    parser.add_argument("--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
+    )
     _add_settings(parser, {"data": DataConfig, group: kind})
     return parser
 
@@ -108,7 +114,10 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     given = _given(arguments)
     if "data.path" in given:
         given.setdefault("data.source", "folder")
-    settings.apply(config, {name: value for name, value in given.items() if name.split(".")[0] in settings.groups()})
+    settings.apply(
+        config,
+        {name: value for name, value in given.items() if name.split(".")[0] in settings.groups()},
+    )
     settings.validate(config)
     return model, config, load_datasets(config.data, config.train.seed)
 
@@ -124,7 +133,9 @@ def knn(argv: Sequence[str]) -> int:
     device = choose_device(arguments.device)
     monitor = KNNMonitor.of(datasets, config, device)
     if monitor is None:
-        raise ConfigError(f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}")
+        raise ConfigError(
+            f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}"
+        )
     print(datasets.note)
     for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
         print(f"{name} {value:.4f}")
@@ -140,7 +151,9 @@ def _options(kind: type, group: str, arguments: argparse.Namespace) -> Any:
     options, given = kind(), _given(arguments)
     for setting in settings.settings(group, kind):
         if setting.name in given:
-            setattr(options, setting.name.split(".")[1], settings.coerce(setting, given[setting.name]))
+            setattr(
+                options, setting.name.split(".")[1], settings.coerce(setting, given[setting.name])
+            )
     return options
 
 
@@ -149,7 +162,9 @@ def linear(argv: Sequence[str]) -> int:
     from mocofast.device import choose_device
     from mocofast.evaluate.linear import LinearConfig, linear_probe
 
-    description = "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
+    description = (
+        "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
+    )
     arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
     options = _options(LinearConfig, "linear", arguments)
     model, config, datasets = _load(arguments)
@@ -173,7 +188,9 @@ def finetune(argv: Sequence[str]) -> int:
     description = "Trains a checkpoint's query encoder and a new linear head on labelled images, and validates it."
     parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
     parser.add_argument(
-        "--out", metavar="FILE", help="write the trained classifier's state dict, in torchvision's names"
+        "--out",
+        metavar="FILE",
+        help="write the trained classifier's state dict, in torchvision's names",
     )
     arguments = parser.parse(argv)
     options = _options(FinetuneConfig, "finetune", arguments)
@@ -182,7 +199,9 @@ def finetune(argv: Sequence[str]) -> int:
     _log_to_screen()
     print(datasets.note)
     encoder = model.encoder_q.to(device)
-    result = run(encoder, datasets, config, options, device, choose_autocast(config.train.precision, device))
+    result = run(
+        encoder, datasets, config, options, device, choose_autocast(config.train.precision, device)
+    )
     if arguments.out:
         save_atomically(encoder.state_dict(), Path(arguments.out))
     print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")
@@ -195,7 +214,9 @@ def export(argv: Sequence[str]) -> int:
     from mocofast.interop.export import export as write
     from mocofast.train.checkpoint import load_checkpoint
 
-    parser = _Parser(prog="mocofast export", description="Writes a checkpoint's query encoder in another format.")
+    parser = _Parser(
+        prog="mocofast export", description="Writes a checkpoint's query encoder in another format."
+    )
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
     parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
     parser.add_argument("out", help="the file to write; .safetensors selects that file format")
@@ -214,13 +235,17 @@ def prepare(argv: Sequence[str]) -> int:
     for setting in settings.settings("prepare", module.PrepareConfig):
         flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
         shown = f"{setting.help} [{setting.default}]"
-        parser.add_argument(flag, type=setting.type, default=setting.default, metavar="N", help=shown)
+        parser.add_argument(
+            flag, type=setting.type, default=setting.default, metavar="N", help=shown
+        )
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
     meta = module.prepare(source, out, module.PrepareConfig(**given))
     for name, reason in meta["skipped"].items():
         print(f"left out: {name}: {reason}")
-    print(f"{sum(meta['images'].values())} images in {out}; mocofast pretrain --data.source shards --data.path {out}")
+    print(
+        f"{sum(meta['images'].values())} images in {out}; mocofast pretrain --data.source shards --data.path {out}"
+    )
     return 0
 
 
@@ -235,9 +260,10 @@ def doctor(argv: Sequence[str]) -> int:
     """what this machine has, which path each part takes, and why"""
     from mocofast.doctor import main
 
-    _Parser(prog="mocofast doctor", description="Shows what this machine has, and which path each part takes.").parse(
-        argv
-    )
+    _Parser(
+        prog="mocofast doctor",
+        description="Shows what this machine has, and which path each part takes.",
+    ).parse(argv)
     main()
     return 0
 
@@ -279,28 +305,54 @@ def study(argv: Sequence[str]) -> int:
 
     parser = _Parser(prog="mocofast study", description=module.__doc__)
     parser.add_argument("name", choices=("four-class",), help="which study: four-class")
-    parser.add_argument("--data.path", metavar="DIR", dest="path", required=True, help="train/CLASS and test/CLASS")
     parser.add_argument(
-        "--setting", choices=tuple(module.SETTINGS), default="cpu", help="its sizes, for a [cpu] or a gpu"
+        "--data.path", metavar="DIR", dest="path", required=True, help="train/CLASS and test/CLASS"
     )
     parser.add_argument(
-        "--out", metavar="DIR", default="", help="where to write, and continue [runs/four-class-SETTING]"
+        "--setting",
+        choices=tuple(module.SETTINGS),
+        default="cpu",
+        help="its sizes, for a [cpu] or a gpu",
     )
-    parser.add_argument("--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="",
+        help="where to write, and continue [runs/four-class-SETTING]",
+    )
+    parser.add_argument(
+        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
+    )
     given = parser.parse(argv)
     out = Path(given.out or f"runs/{given.name}-{given.setting}")
     try:
-        module.four_class(given.path, out, module.SETTINGS[given.setting], choose_device(given.device))
+        module.four_class(
+            given.path, out, module.SETTINGS[given.setting], choose_device(given.device)
+        )
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {out}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(f"{(out / 'table.md').read_text(encoding='utf-8')}written to {out}: results.json, table.md, curves.png")
+    print(
+        f"{(out / 'table.md').read_text(encoding='utf-8')}written to {out}: results.json, table.md, curves.png"
+    )
     return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     command.__name__: command
-    for command in (pretrain, knn, linear, finetune, export, prepare, study, bench, doctor, main_moco, main_lincls)
+    for command in (
+        pretrain,
+        knn,
+        linear,
+        finetune,
+        export,
+        prepare,
+        study,
+        bench,
+        doctor,
+        main_moco,
+        main_lincls,
+    )
 }
 
 
@@ -308,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for arguments that cannot be used, 75 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items())
-    usage = f"usage: mocofast COMMAND [...]\n\n{lines}\n\nmocofast COMMAND --help lists its options."
+    usage = (
+        f"usage: mocofast COMMAND [...]\n\n{lines}\n\nmocofast COMMAND --help lists its options."
+    )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0 if argv else 2
@@ -319,7 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mocofast {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"mocofast: unknown command {name!r}{settings.nearest(name, COMMANDS)}\n\n{usage}", file=sys.stderr)
+        print(
+            f"mocofast: unknown command {name!r}{settings.nearest(name, COMMANDS)}\n\n{usage}",
+            file=sys.stderr,
+        )
         return 2
     try:
         return COMMANDS[name](rest)

@@ -15,7 +15,11 @@ from torch import Tensor
 from mocofast.config import ConfigError
 from mocofast.step_parts import step_part
 
-TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # and what stands for them in one process
+TORCHRUN = (
+    ("RANK", "0"),
+    ("WORLD_SIZE", "1"),
+    ("LOCAL_RANK", "0"),
+)  # and what stands for them in one process
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -160,16 +164,23 @@ class BatchShuffle(SharedGenerator):
         rank, world_size = rank_and_world_size()
         size = len(images)
         permutation = torch.randperm(world_size * size, generator=self.generator(images.device))
-        position = torch.argsort(permutation)  # (W*N,): the place of each image in the shuffled batch
+        position = torch.argsort(
+            permutation
+        )  # (W*N,): the place of each image in the shuffled batch
         # index_select would turn channels-last into NCHW, so rows are taken from the (N, H, W, C) view.
-        channels_last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+        channels_last = images.dim() == 4 and images.is_contiguous(
+            memory_format=torch.channels_last
+        )
         rows = images.permute(0, 2, 3, 1) if channels_last else images
         if world_size == 1:
             permutation, restore = to_device([permutation, position], images.device)
             rows = rows.index_select(0, permutation)
         else:
             mine = slice(rank * size, (rank + 1) * size)
-            targets, origins = position[mine], permutation[mine]  # of the images that leave, and that arrive
+            targets, origins = (
+                position[mine],
+                permutation[mine],
+            )  # of the images that leave, and that arrive
             # Sorted by target place, images leave grouped by target rank; they arrive grouped by rank of origin.
             leave = torch.argsort(targets)
             arrive = torch.argsort(torch.argsort(origins // size, stable=True))
@@ -178,7 +189,10 @@ class BatchShuffle(SharedGenerator):
             received = torch.empty_like(sent)
             with step_part("communication"):
                 dist.all_to_all_single(
-                    received, sent, _count(origins // size, world_size), _count(targets // size, world_size)
+                    received,
+                    sent,
+                    _count(origins // size, world_size),
+                    _count(targets // size, world_size),
                 )
             rows = received.index_select(0, arrive)
         return (rows.permute(0, 3, 1, 2) if channels_last else rows), restore

@@ -35,7 +35,9 @@ def report() -> list[Finding]:
         try:
             findings += [Finding(part, use, why) for use, why in probe()]
         except Exception as error:
-            findings.append(Finding(part, "unknown", f"the check failed: {type(error).__name__}: {error}"))
+            findings.append(
+                Finding(part, "unknown", f"the check failed: {type(error).__name__}: {error}")
+            )
     return findings
 
 
@@ -108,7 +110,10 @@ def _device() -> Rows:
     elif gpus == 1:
         yield str(device), "the GPU"
     else:
-        yield str(device), f"one process uses one GPU; for all: torchrun --nproc-per-node {gpus} -m mocofast pretrain"
+        yield (
+            str(device),
+            f"one process uses one GPU; for all: torchrun --nproc-per-node {gpus} -m mocofast pretrain",
+        )
 
 
 def _precision() -> Rows:
@@ -136,7 +141,9 @@ def _missing(module: str) -> bool:
 
 def _triton() -> Rows:
     if _missing("triton"):
-        why = "publishes Linux wheels only" if platform.system() != "Linux" else "pip install triton"
+        why = (
+            "publishes Linux wheels only" if platform.system() != "Linux" else "pip install triton"
+        )
         yield "not installed", why
     else:
         triton = importlib.import_module("triton")
@@ -153,7 +160,10 @@ def _fused_ops() -> Rows:
     if kernels.infonce_forward.__module__ != "mocofast_kernels.cpu":
         yield "Triton kernels", "for the CUDA device"
     elif device.type == "cuda":
-        yield "blocked PyTorch", "Triton is missing, so the GPU takes the slower path: pip install triton"
+        yield (
+            "blocked PyTorch",
+            "Triton is missing, so the GPU takes the slower path: pip install triton",
+        )
     else:
         yield "blocked PyTorch", "no CUDA device; the same mathematics in one pass over the queue"
 
@@ -168,13 +178,18 @@ def _dali() -> Rows:
         extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
         yield "not installed", f"faster on photos: pip install 'mocofast[{extra}]' ({missing})"
     else:
-        dali, backend = (importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.backend"))
+        dali, backend = (
+            importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.backend")
+        )
         if _auto_device().type == "cpu":
             yield dali.__version__, "decodes on the CPU: no CUDA device"
         elif backend.GetCUDADeviceCount():
             yield dali.__version__, "decodes on the GPU"
         else:
-            yield dali.__version__, "finds no GPU though torch does: a wheel for another CUDA version?"
+            yield (
+                dali.__version__,
+                "finds no GPU though torch does: a wheel for another CUDA version?",
+            )
 
 
 def _loader() -> Rows:
@@ -183,7 +198,10 @@ def _loader() -> Rows:
     if dali_missing():
         yield "torchvision", "DALI cannot be imported"
     else:
-        yield "dali", "for image files; images in memory with small views (digits, CIFAR) stay on the device"
+        yield (
+            "dali",
+            "for image files; images in memory with small views (digits, CIFAR) stay on the device",
+        )
 
 
 def _nvimgcodec() -> Rows:
@@ -198,7 +216,9 @@ def _distributed() -> Rows:
     if not torch.distributed.is_available():
         yield "none", "this torch is built without torch.distributed: one process only"
         return
-    backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]
+    backends = [
+        name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()
+    ]
     chosen = "nccl" if _auto_device().type == "cuda" else "gloo"
     yield ", ".join(backends) or "none", f"several processes would use {chosen}"
 
@@ -217,7 +237,10 @@ def _memory() -> Rows:
     limit = Path("/sys/fs/cgroup/memory.max")  # what a container may use
     text = limit.read_text().strip() if limit.exists() else "max"
     if text != "max" and int(text) < total:
-        yield f"{int(text) / GIB:.0f} GiB", f"the container's limit; the machine has {total / GIB:.0f} GiB"
+        yield (
+            f"{int(text) / GIB:.0f} GiB",
+            f"the container's limit; the machine has {total / GIB:.0f} GiB",
+        )
     else:
         yield f"{total / GIB:.0f} GiB", ""
 

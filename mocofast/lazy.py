@@ -17,7 +17,9 @@ def lazy_members(
     names is exported itself.
     """
     submodules = {module: f"{package}.{module}" for module, names in modules.items() if not names}
-    defined_in = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
+    defined_in = {
+        name: f"{package}.{module}" for module, names in modules.items() for name in names
+    }
 
     def get(name: str) -> Any:
         if name in submodules:

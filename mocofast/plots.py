@@ -18,7 +18,9 @@ _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
 def new_figure(width: float, height: float, pad: float | None = None) -> Figure:
     """An empty one, sizes in inches. pad: around its axes; None takes matplotlib's."""
-    figure = Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
+    figure = Figure(
+        figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
+    )
     FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
     return figure
 
@@ -61,12 +63,16 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
     _draw(loss, records, "loss", _BLUE, "loss")
     chance = [record["chance_loss"] for record in records if record.get("chance_loss") is not None]
     if chance:
-        loss.axhline(chance[-1], color=_GRAY, linestyle="--", label=f"chance, log(K + 1) = {chance[-1]:.2f}")
+        loss.axhline(
+            chance[-1], color=_GRAY, linestyle="--", label=f"chance, log(K + 1) = {chance[-1]:.2f}"
+        )
     loss.set(title="InfoNCE loss (may rise at first)", ylabel="loss, in nats")
 
     _draw(pretext, records, "acc1", _BLUE, "Acc@1: ranked first")
     _draw(pretext, records, "acc5", _ORANGE, "Acc@5: among the first five")
-    pretext.set(title="Pretext task: find the other view among K + 1 keys", ylabel="share of the queries")
+    pretext.set(
+        title="Pretext task: find the other view among K + 1 keys", ylabel="share of the queries"
+    )
     pretext.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     _draw(knn, records, "knn_top1", _GREEN, "kNN top-1", evaluation=True)
@@ -102,7 +108,9 @@ def draw_step(bars: Sequence[Bar], title: str) -> Figure:
     return figure
 
 
-def draw_sides(title: str, quantities: Mapping[str, Mapping[str, float]], bars: Sequence[Bar] = ()) -> Figure:
+def draw_sides(
+    title: str, quantities: Mapping[str, Mapping[str, float]], bars: Sequence[Bar] = ()
+) -> Figure:
     """Sides of a benchmark, a panel for each quantity; the first side, ours, is dark.
 
     quantities: by label (with unit), the values by side. bars: our step's, drawn below.
@@ -118,9 +126,20 @@ def draw_sides(title: str, quantities: Mapping[str, Mapping[str, float]], bars: 
     for number, (label, values) in enumerate(quantities.items()):
         axes = first.add_subplot(rows, columns, number + 1)
         widths = [values.get(name, 0.0) for name in names]
-        axes.barh(names, widths, color=["#5b6b7f", *["#c9d3e0"] * (len(names) - 1)], edgecolor="black", linewidth=0.8)
+        axes.barh(
+            names,
+            widths,
+            color=["#5b6b7f", *["#c9d3e0"] * (len(names) - 1)],
+            edgecolor="black",
+            linewidth=0.8,
+        )
         for row, name in enumerate(names):
-            axes.text(widths[row], row, f" {values[name]:.4g}" if name in values else " not measured", va="center")
+            axes.text(
+                widths[row],
+                row,
+                f" {values[name]:.4g}" if name in values else " not measured",
+                va="center",
+            )
         axes.set_xlim(0, 1.3 * max(widths) or 1)
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -136,10 +155,20 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
     """`draw_step` in axes of another figure."""
     total, began = sum(bar.milliseconds for bar in bars), 0.0
     for row, (_, width, floor) in enumerate(bars):
-        axes.barh(row, width, left=began, height=0.66, color="#c9d3e0", edgecolor="black", linewidth=0.8)
+        axes.barh(
+            row, width, left=began, height=0.66, color="#c9d3e0", edgecolor="black", linewidth=0.8
+        )
         text = f"{width:.3g} ms, {width / total:.1%}"
         if floor is not None:
-            axes.barh(row, floor, left=began, height=0.66, color="#5b6b7f", hatch="////", edgecolor="black")
+            axes.barh(
+                row,
+                floor,
+                left=began,
+                height=0.66,
+                color="#5b6b7f",
+                hatch="////",
+                edgecolor="black",
+            )
             text += f"; floor {floor:.3g} ms ({floor / width:.0%})"
         end = began + max(width, floor or 0.0)
         right = end < 0.6 * total  # else the text stands left of the bar
@@ -160,7 +189,12 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
 
 
 def _draw(
-    axes: Axes, records: list[dict[str, Any]], key: str, color: str, label: str, evaluation: bool = False
+    axes: Axes,
+    records: list[dict[str, Any]],
+    key: str,
+    color: str,
+    label: str,
+    evaluation: bool = False,
 ) -> None:
     """A line; an evaluation's points are few and matter singly, so they get dots and the ends their values."""
     points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
@@ -173,7 +207,9 @@ def _draw(
         places = [(0, "left", (6, -13)), (len(points) - 1, "right", (0, 7))]
         for end, side, offset in places if len(points) > 1 else places[1:]:
             text = f"{y[end]:.1%}"
-            axes.annotate(text, points[end], xytext=offset, textcoords="offset points", ha=side, color=color)
+            axes.annotate(
+                text, points[end], xytext=offset, textcoords="offset points", ha=side, color=color
+            )
 
 
 def _finish(axes: Axes) -> None:
@@ -188,4 +224,6 @@ def _finish(axes: Axes) -> None:
         axes.legend(frameon=False, fontsize=9)
     else:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color=_GRAY)
+        axes.text(
+            0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color=_GRAY
+        )

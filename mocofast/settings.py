@@ -32,7 +32,13 @@ def settings(group: str, kind: type) -> Iterator[Setting]:
     """Every option of a group's dataclass."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
-        yield Setting(f"{group}.{f.name}", hints[f.name], f.default, f.metadata["help"], f.metadata.get("choices"))
+        yield Setting(
+            f"{group}.{f.name}",
+            hints[f.name],
+            f.default,
+            f.metadata["help"],
+            f.metadata.get("choices"),
+        )
 
 
 def groups() -> dict[str, type]:
@@ -53,7 +59,11 @@ def coerce(setting: Setting, value: Any) -> Any:
         result = _coerce(setting.type, value)
     except (KeyError, TypeError, ValueError):
         plain = not typing.get_args(setting.type)
-        expected = setting.type.__name__ if plain else f"{len(setting.default)} values like {setting.default}"
+        expected = (
+            setting.type.__name__
+            if plain
+            else f"{len(setting.default)} values like {setting.default}"
+        )
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
     if setting.choices and result not in setting.choices:
         raise ConfigError(
@@ -76,12 +86,16 @@ def _coerce(kind: Any, value: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+            str(value).lower()
+        ]
     if kind is str:
         if not isinstance(value, str):
             raise TypeError
         return value
-    if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
+    if isinstance(value, bool) or (
+        kind is int and isinstance(value, float) and value != int(value)
+    ):
         raise TypeError
     result = kind(value)
     if isinstance(result, float) and not math.isfinite(result):
@@ -154,7 +168,9 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 def recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("mocofast") / "recipes"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name: str) -> Config:
@@ -165,9 +181,14 @@ def load_recipe(name: str) -> Config:
             raise ConfigError(f"no recipe file {name!r}")
         text, title = path.read_text(encoding="utf-8"), path.stem
     elif name in recipes():
-        text, title = (resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), name
+        text, title = (
+            (resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"),
+            name,
+        )
     else:
-        raise ConfigError(f"unknown recipe {name!r}{nearest(name, recipes())} (there are: {', '.join(recipes())})")
+        raise ConfigError(
+            f"unknown recipe {name!r}{nearest(name, recipes())} (there are: {', '.join(recipes())})"
+        )
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -187,7 +208,10 @@ def validate(config: Config) -> None:
         "model.temperature": (c.model.temperature > 0, "above 0"),
         "model.bn_splits": (c.model.bn_splits >= 1, "at least 1"),
         "model.hidden_dim": (c.model.hidden_dim >= 1, "at least 1"),
-        "model.sync_bn": (not c.model.sync_bn or c.model.bn_splits == 1, "false where model.bn_splits is above 1"),
+        "model.sync_bn": (
+            not c.model.sync_bn or c.model.bn_splits == 1,
+            "false where model.bn_splits is above 1",
+        ),
         "model.prototypes": (c.model.prototypes >= 2, "at least 2"),
         "model.epsilon": (c.model.epsilon > 0, "above 0"),
         "model.freeze_prototypes": (c.model.freeze_prototypes >= 0, "at least 0"),
@@ -205,12 +229,21 @@ def validate(config: Config) -> None:
             0 < c.augment.crop_scale[0] <= c.augment.crop_scale[1] <= 1,
             "two shares, 0 < smallest <= largest <= 1",
         ),
-        "augment.blur_sigma": (0 < c.augment.blur_sigma[0] <= c.augment.blur_sigma[1], "0 < smallest <= largest"),
-        "augment.jitter": (min(c.augment.jitter) >= 0 and c.augment.jitter[3] <= 0.5, "at least 0; hue at most 0.5"),
+        "augment.blur_sigma": (
+            0 < c.augment.blur_sigma[0] <= c.augment.blur_sigma[1],
+            "0 < smallest <= largest",
+        ),
+        "augment.jitter": (
+            min(c.augment.jitter) >= 0 and c.augment.jitter[3] <= 0.5,
+            "at least 0; hue at most 0.5",
+        ),
         "augment.std": (min(c.augment.std) > 0, "above 0"),
         "optim.lr": (c.optim.lr >= 0, "at least 0"),
         "optim.lr_per": (c.optim.lr_per >= 0, "at least 0"),
-        "optim.betas": (0 <= min(c.optim.betas) <= max(c.optim.betas) < 1, "two shares, 0 to below 1"),
+        "optim.betas": (
+            0 <= min(c.optim.betas) <= max(c.optim.betas) < 1,
+            "two shares, 0 to below 1",
+        ),
         "optim.warmup_epochs": (c.optim.warmup_epochs >= 0, "at least 0"),
         "train.epochs": (c.train.epochs >= 0, "at least 0"),
         "train.accumulate": (c.train.accumulate >= 1, "at least 1"),
@@ -228,14 +261,19 @@ def validate(config: Config) -> None:
             for p in ("flip", "jitter_p", "gray", "blur", "solarize")
         },
         **{
-            f"augment.{p}": (getattr(c.augment, p) == -1 or 0 <= getattr(c.augment, p) <= 1, "a probability, or -1")
+            f"augment.{p}": (
+                getattr(c.augment, p) == -1 or 0 <= getattr(c.augment, p) <= 1,
+                "a probability, or -1",
+            )
             for p in ("blur_2", "solarize_2")
         },
     }
     for name, (holds, expected) in rules.items():
         if not holds:
             group, key = name.split(".")
-            raise ConfigError(f"{name}: expected {expected}, got {getattr(getattr(c, group), key)!r}")
+            raise ConfigError(
+                f"{name}: expected {expected}, got {getattr(getattr(c, group), key)!r}"
+            )
     if c.data.source in ("folder", "shards") and not c.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
 

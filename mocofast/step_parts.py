@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 STEP = "step"  # as torch.profiler shows a whole one
-FORWARD = {"encoder_q": "query forward", "encoder_k": "key forward"}  # by what a Method calls its encoders
+FORWARD = {
+    "encoder_q": "query forward",
+    "encoder_k": "key forward",
+}  # by what a Method calls its encoders
 OTHER = "other"  # what no part names
 OVERLAP = "overlapped"  # counted twice above: what one stream of a GPU did beside another
 
@@ -31,7 +34,9 @@ class Span(NamedTuple):
 class Step(NamedTuple):
     """A step that ended."""
 
-    marks: list[tuple[str, Any, Any]]  # part, and the moments between which it was the innermost one
+    marks: list[
+        tuple[str, Any, Any]
+    ]  # part, and the moments between which it was the innermost one
     images: Counter[str]  # that each part worked on, where it says so
 
     def spans(self) -> list[Span]:

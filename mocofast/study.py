@@ -106,9 +106,15 @@ def four_class(data: str, out: Path, setting: Setting, device: torch.device) -> 
     if place.exists():
         results = json.loads(place.read_text(encoding="utf-8"))
         if results["study"] != described:
-            raise ConfigError(f"out: {out} holds a study of other images or settings; choose another folder")
+            raise ConfigError(
+                f"out: {out} holds a study of other images or settings; choose another folder"
+            )
     _link_images(data, out / "images", setting)
-    results["versions"] = {"mocofast": __version__, "torch": torch.__version__, "device": _describe(device)}
+    results["versions"] = {
+        "mocofast": __version__,
+        "torch": torch.__version__,
+        "device": _describe(device),
+    }
 
     jobs = 1 if device.type == "cuda" else count_workers(-1)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
@@ -117,12 +123,20 @@ def four_class(data: str, out: Path, setting: Setting, device: torch.device) -> 
     def tune(name: str, start: str) -> None:
         for seed in range(setting.seeds):
             if f"{name} {start} {seed}" not in results["runs"]:
-                pending[pool.submit(_tune, out, name, start, seed, setting, str(device))] = name, start, seed
+                pending[pool.submit(_tune, out, name, start, seed, setting, str(device))] = (
+                    name,
+                    start,
+                    seed,
+                )
 
     try:
         for name, model in reversed(setting.models.items()):  # the ViT's pretraining takes longest
             if name not in results["knn"]:
-                pending[pool.submit(_pretrain, out, name, model, str(device))] = name, "pretraining", None
+                pending[pool.submit(_pretrain, out, name, model, str(device))] = (
+                    name,
+                    "pretraining",
+                    None,
+                )
         for name in setting.models:
             tune(name, "scratch")
             if name in results["knn"]:
@@ -135,7 +149,10 @@ def four_class(data: str, out: Path, setting: Setting, device: torch.device) -> 
                     tune(name, "pretrained")
                 else:
                     results["runs"][f"{name} {start} {seed}"] = done.result()
-                    print(f"{name}, {start}, seed {seed}: accuracy {done.result()[-1]:.1%}", flush=True)
+                    print(
+                        f"{name}, {start}, seed {seed}: accuracy {done.result()[-1]:.1%}",
+                        flush=True,
+                    )
                 _write(place, json.dumps(results, indent=1))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -155,16 +172,26 @@ def _link_images(data: str, folder: Path, setting: Setting) -> None:
         return
     datasets = load_datasets(DataConfig(path=data))
     if datasets.val is None or len(datasets.train.classes) < CLASSES:
-        raise ConfigError(f"data.path: the study needs {CLASSES} classes, each a folder; got {datasets.note}")
+        raise ConfigError(
+            f"data.path: the study needs {CLASSES} classes, each a folder; got {datasets.note}"
+        )
     rng = np.random.default_rng(0)
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for part, source, count in (("train", datasets.train, setting.unlabelled), ("test", datasets.val, setting.test)):
+    for part, source, count in (
+        ("train", datasets.train, setting.unlabelled),
+        ("test", datasets.val, setting.test),
+    ):
         assert isinstance(source, FolderSource)
         assert source.labels is not None
         for index in _drawn(source, count, rng):
             path = Path(source.load(int(index))).resolve()
-            place = unfinished / part / source.classes[source.labels[index]] / f"{index:06}{path.suffix}"
+            place = (
+                unfinished
+                / part
+                / source.classes[source.labels[index]]
+                / f"{index:06}{path.suffix}"
+            )
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)
     unfinished.rename(folder)
@@ -205,7 +232,9 @@ def _pretrain(out: Path, name: str, model: Model, device: str) -> dict[str, floa
     return {"before": result.before["knn_top1"], "after": result.after["knn_top1"]}
 
 
-def _tune(out: Path, name: str, start: str, seed: int, setting: Setting, device: str) -> list[float]:
+def _tune(
+    out: Path, name: str, start: str, seed: int, setting: Setting, device: str
+) -> list[float]:
     """Accuracy on the test images after every epoch on the labelled ones, which `seed` draws."""
     model = setting.models[name]
     config = _config(out, name, model, device)
@@ -217,7 +246,9 @@ def _tune(out: Path, name: str, start: str, seed: int, setting: Setting, device:
         encoder = build_method(config).encoder_q
     train_images, val, note = load_datasets(config.data)
     assert isinstance(train_images, FolderSource)
-    labelled = train_images.subset(_drawn(train_images, setting.labelled, np.random.default_rng(seed)))
+    labelled = train_images.subset(
+        _drawn(train_images, setting.labelled, np.random.default_rng(seed))
+    )
     place = torch.device(device)
     accuracy: list[float] = []
     finetune(
@@ -260,7 +291,9 @@ def table(results: dict[str, Any], setting: Setting) -> str:
             gain = _spread(pretrained[:, -1] - scratch[:, -1]) if start == "pretrained" else ""
             steps = np.abs(np.diff(curves, axis=1)).mean(axis=1)
             early = _spread(curves[:, :5][:, -1])
-            rows.append(f"| {name} | {start} | {early} | {_spread(curves[:, -1])} | {gain} | {_spread(steps)} |")
+            rows.append(
+                f"| {name} | {start} | {early} | {_spread(curves[:, -1])} | {gain} | {_spread(steps)} |"
+            )
     return "\n".join(rows) + "\n"
 
 
@@ -277,7 +310,9 @@ def draw(results: dict[str, Any], setting: Setting) -> Figure:
         for start, color in zip(STARTS, ("#7a7f87", "#1f6feb")):
             curves = _curves(results, setting, name, start)
             epochs = np.arange(1, curves.shape[1] + 1)
-            axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(
+                epochs, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0
+            )
             label = "from scratch" if start == "scratch" else "from MoCo's pretraining"
             axes.plot(epochs, curves.mean(0), color=color, label=label)
         axes.axhline(1 / CLASSES, color="#7a7f87", linestyle=":", linewidth=1)

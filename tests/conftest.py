@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = os.environ.get("MOCOFAST_DATA")
     if not root or not (Path(root) / archive).exists():
-        pytest.skip(f"set MOCOFAST_DATA to the folder that holds {archive} to run this test on real images")
+        pytest.skip(
+            f"set MOCOFAST_DATA to the folder that holds {archive} to run this test on real images"
+        )
     out = tmp_path_factory.getbasetemp() / archive.split(".")[0]
     if not out.exists():
         with tarfile.open(Path(root) / archive) as tar:

@@ -57,7 +57,11 @@ class EagerMemoryBank(nn.Module):
         super().__init__()
         self.encoder_q = copy.deepcopy(model.encoder_q).to(dtype)
         self.register_buffer("bank", model.bank.to(dtype))
-        self.temperature, self.momentum, self.negatives = model.temperature, model.momentum, model.negatives
+        self.temperature, self.momentum, self.negatives = (
+            model.temperature,
+            model.momentum,
+            model.negatives,
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         v = F.normalize(self.encoder_q(batch.views[0]), dim=1)
@@ -68,7 +72,9 @@ class EagerMemoryBank(nn.Module):
         logits = torch.cat([positive, v @ negatives.t()], dim=1) / self.temperature
         before = self.bank.clone()
         for slot, embedding in zip(batch.index.tolist(), v.detach()):
-            self.bank[slot] = F.normalize(self.momentum * before[slot] + (1 - self.momentum) * embedding, dim=0)
+            self.bank[slot] = F.normalize(
+                self.momentum * before[slot] + (1 - self.momentum) * embedding, dim=0
+            )
         return F.cross_entropy(logits, torch.zeros(len(v), dtype=torch.int64))
 
 
@@ -77,9 +83,16 @@ class EagerSwAV(nn.Module):
 
     def __init__(self, model: SwAV, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.prototypes = copy.deepcopy(model.encoder_q), copy.deepcopy(model.prototypes)
+        self.encoder_q, self.prototypes = (
+            copy.deepcopy(model.encoder_q),
+            copy.deepcopy(model.prototypes),
+        )
         self.to(dtype)
-        self.temperature, self.epsilon, self.frozen = model.temperature, model.epsilon, model.freeze_prototypes
+        self.temperature, self.epsilon, self.frozen = (
+            model.temperature,
+            model.epsilon,
+            model.freeze_prototypes,
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -88,7 +101,8 @@ class EagerSwAV(nn.Module):
         scores = self.prototypes(z).chunk(2)
         codes = [self.code(s.detach()) for s in scores]
         losses = [
-            -(code * F.log_softmax(s / self.temperature, dim=1)).sum(1).mean() for code, s in zip(codes, scores[::-1])
+            -(code * F.log_softmax(s / self.temperature, dim=1)).sum(1).mean()
+            for code, s in zip(codes, scores[::-1])
         ]
         return (losses[0] + losses[1]) / 2
 
@@ -167,4 +181,6 @@ def trajectory(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    return {name: value.detach().double().clone() for name, value in {"losses": mean, **state}.items()}
+    return {
+        name: value.detach().double().clone() for name, value in {"losses": mean, **state}.items()
+    }

@@ -31,17 +31,26 @@ class EagerMoCo(nn.Module):
 
     def __init__(self, model: MoCo, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.encoder_q, self.encoder_k = (
+            copy.deepcopy(model.encoder_q),
+            copy.deepcopy(model.encoder_k),
+        )
         for encoder in (self.encoder_q, self.encoder_k):
             loop_splits(encoder)
         self.register_buffer("queue", model.queue.clone().t())
         self.to(dtype)
-        self.momentum, self.temperature, self.pointer = model.momentum, model.temperature, int(model.queue_ptr)
+        self.momentum, self.temperature, self.pointer = (
+            model.momentum,
+            model.temperature,
+            int(model.queue_ptr),
+        )
         self.symmetric = model.symmetric
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         with torch.no_grad():
-            for key_weight, query_weight in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            for key_weight, query_weight in zip(
+                self.encoder_k.parameters(), self.encoder_q.parameters()
+            ):
                 key_weight.copy_(self.momentum * key_weight + (1 - self.momentum) * query_weight)
         loss, keys = self.contrast(im_q, im_k)
         if self.symmetric:
@@ -60,12 +69,19 @@ class EagerMoCo(nn.Module):
             permutation = torch.randperm(len(images))
             if dist.is_initialized():
                 dist.broadcast(permutation, 0)
-            rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            rank, world_size = (
+                (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            )
             shuffled = images[permutation.view(world_size, -1)[rank]]
             keys = gather(F.normalize(self.encoder_k(shuffled), dim=1))[permutation.argsort()]
             k = keys.view(world_size, -1, keys.shape[1])[rank]
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / self.temperature
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)), keys
+        logits = (
+            torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)
+            / self.temperature
+        )
+        return F.cross_entropy(
+            logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        ), keys
 
 
 class LoopedSplitBatchNorm(nn.Module):

@@ -83,7 +83,10 @@ def rank_bounds(
         )
         length_query, length_positive = query.double().norm(dim=1), positive.double().norm(dim=1)
         if normalize:
-            length_query, length_positive = torch.ones_like(length_query), torch.ones_like(length_positive)
+            length_query, length_positive = (
+                torch.ones_like(length_query),
+                torch.ones_like(length_positive),
+            )
         length = negatives.double().norm(dim=1)
         if normalize_negatives:
             length = torch.ones_like(length)

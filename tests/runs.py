@@ -45,9 +45,18 @@ def mocofast(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     return _run([sys.executable, "-m", "mocofast", *arguments], check)
 
 
-def torchrun(processes: int, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, script: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node N -m mocofast ARGS`, or a script in place of the module."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return _run([*launcher, *([script] if script else ["-m", "mocofast"]), *arguments], True)
 
 
@@ -55,15 +64,25 @@ def compiled(module: str, *arguments: str, **variables: str) -> subprocess.Compl
     """`python -m MODULE ARGS` with Triton's compiler, where this process may have its interpreter."""
     inherited = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=inherited | variables, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=inherited | variables, capture_output=True, text=True, check=False
+    )
 
 
 def _run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        cwd=ROOT,
     )
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
     return done
 
 

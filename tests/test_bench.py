@@ -21,9 +21,24 @@ CPU = torch.device("cpu")
 CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU
 
 
-def test_kernels_reports_both_sides_and_appends_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_reports_both_sides_and_appends_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "rows.jsonl"
-    command = ["kernels", "--n", "8", "--k", "64", "--c", "4", "--repeats", "2", "--no-compile", "--device", "cpu"]
+    command = [
+        "kernels",
+        "--n",
+        "8",
+        "--k",
+        "64",
+        "--c",
+        "4",
+        "--repeats",
+        "2",
+        "--no-compile",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, "--save", str(target)]) == 0
     row = json.loads(target.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
@@ -32,7 +47,9 @@ def test_kernels_reports_both_sides_and_appends_its_row(tmp_path: Path, capsys: 
     assert set(row["extra_bytes"]) == set(row["milliseconds"])
     assert "Liger" in row["skipped"]
     # 4 N K C operations at the rate that the same row states; both are rounded.
-    assert row["floor_milliseconds"] == pytest.approx(4 * 8 * 64 * 4 / row["matrix_gflops"] / 1e6, rel=1e-3, abs=1e-4)
+    assert row["floor_milliseconds"] == pytest.approx(
+        4 * 8 * 64 * 4 / row["matrix_gflops"] / 1e6, rel=1e-3, abs=1e-4
+    )
     assert row["torch"] == torch.__version__
     assert row["device"]
 
@@ -44,7 +61,9 @@ def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["weights"] == 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert row["bytes"] == 3 * 4 * row["weights"]
     assert len(weight_shapes()) == row["tensors"]
-    assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel"} <= set(row["milliseconds"])
+    assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel"} <= set(
+        row["milliseconds"]
+    )
 
 
 def test_the_benchmarks_weights_are_those_of_a_resnet50_with_mocos_head() -> None:
@@ -87,13 +106,17 @@ def allocate(megabytes: int) -> int | None:
     return timing.peak_extra_memory(lambda: torch.ones(megabytes, 2**18), CPU)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc"
+)
 def test_the_memory_gauge_sees_a_known_allocation_that_is_freed_again() -> None:
     extra = timing.in_fresh_process(allocate, 32)
     assert extra == pytest.approx(32 * 2**20, abs=3 * 2**20)  # and some pages of code
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="the memory gauge reads /proc"
+)
 def test_info_nce_takes_at_most_6_percent_of_eagers_extra_memory() -> None:
     extra = {
         name: timing.in_fresh_process(kernels.memory_of, name, CLAIM, torch.float32, "cpu")
@@ -115,7 +138,9 @@ def test_info_nce_is_3_and_a_half_times_as_fast_as_eager_on_an_idle_cpu() -> Non
     assert times["eager"].median >= 3.5 * times["mocofast"].median
 
 
-def test_optim_reports_every_optimiser_and_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_optim_reports_every_optimiser_and_counts_its_bytes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["optim", "--repeats", "1", "--device", "cpu"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     weights = row["weights"]
@@ -141,7 +166,9 @@ def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.M
         for _ in range(3):
             step()
     for ours, theirs in zip(*([*w.params, *w.targets, *w.shadows[0], *w.shadows[1]] for w in pair)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32 rounding, values below 1
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=1e-6
+        )  # float32 rounding, values below 1
     assert all((p - before).abs().max() > 1e-5 for p, before in zip(pair[0].params, start))
 
 

@@ -35,7 +35,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def options(folder: Path) -> list[str]:
-    short = ["--recipe", "cifar10_r18", "--batch-size", "2", "--workers", "1", "--repeats", "1", "--device", "cpu"]
+    short = [
+        "--recipe",
+        "cifar10_r18",
+        "--batch-size",
+        "2",
+        "--workers",
+        "1",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     return ["data", str(folder), *short]
 
 
@@ -48,7 +59,9 @@ def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
     out = capsys.readouterr().out
     row = json.loads(out.splitlines()[-1])
     rates = row["pairs_per_second"]
-    assert set(rates) == {"torchvision", "reference", "v2 tensors"} | (set() if dali_missing() else {"dali"})
+    assert set(rates) == {"torchvision", "reference", "v2 tensors"} | (
+        set() if dali_missing() else {"dali"}
+    )
     for name, rate in rates.items():
         assert rate > 0
         assert row["speedup"][name] == pytest.approx(rate / rates["reference"], rel=0.01)
@@ -92,13 +105,17 @@ def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:
 
 def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
     """Everything random that changes colours or shapes off: what is left is the image, resized and normalised."""
-    augment = AugmentConfig(size=20, crop_scale=(1.0, 1.0), flip=0.0, jitter_p=0.0, gray=0.0, blur=0.0)
+    augment = AugmentConfig(
+        size=20, crop_scale=(1.0, 1.0), flip=0.0, jitter_p=0.0, gray=0.0, blur=0.0
+    )
     pairs = TensorPairs(files(folder, labelled=False), augment)
     assert len(pairs) == 16
     view = pairs[3][0]
     with Image.open(folder / sorted(path.name for path in folder.iterdir())[3]) as image:
         expected = np.asarray(image.resize((20, 20), Image.Resampling.BILINEAR, box=(0, 0, 30, 40)))
-    pixels = view * torch.tensor(augment.std).view(3, 1, 1) + torch.tensor(augment.mean).view(3, 1, 1)
+    pixels = view * torch.tensor(augment.std).view(3, 1, 1) + torch.tensor(augment.mean).view(
+        3, 1, 1
+    )
     # The crop is whole, or nearly (aspect 3/4): means over the image agree, where another image's are 3 away.
     assert (255 * pixels.mean((1, 2)) - torch.tensor(expected.mean((0, 1)))).abs().max() < 1
     everything = AugmentConfig(size=20, rotate=10.0, blur=1.0)
@@ -116,18 +133,24 @@ def test_tuning_takes_what_is_clearly_faster_option_by_option() -> None:
     def measure(candidates: list[DataConfig]) -> list[list[float]]:
         seen.append([(data.workers, data.prefetch) for data in candidates])
         return [
-            [speed["workers"][d.workers] * speed["prefetch"][d.prefetch] * x for x in (0.9, 1, 3)] for d in candidates
+            [speed["workers"][d.workers] * speed["prefetch"][d.prefetch] * x for x in (0.9, 1, 3)]
+            for d in candidates
         ]
 
     rows: list[dict[str, object]] = []
     stages: list[tuple[str, list[object]]] = [("workers", [1, 2, 4]), ("prefetch", [1, 2, 4])]
     best = tune.tuned_loader(DataConfig(loader="dali", workers=2), stages, measure, rows)
     assert (best.workers, best.prefetch) == (4, 2)
-    assert seen == [[(2, 2), (1, 2), (4, 2)], [(4, 2), (4, 1), (4, 4)]]  # medians, each with the best so far
+    assert seen == [
+        [(2, 2), (1, 2), (4, 2)],
+        [(4, 2), (4, 1), (4, 4)],
+    ]  # medians, each with the best so far
     assert [row.get("workers", row.get("prefetch")) for row in rows if row["best"]] == [4, 2]
 
 
-def test_tuning_writes_a_recipe_that_pretrain_accepts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_writes_a_recipe_that_pretrain_accepts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real loaders, one batch a measurement."""
     (folder / "0.jpg").write_bytes(b"no image")
     out = folder.parent / "tuned.yaml"
@@ -135,7 +158,10 @@ def test_tuning_writes_a_recipe_that_pretrain_accepts(folder: Path, capsys: pyte
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     tuned, recipe = load_recipe(str(out)), load_recipe("cifar10_r18")
     best = {
-        key: value for r in row["rows"] if r["best"] and r["loader"] == tuned.data.loader for key, value in r.items()
+        key: value
+        for r in row["rows"]
+        if r["best"] and r["loader"] == tuned.data.loader
+        for key, value in r.items()
     }
     assert (tuned.data.workers, tuned.data.prefetch) == (best["workers"], best["prefetch"])
     assert (tuned.data.source, tuned.data.path) == ("folder", str(folder.resolve()))
@@ -145,7 +171,15 @@ def test_tuning_writes_a_recipe_that_pretrain_accepts(folder: Path, capsys: pyte
 
 def test_the_gpu_decoders_options_are_tuned_on_a_gpu_alone(folder: Path) -> None:
     source = files(folder, labelled=False)
-    names = [[name for name, _ in tune._stages("dali", 4, source, torch.device(kind))] for kind in ("cpu", "cuda")]
-    assert names == [["workers", "prefetch"], ["workers", "prefetch", "hw_decoder_load", "preallocate"]]
-    assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [(30, 40)]  # width, height
+    names = [
+        [name for name, _ in tune._stages("dali", 4, source, torch.device(kind))]
+        for kind in ("cpu", "cuda")
+    ]
+    assert names == [
+        ["workers", "prefetch"],
+        ["workers", "prefetch", "hw_decoder_load", "preallocate"],
+    ]
+    assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [
+        (30, 40)
+    ]  # width, height
     assert tune._stages("torchvision", 1, source, torch.device("cuda"))[0] == ("workers", [1])

@@ -46,7 +46,9 @@ def test_moco_s_own_configurations_do_not_spill_and_use_the_matrix_unit() -> Non
     _assert_sound(reports)
     # Two types of queue on three architectures, a sweep and its combination each; equal code is reported once.
     assert len([r for r in reports if r["kernel"] == "_sweep_kernel"]) == 6
-    hopper = next(r for r in reports if r["capability"] == 90 and r["case"].split(", ")[2] == "bf16")
+    hopper = next(
+        r for r in reports if r["capability"] == 90 and r["case"].split(", ")[2] == "bf16"
+    )
     # What lets two programs share a multiprocessor: 65536 registers and 228 KB for both.
     assert hopper["registers"] * 128 * 2 <= 65536
     assert hopper["shared"] * 2 <= 227 * 1024
@@ -73,16 +75,26 @@ def test_every_kind_of_launch_compiles_for_hopper() -> None:
 def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
     """Four memory instructions in the place of one were 2.3 times the code, and 2.5 times the registers."""
     reports = _reports(
-        "--capability", "90", "--only", r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
+        "--capability",
+        "90",
+        "--only",
+        r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)",
     )
     _assert_sound(reports)
     found: dict[str, list[int]] = {}
     for report in reports:
-        found.setdefault(report["case"].split(",")[0] + report["kernel"], []).append(report["instructions"])
+        found.setdefault(report["case"].split(",")[0] + report["kernel"], []).append(
+            report["instructions"]
+        )
     for name in ("sgd__sgd_kernel", "adamw__adamw_kernel", "ema_ema_kernel"):
         wide, narrow = found[name]
         assert 1.8 * wide < narrow, (name, wide, narrow)
-    assert {"lars__squares_kernel", "lars__trust_kernel", "lars__sgd_kernel", "adamw__count_kernel"} <= found.keys()
+    assert {
+        "lars__squares_kernel",
+        "lars__trust_kernel",
+        "lars__sgd_kernel",
+        "adamw__count_kernel",
+    } <= found.keys()
 
 
 def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs() -> None:

@@ -30,13 +30,16 @@ def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[
     for entry in lines:
         for name in (name for name in entry if name.startswith("sm_")):
             rows.setdefault(
-                (entry["case"], entry["kernel"], name), dict(zip(head["fields"], entry[name], strict=True))
+                (entry["case"], entry["kernel"], name),
+                dict(zip(head["fields"], entry[name], strict=True)),
             )
     return head, rows
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
+def table(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
     """What it printed, the rows it wrote, and its summary, for one case of each kind."""
     folder = tmp_path_factory.mktemp("static")
     only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
@@ -48,9 +51,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[tuple[str
 
 def test_bytes_and_operations_are_those_of_the_mathematics(table: Any) -> None:
     _, rows, _ = table
-    weights = 27_966_656  # torchvision's ResNet-50 without fc, 23,508,032, and the two layers of the head
+    weights = (
+        27_966_656  # torchvision's ResNet-50 without fc, 23,508,032, and the two layers of the head
+    )
     assert rows[EMA, "_ema_kernel", "sm_90"]["bytes"] == 3 * 4 * weights
-    vectors = 53_120 + 2048 + 128  # the two numbers of each normalised channel, and the head's biases
+    vectors = (
+        53_120 + 2048 + 128
+    )  # the two numbers of each normalised channel, and the head's biases
     assert rows[LARS, "_squares_kernel", "sm_90"]["bytes"] == 2 * 4 * (weights - vectors)
     # Keys in float32 are read, the rows they go to written, the pointer read.
     assert rows[ENQUEUE, "_enqueue_kernel", "sm_90"]["bytes"] == 2 * 4 * 256 * 128 + 8
@@ -89,8 +96,12 @@ def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
         pytest.skip(f"the table is Triton {head['triton']}'s")
     for key, row in table[1].items():
         if key in committed:  # equal code stands once, at the first case that has it
-            assert committed[key] == row, f"{key}: regenerate it as benchmarks/results/static.md says"
-    assert {(MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS} <= committed.keys()
+            assert committed[key] == row, (
+                f"{key}: regenerate it as benchmarks/results/static.md says"
+            )
+    assert {
+        (MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS
+    } <= committed.keys()
     assert max(row["spills"] for row in committed.values()) == 0
 
 
@@ -119,7 +130,9 @@ def test_occupancy_is_what_registers_shared_memory_threads_and_tensor_memory_all
     assert residents(_report(registers=16, warps=4), GPUS[90]) == 16  # 2048 threads
     assert residents(_report(registers=16, warps=1), GPUS[90]) == 32
     assert residents(_report(registers=33, warps=4), GPUS[90]) == 12  # 33 are allocated as 40
-    assert residents(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2  # and 1 KB each of 164
+    assert (
+        residents(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2
+    )  # and 1 KB each of 164
     assert residents(_report(registers=128, warps=4, shared=82 * 1024), GPUS[80]) == 1
     assert residents(_report(registers=128, warps=4, tensor_memory=256), GPUS[100]) == 2
 
@@ -130,7 +143,9 @@ def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_a
         "FADD R1, R1, R2", "FFMA R1, R1, R2, R3", "@P1 BRA 0x0030", "MUFU.EX2 R1, R1", "@P0 CALL.REL.NOINC 0x0080",
         "BRA 0x0020", "MUFU.EX2 R1, R1", "MUFU.EX2 R1, R1", "NOP", "BRA.U !UP2, 0x0080", "EXIT", "BRA 0x00d0",
     ]  # fmt: skip
-    code = disassembled("\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines)))
+    code = disassembled(
+        "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
+    )
     # Loops: 0x20 to 0x70 with an inner one from 0x30 to 0x40, and 0x80 to 0xb0, which has more exponentials.
     assert main_loop(code, 5) == {"MUFU": 2, "BRA": 1}
     shorter = [x for x in code if x.address != 0x90]

@@ -17,7 +17,24 @@ def test_it_reports_every_mode_with_its_floor(
 ) -> None:
     monkeypatch.setattr(norm, "LAYERS", ((8, 6), (24, 3)))
     monkeypatch.setattr(norm, "ROTATED", 3 * 6 * 8 * 6 * 6 * 4)
-    assert main(["norm", "--n", "6", "--splits", "3", "--layer", "1", "--repeats", "1", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "norm",
+                "--n",
+                "6",
+                "--splits",
+                "3",
+                "--layer",
+                "1",
+                "--repeats",
+                "1",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["benchmark"], row["splits"], row["dtype"]) == ("norm", 3, "float32")
     assert [r["mode"] for r in row["rows"]] == list(norm.MODES)

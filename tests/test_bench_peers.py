@@ -17,7 +17,11 @@ from tests.oracle import info_nce_oracle
 
 CPU = torch.device("cpu")
 SIZES = (5, 67, 24)  # odd rows and a prime K: no block divides them
-PACKAGES = {"cut-cross-entropy compiled": "cut_cross_entropy", "Liger": "liger_kernel", "lightly": "lightly"}
+PACKAGES = {
+    "cut-cross-entropy compiled": "cut_cross_entropy",
+    "Liger": "liger_kernel",
+    "lightly": "lightly",
+}
 HERE = [name for name, peer in peers.all_peers(torch.float32).items() if not peer.needs]
 
 
@@ -38,12 +42,16 @@ def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:
 def test_a_peer_has_our_loss_and_gradient(name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    with torch.compiler.set_stance("force_eager"):  # the formula that is compiled, without the minute of compiling
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # the formula that is compiled, without the minute of compiling
         loss_and_gradient(peers.all_peers(torch.float32)[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in HERE if peers.all_peers(torch.float32)[name].compiles])
+@pytest.mark.parametrize(
+    "name", [name for name in HERE if peers.all_peers(torch.float32)[name].compiles]
+)
 def test_a_compiled_peer_has_our_loss_and_gradient(name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
@@ -71,7 +79,9 @@ def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
         loss = peer.build(sizes, dtype)(query, positive, negatives.clone())
         (gradient,) = torch.autograd.grad(loss, query)
         low = dtype == torch.bfloat16  # logits up to 5, rounded to 8 bits by those that write them
-        torch.testing.assert_close(loss.double(), exact, rtol=2e-2 if low else 1e-3, atol=0, msg=name)
+        torch.testing.assert_close(
+            loss.double(), exact, rtol=2e-2 if low else 1e-3, atol=0, msg=name
+        )
         error = (gradient.double() - want.double()).norm() / want.double().norm()
         assert error < (5e-2 if low else 5e-3), name
 
@@ -127,7 +137,10 @@ def test_every_side_of_the_ema_averages_alike() -> None:
     shapes = [(7, 3), (5,), (2, 3, 1, 1)]
     torch.manual_seed(0)
     sources, sides, skipped = ema.sides(shapes, torch.float32, CPU)
-    assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel", "timm.ModelEmaV3"} == {*sides, *skipped}
+    assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel", "timm.ModelEmaV3"} == {
+        *sides,
+        *skipped,
+    }
     for side in sides.values():
         with torch.no_grad():
             for average in side.averages:
@@ -144,14 +157,23 @@ def test_the_sweep_writes_rows_and_plots(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Starting a process for every peer would take most of a minute; what one measures has its own test.
-    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(
+        timing, "in_fresh_process", lambda function, *arguments: function(*arguments)
+    )
     sizes = ["--n", "3", "8", "--k", "64", "32", "--c", "16", "--middle", "3", "64", "16"]
-    assert main(["sweep", str(tmp_path), *sizes, "--no-compile", "--repeats", "1", "--device", "cpu"]) == 0
+    assert (
+        main(["sweep", str(tmp_path), *sizes, "--no-compile", "--repeats", "1", "--device", "cpu"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "a CPU" in out and "Liger is left out" in out
     rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
     # In order of size, each once, the middle too, which all three axes share.
-    assert [(row["n"], row["k"], row["c"]) for row in rows] == [(3, 32, 16), (3, 64, 16), (8, 64, 16)]
+    assert [(row["n"], row["k"], row["c"]) for row in rows] == [
+        (3, 32, 16),
+        (3, 64, 16),
+        (8, 64, 16),
+    ]
     for row in rows:
         assert {"mocofast", "eager"} <= set(row["milliseconds"])
         assert set(row["extra_bytes"]) == set(row["milliseconds"])
@@ -174,4 +196,9 @@ def test_plots_take_the_graph_where_it_is_faster() -> None:
     assert sweep.shortest(row, "mocofast") == 0.5
     assert sweep.fraction_of_floor(row, "eager") == 0.25 / 4.0
     assert sweep.shortest(row, "Liger") is None
-    assert [sweep.short(value) for value in (1000, 1024, 65536, 2**20)] == ["1000", "1K", "64K", "1M"]
+    assert [sweep.short(value) for value in (1000, 1024, 65536, 2**20)] == [
+        "1000",
+        "1K",
+        "64K",
+        "1M",
+    ]

@@ -27,10 +27,17 @@ from mocofast.settings import load_recipe
 from mocofast.train.step import train_step
 from tests.wire import Collective, Wire
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's socket counters")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="reads Linux's socket counters"
+)
 
 WORLDS = (4, 2)
-BATCH, SIDE, DIM, QUEUE = 8, 64, 16, 64  # images of 12 kB, so that a message's header of some 50 bytes is little
+BATCH, SIDE, DIM, QUEUE = (
+    8,
+    64,
+    16,
+    64,
+)  # images of 12 kB, so that a message's header of some 50 bytes is little
 WARM_UP, STEPS = 3, 2  # DistributedDataParallel settles its buckets in the second step
 OPTIM = OptimConfig(lr=0.01)
 # Headers and acknowledgements around payloads, and what barriers vary by.
@@ -57,7 +64,9 @@ def ours(model: MoCo, world: int, rank: int) -> dict[str, Any]:
         assert state is not None
         generator = torch.Generator()
         generator.set_state(state)
-        origins = torch.randperm(world * BATCH, generator=generator).view(world, BATCH)[rank] // BATCH
+        origins = (
+            torch.randperm(world * BATCH, generator=generator).view(world, BATCH)[rank] // BATCH
+        )
         arrived.append(int((origins != rank).sum()))  # images that come from other ranks
         with Wire() as wire:
             losses.append(float(train_step(trained, pair, optimizer, 1, autocast)[0]))
@@ -107,11 +116,15 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
 
 
 def assert_close(measured: float, payload: float) -> None:
-    assert payload - HEADERS / 10 <= measured <= payload * (1 + SHARE) + HEADERS, f"{measured}, not {payload}"
+    assert payload - HEADERS / 10 <= measured <= payload * (1 + SHARE) + HEADERS, (
+        f"{measured}, not {payload}"
+    )
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_both_sides_train_the_same_model(ranks: dict[int, list[dict[str, Any]]], world: int) -> None:
+def test_both_sides_train_the_same_model(
+    ranks: dict[int, list[dict[str, Any]]], world: int
+) -> None:
     for rank in ranks[world]:
         assert rank["mocofast"]["losses"] == pytest.approx(rank["reference"]["losses"], rel=1e-4)
 
@@ -123,7 +136,9 @@ def test_our_steady_step_exchanges_images_once_keys_once_and_gradients(
     for rank in ranks[world]:
         step: scaling_model.Step = rank["step"]
         model = scaling_model.received(step)["mocofast"]
-        for collectives, arrived in zip(rank["mocofast"]["collectives"], rank["mocofast"]["arrived"]):
+        for collectives, arrived in zip(
+            rank["mocofast"]["collectives"], rank["mocofast"]["arrived"]
+        ):
             images, keys, gradients = collectives
             assert (images.name, images.dtype) == ("alltoall_base_", torch.uint8)
             assert (keys.name, keys.dtype) == ("_allgather_base_", torch.float32)
@@ -178,7 +193,11 @@ def test_shuffle_receives_ranks_times_fewer_images_and_a_quarter_of_the_bytes_of
     assert model["reference"]["images"] / model["mocofast"]["images"] == pytest.approx(4 * world)
     ours = sum(c[0].received for rank in ranks[world] for c in rank["mocofast"]["collectives"])
     arrived = sum(n for rank in ranks[world] for n in rank["mocofast"]["arrived"])
-    theirs = sum(purposes(c)["images"][0].received for rank in ranks[world] for c in rank["reference"]["collectives"])
+    theirs = sum(
+        purposes(c)["images"][0].received
+        for rank in ranks[world]
+        for c in rank["reference"]["collectives"]
+    )
     # Few permutations stray from their mean, so ours are scaled to it.
     mean = world * STEPS * BATCH * (world - 1) / world
     assert theirs / (ours * mean / arrived) == pytest.approx(4 * world, rel=0.03)
@@ -189,7 +208,10 @@ def test_on_average_one_image_in_w_stays_at_home(world: int) -> None:
     """What `received` takes for ours, over many permutations: 4 standard errors of 2,000 are below 2%."""
     generator = torch.Generator().manual_seed(0)
     home = torch.arange(world).repeat_interleave(BATCH)
-    crossed = [int((home[torch.randperm(world * BATCH, generator=generator)] != home).sum()) for _ in range(2000)]
+    crossed = [
+        int((home[torch.randperm(world * BATCH, generator=generator)] != home).sum())
+        for _ in range(2000)
+    ]
     step = scaling_model.Step(world, BATCH, pixels=10, dim=1, parameters=0, buffers=0)
     assert 10 * sum(crossed) / len(crossed) / world == pytest.approx(
         scaling_model.received(step)["mocofast"]["images"], rel=0.02
@@ -216,9 +238,13 @@ def test_times_of_collectives_are_bytes_over_the_links_they_cross() -> None:
     inside, network, size = FREE.inside, FREE.network, 1e9
     assert FREE.all_gather(8, size) == pytest.approx(7 * size / inside)
     assert FREE.all_gather(16, size) == pytest.approx(size / network + 14 * size / inside)
-    assert FREE.all_to_all(16, size, 15) == pytest.approx(size * (8 / 16 / network + 7 / 16 / inside))
+    assert FREE.all_to_all(16, size, 15) == pytest.approx(
+        size * (8 / 16 / network + 7 / 16 / inside)
+    )
     assert FREE.all_reduce(8, size) == pytest.approx(2 * 7 / 8 * size / inside)
-    assert FREE.all_reduce(32, size) == pytest.approx(2 * 7 / 8 * size / inside + 2 * 3 / 4 * size / 8 / network)
+    assert FREE.all_reduce(32, size) == pytest.approx(
+        2 * 7 / 8 * size / inside + 2 * 3 / 4 * size / 8 / network
+    )
     assert FREE.broadcast(8, size) == pytest.approx(size / inside)
     with_latency = replace(FREE, latency=1.0, message=0.25)
     assert with_latency.all_gather(64, 0.0) == pytest.approx(6)
@@ -229,18 +255,26 @@ def test_gradients_hide_behind_backward_up_to_the_last_bucket() -> None:
     step = scaling_model.Step(64, 256, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=0)
     whole = FREE.all_reduce(64, 4 * step.parameters)
     slow, instant = replace(FREE, images_per_second=1.0), replace(FREE, images_per_second=1e12)
-    assert scaling_model.exposed(step, slow)["mocofast"]["gradients"] == pytest.approx(whole * 25 / 112)
-    assert scaling_model.exposed(step, instant)["mocofast"]["gradients"] == pytest.approx(whole, rel=1e-3)
+    assert scaling_model.exposed(step, slow)["mocofast"]["gradients"] == pytest.approx(
+        whole * 25 / 112
+    )
+    assert scaling_model.exposed(step, instant)["mocofast"]["gradients"] == pytest.approx(
+        whole, rel=1e-3
+    )
 
 
 def test_the_document_holds_what_the_script_computes() -> None:
     text = (scaling_model.DOCS / "scaling.md").read_text("utf-8")
     content = scaling_model.tables(scaling_model.moco_v2(), scaling_model.Cluster())
     assert "| 1024 |" in content
-    assert scaling_model.rewritten(text, content) == text, "run python -m mocofast_bench.scaling_model"
+    assert scaling_model.rewritten(text, content) == text, (
+        "run python -m mocofast_bench.scaling_model"
+    )
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    step = scaling_model.Step(8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000)
+    step = scaling_model.Step(
+        8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000
+    )
     scaling_model.draw(step, scaling_model.Cluster(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -33,7 +33,10 @@ def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
             patch.setitem(sys.modules, name, None)
         drawn = target.with_name("step.png")
-        assert main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(drawn)]) == 0
+        assert (
+            main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(drawn)])
+            == 0
+        )
     assert drawn.read_bytes().startswith(b"\x89PNG")
     return json.loads(target.read_text())
 
@@ -61,7 +64,14 @@ def test_step_names_the_side_it_skips_and_why(step_row: dict[str, Any]) -> None:
 
 def test_the_row_says_where_our_steps_time_goes(step_row: dict[str, Any]) -> None:
     parts, floors = step_row["breakdown_milliseconds"], step_row["floor_milliseconds"]
-    assert list(parts) == ["key forward", "query forward", "loss", "backward", "optimiser and EMA", "other"]
+    assert list(parts) == [
+        "key forward",
+        "query forward",
+        "loss",
+        "backward",
+        "optimiser and EMA",
+        "other",
+    ]
     assert list(floors) == ["key forward", "query forward", "loss", "backward", "optimiser and EMA"]
     assert all(value > 0 for value in (*parts.values(), *floors.values()))
 
@@ -69,7 +79,10 @@ def test_the_row_says_where_our_steps_time_goes(step_row: dict[str, Any]) -> Non
 def test_each_side_starts_in_a_process_of_its_own(step_row: dict[str, Any]) -> None:
     sides_timed = {"mocofast", "reference", "strong"}
     assert set(step_row["first_step_seconds"]) == set(step_row["cores"]) == sides_timed
-    assert all(value > 0 for value in (*step_row["first_step_seconds"].values(), *step_row["cores"].values()))
+    assert all(
+        value > 0
+        for value in (*step_row["first_step_seconds"].values(), *step_row["cores"].values())
+    )
 
 
 def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str, Any]) -> None:
@@ -81,7 +94,9 @@ def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str
     rates = step_row["images_per_second"]
     widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]
     assert widths == [rates[name] for name in step_row["speedup"]]
-    assert [label.get_text() for label in below.get_yticklabels()] == list(step_row["breakdown_milliseconds"])
+    assert [label.get_text() for label in below.get_yticklabels()] == list(
+        step_row["breakdown_milliseconds"]
+    )
 
 
 def test_only_the_reference_waits_for_its_device(step_row: dict[str, Any]) -> None:
@@ -145,12 +160,18 @@ def test_a_copy_to_the_host_counts_as_a_wait() -> None:
 
 @pytest.mark.parametrize("command", ["step", "train"])
 def test_a_queue_that_the_reference_refuses_is_an_error_that_says_so(command: str) -> None:
-    with pytest.raises(ConfigError, match=r"--queue must be a multiple of --batch, .* 17 keys and 8 images"):
+    with pytest.raises(
+        ConfigError, match=r"--queue must be a multiple of --batch, .* 17 keys and 8 images"
+    ):
         main([command, "--recipe", "digits", "--batch", "8", "--queue", "17", "--device", "cpu"])
 
 
-def test_train_measures_both_loops_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = runs.make_images(tmp_path, 20)  # two batches an epoch: loaders start over while they are timed
+def test_train_measures_both_loops_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs.make_images(
+        tmp_path, 20
+    )  # two batches an epoch: loaders start over while they are timed
     options = ["--arch", "resnet_tiny", "--size", "8", "--steps", "2", "--workers", "1"]
     assert main(["train", str(folder), *TINY, *options]) == 0
     row = last_row(capsys.readouterr().out)
@@ -211,7 +232,9 @@ def test_all_runs_every_benchmark_but_the_sweep_with_its_defaults(
         return lambda arguments: ran.setdefault(name, vars(arguments)) and {"benchmark": name}
 
     for name, (module, _) in list(BENCHMARKS.items()):
-        fake = types.SimpleNamespace(add_arguments=module.add_arguments, run=recorder(name), __doc__=module.__doc__)
+        fake = types.SimpleNamespace(
+            add_arguments=module.add_arguments, run=recorder(name), __doc__=module.__doc__
+        )
         monkeypatch.setitem(BENCHMARKS, name, (fake, ""))
     assert main(["all", "--device", "cpu", *(["--path", path] if path else [])]) == 0
     assert set(ran) == set(BENCHMARKS) - {"sweep"} - (set() if path else {"data"})

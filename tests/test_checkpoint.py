@@ -14,11 +14,22 @@ import torch
 from mocofast import settings
 from mocofast.methods.build import build_method
 from mocofast.train import checkpoint
-from mocofast.train.checkpoint import CheckpointWriter, load_checkpoint, model_from_checkpoint, save_atomically
+from mocofast.train.checkpoint import (
+    CheckpointWriter,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_atomically,
+)
 
 
 def state(step: int, value: torch.Tensor) -> dict[str, Any]:
-    return {"format": checkpoint.FORMAT, "step": step, "model": {"w": value}, "list": [value, 3], "text": "x"}
+    return {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "model": {"w": value},
+        "list": [value, 3],
+        "text": "x",
+    }
 
 
 def test_the_newest_files_are_kept_and_last_is_one_of_them(tmp_path: Path) -> None:
@@ -26,7 +37,11 @@ def test_the_newest_files_are_kept_and_last_is_one_of_them(tmp_path: Path) -> No
     for step in (3, 20, 100):
         writer.save(state(step, torch.full((2,), float(step))))
     writer.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000020.pt", "step_00000100.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last.pt",
+        "step_00000020.pt",
+        "step_00000100.pt",
+    ]
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 100
     assert load_checkpoint(tmp_path / "step_00000020.pt")["model"]["w"].tolist() == [20.0, 20.0]
 
@@ -40,7 +55,9 @@ def test_keeping_none_leaves_last_alone(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
-def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_may_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file holds the moment of save(), whatever happens to the tensors during the write."""
     gate = threading.Event()
     save = torch.save
@@ -60,7 +77,9 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkey
     assert load_checkpoint(tmp_path / "last.pt")["list"][0].tolist() == [[0.0], [0.0]]
 
 
-def test_a_failing_write_is_reported_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_is_reported_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(state(1, torch.ones(1)))
     writer.wait()
@@ -123,7 +142,9 @@ def test_a_model_comes_back_whole(dtype: str) -> None:
     config.model.queue_dtype, config.model.bn_splits, config.model.mlp = dtype, 2, True
     torch.manual_seed(3)
     model = build_method(config)
-    again, same = model_from_checkpoint({"config": settings.to_dict(config), "model": model.state_dict()})
+    again, same = model_from_checkpoint(
+        {"config": settings.to_dict(config), "model": model.state_dict()}
+    )
     assert same == config
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)

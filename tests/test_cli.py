@@ -22,7 +22,9 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, captured.out, captured.err
 
 
-def test_help_lists_every_option_with_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option_with_meaning_and_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     status, out, _ = call(capsys, "pretrain", "--help")
     assert status == 0
     text = re.sub(r"\s+", " ", out)
@@ -83,8 +85,26 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = runs.make_images(tmp_path_factory.mktemp("images"), 60)
     folder = tmp_path_factory.mktemp("runs") / "small"
     runs.mocofast(
-        *("pretrain", "digits", "--model.arch", "resnet18", "--model.mlp", "true", "--data.source", "folder"),
-        *("--data.path", str(images), "--augment.size", "32", "--data.batch_size", "16", "--train.max_steps", "2"),
+        *(
+            "pretrain",
+            "digits",
+            "--model.arch",
+            "resnet18",
+            "--model.mlp",
+            "true",
+            "--data.source",
+            "folder",
+        ),
+        *(
+            "--data.path",
+            str(images),
+            "--augment.size",
+            "32",
+            "--data.batch_size",
+            "16",
+            "--train.max_steps",
+            "2",
+        ),
         *("--train.dir", str(folder), "--data.workers", "0", "--knn.shots", "2"),
     )
     return folder
@@ -100,7 +120,9 @@ def test_knn_and_linear_report_accuracies(run_folder: Path) -> None:
     assert 0.5 <= float(values["linear_top1"]) <= 1  # two classes that differ by their tint
 
 
-def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(run_folder: Path, tmp_path: Path) -> None:
+def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(
+    run_folder: Path, tmp_path: Path
+) -> None:
     out_file = tmp_path / "classifier.pt"
     # 40 steps: validation needs BatchNorm statistics that have left those of the pretraining (0.9 ** 40 = 1.5%).
     out = runs.mocofast(
@@ -115,10 +137,14 @@ def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(run_folder:
     assert not torch.equal(state["conv1.weight"], trained["encoder_q.conv1.weight"])
 
 
-def test_an_export_loads_into_torchvision_apart_from_the_head(run_folder: Path, tmp_path: Path) -> None:
+def test_an_export_loads_into_torchvision_apart_from_the_head(
+    run_folder: Path, tmp_path: Path
+) -> None:
     from torchvision.models import resnet18
 
-    out = runs.mocofast("export", str(run_folder), "--format", "torchvision", str(tmp_path / "backbone.pt")).stdout
+    out = runs.mocofast(
+        "export", str(run_folder), "--format", "torchvision", str(tmp_path / "backbone.pt")
+    ).stdout
     assert "resnet18" in out
     state = torch.load(tmp_path / "backbone.pt", weights_only=True)
     model = resnet18()
@@ -128,8 +154,12 @@ def test_an_export_loads_into_torchvision_apart_from_the_head(run_folder: Path, 
     assert torch.equal(model.conv1.weight, trained["encoder_q.conv1.weight"])
 
 
-def test_the_reference_format_holds_the_queue_the_other_way_round(run_folder: Path, tmp_path: Path) -> None:
-    runs.mocofast("export", str(run_folder), "--format", "reference", str(tmp_path / "moco.pth.tar"))
+def test_the_reference_format_holds_the_queue_the_other_way_round(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    runs.mocofast(
+        "export", str(run_folder), "--format", "reference", str(tmp_path / "moco.pth.tar")
+    )
     state = torch.load(tmp_path / "moco.pth.tar", weights_only=True)
     trained = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)["model"]
     assert state["arch"] == "resnet18"
@@ -143,7 +173,16 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
     for path in runs.make_images(tmp_path / "images", 20).rglob("*.jpg"):
         path.rename(flat / path.name)
     out = runs.mocofast(
-        *("pretrain", "digits", "--data.source", "folder", "--data.path", str(flat), "--data.batch_size", "8"),
+        *(
+            "pretrain",
+            "digits",
+            "--data.source",
+            "folder",
+            "--data.path",
+            str(flat),
+            "--data.batch_size",
+            "8",
+        ),
         *("--train.max_steps", "1", "--train.dir", str(tmp_path / "run"), "--data.workers", "0"),
     ).stdout
     assert "no kNN monitor" in out

@@ -50,7 +50,9 @@ def load() -> Iterator[Load]:
         workers: int = 2,
         **shard: int | bool,
     ) -> DaliLoader:
-        loader = DaliLoader(source, augments, BatchSlice(batch_size, **shard), SEED, device, workers)  # type: ignore[arg-type]
+        loader = DaliLoader(
+            source, augments, BatchSlice(batch_size, **shard), SEED, device, workers
+        )  # type: ignore[arg-type]
         made.append(loader)
         return loader
 
@@ -84,7 +86,9 @@ def difference(left: list[Batch], right: list[Batch], view: int) -> torch.Tensor
 @pytest.mark.data
 def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
     ours = list(load(files(folder), augments=(CROP_ONLY,)).epoch(0))
-    reference = list(TorchvisionLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, CPU, 0).epoch(0))
+    reference = list(
+        TorchvisionLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, CPU, 0).epoch(0)
+    )
     error = difference(ours, reference, 0)
     assert error.max() <= 1  # weights of another fixed point
     assert error.mean() < 0.1
@@ -93,7 +97,9 @@ def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
 @pytest.mark.data
 def test_both_loaders_show_the_same_views_of_the_same_images(folder: Path, load: Load) -> None:
     ours = list(load(files(folder)).epoch(1))
-    reference = list(TorchvisionLoader(files(folder), (V2, V1), BatchSlice(8), SEED, CPU, 0).epoch(1))
+    reference = list(
+        TorchvisionLoader(files(folder), (V2, V1), BatchSlice(8), SEED, CPU, 0).epoch(1)
+    )
     assert len(ours) == len(reference) == 5
     for left, right in zip(ours, reference):
         assert torch.equal(left.index, right.index)
@@ -155,7 +161,9 @@ def test_gray_cmyk_palette_16_bit_alpha_and_turned_images_look_as_with_torchvisi
     assert count == 20
     loader = load(source, batch_size=count, augments=(CROP_ONLY,))
     ours = list(loader.epoch(0))
-    reference = list(TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(count), SEED, CPU, 0).epoch(0))
+    reference = list(
+        TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(count), SEED, CPU, 0).epoch(0)
+    )
     assert not loader.skipped
     error = difference(ours, reference, 0).flatten(1)
     shown = [source.name(int(i)) for i in ours[0].index]
@@ -190,12 +198,16 @@ def test_iteration_can_be_abandoned_and_restarted_anywhere(folder: Path, load: L
     assert_same_batches([next(loader.epoch(0, 1))], reference[1:2])
     third = loader.epoch(0, 2)  # just where the stream stands
     assert_same_batches(third, reference[2:])
-    assert list(loader.epoch(0, 5)) == []  # a run stopped at an epoch's end resumes with nothing left of it
+    assert (
+        list(loader.epoch(0, 5)) == []
+    )  # a run stopped at an epoch's end resumes with nothing left of it
     assert_same_batches(loader.epoch(0), reference)
 
 
 @pytest.mark.data
-def test_epochs_are_shuffled_from_the_first_on_and_show_each_image_once(folder: Path, load: Load) -> None:
+def test_epochs_are_shuffled_from_the_first_on_and_show_each_image_once(
+    folder: Path, load: Load
+) -> None:
     loader = load(files(folder), drop_last=False)
     for epoch in (0, 1):
         batches = list(loader.epoch(epoch))
@@ -215,7 +227,9 @@ def test_two_ranks_together_show_what_one_process_shows(folder: Path, load: Load
 
 
 @pytest.mark.data
-def test_batches_are_channels_last_and_stay_as_they_were_handed_out(folder: Path, load: Load) -> None:
+def test_batches_are_channels_last_and_stay_as_they_were_handed_out(
+    folder: Path, load: Load
+) -> None:
     loader = load(files(folder))
     threads = torch.get_num_threads()
     held, copies = [], []
@@ -325,7 +339,9 @@ def test_bad_files_are_replaced_and_named_and_all_other_samples_are_bit_identica
 
 
 @pytest.mark.data
-def test_a_file_that_disappears_during_the_run_is_skipped(spoilt: tuple[Path, dict[str, str]], load: Load) -> None:
+def test_a_file_that_disappears_during_the_run_is_skipped(
+    spoilt: tuple[Path, dict[str, str]], load: Load
+) -> None:
     path, _ = spoilt
     source = files(path)
     loader = load(source)
@@ -340,7 +356,9 @@ def test_a_file_that_disappears_during_the_run_is_skipped(spoilt: tuple[Path, di
 
 
 @pytest.mark.data
-def test_where_no_file_is_good_the_error_says_so_and_nothing_hangs(tmp_path: Path, load: Load) -> None:
+def test_where_no_file_is_good_the_error_says_so_and_nothing_hangs(
+    tmp_path: Path, load: Load
+) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.jpg").write_bytes(b"no image")
     loader = load(files(tmp_path, labelled=False), batch_size=2)
@@ -366,7 +384,9 @@ def test_an_image_of_another_size_than_its_headers_is_skipped(
 
 
 @pytest.mark.data
-def test_an_error_that_is_no_bad_file_is_raised(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_no_bad_file_is_raised(
+    folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = load(files(folder))
 
     def fail(*args: object) -> None:
@@ -418,14 +438,21 @@ def test_a_script_that_ends_in_the_middle_of_an_epoch_exits_cleanly(folder: Path
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "8"), done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.data
-def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(folder: Path, load: Load) -> None:
+def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(
+    folder: Path, load: Load
+) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     expected = list(load(files(folder)).epoch(0))
     batches = list(load(files(folder), device=device).epoch(0))
@@ -444,7 +471,10 @@ def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(folder:
 def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     streams = []
-    for data in (DataConfig(hw_decoder_load=0.0), DataConfig(hw_decoder_load=1.0, preallocate=(1000, 1000))):
+    for data in (
+        DataConfig(hw_decoder_load=0.0),
+        DataConfig(hw_decoder_load=1.0, preallocate=(1000, 1000)),
+    ):
         loader = DaliLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, device, 2, data)
         streams.append([b._replace(views=tuple(v.cpu() for v in b.views)) for b in loader.epoch(0)])
         loader.close()

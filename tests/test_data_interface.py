@@ -16,15 +16,21 @@ from mocofast.config import AugmentConfig
 from mocofast.data.interface import BatchSlice, ViewParams, epoch_order, sample_view, view_augments
 
 V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
-DRAWS = 4000  # two such samples of distributions 5 points of probability apart are told from each other
+DRAWS = (
+    4000  # two such samples of distributions 5 points of probability apart are told from each other
+)
 LEVEL = 1e-4  # about 80 tests below: one in 125 seeds would fail one of them by chance alone; the seeds are fixed
 
 
-def draws(augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[ViewParams]:
+def draws(
+    augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = DRAWS
+) -> list[ViewParams]:
     return [sample_view(augment, size, seed=3, epoch=2, index=i, view=i % 2) for i in range(count)]
 
 
-def theirs(transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = DRAWS) -> list[dict]:
+def theirs(
+    transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = DRAWS
+) -> list[dict]:
     image = torch.empty(3, *size, dtype=torch.uint8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -39,7 +45,9 @@ def assert_frequency(hits: int, probability: float, count: int = DRAWS) -> None:
     assert stats.binomtest(hits, count, probability).pvalue > LEVEL
 
 
-@pytest.mark.parametrize("count", [1, 2, 97, 1000])  # one, smallest that can be shuffled, prime, round
+@pytest.mark.parametrize(
+    "count", [1, 2, 97, 1000]
+)  # one, smallest that can be shuffled, prime, round
 def test_every_epoch_is_a_permutation(count: int) -> None:
     for epoch in range(3):
         assert sorted(epoch_order(count, 7, epoch)) == list(range(count))
@@ -59,9 +67,17 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(world_size: int, drop_last: bool) -> None:
-    count, batch = 97, 12  # 97 is prime: the last batch holds 1, less than a rank each for 2 and 3 ranks
-    for count in (97, 97 + 4):  # and 5: an uneven last batch, whose remainder is dropped so that ranks stay equal
+def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(
+    world_size: int, drop_last: bool
+) -> None:
+    count, batch = (
+        97,
+        12,
+    )  # 97 is prime: the last batch holds 1, less than a rank each for 2 and 3 ranks
+    for count in (
+        97,
+        97 + 4,
+    ):  # and 5: an uneven last batch, whose remainder is dropped so that ranks stay equal
         order = epoch_order(count, 0, 0)
         whole = BatchSlice(batch, 0, 1, drop_last)
         ranks = [BatchSlice(batch, rank, world_size, drop_last) for rank in range(world_size)]
@@ -73,7 +89,9 @@ def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(world_size: int, dro
             assert np.array_equal(together, whole.indices(order, step)[: len(together)])
             assert len(together) > 0
         full_steps = count // batch
-        assert ranks[0].steps(count) - full_steps == int(not drop_last and count % batch >= world_size)
+        assert ranks[0].steps(count) - full_steps == int(
+            not drop_last and count % batch >= world_size
+        )
 
 
 def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
@@ -94,13 +112,19 @@ def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
     ],
 )
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
-def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], scale: tuple[float, float]) -> None:
+def test_crops_are_distributed_as_torchvisions(
+    size: tuple[int, int], scale: tuple[float, float]
+) -> None:
     ours = draws(AugmentConfig(crop_scale=scale), size)
     reference = theirs(v2.RandomResizedCrop(8, scale=scale), size)
     for field in ("top", "left", "height", "width"):
         assert_same_distribution([getattr(p, field) for p in ours], [p[field] for p in reference])
-    assert_same_distribution([p.height / p.width for p in ours], [p["height"] / p["width"] for p in reference])
-    assert_same_distribution([p.height * p.width for p in ours], [p["height"] * p["width"] for p in reference])
+    assert_same_distribution(
+        [p.height / p.width for p in ours], [p["height"] / p["width"] for p in reference]
+    )
+    assert_same_distribution(
+        [p.height * p.width for p in ours], [p["height"] * p["width"] for p in reference]
+    )
     for p in ours:
         assert p.height > 0
         assert p.width > 0
@@ -115,7 +139,9 @@ def test_jitter_is_distributed_as_torchvisions() -> None:
     ours = [p for p in draws(replace(V2, jitter=strengths)) if p.order]
     reference = theirs(v2.ColorJitter(*strengths))
     for name in ("brightness", "contrast", "saturation", "hue"):
-        assert_same_distribution([getattr(p, name) for p in ours], [p[f"{name}_factor"] for p in reference])
+        assert_same_distribution(
+            [getattr(p, name) for p in ours], [p[f"{name}_factor"] for p in reference]
+        )
     orders = Counter(p.order for p in ours)
     assert set(orders) == set(permutations(range(4)))
     assert stats.chisquare(list(orders.values())).pvalue > LEVEL
@@ -154,7 +180,9 @@ def test_what_is_switched_off_never_happens() -> None:
 
 
 def test_solarize_switched_off_takes_no_draw_so_that_streams_of_before_stay() -> None:
-    for with_it, without in zip(draws(replace(V2, solarize=0.5, flip=0.0), count=50), draws(V2, count=50)):
+    for with_it, without in zip(
+        draws(replace(V2, solarize=0.5, flip=0.0), count=50), draws(V2, count=50)
+    ):
         assert with_it[:12] == without[:12]
     # The flip, which is drawn next, as it was before there was solarize.
     assert "".join(str(int(p.flip)) for p in draws(V2, count=16)) == "1101100111010010"

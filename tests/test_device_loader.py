@@ -21,11 +21,19 @@ from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from mocofast.ops import backend
 from mocofast.settings import load_recipe
-from tests.pictures import assert_same_batches, assert_same_views_but_for_hue, differences, files, joined
+from tests.pictures import (
+    assert_same_batches,
+    assert_same_views_but_for_hue,
+    differences,
+    files,
+    joined,
+)
 
 CPU = torch.device("cpu")
 SIDE = 16
-EVERYTHING = AugmentConfig(size=SIDE, rotate=10.0, jitter_p=0.8, gray=0.3, gray_first=False, blur=0.5, solarize=0.2)
+EVERYTHING = AugmentConfig(
+    size=SIDE, rotate=10.0, jitter_p=0.8, gray=0.3, gray_first=False, blur=0.5, solarize=0.2
+)
 
 
 def images(count: int = 23, side: int = SIDE) -> np.ndarray:
@@ -48,7 +56,13 @@ def drawn_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
     # Neither hue (which PIL quantises) nor rotation (truncated from double precision): equal to the bit.
     augment = AugmentConfig(
-        size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.2
+        size=SIDE,
+        jitter=(0.4, 0.4, 0.4, 0.0),
+        jitter_p=0.8,
+        gray=0.3,
+        blur=0.5,
+        blur_sigma=(0.1, 2.0),
+        solarize=0.2,
     )
     shard = BatchSlice(4, drop_last=False)
     ours = DeviceLoader(SOURCE, (augment, augment), shard, 3, CPU)
@@ -67,7 +81,9 @@ def test_whole_views_are_the_torchvision_loaders_but_for_hue_and_rounding() -> N
     for x, y in zip(ours.views, reference.views):
         error = differences(x, y)
         assert error.mean() < 1  # another sample's view, or other parameters, differ by some 80
-        assert error.max() <= 40  # as view_ops: hue 9, times 1.4 by each of three operators; solarize keeps it
+        assert (
+            error.max() <= 40
+        )  # as view_ops: hue 9, times 1.4 by each of three operators; solarize keeps it
 
 
 def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
@@ -148,27 +164,38 @@ def test_views_of_one_size_are_one_launch_which_rotates_where_one_of_them_does(
 ) -> None:
     launches = []
 
-    def recorded(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool) -> Tensor:
+    def recorded(
+        images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
+    ) -> Tensor:
         launches.append((len(parameters), len(index), size, rotate))
         return torch.empty(len(parameters), len(index), size, size, 3, dtype=torch.uint8)
 
     kernels = backend.backend_for("cpu")._replace(augment=recorded)
     monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
     large = AugmentConfig(size=64)  # too large to rotate
-    stream = DeviceLoader(SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), BatchSlice(6, 0, 2), 0, CPU)
+    stream = DeviceLoader(
+        SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), BatchSlice(6, 0, 2), 0, CPU
+    )
     next(stream.epoch(0))
     assert launches == [(2, 3, SIDE, True), (1, 3, 64, False)]
 
 
 def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -> Tensor:
-    view = F.resized_crop(Image.fromarray(pixels), *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    view = F.resized_crop(
+        Image.fromarray(pixels), *box, [size, size], InterpolationMode.BILINEAR, antialias=True
+    )
     return torch.from_numpy(np.asarray(view).copy())
 
 
 @pytest.mark.parametrize(
     ("size", "height", "width", "largest"),
     [
-        (32, 32, 32, 0),  # never smaller than its crop, sides powers of two: PIL's weights are exact, too
+        (
+            32,
+            32,
+            32,
+            0,
+        ),  # never smaller than its crop, sides powers of two: PIL's weights are exact, too
         (8, 8, 8, 0),
         (19, 23, 37, 1),  # odd and prime
         (16, 96, 57, 1),  # filters of up to 12 pixels
@@ -176,7 +203,9 @@ def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int
 )
 def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (40, height, width, 3), dtype=np.uint8)
-    boxes = [sample_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))]
+    boxes = [
+        sample_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))
+    ]
     got = crop_and_resize(torch.from_numpy(pixels), torch.tensor(boxes).T, size)
     expected = torch.stack([resized_by_pil(image, box, size) for image, box in zip(pixels, boxes)])
     error = differences(got, expected)
@@ -184,11 +213,15 @@ def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, large
     assert error.mean() < 0.02
 
 
-def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(augment: AugmentConfig) -> None:
         DeviceLoader(SOURCE, (AugmentConfig(size=8), augment), BatchSlice(4), 0, CPU)
 
-    with pytest.raises(ValueError, match=r"data\.loader=device .* views of up to 64 pixels, not 65"):
+    with pytest.raises(
+        ValueError, match=r"data\.loader=device .* views of up to 64 pixels, not 65"
+    ):
         refused(AugmentConfig(size=65))
     with pytest.raises(ValueError, match="rotated views of up to 32 pixels, not 33"):
         refused(AugmentConfig(size=33, rotate=5.0))
@@ -205,7 +238,9 @@ def files_of(root: Path, pixels: np.ndarray) -> FolderSource:
     return files(root)
 
 
-def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_loader(tmp_path: Path) -> None:
+def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_loader(
+    tmp_path: Path,
+) -> None:
     source = files_of(tmp_path, SOURCE.images)
     shard, augments = BatchSlice(23), (EVERYTHING, EVERYTHING)
     in_memory = list(loader(shard).epoch(1))
@@ -216,7 +251,10 @@ def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_load
     stream = DeviceLoader(source, augments, shard, 0, CPU)
     assert set(stream.skipped) == bad
     assert all("UnidentifiedImageError" in reason for reason in stream.skipped.values())
-    [ours], [reference] = list(stream.epoch(1)), list(TorchvisionLoader(source, augments, shard, 0, CPU, 0).epoch(1))
+    [ours], [reference] = (
+        list(stream.epoch(1)),
+        list(TorchvisionLoader(source, augments, shard, 0, CPU, 0).epoch(1)),
+    )
     assert torch.equal(ours.index, reference.index)
     assert ours.labels is not None and reference.labels is not None
     assert torch.equal(ours.labels, reference.labels)
@@ -224,7 +262,9 @@ def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_load
         assert differences(x, y).mean() < 1  # as above: rotation and hue
     for index in range(23):
         (tmp_path / f"{index:02}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of the 23 images can be decoded; the first: 00\.png: Unidentified"):
+    with pytest.raises(
+        ValueError, match=r"none of the 23 images can be decoded; the first: 00\.png: Unidentified"
+    ):
         DeviceLoader(source, augments, shard, 0, CPU)
 
 
@@ -239,16 +279,21 @@ def test_files_of_several_sizes_are_refused_with_the_first_that_differs(tmp_path
 def test_real_cifar_files_give_the_torchvision_loaders_views(cifar10_jpeg: Path) -> None:
     names = find_images(cifar10_jpeg / "train")[::500]
     source = FolderSource(cifar10_jpeg / "train", names)
-    augment = replace(load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0))  # PIL quantises hue
+    augment = replace(
+        load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0)
+    )  # PIL quantises hue
     ours = DeviceLoader(source, (augment, augment), BatchSlice(50), 0, CPU)
     assert_same_batches(
-        ours.epoch(0), list(TorchvisionLoader(source, (augment,) * 2, BatchSlice(50), 0, CPU, 0).epoch(0))
+        ours.epoch(0),
+        list(TorchvisionLoader(source, (augment,) * 2, BatchSlice(50), 0, CPU, 0).epoch(0)),
     )
 
 
 @pytest.mark.gpu
 def test_a_cifar_epoch_on_a_gpu_needs_no_synchronisation_and_equals_the_cpus() -> None:
-    augment = AugmentConfig(size=32, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
+    augment = AugmentConfig(
+        size=32, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5
+    )
     source = ArraySource(images(600, 32), None, ())
     on_gpu = DeviceLoader(source, (augment, augment), BatchSlice(128), 0, torch.device("cuda"))
     next(on_gpu.epoch(0))  # compiles

@@ -31,7 +31,9 @@ STEPS = 5  # 50 keys into 23 rows: two wrap-arounds, in the middle of a batch
 
 
 def small_moco(base: type[nn.Module], **options: Any) -> MoCo:
-    return MoCo(base, **{"dim": 13, "queue_size": 23, "momentum": 0.9, "temperature": 0.1, **options})
+    return MoCo(
+        base, **{"dim": 13, "queue_size": 23, "momentum": 0.9, "temperature": 0.1, **options}
+    )
 
 
 def own_part(batches: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
@@ -50,7 +52,11 @@ def three_trajectories(rank: int, base: type[nn.Module], **options: Any) -> dict
         found[name] = sgd_trajectory(each, batches)
     return {
         **found,
-        "pointer": (model.queue_ptr.clone(), exact.pointer, STEPS * WORLD * PER_RANK * (1 + model.symmetric) % 23),
+        "pointer": (
+            model.queue_ptr.clone(),
+            exact.pointer,
+            STEPS * WORLD * PER_RANK * (1 + model.symmetric) % 23,
+        ),
         "buffers": (dict(model.encoder_q.named_buffers()), dict(eager.encoder_q.named_buffers())),
     }
 
@@ -84,7 +90,9 @@ def shuffles(rank: int) -> dict[str, Any]:
         mine = whole.chunk(WORLD)[rank]
         if channels_last:
             mine = mine.contiguous(memory_format=torch.channels_last)
-        with counted("all_to_all_single", lambda out, inp, outs, ins: (out.dtype, outs, ins)) as sent:
+        with counted(
+            "all_to_all_single", lambda out, inp, outs, ins: (out.dtype, outs, ins)
+        ) as sent:
             got, restore = shuffle(mine)
         permutation = torch.randperm(len(whole), generator=generator)
         back = distributed.all_gather(got.contiguous())[restore]
@@ -93,7 +101,10 @@ def shuffles(rank: int) -> dict[str, Any]:
                 "got": got,
                 "expected": whole[permutation.view(WORLD, -1)[rank]],
                 "in order": torch.equal(back, whole),
-                "channels last": (got.is_contiguous(memory_format=torch.channels_last), channels_last),
+                "channels last": (
+                    got.is_contiguous(memory_format=torch.channels_last),
+                    channels_last,
+                ),
                 "sent": sent,
             }
         )
@@ -109,14 +120,21 @@ def broadcasts(rank: int) -> dict[str, list[list[str]]]:
     """Names of the broadcasts of three steps under DDP's defaults, and those of a model that leaves them all in."""
     im_q, im_k = own_part(random_batches(1, WORLD * PER_RANK), rank)[0]
     found = {}
-    for name, model, images in (("plain", TinyResNet(4), (im_q,)), ("moco", small_moco(TinyResNet), (im_q, im_k))):
+    for name, model, images in (
+        ("plain", TinyResNet(4), (im_q,)),
+        ("moco", small_moco(TinyResNet), (im_q, im_k)),
+    ):
         wrapped = DistributedDataParallel(model)
         found[name] = []
         for _ in range(3):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
                 out = wrapped(*images)
                 (out.loss if isinstance(out, MethodOutput) else out.sum()).backward()
-            found[name].append([e.name for e in profile.events() if e.name.startswith("c10d::broadcast")])
+            found[name].append(
+                [e.name for e in profile.events() if e.name.startswith("c10d::broadcast")]
+            )
     return found
 
 
@@ -160,7 +178,9 @@ def test_ranks_join_and_leave_as_torchrun_says(ranks: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("case", ["no BatchNorm", "v1", "v2", "symmetric"])
-def test_trajectory_on_two_ranks_is_that_of_eager_moco(ranks: list[dict[str, Any]], case: str) -> None:
+def test_trajectory_on_two_ranks_is_that_of_eager_moco(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
     for rank in ranks:
         found = rank[case]
         assert_same_to_rounding(found["ours"], found["eager"], found["exact"])
@@ -178,7 +198,9 @@ def test_the_permutation_matters_where_there_is_batchnorm(ranks: list[dict[str, 
     # Without this, the trajectories above would agree whatever the permutations are.
     torch.manual_seed(0)
     model = small_moco(TinyResNet)
-    unshuffled = sgd_trajectory(EagerMoCo(model, torch.float64), random_batches(STEPS, WORLD * PER_RANK))
+    unshuffled = sgd_trajectory(
+        EagerMoCo(model, torch.float64), random_batches(STEPS, WORLD * PER_RANK)
+    )
     both = (ranks[0]["v1"]["exact"]["losses"] + ranks[1]["v1"]["exact"]["losses"]) / 2
     assert (unshuffled["losses"] - both).abs().max() > 1e-2
 
@@ -193,7 +215,9 @@ def test_two_ranks_of_8_equal_one_of_16_without_batchnorm(ranks: list[dict[str, 
     torch.testing.assert_close(mean, one["losses"], rtol=1e-5, atol=1e-6)
 
 
-def test_shuffle_gives_every_rank_its_part_of_rank_0s_permutations(ranks: list[dict[str, Any]]) -> None:
+def test_shuffle_gives_every_rank_its_part_of_rank_0s_permutations(
+    ranks: list[dict[str, Any]],
+) -> None:
     for rank in ranks:
         for batch in rank["shuffles"]["batches"]:
             assert torch.equal(batch["got"], batch["expected"])
@@ -224,7 +248,9 @@ def test_shuffle_continues_from_its_state(ranks: list[dict[str, Any]]) -> None:
 
 def test_no_buffer_is_broadcast_again_after_the_first_step(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert all(rank["broadcasts"]["plain"])  # DDP's default, and proof that the profile shows broadcasts
+        assert all(
+            rank["broadcasts"]["plain"]
+        )  # DDP's default, and proof that the profile shows broadcasts
         first, second, third = rank["broadcasts"]["moco"]
         assert first
         # DDP agrees once on the order of its gradient buckets, with two broadcasts in the second step.

@@ -52,7 +52,9 @@ def test_without_a_gpu_every_part_falls_back_and_says_why() -> None:
 def test_a_machine_with_two_gpus_is_described_with_the_command_that_uses_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    card = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132)
+    card = SimpleNamespace(
+        name="H100", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
@@ -75,7 +77,9 @@ def test_with_a_gpu_the_kernels_and_the_gpu_are_named() -> None:
     assert "nccl" in findings["torch.distributed"].why
 
 
-def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_comes_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     hide(monkeypatch, "triton", "nvidia.dali", "nvidia.nvimgcodec")
     findings = found()
@@ -85,7 +89,9 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch: py
     assert findings["nvImageCodec"].use == "not installed"
 
 
-def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(name: str) -> Any:
         raise OSError(f"libcuda.so.1 for {name}")
 
@@ -94,11 +100,18 @@ def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(monkeypatch
     assert list(findings) == PARTS
     assert findings["torch"].use == torch.__version__
     if importlib.util.find_spec("triton"):
-        assert findings["Triton"] == ("Triton", "unknown", "the check failed: OSError: libcuda.so.1 for triton")
+        assert findings["Triton"] == (
+            "Triton",
+            "unknown",
+            "the check failed: OSError: libcuda.so.1 for triton",
+        )
 
 
 def test_the_table_is_aligned_and_wrapped_to_the_width() -> None:
-    rows = [Finding("a", "first", "one two three four five six seven eight"), Finding("longer", "x", "")]
+    rows = [
+        Finding("a", "first", "one two three four five six seven eight"),
+        Finding("longer", "x", ""),
+    ]
     assert doctor.table(rows, 47).split("\n") == [
         "a       first  one two three four five six",
         "               seven eight",

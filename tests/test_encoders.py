@@ -21,9 +21,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("arch", "side", "width"),
-    [("resnet18", 32, 512), ("resnet18_cifar", 16, 512), ("resnet_tiny", 8, 64), ("vit_b_32", 224, 768)],
+    [
+        ("resnet18", 32, 512),
+        ("resnet18_cifar", 16, 512),
+        ("resnet_tiny", 8, 64),
+        ("vit_b_32", 224, 768),
+    ],
 )
-def test_every_family_gives_embeddings_and_pooled_features(arch: str, side: int, width: int) -> None:
+def test_every_family_gives_embeddings_and_pooled_features(
+    arch: str, side: int, width: int
+) -> None:
     encoder = build_encoder(arch)(num_classes=11).eval()
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
@@ -45,7 +52,9 @@ def test_cifar_stem_keeps_the_resolution() -> None:
 def test_torchvision_encoder_keeps_torchvisions_names() -> None:
     from torchvision.models import resnet50
 
-    assert list(build_encoder("resnet50")(num_classes=128).state_dict()) == list(resnet50().state_dict())
+    assert list(build_encoder("resnet50")(num_classes=128).state_dict()) == list(
+        resnet50().state_dict()
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,9 @@ def test_mlp_head_of_a_vit_goes_into_its_heads() -> None:
     encoder = build_encoder("vit_b_32")(num_classes=5)
     add_mlp_head(encoder)
     assert [
-        tuple(p.shape) for n, p in encoder.named_parameters() if n.startswith("heads.head.") and p.dim() == 2
+        tuple(p.shape)
+        for n, p in encoder.named_parameters()
+        if n.startswith("heads.head.") and p.dim() == 2
     ] == [
         (768, 768),
         (5, 768),
@@ -163,7 +174,9 @@ def test_conversion_keeps_names_weights_statistics_and_modes() -> None:
     torch.testing.assert_close(encoder(images), expected(images))
 
 
-@pytest.mark.parametrize(("arch", "side"), [("resnet18_cifar", 16), ("resnet50", 64)])  # basic blocks, bottlenecks
+@pytest.mark.parametrize(
+    ("arch", "side"), [("resnet18_cifar", 16), ("resnet50", 64)]
+)  # basic blocks, bottlenecks
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_that_give_their_relu_and_residual_to_batchnorm_compute_the_same(
     arch: str, side: int, training: bool, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +185,10 @@ def test_blocks_that_give_their_relu_and_residual_to_batchnorm_compute_the_same(
     encoder = build_encoder(arch)(num_classes=3)
     plain = copy.deepcopy(encoder)
     split_batch_norm(encoder, 2)
-    assert {type(block).__name__ for block in encoder.layer2} <= {"FusedBasicBlock", "FusedBottleneck"}
+    assert {type(block).__name__ for block in encoder.layer2} <= {
+        "FusedBasicBlock",
+        "FusedBottleneck",
+    }
     with monkeypatch.context() as patch:
         patch.setattr("mocofast.models.batch_norm.FUSED", {})
         split_batch_norm(plain, 2)
@@ -204,7 +220,9 @@ def test_pixels_are_normalised_in_float32_and_channels_last(autocast: bool) -> N
     assert images.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert images.is_contiguous(memory_format=torch.channels_last)
     # bfloat16 keeps 8 significant bits and is rounded to once, at the end: 2^-8 at most; float32: two roundings.
-    torch.testing.assert_close(images.double(), expected, rtol=1.001 * 2**-8 if autocast else 2**-22, atol=1e-7)
+    torch.testing.assert_close(
+        images.double(), expected, rtol=1.001 * 2**-8 if autocast else 2**-22, atol=1e-7
+    )
 
 
 def test_importing_encoders_does_not_import_torchvision() -> None:

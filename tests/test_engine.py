@@ -44,7 +44,14 @@ def tiny_vit(num_classes: int) -> nn.Module:
 def small_moco(base: Callable[..., nn.Module] = TinyResNet, **options: Any) -> MoCo:
     """A queue of 50 keys wraps around within 5 steps; a momentum of 0.9 moves the key encoder visibly."""
     torch.manual_seed(0)
-    options = {"dim": 16, "queue_size": 50, "momentum": 0.9, "pixel_mean": MEAN, "pixel_std": STD, **options}
+    options = {
+        "dim": 16,
+        "queue_size": 50,
+        "momentum": 0.9,
+        "pixel_mean": MEAN,
+        "pixel_std": STD,
+        **options,
+    }
     return MoCo(base, **options).to(memory_format=torch.channels_last)
 
 
@@ -57,23 +64,40 @@ def batches(steps: int, last: int = IMAGES) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels)
 
 
-def plain_step(method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1) -> Step:
+def plain_step(
+    method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1
+) -> Step:
     """PyTorch's autocast, without an engine."""
     autocast = choose_autocast(precision, CPU)
     return lambda views: train_step(method, views, optimizer, accumulate, autocast)
 
 
 def engine_step(
-    mode: str, method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1, backend: Any = None
+    mode: str,
+    method: Method,
+    optimizer: FusedOptimizer,
+    precision: str,
+    accumulate: int = 1,
+    backend: Any = None,
 ) -> Step:
     engine = Engine(
-        mode, method, optimizer, choose_autocast(precision, CPU), accumulate, IMAGES // accumulate, backend
+        mode,
+        method,
+        optimizer,
+        choose_autocast(precision, CPU),
+        accumulate,
+        IMAGES // accumulate,
+        backend,
     )
     return engine.step
 
 
 def trajectory(
-    step: Step, method: Method, optimizer: FusedOptimizer, data: Iterator[tuple[Tensor, ...]], first: int = 0
+    step: Step,
+    method: Method,
+    optimizer: FusedOptimizer,
+    data: Iterator[tuple[Tensor, ...]],
+    first: int = 0,
 ) -> dict[str, Tensor]:
     """Metrics of every step, and what there is at the end, by name. Rate and momentum change at every step."""
     metrics = []
@@ -82,7 +106,9 @@ def trajectory(
             group["lr"] = 0.1 / (i + 1)
         optimizer.ema_momentum = 0.9 + 0.01 * i
         metrics.append(step(views).clone())
-    assert all(group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups)  # floats, for a state dict
+    assert all(
+        group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups
+    )  # floats, for a state dict
     momenta = [buffer.flatten() for state in optimizer.state.values() for buffer in state.values()]
     state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     return {"metrics": torch.stack(metrics).nan_to_num(-1), **state, "momenta": torch.cat(momenta)}
@@ -94,7 +120,9 @@ def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], value), name
 
 
-def run(mode: str, precision: str, accumulate: int = 1, backend: Any = None, **options: Any) -> dict[str, Tensor]:
+def run(
+    mode: str, precision: str, accumulate: int = 1, backend: Any = None, **options: Any
+) -> dict[str, Tensor]:
     """Six steps of an engine's mode, or of "plain" PyTorch."""
     model = small_moco(**options)
     optimizer = optimizer_of(model, OptimConfig())
@@ -120,7 +148,9 @@ def run(mode: str, precision: str, accumulate: int = 1, backend: Any = None, **o
     ],
     ids=["no BatchNorm", "v1", "v2, split BatchNorm", "micro-batches", "ViT"],
 )
-def test_bf16_shadows_and_the_static_step_follow_autocast_bit_by_bit(options: dict, accumulate: int) -> None:
+def test_bf16_shadows_and_the_static_step_follow_autocast_bit_by_bit(
+    options: dict, accumulate: int
+) -> None:
     expected = run("plain", "bf16", accumulate, **options)
     for mode in ("eager", "graph"):
         assert_equal(run(mode, "bf16", accumulate, **options), expected)
@@ -140,7 +170,10 @@ def test_in_float32_every_mode_follows_the_plain_step() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str) -> None:
     config = load_recipe("digits")
-    apply(config, {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10})
+    apply(
+        config,
+        {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10},
+    )
     apply(config, {"model.queue_size": 20, "model.freeze_prototypes": 2, "optim.name": "lars"})
 
     def found(mode: str, precision: str, accumulate: int) -> dict[str, Tensor]:
@@ -162,7 +195,9 @@ def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str)
                 train_step, method, optimizer=optimizer, accumulate=accumulate, autocast=autocast
             )
         else:
-            step = Engine(mode, method, optimizer, autocast, accumulate, IMAGES // accumulate, None).step
+            step = Engine(
+                mode, method, optimizer, autocast, accumulate, IMAGES // accumulate, None
+            ).step
         torch.manual_seed(5)
 
         def taken(views: tuple[Tensor, ...]) -> Tensor:
@@ -235,14 +270,21 @@ def test_a_continued_run_equals_one_never_stopped(mode: str) -> None:
 def ranks_trajectories(rank: int) -> dict[str, dict[str, Tensor]]:
     """Every mode on this rank's half of each batch, from weights that only rank 0 has."""
     found = {}
-    for mode, precision in (("eager", "fp32"), ("graph", "fp32"), ("eager", "bf16"), ("graph", "bf16")):
+    for mode, precision in (
+        ("eager", "fp32"),
+        ("graph", "fp32"),
+        ("eager", "bf16"),
+        ("graph", "bf16"),
+    ):
         model = small_moco()
         if rank:
             for p in model.parameters():
                 p.data.add_(1)
         optimizer = optimizer_of(model, OptimConfig())
         torch.manual_seed(5)
-        engine = Engine(mode, model, optimizer, choose_autocast(precision, CPU), 1, IMAGES // 2, None)
+        engine = Engine(
+            mode, model, optimizer, choose_autocast(precision, CPU), 1, IMAGES // 2, None
+        )
         halves = (tuple(view.chunk(2)[rank] for view in views) for views in batches(5, 8))
         found[f"{mode} {precision}"] = trajectory(engine.step, model, optimizer, halves)
     return found
@@ -256,7 +298,9 @@ def test_two_ranks_follow_one_trajectory_in_every_mode() -> None:
                 # Half of a sum is exact, so the averages are those of DistributedDataParallel.
                 assert torch.equal(found[f"graph {precision}"][name], value), name
         for name in ("encoder_q.conv1.weight", "encoder_k.fc.weight", "queue"):
-            assert torch.equal(first[f"graph {precision}"][name], second[f"graph {precision}"][name])
+            assert torch.equal(
+                first[f"graph {precision}"][name], second[f"graph {precision}"][name]
+            )
 
 
 class FakeGraph:
@@ -274,7 +318,12 @@ class FakeGraph:
 def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
     engine = graph.engine
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-    copies = [tensor for row in engine.optimizer._companions.values() for tensor in row if tensor is not None]
+    copies = [
+        tensor
+        for row in engine.optimizer._companions.values()
+        for tensor in row
+        if tensor is not None
+    ]
     tensors = [*engine.method.state_dict().values(), *states, *copies]
     before = [tensor.detach().clone() for tensor in tensors]
     yield
@@ -282,7 +331,9 @@ def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
         tensor.data.copy_(value)
 
 
-def test_warm_up_capture_and_launches_train_on_every_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_capture_and_launches_train_on_every_batch_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What is left to a GPU is the capture itself."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
@@ -319,8 +370,13 @@ def test_what_has_no_gradient_is_not_decayed_by_the_static_step() -> None:
 
 
 def test_static_gradients_lie_as_the_momentum_does() -> None:
-    gaps = nn.Parameter(torch.ones(5, 6)[:, ::2].t())  # not dense: both take the order of its strides, without gaps
-    for weight in (gaps, nn.Parameter(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))):
+    gaps = nn.Parameter(
+        torch.ones(5, 6)[:, ::2].t()
+    )  # not dense: both take the order of its strides, without gaps
+    for weight in (
+        gaps,
+        nn.Parameter(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)),
+    ):
         gradients = FlatGradients([weight])
         optimizer = FusedSGD([weight], lr=0.1, momentum=0.9)
         (3 * weight).sum().backward()
@@ -359,10 +415,14 @@ def test_each_encoder_is_compiled_once_and_never_again() -> None:
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
-def test_a_steady_step_never_asks_for_a_tensors_value(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steady_step_never_asks_for_a_tensors_value(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_moco(bn_splits=2, symmetric=True)
     optimizer = optimizer_of(model, OptimConfig())
-    step = engine_step(mode, model, optimizer, "bf16", backend="eager" if mode == "compile" else None)
+    step = engine_step(
+        mode, model, optimizer, "bf16", backend="eager" if mode == "compile" else None
+    )
     first, second, third = batches(3)
     step(first)
     step(second)

@@ -24,19 +24,44 @@ pytestmark = pytest.mark.gpu
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
 IMAGES = 16
 STEPS = 14  # the warm-up, the capture, and ten launches of the graph
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cuLaunchKernel",
+    "cudaGraphLaunch",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+)
 
 
 class Run:
     """A MoCo with its optimiser and an engine; rates and momenta change at every step."""
 
-    def __init__(self, mode: str, precision: str = "fp32", accumulate: int = 1, backend: Any = None, **options: Any):
+    def __init__(
+        self,
+        mode: str,
+        precision: str = "fp32",
+        accumulate: int = 1,
+        backend: Any = None,
+        **options: Any,
+    ):
         torch.manual_seed(0)
         cuda = torch.device("cuda", torch.cuda.current_device())
-        options = {"dim": 16, "queue_size": 50, "momentum": 0.9, "pixel_mean": MEAN, "pixel_std": STD, **options}
+        options = {
+            "dim": 16,
+            "queue_size": 50,
+            "momentum": 0.9,
+            "pixel_mean": MEAN,
+            "pixel_std": STD,
+            **options,
+        }
         self.model = MoCo(TinyResNet, **options).to(cuda, memory_format=torch.channels_last)
         self.optimizer: FusedOptimizer = optimizer_of(self.model, OptimConfig())
-        self.arguments = (choose_autocast(precision, cuda), accumulate, IMAGES // accumulate, backend)
+        self.arguments = (
+            choose_autocast(precision, cuda),
+            accumulate,
+            IMAGES // accumulate,
+            backend,
+        )
         self.mode, self.done = mode, 0
         self.window = Window(cuda)
         torch.manual_seed(5)  # split BatchNorm shuffles with draws that start here
@@ -56,7 +81,10 @@ class Run:
     def train(self, data: Iterator[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """Metrics of every step, and what there is at the end, by name."""
         metrics = torch.stack([self.step(views).clone() for views in data])
-        return {"metrics": metrics, **{name: value.clone() for name, value in self.model.state_dict().items()}}
+        return {
+            "metrics": metrics,
+            **{name: value.clone() for name, value in self.model.state_dict().items()},
+        }
 
 
 def batches(last: int = IMAGES) -> list[tuple[Tensor, ...]]:
@@ -65,7 +93,9 @@ def batches(last: int = IMAGES) -> list[tuple[Tensor, ...]]:
     found = []
     for i in range(STEPS):
         size = last if i == STEPS - 2 else IMAGES
-        pixels = torch.randint(0, 256, (2, size, 8, 8, 3), dtype=torch.uint8, generator=generator).cuda()
+        pixels = torch.randint(
+            0, 256, (2, size, 8, 8, 3), dtype=torch.uint8, generator=generator
+        ).cuda()
         found.append(tuple(pixels.permute(0, 1, 4, 2, 3)))
     return found
 
@@ -76,10 +106,14 @@ def same_algorithms() -> Iterator[None]:
         yield
 
 
-def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
+def assert_close(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float
+) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +147,9 @@ def test_compiled_and_captured_steps_follow_the_eager_trajectory() -> None:
         run.start()
         found.append(run.train(iter(data)))
     for ours in found[1:]:
-        assert_close(ours, found[0], rtol=1e-3, atol=1e-3)  # float32 sums in another order, over 14 steps
+        assert_close(
+            ours, found[0], rtol=1e-3, atol=1e-3
+        )  # float32 sums in another order, over 14 steps
     assert_close(found[2], found[1], rtol=1e-5, atol=1e-6)
 
 
@@ -139,14 +175,22 @@ def test_a_continued_run_follows_one_never_stopped() -> None:
     first = Run("graph", "bf16", bn_splits=2)
     first.start()
     first.train(iter(data[:7]))  # the graph is launched by then
-    weights, state = copy.deepcopy(first.model.state_dict()), copy.deepcopy(first.optimizer.state_dict())
+    weights, state = (
+        copy.deepcopy(first.model.state_dict()),
+        copy.deepcopy(first.optimizer.state_dict()),
+    )
     second = Run("graph", "bf16", bn_splits=2)
     second.model.load_state_dict(weights)
     second.model.load_random_state(first.model.random_state())
     second.optimizer.load_state_dict(state)
     second.done = 7
     second.start()
-    assert_close(second.train(iter(data[7:])), expected | {"metrics": expected["metrics"][7:]}, rtol=1e-5, atol=1e-6)
+    assert_close(
+        second.train(iter(data[7:])),
+        expected | {"metrics": expected["metrics"][7:]},
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])

@@ -65,7 +65,9 @@ def brute_force_knn(
         votes: dict[int, float] = {}
         for neighbour in np.argsort(-similarity)[:k]:
             c = int(labels[neighbour])
-            votes[c] = votes.get(c, 0.0) + float(np.exp((similarity[neighbour] - similarity.max()) / temperature))
+            votes[c] = votes.get(c, 0.0) + float(
+                np.exp((similarity[neighbour] - similarity.max()) / temperature)
+            )
         ranking = sorted(votes, key=lambda c: -votes[c])
         hits = [hit + (label in ranking[:top]) for hit, top in zip(hits, (1, 5))]
     return hits[0] / len(val), hits[1] / len(val)
@@ -113,7 +115,9 @@ def test_knn_equals_scikit_learns_weighted_classifier(k: int, temperature: float
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, labels, val, own = clusters(331, 7, 8, seed=5)  # a prime: the last tile is short both ways
+    train, labels, val, own = clusters(
+        331, 7, 8, seed=5
+    )  # a prime: the last tile is short both ways
     whole = knn_accuracy(train, labels, val, own, 20)
     nearest = knn._nearest(val, train, 20)
     monkeypatch.setattr(knn, "_ROWS", 17)
@@ -146,13 +150,21 @@ def test_broken_features_never_look_good() -> None:
         ({"temperature": 0.0}, "temperature must be > 0: got 0.0"),
         ({"num_classes": 3}, "num_classes must exceed every label: got 3, and the labels reach 4"),
         ({"val_features": torch.ones(4, 2)}, "must have the same dimension: got 3 and 2"),
-        ({"val_features": torch.ones(0, 3), "val_labels": torch.ones(0).long()}, "val_features must be .* not empty"),
-        ({"train_labels": torch.zeros(4).long()}, r"train_labels must hold one label for each of the 5 rows"),
+        (
+            {"val_features": torch.ones(0, 3), "val_labels": torch.ones(0).long()},
+            "val_features must be .* not empty",
+        ),
+        (
+            {"train_labels": torch.zeros(4).long()},
+            r"train_labels must hold one label for each of the 5 rows",
+        ),
         ({"train_labels": torch.zeros(5)}, "train_labels must be int64: got torch.float32"),
         ({"val_labels": torch.tensor([0, 1, -1, 0])}, "val_labels must not be negative: got -1"),
     ],
 )
-def test_bad_input_is_an_error_that_names_the_argument(change: dict[str, object], message: str) -> None:
+def test_bad_input_is_an_error_that_names_the_argument(
+    change: dict[str, object], message: str
+) -> None:
     arguments = {
         "train_features": torch.ones(5, 3),
         "train_labels": torch.arange(5),
@@ -173,7 +185,9 @@ def test_few_shots_equal_one_nearest_neighbour_on_each_draw() -> None:
         for c in range(5):
             members = np.flatnonzero(labels.numpy() == c)
             drawn += list(members[torch.randperm(len(members), generator=generator)[:3].numpy()])
-        classifier = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(train[drawn].numpy(), labels[drawn])
+        classifier = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(
+            train[drawn].numpy(), labels[drawn]
+        )
         shares.append(classifier.score(val.numpy(), own.numpy()))
     assert result == pytest.approx((np.mean(shares), np.std(shares, ddof=1)), abs=1e-6)
     assert result.std > 0
@@ -206,11 +220,15 @@ def images_of(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Pictures whose class is how bright they are, under noise: (N, 3, 8, 8) uint8 and labels of 4 classes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, samples)
-    pixels = np.clip(60 * labels[:, None, None, None] + rng.normal(30, 20, (samples, 3, 8, 8)), 0, 255)
+    pixels = np.clip(
+        60 * labels[:, None, None, None] + rng.normal(30, 20, (samples, 3, 8, 8)), 0, 255
+    )
     return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels)
 
 
-def batches_of(images: Tensor, labels: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+def batches_of(
+    images: Tensor, labels: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     for rows in torch.arange(len(images)).split(size):
         yield images[rows], None if labels is None else labels[rows], rows
 
@@ -271,7 +289,9 @@ def test_extraction_errors_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-3])
-def test_logistic_regression_equals_scikit_learns(l2: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logistic_regression_equals_scikit_learns(
+    l2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, labels, val, _ = clusters(301, 5, 9, seed=13)
     monkeypatch.setattr(linear, "_ROWS", 128)  # several blocks, the last one short
     weight, bias = fit_logistic(train, labels, 5, l2)
@@ -283,9 +303,15 @@ def test_logistic_regression_equals_scikit_learns(l2: float, monkeypatch: pytest
     np.testing.assert_allclose(weight.numpy(), theirs.coef_, atol=0.01 * np.abs(theirs.coef_).max())
 
 
-def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(caplog: pytest.LogCaptureFixture) -> None:
-    train, labels, val, own = clusters(400, 5, 90, seed=17, noise=4.0)  # few samples, many dimensions: they overfit
-    scale = torch.logspace(-2, 2, 90)  # features of very different sizes, which standardising makes equal
+def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train, labels, val, own = clusters(
+        400, 5, 90, seed=17, noise=4.0
+    )  # few samples, many dimensions: they overfit
+    scale = torch.logspace(
+        -2, 2, 90
+    )  # features of very different sizes, which standardising makes equal
     with caplog.at_level("INFO", "mocofast"):
         result = linear._fast(train * scale + 7, labels, val * scale + 7, own, 5, seed=3)
     swept = [cast(tuple[float, float], record.args) for record in caplog.records]
@@ -294,7 +320,9 @@ def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(capl
     assert result.l2 == next(l2 for l2, accuracy in swept if accuracy == best)
     assert result.l2 is not None
     assert best > swept[-1][1]
-    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (400 * result.l2), tol=1e-8, max_iter=10000))
+    theirs = make_pipeline(
+        StandardScaler(), LogisticRegression(C=1 / (400 * result.l2), tol=1e-8, max_iter=10000)
+    )
     theirs.fit((train * scale + 7).double().numpy(), labels.numpy())
     expected = theirs.score((val * scale + 7).double().numpy(), own.numpy())
     # One sample may lie on the border to float32 rounding.
@@ -314,7 +342,9 @@ def bright_splits(seed: int = 0) -> tuple[Datasets, Config]:
     return Datasets(parts[0], parts[1], "made for a test"), config
 
 
-def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     splits, config = bright_splits()
     encoder = tiny_encoder().train()
     with caplog.at_level("INFO", "mocofast"):
@@ -358,7 +388,9 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
     heads: list[tuple[Tensor, Tensor]] = []
     accuracy = linear._accuracy
 
-    def recorded(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+    def recorded(
+        features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[float, float]:
         heads.append((weight.detach().clone(), bias.detach().clone()))
         return accuracy(features, labels, weight, bias)
 
@@ -367,9 +399,13 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
 
     encoder.eval()
     view = replace(config.augment, crop_scale=(0.08, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
-    loader = build_loader(splits.train, config.data, (view,), BatchSlice(48, drop_last=False), 0, CPU)
+    loader = build_loader(
+        splits.train, config.data, (view,), BatchSlice(48, drop_last=False), 0, CPU
+    )
     mean, std = pixel_statistics(config.augment)
-    weight = torch.empty(4, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)).double()
+    weight = (
+        torch.empty(4, 64).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)).double()
+    )
     bias = torch.zeros(4, dtype=torch.float64)
     momentum_w, momentum_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch, rate in enumerate(rates):
@@ -429,9 +465,13 @@ def test_an_encoder_that_changes_is_noticed() -> None:
 
 def test_a_probe_without_labels_or_held_out_images_says_what_is_needed() -> None:
     splits, config = bright_splits()
-    with pytest.raises(ConfigError, match=r"needs labelled images, some of them held out .* got made for a test"):
+    with pytest.raises(
+        ConfigError, match=r"needs labelled images, some of them held out .* got made for a test"
+    ):
         linear_probe(tiny_encoder(), splits._replace(val=None), config, LinearConfig(), CPU)
-    with pytest.raises(ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"):
+    with pytest.raises(
+        ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"
+    ):
         linear_probe(tiny_encoder(), splits, config, LinearConfig(protocol="quick"), CPU)
 
 

@@ -43,7 +43,11 @@ def trained(arch: str, **model_options: Any) -> dict[str, Any]:
     for parameter in model.encoder_q.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.step()
-    state = {"config": settings.to_dict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "config": settings.to_dict(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     return {**state, "format": FORMAT, "epoch": 7, "step": 70}
 
 
@@ -128,7 +132,10 @@ def test_safetensors_hold_the_backbone_and_name_the_architecture(tmp_path: Path)
     checkpoint = trained("resnet18")
     export(checkpoint, "safetensors", tmp_path / "r18.safetensors")
     export(checkpoint, "torchvision", tmp_path / "r18.pt")
-    ours, theirs = load_file(tmp_path / "r18.safetensors"), torch.load(tmp_path / "r18.pt", weights_only=True)
+    ours, theirs = (
+        load_file(tmp_path / "r18.safetensors"),
+        torch.load(tmp_path / "r18.pt", weights_only=True),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with safe_open(tmp_path / "r18.safetensors", "pt") as file:
@@ -149,7 +156,9 @@ class ReferenceMoCo(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
 
-def test_a_reference_checkpoint_loads_into_a_reference_model_and_its_optimiser(tmp_path: Path) -> None:
+def test_a_reference_checkpoint_loads_into_a_reference_model_and_its_optimiser(
+    tmp_path: Path,
+) -> None:
     checkpoint = trained("resnet18", mlp=True)
     how_to_load = export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar").how_to_load
     assert "main_moco.py --arch resnet18" in how_to_load
@@ -166,7 +175,9 @@ def test_a_reference_checkpoint_loads_into_a_reference_model_and_its_optimiser(t
     first, last = model.encoder_q.conv1.weight, list(model.encoder_q.parameters())[-1]
     momentum = checkpoint["optimizer"]["state"]
     assert torch.equal(optimizer.state[first]["momentum_buffer"], momentum[0]["momentum_buffer"])
-    assert torch.equal(optimizer.state[last]["momentum_buffer"], momentum[len(momentum) - 1]["momentum_buffer"])
+    assert torch.equal(
+        optimizer.state[last]["momentum_buffer"], momentum[len(momentum) - 1]["momentum_buffer"]
+    )
     assert not any(parameter in optimizer.state for parameter in model.encoder_k.parameters())
 
 
@@ -180,7 +191,9 @@ def test_a_reference_checkpoint_comes_back_unchanged(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], checkpoint["model"][name]) for name in state)
 
 
-def test_an_encoder_unknown_to_the_references_program_is_loaded_by_our_own_lines(tmp_path: Path) -> None:
+def test_an_encoder_unknown_to_the_references_program_is_loaded_by_our_own_lines(
+    tmp_path: Path,
+) -> None:
     checkpoint = trained("resnet_tiny")
     written = export(checkpoint, "reference", tmp_path / "checkpoint.pth.tar")
     assert "main_moco" not in written.how_to_load
@@ -206,7 +219,9 @@ def test_detectron2_names_and_values_follow_the_conversion_rules(tmp_path: Path)
         "res5.0.shortcut.norm.weight": "layer4.0.downsample.1.weight",
     }
     for name, ours in pairs.items():
-        assert torch.equal(torch.from_numpy(written["model"][name]), checkpoint["model"][f"encoder_q.{ours}"]), name
+        assert torch.equal(
+            torch.from_numpy(written["model"][name]), checkpoint["model"][f"encoder_q.{ours}"]
+        ), name
     # detectron2's ResNet has these names and no others.
     block = r"(conv[123]|shortcut)(\.norm)?"
     pattern = re.compile(
@@ -226,7 +241,9 @@ def test_timm_has_torchvisions_names_and_shapes_for_the_whole_family(arch: str) 
     assert shapes == {name: tensor.shape for name, tensor in theirs.items()}
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "r18.pt"
     out.write_text("old")
 
@@ -244,11 +261,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arch", "format", "out", "message"),
     [
-        ("resnet_tiny", "torchvison", "x.pt", "format: expected one of .*did you mean 'torchvision'"),
-        ("resnet_tiny", "safetensors", "x.pt", "out: expected a name ending in .safetensors, got .*x.pt"),
-        ("resnet_tiny", "reference", "x.safetensors", "out: format reference has a file format of its own"),
-        ("resnet_tiny", "timm", "x.pt", "format: timm is for the ResNet family, got model.arch resnet_tiny"),
-        ("resnet18_cifar", "detectron2", "x.pkl", "format: detectron2 is for ResNets with their 7x7 stem"),
+        (
+            "resnet_tiny",
+            "torchvison",
+            "x.pt",
+            "format: expected one of .*did you mean 'torchvision'",
+        ),
+        (
+            "resnet_tiny",
+            "safetensors",
+            "x.pt",
+            "out: expected a name ending in .safetensors, got .*x.pt",
+        ),
+        (
+            "resnet_tiny",
+            "reference",
+            "x.safetensors",
+            "out: format reference has a file format of its own",
+        ),
+        (
+            "resnet_tiny",
+            "timm",
+            "x.pt",
+            "format: timm is for the ResNet family, got model.arch resnet_tiny",
+        ),
+        (
+            "resnet18_cifar",
+            "detectron2",
+            "x.pkl",
+            "format: detectron2 is for ResNets with their 7x7 stem",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_an_error_that_says_why(

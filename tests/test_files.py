@@ -10,7 +10,9 @@ from mocofast import files
 
 
 @pytest.mark.parametrize("writer", ["", "7"])
-def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(tmp_path: Path, writer: str) -> None:
+def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(
+    tmp_path: Path, writer: str
+) -> None:
     path = tmp_path / "a"
     path.write_text("old")
 

@@ -38,7 +38,9 @@ def test_loading_then_saving_returns_equal_tensors(prefix: str) -> None:
     model = small_moco(2)
     load_reference_state_dict(model, state)
     saved = to_reference_state_dict(model)
-    assert [f"{prefix}{name}" for name in saved] == list(state) or {prefix + n for n in saved} == state.keys()
+    assert [f"{prefix}{name}" for name in saved] == list(state) or {
+        prefix + n for n in saved
+    } == state.keys()
     for name, value in saved.items():
         assert value.dtype == state[prefix + name].dtype
         assert value.is_contiguous()
@@ -56,12 +58,17 @@ def test_a_loaded_model_continues_as_the_reference_would() -> None:
     eager.pointer = 7
     im_q, im_k = random_batches(1, 6)[0]  # 6 keys from row 7 on: past the end of 11
     torch.testing.assert_close(model(im_q, im_k).loss, eager(im_q, im_k), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(to_reference_state_dict(model)["queue"], eager.queue, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        to_reference_state_dict(model)["queue"], eager.queue, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_whole_checkpoint_file_loads(tmp_path: Path) -> None:
     state = reference_state(1, "module.")
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
+    torch.save(
+        {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}},
+        tmp_path / "moco.pth.tar",
+    )
     model = small_moco(2)
     load_reference_state_dict(model, torch.load(tmp_path / "moco.pth.tar", weights_only=True))
     assert torch.equal(model.encoder_k.fc[2].weight, state["module.encoder_k.fc.2.weight"])
@@ -104,7 +111,9 @@ def test_saving_does_not_need_the_channels_last_model_to_be_contiguous() -> None
     model = small_moco(2).to(memory_format=torch.channels_last)
     load_reference_state_dict(model, reference_state(1))
     assert model.encoder_q.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert all(torch.equal(v, reference_state(1)[k]) for k, v in to_reference_state_dict(model).items())
+    assert all(
+        torch.equal(v, reference_state(1)[k]) for k, v in to_reference_state_dict(model).items()
+    )
 
 
 @pytest.mark.parametrize(("arch", "head"), [("resnet18", "fc"), ("vit_b_32", "heads")])

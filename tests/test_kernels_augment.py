@@ -25,12 +25,20 @@ from mocofast.data.torchvision_loader import apply_view
 from tests.pictures import assert_same_views_but_for_hue, differences
 from tests.sampled import stack_views
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
+)
 
 PLAIN = AugmentConfig(size=32, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
 # PIL quantises hue to 8 bits, so what is compared with PIL has none.
 WITHOUT_HUE = AugmentConfig(
-    size=32, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, gray_first=False, blur=0.6, solarize=0.3
+    size=32,
+    jitter=(0.4, 0.4, 0.4, 0.0),
+    jitter_p=0.8,
+    gray=0.3,
+    gray_first=False,
+    blur=0.6,
+    solarize=0.3,
 )
 EVERYTHING = replace(WITHOUT_HUE, jitter=(0.4, 0.4, 0.4, 0.4))
 
@@ -46,21 +54,33 @@ def pictures(height: int, width: int) -> np.ndarray:
     return np.stack((noise[0], ramp, corners, gray)).astype(np.uint8)
 
 
-def by_kernel(images: np.ndarray, index: np.ndarray, views: Views, augment: AugmentConfig) -> Tensor:
+def by_kernel(
+    images: np.ndarray, index: np.ndarray, views: Views, augment: AugmentConfig
+) -> Tensor:
     table = parameter_table(views, augment).to(DEVICE)
     on_device = torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE)
     return kernel.augment(*on_device, table[None], augment.size, rotate=augment.rotate > 0)[0].cpu()
 
 
-def by_pil(images: np.ndarray, index: np.ndarray, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    views = [np.asarray(apply_view(Image.fromarray(images[i]), p, augment)) for i, p in zip(index, params)]
+def by_pil(
+    images: np.ndarray, index: np.ndarray, params: list[ViewParams], augment: AugmentConfig
+) -> Tensor:
+    views = [
+        np.asarray(apply_view(Image.fromarray(images[i]), p, augment))
+        for i, p in zip(index, params)
+    ]
     return torch.from_numpy(np.stack(views))
 
 
 @pytest.mark.parametrize(
     ("size", "height", "width", "largest"),
     [
-        (32, 32, 32, 0),  # CIFAR: never smaller than its crop, sides powers of two, so PIL's weights are exact, too
+        (
+            32,
+            32,
+            32,
+            0,
+        ),  # CIFAR: never smaller than its crop, sides powers of two, so PIL's weights are exact, too
         (8, 8, 8, 0),  # digits: a tile is padded to the smallest matrix product
         (64, 40, 64, 0),  # the largest tile
         (19, 23, 37, 1),  # odd and prime; PIL's weights have 22 bits: a tie may turn around
@@ -72,7 +92,8 @@ def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, large
     augment = replace(PLAIN, size=size)
     params = [sample_view(augment, (height, width), 1, 0, i, 0) for i in range(len(index))]
     error = differences(
-        by_kernel(images, index, stack_views(params), augment), by_pil(images, index, params, augment)
+        by_kernel(images, index, stack_views(params), augment),
+        by_pil(images, index, params, augment),
     )
     assert error.max() <= largest
     assert error.mean() < 0.05  # a ramp has many ties
@@ -110,7 +131,9 @@ def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
 
 def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
     images, index = pictures(5, 5), np.arange(4)
-    augment = replace(PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0))  # boxes of 7 pixels and more on 5
+    augment = replace(
+        PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0)
+    )  # boxes of 7 pixels and more on 5
     params = [sample_view(augment, (5, 5), 1, 0, i, 0) for i in range(4)]
     got = by_kernel(images, index, stack_views(params), augment)
     error = differences(got, by_pil(images, index, params, augment))
@@ -124,7 +147,11 @@ def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() ->
     drawn = [sample_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)]
     table = torch.stack([parameter_table(views, augment) for views in drawn]).to(DEVICE)
     both = kernel.augment(
-        torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE), table[:, 1:3], 8, rotate=False
+        torch.from_numpy(images).to(DEVICE),
+        torch.from_numpy(index).to(DEVICE),
+        table[:, 1:3],
+        8,
+        rotate=False,
     ).cpu()
     for got, views in zip(both, drawn):
         own = Views(*(column[1:3] for column in views))
@@ -132,7 +159,10 @@ def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() ->
 
 
 def test_what_the_kernel_cannot_hold_is_refused() -> None:
-    assert (device_loader.LARGEST, device_loader.LARGEST_ROTATED) == (kernel.LARGEST, kernel.LARGEST_ROTATED)
+    assert (device_loader.LARGEST, device_loader.LARGEST_ROTATED) == (
+        kernel.LARGEST,
+        kernel.LARGEST_ROTATED,
+    )
     images, index = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     for size, rotate in ((65, False), (33, True)):
         with pytest.raises(AssertionError):

@@ -43,7 +43,9 @@ def test_every_element_is_the_average_in_every_pair_of_types(
     target_dtype: torch.dtype, source_dtype: torch.dtype, as_tensor: bool
 ) -> None:
     targets, sources = _tensors(target_dtype, 0), _tensors(source_dtype, 1)
-    momentum: float | Tensor = torch.tensor(0.9, device=DEVICE, dtype=torch.float64) if as_tensor else 0.9
+    momentum: float | Tensor = (
+        torch.tensor(0.9, device=DEVICE, dtype=torch.float64) if as_tensor else 0.9
+    )
     expected = [_expected(t, s, 0.9) for t, s in zip(targets, sources)]
     unchanged = [s.clone() for s in sources]
     ema_update_(targets, sources, momentum)
@@ -67,10 +69,16 @@ def test_layouts_of_memory_are_followed_and_gaps_are_left_alone() -> None:
     buffer = torch.zeros(6, 8, device=DEVICE)
     pairs = [
         (weight, torch.randn_like(weight)),  # channels-last, both: flat memory
-        (torch.randn(7, 5, device=DEVICE).T, torch.randn(7, 5, device=DEVICE).T),  # transposed, both
+        (
+            torch.randn(7, 5, device=DEVICE).T,
+            torch.randn(7, 5, device=DEVICE).T,
+        ),  # transposed, both
         (torch.randn(7, 5, device=DEVICE).T, torch.randn(5, 7, device=DEVICE)),  # orders differ
         (buffer[:, ::2], torch.ones(6, 4, device=DEVICE)),  # gaps
-        (torch.zeros(9, device=DEVICE)[1:], torch.ones(8, device=DEVICE)),  # not a multiple of 16 bytes
+        (
+            torch.zeros(9, device=DEVICE)[1:],
+            torch.ones(8, device=DEVICE),
+        ),  # not a multiple of 16 bytes
     ]
     assert pairs[0][1].is_contiguous(memory_format=torch.channels_last)
     expected = [_expected(t, s, 0.75) for t, s in pairs]
@@ -81,8 +89,18 @@ def test_layouts_of_memory_are_followed_and_gaps_are_left_alone() -> None:
 
 
 def test_integers_are_copied_doubles_stay_double_and_empty_tensors_pass() -> None:
-    targets = [torch.tensor(3), torch.tensor([True, False]), torch.ones(3, dtype=torch.float64), torch.ones(0)]
-    sources = [torch.tensor(5), torch.tensor([False, False]), torch.full((3,), 1 / 3).double(), torch.ones(0)]
+    targets = [
+        torch.tensor(3),
+        torch.tensor([True, False]),
+        torch.ones(3, dtype=torch.float64),
+        torch.ones(0),
+    ]
+    sources = [
+        torch.tensor(5),
+        torch.tensor([False, False]),
+        torch.full((3,), 1 / 3).double(),
+        torch.ones(0),
+    ]
     targets, sources = [t.to(DEVICE) for t in targets], [s.to(DEVICE) for s in sources]
     expected = _expected(targets[2], sources[2], 0.99)
     ema_update_(targets, sources, 0.99)

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 from mocofast_kernels.enqueue import enqueue_
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
+)
 
 
 def _expected(queue: Tensor, pointer: int, keys: Tensor, normalize: bool) -> Tensor:
@@ -73,7 +75,12 @@ def test_a_key_of_zeros_stays_zero_and_a_nan_stays_nan() -> None:
 
 def test_rows_between_the_keys_of_a_wider_buffer_are_left_alone() -> None:
     buffer = torch.zeros(10, 6, device=DEVICE)
-    enqueue_(buffer[::2, 1:4], torch.tensor([4], device=DEVICE), torch.ones(2, 3, device=DEVICE), normalize=False)
+    enqueue_(
+        buffer[::2, 1:4],
+        torch.tensor([4], device=DEVICE),
+        torch.ones(2, 3, device=DEVICE),
+        normalize=False,
+    )
     expected = torch.zeros(10, 6, device=DEVICE)
     expected[8, 1:4] = expected[0, 1:4] = 1.0
     assert torch.equal(buffer, expected)
@@ -82,7 +89,9 @@ def test_rows_between_the_keys_of_a_wider_buffer_are_left_alone() -> None:
 def test_rows_more_than_two_to_the_31_elements_into_the_ring() -> None:
     """600 rows at a distance of 4 M: 2.5e9 elements, of which only the pages of 4 rows are ever touched."""
     distance = 2**22
-    queue = torch.empty(600 * distance, dtype=torch.bfloat16, device=DEVICE).as_strided((600, 16), (distance, 1))
+    queue = torch.empty(600 * distance, dtype=torch.bfloat16, device=DEVICE).as_strided(
+        (600, 16), (distance, 1)
+    )
     keys = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     enqueue_(queue, torch.tensor([596], device=DEVICE), keys, normalize=False)
     assert torch.equal(queue[596:], keys.bfloat16())

@@ -26,7 +26,9 @@ from mocofast.ops import backend, batch_norm
 from mocofast.ops.batch_norm import ghost_batch_norm
 
 # The interpreter is NumPy, which warns where a GPU goes on silently.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
+)
 
 TRITON = backend.backend_for("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,7 +40,9 @@ ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 @pytest.fixture(autouse=True)
 def _kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
-    monkeypatch.setattr(batch_norm, "_native", None)  # whatever should run on the kernels must not come here
+    monkeypatch.setattr(
+        batch_norm, "_native", None
+    )  # whatever should run on the kernels must not come here
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -85,7 +89,10 @@ def case(
     )
     placed = [None if t is None else t.to(DEVICE) for t in tensors]
     return Case(
-        *(t.contiguous(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t for t in placed)
+        *(
+            t.contiguous(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
+            for t in placed
+        )
     )
 
 
@@ -99,7 +106,9 @@ def per_part(c: Case, parts: int, relu: bool) -> list[Tensor]:
         means.append(c.running_mean.clone())
         variances.append(c.running_var.clone())
         outputs.append(
-            F.batch_norm(c.x[part::parts], means[-1], variances[-1], c.weight, c.bias, True, MOMENTUM, EPS)
+            F.batch_norm(
+                c.x[part::parts], means[-1], variances[-1], c.weight, c.bias, True, MOMENTUM, EPS
+            )
         )
     y = torch.stack(outputs, dim=1).flatten(0, 1)  # sample n is number n // parts of part n % parts
     if c.residual is not None:
@@ -116,7 +125,16 @@ def ours(c: Case, parts: int, relu: bool) -> list[Tensor]:
     leaves = [leaf.detach().requires_grad_() for leaf in c.leaves()]
     x, weight, bias, *residual = leaves
     y = ghost_batch_norm(
-        x, weight, bias, mean, variance, parts, MOMENTUM, EPS, relu, residual[0] if residual else None
+        x,
+        weight,
+        bias,
+        mean,
+        variance,
+        parts,
+        MOMENTUM,
+        EPS,
+        relu,
+        residual[0] if residual else None,
     )
     return [y.detach(), mean, variance, *torch.autograd.grad(y, leaves, c.grad)]
 
@@ -131,7 +149,9 @@ def assert_as_good_as_eager(c: Case, parts: int, relu: bool) -> None:
     for name, got, eager, want in zip(NAMES, ours(c, parts, relu), per_part(c, parts, relu), exact):
         error, eager_error = (float((t.double() - want).abs().max()) for t in (got, eager))
         slack = 16 * ROUNDING[FP32] * max(1.0, float(want.abs().max()))
-        assert error <= eager_error + slack, f"{name}: {error:.2e}, eager {eager_error:.2e}, slack {slack:.2e}"
+        assert error <= eager_error + slack, (
+            f"{name}: {error:.2e}, eager {eager_error:.2e}, slack {slack:.2e}"
+        )
 
 
 SHAPES = [
@@ -144,7 +164,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)]
+)
 @pytest.mark.parametrize(("shape", "parts"), SHAPES)
 def test_float32_is_as_good_as_one_batchnorm_per_part(
     shape: tuple[int, int, int, int], parts: int, relu: bool, residual: bool
@@ -218,11 +240,15 @@ def test_rows_that_need_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 def test_parameters_and_statistics_may_be_16_bit() -> None:
     c = case((8, 6, 3, 3), BF16)
-    low = c._replace(**{name: getattr(c, name).bfloat16() for name in ("weight", "bias", "running_mean")})
+    low = c._replace(
+        **{name: getattr(c, name).bfloat16() for name in ("weight", "bias", "running_mean")}
+    )
     got = ours(low, 2, False)
     assert [t.dtype for t in got] == [BF16, BF16, FP32, BF16, BF16, BF16]
     for ours_, want in zip(got, per_part(low.to(torch.float64), 2, False)):
-        torch.testing.assert_close(ours_.double(), want, rtol=2**-7, atol=2**-7 * float(want.abs().max()))
+        torch.testing.assert_close(
+            ours_.double(), want, rtol=2**-7, atol=2**-7 * float(want.abs().max())
+        )
 
 
 @pytest.mark.parametrize("form", ["sliced", "transposed"])
@@ -254,7 +280,9 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same() -> None:
     c = case((6, 5, 3, 7))
     want = ours(c, 3, True)
     with torch.no_grad():
-        y = ghost_batch_norm(c.x, c.weight, c.bias, c.running_mean, c.running_var, 3, MOMENTUM, EPS, relu=True)
+        y = ghost_batch_norm(
+            c.x, c.weight, c.bias, c.running_mean, c.running_var, 3, MOMENTUM, EPS, relu=True
+        )
     assert y.grad_fn is None
     assert torch.equal(y, want[0])
     assert torch.equal(c.running_mean, want[1])
@@ -290,12 +318,28 @@ def residual_as(dtype: torch.dtype, *shape: int) -> dict[str, Any]:
         ((6, 3, 1, 1), 6, {}, ValueError, "more than one value per channel in each of 6 splits"),
         ((0, 3, 2, 2), 2, {}, ValueError, "more than one value per channel"),
         ((6, 3, 4), 2, {}, ValueError, r"x must be \(N, C, H, W\): got shape \(6, 3, 4\)"),
-        ((6, 3, 2, 2), 2, residual_as(FP32, 6, 3, 2, 1), ValueError, r"residual must have x's shape"),
-        ((6, 3, 2, 2), 2, residual_as(BF16, 6, 3, 2, 2), TypeError, "residual must have x's type torch.float32"),
+        (
+            (6, 3, 2, 2),
+            2,
+            residual_as(FP32, 6, 3, 2, 1),
+            ValueError,
+            r"residual must have x's shape",
+        ),
+        (
+            (6, 3, 2, 2),
+            2,
+            residual_as(BF16, 6, 3, 2, 2),
+            TypeError,
+            "residual must have x's type torch.float32",
+        ),
     ],
 )
 def test_bad_arguments_are_named_and_change_nothing(
-    shape: tuple[int, ...], parts: int, options: dict[str, Any], error: type[Exception], message: str
+    shape: tuple[int, ...],
+    parts: int,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     x, ones = torch.randn(shape, device=DEVICE), torch.ones(3, device=DEVICE)
     mean, variance = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
@@ -304,7 +348,9 @@ def test_bad_arguments_are_named_and_change_nothing(
     assert torch.equal(mean, torch.zeros_like(mean)) and torch.equal(variance, ones)
 
 
-@pytest.mark.parametrize(("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_compiled_it_equals_eager(relu: bool, residual: bool) -> None:
     c = case((6, 8, 3, 5), residual=residual)
     want = ours(c, 3, relu)
@@ -313,7 +359,16 @@ def test_compiled_it_equals_eager(relu: bool, residual: bool) -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def call(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
         return ghost_batch_norm(
-            x, weight, bias, mean, variance, 3, MOMENTUM, EPS, relu, residual[0] if residual else None
+            x,
+            weight,
+            bias,
+            mean,
+            variance,
+            3,
+            MOMENTUM,
+            EPS,
+            relu,
+            residual[0] if residual else None,
         )
 
     leaves = [leaf.detach().requires_grad_() for leaf in c.leaves()]
@@ -327,12 +382,18 @@ def test_compiled_it_equals_eager(relu: bool, residual: bool) -> None:
 def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
     c = case((4, 3, 2, 3), residual=True)
     x, weight, bias, residual = (leaf.requires_grad_() for leaf in c.leaves())
-    torch.library.opcheck(batch_norm._ghost_batch_norm_op, (x, residual, weight, bias, 2, EPS, True))
+    torch.library.opcheck(
+        batch_norm._ghost_batch_norm_op, (x, residual, weight, bias, 2, EPS, True)
+    )
     torch.library.opcheck(batch_norm._ghost_batch_norm_op, (x, None, weight, bias, 2, EPS, False))
     statistics = torch.rand(3, 2, 3, device=DEVICE)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    torch.library.opcheck(batch_norm._backward_op, (c.grad, x, x.clone(), weight, bias, statistics, 2, True))
-    torch.library.opcheck(batch_norm._backward_op, (c.grad, x, None, weight, bias, statistics, 2, False))
+    torch.library.opcheck(
+        batch_norm._backward_op, (c.grad, x, x.clone(), weight, bias, statistics, 2, True)
+    )
+    torch.library.opcheck(
+        batch_norm._backward_op, (c.grad, x, None, weight, bias, statistics, 2, False)
+    )
 
 
 def test_the_kernels_compile_without_spills_for_gpus_that_are_not_here() -> None:

@@ -29,7 +29,9 @@ from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.rows import narrow
 
 # The interpreter is NumPy, which warns where a GPU goes on silently.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -41,7 +43,9 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-def _inputs(N: int, K: int, C: int, dtype: torch.dtype = FP32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(
+    N: int, K: int, C: int, dtype: torch.dtype = FP32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, positives correlated with them, and negatives, as a half-trained encoder gives them."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(N, C, generator=generator)
@@ -91,12 +95,22 @@ def _eager(
         query, positive = unit(query, dim=1), unit(positive, dim=1)
     if normalize_negatives:
         negatives = unit(negatives, dim=1)
-    logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.T], dim=1).float() / temperature
+    logits = (
+        torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.T], dim=1).float()
+        / temperature
+    )
     if exclude_period:
-        row, column = torch.arange(len(query), device=DEVICE), torch.arange(len(negatives), device=DEVICE)
+        row, column = (
+            torch.arange(len(query), device=DEVICE),
+            torch.arange(len(negatives), device=DEVICE),
+        )
         excluded = (row % exclude_period)[:, None] == (column % exclude_period)[None, :]
-        logits = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(excluded, float("-inf"))], dim=1)
-    return cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=DEVICE), reduction="none")
+        logits = torch.cat(
+            [logits[:, :1], logits[:, 1:].masked_fill(excluded, float("-inf"))], dim=1
+        )
+    return cross_entropy(
+        logits, torch.zeros(len(query), dtype=torch.long, device=DEVICE), reduction="none"
+    )
 
 
 NAMES = ("query", "positive", "negatives")
@@ -110,7 +124,9 @@ def _slack(dtype: torch.dtype, length: float, temperature: float) -> float:
     three float32 roundings of eps / 2 each on its way (times log2 e, the difference of two logits, times ln 2).
     """
     largest = max(length, 1.0) / temperature
-    return 0.5 * torch.finfo(dtype).eps * largest + 3 * torch.finfo(torch.float32).eps * largest + 1e-6
+    return (
+        0.5 * torch.finfo(dtype).eps * largest + 3 * torch.finfo(torch.float32).eps * largest + 1e-6
+    )
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
@@ -163,7 +179,19 @@ def _problems(rows: list[int]) -> st.SearchStrategy[Problem]:
 
 
 def _check(problem: Problem) -> None:
-    N, K, C, temperature, dtype, normalize, normalize_negatives, exclude_period, layouts, num_splits, seed = problem
+    (
+        N,
+        K,
+        C,
+        temperature,
+        dtype,
+        normalize,
+        normalize_negatives,
+        exclude_period,
+        layouts,
+        num_splits,
+        seed,
+    ) = problem
     inputs = _inputs(N, K, C, dtype, seed)
     if normalize and not normalize_negatives:  # the promise of a queue: unit vectors
         inputs = (*inputs[:2], unit(inputs[2].float(), dim=1).to(dtype))
@@ -171,8 +199,14 @@ def _check(problem: Problem) -> None:
     incoming = torch.linspace(-1.0, 2.0, N, device=DEVICE)
 
     query, positive, negatives = (_laid_out(x, layout) for x, layout in zip(inputs, layouts))
-    result = _forward(query, positive, negatives, temperature, dtype, *options, num_splits=num_splits)
-    assert result.grad_query is not None and result.grad_positive is not None and result.rank is not None
+    result = _forward(
+        query, positive, negatives, temperature, dtype, *options, num_splits=num_splits
+    )
+    assert (
+        result.grad_query is not None
+        and result.grad_positive is not None
+        and result.rank is not None
+    )
     grad_negatives = infonce_grad_negatives(
         incoming,
         query,
@@ -184,7 +218,11 @@ def _check(problem: Problem) -> None:
         exclude_period=exclude_period,
         dot_dtype=dtype,
     )
-    ours = [result.grad_query * incoming[:, None], result.grad_positive * incoming[:, None], grad_negatives]
+    ours = [
+        result.grad_query * incoming[:, None],
+        result.grad_positive * incoming[:, None],
+        grad_negatives,
+    ]
 
     exact = [x.double().requires_grad_() for x in inputs]
     loss = info_nce_oracle(*exact, temperature, *options)
@@ -204,14 +242,22 @@ def _check(problem: Problem) -> None:
     assert bool(((result.rank >= low) & (result.rank <= high)).all()), (low, result.rank, high)
 
     normalized = (normalize, normalize, normalize_negatives)
-    for name, x, is_unit, mine, theirs, truth in zip(NAMES, inputs, normalized, ours, eager, expected):
+    for name, x, is_unit, mine, theirs, truth in zip(
+        NAMES, inputs, normalized, ours, eager, expected
+    ):
         error, baseline = (mine - truth).norm(), (theirs - truth).norm()
         # A saturated softmax, or unit vectors of one dimension, leave gradients that are all rounding: relative to
         # the largest there could be, then, which normalising divides by the vector's length, and which for a
         # negative is a sum over the queries.
         shortest = float(x.double().norm(dim=1).clamp_min(1e-12).min()) if is_unit else 1.0
         terms = float(incoming.abs().sum()) if name == "negatives" else 1.0
-        floor = _slack(torch.float32, length, temperature) * length / temperature * max(1.0, 1.0 / shortest) * terms
+        floor = (
+            _slack(torch.float32, length, temperature)
+            * length
+            / temperature
+            * max(1.0, 1.0 / shortest)
+            * terms
+        )
         assert error <= baseline + slack * truth.norm() + floor, name
 
 
@@ -271,9 +317,14 @@ def test_gradient_by_the_inverse_temperature_is_exact() -> None:
 
 def test_lse_is_the_logsumexp_of_all_logits() -> None:
     query, positive, negatives = _inputs(11, 201, 48)
-    scores = torch.cat([(unit(query) * unit(positive)).sum(1, keepdim=True), unit(query) @ unit(negatives).T], dim=1)
+    scores = torch.cat(
+        [(unit(query) * unit(positive)).sum(1, keepdim=True), unit(query) @ unit(negatives).T],
+        dim=1,
+    )
     expected = torch.logsumexp(scores.double() / 0.07, dim=1)
-    torch.testing.assert_close(_forward(query, positive, negatives).lse.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        _forward(query, positive, negatives).lse.double(), expected, rtol=1e-6, atol=1e-5
+    )
 
 
 def test_a_temperature_tensor_gives_what_the_number_gives() -> None:
@@ -291,7 +342,10 @@ def test_types_of_the_inputs_may_differ() -> None:
     result = _forward(query, positive, negatives)
     # Operands are float32 here, so the inputs' own rounding is no error.
     torch.testing.assert_close(
-        result.loss.double(), info_nce_oracle(query, positive, negatives, 0.07), rtol=1e-5, atol=1e-5
+        result.loss.double(),
+        info_nce_oracle(query, positive, negatives, 0.07),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -309,7 +363,11 @@ def test_the_number_of_splits_changes_rounding_alone(temperature: float) -> None
     whole = _forward(*inputs, temperature, num_splits=1)
     for splits in (2, 3, 10, 1000):
         parts = _forward(*inputs, temperature, num_splits=splits)
-        assert whole.rank is not None and parts.rank is not None and torch.equal(parts.rank, whole.rank)
+        assert (
+            whole.rank is not None
+            and parts.rank is not None
+            and torch.equal(parts.rank, whole.rank)
+        )
         torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(parts.grad_query, whole.grad_query, rtol=1e-5, atol=1e-6)
 
@@ -320,7 +378,9 @@ def test_without_gradients_the_loss_and_rank_are_the_same() -> None:
     assert torch.equal(without.loss, with_gradients.loss)
     assert without.rank is not None and with_gradients.rank is not None
     assert torch.equal(without.rank, with_gradients.rank)
-    assert without.grad_query is None and without.grad_positive is None and without.grad_scale is None
+    assert (
+        without.grad_query is None and without.grad_positive is None and without.grad_scale is None
+    )
 
 
 def test_a_row_without_negatives_has_no_loss_and_no_gradient() -> None:
@@ -334,12 +394,21 @@ def test_a_row_without_negatives_has_no_loss_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("dot_dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_a_nan_gives_nan_where_it_counts_and_nowhere_else(dot_dtype: torch.dtype, temperature: float) -> None:
-    for name, row in (("query", 2), ("positive", 2), ("negatives", 3), ("negatives", 140)):  # full tile, tail
+def test_a_nan_gives_nan_where_it_counts_and_nowhere_else(
+    dot_dtype: torch.dtype, temperature: float
+) -> None:
+    for name, row in (
+        ("query", 2),
+        ("positive", 2),
+        ("negatives", 3),
+        ("negatives", 140),
+    ):  # full tile, tail
         inputs = dict(zip(("query", "positive", "negatives"), _inputs(5, 141, 9)))
         inputs[name][row, 4] = torch.nan
         result = _forward(**inputs, temperature=temperature, dot_dtype=dot_dtype)
-        affected = torch.ones(5, dtype=torch.bool) if name == "negatives" else torch.arange(5) == row
+        affected = (
+            torch.ones(5, dtype=torch.bool) if name == "negatives" else torch.arange(5) == row
+        )
         assert result.grad_query is not None
         assert torch.equal(result.loss.isnan().cpu(), affected), name
         assert torch.equal(result.grad_query.isnan().all(dim=1).cpu(), affected), name
@@ -381,7 +450,9 @@ def test_float16_keeps_small_probabilities() -> None:
     positive = torch.tensor([[0.0, 0.0, 1.0, 0.0]], device=DEVICE)
     inputs = [x.half() for x in (query, positive, negatives)]
     exact = [x.double().requires_grad_() for x in inputs]
-    (expected,) = torch.autograd.grad(info_nce_oracle(*exact, temperature, False, False).sum(), exact[:1])
+    (expected,) = torch.autograd.grad(
+        info_nce_oracle(*exact, temperature, False, False).sum(), exact[:1]
+    )
     result = _forward(*inputs, temperature, FP16, False, False)
     assert result.grad_query is not None
     torch.testing.assert_close(result.grad_query[0, 1].double(), expected[0, 1], rtol=2e-3, atol=0)
@@ -428,9 +499,16 @@ def test_rows_more_than_two_to_the_31_elements_apart() -> None:
     query, positive, packed = _inputs(5, 600, 16, BF16)
     packed = unit(packed.float()).to(BF16)
     negatives.copy_(packed)
-    far, near = (_forward(query, positive, x, 0.07, BF16, True, False, num_splits=3) for x in (negatives, packed))
+    far, near = (
+        _forward(query, positive, x, 0.07, BF16, True, False, num_splits=3)
+        for x in (negatives, packed)
+    )
     assert torch.equal(far.loss, near.loss)
-    assert far.grad_query is not None and near.grad_query is not None and torch.equal(far.grad_query, near.grad_query)
+    assert (
+        far.grad_query is not None
+        and near.grad_query is not None
+        and torch.equal(far.grad_query, near.grad_query)
+    )
 
 
 @pytest.mark.gpu

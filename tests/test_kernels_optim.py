@@ -80,7 +80,11 @@ def _rows(
             state = (draw(shape), draw(shape).abs(), torch.tensor(float(i), device=device))
         elif grad is not None and momentum:
             state = (draw(shape),)
-        follow = (draw(shape, torch.float32), draw(shape, torch.bfloat16), draw(shape, torch.float16))
+        follow = (
+            draw(shape, torch.float32),
+            draw(shape, torch.bfloat16),
+            draw(shape, torch.float16),
+        )
         rows.append(Row(draw(shape), grad, *(follow if followers else (None, None, None)), state))
     return rows
 
@@ -107,8 +111,15 @@ def _check(kind: str, backend: Any, rows: list[Row], options: dict[str, Any]) ->
             source = {"shadow": "param", "target_shadow": "target"}.get(name, name)
             coarse = max(torch.finfo(t).eps for t in (x.dtype, row.param.dtype, got[source].dtype))
             expected = true[source]
-            allowed = _error(plain[name], expected) + SLACK * coarse * max(1.0, expected.abs().max().item())
-            assert _error(x, expected) <= allowed, (name, row.param.shape, _error(x, expected), allowed)
+            allowed = _error(plain[name], expected) + SLACK * coarse * max(
+                1.0, expected.abs().max().item()
+            )
+            assert _error(x, expected) <= allowed, (
+                name,
+                row.param.shape,
+                _error(x, expected),
+                allowed,
+            )
         for copy, source in (("shadow", "param"), ("target_shadow", "target")):
             if copy in got:  # rounded from what is stored, not from what it was computed in
                 assert torch.equal(got[copy], got[source].to(got[copy].dtype))
@@ -154,7 +165,12 @@ def test_a_step_equals_its_formulas(
     )  # fmt: skip
     changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
     with mock.patch.object(torch, "get_num_threads", return_value=threads):
-        _check(kind, backend, rows, _options(kind, **changes, **({} if momentum else {"momentum": 0.0})))
+        _check(
+            kind,
+            backend,
+            rows,
+            _options(kind, **changes, **({} if momentum else {"momentum": 0.0})),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +178,9 @@ def test_a_step_equals_its_formulas(
 def test_tensors_of_one_row_may_lie_and_be_stored_differently(backend: Any, kind: str) -> None:
     """A channels-last weight with a contiguous gradient, state in bfloat16, a float64 row, among others."""
     device = _device(backend)
-    rows = _rows(kind, SHAPES[6:8] * 2 + SHAPES[:2], torch.float32, 5, device, layout="channels_last")
+    rows = _rows(
+        kind, SHAPES[6:8] * 2 + SHAPES[:2], torch.float32, 5, device, layout="channels_last"
+    )
     assert rows[0].grad is not None
     rows[0] = rows[0]._replace(grad=rows[0].grad.contiguous())
     # Two ways to write the strides of a 1x1 convolution: not a difference, and no copies are made for it.
@@ -179,11 +197,22 @@ def test_tensors_of_one_row_may_lie_and_be_stored_differently(backend: Any, kind
 def test_numbers_may_be_tensors(backend: Any, kind: str) -> None:
     device = _device(backend)
     rows = _rows(kind, SHAPES[3:6], torch.float32, 6, device)
-    names = {"lr": 0.25, "weight_decay": 0.5, "ema_momentum": 0.75, "momentum": 0.5, "trust_coefficient": 0.125}
+    names = {
+        "lr": 0.25,
+        "weight_decay": 0.5,
+        "ema_momentum": 0.75,
+        "momentum": 0.5,
+        "trust_coefficient": 0.125,
+    }
     floats, tensors = copied(rows), copied(rows)
     _run(backend, kind, floats, _options(kind, **names))
     # Powers of two: the same number in float32, in a float64 tensor, and subtracted from 1.
-    _run(backend, kind, tensors, _options(kind, **{n: torch.tensor(x, device=device) for n, x in names.items()}))
+    _run(
+        backend,
+        kind,
+        tensors,
+        _options(kind, **{n: torch.tensor(x, device=device) for n, x in names.items()}),
+    )
     for a, b in zip(values(floats), values(tensors)):
         assert all(torch.equal(a[name], b[name]) for name in a)
 

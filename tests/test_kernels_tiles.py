@@ -24,7 +24,9 @@ from mocofast_kernels.configs import Tile
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.tiles import Products
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
+)
 
 PRODUCTS = Products("forward", 24, "ieee", plain=False)  # of float32 negatives, normalised inside
 TILE = Tile(16, 64, 16, 32, 4, 1)  # the rule has 32 rows of queries, 32 of negatives, 32 columns
@@ -60,7 +62,9 @@ def test_the_rule_holds_without_a_table_and_for_what_is_not_in_it(
     assert tiles.tile_of(other, CPU) == tiles.rule(other)
 
 
-def test_a_gpu_s_own_table_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_s_own_table_lies_in_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpu = torch.device("cuda", 0)
     with (
@@ -76,10 +80,14 @@ def test_a_gpu_s_own_table_lies_in_the_cache_folder(tmp_path: Path, monkeypatch:
     assert tiles.path_of(CPU) is None
 
 
-def test_a_table_changes_the_launch_and_not_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_changes_the_launch_and_not_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     # More queries than one block of either tile, and a ragged last tile of negatives.
-    query, positive, negatives = (torch.randn(n, 24, generator=generator).to(DEVICE) for n in (37, 37, 150))
+    query, positive, negatives = (
+        torch.randn(n, 24, generator=generator).to(DEVICE) for n in (37, 37, 150)
+    )
 
     def run() -> tuple[infonce.InfoNCEForward, tuple[int, ...]]:
         with mock.patch.object(infonce, "split_count", side_effect=infonce.split_count) as counted:
@@ -104,7 +112,10 @@ def test_a_table_changes_the_launch_and_not_the_result(tmp_path: Path, monkeypat
     ("changes", "message"),
     [
         ({"stay": 48}, "stay must be a power of two"),
-        ({"stream": 512}, "stream must be a power of two in 16 to 256"),  # 32-bit offsets reach 256 rows
+        (
+            {"stream": 512},
+            "stream must be a power of two in 16 to 256",
+        ),  # 32-bit offsets reach 256 rows
         ({"block_c": 64}, "block_c must be a power of two in 16 to 32"),
         ({"block_c": 32, "out_c": 16}, "out_c must be block_c"),
         ({"warps": 4.0}, "warps must be"),
@@ -116,7 +127,9 @@ def test_a_table_changes_the_launch_and_not_the_result(tmp_path: Path, monkeypat
         ({"plain": 1}, "plain must be of type bool"),
     ],
 )
-def test_a_row_that_the_kernels_cannot_use_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_row_that_the_kernels_cannot_use_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = _write(tmp_path / "tiles.json", **changes)
     with pytest.raises(ValueError, match=message) as error:
         tiles.load(path, None)
@@ -185,12 +198,23 @@ def test_the_fastest_candidates_of_every_problem_go_into_the_table(
 
     def times(capability: int, problem: Any, tried: list[Tile]) -> dict[Tile, float]:
         assert capability == 100
-        return {tile: 1e-6 * (tile.stages + 1000 / tile.stream + tile.warps / 100) for tile in tried}
+        return {
+            tile: 1e-6 * (tile.stages + 1000 / tile.stream + tile.warps / 100) for tile in tried
+        }
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(autotune, "_predicted", times)
     out = tmp_path / "tiles.json"
-    kinds = ["--kinds", "queue", "gradient of negatives", "--types", "bf16", "fp32 as tf32", "--c", "64"]
+    kinds = [
+        "--kinds",
+        "queue",
+        "gradient of negatives",
+        "--types",
+        "bf16",
+        "fp32 as tf32",
+        "--c",
+        "64",
+    ]
     assert main(["autotune", "--static", "--capability", "100", *kinds, "--out", str(out)]) == 0
     found = tiles.load(out, 100)
     assert len(found) == 2 * 2

@@ -84,7 +84,9 @@ def imports(module: str, known: dict[str, Path]) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative imports hide the layer"
             named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    loaded = {".".join(name.split(".")[: i + 1]) for name in named for i in range(name.count(".") + 1)}
+    loaded = {
+        ".".join(name.split(".")[: i + 1]) for name in named for i in range(name.count(".") + 1)
+    }
     return loaded & known.keys() - {module}
 
 
@@ -124,7 +126,9 @@ def test_every_folder_says_what_it_is_for() -> None:
     for module, path in modules().items():
         if path.name == "__init__.py":
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-            assert text and text.split("\n")[0].endswith("."), f"{module}: say in one sentence what it is for"
+            assert text and text.split("\n")[0].endswith("."), (
+                f"{module}: say in one sentence what it is for"
+            )
 
 
 def test_importing_the_ops_is_light() -> None:
@@ -134,7 +138,9 @@ def test_importing_the_ops_is_light() -> None:
         "print(sorted(heavy & sys.modules.keys()))"
     )
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
     assert out.stdout.strip() == "[]"
 
 

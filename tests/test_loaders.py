@@ -15,14 +15,22 @@ from torchvision import transforms
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import loaders
 from mocofast.data.interface import BatchSlice
-from mocofast.data.loaders import build_loader, choose_loader, count_workers, dali_missing, eval_batches
+from mocofast.data.loaders import (
+    build_loader,
+    choose_loader,
+    count_workers,
+    dali_missing,
+    eval_batches,
+)
 from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from tests.pictures import assert_same_batches
 
 CPU = torch.device("cpu")
 LARGE = (AugmentConfig(size=224),)  # a view that the device loader does not make
-IN_MEMORY = ArraySource(np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b"))
+IN_MEMORY = ArraySource(
+    np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b")
+)
 
 
 @pytest.fixture
@@ -39,7 +47,10 @@ def test_auto_takes_dali_for_files_where_it_is_installed(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "dali_missing", lambda: "")
-    assert choose_loader(folder, "auto", CPU, LARGE) == ("dali", "image files, and DALI is installed")
+    assert choose_loader(folder, "auto", CPU, LARGE) == (
+        "dali",
+        "image files, and DALI is installed",
+    )
     assert choose_loader(folder, "dali", CPU, LARGE)[0] == "dali"
     assert choose_loader(folder, "torchvision", CPU, LARGE) == ("torchvision", "asked for")
 
@@ -47,23 +58,32 @@ def test_auto_takes_dali_for_files_where_it_is_installed(
 def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what import finds where it is not installed
+    monkeypatch.setitem(
+        sys.modules, "nvidia.dali", None
+    )  # what import finds where it is not installed
     assert dali_missing()
     choice, reason = choose_loader(folder, "auto", CPU, LARGE)
     assert choice == "torchvision"
     assert "pip install 'mocofast[cuda13]'" in reason
-    with pytest.raises(ValueError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"):
+    with pytest.raises(
+        ValueError, match=r"data\.loader=dali, but .* pip install 'mocofast\[cuda13\]'"
+    ):
         choose_loader(folder, "dali", CPU, LARGE)
 
 
 def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> None:
     small, large = (AugmentConfig(size=8),), (AugmentConfig(size=8), AugmentConfig(size=224))
     assert choose_loader(IN_MEMORY, "auto", CPU, small)[0] == "device"
-    assert choose_loader(IN_MEMORY, "device", CPU, large) == ("device", "asked for")  # which then refuses
+    assert choose_loader(IN_MEMORY, "device", CPU, large) == (
+        "device",
+        "asked for",
+    )  # which then refuses
     choice, reason = choose_loader(IN_MEMORY, "auto", CPU, large)
     assert choice == "torchvision"
     assert "in memory" in reason and "up to 64 pixels, not 224" in reason
-    with pytest.raises(ValueError, match=r"data\.loader must be auto, device, dali or torchvision, got 'pil'"):
+    with pytest.raises(
+        ValueError, match=r"data\.loader must be auto, device, dali or torchvision, got 'pil'"
+    ):
         choose_loader(IN_MEMORY, "pil", CPU, small)
     pytest.importorskip("nvidia.dali")
     assert choose_loader(IN_MEMORY, "auto", torch.device("cuda"), large)[0] == "dali"
@@ -72,13 +92,21 @@ def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> No
 
 def test_the_built_loader_says_why_it_was_chosen(folder: FolderSource) -> None:
     augment = AugmentConfig(size=16)
-    on_device = build_loader(IN_MEMORY, DataConfig(), (augment,), BatchSlice(3), 0, torch.device("cpu"))
+    on_device = build_loader(
+        IN_MEMORY, DataConfig(), (augment,), BatchSlice(3), 0, torch.device("cpu")
+    )
     assert (on_device.name, on_device.steps_per_epoch) == ("device", 2)
     assert on_device.reason == "the images are in memory, and their views small"
     data = DataConfig(loader="torchvision", workers=0)
     for views in (1, 2):  # linear probe, pretraining
-        loader = build_loader(folder, data, (augment,) * views, BatchSlice(3), 0, torch.device("cpu"))
-        assert (loader.name, loader.reason, loader.steps_per_epoch) == ("torchvision", "asked for", 2)
+        loader = build_loader(
+            folder, data, (augment,) * views, BatchSlice(3), 0, torch.device("cpu")
+        )
+        assert (loader.name, loader.reason, loader.steps_per_epoch) == (
+            "torchvision",
+            "asked for",
+            2,
+        )
         assert len(next(loader.epoch(0)).views) == views
         loader.close()
 
@@ -117,12 +145,18 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch: pytest.M
 def reference_center(image: Image.Image, size: int) -> np.ndarray:
     """torchvision's evaluation transforms, on PIL images as the reference's linear protocol uses them."""
     short = round(size * 256 / 224) if max(image.size) > size else size
-    return np.asarray(transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size)])(image))
+    return np.asarray(
+        transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size)])(image)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_image_once_in_order_as_torchvision_cuts_it(folder: FolderSource, workers: int) -> None:
-    batches = list(eval_batches(folder, size=32, batch_size=3, workers=workers))  # the last batch holds 1
+def test_evaluation_sees_every_image_once_in_order_as_torchvision_cuts_it(
+    folder: FolderSource, workers: int
+) -> None:
+    batches = list(
+        eval_batches(folder, size=32, batch_size=3, workers=workers)
+    )  # the last batch holds 1
     assert torch.cat([index for _, _, index in batches]).tolist() == list(range(7))
     for images, labels, index in batches:
         assert images.dtype == torch.uint8
@@ -143,7 +177,9 @@ def test_images_of_the_views_size_are_not_touched_by_evaluation() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_leaves_bad_files_out_and_counts_them(folder: FolderSource, workers: int) -> None:
+def test_evaluation_leaves_bad_files_out_and_counts_them(
+    folder: FolderSource, workers: int
+) -> None:
     for i in (1, 3, 4, 5):  # 3, 4, 5: a whole batch
         Path(folder.load(i)).write_bytes(b"no image")
     batches = eval_batches(folder, size=32, batch_size=3, workers=workers)

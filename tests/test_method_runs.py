@@ -54,7 +54,9 @@ def learnt(folder: Path) -> tuple[float, float, float, float]:
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[str, ...]]:
     """88 steps on the digits: folder and options."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     options = SHORT + METHODS[request.param]
@@ -73,7 +75,9 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
 ) -> None:
     whole, options = run
     parts = tmp_path / "parts"
-    mocofast("pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50)  # inside the fifth epoch
+    mocofast(
+        "pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50
+    )  # inside the fifth epoch
     mocofast("pretrain", "--resume", parts, "--train.max_steps", 0)
     runs.assert_same_run(parts, whole)
 
@@ -103,8 +107,12 @@ def two_rank_runs(folder: Path, rank: int) -> list[int]:
         for name in WITH_OTHER_RANKS:
             options = ("pretrain", "digits", *SHORT, *METHODS[name], "--train.log_every", "3")
             mocofast(*options, "--train.dir", folder / name, "--train.max_steps", "12")
-            mocofast(*options, "--train.dir", folder / f"{name}, in parts", "--train.max_steps", "7")
-            mocofast("pretrain", "--resume", folder / f"{name}, in parts", "--train.max_steps", "12")
+            mocofast(
+                *options, "--train.dir", folder / f"{name}, in parts", "--train.max_steps", "7"
+            )
+            mocofast(
+                "pretrain", "--resume", folder / f"{name}, in parts", "--train.max_steps", "12"
+            )
     return counts
 
 
@@ -121,7 +129,10 @@ def test_two_ranks_stop_and_continue_as_if_they_never_had(tmp_path: Path) -> Non
 
 
 def values(printed: str) -> dict[str, float]:
-    return {name: float(value) for name, value in re.findall(r"^(\w+) ([\d.e-]+)$", printed, re.MULTILINE)}
+    return {
+        name: float(value)
+        for name, value in re.findall(r"^(\w+) ([\d.e-]+)$", printed, re.MULTILINE)
+    }
 
 
 def test_its_checkpoint_goes_through_every_command(
@@ -140,9 +151,15 @@ def test_its_checkpoint_goes_through_every_command(
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     encoder = build_encoder("resnet_tiny")(num_classes=1)
     missing, unexpected = encoder.load_state_dict(backbone, strict=False)
-    assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])  # neither projector nor predictor
+    assert (sorted(missing), unexpected) == (
+        ["fc.bias", "fc.weight"],
+        [],
+    )  # neither projector nor predictor
     if "queue" not in runs.weights(folder):  # only MoCo's is a reference checkpoint
-        assert cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")]) == 2
+        assert (
+            cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")])
+            == 2
+        )
         assert "model.method" in capsys.readouterr().err
 
 
@@ -162,7 +179,16 @@ def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(
             "--optim.name",
             "adamw",
         ),
-        *("--optim.lr", "1e-3", "--optim.lr_per", "64", "--optim.weight_decay", "0.1", "--train.max_steps", "3"),
+        *(
+            "--optim.lr",
+            "1e-3",
+            "--optim.lr_per",
+            "64",
+            "--optim.weight_decay",
+            "0.1",
+            "--train.max_steps",
+            "3",
+        ),
         *("--train.log_every", "1", "--train.dir", folder),
     )
     lines = [line for line in runs.metrics(folder) if "loss" in line]
@@ -181,7 +207,9 @@ def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(
     found: dict[str, Any] = {}
     exec(code, found)
     loaded = found["model"].state_dict()
-    assert loaded and all(torch.equal(value, state[f"encoder_q.{name}"]) for name, value in loaded.items())
+    assert loaded and all(
+        torch.equal(value, state[f"encoder_q.{name}"]) for name, value in loaded.items()
+    )
 
 
 # name: method, encoder, batch size, epochs, (optimiser, rate per 256 images, weight decay), momentum, crops
@@ -204,32 +232,65 @@ def loaded(recipe: str) -> Config:
 def test_imagenet_recipes_are_the_published_settings(recipe: str) -> None:
     c = loaded(recipe)
     method, arch, batch, epochs, optim, momentum, smallest = PUBLISHED[recipe]
-    assert (c.model.method, c.model.arch, c.data.batch_size, c.train.epochs) == (method, arch, batch, epochs)
+    assert (c.model.method, c.model.arch, c.data.batch_size, c.train.epochs) == (
+        method,
+        arch,
+        batch,
+        epochs,
+    )
     assert ((c.optim.name, c.optim.lr, c.optim.weight_decay), c.optim.lr_per) == (optim, 256)
     assert (c.optim.schedule, c.optim.per) == ("cosine", "step")
     assert c.optim.warmup_epochs == (40 if "vit" in recipe else 10)
-    assert (c.model.momentum, c.model.momentum_schedule, c.model.sync_bn) == (momentum, "cosine", True)
+    assert (c.model.momentum, c.model.momentum_schedule, c.model.sync_bn) == (
+        momentum,
+        "cosine",
+        True,
+    )
     assert (c.model.dim, c.model.hidden_dim) == (256, 4096)
     if method == "moco_v3":
         assert c.model.temperature == (0.2 if "vit" in recipe else 1.0)
     first, second = view_augments(c.augment, 2)
     assert c.augment.crop_scale == (smallest, 1.0)
-    assert (c.augment.jitter, c.augment.jitter_p, c.augment.gray) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
-    assert ((first.blur, first.solarize), (second.blur, second.solarize)) == ((1.0, 0.0), (0.1, 0.2))
+    assert (c.augment.jitter, c.augment.jitter_p, c.augment.gray) == (
+        (0.4, 0.4, 0.2, 0.1),
+        0.8,
+        0.2,
+    )
+    assert ((first.blur, first.solarize), (second.blur, second.solarize)) == (
+        (1.0, 0.0),
+        (0.1, 0.2),
+    )
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_moco_v3", "cifar10_byol"])
 def test_cifar_recipes_blur_nothing_and_see_small_images(recipe: str) -> None:
     c = loaded(recipe)
-    assert (c.model.arch, c.augment.size, c.augment.blur, c.augment.blur_2) == ("resnet18_cifar", 32, 0.0, -1.0)
+    assert (c.model.arch, c.augment.size, c.augment.blur, c.augment.blur_2) == (
+        "resnet18_cifar",
+        32,
+        0.0,
+        -1.0,
+    )
     assert c.model.sync_bn
 
 
 # name: epochs, batch size, rate of the whole batch, weight decay, temperature
 SINGLE_ENCODER: dict[str, tuple[int, int, float, float, float]] = {
-    "simclr_r50": (100, 4096, 4.8, 1e-4, 0.1),  # the README of google-research/simclr, as is cifar10_simclr
+    "simclr_r50": (
+        100,
+        4096,
+        4.8,
+        1e-4,
+        0.1,
+    ),  # the README of google-research/simclr, as is cifar10_simclr
     "cifar10_simclr": (1000, 512, 2.0, 1e-4, 0.5),
-    "swav_r50": (400, 4096, 4.8, 1e-6, 0.1),  # swav_400ep_2x224_pretrain.sh of facebookresearch/swav
+    "swav_r50": (
+        400,
+        4096,
+        4.8,
+        1e-6,
+        0.1,
+    ),  # swav_400ep_2x224_pretrain.sh of facebookresearch/swav
     "instdisc_r50": (200, 256, 0.03, 1e-4, 0.07),  # arXiv:1805.01978, section 4.2
     "cifar10_instdisc": (200, 128, 0.03, 5e-4, 0.1),  # cifar.py of its authors' repository
 }
@@ -241,10 +302,24 @@ def test_recipes_without_a_momentum_encoder_are_the_published_settings(recipe: s
     optim = scaled_by_batch(c.optim, c.data.batch_size)
     found = (c.train.epochs, c.data.batch_size, optim.lr, optim.weight_decay, c.model.temperature)
     assert found == pytest.approx(SINGLE_ENCODER[recipe])
-    assert c.model.sync_bn == (optim.name == "lars") == (optim.warmup_epochs == 10) == ("instdisc" not in recipe)
+    assert (
+        c.model.sync_bn
+        == (optim.name == "lars")
+        == (optim.warmup_epochs == 10)
+        == ("instdisc" not in recipe)
+    )
 
 
-SGD = ("--optim.name", "sgd", "--optim.lr_per", "0", "--optim.lr", "0.12", "--optim.warmup_epochs", "0")
+SGD = (
+    "--optim.name",
+    "sgd",
+    "--optim.lr_per",
+    "0",
+    "--optim.lr",
+    "0.12",
+    "--optim.warmup_epochs",
+    "0",
+)
 CIFAR10 = {  # recipe: what 60 steps of 128 images need
     "cifar10_moco_v3": (),
     "cifar10_byol": (),
@@ -271,7 +346,16 @@ def test_recipes_learn_real_images_in_one_and_two_processes(
             for path in sorted(folder.iterdir())[:count]:
                 (images / part / folder.name / path.name).symlink_to(path)
     arguments = (
-        *("pretrain", recipe, "--data.source", "folder", "--data.path", str(images), "--augment.size", "16"),
+        *(
+            "pretrain",
+            recipe,
+            "--data.source",
+            "folder",
+            "--data.path",
+            str(images),
+            "--augment.size",
+            "16",
+        ),
         *(
             "--model.arch",
             "resnet_tiny",

@@ -23,11 +23,18 @@ from mocofast.models.sync_batch_norm import sync_batch_norm
 from tests.eager_methods import EAGER, Batch, random_batches, trajectory
 from tests.eager_moco import assert_same_to_rounding, differ_from_rank_0
 
-IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
+IMAGES, CLASSES, STEPS, SIZE = (
+    31,
+    5,
+    5,
+    12,
+)  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
 
 SMALL: dict[str, Callable[[], Method]] = {
     "simclr": partial(SimCLR, TinyResNet, dim=13, hidden_dim=16, temperature=0.2),
-    "memory bank": partial(MemoryBank, TinyResNet, IMAGES, dim=13, negatives=40, temperature=0.2, mlp=True),
+    "memory bank": partial(
+        MemoryBank, TinyResNet, IMAGES, dim=13, negatives=40, temperature=0.2, mlp=True
+    ),
     # Frozen for two of the five steps.
     "swav": partial(SwAV, TinyResNet, dim=13, hidden_dim=16, prototypes=11, freeze_prototypes=2),
     "supervised": partial(Supervised, TinyResNet, CLASSES),
@@ -51,7 +58,10 @@ def batches_for(model: Method) -> list[Batch]:
 
 def eager_trajectories(model: Method) -> list[dict[str, Tensor]]:
     twin = EAGER[type(model)]
-    return [trajectory(twin(model, dtype), batches_for(model)) for dtype in (torch.float32, torch.float64)]
+    return [
+        trajectory(twin(model, dtype), batches_for(model))
+        for dtype in (torch.float32, torch.float64)
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -79,7 +89,9 @@ def two_ranks(rank: int) -> dict[str, Any]:
 def evaluated(model: Method) -> Tensor:
     batch = batches_for(model)[0]
     with torch.no_grad():
-        return model.eval()(*batch.views, **{name: getattr(batch, name) for name in model.batch_fields}).loss
+        return model.eval()(
+            *batch.views, **{name: getattr(batch, name) for name in model.batch_fields}
+        ).loss
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +100,14 @@ def ranks() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_two_ranks_follow_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+def test_two_ranks_follow_one_process_on_the_whole_batch(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
     eager, exact = eager_trajectories(small(name))
     for rank in ranks:
-        assert_same_to_rounding(rank[name], eager, exact, factor=5.0)  # sums over ranks round once more
+        assert_same_to_rounding(
+            rank[name], eager, exact, factor=5.0
+        )  # sums over ranks round once more
     assert ranks[0]["eval"][name].isfinite()
 
 

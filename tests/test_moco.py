@@ -16,7 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mocofast.methods.moco
 from mocofast import MoCo
 from mocofast.models.encoders import TinyResNet
-from tests.eager_moco import EagerMoCo, PlainEncoder, assert_same_to_rounding, random_batches, sgd_trajectory
+from tests.eager_moco import (
+    EagerMoCo,
+    PlainEncoder,
+    assert_same_to_rounding,
+    random_batches,
+    sgd_trajectory,
+)
 
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
 
@@ -24,7 +30,9 @@ MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
 def small_moco(base: type[nn.Module] = PlainEncoder, **options: object) -> MoCo:
     """13 dimensions and 17 keys: primes. A momentum of 0.9 moves the key encoder visibly within a few steps."""
     torch.manual_seed(0)
-    return MoCo(base, **{"dim": 13, "queue_size": 17, "momentum": 0.9, "temperature": 0.1, **options})
+    return MoCo(
+        base, **{"dim": 13, "queue_size": 17, "momentum": 0.9, "temperature": 0.1, **options}
+    )
 
 
 @pytest.fixture
@@ -57,10 +65,14 @@ def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
     trajectories = []
     for each in (model, eager, exact):
-        torch.manual_seed(3)  # split BatchNorm shuffles with the permutations of the default generator
+        torch.manual_seed(
+            3
+        )  # split BatchNorm shuffles with the permutations of the default generator
         trajectories.append(sgd_trajectory(each, batches))
     if "bn_splits" in options:  # its twin keeps the same weights one level deeper
-        trajectories[1:] = [{k.replace(".whole", ""): v for k, v in t.items()} for t in trajectories[1:]]
+        trajectories[1:] = [
+            {k.replace(".whole", ""): v for k, v in t.items()} for t in trajectories[1:]
+        ]
     assert_same_to_rounding(*trajectories)
     assert int(model.queue_ptr) == exact.pointer == 36 * (1 + model.symmetric) % 17
 
@@ -81,7 +93,9 @@ def test_two_micro_batches_give_the_trajectory_of_one_batch_without_batchnorm() 
     batches = random_batches(steps=4, size=10)
     expected = sgd_trajectory(whole, batches)
 
-    optimizer = torch.optim.SGD(parts.encoder_q.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(
+        parts.encoder_q.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
+    )
     losses = []
     for im_q, im_k in batches:
         optimizer.zero_grad()
@@ -93,7 +107,9 @@ def test_two_micro_batches_give_the_trajectory_of_one_batch_without_batchnorm() 
         (second.loss * 0.6).backward()
         optimizer.step()
         losses.append((first.loss * 0.4 + second.loss * 0.6).item())
-    torch.testing.assert_close(torch.tensor(losses).double(), expected["losses"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(losses).double(), expected["losses"], rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(parts.queue_ptr, whole.queue_ptr)
     for (name, ours), theirs in zip(parts.state_dict().items(), whole.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
@@ -128,7 +144,9 @@ def test_loss_and_rank_are_those_of_the_paper_in_eval_mode_which_changes_nothing
     q = F.normalize(model.encoder_q(im_q).double(), dim=1)
     k = F.normalize(model.encoder_k(im_k).double(), dim=1)
     positive, negatives = (q * k).sum(1, keepdim=True), q @ model.queue.double().t()
-    expected = F.cross_entropy(torch.cat([positive, negatives], 1) / 0.1, torch.zeros(5, dtype=torch.int64))
+    expected = F.cross_entropy(
+        torch.cat([positive, negatives], 1) / 0.1, torch.zeros(5, dtype=torch.int64)
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(rank.long(), (negatives > positive).sum(1))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -163,7 +181,9 @@ def test_queue_is_stored_in_the_chosen_type(dtype: torch.dtype | str) -> None:
     assert loss.dtype == torch.float32
     assert model.queue.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
     keys = F.normalize(model.encoder_k(im_k), dim=1)
-    torch.testing.assert_close(model.queue[:5], keys.to(model.queue.dtype), rtol=0, atol=1e-2)  # an ulp of bfloat16
+    torch.testing.assert_close(
+        model.queue[:5], keys.to(model.queue.dtype), rtol=0, atol=1e-2
+    )  # an ulp of bfloat16
 
 
 def test_uint8_images_are_normalised_on_the_way_in() -> None:
@@ -211,7 +231,9 @@ def test_a_steady_step_never_asks_for_a_tensors_value(bn_splits: int) -> None:
     with Dispatched() as dispatched:
         model(*pixels).loss.backward()
     assert "convolution" in dispatched.names
-    assert not {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"} & set(dispatched.names)
+    assert not {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"} & set(
+        dispatched.names
+    )
 
 
 @pytest.mark.gpu
@@ -251,13 +273,17 @@ def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:
     model(*random_batches(1, 4)[0]).loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder_k.parameters())
     assert all(p.grad is not None for p in model.encoder_q.parameters())
-    assert [p.data_ptr() for p in model.parameters()] == pointers  # updated in place: no storage was rebound
+    assert [
+        p.data_ptr() for p in model.parameters()
+    ] == pointers  # updated in place: no storage was rebound
 
 
 def test_initial_queue_is_unit_noise() -> None:
     queue = MoCo(PlainEncoder, dim=7, queue_size=1000).queue
     torch.testing.assert_close(queue.norm(dim=1), torch.ones(1000))
-    assert queue.mean(0).abs().max() < 0.06  # 5 standard errors of a unit vector's component in 7 dimensions
+    assert (
+        queue.mean(0).abs().max() < 0.06
+    )  # 5 standard errors of a unit vector's component in 7 dimensions
 
 
 def test_defaults_are_the_papers() -> None:
@@ -289,7 +315,9 @@ def test_bad_images_change_nothing() -> None:
     model = small_moco()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     im_q, im_k = random_batches(1, 4)[0]
-    with pytest.raises(ValueError, match=r"im_k must have the shape of im_q: got \(3, 3, 8, 8\) and \(4, 3, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"im_k must have the shape of im_q: got \(3, 3, 8, 8\) and \(4, 3, 8, 8\)"
+    ):
         model(im_q, im_k[:3])
     with pytest.raises(TypeError, match="pixel_mean and pixel_std"):
         model(im_q.byte(), im_k.byte())

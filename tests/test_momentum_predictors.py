@@ -66,7 +66,10 @@ class Eager(nn.Module):
 
     def __init__(self, model: PredictingMethod, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.encoder_q, self.encoder_k = (
+            copy.deepcopy(model.encoder_q),
+            copy.deepcopy(model.encoder_k),
+        )
         self.predictor = copy.deepcopy(model.predictor)
         self.temperature = model.temperature if isinstance(model, MoCoV3) else None
         self.momentum = model.momentum
@@ -84,7 +87,11 @@ class Eager(nn.Module):
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
         if self.temperature is None:
             return (q - k).square().sum(1).mean()
-        return 2 * self.temperature * F.cross_entropy(q @ k.t() / self.temperature, torch.arange(len(q)))
+        return (
+            2
+            * self.temperature
+            * F.cross_entropy(q @ k.t() / self.temperature, torch.arange(len(q)))
+        )
 
 
 # A rate of 0.02: at 0.1, BatchNorms over 10 images make of float32's rounding 1e-4 within four steps.
@@ -100,7 +107,10 @@ def test_trajectory_is_that_of_the_eager_method(method: str) -> None:
 
 
 def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
-    batches = [(x1.chunk(WORLD)[rank], x2.chunk(WORLD)[rank]) for x1, x2 in random_batches(len(MOMENTA), BATCH)]
+    batches = [
+        (x1.chunk(WORLD)[rank], x2.chunk(WORLD)[rank])
+        for x1, x2 in random_batches(len(MOMENTA), BATCH)
+    ]
     found = {}
     for name, make in METHODS.items():
         model = make()
@@ -124,9 +134,13 @@ def test_two_ranks_with_batchnorm_over_both_are_one_eager_process_of_twice_the_b
 ) -> None:
     batches = random_batches(len(MOMENTA), BATCH)
     model = METHODS[method]()
-    eager, exact = (trajectory(Eager(model, dtype), batches) for dtype in (torch.float32, torch.float64))
+    eager, exact = (
+        trajectory(Eager(model, dtype), batches) for dtype in (torch.float32, torch.float64)
+    )
     ours = dict(ranks[0][method])
-    ours["losses"] = (ours["losses"] + ranks[1][method]["losses"]) / 2  # a rank's own is over its own images
+    ours["losses"] = (
+        ours["losses"] + ranks[1][method]["losses"]
+    ) / 2  # a rank's own is over its own images
     assert_same_to_rounding(ours, eager, exact)
     for name, value in ranks[1][method].items():
         if name != "losses":
@@ -149,7 +163,9 @@ def test_the_optimisers_average_gives_the_trajectory_of_the_methods_own() -> Non
             train_step(own, views, optimizer, 1, autocast)
         own(*batches[0])  # which averages what the last step left
         for (parameter, got), expected in zip(fused.named_parameters(), own.parameters()):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}")
+            torch.testing.assert_close(
+                got, expected, rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}"
+            )
 
 
 def test_the_predictor_is_trained_and_followed_by_nothing() -> None:
@@ -157,9 +173,9 @@ def test_the_predictor_is_trained_and_followed_by_nothing() -> None:
     queries, keys = model.trained_pairs()
     assert [id(p) for p in queries] == [id(p) for p in model.encoder_q.parameters()]
     assert [id(p) for p in keys] == [id(p) for p in model.encoder_k.parameters()]
-    assert sum(len(group["params"]) for group in optimizer_of(model, OptimConfig()).param_groups) == len(
-        [*model.encoder_q.parameters(), *model.predictor.parameters()]
-    )
+    assert sum(
+        len(group["params"]) for group in optimizer_of(model, OptimConfig()).param_groups
+    ) == len([*model.encoder_q.parameters(), *model.predictor.parameters()])
 
 
 def test_ranks_and_chance_of_moco_v3_are_those_of_its_logits() -> None:
@@ -172,12 +188,16 @@ def test_ranks_and_chance_of_moco_v3_are_those_of_its_logits() -> None:
     k = [F.normalize(eager.encoder_k(x.double()), dim=1) for x in (x1, x2)]
     scores = [q[0] @ k[1].t(), q[1] @ k[0].t()]
     assert torch.equal(rank.long(), torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in scores]))
-    uninformed = 2 * 2 * 0.3 * F.cross_entropy(torch.zeros(7, 7, dtype=torch.float64), torch.arange(7))
+    uninformed = (
+        2 * 2 * 0.3 * F.cross_entropy(torch.zeros(7, 7, dtype=torch.float64), torch.arange(7))
+    )
     assert model.chance_loss == pytest.approx(float(uninformed))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_eval_mode_changes_nothing_and_waits_for_nobody(method: str, ranks: list[dict[str, Any]]) -> None:
+def test_eval_mode_changes_nothing_and_waits_for_nobody(
+    method: str, ranks: list[dict[str, Any]]
+) -> None:
     model = METHODS[method]().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loss = model(*random_batches(1, BATCH)[0]).loss

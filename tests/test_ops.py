@@ -33,12 +33,18 @@ def features(seed: int, *shape: int) -> Tensor:
 # --- values and gradients ---
 
 
-def eager(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool) -> Tensor:
+def eager(
+    query: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
+) -> Tensor:
     """The textbook formula in the inputs' own type, per row, with PyTorch's cross entropy in float32."""
     if normalize:
         query, positive, negatives = (F.normalize(x, dim=1) for x in (query, positive, negatives))
-    logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.t()], 1) / temperature
-    return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long), reduction="none")
+    logits = (
+        torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives.t()], 1) / temperature
+    )
+    return F.cross_entropy(
+        logits.float(), torch.zeros(len(logits), dtype=torch.long), reduction="none"
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,7 +72,10 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(
 ) -> None:
     """Loss and all gradients against float64, beside the eager formula in the same dtype."""
     spread = 1.0 if normalize else dim**-0.5
-    base = [features(seed + i, *s).mul(spread).to(dtype) for i, s in enumerate([(count, dim)] * 2 + [(size, dim)])]
+    base = [
+        features(seed + i, *s).mul(spread).to(dtype)
+        for i, s in enumerate([(count, dim)] * 2 + [(size, dim)])
+    ]
     if transposed:
         base = [x.t().contiguous().t() for x in base]
     weights = (
@@ -78,7 +87,9 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(
     for name in ("float64", "eager", "ours"):
         inputs = [(x.double() if name == "float64" else x.detach()).requires_grad_() for x in base]
         if name == "ours":
-            loss = ops.info_nce(*inputs, temperature=temperature, reduction=reduction, normalize=normalize)
+            loss = ops.info_nce(
+                *inputs, temperature=temperature, reduction=reduction, normalize=normalize
+            )
             total = (loss * weights).sum() if reduction == "none" else loss
             assert loss.dtype == torch.float32
         else:
@@ -96,14 +107,18 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(
     # both sides round it once to its type and once in every product; luck may make eager's error smaller.
     exact, theirs, ours = gradients
     size_of = float(exact.abs().max()) + 1 / temperature * float(weights.abs().max())
-    slack = 4 * EPS * max(1.0, 1 / temperature) * size_of + torch.finfo(dtype).eps * float(exact.abs().max())
+    slack = 4 * EPS * max(1.0, 1 / temperature) * size_of + torch.finfo(dtype).eps * float(
+        exact.abs().max()
+    )
     assert float((ours - exact).abs().max()) <= float((theirs - exact).abs().max()) + slack
     slack = 8 * EPS * max(1.0, 1 / temperature) * (1 + float(weights.abs().sum()))
     assert abs(losses[2] - losses[0]) <= abs(losses[1] - losses[0]) + slack
 
 
 def test_reduction_none_has_the_gradient_of_any_incoming_gradient() -> None:
-    query, positive, negatives = (features(i, n, 5).requires_grad_() for i, n in enumerate((7, 7, 11)))
+    query, positive, negatives = (
+        features(i, n, 5).requires_grad_() for i, n in enumerate((7, 7, 11))
+    )
     incoming = features(3, 7)
     loss = ops.info_nce(query, positive, negatives, temperature=0.3, reduction="none")
     expected = info_nce_oracle(query, positive, negatives, 0.3)
@@ -116,7 +131,9 @@ def test_reduction_none_has_the_gradient_of_any_incoming_gradient() -> None:
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_each_input_gets_its_gradient_alone_and_together(wanted: tuple[int, ...], in_batch: bool) -> None:
+def test_each_input_gets_its_gradient_alone_and_together(
+    wanted: tuple[int, ...], in_batch: bool
+) -> None:
     inputs: list[Any] = [features(0, 6, 3), features(1, 6, 3), features(2, 8, 3), torch.tensor(0.4)]
     if in_batch:
         wanted = tuple(i for i in wanted if i != 2) or (0,)
@@ -136,7 +153,11 @@ def test_each_input_gets_its_gradient_alone_and_together(wanted: tuple[int, ...]
 
 
 def test_expanded_inputs_get_the_sum_of_their_gradients() -> None:
-    row, positive, negatives = features(0, 1, 4).requires_grad_(), features(1, 5, 4), features(2, 6, 4)
+    row, positive, negatives = (
+        features(0, 1, 4).requires_grad_(),
+        features(1, 5, 4),
+        features(2, 6, 4),
+    )
     loss = ops.info_nce(row.expand(5, 4), positive, negatives)
     expected = info_nce_oracle(row.expand(5, 4), positive, negatives, 0.1).mean()
     (got,), (want,) = torch.autograd.grad(loss, row), torch.autograd.grad(expected, row)
@@ -144,9 +165,15 @@ def test_expanded_inputs_get_the_sum_of_their_gradients() -> None:
 
 
 def test_unit_negatives_give_the_same_with_and_without_their_normalisation() -> None:
-    query, positive, negatives = features(0, 4, 8), features(1, 4, 8), F.normalize(features(2, 9, 8))
+    query, positive, negatives = (
+        features(0, 4, 8),
+        features(1, 4, 8),
+        F.normalize(features(2, 9, 8)),
+    )
     plain = ops.info_nce(query, positive, negatives)
-    torch.testing.assert_close(ops.info_nce(query, positive, negatives, negatives_normalized=True), plain)
+    torch.testing.assert_close(
+        ops.info_nce(query, positive, negatives, negatives_normalized=True), plain
+    )
 
 
 def test_rank_counts_the_negatives_above_the_positive() -> None:
@@ -179,7 +206,11 @@ def test_nothing_is_kept_for_backward_without_gradients() -> None:
 
 
 def test_the_queue_may_be_overwritten_before_backward() -> None:
-    query, positive, queue = features(0, 4, 6).requires_grad_(), features(1, 4, 6), F.normalize(features(2, 8, 6))
+    query, positive, queue = (
+        features(0, 4, 6).requires_grad_(),
+        features(1, 4, 6),
+        F.normalize(features(2, 8, 6)),
+    )
     expected = torch.autograd.grad(ops.info_nce(query, positive, queue), query)[0]
     loss = ops.info_nce(query, positive, queue)
     ops.enqueue_(queue, torch.tensor([0]), features(3, 8, 6))
@@ -275,13 +306,17 @@ class CountCalls(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.calls[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
 def test_no_op_waits_for_the_device() -> None:
-    query, positive, negatives = (features(i, n, 4).requires_grad_() for i, n in enumerate((3, 3, 5)))
+    query, positive, negatives = (
+        features(i, n, 4).requires_grad_() for i, n in enumerate((3, 3, 5))
+    )
     queue, pointer = torch.zeros(7, 4), torch.tensor([6])
     with CountCalls() as mode:
         loss, _ = ops.info_nce(query, positive, negatives, temperature=0.2, return_rank=True)
@@ -302,7 +337,9 @@ def test_importing_ops_loads_neither_triton_nor_a_loader() -> None:
 
 
 def test_cuda_without_triton_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in sys.modules if n.startswith("mocofast_kernels.") and n != "mocofast_kernels.cpu"]:
+    for name in [
+        n for n in sys.modules if n.startswith("mocofast_kernels.") and n != "mocofast_kernels.cpu"
+    ]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(f"{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -351,7 +388,9 @@ def test_clip_loss_is_open_clips_formula(count: int, as_tensor: bool) -> None:
 
 def test_averaged_model_takes_our_ema() -> None:
     network = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    averaged = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=ops.get_ema_multi_avg_fn(0.9))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=ops.get_ema_multi_avg_fn(0.9)
+    )
     theirs = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     )

@@ -40,7 +40,12 @@ GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
         (TypeError, r"temperature .*int64", (GOOD, GOOD), {"temperature": torch.tensor(1)}),
         (ValueError, r"temperature .*\(1,\)", (GOOD, GOOD), {"temperature": torch.ones(1)}),
         (ValueError, r"temperature .*got 0\.0", (GOOD, GOOD), {"temperature": torch.tensor(0.0)}),
-        (ValueError, r"temperature .*device.*meta", (GOOD, GOOD), {"temperature": torch.ones((), device="meta")}),
+        (
+            ValueError,
+            r"temperature .*device.*meta",
+            (GOOD, GOOD),
+            {"temperature": torch.ones((), device="meta")},
+        ),
         (ValueError, r"reduction .*mean, sum, none.*'avg'", (GOOD, GOOD), {"reduction": "avg"}),
     ],
 )
@@ -65,7 +70,9 @@ def test_info_nce_names_the_bad_argument(
         (ValueError, "momentum .*got 1.5", lambda: ops.get_ema_multi_avg_fn(1.5)),
     ],
 )
-def test_the_other_losses_name_the_bad_argument(error: type[Exception], match: str, call: Any) -> None:
+def test_the_other_losses_name_the_bad_argument(
+    error: type[Exception], match: str, call: Any
+) -> None:
     with pytest.raises(error, match=match):
         call()
 

@@ -17,7 +17,10 @@ from mocofast.ops import autograd
 BACKENDS = [
     "aot_eager",
     pytest.param(
-        "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on CPUs")
+        "inductor",
+        marks=pytest.mark.skipif(
+            not shutil.which("g++"), reason="inductor needs a C++ compiler on CPUs"
+        ),
     ),
 ]
 
@@ -33,7 +36,9 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_compiled_equals_eager(function: Callable[..., Tensor], inputs: list[Tensor], backend: str) -> None:
+def assert_compiled_equals_eager(
+    function: Callable[..., Tensor], inputs: list[Tensor], backend: str
+) -> None:
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     leaves = [x for x in inputs if x.requires_grad]
     expected = function(*inputs)
@@ -62,7 +67,9 @@ def test_every_input_with_a_gradient(reduction: str, dtype: torch.dtype) -> None
     temperature = torch.tensor(0.3, requires_grad=True)
 
     def loss(query: Tensor, positive: Tensor, negatives: Tensor, temperature: Tensor) -> Tensor:
-        return ops.info_nce(query, positive, negatives, temperature=temperature, reduction=reduction)
+        return ops.info_nce(
+            query, positive, negatives, temperature=temperature, reduction=reduction
+        )
 
     assert_compiled_equals_eager(loss, [*inputs, temperature], "aot_eager")
 
@@ -74,7 +81,9 @@ def test_in_batch_negatives_simclr_and_clip(backend: str) -> None:
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return ops.info_nce(x, y) + ops.nt_xent(x, y) + ops.clip_loss(x, y, scale)
 
-    assert_compiled_equals_eager(loss, [features(i, 6, 4).requires_grad_() for i in range(2)] + [scale], backend)
+    assert_compiled_equals_eager(
+        loss, [features(i, 6, 4).requires_grad_() for i in range(2)] + [scale], backend
+    )
 
 
 def test_rank_and_no_gradient() -> None:
@@ -116,7 +125,9 @@ def test_batches_of_changing_size_share_one_graph() -> None:
         expected = ops.info_nce(query, positive[:count], negatives)
         loss = compiled(query)
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(torch.autograd.grad(loss, query), torch.autograd.grad(expected, query))
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, query), torch.autograd.grad(expected, query)
+        )
 
 
 def test_the_queue_may_be_overwritten_inside_the_compiled_step() -> None:
@@ -129,7 +140,11 @@ def test_the_queue_may_be_overwritten_inside_the_compiled_step() -> None:
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        query, queue, pointer = features(0, 4, 6).requires_grad_(), F.normalize(features(2, 7, 6)), torch.tensor([5])
+        query, queue, pointer = (
+            features(0, 4, 6).requires_grad_(),
+            F.normalize(features(2, 7, 6)),
+            torch.tensor([5]),
+        )
         loss = function(query, queue, pointer)
         loss.backward()
         results.append((loss.detach(), query.grad, queue, pointer))
@@ -141,13 +156,17 @@ def test_the_queue_may_be_overwritten_inside_the_compiled_step() -> None:
 def test_a_model_average_inside_the_compiled_step() -> None:
     targets, sources = [features(0, 3), features(1, 2, 2)], [features(2, 3), features(3, 2, 2)]
     expected = [0.9 * t + 0.1 * s for t, s in zip(targets, sources)]
-    torch.compile(lambda: ops.ema_update_(targets, sources, 0.9), fullgraph=True, backend="aot_eager")()
+    torch.compile(
+        lambda: ops.ema_update_(targets, sources, 0.9), fullgraph=True, backend="aot_eager"
+    )()
     torch.testing.assert_close(targets, expected)
 
 
 def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch.library.opcheck sees them."""
-    query, positive, negatives = (features(i, n, 3).requires_grad_() for i, n in enumerate((5, 5, 9)))
+    query, positive, negatives = (
+        features(i, n, 3).requires_grad_() for i, n in enumerate((5, 5, 9))
+    )
     temperature = torch.tensor(0.3, requires_grad=True)
     options = (True, True, 0, True, torch.float32)
     for tensor in (temperature, None):
@@ -160,5 +179,16 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
     torch.library.opcheck(autograd._ema_update_op, ([queue], [torch.ones(7, 3)], None, 0.5))
     torch.library.opcheck(
         autograd._grad_negatives_op,
-        (features(3, 5), query.detach(), negatives.detach(), features(4, 5), None, 0.3, True, True, 0, torch.float32),
+        (
+            features(3, 5),
+            query.detach(),
+            negatives.detach(),
+            features(4, 5),
+            None,
+            0.3,
+            True,
+            True,
+            0,
+            torch.float32,
+        ),
     )

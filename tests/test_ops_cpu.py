@@ -19,7 +19,9 @@ from tests.oracle import info_nce_oracle, rank_bounds
 EPS = torch.finfo(torch.float32).eps
 
 
-def forward(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor, **changes: Any) -> Any:
+def forward(
+    query: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor, **changes: Any
+) -> Any:
     options: dict[str, Any] = {
         "normalize": True,
         "normalize_negatives": True,
@@ -36,7 +38,9 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("onednn", [True, False])  # without: the products of other builds of PyTorch
+@pytest.mark.parametrize(
+    "onednn", [True, False]
+)  # without: the products of other builds of PyTorch
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.2, torch.tensor(0.2)])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
@@ -60,14 +64,20 @@ def test_every_field_matches_float64(
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     # Raw dot products of this size stay comparable with unit vectors'.
     spread = 1.0 if normalize else dim**-0.5
-    query, positive, negatives = (features(i, n, dim) * spread for i, n in enumerate((count, count, size)))
-    result = forward(query, positive, negatives, temperature, normalize=normalize, normalize_negatives=normalize)
+    query, positive, negatives = (
+        features(i, n, dim) * spread for i, n in enumerate((count, count, size))
+    )
+    result = forward(
+        query, positive, negatives, temperature, normalize=normalize, normalize_negatives=normalize
+    )
 
     q, k = (x.double().requires_grad_() for x in (query, positive))
     scale = torch.full((count,), 1.0 / float(temperature), dtype=torch.float64, requires_grad=True)
     expected = torch.stack(
         [
-            info_nce_oracle(q[i : i + 1], k[i : i + 1], negatives, 1 / scale[i], normalize, normalize)[0]
+            info_nce_oracle(
+                q[i : i + 1], k[i : i + 1], negatives, 1 / scale[i], normalize, normalize
+            )[0]
             for i in range(count)
         ]
     )
@@ -81,14 +91,21 @@ def test_every_field_matches_float64(
         (result.grad_positive, grad_positive),
         (result.grad_scale / float(temperature), grad_scale / float(temperature)),
     ):
-        torch.testing.assert_close(got.double(), want, rtol=slack, atol=4 * EPS / float(temperature))
+        torch.testing.assert_close(
+            got.double(), want, rtol=slack, atol=4 * EPS / float(temperature)
+        )
     low, high = rank_bounds(query, positive, negatives, 8 * EPS, normalize, normalize)
     assert bool(((low <= result.rank) & (result.rank <= high)).all())
 
 
 def test_unasked_fields_are_none() -> None:
     result = forward(
-        features(0, 3, 4), features(1, 3, 4), features(2, 5, 4), 0.1, return_rank=False, compute_grad=False
+        features(0, 3, 4),
+        features(1, 3, 4),
+        features(2, 5, 4),
+        0.1,
+        return_rank=False,
+        compute_grad=False,
     )
     assert result.rank is None
     assert result.grad_query is None
@@ -99,15 +116,21 @@ def test_unasked_fields_are_none() -> None:
 @pytest.mark.parametrize("temperature", [0.01, 0.1])  # with and without a maximum
 def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: float) -> None:
     inputs = features(0, 5, 4), features(1, 5, 4), features(2, 9, 4)
-    everything, alone = (forward(*inputs, temperature, only_query=only_query) for only_query in (False, True))
+    everything, alone = (
+        forward(*inputs, temperature, only_query=only_query) for only_query in (False, True)
+    )
     for name in ("loss", "rank", "grad_query"):
         assert torch.equal(getattr(everything, name), getattr(alone, name)), name
     assert alone.lse is alone.grad_positive is alone.grad_scale is None
 
 
-@pytest.mark.parametrize("onednn", [True, False])  # without: the products of other builds of PyTorch
+@pytest.mark.parametrize(
+    "onednn", [True, False]
+)  # without: the products of other builds of PyTorch
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
-@pytest.mark.parametrize(("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)])
+@pytest.mark.parametrize(
+    ("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)]
+)
 def test_excluded_negatives_neither_count_nor_get_a_gradient(
     count: int, period: int, temperature: float, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +191,9 @@ def test_any_size_type_and_stride_gives_the_float64_loss_and_negatives_gradient(
             return features(seed + offset, 1, dim).to(dtype).expand(rows, dim)
         return features(seed + offset, rows, dim).to(dtype)
 
-    query, positive, negatives = (made(i, n, t) for i, (n, t) in enumerate(zip((count, count, size), dtypes)))
+    query, positive, negatives = (
+        made(i, n, t) for i, (n, t) in enumerate(zip((count, count, size), dtypes))
+    )
     weights = features(seed + 3, count)
     result = forward(query, positive, negatives, temperature)
     got = cpu.infonce_grad_negatives(
@@ -207,7 +232,10 @@ def test_zero_vectors_and_tiny_vectors_follow_normalize() -> None:
     positive, negatives = features(0, 3, 2), features(1, 4, 2)
     result = forward(query, positive, negatives, 0.5)
     wide = query.double().requires_grad_()
-    scores = F.normalize(wide, eps=1e-12) @ torch.cat([F.normalize(positive), F.normalize(negatives)]).double().T
+    scores = (
+        F.normalize(wide, eps=1e-12)
+        @ torch.cat([F.normalize(positive), F.normalize(negatives)]).double().T
+    )
     logits = torch.cat([scores.diagonal()[:, None], scores[:, 3:]], 1) / 0.5
     expected = F.cross_entropy(logits, torch.zeros(3, dtype=torch.long), reduction="none")
     (grad,) = torch.autograd.grad(expected.sum(), wide)
@@ -218,7 +246,11 @@ def test_zero_vectors_and_tiny_vectors_follow_normalize() -> None:
 @pytest.mark.parametrize("temperature", [0.005, 0.2])
 @pytest.mark.parametrize("where", ["query", "positive", "negatives"])
 def test_nan_in_gives_nan_out(where: str, temperature: float) -> None:
-    inputs = {"query": features(0, 3, 4), "positive": features(1, 3, 4), "negatives": features(2, 5, 4)}
+    inputs = {
+        "query": features(0, 3, 4),
+        "positive": features(1, 3, 4),
+        "negatives": features(2, 5, 4),
+    }
     inputs[where][1, 2] = math.nan
     result = forward(**inputs, temperature=temperature)
     touched = torch.tensor([True] * 3 if where == "negatives" else [False, True, False])
@@ -309,7 +341,11 @@ def test_the_queue_holds_the_last_keys_after_any_wrap_around(
 
 
 def test_the_reference_twin_agrees() -> None:
-    query, positive, negatives = features(0, 9, 4), features(1, 9, 4), F.normalize(features(2, 12, 4))
+    query, positive, negatives = (
+        features(0, 9, 4),
+        features(1, 9, 4),
+        F.normalize(features(2, 12, 4)),
+    )
     loss = eager_formulas.info_nce(query, positive, negatives, 0.2)
     expected = info_nce_oracle(query, positive, negatives, 0.2).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)

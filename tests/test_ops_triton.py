@@ -31,18 +31,26 @@ def features(seed: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_info_nce_gives_every_gradient(in_batch: bool, reduction: str) -> None:
-    inputs = [features(i, n, 20).requires_grad_() for i, n in enumerate((7, 7) if in_batch else (7, 7, 67))]
+    inputs = [
+        features(i, n, 20).requires_grad_()
+        for i, n in enumerate((7, 7) if in_batch else (7, 7, 67))
+    ]
     temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True)
     incoming = features(5, 7) if reduction == "none" else torch.ones((), device=DEVICE)
-    loss, rank = ops.info_nce(*inputs, temperature=temperature, reduction=reduction, return_rank=True)
-    expected = info_nce_oracle(*inputs[:2], inputs[-1], temperature, exclude_period=7 if in_batch else 0)
+    loss, rank = ops.info_nce(
+        *inputs, temperature=temperature, reduction=reduction, return_rank=True
+    )
+    expected = info_nce_oracle(
+        *inputs[:2], inputs[-1], temperature, exclude_period=7 if in_batch else 0
+    )
     if reduction == "mean":
         expected = expected.mean()
     leaves = [*inputs, temperature]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     assert rank.shape == (7,)
     for got, want in zip(
-        torch.autograd.grad(loss, leaves, incoming), torch.autograd.grad(expected, leaves, incoming.double())
+        torch.autograd.grad(loss, leaves, incoming),
+        torch.autograd.grad(expected, leaves, incoming.double()),
     ):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
@@ -62,15 +70,24 @@ def test_nt_xent_and_clip_agree_with_the_pytorch_path(monkeypatch: pytest.Monkey
 
 
 def test_enqueue_and_ema_agree_with_their_definitions() -> None:
-    queue, pointer, keys = torch.zeros(5, 8, device=DEVICE), torch.tensor([3], device=DEVICE), features(0, 4, 8)
+    queue, pointer, keys = (
+        torch.zeros(5, 8, device=DEVICE),
+        torch.tensor([3], device=DEVICE),
+        features(0, 4, 8),
+    )
     ops.enqueue_(queue, pointer, keys)
     unit = keys / keys.norm(dim=1, keepdim=True)
     torch.testing.assert_close(queue[[3, 4, 0, 1]], unit)
     assert not queue[2].any()
     assert pointer.tolist() == [2]
 
-    targets, sources = [features(1, 3, 5), features(2, 7).bfloat16()], [features(3, 3, 5), features(4, 7).bfloat16()]
+    targets, sources = (
+        [features(1, 3, 5), features(2, 7).bfloat16()],
+        [features(3, 3, 5), features(4, 7).bfloat16()],
+    )
     expected = [0.9 * t.double() + 0.1 * s.double() for t, s in zip(targets, sources)]
     ops.ema_update_(targets, sources, 0.9)
     for got, want in zip(targets, expected):
-        torch.testing.assert_close(got, want.to(got.dtype), rtol=torch.finfo(got.dtype).eps, atol=1e-6)
+        torch.testing.assert_close(
+            got, want.to(got.dtype), rtol=torch.finfo(got.dtype).eps, atol=1e-6
+        )

@@ -25,7 +25,9 @@ from tests.eager_moco import PlainEncoder, random_batches
 
 
 def rates(config: OptimConfig, steps_per_epoch: int, epochs: int) -> list[float]:
-    return [learning_rate(config, s, steps_per_epoch, epochs) for s in range(steps_per_epoch * epochs)]
+    return [
+        learning_rate(config, s, steps_per_epoch, epochs) for s in range(steps_per_epoch * epochs)
+    ]
 
 
 def test_step_schedule_is_the_references_by_epoch() -> None:
@@ -40,7 +42,9 @@ def test_step_schedule_is_the_references_by_epoch() -> None:
 def test_cosine_schedule_is_the_references_by_epoch() -> None:
     got = rates(OptimConfig(schedule="cosine"), 5, 200)
     for step, rate in enumerate(got):
-        assert rate == pytest.approx(0.03 * 0.5 * (1.0 + math.cos(math.pi * (step // 5) / 200)), rel=1e-12)
+        assert rate == pytest.approx(
+            0.03 * 0.5 * (1.0 + math.cos(math.pi * (step // 5) / 200)), rel=1e-12
+        )
 
 
 def test_cosine_by_step_falls_at_every_step_to_almost_zero() -> None:
@@ -66,7 +70,9 @@ def test_sgd_follows_torchs_rule_in_float64_and_skips_frozen_parameters() -> Non
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     model.bias.requires_grad_(False)
-    optimizer = build_optimizer(model.parameters(), OptimConfig(lr=0.5, momentum=0.9, weight_decay=0.1))
+    optimizer = build_optimizer(
+        model.parameters(), OptimConfig(lr=0.5, momentum=0.9, weight_decay=0.1)
+    )
     weight, velocity = model.weight.detach().double(), None
     frozen = model.bias.detach().clone()
     for step in range(4):
@@ -83,7 +89,9 @@ def test_sgd_follows_torchs_rule_in_float64_and_skips_frozen_parameters() -> Non
     assert torch.equal(model.bias, frozen)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", FusedSGD), ("lars", FusedLARS), ("adamw", FusedAdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", FusedSGD), ("lars", FusedLARS), ("adamw", FusedAdamW)]
+)
 def test_the_optimiser_that_is_asked_for_gets_its_options(name: str, kind: type) -> None:
     config = OptimConfig(name=name, lr=0.3, momentum=0.8, betas=(0.8, 0.95), weight_decay=0.02)
     optimizer = build_optimizer(nn.Linear(2, 2).parameters(), config)
@@ -107,7 +115,9 @@ def network(seed: int = 0) -> nn.Sequential:
     be rounding noise, which Adam scales to steps of full size."""
     torch.manual_seed(seed)
     convolution = nn.Conv2d(3, 8, 3, bias=False)
-    layers = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 5))
+    layers = nn.Sequential(
+        convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 5)
+    )
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
@@ -152,7 +162,9 @@ def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, t
     names = {"momentum_buffer"} if torchs == "SGD" else {"step", "exp_avg", "exp_avg_sq"}
     assert all(set(state) == names for state in third.state_dict()["state"].values())
     if torchs == "AdamW":
-        assert third.param_groups[0]["fused"]  # says that steps are on the parameters' device, which the kernel needs
+        assert third.param_groups[0][
+            "fused"
+        ]  # says that steps are on the parameters' device, which the kernel needs
 
 
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
@@ -192,7 +204,9 @@ def test_lars_is_mocos_and_keeps_its_state_names() -> None:
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
 def test_a_step_averages_and_copies_whatever_has_a_gradient_or_not(kind: str) -> None:
     model, key = network(), network(1)
-    shadows = [[torch.empty_like(p, dtype=torch.bfloat16) for p in model.parameters()] for _ in range(2)]
+    shadows = [
+        [torch.empty_like(p, dtype=torch.bfloat16) for p in model.parameters()] for _ in range(2)
+    ]
     model[4].requires_grad_(False)
     start = [k.detach().double() for k in key.parameters()]
     frozen = model[4].weight.clone()
@@ -250,7 +264,9 @@ def test_tied_weights_are_one_parameter() -> None:
 
 def test_groups_have_their_own_numbers_and_later_ones_no_followers() -> None:
     a, b, c, k = (nn.Parameter(torch.ones(2)) for _ in range(4))
-    optimizer = FusedSGD([{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5, ema=([k, k.detach().clone()], 0.0))
+    optimizer = FusedSGD(
+        [{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5, ema=([k, k.detach().clone()], 0.0)
+    )
     optimizer.add_param_group({"params": [c], "lr": 1.0})
     for p in (a, b, c):
         p.grad = torch.ones(2)

@@ -34,8 +34,21 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(checkout: Path) -> zipfile.ZipFile:
     """The wheel that `pip install .` makes, built by the installed setuptools: no network."""
-    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77 (pip install '.[test]')")
-    pip = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
+    pytest.importorskip(
+        "setuptools",
+        minversion="77",
+        reason="building needs setuptools>=77 (pip install '.[test]')",
+    )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     subprocess.run([*pip, "--quiet", "--wheel-dir", "out"], cwd=checkout, check=True)
     (path,) = (checkout / "out").iterdir()
     return zipfile.ZipFile(path)
@@ -54,9 +67,14 @@ def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing
         (checkout / "kernels", "mocofast_kernels"),
         (checkout / "benchmarks", "mocofast_bench"),
     ]
-    paths = {path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")}
+    paths = {
+        path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")
+    }
     assert files == {path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")}
-    assert {"mocofast/recipes/digits.yaml", *(f"{package}/py.typed" for _, package in packages)} <= files
+    assert {
+        "mocofast/recipes/digits.yaml",
+        *(f"{package}/py.typed" for _, package in packages),
+    } <= files
 
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
@@ -71,17 +89,27 @@ def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipF
         files = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     folders = {"mocofast_kernels": "kernels", "mocofast_bench": "benchmarks"}
     parts = (name.partition("/") for name in wheel.namelist())
-    shipped = {f"{folders[top]}/{top}/{rest}" if top in folders else f"{top}/{rest}" for top, _, rest in parts}
+    shipped = {
+        f"{folders[top]}/{top}/{rest}" if top in folders else f"{top}/{rest}"
+        for top, _, rest in parts
+    }
     assert {name for name in shipped if ".dist-info/" not in name} <= files
     assert {"setup.py", "pyproject.toml", *FILES} <= files
     for folder in ("tests", "benchmarks"):
-        assert {path.relative_to(checkout).as_posix() for path in (checkout / folder).rglob("*.py")} <= files
+        assert {
+            path.relative_to(checkout).as_posix() for path in (checkout / folder).rglob("*.py")
+        } <= files
 
 
 def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfile.ZipFile) -> None:
     # -S leaves out site-packages, so no installed copy can answer.
     out = subprocess.run(
-        [sys.executable, "-S", "-c", "import mocofast; print(mocofast.__version__, mocofast.__file__)"],
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            "import mocofast; print(mocofast.__version__, mocofast.__file__)",
+        ],
         env={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
@@ -89,7 +117,9 @@ def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfil
     ).stdout
     version, path = out.strip().split(" ", 1)
     assert Path(path) == ROOT / "mocofast" / "__init__.py"
-    assert version == mocofast.__version__ == Parser().parsestr(metadata(wheel, "METADATA"))["Version"]
+    assert (
+        version == mocofast.__version__ == Parser().parsestr(metadata(wheel, "METADATA"))["Version"]
+    )
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
 
 
@@ -102,7 +132,10 @@ def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_
     for line in Parser().parsestr(metadata(wheel, "METADATA")).get_all("Requires-Dist"):
         required = requirements.Requirement(line)
         ranges.setdefault(required.name, set()).add(str(required.specifier))
-    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    )
     pins = {pin.name: pin.specifier for pin in map(requirements.Requirement, filter(None, lines))}
     assert {"torch", "torchvision", "triton", "numpy"} <= pins.keys()
     for name, specifier in pins.items():
@@ -110,9 +143,13 @@ def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_
         (allowed,) = ranges[name]
         (pin,) = specifier
         if pin.operator == "==":
-            assert pin.version in requirements.SpecifierSet(allowed), f"setup.py wants {name}{allowed}, not {pin}"
+            assert pin.version in requirements.SpecifierSet(allowed), (
+                f"setup.py wants {name}{allowed}, not {pin}"
+            )
         if name.startswith(("torch", "triton", "nvidia-dali")):
-            assert f">={pin.version}".removesuffix(".0") == allowed, f"{name}: tested with {pin}, promised {allowed}"
+            assert f">={pin.version}".removesuffix(".0") == allowed, (
+                f"{name}: tested with {pin}, promised {allowed}"
+            )
 
 
 def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: Path) -> None:
@@ -120,8 +157,15 @@ def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: 
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
     code = "import kernels, mocofast_kernels; print(kernels.owner, mocofast_kernels.__file__)"
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))  # as pytest and a bare checkout order them
+    path = os.pathsep.join(
+        map(str, (ROOT, ROOT / "kernels", tmp_path))
+    )  # as pytest and a bare checkout order them
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert out.strip() == f"somebody else {ROOT / 'kernels' / 'mocofast_kernels' / '__init__.py'}"

@@ -18,13 +18,22 @@ CHANCE = math.log(4097)
 
 
 def step(n: int, **values: float) -> dict[str, Any]:
-    line = {"step": n, "epoch": n / 10, "loss": 8 - n / 100, "lr": 0.06 - n / 1000, "chance_loss": CHANCE}
+    line = {
+        "step": n,
+        "epoch": n / 10,
+        "loss": 8 - n / 100,
+        "lr": 0.06 - n / 1000,
+        "chance_loss": CHANCE,
+    }
     return {**line, "acc1": n / 100, "acc5": n / 50, "images_per_second": 99.0, **values}
 
 
 def lines(figure: Figure, panel: int) -> dict[str, tuple[list[float], list[float]]]:
     return {
-        str(line.get_label()): (list(np.asarray(line.get_xdata())), list(np.asarray(line.get_ydata())))
+        str(line.get_label()): (
+            list(np.asarray(line.get_xdata())),
+            list(np.asarray(line.get_ydata())),
+        )
         for line in figure.axes[panel].lines
     }
 
@@ -46,7 +55,12 @@ def test_every_line_shows_the_numbers_of_the_metrics() -> None:
     assert knn["1-NN, few labels"] == ([0.0, 2.0], [0.6, 0.8])
     assert rate["learning rate"] == (epochs, pytest.approx([0.06, 0.05, 0.04]))
     texts = [text.get_text() for text in figure.axes[2].texts]
-    assert texts == ["85.0%", "97.0%", "60.0%", "80.0%"]  # before and after, readable without a ruler
+    assert texts == [
+        "85.0%",
+        "97.0%",
+        "60.0%",
+        "80.0%",
+    ]  # before and after, readable without a ruler
 
 
 def test_every_panel_says_what_it_shows() -> None:
@@ -75,7 +89,9 @@ def test_a_run_that_was_only_evaluated_is_drawn() -> None:
     assert not figure.axes[0].lines
 
 
-def test_the_picture_is_written_without_a_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_is_written_without_a_display(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(step(n)) + "\n" for n in range(5)))

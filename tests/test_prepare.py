@@ -33,7 +33,8 @@ def samples(source: ShardSource) -> dict[str, tuple[str, bytes]]:
     """Key -> class and content."""
     assert source.labels is not None
     return {
-        source.name(i).split(":")[1]: (source.classes[source.labels[i]], source.load(i)) for i in range(len(source))
+        source.name(i).split(":")[1]: (source.classes[source.labels[i]], source.load(i))
+        for i in range(len(source))
     }
 
 
@@ -56,8 +57,16 @@ def test_large_images_are_shrunk_and_others_copied_byte_by_byte(tmp_path: Path) 
     assert len(compact(str(path), 50, 30)[1]) < len(content)
 
 
-def test_labels_splits_and_names_are_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["train/ant/v1.5.jpg", "train/ant/v1_5.jpg", "train/bee/3.png", "val/bee/4.jpg", "val/ant/deep/5.jpg"]
+def test_labels_splits_and_names_are_the_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [
+        "train/ant/v1.5.jpg",
+        "train/ant/v1_5.jpg",
+        "train/bee/3.png",
+        "val/bee/4.jpg",
+        "val/ant/deep/5.jpg",
+    ]
     source = write(tmp_path / "in", *names)
     (source / "train/bee/bad.jpg").write_bytes((source / names[0]).read_bytes()[:400])
     out = tmp_path / "out"
@@ -69,17 +78,32 @@ def test_labels_splits_and_names_are_the_folders(tmp_path: Path, capsys: pytest.
     assert val is not None
     assert train.classes == val.classes == ("ant", "bee")
     found = samples(train)
-    assert {(key.split("-")[0], kind) for key, (kind, _) in found.items()} == {("ant/v1_5", "ant"), ("bee/3", "bee")}
+    assert {(key.split("-")[0], kind) for key, (kind, _) in found.items()} == {
+        ("ant/v1_5", "ant"),
+        ("bee/3", "bee"),
+    }
     assert len(found) == 3  # names that differ by a dot alone stay apart
-    assert {key: kind for key, (kind, _) in samples(val).items()} == {"bee/4": "bee", "ant/deep/5": "ant"}
+    assert {key: kind for key, (kind, _) in samples(val).items()} == {
+        "bee/4": "bee",
+        "ant/deep/5": "ant",
+    }
     assert all(decode(content).size == (60, 40) for _, content in found.values())
     meta = json.loads((out / "meta.json").read_text())
-    assert (meta["classes"], meta["images"], meta["size"]) == (["ant", "bee"], {"train": 3, "val": 2}, 40)
+    assert (meta["classes"], meta["images"], meta["size"]) == (
+        ["ant", "bee"],
+        {"train": 3, "val": 2},
+        40,
+    )
     assert list(meta["skipped"]) == ["train/bee/bad.jpg"]
-    assert sorted(path.name for path in (out / "train").iterdir()) == ["shard-000000.tar", f"shard-000000.tar{INDEX}"]
+    assert sorted(path.name for path in (out / "train").iterdir()) == [
+        "shard-000000.tar",
+        f"shard-000000.tar{INDEX}",
+    ]
 
 
-def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(tmp_path: Path) -> None:
+def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(
+    tmp_path: Path,
+) -> None:
     # 200 images of about 100 kB, uncompressed and so copied: 20 shards of 1 MB.
     pixels = np.random.default_rng(0).integers(0, 256, (200, 180, 180, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
@@ -97,12 +121,18 @@ def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(tmp
     train, val, _ = shard_splits(tmp_path / "a", holdout=0.0)
     assert val is None
     assert train.labels is not None
-    assert sorted(train.load(i) for i in range(200)) == sorted(path.read_bytes() for path in tmp_path.rglob("*.bmp"))
-    assert 30 < train.labels[:100].sum() < 70  # of 100 of the second class, in the first half; 5 is a deviation
+    assert sorted(train.load(i) for i in range(200)) == sorted(
+        path.read_bytes() for path in tmp_path.rglob("*.bmp")
+    )
+    assert (
+        30 < train.labels[:100].sum() < 70
+    )  # of 100 of the second class, in the first half; 5 is a deviation
 
 
 def test_an_unlabelled_folder_makes_unlabelled_shards(tmp_path: Path) -> None:
-    meta = prepare(str(write(tmp_path / "in", "b.jpg", "a.jpg")), str(tmp_path / "out"), PrepareConfig())
+    meta = prepare(
+        str(write(tmp_path / "in", "b.jpg", "a.jpg")), str(tmp_path / "out"), PrepareConfig()
+    )
     assert meta["images"] == {"all": 2}
     train, *_ = shard_splits(tmp_path / "out")
     assert train.labels is None
@@ -131,15 +161,21 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_what_failed(
             prepare(str(source), str(out), PrepareConfig())
     for name in ("a.jpg", "b.jpg"):
         (source / name).write_bytes(b"no image")
-    with pytest.raises(ConfigError, match=r"none of the 2 images can be decoded; .*UnidentifiedImageError"):
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 images can be decoded; .*UnidentifiedImageError"
+    ):
         prepare(str(source), str(out), PrepareConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_shard_that_an_error_ends_halfway_is_not_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_an_error_ends_halfway_is_not_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write(tmp_path / "in", *(f"{i}.jpg" for i in range(5)))
     left = iter(range(3))
-    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: next(left))  # the fourth image is one too many
+    monkeypatch.setattr(
+        tarfile.TarFile, "addfile", lambda *_: next(left)
+    )  # the fourth image is one too many
     monkeypatch.setattr(module, "local_index", lambda path: pytest.fail(f"indexed {path}"))
     with pytest.raises(StopIteration):
         prepare(str(source), str(tmp_path / "out"), PrepareConfig())
@@ -157,7 +193,12 @@ def test_a_shard_that_an_error_ends_halfway_is_not_indexed(tmp_path: Path, monke
 def test_unusable_options_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
 ) -> None:
-    assert main(["prepare", str(write(tmp_path / "in", "a.jpg")), str(tmp_path / "out"), option, value]) == 2
+    assert (
+        main(
+            ["prepare", str(write(tmp_path / "in", "a.jpg")), str(tmp_path / "out"), option, value]
+        )
+        == 2
+    )
     assert f"{option}: expected {message}, got {value}" in capsys.readouterr().err
 
 

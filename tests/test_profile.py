@@ -34,7 +34,9 @@ FP32 = torch.autocast("cpu", enabled=False)
 # ---- parts ----
 
 
-def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     recorder = Recorder(CPU)
@@ -63,7 +65,15 @@ def test_nothing_is_timed_outside_a_step() -> None:
 
 def test_what_two_streams_do_at_once_counts_as_overlap_so_that_the_sum_stays_the_step() -> None:
     # A GPU's: keys on one stream from 1 to 5, queries on another from 2 to 6.
-    step = Step([("other", 0.0, 1.0), ("key forward", 1.0, 5.0), ("loss", 5.0, 2.0), ("query forward", 2.0, 6.0)], {})  # type: ignore[arg-type]
+    step = Step(
+        [
+            ("other", 0.0, 1.0),
+            ("key forward", 1.0, 5.0),
+            ("loss", 5.0, 2.0),
+            ("query forward", 2.0, 6.0),
+        ],
+        {},
+    )  # type: ignore[arg-type]
     seconds = profile.seconds_by_part(step)
     assert seconds == {"other": 1, "key forward": 4, "query forward": 4, "overlapped": -3}
     assert sum(seconds.values()) == 6
@@ -86,7 +96,9 @@ def test_operations_of_the_layers_are_those_that_torchs_counter_sees(arch: str, 
 
 
 def test_bytes_of_layers_are_those_of_all_that_they_take_and_give() -> None:
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
+    )
     forward, backward = profile.encoder_work(encoder, 2, 4, FP32)
     x, w, y = 2 * 3 * 16, 8 * 3 * 9, 2 * 8 * 16
     a, b, c, z = 2 * 128, 128 * 5, 5, 2 * 5
@@ -102,7 +114,9 @@ def test_counting_computes_nothing_and_changes_nothing() -> None:
     encoder = build_encoder("resnet18_cifar")(num_classes=16)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     began = time.thread_time()
-    forward, _ = profile.encoder_work(encoder, 512, 32, FP32)  # computed, it would be 284 GFLOP: seconds
+    forward, _ = profile.encoder_work(
+        encoder, 512, 32, FP32
+    )  # computed, it would be 284 GFLOP: seconds
     assert time.thread_time() - began < 1.5
     assert sum(layer.operations for layer in forward) > 5e11
     assert encoder.training
@@ -117,8 +131,12 @@ def test_under_autocast_layers_move_half_the_bytes() -> None:
     assert [2 * layer.bytes for layer in half] == [layer.bytes for layer in full]
 
 
-def test_a_floor_is_the_longer_of_both_times_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "copy_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0)
+def test_a_floor_is_the_longer_of_both_times_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        profile, "copy_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0
+    )
     floor = profile.Floor.of([profile.Work(50, 100), profile.Work(10, 900)], 10.0, CPU)
     assert floor == (5.0 + 9.0, 60, 1000, 100.0)
 
@@ -138,7 +156,9 @@ def test_traffic_of_an_optimiser_step_counted_by_hand() -> None:
     adamw = FusedAdamW([q], lr=0.1)
     q.grad = torch.ones(10)
     adamw.step()
-    assert adamw.traffic() == 10 * 4 * (2 + 2 + 2 + 1)  # two averages of gradients; the count of steps is nothing
+    assert adamw.traffic() == 10 * 4 * (
+        2 + 2 + 2 + 1
+    )  # two averages of gradients; the count of steps is nothing
 
 
 # ---- the profile of a loop ----
@@ -150,14 +170,18 @@ def tiny() -> Config:
     return config
 
 
-def profiled(config: Config, wait: float = 0.0, device: torch.device = CPU) -> tuple[profile.Profile, list[float]]:
+def profiled(
+    config: Config, wait: float = 0.0, device: torch.device = CPU
+) -> tuple[profile.Profile, list[float]]:
     """Of a loop that waits so many seconds for each batch; also how long each step took by its own clock."""
     torch.manual_seed(0)
     model = build(config).to(device)
     optimizer = optimizer_of(model, config.optim)
     autocast = choose_autocast("fp32", device)
     profiler = profile.StepProfiler(model, optimizer, autocast, config)
-    views = tuple(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8).to(device) for _ in range(2))
+    views = tuple(
+        torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8).to(device) for _ in range(2)
+    )
     seconds = []
     for i in range(profile.STEPS):
         if i % 11 == 10:  # an epoch ends: the batch that was asked for is not there
@@ -184,14 +208,18 @@ def profile_of_a_loop(loop: tuple[profile.Profile, list[float]]) -> profile.Prof
     return loop[0]
 
 
-def test_parts_are_there_in_order_and_add_up_to_the_step(loop: tuple[profile.Profile, list[float]]) -> None:
+def test_parts_are_there_in_order_and_add_up_to_the_step(
+    loop: tuple[profile.Profile, list[float]],
+) -> None:
     p, seconds = loop
     assert [part.name for part in p.parts] == [
         "data wait", "key forward", "query forward", "loss", "backward", "optimiser and EMA", "other",
     ]  # fmt: skip
     assert all(part.seconds > 0 for part in p.parts)
     first = profile.WARM_UP + profile.WHOLE
-    middle = sorted(seconds[first : first + profile.TIMED])[profile.TIMED // 4 : -profile.TIMED // 4]
+    middle = sorted(seconds[first : first + profile.TIMED])[
+        profile.TIMED // 4 : -profile.TIMED // 4
+    ]
     # What begin() and end() do beyond the loop's own clock: microseconds of 12 ms and more, unless others run then.
     assert p.seconds == pytest.approx(sum(middle) / len(middle), rel=0.1)
     whole = sorted(seconds[profile.WARM_UP : first])[profile.WHOLE // 2]
@@ -251,12 +279,16 @@ def test_micro_batches_count_together() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_launches_are_counted_and_no_step_waits() -> None:
     found, _ = profiled(tiny(), device=torch.device("cuda"))
-    assert found.launches is not None and found.launches > 50  # op by op: each layer launches a few times
+    assert (
+        found.launches is not None and found.launches > 50
+    )  # op by op: each layer launches a few times
     assert found.synchronisations == 0
     assert found.seconds > found.floor > 0
 
 
-def test_the_picture_shows_every_part_its_floor_and_its_numbers(profile_of_a_loop: profile.Profile) -> None:
+def test_the_picture_shows_every_part_its_floor_and_its_numbers(
+    profile_of_a_loop: profile.Profile,
+) -> None:
     p = profile_of_a_loop
     figure = draw_step(p.bars(), p.title)
     (axes,) = figure.axes
@@ -284,32 +316,67 @@ def test_the_picture_shows_every_part_its_floor_and_its_numbers(profile_of_a_loo
 def profiled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("profiled", "plain")]
     # Log lines within the steps that are profiled, and three epochs of 11 steps.
-    options = ["--train.max_steps", "31", "--train.log_every", "4", "--knn.every", "0", "--data.workers", "0"]
-    out = runs.mocofast("pretrain", "digits", *options, "--train.dir", str(folders[0]), "--profile").stdout
+    options = [
+        "--train.max_steps",
+        "31",
+        "--train.log_every",
+        "4",
+        "--knn.every",
+        "0",
+        "--data.workers",
+        "0",
+    ]
+    out = runs.mocofast(
+        "pretrain", "digits", *options, "--train.dir", str(folders[0]), "--profile"
+    ).stdout
     runs.mocofast("pretrain", "digits", *options, "--train.dir", str(folders[1]))
     return folders[0], folders[1], out
 
 
-def test_a_profiled_run_equals_one_that_is_not_bit_for_bit(profiled_run: tuple[Path, Path, str]) -> None:
+def test_a_profiled_run_equals_one_that_is_not_bit_for_bit(
+    profiled_run: tuple[Path, Path, str],
+) -> None:
     with_profile, without, _ = profiled_run
     runs.assert_same_run(with_profile, without)
 
 
-def test_a_profiled_run_leaves_table_picture_and_trace(profiled_run: tuple[Path, Path, str]) -> None:
+def test_a_profiled_run_leaves_table_picture_and_trace(
+    profiled_run: tuple[Path, Path, str],
+) -> None:
     folder, without, out = profiled_run
     assert f"profile of a step: {folder / 'profile.png'}" in out
     assert "data wait" in (folder / "profile.txt").read_text()
     assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
-    events: list[dict[str, Any]] = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    events: list[dict[str, Any]] = json.loads(
+        gzip.decompress((folder / "trace.json.gz").read_bytes())
+    )["traceEvents"]
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    for name in ("data wait", "key forward", "query forward", "loss", "backward", "optimiser and EMA", "step"):
+    for name in (
+        "data wait",
+        "key forward",
+        "query forward",
+        "loss",
+        "backward",
+        "optimiser and EMA",
+        "step",
+    ):
         assert named.count(name) == profile.TRACED
     assert not any((without / name).exists() for name in profile.FILES)
 
 
-def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_too_short_for_a_profile_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "short"
-    options = ["--train.max_steps", "2", "--train.dir", str(folder), "--data.workers", "0", "--profile"]
+    options = [
+        "--train.max_steps",
+        "2",
+        "--train.dir",
+        str(folder),
+        "--data.workers",
+        "0",
+        "--profile",
+    ]
     assert cli.main(["pretrain", "digits", *options]) == 0
     assert f"no profile: it takes {profile.STEPS} steps" in capsys.readouterr().out
     assert not (folder / "profile.txt").exists()
@@ -317,7 +384,15 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path, capsys: pytest.Ca
 
 def test_of_two_ranks_one_profiles_and_sees_what_it_waits_for(tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    options = ["--train.max_steps", "28", "--train.dir", str(folder), "--data.workers", "0", "--profile"]
+    options = [
+        "--train.max_steps",
+        "28",
+        "--train.dir",
+        str(folder),
+        "--data.workers",
+        "0",
+        "--profile",
+    ]
     out = runs.torchrun(2, "pretrain", "digits", *options).stdout
     assert out.count("profile of a step") == 1
     assert "\ncommunication" in (folder / "profile.txt").read_text()

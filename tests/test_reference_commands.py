@@ -24,7 +24,9 @@ from mocofast.train.resume import configure
 from tests import runs
 from tests.timm_names import timms
 
-ON_EIGHT_GPUS = "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
+ON_EIGHT_GPUS = (
+    "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
+)
 # The commands of both READMEs and of moco-v3's CONFIG.md, and the recipe with which the same figures are published.
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "v1": (f"-a resnet50 --lr 0.03 --batch-size 256 {ON_EIGHT_GPUS}", "moco_v1_r50", {}),
@@ -38,7 +40,11 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "moco_v2_r50_800ep",
         {"optim.lr": 0.015, "data.batch_size": 128},
     ),
-    "v3, 100 epochs": ("--moco-m-cos --crop-min=.2", "moco_v3_r50", {"train.epochs": 100, "optim.lr": 0.6}),
+    "v3, 100 epochs": (
+        "--moco-m-cos --crop-min=.2",
+        "moco_v3_r50",
+        {"train.epochs": 100, "optim.lr": 0.6},
+    ),
     "v3, 300 epochs": ("--lr=.3 --epochs=300 --moco-m-cos --crop-min=.2", "moco_v3_r50", {}),
     "v3, 1000 epochs": (
         "--lr=.3 --wd=1.5e-6 --epochs=1000 --moco-m=0.996 --moco-m-cos --crop-min=.2",
@@ -95,25 +101,45 @@ def test_every_other_flag_has_its_option(imagenet: Path) -> None:
     expected = Config()
     m, o = expected.model, expected.optim
     expected.data.path, expected.data.workers, expected.data.batch_size = str(imagenet), 3, 64
-    m.arch, m.dim, m.queue_size, m.momentum, m.temperature, m.mlp = "resnet18", 32, 640, 0.99, 0.3, True
+    m.arch, m.dim, m.queue_size, m.momentum, m.temperature, m.mlp = (
+        "resnet18",
+        32,
+        640,
+        0.99,
+        0.3,
+        True,
+    )
     o.lr, o.milestones, o.momentum, o.weight_decay = 0.1, (2, 4), 0.8, 0.01
     expected.train.epochs, expected.train.log_every, expected.train.seed = 7, 5, 9
     got = configure(equivalent.recipe, "", equivalent.options)
     got.recipe = "custom"
     assert got == expected
     # Here -b is a node's; and all images are trained on where none are set apart for validation.
-    options = reference_commands.pretraining(parsed(f"--world-size 2 -b 64 {imagenet / 'train'}")).options
+    options = reference_commands.pretraining(
+        parsed(f"--world-size 2 -b 64 {imagenet / 'train'}")
+    ).options
     assert (options["data.batch_size"], options["data.holdout"]) == (128, 0.0)
     options = reference_commands.pretraining(parsed(f"--schedule -- {imagenet}")).options
     assert options["optim.milestones"] == ()
-    assert settings.coerce(next(s for s in settings.settings("optim", type(o)) if "miles" in s.name), ",") == ()
+    assert (
+        settings.coerce(
+            next(s for s in settings.settings("optim", type(o)) if "miles" in s.name), ","
+        )
+        == ()
+    )
 
 
 def test_linear_protocols_of_both_projects() -> None:
     line = f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained FILE {ON_EIGHT_GPUS} DIR"
-    assert reference_commands.probing(parsed(line, linear=True), is_v3=False) == LinearConfig("reference")
-    options = reference_commands.probing(parsed("-a vit_small --lr=3 --pretrained FILE DIR", linear=True), is_v3=True)
-    assert options == LinearConfig("reference", epochs=90, lr=12.0, batch_size=1024, schedule="cosine")
+    assert reference_commands.probing(parsed(line, linear=True), is_v3=False) == LinearConfig(
+        "reference"
+    )
+    options = reference_commands.probing(
+        parsed("-a vit_small --lr=3 --pretrained FILE DIR", linear=True), is_v3=True
+    )
+    assert options == LinearConfig(
+        "reference", epochs=90, lr=12.0, batch_size=1024, schedule="cosine"
+    )
     options = reference_commands.probing(
         parsed("--schedule 1 2 --epochs 3 --pretrained FILE DIR", linear=True), False
     )
@@ -173,7 +199,10 @@ def test_several_nodes_are_refused_with_the_line_for_torchrun(
     for name, value in {"WORLD_SIZE": "16", "RANK": "3", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     given["world_size"] = 2
-    assert reference_commands.processes(given, equivalent) == (1, "process 3 of 16, started by torchrun")
+    assert reference_commands.processes(given, equivalent) == (
+        1,
+        "process 3 of 16, started by torchrun",
+    )
 
 
 def test_one_command_line_starts_all_gpus(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +225,19 @@ def test_a_vit_of_moco_v3_loads_from_timms_names(tmp_path: Path) -> None:
     """The real size: moco-v3's files have no other. A forward pass of one image checks every weight that matters."""
     torch.manual_seed(0)
     theirs = timm.create_model("vit_small_patch16_224", num_heads=12).eval()
-    for p in theirs.parameters():  # biases and norms start as zeros and ones, which would hide a swap
+    for (
+        p
+    ) in theirs.parameters():  # biases and norms start as zeros and ones, which would hide a swap
         nn.init.normal_(p, std=0.05)
     state = {f"module.base_encoder.{name}": value for name, value in theirs.state_dict().items()}
     path = tmp_path / "vit.pth.tar"
     torch.save(
-        {"epoch": 300, "arch": "vit_small", "state_dict": {**state, "module.predictor.0.weight": torch.ones(1)}}, path
+        {
+            "epoch": 300,
+            "arch": "vit_small",
+            "state_dict": {**state, "module.predictor.0.weight": torch.ones(1)},
+        },
+        path,
     )
     model, config, ours = load_pretrained(str(path), "vit_small")
     assert (config.model.method, config.model.arch, ours) == ("moco_v3", "vit_small", False)
@@ -234,15 +270,25 @@ def test_unchanged_lines_train_and_probe_both_kinds_of_checkpoints(
     assert cli.main(["main_moco", *line.split(), *ON_EIGHT_GPUS.split(), "images"]) == 0
     out = capsys.readouterr().out
     assert "model:\n  arch: resnet18\n  queue_size: 16\n  temperature: 0.2\n  mlp: true\n" in out
-    assert "mocofast pretrain moco_v2_r50_200ep --model.arch resnet18 --model.queue_size 16 --data.path images" in out
+    assert (
+        "mocofast pretrain moco_v2_r50_200ep --model.arch resnet18 --model.queue_size 16 --data.path images"
+        in out
+    )
     assert "torchrun --nproc-per-node=GPUS -m mocofast main_moco" in out
     folder = tmp_path / "runs" / "moco_v2_r50_200ep"
     assert [line["step"] for line in runs.metrics(folder) if "loss" in line] == [1, 2, 3]
-    assert cli.main(["main_moco", *line.split(), "--resume", str(folder), "--start-epoch", "1", "images"]) == 0
+    assert (
+        cli.main(
+            ["main_moco", *line.split(), "--resume", str(folder), "--start-epoch", "1", "images"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "--start-epoch: the checkpoint of --resume says where to go on" in out
     assert "continuing at step 3, epoch 1 + 0 steps" in out
-    assert cli.main(["export", str(folder), "--format", "reference", "checkpoint_0000.pth.tar"]) == 0
+    assert (
+        cli.main(["export", str(folder), "--format", "reference", "checkpoint_0000.pth.tar"]) == 0
+    )
     capsys.readouterr()
 
     probe = "-a resnet18 --lr 1.0 -b 8 -j 0 --epochs 2 images --schedule 1 --pretrained"
@@ -256,13 +302,18 @@ def test_unchanged_lines_train_and_probe_both_kinds_of_checkpoints(
     assert said[0] == said[1]  # the same encoder, under the same seed
 
 
-def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_foreign_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs.make_images(tmp_path / "images", 4)
     torch.save({"state_dict": {"model.conv1": torch.ones(1)}}, tmp_path / "other.pt")
     for words, said in (
         ([], "--pretrained: expected a checkpoint"),
         (["--pretrained", str(tmp_path / "none.pt")], "no checkpoint at"),
-        (["--pretrained", str(tmp_path / "other.pt")], "expected the names of facebookresearch/moco"),
+        (
+            ["--pretrained", str(tmp_path / "other.pt")],
+            "expected the names of facebookresearch/moco",
+        ),
     ):
         assert cli.main(["main_lincls", str(tmp_path / "images"), *words]) == 2
         assert said in capsys.readouterr().err

@@ -42,7 +42,9 @@ def small_moco(splits: int) -> MoCo:
     return MoCo(TinyResNet, 13, QUEUE, 0.9, 0.1, mlp=True, bn_splits=splits)
 
 
-def trajectory(model: nn.Module, step: Callable[[tuple[Tensor, Tensor]], Tensor | float]) -> dict[str, Tensor]:
+def trajectory(
+    model: nn.Module, step: Callable[[tuple[Tensor, Tensor]], Tensor | float]
+) -> dict[str, Tensor]:
     """Losses of all steps, final weights and queue (K, C), in float64."""
     torch.manual_seed(7)  # of the shuffle's permutations
     losses = torch.tensor([float(step(pair)) for pair in BATCHES])
@@ -54,17 +56,23 @@ def trajectory(model: nn.Module, step: Callable[[tuple[Tensor, Tensor]], Tensor 
 def reference_trajectory(model: MoCo, dtype: torch.dtype) -> dict[str, Tensor]:
     plain = ReferenceMoCo(model).to(dtype)
     optimizer = plain_sgd(plain.parameters(), OPTIM)
-    return trajectory(plain, lambda pair: reference_step(plain, tuple(v.to(dtype) for v in pair), optimizer))  # type: ignore[arg-type]
+    return trajectory(
+        plain, lambda pair: reference_step(plain, tuple(v.to(dtype) for v in pair), optimizer)
+    )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("splits", [1, 3])  # with 3, only the right permutations give the right keys
+@pytest.mark.parametrize(
+    "splits", [1, 3]
+)  # with 3, only the right permutations give the right keys
 def test_every_loop_follows_the_same_trajectory(splits: int) -> None:
     model = small_moco(splits)
     strong = StrongMoCo(model)
     plain, exact = (reference_trajectory(model, dtype) for dtype in (torch.float32, torch.float64))
     assert exact["losses"][-1] != exact["losses"][0]
     sgd = plain_sgd(strong.parameters(), OPTIM, foreach=True)
-    assert_same_to_rounding(trajectory(strong, lambda pair: strong_step(strong, pair, sgd, FP32)[0]), plain, exact)
+    assert_same_to_rounding(
+        trajectory(strong, lambda pair: strong_step(strong, pair, sgd, FP32)[0]), plain, exact
+    )
     # Ours last: the loops above start from copies of what it still is.
     optimizer = build_optimizer(model.parameters(), OPTIM)
     ours = trajectory(model, lambda pair: train_step(model, pair, optimizer, 1, FP32)[0])
@@ -77,7 +85,9 @@ def test_the_permutation_matters_to_split_batchnorm() -> None:
     unshuffled = ReferenceMoCo(model).double()
     unshuffled._shuffle = lambda im_k: (im_k, torch.arange(len(im_k)))  # type: ignore[method-assign]
     optimizer = plain_sgd(unshuffled.parameters(), OPTIM)
-    losses = [reference_step(unshuffled, tuple(v.double() for v in pair), optimizer) for pair in BATCHES]  # type: ignore[arg-type]
+    losses = [
+        reference_step(unshuffled, tuple(v.double() for v in pair), optimizer) for pair in BATCHES
+    ]  # type: ignore[arg-type]
     assert (torch.tensor(losses) - exact["losses"]).abs().max() > 1e-2
 
 
@@ -89,7 +99,10 @@ def test_accuracy_of_the_strong_baseline_counts_ranks() -> None:
         # Negatives from where the positives lie, so that some of them score higher.
         others = torch.cat([twin.encoder_k(im) for im, _ in BATCHES[1:4]])
         strong.queue.copy_(F.normalize(others))
-        q, k = (F.normalize(encoder(im)) for encoder, im in ((twin.encoder_q, im_q), (twin.encoder_k, im_k)))
+        q, k = (
+            F.normalize(encoder(im))
+            for encoder, im in ((twin.encoder_q, im_q), (twin.encoder_k, im_k))
+        )
         rank = ((q @ strong.queue.t()) > (q * k).sum(1, keepdim=True)).sum(1)
     shares = [float((rank < 1).float().mean()), float((rank < 5).float().mean())]
     assert 0 < shares[1] < 1
@@ -104,11 +117,15 @@ def test_the_reference_refuses_a_batch_that_does_not_divide_its_queue() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_gives_normalised_pairs_of_every_image_once(tmp_path: Path, workers: int) -> None:
+def test_the_loader_gives_normalised_pairs_of_every_image_once(
+    tmp_path: Path, workers: int
+) -> None:
     for i in range(5):
         Image.fromarray(np.full((9, 7, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     augment = AugmentConfig(size=4, jitter=(0, 0, 0, 0), blur=1.0, std=(0.5, 0.25, 1.0))
-    loader = ReferenceLoader(FolderSource(tmp_path, [f"{i}.png" for i in range(5)]), augment, 2, workers)
+    loader = ReferenceLoader(
+        FolderSource(tmp_path, [f"{i}.png" for i in range(5)]), augment, 2, workers
+    )
     shown = [torch.cat([im_q for im_q, _ in loader.epoch(epoch)]) for epoch in range(3)]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augment.mean, augment.std))
     for images in shown:

@@ -39,7 +39,9 @@ def test_a_batch_of_views_has_the_fields_of_one() -> None:
 
 @pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
 def test_a_batch_is_drawn_as_its_views_one_by_one(augment: AugmentConfig) -> None:
-    index = np.random.default_rng(0).integers(0, 2**40, 300)  # most need both halves of a counter's word
+    index = np.random.default_rng(0).integers(
+        0, 2**40, 300
+    )  # most need both halves of a counter's word
     for size in SIZES:
         for view in (0, 1):
             expected = stack_views([sample_view(augment, size, 7, 3, int(i), view) for i in index])
@@ -49,15 +51,22 @@ def test_a_batch_is_drawn_as_its_views_one_by_one(augment: AugmentConfig) -> Non
 def test_every_image_of_a_batch_may_have_its_own_size() -> None:
     index = np.arange(200)
     sizes = np.array(SIZES)[index % len(SIZES)]
-    views = [sample_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1) for i, (h, w) in zip(index, sizes)]
+    views = [
+        sample_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1)
+        for i, (h, w) in zip(index, sizes)
+    ]
     drawn = sample_views(EVERYTHING, sizes, 0, 0, index, 1)
     assert_equal(drawn, stack_views(views))
     assert per_view(drawn) == views
 
 
 def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
-    expected = stack_views([sample_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)])
-    assert_equal(sample_views(EVERYTHING, np.array((32, 32)), 2**63 - 1, 10**6, np.arange(50), 0), expected)
+    expected = stack_views(
+        [sample_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)]
+    )
+    assert_equal(
+        sample_views(EVERYTHING, np.array((32, 32)), 2**63 - 1, 10**6, np.arange(50), 0), expected
+    )
 
 
 def test_nothing_is_drawn_for_an_empty_batch() -> None:
@@ -80,6 +89,8 @@ def test_numbers_that_numpy_draws_again_are_drawn_again() -> None:
     for column, i in enumerate(index[some]):
         rng = np.random.Generator(np.random.Philox(key=[5, 6], counter=[0, 1, int(i), 1]))
         expected = [
-            x for _ in range(12) for x in (int(rng.integers(0, 3 * 2**30)), rng.permutation(4)[0], rng.random())
+            x
+            for _ in range(12)
+            for x in (int(rng.integers(0, 3 * 2**30)), rng.permutation(4)[0], rng.random())
         ]
         assert [row[column] for row in ours] == expected

@@ -74,12 +74,16 @@ def test_a_configuration_survives_its_own_file() -> None:
 def test_recipes_hold_only_differences_and_are_valid() -> None:
     default = settings.to_dict(Config())
     for name in settings.recipes():
-        values = yaml.safe_load((resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text())
+        values = yaml.safe_load(
+            (resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text()
+        )
         for group, content in values.items():
             for key, value in content.items():
                 same = default[group][key] == value
                 # One line to show where the recipe stands, where nothing at all differs.
-                assert not same or name == "moco_v1_r50", f"{name}: {group}.{key} is the default already"
+                assert not same or name == "moco_v1_r50", (
+                    f"{name}: {group}.{key} is the default already"
+                )
         config = settings.load_recipe(name)
         if config.data.source == "folder":
             config.data.path = "images"
@@ -95,10 +99,24 @@ def test_the_published_settings_are_in_the_recipes() -> None:
         "step",
         (120, 160),
     )
-    assert (v1.augment.jitter, v1.augment.jitter_p, v1.augment.gray_first) == ((0.4, 0.4, 0.4, 0.4), 1.0, True)
-    assert (v1.optim.lr, v1.optim.momentum, v1.optim.weight_decay, v1.data.batch_size) == (0.03, 0.9, 1e-4, 256)
+    assert (v1.augment.jitter, v1.augment.jitter_p, v1.augment.gray_first) == (
+        (0.4, 0.4, 0.4, 0.4),
+        1.0,
+        True,
+    )
+    assert (v1.optim.lr, v1.optim.momentum, v1.optim.weight_decay, v1.data.batch_size) == (
+        0.03,
+        0.9,
+        1e-4,
+        256,
+    )
     v2 = settings.load_recipe("moco_v2_r50_200ep")
-    assert (v2.model.temperature, v2.model.mlp, v2.optim.schedule, v2.train.epochs) == (0.2, True, "cosine", 200)
+    assert (v2.model.temperature, v2.model.mlp, v2.optim.schedule, v2.train.epochs) == (
+        0.2,
+        True,
+        "cosine",
+        200,
+    )
     assert (v2.augment.jitter, v2.augment.jitter_p, v2.augment.blur, v2.augment.blur_sigma) == (
         (0.4, 0.4, 0.4, 0.1),
         0.8,
@@ -111,7 +129,12 @@ def test_the_published_settings_are_in_the_recipes() -> None:
     long.train.epochs, long.recipe = 200, v2.recipe
     assert long == v2
     demo = settings.load_recipe("cifar10_r18")
-    assert (demo.model.queue_size, demo.model.momentum, demo.model.temperature, demo.model.bn_splits) == (
+    assert (
+        demo.model.queue_size,
+        demo.model.momentum,
+        demo.model.temperature,
+        demo.model.bn_splits,
+    ) == (
         4096,
         0.99,
         0.1,

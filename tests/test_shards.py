@@ -24,13 +24,23 @@ from mocofast.data import download, shards
 from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import BatchSlice, Loader, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
-from mocofast.data.shards import INDEX, ShardSource, expand_braces, find_shards, local_index, open_shards
+from mocofast.data.shards import (
+    INDEX,
+    ShardSource,
+    expand_braces,
+    find_shards,
+    local_index,
+    open_shards,
+)
 from mocofast.data.sources import FolderSource, load_datasets
 from tests.pictures import assert_same_batches, jpeg, shard_splits
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=19, jitter_p=0.8, blur=0.5)
-LOADERS = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(bool(dali_missing()), reason="no DALI"))]
+LOADERS = [
+    "torchvision",
+    pytest.param("dali", marks=pytest.mark.skipif(bool(dali_missing()), reason="no DALI")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +61,9 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return path
 
 
-def write_shards(root: Path, sizes: Sequence[int] = (9, 5, 9), labelled: bool = True, first: int = 0) -> Path:
+def write_shards(
+    root: Path, sizes: Sequence[int] = (9, 5, 9), labelled: bool = True, first: int = 0
+) -> Path:
     """Shards of unequal sizes: sample i is `jpeg(i)`, of class i % 3."""
     for number, size in enumerate(sizes):
         members = []
@@ -130,13 +142,17 @@ def test_what_is_no_tar_or_cut_off_or_empty_is_an_error_that_names_it(tmp_path: 
     with tarfile.open(packed, "w:gz") as tar:
         tar.add(whole)
     for path in (tmp_path / "text.tar", cut, packed):
-        with pytest.raises(ConfigError, match=rf"{path.name}' is not a whole, uncompressed tar file"):
+        with pytest.raises(
+            ConfigError, match=rf"{path.name}' is not a whole, uncompressed tar file"
+        ):
             source_of(path)
     with pytest.raises(ConfigError, match=r"no image in 1 shards, none\.tar the first"):
         source_of(write_tar(tmp_path / "none.tar", [("a.txt", b"text")]))
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*gone-1\.tar"):
         find_shards(str(tmp_path / "gone-{1..2}.tar"))
-    with pytest.raises(ConfigError, match=r"no image below .*its \*\.tar are for data\.source=shards"):
+    with pytest.raises(
+        ConfigError, match=r"no image below .*its \*\.tar are for data\.source=shards"
+    ):
         load_datasets(DataConfig(path=str(tmp_path / "whole")))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"no \*\.tar file below .*folder"):
@@ -187,7 +203,9 @@ def test_an_index_that_cannot_be_written_leaves_nothing(
 def test_a_shard_that_shrinks_during_a_run_ends_it(tmp_path: Path) -> None:
     source = source_of(write_shards(tmp_path, sizes=(4,)))
     os.truncate(tmp_path / "set-000000.tar", 3000)
-    stream = build_loader(source, DataConfig(loader="torchvision", workers=0), (SMALL,), BatchSlice(4), 0, CPU)
+    stream = build_loader(
+        source, DataConfig(loader="torchvision", workers=0), (SMALL,), BatchSlice(4), 0, CPU
+    )
     with pytest.raises(OSError, match="it changed after its index"):
         list(stream.epoch(0))
 
@@ -206,10 +224,14 @@ def test_shards_are_named_by_folder_pattern_and_braces(tmp_path: Path) -> None:
     everything = [f"set-00000{i}.tar" for i in range(3)]
     for path in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/set-{{000000..000002}}.tar"):
         assert [shard.name for shard in find_shards(path)] == everything
-    assert [shard.name for shard in find_shards(f"{tmp_path}/set-{{000002,000000}}.tar")] == everything[2::-2]
+    assert [
+        shard.name for shard in find_shards(f"{tmp_path}/set-{{000002,000000}}.tar")
+    ] == everything[2::-2]
 
 
-def test_train_and_val_folders_of_shards_are_the_splits_and_meta_names_the_classes(tmp_path: Path) -> None:
+def test_train_and_val_folders_of_shards_are_the_splits_and_meta_names_the_classes(
+    tmp_path: Path,
+) -> None:
     write_shards(tmp_path / "train")
     write_shards(tmp_path / "val", sizes=(6,), first=30)
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
@@ -223,7 +245,9 @@ def test_train_and_val_folders_of_shards_are_the_splits_and_meta_names_the_class
         shard_splits(tmp_path)
 
 
-def test_labelled_shards_without_val_hold_a_share_out_and_unlabelled_ones_do_not(tmp_path: Path) -> None:
+def test_labelled_shards_without_val_hold_a_share_out_and_unlabelled_ones_do_not(
+    tmp_path: Path,
+) -> None:
     train, val, note = shard_splits(write_shards(tmp_path / "a"), holdout=0.2)
     assert val is not None
     assert "kNN on 5 of them, held out" in note
@@ -237,7 +261,9 @@ def test_the_fingerprint_follows_names_places_and_labels_but_not_the_folder(tmp_
     one = source_of(write_shards(tmp_path / "one")).fingerprint()
     assert source_of(write_shards(tmp_path / "two")).fingerprint() == one
     other = [
-        source_of(write_shards(tmp_path / "moved", sizes=(5, 9, 9))),  # the order of an epoch follows the shards
+        source_of(
+            write_shards(tmp_path / "moved", sizes=(5, 9, 9))
+        ),  # the order of an epoch follows the shards
         source_of(write_shards(tmp_path / "unlabelled", labelled=False)),
         source_of(write_shards(tmp_path / "renamed", first=1)),
     ]
@@ -252,10 +278,16 @@ def test_without_a_window_the_order_is_a_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_window_shuffles_shards_and_samples_within_a_few_of_them(tmp_path: Path, held_out: bool) -> None:
-    source = source_of(write_shards(tmp_path, sizes=(4, 1, 6, 3, 5)), window=2)  # the last window is half full
+def test_a_window_shuffles_shards_and_samples_within_a_few_of_them(
+    tmp_path: Path, held_out: bool
+) -> None:
+    source = source_of(
+        write_shards(tmp_path, sizes=(4, 1, 6, 3, 5)), window=2
+    )  # the last window is half full
     if held_out:
-        source = source.subset(np.array([0, 2, 5, 7, 10, 14, 15, 18]))  # nothing is left of the second shard
+        source = source.subset(
+            np.array([0, 2, 5, 7, 10, 14, 15, 18])
+        )  # nothing is left of the second shard
     shard = np.array([int(source.name(i)[4:10]) for i in range(len(source))])
     orders = [source.order(0, epoch) for epoch in range(20)]
     windows = set()
@@ -281,7 +313,9 @@ def test_a_window_shuffles_shards_and_samples_within_a_few_of_them(tmp_path: Pat
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("window", [0, 1])
-def test_loaders_show_shards_as_files_and_resume_exactly(tmp_path: Path, name: str, window: int) -> None:
+def test_loaders_show_shards_as_files_and_resume_exactly(
+    tmp_path: Path, name: str, window: int
+) -> None:
     source = source_of(write_shards(tmp_path / "set"), window)
     data = DataConfig(loader=name, workers=1)
 
@@ -308,7 +342,9 @@ def test_a_bad_member_is_skipped_counted_and_named(tmp_path: Path, name: str) ->
     images[5] = b"no image"
     write_tar(tmp_path / "a.tar", [(f"{i}.jpg", content) for i, content in enumerate(images)])
     source = source_of(tmp_path)
-    loader = build_loader(source, DataConfig(loader=name, workers=1), (SMALL, SMALL), BatchSlice(4), 0, CPU)
+    loader = build_loader(
+        source, DataConfig(loader=name, workers=1), (SMALL, SMALL), BatchSlice(4), 0, CPU
+    )
     shown = torch.cat([batch.index for batch in loader.epoch(0)]).tolist()
     loader.close()
     named = {source.name(i): reason for i, reason in loader.skipped.items()}
@@ -347,7 +383,9 @@ class Handler(SimpleHTTPRequestHandler):
             kind.busy -= 1
             return self.send_error(503)
         content = path.read_bytes()
-        start = int(asked[len("bytes=") : -1]) if asked and self.headers["If-Range"] == kind.etag else 0
+        start = (
+            int(asked[len("bytes=") : -1]) if asked and self.headers["If-Range"] == kind.etag else 0
+        )
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -418,7 +456,9 @@ def test_remote_shards_are_the_local_ones_and_each_is_fetched_once(
     assert sorted(asked_for(".tar")) == [f"set-00000{i}.tar" for i in range(3)]
 
 
-def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path: Path, serve: Callable[[Path], str]) -> None:
+def test_a_broken_transfer_goes_on_where_it_stopped(
+    tmp_path: Path, serve: Callable[[Path], str]
+) -> None:
     whole = (write_shards(tmp_path / "www", sizes=(9,)) / "set-000000.tar").read_bytes()
     url = serve(tmp_path / "www") + "/set-000000.tar"
     Handler.broken, Handler.busy = 2, 1
@@ -460,7 +500,9 @@ def test_what_cannot_be_fetched_is_an_error_that_names_it_and_skips_no_sample(
     for name in ("torchvision", "dali"):
         if name == "dali" and dali_missing():
             continue
-        loader = build_loader(source, DataConfig(loader=name, workers=0), (SMALL,), BatchSlice(23), 0, CPU)
+        loader = build_loader(
+            source, DataConfig(loader=name, workers=0), (SMALL,), BatchSlice(23), 0, CPU
+        )
         with pytest.raises(OSError, match=r"cannot fetch http.*set-000001\.tar: .*404"):
             next(iter(loader.epoch(0)))
         assert not loader.skipped
@@ -468,7 +510,9 @@ def test_what_cannot_be_fetched_is_an_error_that_names_it_and_skips_no_sample(
     wait_for(lambda: not list(cache.rglob("*.part")))  # of what is downloaded ahead
 
 
-def test_a_remote_shard_that_is_not_its_indexs_is_refused(tmp_path: Path, serve: Callable[[Path], str]) -> None:
+def test_a_remote_shard_that_is_not_its_indexs_is_refused(
+    tmp_path: Path, serve: Callable[[Path], str]
+) -> None:
     write_shards(tmp_path, sizes=(3, 3))
     url = serve(tmp_path) + "/set-00000{0,1}.tar"
     source_of(tmp_path)
@@ -479,10 +523,14 @@ def test_a_remote_shard_that_is_not_its_indexs_is_refused(tmp_path: Path, serve:
         source.load(3)
 
 
-def test_threads_that_want_one_file_fetch_it_once(tmp_path: Path, serve: Callable[[Path], str]) -> None:
+def test_threads_that_want_one_file_fetch_it_once(
+    tmp_path: Path, serve: Callable[[Path], str]
+) -> None:
     write_shards(tmp_path / "www", sizes=(3,))
     url = serve(tmp_path / "www") + "/set-000000.tar"
-    threads = [threading.Thread(target=download.download, args=(url, tmp_path / "x.tar")) for _ in range(8)]
+    threads = [
+        threading.Thread(target=download.download, args=(url, tmp_path / "x.tar")) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from mocofast.config import DataConfig
-from mocofast.data.sources import ArraySource, Datasets, FolderSource, find_images, load_datasets, stratified_split
+from mocofast.data.sources import (
+    ArraySource,
+    Datasets,
+    FolderSource,
+    find_images,
+    load_datasets,
+    stratified_split,
+)
 
 
 def put(root: Path, *names: str) -> Path:
@@ -36,10 +43,21 @@ def shown(source: object) -> list[tuple[str, str]]:
 
 
 def test_images_are_found_recursively_sorted_and_by_extension_in_any_case(tmp_path: Path) -> None:
-    wanted = ["a.JPEG", "b/deep/er/c.Png", "b/d.jp2", "e.tif", "f.webp", "z.ppm", "ü/ß.bmp", "two words.jpg"]
+    wanted = [
+        "a.JPEG",
+        "b/deep/er/c.Png",
+        "b/d.jp2",
+        "e.tif",
+        "f.webp",
+        "z.ppm",
+        "ü/ß.bmp",
+        "two words.jpg",
+    ]
     put(tmp_path, *wanted, ".hidden.jpg", ".cache/x.jpg", "b/.thumb/y.png")
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "animation.gif").write_bytes(b"GIF89a")  # DALI reads none, so neither loader is offered one
+    (tmp_path / "animation.gif").write_bytes(
+        b"GIF89a"
+    )  # DALI reads none, so neither loader is offered one
     (tmp_path / "folder.jpg").mkdir()  # a folder, whatever its name
     assert find_images(tmp_path) == sorted(wanted)
 
@@ -75,7 +93,9 @@ def test_a_folder_without_images_or_no_folder_is_an_error_that_names_it(tmp_path
         ("cat/a.jpg", "dog/b.jpg", "stray.jpg"),  # an image without a class
     ],
 )
-def test_images_without_a_class_level_are_unlabelled(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_images_without_a_class_level_are_unlabelled(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     splits = folder(put(tmp_path, *names))
     assert splits.train.labels is None
     assert splits.train.classes == ()
@@ -86,7 +106,11 @@ def test_images_without_a_class_level_are_unlabelled(tmp_path: Path, names: tupl
 
 def test_the_first_level_of_folders_is_the_class_however_deep_the_images(tmp_path: Path) -> None:
     splits = folder(put(tmp_path, "dog/x/1.jpg", "dog/2.jpg", "cat/y/z/3.jpg"), holdout=0.0)
-    assert shown(splits.train) == [("cat/y/z/3.jpg", "cat"), ("dog/2.jpg", "dog"), ("dog/x/1.jpg", "dog")]
+    assert shown(splits.train) == [
+        ("cat/y/z/3.jpg", "cat"),
+        ("dog/2.jpg", "dog"),
+        ("dog/x/1.jpg", "dog"),
+    ]
     assert splits.train.classes == ("cat", "dog")
     assert splits.val is None
     assert splits.train.load(0) == str(tmp_path / "cat/y/z/3.jpg")
@@ -96,17 +120,31 @@ def test_the_first_level_of_folders_is_the_class_however_deep_the_images(tmp_pat
 def test_train_and_val_folders_are_the_splits(tmp_path: Path, val: str) -> None:
     # val lacks the class in the middle, so its own numbering would differ from train's.
     root = put(
-        tmp_path, "train/ant/1.jpg", "train/bee/2.jpg", "train/cat/3.jpg", f"{val}/ant/4.jpg", f"{val}/cat/5.jpg"
+        tmp_path,
+        "train/ant/1.jpg",
+        "train/bee/2.jpg",
+        "train/cat/3.jpg",
+        f"{val}/ant/4.jpg",
+        f"{val}/cat/5.jpg",
     )
     splits = folder(root)
-    assert shown(splits.train) == [("train/ant/1.jpg", "ant"), ("train/bee/2.jpg", "bee"), ("train/cat/3.jpg", "cat")]
+    assert shown(splits.train) == [
+        ("train/ant/1.jpg", "ant"),
+        ("train/bee/2.jpg", "bee"),
+        ("train/cat/3.jpg", "cat"),
+    ]
     assert shown(splits.val) == [(f"{val}/ant/4.jpg", "ant"), (f"{val}/cat/5.jpg", "cat")]
     assert splits.val is not None
     assert splits.val.classes == splits.train.classes
 
 
 def test_val_goes_before_test_and_neither_is_trained_on(tmp_path: Path) -> None:
-    splits = folder(put(tmp_path, *(f"{part}/{kind}/1.jpg" for part in ("train", "val", "test") for kind in "ab")))
+    splits = folder(
+        put(
+            tmp_path,
+            *(f"{part}/{kind}/1.jpg" for part in ("train", "val", "test") for kind in "ab"),
+        )
+    )
     assert [name for name, _ in shown(splits.val)] == ["val/a/1.jpg", "val/b/1.jpg"]
     assert [name for name, _ in shown(splits.train)] == ["train/a/1.jpg", "train/b/1.jpg"]
 
@@ -132,7 +170,9 @@ def test_classes_that_only_val_has_are_an_error(tmp_path: Path) -> None:
 
 
 def test_the_holdout_is_stratified_seeded_and_apart_from_train(tmp_path: Path) -> None:
-    root = put(tmp_path, *(f"big/{i:02}.jpg" for i in range(40)), *(f"small/{i}.jpg" for i in range(10)))
+    root = put(
+        tmp_path, *(f"big/{i:02}.jpg" for i in range(40)), *(f"small/{i}.jpg" for i in range(10))
+    )
     splits = folder(root, holdout=0.2)
     train, val = dict(shown(splits.train)), dict(shown(splits.val))
     assert set(train) | set(val) == set(find_images(root))
@@ -182,7 +222,9 @@ def test_wrong_labels_and_images_are_refused() -> None:
         ArraySource(images, np.array([0, 1]), ("a", "b"))
     with pytest.raises(ValueError, match="labels must index the 2 classes, got 0 to 2"):
         FolderSource("x", ["1", "2", "3"], np.array([0, 1, 2]), ("a", "b"))
-    with pytest.raises(ValueError, match=r"images must be \(N, H, W, 3\) uint8, got \(3, 2, 2\) float64"):
+    with pytest.raises(
+        ValueError, match=r"images must be \(N, H, W, 3\) uint8, got \(3, 2, 2\) float64"
+    ):
         ArraySource(np.zeros((3, 2, 2)), None, ())
 
 
@@ -219,7 +261,8 @@ def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
     digits = load_digits()
     gray = np.round(digits.images / 16 * 255).astype(np.uint8)
     assert seen == {
-        (np.stack([image] * 3, axis=2).tobytes(), int(label)) for image, label in zip(gray, digits.target)
+        (np.stack([image] * 3, axis=2).tobytes(), int(label))
+        for image, label in zip(gray, digits.target)
     }
     assert len(splits.train) + len(splits.val) == 1797
 
@@ -243,7 +286,9 @@ def test_cifar10_is_read_from_its_own_files_with_the_test_set_held_out(
     from torchvision.datasets import cifar
 
     write_cifar10(tmp_path)
-    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the checksums are those of the real images
+    monkeypatch.setattr(
+        cifar, "check_integrity", lambda *_: True
+    )  # the checksums are those of the real images
     splits = load_datasets(DataConfig(source="cifar10", path=str(tmp_path)))
     assert isinstance(splits.train, ArraySource)
     assert isinstance(splits.val, ArraySource)
@@ -264,13 +309,16 @@ def test_cifar_without_files_or_network_says_what_to_put_where(
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    with pytest.raises(ValueError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"):
+    with pytest.raises(
+        ValueError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"
+    ):
         load_datasets(DataConfig(source=kind, path=str(tmp_path)))
 
 
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'"
+        ValueError,
+        match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'",
     ):
         load_datasets(DataConfig(source="mnist", path="x"))
 

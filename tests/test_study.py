@@ -25,7 +25,12 @@ def tiny() -> Setting:
     models = {
         name: replace(
             model,
-            pretraining={**model.pretraining, "train.epochs": 1, "optim.warmup_epochs": 0.0, "data.batch_size": 16},
+            pretraining={
+                **model.pretraining,
+                "train.epochs": 1,
+                "optim.warmup_epochs": 0.0,
+                "data.batch_size": 16,
+            },
             tuning=replace(model.tuning, epochs=2, batch_size=8),
         )
         for name, model in cpu.models.items()
@@ -43,10 +48,17 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     monkeypatch.setattr(study, "count_workers", lambda _: 1)  # one process beside this one
     results = four_class(str(data), out, setting, CPU)
     assert results == json.loads((out / "results.json").read_text())
-    names = {f"{model} {start} {seed}" for model in ("ResNet", "ViT") for start in study.STARTS for seed in (0, 1)}
+    names = {
+        f"{model} {start} {seed}"
+        for model in ("ResNet", "ViT")
+        for start in study.STARTS
+        for seed in (0, 1)
+    }
     assert results["runs"].keys() == names
     assert {len(accuracies) for accuracies in results["runs"].values()} == {2}
-    assert all(round(12 * share, 6) % 1 == 0 for run in results["runs"].values() for share in run)  # of 4 x 3 images
+    assert all(
+        round(12 * share, 6) % 1 == 0 for run in results["runs"].values() for share in run
+    )  # of 4 x 3 images
     assert results["knn"].keys() == {"ResNet", "ViT"}
 
     # Four classes of five, as many images as said, each a link to its own file.
@@ -84,7 +96,9 @@ def test_the_table_holds_means_and_deviations_and_the_gain_seed_by_seed() -> Non
     np.testing.assert_allclose(np.asarray(scratch), [0.3, 0.35, 0.5])
 
 
-def test_images_that_are_not_four_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_not_four_classes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs.make_images(tmp_path / "data", 12, classes=3)
     arguments = (
         "four-class",

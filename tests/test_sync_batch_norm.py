@@ -28,7 +28,9 @@ def network() -> nn.Module:
 def images() -> Tensor:
     """Two batches of 6 images; the halves of each differ, so that a rank's own statistics would show."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64) + torch.arange(6).view(1, 6, 1, 1, 1)
+    return torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64) + torch.arange(
+        6
+    ).view(1, 6, 1, 1, 1)
 
 
 def trained(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
@@ -40,10 +42,14 @@ def trained(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
         y = model(x)
         optimizer.zero_grad()
         # Weighted by pixel, since BatchNorm's outputs sum to 0 whatever its weights are.
-        (y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * x.mean((1, 2, 3)).unsqueeze(1)).mean().backward()
+        (
+            y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * x.mean((1, 2, 3)).unsqueeze(1)
+        ).mean().backward()
         optimizer.step()
         found |= {f"output {step}": y.detach(), f"gradient {step}": x.grad}
-    state = {name.removeprefix("module."): value.clone() for name, value in model.state_dict().items()}
+    state = {
+        name.removeprefix("module."): value.clone() for name, value in model.state_dict().items()
+    }
     return found | state
 
 
@@ -53,7 +59,9 @@ def on_a_rank(rank: int) -> dict[str, Any]:
     parts = [batch.chunk(WORLD)[rank] for batch in images()]
     found = trained(DistributedDataParallel(model, broadcast_buffers=False), parts)
     model.eval()
-    found["eval"] = model(images()[0]).detach() if rank == 0 else None  # on one rank only: waits for nobody
+    found["eval"] = (
+        model(images()[0]).detach() if rank == 0 else None
+    )  # on one rank only: waits for nobody
     return found
 
 
@@ -110,7 +118,12 @@ def test_a_gpus_kernels_compute_what_the_cpu_does(shape: tuple[int, ...]) -> Non
         mean, variance = module._moments(here, 1e-5)
         inverse_std = torch.rsqrt(variance + 1e-5)
         sums = module._gradient_sums(upstream, here, mean, inverse_std)
-        return [mean, variance, sums, module._gradient(upstream, here, mean, inverse_std, scale, 2 * sums, 2)]
+        return [
+            mean,
+            variance,
+            sums,
+            module._gradient(upstream, here, mean, inverse_std, scale, 2 * sums, 2),
+        ]
 
     for got, expected in zip(parts("cuda", torch.float32), parts("cpu", torch.float64)):
         torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=1e-5)

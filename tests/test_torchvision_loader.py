@@ -27,7 +27,9 @@ from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from tests.pictures import assert_same_batches, files, joined, photo, save_photos
 
 CPU = torch.device("cpu")
-SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everything on; an odd, prime side
+SMALL = AugmentConfig(
+    size=19, rotate=10.0, jitter_p=0.8, blur=0.5
+)  # everything on; an odd, prime side
 
 
 def loader(
@@ -57,7 +59,9 @@ def test_any_step_can_be_resumed_and_workers_change_nothing(tmp_path: Path, work
             assert_same_batches(stream.epoch(epoch, start), whole[epoch][start:])
         early = stream.epoch(0)
         assert_same_batches([next(early)], whole[0][:1])
-        assert_same_batches(stream.epoch(1, 1), whole[1][1:])  # what was prefetched for the other is dropped
+        assert_same_batches(
+            stream.epoch(1, 1), whole[1][1:]
+        )  # what was prefetched for the other is dropped
         assert list(early) == []
     finally:
         stream.close()
@@ -91,7 +95,9 @@ def test_a_view_is_its_parameters_executed_on_its_sample(tmp_path: Path) -> None
         image = Image.open(source.load(index)).convert("RGB")
         for view, augment in enumerate(augments):
             p = sample_view(augment, (image.height, image.width), 3, 2, index, view)
-            expected = torch.from_numpy(np.asarray(apply_view(image, p, augment)).copy()).permute(2, 0, 1)
+            expected = torch.from_numpy(np.asarray(apply_view(image, p, augment)).copy()).permute(
+                2, 0, 1
+            )
             assert torch.equal(batch.views[view][row], expected)
 
 
@@ -123,7 +129,9 @@ def test_images_in_memory_give_views_as_files_of_them_do(tmp_path: Path) -> None
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     in_memory = loader(ArraySource(images, None, ()), BatchSlice(3))
-    assert_same_batches(in_memory.epoch(0), loader(files(tmp_path, labelled=False), BatchSlice(3)).epoch(0))
+    assert_same_batches(
+        in_memory.epoch(0), loader(files(tmp_path, labelled=False), BatchSlice(3)).epoch(0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -134,7 +142,9 @@ def bomb() -> bytes:
     """A PNG file that says it has 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
-    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    parts = (
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -161,7 +171,9 @@ def spoil(root: Path) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(tmp_path: Path, workers: int) -> None:
+def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(
+    tmp_path: Path, workers: int
+) -> None:
     good = files(save_photos(tmp_path / "good"))
     root = save_photos(tmp_path / "spoilt")
     bad = spoil(root)
@@ -184,7 +196,9 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(tmp_path:
                     image = decode(source.load(shown))
                     for view in range(2):
                         p = sample_view(SMALL, (image.height, image.width), 0, epoch, slot, view)
-                        expected = torch.from_numpy(np.asarray(apply_view(image, p, SMALL)).copy()).permute(2, 0, 1)
+                        expected = torch.from_numpy(
+                            np.asarray(apply_view(image, p, SMALL)).copy()
+                        ).permute(2, 0, 1)
                         assert torch.equal(y.views[view][row], expected)
                         if slot == shown:
                             assert torch.equal(y.views[view][row], x.views[view][row])
@@ -200,7 +214,9 @@ def test_a_set_of_bad_files_only_is_an_error_that_names_one(tmp_path: Path, work
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_text("no image")
     stream = loader(files(tmp_path), BatchSlice(2), workers=workers)
-    with pytest.raises(ValueError, match=r"none of the 5 images can be decoded; the first: 0\.jpg: Unidentified"):
+    with pytest.raises(
+        ValueError, match=r"none of the 5 images can be decoded; the first: 0\.jpg: Unidentified"
+    ):
         next(stream.epoch(0))
     stream.close()
 
@@ -231,7 +247,9 @@ def test_an_epoch_left_early_leaves_no_worker_behind(
     assert time.monotonic() - start < 5  # ended, not waited for
 
 
-def test_interrupts_are_left_to_the_main_process(tmp_path: Path, new_workers: Callable[[], set[int | None]]) -> None:
+def test_interrupts_are_left_to_the_main_process(
+    tmp_path: Path, new_workers: Callable[[], set[int | None]]
+) -> None:
     source = files(save_photos(tmp_path / "photos"))
     whole = list(loader(source, BatchSlice(2)).epoch(0))
     stream = loader(source, BatchSlice(2), workers=2)
@@ -242,7 +260,10 @@ def test_interrupts_are_left_to_the_main_process(tmp_path: Path, new_workers: Ca
             assert pid is not None
             os.kill(pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
             # and a scheduler's SIGTERM every process of the job; not from here, their parent, who may end them
-            subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(signal.SIGTERM)})"], check=True)
+            subprocess.run(
+                [sys.executable, "-c", f"import os; os.kill({pid}, {int(signal.SIGTERM)})"],
+                check=True,
+            )
         assert_same_batches([first, *running], whole)
     finally:
         stream.close()
@@ -264,7 +285,12 @@ def test_a_program_that_ends_without_closing_its_loader_ends() -> None:
     )
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stderr == ""
 

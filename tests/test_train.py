@@ -24,11 +24,24 @@ from mocofast.train.step import train_step
 from tests import runs
 
 # Few steps of an epoch of 11; a queue that wraps around within them; a window that no checkpoint falls on.
-SHORT = ["--train.log_every", "3", "--model.queue_size", "300", "--knn.every", "1", "--data.workers", "1"]
+SHORT = [
+    "--train.log_every",
+    "3",
+    "--model.queue_size",
+    "300",
+    "--knn.every",
+    "1",
+    "--data.workers",
+    "1",
+]
 
 
 def options(**values: object) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--{name.replace('__', '.')}", str(value))]
+    return [
+        part
+        for name, value in values.items()
+        for part in (f"--{name.replace('__', '.')}", str(value))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One uninterrupted epoch and a half of the default recipe: folder and output."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    out = runs.mocofast("pretrain", "digits", *SHORT, *options(train__dir=folder, train__max_steps=17))
+    out = runs.mocofast(
+        "pretrain", "digits", *SHORT, *options(train__dir=folder, train__max_steps=17)
+    )
     return folder, out.stdout
 
 
@@ -52,7 +67,9 @@ def test_a_run_leaves_everything_it_promises(digits_run: tuple[Path, str]) -> No
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     assert [line["step"] for line in train] == [3, 6, 9, 12, 15]
-    assert all({"step", "epoch", "loss", "lr", "images_per_second"} <= line.keys() for line in train)
+    assert all(
+        {"step", "epoch", "loss", "lr", "images_per_second"} <= line.keys() for line in train
+    )
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 11]
     assert "before: kNN accuracy 0." in out
     assert "after:  kNN accuracy 0." in out
@@ -68,7 +85,9 @@ def test_the_configuration_in_the_run_folder_runs_again_to_the_same_metrics(
     assert runs.metrics(again) == runs.metrics(folder)
 
 
-@pytest.mark.parametrize("stop", [4, 11, 13])  # inside the first epoch, at its end, inside the second
+@pytest.mark.parametrize(
+    "stop", [4, 11, 13]
+)  # inside the first epoch, at its end, inside the second
 def test_a_stopped_and_continued_run_equals_one_never_stopped(
     digits_run: tuple[Path, str], tmp_path: Path, stop: int
 ) -> None:
@@ -80,13 +99,22 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_resuming_is_exact_on_image_files_with_both_loaders(images: Path, tmp_path: Path, loader: str) -> None:
+def test_resuming_is_exact_on_image_files_with_both_loaders(
+    images: Path, tmp_path: Path, loader: str
+) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     common = [
         *SHORT,
-        *options(data__source="folder", data__path=images, data__loader=loader, data__batch_size=16),
-        *options(augment__size=16, augment__jitter="0.4,0.4,0.4,0.1", augment__gray=0.2, augment__blur=0.5),
+        *options(
+            data__source="folder", data__path=images, data__loader=loader, data__batch_size=16
+        ),
+        *options(
+            augment__size=16,
+            augment__jitter="0.4,0.4,0.4,0.1",
+            augment__gray=0.2,
+            augment__blur=0.5,
+        ),
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     runs.mocofast("pretrain", "digits", *common, *options(train__dir=whole, train__max_steps=7))
@@ -102,7 +130,9 @@ def test_metrics_from_after_the_checkpoint_are_not_written_twice(tmp_path: Path)
     runs.mocofast(*base, *options(train__max_steps=4))
     lines = runs.metrics(folder)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": 1.0}\n{"step": 9, "lo')  # lines of a killed process, the last one torn
+        file.write(
+            '{"step": 6, "loss": 1.0}\n{"step": 9, "lo'
+        )  # lines of a killed process, the last one torn
     runs.mocofast(*base, "--resume", "auto", *options(train__max_steps=6))
     after = runs.metrics(folder)
     assert after[: len(lines)] == lines
@@ -110,11 +140,27 @@ def test_metrics_from_after_the_checkpoint_are_not_written_twice(tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "mocofast", "pretrain", "digits", *SHORT, "--train.dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mocofast",
+        "pretrain",
+        "digits",
+        *SHORT,
+        "--train.dir",
+        str(folder),
+    ]
     process = subprocess.Popen(
-        command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=runs.ROOT
+        command,
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=runs.ROOT,
     )
     _wait_for_a_metrics_line(folder)
     process.send_signal(number)
@@ -128,8 +174,22 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(tmp_path: Pat
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
     folder, port = tmp_path / "run", str(free_port())
-    command = [sys.executable, "-m", "mocofast", "pretrain", "digits", *SHORT, "--train.dir", str(folder)]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [
+        sys.executable,
+        "-m",
+        "mocofast",
+        "pretrain",
+        "digits",
+        *SHORT,
+        "--train.dir",
+        str(folder),
+    ]
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     ranks = [
         subprocess.Popen(
             command,
@@ -161,7 +221,9 @@ def test_two_ranks_of_half_the_batch_follow_one_rank(images: Path, tmp_path: Pat
     common = [
         *("pretrain", "digits", *SHORT),
         *options(data__source="folder", data__path=images, data__batch_size=64, train__max_steps=6),
-        *options(augment__size=16, data__loader="torchvision", model__queue_size=150, optim__lr=0.5),
+        *options(
+            augment__size=16, data__loader="torchvision", model__queue_size=150, optim__lr=0.5
+        ),
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     script = str(Path(runs.__file__))
@@ -241,9 +303,16 @@ def test_unreadable_files_are_replaced_counted_and_named(tmp_path: Path) -> None
     (broken / "class0" / "empty.jpg").write_bytes(b"")
     (broken / "class1" / "text.png").write_text("not an image")
     folder = tmp_path / "run"
-    common = options(data__source="folder", data__path=broken, data__batch_size=20, augment__size=16)
-    out = runs.mocofast("pretrain", "digits", *SHORT, *common, *options(train__dir=folder, train__epochs=2))
-    named = {Path(json.loads(line)["file"]).name for line in (folder / "skipped.jsonl").read_text().splitlines()}
+    common = options(
+        data__source="folder", data__path=broken, data__batch_size=20, augment__size=16
+    )
+    out = runs.mocofast(
+        "pretrain", "digits", *SHORT, *common, *options(train__dir=folder, train__epochs=2)
+    )
+    named = {
+        Path(json.loads(line)["file"]).name
+        for line in (folder / "skipped.jsonl").read_text().splitlines()
+    }
     # Those held out for kNN are not part of the training stream.
     assert named <= {*names, "empty.jpg", "text.png"}
     assert len(named) >= 3
@@ -268,7 +337,9 @@ def test_a_finished_run_is_not_overwritten_by_accident(digits_run: tuple[Path, s
         ("train.seed", "3", "train.seed"),
     ],
 )
-def test_another_run_is_not_continued(digits_run: tuple[Path, str], option: str, value: str, said: str) -> None:
+def test_another_run_is_not_continued(
+    digits_run: tuple[Path, str], option: str, value: str, said: str
+) -> None:
     folder, _ = digits_run
     done = runs.mocofast("pretrain", "--resume", str(folder), f"--{option}", value, check=False)
     assert done.returncode == 2

@@ -86,11 +86,15 @@ def test_hue_is_the_exact_rotation_in_hsv_rounded(shift: float) -> None:
         for pixel, ours in zip(np.asarray(image).reshape(-1, 3) / 255, result):
             hue, saturation, brightness = colorsys.rgb_to_hsv(*pixel)
             exact = 255 * np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, brightness))
-            assert np.abs(ours - exact).max() <= 0.5 + 1e-3  # rounding, and a float32 turn of 6 * shift
+            assert (
+                np.abs(ours - exact).max() <= 0.5 + 1e-3
+            )  # rounding, and a float32 turn of 6 * shift
 
 
 @pytest.mark.parametrize("shift", [-0.4, 0.0, 0.1, 0.5])
-def test_hue_is_within_1_of_torchvisions_tensor_operator_and_0_keeps_every_pixel(shift: float) -> None:
+def test_hue_is_within_1_of_torchvisions_tensor_operator_and_0_keeps_every_pixel(
+    shift: float,
+) -> None:
     for image in images():
         x = planes(image)
         view_ops.adjust_hue_(x, value(shift))
@@ -144,20 +148,32 @@ def test_solarization_equals_pil_at_every_value() -> None:
 @pytest.mark.parametrize("gray_first", [True, False])
 def test_a_view_without_hue_equals_the_torchvision_loaders(gray_first: bool) -> None:
     augment = AugmentConfig(
-        size=SIDE, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray=0.3, gray_first=gray_first, blur=0.5, solarize=0.4
+        size=SIDE,
+        jitter=(0.4, 0.4, 0.4, 0.0),
+        jitter_p=0.8,
+        gray=0.3,
+        gray_first=gray_first,
+        blur=0.5,
+        solarize=0.4,
     )
     for index in range(8):
         for view, image in enumerate(images()):
             params = whole_image(sample_view(augment, (SIDE, SIDE), 3, 0, index, view))
-            assert torch.equal(applied([image], [params], augment), pixels(apply_view(image, params, augment)))
+            assert torch.equal(
+                applied([image], [params], augment), pixels(apply_view(image, params, augment))
+            )
 
 
 def test_views_of_a_batch_do_not_depend_on_their_neighbours() -> None:
     augment = AugmentConfig(
         size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 4.0), solarize=0.4
     )
-    batch = images() * 5  # 25 views: every operator applies to some of them, none (but the crop) to all
-    params = [whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
+    batch = (
+        images() * 5
+    )  # 25 views: every operator applies to some of them, none (but the crop) to all
+    params = [
+        whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))
+    ]
     together = applied(batch, params, augment)
     alone = torch.cat([applied([image], [p], augment) for image, p in zip(batch, params)])
     assert torch.equal(together, alone)
@@ -177,7 +193,9 @@ def test_neutral_parameters_keep_every_pixel_and_crops_may_be_their_own_output()
 def test_a_gpu_gives_the_views_of_the_cpu_to_rounding() -> None:
     augment = AugmentConfig(size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, solarize=0.4)
     batch = images() * 5
-    params = [whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))]
+    params = [
+        whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))
+    ]
     crops = torch.cat([pixels(image) for image in batch])
     on_gpu = torch.empty_like(crops, device="cuda")
     view_ops.apply_view_ops(crops.cuda(), params, augment, on_gpu)

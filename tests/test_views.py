@@ -23,7 +23,9 @@ from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from mocofast.settings import load_recipe
 from tests.pictures import files, neutral, photo
 
-SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)  # everything on; an odd, prime side
+SMALL = AugmentConfig(
+    size=19, rotate=10.0, jitter_p=0.8, blur=0.5
+)  # everything on; an odd, prime side
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -40,7 +42,9 @@ def pinned(monkeypatch: pytest.MonkeyPatch, p: ViewParams) -> None:
 
 def blur_of(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     return (
-        [transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(radius=p.sigma)))] if p.sigma else []
+        [transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(radius=p.sigma)))]
+        if p.sigma
+        else []
     )
 
 
@@ -56,7 +60,9 @@ def moco_v1(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
 def moco_v2(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     return [
         transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=float(bool(p.order))),
+        transforms.RandomApply(
+            [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=float(bool(p.order))
+        ),
         transforms.RandomGrayscale(p=float(p.gray)),
         *blur_of(p),
         transforms.RandomHorizontalFlip(p=float(p.flip)),
@@ -66,8 +72,12 @@ def moco_v2(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
 def cifar_demo(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     return [
         transforms.RandomResizedCrop(32, scale=(0.08, 1.0)),
-        transforms.RandomHorizontalFlip(p=float(p.flip)),  # first in the demo: a flip commutes with all that follows
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=float(bool(p.order))),
+        transforms.RandomHorizontalFlip(
+            p=float(p.flip)
+        ),  # first in the demo: a flip commutes with all that follows
+        transforms.RandomApply(
+            [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=float(bool(p.order))
+        ),
         transforms.RandomGrayscale(p=float(p.gray)),
     ]
 
@@ -86,7 +96,13 @@ def assert_recipe_is_the_reference(
 ) -> None:
     reference, numbers = REFERENCE[recipe]
     augment = load_recipe(recipe).augment
-    assert (augment.crop_scale, augment.jitter, augment.jitter_p, augment.gray, augment.blur) == numbers
+    assert (
+        augment.crop_scale,
+        augment.jitter,
+        augment.jitter_p,
+        augment.gray,
+        augment.blur,
+    ) == numbers
     assert (augment.flip, augment.rotate) == (0.5, 0.0)
     if augment.blur:
         assert augment.blur_sigma == (0.1, 2.0)
@@ -97,13 +113,17 @@ def assert_recipe_is_the_reference(
             happened += [bool(p.order), p.gray, p.sigma > 0, p.flip]
             pinned(monkeypatch, p)
             expected = transforms.Compose(reference(p))(image)
-            assert np.array_equal(np.asarray(apply_view(image, p, augment)), np.asarray(expected)), (i, view, p)
+            assert np.array_equal(
+                np.asarray(apply_view(image, p, augment)), np.asarray(expected)
+            ), (i, view, p)
     wanted = np.array([augment.jitter_p, augment.gray, augment.blur, augment.flip]) > 0
     assert ((happened > 0) == wanted).all()  # else nothing was compared
 
 
 @pytest.mark.parametrize("recipe", REFERENCE)
-def test_every_recipe_makes_the_references_views_bit_for_bit(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+def test_every_recipe_makes_the_references_views_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
     images = [photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)]
     assert_recipe_is_the_reference(monkeypatch, recipe, images, views=6)
 
@@ -111,7 +131,9 @@ def test_every_recipe_makes_the_references_views_bit_for_bit(monkeypatch: pytest
 def moco_v3(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     return [
         transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=float(bool(p.order))),
+        transforms.RandomApply(
+            [transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=float(bool(p.order))
+        ),
         transforms.RandomGrayscale(p=float(p.gray)),
         *blur_of(p),
         *([transforms.Lambda(ImageOps.solarize)] if p.solarize else []),
@@ -123,7 +145,9 @@ def moco_v3(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
 def test_both_views_of_moco_v3_and_byol_are_the_references_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    images = [photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)] * 4  # 24 second views: 5 solarized, 2 blurred
+    images = [
+        photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)
+    ] * 4  # 24 second views: 5 solarized, 2 blurred
     happened = np.zeros((2, 2), dtype=int)
     for view, augment in enumerate(view_augments(load_recipe(recipe).augment, 2)):
         for i, image in enumerate(images):
@@ -131,7 +155,9 @@ def test_both_views_of_moco_v3_and_byol_are_the_references_bit_for_bit(
             happened[view] += [p.sigma > 0, p.solarize]
             pinned(monkeypatch, p)
             expected = transforms.Compose(moco_v3(p))(image)
-            assert np.array_equal(np.asarray(apply_view(image, p, augment)), np.asarray(expected)), (i, view, p)
+            assert np.array_equal(
+                np.asarray(apply_view(image, p, augment)), np.asarray(expected)
+            ), (i, view, p)
     assert happened[0].tolist() == [24, 0]
     assert happened[1].min() > 0
     assert happened[1].max() < 12
@@ -150,11 +176,15 @@ def test_every_recipe_makes_the_references_views_of_real_photos(
 def test_grayscale_comes_before_or_after_the_jitter_as_asked(gray_first: bool) -> None:
     image = photo(0, (40, 40))
     augment = AugmentConfig(size=40, gray_first=gray_first)
-    p = neutral(40)._replace(order=(2, 3, 0, 1), brightness=1.2, contrast=0.8, saturation=0.5, hue=0.3, gray=True)
+    p = neutral(40)._replace(
+        order=(2, 3, 0, 1), brightness=1.2, contrast=0.8, saturation=0.5, hue=0.3, gray=True
+    )
     got = np.asarray(apply_view(image, p, augment)).astype(int)
     assert np.ptp(got, axis=2).max() == 0
     # Saturation and hue change the luma of a coloured image, but not a grey one's.
-    other = np.asarray(apply_view(image, p, AugmentConfig(size=40, gray_first=not gray_first))).astype(int)
+    other = np.asarray(
+        apply_view(image, p, AugmentConfig(size=40, gray_first=not gray_first))
+    ).astype(int)
     assert np.abs(got - other).max() > 5
 
 
@@ -162,11 +192,15 @@ def test_rotation_is_counter_clockwise_about_the_centre_and_fills_with_black() -
     pixels = np.zeros((21, 21, 3), np.uint8)
     pixels[10, 18] = 255  # right of the centre
     still = neutral(21)
-    turned = np.asarray(apply_view(Image.fromarray(pixels), still._replace(angle=90.0), AugmentConfig(size=21)))
+    turned = np.asarray(
+        apply_view(Image.fromarray(pixels), still._replace(angle=90.0), AugmentConfig(size=21))
+    )
     assert turned[2, 10].tolist() == [255] * 3  # above it
     assert turned.sum() == 3 * 255
     white = Image.new("RGB", (21, 21), (255, 255, 255))
-    corners = np.asarray(apply_view(white, still._replace(angle=45.0), AugmentConfig(size=21)))[::20, ::20]
+    corners = np.asarray(apply_view(white, still._replace(angle=45.0), AugmentConfig(size=21)))[
+        ::20, ::20
+    ]
     assert corners.max() == 0
 
 
@@ -200,7 +234,9 @@ def gray16(path: Path) -> np.ndarray:
 def transparent(mode: str) -> Callable[[Path], np.ndarray]:
     def write(path: Path) -> np.ndarray:
         image = photo(2, (10, 12)).convert("RGB" if mode == "RGBA" else "L")
-        alpha = Image.fromarray(np.tile(np.arange(12, dtype=np.uint8) * 23, (10, 1)))  # 0, transparent, to 253
+        alpha = Image.fromarray(
+            np.tile(np.arange(12, dtype=np.uint8) * 23, (10, 1))
+        )  # 0, transparent, to 253
         with_alpha = image.convert(mode)
         with_alpha.putalpha(alpha)
         with_alpha.save(path)
@@ -245,7 +281,9 @@ def test_unusual_images_are_read_as_rgb_at_full_range(tmp_path: Path, name: str)
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance
     batch = next(
-        TorchvisionLoader(files(tmp_path), (SMALL, SMALL), BatchSlice(1), 0, torch.device("cpu"), 0).epoch(0)
+        TorchvisionLoader(
+            files(tmp_path), (SMALL, SMALL), BatchSlice(1), 0, torch.device("cpu"), 0
+        ).epoch(0)
     )
     assert batch.views[0].shape == (1, 3, 19, 19)
 
@@ -257,9 +295,13 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     assert decode(str(tmp_path / "turned.jpg")).size == (50, 30)
 
 
-def test_a_large_image_is_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_read_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photo(0, (10, 12)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL warns from here, and refuses from twice as many
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 100
+    )  # PIL warns from here, and refuses from twice as many
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fresh = runpy.run_path(torchvision_loader.__file__)["decode"]  # importing it sets a filter

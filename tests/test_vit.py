@@ -28,9 +28,16 @@ def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
         for column in range(side):
             frequencies = [10000 ** (-i / 2) for i in range(2)]
             expected[1 + row * side + column] = torch.tensor(
-                [wave(place * f) for place in (row, column) for wave in (math.sin, math.cos) for f in frequencies]
+                [
+                    wave(place * f)
+                    for place in (row, column)
+                    for wave in (math.sin, math.cos)
+                    for f in frequencies
+                ]
             )
-    torch.testing.assert_close(sincos_position_embedding(side, dim)[0].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        sincos_position_embedding(side, dim)[0].double(), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_it_computes_what_timms_vision_transformer_computes() -> None:
@@ -71,10 +78,17 @@ def test_layers_start_uniform_and_query_key_and_value_as_three() -> None:
 
 def test_vit_base_has_the_names_and_shapes_of_torchvisions_and_vit_small_twelve_heads() -> None:
     with torch.device("meta"):  # 86 million parameters that nobody needs
-        ours, theirs = build_encoder("vit_base")(num_classes=7), torchvision.models.vit_b_16(num_classes=7)
+        ours, theirs = (
+            build_encoder("vit_base")(num_classes=7),
+            torchvision.models.vit_b_16(num_classes=7),
+        )
         small = build_encoder("vit_small")(num_classes=7)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert {layer.self_attention.num_heads for layer in (*ours.encoder.layers, *small.encoder.layers)} == {12}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert {
+        layer.self_attention.num_heads for layer in (*ours.encoder.layers, *small.encoder.layers)
+    } == {12}
     assert (len(small.encoder.layers), small.class_token.shape[2]) == (12, 384)
 
 

@@ -31,7 +31,13 @@ def _teach_the_interpreter_bfloat16() -> None:
         if source == tl.bfloat16 and target == tl.float32:
             return widened(x)
         if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            rounded = (
+                torch.from_numpy(np.array(x.data))
+                .bfloat16()
+                .view(torch.int16)
+                .numpy()
+                .view(np.uint16)
+            )
             return TensorHandle(rounded, tl.bfloat16)
         return cast(self, x, dtype)
 
@@ -46,6 +52,8 @@ def _teach_the_interpreter_bfloat16() -> None:
 
 if DEVICE == "cpu":
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: import tests.triton_device first")
+        raise RuntimeError(
+            "triton was imported before TRITON_INTERPRET=1 was set: import tests.triton_device first"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
     _teach_the_interpreter_bfloat16()

@@ -38,7 +38,10 @@ def connections() -> list[socket.socket]:
         try:
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 duplicate = socket.socket(fileno=os.dup(int(name)))
-                if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                if duplicate.type == socket.SOCK_STREAM and duplicate.family in (
+                    socket.AF_INET,
+                    socket.AF_INET6,
+                ):
                     found.setdefault(os.fstat(duplicate.fileno()).st_ino, duplicate)
         except OSError:
             continue  # closed meanwhile, or of a family that Python does not know
@@ -72,10 +75,17 @@ class Wire(TorchDispatchMode):
         for s in self._sockets:
             s.close()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace != "c10d":
             return function(*args, **(kwargs or {}))
-        tensors = [t for arg in args for t in torch.utils._pytree.tree_leaves(arg) if isinstance(t, torch.Tensor)]
+        tensors = [
+            t
+            for arg in args
+            for t in torch.utils._pytree.tree_leaves(arg)
+            if isinstance(t, torch.Tensor)
+        ]
 
         def call() -> Any:
             result = function(*args, **(kwargs or {}))
@@ -88,7 +98,12 @@ class Wire(TorchDispatchMode):
         name = function.overloadpacket.__name__
         overhead = self._overhead
         self.collectives.append(
-            Collective(name, tensors[0].dtype, moved.sent - overhead.sent, moved.received - overhead.received)
+            Collective(
+                name,
+                tensors[0].dtype,
+                moved.sent - overhead.sent,
+                moved.received - overhead.received,
+            )
         )
         return result
 

@@ -39,24 +39,40 @@ Score = Callable[["Problem", "list[Tile]"], "dict[Tile, float]"]
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """What to tune, and where the table goes."""
     parser.add_argument("--n", type=positive, default=256, help="queries (default: %(default)s)")
-    parser.add_argument("--k", type=positive, default=65536, help="negatives (default: %(default)s)")
-    parser.add_argument("--c", type=positive, nargs="+", default=[128], help="dimensions (default: 128)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of call (default: all)")
+    parser.add_argument(
+        "--k", type=positive, default=65536, help="negatives (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--c", type=positive, nargs="+", default=[128], help="dimensions (default: 128)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of call (default: all)"
+    )
     parser.add_argument(
         "--types", nargs="+", choices=TYPES, default=["bf16", "fp32 as bf16"],
         help="types of inputs and products (default: bf16, and fp32 as bf16)",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--static", action="store_true", help="rank by the model of machine code; needs no GPU")
-    parser.add_argument("--capability", type=int, choices=GPUS, default=90, help="with --static (default: 90)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where this GPU looks for it)")
+    parser.add_argument(
+        "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--static", action="store_true", help="rank by the model of machine code; needs no GPU"
+    )
+    parser.add_argument(
+        "--capability", type=int, choices=GPUS, default=90, help="with --static (default: 90)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the table (default: where this GPU looks for it)"
+    )
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Rank the candidates of every kind, type and dimension; print the best and write the table."""
     need_compiler(parser)
     if not arguments.static and not torch.cuda.is_available():
-        parser.error("there is no GPU to time on; --static ranks by the model of machine code instead")
+        parser.error(
+            "there is no GPU to time on; --static ranks by the model of machine code instead"
+        )
     if max(arguments.c) > 1024:
         parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
     from mocofast_kernels import tiles
@@ -66,10 +82,17 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     score: Score
     capability: int | None
     if arguments.static:
-        device, capability, name = torch.device("meta"), arguments.capability, GPUS[arguments.capability].name
+        device, capability, name = (
+            torch.device("meta"),
+            arguments.capability,
+            GPUS[arguments.capability].name,
+        )
         score, out = partial(_predicted, capability), arguments.out
     else:
-        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+        device, name = (
+            torch.device("cuda", torch.cuda.current_device()),
+            torch.cuda.get_device_name(),
+        )
         capability = tiles.capability_of(device)
         assert capability is not None
         score, out = partial(_timed, arguments.repeats), arguments.out or tiles.path_of(device)
@@ -81,12 +104,24 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         torch.set_float32_matmul_precision(types.matmul_precision)
         problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
         rule = tiles.rule(problem.products)
-        tried = [rule, *(tile for tile in candidates(problem.products, nearest.shared - RESERVED) if tile != rule)]
+        tried = [
+            rule,
+            *(
+                tile
+                for tile in candidates(problem.products, nearest.shared - RESERVED)
+                if tile != rule
+            ),
+        ]
         times = score(problem, tried)
         ranked = sorted(times, key=lambda tile: times[tile])
-        print(f"\n{kind}, {types_name}, C = {C}: {len(times)} of {len(tried)} candidates run; microseconds")
+        print(
+            f"\n{kind}, {types_name}, C = {C}: {len(times)} of {len(tried)} candidates run; microseconds"
+        )
         for tile in [*ranked[:5], *(tile for tile in ranked[5:] if tile == rule)]:
-            print(f"{1e6 * times[tile]:9.1f} {tile}{' (the rule)' if tile == rule else ''}", flush=True)
+            print(
+                f"{1e6 * times[tile]:9.1f} {tile}{' (the rule)' if tile == rule else ''}",
+                flush=True,
+            )
         rows[problem.products] = {
             "products": problem.products._asdict(),
             "tile": ranked[0]._asdict(),
@@ -114,13 +149,19 @@ def candidates(products: Products, shared: int) -> Iterator[Tile]:
     from mocofast_kernels.configs import Tile, block_of
 
     c, size = block_of(products.C), 2 if products.dot == "16bit" else 4
-    sides: dict[str, tuple[int, ...]] = {"stay": (64, 128), "stream": (32, 64, 128), "stages": (2, 3)}
+    sides: dict[str, tuple[int, ...]] = {
+        "stay": (64, 128),
+        "stream": (32, 64, 128),
+        "stages": (2, 3),
+    }
     if products.dot == "ieee":
         sides = {"stay": (32, 64), "stream": (32, 64), "stages": (1,)}
     pieces = [(c, c)] if c <= 256 else []
     if c >= 256 or not products.plain or products.dot != "16bit":
         blocks = (32,) if products.dot == "ieee" else (64, 128)
-        pieces += [(block, out) for block in blocks for out in {min(c, 256), min(c, 512)} if block < c]
+        pieces += [
+            (block, out) for block in blocks for out in {min(c, 256), min(c, 512)} if block < c
+        ]
     for (block_c, out_c), warps in itertools.product(pieces, (4, 8)):
         for stay, stream, stages in itertools.product(*sides.values()):
             registers = (stay * out_c + stay * stream) / (32 * warps)
@@ -154,7 +195,9 @@ def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Til
     result = {}
     for tile in tried:
         total = 0.0
-        for launch in inspect_code.record(partial(problem.run, tile), inspect_code.PROCESSORS[capability]):
+        for launch in inspect_code.record(
+            partial(problem.run, tile), inspect_code.PROCESSORS[capability]
+        ):
             if launch.identity not in known:
                 try:
                     known[launch.identity] = inspect_code.inspect("", launch, capability)

@@ -14,7 +14,18 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from mocofast_bench import autotune, data, ema, kernels, machine_code, norm, optim, step, sweep, train
+from mocofast_bench import (
+    autotune,
+    data,
+    ema,
+    kernels,
+    machine_code,
+    norm,
+    optim,
+    step,
+    sweep,
+    train,
+)
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
@@ -24,7 +35,10 @@ BENCHMARKS = {
     "norm": (norm, "ghost BatchNorm of a ResNet-50's activations"),
     "data": (data, "pairs of views per second from a folder of images"),
     "step": (step, "one optimiser step beside the reference's, a strong eager one and lightly's"),
-    "train": (train, "training end to end on a folder of images beside the reference's loop and loader"),
+    "train": (
+        train,
+        "training end to end on a folder of images beside the reference's loop and loader",
+    ),
 }
 COMPILING = {
     "static": (machine_code, "the kernels' machine code and predicted times; needs no GPU"),
@@ -37,20 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
     )
-    commands = parser.add_subparsers(required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"]))
+    commands = parser.add_subparsers(
+        required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"])
+    )
     for name, (module, text) in BENCHMARKS.items():
         command = _add(commands, name, text, module.__doc__)
-        command.add_argument("--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)")
+        command.add_argument(
+            "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
+        )
         module.add_arguments(command, positive)
         if hasattr(module, "draw"):
-            command.add_argument("--plot", type=Path, metavar="FILE", help="draw the sides into this image file")
+            command.add_argument(
+                "--plot", type=Path, metavar="FILE", help="draw the sides into this image file"
+            )
         command.set_defaults(run=partial(_run, module))
     for name, (module, text) in COMPILING.items():
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command, positive)
         command.set_defaults(run=partial(module.run, parser=command))
-    every = _add(commands, "all", "every one of them but the sweep, with its defaults for this machine", None)
-    every.add_argument("--path", help="a folder of images, without which `data` is left out and `train` takes digits")
+    every = _add(
+        commands, "all", "every one of them but the sweep, with its defaults for this machine", None
+    )
+    every.add_argument(
+        "--path",
+        help="a folder of images, without which `data` is left out and `train` takes digits",
+    )
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--static"]:
         given[0] = "static"
@@ -75,11 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, description: str | None
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    description: str | None,
 ) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description or text)
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    command.add_argument("--save", type=Path, metavar="FILE", help="append the JSON line to this file")
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=description or text
+    )
+    command.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    command.add_argument(
+        "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
+    )
     return command
 
 

@@ -35,12 +35,26 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The folder, and how it is read."""
     parser.add_argument("path", help="a folder of images")
-    parser.add_argument("--recipe", default="moco_v2_r50_200ep", help="whose augmentation (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=32, help="pairs in a batch (default: %(default)s)")
-    parser.add_argument("--batches", type=positive, default=8, help="timed in a round (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=-1, help="threads or processes; -1: the cores there are")
-    parser.add_argument("--tune", action="store_true", help="find this machine's best loader settings instead")
-    parser.add_argument("--out", default="tuned.yaml", help="with --tune: the recipe to write (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", default="moco_v2_r50_200ep", help="whose augmentation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, help="pairs in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=positive, default=8, help="timed in a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="threads or processes; -1: the cores there are"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="find this machine's best loader settings instead"
+    )
+    parser.add_argument(
+        "--out",
+        default="tuned.yaml",
+        help="with --tune: the recipe to write (default: %(default)s)",
+    )
     parser.set_defaults(repeats=5)
 
 
@@ -66,7 +80,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = in_turns(sides, arguments.repeats, arguments.batches, arguments.batch_size, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
-    print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}")
+    print(
+        f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}"
+    )
     print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
     print(
         f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}"
@@ -92,7 +108,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},
         "speedup": {name: round(value / rate["reference"], 3) for name, value in rate.items()},
-        "time_to_first_batch": {name: round(median.time_to_first_step, 4) for name, median in middle.items()},
+        "time_to_first_batch": {
+            name: round(median.time_to_first_step, 4) for name, median in middle.items()
+        },
         "cores": {name: round(median.cores, 3) for name, median in middle.items()},
         "extra_bytes": memory,
     }
@@ -100,7 +118,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def draw(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
-    from mocofast.plots import draw_sides  # here, so that processes that measure start without matplotlib
+    from mocofast.plots import (
+        draw_sides,
+    )  # here, so that processes that measure start without matplotlib
 
     quantities = {
         "pairs of views/s": row["pairs_per_second"],
@@ -119,7 +139,9 @@ def loaders(
 
     def loader(name: str) -> Callable[[], Loader]:
         data = DataConfig(loader=name, workers=workers)
-        return lambda: build_loader(source, data, view_augments(augment, 2), BatchSlice(batch_size), 0, device)
+        return lambda: build_loader(
+            source, data, view_augments(augment, 2), BatchSlice(batch_size), 0, device
+        )
 
     starts: dict[str, Callable[[], Any]] = {
         **({} if dali_missing() else {"dali": loader("dali")}),
@@ -135,6 +157,11 @@ def memory_of(side: Side, batch_size: int, device: torch.device) -> int | None:
     gc.collect()  # else what is garbage by now is gone from the later figure only
     before = timing.resident_memory()
     found = []
-    measure(Side(side.start, lambda batch: found.append(timing.resident_memory())), 1, batch_size, device)
+    measure(
+        Side(side.start, lambda batch: found.append(timing.resident_memory())),
+        1,
+        batch_size,
+        device,
+    )
     values = [value - before for value in found if value is not None and before is not None]
     return max(values, default=None)

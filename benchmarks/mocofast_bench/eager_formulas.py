@@ -44,7 +44,9 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = True) -> None:
     """Keys (B, C) into the ring buffer queue (K, C) at `pointer` (1,); K must be a multiple of B."""
     if len(queue) % len(keys):
-        raise ValueError(f"queue must hold a multiple of the {len(keys)} keys: got {len(queue)} rows")
+        raise ValueError(
+            f"queue must hold a multiple of the {len(keys)} keys: got {len(queue)} rows"
+        )
     start = int(pointer)
     queue[start : start + len(keys)] = F.normalize(keys, dim=1) if normalize else keys
     pointer[0] = (start + len(keys)) % len(queue)

@@ -31,7 +31,10 @@ class Side(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Type of the averaged weights."""
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of all weights (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of all weights (default: %(default)s)",
     )
 
 
@@ -43,7 +46,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     copy = torch.empty_like(block)
     times = timing.interleaved(
-        {**{name: side.update for name, side in candidates.items()}, "copy": lambda: copy.copy_(block)},
+        {
+            **{name: side.update for name, side in candidates.items()},
+            "copy": lambda: copy.copy_(block),
+        },
         arguments.repeats,
         device,
     )
@@ -51,8 +57,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     traffic = 3 * count * size
     floor = traffic / bandwidth
     loop = times["loop"].median
-    print(f"EMA of {tensors} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, {traffic / 1e6:.0f} MB")
-    print(f"{timing.device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
+    print(
+        f"EMA of {tensors} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, {traffic / 1e6:.0f} MB"
+    )
+    print(
+        f"{timing.device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+    )
     print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x loop':>9}{'of floor':>10}")
     for name, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
@@ -75,7 +85,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),
         "speedup": round(loop / times["mocofast"].median, 3),
-        "speedup_over_foreach_lerp": round(times["foreach_lerp"].median / times["mocofast"].median, 3),
+        "speedup_over_foreach_lerp": round(
+            times["foreach_lerp"].median / times["mocofast"].median, 3
+        ),
         "fraction_of_floor": round(floor / times["mocofast"].median, 3),
     }
 

@@ -51,7 +51,9 @@ class Launch(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    divisible: tuple[str, ...]  # integers and pointers that are multiples of 16, which the compiler may use
+    divisible: tuple[
+        str, ...
+    ]  # integers and pointers that are multiples of 16, which the compiler may use
     options: dict[str, int | None]
     grid: tuple[int, ...]
     arguments: dict[str, Any]
@@ -97,7 +99,9 @@ class Instruction(NamedTuple):
     text: str
 
 
-def _describe(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]) -> Launch:
+def _describe(
+    kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]
+) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
     options: dict[str, int | None] = {
         name: kwargs.pop(name)
@@ -109,7 +113,11 @@ def _describe(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs:
     for parameter in kernel.params:
         name, value = parameter.name, given[parameter.name]
         free = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and free)
+        ):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -133,7 +141,9 @@ def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "processors", return_value=processors),
-        mock.patch.object(tables, "_upload", lambda values, _: values),  # their sizes are counted later
+        mock.patch.object(
+            tables, "_upload", lambda values, _: values
+        ),  # their sizes are counted later
     ):
         call()
     return launches
@@ -177,7 +187,10 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
 def disassembled(listing: str) -> list[Instruction]:
     """The instructions of cuobjdump's listing, without the padding that stands after the last jump to itself."""
     pattern = r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)[^;]*);"
-    code = [Instruction(int(place, 16), name, text) for place, text, name in re.findall(pattern, listing)]
+    code = [
+        Instruction(int(place, 16), name, text)
+        for place, text, name in re.findall(pattern, listing)
+    ]
     return [instruction for instruction in code if instruction.opcode != "NOP"]
 
 
@@ -267,9 +280,15 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not there.")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--only", default="", help="regular expression that a case's name must match")
-    parser.add_argument("--capability", type=int, choices=PROCESSORS, help="one architecture; default all")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line instead of a table"
+    )
+    parser.add_argument(
+        "--only", default="", help="regular expression that a case's name must match"
+    )
+    parser.add_argument(
+        "--capability", type=int, choices=PROCESSORS, help="one architecture; default all"
+    )
     options = parser.parse_args()
     capabilities = (options.capability,) if options.capability else tuple(PROCESSORS)
     if not options.json:
@@ -280,7 +299,11 @@ def main() -> None:
         if options.json:
             print(json.dumps(report._asdict()), flush=True)
         else:
-            print(" ".join(f"{value:12}" for value in report[2:]), f" {report.kernel} ({report.case})", flush=True)
+            print(
+                " ".join(f"{value:12}" for value in report[2:]),
+                f" {report.kernel} ({report.case})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

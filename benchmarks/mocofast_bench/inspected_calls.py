@@ -96,7 +96,9 @@ def _rows(count: int, C: int, types: Types, device: str) -> Tensor:
     return normalize(torch.randn(count, C, device=device), dim=1).to(types.stored)
 
 
-def forward(C: int, types: Types, variant: Variant, device: str = "meta", n: int = N, k: int = K) -> Problem:
+def forward(
+    C: int, types: Types, variant: Variant, device: str = "meta", n: int = N, k: int = K
+) -> Problem:
     """The forward sweep of n queries over k negatives."""
     query, positive, negatives = (_rows(count, C, types, device) for count in (n, n, k))
     if variant.transposed:
@@ -139,26 +141,36 @@ def _enqueue(C: int, types: Types) -> Callable[[], object]:
 
 
 # What wide loads fit, and what they do not.
-WEIGHTS: dict[str, list[tuple[int, ...]]] = {"ResNet-50": weight_shapes(), "odd size": [(3, 9_322_219)]}
+WEIGHTS: dict[str, list[tuple[int, ...]]] = {
+    "ResNet-50": weight_shapes(),
+    "odd size": [(3, 9_322_219)],
+}
 
 
 def _ema(target: torch.dtype, weights: str, momentum: float | Tensor) -> Callable[[], object]:
     def call() -> None:
         targets = [torch.empty(shape, dtype=target, device="meta") for shape in WEIGHTS[weights]]
-        ema_update_(targets, [torch.empty(shape, device="meta") for shape in WEIGHTS[weights]], momentum)
+        ema_update_(
+            targets, [torch.empty(shape, device="meta") for shape in WEIGHTS[weights]], momentum
+        )
 
     return call
 
 
 def _optimizer(
-    step: Callable[..., None], dtype: torch.dtype, weights: str, number: float | Tensor, followed: bool
+    step: Callable[..., None],
+    dtype: torch.dtype,
+    weights: str,
+    number: float | Tensor,
+    followed: bool,
 ) -> Callable[[], object]:
     def row(shape: tuple[int, ...]) -> Row:
         def empty(dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         target, *shadows = (
-            empty(kind) if followed else None for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
+            empty(kind) if followed else None
+            for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
         )
         state: tuple[Tensor, ...] = (empty(dtype),)
         if step is adamw_:
@@ -174,24 +186,45 @@ def _optimizer(
 
 
 def _ghost_bn(
-    shape: tuple[int, int, int, int], parts: int, dtype: torch.dtype, relu: bool, residual: bool, running: bool
+    shape: tuple[int, int, int, int],
+    parts: int,
+    dtype: torch.dtype,
+    relu: bool,
+    residual: bool,
+    running: bool,
 ) -> Callable[[], object]:
     def call() -> None:
         x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
         row = torch.empty(shape[1], device="meta")
         statistics = (row, row) if running else (None, None)
         output = ghost_bn_forward(
-            x, x if residual else None, row, row, *statistics, parts=parts, momentum=0.1, eps=1e-5, relu=relu
+            x,
+            x if residual else None,
+            row,
+            row,
+            *statistics,
+            parts=parts,
+            momentum=0.1,
+            eps=1e-5,
+            relu=relu,
         )
         y = output.output if relu and residual else None
-        ghost_bn_backward(torch.empty_like(x), x, y, row, row, output.statistics, parts=parts, relu=relu)
+        ghost_bn_backward(
+            torch.empty_like(x), x, y, row, row, output.statistics, parts=parts, relu=relu
+        )
 
     return call
 
 
 # Widths of ResNets, with the last one's few rows; a width that masks columns; rows that are not aligned; so many rows
 # that their numbers need 64 bits.
-ACTIVATIONS = ((256, 64, 56, 56), (256, 2048, 7, 7), (256, 48, 28, 28), (256, 13, 7, 7), (2**20, 64, 56, 56))
+ACTIVATIONS = (
+    (256, 64, 56, 56),
+    (256, 2048, 7, 7),
+    (256, 48, 28, 28),
+    (256, 13, 7, 7),
+    (2**20, 64, 56, 56),
+)
 
 
 # Sides of views and whether they rotate: digits, one that masks columns, CIFAR, the largest of either kind.
@@ -200,9 +233,13 @@ VIEWS = ((8, True), (19, True), (32, True), (32, False), (64, False))
 
 def _augment(size: int, rotate: bool) -> Callable[[], object]:
     def call() -> object:
-        images = torch.empty(512, size, size, 3, dtype=torch.uint8, device="meta")  # each read by both views
+        images = torch.empty(
+            512, size, size, 3, dtype=torch.uint8, device="meta"
+        )  # each read by both views
         index = torch.empty(512, dtype=torch.int64, device="meta")
-        return augment(images, index, torch.empty(2, 512, len(NAMES), device="meta"), size, rotate=rotate)
+        return augment(
+            images, index, torch.empty(2, 512, len(NAMES), device="meta"), size, rotate=rotate
+        )
 
     return call
 
@@ -219,16 +256,24 @@ def cases() -> Iterator[Case]:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     numbers = (0.1, torch.empty((), device="meta"))
     for target, weights, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
-        yield Case(f"ema, {target}, {weights}, {type(momentum).__name__} momentum", _ema(target, weights, momentum))
+        yield Case(
+            f"ema, {target}, {weights}, {type(momentum).__name__} momentum",
+            _ema(target, weights, momentum),
+        )
     for step, dtype, weights, number, followed in itertools.product(
         (sgd_, lars_, adamw_), FLOATS, WEIGHTS, numbers, (True, False)
     ):
         average = "with" if followed else "without"
         name = f"{step.__name__}, {dtype}, {weights}, {type(number).__name__} lr, {average} EMA"
         yield Case(name, _optimizer(step, dtype, weights, number, followed))
-    for shape, dtype, relu, residual in itertools.product(ACTIVATIONS, FLOATS, (False, True), (False, True)):
+    for shape, dtype, relu, residual in itertools.product(
+        ACTIVATIONS, FLOATS, (False, True), (False, True)
+    ):
         name = f"ghost_bn, {shape}, {dtype}{', residual' * residual}{', relu' * relu}"
         yield Case(name, _ghost_bn(shape, 8, dtype, relu, residual, running=True))
-    yield Case("ghost_bn, under torch.compile", _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False))
+    yield Case(
+        "ghost_bn, under torch.compile",
+        _ghost_bn(ACTIVATIONS[0], 8, torch.bfloat16, False, False, False),
+    )
     for size, rotate in VIEWS:
         yield Case(f"augment, {size} px{', rotated' * rotate}", _augment(size, rotate))

@@ -38,10 +38,18 @@ GRAPH = ", graph"
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Sizes and type of the problem."""
     parser.add_argument("--n", type=positive, default=256, help="queries (default: %(default)s)")
-    parser.add_argument("--k", type=positive, default=65536, help="negatives (default: %(default)s)")
-    parser.add_argument("--c", type=positive, default=128, help="feature dimension (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
+    parser.add_argument(
+        "--k", type=positive, default=65536, help="negatives (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--c", type=positive, default=128, help="feature dimension (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile has to build"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +76,9 @@ def measured(
         for name in [name for name in steps if not peers[name].waits]:
             try:
                 candidates[name + GRAPH] = captured(cycle(steps[name], sets))
-            except RuntimeError as error:  # what a compiler makes of the formula may not be capturable
+            except (
+                RuntimeError
+            ) as error:  # what a compiler makes of the formula may not be capturable
                 skipped[name + GRAPH] = str(error).splitlines()[0]
     side = 8192 if device.type == "cuda" else 2048
     products = {"matrix product": matrix_product(side, dtype, device)}
@@ -82,7 +92,9 @@ def measured(
 
     floor = 4 * sizes[0] * sizes[1] * sizes[2] / rate
     ours = min(times[name].median for name in times if name.removesuffix(GRAPH) == "mocofast")
-    others = {name: time.median for name, time in times.items() if name.removesuffix(GRAPH) not in OURS}
+    others = {
+        name: time.median for name, time in times.items() if name.removesuffix(GRAPH) not in OURS
+    }
     best = min(others, key=lambda name: others[name])
     return {
         "benchmark": "info_nce",
@@ -112,7 +124,9 @@ def print_table(row: dict[str, Any]) -> None:
     eager = row["milliseconds"]["eager"]
     print(f"InfoNCE forward and backward, N {row['n']}, K {row['k']}, C {row['c']}, {row['dtype']}")
     print(f"{row['device']}; matrix rate {row['matrix_gflops']:.0f} GFLOP/s; floor {floor:.3f} ms")
-    print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}{'extra MB':>10}{'of eager':>10}")
+    print(
+        f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}{'extra MB':>10}{'of eager':>10}"
+    )
     for name, time in row["milliseconds"].items():
         low, high = row["quartiles"][name]
         line = f"{name:28}{time:10.3f}{f'{low:.3f} - {high:.3f}':>20}{eager / time:9.2f}{floor / time:10.0%}"
@@ -151,16 +165,22 @@ def onednn_product(side: int) -> Callable[[], Tensor]:
     return lambda: cpu.product(a, b)
 
 
-def memory_of_all(name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: torch.device) -> list[int | None]:
+def memory_of_all(
+    name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: torch.device
+) -> list[int | None]:
     """Peak extra bytes of one peer in every problem, the small ones first. CUDA's allocator counts what it gives; on
     a CPU it takes a process of its own, where nobody left memory behind."""
     if device.type == "cuda":
         return [memory_of(name, sizes, dtype, str(device)) for sizes in cases]
-    result: list[int | None] = timing.in_fresh_process(_memory_of_each, name, cases, dtype, str(device))
+    result: list[int | None] = timing.in_fresh_process(
+        _memory_of_each, name, cases, dtype, str(device)
+    )
     return result
 
 
-def _memory_of_each(name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: str) -> list[int | None]:
+def _memory_of_each(
+    name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: str
+) -> list[int | None]:
     return [memory_of(name, sizes, dtype, device) for sizes in cases]
 
 

@@ -29,7 +29,9 @@ class Measured(NamedTuple):
     images_per_second: float
     time_to_first_step: float  # seconds from the start of the loader to the end of a first step
     data_wait: float  # share of the time in which the host waited for a batch
-    cores: float  # CPU time of this process and its workers over the time that passed, start included
+    cores: (
+        float  # CPU time of this process and its workers over the time that passed, start included
+    )
 
 
 def in_turns(
@@ -45,7 +47,9 @@ def in_turns(
 
 def medians(rounds: Mapping[str, list[Measured]]) -> dict[str, Measured]:
     """Of each field over a side's rounds."""
-    return {name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()}
+    return {
+        name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()
+    }
 
 
 def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Measured:
@@ -67,7 +71,9 @@ def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Me
         timing.synchronize(device)
         seconds = time.perf_counter() - counted_from
     whole = time.perf_counter() - began
-    return Measured(steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole)
+    return Measured(
+        steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole
+    )
 
 
 def _endless(loader: Any) -> Generator[Any, None, None]:

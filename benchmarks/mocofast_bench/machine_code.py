@@ -67,10 +67,18 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """What to compile, and files to write."""
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name holds a match (default: all)")
-    parser.add_argument("--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full data: one JSON object a line")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the summary as Markdown")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="cases whose name holds a match (default: all)"
+    )
+    parser.add_argument(
+        "--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the full data: one JSON object a line"
+    )
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="write the summary as Markdown"
+    )
 
 
 def need_compiler(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +109,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if first:
             print(line(row), flush=True)
             entry = data.setdefault(
-                (report.case, report.kernel, len(call)), {"case": report.case, "kernel": report.kernel}
+                (report.case, report.kernel, len(call)),
+                {"case": report.case, "kernel": report.kernel},
             )
             entry[f"sm_{report.capability}"] = row.values()
     if not calls:
@@ -110,11 +119,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     print(f"\n{text}")
     if arguments.json is not None:
         head = {"benchmark": "static", "triton": triton.__version__, "fields": FIELDS}
-        arguments.json.write_text("".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8")
-    if arguments.summary is not None:
-        command = (
-            "mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md"
+        arguments.json.write_text(
+            "".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8"
         )
+    if arguments.summary is not None:
+        command = "mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md"
         if arguments.only:
             command += f" \\\n    --only {shlex.quote(arguments.only)}"
         preface = PREFACE.format(command=command, triton=triton.__version__)
@@ -184,7 +193,10 @@ def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
                 continue
             slowest = max(rows, key=lambda row: row.prediction.time)
             r, p = slowest.report, slowest.prediction
-            floor = max(sum(getattr(row.prediction, name) for row in rows) for name in ("arithmetic", "memory"))
+            floor = max(
+                sum(getattr(row.prediction, name) for row in rows)
+                for name in ("arithmetic", "memory")
+            )
             predicted = sum(row.prediction.time for row in rows) + LAUNCH * len(rows)
             lines.append(
                 f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "

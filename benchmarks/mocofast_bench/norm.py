@@ -23,7 +23,14 @@ from mocofast.ops import batch_norm
 from mocofast_bench import timing
 from mocofast_bench.optim import captured
 
-LAYERS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))  # channels, side in a ResNet-50
+LAYERS = (
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (512, 28),
+    (1024, 14),
+    (2048, 7),
+)  # channels, side in a ResNet-50
 MOMENTUM, EPS = 0.1, 1e-5
 ROTATED = 256 * 2**20  # bytes of inputs, beyond what caches hold
 
@@ -60,7 +67,9 @@ Norm = Callable[[Inputs, int, bool], Tensor]
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Batch, parts and type."""
     parser.add_argument("--n", type=positive, help="images (default: 256 on a GPU, 16 on a CPU)")
-    parser.add_argument("--splits", type=positive, default=8, help="parts of the batch (default: %(default)s)")
+    parser.add_argument(
+        "--splits", type=positive, default=8, help="parts of the batch (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -93,7 +102,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         inputs = activations(n, channels, side, dtype, device)
         for name, mode in MODES.items():
             steps = rotated_steps(inputs, arguments.splits, mode)
-            times = timing.interleaved({**steps, "copy": lambda: copy.copy_(block)}, arguments.repeats, device)
+            times = timing.interleaved(
+                {**steps, "copy": lambda: copy.copy_(block)}, arguments.repeats, device
+            )
             bandwidth = 2 * block.numel() / times.pop("copy").median
             traffic = mode.sweeps * inputs[0].x.nbytes
             rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
@@ -108,16 +119,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(
-    mode: str, shape: tuple[int, ...], traffic: int, bandwidth: float, times: dict[str, timing.Timing]
+    mode: str,
+    shape: tuple[int, ...],
+    traffic: int,
+    bandwidth: float,
+    times: dict[str, timing.Timing],
 ) -> dict[str, Any]:
     floor = traffic / bandwidth
     whole = times["unsplit"].median
-    print(f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
+    print(
+        f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+    )
     print(f"{'':20}{'ms':>10}{'quartiles':>20}{'of unsplit':>12}{'of floor':>10}")
     for side, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
         share = time.median / whole
-        print(f"{side:20}{1e3 * time.median:10.3f}{quartiles:>20}{share:11.2f}x{floor / time.median:10.0%}")
+        print(
+            f"{side:20}{1e3 * time.median:10.3f}{quartiles:>20}{share:11.2f}x{floor / time.median:10.0%}"
+        )
     return {
         "shape": shape,
         "mode": mode,
@@ -131,7 +150,9 @@ def _report(
     }
 
 
-def activations(n: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
+def activations(
+    n: int, channels: int, side: int, dtype: torch.dtype, device: torch.device
+) -> list[Inputs]:
     """Enough random inputs, one set after the other, that no cache holds them."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -150,10 +171,15 @@ def activations(n: int, channels: int, side: int, dtype: torch.dtype, device: to
 def rotated_steps(inputs: list[Inputs], splits: int, mode: Mode) -> dict[str, Callable[[], Any]]:
     """Every side's call, which takes the next inputs each time."""
     sides: dict[str, Norm] = {"mocofast": ghost, "unsplit": unsplit, "loop": loop, "fold": fold}
-    steps = {name: _rotated([_step(norm, i, splits, mode) for i in inputs]) for name, norm in sides.items()}
+    steps = {
+        name: _rotated([_step(norm, i, splits, mode) for i in inputs])
+        for name, norm in sides.items()
+    }
     if inputs[0].x.is_cuda:
         for name in ("mocofast", "unsplit"):
-            steps[f"{name}, graph"] = _rotated([captured(_step(sides[name], i, splits, mode)) for i in inputs])
+            steps[f"{name}, graph"] = _rotated(
+                [captured(_step(sides[name], i, splits, mode)) for i in inputs]
+            )
     return steps
 
 

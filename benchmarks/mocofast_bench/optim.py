@@ -39,7 +39,9 @@ class Weights(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Which steps."""
     parser.add_argument(
-        "--only", choices=tuple(BENCHMARKS), help="one of the optimisers (default: all, one after the other)"
+        "--only",
+        choices=tuple(BENCHMARKS),
+        help="one of the optimisers (default: all, one after the other)",
     )
 
 
@@ -54,7 +56,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "weights": count,
         "repeats": arguments.repeats,
     }
-    print(f"{timing.device_name(device)}; {len(weight_shapes())} float32 tensors, {count / 1e6:.1f} M weights")
+    print(
+        f"{timing.device_name(device)}; {len(weight_shapes())} float32 tensors, {count / 1e6:.1f} M weights"
+    )
     for name in [arguments.only] if arguments.only else BENCHMARKS:
         row[name] = _measure(name, device, arguments.repeats)
     return row
@@ -72,12 +76,16 @@ def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
     size = optimizer.traffic() + read_again(optimizer)
     floor = size / bandwidth
     ours, theirs = list(steps)[:2]
-    print(f"{name}: {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms")
+    print(
+        f"{name}: {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+    )
     print(f"{'':24}{'ms':>10}{'quartiles':>20}{'speed':>9}{'of floor':>10}")
     for side, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
         speed = times[theirs].median / time.median
-        print(f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{floor / time.median:10.0%}")
+        print(
+            f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{floor / time.median:10.0%}"
+        )
     return {
         "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
         "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
@@ -107,7 +115,10 @@ def weights(device: torch.device) -> Weights:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(scale: float) -> list[Tensor]:
-        return [scale * torch.randn(shape, device=device, generator=generator) for shape in weight_shapes()]
+        return [
+            scale * torch.randn(shape, device=device, generator=generator)
+            for shape in weight_shapes()
+        ]
 
     params = [torch.nn.Parameter(value) for value in draw(0.1)]
     for param, gradient in zip(params, draw(1e-3)):
@@ -118,14 +129,18 @@ def weights(device: torch.device) -> Weights:
 
 def sgd(w: Weights, v: Weights) -> Pair:
     """SGD with momentum and weight decay: ours of w, the other side's step of v."""
-    ours = FusedSGD(w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
+    ours = FusedSGD(
+        w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
+    )
     theirs = torch.optim.SGD(v.params, LR, momentum=0.9, weight_decay=DECAY, fused=True)
     return ours, {"fused, lerp, casts": _then_average(theirs, v)}
 
 
 def adamw(w: Weights, v: Weights) -> Pair:
     """AdamW."""
-    ours = FusedAdamW(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows)
+    ours = FusedAdamW(
+        w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
+    )
     capturable = v.targets[0].is_cuda
     theirs = torch.optim.AdamW(v.params, LR, weight_decay=DECAY, fused=True, capturable=capturable)
     return ours, {"fused, lerp, casts": _then_average(theirs, v)}
@@ -172,7 +187,9 @@ def read_again(optimizer: FusedOptimizer) -> int:
     """Bytes beyond `traffic`: LARS reads weights and gradients of two or more dimensions twice, for their norms."""
     if not isinstance(optimizer, FusedLARS):
         return 0
-    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p.ndim > 1)
+    return sum(
+        2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p.ndim > 1
+    )
 
 
 BENCHMARKS = {"sgd": sgd, "lars": lars, "adamw": adamw}

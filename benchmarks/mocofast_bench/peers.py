@@ -24,7 +24,9 @@ TEMPERATURE = 0.2  # MoCo v2's
 MAX_SETS = 64  # of inputs
 
 Sizes = tuple[int, int, int]  # N, K, C
-Inputs = tuple[Tensor, Tensor, Tensor]  # query (N, C) that requires its gradient, positive (N, C), negatives (K, C)
+Inputs = tuple[
+    Tensor, Tensor, Tensor
+]  # query (N, C) that requires its gradient, positive (N, C), negatives (K, C)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[], None]
 
@@ -54,13 +56,20 @@ def mocofast(sizes: Sizes, dtype: torch.dtype) -> Loss:
 def with_rank(sizes: Sizes, dtype: torch.dtype) -> Loss:
     """Ours, with the positive's rank in every row."""
     return lambda query, positive, negatives: ops.info_nce(
-        query, positive, negatives, temperature=TEMPERATURE, negatives_normalized=True, return_rank=True
+        query,
+        positive,
+        negatives,
+        temperature=TEMPERATURE,
+        negatives_normalized=True,
+        return_rank=True,
     )[0]
 
 
 def eager(sizes: Sizes, dtype: torch.dtype) -> Loss:
     """The reference's formula, with its N x (1 + K) logits."""
-    return lambda query, positive, negatives: eager_formulas.info_nce(query, positive, negatives, TEMPERATURE)
+    return lambda query, positive, negatives: eager_formulas.info_nce(
+        query, positive, negatives, TEMPERATURE
+    )
 
 
 def compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
@@ -94,7 +103,9 @@ def _cut_cross_entropy(implementation: str) -> Loss:
         positive_logit = (wide * F.normalize(positive.float(), dim=1)).sum(1)
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
         # log-sum-exp over the negatives, less the logit of class 0, which is any of them
-        rest = linear_cross_entropy(scaled, negatives, target, reduction="none", filter_eps=None, impl=implementation)
+        rest = linear_cross_entropy(
+            scaled, negatives, target, reduction="none", filter_eps=None, impl=implementation
+        )
         return F.softplus(rest + wide @ negatives[0].float() - positive_logit).mean()
 
     return loss
@@ -116,7 +127,9 @@ def liger(sizes: Sizes, dtype: torch.dtype) -> Loss:
         # Rows stay multiples of 8 long, as tensor cores want them.
         classes = F.pad(negatives, (0, 8, 0, 1))
         classes[size, dim] = 1.0
-        return cross_entropy(classes, F.pad(torch.cat([scaled, positive_logit], dim=1), (0, 7)), target[0])
+        return cross_entropy(
+            classes, F.pad(torch.cat([scaled, positive_logit], dim=1), (0, 7)), target[0]
+        )
 
     return loss
 
@@ -142,7 +155,11 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
     """Every way by name; `compiling` includes those that torch.compile has to build first."""
     other = torch.float32 if dtype != torch.float32 else torch.bfloat16
     suffix = str(other).removeprefix("torch.")
-    slow = "16-bit products are fast on" if dtype == torch.float32 else "the comparison between types is for"
+    slow = (
+        "16-bit products are fast on"
+        if dtype == torch.float32
+        else "the comparison between types is for"
+    )
     peers = {
         **OURS,
         **BASELINE,
@@ -172,11 +189,15 @@ def prepared(
         own = peer.writes or peer.dtype is not None
         try:
             loss = peer.build(sizes, peer.dtype or dtype)
-            step = step_over(loss, input_sets(sizes, peer.dtype or dtype, device, sets) if own else shared)
+            step = step_over(
+                loss, input_sets(sizes, peer.dtype or dtype, device, sets) if own else shared
+            )
             step()
         except Unavailable as error:
             skipped[name] = str(error)
-        except Exception as error:  # whatever its tool chain raises, the other sides are still worth a table
+        except (
+            Exception
+        ) as error:  # whatever its tool chain raises, the other sides are still worth a table
             if name in OURS or name in BASELINE:
                 raise
             skipped[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -197,13 +218,17 @@ def step_over(loss: Loss, sets: Iterable[Inputs]) -> Step:
     return step
 
 
-def input_sets(sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int) -> Sequence[Inputs]:
+def input_sets(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int
+) -> Sequence[Inputs]:
     """Random inputs, the negatives of unit length, the same at every call."""
     n, k, c = sizes
     generator = torch.Generator(device).manual_seed(0)
     result = []
     for _ in range(sets):
-        query, positive, negatives = (torch.randn(rows, c, generator=generator, device=device) for rows in (n, n, k))
+        query, positive, negatives = (
+            torch.randn(rows, c, generator=generator, device=device) for rows in (n, n, k)
+        )
         negatives = F.normalize(negatives).to(dtype)
         result.append((query.to(dtype).requires_grad_(), positive.to(dtype), negatives))
     return result

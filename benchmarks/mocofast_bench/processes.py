@@ -29,16 +29,25 @@ def on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
     makes of a model (DistributedDataParallel) ends with it, before the group does: see `distributed.shutdown`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (function, world_size, free_port(), folder), nprocs=world_size)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+        torch.multiprocessing.spawn(
+            _work, (function, world_size, free_port(), folder), nprocs=world_size
+        )
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
 
 
-def _work(rank: int, function: Callable[[int], Any], world_size: int, port: int, folder: str) -> None:
+def _work(
+    rank: int, function: Callable[[int], Any], world_size: int, port: int, folder: str
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_from_environment("cpu")
-    if not dist.is_initialized():  # one process alone: DistributedDataParallel asks for a group even there
+    if (
+        not dist.is_initialized()
+    ):  # one process alone: DistributedDataParallel asks for a group even there
         dist.init_process_group("gloo")
     torch.save(function(rank), Path(folder) / f"{rank}.pt")
     distributed.shutdown()

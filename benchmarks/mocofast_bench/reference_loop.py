@@ -42,7 +42,10 @@ class ReferenceMoCo(nn.Module):
 
     def __init__(self, model: MoCo) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.encoder_q, self.encoder_k = (
+            copy.deepcopy(model.encoder_q),
+            copy.deepcopy(model.encoder_k),
+        )
         self.momentum, self.temperature = model.momentum, model.temperature
         self.register_buffer("queue", model.queue.float().t().contiguous())
         self.register_buffer("queue_ptr", model.queue_ptr.clone())
@@ -75,7 +78,9 @@ class ReferenceMoCo(nn.Module):
         keys = gather(k)  # the same keys for the second time
         size, pointer = self.queue.shape[1], int(self.queue_ptr)
         if size % len(keys):
-            raise ValueError(f"queue must be a multiple of the batch: got {size} keys and batches of {len(keys)}")
+            raise ValueError(
+                f"queue must be a multiple of the batch: got {size} keys and batches of {len(keys)}"
+            )
         self.queue[:, pointer : pointer + len(keys)] = keys.t()
         self.queue_ptr[0] = (pointer + len(keys)) % size
 
@@ -95,7 +100,9 @@ def own_rows(count: int) -> slice:
     return slice(rank * count, (rank + 1) * count)
 
 
-def reference_step(model: nn.Module, views: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> float:
+def reference_step(
+    model: nn.Module, views: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer
+) -> float:
     """One step on normalised float views (N, 3, S, S) each; the loss, for which it waits as the reference does.
 
     model: ReferenceMoCo, or DistributedDataParallel around it.
@@ -104,7 +111,10 @@ def reference_step(model: nn.Module, views: tuple[Tensor, Tensor], optimizer: to
     loss = F.cross_entropy(logits, labels)
     with torch.no_grad():
         hits = logits.topk(5, dim=1).indices == labels[:, None]
-        _ = hits[:, :1].float().sum() / len(hits), hits.float().sum() / len(hits)  # Acc@1 and Acc@5, read when logged
+        _ = (
+            hits[:, :1].float().sum() / len(hits),
+            hits.float().sum() / len(hits),
+        )  # Acc@1 and Acc@5, read when logged
     value = loss.item()
     optimizer.zero_grad()
     loss.backward()
@@ -119,7 +129,10 @@ class StrongMoCo(nn.Module):
 
     def __init__(self, model: MoCo) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.encoder_q, self.encoder_k = (
+            copy.deepcopy(model.encoder_q),
+            copy.deepcopy(model.encoder_k),
+        )
         self.momentum, self.temperature = model.momentum, model.temperature
         self.register_buffer("queue", model.queue.clone())
         self.pointer = int(model.queue_ptr)
@@ -144,18 +157,25 @@ class StrongMoCo(nn.Module):
 
     def enqueue(self, keys: Tensor) -> None:
         """Writes keys (N, C) in the place of the oldest. After backward, which still reads the queue."""
-        rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device) % len(self.queue)
+        rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device) % len(
+            self.queue
+        )
         self.queue[rows] = keys.to(self.queue.dtype)
         self.pointer = (self.pointer + len(keys)) % len(self.queue)
 
 
 def strong_step(
-    model: StrongMoCo, views: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, autocast: torch.autocast
+    model: StrongMoCo,
+    views: tuple[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    autocast: torch.autocast,
 ) -> Tensor:
     """One step on normalised float views; (3,) loss, Acc@1 and Acc@5 on the device, without waiting."""
     with autocast:
         logits, keys = model(*views)
-        loss = F.cross_entropy(logits, torch.zeros(len(keys), dtype=torch.int64, device=keys.device))
+        loss = F.cross_entropy(
+            logits, torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -170,7 +190,9 @@ def plain_sgd(
 ) -> torch.optim.SGD:
     """SGD on all trainable parameters; foreach=None leaves to PyTorch whether it groups its updates."""
     trainable = [p for p in parameters if p.requires_grad]
-    return torch.optim.SGD(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=foreach)
+    return torch.optim.SGD(
+        trainable, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=foreach
+    )
 
 
 class ReferenceLoader:
@@ -220,7 +242,11 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
             transforms.RandomResizedCrop(augment.size, augment.crop_scale),
             *([transforms.RandomRotation(augment.rotate)] if augment.rotate else []),
             *((gray, jitter) if augment.gray_first else (jitter, gray)),
-            *([transforms.RandomApply([_Blur(augment.blur_sigma)], augment.blur)] if augment.blur else []),
+            *(
+                [transforms.RandomApply([_Blur(augment.blur_sigma)], augment.blur)]
+                if augment.blur
+                else []
+            ),
             transforms.RandomHorizontalFlip(augment.flip),
             transforms.ToTensor(),
             transforms.Normalize(augment.mean, augment.std),

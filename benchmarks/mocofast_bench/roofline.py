@@ -34,7 +34,9 @@ class GPU(NamedTuple):
 
     name: str
     processors: int
-    matrix_rate: float  # bfloat16 operations a second that the whole GPU sustains in a large product
+    matrix_rate: (
+        float  # bfloat16 operations a second that the whole GPU sustains in a large product
+    )
     bandwidth: float  # bytes a second that a copy moves, read and written
     matrix: int  # dense bfloat16 operations a clock
     lanes: int  # float32 instructions of one thread a clock
@@ -102,7 +104,9 @@ class Prediction(NamedTuple):
     operations: int
     time: float
     memory: float
-    arithmetic: float = 0.0  # that `operations` take at the full rate of their unit; with `memory`, the floor
+    arithmetic: float = (
+        0.0  # that `operations` take at the full rate of their unit; with `memory`, the floor
+    )
     matrix: float = 0.0
     issue: float = 0.0
     special: float = 0.0
@@ -112,7 +116,10 @@ class Prediction(NamedTuple):
     @property
     def limit(self) -> str:
         """The resource that takes longest."""
-        return max(("matrix", "issue", "special", "float32", "l2", "memory"), key=lambda name: getattr(self, name))
+        return max(
+            ("matrix", "issue", "special", "float32", "l2", "memory"),
+            key=lambda name: getattr(self, name),
+        )
 
 
 def residents(report: Report, gpu: GPU) -> int:
@@ -131,7 +138,11 @@ def traffic(launch: Launch) -> int:
     if "sizes" in given:
         touches = {**TOUCHES, "PARAM": 1} if kernel == "_squares_kernel" else TOUCHES
         types = {name: launch.constants.get(name) for name in touches}
-        width = sum(touches[name] * kind.primitive_bitwidth // 8 for name, kind in types.items() if kind is not None)
+        width = sum(
+            touches[name] * kind.primitive_bitwidth // 8
+            for name, kind in types.items()
+            if kind is not None
+        )
         return int(given["sizes"].sum()) * width
     tensors = {id(x): x.numel() * x.element_size() for x in given.values() if isinstance(x, Tensor)}
     total = sum(tensors.values())
@@ -152,7 +163,12 @@ def operations(launch: Launch) -> int:
     """Floating-point operations that the mathematics asks for, without padding."""
     kernel, given = launch.kernel.__name__, launch.arguments
     if _is_product(launch):
-        return (4 if launch.constants.get("GRAD", True) else 2) * given["N"] * given["K"] * launch.constants["C"]
+        return (
+            (4 if launch.constants.get("GRAD", True) else 2)
+            * given["N"]
+            * given["K"]
+            * launch.constants["C"]
+        )
     name, each = OPERATIONS.get(kernel, ("", 0))
     if not name or given[name] is None:
         return 0
@@ -169,12 +185,16 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     if not _is_product(launch):
         code = 0 if report.loop else report.instructions
         issue = programs * report.warps * code / 4 / gpu.processors / gpu.clock
-        return Prediction(programs, resident, moved, counted, max(memory, issue), memory, issue=issue)
+        return Prediction(
+            programs, resident, moved, counted, max(memory, issue), memory, issue=issue
+        )
     rounds, resources = _round(launch, report, gpu)
     alone = resources[0] + max(resources[1:4])
 
     def wave(side_by_side: int) -> float:
-        return (rounds + EXTRA_ROUNDS) * max(alone, *(side_by_side * clocks for clocks in resources))
+        return (rounds + EXTRA_ROUNDS) * max(
+            alone, *(side_by_side * clocks for clocks in resources)
+        )
 
     full, rest = divmod(programs, gpu.processors * resident)
     clocks = full * wave(resident) + (wave(-(-rest // gpu.processors)) if rest else 0.0)
@@ -186,7 +206,18 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
         rate /= 2
     time, arithmetic = max(memory, clocks / gpu.clock), counted / rate
     return Prediction(
-        programs, resident, moved, counted, time, memory, arithmetic, matrix, issue, special, float32, l2
+        programs,
+        resident,
+        moved,
+        counted,
+        time,
+        memory,
+        arithmetic,
+        matrix,
+        issue,
+        special,
+        float32,
+        l2,
     )
 
 
@@ -195,13 +226,19 @@ def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
     constants, given = launch.constants, launch.arguments
     threads = 32 * report.warps
     if "STAY" in constants:
-        stay, stream, rounds = constants["STAY"], constants["STREAM"], -(-given["N"] // constants["STREAM"])
+        stay, stream, rounds = (
+            constants["STAY"],
+            constants["STREAM"],
+            -(-given["N"] // constants["STREAM"]),
+        )
         streamed = given["operand"]
     else:
         stay, stream, rounds = constants["BLOCK_N"], constants["BLOCK_K"], given["tiles_per_split"]
         streamed = given["negatives"]
     chunks = -(-constants["C"] // constants["BLOCK_C"])
-    columns = chunks * constants["BLOCK_C"] + (constants["OUT_C"] if constants.get("GRAD", True) else 0)
+    columns = chunks * constants["BLOCK_C"] + (
+        constants["OUT_C"] if constants.get("GRAD", True) else 0
+    )
     clocks = 2 * stay * stream * columns / gpu.matrix
     if constants["PRECISION"] == "tf32":
         clocks *= 2
@@ -209,7 +246,9 @@ def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
         clocks = 0.0
     # A row in chunks is read again for the second product, and so are the rows that stay.
     row = streamed.element_size() * (columns if chunks > 1 else constants["BLOCK_C"])
-    read = stream * row + (stay * chunks * constants["BLOCK_C"] * streamed.element_size() if chunks > 1 else 0)
+    read = stream * row + (
+        stay * chunks * constants["BLOCK_C"] * streamed.element_size() if chunks > 1 else 0
+    )
     return rounds, [
         clocks,
         report.loop * report.warps / 4,

@@ -67,7 +67,9 @@ class Cluster:
     latency: float = 15e-6  # seconds per level of a collective's tree, log2(ranks) levels
     message: float = 1e-6  # seconds per peer in an all-to-all
     bucket: float = 25e6  # bytes: DDP's last bucket, which nothing is left to hide
-    images_per_second: float = 5259.0  # per GPU, encoders only: MLPerf's 7,012 on an H100 x 3/4 for the key forward
+    images_per_second: float = (
+        5259.0  # per GPU, encoders only: MLPerf's 7,012 on an H100 x 3/4 for the key forward
+    )
 
     def nodes(self, ranks: int) -> int:
         return max(1, ranks // self.per_node)
@@ -75,19 +77,29 @@ class Cluster:
     def all_gather(self, ranks: int, own: float) -> float:
         """Seconds until every rank has the `own` bytes of all: over each port those of its peers in other nodes."""
         remote = self.nodes(ranks) - 1
-        return remote * own / self.network + (ranks - 1 - remote) * own / self.inside + self._levels(ranks)
+        return (
+            remote * own / self.network
+            + (ranks - 1 - remote) * own / self.inside
+            + self._levels(ranks)
+        )
 
     def all_to_all(self, ranks: int, own: float, peers: float) -> float:
         """Seconds to spread `own` bytes evenly over all ranks, in messages to `peers` of them."""
         outside = max(0, ranks - self.per_node) / ranks
         inside = (min(ranks, self.per_node) - 1) / ranks
-        return own * (outside / self.network + inside / self.inside) + self.latency + peers * self.message
+        return (
+            own * (outside / self.network + inside / self.inside)
+            + self.latency
+            + peers * self.message
+        )
 
     def all_reduce(self, ranks: int, size: float) -> float:
         """Seconds to sum `size` bytes: inside the nodes, then each GPU its share over its port, then inside again."""
         nodes, group = self.nodes(ranks), min(ranks, self.per_node)
         ring = 2 * (group - 1) / group * size / self.inside
-        return ring + 2 * (nodes - 1) / nodes * size / group / self.network + 2 * self._levels(ranks)
+        return (
+            ring + 2 * (nodes - 1) / nodes * size / group / self.network + 2 * self._levels(ranks)
+        )
 
     def broadcast(self, ranks: int, size: float) -> float:
         """Seconds for `size` bytes from one rank to all, a node's ports together."""
@@ -133,7 +145,10 @@ def compute(step: Step, cluster: Cluster) -> float:
 def efficiency(step: Step, cluster: Cluster) -> dict[str, float]:
     """Throughput per GPU relative to a GPU that exchanges nothing."""
     alone = compute(step, cluster)
-    return {side: alone / (alone + sum(parts.values())) for side, parts in exposed(step, cluster).items()}
+    return {
+        side: alone / (alone + sum(parts.values()))
+        for side, parts in exposed(step, cluster).items()
+    }
 
 
 def moco_v2() -> Step:
@@ -149,7 +164,9 @@ def moco_v2() -> Step:
         pixels=3 * config.augment.size**2,
         dim=config.model.dim,
         parameters=sum(p.numel() for p in model.encoder_q.parameters()),
-        buffers=sum(b.numel() * b.element_size() for name, b in model.named_buffers() if "pixel" not in name),
+        buffers=sum(
+            b.numel() * b.element_size() for name, b in model.named_buffers() if "pixel" not in name
+        ),
     )
 
 
@@ -157,7 +174,11 @@ def shown(size: float) -> str:
     """Bytes with three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 1e3 * scale else f"{size / scale:,.0f} {unit}"
+            return (
+                f"{size / scale:.3g} {unit}"
+                if size < 1e3 * scale
+                else f"{size / scale:,.0f} {unit}"
+            )
     return f"{size:.0f} B"
 
 
@@ -198,7 +219,11 @@ def tables(base: Step, cluster: Cluster) -> str:
             rest = sum(reference.values()) - reference["images"]
             times = [ours["images"], ours["keys"], ours["gradients"]]
             cells = [str(ranks), *(f"{1e3 * t:.2f}" for t in times), f"{share['mocofast']:.1%}"]
-            cells += [f"{1e3 * reference['images']:,.2f}", f"{1e3 * rest:.2f}", f"{share['reference']:.1%}"]
+            cells += [
+                f"{1e3 * reference['images']:,.2f}",
+                f"{1e3 * rest:.2f}",
+                f"{share['reference']:.1%}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     rate = cluster.images_per_second
@@ -235,14 +260,26 @@ def draw(base: Step, cluster: Cluster, out: Path) -> None:
         ("mocofast", "gradients", gray, "-"),
     ):
         label = "gradients, both" if purpose == "gradients" else f"{purpose}, {side}"
-        bytes_axes.plot(RANKS, [row[side][purpose] / 1e6 for row in rows], color=color, linestyle=style, label=label)
-    bytes_axes.set(yscale="log", ylabel="MB received by a rank in a step", title=f"{base.batch} images per GPU")
+        bytes_axes.plot(
+            RANKS,
+            [row[side][purpose] / 1e6 for row in rows],
+            color=color,
+            linestyle=style,
+            label=label,
+        )
+    bytes_axes.set(
+        yscale="log", ylabel="MB received by a rank in a step", title=f"{base.batch} images per GPU"
+    )
     for batch, style in zip(BATCHES, ("--", "-")):
         shares = [efficiency(replace(step, batch=batch), cluster) for step in steps]
         for side, color in zip(SIDES, (blue, orange)):
             label = f"{side}, {batch} images per GPU"
-            share_axes.plot(RANKS, [s[side] for s in shares], color=color, linestyle=style, label=label)
-    share_axes.set(ylim=(0, 1.02), ylabel="throughput per GPU, of one alone", title="Weak scaling (modelled)")
+            share_axes.plot(
+                RANKS, [s[side] for s in shares], color=color, linestyle=style, label=label
+            )
+    share_axes.set(
+        ylim=(0, 1.02), ylabel="throughput per GPU, of one alone", title="Weak scaling (modelled)"
+    )
     share_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (bytes_axes, share_axes):
         axes.set_xscale("log", base=2)
@@ -257,7 +294,9 @@ def draw(base: Step, cluster: Cluster, out: Path) -> None:
 
 def rewritten(text: str, content: str) -> str:
     """The document with `content` between its markers."""
-    return re.sub(r"(?s)(<!-- tables -->\n).*(\n<!-- end -->)", lambda m: m[1] + content + m[2], text)
+    return re.sub(
+        r"(?s)(<!-- tables -->\n).*(\n<!-- end -->)", lambda m: m[1] + content + m[2], text
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ from mocofast.methods.moco import MoCo, build
 from mocofast.models.pixels import prepare_images
 from mocofast.train.engine import Engine, choose_mode
 from mocofast.train.optimizer import optimizer_of
-from mocofast_bench.reference_loop import ReferenceMoCo, StrongMoCo, plain_sgd, reference_step, strong_step
+from mocofast_bench.reference_loop import (
+    ReferenceMoCo,
+    StrongMoCo,
+    plain_sgd,
+    reference_step,
+    strong_step,
+)
 
 Step = Callable[[], Any]
 
@@ -41,11 +47,16 @@ def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two batches (B, 3, S, S) uint8, channels-last, as our loaders give them. Noise: a step's time is the same."""
     generator = torch.Generator().manual_seed(1)
     shape = (config.data.batch_size, config.augment.size, config.augment.size, 3)
-    im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(2))
+    im_q, im_k = (
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        for _ in range(2)
+    )
     return im_q.permute(0, 3, 1, 2), im_k.permute(0, 3, 1, 2)
 
 
-def float_views(model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+def float_views(
+    model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format
+) -> tuple[Tensor, Tensor]:
     """The same images normalised, (B, 3, S, S) float32, as a plain DataLoader gives them."""
     im_q, im_k = (normalised(model, view).contiguous(memory_format=layout) for view in views)
     return im_q, im_k
@@ -64,7 +75,14 @@ def our_engine(config: Config, device: torch.device, mode: str | None = None) ->
     model = fresh_model(config, device)
     autocast = choose_autocast(config.train.precision, device)
     parts = config.train.accumulate
-    return Engine(mode, model, optimizer_of(model, config.optim), autocast, parts, config.data.batch_size // parts)
+    return Engine(
+        mode,
+        model,
+        optimizer_of(model, config.optim),
+        autocast,
+        parts,
+        config.data.batch_size // parts,
+    )
 
 
 def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Step:
@@ -100,7 +118,9 @@ def lightly(config: Config, device: torch.device) -> Step:
     model = fresh_model(config, device)
     im_q, im_k = float_views(model, pixel_views(config, device), torch.channels_last)
     query, key = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
-    criterion = NTXentLoss(config.model.temperature, (config.model.queue_size, config.model.dim)).to(device)
+    criterion = NTXentLoss(
+        config.model.temperature, (config.model.queue_size, config.model.dim)
+    ).to(device)
     optimizer = plain_sgd(query.parameters(), config.optim, foreach=True)
     autocast = choose_autocast(config.train.precision, device)
 

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECIPE = "moco_v2_r50_200ep"
-SMALL = {"model.arch": "resnet18_cifar", "augment.size": 32, "data.batch_size": 32, "model.queue_size": 4096}
+SMALL = {
+    "model.arch": "resnet18_cifar",
+    "augment.size": 32,
+    "data.batch_size": 32,
+    "model.queue_size": 4096,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -48,21 +53,37 @@ def add_model_arguments(
 ) -> None:
     """The recipe and what may differ from it. small: settings on a CPU where no recipe is asked for."""
     sizes = ", ".join(f"{name.split('.')[1]} {value}" for name, value in small.items())
-    parser.add_argument("--recipe", help=f"whose model and batch (default: {RECIPE}; on a CPU with {sizes})")
+    parser.add_argument(
+        "--recipe", help=f"whose model and batch (default: {RECIPE}; on a CPU with {sizes})"
+    )
     parser.add_argument("--arch", dest="model.arch", help="encoder, in place of the recipe's")
-    parser.add_argument("--size", dest="augment.size", type=positive, help="side of a view, in pixels")
+    parser.add_argument(
+        "--size", dest="augment.size", type=positive, help="side of a view, in pixels"
+    )
     parser.add_argument("--batch", dest="data.batch_size", type=positive, help="images in a step")
     parser.add_argument(
-        "--queue", dest="model.queue_size", type=positive, help="negative keys, a multiple of --batch"
+        "--queue",
+        dest="model.queue_size",
+        type=positive,
+        help="negative keys, a multiple of --batch",
     )
 
 
-def configured(arguments: argparse.Namespace, device: torch.device, small: dict[str, Any]) -> Config:
+def configured(
+    arguments: argparse.Namespace, device: torch.device, small: dict[str, Any]
+) -> Config:
     """The configuration that `add_model_arguments` describe, in one process; ConfigError where none can use it."""
     config = load_recipe(arguments.recipe or RECIPE)
     if arguments.recipe is None and device.type != "cuda":
         apply(config, small)
-    apply(config, {name: value for name, value in vars(arguments).items() if "." in name and value is not None})
+    apply(
+        config,
+        {
+            name: value
+            for name, value in vars(arguments).items()
+            if "." in name and value is not None
+        },
+    )
     if config.model.queue_size % config.data.batch_size:
         raise ConfigError(
             f"--queue must be a multiple of --batch, which the reference demands: got {config.model.queue_size} keys "
@@ -82,7 +103,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     steps: dict[str, Step] = {}
     skipped: dict[str, str] = {}
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
-    left_out = {f"engine {other}" for other in MODES if other == mode or other not in arguments.modes}
+    left_out = {
+        f"engine {other}" for other in MODES if other == mode or other not in arguments.modes
+    }
     for name, build in SIDES.items():
         if name in left_out:
             continue
@@ -90,7 +113,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             steps[name] = build(config, device)
         except (ImportError, ConfigError) as error:
             skipped[name] = str(error)
-    alone = {name: timing.in_fresh_process(measured_alone, name, config, str(device)) for name in steps}
+    alone = {
+        name: timing.in_fresh_process(measured_alone, name, config, str(device)) for name in steps
+    }
     steps["encoders only"] = encoders_only(config, device)
     with FlopCounterMode(display=False) as counter:
         steps["encoders only"]()
@@ -134,14 +159,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "images_per_second": {name: round(batch / t.median, 2) for name, t in times.items()},
         "milliseconds": {name: round(1e3 * t.median, 4) for name, t in times.items()},
-        "quartiles": {name: [round(1e3 * value, 4) for value in t[1:]] for name, t in times.items()},
+        "quartiles": {
+            name: [round(1e3 * value, 4) for value in t[1:]] for name, t in times.items()
+        },
         "speedup": {name: round(times[name].median / ours, 3) for name in alone},
         "over_encoders_only": round(ours / floor, 3),
-        "first_step_seconds": {name: round(values.first_step_seconds, 3) for name, values in alone.items()},
+        "first_step_seconds": {
+            name: round(values.first_step_seconds, 3) for name, values in alone.items()
+        },
         "extra_bytes": {name: values.extra_bytes for name, values in alone.items()},
         "cores": {name: round(values.cores, 3) for name, values in alone.items()},
         "breakdown_milliseconds": {name: round(value, 4) for name, value, _ in profile.bars()},
-        "floor_milliseconds": {name: round(floor, 4) for name, _, floor in profile.bars() if floor is not None},
+        "floor_milliseconds": {
+            name: round(floor, 4) for name, _, floor in profile.bars() if floor is not None
+        },
         "host_synchronisations": waits,
         "encoder_flops": flops,
         "gflops": round(flops / ours / 1e9, 1),
@@ -152,7 +183,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def draw(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
-    from mocofast.plots import Bar, draw_sides  # here, so that processes that measure start without matplotlib
+    from mocofast.plots import (
+        Bar,
+        draw_sides,
+    )  # here, so that processes that measure start without matplotlib
 
     quantities = {
         "images/s": {name: row["images_per_second"][name] for name in row["speedup"]},
@@ -161,7 +195,9 @@ def draw(row: dict[str, Any]) -> Figure:
     }
     title = f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     floors = row["floor_milliseconds"]
-    parts = [Bar(name, value, floors.get(name)) for name, value in row["breakdown_milliseconds"].items()]
+    parts = [
+        Bar(name, value, floors.get(name)) for name, value in row["breakdown_milliseconds"].items()
+    ]
     return draw_sides(title, quantities, parts)
 
 
@@ -183,7 +219,9 @@ class Alone(NamedTuple):
     """A side in a process of its own."""
 
     first_step_seconds: float  # with what is compiled and loaded for it; the model is there
-    extra_bytes: int | None  # at the peak of a step, beyond weights, optimiser state, queue and the images
+    extra_bytes: (
+        int | None
+    )  # at the peak of a step, beyond weights, optimiser state, queue and the images
     cores: float  # CPU time of a step over its duration
 
 
@@ -209,10 +247,14 @@ class HostSynchronisations(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        to_host = name == "_to_copy" and result.device.type == "cpu" and args[0].device.type != "cpu"
+        to_host = (
+            name == "_to_copy" and result.device.type == "cpu" and args[0].device.type != "cpu"
+        )
         self.count += name in WAITING or to_host
         return result
 

@@ -33,12 +33,22 @@ TITLES = {"n": "queries N", "k": "negatives K", "c": "dimension C"}
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The sizes, and where results go."""
-    parser.add_argument("folder", type=Path, help="gets sweep.jsonl, time.png, memory.png and floor.png")
+    parser.add_argument(
+        "folder", type=Path, help="gets sweep.jsonl, time.png, memory.png and floor.png"
+    )
     for axis in AXES:
-        parser.add_argument(f"--{axis}", type=positive, nargs="+", help=f"{TITLES[axis]} to go through")
-    parser.add_argument("--middle", type=positive, nargs=3, metavar=("N", "K", "C"), help="what the others stay at")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to build")
+        parser.add_argument(
+            f"--{axis}", type=positive, nargs="+", help=f"{TITLES[axis]} to go through"
+        )
+    parser.add_argument(
+        "--middle", type=positive, nargs=3, metavar=("N", "K", "C"), help="what the others stay at"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile has to build"
+    )
     parser.set_defaults(repeats=7)
 
 
@@ -46,11 +56,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write rows and plots, return a summary."""
     device, dtype = timing.choose_device(arguments.device), DTYPES[arguments.dtype]
     middle, axes = chosen(arguments, device)
-    peers = {n: p for n, p in all_peers(dtype, compiling=not arguments.no_compile).items() if n != "with rank"}
-    cases = sorted({case for values in axes.values() for case in values}, key=lambda sizes: sizes[0] * sizes[1])
+    peers = {
+        n: p
+        for n, p in all_peers(dtype, compiling=not arguments.no_compile).items()
+        if n != "with rank"
+    }
+    cases = sorted(
+        {case for values in axes.values() for case in values}, key=lambda sizes: sizes[0] * sizes[1]
+    )
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    where = "a GPU" if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads, with smaller sizes"
-    print(f"{timing.device_name(device)}: {where}; {len(cases)} problems around N, K, C = {middle}", flush=True)
+    where = (
+        "a GPU"
+        if device.type == "cuda"
+        else f"a CPU, {torch.get_num_threads()} threads, with smaller sizes"
+    )
+    print(
+        f"{timing.device_name(device)}: {where}; {len(cases)} problems around N, K, C = {middle}",
+        flush=True,
+    )
     rows = []
     for sizes in cases:
         row = measured(peers, sizes, dtype, device, arguments.repeats)
@@ -83,14 +106,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen(arguments: argparse.Namespace, device: torch.device) -> tuple[Sizes, dict[str, list[Sizes]]]:
+def chosen(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[Sizes, dict[str, list[Sizes]]]:
     """The middle, and by axis the problems along it: those asked for, or those for this kind of device."""
     kind = "cuda" if device.type == "cuda" else "cpu"
     n, k, c = arguments.middle or MIDDLE[kind]
     axes = {}
     for i, axis in enumerate(AXES):
         values = sorted(set(getattr(arguments, axis) or VALUES[kind][i]))
-        axes[axis] = [(value if i == 0 else n, value if i == 1 else k, value if i == 2 else c) for value in values]
+        axes[axis] = [
+            (value if i == 0 else n, value if i == 1 else k, value if i == 2 else c)
+            for value in values
+        ]
     return (n, k, c), axes
 
 
@@ -103,7 +131,10 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
 
     quantities: dict[str, tuple[str, Callable[[dict[str, Any], str], float | None]]] = {
         "time": ("milliseconds", shortest),
-        "memory": ("peak extra memory, MB", lambda row, name: (row["extra_bytes"].get(name) or 0) / 1e6 or None),
+        "memory": (
+            "peak extra memory, MB",
+            lambda row, name: (row["extra_bytes"].get(name) or 0) / 1e6 or None,
+        ),
         "floor": ("fraction of the floor", fraction_of_floor),
     }
     by_sizes = {(row["n"], row["k"], row["c"]): row for row in rows}
@@ -117,12 +148,25 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
                 if points:  # memory is not measured on every system
                     width = 2.6 if name == "mocofast" else 1.3
                     panel.plot(
-                        *zip(*points), marker="o", markersize=4, linewidth=width, color=f"C{color}", label=name
+                        *zip(*points),
+                        marker="o",
+                        markersize=4,
+                        linewidth=width,
+                        color=f"C{color}",
+                        label=name,
                     )
             if file == "time":
                 floors = [row["floor_milliseconds"] for row in along]
-                panel.plot([row[axis] for row in along], floors, color="gray", linestyle="--", label="floor")
-            fixed = ", ".join(f"{other.upper()} {along[0][other]}" for other in AXES if other != axis)
+                panel.plot(
+                    [row[axis] for row in along],
+                    floors,
+                    color="gray",
+                    linestyle="--",
+                    label="floor",
+                )
+            fixed = ", ".join(
+                f"{other.upper()} {along[0][other]}" for other in AXES if other != axis
+            )
             panel.set(xscale="log", xlabel=TITLES[axis], title=fixed)
             panel.set_xticks([row[axis] for row in along], [short(row[axis]) for row in along])
             panel.xaxis.set_minor_formatter(NullFormatter())

@@ -20,7 +20,9 @@ class TensorPairs(Dataset[tuple[Tensor, Tensor]]):
         self._source = source
         jitter = v2.RandomApply([v2.ColorJitter(*augment.jitter)], augment.jitter_p)
         gray = v2.RandomGrayscale(augment.gray)
-        kernel = augment.size // 10 | 1  # 23 at 224 pixels, as SimCLR (Chen et al. 2020, arXiv:2002.05709) has it
+        kernel = (
+            augment.size // 10 | 1
+        )  # 23 at 224 pixels, as SimCLR (Chen et al. 2020, arXiv:2002.05709) has it
         blur = v2.GaussianBlur(kernel, augment.blur_sigma)
         self._transform = v2.Compose(
             [

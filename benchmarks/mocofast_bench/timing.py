@@ -33,7 +33,9 @@ class Timing(NamedTuple):
     high: float  # third quartile
 
 
-def interleaved(candidates: dict[Key, Callable[[], Any]], repeats: int, device: torch.device) -> dict[Key, Timing]:
+def interleaved(
+    candidates: dict[Key, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[Key, Timing]:
     """Time every candidate once per round, in random order, so that a slow spell of the machine hits all alike."""
     calls = {}
     for name, function in candidates.items():
@@ -50,7 +52,9 @@ def interleaved(candidates: dict[Key, Callable[[], Any]], repeats: int, device: 
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:
-    if calls > 1:  # a short one's first call would mostly time the cache that its predecessor has filled
+    if (
+        calls > 1
+    ):  # a short one's first call would mostly time the cache that its predecessor has filled
         function()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -101,7 +105,9 @@ def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that earlier calls freed is reused unseen
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # else memory that earlier calls freed is reused unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         return None
@@ -123,7 +129,9 @@ def resident_memory(own: bool = True) -> int | None:
         except OSError:
             return None
         # Without the pages of files: libraries, whose shares change with whatever else runs on the machine.
-        total += sum(1024 * int(found) for found in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text))
+        total += sum(
+            1024 * int(found) for found in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text)
+        )
     return total
 
 

@@ -29,15 +29,26 @@ from mocofast_bench.step import add_model_arguments, configured
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMALL = {"model.arch": "resnet18", "augment.size": 64, "data.batch_size": 32, "model.queue_size": 4096}
+SMALL = {
+    "model.arch": "resnet18",
+    "augment.size": 64,
+    "data.batch_size": 32,
+    "model.queue_size": 4096,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The images, the model, and how long."""
-    parser.add_argument("path", nargs="?", help=f"a folder of images; without it, those of {DEFAULT_RECIPE}")
+    parser.add_argument(
+        "path", nargs="?", help=f"a folder of images; without it, those of {DEFAULT_RECIPE}"
+    )
     add_model_arguments(parser, positive, SMALL)
-    parser.add_argument("--steps", type=positive, default=8, help="timed in a round (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=-1, help="threads or processes; -1: the cores there are")
+    parser.add_argument(
+        "--steps", type=positive, default=8, help="timed in a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="threads or processes; -1: the cores there are"
+    )
     parser.set_defaults(repeats=3)
 
 
@@ -56,7 +67,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     BatchSlice(batch).steps(len(source))  # too few images are an error here, not in a worker
     torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
 
-    memory = {name: timing.in_fresh_process(memory_of, name, source, config, str(device)) for name in SIDES}
+    memory = {
+        name: timing.in_fresh_process(memory_of, name, source, config, str(device))
+        for name in SIDES
+    }
     sides = {name: build(source, config, device) for name, build in SIDES.items()}
     rounds = in_turns(sides, arguments.repeats, arguments.steps, batch, device)
     middle = medians(rounds)
@@ -66,7 +80,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, batches of {batch}, "
         f"loader {loader}"
     )
-    print(f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds")
+    print(
+        f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds"
+    )
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
     print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
     for name, median in middle.items():
@@ -74,7 +90,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(
             f"{name:12}{rate[name]:10.1f}{f'{min(rates):.1f}, {max(rates):.1f}':>18}"
             f"{rate[name] / rate['reference']:12.2f}{median.time_to_first_step:14.2f}{median.data_wait:6.0%}"
-            f"{median.cores:7.2f}" + (f"{extra / 1e6:10.0f}" if (extra := memory[name]) is not None else "")
+            f"{median.cores:7.2f}"
+            + (f"{extra / 1e6:10.0f}" if (extra := memory[name]) is not None else "")
         )
     return {
         "benchmark": "train",
@@ -101,12 +118,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def draw(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
-    from mocofast.plots import draw_sides  # here, so that processes that measure start without matplotlib
+    from mocofast.plots import (
+        draw_sides,
+    )  # here, so that processes that measure start without matplotlib
 
     quantities = {
         "images/s": row["images_per_second"],
         "time to first step, s": row["time_to_first_step"],
-        "wait for data, % of the time": {name: 100 * share for name, share in row["data_wait"].items()},
+        "wait for data, % of the time": {
+            name: 100 * share for name, share in row["data_wait"].items()
+        },
         "CPU cores in use": row["cores"],
         "peak memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
@@ -141,7 +162,12 @@ def ours(source: Source, config: Config, device: torch.device) -> Side:
     def start() -> Any:
         augments = view_augments(config.augment, 2)
         return build_loader(
-            source, config.data, augments, BatchSlice(config.data.batch_size), config.train.seed, device
+            source,
+            config.data,
+            augments,
+            BatchSlice(config.data.batch_size),
+            config.train.seed,
+            device,
         )
 
     def step(batch: Batch) -> None:
@@ -159,7 +185,12 @@ def reference(source: Source, config: Config, device: torch.device) -> Side:
         im_q, im_k = (view.to(device, non_blocking=True) for view in views)
         reference_step(plain, (im_q, im_k), optimizer)
 
-    return Side(lambda: ReferenceLoader(source, config.augment, config.data.batch_size, config.data.workers), step)
+    return Side(
+        lambda: ReferenceLoader(
+            source, config.augment, config.data.batch_size, config.data.workers
+        ),
+        step,
+    )
 
 
 def synthetic(source: Source, config: Config, device: torch.device) -> Side:

@@ -53,14 +53,23 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 rates[i].append(once(candidates[i]))
         return rates
 
-    print(f"{len(source)} images, {arguments.recipe}, {config.augment.size} px, batches of {arguments.batch_size}")
-    print(f"{timing.device_name(device)}; {arguments.repeats} rounds; * is taken, - was there before")
+    print(
+        f"{len(source)} images, {arguments.recipe}, {config.augment.size} px, batches of {arguments.batch_size}"
+    )
+    print(
+        f"{timing.device_name(device)}; {arguments.repeats} rounds; * is taken, - was there before"
+    )
     print(f"{'loader':13}{'option':18}{'value':>12}{'pairs/s':>10}{'lowest, highest':>18}")
     cores = count_workers(-1)
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     rows: list[dict[str, Any]] = []
     tuned = [
-        tuned_loader(DataConfig(loader=name, workers=cores), _stages(name, cores, source, device), rates_of, rows)
+        tuned_loader(
+            DataConfig(loader=name, workers=cores),
+            _stages(name, cores, source, device),
+            rates_of,
+            rows,
+        )
         for name in names
     ]
     best = _best("loader", tuned, rates_of, rows)
@@ -83,18 +92,28 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def tuned_loader(
-    data: DataConfig, stages: list[tuple[str, list[Any]]], rates_of: Measure, rows: list[dict[str, Any]]
+    data: DataConfig,
+    stages: list[tuple[str, list[Any]]],
+    rates_of: Measure,
+    rows: list[dict[str, Any]],
 ) -> DataConfig:
     """`data` with the fastest value of each option, in the order of `stages`; appends what was measured to `rows`."""
     for name, values in stages:
-        others = [replace(data, **{name: value}) for value in values if value != getattr(data, name)]
+        others = [
+            replace(data, **{name: value}) for value in values if value != getattr(data, name)
+        ]
         data = _best(name, [data, *others], rates_of, rows)
     return data
 
 
-def _stages(loader: str, cores: int, source: FolderSource, device: torch.device) -> list[tuple[str, list[Any]]]:
+def _stages(
+    loader: str, cores: int, source: FolderSource, device: torch.device
+) -> list[tuple[str, list[Any]]]:
     stages: list[tuple[str, list[Any]]] = [
-        ("workers", sorted({max(1, cores // 2), cores} | ({2 * cores} if loader == "dali" else set()))),
+        (
+            "workers",
+            sorted({max(1, cores // 2), cores} | ({2 * cores} if loader == "dali" else set())),
+        ),
         ("prefetch", [1, 2, 4]),
     ]
     if loader == "dali" and device.type == "cuda":
@@ -114,7 +133,9 @@ def _largest(source: FolderSource) -> tuple[int, int]:
     return width, height
 
 
-def _best(name: str, candidates: list[DataConfig], rates_of: Measure, rows: list[dict[str, Any]]) -> DataConfig:
+def _best(
+    name: str, candidates: list[DataConfig], rates_of: Measure, rows: list[dict[str, Any]]
+) -> DataConfig:
     """The fastest; the first unless another is clearly faster."""
     rates = rates_of(candidates)
     medians = [statistics.median(values) for values in rates]
@@ -122,6 +143,15 @@ def _best(name: str, candidates: list[DataConfig], rates_of: Measure, rows: list
     for i, (data, values) in enumerate(zip(candidates, rates)):
         value, spread = getattr(data, name), f"{min(values):.0f}, {max(values):.0f}"
         mark = "*" if i == best else "-" if i == 0 else ""
-        print(f"{data.loader:13}{name:18}{settings.shown(value):>12}{medians[i]:10.1f}{spread:>18} {mark}")
-        rows.append({"loader": data.loader, name: value, "pairs_per_second": round(medians[i], 1), "best": i == best})
+        print(
+            f"{data.loader:13}{name:18}{settings.shown(value):>12}{medians[i]:10.1f}{spread:>18} {mark}"
+        )
+        rows.append(
+            {
+                "loader": data.loader,
+                name: value,
+                "pairs_per_second": round(medians[i], 1),
+                "best": i == best,
+            }
+        )
     return candidates[best]

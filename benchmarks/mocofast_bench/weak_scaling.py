@@ -48,7 +48,9 @@ def sides(config: Config) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rounds(config: Config, repeats: int, steps: int, rank: int) -> dict[str, list[tuple[float, float]]]:
+def rounds(
+    config: Config, repeats: int, steps: int, rank: int
+) -> dict[str, list[tuple[float, float]]]:
     """{side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
     found: dict[str, list[tuple[float, float]]] = {}
     both = sides(config)
@@ -75,26 +77,48 @@ def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, d
     images = world * config.data.batch_size * steps
     return {
         name: {
-            "images_per_second": round(statistics.median(images / seconds for seconds, _ in values), 2),
-            "cpu_milliseconds_per_image": round(statistics.median(1e3 * cpu / images for _, cpu in values), 4),
+            "images_per_second": round(
+                statistics.median(images / seconds for seconds, _ in values), 2
+            ),
+            "cpu_milliseconds_per_image": round(
+                statistics.median(1e3 * cpu / images for _, cpu in values), 4
+            ),
         }
         for name, values in found.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="process counts (default: 1 2 4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="process counts (default: 1 2 4)"
+    )
     parser.add_argument("--arch", default="resnet18", help="encoder (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side of a view, in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="images per rank (default: %(default)s)")
-    parser.add_argument("--queue", type=int, default=4096, help="negative keys (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed in a round (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=64, help="side of a view, in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, help="images per rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=4096, help="negative keys (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed in a round (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="append the JSON line to this file")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
+    )
     arguments = parser.parse_args()
     config = load_recipe("moco_v2_r50_200ep")
-    sizes = {"model.arch": arguments.arch, "augment.size": arguments.size, "data.batch_size": arguments.batch}
+    sizes = {
+        "model.arch": arguments.arch,
+        "augment.size": arguments.size,
+        "data.batch_size": arguments.batch,
+    }
     apply(config, {**sizes, "model.queue_size": arguments.queue})
 
     results = {}
@@ -104,7 +128,10 @@ def main() -> None:
         for name, values in found.items():
             one = results[str(arguments.ranks[0])][name]["cpu_milliseconds_per_image"]
             cpu = values["cpu_milliseconds_per_image"]
-            print(f"{world:6}{name:>12}{values['images_per_second']:10.1f}{cpu:18.2f}{cpu / one:13.2f}", flush=True)
+            print(
+                f"{world:6}{name:>12}{values['images_per_second']:10.1f}{cpu:18.2f}{cpu / one:13.2f}",
+                flush=True,
+            )
     load = round(os.getloadavg()[0], 1)
     row = {
         "benchmark": "weak_scaling",

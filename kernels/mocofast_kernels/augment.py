@@ -90,7 +90,9 @@ def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr):
 @triton.jit
 def _luma(r, g, b):
     """ITU-R BT.601 in PIL's fixed point, rounded."""
-    return tl.floor(r * (19595.0 / 65536.0) + g * (38470.0 / 65536.0) + b * (7471.0 / 65536.0) + 0.5)
+    return tl.floor(
+        r * (19595.0 / 65536.0) + g * (38470.0 / 65536.0) + b * (7471.0 / 65536.0) + 0.5
+    )
 
 
 @triton.jit
@@ -115,7 +117,9 @@ def _jitter(r, g, b, operator, values, inside, S: tl.constexpr):
         r, g, b = _blend(r, 0.0, factor), _blend(g, 0.0, factor), _blend(b, 0.0, factor)
     elif operator == 1:
         factor = tl.load(values + CONTRAST)
-        sums = tl.sum(tl.sum(tl.where(inside, _luma(r, g, b), 0.0), axis=1), axis=0)  # below 2^24: exact
+        sums = tl.sum(
+            tl.sum(tl.where(inside, _luma(r, g, b), 0.0), axis=1), axis=0
+        )  # below 2^24: exact
         mean = tl.floor(tl.div_rn(sums, S * S * 1.0) + 0.5)
         r, g, b = _blend(r, mean, factor), _blend(g, mean, factor), _blend(b, mean, factor)
     elif operator == 2:
@@ -171,7 +175,10 @@ def _augment_kernel(
     image = images + tl.load(index + row) * H * W * 3 + corner * 3
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (rows < S) & (columns < S)
-    i, j = tl.minimum(rows, S - 1), tl.minimum(columns, S - 1)  # what pads the tile repeats its edge, unseen
+    i, j = (
+        tl.minimum(rows, S - 1),
+        tl.minimum(columns, S - 1),
+    )  # what pads the tile repeats its edge, unseen
 
     if not ROTATE:
         r = _crop(image, W, height, width, i, j, S)
@@ -216,7 +223,9 @@ def _augment_kernel(
     tl.store(target + 2, b.to(tl.uint8), mask=inside)
 
 
-def augment(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool) -> Tensor:
+def augment(
+    images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
+) -> Tensor:
     """V views of B images, (V, B, size, size, 3) uint8, in one launch.
 
     images: (M, H, W, 3) uint8, contiguous; index: (B,) int64, each in [0, M), contiguous; parameters: (V, B, 20)
@@ -228,9 +237,19 @@ def augment(images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rot
     flip: left and right mirrored unless 0.
     """
     (_, H, W, channels), (V, B, columns) = images.shape, parameters.shape
-    assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous(), (images.shape, images.dtype)
-    assert columns == len(NAMES) and parameters.dtype == torch.float32 and parameters[0].is_contiguous(), columns
-    assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), (index.shape, index.dtype)
+    assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous(), (
+        images.shape,
+        images.dtype,
+    )
+    assert (
+        columns == len(NAMES)
+        and parameters.dtype == torch.float32
+        and parameters[0].is_contiguous()
+    ), columns
+    assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), (
+        index.shape,
+        index.dtype,
+    )
     assert 0 < size <= (LARGEST_ROTATED if rotate else LARGEST), (size, rotate)
     out = torch.empty((V, B, size, size, 3), dtype=torch.uint8, device=images.device)
     block = block_of(size)

@@ -83,7 +83,11 @@ def backward_tile(C: int, dot: str) -> Tile:
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU. Without one (Triton's interpreter): a few, so that splits are exercised."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 3
+    )
 
 
 def kernel_slots(device: torch.device, warps: int = 4) -> int:

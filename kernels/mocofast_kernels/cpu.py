@@ -36,7 +36,9 @@ ROWS = 512  # queries per block
 LOGITS = 2**19  # per block: 2 MB
 # x @ weight.T by oneDNN, as torch.compile calls it; None in a build without it.
 _ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
 )
 
 
@@ -47,7 +49,9 @@ class InfoNCEForward(NamedTuple):
     lse: Tensor | None  # (N,) float32: log-sum-exp over the positive and the negatives of s / T
     rank: Tensor | None  # (N,) int32: negatives that score above the positive
     grad_query: Tensor | None  # (N, C) float32: d loss_i / d query_i
-    grad_positive: Tensor | None  # (N, C) float32: d loss_i / d positive_i, through the positive logit only
+    grad_positive: (
+        Tensor | None
+    )  # (N, C) float32: d loss_i / d positive_i, through the positive logit only
     grad_scale: Tensor | None  # (N,) float32: d loss_i / d (1/T)
 
 
@@ -73,7 +77,11 @@ def infonce_forward(
     query alone. dot_dtype is ignored here (float32 always).
     """
     inverse_t = _inverse(temperature)
-    unshifted = normalize and isinstance(inverse_t, float) and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
+    unshifted = (
+        normalize
+        and isinstance(inverse_t, float)
+        and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
+    )
     h, query_norm = _rows(query, normalize)
     key, key_norm = _rows(positive, normalize)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
@@ -103,7 +111,9 @@ def infonce_forward(
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
     if output is None:
         return InfoNCEForward(loss.squeeze(1), lse, rank, None, None, None)
-    if exclude_period or maximum is not None:  # 0 / 0 where no negative counts; the clamp lets NaN through
+    if (
+        exclude_period or maximum is not None
+    ):  # 0 / 0 where no negative counts; the clamp lets NaN through
         total.clamp_min_(torch.finfo(torch.float32).tiny)
     weight = torch.sigmoid(difference).mul_(-inverse_t)
     grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
@@ -112,7 +122,9 @@ def infonce_forward(
     if not only_query:
         grad_scale = (along / inverse_t).squeeze(1)
         grad_key = h * weight
-        grad_positive = _through_normalize(grad_key, (grad_key * key).sum(1, keepdim=True), key, key_norm)
+        grad_positive = _through_normalize(
+            grad_key, (grad_key * key).sum(1, keepdim=True), key, key_norm
+        )
     grad_query = _through_normalize(grad, along, h, query_norm)
     return InfoNCEForward(loss.squeeze(1), lse, rank, grad_query, grad_positive, grad_scale)
 
@@ -145,7 +157,11 @@ def _sums(
             _fill_excluded(logits, first, start, exclude_period)
         if return_rank:
             # Comparing into float32 is several times as fast as into booleans; exact, as a block has < 2**24.
-            flags = torch.empty_like(logits) if flags is None else flags.view(-1)[: logits.numel()].view_as(logits)
+            flags = (
+                torch.empty_like(logits)
+                if flags is None
+                else flags.view(-1)[: logits.numel()].view_as(logits)
+            )
             wins = torch.gt(logits, logit_positive, out=flags).sum(1).int()
             above = wins if above is None else above.add_(wins)
         if not unshifted:
@@ -247,7 +263,9 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
             plain_targets.append(target)
             plain_sources.append(source)
         else:
-            wide = torch.promote_types(torch.promote_types(target.dtype, source.dtype), torch.float32)
+            wide = torch.promote_types(
+                torch.promote_types(target.dtype, source.dtype), torch.float32
+            )
             target.copy_(target.to(wide).lerp_(source.to(wide), step))
     if not plain_targets:
         return
@@ -301,8 +319,12 @@ def _ranges(size: int, step: int) -> list[slice]:
 
 def _inverse(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor) and temperature.device.type == "cpu":
-        temperature = float(temperature)  # costs no synchronisation there, and lets the exponentials go unshifted
-    return temperature.float().reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+        temperature = float(
+            temperature
+        )  # costs no synchronisation there, and lets the exponentials go unshifted
+    return (
+        temperature.float().reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+    )
 
 
 def _clamped_norm(rows: Tensor) -> Tensor:
@@ -323,7 +345,9 @@ def _through_normalize(grad: Tensor, along: Tensor, unit: Tensor, norm: Tensor |
     from along = grad . unit, (M, 1), which is overwritten."""
     if norm is None:
         return grad
-    along.div_(torch.threshold(norm, EPS, math.inf))  # no such part up to EPS: there the divisor is a constant
+    along.div_(
+        torch.threshold(norm, EPS, math.inf)
+    )  # no such part up to EPS: there the divisor is a constant
     return grad.div(norm).addcmul_(unit, along, value=-1)
 
 

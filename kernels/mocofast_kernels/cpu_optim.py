@@ -26,11 +26,15 @@ class Row(NamedTuple):
     """A parameter and what is updated with it: tensors of one shape, of any strides and floating types."""
 
     param: Tensor
-    grad: Tensor | None  # without one, the parameter and its state stay; average and copies are made all the same
+    grad: (
+        Tensor | None
+    )  # without one, the parameter and its state stay; average and copies are made all the same
     target: Tensor | None  # becomes m target + (1 - m) param, after the step
     shadow: Tensor | None  # becomes a copy of param
     target_shadow: Tensor | None  # becomes a copy of target
-    state: tuple[Tensor, ...]  # (momentum_buffer,), or () without momentum; AdamW: (exp_avg, exp_avg_sq, step)
+    state: tuple[
+        Tensor, ...
+    ]  # (momentum_buffer,), or () without momentum; AdamW: (exp_avg, exp_avg_sq, step)
 
 
 def sgd_(
@@ -121,7 +125,9 @@ def adamw_(
             divisors = torch._foreach_sqrt(exp_avg_sqs)
             torch._foreach_div_(divisors, [math.sqrt(1 - beta2**count) for count in counts])
             torch._foreach_add_(divisors, eps)
-            torch._foreach_addcdiv_(params, exp_avgs, divisors, [-lr / (1 - beta1**count) for count in counts])
+            torch._foreach_addcdiv_(
+                params, exp_avgs, divisors, [-lr / (1 - beta1**count) for count in counts]
+            )
             continue
         torch._fused_adamw_(
             params,

@@ -20,7 +20,9 @@ def _enqueue_kernel(
     first = tl.maximum(B - K, 0).to(tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)
     limit = B - first
-    x = load_rows(keys + first * keys_stride_b, rows, 0, keys_stride_b, keys_stride_c, limit, C, BLOCK_C, True)
+    x = load_rows(
+        keys + first * keys_stride_b, rows, 0, keys_stride_b, keys_stride_c, limit, C, BLOCK_C, True
+    )
     if NORMALIZE:
         x = unit_rows(x)
     target = (tl.load(pointer) + first + rows) % K
@@ -40,7 +42,10 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
     have ended. The pointer is read on the device: no host synchronisation.
     """
     (K, C), B = queue.shape, keys.shape[0]
-    assert keys.shape == (B, C) and pointer.shape == (1,) and pointer.dtype == torch.int64, (keys.shape, pointer)
+    assert keys.shape == (B, C) and pointer.shape == (1,) and pointer.dtype == torch.int64, (
+        keys.shape,
+        pointer,
+    )
     if B == 0:
         return
     block_b = rows_per_program(C)
@@ -50,4 +55,6 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
             queue, pointer, keys, B, K, *queue.stride(), *keys.stride(), C=C, NORMALIZE=normalize, BLOCK_B=block_b,
             BLOCK_C=block_of(C),
         )  # fmt: skip
-        pointer.add_(B).remainder_(K)  # an operation of its own: every program must have read the old value
+        pointer.add_(B).remainder_(
+            K
+        )  # an operation of its own: every program must have read the old value

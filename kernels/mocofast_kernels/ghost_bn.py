@@ -26,10 +26,19 @@ WARPS = 4
 TILE = 2048  # elements: 16 a thread
 UNROLL = 4  # tiles whose loads are under way together where a sweep only reads
 TILES = 4  # tiles a program of a sweep that writes takes, so that it reads the channels' numbers once for them all
-CHUNKS = (32, 128, 512)  # most chunks of a part that a combining program takes: all of them, at once
+CHUNKS = (
+    32,
+    128,
+    512,
+)  # most chunks of a part that a combining program takes: all of them, at once
 COMBINED = 8  # columns a combining program takes: 32 bytes of a row, the least that memory delivers
 WAVES = 4  # chunks for each program that a device runs at a time by configs.kernel_slots, whose programs are larger
-LOOSE = ["area", "parts", "rows", "chunks"]  # integers whose value must not choose another compiled kernel
+LOOSE = [
+    "area",
+    "parts",
+    "rows",
+    "chunks",
+]  # integers whose value must not choose another compiled kernel
 
 
 class GhostBatchNorm(NamedTuple):
@@ -61,7 +70,9 @@ def _advance(within, at, step, area, parts):
     within += step % area
     over = within >= area
     further = step // area * parts * area + step % area
-    return tl.where(over, within - area, within), at + tl.where(over, further + (parts - 1) * area, further)
+    return tl.where(over, within - area, within), at + tl.where(
+        over, further + (parts - 1) * area, further
+    )
 
 
 @triton.jit
@@ -93,8 +104,12 @@ def _statistics_kernel(
     # Sums are of differences from the mean of the chunk's first tile: with a mean far larger than the deviation, sums
     # of x and x^2 would leave nothing of the variance. Rows past the end count as that mean, in x's type, so as 0.
     offset = at.to(tl.int64)[:, None] * C + columns[None, :]
-    tile = tl.load(x + offset, mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    pivot = (tl.sum(tile, axis=0) / tl.minimum(rows - first, BLOCK_R)).to(x.dtype.element_ty)[None, :]
+    tile = tl.load(x + offset, mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(
+        tl.float32
+    )
+    pivot = (tl.sum(tile, axis=0) / tl.minimum(rows - first, BLOCK_R)).to(x.dtype.element_ty)[
+        None, :
+    ]
     pivots = tl.broadcast_to(pivot, BLOCK_R, BLOCK_C)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -103,7 +118,9 @@ def _statistics_kernel(
         for _ in tl.static_range(UNROLL):
             offset = at.to(tl.int64)[:, None] * C + columns[None, :]
             held = (row < rows)[:, None] & inside[None, :]
-            difference = tl.load(x + offset, mask=held, other=pivots).to(tl.float32) - pivots.to(tl.float32)
+            difference = tl.load(x + offset, mask=held, other=pivots).to(tl.float32) - pivots.to(
+                tl.float32
+            )
             sums += difference
             squares += difference * difference
             row += step
@@ -126,7 +143,9 @@ def _combine_statistics_kernel(
     chunk = tl.arange(0, BLOCK_P)[:, None]
     held = (chunk < chunks) & inside[None, :]
     at = (part * chunks + chunk).to(tl.int64) * C + columns[None, :]
-    base = tl.load(partial + (part * chunks).to(tl.int64) * C + columns, mask=inside, other=0.0)[None, :]
+    base = tl.load(partial + (part * chunks).to(tl.int64) * C + columns, mask=inside, other=0.0)[
+        None, :
+    ]
     count = tl.where(chunk < chunks, _rows_of_chunk(chunk, rows, chunks, BLOCK_R), 0.0)
     difference = tl.load(partial + at, mask=held, other=0.0) - base
     difference = tl.where(held, difference, 0.0)
@@ -219,7 +238,9 @@ def _backward_sums_kernel(
                 if output is None:
                     grad = _rectified(grad, centred * scale + shift)
                 else:
-                    grad = _rectified(grad, tl.load(output + offset, mask=held, other=0.0).to(tl.float32))
+                    grad = _rectified(
+                        grad, tl.load(output + offset, mask=held, other=0.0).to(tl.float32)
+                    )
                     tl.store(rectified + offset, grad, mask=held)
             sums += grad
             products += grad * centred
@@ -318,7 +339,17 @@ def _plan(shape: tuple[int, ...], parts: int, slots: int) -> _Plan:
     sweep = max(1, min(triton.cdiv(tiles, UNROLL), WAVES * slots // blocks, CHUNKS[-1]))
     # Without parts all samples are one.
     area = rows if parts == 1 else H * W
-    return _Plan(C, area, parts, rows, block_r, block_c, sweep, triton.cdiv(tiles, TILES), _is_wide(N * H * W))
+    return _Plan(
+        C,
+        area,
+        parts,
+        rows,
+        block_r,
+        block_c,
+        sweep,
+        triton.cdiv(tiles, TILES),
+        _is_wide(N * H * W),
+    )
 
 
 def _is_wide(rows: int) -> bool:
@@ -389,7 +420,9 @@ def ghost_bn_backward(
     grad_input = torch.empty_like(x, memory_format=torch.channels_last)
     partial = torch.empty((2, parts, plan.sweep, plan.C), dtype=torch.float32, device=x.device)
     sums = torch.empty((2, parts, plan.C), dtype=torch.float32, device=x.device)
-    grad_weight, grad_bias = (torch.empty(plan.C, dtype=torch.float32, device=x.device) for _ in range(2))
+    grad_weight, grad_bias = (
+        torch.empty(plan.C, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     blocks = triton.cdiv(plan.C, plan.block_c) * parts
     with torch.cuda.device_of(x):
         _backward_sums_kernel[(blocks * plan.sweep,)](

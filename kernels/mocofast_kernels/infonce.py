@@ -67,19 +67,25 @@ def _sweep_step(
         if NORMALIZE_NEGATIVES:
             squares = tl.zeros([BLOCK_K], dtype=tl.float32)
             for c in range(0, C, BLOCK_C):
-                part = load_rows(negatives, rows, c, stride_k, stride_c, remaining, C, BLOCK_C, TAIL).to(tl.float32)
+                part = load_rows(
+                    negatives, rows, c, stride_k, stride_c, remaining, C, BLOCK_C, TAIL
+                ).to(tl.float32)
                 squares += tl.sum(part * part, axis=1)
             row_scale = inverse_norm(squares)[:, None]
         scores = tl.zeros([query_rows.shape[0], BLOCK_K], dtype=tl.float32)
         for c in range(0, C, BLOCK_C):
-            q = load_rows(query, query_rows, c, query_stride_n, query_stride_c, query_limit, C, BLOCK_C, True)
+            q = load_rows(
+                query, query_rows, c, query_stride_n, query_stride_c, query_limit, C, BLOCK_C, True
+            )
             part = load_rows(negatives, rows, c, stride_k, stride_c, remaining, C, BLOCK_C, TAIL)
             if NORMALIZE_NEGATIVES:
                 part = part.to(tl.float32) * row_scale
             part = round_operand(part, DOT, PRECISION)
             scores = tl.dot(q, tl.trans(part), scores, input_precision=PRECISION)
         if GRAD:
-            values = load_rows(negatives, rows, out_column, stride_k, stride_c, remaining, C, OUT_C, TAIL)
+            values = load_rows(
+                negatives, rows, out_column, stride_k, stride_c, remaining, C, OUT_C, TAIL
+            )
             if NORMALIZE_NEGATIVES:
                 values = values.to(tl.float32) * row_scale
             values = round_operand(values, DOT, PRECISION)
@@ -134,7 +140,9 @@ def _sweep_kernel(
             positive_score = tl.load(positive_scores + first + rows, mask=rows < limit, other=0.0)
         else:
             positive += first.to(tl.int64) * positive_stride_n
-            k = load_rows(positive, rows, 0, positive_stride_n, positive_stride_c, limit, C, BLOCK_C, True)
+            k = load_rows(
+                positive, rows, 0, positive_stride_n, positive_stride_c, limit, C, BLOCK_C, True
+            )
             q = load_rows(query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True)
             if NORMALIZE:
                 k = unit_rows(k)
@@ -142,7 +150,9 @@ def _sweep_kernel(
             k = round_operand(k, DOT, PRECISION).to(tl.float32)
             positive_score = tl.sum(round_operand(q, DOT, PRECISION).to(tl.float32) * k, axis=1)
     if C <= BLOCK_C:
-        query_block = load_rows(query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True)
+        query_block = load_rows(
+            query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True
+        )
         if not PREPARED:
             if NORMALIZE:
                 query_block = unit_rows(query_block)
@@ -277,7 +287,9 @@ def _combine_kernel(
             to_query = through_unit(to_query, q)
             to_positive = through_unit(to_positive, k)
         tl.store(grad_query + row * C + columns[None, :], to_query, mask=(columns < C)[None, :])
-        tl.store(grad_positive + row * C + columns[None, :], to_positive, mask=(columns < C)[None, :])
+        tl.store(
+            grad_positive + row * C + columns[None, :], to_positive, mask=(columns < C)[None, :]
+        )
 
 
 def forward_products(
@@ -336,7 +348,11 @@ def infonce_forward(
     query, positive, negatives = narrow(query), narrow(positive), narrow(negatives)
     is_pointer = isinstance(temperature, Tensor)
     products = forward_products(
-        negatives, temperature, normalize=normalize, normalize_negatives=normalize_negatives, dot_dtype=dot_dtype
+        negatives,
+        temperature,
+        normalize=normalize,
+        normalize_negatives=normalize_negatives,
+        dot_dtype=dot_dtype,
     )
     online = products.online
     tile = tile or tile_of(products, query.device)
@@ -345,9 +361,14 @@ def infonce_forward(
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     with torch.cuda.device_of(query):
-        row_blocks, chunks = triton.cdiv(N, tile.stay), triton.cdiv(C, tile.out_c) if compute_grad else 1
+        row_blocks, chunks = (
+            triton.cdiv(N, tile.stay),
+            triton.cdiv(C, tile.out_c) if compute_grad else 1,
+        )
         tiles = triton.cdiv(K, tile.stream)
-        splits = num_splits or split_count(row_blocks * chunks, tiles, kernel_slots(query.device, tile.warps))
+        splits = num_splits or split_count(
+            row_blocks * chunks, tiles, kernel_slots(query.device, tile.warps)
+        )
         tiles_per_split = triton.cdiv(tiles, splits)
         splits = triton.cdiv(tiles, tiles_per_split)  # no split without a tile
         totals, maxima = empty(splits, N), empty(splits, N) if online else None

@@ -96,7 +96,11 @@ def infonce_grad_negatives(
     """
     N, C = query.shape
     K = negatives.shape[0]
-    assert grad_loss.shape == lse.shape == (N,) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
+    assert grad_loss.shape == lse.shape == (N,) and negatives.shape == (K, C) and 1 <= C <= 1024, (
+        N,
+        K,
+        C,
+    )
     grad_loss = grad_loss.float().contiguous()
     tile = tile or tile_of(Products("negatives", C, dot_kind(dot_dtype)), query.device)
     with torch.cuda.device_of(query):

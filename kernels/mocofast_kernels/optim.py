@@ -88,7 +88,9 @@ def _sgd_kernel(
     param = column(addresses, 0, rows, owner, PARAM, WIDE)
     p = tl.load(param + offsets, mask=inside).to(tl.float32)
     if GRAD is not None:  # without one there is nothing to do but average and copy
-        d = tl.load(column(addresses, 1, rows, owner, GRAD, WIDE) + offsets, mask=inside).to(tl.float32)
+        d = tl.load(column(addresses, 1, rows, owner, GRAD, WIDE) + offsets, mask=inside).to(
+            tl.float32
+        )
         d += _number(weight_decay) * p
         if trust is not None:
             d *= tl.load(trust + owner)
@@ -98,7 +100,9 @@ def _sgd_kernel(
             tl.store(buffer + offsets, d.to(BUFFER), mask=inside)
         p -= _number(lr) * d
         tl.store(param + offsets, p.to(PARAM), mask=inside)
-    _finish(p, addresses, rows, owner, offsets, inside, take, PARAM, TARGET, SHADOW, TARGET_SHADOW, WIDE)
+    _finish(
+        p, addresses, rows, owner, offsets, inside, take, PARAM, TARGET, SHADOW, TARGET_SHADOW, WIDE
+    )
 
 
 @triton.jit
@@ -108,8 +112,12 @@ def _squares_kernel(
 ):  # fmt: skip
     """A program's share of |p|^2 and |g + weight_decay p|^2; squares: (programs, 2) float32."""
     owner, offsets, inside = locate(sizes, owners, WIDE, BLOCK)
-    p = tl.load(column(addresses, 0, rows, owner, PARAM, WIDE) + offsets, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(column(addresses, 1, rows, owner, GRAD, WIDE) + offsets, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(
+        column(addresses, 0, rows, owner, PARAM, WIDE) + offsets, mask=inside, other=0.0
+    ).to(tl.float32)
+    d = tl.load(column(addresses, 1, rows, owner, GRAD, WIDE) + offsets, mask=inside, other=0.0).to(
+        tl.float32
+    )
     d += _number(weight_decay) * p
     tl.store(squares + 2 * tl.program_id(0), tl.sum(p * p, axis=0))
     tl.store(squares + 2 * tl.program_id(0) + 1, tl.sum(d * d, axis=0))
@@ -168,7 +176,9 @@ def _adamw_kernel(
     second = tl.load(corrections + 2 * owner + 1)
     p -= rate * first * m / (tl.sqrt(v) * second + eps)
     tl.store(param + offsets, p.to(PARAM), mask=inside)
-    _finish(p, addresses, rows, owner, offsets, inside, take, PARAM, TARGET, SHADOW, TARGET_SHADOW, WIDE)
+    _finish(
+        p, addresses, rows, owner, offsets, inside, take, PARAM, TARGET, SHADOW, TARGET_SHADOW, WIDE
+    )
 
 
 def sgd_(
@@ -214,7 +224,9 @@ def lars_(
                 table.addresses, table.sizes, table.owners, squares, _argument(weight_decay), count, **types,
                 WIDE=table.wide, BLOCK=BLOCK,
             )  # fmt: skip
-            _trust_kernel[(count,)](squares, table.starts, trust, _argument(trust_coefficient), PARTIALS=PARTIALS)
+            _trust_kernel[(count,)](
+                squares, table.starts, trust, _argument(trust_coefficient), PARTIALS=PARTIALS
+            )
         _launch_sgd(table, matrices, trust, lr, momentum, weight_decay, ema_momentum)
     if plan.singly:
         cpu_optim.lars_(
@@ -242,7 +254,9 @@ def adamw_(
     for table in plan.tables:
         count, device = len(table.sizes), table.sizes.device
         corrections = torch.empty(count, 2, device=device)
-        types = _types(table, "PARAM", "GRAD", "TARGET", "SHADOW", "TARGET_SHADOW", "EXP_AVG", "EXP_AVG_SQ")
+        types = _types(
+            table, "PARAM", "GRAD", "TARGET", "SHADOW", "TARGET_SHADOW", "EXP_AVG", "EXP_AVG_SQ"
+        )
         with torch.cuda.device_of(rows[0].param):
             _count_kernel[(count,)](table.addresses[7], corrections, _log(beta1), _log(beta2))
             _adamw_kernel[(len(table.owners),)](
@@ -282,7 +296,9 @@ def _columns(row: Row, states: int) -> tuple[Tensor | None, ...]:
 
 
 def _types(table: Table, *names: str) -> dict[str, Any]:
-    return {name: None if dtype is None else FLOATS[dtype] for name, dtype in zip(names, table.dtypes)}
+    return {
+        name: None if dtype is None else FLOATS[dtype] for name, dtype in zip(names, table.dtypes)
+    }
 
 
 def _argument(x: float | Tensor) -> float | Tensor:

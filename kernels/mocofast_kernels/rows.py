@@ -14,7 +14,15 @@ EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 
 @triton.jit
 def load_rows(
-    base, rows, c, stride_r, stride_c, limit, C: tl.constexpr, BLOCK_C: tl.constexpr, MASK_ROWS: tl.constexpr
+    base,
+    rows,
+    c,
+    stride_r,
+    stride_c,
+    limit,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
 ):
     """Columns c .. c + BLOCK_C of some rows, as stored; zeros beyond C and, if MASK_ROWS, from row `limit` on."""
     columns = c + tl.arange(0, BLOCK_C)
@@ -26,7 +34,9 @@ def load_rows(
             return tl.load(pointers)
     else:
         if MASK_ROWS:
-            return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < C), other=0.0)
+            return tl.load(
+                pointers, mask=(rows[:, None] < limit) & (columns[None, :] < C), other=0.0
+            )
         else:
             return tl.load(pointers, mask=columns[None, :] < C, other=0.0)
 
@@ -81,10 +91,16 @@ def _prepare_rows_kernel(
         q = unit_rows(q)
     q = round_operand(q, DOT, PRECISION)
     columns = tl.arange(0, BLOCK_C)[None, :]
-    tl.store(operand + (first + rows[:, None]) * C + columns, q, mask=(rows[:, None] < limit) & (columns < C))
+    tl.store(
+        operand + (first + rows[:, None]) * C + columns,
+        q,
+        mask=(rows[:, None] < limit) & (columns < C),
+    )
     if score is not None:
         positive += first * positive_stride_n
-        k = load_rows(positive, rows, 0, positive_stride_n, positive_stride_c, limit, C, BLOCK_C, True)
+        k = load_rows(
+            positive, rows, 0, positive_stride_n, positive_stride_c, limit, C, BLOCK_C, True
+        )
         if NORMALIZE:
             k = unit_rows(k)
         k = round_operand(k, DOT, PRECISION).to(tl.float32)
@@ -93,11 +109,20 @@ def _prepare_rows_kernel(
 
 @triton.jit
 def _project_rows_kernel(
-    grad, x, N, x_stride_n, x_stride_c, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    grad,
+    x,
+    N,
+    x_stride_n,
+    x_stride_c,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
-    values = load_rows(x + first * x_stride_n, rows, 0, x_stride_n, x_stride_c, N - first, C, BLOCK_C, True)
+    values = load_rows(
+        x + first * x_stride_n, rows, 0, x_stride_n, x_stride_c, N - first, C, BLOCK_C, True
+    )
     gradient = load_rows(grad + first * C, rows, 0, C, 1, N - first, C, BLOCK_C, True)
     columns = tl.arange(0, BLOCK_C)[None, :]
     inside = (rows[:, None] < N - first) & (columns < C)
@@ -123,7 +148,9 @@ def dot_kind(dot_dtype: torch.dtype) -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
+        dtype
+    ]
 
 
 def narrow(x: Tensor) -> Tensor:

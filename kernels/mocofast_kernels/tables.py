@@ -50,7 +50,9 @@ class Table(NamedTuple):
     """n rows of equal types, and which part of which row each program of a launch updates."""
 
     places: list[int]  # of its rows in the caller's list
-    dtypes: tuple[torch.dtype | None, ...]  # of the columns; None where the rows have no such tensor
+    dtypes: tuple[
+        torch.dtype | None, ...
+    ]  # of the columns; None where the rows have no such tensor
     addresses: Tensor  # (columns, n) int64; 0 where there is no tensor
     sizes: Tensor  # (n,) int64: elements
     owners: Tensor  # (programs, 2) int32: which row, which block of it
@@ -62,7 +64,9 @@ class Plan(NamedTuple):
     """What is done with a list of rows."""
 
     tables: list[Table]
-    singly: list[int]  # places of rows that no table can hold: other types, other strides, gaps between elements
+    singly: list[
+        int
+    ]  # places of rows that no table can hold: other types, other strides, gaps between elements
 
 
 class TableCache:
@@ -80,7 +84,11 @@ class TableCache:
         A new set of rows uploads tables, without waiting for them; that cannot be captured in a CUDA graph, so
         RuntimeError is raised there.
         """
-        key = tuple(None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for row in rows for t in row)
+        key = tuple(
+            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
+            for row in rows
+            for t in row
+        )
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
@@ -89,14 +97,23 @@ class TableCache:
         seen = set()
         for place, row in enumerate(rows):
             present = [t for t in row[:elementwise] if t is not None]
-            identity = (present[0].data_ptr(), present[0].dtype, present[0].shape, present[0].stride())
+            identity = (
+                present[0].data_ptr(),
+                present[0].dtype,
+                present[0].shape,
+                present[0].stride(),
+            )
             # Tensors without storage, which `static` compiles for, are all at address 0.
             if present[0].numel() == 0 or (identity in seen and present[0].device.type != "meta"):
                 continue
             seen.add(identity)
             if all(t.dtype in FLOATS for t in present) and same_layout(present):
-                wide = present[0].numel() % WIDE == 0 and all(t.data_ptr() % 16 == 0 for t in present)
-                groups.setdefault((wide, *(None if t is None else t.dtype for t in row)), []).append(place)
+                wide = present[0].numel() % WIDE == 0 and all(
+                    t.data_ptr() % 16 == 0 for t in present
+                )
+                groups.setdefault(
+                    (wide, *(None if t is None else t.dtype for t in row)), []
+                ).append(place)
             else:
                 singly.append(place)
         tables = [self._table(rows, places, bool(wide)) for (wide, *_), places in groups.items()]

@@ -82,8 +82,14 @@ def load(path: Path, capability: int | None) -> Table:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no table of tiles can be read: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tiles"), list):
-        raise ValueError(f"{path}: expected a table of tiles with format {FORMAT} and a list of tiles")
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("tiles"), list)
+    ):
+        raise ValueError(
+            f"{path}: expected a table of tiles with format {FORMAT} and a list of tiles"
+        )
     if capability is not None and content.get("capability") != capability:
         raise ValueError(
             f"{path}: made for compute capability {content.get('capability')}, this GPU has {capability}"
@@ -107,7 +113,11 @@ def check(products: Products, tile: Tile) -> None:
     for (name, kind), value in zip(get_type_hints(Products).items(), products):
         if type(value) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}: got {value!r}")
-    if products.kernel not in ("forward", "negatives") or products.dot not in ("16bit", "tf32", "ieee"):
+    if products.kernel not in ("forward", "negatives") or products.dot not in (
+        "16bit",
+        "tf32",
+        "ieee",
+    ):
         raise ValueError(f"unknown kernel or kind of product: {products}")
     if not 1 <= products.C <= 1024:
         raise ValueError(f"C must be in 1 to 1024: got {products.C}")
@@ -127,7 +137,9 @@ def check(products: Products, tile: Tile) -> None:
     if type(tile.stages) is not int or not 1 <= tile.stages <= 8:
         raise ValueError(f"stages must be in 1 to 8: got {tile.stages!r}")
     if tile.block_c >= products.C and tile.out_c != tile.block_c:
-        raise ValueError(f"out_c must be block_c where that holds a whole row: got {tile.out_c}, {tile.block_c}")
+        raise ValueError(
+            f"out_c must be block_c where that holds a whole row: got {tile.out_c}, {tile.block_c}"
+        )
 
 
 def dump(path: Path, gpu: str, capability: int, rows: list[dict[str, Any]]) -> None:

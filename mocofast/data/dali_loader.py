@@ -30,7 +30,14 @@ from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.decoding import image_size, undecodable, unlike_header
-from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, no_image_decodes, source_order
+from mocofast.data.interface import (
+    Batch,
+    BatchSlice,
+    Source,
+    ViewParams,
+    no_image_decodes,
+    source_order,
+)
 from mocofast.data.sampling import per_view, sample_views
 from mocofast.data.view_ops import apply_view_ops
 
@@ -59,7 +66,9 @@ def _pipeline(
     """
     extra = 2 * len(augments) if on_gpu else 0
     layout = None if kind is not np.ndarray else ["HWC"] + extra * [""]
-    images, *boxes = fn.external_source(source=read, num_outputs=1 + extra, batch=True, layout=layout)
+    images, *boxes = fn.external_source(
+        source=read, num_outputs=1 + extra, batch=True, layout=layout
+    )
     if kind is str:
         images = fn.io.file.read(images)
     if kind is not np.ndarray:
@@ -117,7 +126,9 @@ class DaliLoader:
         self.skipped = batches.skipped
         self._device = device
         self._producer = _Producer(batches, data.prefetch)
-        self._position: tuple[int, int] | None = None  # (epoch, step) that the producer hands out next
+        self._position: tuple[int, int] | None = (
+            None  # (epoch, step) that the producer hands out next
+        )
         self._iteration = 0
         # At the latest when the interpreter exits: a thread inside DALI must not outlive it.
         self.close = weakref.finalize(self, self._producer.close)
@@ -137,9 +148,13 @@ class DaliLoader:
                 return
             self._position = None  # unknown where an exception comes
             batch = self._producer.get()
-            self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+            self._position = (
+                (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+            )
             for view in batch.views:
-                if view.is_cuda:  # made on another stream: its memory must not be reused under this one's hands
+                if (
+                    view.is_cuda
+                ):  # made on another stream: its memory must not be reused under this one's hands
                     view.record_stream(torch.cuda.current_stream(self._device))
             yield batch
 
@@ -212,12 +227,17 @@ class _Batches:
         self._source, self._augments, self._slice, self._seed = source, augments, shard, seed
         self._device, self._threads, self._data = device, max(1, workers), data
         self._kind = type(source.load(0))
-        self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # (height, width); 0 where not known yet
+        self._sizes = np.zeros(
+            (len(source), 2), dtype=np.int32
+        )  # (height, width); 0 where not known yet
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last epoch asked for
         self._pool = _single_threaded_pool(self._threads)
         self._pipeline: Pipeline | None = None
         self._under_way: deque[_Plan] = deque()  # what DALI works on, oldest first
-        self._delivered = self._planned = (0, 0)  # (epoch, step) of the next batch to hand out, and to plan
+        self._delivered = self._planned = (
+            0,
+            0,
+        )  # (epoch, step) of the next batch to hand out, and to plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def seek(self, epoch: int, step: int) -> None:
@@ -234,7 +254,10 @@ class _Batches:
             raise
         if self._stream is None:
             images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
-            views = tuple(self._cut(images, params, augment) for params, augment in zip(plan.params, self._augments))
+            views = tuple(
+                self._cut(images, params, augment)
+                for params, augment in zip(plan.params, self._augments)
+            )
         else:
             with torch.cuda.stream(self._stream):
                 views = tuple(
@@ -243,7 +266,11 @@ class _Batches:
                 )
             self._stream.synchronize()  # before `outputs`, which DALI may write to again, goes out of scope
         self._delivered = self._after(plan.epoch, plan.step)
-        labels = None if self._source.labels is None else torch.from_numpy(self._source.labels[plan.samples])
+        labels = (
+            None
+            if self._source.labels is None
+            else torch.from_numpy(self._source.labels[plan.samples])
+        )
         return Batch(views, torch.from_numpy(plan.samples), labels)
 
     def close(self) -> None:
@@ -258,14 +285,18 @@ class _Batches:
                 self._planned = self._delivered
                 self._pipeline = self._build()
             try:
-                outputs = self._pipeline.run()  # waits for the host, so that any stream may read them
+                outputs = (
+                    self._pipeline.run()
+                )  # waits for the host, so that any stream may read them
             except RuntimeError:
                 suspects = list(self._under_way)
                 self._forget_pipeline()
                 if not self._find_bad(suspects):
                     raise
                 continue
-            if self._stream is None and self._missized(outputs[0].shape(), self._under_way[0].samples):
+            if self._stream is None and self._missized(
+                outputs[0].shape(), self._under_way[0].samples
+            ):
                 self._forget_pipeline()
                 continue
             return self._under_way.popleft(), outputs
@@ -324,7 +355,11 @@ class _Batches:
     def _item(self, index: int) -> np.ndarray:
         """Pixels, or the bytes of a path or file."""
         item = self._source.load(index)
-        return item if isinstance(item, np.ndarray) else np.frombuffer(os.fsencode(item), dtype=np.uint8)
+        return (
+            item
+            if isinstance(item, np.ndarray)
+            else np.frombuffer(os.fsencode(item), dtype=np.uint8)
+        )
 
     def _plan(self, epoch: int, step: int) -> _Plan:
         if self._order[0] != epoch:
@@ -346,7 +381,9 @@ class _Batches:
         if not self._sizes[index, 0]:
             item = self._source.load(index)
             try:
-                self._sizes[index] = item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
+                self._sizes[index] = (
+                    item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
+                )
             except Exception as error:  # PIL raises nearly any exception on corrupt headers
                 self.skipped[index] = f"{type(error).__name__}: {error}"
                 return False
@@ -365,7 +402,9 @@ class _Batches:
 
     # Augmentation
 
-    def _cut(self, images: list[Tensor], params: list[ViewParams], augment: AugmentConfig) -> Tensor:
+    def _cut(
+        self, images: list[Tensor], params: list[ViewParams], augment: AugmentConfig
+    ) -> Tensor:
         """Images (H, W, 3) on the CPU -> (B, 3, S, S) views, channels-last, by all threads."""
         views = torch.empty((len(images), augment.size, augment.size, 3), dtype=torch.uint8)
         chunk = max(1, CHUNK_PIXELS["cpu"] // augment.size**2)
@@ -373,8 +412,14 @@ class _Batches:
         def work(start: int) -> None:
             part = slice(start, start + chunk)
             for view, image, p in zip(views[part], images[part], params[part]):
-                crop = image[p.top : p.top + p.height, p.left : p.left + p.width].permute(2, 0, 1)[None]
-                view.copy_(F.interpolate(crop, view.shape[:2], mode="bilinear", antialias=True)[0].permute(1, 2, 0))
+                crop = image[p.top : p.top + p.height, p.left : p.left + p.width].permute(2, 0, 1)[
+                    None
+                ]
+                view.copy_(
+                    F.interpolate(crop, view.shape[:2], mode="bilinear", antialias=True)[0].permute(
+                        1, 2, 0
+                    )
+                )
             apply_view_ops(views[part], params[part], augment, views[part])
 
         list(self._pool.map(work, range(0, len(images), chunk)))
@@ -404,5 +449,7 @@ def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(int)
     all_started.wait()
-    torch.set_num_threads(used)  # the setting is each thread's own, but the default of later threads is not
+    torch.set_num_threads(
+        used
+    )  # the setting is each thread's own, but the default of later threads is not
     return pool

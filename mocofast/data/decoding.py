@@ -54,7 +54,9 @@ def unlike_header(size: tuple[int, int], stated: np.ndarray) -> str:
     return "" if size == header else f"decodes to {size}, but its header states {header}"
 
 
-Check = Callable[[Sequence[str | bytes]], "list[tuple[int, int] | str]"]  # for each file (height, width), or why not
+Check = Callable[
+    [Sequence[str | bytes]], "list[tuple[int, int] | str]"
+]  # for each file (height, width), or why not
 
 
 def _nvimgcodec_check() -> Check:
@@ -78,7 +80,9 @@ def _nvimgcodec_check() -> Check:
         for position, image in zip(streams, decoder.decode(list(streams.values()), params=params)):
             if image is None:  # nvImageCodec has no words for it, PIL mostly has
                 reason = _pil_check([files[position]])[0]
-                found[position] = reason if isinstance(reason, str) else "nvImageCodec cannot decode it"
+                found[position] = (
+                    reason if isinstance(reason, str) else "nvImageCodec cannot decode it"
+                )
             else:
                 found[position] = (image.height, image.width)
         return found

@@ -23,13 +23,20 @@ from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
 from mocofast.ops import backend
 
-LARGEST, LARGEST_ROTATED = 64, 32  # sides of views, as in the kernel's module (which imports Triton)
+LARGEST, LARGEST_ROTATED = (
+    64,
+    32,
+)  # sides of views, as in the kernel's module (which imports Triton)
 LARGEST_SET = 8 * 2**30  # bytes of pixels: CIFAR has 150 MB, STL-10's unlabelled part 2.8 GB
-SAMPLED_AT_ONCE = 4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
+SAMPLED_AT_ONCE = (
+    4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
+)
 CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
 
 
-def why_not_device_loader(source: Source, augments: tuple[AugmentConfig, ...], device: torch.device) -> str:
+def why_not_device_loader(
+    source: Source, augments: tuple[AugmentConfig, ...], device: torch.device
+) -> str:
     """Why the device loader cannot serve, as far as can be told without decoding anything; "" if it can."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
@@ -76,8 +83,12 @@ def load_images(source: Source, device: torch.device) -> LoadedImages:
                 raise ConfigError(f"data.loader=device cannot serve: {why}")
             images = np.zeros((len(source), *pixels.shape), dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
-            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (images.shape[1:], pixels.shape))
-            raise ConfigError(f"data.loader=device needs images of one size, got {sizes} ({source.name(index)})")
+            sizes = " and ".join(
+                f"{width} x {height}" for height, width, _ in (images.shape[1:], pixels.shape)
+            )
+            raise ConfigError(
+                f"data.loader=device needs images of one size, got {sizes} ({source.name(index)})"
+            )
         images[index] = pixels
     good = np.setdiff1d(every, list(skipped))
     if not len(good):
@@ -91,7 +102,12 @@ class DeviceLoader:
     name = "device"
 
     def __init__(
-        self, source: Source, augments: tuple[AugmentConfig, ...], shard: BatchSlice, seed: int, device: torch.device
+        self,
+        source: Source,
+        augments: tuple[AugmentConfig, ...],
+        shard: BatchSlice,
+        seed: int,
+        device: torch.device,
     ) -> None:
         """augments: one per view. Decodes files, and copies the images to `device`."""
         if why := why_not_device_loader(source, augments, device):
@@ -116,7 +132,11 @@ class DeviceLoader:
     def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         size = np.array(self._images.shape[1:3])
         order = source_order(self._source, self._seed, epoch)
-        make = self._composed if backend.backend_for(self._device.type).augment is None else self._fused
+        make = (
+            self._composed
+            if backend.backend_for(self._device.type).augment is None
+            else self._fused
+        )
         per_step = len(self._augments) * self._slice.batch_size // self._slice.world_size
         chunk = max(1, SAMPLED_AT_ONCE // per_step)
         for first in range(start, self.steps_per_epoch, chunk):
@@ -132,31 +152,50 @@ class DeviceLoader:
                 batch = tuple(view.permute(0, 3, 1, 2) for view in views)
                 yield Batch(batch, shown, None if self._labels is None else self._labels[shown])
 
-    def _composed(self, shares: tuple[Tensor, ...], sampled: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+    def _composed(
+        self, shares: tuple[Tensor, ...], sampled: list[Views]
+    ) -> Iterator[tuple[Tensor, ...]]:
         """The views of one step after the other, (B, S, S, 3) each, by PyTorch, which is faster on many at once."""
         index = torch.cat(shares)
-        views = (compose(self._images, index, own, augment) for own, augment in zip(sampled, self._augments))
+        views = (
+            compose(self._images, index, own, augment)
+            for own, augment in zip(sampled, self._augments)
+        )
         return zip(*(view.split([len(share) for share in shares]) for view in views))
 
-    def _fused(self, shares: tuple[Tensor, ...], sampled: list[Views]) -> Iterator[tuple[Tensor, ...]]:
+    def _fused(
+        self, shares: tuple[Tensor, ...], sampled: list[Views]
+    ) -> Iterator[tuple[Tensor, ...]]:
         """The same by the kernel: one launch a step for all views of one size."""
         fused = backend.backend_for(self._device.type).augment
         assert fused is not None
 
         def moved(x: Tensor) -> Tensor:
-            return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x
+            return (
+                x.pin_memory().to(self._device, non_blocking=True)
+                if self._device.type == "cuda"
+                else x
+            )
 
         sizes = [augment.size for augment in self._augments]
         grouped = {size: [view for view, own in enumerate(sizes) if own == size] for size in sizes}
-        tables = [parameter_table(views, augment) for views, augment in zip(sampled, self._augments)]
-        stacked = {size: moved(torch.stack([tables[view] for view in views])) for size, views in grouped.items()}
+        tables = [
+            parameter_table(views, augment) for views, augment in zip(sampled, self._augments)
+        ]
+        stacked = {
+            size: moved(torch.stack([tables[view] for view in views]))
+            for size, views in grouped.items()
+        }
         index, begin = moved(torch.cat(shares)), 0
         for share in shares:
             rows = slice(begin, begin := begin + len(share))
             made: dict[int, Tensor] = {}
             for size, views in grouped.items():
                 rotate = any(self._augments[view].rotate for view in views)
-                made |= zip(views, fused(self._images, index[rows], stacked[size][:, rows], size, rotate=rotate))
+                made |= zip(
+                    views,
+                    fused(self._images, index[rows], stacked[size][:, rows], size, rotate=rotate),
+                )
             yield tuple(made[view] for view in range(len(sizes)))
 
     def close(self) -> None:
@@ -178,7 +217,9 @@ def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig)
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
-        crops = crop_and_resize(images[index[rows].to(images.device)], boxes.to(images.device), size)
+        crops = crop_and_resize(
+            images[index[rows].to(images.device)], boxes.to(images.device), size
+        )
         apply_view_ops(crops, params[rows], augment, out[rows])
     return out
 
@@ -206,7 +247,9 @@ def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
     at = torch.arange(full, device=start.device) - start.unsqueeze(1)
     place = (2 * torch.arange(size, device=start.device) + 1) * length.unsqueeze(1)
     reach = 2 * length.clamp(min=size)
-    weights = reach.view(-1, 1, 1) - ((2 * at + 1) * size).unsqueeze(2).sub(place.unsqueeze(1)).abs_()
+    weights = (
+        reach.view(-1, 1, 1) - ((2 * at + 1) * size).unsqueeze(2).sub(place.unsqueeze(1)).abs_()
+    )
     outside = (at < 0) | (at >= length.unsqueeze(1))
     return weights.clamp_(min=0).masked_fill_(outside.unsqueeze(2), 0).float()
 

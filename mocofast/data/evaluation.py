@@ -39,7 +39,9 @@ class EvalBatches:
     `skipped` records them: index -> why.
     """
 
-    def __init__(self, source: Source, size: int, batch_size: int, workers: int, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, size: int, batch_size: int, workers: int, device: torch.device
+    ) -> None:
         """workers: threads. They are as fast as processes, which would have to be forked from a process of many
         threads."""
         self.skipped: dict[int, str] = {}
@@ -62,12 +64,23 @@ class EvalBatches:
         except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
             return describe(error)
 
-    def _batch(self, results: dict[int, np.ndarray | str]) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    def _batch(
+        self, results: dict[int, np.ndarray | str]
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """One batch, or none where all its images are bad; results: what `_center` says of each."""
         good = {index: pixels for index, pixels in results.items() if not isinstance(pixels, str)}
-        self.skipped.update({index: reason for index, reason in results.items() if isinstance(reason, str)})
+        self.skipped.update(
+            {index: reason for index, reason in results.items() if isinstance(reason, str)}
+        )
         if good:
-            images, index = torch.from_numpy(np.stack(list(good.values()))), torch.tensor(list(good))
+            images, index = (
+                torch.from_numpy(np.stack(list(good.values()))),
+                torch.tensor(list(good)),
+            )
             if self._device.type == "cuda":
                 images = images.pin_memory().to(self._device, non_blocking=True)
-            yield images.permute(0, 3, 1, 2), None if self._labels is None else self._labels[index], index
+            yield (
+                images.permute(0, 3, 1, 2),
+                None if self._labels is None else self._labels[index],
+                index,
+            )

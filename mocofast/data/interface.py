@@ -48,8 +48,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...  # what a log line calls the sample
-    def load(self, index: int) -> str | bytes | np.ndarray: ...  # a path, a file's content, or the pixels
-    def fingerprint(self) -> str: ...  # hash of names (or pixels) and labels: a resumed run needs the same set
+    def load(
+        self, index: int
+    ) -> str | bytes | np.ndarray: ...  # a path, a file's content, or the pixels
+    def fingerprint(
+        self,
+    ) -> str: ...  # hash of names (or pixels) and labels: a resumed run needs the same set
 
 
 @runtime_checkable
@@ -115,7 +119,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch shows a source's samples, (N,) int64: its own where it has one."""
-    return source.order(seed, epoch) if isinstance(source, Ordered) else epoch_order(len(source), seed, epoch)
+    return (
+        source.order(seed, epoch)
+        if isinstance(source, Ordered)
+        else epoch_order(len(source), seed, epoch)
+    )
 
 
 def no_image_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
@@ -144,7 +152,9 @@ class ViewParams(NamedTuple):
     height: int
     width: int
     angle: float  # counter-clockwise rotation of the resized crop about its centre, in degrees; 0 for none
-    order: tuple[int, ...]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
+    order: tuple[
+        int, ...
+    ]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
     brightness: float  # factors; 1 keeps
     contrast: float
     saturation: float
@@ -171,14 +181,29 @@ def sample_view(
     hue = 0.0
     if any(augment.jitter) and rng.random() < augment.jitter_p:
         order = tuple(int(i) for i in rng.permutation(4))
-        brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3])
+        brightness, contrast, saturation = (
+            rng.uniform(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3]
+        )
         hue = rng.uniform(-augment.jitter[3], augment.jitter[3])
     gray = rng.random() < augment.gray
     sigma = rng.uniform(*augment.blur_sigma) if rng.random() < augment.blur else 0.0
     solarize = augment.solarize > 0 and rng.random() < augment.solarize
     flip = rng.random() < augment.flip
     return ViewParams(
-        top, left, height, width, angle, order, brightness, contrast, saturation, hue, gray, sigma, solarize, flip
+        top,
+        left,
+        height,
+        width,
+        angle,
+        order,
+        brightness,
+        contrast,
+        saturation,
+        hue,
+        gray,
+        sigma,
+        solarize,
+        flip,
     )
 
 

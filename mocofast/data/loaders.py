@@ -75,15 +75,23 @@ def choose_loader(
         if not obstacle:
             return "device", "the images are in memory, and their views small"
         if device.type != "cuda":
-            return "torchvision", f"the images are in memory, so there is nothing to decode; device: {obstacle}"
+            return (
+                "torchvision",
+                f"the images are in memory, so there is nothing to decode; device: {obstacle}",
+            )
     missing = dali_missing()
     if asked == "dali":
         if missing:
-            raise ConfigError(f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}")
+            raise ConfigError(
+                f"data.loader=dali, but DALI cannot be imported ({missing}); {INSTALL}"
+            )
         return asked, "asked for"
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
-    return "dali", "the views are made on the GPU" if in_memory else "image files, and DALI is installed"
+    return (
+        "dali",
+        "the views are made on the GPU" if in_memory else "image files, and DALI is installed",
+    )
 
 
 def dali_missing() -> str:

@@ -26,7 +26,9 @@ def find_files(folder: str | Path, extensions: Set[str]) -> list[str]:
     return sorted(names)
 
 
-def _scan(folder: str, prefix: str, above: frozenset[str], extensions: Set[str], names: list[str]) -> None:
+def _scan(
+    folder: str, prefix: str, above: frozenset[str], extensions: Set[str], names: list[str]
+) -> None:
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -44,7 +46,9 @@ def split_folders(root: Path) -> tuple[str, str]:
     """Prefixes of the training and the evaluation images, such as ("train/", "val/"); "" for the root or for none."""
     if not root.is_dir():
         return "", ""
-    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    }
     val = next((f"{name}/" for name in ("val", "test") if name in folders), "")
     # A folder called train beside others may as well be a class (of vehicles).
     return ("train/", val) if "train" in folders and (val or len(folders) == 1) else ("", "")
@@ -75,7 +79,9 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.setdiff1d(np.arange(len(labels)), out), out
 
 
-def checked_labels(labels: np.ndarray | None, count: int, classes: tuple[str, ...]) -> np.ndarray | None:
+def checked_labels(
+    labels: np.ndarray | None, count: int, classes: tuple[str, ...]
+) -> np.ndarray | None:
     """labels as (count,) int64, or None; ValueError where they do not fit the images or the classes."""
     if labels is None:
         return None
@@ -83,7 +89,9 @@ def checked_labels(labels: np.ndarray | None, count: int, classes: tuple[str, ..
     if labels.shape != (count,):
         raise ValueError(f"labels must be ({count},), one per image, got {labels.shape}")
     if count and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"labels must index the {len(classes)} classes, got {labels.min()} to {labels.max()}")
+        raise ValueError(
+            f"labels must index the {len(classes)} classes, got {labels.min()} to {labels.max()}"
+        )
     return labels
 
 

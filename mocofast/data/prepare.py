@@ -59,10 +59,15 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         ("shard-mb", options.shard_mb >= 1, "at least 1"),
     ):
         if not holds:
-            raise ConfigError(f"--{name}: expected {expected}, got {getattr(options, name.replace('-', '_'))}")
+            raise ConfigError(
+                f"--{name}: expected {expected}, got {getattr(options, name.replace('-', '_'))}"
+            )
     target = Path(out).expanduser()
     partial = target.with_name(f"{target.name}.partial")
-    for path, remark in ((target, "is there already"), (partial, "is there: another run's, or left by a killed one")):
+    for path, remark in (
+        (target, "is there already"),
+        (partial, "is there: another run's, or left by a killed one"),
+    ):
         if path.exists():
             raise ConfigError(f"{str(path)!r} {remark}; nothing is overwritten")
     datasets = load_datasets(DataConfig(path=source, holdout=0.0))
@@ -71,10 +76,17 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         parts = {split.name(0).partition("/")[0]: split for split in (datasets.train, datasets.val)}
     partial.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = {"size": options.size, "quality": options.quality, "classes": datasets.train.classes}
+        meta: dict[str, Any] = {
+            "size": options.size,
+            "quality": options.quality,
+            "classes": datasets.train.classes,
+        }
         meta |= {"images": {}, "skipped": {}}
         total = sum(map(len, parts.values()))
-        with tqdm(total=total, unit="image", disable=None) as bar, Threads(count_workers(options.workers)) as pool:
+        with (
+            tqdm(total=total, unit="image", disable=None) as bar,
+            Threads(count_workers(options.workers)) as pool,
+        ):
             for part, images in parts.items():
                 stored, skipped = _write(images, partial / part, part, options, pool, bar)
                 meta["images"][part or "all"] = stored
@@ -96,7 +108,9 @@ def compact(path: str, size: int, quality: int) -> tuple[str, bytes]:
         return Path(path).suffix.lower(), content
     width, height = (round(side * size / short) for side in image.size)
     buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:4:4")
+    image.resize((width, height), Image.Resampling.LANCZOS).save(
+        buffer, "JPEG", quality=quality, subsampling="4:4:4"
+    )
     return ".jpg", buffer.getvalue()
 
 
@@ -123,7 +137,12 @@ def _write(
                 continue
             extension, content = item
             # A key ends at its first dot. Names that differ by a dot or an extension alone get a number.
-            key = source.name(index).removeprefix(f"{part}/" if part else "").rpartition(".")[0].replace(".", "_")
+            key = (
+                source.name(index)
+                .removeprefix(f"{part}/" if part else "")
+                .rpartition(".")[0]
+                .replace(".", "_")
+            )
             if key in keys:
                 key = f"{key}-{index}"
             keys.add(key)
@@ -132,7 +151,9 @@ def _write(
                 members[f"{key}.cls"] = str(source.labels[index]).encode()
             shards.add(members)
     if not keys:
-        raise ConfigError(f"none of the {len(source)} images can be decoded; {next(iter(skipped.items()))}")
+        raise ConfigError(
+            f"none of the {len(source)} images can be decoded; {next(iter(skipped.items()))}"
+        )
     return len(keys), skipped
 
 

@@ -61,20 +61,26 @@ def sample_views(
     box[~fits] = _central_crops(sizes[~fits])
 
     n = len(index)
-    angle = stream.uniform(-augment.rotate, augment.rotate, every) if augment.rotate else np.zeros(n)
+    angle = (
+        stream.uniform(-augment.rotate, augment.rotate, every) if augment.rotate else np.zeros(n)
+    )
     order = np.full((n, 4), -1)
     factors = [np.ones(n), np.ones(n), np.ones(n), np.zeros(n)]
     if any(augment.jitter):
         chosen = stream.random(every) < augment.jitter_p
         order[chosen] = stream.permutations(4, chosen)
-        bounds = [(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3]] + [(-augment.jitter[3], augment.jitter[3])]
+        bounds = [(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3]] + [
+            (-augment.jitter[3], augment.jitter[3])
+        ]
         for factor, (low, high) in zip(factors, bounds):
             factor[chosen] = stream.uniform(low, high, chosen)
     gray = stream.random(every) < augment.gray
     blurred = stream.random(every) < augment.blur
     sigma = np.zeros(n)
     sigma[blurred] = stream.uniform(*augment.blur_sigma, blurred)
-    solarize = stream.random(every) < augment.solarize if augment.solarize else np.zeros(n, dtype=bool)
+    solarize = (
+        stream.random(every) < augment.solarize if augment.solarize else np.zeros(n, dtype=bool)
+    )
     flip = stream.random(every) < augment.flip
     return Views._make((*box.T, angle, order, *factors, gray, sigma, solarize, flip))
 
@@ -122,14 +128,18 @@ class _Stream:
         self._key, self._index, self._view, self._block = key, index, view, first // 4
         self._words = self._more(5)  # nearly always enough
         self._next = first % 4
-        self._half = np.zeros(len(index), dtype=np.uint64)  # the upper half of a word that gave its lower one
+        self._half = np.zeros(
+            len(index), dtype=np.uint64
+        )  # the upper half of a word that gave its lower one
         self._has_half = np.zeros(len(index), dtype=bool)
 
     def _more(self, blocks: int) -> np.ndarray:
         """(n, 4 * blocks): the next words of every stream."""
         block = self._block[:, None] + np.arange(blocks)
         self._block = self._block + blocks
-        return _philox(self._key, np.repeat(self._index, blocks), self._view, block.ravel()).reshape(-1, 4 * blocks)
+        return _philox(
+            self._key, np.repeat(self._index, blocks), self._view, block.ravel()
+        ).reshape(-1, 4 * blocks)
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
         at = self._next[rows]

@@ -53,7 +53,9 @@ AT_ONCE = 8  # shards indexed side by side: on a network disk each header is a w
 class TarShard:
     """One tar file."""
 
-    name: str  # for logs and the fingerprint: its path below the folder, or the last part of its path
+    name: (
+        str  # for logs and the fingerprint: its path below the folder, or the last part of its path
+    )
     path: Path  # where its bytes are, or will be
     url: str = ""  # where to fetch it; "" for a local one
 
@@ -72,7 +74,11 @@ class ShardSource:
     """Samples of tar shards; `load` gives the bytes of an image file."""
 
     def __init__(
-        self, shards: Sequence[TarShard], indices: Sequence[Index], classes: tuple[str, ...], window: int = 0
+        self,
+        shards: Sequence[TarShard],
+        indices: Sequence[Index],
+        classes: tuple[str, ...],
+        window: int = 0,
     ) -> None:
         """classes: names of the labels, () for unlabelled; window: see `order`."""
         self._shards, self._window = tuple(shards), window
@@ -100,7 +106,9 @@ class ShardSource:
         with shard.path.open("rb", buffering=0) as file:
             content = os.pread(file.fileno(), size, int(self._offsets[index]))
         if len(content) < size:
-            raise OSError(f"{shard.path} ends within {os.fsdecode(self._keys[index])}: it changed after its index")
+            raise OSError(
+                f"{shard.path} ends within {os.fsdecode(self._keys[index])}: it changed after its index"
+            )
         return content
 
     def subset(self, index: np.ndarray) -> ShardSource:
@@ -125,13 +133,21 @@ class ShardSource:
             rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
             use = rng.permutation(len(self._shards))
             bounds = np.searchsorted(self._shard, np.arange(len(use) + 1))
-            windows = [use[start : start + self._window] for start in range(0, len(use), self._window)]
-            parts = [np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in window]) for window in windows]
+            windows = [
+                use[start : start + self._window] for start in range(0, len(use), self._window)
+            ]
+            parts = [
+                np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in window])
+                for window in windows
+            ]
             order = np.concatenate([rng.permutation(part) for part in parts])
         missing = [int(i) for i in use if self._shards[i].url and not self._shards[i].path.exists()]
         if missing:
             if not self._window:
-                log.info("batches draw on all %d shards, so all are needed first (see data.shuffle_window)", len(use))
+                log.info(
+                    "batches draw on all %d shards, so all are needed first (see data.shuffle_window)",
+                    len(use),
+                )
             threading.Thread(target=self._fetch_ahead, args=(missing,), daemon=True).start()
         return order
 
@@ -139,7 +155,9 @@ class ShardSource:
         """Hash of the shards' and samples' names, and labels: the shards may move, their contents may not change."""
         shards = "\0".join(shard.name for shard in self._shards).encode(errors="surrogateescape")
         return digest(
-            shards + b"\0" + self._shard.tobytes() + b"\0".join(self._keys.tolist()), self.labels, self.classes
+            shards + b"\0" + self._shard.tobytes() + b"\0".join(self._keys.tolist()),
+            self.labels,
+            self.classes,
         )
 
     def _fetch(self, number: int) -> None:
@@ -154,9 +172,16 @@ class ShardSource:
         found, expected = shard.path.stat().st_size, self._shard_sizes[number]
         if found != expected:
             shard.path.unlink()
-            raise OSError(f"{shard.url} has {found} bytes, its index says {expected}; delete {shard.path}{INDEX}")
+            raise OSError(
+                f"{shard.url} has {found} bytes, its index says {expected}; delete {shard.path}{INDEX}"
+            )
         if fetched:  # and not waited for, while another did
-            log.info("%s is here: %.0f MB after %.0f s", shard.name, found / 1e6, time.monotonic() - begin)
+            log.info(
+                "%s is here: %.0f MB after %.0f s",
+                shard.name,
+                found / 1e6,
+                time.monotonic() - begin,
+            )
 
     def _fetch_ahead(self, numbers: list[int]) -> None:
         try:
@@ -182,7 +207,11 @@ def find_shards(path: str, part: str = "") -> list[TarShard]:
         if not names:
             raise ConfigError(f"data.path: no *.tar file below {str(root / part)!r}")
         return [TarShard(name, root / name) for name in names]
-    found = [Path(match) for pattern in expand_braces(str(root)) for match in sorted(glob.glob(pattern)) or [pattern]]
+    found = [
+        Path(match)
+        for pattern in expand_braces(str(root))
+        for match in sorted(glob.glob(pattern)) or [pattern]
+    ]
     for missing in (file for file in found if not file.is_file()):
         raise FileNotFoundError(f"data.path: there is no shard {str(missing)!r}")
     return [TarShard(file.name, file) for file in found]
@@ -208,7 +237,9 @@ def _remote(url: str) -> TarShard:
     return TarShard(name, cache_folder() / "shards" / place / name, url)
 
 
-def open_shards(shards: Sequence[TarShard], window: int = 0, classes: tuple[str, ...] = ()) -> ShardSource:
+def open_shards(
+    shards: Sequence[TarShard], window: int = 0, classes: tuple[str, ...] = ()
+) -> ShardSource:
     """A source of all samples of these shards, in their order.
 
     classes: names of the labels; if none, those in META beside the first shard or in the folder above it, else
@@ -218,7 +249,9 @@ def open_shards(shards: Sequence[TarShard], window: int = 0, classes: tuple[str,
         indices = list(pool.map(_index, shards))
     labels = np.concatenate([index.labels for index in indices])
     if not len(labels):
-        raise ConfigError(f"data.path: no image in {len(shards)} shards, {shards[0].name} the first")
+        raise ConfigError(
+            f"data.path: no image in {len(shards)} shards, {shards[0].name} the first"
+        )
     if labels.min() < 0 or labels.min() == labels.max():
         return ShardSource(shards, indices, (), window)
     largest = int(labels.max())
@@ -247,7 +280,12 @@ def _index(shard: TarShard) -> Index:
             parts = urlsplit(shard.url)
             download(parts._replace(path=parts.path + INDEX).geturl(), beside)
             return _read(beside, None)
-        except (HTTPError, ValueError, KeyError, zipfile.BadZipFile):  # the server has none that can be used
+        except (
+            HTTPError,
+            ValueError,
+            KeyError,
+            zipfile.BadZipFile,
+        ):  # the server has none that can be used
             beside.unlink(missing_ok=True)
         try:
             download(shard.url, shard.path)
@@ -265,7 +303,12 @@ def local_index(path: Path) -> Index:
     for place in places:
         try:
             return _read(place, stamp)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none, another shard's, or broken
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            zipfile.BadZipFile,
+        ):  # none, another shard's, or broken
             continue
     log.info("indexing %s", path)
     index = Index(stat.st_size, *_scanned(path))
@@ -289,8 +332,18 @@ def _read(place: Path, stamp: np.ndarray | None) -> Index:
 def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     # Ranks and threads may index one shard at the same time.
-    with files.atomic_write(place, f"{os.getpid()}.{threading.get_ident()}") as part, part.open("wb") as file:
-        np.savez(file, stamp=stamp, keys=index.keys, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
+    with (
+        files.atomic_write(place, f"{os.getpid()}.{threading.get_ident()}") as part,
+        part.open("wb") as file,
+    ):
+        np.savez(
+            file,
+            stamp=stamp,
+            keys=index.keys,
+            offsets=index.offsets,
+            sizes=index.sizes,
+            labels=index.labels,
+        )
 
 
 def _scanned(path: Path) -> tuple[np.ndarray, ...]:
@@ -311,10 +364,17 @@ def _scanned(path: Path) -> tuple[np.ndarray, ...]:
                     if label >= 0 and (extension == "cls" or key not in labels):
                         labels[key] = label
     except (tarfile.TarError, EOFError) as error:
-        raise ConfigError(f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}") from error
+        raise ConfigError(
+            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}"
+        ) from error
     places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
     keys = np.array([os.fsencode(key) for key in images], dtype=np.bytes_)
-    return keys, places[:, 0], places[:, 1], np.array([labels.get(key, -1) for key in images], dtype=np.int64)
+    return (
+        keys,
+        places[:, 0],
+        places[:, 1],
+        np.array([labels.get(key, -1) for key in images], dtype=np.int64),
+    )
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

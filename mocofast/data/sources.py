@@ -66,11 +66,17 @@ class ArraySource:
     """Images in memory; `load` gives pixels (H, W, 3) uint8."""
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray | None, classes: tuple[str, ...], prefix: str = "image"
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        classes: tuple[str, ...],
+        prefix: str = "image",
     ) -> None:
         """images: (N, H, W, 3) uint8; labels: (N,) integers that index `classes`, or None."""
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+            raise ValueError(
+                f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
+            )
         self.images = images
         self.labels = checked_labels(labels, len(images), classes)
         self.classes = classes
@@ -88,7 +94,9 @@ class ArraySource:
     def fingerprint(self) -> str:
         """Hash of pixels and labels."""
         shape = repr(self.images.shape).encode()
-        return digest(shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes)
+        return digest(
+            shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
+        )
 
 
 def find_images(folder: str | Path) -> list[str]:
@@ -107,7 +115,9 @@ def find_images(folder: str | Path) -> list[str]:
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
         tars = "; its *.tar are for data.source=shards" if find_files(folder, {".tar"}) else ""
-        raise ConfigError(f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds}){tars}")
+        raise ConfigError(
+            f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds}){tars}"
+        )
     return names
 
 
@@ -139,14 +149,18 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     if data.source == "digits":
         return _digits()
     if data.source in ("folder", "shards", "cifar10", "cifar100") and not data.path:
-        raise ConfigError(f"data.path must name a folder for data.source={data.source}, got an empty one")
+        raise ConfigError(
+            f"data.path must name a folder for data.source={data.source}, got an empty one"
+        )
     if data.source == "shards":
         return _shards(data.path, data.holdout, seed, data.shuffle_window)
     if data.source == "folder":
         return _folder(Path(data.path).expanduser(), data.holdout, seed)
     if data.source in ("cifar10", "cifar100"):
         return _cifar(data.source, Path(data.path).expanduser())
-    raise ConfigError(f"data.source must be folder, shards, digits, cifar10 or cifar100, got {data.source!r}")
+    raise ConfigError(
+        f"data.source must be folder, shards, digits, cifar10 or cifar100, got {data.source!r}"
+    )
 
 
 def _folder(root: Path, holdout: float, seed: int) -> Datasets:
@@ -160,7 +174,9 @@ def _folder(root: Path, holdout: float, seed: int) -> Datasets:
     val_classes, val_labels = classes_of(val_names)
     unknown = sorted(set(val_classes) - set(classes))
     if unknown:
-        raise ConfigError(f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}")
+        raise ConfigError(
+            f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}"
+        )
     if val_labels is None:
         return _held_out(train, holdout, seed, f" ({val_part} has no class folders)")
     labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
@@ -184,7 +200,9 @@ def _summary(source: Source) -> str:
     return f"{len(source)} images of {len(source.classes)} classes"
 
 
-def _held_out(source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = "") -> Datasets:
+def _held_out(
+    source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = ""
+) -> Datasets:
     if source.labels is None:
         return Datasets(source, None, f"{len(source)} images without labels: no kNN")
     kept, held = stratified_split(source.labels, holdout, seed)

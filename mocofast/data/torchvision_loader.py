@@ -26,7 +26,15 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.decoding import decode, describe
-from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, no_image_decodes, sample_view, source_order
+from mocofast.data.interface import (
+    Batch,
+    BatchSlice,
+    Source,
+    ViewParams,
+    no_image_decodes,
+    sample_view,
+    source_order,
+)
 
 # Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -102,7 +110,9 @@ class _Samples(Dataset[Sample]):
     def _views(self, image: Image.Image, epoch: int, slot: int) -> list[np.ndarray]:
         size = (image.height, image.width)
         return [
-            np.asarray(apply_view(image, sample_view(augment, size, self.seed, epoch, slot, view), augment))
+            np.asarray(
+                apply_view(image, sample_view(augment, size, self.seed, epoch, slot, view), augment)
+            )
             for view, augment in enumerate(self.augments)
         ]
 
@@ -125,7 +135,11 @@ def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[in
     views = zip(*(sample.views for sample in samples))
     skipped = {index: reason for sample in samples for index, reason in sample.skipped.items()}
     index = torch.tensor([sample.shown for sample in samples])
-    return tuple(torch.from_numpy(np.stack(view)) for view in views), index, skipped  # views: (B, S, S, 3)
+    return (
+        tuple(torch.from_numpy(np.stack(view)) for view in views),
+        index,
+        skipped,
+    )  # views: (B, S, S, 3)
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -200,8 +214,12 @@ class TorchvisionLoader:
             self.skipped.update(skipped)
             if not views:
                 raise no_image_decodes(self._samples.source, self.skipped)
-            on_device = (view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views)
-            yield Batch(tuple(on_device), index, None if self._labels is None else self._labels[index])
+            on_device = (
+                view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views
+            )
+            yield Batch(
+                tuple(on_device), index, None if self._labels is None else self._labels[index]
+            )
 
     def close(self) -> None:
         """End the workers. A later epoch would start new ones."""

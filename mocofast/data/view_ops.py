@@ -21,10 +21,16 @@ from torch.nn import functional as F
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import ViewParams
 
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601 in PIL's fixed point: exact in float32
+LUMA = (
+    19595 / 65536,
+    38470 / 65536,
+    7471 / 65536,
+)  # ITU-R BT.601 in PIL's fixed point: exact in float32
 
 
-def apply_view_ops(crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor) -> None:
+def apply_view_ops(
+    crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+) -> None:
     """Everything of `params` after the crop, in the order that `ViewParams` documents.
 
     crops, out: (n, S, S, 3) uint8 on one device; out may be crops. params: n of them.
@@ -44,7 +50,12 @@ def apply_view_ops(crops: Tensor, params: Sequence[ViewParams], augment: Augment
     radii = [box_radius(p.sigma) for p in params]
     reaches = [math.ceil(radius) for radius in radii]
     for reach in sorted({*reaches} - {0}):
-        _on_rows(x, [i for i, r in enumerate(reaches) if r == reach], partial(box_blur_, reach=reach), radii)
+        _on_rows(
+            x,
+            [i for i, r in enumerate(reaches) if r == reach],
+            partial(box_blur_, reach=reach),
+            radii,
+        )
     _on_rows(x, [i for i, p in enumerate(params) if p.solarize], solarize_)
     _on_rows(x, [i for i, p in enumerate(params) if p.flip], flip_)
     out.copy_(x.permute(0, 2, 3, 1))
@@ -120,7 +131,13 @@ def adjust_hue_(x: Tensor, shift: Tensor) -> None:
     maximum = torch.maximum(maximum, r, out=maximum)
     chroma = maximum - minimum
     difference = g - b
-    hue = difference.abs().add_(maximum).sub_(r).add_(low.sub_(minimum), alpha=2).copysign_(difference)
+    hue = (
+        difference.abs()
+        .add_(maximum)
+        .sub_(r)
+        .add_(low.sub_(minimum), alpha=2)
+        .copysign_(difference)
+    )
     twice = chroma * 2
     base = minimum.sub_(chroma)
     turn = shift.view(-1, 1, 1) * 6
@@ -148,7 +165,9 @@ def box_radius(sigma: float) -> float:
     """
     variance = sigma * sigma / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
-    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    fraction = (
+        (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    )
     return whole + fraction
 
 

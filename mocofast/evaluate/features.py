@@ -35,7 +35,9 @@ def extract(
         for images, labels, _ in batches:
             if labels is None:
                 raise ValueError("batches must carry labels: the images have none")
-            features.append(embed(encoder, images.to(device, non_blocking=True), mean, std, kind).cpu())
+            features.append(
+                embed(encoder, images.to(device, non_blocking=True), mean, std, kind).cpu()
+            )
             all_labels.append(labels.cpu())
     if not features:
         raise ValueError("batches must hold at least one batch: got none")

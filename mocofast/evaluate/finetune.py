@@ -35,7 +35,9 @@ class FinetuneConfig:
     """Fine-tuning of the whole encoder."""
 
     epochs: int = option(50, "passes over the training images")
-    optimizer: str = option("sgd", "sgd, with momentum 0.9, or adamw, which suits ViTs", ("sgd", "adamw"))
+    optimizer: str = option(
+        "sgd", "sgd, with momentum 0.9, or adamw, which suits ViTs", ("sgd", "adamw")
+    )
     lr: float = option(0.01, "learning rate, falling along a cosine")
     weight_decay: float = option(1e-4, "weight decay: L2 with sgd, decoupled with adamw")
     batch_size: int = option(256, "images per step, at most the number of training images")
@@ -65,23 +67,36 @@ def finetune(
     epoch, which then is measured after every epoch.
     """
     if datasets.val is None or datasets.train.labels is None:
-        raise ConfigError(f"data.path: fine-tuning needs labelled images, some of them held out; got {datasets.note}")
+        raise ConfigError(
+            f"data.path: fine-tuning needs labelled images, some of them held out; got {datasets.note}"
+        )
     seed, classes = config.train.seed, len(datasets.train.classes)
     batch_size = min(options.batch_size, len(datasets.train))
     loader = build_loader(
-        datasets.train, config.data, (plain_view(config.augment),), BatchSlice(batch_size), seed, device
+        datasets.train,
+        config.data,
+        (plain_view(config.augment),),
+        BatchSlice(batch_size),
+        seed,
+        device,
     )
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
     torch.manual_seed(seed)
     with evaluating(encoder), torch.no_grad():
-        width = features(encoder, torch.zeros(1, 3, config.augment.size, config.augment.size, device=device)).shape[1]
+        width = features(
+            encoder, torch.zeros(1, 3, config.augment.size, config.augment.size, device=device)
+        ).shape[1]
     setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
     encoder.requires_grad_(True)  # also what pretraining froze, as a ViT's patches and positions
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.num_splits = 1
     schedule = OptimConfig(
-        name=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, schedule="cosine", per="step"
+        name=options.optimizer,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        schedule="cosine",
+        per="step",
     )
     optimizer = build_optimizer(encoder.parameters(), schedule)
     step, result = 0, None
@@ -91,7 +106,9 @@ def finetune(
             encoder.train()
             for batch in loader.epoch(epoch):
                 assert batch.labels is not None
-                set_learning_rate(optimizer, learning_rate(schedule, step, loader.steps_per_epoch, options.epochs))
+                set_learning_rate(
+                    optimizer, learning_rate(schedule, step, loader.steps_per_epoch, options.epochs)
+                )
                 with autocast:
                     logits = encoder(prepare_images(batch.views[0].to(device), mean, std))
                 loss = F.cross_entropy(logits.float(), batch.labels.to(device))
@@ -100,7 +117,12 @@ def finetune(
                 optimizer.step()
                 loss_sum += loss.detach()
                 step += 1
-            log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, loss_sum / loader.steps_per_epoch)
+            log.info(
+                "finetune: epoch %d/%d  loss %.4f",
+                epoch + 1,
+                options.epochs,
+                loss_sum / loader.steps_per_epoch,
+            )
             if on_epoch is not None:
                 result = _validate(encoder, datasets.val, config, device, autocast)
                 on_epoch(result)
@@ -111,12 +133,18 @@ def finetune(
 
 @torch.no_grad()
 def _validate(
-    encoder: nn.Module, source: Source, config: Config, device: torch.device, autocast: torch.autocast
+    encoder: nn.Module,
+    source: Source,
+    config: Config,
+    device: torch.device,
+    autocast: torch.autocast,
 ) -> FinetuneResult:
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
     hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
     with evaluating(encoder), autocast:
-        for images, labels, _ in eval_batches(source, config.augment.size, 256, config.data.workers, device):
+        for images, labels, _ in eval_batches(
+            source, config.augment.size, 256, config.data.workers, device
+        ):
             assert labels is not None
             rank = label_rank(encoder(prepare_images(images, mean, std)).float(), labels.to(device))
             hits += torch.stack([(rank < top).sum() for top in (1, 5)])

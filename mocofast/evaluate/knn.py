@@ -140,10 +140,17 @@ def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-def _check(train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor) -> None:
-    for name, features, labels in (("train", train_features, train_labels), ("val", val_features, val_labels)):
+def _check(
+    train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor
+) -> None:
+    for name, features, labels in (
+        ("train", train_features, train_labels),
+        ("val", val_features, val_labels),
+    ):
         if features.ndim != 2 or 0 in features.shape:
-            raise ValueError(f"{name}_features must be (samples, dimension), not empty: got {tuple(features.shape)}")
+            raise ValueError(
+                f"{name}_features must be (samples, dimension), not empty: got {tuple(features.shape)}"
+            )
         if labels.shape != features.shape[:1]:
             raise ValueError(
                 f"{name}_labels must hold one label for each of the {len(features)} rows of {name}_features: "
@@ -163,5 +170,7 @@ def _check(train_features: Tensor, train_labels: Tensor, val_features: Tensor, v
 def _class_count(train_labels: Tensor, val_labels: Tensor, num_classes: int | None) -> int:
     needed = 1 + max(int(train_labels.max()), int(val_labels.max()))
     if num_classes is not None and num_classes < needed:
-        raise ValueError(f"num_classes must exceed every label: got {num_classes}, and the labels reach {needed - 1}")
+        raise ValueError(
+            f"num_classes must exceed every label: got {num_classes}, and the labels reach {needed - 1}"
+        )
     return needed if num_classes is None else num_classes

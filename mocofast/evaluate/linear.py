@@ -49,8 +49,12 @@ class LinearConfig:
     epochs: int = option(100, "passes over the training images")
     lr: float = option(30.0, "learning rate of SGD with momentum 0.9 and no weight decay")
     batch_size: int = option(256, "images per step")
-    milestones: tuple[int, ...] = option((60, 80), "epochs at which the rate falls to a tenth, if schedule=step")
-    schedule: str = option("step", "how the rate falls; cosine: from epoch to epoch, MoCo v3's", ("step", "cosine"))
+    milestones: tuple[int, ...] = option(
+        (60, 80), "epochs at which the rate falls to a tenth, if schedule=step"
+    )
+    schedule: str = option(
+        "step", "how the rate falls; cosine: from epoch to epoch, MoCo v3's", ("step", "cosine")
+    )
 
 
 class LinearResult(NamedTuple):
@@ -63,7 +67,11 @@ class LinearResult(NamedTuple):
 
 
 def linear_probe(
-    encoder: nn.Module, datasets: Datasets, config: Config, options: LinearConfig, device: torch.device
+    encoder: nn.Module,
+    datasets: Datasets,
+    config: Config,
+    options: LinearConfig,
+    device: torch.device,
 ) -> LinearResult:
     """Train a linear classifier on `encoder`'s pooled features (before its head) and validate it.
 
@@ -90,7 +98,9 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     """What supervised training sees: RandomResizedCrop over 8 % to 100 %, and flips at the run's own rate (0.5 unless
     the images, digits say, do not bear them)."""
     still = (0.0, 0.0, 0.0, 0.0)
-    return replace(augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0)
+    return replace(
+        augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0
+    )
 
 
 def fit_logistic(
@@ -112,7 +122,11 @@ def fit_logistic(
     weight, bias = (tensor.clone() for tensor in start)
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-6, history_size=10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=max_iterations,
+        tolerance_grad=1e-6,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
 
     @torch.no_grad()
@@ -137,9 +151,16 @@ def fit_logistic(
 
 
 def _fast(
-    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, classes: int, seed: int
+    features: Tensor,
+    labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    classes: int,
+    seed: int,
 ) -> LinearResult:
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(
+        features.device
+    )
     features, labels = features[order], labels[order]
     # Standardised, so that one range of strengths suits every encoder. A dimension that hardly varies (a dead
     # unit) must not be blown up to unit variance.
@@ -154,7 +175,11 @@ def _fast(
     for l2 in _STRENGTHS:
         solution = fit_logistic(features[held:], labels[held:], classes, l2, solution)
         accuracy = _accuracy(features[:held], labels[:held], *solution)[0]
-        log.info("linear: l2 %.0e gives %.2f %% on the held-out tenth of the training images", l2, 100 * accuracy)
+        log.info(
+            "linear: l2 %.0e gives %.2f %% on the held-out tenth of the training images",
+            l2,
+            100 * accuracy,
+        )
         if accuracy > best:
             best, chosen = accuracy, l2
     solution = fit_logistic(features, labels, classes, chosen)
@@ -179,20 +204,32 @@ def _reference(
 
     head = nn.Linear(val_features.shape[1], len(datasets.train.classes), device=device)
     with torch.no_grad():
-        initial = torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+        initial = torch.empty(head.weight.shape).normal_(
+            0.0, 0.01, generator=torch.Generator().manual_seed(seed)
+        )
         head.weight.copy_(initial)
         head.bias.zero_()
     optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
     schedule = OptimConfig(
-        lr=options.lr, schedule=options.schedule, milestones=options.milestones, gamma=0.1, per="epoch"
+        lr=options.lr,
+        schedule=options.schedule,
+        milestones=options.milestones,
+        gamma=0.1,
+        per="epoch",
     )
     steps = loader.steps_per_epoch
     train_top1 = 0.0
     try:
         with evaluating(encoder):
             for epoch in range(options.epochs):
-                set_learning_rate(optimizer, learning_rate(schedule, epoch * steps, steps, options.epochs))
-                seen, hits, loss_sum = 0, torch.zeros((), device=device), torch.zeros((), device=device)
+                set_learning_rate(
+                    optimizer, learning_rate(schedule, epoch * steps, steps, options.epochs)
+                )
+                seen, hits, loss_sum = (
+                    0,
+                    torch.zeros((), device=device),
+                    torch.zeros((), device=device),
+                )
                 for batch in loader.epoch(epoch):
                     assert batch.labels is not None
                     labels = batch.labels.to(device)
@@ -211,21 +248,35 @@ def _reference(
                 top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
                 log.info(
                     "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation acc@1 %.2f %%",
-                    *(epoch + 1, options.epochs, loss_sum.item() / seen, 100 * train_top1, 100 * top1),
+                    *(
+                        epoch + 1,
+                        options.epochs,
+                        loss_sum.item() / seen,
+                        100 * train_top1,
+                        100 * top1,
+                    ),
                 )
     finally:
         loader.close()
-    return LinearResult(*_accuracy(val_features, val_labels, head.weight, head.bias), train_top1, None)
+    return LinearResult(
+        *_accuracy(val_features, val_labels, head.weight, head.bias), train_top1, None
+    )
 
 
-def _features(encoder: nn.Module, source: Source, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+def _features(
+    encoder: nn.Module, source: Source, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor]:
     batches = eval_batches(source, config.augment.size, _EXTRACT_BATCH, config.data.workers, device)
-    features, labels = extract(encoder, batches, device, "backbone", *pixel_statistics(config.augment))
+    features, labels = extract(
+        encoder, batches, device, "backbone", *pixel_statistics(config.augment)
+    )
     return features.to(device), labels.to(device)
 
 
 @torch.no_grad()
-def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+def _accuracy(
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[float, float]:
     """Shares of rows whose label scores highest, and among the five highest."""
     hits = torch.zeros(2, dtype=torch.int64, device=features.device)
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):

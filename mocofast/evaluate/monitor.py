@@ -23,7 +23,9 @@ class KNNMonitor:
     def __init__(self, train: Source, val: Source, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         if len(train) > config.knn.bank:
-            chosen = np.random.default_rng(config.train.seed).permutation(len(train))[: config.knn.bank]
+            chosen = np.random.default_rng(config.train.seed).permutation(len(train))[
+                : config.knn.bank
+            ]
             train = Subset(train, np.sort(chosen))
         self.train, self.val = train, val
 
@@ -46,18 +48,24 @@ class KNNMonitor:
         result = knn_accuracy(bank, bank_labels, queries, query_labels, knn.k, knn.temperature)
         values = {"knn_top1": result.top1, "knn_top5": result.top5}
         if knn.shots:
-            values["few_shot_top1"] = few_shot_accuracy(bank, bank_labels, queries, query_labels, knn.shots).mean
+            values["few_shot_top1"] = few_shot_accuracy(
+                bank, bank_labels, queries, query_labels, knn.shots
+            ).mean
         return values
 
     def _features(self, encoder: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of the whole source, on this rank's device."""
         rank, world_size = rank_and_world_size()
-        part = Subset(source, np.arange(rank, len(source), world_size)) if world_size > 1 else source
+        part = (
+            Subset(source, np.arange(rank, len(source), world_size)) if world_size > 1 else source
+        )
         augment = self.config.augment
         workers = self.config.data.workers
         batches = eval_batches(part, augment.size, 256, workers, self.device)
         mean, std = pixel_statistics(augment)
-        features, labels = extract(encoder, batches, self.device, self.config.knn.features, mean, std)
+        features, labels = extract(
+            encoder, batches, self.device, self.config.knn.features, mean, std
+        )
         parts = gather_objects((features, labels))
         features, labels = (torch.cat(tensors) for tensors in zip(*parts))
         return features.to(self.device), labels.to(self.device)

@@ -38,7 +38,9 @@ class Exported(NamedTuple):
     how_to_load: str  # Python lines
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.tensors} tensors, {self.of}. To load them:\n\n{self.how_to_load}\n"
+        return (
+            f"{self.path}: {self.tensors} tensors, {self.of}. To load them:\n\n{self.how_to_load}\n"
+        )
 
 
 def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Exported:
@@ -54,7 +56,9 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     """
     out = Path(out)
     if format not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
+        raise ConfigError(
+            f"format: expected one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}"
+        )
     is_safetensors = out.suffix == ".safetensors"
     if format == "safetensors" and not is_safetensors:
         raise ConfigError(f"out: expected a name ending in .safetensors, got {out}")
@@ -64,7 +68,9 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     _check_arch(format, config.model.arch)
     if format == "reference":
         if not isinstance(model, MoCo):
-            raise ConfigError(f"format: reference is facebookresearch/moco's, got model.method {config.model.method}")
+            raise ConfigError(
+                f"format: reference is facebookresearch/moco's, got model.method {config.model.method}"
+            )
         whole = _reference(model, config.model.arch, checkpoint)
         _write(out, lambda file: torch.save(whole, file))
         count = len(whole["state_dict"])
@@ -75,10 +81,17 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         if format == "detectron2":
             _write(out, lambda file: file.write_bytes(pickle.dumps(_detectron2(backbone))))
         elif is_safetensors:
-            _write(out, lambda file: save_file(backbone, file, {"format": "pt", "arch": config.model.arch}))
+            _write(
+                out,
+                lambda file: save_file(backbone, file, {"format": "pt", "arch": config.model.arch}),
+            )
         else:
             _write(out, lambda file: torch.save(backbone, file))
-    part = "both encoders and the queue" if format == "reference" else "the query encoder without its head"
+    part = (
+        "both encoders and the queue"
+        if format == "reference"
+        else "the query encoder without its head"
+    )
     return Exported(out, count, part, _how_to_load(format, config, out))
 
 
@@ -110,9 +123,13 @@ def _check_arch(format: str, arch: str) -> None:
     plain = arch.removesuffix("_cifar")
     is_resnet = re.fullmatch(r"(wide_resnet|resnext|resnet)\d\w*", plain) is not None
     if format == "timm" and not is_resnet:
-        raise ConfigError(f"format: timm is for the ResNet family, got model.arch {arch}; torchvision works")
+        raise ConfigError(
+            f"format: timm is for the ResNet family, got model.arch {arch}; torchvision works"
+        )
     if format == "detectron2" and (not is_resnet or plain != arch):
-        raise ConfigError(f"format: detectron2 is for ResNets with their 7x7 stem, got model.arch {arch}")
+        raise ConfigError(
+            f"format: detectron2 is for ResNets with their 7x7 stem, got model.arch {arch}"
+        )
 
 
 def _how_to_load(format: str, config: Config, out: Path) -> str:

@@ -84,9 +84,13 @@ def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
                 rest = re.sub(pattern, ours, rest)
             given[rest] = value
     wanted = backbone_state_dict(model)
-    wrong = sorted(name for name in given.keys() | wanted.keys() if _shape(given, name) != _shape(wanted, name))
+    wrong = sorted(
+        name for name in given.keys() | wanted.keys() if _shape(given, name) != _shape(wanted, name)
+    )
     if wrong:
-        raise ConfigError(f"not the weights of {arch}: missing, unknown or of another shape: {', '.join(wrong[:5])}")
+        raise ConfigError(
+            f"not the weights of {arch}: missing, unknown or of another shape: {', '.join(wrong[:5])}"
+        )
     model.encoder_q.load_state_dict(given, strict=False)
     return model, config
 

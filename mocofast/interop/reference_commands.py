@@ -77,7 +77,9 @@ def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
     flag("-j", "--workers", kind=int, help="loader threads of this machine [its cores]")
     flag("--epochs", kind=int, help="[v1/v2 100, v3 90]" if linear else "[v1/v2 200, v3 100]")
     flag("--start-epoch", kind=int, help="a continued run's checkpoint says it [0]")
-    flag("-b", "--batch-size", kind=int, help="images per step [v1/v2 256, v3 1024 (linear) or 4096]")
+    flag(
+        "-b", "--batch-size", kind=int, help="images per step [v1/v2 256, v3 1024 (linear) or 4096]"
+    )
     flag("--lr", "--learning-rate", kind=float, dest="lr", help="rate; of v3: for 256 images")
     flag("--schedule", kind=int, nargs="*", help="v1/v2: epochs at which the rate falls to a tenth")
     flag("--momentum", kind=float, help="of SGD or LARS [0.9]")
@@ -89,11 +91,20 @@ def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
     flag("--world-size", kind=int, help="number of nodes; more than one are torchrun's to start")
     flag("--rank", kind=int, help="this node's number")
     flag("--dist-url", kind=str, help="tcp://HOST:PORT of the first node")
-    flag("--dist-backend", kind=str, choices=("nccl", "gloo"), help="here: nccl on GPUs, gloo on CPUs")
+    flag(
+        "--dist-backend",
+        kind=str,
+        choices=("nccl", "gloo"),
+        help="here: nccl on GPUs, gloo on CPUs",
+    )
     flag("--multiprocessing-distributed", kind=bool, help="a process for every GPU of this machine")
     if linear:
         flag("-e", "--evaluate", kind=bool, help="refused: no classifier is kept")
-        flag("--pretrained", kind=str, help="a checkpoint of ours, of facebookresearch/moco or of moco-v3")
+        flag(
+            "--pretrained",
+            kind=str,
+            help="a checkpoint of ours, of facebookresearch/moco or of moco-v3",
+        )
         return
     flag("--moco-dim", kind=int, help="dimension of the embedding [v1/v2 128, v3 256]")
     flag("--moco-m", kind=float, help="momentum of the key encoder [v1/v2 0.999, v3 0.99]")
@@ -127,7 +138,9 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
         config.train.seed = given["seed"]
     if "print_freq" in given:
         config.train.log_every = given["print_freq"]
-    if "gpu" in given and not (given.get("multiprocessing_distributed") or "WORLD_SIZE" in os.environ):
+    if "gpu" in given and not (
+        given.get("multiprocessing_distributed") or "WORLD_SIZE" in os.environ
+    ):
         config.train.device = _gpu(given["gpu"])
     notes = []
     if given.get("start_epoch"):
@@ -137,7 +150,8 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
             )
         notes.append("--start-epoch: the checkpoint of --resume says where to go on")
     differences = {
-        name: settings.differences(config, settings.load_recipe(name)) for name in RECIPES[3 if is_v3 else 1]
+        name: settings.differences(config, settings.load_recipe(name))
+        for name in RECIPES[3 if is_v3 else 1]
     }
     recipe = min(differences, key=lambda name: len(differences[name]))
     return Equivalent(recipe, differences[recipe], notes)
@@ -166,7 +180,10 @@ def _moco(flags: Mapping[str, Any]) -> Config:
     m.arch, m.dim, m.queue_size = flags["arch"], flags["moco_dim"], flags["moco_k"]
     m.momentum, m.temperature, m.mlp = flags["moco_m"], flags["moco_t"], flags["mlp"]
     # -b is a node's batch there.
-    config.data.batch_size, config.train.epochs = flags["batch_size"] * _nodes(flags), flags["epochs"]
+    config.data.batch_size, config.train.epochs = (
+        flags["batch_size"] * _nodes(flags),
+        flags["epochs"],
+    )
     o.lr, o.momentum, o.weight_decay = flags["lr"], flags["momentum"], flags["weight_decay"]
     o.schedule, o.milestones = "cosine" if flags["cos"] else "step", tuple(flags["schedule"])
     if flags["aug_plus"]:
@@ -185,7 +202,12 @@ def _moco_v3(flags: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"-a {flags['arch']}: mocofast's ViTs keep their patch projection as drawn; expected --stop-grad-conv1"
         )
-    m.method, m.arch, m.dim, m.hidden_dim = "moco_v3", flags["arch"], flags["moco_dim"], flags["moco_mlp_dim"]
+    m.method, m.arch, m.dim, m.hidden_dim = (
+        "moco_v3",
+        flags["arch"],
+        flags["moco_dim"],
+        flags["moco_mlp_dim"],
+    )
     m.momentum, m.temperature, m.sync_bn = flags["moco_m"], flags["moco_t"], True
     m.momentum_schedule = "cosine" if flags["moco_m_cos"] else "constant"
     config.data.batch_size, config.train.epochs = flags["batch_size"], flags["epochs"]
@@ -244,7 +266,14 @@ def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
     count, why = processes(given, equivalent)
     if count > 1:
         print(f"starting {why}", flush=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+        ]
         os.execv(sys.executable, [*launcher, "-m", "mocofast", "main_moco", *argv])
     config = configure(equivalent.recipe, resume, equivalent.options)
     if os.environ.get("RANK", "0") == "0":
@@ -270,7 +299,9 @@ def probing(given: Mapping[str, Any], is_v3: bool) -> LinearConfig:
         if given.get(name, fixed) != fixed:
             raise ConfigError(f"{_spelled(name)} {given[name]}: the protocol's is {fixed}")
     if is_v3 and "schedule" in given:
-        raise ConfigError("--schedule: a flag of MoCo v1/v2's main_lincls.py, and MoCo v3 trained this encoder")
+        raise ConfigError(
+            "--schedule: a flag of MoCo v1/v2's main_lincls.py, and MoCo v3 trained this encoder"
+        )
     flags = {**(LINEAR_V3 if is_v3 else LINEAR_V1), **given}
     options = LinearConfig("reference", flags["epochs"], flags["lr"], flags["batch_size"])
     if is_v3:
@@ -288,14 +319,22 @@ def main_lincls(given: Mapping[str, Any]) -> int:
             "the linear probe runs in one process on one device; expected neither torchrun nor --world-size"
         )
     if not given.get("pretrained"):
-        raise ConfigError("--pretrained: expected a checkpoint of the encoder to probe, got nothing")
+        raise ConfigError(
+            "--pretrained: expected a checkpoint of the encoder to probe, got nothing"
+        )
     model, config, ours = load_pretrained(given["pretrained"], given.get("arch"))
     options = probing(given, config.model.method == "moco_v3")
-    values = {"data.source": "folder", "data.path": given["data"], "data.workers": given.get("workers", -1)}
+    values = {
+        "data.source": "folder",
+        "data.path": given["data"],
+        "data.workers": given.get("workers", -1),
+    }
     settings.apply(config, {**values, "train.seed": given.get("seed", config.train.seed)})
     device = choose_device(_gpu(given["gpu"]) if "gpu" in given else "auto")
     default = LinearConfig()
-    changed = {f"linear.{name}": v for name, v in vars(options).items() if v != getattr(default, name)}
+    changed = {
+        f"linear.{name}": v for name, v in vars(options).items() if v != getattr(default, name)
+    }
     print(settings.as_yaml(changed))
     if ours:
         words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]

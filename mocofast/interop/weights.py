@@ -24,7 +24,10 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
     A queue dtype of the model's that is smaller than float32 rounds the queue. Raises ValueError naming the entries
     that are missing, unknown or of another shape than the model's; nothing is loaded then.
     """
-    given = {name.removeprefix(PREFIX): value for name, value in state_dict.get("state_dict", state_dict).items()}
+    given = {
+        name.removeprefix(PREFIX): value
+        for name, value in state_dict.get("state_dict", state_dict).items()
+    }
     expected = to_reference_state_dict(model)
     problems = []
     if missing := sorted(expected.keys() - given.keys()):
@@ -35,7 +38,9 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
         if not isinstance(given[name], Tensor):
             problems.append(f"{name} is a {type(given[name]).__name__} instead of a tensor")
         elif given[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}")
+            problems.append(
+                f"{name} is {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+            )
     if problems:
         raise ValueError(f"state_dict: not that of this model: {'; '.join(problems)}")
     model.load_state_dict({**given, "queue": given["queue"].t()})
@@ -57,4 +62,8 @@ def backbone_state_dict(model: Method, head: bool = False) -> dict[str, Tensor]:
     """
     encoder = model.encoder_q
     prefix = f"{head_name(encoder)}."
-    return {name: value for name, value in encoder.state_dict().items() if head or not name.startswith(prefix)}
+    return {
+        name: value
+        for name, value in encoder.state_dict().items()
+        if head or not name.startswith(prefix)
+    }

@@ -19,7 +19,9 @@ class MethodOutput(NamedTuple):
     """What a forward pass yields, over this rank's own images."""
 
     loss: Tensor  # () float32, differentiable
-    rank: Tensor | None  # (N,) int32: how many wrong candidates score above the right one; Acc@k is mean(rank < k)
+    rank: (
+        Tensor | None
+    )  # (N,) int32: how many wrong candidates score above the right one; Acc@k is mean(rank < k)
 
 
 class Method(nn.Module):
@@ -48,13 +50,19 @@ class Method(nn.Module):
     pixel_std: Tensor | None
 
     def __init__(
-        self, pixel_mean: Sequence[float] | Tensor | None = None, pixel_std: Sequence[float] | Tensor | None = None
+        self,
+        pixel_mean: Sequence[float] | Tensor | None = None,
+        pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
         if (pixel_mean is None) != (pixel_std is None):
             raise ValueError("pixel_mean and pixel_std belong together: got one of them only")
         for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            pixels = None if statistics is None else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
+            pixels = (
+                None
+                if statistics is None
+                else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
+            )
             self.register_buffer(name, pixels, persistent=False)
         # How an encoder, by its name here, is trained: the step engine's faster ways (see mocofast.train.engine).
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}

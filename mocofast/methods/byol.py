@@ -49,11 +49,17 @@ class BYOL(PredictingMethod):
         """The loss in a few words."""
         return "symmetric prediction of the target's output"
 
-    def forward(self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
+    def forward(
+        self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True
+    ) -> MethodOutput:
         """Mean over this rank's images of 4 - 2 cos(p_1, z_2) - 2 cos(p_2, z_1) (equation 2, both ways)."""
         self.check_views(im_1=im_1, im_2=im_2)
-        (p_1, p_2), (z_1, z_2) = self.outputs(im_1, im_2, update_keys=update_keys)  # online, target: (N, C)
-        cosines = F.cosine_similarity(p_1.float(), z_2.float()) + F.cosine_similarity(p_2.float(), z_1.float())
+        (p_1, p_2), (z_1, z_2) = self.outputs(
+            im_1, im_2, update_keys=update_keys
+        )  # online, target: (N, C)
+        cosines = F.cosine_similarity(p_1.float(), z_2.float()) + F.cosine_similarity(
+            p_2.float(), z_1.float()
+        )
         return MethodOutput(4 - 2 * cosines.mean(), None)
 
 

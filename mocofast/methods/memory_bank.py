@@ -62,9 +62,13 @@ class MemoryBank(Method):
         head_name(self.encoder_q)  # raises where there is no head
         if mlp:
             add_mlp_head(self.encoder_q)
-        self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1).to(QUEUE_DTYPES[queue_dtype]))
+        self.register_buffer(
+            "bank", F.normalize(torch.randn(images, dim), dim=1).to(QUEUE_DTYPES[queue_dtype])
+        )
         self.draws = SharedGenerator()
-        self._pending: list[tuple[Tensor, Tensor]] = []  # of micro-batches that wait for their step's last one
+        self._pending: list[
+            tuple[Tensor, Tensor]
+        ] = []  # of micro-batches that wait for their step's last one
         self.keep_buffers_out_of_broadcasts()
 
     @property
@@ -122,9 +126,13 @@ class MemoryBank(Method):
         (images,) = views
         free = len(self.bank) - len(images) * (rank_and_world_size()[1] if self.training else 1)
         if free < 1:
-            raise ConfigError(f"data.batch_size: must leave negatives among the {len(self.bank)} images")
+            raise ConfigError(
+                f"data.batch_size: must leave negatives among the {len(self.bank)} images"
+            )
         generator = self.draws.generator(images.device) if self.training else None
-        return to_device([torch.randint(free, (self.negatives,), generator=generator)], images.device)
+        return to_device(
+            [torch.randint(free, (self.negatives,), generator=generator)], images.device
+        )
 
     def _slots(self, numbers: Tensor, batch: Tensor) -> Tensor:
         """Slots (K,): of number n is the n-th slot outside `batch` (B,)."""

@@ -74,7 +74,9 @@ class MoCo(MomentumMethod):
             raise ValueError(f"temperature must be positive: got {temperature}")
         dtype = QUEUE_DTYPES.get(queue_dtype) if isinstance(queue_dtype, str) else queue_dtype
         if dtype not in QUEUE_DTYPES.values():
-            raise ValueError(f"queue_dtype must be one of {', '.join(QUEUE_DTYPES)}: got {queue_dtype}")
+            raise ValueError(
+                f"queue_dtype must be one of {', '.join(QUEUE_DTYPES)}: got {queue_dtype}"
+            )
         self.temperature = temperature
         self.symmetric = symmetric
 
@@ -88,7 +90,9 @@ class MoCo(MomentumMethod):
 
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1).to(dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
-        self._pending: list[Tensor] = []  # keys of micro-batches that wait for their optimiser step's last one
+        self._pending: list[
+            Tensor
+        ] = []  # keys of micro-batches that wait for their optimiser step's last one
 
         self._shuffles = shuffle_bn
         self._splits = bn_splits > 1
@@ -139,7 +143,9 @@ class MoCo(MomentumMethod):
         if self.symmetric:
             swapped_loss, swapped_rank, first_keys = self._contrast(im_k, im_q, step_inputs[2:])
             loss, rank = loss + swapped_loss, torch.cat([rank, swapped_rank])
-            keys = torch.cat([first_keys, keys])  # as the demo enqueues them: those of the first view first
+            keys = torch.cat(
+                [first_keys, keys]
+            )  # as the demo enqueues them: those of the first view first
         if self.training:
             self._pending.append(keys)
             if enqueue:
@@ -157,20 +163,31 @@ class MoCo(MomentumMethod):
         step_inputs: tuple[Tensor, ...] = ()
         for images in (im_k, im_q) if self.symmetric else (im_k,):
             # Images cross ranks in the smallest form there is: uint8, or what autocast would make of floats anyway.
-            step_inputs += self.shuffle(images if images.dtype == torch.uint8 else to_autocast_dtype(images))
+            step_inputs += self.shuffle(
+                images if images.dtype == torch.uint8 else to_autocast_dtype(images)
+            )
         return step_inputs
 
-    def _contrast(self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def _contrast(
+        self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), ranks (N,), and the keys of all W ranks (W*N, C), in eval mode of this one only."""
         with torch.no_grad(), self.side_stream() as join:
             if self.training:
-                k, keys = self._encode_keys(im_k, step_inputs)  # own keys (N, C), and those of all ranks
+                k, keys = self._encode_keys(
+                    im_k, step_inputs
+                )  # own keys (N, C), and those of all ranks
             else:
                 k = keys = self.encode("encoder_k", im_k)
         q = self.encode("encoder_q", im_q)  # queries: (N, C), normalised inside info_nce
         join()
         loss, rank = info_nce(
-            q, k, self.queue, temperature=self.temperature, negatives_normalized=True, return_rank=True
+            q,
+            k,
+            self.queue,
+            temperature=self.temperature,
+            negatives_normalized=True,
+            return_rank=True,
         )
         return loss, rank, keys
 

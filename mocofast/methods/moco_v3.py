@@ -62,7 +62,9 @@ class MoCoV3(PredictingMethod):
         """The loss in a few words."""
         return "symmetric loss over the keys of the batch"
 
-    def forward(self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
+    def forward(
+        self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True
+    ) -> MethodOutput:
         """Loss of this rank's images, whose keys all ranks gather; rank is (2N,), queries of im_1 first.
 
         With gradient accumulation a query meets the keys of its own micro-batch only. In eval mode nothing is

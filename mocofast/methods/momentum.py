@@ -26,9 +26,15 @@ class MomentumMethod(Method):
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of encoder_q that are trained, and those of encoder_k that follow them."""
-        pairs = [(q, k) for q, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()) if q.requires_grad]
+        pairs = [
+            (q, k)
+            for q, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters())
+            if q.requires_grad
+        ]
         return [q for q, _ in pairs], [k for _, k in pairs]
 
     def update_momentum_encoder(self) -> None:
         """k = m k + (1 - m) q."""
-        ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum)
+        ema_update_(
+            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum
+        )

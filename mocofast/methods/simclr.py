@@ -50,7 +50,9 @@ class SimCLR(Method):
         """The loss, whose negatives are the batch."""
         return "NT-Xent over the batch"
 
-    def forward(self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
+    def forward(
+        self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True
+    ) -> MethodOutput:
         """NT-Xent of this rank's 2N views, (N, 3, S, S) each, among the 2WN of all ranks; rank: (2N,), those of im_a
         first. Gradients reach every rank's views. The two flags, which concern memories, change nothing."""
         self.check_views(im_a=im_a, im_b=im_b)
@@ -69,7 +71,9 @@ class SimCLR(Method):
                 self.temperature,
                 normalize=True,
                 normalize_negatives=True,
-                exclude_period=len(all_a),  # leaves out the view itself and its positive, which has its own term
+                exclude_period=len(
+                    all_a
+                ),  # leaves out the view itself and its positive, which has its own term
                 return_rank=True,
                 reduction="mean",
             )
@@ -84,5 +88,10 @@ def build(config: Config) -> SimCLR:
     m = config.model
     mean, std = pixel_statistics(config.augment)
     return SimCLR(
-        build_encoder(m.arch, config.augment.size), m.dim, m.hidden_dim, m.temperature, pixel_mean=mean, pixel_std=std
+        build_encoder(m.arch, config.augment.size),
+        m.dim,
+        m.hidden_dim,
+        m.temperature,
+        pixel_mean=mean,
+        pixel_std=std,
     )

@@ -60,6 +60,13 @@ class Supervised(Method):
 def build(config: Config, classes: int) -> Supervised:
     """A classifier of as many classes as the data have, with the encoder of `config.model`."""
     if classes < 2:
-        raise ConfigError(f"model.method: supervised needs images of two classes or more, and these have {classes}")
+        raise ConfigError(
+            f"model.method: supervised needs images of two classes or more, and these have {classes}"
+        )
     mean, std = pixel_statistics(config.augment)
-    return Supervised(build_encoder(config.model.arch, config.augment.size), classes, pixel_mean=mean, pixel_std=std)
+    return Supervised(
+        build_encoder(config.model.arch, config.augment.size),
+        classes,
+        pixel_mean=mean,
+        pixel_std=std,
+    )

@@ -51,7 +51,11 @@ class SwAV(Method):
         pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__(pixel_mean, pixel_std)
-        self.temperature, self.epsilon, self.freeze_prototypes = temperature, epsilon, freeze_prototypes
+        self.temperature, self.epsilon, self.freeze_prototypes = (
+            temperature,
+            epsilon,
+            freeze_prototypes,
+        )
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, hidden_dim, dim, bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
@@ -68,13 +72,19 @@ class SwAV(Method):
         """The number of prototypes."""
         return f"{len(self.prototypes.weight)} prototypes"
 
-    def forward(self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True) -> MethodOutput:
+    def forward(
+        self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True
+    ) -> MethodOutput:
         """Cross entropy of this rank's N swapped predictions, both ways; (N, 3, S, S) each."""
         self.check_views(im_a=im_a, im_b=im_b)
         z = F.normalize(self.encode("encoder_q", torch.cat([im_a, im_b])).float(), dim=1)  # (2N, C)
-        with torch.autocast(z.device.type, enabled=False):  # exp(score / epsilon) shows every bit that is missing
+        with torch.autocast(
+            z.device.type, enabled=False
+        ):  # exp(score / epsilon) shows every bit that is missing
             scores_a, scores_b = F.linear(z, self._unit_prototypes()).chunk(2)  # (N, K) each
-        code_a, code_b = (sinkhorn(s.detach(), self.epsilon, self.training) for s in (scores_a, scores_b))
+        code_a, code_b = (
+            sinkhorn(s.detach(), self.epsilon, self.training) for s in (scores_a, scores_b)
+        )
         loss = (
             F.cross_entropy(scores_a / self.temperature, code_b)
             + F.cross_entropy(scores_b / self.temperature, code_a)
@@ -95,7 +105,9 @@ class SwAV(Method):
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, over_ranks: bool = False, iterations: int = 3) -> Tensor:
+def sinkhorn(
+    scores: Tensor, epsilon: float, over_ranks: bool = False, iterations: int = 3
+) -> Tensor:
     """Soft assignments of N samples to K prototypes in equal shares over the batch, of all ranks if over_ranks (who
     then call it together): Sinkhorn-Knopp, arXiv:2006.09882, eq. 5. scores: (N, K), cosines; rows of the result sum
     to 1."""

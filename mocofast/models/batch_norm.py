@@ -31,7 +31,10 @@ class FusedBottleneck(Bottleneck):
         return self.bn3(self.conv3(y), relu=True, residual=shortcut)
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+}
 
 
 def fuse_blocks(module: nn.Module, norm: type[nn.Module]) -> None:
@@ -56,7 +59,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     in one pass.
     """
 
-    def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
         super().__init__(num_features, eps, momentum)
         self.num_splits = num_splits
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.models.vit import SIZES, vision_transformer
 
-TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")  # families whose models end in .fc or .heads
+TORCHVISION = (
+    "resnet*",
+    "wide_resnet*",
+    "resnext*",
+    "vit_*",
+)  # families whose models end in .fc or .heads
 HEADS = ("fc", "head", "heads")
 
 
@@ -29,7 +34,9 @@ def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[.
     if arch in SIZES or (arch in names and arch.startswith("vit_")):
         patch = SIZES[arch].patch_size if arch in SIZES else int(arch.rpartition("_")[2])
         if image_size % patch:
-            raise ConfigError(f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}")
+            raise ConfigError(
+                f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}"
+            )
         make = vision_transformer if arch in SIZES else _torchvision_vit
         return functools.partial(make, arch, image_size)
     if arch in names:
@@ -39,7 +46,9 @@ def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[.
         return functools.partial(_cifar_resnet, cifar[arch])
     if arch == "resnet_tiny":
         return TinyResNet
-    nearest = difflib.get_close_matches(arch, [*names, *cifar, *SIZES, "resnet_tiny"], n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(
+        arch, [*names, *cifar, *SIZES, "resnet_tiny"], n=1, cutoff=0
+    )[0]
     raise ConfigError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
 
 
@@ -95,7 +104,8 @@ class _BasicBlock(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +118,9 @@ def head_name(encoder: nn.Module) -> str:
     for name in HEADS:
         if isinstance(getattr(encoder, name, None), nn.Module):
             return name
-    raise ValueError(f"encoder: expected a module ending in {', '.join(HEADS)}; {type(encoder).__name__} has none")
+    raise ValueError(
+        f"encoder: expected a module ending in {', '.join(HEADS)}; {type(encoder).__name__} has none"
+    )
 
 
 def add_mlp_head(encoder: nn.Module) -> None:
@@ -117,7 +129,9 @@ def add_mlp_head(encoder: nn.Module) -> None:
     linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in linears if name == head or name.startswith(f"{head}.")]
     if not inside:
-        raise ValueError(f"mlp: expected a linear layer in the encoder's .{head}, and there is none")
+        raise ValueError(
+            f"mlp: expected a linear layer in the encoder's .{head}, and there is none"
+        )
     parent_name, _, name = inside[-1].rpartition(".")
     parent = encoder.get_submodule(parent_name)
     last: nn.Linear = getattr(parent, name)

@@ -28,4 +28,6 @@ def prepare_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def to_autocast_dtype(images: Tensor) -> Tensor:
     """The images in the type that autocast would give them at the first convolution; as they are without autocast."""
     device = images.device.type
-    return images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
+    return (
+        images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
+    )

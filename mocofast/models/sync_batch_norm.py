@@ -34,7 +34,14 @@ class SyncBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return _Function.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, world_size
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.momentum,
+            self.eps,
+            world_size,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -74,11 +81,18 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std = ctx.saved_tensors
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        sums = _gradient_sums(grad, x, mean, inverse_std)  # (2, C): of the gradient, and of it times x - mean
+        grad = grad.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        sums = _gradient_sums(
+            grad, x, mean, inverse_std
+        )  # (2, C): of the gradient, and of it times x - mean
         grad_weight = grad_bias = None
         if weight is not None:
-            grad_weight, grad_bias = (sums[1] * inverse_std).to(weight.dtype), sums[0].to(weight.dtype)
+            grad_weight, grad_bias = (
+                (sums[1] * inverse_std).to(weight.dtype),
+                sums[0].to(weight.dtype),
+            )
         totals = sums.clone()  # the weights' gradients are of this rank alone
         dist.all_reduce(totals)
         grad_x = _gradient(grad, x, mean, inverse_std, weight, totals, ctx.world_size)
@@ -98,25 +112,37 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
     if x.is_cuda:
         wanted = (True, False, False)
-        return torch.stack(torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, None, *wanted)[:2])
+        return torch.stack(
+            torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, None, *wanted)[:2]
+        )
     over = [dim for dim in range(x.dim()) if dim != 1]
     wide = grad.to(mean.dtype)
     return torch.stack([wide.sum(over), (wide * (x - _per_channel(mean, x))).sum(over)])
 
 
 def _gradient(
-    grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, sums: Tensor, world_size: int
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    world_size: int,
 ) -> Tensor:
     """Of x, from the sums over all ranks."""
     count = x.numel() // x.shape[1]
     if x.is_cuda:
         counts = torch.full((world_size,), count, dtype=torch.int32, device=x.device)
-        return torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, sums[0], sums[1], counts)
+        return torch.batch_norm_backward_elemt(
+            grad, x, mean, inverse_std, weight, sums[0], sums[1], counts
+        )
     mean_grad, mean_product = (sums / (count * world_size)).unbind()
     scale = inverse_std if weight is None else inverse_std * weight
     centred = x - _per_channel(mean, x)
     slope = _per_channel(mean_product * inverse_std.square(), x)
-    return ((grad - _per_channel(mean_grad, x) - centred * slope) * _per_channel(scale, x)).to(x.dtype)
+    return ((grad - _per_channel(mean_grad, x) - centred * slope) * _per_channel(scale, x)).to(
+        x.dtype
+    )
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -131,7 +157,9 @@ def sync_batch_norm(module: nn.Module) -> None:
 
     def make(old: _BatchNorm) -> SyncBatchNorm:
         if not old.track_running_stats or old.momentum is None:
-            raise ValueError(f"sync_bn: expected BatchNorm with running statistics and a momentum; got {old}")
+            raise ValueError(
+                f"sync_bn: expected BatchNorm with running statistics and a momentum; got {old}"
+            )
         return SyncBatchNorm(old.num_features, old.eps, old.momentum, old.affine)
 
     replace_batch_norms(module, lambda child: isinstance(child, BATCH_NORMS), make)

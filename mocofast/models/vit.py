@@ -35,7 +35,9 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
     from torchvision.models import VisionTransformer
 
     patch, layers, heads, width = SIZES[name]
-    model = VisionTransformer(image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes)
+    model = VisionTransformer(
+        image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes
+    )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -45,7 +47,9 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
                 nn.init.xavier_uniform_(part)
             nn.init.zeros_(module.in_proj_bias)
     nn.init.normal_(model.class_token, std=1e-6)
-    nn.init.xavier_uniform_(model.conv_proj.weight.view(width, -1))  # a linear layer on the pixels of a patch
+    nn.init.xavier_uniform_(
+        model.conv_proj.weight.view(width, -1)
+    )  # a linear layer on the pixels of a patch
     nn.init.zeros_(model.conv_proj.bias)
     model.conv_proj.requires_grad_(False)
     position = sincos_position_embedding(image_size // patch, width)

@@ -41,13 +41,20 @@ def info_nce(
     if torch.is_autocast_enabled(device_type):
         dot_dtype = torch.get_autocast_dtype(device_type)
     else:
-        dot_dtype = torch.promote_types(torch.promote_types(query.dtype, positive.dtype), negatives.dtype)
+        dot_dtype = torch.promote_types(
+            torch.promote_types(query.dtype, positive.dtype), negatives.dtype
+        )
     options = _Options(normalize, normalize_negatives, exclude_period, return_rank, dot_dtype)
     scalar, tensor = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (query, positive, tensor)]
+    needs = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (query, positive, tensor)
+    ]
     needs_negatives = torch.is_grad_enabled() and negatives.requires_grad
     if torch.compiler.is_compiling():
-        loss, _, rank, _, _, _ = _info_nce_op(query, positive, negatives, tensor, scalar, *options, any(needs))
+        loss, _, rank, _, _, _ = _info_nce_op(
+            query, positive, negatives, tensor, scalar, *options, any(needs)
+        )
         return _reduced(loss, reduction), rank if return_rank else None
     if any(needs) or needs_negatives:
         # Not the op above: its wrapper costs tens of microseconds a call.
@@ -85,7 +92,12 @@ def _forward(
 
 
 def _grad_negatives(
-    grad_loss: Tensor, query: Tensor, negatives: Tensor, lse: Tensor, temperature: float | Tensor, options: _Options
+    grad_loss: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    lse: Tensor,
+    temperature: float | Tensor,
+    options: _Options,
 ) -> Tensor:
     arguments = options._asdict()
     del arguments["return_rank"]
@@ -147,19 +159,28 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_query, grad_positive, grad_scale, lse, query, positive, negatives, temperature = ctx.saved_tensors
+        grad_query, grad_positive, grad_scale, lse, query, positive, negatives, temperature = (
+            ctx.saved_tensors
+        )
         query_dtype, positive_dtype, negatives_dtype = ctx.dtypes
         grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
-            factor = grad_loss / ctx.rows if ctx.reduction == "mean" else grad_loss  # of every row's loss, () or (N,)
+            factor = (
+                grad_loss / ctx.rows if ctx.reduction == "mean" else grad_loss
+            )  # of every row's loss, () or (N,)
             column = factor[:, None] if factor.dim() else factor
             if grad_query is not None:
                 grads[0] = (grad_query * column).to(query_dtype)
             if grad_positive is not None:
                 grads[1] = (grad_positive * column).to(positive_dtype)
             if lse is not None:
-                at, factors = ctx.scalar if temperature is None else temperature, factor.expand(ctx.rows)
-                grads[2] = _grad_negatives(factors, query, negatives, lse, at, ctx.options).to(negatives_dtype)
+                at, factors = (
+                    ctx.scalar if temperature is None else temperature,
+                    factor.expand(ctx.rows),
+                )
+                grads[2] = _grad_negatives(factors, query, negatives, lse, at, ctx.options).to(
+                    negatives_dtype
+                )
             if grad_scale is not None:
                 grads[3] = _temperature_grad(factor, grad_scale, temperature).to(temperature.dtype)
         if torch.is_grad_enabled():  # create_graph=True
@@ -187,7 +208,12 @@ def _info_nce_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = _Options(normalize, normalize_negatives, exclude_period, return_rank, dot_dtype)
     result = _forward(
-        query, positive, negatives, scalar if temperature is None else temperature, options, compute_grad
+        query,
+        positive,
+        negatives,
+        scalar if temperature is None else temperature,
+        options,
+        compute_grad,
     )
     assert result.lse is not None  # not only the query's gradient was asked for
     # An op's outputs cannot be None: empty tensors stand for what was not asked.
@@ -196,7 +222,9 @@ def _info_nce_op(
         result.lse,
         query.new_empty(0, dtype=torch.int32) if result.rank is None else result.rank,
         query.new_empty(0, dtype=torch.float32) if result.grad_query is None else result.grad_query,
-        query.new_empty(0, dtype=torch.float32) if result.grad_positive is None else result.grad_positive,
+        query.new_empty(0, dtype=torch.float32)
+        if result.grad_positive is None
+        else result.grad_positive,
         query.new_empty(0, dtype=torch.float32) if result.grad_scale is None else result.grad_scale,
     )
 
@@ -255,7 +283,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, positive, negatives, temperature, scalar, normalize, normalize_negatives, period, _, dot_dtype, _ = inputs
+    (
+        query,
+        positive,
+        negatives,
+        temperature,
+        scalar,
+        normalize,
+        normalize_negatives,
+        period,
+        _,
+        dot_dtype,
+        _,
+    ) = inputs
     _, lse, _, grad_query, grad_positive, grad_scale = output
     need_negatives, need_temperature = ctx.needs_input_grad[2:4]
     ctx.dtypes = (query.dtype, positive.dtype, negatives.dtype)
@@ -278,7 +318,9 @@ def _op_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if need_positive:
         grads[1] = (grad_loss[:, None] * grad_positive).to(ctx.dtypes[1])
     if need_negatives:
-        grads[2] = _grad_negatives_op(grad_loss, query, negatives, lse, temperature, *ctx.options).to(ctx.dtypes[2])
+        grads[2] = _grad_negatives_op(
+            grad_loss, query, negatives, lse, temperature, *ctx.options
+        ).to(ctx.dtypes[2])
     if need_temperature:
         grads[3] = _temperature_grad(grad_loss, grad_scale, temperature).to(temperature.dtype)
     return tuple(grads)
@@ -293,7 +335,9 @@ def _enqueue_op(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -
 
 
 @torch.library.custom_op("mocofast::ema_update_", mutates_args=("targets",))
-def _ema_update_op(targets: list[Tensor], sources: list[Tensor], momentum: Tensor | None, scalar: float) -> None:
+def _ema_update_op(
+    targets: list[Tensor], sources: list[Tensor], momentum: Tensor | None, scalar: float
+) -> None:
     backend.backend_for(targets[0].device.type).ema_update_(
         targets, sources, scalar if momentum is None else momentum
     )

@@ -46,7 +46,8 @@ def backend_for(device_type: str) -> Backend:
             if error.name is None or error.name.split(".")[0] != "triton":
                 raise
             warnings.warn(
-                f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead", stacklevel=3
+                f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead",
+                stacklevel=3,
             )
     return Backend(
         cpu.infonce_forward,

@@ -50,7 +50,9 @@ def ghost_batch_norm(
         # In NCHW memory PyTorch's BatchNorm takes the parts as they lie.
         or (x.is_contiguous() and not channels_last)
     ):
-        return _native(x, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu, residual)
+        return _native(
+            x, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu, residual
+        )
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -58,7 +60,18 @@ def ghost_batch_norm(
         y, statistics = _ghost_batch_norm_op(x, residual, weight, bias, num_splits, eps, relu)
         _update(running_mean, running_var, statistics, x.numel() // statistics[0].numel(), momentum)
         return y
-    arguments = (x, residual, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu)
+    arguments = (
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_splits,
+        momentum,
+        eps,
+        relu,
+    )
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
     ):
@@ -70,7 +83,9 @@ def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
     if x.dim() != 4:
         raise ValueError(f"x must be (N, C, H, W): got shape {tuple(x.shape)}")
     if num_splits < 1 or len(x) % num_splits:
-        raise ValueError(f"the batch must be divisible by num_splits: got {len(x)} images and {num_splits} splits")
+        raise ValueError(
+            f"the batch must be divisible by num_splits: got {len(x)} images and {num_splits} splits"
+        )
     values = x.shape[2] * x.shape[3] * (len(x) // num_splits)
     if values <= 1:
         raise ValueError(
@@ -79,12 +94,16 @@ def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
     if residual is None:
         return
     if residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape {tuple(x.shape)}: got {tuple(residual.shape)}")
+        raise ValueError(
+            f"residual must have x's shape {tuple(x.shape)}: got {tuple(residual.shape)}"
+        )
     if residual.dtype != x.dtype:
         raise TypeError(f"residual must have x's type {x.dtype}: got {residual.dtype}")
 
 
-def _update(running_mean: Tensor, running_var: Tensor, statistics: Tensor, count: int, momentum: float) -> None:
+def _update(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, count: int, momentum: float
+) -> None:
     """What the kernels do with running statistics in eager mode, for the compiler to fuse."""
     with torch.no_grad():
         mean, variance = statistics[0].mean(0), statistics[1].mean(0) * (count / (count - 1))
@@ -186,7 +205,13 @@ class _GhostBatchNorm(torch.autograd.Function):
 
 @torch.library.custom_op("mocofast::ghost_batch_norm", mutates_args=())
 def _ghost_batch_norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, num_splits: int, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_splits: int,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     y, statistics = _forward(x, residual, weight, bias, None, None, num_splits, 0.0, eps, relu)
     return y, statistics
@@ -194,7 +219,13 @@ def _ghost_batch_norm_op(
 
 @_ghost_batch_norm_op.register_fake
 def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, num_splits: int, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_splits: int,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(x, memory_format=torch.channels_last),
@@ -244,7 +275,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _op_backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
     num_splits, relu, has_residual = ctx.options
-    grad_x, grad_weight, grad_bias, rectified = _backward_op(grad_output, *ctx.saved_tensors, num_splits, relu)
+    grad_x, grad_weight, grad_bias, rectified = _backward_op(
+        grad_output, *ctx.saved_tensors, num_splits, relu
+    )
     grad_residual = (rectified if relu else grad_output) if has_residual else None
     return grad_x, grad_residual, grad_weight, grad_bias, None, None, None
 
@@ -269,7 +302,11 @@ def _native(
 ) -> Tensor:
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     # Part by part, in cache, is faster forward in channels-last memory; backward it is slower by far.
-    by_part = x.is_contiguous(memory_format=torch.channels_last) and not tracked and not torch.compiler.is_compiling()
+    by_part = (
+        x.is_contiguous(memory_format=torch.channels_last)
+        and not tracked
+        and not torch.compiler.is_compiling()
+    )
     norm = _part_by_part if by_part else _folded
     y = norm(x, weight, bias, running_mean, running_var, num_splits, momentum, eps)
     if residual is not None:
@@ -291,7 +328,9 @@ def _part_by_part(
     means, variances = running_mean.repeat(num_splits, 1), running_var.repeat(num_splits, 1)
     for part, (mean, variance) in enumerate(zip(means, variances)):
         values = x[part::num_splits].contiguous(memory_format=torch.channels_last)
-        y[part::num_splits] = F.batch_norm(values, mean, variance, weight, bias, True, momentum, eps)
+        y[part::num_splits] = F.batch_norm(
+            values, mean, variance, weight, bias, True, momentum, eps
+        )
     running_mean.copy_(means.mean(0))
     running_var.copy_(variances.mean(0))
     return y

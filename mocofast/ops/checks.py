@@ -13,7 +13,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def described(value: Any) -> str:
-    return f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return (
+        f"{value.dtype} tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else repr(value)
+    )
 
 
 def check_matrix(name: str, value: Any, shape: str) -> None:
@@ -26,14 +30,18 @@ def check_matrix(name: str, value: Any, shape: str) -> None:
 
 def check_same(name: str, got: Any, what: str, expected: Any) -> None:
     if got != expected:
-        raise ValueError(f"{name} must match the {what}: got {_plain(got)}, expected {_plain(expected)}")
+        raise ValueError(
+            f"{name} must match the {what}: got {_plain(got)}, expected {_plain(expected)}"
+        )
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def checked_temperature(value: Any, device: torch.device, name: str = "temperature") -> float | Tensor:
+def checked_temperature(
+    value: Any, device: torch.device, name: str = "temperature"
+) -> float | Tensor:
     expected = f"{name} must be a finite float > 0 or a 0-d floating tensor"
     if isinstance(value, Tensor):
         if not value.is_floating_point():

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def first_derivative(op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def first_derivative(
+    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Returns `grads` such that differentiating them raises RuntimeError instead of silently giving zero.
 
     op: the name in the message. inputs: tensors that the gradients depend on. Call under create_graph=True only.

@@ -79,7 +79,9 @@ def info_nce(
     check_same("positive_key", positive_key.device, "device of query", query.device)
     if negative_keys is not None:
         check_matrix("negative_keys", negative_keys, "(K, C)")
-        check_same("negative_keys", negative_keys.shape[1], "second dimension of query", query.shape[1])
+        check_same(
+            "negative_keys", negative_keys.shape[1], "second dimension of query", query.shape[1]
+        )
         check_same("negative_keys", negative_keys.device, "device of query", query.device)
     temperature = checked_temperature(temperature, query.device)
     if reduction not in REDUCTIONS:
@@ -99,7 +101,9 @@ def info_nce(
     return (loss, rank) if return_rank else loss
 
 
-def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float | Tensor = 0.5, reduction: str = "mean") -> Tensor:
+def nt_xent(
+    z_a: Tensor, z_b: Tensor, *, temperature: float | Tensor = 0.5, reduction: str = "mean"
+) -> Tensor:
     """NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709, eq. 1): each of the 2N views against the 2N - 2 others.
 
     z_a, z_b: (N, C), two views of the same N images; normalised inside. Dtypes, errors and temperature as in
@@ -120,7 +124,9 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float | Tensor = 0.5, redu
         temperature,
         normalize=True,
         normalize_negatives=True,
-        exclude_period=len(z_a),  # leaves out the view itself and its positive, which has its own term
+        exclude_period=len(
+            z_a
+        ),  # leaves out the view itself and its positive, which has its own term
         return_rank=False,
         reduction=reduction,
     )
@@ -137,8 +143,12 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float 
     """
     check_matrix("image_features", image_features, "(N, C)")
     check_matrix("text_features", text_features, "(N, C)")
-    check_same("text_features", text_features.shape, "shape of image_features", image_features.shape)
-    check_same("text_features", text_features.device, "device of image_features", image_features.device)
+    check_same(
+        "text_features", text_features.shape, "shape of image_features", image_features.shape
+    )
+    check_same(
+        "text_features", text_features.device, "device of image_features", image_features.device
+    )
     scale = checked_temperature(logit_scale, image_features.device, "logit_scale")
     pairs = ((image_features, text_features), (text_features, image_features))
     losses = [

@@ -14,7 +14,9 @@ from mocofast.ops.losses import autograd
 
 
 @torch.no_grad()
-def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+def ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+) -> None:
     """Exponential moving average in place: t = m t + (1 - m) s for every pair (MoCo, arXiv:1911.05722, eq. 2).
 
     targets, sources: equally many tensors, of equal shapes and devices pairwise, of any floating dtypes (bfloat16
@@ -24,7 +26,9 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
-        raise ValueError(f"sources must be as many as targets: got {len(sources)} and {len(targets)}")
+        raise ValueError(
+            f"sources must be as many as targets: got {len(sources)} and {len(targets)}"
+        )
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     if (common := _device_of_plain_pairs(targets, sources)) is not None:
         groups[common] = (targets, sources)
@@ -40,7 +44,9 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
         autograd.ema_update_(*group, momentum)
 
 
-def get_ema_multi_avg_fn(momentum: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+def get_ema_multi_avg_fn(
+    momentum: float = 0.999,
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
     """`ema_update_` for torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=...); momentum in [0, 1]."""
     checked = _checked_momentum(momentum, torch.device("cpu"))
 

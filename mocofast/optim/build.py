@@ -19,6 +19,8 @@ def build_optimizer(
     """
     trainable = [p for p in parameters if p.requires_grad]
     if config.name == "adamw":
-        return FusedAdamW(trainable, config.lr, config.betas, weight_decay=config.weight_decay, ema=ema)
+        return FusedAdamW(
+            trainable, config.lr, config.betas, weight_decay=config.weight_decay, ema=ema
+        )
     kind = {"sgd": FusedSGD, "lars": FusedLARS}[config.name]
     return kind(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)

@@ -28,7 +28,13 @@ EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
 
 # Options of PyTorch's optimisers that a state dict may bring along and the fused steps do not have.
-UNSUPPORTED = {"dampening": 0, "nesterov": False, "maximize": False, "differentiable": False, "amsgrad": False}
+UNSUPPORTED = {
+    "dampening": 0,
+    "nesterov": False,
+    "maximize": False,
+    "differentiable": False,
+    "amsgrad": False,
+}
 
 
 class _Companions(NamedTuple):
@@ -61,10 +67,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 follower = self._companions_of(p)
-                states = [s for s in self.state.get(p, {}).values() if isinstance(s, Tensor) and s.shape == p.shape]
+                states = [
+                    s
+                    for s in self.state.get(p, {}).values()
+                    if isinstance(s, Tensor) and s.shape == p.shape
+                ]
                 both = [p, *states] if p.grad is not None else []
                 both += [] if follower.target is None else [follower.target]
-                once = [t for t in (p.grad, follower.shadow, follower.target_shadow) if t is not None]
+                once = [
+                    t for t in (p.grad, follower.shadow, follower.target_shadow) if t is not None
+                ]
                 moved += sum(2 * t.nbytes for t in both) + sum(t.nbytes for t in once)
         return moved
 
@@ -85,10 +97,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch.optim.Optimizer's; parameters added later are followed by nothing."""
         _check_options(type(self), param_group)
         super().add_param_group(param_group)
-        places = [(p.device, p.data_ptr()) for group in self.param_groups for p in group["params"] if p.data_ptr()]
+        places = [
+            (p.device, p.data_ptr())
+            for group in self.param_groups
+            for p in group["params"]
+            if p.data_ptr()
+        ]
         if len(places) != len(set(places)):
             self.param_groups.pop()
-            raise ValueError("params: two of them are the same, or share their memory; pass tied weights once")
+            raise ValueError(
+                "params: two of them are the same, or share their memory; pass tied weights once"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; ValueError for options that steps here do not have, before anything changes."""
@@ -142,8 +161,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if target_copies is not None and targets is None:
             raise ValueError("shadows: there are some of the targets, but no targets; pass ema")
         columns = []
-        for name, tensors in (("ema", targets), ("shadows[0]", copies), ("shadows[1]", target_copies)):
-            columns.append([None] * len(params) if tensors is None else _matching(name, list(tensors), params))
+        for name, tensors in (
+            ("ema", targets),
+            ("shadows[0]", copies),
+            ("shadows[1]", target_copies),
+        ):
+            columns.append(
+                [None] * len(params) if tensors is None else _matching(name, list(tensors), params)
+            )
         self._companions = {p: _Companions(*row) for p, *row in zip(params, *columns)}
 
 
@@ -253,7 +278,9 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             for p in group["params"]:
                 if self.state.get(p):
                     step = self.state[p]["step"]
-                    self.state[p]["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
+                    self.state[p]["step"] = torch.as_tensor(
+                        step, dtype=torch.float32, device=p.device
+                    )
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         state = self.state[p]
@@ -281,7 +308,9 @@ def _check_options(kind: type, group: dict[str, Any]) -> None:
 
 def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     if len(tensors) != len(params):
-        raise ValueError(f"{name} must have a tensor for each parameter: got {len(tensors)} for {len(params)}")
+        raise ValueError(
+            f"{name} must have a tensor for each parameter: got {len(tensors)} for {len(params)}"
+        )
     for i, (tensor, p) in enumerate(zip(tensors, params)):
         if tensor.shape != p.shape or tensor.device != p.device or not tensor.is_floating_point():
             raise ValueError(

@@ -13,7 +13,11 @@ from mocofast.config import ModelConfig, OptimConfig
 def scaled_by_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
     """`config` with the rate of a batch of `batch_size` images in place of that of `optim.lr_per` (Goyal et al. 2017,
     arXiv:1706.02677)."""
-    return replace(config, lr=config.lr * batch_size / config.lr_per, lr_per=0) if config.lr_per else config
+    return (
+        replace(config, lr=config.lr * batch_size / config.lr_per, lr_per=0)
+        if config.lr_per
+        else config
+    )
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -29,7 +33,9 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         span = epochs - config.warmup_epochs
         return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / span))
     if config.schedule == "step":
-        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        return config.lr * config.gamma ** sum(
+            epoch >= milestone for milestone in config.milestones
+        )
     return config.lr
 
 

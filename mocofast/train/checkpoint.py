@@ -53,7 +53,9 @@ class CheckpointWriter:
     def save(self, state: dict[str, Any]) -> None:
         """Takes a snapshot now and writes it in the background; an earlier write's error is raised here."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(_snapshot(state),), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write, args=(_snapshot(state),), name="checkpoint"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -105,7 +107,9 @@ def read_file(path: str | Path) -> tuple[Any, Path]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True), path
     except Exception as error:
-        raise ConfigError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {error})"
+        ) from error
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:

@@ -38,7 +38,13 @@ WARM_UP = 3  # steps before a capture: libraries choose algorithms and allocate,
 BESIDE = 64 * 224 * 224
 
 # Modules whose weights autocast converts wherever they are used, and the names of these.
-_CONVERTED = (nn.Conv1d, nn.Conv2d, nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention)
+_CONVERTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Linear,
+    NonDynamicallyQuantizableLinear,
+    nn.MultiheadAttention,
+)
 _WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 
 
@@ -46,13 +52,20 @@ def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, 
     """The mode that `engine.mode` means on this device, and why; ConfigError for one that it cannot take."""
     compiles = device.type != "cuda" or importlib.util.find_spec("triton") is not None
     if name == "graph" and device.type != "cuda":
-        raise ConfigError(f"engine.mode: graph is a CUDA graph and needs a GPU; {device} takes eager or compile")
+        raise ConfigError(
+            f"engine.mode: graph is a CUDA graph and needs a GPU; {device} takes eager or compile"
+        )
     if name in ("compile", "graph") and not compiles:
-        raise ConfigError(f"engine.mode: {name} needs Triton (pip install triton), which is not installed")
+        raise ConfigError(
+            f"engine.mode: {name} needs Triton (pip install triton), which is not installed"
+        )
     if name != "auto":
         return name, "as asked"
     if device.type != "cuda":
-        return "eager", "compiling takes a minute, which only a long run on a CPU wins back (--engine.mode compile)"
+        return (
+            "eager",
+            "compiling takes a minute, which only a long run on a CPU wins back (--engine.mode compile)",
+        )
     if not compiles:
         return "eager", "Triton is missing, which compiles encoders: pip install triton"
     if world_size > 1:
@@ -109,14 +122,20 @@ class Engine:
             if isinstance(getattr(method, name, None), nn.Module):
                 self._replace_run(name, None if mode == "eager" else backend)
         self._static: _Batch | None = None
-        self._numbers = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in self._host_numbers()]
+        self._numbers = [
+            torch.zeros((), dtype=torch.float64, device=self._device) for _ in self._host_numbers()
+        ]
         self._known: list[float] = [0.0] * len(self._numbers)
-        self._stream = torch.cuda.Stream() if mode == "graph" and self._device.type == "cuda" else None
+        self._stream = (
+            torch.cuda.Stream() if mode == "graph" and self._device.type == "cuda" else None
+        )
         self._warmed = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._metrics: Tensor | None = None
 
-    def step(self, views: tuple[Tensor, ...], fields: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+    def step(
+        self, views: tuple[Tensor, ...], fields: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
         """One optimiser step on this rank's part of a batch, as `train_step` has it, with the optimiser's present
         rates and momentum; returns its metrics (3,), which the next step may overwrite."""
         static = self._gradients is not None
@@ -142,7 +161,9 @@ class Engine:
         self._warmed += 1
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):  # where the capture will be: memory and libraries know streams
+        with torch.cuda.stream(
+            self._stream
+        ):  # where the capture will be: memory and libraries know streams
             metrics = self._train_static()
         current.wait_stream(self._stream)
         return metrics
@@ -176,14 +197,20 @@ class Engine:
         if backend is not None:
             # torch.compile keeps what it compiled by code object, and both encoders would share this one.
             own = types.FunctionType(
-                call.__code__.replace(co_name=f"run_{name}"), call.__globals__, f"run_{name}", None, call.__closure__
+                call.__code__.replace(co_name=f"run_{name}"),
+                call.__globals__,
+                f"run_{name}",
+                None,
+                call.__closure__,
             )
             compiled = torch.compile(own, backend=backend, dynamic=False)
 
         def run(images: Tensor) -> Tensor:
             tracked = torch.is_grad_enabled()
             weights = {
-                path: _Shadow.apply(weight, shadow, in_place) if tracked and weight.requires_grad else shadow
+                path: _Shadow.apply(weight, shadow, in_place)
+                if tracked and weight.requires_grad
+                else shadow
                 for path, (weight, shadow) in shadows.items()
             }
             return (call if len(images) % full else compiled)(weights, images)
@@ -208,7 +235,8 @@ class Engine:
     def _step_inputs(self, views: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         with torch.no_grad(), self.autocast:
             return [
-                self.method.prepare_step(*part) for part in zip(*(view.chunk(self._accumulate) for view in views))
+                self.method.prepare_step(*part)
+                for part in zip(*(view.chunk(self._accumulate) for view in views))
             ]
 
     def _train(self, batch: _Batch) -> Tensor:
@@ -239,7 +267,9 @@ class Engine:
             # Other threads (loaders that pin memory, NCCL's watchdog) may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._metrics = self._train_static()
-        except RuntimeError as error:  # the end of a capture raises, too, and hides what went wrong inside
+        except (
+            RuntimeError
+        ) as error:  # the end of a capture raises, too, and hides what went wrong inside
             raise ConfigError(
                 "engine.mode: this step cannot be captured in a CUDA graph; --engine.mode compile does without one "
                 f"({error.__context__ or error})"
@@ -247,7 +277,10 @@ class Engine:
         return graph
 
     def _host_numbers(self) -> list[float | Tensor]:
-        return [*(group["lr"] for group in self.optimizer.param_groups), self.optimizer.ema_momentum]
+        return [
+            *(group["lr"] for group in self.optimizer.param_groups),
+            self.optimizer.ema_momentum,
+        ]
 
     def _give_numbers(self, numbers: list[Any]) -> None:
         for group, rate in zip(self.optimizer.param_groups, numbers):
@@ -268,10 +301,16 @@ class _Batch(NamedTuple):
 
     views: tuple[Tensor, ...]
     fields: dict[str, Tensor]
-    step_inputs: list[tuple[Tensor, ...]]  # of each micro-batch; empty where the forward pass arranges
+    step_inputs: list[
+        tuple[Tensor, ...]
+    ]  # of each micro-batch; empty where the forward pass arranges
 
     def tensors(self) -> list[Tensor]:
-        return [*self.views, *self.fields.values(), *(tensor for part in self.step_inputs for tensor in part)]
+        return [
+            *self.views,
+            *self.fields.values(),
+            *(tensor for part in self.step_inputs for tensor in part),
+        ]
 
     def empty_like(self) -> _Batch:
         """Of the same shapes, types and memory formats."""

@@ -19,7 +19,11 @@ def step_metrics(loss: Tensor, rank: Tensor | None) -> Tensor:
     """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five;
     NaN for these where the method ranks nothing."""
     loss = loss.detach()
-    shares = [torch.full_like(loss, math.nan)] * 2 if rank is None else [(rank < k).float().mean() for k in (1, 5)]
+    shares = (
+        [torch.full_like(loss, math.nan)] * 2
+        if rank is None
+        else [(rank < k).float().mean() for k in (1, 5)]
+    )
     return torch.stack([loss, *shares]).float()
 
 
@@ -67,7 +71,11 @@ class Window:
                 copied.synchronize()
             values = dict(zip(METRICS, means.tolist()))
             # A loss that is not a number has to be seen; accuracies are only so where there are none.
-            return {name: value for name, value in values.items() if name == "loss" or not math.isnan(value)}
+            return {
+                name: value
+                for name, value in values.items()
+                if name == "loss" or not math.isnan(value)
+            }
 
         return read
 

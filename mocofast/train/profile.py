@@ -44,12 +44,22 @@ PARTS = (
     OTHER, OVERLAP,
 )  # fmt: skip
 FILES = ("profile.txt", "profile.png", "trace.json.gz")
-WARM_UP, WHOLE, TIMED, TRACED = 10, 4, 12, 2  # steps: not looked at, timed as a whole, by parts, and traced
+WARM_UP, WHOLE, TIMED, TRACED = (
+    10,
+    4,
+    12,
+    2,
+)  # steps: not looked at, timed as a whole, by parts, and traced
 STEPS = WARM_UP + WHOLE + TIMED + TRACED
 
 # Operators that make the host wait for a GPU, as a CPU names them too; and CUDA's calls that wait or launch.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+WAITING_CALLS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+)
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
 
 
@@ -73,7 +83,9 @@ class Floor(NamedTuple):
         """rate: operations a second. Measures the bandwidth."""
         bandwidth = copy_bandwidth(max(layer.bytes for layer in layers), device)
         seconds = sum(max(layer.operations / rate, layer.bytes / bandwidth) for layer in layers)
-        return cls(seconds, sum(w.operations for w in layers), sum(w.bytes for w in layers), bandwidth)
+        return cls(
+            seconds, sum(w.operations for w in layers), sum(w.bytes for w in layers), bandwidth
+        )
 
 
 class Part(NamedTuple):
@@ -105,7 +117,9 @@ class Profile(NamedTuple):
 
     def bars(self) -> list[Bar]:
         """For the picture."""
-        from mocofast.plots import Bar  # here, so that benchmarks' processes start without matplotlib
+        from mocofast.plots import (
+            Bar,
+        )  # here, so that benchmarks' processes start without matplotlib
 
         return [Bar(p.name, 1e3 * p.seconds, p.floor and 1e3 * p.floor.seconds) for p in self.parts]
 
@@ -121,10 +135,12 @@ class Profile(NamedTuple):
                 line += f"{1e3 * floor.seconds:10.3f}{floor.seconds / seconds:7.0%}{floor.operations / 1e9:9.2f}"
                 line += f"{floor.bytes / 1e6:9.1f}{floor.bandwidth / 1e9:11.1f}"
             lines.append(line)
-        line = (
-            f"{'step':18}{1e3 * self.seconds:10.3f}{1:8.1%}{1e3 * self.floor:10.3f}{self.floor / self.seconds:7.0%}"
+        line = f"{'step':18}{1e3 * self.seconds:10.3f}{1:8.1%}{1e3 * self.floor:10.3f}{self.floor / self.seconds:7.0%}"
+        counted = (
+            f"{self.operators:.0f} operators"
+            if self.launches is None
+            else f"{self.launches:.0f} launches"
         )
-        counted = f"{self.operators:.0f} operators" if self.launches is None else f"{self.launches:.0f} launches"
         return "\n".join(
             [
                 *lines,
@@ -144,9 +160,16 @@ class StepProfiler:
     method, optimizer, autocast: as the steps have them; config: what they were made of.
     """
 
-    def __init__(self, method: Method, optimizer: FusedOptimizer, autocast: torch.autocast, config: Config) -> None:
+    def __init__(
+        self, method: Method, optimizer: FusedOptimizer, autocast: torch.autocast, config: Config
+    ) -> None:
         self.profile: Profile | None = None
-        self._method, self._optimizer, self._autocast, self._config = method, optimizer, autocast, config
+        self._method, self._optimizer, self._autocast, self._config = (
+            method,
+            optimizer,
+            autocast,
+            config,
+        )
         self._device = next(method.parameters()).device
         self._recorder: Recorder | None = None
         self._traced: torch.profiler.profile | None = None
@@ -193,20 +216,26 @@ class StepProfiler:
 
         assert self.profile is not None and self._traced is not None
         operators = self._traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
-        (folder / FILES[0]).write_text(f"{self.profile.table()}\n\n{__doc__}\n{operators}\n", "utf-8")
+        (folder / FILES[0]).write_text(
+            f"{self.profile.table()}\n\n{__doc__}\n{operators}\n", "utf-8"
+        )
         draw_step(self.profile.bars(), self.profile.title).savefig(folder / FILES[1])
         self._traced.export_chrome_trace(str(folder / FILES[2]))
 
     def _profile(self, traced: torch.profiler.profile) -> Profile:
         steps = [seconds_by_part(step) for step in self._steps[WHOLE:]]
-        middle = sorted(steps, key=lambda seconds: sum(seconds.values()))[TIMED // 4 : TIMED - TIMED // 4]
+        middle = sorted(steps, key=lambda seconds: sum(seconds.values()))[
+            TIMED // 4 : TIMED - TIMED // 4
+        ]
         works = self._works(self._steps[-1].images)
         rate = matrix_rate(self._device, self._autocast)
         parts = []
         for name in PARTS:
             if any(seconds[name] for seconds in middle):
                 floor = Floor.of(works[name], rate, self._device) if name in works else None
-                parts.append(Part(name, sum(seconds[name] for seconds in middle) / len(middle), floor))
+                parts.append(
+                    Part(name, sum(seconds[name] for seconds in middle) / len(middle), floor)
+                )
         return Profile(
             self._title(),
             parts,
@@ -222,7 +251,9 @@ class StepProfiler:
             count, module = images.get(name, 0), getattr(self._method, encoder, None)
             if not count or module is None:
                 continue
-            forward, backward = encoder_work(module, count, self._config.augment.size, self._autocast)
+            forward, backward = encoder_work(
+                module, count, self._config.augment.size, self._autocast
+            )
             works[name] = forward
             if encoder == "encoder_q":
                 works["backward"] = backward
@@ -251,19 +282,24 @@ def seconds_by_part(step: Step) -> Counter[str]:
     return seconds
 
 
-def counts(traced: torch.profiler.profile, device: torch.device) -> tuple[float | None, float, float]:
+def counts(
+    traced: torch.profiler.profile, device: torch.device
+) -> tuple[float | None, float, float]:
     """Launches (on a GPU), operators and waits of the host, in one of the steps that were traced."""
     events = traced.events()
     assert events is not None
     called = [event for event in events if event.device_type == DeviceType.CPU]
     steps = [event.time_range for event in called if event.name == STEP]
-    called = [e for e in called if any(step.start <= e.time_range.start <= step.end for step in steps)]
+    called = [
+        e for e in called if any(step.start <= e.time_range.start <= step.end for step in steps)
+    ]
     names = [event.name for event in called]
     cuda = device.type == "cuda"
     waits = WAITING_CALLS if cuda else tuple(f"aten::{name}" for name in WAITING)
     return (
         sum(any(kind in name for kind in LAUNCHES) for name in names) / TRACED if cuda else None,
-        sum(_is_operator(e) and not (e.cpu_parent and _is_operator(e.cpu_parent)) for e in called) / TRACED,
+        sum(_is_operator(e) and not (e.cpu_parent and _is_operator(e.cpu_parent)) for e in called)
+        / TRACED,
         sum(name in waits for name in names) / TRACED,
     )
 
@@ -285,9 +321,12 @@ def encoder_work(
     device = next(plain.parameters()).device
     with FakeTensorMode() as fake, _Layers() as layers, autocast:
         tensors: dict[str, Tensor] = {
-            name: fake.from_tensor(tensor) for name, tensor in plain.state_dict(keep_vars=True).items()
+            name: fake.from_tensor(tensor)
+            for name, tensor in plain.state_dict(keep_vars=True).items()
         }
-        given = torch.empty(images, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        given = torch.empty(images, 3, size, size, device=device).to(
+            memory_format=torch.channels_last
+        )
         output = functional_call(plain, tensors, (given,))
         forward, layers.work = layers.work, []
         trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -303,12 +342,16 @@ class _Layers(TorchDispatchMode):
         super().__init__()
         self.work: list[Work] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         count = flop_registry.get(function.overloadpacket)
         if count is not None or "_norm" in str(function):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            tensors = [
+                leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)
+            ]
             moved = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
             self.work.append(Work(count(*args, **kwargs, out_val=result) if count else 0, moved))
         return result

@@ -72,10 +72,18 @@ class _Run:
     """The objects of one run and its loop."""
 
     def __init__(
-        self, config: Config, resume: str, device: torch.device, rank: int, world_size: int, profile: bool
+        self,
+        config: Config,
+        resume: str,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        profile: bool,
     ) -> None:
         self.config, self.device, self.rank, self.world_size = config, device, rank, world_size
-        self.path = path = distributed.from_main(choose_folder(config, bool(resume)) if rank == 0 else None)
+        self.path = path = distributed.from_main(
+            choose_folder(config, bool(resume)) if rank == 0 else None
+        )
         state = find_checkpoint(path, resume)
         if state is not None:
             check_same_run(config, state)
@@ -93,7 +101,9 @@ class _Run:
 
         mode, self.why_mode = choose_mode(config.engine.mode, device, world_size)
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every batch but an epoch's last has the same shape
+            torch.backends.cudnn.benchmark = (
+                True  # every batch but an epoch's last has the same shape
+            )
         torch.manual_seed(config.train.seed)
         self.model = build_method(config, **self.sizes).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -121,13 +131,21 @@ class _Run:
         if state is not None:
             self._restore(state)
         # From here on nothing refuses the configuration, so a refused one leaves no files behind.
-        self.folder = RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
-        images = config.data.batch_size // world_size // config.train.accumulate
-        self.engine = Engine(mode, self.model, self.optimizer, self.autocast, config.train.accumulate, images)
-        self.profiler = (
-            StepProfiler(self.model, self.optimizer, self.autocast, config) if profile and not rank else None
+        self.folder = (
+            RunFolder(path, config, state["step"] if state else None) if rank == 0 else None
         )
-        self.writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep) if rank == 0 else None
+        images = config.data.batch_size // world_size // config.train.accumulate
+        self.engine = Engine(
+            mode, self.model, self.optimizer, self.autocast, config.train.accumulate, images
+        )
+        self.profiler = (
+            StepProfiler(self.model, self.optimizer, self.autocast, config)
+            if profile and not rank
+            else None
+        )
+        self.writer = (
+            CheckpointWriter(path / "checkpoints", config.checkpoint.keep) if rank == 0 else None
+        )
         self._announce(path, state)
 
     # ---- the loop ----
@@ -148,9 +166,15 @@ class _Run:
                         bar.update()
                         self._write_line()
                         interrupted = stop.agreed()
-                        if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
+                        if (
+                            self.step % self.config.train.log_every == 0
+                            or self.step == self.total_steps
+                        ):
                             elapsed = time.perf_counter() - began
-                            self._log(bar, elapsed / (self.step - first_step) * (self.total_steps - self.step))
+                            self._log(
+                                bar,
+                                elapsed / (self.step - first_step) * (self.total_steps - self.step),
+                            )
                         end = self.step_in_epoch == self.steps_per_epoch
                         if end:
                             self._end_epoch()
@@ -163,7 +187,9 @@ class _Run:
                 self._write_line()
             if saved_at != self.step:
                 self._save()
-            if self.window.steps:  # the next line's averages so far; they stay in the window, for a continued run
+            if (
+                self.window.steps
+            ):  # the next line's averages so far; they stay in the window, for a continued run
                 loss = self.window.means()()["loss"]
                 log.info("loss %.3f over the last %d steps", loss, self.window.steps)
             self._finish(interrupted, time.perf_counter() - began)
@@ -184,18 +210,27 @@ class _Run:
             asked = time.perf_counter()
             with step_part("data wait"):
                 batch = next(batches, None)
-                views = tuple(view.to(self.device, non_blocking=True) for view in batch.views) if batch else ()
+                views = (
+                    tuple(view.to(self.device, non_blocking=True) for view in batch.views)
+                    if batch
+                    else ()
+                )
             waited = time.perf_counter() - asked
             if batch is None:
                 if self.profiler is not None:
                     self.profiler.abandon()
                 return
-            self.rate = learning_rate(self.schedule, self.step, self.steps_per_epoch, self.config.train.epochs)
+            self.rate = learning_rate(
+                self.schedule, self.step, self.steps_per_epoch, self.config.train.epochs
+            )
             set_learning_rate(self.optimizer, self.rate)
             # The average that ends this step is the one that MoCo v3 takes as the next step begins.
-            self.optimizer.ema_momentum = key_momentum(self.config.model, self.step + 1, self.total_steps)
+            self.optimizer.ema_momentum = key_momentum(
+                self.config.model, self.step + 1, self.total_steps
+            )
             fields = {
-                name: getattr(batch, name).to(self.device, non_blocking=True) for name in self.model.batch_fields
+                name: getattr(batch, name).to(self.device, non_blocking=True)
+                for name in self.model.batch_fields
             }
             metrics = self.engine.step(views, fields)
             self.step += 1
@@ -221,7 +256,9 @@ class _Run:
 
     def _log(self, bar: tqdm[Any], remaining: float) -> None:
         """A line on the steps so far, which `_write_line` reads and writes when the device has the next one to do."""
-        self.due = functools.partial(self._write, bar, self.step, self.rate, remaining, self.window.flush())
+        self.due = functools.partial(
+            self._write, bar, self.step, self.rate, remaining, self.window.flush()
+        )
 
     def _write_line(self) -> None:
         if self.due is not None:
@@ -229,7 +266,12 @@ class _Run:
             self.due = None
 
     def _write(
-        self, bar: tqdm[Any], step: int, rate: float, remaining: float, read: Callable[[], dict[str, float]]
+        self,
+        bar: tqdm[Any],
+        step: int,
+        rate: float,
+        remaining: float,
+        read: Callable[[], dict[str, float]],
     ) -> None:
         values = read()
         if self.folder is None:
@@ -237,19 +279,28 @@ class _Run:
         position = step / self.steps_per_epoch
         memory = memory_gib(self.device)
         self.folder.write(
-            step=step, epoch=position, lr=rate, chance_loss=self.model.chance_loss, memory_gib=memory, **values
+            step=step,
+            epoch=position,
+            lr=rate,
+            chance_loss=self.model.chance_loss,
+            memory_gib=memory,
+            **values,
         )
         loss = f"loss {values['loss']:.3f}"
         if self.model.chance_loss is not None:
             loss += f" (chance {self.model.chance_loss:.2f})"
-        shares = "".join(f"  acc@{k} {values[f'acc{k}']:.1%}" for k in (1, 5) if f"acc{k}" in values)
+        shares = "".join(
+            f"  acc@{k} {values[f'acc{k}']:.1%}" for k in (1, 5) if f"acc{k}" in values
+        )
         line = (
             f"epoch {position:6.2f}/{self.config.train.epochs}  step {step}  {loss}{shares}  lr {rate:.4g}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
             f"ETA {duration(remaining)}  memory {memory:.1f} GiB"
         )
         bar.set_postfix_str(loss + shares)
-        log.info(line, extra={"on_screen": bar.disable})  # beside a progress bar, in train.log alone
+        log.info(
+            line, extra={"on_screen": bar.disable}
+        )  # beside a progress bar, in train.log alone
 
     def _evaluate(self) -> dict[str, float]:
         if self.monitor is None:
@@ -265,7 +316,8 @@ class _Run:
     def _checkpoint_due(self, epoch_ended: bool) -> bool:
         c = self.config.checkpoint
         return bool(
-            (epoch_ended and self.epoch % c.every_epochs == 0) or (c.every_steps and self.step % c.every_steps == 0)
+            (epoch_ended and self.epoch % c.every_epochs == 0)
+            or (c.every_steps and self.step % c.every_steps == 0)
         )
 
     def _save(self) -> None:
@@ -273,7 +325,11 @@ class _Run:
         self._write_line()  # before what takes its time
         random_states = distributed.gather_objects(random_state(self.device))
         windows = distributed.gather_objects(self.window.state())
-        skipped = {k: v for part in distributed.gather_objects(dict(self.loader.skipped)) for k, v in part.items()}
+        skipped = {
+            k: v
+            for part in distributed.gather_objects(dict(self.loader.skipped))
+            for k, v in part.items()
+        }
         if self.writer is None or self.folder is None:
             return
         self.folder.write_skipped({self.source.name(i): why for i, why in skipped.items()})
@@ -307,7 +363,11 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.model.load_random_state(state["method_random_state"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        self.step, self.epoch, self.step_in_epoch = (
+            state["step"],
+            state["epoch"],
+            state["step_in_epoch"],
+        )
         windows = state["windows"]
         self.window.load_state(windows[self.rank % len(windows)])
         self.before, self.after = state["before"], state["after"]
@@ -330,11 +390,18 @@ class _Run:
             log.info("no kNN monitor")
         log.info("writing to %s", path)
         if state is not None:
-            log.info("continuing at step %d, epoch %d + %d steps", self.step, self.epoch, self.step_in_epoch)
+            log.info(
+                "continuing at step %d, epoch %d + %d steps",
+                self.step,
+                self.epoch,
+                self.step_in_epoch,
+            )
 
     def _progress_bar(self, limit: int) -> tqdm[Any]:
         plain = self.rank != 0 or not sys.stderr.isatty()
-        return tqdm(total=min(limit, self.total_steps), initial=self.step, unit="step", disable=plain)
+        return tqdm(
+            total=min(limit, self.total_steps), initial=self.step, unit="step", disable=plain
+        )
 
     def _finish(self, interrupted: bool, seconds: float) -> None:
         if self.folder is None:

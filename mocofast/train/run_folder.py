@@ -53,7 +53,9 @@ class RunFolder:
         self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
         from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
 
-        self._board = SummaryWriter(str(path), purge_step=None if resumed_step is None else resumed_step + 1)
+        self._board = SummaryWriter(
+            str(path), purge_step=None if resumed_step is None else resumed_step + 1
+        )
 
     def _lines_until(self, step: int) -> list[str]:
         if not self.metrics_path.exists():
@@ -62,7 +64,10 @@ class RunFolder:
         return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
     def _log_to(self, path: Path) -> None:
-        self._handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), _ScreenHandler()]
+        self._handlers: list[logging.Handler] = [
+            logging.FileHandler(path, encoding="utf-8"),
+            _ScreenHandler(),
+        ]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._handlers[1].setFormatter(logging.Formatter("%(message)s"))
         log.setLevel(logging.INFO)
@@ -86,7 +91,10 @@ class RunFolder:
             if name not in self._skipped:
                 self._skipped.add(name)
                 log.warning(
-                    "skipped unreadable file %d, another image in its place: %s: %s", len(self._skipped), name, reason
+                    "skipped unreadable file %d, another image in its place: %s: %s",
+                    len(self._skipped),
+                    name,
+                    reason,
                 )
                 with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"file": name, "reason": reason}) + "\n")
@@ -105,7 +113,9 @@ def choose_folder(config: Config, resuming: bool) -> Path:
     if config.train.dir:
         return Path(config.train.dir)
     first = Path("runs") / config.recipe
-    taken = [p for p in (first, *first.parent.glob(f"{config.recipe}-*")) if (p / "config.yaml").exists()]
+    taken = [
+        p for p in (first, *first.parent.glob(f"{config.recipe}-*")) if (p / "config.yaml").exists()
+    ]
     if resuming:
         return max(taken, key=lambda p: p.stat().st_mtime, default=first)
     number, path = 1, first

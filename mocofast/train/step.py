@@ -55,7 +55,9 @@ def train_step(
             others["arranged"] = step_inputs[i]
         # DDP reduces the gradients once, with the last micro-batch.
         hold = (
-            model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+            model.no_sync()
+            if isinstance(model, DistributedDataParallel) and not last
+            else contextlib.nullcontext()
         )
         with hold:
             with autocast, step_part("loss"):  # what is left of it beside the encoders
