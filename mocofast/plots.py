@@ -1,4 +1,4 @@
-"""Pictures: curves of a run from its metrics.jsonl, where a step's time goes, sides of a benchmark."""
+"""Figures: curves of a run, time of a training step by part, comparison of a benchmark's sides."""
 
 from __future__ import annotations
 
@@ -17,27 +17,38 @@ _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
 
 def new_figure(width: float, height: float, pad: float | None = None) -> Figure:
-    """An empty one, sizes in inches. pad: around its axes; None takes matplotlib's."""
+    """Returns an empty figure.
+
+    width, height: inches.
+    pad: inches between the axes and the edge of the figure. None: matplotlib's default.
+    """
     figure = Figure(
         figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
     )
-    FigureCanvasAgg(figure)  # a canvas of our own: no pyplot, so no global state and no display
+    # Without pyplot there is no global state, and no display is needed.
+    FigureCanvasAgg(figure)
     return figure
 
 
 def plot_curves(metrics: Path | str, out: Path | str) -> bool:
-    """Draw the curves of `metrics` (a metrics.jsonl) into the image file `out`; the suffix chooses the format.
+    """Writes the curves of a run as an image file.
 
-    Returns whether there was anything to draw; without a single line of metrics no file is written.
+    metrics: the run's metrics.jsonl.
+    out: the image file. The suffix chooses the format.
+    Returns whether `metrics` has any line. Without a line, no file is written.
     """
     records = read_metrics(metrics)
     if records:
-        draw_curves(records).savefig(out)
+        plot_metrics(records).savefig(out)
     return bool(records)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order of their step. A last line cut off by a crash is left out."""
+    """Returns the lines of a metrics.jsonl, sorted by step.
+
+    Leaves out an incomplete last line, which a crash can leave.
+    Raises ValueError for an earlier line which is not JSON.
+    """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -51,16 +62,18 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["step"])
 
 
-def draw_curves(records: list[dict[str, Any]]) -> Figure:
-    """Four panels over epochs: loss, pretext accuracy, kNN accuracy, learning rate.
+def plot_metrics(records: list[dict[str, Any]]) -> Figure:
+    """Returns four panels over epochs: loss, pretext accuracy, kNN accuracy, learning rate.
 
-    records: dicts with "step", "epoch" (progress, float) and any of "loss", "chance_loss", "acc1", "acc5",
-    "knn_top1", "few_shot_top1", "lr"; accuracies are shares, 0 to 1. What is missing leaves its panel with a note.
+    records: dicts with "step", "epoch" (progress, float) and any of "loss", "chance_loss",
+        "acc1", "acc5", "knn_top1", "few_shot_top1", "lr". Accuracies are shares, 0 to 1.
+    A panel without data says "not measured in this run".
     """
     figure = new_figure(11, 7.5, pad=0.12)
     loss, pretext, knn, rate = figure.subplots(2, 2, sharex=True).flat
 
-    _draw(loss, records, "loss", _BLUE, "loss")
+    # Loss, and the loss of random features.
+    _plot_line(loss, records, "loss", _BLUE, "loss")
     chance = [record["chance_loss"] for record in records if record.get("chance_loss") is not None]
     if chance:
         loss.axhline(
@@ -68,24 +81,28 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
         )
     loss.set(title="InfoNCE loss (may rise at first)", ylabel="loss, in nats")
 
-    _draw(pretext, records, "acc1", _BLUE, "Acc@1: ranked first")
-    _draw(pretext, records, "acc5", _ORANGE, "Acc@5: among the first five")
+    # Accuracy in the pretext task.
+    _plot_line(pretext, records, "acc1", _BLUE, "Acc@1: ranked first")
+    _plot_line(pretext, records, "acc5", _ORANGE, "Acc@5: among the first five")
     pretext.set(
         title="Pretext task: find the other view among K + 1 keys", ylabel="share of the queries"
     )
     pretext.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    _draw(knn, records, "knn_top1", _GREEN, "kNN top-1", evaluation=True)
-    _draw(knn, records, "few_shot_top1", _ORANGE, "1-NN, few labels", evaluation=True)
+    # Accuracy on labelled images.
+    _plot_line(knn, records, "knn_top1", _GREEN, "kNN top-1", evaluation=True)
+    _plot_line(knn, records, "few_shot_top1", _ORANGE, "1-NN, few labels", evaluation=True)
     knn.set(title="What the features know: accuracy on held-out images", ylabel="accuracy")
     knn.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    _draw(rate, records, "lr", _GRAY, "learning rate")
+    # Learning rate.
+    _plot_line(rate, records, "lr", _GRAY, "learning rate")
     rate.set(title="Learning rate", ylabel="learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
+    # Style and limits.
     for axes in (loss, pretext, knn, rate):
-        _finish(axes)
+        _style_axes(axes)
     for axes in (pretext, rate):
         axes.set_ylim(bottom=0)
     end = max(record["epoch"] for record in records)
@@ -94,27 +111,29 @@ def draw_curves(records: list[dict[str, Any]]) -> Figure:
 
 
 class Bar(NamedTuple):
-    """A part of a step."""
+    """A part of a training step, plotted as a bar."""
 
     name: str
     milliseconds: float
-    floor: float | None  # milliseconds that it takes at least
+    floor: float | None  # least possible time, in milliseconds (None: unknown)
 
 
-def draw_step(bars: Sequence[Bar], title: str) -> Figure:
-    """A step as bars, one below the other where one part follows another; what is dark is the part's floor."""
+def plot_step(bars: Sequence[Bar], title: str) -> Figure:
+    """Returns a figure of a training step: a bar for every part, in time order, its floor dark."""
     figure = new_figure(10, 1.6 + 0.5 * len(bars))
-    step_panel(figure.subplots(), bars, title)
+    _plot_bars(figure.subplots(), bars, title)
     return figure
 
 
-def draw_sides(
+def plot_sides(
     title: str, quantities: Mapping[str, Mapping[str, float]], bars: Sequence[Bar] = ()
 ) -> Figure:
-    """Sides of a benchmark, a panel for each quantity; the first side, ours, is dark.
+    """Returns a figure of the sides of a benchmark, with a panel for every quantity.
 
-    quantities: by label (with unit), the values by side. bars: our step's, drawn below.
+    quantities: {label with unit: {side: value}}. The first side is ours and plotted dark.
+    bars: the parts of our training step, plotted below the panels.
     """
+    # Sizes of the figure, in inches.
     names = list(dict.fromkeys(name for values in quantities.values() for name in values))
     columns = min(3, len(quantities))
     rows = -(-len(quantities) // columns)
@@ -123,6 +142,7 @@ def draw_sides(
     heights = [above, below] if bars else [above]
     first, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     first.suptitle(title, fontsize=11)
+    # One panel for every quantity.
     for number, (label, values) in enumerate(quantities.items()):
         axes = first.add_subplot(rows, columns, number + 1)
         widths = [values.get(name, 0.0) for name in names]
@@ -146,13 +166,14 @@ def draw_sides(
         axes.invert_yaxis()
         axes.tick_params(labelleft=number % columns == 0)
         axes.spines[["top", "right"]].set_visible(False)
+    # The parts of our step.
     if bars:
-        step_panel(rest[0].subplots(), bars, "our step")
+        _plot_bars(rest[0].subplots(), bars, "our step")
     return figure
 
 
-def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
-    """`draw_step` in axes of another figure."""
+def _plot_bars(axes: Axes, bars: Sequence[Bar], title: str) -> None:
+    """Plots the parts of a step. A bar begins where the previous bar ends."""
     total, began = sum(bar.milliseconds for bar in bars), 0.0
     for row, (_, width, floor) in enumerate(bars):
         axes.barh(
@@ -171,7 +192,7 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
             )
             text += f"; floor {floor:.3g} ms ({floor / width:.0%})"
         end = began + max(width, floor or 0.0)
-        right = end < 0.6 * total  # else the text stands left of the bar
+        right = end < 0.6 * total  # text to the right of the bar, else to the left
         place = end + 0.01 * total if right else began - 0.01 * total
         axes.text(place, row, text, va="center", ha="left" if right else "right", fontsize=9)
         began += width
@@ -180,7 +201,8 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02 * total)
     axes.set_xlabel(
-        f"milliseconds; the step takes {total:.4g}; dark: floors, together {least:.4g} ({least / total:.0%})"
+        f"milliseconds; the step takes {total:.4g}; "
+        f"dark: floors, together {least:.4g} ({least / total:.0%})"
     )
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -188,7 +210,7 @@ def step_panel(axes: Axes, bars: Sequence[Bar], title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw(
+def _plot_line(
     axes: Axes,
     records: list[dict[str, Any]],
     key: str,
@@ -196,12 +218,15 @@ def _draw(
     label: str,
     evaluation: bool = False,
 ) -> None:
-    """A line; an evaluation's points are few and matter singly, so they get dots and the ends their values."""
+    """Plots records[key] over epochs.
+
+    evaluation: marks every point (evaluations are rare), and writes the first and the last value.
+    """
     points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
     if not points:
         return
     x, y = zip(*points)
-    dots = "o" if evaluation or len(points) == 1 else ""  # one point draws no line
+    dots = "o" if evaluation or len(points) == 1 else ""  # a line of one point is invisible
     axes.plot(x, y, color=color, marker=dots, markersize=4, linewidth=1.6, label=label)
     if evaluation:
         places = [(0, "left", (6, -13)), (len(points) - 1, "right", (0, 7))]
@@ -212,7 +237,8 @@ def _draw(
             )
 
 
-def _finish(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
+    """Sets labels, grid and legend of a panel. An empty panel gets a note."""
     axes.set_xlabel("epoch (passes over the data)")
     axes.tick_params(labelbottom=True)
     axes.title.set_fontsize(11)

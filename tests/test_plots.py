@@ -1,4 +1,4 @@
-"""plots.py: the lines of the figure hold the run's numbers, for whole runs and for barely begun ones."""
+"""The curves show the numbers of metrics.jsonl, for complete runs and for very short runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mocofast.plots import draw_curves, plot_curves, read_metrics
+from mocofast.plots import plot_curves, plot_metrics, read_metrics
 
 CHANCE = math.log(4097)
 
@@ -44,7 +44,7 @@ def test_every_line_shows_the_numbers_of_the_metrics() -> None:
         {"step": 0, "epoch": 0.0, "knn_top1": 0.85, "few_shot_top1": 0.6},
         {"step": 20, "epoch": 2.0, "knn_top1": 0.97, "few_shot_top1": 0.8},
     ]
-    figure = draw_curves(records)
+    figure = plot_metrics(records)
     epochs = [0.0, 1.0, 2.0]
     loss, pretext, knn, rate = (lines(figure, panel) for panel in range(4))
     assert loss["loss"] == (epochs, [8.0, 7.9, 7.8])
@@ -60,11 +60,11 @@ def test_every_line_shows_the_numbers_of_the_metrics() -> None:
         "97.0%",
         "60.0%",
         "80.0%",
-    ]  # before and after, readable without a ruler
+    ]  # values at the start and at the end
 
 
 def test_every_panel_says_what_it_shows() -> None:
-    figure = draw_curves([step(0), step(10, knn_top1=0.5)])
+    figure = plot_metrics([step(0), step(10, knn_top1=0.5)])
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert axes.get_title()
@@ -74,16 +74,16 @@ def test_every_panel_says_what_it_shows() -> None:
     assert figure.axes[0].get_ylabel() == "loss, in nats"
 
 
-def test_a_single_line_is_drawn_as_points_one_can_see() -> None:
-    figure = draw_curves([step(1)])
+def test_a_single_line_is_plotted_as_visible_points() -> None:
+    figure = plot_metrics([step(1)])
     line = figure.axes[0].lines[0]
     assert line.get_marker() == "o"
     assert len(np.asarray(line.get_xdata())) == 1
     assert "not measured in this run" in [text.get_text() for text in figure.axes[2].texts]
 
 
-def test_a_run_that_was_only_evaluated_is_drawn() -> None:
-    figure = draw_curves([{"step": 0, "epoch": 0.0, "knn_top1": 0.5}])
+def test_a_run_with_evaluations_only_is_plotted() -> None:
+    figure = plot_metrics([{"step": 0, "epoch": 0.0, "knn_top1": 0.5}])
     assert lines(figure, 2)["kNN top-1"] == ([0.0], [0.5])
     assert [text.get_text() for text in figure.axes[2].texts] == ["50.0%"]
     assert not figure.axes[0].lines
@@ -98,10 +98,10 @@ def test_the_picture_is_written_without_a_display(
     assert plot_curves(metrics, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1000
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 10  # ink, not a blank page
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10  # not a blank page
 
 
-def test_lines_come_in_order_of_steps_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_lines_are_sorted_by_step_and_an_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 2, "epoch": 0.2}\n{"step": 1, "epoch": 0.1}\n{"step": 3, "epo')
     assert [record["step"] for record in read_metrics(metrics)] == [1, 2]
@@ -110,7 +110,7 @@ def test_lines_come_in_order_of_steps_and_a_torn_last_line_is_left_out(tmp_path:
         read_metrics(metrics)
 
 
-def test_no_metrics_make_no_picture(tmp_path: Path) -> None:
+def test_without_metrics_no_picture_is_written(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")
     assert not plot_curves(metrics, tmp_path / "curves.png")

@@ -19,7 +19,7 @@ from mocofast.device import choose_autocast
 from mocofast.methods.moco import build
 from mocofast.models.encoders import build_encoder
 from mocofast.optim import FusedAdamW, FusedSGD
-from mocofast.plots import draw_step
+from mocofast.plots import plot_step
 from mocofast.settings import load_recipe
 from mocofast.step_parts import Recorder, Span, Step, step_part
 from mocofast.train import profile
@@ -290,7 +290,7 @@ def test_the_picture_shows_every_part_its_floor_and_its_numbers(
     profile_of_a_loop: profile.Profile,
 ) -> None:
     p = profile_of_a_loop
-    figure = draw_step(p.bars(), p.title)
+    figure = plot_step(p.bars(), p.title)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [part.name for part in p.parts]
     with_floor = sum(part.floor is not None for part in p.parts)

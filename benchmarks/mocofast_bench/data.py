@@ -24,7 +24,7 @@ from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast.settings import ConfigError, load_recipe
 from mocofast_bench import timing, tune
-from mocofast_bench.loops import WARM_UP, Side, in_turns, measure, medians
+from mocofast_bench.loops import WARM_UP_BATCHES, TimedLoop, measure_in_turns, measure, medians
 from mocofast_bench.reference_loop import ReferenceLoader
 from mocofast_bench.tensor_pairs import TensorPairs
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     if arguments.tune:
         if arguments.plot is not None:
             raise ConfigError("--plot draws the comparison, which --tune leaves out: got both")
@@ -69,15 +69,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     augment = load_recipe(arguments.recipe).augment
     source = FolderSource(arguments.path, find_images(arguments.path))
     shard = BatchSlice(arguments.batch_size)
-    if shard.steps(len(source)) < WARM_UP + arguments.batches:
+    if shard.steps(len(source)) < WARM_UP_BATCHES + arguments.batches:
         raise ConfigError(
             f"{len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
-            f"{WARM_UP} + {arguments.batches} are needed"
+            f"{WARM_UP_BATCHES} + {arguments.batches} are needed"
         )
 
     sides = loaders(source, augment, arguments.batch_size, workers, device)
     memory = {name: memory_of(side, arguments.batch_size, device) for name, side in sides.items()}
-    rounds = in_turns(sides, arguments.repeats, arguments.batches, arguments.batch_size, device)
+    rounds = measure_in_turns(sides, arguments.repeats, arguments.batches, arguments.batch_size, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     print(
@@ -116,10 +116,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw(row: dict[str, Any]) -> Figure:
+def plot(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
     from mocofast.plots import (
-        draw_sides,
+        plot_sides,
     )  # here, so that processes that measure start without matplotlib
 
     quantities = {
@@ -129,12 +129,12 @@ def draw(row: dict[str, Any]) -> Figure:
         "memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
     title = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
-    return draw_sides(title, quantities)
+    return plot_sides(title, quantities)
 
 
 def loaders(
     source: Source, augment: AugmentConfig, batch_size: int, workers: int, device: torch.device
-) -> dict[str, Side]:
+) -> dict[str, TimedLoop]:
     """What is compared, by name: loops that do nothing with their batches."""
 
     def loader(name: str) -> Callable[[], Loader]:
@@ -149,16 +149,16 @@ def loaders(
         "reference": lambda: ReferenceLoader(source, augment, batch_size, workers),
         "v2 tensors": lambda: ReferenceLoader(source, augment, batch_size, workers, TensorPairs),
     }
-    return {name: Side(start, lambda batch: None) for name, start in starts.items()}
+    return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}
 
 
-def memory_of(side: Side, batch_size: int, device: torch.device) -> int | None:
+def memory_of(side: TimedLoop, batch_size: int, device: torch.device) -> int | None:
     """Most bytes of the host's memory that a loader and its processes have taken when a batch is there."""
     gc.collect()  # else what is garbage by now is gone from the later figure only
     before = timing.resident_memory()
     found = []
     measure(
-        Side(side.start, lambda batch: found.append(timing.resident_memory())),
+        TimedLoop(side.start, lambda batch: found.append(timing.resident_memory())),
         1,
         batch_size,
         device,

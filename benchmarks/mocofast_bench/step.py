@@ -21,7 +21,7 @@ from mocofast.settings import apply, load_recipe, validate
 from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
 from mocofast_bench import timing
-from mocofast_bench.sides import MODES, SIDES, Step, encoders_only, our_engine, pixel_views
+from mocofast_bench.training_steps import MODES, SIDES, Call, encoders_only, our_engine, pixel_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def add_model_arguments(
     )
 
 
-def configured(
+def build_config(
     arguments: argparse.Namespace, device: torch.device, small: dict[str, Any]
 ) -> Config:
     """The configuration that `add_model_arguments` describe, in one process; ConfigError where none can use it."""
@@ -94,13 +94,13 @@ def configured(
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.choose_device(arguments.device)
-    config = configured(arguments, device, SMALL)
+    device = choose_device(arguments.device)
+    config = build_config(arguments, device, SMALL)
     config.data.path = config.data.path or "."  # validate wants one; nothing is read
     validate(config)
     torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
 
-    steps: dict[str, Step] = {}
+    steps: dict[str, Call] = {}
     skipped: dict[str, str] = {}
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
     left_out = {
@@ -114,14 +114,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         except (ImportError, ConfigError) as error:
             skipped[name] = str(error)
     alone = {
-        name: timing.in_fresh_process(measured_alone, name, config, str(device)) for name in steps
+        name: timing.in_fresh_process(measure_alone, name, config, str(device)) for name in steps
     }
     steps["encoders only"] = encoders_only(config, device)
     with FlopCounterMode(display=False) as counter:
         steps["encoders only"]()
     times = timing.interleaved(steps, arguments.repeats, device)
     waits = {name: host_synchronisations(steps[name]) for name in alone}
-    profile = profile_of(config, device)
+    profile = profile_step(config, device)
 
     batch, ours = config.data.batch_size, times["mocofast"].median
     floor = times["encoders only"].median
@@ -181,11 +181,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw(row: dict[str, Any]) -> Figure:
+def plot(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
     from mocofast.plots import (
         Bar,
-        draw_sides,
+        plot_sides,
     )  # here, so that processes that measure start without matplotlib
 
     quantities = {
@@ -198,10 +198,10 @@ def draw(row: dict[str, Any]) -> Figure:
     parts = [
         Bar(name, value, floors.get(name)) for name, value in row["breakdown_milliseconds"].items()
     ]
-    return draw_sides(title, quantities, parts)
+    return plot_sides(title, quantities, parts)
 
 
-def profile_of(config: Config, device: torch.device) -> Profile:
+def profile_step(config: Config, device: torch.device) -> Profile:
     """Of our step, on images that are there: without a wait for data."""
     engine, views = our_engine(config, device), pixel_views(config, device)
     profiler = StepProfiler(engine.method, engine.optimizer, engine.autocast, config)
@@ -225,7 +225,7 @@ class Alone(NamedTuple):
     cores: float  # CPU time of a step over its duration
 
 
-def measured_alone(name: str, config: Config, device: str) -> Alone:
+def measure_alone(name: str, config: Config, device: str) -> Alone:
     """To be called in a fresh process."""
     where = torch.device(device)
     step = SIDES[name](config, where)
@@ -259,7 +259,7 @@ class HostSynchronisations(TorchDispatchMode):
         return result
 
 
-def host_synchronisations(step: Step) -> int:
+def host_synchronisations(step: Call) -> int:
     """How often a steady step waits for its device."""
     step()
     with HostSynchronisations() as waits:

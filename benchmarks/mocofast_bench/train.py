@@ -21,10 +21,10 @@ from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_datasets
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast_bench import timing
-from mocofast_bench.loops import Measured, Side, in_turns, measure, medians
+from mocofast_bench.loops import LoopRates, TimedLoop, measure_in_turns, measure, medians
 from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
-from mocofast_bench.sides import channels_first, fresh_model, our_engine, pixel_views
-from mocofast_bench.step import add_model_arguments, configured
+from mocofast_bench.training_steps import channels_first, fresh_model, our_engine, pixel_views
+from mocofast_bench.step import add_model_arguments, build_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device = timing.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     if arguments.path is None and arguments.recipe is None:
         arguments.recipe = DEFAULT_RECIPE
-    config = configured(arguments, device, SMALL)
+    config = build_config(arguments, device, SMALL)
     config.data.workers, config.data.holdout = count_workers(arguments.workers), 0.0
     if arguments.path is not None:
         config.data.source, config.data.path = "folder", arguments.path
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in SIDES
     }
     sides = {name: build(source, config, device) for name, build in SIDES.items()}
-    rounds = in_turns(sides, arguments.repeats, arguments.steps, batch, device)
+    rounds = measure_in_turns(sides, arguments.repeats, arguments.steps, batch, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     loader = choose_loader(source, config.data.loader, device, view_augments(config.augment, 2))[0]
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         **{
             field: {name: round(getattr(median, field), 4) for name, median in middle.items()}
-            for field in Measured._fields
+            for field in LoopRates._fields
         },
         "extra_bytes": memory,
         "speedup": round(rate["mocofast"] / rate["reference"], 3),
@@ -116,10 +116,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw(row: dict[str, Any]) -> Figure:
+def plot(row: dict[str, Any]) -> Figure:
     """The picture of a row."""
     from mocofast.plots import (
-        draw_sides,
+        plot_sides,
     )  # here, so that processes that measure start without matplotlib
 
     quantities = {
@@ -132,7 +132,7 @@ def draw(row: dict[str, Any]) -> Figure:
         "peak memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
     title = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
-    return draw_sides(title, quantities)
+    return plot_sides(title, quantities)
 
 
 def memory_of(name: str, source: Source, config: Config, device: str) -> int | None:
@@ -149,13 +149,13 @@ def memory_of(name: str, source: Source, config: Config, device: str) -> int | N
             if where.type == "cpu":
                 held = max(held, timing.resident_memory(own=False) or 0)
 
-        measure(Side(side.start, step), 1, config.data.batch_size, where)
+        measure(TimedLoop(side.start, step), 1, config.data.batch_size, where)
 
     extra = timing.peak_extra_memory(trained, where)
     return None if extra is None else extra + held
 
 
-def ours(source: Source, config: Config, device: torch.device) -> Side:
+def ours(source: Source, config: Config, device: torch.device) -> TimedLoop:
     """What train.py does in a step, with the loader it would take."""
     engine = our_engine(config, device)
 
@@ -173,10 +173,10 @@ def ours(source: Source, config: Config, device: torch.device) -> Side:
     def step(batch: Batch) -> None:
         engine.step(tuple(view.to(device, non_blocking=True) for view in batch.views))
 
-    return Side(start, step)
+    return TimedLoop(start, step)
 
 
-def reference(source: Source, config: Config, device: torch.device) -> Side:
+def reference(source: Source, config: Config, device: torch.device) -> TimedLoop:
     """The reference's loop and its loader."""
     plain = ReferenceMoCo(channels_first(fresh_model(config, device)))
     optimizer = plain_sgd(plain.parameters(), config.optim)
@@ -185,7 +185,7 @@ def reference(source: Source, config: Config, device: torch.device) -> Side:
         im_q, im_k = (view.to(device, non_blocking=True) for view in views)
         reference_step(plain, (im_q, im_k), optimizer)
 
-    return Side(
+    return TimedLoop(
         lambda: ReferenceLoader(
             source, config.augment, config.data.batch_size, config.data.workers
         ),
@@ -193,10 +193,10 @@ def reference(source: Source, config: Config, device: torch.device) -> Side:
     )
 
 
-def synthetic(source: Source, config: Config, device: torch.device) -> Side:
+def synthetic(source: Source, config: Config, device: torch.device) -> TimedLoop:
     """Our step on one batch that is on the device already; `source` is not looked at."""
     engine, views = our_engine(config, device), pixel_views(config, device)
-    return Side(_Nothing, lambda _: engine.step(views))
+    return TimedLoop(_Nothing, lambda _: engine.step(views))
 
 
 class _Nothing:
@@ -207,7 +207,7 @@ class _Nothing:
         """There is nothing to end."""
 
 
-SIDES: dict[str, Callable[[Source, Config, torch.device], Side]] = {
+SIDES: dict[str, Callable[[Source, Config, torch.device], TimedLoop]] = {
     "mocofast": ours,
     "reference": reference,
     "synthetic": synthetic,
