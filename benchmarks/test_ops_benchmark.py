@@ -16,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from mocofast import ops
+from mocofast.device import choose_device
 
 SIZES = [(64, 4096, 64), (128, 16384, 128)]  # N, K, C
 
@@ -26,7 +27,7 @@ def test_info_nce_forward_and_backward(
     benchmark: BenchmarkFixture, sizes: tuple[int, int, int], side: str
 ) -> None:
     benchmark.group = f"info_nce {sizes}"
-    device = timing.choose_device("auto")
+    device = choose_device("auto")
     step = kernels.steps(sizes, torch.float32, device)[side]
 
     def synchronised() -> None:

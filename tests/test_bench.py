@@ -176,11 +176,11 @@ def test_a_row_is_saved_before_it_is_drawn(tmp_path: Path, monkeypatch: pytest.M
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"benchmark": "data"}
 
-    def draw(row: dict[str, Any]) -> None:
+    def plot(row: dict[str, Any]) -> None:
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(data, "run", run)
-    monkeypatch.setattr(data, "draw", draw)
+    monkeypatch.setattr(data, "plot", plot)
     rows = tmp_path / "rows.jsonl"
     with pytest.raises(RuntimeError, match="no picture"):
         main(["data", "folder", "--save", str(rows), "--plot", str(tmp_path / "data.png")])

@@ -28,7 +28,7 @@ BATCHES = 2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Just enough images for batches of 2."""
-    for i in range(2 * (loops.WARM_UP + BATCHES)):
+    for i in range(2 * (loops.WARM_UP_BATCHES + BATCHES)):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
     return tmp_path
@@ -86,12 +86,12 @@ def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
             with multiprocessing.get_context("spawn").Manager() as manager:
                 kept = manager.list()
                 kept.append(bytes(100 * 2**20))
-                for _ in range(loops.WARM_UP + 1):
+                for _ in range(loops.WARM_UP_BATCHES + 1):
                     yield torch.ones(16 * 2**20)
 
         def close(self) -> None: ...
 
-    found = data.memory_of(loops.Side(Holding, lambda batch: None), 1, torch.device("cpu"))
+    found = data.memory_of(loops.TimedLoop(Holding, lambda batch: None), 1, torch.device("cpu"))
     assert found is not None
     # The batch itself may lie where earlier tests left room: what its process holds is more than the batch.
     assert found > 100 * 2**20
@@ -139,7 +139,7 @@ def test_tuning_takes_what_is_clearly_faster_option_by_option() -> None:
 
     rows: list[dict[str, object]] = []
     stages: list[tuple[str, list[object]]] = [("workers", [1, 2, 4]), ("prefetch", [1, 2, 4])]
-    best = tune.tuned_loader(DataConfig(loader="dali", workers=2), stages, measure, rows)
+    best = tune.tune_loader(DataConfig(loader="dali", workers=2), stages, measure, rows)
     assert (best.workers, best.prefetch) == (4, 2)
     assert seen == [
         [(2, 2), (1, 2), (4, 2)],

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mocofast_bench.roofline import GPUS, residents
+from mocofast_bench.roofline import GPUS, resident_programs
 
 from tests import runs
 
 pytest.importorskip("triton")
 
-from mocofast_bench.inspect_code import PROCESSORS, Report, disassembled, main_loop
+from mocofast_bench.inspect_code import PROCESSORS, Report, main_loop, parse_listing
 
-COMMITTED = runs.ROOT / "benchmarks" / "results" / "static.jsonl"
+COMMITTED = runs.ROOT / "benchmarks" / "results" / "machine_code.jsonl"
 MOCO = "forward, C=128, bf16, queue"
 EMA = "ema, torch.float32, ResNet-50, float momentum"
 ENQUEUE = "enqueue, C=128, fp32"
@@ -41,7 +41,7 @@ def table(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
     """What it printed, the rows it wrote, and its summary, for one case of each kind."""
-    folder = tmp_path_factory.mktemp("static")
+    folder = tmp_path_factory.mktemp("machine_code")
     only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
     written = ("--json", str(folder / "rows"), "--summary", str(folder / "summary"))
     result = runs.compiled("mocofast", "bench", "--static", "--only", only, *written)
@@ -97,7 +97,7 @@ def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
     for key, row in table[1].items():
         if key in committed:  # equal code stands once, at the first case that has it
             assert committed[key] == row, (
-                f"{key}: regenerate it as benchmarks/results/static.md says"
+                f"{key}: regenerate it as benchmarks/results/machine_code.md says"
             )
     assert {
         (MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS
@@ -125,16 +125,18 @@ def _report(**numbers: int) -> Report:
 
 
 def test_occupancy_is_what_registers_shared_memory_threads_and_tensor_memory_allow() -> None:
-    assert residents(_report(registers=255, warps=4), GPUS[90]) == 2  # 65536 / (256 x 128)
-    assert residents(_report(registers=255, warps=8), GPUS[90]) == 1
-    assert residents(_report(registers=16, warps=4), GPUS[90]) == 16  # 2048 threads
-    assert residents(_report(registers=16, warps=1), GPUS[90]) == 32
-    assert residents(_report(registers=33, warps=4), GPUS[90]) == 12  # 33 are allocated as 40
+    assert resident_programs(_report(registers=255, warps=4), GPUS[90]) == 2  # 65536 / (256 x 128)
+    assert resident_programs(_report(registers=255, warps=8), GPUS[90]) == 1
+    assert resident_programs(_report(registers=16, warps=4), GPUS[90]) == 16  # 2048 threads
+    assert resident_programs(_report(registers=16, warps=1), GPUS[90]) == 32
     assert (
-        residents(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2
+        resident_programs(_report(registers=33, warps=4), GPUS[90]) == 12
+    )  # 33 are allocated as 40
+    assert (
+        resident_programs(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2
     )  # and 1 KB each of 164
-    assert residents(_report(registers=128, warps=4, shared=82 * 1024), GPUS[80]) == 1
-    assert residents(_report(registers=128, warps=4, tensor_memory=256), GPUS[100]) == 2
+    assert resident_programs(_report(registers=128, warps=4, shared=82 * 1024), GPUS[80]) == 1
+    assert resident_programs(_report(registers=128, warps=4, tensor_memory=256), GPUS[100]) == 2
 
 
 def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_all_forms() -> None:
@@ -143,7 +145,7 @@ def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_a
         "FADD R1, R1, R2", "FFMA R1, R1, R2, R3", "@P1 BRA 0x0030", "MUFU.EX2 R1, R1", "@P0 CALL.REL.NOINC 0x0080",
         "BRA 0x0020", "MUFU.EX2 R1, R1", "MUFU.EX2 R1, R1", "NOP", "BRA.U !UP2, 0x0080", "EXIT", "BRA 0x00d0",
     ]  # fmt: skip
-    code = disassembled(
+    code = parse_listing(
         "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
     )
     # Loops: 0x20 to 0x70 with an inner one from 0x30 to 0x40, and 0x80 to 0xb0, which has more exponentials.

@@ -68,7 +68,7 @@ def test_ligers_kernel_has_our_loss_and_gradient_in_tritons_interpreter() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
     cuda, sizes = torch.device("cuda"), (128, 4096, 128)  # what every kernel takes
-    _, skipped = peers.prepared(peers.all_peers(dtype), sizes, dtype, cuda, 1)
+    _, skipped = peers.prepare_calls(peers.all_peers(dtype), sizes, dtype, cuda, 1)
     assert set(skipped) <= ({"cut-cross-entropy"} if dtype == torch.float32 else set())
     query, positive, negatives = peers.input_sets(sizes, dtype, cuda, 1)[0]
     exact = info_nce_oracle(query, positive, negatives, peers.TEMPERATURE).mean()
@@ -89,7 +89,7 @@ def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
 def test_what_cannot_run_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightly.loss", None)
     everyone = peers.all_peers(torch.float32, compiling=False)
-    steps, skipped = peers.prepared(everyone, SIZES, torch.float32, CPU, 1)
+    steps, skipped = peers.prepare_calls(everyone, SIZES, torch.float32, CPU, 1)
     assert set(steps) == {"mocofast", "with rank", "eager"}
     assert set(skipped) == {"eager bfloat16", "cut-cross-entropy", "Liger", "lightly"}
     assert "GPU" in skipped["Liger"] and "GPU" in skipped["eager bfloat16"]
@@ -101,8 +101,8 @@ def test_an_error_of_our_own_is_not_hidden_as_a_peer_left_out() -> None:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        peers.prepared({"mocofast": peers.Peer(broken)}, SIZES, torch.float32, CPU, 1)
-    assert peers.prepared({"other": peers.Peer(broken)}, SIZES, torch.float32, CPU, 1)[1] == {
+        peers.prepare_calls({"mocofast": peers.Peer(broken)}, SIZES, torch.float32, CPU, 1)
+    assert peers.prepare_calls({"other": peers.Peer(broken)}, SIZES, torch.float32, CPU, 1)[1] == {
         "other": "RuntimeError: broken"
     }
 
@@ -120,7 +120,7 @@ def test_inputs_rotate_through_more_than_the_cache() -> None:
         return (query * positive).sum()
 
     sets = peers.input_sets(SIZES, torch.float32, CPU, 3)
-    step = peers.step_over(loss, sets)
+    step = peers.call_over(loss, sets)
     for _ in range(4):
         step()
     assert [x is y[2] for x, y in zip(seen, [*sets, sets[0]])] == [True] * 4
@@ -136,7 +136,7 @@ def test_inputs_rotate_through_more_than_the_cache() -> None:
 def test_every_side_of_the_ema_averages_alike() -> None:
     shapes = [(7, 3), (5,), (2, 3, 1, 1)]
     torch.manual_seed(0)
-    sources, sides, skipped = ema.sides(shapes, torch.float32, CPU)
+    sources, sides, skipped = ema.build_averagers(shapes, torch.float32, CPU)
     assert {"mocofast", "loop", "foreach_lerp", "swa_utils.AveragedModel", "timm.ModelEmaV3"} == {
         *sides,
         *skipped,
@@ -193,10 +193,10 @@ def test_plots_take_the_graph_where_it_is_faster() -> None:
         "milliseconds": {"mocofast": 2.0, "mocofast" + kernels.GRAPH: 0.5, "eager": 4.0},
         "floor_milliseconds": 0.25,
     }
-    assert sweep.shortest(row, "mocofast") == 0.5
+    assert sweep.shortest_time(row, "mocofast") == 0.5
     assert sweep.fraction_of_floor(row, "eager") == 0.25 / 4.0
-    assert sweep.shortest(row, "Liger") is None
-    assert [sweep.short(value) for value in (1000, 1024, 65536, 2**20)] == [
+    assert sweep.shortest_time(row, "Liger") is None
+    assert [sweep.short_number(value) for value in (1000, 1024, 65536, 2**20)] == [
         "1000",
         "1K",
         "64K",

@@ -38,7 +38,7 @@ BATCH, SIDE, DIM, QUEUE = (
     16,
     64,
 )  # images of 12 kB, so that a message's header of some 50 bytes is little
-WARM_UP, STEPS = 3, 2  # DistributedDataParallel settles its buckets in the second step
+WARM_UP_STEPS, STEPS = 3, 2  # DistributedDataParallel settles its buckets in the second step
 OPTIM = OptimConfig(lr=0.01)
 # Headers and acknowledgements around payloads, and what barriers vary by.
 HEADERS, SHARE = 3000, 0.01
@@ -46,7 +46,7 @@ HEADERS, SHARE = 3000, 0.01
 
 def views(world: int, rank: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    shape = (WARM_UP + STEPS, 2, world, BATCH, 3, SIDE, SIDE)
+    shape = (WARM_UP_STEPS + STEPS, 2, world, BATCH, 3, SIDE, SIDE)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)[:, :, rank]
     return [(im_q, im_k) for im_q, im_k in pixels]
 
@@ -57,7 +57,7 @@ def ours(model: MoCo, world: int, rank: int) -> dict[str, Any]:
     autocast = choose_autocast("fp32", torch.device("cpu"))
     losses, collectives, arrived = [], [], []
     for i, pair in enumerate(views(world, rank)):
-        if i < WARM_UP:
+        if i < WARM_UP_STEPS:
             losses.append(float(train_step(trained, pair, optimizer, 1, autocast)[0]))
             continue
         state = model.shuffle.state()
@@ -80,7 +80,7 @@ def reference(model: ReferenceMoCo, world: int, rank: int) -> dict[str, Any]:
     losses, collectives = [], []
     for i, pair in enumerate(views(world, rank)):
         im_q, im_k = ((im.float() - 127) / 50 for im in pair)
-        if i < WARM_UP:
+        if i < WARM_UP_STEPS:
             losses.append(reference_step(trained, (im_q, im_k), optimizer))
             continue
         with Wire() as wire:
@@ -95,7 +95,7 @@ def on_a_rank(world: int, rank: int) -> dict[str, Any]:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = ReferenceMoCo(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     found: dict[str, Any] = {
-        "step": scaling_model.Step(
+        "step": scaling_model.Workload(
             ranks=world,
             batch=BATCH,
             pixels=3 * SIDE**2,
@@ -134,8 +134,8 @@ def test_our_steady_step_exchanges_images_once_keys_once_and_gradients(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
     for rank in ranks[world]:
-        step: scaling_model.Step = rank["step"]
-        model = scaling_model.received(step)["mocofast"]
+        step: scaling_model.Workload = rank["step"]
+        model = scaling_model.received_bytes(step)["mocofast"]
         for collectives, arrived in zip(
             rank["mocofast"]["collectives"], rank["mocofast"]["arrived"]
         ):
@@ -170,7 +170,7 @@ def test_the_references_step_has_three_gathers_and_broadcasts_all_buffers(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
     for number, rank in enumerate(ranks[world]):
-        model = scaling_model.received(rank["step"])["reference"]
+        model = scaling_model.received_bytes(rank["step"])["reference"]
         for collectives in rank["reference"]["collectives"]:
             found = purposes(collectives)
             assert sum(map(len, found.values())) == len(collectives)
@@ -188,8 +188,8 @@ def test_the_references_step_has_three_gathers_and_broadcasts_all_buffers(
 def test_shuffle_receives_ranks_times_fewer_images_and_a_quarter_of_the_bytes_of_each(
     ranks: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
-    step: scaling_model.Step = ranks[world][0]["step"]
-    model = scaling_model.received(step)
+    step: scaling_model.Workload = ranks[world][0]["step"]
+    model = scaling_model.received_bytes(step)
     assert model["reference"]["images"] / model["mocofast"]["images"] == pytest.approx(4 * world)
     ours = sum(c[0].received for rank in ranks[world] for c in rank["mocofast"]["collectives"])
     arrived = sum(n for rank in ranks[world] for n in rank["mocofast"]["arrived"])
@@ -205,16 +205,16 @@ def test_shuffle_receives_ranks_times_fewer_images_and_a_quarter_of_the_bytes_of
 
 @pytest.mark.parametrize("world", [2, 4, 7])
 def test_on_average_one_image_in_w_stays_at_home(world: int) -> None:
-    """What `received` takes for ours, over many permutations: 4 standard errors of 2,000 are below 2%."""
+    """What `received_bytes` takes for ours, over many permutations: 4 standard errors of 2,000 are below 2%."""
     generator = torch.Generator().manual_seed(0)
     home = torch.arange(world).repeat_interleave(BATCH)
     crossed = [
         int((home[torch.randperm(world * BATCH, generator=generator)] != home).sum())
         for _ in range(2000)
     ]
-    step = scaling_model.Step(world, BATCH, pixels=10, dim=1, parameters=0, buffers=0)
+    step = scaling_model.Workload(world, BATCH, pixels=10, dim=1, parameters=0, buffers=0)
     assert 10 * sum(crossed) / len(crossed) / world == pytest.approx(
-        scaling_model.received(step)["mocofast"]["images"], rel=0.02
+        scaling_model.received_bytes(step)["mocofast"]["images"], rel=0.02
     )
 
 
@@ -252,13 +252,15 @@ def test_times_of_collectives_are_bytes_over_the_links_they_cross() -> None:
 
 
 def test_gradients_hide_behind_backward_up_to_the_last_bucket() -> None:
-    step = scaling_model.Step(64, 256, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=0)
+    step = scaling_model.Workload(
+        64, 256, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=0
+    )
     whole = FREE.all_reduce(64, 4 * step.parameters)
     slow, instant = replace(FREE, images_per_second=1.0), replace(FREE, images_per_second=1e12)
-    assert scaling_model.exposed(step, slow)["mocofast"]["gradients"] == pytest.approx(
+    assert scaling_model.exposed_seconds(step, slow)["mocofast"]["gradients"] == pytest.approx(
         whole * 25 / 112
     )
-    assert scaling_model.exposed(step, instant)["mocofast"]["gradients"] == pytest.approx(
+    assert scaling_model.exposed_seconds(step, instant)["mocofast"]["gradients"] == pytest.approx(
         whole, rel=1e-3
     )
 
@@ -267,14 +269,14 @@ def test_the_document_holds_what_the_script_computes() -> None:
     text = (scaling_model.DOCS / "scaling.md").read_text("utf-8")
     content = scaling_model.tables(scaling_model.moco_v2(), scaling_model.Cluster())
     assert "| 1024 |" in content
-    assert scaling_model.rewritten(text, content) == text, (
+    assert scaling_model.insert_tables(text, content) == text, (
         "run python -m mocofast_bench.scaling_model"
     )
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    step = scaling_model.Step(
+    step = scaling_model.Workload(
         8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000
     )
-    scaling_model.draw(step, scaling_model.Cluster(), tmp_path / "scaling.png")
+    scaling_model.plot(step, scaling_model.Cluster(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mocofast_bench import loops, sides, step, train
+from mocofast_bench import loops, step, train, training_steps
 from mocofast_bench.commands import BENCHMARKS, main
 
 from mocofast.config import Config, ConfigError
@@ -32,12 +32,12 @@ def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
             patch.setitem(sys.modules, name, None)
-        drawn = target.with_name("step.png")
+        picture = target.with_name("step.png")
         assert (
-            main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(drawn)])
+            main(["step", *TINY, "--modes", "graph", "--save", str(target), "--plot", str(picture)])
             == 0
         )
-    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     return json.loads(target.read_text())
 
 
@@ -86,7 +86,7 @@ def test_each_side_starts_in_a_process_of_its_own(step_row: dict[str, Any]) -> N
 
 
 def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str, Any]) -> None:
-    figure = step.draw(step_row)
+    figure = step.plot(step_row)
     *panels, below = figure.get_axes()
     assert [panel.get_xlabel() for panel in panels] == [
         "images/s", "time to first step, s", "peak extra memory, MB",
@@ -128,15 +128,15 @@ def tiny() -> Config:
 
 def test_all_sides_start_from_the_same_loss() -> None:
     config = tiny()
-    ours, strong = (sides.SIDES[name](config, CPU)() for name in ("mocofast", "strong"))
-    reference = sides.SIDES["reference"](config, CPU)()
+    ours, strong = (training_steps.SIDES[name](config, CPU)() for name in ("mocofast", "strong"))
+    reference = training_steps.SIDES["reference"](config, CPU)()
     assert ours[0].item() == pytest.approx(reference, rel=1e-5)
     torch.testing.assert_close(ours, strong, rtol=1e-5, atol=1e-6)
 
 
 def test_lightlys_side_waits_once_and_learns_on_the_same_images() -> None:
     pytest.importorskip("lightly")
-    run = sides.lightly(tiny(), CPU)
+    run = training_steps.lightly(tiny(), CPU)
     first = [run() for _ in range(3)]
     assert all(torch.isfinite(loss) for loss in first)
     assert step.host_synchronisations(run) == 1  # its memory bank's pointer
@@ -177,10 +177,10 @@ def test_train_measures_both_loops_end_to_end(
     row = last_row(capsys.readouterr().out)
     assert (row["images"], row["batch_size"], row["workers"]) == (20, 8, 1)
     assert row["loader"] in ("dali", "torchvision")
-    for field in loops.Measured._fields:
+    for field in loops.LoopRates._fields:
         assert set(row[field]) == {"mocofast", "reference", "synthetic"}
     assert set(row["extra_bytes"]) == {"mocofast", "reference", "synthetic"}
-    panels = train.draw(row).get_axes()
+    panels = train.plot(row).get_axes()
     assert len(panels) == 5
     widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]
     assert widths == list(row["images_per_second"].values())
@@ -204,7 +204,7 @@ def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
 
         def close(self) -> None: ...
 
-    found = loops.measure(loops.Side(Slow, lambda batch: None), 4, 32, CPU)
+    found = loops.measure_loop(loops.TimedLoop(Slow, lambda batch: None), 4, 32, CPU)
     assert found.data_wait > 0.9
     assert found.cores > 0.1
     assert found.time_to_first_step > SPIN

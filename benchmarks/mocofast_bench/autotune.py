@@ -20,9 +20,9 @@ import torch
 
 from mocofast import files
 from mocofast_bench import timing
-from mocofast_bench.machine_code import need_compiler
-from mocofast_bench.optim import captured
-from mocofast_bench.roofline import GPUS, RESERVED, predict, residents
+from mocofast_bench.machine_code import require_compiler
+from mocofast_bench.optim import capture_graph
+from mocofast_bench.roofline import GPUS, RESERVED, predict, resident_programs
 
 if TYPE_CHECKING:
     from mocofast_kernels.configs import Tile
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Rank the candidates of every kind, type and dimension; print the best and write the table."""
-    need_compiler(parser)
+    require_compiler(parser)
     if not arguments.static and not torch.cuda.is_available():
         parser.error(
             "there is no GPU to time on; --static ranks by the model of machine code instead"
@@ -177,7 +177,7 @@ def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, floa
     runs: dict[Tile, Callable[[], Any]] = {}
     for tile in tried:
         try:
-            runs[tile] = captured(partial(problem.run, tile))
+            runs[tile] = capture_graph(partial(problem.run, tile))
         except (OutOfResources, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
@@ -204,7 +204,7 @@ def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Til
                 except RuntimeError:
                     break
             report = known[launch.identity]
-            if report.spills or residents(report, GPUS[capability]) == 0:
+            if report.spills or resident_programs(report, GPUS[capability]) == 0:
                 break
             total += predict(launch, report, GPUS[capability]).time
         else:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
         )
         module.add_arguments(command, positive)
-        if hasattr(module, "draw"):
+        if hasattr(module, "plot"):
             command.add_argument(
                 "--plot", type=Path, metavar="FILE", help="draw the sides into this image file"
             )
@@ -125,7 +125,7 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
         with arguments.save.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     if getattr(arguments, "plot", None) is not None:
-        module.draw(row).savefig(arguments.plot)
+        module.plot(row).savefig(arguments.plot)
 
 
 def positive(text: str) -> int:

@@ -22,9 +22,10 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.interface import BatchSlice, Loader, Source, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
+from mocofast.device import choose_device
 from mocofast.settings import ConfigError, load_recipe
 from mocofast_bench import timing, tune
-from mocofast_bench.loops import WARM_UP_BATCHES, TimedLoop, measure_in_turns, measure, medians
+from mocofast_bench.loops import WARM_UP_BATCHES, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader
 from mocofast_bench.tensor_pairs import TensorPairs
 
@@ -77,7 +78,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     sides = loaders(source, augment, arguments.batch_size, workers, device)
     memory = {name: memory_of(side, arguments.batch_size, device) for name, side in sides.items()}
-    rounds = measure_in_turns(sides, arguments.repeats, arguments.batches, arguments.batch_size, device)
+    rounds = measure_in_turns(
+        sides, arguments.repeats, arguments.batches, arguments.batch_size, device
+    )
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     print(
@@ -157,7 +160,7 @@ def memory_of(side: TimedLoop, batch_size: int, device: torch.device) -> int | N
     gc.collect()  # else what is garbage by now is gone from the later figure only
     before = timing.resident_memory()
     found = []
-    measure(
+    measure_loop(
         TimedLoop(side.start, lambda batch: found.append(timing.resident_memory())),
         1,
         batch_size,

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mocofast import ops
+from mocofast.device import choose_device
 from mocofast_bench import eager_formulas, timing
 from mocofast_bench.sizes import weight_shapes
 
 MOMENTUM = 0.999
 
 
-class Side(NamedTuple):
+class Averager(NamedTuple):
     """One way to average."""
 
     averages: list[Tensor]
@@ -40,20 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device, dtype = timing.choose_device(arguments.device), getattr(torch, arguments.dtype)
-    sources, candidates, skipped = sides(weight_shapes(), dtype, device)
+    device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
+    sources, candidates, skipped = build_averagers(weight_shapes(), dtype, device)
     count, size, tensors = sum(s.numel() for s in sources), dtype.itemsize, len(sources)
-    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(block)
-    times = timing.interleaved(
-        {
-            **{name: side.update for name, side in candidates.items()},
-            "copy": lambda: copy.copy_(block),
-        },
-        arguments.repeats,
-        device,
-    )
-    bandwidth = 2 * block.numel() / times.pop("copy").median
+    updates = {name: averager.update for name, averager in candidates.items()}
+    times, bandwidth = timing.interleaved_with_copy(updates, arguments.repeats, device)
     traffic = 3 * count * size
     floor = traffic / bandwidth
     loop = times["loop"].median
@@ -92,9 +84,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def sides(
+def build_averagers(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], dict[str, Side], dict[str, str]]:
+) -> tuple[list[Tensor], dict[str, Averager], dict[str, str]]:
     """Sources, every side with averages of its own, and why others cannot run."""
     model = nn.ParameterList(torch.randn(shape, device=device).to(dtype) for shape in shapes)
     sources: list[Tensor] = list(model.parameters())
@@ -107,10 +99,10 @@ def sides(
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
     averaged.update_parameters(model)  # the first one copies
     result = {
-        "mocofast": Side(ours, lambda: ops.ema_update_(ours, sources, MOMENTUM)),
-        "loop": Side(looped, lambda: eager_formulas.ema_update_(looped, sources, MOMENTUM)),
-        "foreach_lerp": Side(lerped, foreach),
-        "swa_utils.AveragedModel": Side(
+        "mocofast": Averager(ours, lambda: ops.ema_update_(ours, sources, MOMENTUM)),
+        "loop": Averager(looped, lambda: eager_formulas.ema_update_(looped, sources, MOMENTUM)),
+        "foreach_lerp": Averager(lerped, foreach),
+        "swa_utils.AveragedModel": Averager(
             list(averaged.module.parameters()), lambda: averaged.update_parameters(model)
         ),
     }
@@ -119,5 +111,7 @@ def sides(
     except ImportError as error:
         return sources, result, {"timm.ModelEmaV3": str(error)}
     timms = ModelEmaV3(model, decay=MOMENTUM)
-    result["timm.ModelEmaV3"] = Side(list(timms.module.parameters()), lambda: timms.update(model))
+    result["timm.ModelEmaV3"] = Averager(
+        list(timms.module.parameters()), lambda: timms.update(model)
+    )
     return sources, result, {}

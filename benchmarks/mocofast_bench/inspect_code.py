@@ -99,7 +99,7 @@ class Instruction(NamedTuple):
     text: str
 
 
-def _describe(
+def _specialised(
     kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]
 ) -> Launch:
     """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
@@ -136,7 +136,7 @@ def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_describe(self, args, grid, kwargs))
+        launches.append(_specialised(self, args, grid, kwargs))
 
     with (
         mock.patch.object(JITFunction, "run", run),
@@ -170,7 +170,7 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
 
         usage, listing = tool("-res-usage"), tool("-sass")
     found = re.search(r"REG:(\d+)", usage)
-    code = disassembled(listing)
+    code = parse_listing(listing)
     assert found is not None and code, usage
     count = Counter(instruction.opcode for instruction in code)
     # Columns are taken in chunks by an inner loop where a row is longer than a block.
@@ -184,7 +184,7 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
     )  # fmt: skip
 
 
-def disassembled(listing: str) -> list[Instruction]:
+def parse_listing(listing: str) -> list[Instruction]:
     """The instructions of cuobjdump's listing, without the padding that stands after the last jump to itself."""
     pattern = r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)[^;]*);"
     code = [

@@ -16,20 +16,21 @@ import torch
 from mocofast_kernels import cpu
 from torch import Tensor
 
+from mocofast.device import choose_device
 from mocofast_bench import timing
-from mocofast_bench.optim import captured
+from mocofast_bench.optim import capture_graph
 from mocofast_bench.peers import (
     BASELINE,
     OURS,
     Peer,
     Sizes,
-    Step,
     all_peers,
+    call_over,
     input_sets,
-    prepared,
+    prepare_calls,
     sets_past_the_cache,
-    step_over,
 )
+from mocofast_bench.timing import Call
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRAPH = ", graph"
@@ -54,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the row."""
-    device, dtype = timing.choose_device(arguments.device), DTYPES[arguments.dtype]
+    device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     sizes = (arguments.n, arguments.k, arguments.c)
     peers = all_peers(dtype, compiling=not arguments.no_compile)
-    row = measured(peers, sizes, dtype, device, arguments.repeats)
+    row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
     for name in row["milliseconds"]:
         if not name.endswith(GRAPH):
             (row["extra_bytes"][name],) = memory_of_all(name, [sizes], dtype, device)
@@ -65,17 +66,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def measured(
+def measure_problem(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """The row of one problem, but for the memory: every peer's times, and why some have none."""
     sets = sets_past_the_cache(sizes, dtype, device)
-    steps, skipped = prepared(peers, sizes, dtype, device, sets)
+    steps, skipped = prepare_calls(peers, sizes, dtype, device, sets)
     candidates: dict[str, Callable[[], Any]] = dict(steps)
     if device.type == "cuda":
         for name in [name for name in steps if not peers[name].waits]:
             try:
-                candidates[name + GRAPH] = captured(cycle(steps[name], sets))
+                candidates[name + GRAPH] = capture_graph(cycle(steps[name], sets))
             except (
                 RuntimeError
             ) as error:  # what a compiler makes of the formula may not be capturable
@@ -137,12 +138,12 @@ def print_table(row: dict[str, Any]) -> None:
         print(f"{name} is left out: {reason}")
 
 
-def steps(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+def steps(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """One forward and backward of ours and of the eager formula, by name."""
-    return prepared({**OURS, **BASELINE}, sizes, dtype, device, 1)[0]
+    return prepare_calls({**OURS, **BASELINE}, sizes, dtype, device, 1)[0]
 
 
-def cycle(step: Step, sets: int) -> Step:
+def cycle(step: Call, sets: int) -> Call:
     """Once for every set of inputs."""
 
     def steps() -> None:
@@ -188,9 +189,9 @@ def memory_of(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> int |
     """Peak extra bytes of one forward and backward by the peer of that name."""
     peer, where = all_peers(dtype)[name], torch.device(device)
 
-    def step(sizes: Sizes) -> Step:
+    def step(sizes: Sizes) -> Call:
         own = peer.dtype or dtype
-        return step_over(peer.build(sizes, own), input_sets(sizes, own, where, 1))
+        return call_over(peer.build(sizes, own), input_sets(sizes, own, where, 1))
 
     torch.compiler.reset()  # else earlier sizes count against its limit of recompilations
     full = step(sizes)

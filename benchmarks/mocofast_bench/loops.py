@@ -13,17 +13,19 @@ import torch
 
 from mocofast_bench import timing
 
-WARM_UP = 6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
+WARM_UP_BATCHES = (
+    6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
+)
 
 
-class Side(NamedTuple):
+class TimedLoop(NamedTuple):
     """A loop: how to start its loader (with `epoch(number)` and `close()`), and one step on a batch of it."""
 
     start: Callable[[], Any]
     step: Callable[[Any], Any]
 
 
-class Measured(NamedTuple):
+class LoopRates(NamedTuple):
     """One round of one side."""
 
     images_per_second: float
@@ -34,31 +36,31 @@ class Measured(NamedTuple):
     )
 
 
-def in_turns(
-    sides: Mapping[str, Side], repeats: int, steps: int, batch_size: int, device: torch.device
-) -> dict[str, list[Measured]]:
+def measure_in_turns(
+    sides: Mapping[str, TimedLoop], repeats: int, steps: int, batch_size: int, device: torch.device
+) -> dict[str, list[LoopRates]]:
     """By name, the rounds of every side: `repeats` times one of each."""
-    rounds: dict[str, list[Measured]] = {name: [] for name in sides}
+    rounds: dict[str, list[LoopRates]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            rounds[name].append(measure(side, steps, batch_size, device))
+            rounds[name].append(measure_loop(side, steps, batch_size, device))
     return rounds
 
 
-def medians(rounds: Mapping[str, list[Measured]]) -> dict[str, Measured]:
+def medians(rounds: Mapping[str, list[LoopRates]]) -> dict[str, LoopRates]:
     """Of each field over a side's rounds."""
     return {
-        name: Measured(*map(statistics.median, zip(*values))) for name, values in rounds.items()
+        name: LoopRates(*map(statistics.median, zip(*values))) for name, values in rounds.items()
     }
 
 
-def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Measured:
+def measure_loop(side: TimedLoop, steps: int, batch_size: int, device: torch.device) -> LoopRates:
     """Start, warm up, and time `steps` steps."""
     first = waited = counted_from = 0.0
     cpu, began = _cpu_seconds(), time.perf_counter()
     with closing(side.start()) as loader, closing(_endless(loader)) as batches:
-        for i in range(WARM_UP + steps):
-            if i == WARM_UP:
+        for i in range(WARM_UP_BATCHES + steps):
+            if i == WARM_UP_BATCHES:
                 timing.synchronize(device)
                 waited, counted_from = 0.0, time.perf_counter()
             asked = time.perf_counter()
@@ -71,7 +73,7 @@ def measure(side: Side, steps: int, batch_size: int, device: torch.device) -> Me
         timing.synchronize(device)
         seconds = time.perf_counter() - counted_from
     whole = time.perf_counter() - began
-    return Measured(
+    return LoopRates(
         steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole
     )
 

@@ -49,7 +49,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-class Row(NamedTuple):
+class CompiledLaunch(NamedTuple):
     """One launch, as compiled for one architecture and as the model sees it."""
 
     report: Report
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     )
 
 
-def need_compiler(parser: argparse.ArgumentParser) -> None:
+def require_compiler(parser: argparse.ArgumentParser) -> None:
     """Exit with 2 where Triton cannot compile."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
@@ -93,17 +93,17 @@ def need_compiler(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Compile, print a line for each kernel as it comes, write the files."""
-    need_compiler(parser)
+    require_compiler(parser)
     import triton
 
     from mocofast_bench import inspect_code
 
     capabilities = (arguments.capability,) if arguments.capability else tuple(GPUS)
-    calls: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    calls: dict[tuple[str, int], list[CompiledLaunch]] = defaultdict(list)
     data: dict[tuple[str, str, int], dict[str, Any]] = {}
     print(HEADER)
     for report, launch, first in inspect_code.reports(arguments.only, capabilities):
-        row = Row(report, launch, predict(launch, report, GPUS[report.capability]))
+        row = CompiledLaunch(report, launch, predict(launch, report, GPUS[report.capability]))
         call = calls[report.case, report.capability]
         call.append(row)
         if first:
@@ -118,12 +118,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     text = summary(calls)
     print(f"\n{text}")
     if arguments.json is not None:
-        head = {"benchmark": "static", "triton": triton.__version__, "fields": FIELDS}
+        head = {"benchmark": "machine_code", "triton": triton.__version__, "fields": FIELDS}
         arguments.json.write_text(
             "".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8"
         )
     if arguments.summary is not None:
-        command = "mocofast bench static --json benchmarks/results/static.jsonl --summary benchmarks/results/static.md"
+        command = "mocofast bench static --json benchmarks/results/machine_code.jsonl --summary benchmarks/results/machine_code.md"
         if arguments.only:
             command += f" \\\n    --only {shlex.quote(arguments.only)}"
         preface = PREFACE.format(command=command, triton=triton.__version__)
@@ -136,7 +136,7 @@ HEADER = (
 )
 
 
-def line(row: Row) -> str:
+def line(row: CompiledLaunch) -> str:
     """A line of the full table."""
     r, p = row.report, row.prediction
     return (
@@ -154,7 +154,7 @@ Written, without a GPU and with Triton {triton}, by
 
 Registers, shared memory and instructions are facts of the code. Times are predictions of the model that
 `benchmarks/mocofast_bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
-larger of what the products take at their unit's full rate and what the memory takes. `static.jsonl` has all kernels.
+larger of what the products take at their unit's full rate and what the memory takes. `machine_code.jsonl` has all kernels.
 
 InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA
 and optimisers with the 27,966,656 weights of a ResNet-50 and its two-layer head; BatchNorm over 256 x 64 x 56 x 56 in
@@ -178,7 +178,7 @@ def limits() -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(calls: dict[tuple[str, int], list[Row]]) -> str:
+def summary(calls: dict[tuple[str, int], list[CompiledLaunch]]) -> str:
     """Whole calls at their headline sizes: the slowest kernel's code, all kernels' bytes, operations and time. The
     floor is the larger of what the products take at their unit's full rate and what the memory takes."""
     lines = [

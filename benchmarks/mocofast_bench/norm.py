@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mocofast.device import choose_device
 from mocofast.ops import batch_norm
 from mocofast_bench import timing
-from mocofast_bench.optim import captured
+from mocofast_bench.optim import capture_graph
 
 LAYERS = (
     (64, 112),
@@ -35,7 +36,7 @@ MOMENTUM, EPS = 0.1, 1e-5
 ROTATED = 256 * 2**20  # bytes of inputs, beyond what caches hold
 
 
-class Inputs(NamedTuple):
+class NormInputs(NamedTuple):
     """Tensors of one call."""
 
     x: Tensor  # (N, C, S, S) channels-last
@@ -61,7 +62,7 @@ MODES = {
     "forward, residual, ReLU": Mode(backward=False, fused=True, sweeps=4),
 }
 
-Norm = Callable[[Inputs, int, bool], Tensor]
+Norm = Callable[[NormInputs, int, bool], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the tables, return the row."""
-    device = timing.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     n = arguments.n or (256 if on_gpu else 16)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
@@ -94,18 +95,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     layers: tuple[tuple[int, int], ...] = LAYERS if on_gpu else LAYERS[3:]
     if arguments.layer:
         layers = (LAYERS[arguments.layer - 1],)
-    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(block)
     print(f"{timing.device_name(device)}; {n} images, {arguments.splits} parts, {dtype}")
     rows = []
     for channels, side in layers:
         inputs = activations(n, channels, side, dtype, device)
         for name, mode in MODES.items():
             steps = rotated_steps(inputs, arguments.splits, mode)
-            times = timing.interleaved(
-                {**steps, "copy": lambda: copy.copy_(block)}, arguments.repeats, device
-            )
-            bandwidth = 2 * block.numel() / times.pop("copy").median
+            times, bandwidth = timing.interleaved_with_copy(steps, arguments.repeats, device)
             traffic = mode.sweeps * inputs[0].x.nbytes
             rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
     return {
@@ -152,11 +148,11 @@ def _report(
 
 def activations(
     n: int, channels: int, side: int, dtype: torch.dtype, device: torch.device
-) -> list[Inputs]:
+) -> list[NormInputs]:
     """Enough random inputs, one set after the other, that no cache holds them."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw() -> Tensor:
+    def random_images() -> Tensor:
         x = torch.randn(n, channels, side, side, device=device, generator=generator).to(dtype)
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -164,11 +160,13 @@ def activations(
     sets = []
     for _ in range(min(32, -(-ROTATED // size))):
         rows = (torch.rand(channels, device=device, generator=generator) + 0.5 for _ in range(4))
-        sets.append(Inputs(draw(), draw(), draw(), *rows))
+        sets.append(NormInputs(random_images(), random_images(), random_images(), *rows))
     return sets
 
 
-def rotated_steps(inputs: list[Inputs], splits: int, mode: Mode) -> dict[str, Callable[[], Any]]:
+def rotated_steps(
+    inputs: list[NormInputs], splits: int, mode: Mode
+) -> dict[str, Callable[[], Any]]:
     """Every side's call, which takes the next inputs each time."""
     sides: dict[str, Norm] = {"mocofast": ghost, "unsplit": unsplit, "loop": loop, "fold": fold}
     steps = {
@@ -178,7 +176,7 @@ def rotated_steps(inputs: list[Inputs], splits: int, mode: Mode) -> dict[str, Ca
     if inputs[0].x.is_cuda:
         for name in ("mocofast", "unsplit"):
             steps[f"{name}, graph"] = _rotated(
-                [captured(_step(sides[name], i, splits, mode)) for i in inputs]
+                [capture_graph(_step(sides[name], i, splits, mode)) for i in inputs]
             )
     return steps
 
@@ -192,7 +190,7 @@ def _rotated(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return call
 
 
-def _step(norm: Norm, inputs: Inputs, splits: int, mode: Mode) -> Callable[[], Any]:
+def _step(norm: Norm, inputs: NormInputs, splits: int, mode: Mode) -> Callable[[], Any]:
     if not mode.backward:
         return torch.no_grad()(lambda: norm(inputs, splits, mode.fused))
     leaves = [tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.weight, inputs.bias)]
@@ -200,33 +198,33 @@ def _step(norm: Norm, inputs: Inputs, splits: int, mode: Mode) -> Callable[[], A
     return lambda: torch.autograd.grad(norm(tracked, splits, mode.fused), leaves, inputs.grad)
 
 
-def ghost(i: Inputs, splits: int, fused: bool) -> Tensor:
+def ghost(i: NormInputs, splits: int, fused: bool) -> Tensor:
     """Ours."""
     residual = i.residual if fused else None
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
     return batch_norm.ghost_batch_norm(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
 
 
-def unsplit(i: Inputs, splits: int, fused: bool) -> Tensor:
+def unsplit(i: NormInputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's over the whole batch."""
     return _finish(_native(i.x, i), i, fused)
 
 
-def loop(i: Inputs, splits: int, fused: bool) -> Tensor:
+def loop(i: NormInputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's, called for each part."""
     parts = [_native(i.x[part::splits], i) for part in range(splits)]
     return _finish(torch.stack(parts, dim=1).flatten(0, 1), i, fused)
 
 
-def fold(i: Inputs, splits: int, fused: bool) -> Tensor:
+def fold(i: NormInputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's once, over re-ordered channels."""
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
     return _finish(batch_norm._folded(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
 
 
-def _native(x: Tensor, i: Inputs) -> Tensor:
+def _native(x: Tensor, i: NormInputs) -> Tensor:
     return F.batch_norm(x, i.running_mean, i.running_var, i.weight, i.bias, True, MOMENTUM, EPS)
 
 
-def _finish(y: Tensor, i: Inputs, fused: bool) -> Tensor:
+def _finish(y: Tensor, i: NormInputs, fused: bool) -> Tensor:
     return y.add_(i.residual).relu_() if fused else y

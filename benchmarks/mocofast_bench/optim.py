@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mocofast.device import choose_device
 from mocofast.optim.fused import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
 from mocofast_bench import timing
 from mocofast_bench.sizes import weight_shapes
+from mocofast_bench.timing import Call
 
 MOMENTUM = 0.99  # of the average
 LR = 1e-6  # so that weights stay what they are through thousands of steps
 DECAY = 1e-4
 
-Step = Callable[[], Any]
-Pair = tuple[FusedOptimizer, dict[str, Step]]  # ours, and by name the step of the other side
+Pair = tuple[FusedOptimizer, dict[str, Call]]  # ours, and by name the step of the other side
 
 
 class Weights(NamedTuple):
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the tables, return the row."""
-    device = timing.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     count = sum(torch.Size(shape).numel() for shape in weight_shapes())
     row = {
         "benchmark": "optim",
@@ -66,14 +67,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
     optimizer, others = BENCHMARKS[name](weights(device), weights(device))
-    steps: dict[str, Step] = {"mocofast": optimizer.step, **others}
+    steps: dict[str, Call] = {"mocofast": optimizer.step, **others}
     if device.type == "cuda":
-        steps |= {f"{side}, graph": captured(step) for side, step in steps.items()}
-    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(block)
-    times = timing.interleaved({**steps, "copy": lambda: copy.copy_(block)}, repeats, device)
-    bandwidth = 2 * block.numel() / times.pop("copy").median
-    size = optimizer.traffic() + read_again(optimizer)
+        steps |= {f"{side}, graph": capture_graph(step) for side, step in steps.items()}
+    times, bandwidth = timing.interleaved_with_copy(steps, repeats, device)
+    size = optimizer.traffic() + norm_traffic(optimizer)
     floor = size / bandwidth
     ours, theirs = list(steps)[:2]
     print(
@@ -97,7 +95,7 @@ def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
     }
 
 
-def captured(step: Step) -> Step:
+def capture_graph(step: Call) -> Call:
     """Replays of a CUDA graph of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -114,17 +112,17 @@ def weights(device: torch.device) -> Weights:
     """Random weights, gradients and targets, for one side alone."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(scale: float) -> list[Tensor]:
+    def random_tensors(scale: float) -> list[Tensor]:
         return [
             scale * torch.randn(shape, device=device, generator=generator)
             for shape in weight_shapes()
         ]
 
-    params = [torch.nn.Parameter(value) for value in draw(0.1)]
-    for param, gradient in zip(params, draw(1e-3)):
+    params = [torch.nn.Parameter(value) for value in random_tensors(0.1)]
+    for param, gradient in zip(params, random_tensors(1e-3)):
         param.grad = gradient
     first, second = ([torch.zeros_like(p, dtype=torch.bfloat16) for p in params] for _ in range(2))
-    return Weights(params, draw(0.1), (first, second))
+    return Weights(params, random_tensors(0.1), (first, second))
 
 
 def sgd(w: Weights, v: Weights) -> Pair:
@@ -153,7 +151,7 @@ def lars(w: Weights, v: Weights) -> Pair:
     return ours, {"loops": lambda: lars_loops(v, buffers)}
 
 
-def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Step:
+def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Call:
     params = [p.detach() for p in w.params]
 
     def step() -> None:
@@ -183,7 +181,7 @@ def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
         target.copy_(target * MOMENTUM + param * (1.0 - MOMENTUM))
 
 
-def read_again(optimizer: FusedOptimizer) -> int:
+def norm_traffic(optimizer: FusedOptimizer) -> int:
     """Bytes beyond `traffic`: LARS reads weights and gradients of two or more dimensions twice, for their norms."""
     if not isinstance(optimizer, FusedLARS):
         return 0

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mocofast import ops
 from mocofast_bench import eager_formulas, timing
+from mocofast_bench.timing import Call
 
 TEMPERATURE = 0.2  # MoCo v2's
 MAX_SETS = 64  # of inputs
@@ -28,7 +29,6 @@ Inputs = tuple[
     Tensor, Tensor, Tensor
 ]  # query (N, C) that requires its gradient, positive (N, C), negatives (K, C)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-Step = Callable[[], None]
 
 
 class Unavailable(RuntimeError):
@@ -174,9 +174,9 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
     return {name: peer for name, peer in peers.items() if compiling or not peer.compiles}
 
 
-def prepared(
+def prepare_calls(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int
-) -> tuple[dict[str, Step], dict[str, str]]:
+) -> tuple[dict[str, Call], dict[str, str]]:
     """One forward and backward of every peer that runs here, each call on the next of `sets` sets of inputs; and, by
     name, why the others do not."""
     torch.compiler.reset()  # else earlier sizes count against its limit of recompilations
@@ -189,7 +189,7 @@ def prepared(
         own = peer.writes or peer.dtype is not None
         try:
             loss = peer.build(sizes, peer.dtype or dtype)
-            step = step_over(
+            step = call_over(
                 loss, input_sets(sizes, peer.dtype or dtype, device, sets) if own else shared
             )
             step()
@@ -206,7 +206,7 @@ def prepared(
     return steps, skipped
 
 
-def step_over(loss: Loss, sets: Iterable[Inputs]) -> Step:
+def call_over(loss: Loss, sets: Iterable[Inputs]) -> Call:
     """One forward and backward on the next set of inputs, over and over."""
     turns = itertools.cycle(sets)
 

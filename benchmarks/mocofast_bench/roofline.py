@@ -122,7 +122,7 @@ class Prediction(NamedTuple):
         )
 
 
-def residents(report: Report, gpu: GPU) -> int:
+def resident_programs(report: Report, gpu: GPU) -> int:
     """Programs that fit on a multiprocessor: registers go to warps in units of 256."""
     of_registers = gpu.registers // (report.warps * -(-report.registers * 32 // 256) * 256)
     of_shared = gpu.shared // (report.shared + RESERVED)
@@ -179,7 +179,7 @@ def operations(launch: Launch) -> int:
 
 def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     """What the model says of one launch."""
-    programs, resident = prod(launch.grid), residents(report, gpu)
+    programs, resident = prod(launch.grid), resident_programs(report, gpu)
     moved, counted = traffic(launch), operations(launch)
     memory = moved / gpu.bandwidth
     if not _is_product(launch):

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"  # of the repository
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (32, 256)  # images per GPU: the reference's own, and one that fills a large GPU
 JPEG_BYTES = 1.1e5  # of an average ImageNet file
@@ -23,7 +23,7 @@ SIDES = ("mocofast", "reference")
 
 
 @dataclass(frozen=True)
-class Step:
+class Workload:
     """What the bytes of one step depend on."""
 
     ranks: int
@@ -34,7 +34,7 @@ class Step:
     buffers: int  # bytes of the queue, its pointer and both encoders' BatchNorm buffers
 
 
-def received(step: Step) -> dict[str, dict[str, float]]:
+def received_bytes(step: Workload) -> dict[str, dict[str, float]]:
     """Bytes that reach one rank in one step, by side and purpose. Each rank sends as many, broadcasts apart.
 
     Ours: every image goes to one rank as uint8 (the average over permutations: 1/W stay at home), every key to all
@@ -110,7 +110,7 @@ class Cluster:
         return self.latency * math.log2(ranks)
 
 
-def exposed(step: Step, cluster: Cluster) -> dict[str, dict[str, float]]:
+def exposed_seconds(step: Workload, cluster: Cluster) -> dict[str, dict[str, float]]:
     """Seconds that communication adds to a step, by side and purpose.
 
     Gradients travel while backward, half of the encoders' work, still runs; all but the last bucket can hide there.
@@ -119,7 +119,9 @@ def exposed(step: Step, cluster: Cluster) -> dict[str, dict[str, float]]:
     w, n = step.ranks, step.batch
     size = 4.0 * step.parameters
     reduce = cluster.all_reduce(w, size)
-    gradients = max(reduce - compute(step, cluster) / 2, reduce * min(1, cluster.bucket / size))
+    gradients = max(
+        reduce - compute_seconds(step, cluster) / 2, reduce * min(1, cluster.bucket / size)
+    )
     keys = cluster.all_gather(w, n * step.dim * 4)
     return {
         "mocofast": {
@@ -137,28 +139,28 @@ def exposed(step: Step, cluster: Cluster) -> dict[str, dict[str, float]]:
     }
 
 
-def compute(step: Step, cluster: Cluster) -> float:
+def compute_seconds(step: Workload, cluster: Cluster) -> float:
     """Seconds of the encoders in a step; the same for both sides, so that only communication differs."""
     return step.batch / cluster.images_per_second
 
 
-def efficiency(step: Step, cluster: Cluster) -> dict[str, float]:
+def efficiency(step: Workload, cluster: Cluster) -> dict[str, float]:
     """Throughput per GPU relative to a GPU that exchanges nothing."""
-    alone = compute(step, cluster)
+    alone = compute_seconds(step, cluster)
     return {
         side: alone / (alone + sum(parts.values()))
-        for side, parts in exposed(step, cluster).items()
+        for side, parts in exposed_seconds(step, cluster).items()
     }
 
 
-def moco_v2() -> Step:
+def moco_v2() -> Workload:
     """ResNet-50 with MoCo v2's head at 224 px, queue of 65,536 keys, counted on the model itself."""
     from mocofast.methods.moco import build
     from mocofast.settings import load_recipe
 
     config = load_recipe("moco_v2_r50_200ep")
     model = build(config)
-    return Step(
+    return Workload(
         ranks=8,
         batch=32,
         pixels=3 * config.augment.size**2,
@@ -170,7 +172,7 @@ def moco_v2() -> Step:
     )
 
 
-def shown(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes with three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
@@ -182,7 +184,7 @@ def shown(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def tables(base: Step, cluster: Cluster) -> str:
+def tables(base: Workload, cluster: Cluster) -> str:
     """The Markdown of docs/scaling.md between its markers."""
     lines = []
     for batch in BATCHES:
@@ -194,16 +196,16 @@ def tables(base: Step, cluster: Cluster) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for ranks in RANKS:
-            ours, reference = received(replace(base, ranks=ranks, batch=batch)).values()
+            ours, reference = received_bytes(replace(base, ranks=ranks, batch=batch)).values()
             cells = [
-                str(ranks), shown(ours["images"]), shown(reference["images"]),
-                f"{reference['images'] / ours['images']:.0f}x", shown(ours["keys"]), shown(reference["keys"]),
-                shown(ours["gradients"]), shown(reference["buffers"]),
+                str(ranks), format_bytes(ours["images"]), format_bytes(reference["images"]),
+                f"{reference['images'] / ours['images']:.0f}x", format_bytes(ours["keys"]), format_bytes(reference["keys"]),
+                format_bytes(ours["gradients"]), format_bytes(reference["buffers"]),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     for batch in BATCHES:
-        alone = compute(replace(base, batch=batch), cluster)
+        alone = compute_seconds(replace(base, batch=batch), cluster)
         lines += [
             f"Milliseconds that communication adds to a step of {1e3 * alone:.1f} ms, {batch} images per GPU "
             "(modelled):",
@@ -214,7 +216,7 @@ def tables(base: Step, cluster: Cluster) -> str:
         ]
         for ranks in RANKS:
             step = replace(base, ranks=ranks, batch=batch)
-            ours, reference = exposed(step, cluster).values()
+            ours, reference = exposed_seconds(step, cluster).values()
             share = efficiency(step, cluster)
             rest = sum(reference.values()) - reference["images"]
             times = [ours["images"], ours["keys"], ours["gradients"]]
@@ -236,11 +238,13 @@ def tables(base: Step, cluster: Cluster) -> str:
     for ranks in RANKS:
         gathered = 2 * 4 * ranks * 32 * base.pixels  # the parts, and their concatenation
         read, cores = ranks * rate * JPEG_BYTES, rate / PIL_PAIRS_PER_CORE
-        lines.append(f"| {ranks} | {shown(read)}/s | {cores:.0f} | {shown(gathered)} |")
+        lines.append(
+            f"| {ranks} | {format_bytes(read)}/s | {cores:.0f} | {format_bytes(gathered)} |"
+        )
     return "\n".join(lines)
 
 
-def draw(base: Step, cluster: Cluster, out: Path) -> None:
+def plot(base: Workload, cluster: Cluster, out: Path) -> None:
     """Bytes received per step, and weak-scaling efficiency, over the number of GPUs."""
     from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
@@ -250,7 +254,7 @@ def draw(base: Step, cluster: Cluster, out: Path) -> None:
     figure = new_figure(11, 4.6)
     bytes_axes, share_axes = figure.subplots(1, 2)
     steps = [replace(base, ranks=ranks) for ranks in RANKS]
-    rows = [received(step) for step in steps]
+    rows = [received_bytes(step) for step in steps]
     for side, purpose, color, style in (
         ("reference", "images", orange, "-"),
         ("reference", "keys", orange, "--"),
@@ -292,7 +296,7 @@ def draw(base: Step, cluster: Cluster, out: Path) -> None:
     figure.savefig(out)
 
 
-def rewritten(text: str, content: str) -> str:
+def insert_tables(text: str, content: str) -> str:
     """The document with `content` between its markers."""
     return re.sub(
         r"(?s)(<!-- tables -->\n).*(\n<!-- end -->)", lambda m: m[1] + content + m[2], text
@@ -302,6 +306,6 @@ def rewritten(text: str, content: str) -> str:
 if __name__ == "__main__":
     base, cluster = moco_v2(), Cluster()
     document = DOCS / "scaling.md"
-    document.write_text(rewritten(document.read_text("utf-8"), tables(base, cluster)), "utf-8")
-    draw(base, cluster, DOCS / "scaling.png")
+    document.write_text(insert_tables(document.read_text("utf-8"), tables(base, cluster)), "utf-8")
+    plot(base, cluster, DOCS / "scaling.png")
     print(f"written: {document}, {DOCS / 'scaling.png'}")

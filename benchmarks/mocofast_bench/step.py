@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.config import Config, ConfigError
+from mocofast.device import choose_device
 from mocofast.settings import apply, load_recipe, validate
 from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
 from mocofast_bench import timing
-from mocofast_bench.training_steps import MODES, SIDES, Call, encoders_only, our_engine, pixel_views
+from mocofast_bench.timing import Call
+from mocofast_bench.training_steps import MODES, SIDES, encoders_only, our_engine, pixel_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

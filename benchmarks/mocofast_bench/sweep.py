@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from mocofast.device import choose_device
 from mocofast_bench import timing
-from mocofast_bench.kernels import DTYPES, GRAPH, measured, memory_of_all
+from mocofast_bench.kernels import DTYPES, GRAPH, measure_problem, memory_of_all
 from mocofast_bench.peers import Sizes, all_peers
 
 AXES = ("n", "k", "c")
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, write rows and plots, return a summary."""
-    device, dtype = timing.choose_device(arguments.device), DTYPES[arguments.dtype]
-    middle, axes = chosen(arguments, device)
+    device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
+    middle, axes = choose_problems(arguments, device)
     peers = {
         n: p
         for n, p in all_peers(dtype, compiling=not arguments.no_compile).items()
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     rows = []
     for sizes in cases:
-        row = measured(peers, sizes, dtype, device, arguments.repeats)
+        row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
         rows.append(row)
         print(
             f"N {sizes[0]:5} K {sizes[1]:8} C {sizes[2]:4}: {row['milliseconds']['mocofast']:9.3f} ms, "
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 row["extra_bytes"][name] = extra
     with (arguments.folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    draw_axes(rows, axes, arguments.folder)
+    plot_axes(rows, axes, arguments.folder)
     for name, reason in rows[0]["skipped"].items():
         print(f"{name} is left out: {reason}")
     over_best = [row["speedup_over_best_peer"] for row in rows]
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen(
+def choose_problems(
     arguments: argparse.Namespace, device: torch.device
 ) -> tuple[Sizes, dict[str, list[Sizes]]]:
     """The middle, and by axis the problems along it: those asked for, or those for this kind of device."""
@@ -122,7 +123,7 @@ def chosen(
     return (n, k, c), axes
 
 
-def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
+def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
     """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
     # Here, so that the processes that measure memory start without matplotlib.
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -130,7 +131,7 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
     from mocofast.plots import new_figure
 
     quantities: dict[str, tuple[str, Callable[[dict[str, Any], str], float | None]]] = {
-        "time": ("milliseconds", shortest),
+        "time": ("milliseconds", shortest_time),
         "memory": (
             "peak extra memory, MB",
             lambda row, name: (row["extra_bytes"].get(name) or 0) / 1e6 or None,
@@ -168,7 +169,9 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
                 f"{other.upper()} {along[0][other]}" for other in AXES if other != axis
             )
             panel.set(xscale="log", xlabel=TITLES[axis], title=fixed)
-            panel.set_xticks([row[axis] for row in along], [short(row[axis]) for row in along])
+            panel.set_xticks(
+                [row[axis] for row in along], [short_number(row[axis]) for row in along]
+            )
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
             if panel.lines and file != "floor":
@@ -187,7 +190,7 @@ def draw_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
         figure.savefig(folder / f"{file}.png")
 
 
-def shortest(row: dict[str, Any], name: str) -> float | None:
+def shortest_time(row: dict[str, Any], name: str) -> float | None:
     """Milliseconds, as a CUDA graph where that was measured and is less."""
     times = [row["milliseconds"][n] for n in (name, name + GRAPH) if n in row["milliseconds"]]
     return min(times, default=None)
@@ -195,11 +198,11 @@ def shortest(row: dict[str, Any], name: str) -> float | None:
 
 def fraction_of_floor(row: dict[str, Any], name: str) -> float | None:
     """Floor over time."""
-    time = shortest(row, name)
+    time = shortest_time(row, name)
     return None if time is None else row["floor_milliseconds"] / time
 
 
-def short(value: int) -> str:
+def short_number(value: int) -> str:
     """65536 as 64K."""
     for unit, suffix in ((2**20, "M"), (2**10, "K")):
         if value >= unit and value % unit == 0:

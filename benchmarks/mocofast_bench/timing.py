@@ -20,8 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
 MINIMUM_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, so that the clock's grain does not count
 
+Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -49,6 +51,21 @@ def interleaved(
         for name in shuffled.sample(list(candidates), len(candidates)):
             samples[name].append(_sample(candidates[name], calls[name], device))
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def interleaved_with_copy(
+    candidates: dict[str, Call], repeats: int, device: torch.device
+) -> tuple[dict[str, Timing], float]:
+    """Times the candidates and a large copy, as `interleaved` does.
+
+    Returns:
+        times: one Timing for each candidate, without the copy.
+        bandwidth: bytes a second that the copy reads and writes.
+    """
+    block = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    times = interleaved({**candidates, "copy": lambda: target.copy_(block)}, repeats, device)
+    return times, 2 * block.numel() / times.pop("copy").median
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:
@@ -145,13 +162,6 @@ def _status(field: str) -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", text)
     assert match is not None
     return 1024 * int(match.group(1))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that --device names; auto takes CUDA where it is."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

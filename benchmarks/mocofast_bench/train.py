@@ -19,12 +19,13 @@ from mocofast.config import Config
 from mocofast.data.interface import Batch, BatchSlice, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_datasets
+from mocofast.device import choose_device
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast_bench import timing
-from mocofast_bench.loops import LoopRates, TimedLoop, measure_in_turns, measure, medians
+from mocofast_bench.loops import LoopRates, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
-from mocofast_bench.training_steps import channels_first, fresh_model, our_engine, pixel_views
 from mocofast_bench.step import add_model_arguments, build_config
+from mocofast_bench.training_steps import channels_first, fresh_model, our_engine, pixel_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +150,7 @@ def memory_of(name: str, source: Source, config: Config, device: str) -> int | N
             if where.type == "cpu":
                 held = max(held, timing.resident_memory(own=False) or 0)
 
-        measure(TimedLoop(side.start, step), 1, config.data.batch_size, where)
+        measure_loop(TimedLoop(side.start, step), 1, config.data.batch_size, where)
 
     extra = timing.peak_extra_memory(trained, where)
     return None if extra is None else extra + held

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ from mocofast_bench.reference_loop import (
     reference_step,
     strong_step,
 )
-
-Step = Callable[[], Any]
+from mocofast_bench.timing import Call
 
 
 def fresh_model(config: Config, device: torch.device) -> MoCo:
@@ -58,11 +56,11 @@ def float_views(
     model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
     """The same images normalised, (B, 3, S, S) float32, as a plain DataLoader gives them."""
-    im_q, im_k = (normalised(model, view).contiguous(memory_format=layout) for view in views)
+    im_q, im_k = (normalise_images(model, view).contiguous(memory_format=layout) for view in views)
     return im_q, im_k
 
 
-def normalised(model: MoCo, images: Tensor) -> Tensor:
+def normalise_images(model: MoCo, images: Tensor) -> Tensor:
     """uint8 images as our model's encoders take them."""
     assert model.pixel_mean is not None and model.pixel_std is not None
     return prepare_images(images, model.pixel_mean, model.pixel_std)
@@ -85,13 +83,13 @@ def our_engine(config: Config, device: torch.device, mode: str | None = None) ->
     )
 
 
-def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Step:
+def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Call:
     """Our step, in a mode that `our_engine` takes."""
     engine, views = our_engine(config, device, mode), pixel_views(config, device)
     return lambda: engine.step(views)
 
 
-def reference(config: Config, device: torch.device) -> Step:
+def reference(config: Config, device: torch.device) -> Call:
     """The reference's, in fp32 and its NCHW layout."""
     model = channels_first(fresh_model(config, device))
     views = float_views(model, pixel_views(config, device), torch.contiguous_format)
@@ -100,7 +98,7 @@ def reference(config: Config, device: torch.device) -> Step:
     return lambda: reference_step(plain, views, optimizer)
 
 
-def strong(config: Config, device: torch.device) -> Step:
+def strong(config: Config, device: torch.device) -> Call:
     """Plain PyTorch at its best: autocast where we use it, channels-last, grouped updates."""
     model = fresh_model(config, device)
     views = float_views(model, pixel_views(config, device), torch.channels_last)
@@ -110,7 +108,7 @@ def strong(config: Config, device: torch.device) -> Step:
     return lambda: strong_step(eager, views, optimizer, autocast)
 
 
-def lightly(config: Config, device: torch.device) -> Step:
+def lightly(config: Config, device: torch.device) -> Call:
     """lightly's blocks put together as its MoCo example does, in the strong baseline's precision and layout."""
     from lightly.loss import NTXentLoss
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
@@ -141,7 +139,7 @@ def lightly(config: Config, device: torch.device) -> Step:
 
 
 MODES = ("eager", "compile", "graph")
-SIDES: dict[str, Callable[[Config, torch.device], Step]] = {
+SIDES: dict[str, Callable[[Config, torch.device], Call]] = {
     "mocofast": mocofast,
     **{f"engine {mode}": functools.partial(mocofast, mode=mode) for mode in MODES},
     "reference": reference,
@@ -150,12 +148,12 @@ SIDES: dict[str, Callable[[Config, torch.device], Step]] = {
 }
 
 
-def encoders_only(config: Config, device: torch.device) -> Step:
+def encoders_only(config: Config, device: torch.device) -> Call:
     """The floor: forward and backward of the query encoder, forward of the key encoder, nothing else."""
     model = fresh_model(config, device)
     autocast = choose_autocast(config.train.precision, device)
     with autocast:
-        im_q, im_k = (normalised(model, view) for view in pixel_views(config, device))
+        im_q, im_k = (normalise_images(model, view) for view in pixel_views(config, device))
     grad = torch.randn(len(im_q), config.model.dim, device=device)
 
     def step() -> None:

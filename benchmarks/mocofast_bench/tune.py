@@ -25,13 +25,13 @@ from mocofast.data.interface import BatchSlice, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import FolderSource, find_images
 from mocofast_bench import timing
-from mocofast_bench.loops import Side, measure
+from mocofast_bench.loops import TimedLoop, measure_loop
 
 FASTER = 1.03
 HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SAMPLED = 1000  # images whose headers are read for the largest size
 
-Measure = Callable[[list[DataConfig]], list[list[float]]]  # pairs/s of each in every round
+MeasureRates = Callable[[list[DataConfig]], list[list[float]]]  # pairs/s of each in every round
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -43,8 +43,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     views = view_augments(config.augment, 2)
 
     def once(data: DataConfig) -> float:
-        side = Side(lambda: build_loader(source, data, views, shard, 0, device), lambda batch: None)
-        return measure(side, arguments.batches, arguments.batch_size, device).images_per_second
+        side = TimedLoop(
+            lambda: build_loader(source, data, views, shard, 0, device), lambda batch: None
+        )
+        return measure_loop(side, arguments.batches, arguments.batch_size, device).images_per_second
 
     def rates_of(candidates: list[DataConfig]) -> list[list[float]]:
         rates: list[list[float]] = [[] for _ in candidates]
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     rows: list[dict[str, Any]] = []
     tuned = [
-        tuned_loader(
+        tune_loader(
             DataConfig(loader=name, workers=cores),
             _stages(name, cores, source, device),
             rates_of,
@@ -91,10 +93,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return row
 
 
-def tuned_loader(
+def tune_loader(
     data: DataConfig,
     stages: list[tuple[str, list[Any]]],
-    rates_of: Measure,
+    rates_of: MeasureRates,
     rows: list[dict[str, Any]],
 ) -> DataConfig:
     """`data` with the fastest value of each option, in the order of `stages`; appends what was measured to `rows`."""
@@ -134,7 +136,7 @@ def _largest(source: FolderSource) -> tuple[int, int]:
 
 
 def _best(
-    name: str, candidates: list[DataConfig], rates_of: Measure, rows: list[dict[str, Any]]
+    name: str, candidates: list[DataConfig], rates_of: MeasureRates, rows: list[dict[str, Any]]
 ) -> DataConfig:
     """The fastest; the first unless another is clearly faster."""
     rates = rates_of(candidates)

@@ -28,13 +28,19 @@ from mocofast.settings import apply, load_recipe
 from mocofast_bench import timing
 from mocofast_bench.processes import on_ranks
 from mocofast_bench.reference_loop import ReferenceMoCo, plain_sgd, reference_step
-from mocofast_bench.sides import channels_first, float_views, fresh_model, our_engine, pixel_views
+from mocofast_bench.training_steps import (
+    channels_first,
+    float_views,
+    fresh_model,
+    our_engine,
+    pixel_views,
+)
 
 CPU = torch.device("cpu")
-WARM_UP = 3  # DistributedDataParallel settles its buckets in the second step
+WARM_UP_STEPS = 3  # DistributedDataParallel settles its buckets in the second step
 
 
-def sides(config: Config) -> dict[str, Callable[[], Any]]:
+def build_steps(config: Config) -> dict[str, Callable[[], Any]]:
     """One step of each side on this rank; config.data.batch_size is a rank's here."""
     engine, views = our_engine(config, CPU), pixel_views(config, CPU)
     model = channels_first(fresh_model(config, CPU))
@@ -53,8 +59,8 @@ def rounds(
 ) -> dict[str, list[tuple[float, float]]]:
     """{side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
     found: dict[str, list[tuple[float, float]]] = {}
-    both = sides(config)
-    for _ in range(WARM_UP):
+    both = build_steps(config)
+    for _ in range(WARM_UP_STEPS):
         for step in both.values():
             step()
     for _ in range(repeats):
