@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from mocofast.errors import describe_error
+
 GIB = 2**30
 
 
@@ -35,9 +37,7 @@ def report() -> list[Finding]:
         try:
             findings += [Finding(part, use, why) for use, why in probe()]
         except Exception as error:
-            findings.append(
-                Finding(part, "unknown", f"the check failed: {type(error).__name__}: {error}")
-            )
+            findings.append(Finding(part, "unknown", f"the check failed: {describe_error(error)}"))
     return findings
 
 

@@ -25,6 +25,7 @@ FLOORS = [
     {
         "mocofast.config",
         "mocofast.device",
+        "mocofast.errors",
         "mocofast.files",
         "mocofast.plots",
         "mocofast.step_parts",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast import ops
+from mocofast.errors import describe_error
 from mocofast_bench import eager_formulas, timing
 from mocofast_bench.timing import Call
 
@@ -200,7 +201,7 @@ def prepare_calls(
         ) as error:  # whatever its tool chain raises, the other sides are still worth a table
             if name in OURS or name in BASELINE:
                 raise
-            skipped[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            skipped[name] = describe_error(error).splitlines()[0]
         else:
             steps[name] = step
     return steps, skipped

@@ -16,6 +16,7 @@ import torch
 
 from mocofast import files, settings
 from mocofast.config import Config, ConfigError
+from mocofast.errors import describe_error
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 
@@ -107,9 +108,7 @@ def read_file(path: str | Path) -> tuple[Any, Path]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True), path
     except Exception as error:
-        raise ConfigError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {error})"
-        ) from error
+        raise ConfigError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
