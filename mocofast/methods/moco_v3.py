@@ -20,7 +20,7 @@ from mocofast.methods.heads import mlp_head, set_head
 from mocofast.methods.predicting import PredictingMethod
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
-from mocofast.ops import autograd
+from mocofast.ops import info_nce
 
 
 class MoCoV3(PredictingMethod):
@@ -79,26 +79,20 @@ class MoCoV3(PredictingMethod):
 
     def _contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy () of each query with its own key among all ranks' keys, and its rank (N,)."""
+        own_rows = None
         if self.training:
-            own, _ = rank_and_world_size()
-            # Own keys first: then key i is the positive of query i, to be left out of its negatives.
-            keys = all_gather(k).roll(-own * len(k), 0)
-            self._num_keys = len(keys)
-        else:
-            keys = k
-        loss, rank = autograd.info_nce(
+            rank, _ = rank_and_world_size()
+            own_rows = slice(rank * len(k), (rank + 1) * len(k))
+            k = all_gather(k)  # (W*N, C)
+            self._num_keys = len(k)
+        return info_nce(
             q,
             k,
-            keys,
-            self.temperature,
-            normalize=True,
-            normalize_negatives=False,
-            exclude_period=len(keys),
+            temperature=self.temperature,
             return_rank=True,
-            reduction="mean",
+            negatives_normalized=True,
+            own_rows=own_rows,
         )
-        assert rank is not None
-        return loss, rank
 
 
 def build(config: Config) -> MoCoV3:

@@ -18,7 +18,7 @@ from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
-from mocofast.ops import autograd
+from mocofast.ops import nt_xent
 
 
 class SimCLR(Method):
@@ -57,30 +57,15 @@ class SimCLR(Method):
         first. Gradients reach every rank's views. The two flags, which concern memories, change nothing."""
         self.check_views(im_a=im_a, im_b=im_b)
         z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # (N, C) each
+        own_rows = None
         rank, world_size = rank_and_world_size()
-        all_a, all_b = z_a, z_b
         if self.training and world_size > 1:
-            # With its own views at the front, a rank's n-th view is image n among all.
-            all_a, all_b = (torch.cat(all_gather(z)).roll(-rank * len(z), 0) for z in (z_a, z_b))
-        views = torch.cat([all_a, all_b])  # (2WN, C)
-        (loss_a, rank_a), (loss_b, rank_b) = (
-            autograd.info_nce(
-                z,
-                positive,
-                views,
-                self.temperature,
-                normalize=True,
-                normalize_negatives=True,
-                exclude_period=len(
-                    all_a
-                ),  # leaves out the view itself and its positive, which has its own term
-                return_rank=True,
-                reduction="mean",
-            )
-            for z, positive in ((z_a, z_b), (z_b, z_a))
+            own_rows = slice(rank * len(z_a), (rank + 1) * len(z_a))
+            z_a, z_b = (torch.cat(all_gather(z)) for z in (z_a, z_b))  # (W*N, C), with gradients
+        loss, positive_rank = nt_xent(
+            z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=own_rows
         )
-        assert rank_a is not None and rank_b is not None
-        return MethodOutput((loss_a + loss_b) / 2, torch.cat([rank_a, rank_b]))
+        return MethodOutput(loss, positive_rank)
 
 
 def build(config: Config) -> SimCLR:

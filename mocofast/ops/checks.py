@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def described(value: Any) -> str:
@@ -33,6 +34,30 @@ def check_same(name: str, got: Any, what: str, expected: Any) -> None:
         raise ValueError(
             f"{name} must match the {what}: got {_plain(got)}, expected {_plain(expected)}"
         )
+
+
+def check_width(name: str, value: Tensor, of: str, expected: Tensor) -> None:
+    """Raises unless two matrices, (N, C) and (M, C), agree in C."""
+    check_same(name, value.shape[1], f"second dimension of {of}", expected.shape[1])
+
+
+def check_rows(name: str, value: Any, of: str, count: int) -> None:
+    """Raises unless `value` is slice(start, stop) of at least one of the `count` rows of `of`."""
+    expected = (
+        f"{name} must be slice(start, stop) with 0 <= start < stop <= {count}, the rows of {of}"
+    )
+    if not isinstance(value, slice) or not (
+        isinstance(value.start, int) and isinstance(value.stop, int)
+    ):
+        raise TypeError(f"{expected}: got {described(value)}")
+    if not 0 <= value.start < value.stop <= count or value.step not in (None, 1):
+        raise ValueError(f"{expected}: got {value}")
+
+
+def check_reduction(value: Any) -> None:
+    """Raises unless `value` names a reduction."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}: got {value!r}")
 
 
 def _plain(value: Any) -> Any:
