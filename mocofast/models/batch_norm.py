@@ -1,4 +1,4 @@
-"""Torchvision's residual blocks with BatchNorm, residual and ReLU in one call where that is a SplitBatchNorm2d."""
+"""BatchNorm over splits of the batch, and residual blocks that use its fused addition and ReLU."""
 
 from __future__ import annotations
 
@@ -7,56 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from mocofast.ops.batch_norm import ghost_batch_norm
 
 
-class FusedBasicBlock(BasicBlock):
-    """BasicBlock of the same state dict, whose bn1 and bn2 are SplitBatchNorm2d."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x), relu=True)
-        return self.bn2(self.conv2(y), relu=True, residual=shortcut)
-
-
-class FusedBottleneck(Bottleneck):
-    """Bottleneck of the same state dict, whose bn1, bn2 and bn3 are SplitBatchNorm2d."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1(self.conv1(x), relu=True)
-        y = self.bn2(self.conv2(y), relu=True)
-        return self.bn3(self.conv3(y), relu=True, residual=shortcut)
-
-
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    BasicBlock: FusedBasicBlock,
-    Bottleneck: FusedBottleneck,
-}
-
-
-def fuse_blocks(module: nn.Module, norm: type[nn.Module]) -> None:
-    """Turns torchvision's blocks inside `module` into those above, in place, where their BatchNorms are all `norm`.
-
-    Hooks on the ReLU inside a block no longer run.
-    """
-    for block in module.modules():
-        fused = FUSED.get(type(block))
-        norms = [child for name, child in block.named_children() if name.startswith("bn")]
-        if fused is not None and all(isinstance(child, norm) for child in norms):
-            block.__class__ = fused
-
-
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that takes its statistics over parts of the batch, as if each part were on a GPU of its own.
+    """BatchNorm2d with statistics over splits of the batch, as if every split had its own GPU.
 
-    In training, sample n belongs to part n % num_splits, as in MoCo's CIFAR demo; running statistics become the mean
-    over the parts of what each part would have made them. In eval mode it is an ordinary BatchNorm2d, and its
-    state-dict names are BatchNorm2d's. The batch has to be divisible by num_splits in training (ValueError).
-    `residual`, of the input's shape and type, is added to what BatchNorm gives, and `relu` rectifies the sum: on CUDA
-    in one pass.
+    In training, sample n belongs to split n % num_splits, as in MoCo's CIFAR demo. Every split
+    updates a copy of the running statistics, and the mean of the copies is kept.
+    In eval mode the layer is an ordinary BatchNorm2d. The state-dict names are BatchNorm2d's.
+
+    forward(x, relu, residual):
+        x: (N, C, H, W).
+        residual: added to the result of BatchNorm, same shape and dtype as x.
+        relu: whether a ReLU follows the addition. On CUDA, all three run in one pass.
+    Raises ValueError in training if N is not divisible by num_splits.
     """
 
     def __init__(
@@ -95,30 +61,94 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Turns every BatchNorm2d inside `module` into a SplitBatchNorm2d, with its weights and statistics, in place;
-    torchvision's residual blocks then give their additions and ReLUs to it.
+    """Replaces every BatchNorm2d inside `module` by a SplitBatchNorm2d, in place.
 
-    ValueError, before anything is changed, for one without weights, running statistics or a fixed momentum.
+    Keeps weights, statistics, modes and state-dict names. Torchvision's residual blocks then
+    compute additions and ReLUs inside BatchNorm, see `fuse_blocks`.
+
+    Raises ValueError for a BatchNorm2d without weights, running statistics or a fixed momentum.
+    After an error nothing is changed.
     """
 
     def make(old: nn.BatchNorm2d) -> SplitBatchNorm2d:
         if not old.affine or not old.track_running_stats or old.momentum is None:
             raise ValueError(
-                f"bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; got {old}"
+                "bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; "
+                f"got {old}"
             )
         return SplitBatchNorm2d(old.num_features, num_splits, old.eps, old.momentum)
 
     if replace_batch_norms(module, lambda child: type(child) is nn.BatchNorm2d, make):
-        from mocofast.models.batch_norm import fuse_blocks
+        fuse_blocks(module)
 
-        fuse_blocks(module, SplitBatchNorm2d)
+
+class _FusedBlock(nn.Module):
+    """A residual block with the children of `block`, under the same names and in the same order."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    bn1: SplitBatchNorm2d
+    bn2: SplitBatchNorm2d
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.downsample: nn.Module | None = None
+        for name, child in block.named_children():
+            setattr(self, name, child)
+        self.training = block.training
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+
+class FusedBasicBlock(_FusedBlock):
+    """torchvision's BasicBlock, with the addition and the ReLUs computed by SplitBatchNorm2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        y = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(y), relu=True, residual=shortcut)
+
+
+class FusedBottleneck(_FusedBlock):
+    """torchvision's Bottleneck, with the addition and the ReLUs computed by SplitBatchNorm2d."""
+
+    conv3: nn.Conv2d
+    bn3: SplitBatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), relu=True, residual=shortcut)
+
+
+def fuse_blocks(module: nn.Module) -> None:
+    """Replaces torchvision's residual blocks inside `module` by fused blocks, in place.
+
+    Only blocks whose BatchNorms are all SplitBatchNorm2d are replaced. Children, modes and
+    state-dict names stay. Hooks of children stay too, but a hook on the ReLU no longer runs, and
+    hooks on the block itself are lost: register hooks on blocks afterwards.
+    """
+    from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import
+
+    fused = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            norms = [norm for part, norm in child.named_children() if part.startswith("bn")]
+            if type(child) in fused and all(isinstance(n, SplitBatchNorm2d) for n in norms):
+                setattr(parent, name, fused[type(child)](child))
 
 
 def replace_batch_norms(
     module: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[Any], _BatchNorm]
 ) -> bool:
-    """Puts make(child) in the place of every `wanted` BatchNorm inside `module`, with the child's mode, weights and
-    statistics; returns whether there were any. What `make` raises, it raises before anything is changed."""
+    """Replaces BatchNorms inside `module` in place. Returns whether any was replaced.
+
+    wanted: tells whether a child is to be replaced.
+    make: returns the new layer, which then takes the child's mode, weights and statistics.
+        If it raises, nothing is changed.
+    """
     found: list[tuple[nn.Module, str, Any, _BatchNorm]] = [
         (parent, name, child, make(child))
         for parent in module.modules()
