@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from mocofast_kernels.cpu_optim import Row
+from mocofast_kernels.cpu_optim import ParameterRow
 from torch import Tensor
 
 
-def copied(rows: list[Row], dtype: torch.dtype | None = None) -> list[Row]:
+def copied(rows: list[ParameterRow], dtype: torch.dtype | None = None) -> list[ParameterRow]:
     """Rows with their own memory, of the same strides, in `dtype`. None keeps types, and so do steps and gaps."""
 
     def copy(t: Tensor | None) -> Tensor | None:
@@ -20,10 +20,12 @@ def copied(rows: list[Row], dtype: torch.dtype | None = None) -> list[Row]:
         memory = torch.zeros(max(0, size), dtype=dtype or t.dtype, device=t.device)
         return memory.as_strided(t.shape, t.stride()).copy_(t)
 
-    return [Row(*(copy(t) for t in row[:5]), tuple(copy(t) for t in row.state)) for row in rows]  # type: ignore[arg-type,misc]
+    return [
+        ParameterRow(*(copy(t) for t in row[:5]), tuple(copy(t) for t in row.state)) for row in rows
+    ]  # type: ignore[arg-type,misc]
 
 
-def values(rows: list[Row]) -> list[dict[str, Tensor]]:
+def values(rows: list[ParameterRow]) -> list[dict[str, Tensor]]:
     """Everything a step may change, by name."""
     names = ("param", "target", "shadow", "target_shadow")
     found = []
@@ -33,7 +35,7 @@ def values(rows: list[Row]) -> list[dict[str, Tensor]]:
     return found
 
 
-def step_(kind: str, rows: list[Row], options: dict[str, Any]) -> None:
+def step_(kind: str, rows: list[ParameterRow], options: dict[str, Any]) -> None:
     """The step of `kind` ("sgd", "lars", "adamw") by its formulas, in place, in the rows' own dtype."""
     o = {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items()}
     for row in rows:

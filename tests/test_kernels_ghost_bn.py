@@ -1,7 +1,7 @@
-"""The ghost BatchNorm kernels and their op against one float64 BatchNorm a part; through Triton's interpreter where
+"""The ghost BatchNorm kernels and their op against one float64 BatchNorm a split; through Triton's interpreter where
 there is no GPU.
 
-The rule: our error is at most that of PyTorch's BatchNorm, one call a part in the same type, plus a stated slack.
+The rule: our error is at most that of PyTorch's BatchNorm, one call a split in the same type, plus a stated slack.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def case(
     mean: float = 2.0,
     std: float = 3.0,
 ) -> Case:
-    """Random activations of one mean and deviation for every channel; `parts` differ by chance only."""
+    """Random activations of one mean and deviation for every channel; `splits` differ by chance only."""
     torch.manual_seed(0)
     x = (torch.randn(shape, dtype=torch.float64) * std + mean).to(dtype)
     C = shape[1]
@@ -96,21 +96,23 @@ def case(
     )
 
 
-def per_part(c: Case, parts: int, relu: bool) -> list[Tensor]:
-    """By PyTorch's BatchNorm, one call a part: output, running statistics, gradients of the leaves."""
+def per_split(c: Case, splits: int, relu: bool) -> list[Tensor]:
+    """By PyTorch's BatchNorm, one call a split: output, running statistics, gradients of the leaves."""
     c = Case(*(None if t is None else t.detach().clone() for t in c))
     for leaf in c.leaves():
         leaf.requires_grad_()
     outputs, means, variances = [], [], []
-    for part in range(parts):
+    for split in range(splits):
         means.append(c.running_mean.clone())
         variances.append(c.running_var.clone())
         outputs.append(
             F.batch_norm(
-                c.x[part::parts], means[-1], variances[-1], c.weight, c.bias, True, MOMENTUM, EPS
+                c.x[split::splits], means[-1], variances[-1], c.weight, c.bias, True, MOMENTUM, EPS
             )
         )
-    y = torch.stack(outputs, dim=1).flatten(0, 1)  # sample n is number n // parts of part n % parts
+    y = torch.stack(outputs, dim=1).flatten(
+        0, 1
+    )  # sample n is number n // splits of split n % splits
     if c.residual is not None:
         y = y + c.residual
     if relu:
@@ -119,7 +121,7 @@ def per_part(c: Case, parts: int, relu: bool) -> list[Tensor]:
     return [y.detach(), torch.stack(means).mean(0), torch.stack(variances).mean(0), *grads]
 
 
-def ours(c: Case, parts: int, relu: bool) -> list[Tensor]:
+def ours(c: Case, splits: int, relu: bool) -> list[Tensor]:
     """The same of the op, whose kernels also update the running statistics."""
     mean, variance = c.running_mean.clone(), c.running_var.clone()
     leaves = [leaf.detach().requires_grad_() for leaf in c.leaves()]
@@ -130,7 +132,7 @@ def ours(c: Case, parts: int, relu: bool) -> list[Tensor]:
         bias,
         mean,
         variance,
-        parts,
+        splits,
         MOMENTUM,
         EPS,
         relu,
@@ -142,11 +144,13 @@ def ours(c: Case, parts: int, relu: bool) -> list[Tensor]:
 NAMES = ("output", "running mean", "running variance", "x", "weight", "bias", "residual")
 
 
-def assert_as_good_as_eager(c: Case, parts: int, relu: bool) -> None:
+def assert_as_good_as_eager(c: Case, splits: int, relu: bool) -> None:
     """Beyond eager's error, some roundings of the largest value (of 1, where all cancels) are granted: 16 of float32,
     whose sums eager takes in float64 on a CPU and the interpreter in the least precise order; of other types none."""
-    exact = per_part(c.to(torch.float64), parts, relu)
-    for name, got, eager, want in zip(NAMES, ours(c, parts, relu), per_part(c, parts, relu), exact):
+    exact = per_split(c.to(torch.float64), splits, relu)
+    for name, got, eager, want in zip(
+        NAMES, ours(c, splits, relu), per_split(c, splits, relu), exact
+    ):
         error, eager_error = (float((t.double() - want).abs().max()) for t in (got, eager))
         slack = 16 * ROUNDING[FP32] * max(1.0, float(want.abs().max()))
         assert error <= eager_error + slack, (
@@ -158,8 +162,8 @@ SHAPES = [
     ((8, 64, 3, 3), 4),  # a full block of columns
     ((6, 13, 5, 7), 3),  # odd and prime: narrow loads, masked columns
     ((4, 70, 1, 3), 2),  # a block of columns and a bit
-    ((2, 1, 1, 1), 1),  # one channel, one pixel; no parts
-    ((5, 3, 2, 1), 5),  # one sample a part
+    ((2, 1, 1, 1), 1),  # one channel, one pixel; no splits
+    ((5, 3, 2, 1), 5),  # one sample a split
     ((48, 8, 13, 11), 2),  # rows beyond one block in several chunks, the last one cut
 ]
 
@@ -167,11 +171,11 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)]
 )
-@pytest.mark.parametrize(("shape", "parts"), SHAPES)
-def test_float32_is_as_good_as_one_batchnorm_per_part(
-    shape: tuple[int, int, int, int], parts: int, relu: bool, residual: bool
+@pytest.mark.parametrize(("shape", "splits"), SHAPES)
+def test_float32_is_as_good_as_one_batchnorm_per_split(
+    shape: tuple[int, int, int, int], splits: int, relu: bool, residual: bool
 ) -> None:
-    assert_as_good_as_eager(case(shape, FP32, residual), parts, relu)
+    assert_as_good_as_eager(case(shape, FP32, residual), splits, relu)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -180,7 +184,7 @@ def test_16_bit_types_round_once(dtype: torch.dtype, residual: bool) -> None:
     c = case((6, 24, 5, 7), dtype, residual)
     assert_as_good_as_eager(c, 3, relu=True)
     # Beyond "as good as eager": nothing but the output's own rounding is left.
-    exact = per_part(c.to(torch.float64), 3, True)[0]
+    exact = per_split(c.to(torch.float64), 3, True)[0]
     got = ours(c, 3, True)[0]
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), exact, rtol=1.01 * ROUNDING[dtype], atol=1e-5)
@@ -196,7 +200,7 @@ def test_an_outlier_in_the_first_row_costs_no_precision() -> None:
     """The sums are of differences from a first row, here one that is far from all others."""
     c = case((16, 7, 9, 5), mean=1000.0, std=1e-2)
     c.x[:2, :, 0, 0] = 0
-    variance = per_part(c.to(torch.float64), 2, False)[2]
+    variance = per_split(c.to(torch.float64), 2, False)[2]
     torch.testing.assert_close(ours(c, 2, False)[2].double(), variance, rtol=1e-5, atol=0)
 
 
@@ -212,7 +216,7 @@ def test_a_constant_channel_has_variance_0_and_gives_the_bias() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_nan_or_infinity_spoils_its_channel_of_its_part_and_nothing_else(bad: float) -> None:
     c = case((8, 5, 3, 3))
-    c.x[5, 3, 1, 1] = bad  # part 1 of 4
+    c.x[5, 3, 1, 1] = bad  # split 1 of 4
     y = ours(c, 4, True)[0]
     spoilt = torch.zeros_like(y, dtype=torch.bool)
     spoilt[1::4, 3] = True
@@ -230,12 +234,12 @@ def test_rows_that_need_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     c = case((8, 13, 5, 7))
     narrow = ours(c, 2, True)
     monkeypatch.setattr(ghost_bn, "_is_wide", lambda _: True)
-    ghost_bn._plan.cache_clear()
+    ghost_bn._chunking.cache_clear()
     try:
         for got, want in zip(ours(c, 2, True), narrow):
             assert torch.equal(got, want)
     finally:
-        ghost_bn._plan.cache_clear()
+        ghost_bn._chunking.cache_clear()
 
 
 def test_parameters_and_statistics_may_be_16_bit() -> None:
@@ -245,7 +249,7 @@ def test_parameters_and_statistics_may_be_16_bit() -> None:
     )
     got = ours(low, 2, False)
     assert [t.dtype for t in got] == [BF16, BF16, FP32, BF16, BF16, BF16]
-    for ours_, want in zip(got, per_part(low.to(torch.float64), 2, False)):
+    for ours_, want in zip(got, per_split(low.to(torch.float64), 2, False)):
         torch.testing.assert_close(
             ours_.double(), want, rtol=2**-7, atol=2**-7 * float(want.abs().max())
         )
@@ -270,7 +274,7 @@ def test_nchw_memory_and_float64_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
     c = case((6, 5, 3, 7), residual=True)
     nchw = Case(*(t.contiguous() if t is not None else None for t in c))
     for inputs in (nchw, c.to(torch.float64)):
-        got, want = ours(inputs, 3, True), per_part(inputs, 3, True)
+        got, want = ours(inputs, 3, True), per_split(inputs, 3, True)
         assert got[0].is_contiguous() == inputs.x.is_contiguous()
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b)
@@ -311,7 +315,7 @@ def residual_as(dtype: torch.dtype, *shape: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "parts", "options", "error", "message"),
+    ("shape", "splits", "options", "error", "message"),
     [
         ((6, 3, 2, 2), 4, {}, ValueError, "got 6 images and 4 splits"),
         ((6, 3, 2, 2), 0, {}, ValueError, "got 6 images and 0 splits"),
@@ -336,7 +340,7 @@ def residual_as(dtype: torch.dtype, *shape: int) -> dict[str, Any]:
 )
 def test_bad_arguments_are_named_and_change_nothing(
     shape: tuple[int, ...],
-    parts: int,
+    splits: int,
     options: dict[str, Any],
     error: type[Exception],
     message: str,
@@ -344,7 +348,7 @@ def test_bad_arguments_are_named_and_change_nothing(
     x, ones = torch.randn(shape, device=DEVICE), torch.ones(3, device=DEVICE)
     mean, variance = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
     with pytest.raises(error, match=message):
-        ghost_batch_norm(x, ones, ones, mean, variance, parts, MOMENTUM, EPS, **options)
+        ghost_batch_norm(x, ones, ones, mean, variance, splits, MOMENTUM, EPS, **options)
     assert torch.equal(mean, torch.zeros_like(mean)) and torch.equal(variance, ones)
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_kernels import cpu_optim
-from mocofast_kernels.cpu_optim import Row
+from mocofast_kernels.cpu_optim import ParameterRow
 from torch import Tensor
 
 from tests.optim_oracle import copied, step_, values
@@ -60,7 +60,7 @@ def _rows(
     momentum: bool = True,
     missing: bool = False,
     followers: bool = True,
-) -> list[Row]:
+) -> list[ParameterRow]:
     """Rows with state of earlier steps. missing: every second one has no gradient."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,15 +85,17 @@ def _rows(
             draw(shape, torch.bfloat16),
             draw(shape, torch.float16),
         )
-        rows.append(Row(draw(shape), grad, *(follow if followers else (None, None, None)), state))
+        rows.append(
+            ParameterRow(draw(shape), grad, *(follow if followers else (None, None, None)), state)
+        )
     return rows
 
 
-def _run(backend: Any, kind: str, rows: list[Row], options: dict[str, Any]) -> None:
+def _run(backend: Any, kind: str, rows: list[ParameterRow], options: dict[str, Any]) -> None:
     getattr(backend, f"{kind}_")(rows, **options)
 
 
-def _check(kind: str, backend: Any, rows: list[Row], options: dict[str, Any]) -> None:
+def _check(kind: str, backend: Any, rows: list[ParameterRow], options: dict[str, Any]) -> None:
     """Two steps, so that state written by the first counts."""
     ours, eager, exact = copied(rows), copied(rows), copied(rows, torch.float64)
     for _ in range(2):
@@ -235,7 +237,7 @@ def test_zeros_are_neither_divided_by_nor_scaled(backend: Any) -> None:
     device = _device(backend)
     one, zero = torch.ones(3, 4, device=device), torch.zeros(3, 4, device=device)
     pairs = ((zero, one), (one, zero), (zero, zero), (one, one))
-    rows = [Row(p.clone(), g, None, None, None, ()) for p, g in pairs]
+    rows = [ParameterRow(p.clone(), g, None, None, None, ()) for p, g in pairs]
     _run(backend, "lars", rows, _options("lars", weight_decay=0.0, momentum=0.0, lr=0.5))
     for row, expected in zip(rows, (-0.5, 1.0, 0.0, 1 - 0.5 * 0.001)):
         torch.testing.assert_close(row.param, torch.full((3, 4), expected, device=device))
@@ -256,7 +258,7 @@ def test_a_gradient_of_nan_reaches_its_own_tensors_only(backend: Any, kind: str)
 def test_bias_corrections_keep_their_digits() -> None:
     """1 - .999^step has lost 4 digits where it is taken in float32; at step 1 the update is lr by definition."""
     for step in (0, 1, 9, 999, 99_999):
-        row = Row(
+        row = ParameterRow(
             torch.zeros(3, device=DEVICE), torch.full((3,), 0.5, device=DEVICE), None, None, None,
             (torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE), torch.tensor(float(step), device=DEVICE)),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 and the small kernels, at the sizes that predictions are made for.
 
 InfoNCE: 256 queries, 65536 negatives. EMA and optimisers: the 163 tensors of a ResNet-50 with MoCo v2's head, or one
-of odd size. Ghost BatchNorm: activations of ResNets at 256 images of 224 pixels, in 8 parts.
+of odd size. Ghost BatchNorm: activations of ResNets at 256 images of 224 pixels, in 8 splits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from mocofast_kernels.augment import NAMES, augment
 from mocofast_kernels.configs import Tile
-from mocofast_kernels.cpu_optim import Row
+from mocofast_kernels.cpu_optim import ParameterRow
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
@@ -164,7 +164,7 @@ def _optimizer(
     number: float | Tensor,
     followed: bool,
 ) -> Callable[[], object]:
-    def row(shape: tuple[int, ...]) -> Row:
+    def row(shape: tuple[int, ...]) -> ParameterRow:
         def empty(dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -175,7 +175,7 @@ def _optimizer(
         state: tuple[Tensor, ...] = (empty(dtype),)
         if step is adamw_:
             state = (empty(dtype), empty(dtype), torch.empty((), device="meta"))
-        return Row(empty(dtype), empty(dtype), target, shadows[0], shadows[1], state)
+        return ParameterRow(empty(dtype), empty(dtype), target, shadows[0], shadows[1], state)
 
     options: dict[str, Any] = {"lr": number, "weight_decay": 0.1, "ema_momentum": number}
     if step is adamw_:
@@ -187,7 +187,7 @@ def _optimizer(
 
 def _ghost_bn(
     shape: tuple[int, int, int, int],
-    parts: int,
+    num_splits: int,
     dtype: torch.dtype,
     relu: bool,
     residual: bool,
@@ -203,14 +203,14 @@ def _ghost_bn(
             row,
             row,
             *statistics,
-            parts=parts,
+            num_splits=num_splits,
             momentum=0.1,
             eps=1e-5,
             relu=relu,
         )
         y = output.output if relu and residual else None
         ghost_bn_backward(
-            torch.empty_like(x), x, y, row, row, output.statistics, parts=parts, relu=relu
+            torch.empty_like(x), x, y, row, row, output.statistics, num_splits=num_splits, relu=relu
         )
 
     return call

@@ -22,7 +22,7 @@ SMALL = 2**15  # elements, the grain of PyTorch's elementwise operations: fewer 
 CHUNK = 2**20  # elements whose scaled gradients LARS holds at a time, at least one tensor's
 
 
-class Row(NamedTuple):
+class ParameterRow(NamedTuple):
     """A parameter and what is updated with it: tensors of one shape, of any strides and floating types."""
 
     param: Tensor
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def sgd_(
-    rows: Sequence[Row],
+    rows: Sequence[ParameterRow],
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -77,7 +77,7 @@ def sgd_(
 
 
 def lars_(
-    rows: Sequence[Row],
+    rows: Sequence[ParameterRow],
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -90,7 +90,7 @@ def lars_(
 
     Parameters of at most one dimension (biases, norms) are neither decayed nor scaled. Norms are of float32 values.
     """
-    chunk: list[Row] = []
+    chunk: list[ParameterRow] = []
     size = 0
     for i, row in enumerate(rows):
         chunk.append(row)
@@ -102,7 +102,7 @@ def lars_(
 
 
 def adamw_(
-    rows: Sequence[Row],
+    rows: Sequence[ParameterRow],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -147,7 +147,7 @@ def adamw_(
     _average(rows, ema_momentum)
 
 
-def _scaled(row: Row, weight_decay: float, trust_coefficient: float) -> Row:
+def _scaled(row: ParameterRow, weight_decay: float, trust_coefficient: float) -> ParameterRow:
     """The row with LARS's update in the place of its gradient."""
     if row.grad is None or row.param.dim() <= 1:
         return row
@@ -159,7 +159,7 @@ def _scaled(row: Row, weight_decay: float, trust_coefficient: float) -> Row:
     return row._replace(grad=update.mul_(trust))
 
 
-def _average(rows: Sequence[Row], momentum: float | Tensor) -> None:
+def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
     averaged = [row for row in rows if row.target is not None]
     if averaged:
         cpu.ema_update_([row.target for row in averaged], [row.param for row in averaged], momentum)  # type: ignore[misc]
@@ -178,7 +178,7 @@ class _Group(NamedTuple):
     small: bool
 
 
-def _dense_groups(rows: Sequence[Row]) -> Iterator[_Group]:
+def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
     """Rows with gradients, fit for PyTorch's fused steps.
 
     These go through memory in its order, and on CPUs that of SGD is wrong in 16 bits (2.11: off by tenths of a unit).

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels import cpu_optim
-from mocofast_kernels.cpu_optim import Row
-from mocofast_kernels.tables import FLOATS, Table, TableCache, column, locate
+from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels.tables import FLOATS, AddressTable, TableCache, column, locate
 
 BLOCK = 2048  # elements a program updates: 16 a thread of each of up to 7 tensors
 PARTIALS = 1024  # partial sums that LARS adds at a time
@@ -182,7 +182,7 @@ def _adamw_kernel(
 
 
 def sgd_(
-    rows: list[Row],
+    rows: list[ParameterRow],
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -201,7 +201,7 @@ def sgd_(
 
 
 def lars_(
-    rows: list[Row],
+    rows: list[ParameterRow],
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -238,7 +238,7 @@ def lars_(
 
 
 def adamw_(
-    rows: list[Row],
+    rows: list[ParameterRow],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -274,8 +274,8 @@ def adamw_(
 
 
 def _launch_sgd(
-    table: Table,
-    rows: list[Row],
+    table: AddressTable,
+    rows: list[ParameterRow],
     trust: Tensor | None,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -290,12 +290,12 @@ def _launch_sgd(
         )  # fmt: skip
 
 
-def _columns(row: Row, states: int) -> tuple[Tensor | None, ...]:
+def _columns(row: ParameterRow, states: int) -> tuple[Tensor | None, ...]:
     """A row without a gradient, or an optimiser without momentum, has no state."""
     return (*row[:5], *row.state, *[None] * (states - len(row.state)))
 
 
-def _types(table: Table, *names: str) -> dict[str, Any]:
+def _types(table: AddressTable, *names: str) -> dict[str, Any]:
     return {
         name: None if dtype is None else FLOATS[dtype] for name, dtype in zip(names, table.dtypes)
     }

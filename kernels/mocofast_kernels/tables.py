@@ -22,7 +22,7 @@ PLANS = 16  # sets of rows that a cache remembers
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WIDE = 8  # elements: two loads of 16 bytes in float32, one in 16 bits
 
-Row = Sequence["Tensor | None"]
+TensorRow = Sequence["Tensor | None"]
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def column(addresses, index, rows, owner, TYPE: tl.constexpr, WIDE: tl.constexpr
     return pointer
 
 
-class Table(NamedTuple):
+class AddressTable(NamedTuple):
     """n rows of equal types, and which part of which row each program of a launch updates."""
 
     places: list[int]  # of its rows in the caller's list
@@ -60,10 +60,10 @@ class Table(NamedTuple):
     wide: bool  # addresses are multiples of 16 bytes and sizes of 8 elements, so memory may be read in wide steps
 
 
-class Plan(NamedTuple):
+class TablePlan(NamedTuple):
     """What is done with a list of rows."""
 
-    tables: list[Table]
+    tables: list[AddressTable]
     singly: list[
         int
     ]  # places of rows that no table can hold: other types, other strides, gaps between elements
@@ -74,9 +74,9 @@ class TableCache:
 
     def __init__(self, block: int) -> None:
         self._block = block
-        self._plans: OrderedDict[tuple[Hashable, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Hashable, ...], TablePlan] = OrderedDict()
 
-    def plan(self, rows: Sequence[Row], elementwise: int) -> Plan:
+    def plan(self, rows: Sequence[TensorRow], elementwise: int) -> TablePlan:
         """The plan for these rows, all of one device; columns from `elementwise` on are not updated element by
         element (a counter), so they have no part in the layout. A row whose first tensor was met in another row
         already (tied weights) is left out.
@@ -117,12 +117,12 @@ class TableCache:
             else:
                 singly.append(place)
         tables = [self._table(rows, places, bool(wide)) for (wide, *_), places in groups.items()]
-        plan = self._plans[key] = Plan(tables, singly)
+        plan = self._plans[key] = TablePlan(tables, singly)
         if len(self._plans) > PLANS:
             self._plans.popitem(last=False)
         return plan
 
-    def _table(self, rows: Sequence[Row], places: list[int], wide: bool) -> Table:
+    def _table(self, rows: Sequence[TensorRow], places: list[int], wide: bool) -> AddressTable:
         chosen = [rows[place] for place in places]
         tensors = [next(t for t in row if t is not None) for row in chosen]
         device = tensors[0].device
@@ -132,7 +132,7 @@ class TableCache:
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)])
         owners = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
         within = torch.arange(len(owners)) - starts[owners]
-        return Table(
+        return AddressTable(
             places,
             tuple(None if t is None else t.dtype for t in chosen[0]),
             _upload(torch.tensor(addresses), device),

@@ -32,7 +32,7 @@ class Products(NamedTuple):
     online: bool = False
 
 
-Table = dict[Products, Tile]
+TileTable = dict[Products, Tile]
 
 
 def rule(products: Products) -> Tile:
@@ -59,7 +59,7 @@ def path_of(device: torch.device) -> Path | None:
 
 
 @functools.cache
-def table(device: torch.device) -> Table:
+def table(device: torch.device) -> TileTable:
     """The table of a device; empty if there is none. A file that was asked for by name must exist."""
     path = path_of(device)
     if path is None or (VARIABLE not in os.environ and not path.exists()):
@@ -75,7 +75,7 @@ def capability_of(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-def load(path: Path, capability: int | None) -> Table:
+def load(path: Path, capability: int | None) -> TileTable:
     """Read a table. ValueError, naming the file and what is wrong, unless every row is sound and it was made for
     this compute capability (times 10; None: for any)."""
     try:

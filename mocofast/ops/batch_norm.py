@@ -133,7 +133,7 @@ def _forward(
         bias,
         running_mean,
         running_var,
-        parts=num_splits,
+        num_splits=num_splits,
         momentum=momentum,
         eps=eps,
         relu=relu,
@@ -155,7 +155,7 @@ def _backward(
     backward = backend.backend_for(x.device.type).ghost_bn_backward
     assert backward is not None
     grad_x, grad_weight, grad_bias, grad_residual = backward(
-        grad_output, x, output, weight, bias, statistics, parts=num_splits, relu=relu
+        grad_output, x, output, weight, bias, statistics, num_splits=num_splits, relu=relu
     )
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_residual
 

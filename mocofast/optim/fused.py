@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels.cpu_optim import Row
+from mocofast_kernels.cpu_optim import ParameterRow
 from torch import Tensor
 
 from mocofast.ops import backend
@@ -124,11 +124,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rows: dict[torch.device, list[Row]] = {}
+            rows: dict[torch.device, list[ParameterRow]] = {}
             for p in group["params"]:
                 follower = self._companions_of(p)
                 state = () if p.grad is None else self._state(p, group)
-                rows.setdefault(p.device, []).append(Row(p, p.grad, *follower, state))
+                rows.setdefault(p.device, []).append(ParameterRow(p, p.grad, *follower, state))
             for device, part in rows.items():
                 self._update(backend.backend_for(device.type), part, group)
         return loss
@@ -140,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The state of a parameter that has a gradient, made where there is none."""
         raise NotImplementedError
 
-    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+    def _update(self, kernels: Backend, rows: list[ParameterRow], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _momentum_buffer(self, p: Tensor, group: dict[str, Any], name: str) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "momentum_buffer")
 
-    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+    def _update(self, kernels: Backend, rows: list[ParameterRow], group: dict[str, Any]) -> None:
         kernels.sgd_(
             rows,
             lr=group["lr"],
@@ -237,7 +237,7 @@ class FusedLARS(FusedOptimizer):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "mu")
 
-    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+    def _update(self, kernels: Backend, rows: list[ParameterRow], group: dict[str, Any]) -> None:
         kernels.lars_(
             rows,
             lr=group["lr"],
@@ -289,7 +289,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
-    def _update(self, kernels: Backend, rows: list[Row], group: dict[str, Any]) -> None:
+    def _update(self, kernels: Backend, rows: list[ParameterRow], group: dict[str, Any]) -> None:
         kernels.adamw_(
             rows,
             lr=group["lr"],
