@@ -1,4 +1,4 @@
-"""The public ops: precision against eager PyTorch, autograd, autocast, and what they promise beside."""
+"""The public ops: precision against eager PyTorch, autograd, autocast and documented promises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def features(seed: int, *shape: int) -> Tensor:
 def eager(
     query: Tensor, positive: Tensor, negatives: Tensor, temperature: float, normalize: bool
 ) -> Tensor:
-    """The textbook formula in the inputs' own type, per row, with PyTorch's cross entropy in float32."""
+    """Losses (N,) by the textbook formula in the inputs' dtype, with cross entropy in float32."""
     if normalize:
         query, positive, negatives = (F.normalize(x, dim=1) for x in (query, positive, negatives))
     logits = (
@@ -103,8 +103,9 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(
         assert name == "float64" or [g.dtype for g in grads] == [dtype] * 3
         losses.append(float(total.detach()))
         gradients.append(torch.cat([g.double().flatten() for g in grads]))
-    # Slack: a gradient entry is at most about 1/T (per unit of |x|, and norms of a few coordinates may be small), and
-    # both sides round it once to its type and once in every product; luck may make eager's error smaller.
+    # Slack: a gradient entry is at most about 1/T per unit of |x|, and norms of a few coordinates
+    # may be small. Ours and eager's are rounded once to the dtype and once in every product.
+    # Eager's error may be smaller by luck.
     exact, theirs, ours = gradients
     size_of = float(exact.abs().max()) + 1 / temperature * float(weights.abs().max())
     slack = 4 * EPS * max(1.0, 1 / temperature) * size_of + torch.finfo(dtype).eps * float(

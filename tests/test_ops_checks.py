@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, what came and what was expected, and nothing is modified."""
+"""Bad input: the error names argument, value and expectation, and nothing is modified."""
 
 from __future__ import annotations
 
@@ -47,6 +47,20 @@ GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
             {"temperature": torch.ones((), device="meta")},
         ),
         (ValueError, r"reduction .*mean, sum, none.*'avg'", (GOOD, GOOD), {"reduction": "avg"}),
+        (TypeError, r"own_rows .*slice.*got 1", (GOOD[:1], GOOD), {"own_rows": 1}),
+        (TypeError, r"own_rows .*None, 2", (GOOD[:2], GOOD), {"own_rows": slice(2)}),
+        (ValueError, r"own_rows .*stop <= 3.*1, 4", (GOOD, GOOD), {"own_rows": slice(1, 4)}),
+        (ValueError, r"own_rows .*positive_key.*-1, 1", (GOOD, GOOD), {"own_rows": slice(-1, 1)}),
+        (ValueError, r"own_rows .*2, 2", (GOOD[:1], GOOD), {"own_rows": slice(2, 2)}),
+        (ValueError, r"own_rows .*0, 3, 2", (GOOD, GOOD), {"own_rows": slice(0, 3, 2)}),
+        (ValueError, r"own_rows .*got 2, expected 1", (GOOD[:1], GOOD), {"own_rows": slice(0, 2)}),
+        (ValueError, r"own_rows .*negative_keys", (GOOD,) * 3, {"own_rows": slice(0, 3)}),
+        (
+            ValueError,
+            r"positive_key .*got 3, expected 4",
+            (GOOD[:1], GOOD[:, :3]),
+            {"own_rows": slice(0, 1)},
+        ),
     ],
 )
 def test_info_nce_names_the_bad_argument(
@@ -63,6 +77,7 @@ def test_info_nce_names_the_bad_argument(
         (ValueError, r"z_b .*\(2, 4\).*\(3, 4\)", lambda: ops.nt_xent(GOOD, GOOD[:2])),
         (ValueError, "temperature .*got -1", lambda: ops.nt_xent(GOOD, GOOD, temperature=-1)),
         (ValueError, "reduction .*'x'", lambda: ops.nt_xent(GOOD, GOOD, reduction="x")),
+        (ValueError, "own_rows .*z_a", lambda: ops.nt_xent(GOOD, GOOD, own_rows=slice(1, 9))),
         (TypeError, "image_features .*int64", lambda: ops.clip_loss(GOOD.long(), GOOD, 1.0)),
         (ValueError, "text_features .*meta", lambda: ops.clip_loss(GOOD, GOOD.to("meta"), 1.0)),
         (ValueError, r"logit_scale .*got 0\.0", lambda: ops.clip_loss(GOOD, GOOD, 0.0)),

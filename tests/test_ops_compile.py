@@ -86,6 +86,17 @@ def test_in_batch_negatives_simclr_and_clip(backend: str) -> None:
     )
 
 
+def test_own_rows_among_those_of_all_ranks() -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        own_rows = slice(2, 4)
+        return ops.info_nce(x[own_rows], y, own_rows=own_rows) + ops.nt_xent(
+            x, y, own_rows=own_rows
+        )
+
+    inputs = [features(i, 6, 4).requires_grad_() for i in range(2)]
+    assert_compiled_equals_eager(loss, inputs, "aot_eager")
+
+
 def test_rank_and_no_gradient() -> None:
     query, positive, negatives = features(0, 5, 3), features(1, 5, 3), features(2, 9, 3)
 
@@ -163,7 +174,7 @@ def test_a_model_average_inside_the_compiled_step() -> None:
 
 
 def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
-    """Schema, fake tensors, autograd registration and AOT dispatch, as torch.library.opcheck sees them."""
+    """opcheck tests schema, fake tensors, autograd registration and AOT dispatch."""
     query, positive, negatives = (
         features(i, n, 3).requires_grad_() for i, n in enumerate((5, 5, 9))
     )

@@ -85,7 +85,8 @@ def test_every_field_matches_float64(
     # Rounding of the scores (|s| <= about 4 here) is amplified by 1/T in every quantity.
     slack = 8 * EPS * max(1.0, 4 / float(temperature))
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=slack, atol=slack)
-    # A gradient may vanish (C = 1: a unit vector is a sign), so what is left is measured against 1/T, its bound.
+    # A gradient may vanish (C = 1: a unit vector is a sign), so errors are measured against 1/T,
+    # the bound of a gradient.
     for got, want in (
         (result.grad_query, grad_query),
         (result.grad_positive, grad_positive),
@@ -134,7 +135,7 @@ def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: fl
 def test_excluded_negatives_neither_count_nor_get_a_gradient(
     count: int, period: int, temperature: float, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In-batch (P = N), SimCLR (P = N / 2), several blocks both ways, and rows with nothing left (P = 1)."""
+    """In-batch (P = N), SimCLR (P = N / 2), several blocks in rows and columns, none left (P = 1)."""
     monkeypatch.setattr(cpu, "ROWS", 64)
     monkeypatch.setattr(cpu, "LOGITS", 64 * 256)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
@@ -227,7 +228,8 @@ def test_a_nearly_perfect_match_keeps_the_digits_of_its_small_loss() -> None:
 
 
 def test_zero_vectors_and_tiny_vectors_follow_normalize() -> None:
-    # torch.nn.functional.normalize divides by 1e-12 below that norm, and its gradient there has no radial part.
+    # Below a norm of 1e-12, torch.nn.functional.normalize divides by 1e-12, and the gradient has no
+    # radial part.
     query = torch.tensor([[0.0, 0.0], [3e-13, 4e-13], [1.0, 2.0]])
     positive, negatives = features(0, 3, 2), features(1, 4, 2)
     result = forward(query, positive, negatives, 0.5)
@@ -283,8 +285,8 @@ def test_ema_matches_float64_for_every_dtype_and_stride() -> None:
     wanted = [0.99 * t.double() + 0.01 * s.double() for t, s in zip(targets, sources)]
     cpu.ema_update_(targets, sources, 0.99)
     for target, want in zip(targets, wanted):
-        # One rounding to the target's type (half a unit in the last place: averaging in bfloat16 itself takes
-        # several), and a few in float32.
+        # One rounding to the dtype of the target (half a unit in the last place), a few in float32.
+        # Averaging in bfloat16 would round several times.
         low = target.dtype in (torch.bfloat16, torch.float16)
         tolerance = 0.51 * torch.finfo(target.dtype).eps if low else 4 * EPS
         torch.testing.assert_close(target.double(), want, rtol=tolerance, atol=EPS)
