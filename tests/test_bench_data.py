@@ -99,7 +99,7 @@ def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
 
 
 def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--plot draws the comparison, which --tune leaves out"):
+    with pytest.raises(ConfigError, match="--plot shows the comparison, which --tune leaves out"):
         main([*options(folder), "--tune", "--plot", str(tmp_path / "data.png")])
 
 

@@ -128,8 +128,8 @@ def tiny() -> Config:
 
 def test_all_sides_start_from_the_same_loss() -> None:
     config = tiny()
-    ours, strong = (training_steps.SIDES[name](config, CPU)() for name in ("mocofast", "strong"))
-    reference = training_steps.SIDES["reference"](config, CPU)()
+    ours, strong = (training_steps.STEPS[name](config, CPU)() for name in ("mocofast", "strong"))
+    reference = training_steps.STEPS["reference"](config, CPU)()
     assert ours[0].item() == pytest.approx(reference, rel=1e-5)
     torch.testing.assert_close(ours, strong, rtol=1e-5, atol=1e-6)
 

@@ -1,1 +1,1 @@
-"""Benchmarks of mocofast beside what it replaces, machine-code inspection and performance models."""
+"""Benchmarks of mocofast beside other implementations, and models of its performance."""

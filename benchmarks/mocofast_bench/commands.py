@@ -1,7 +1,8 @@
-"""`mocofast bench`: our ops, steps and loaders beside what they replace, all sides in one run.
+"""`mocofast bench`: times our ops, steps and loaders beside other implementations.
 
-Every benchmark interleaves its candidates in one process, prints a table with the machine's own limit measured in
-the same run, and ends with one JSON line that `--save FILE` also appends to a file.
+Every benchmark interleaves its candidates in one process. It prints a table with the
+machine's own limit, measured in the same run, and ends with one JSON line. `--save FILE`
+also appends the line to a file.
 """
 
 from __future__ import annotations
@@ -29,31 +30,35 @@ from mocofast_bench import (
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
-    "sweep": (sweep, "InfoNCE over numbers of queries and negatives and dimensions, with plots"),
+    "sweep": (sweep, "InfoNCE over many sizes of the problem, with plots"),
     "ema": (ema, "EMA of a ResNet-50's weights"),
-    "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies, of a ResNet-50's weights"),
+    "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies"),
     "norm": (norm, "ghost BatchNorm of a ResNet-50's activations"),
     "data": (data, "pairs of views per second from a folder of images"),
-    "step": (step, "one optimiser step beside the reference's, a strong eager one and lightly's"),
-    "train": (
-        train,
-        "training end to end on a folder of images beside the reference's loop and loader",
-    ),
+    "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
+    "train": (train, "training end to end beside the reference's loop and loader"),
 }
 COMPILING = {
-    "static": (machine_code, "the kernels' machine code and predicted times; needs no GPU"),
-    "autotune": (autotune, "choose the kernels' tiles for this GPU"),
+    "static": (machine_code, "machine code of the kernels and predicted times (needs no GPU)"),
+    "autotune": (autotune, "choose the tiles of the kernels for this GPU"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark, or `all`; returns the exit status (arguments that cannot be used exit with 2)."""
+    """Runs one benchmark, or `all`.
+
+    argv: arguments after `mocofast bench`. None: the process's own arguments.
+
+    Returns the exit status 0. Exits with 2 if the arguments cannot be used.
+    """
     parser = argparse.ArgumentParser(
-        prog="mocofast bench", description="Times ops, steps and loaders beside what they replace."
+        prog="mocofast bench",
+        description="Times ops, steps and loaders beside other implementations.",
     )
     commands = parser.add_subparsers(
         required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"])
     )
+    # Benchmarks: each module has add_arguments() and run(), and plot() where it makes a picture.
     for name, (module, text) in BENCHMARKS.items():
         command = _add(commands, name, text, module.__doc__)
         command.add_argument(
@@ -62,20 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command, positive)
         if hasattr(module, "plot"):
             command.add_argument(
-                "--plot", type=Path, metavar="FILE", help="draw the sides into this image file"
+                "--plot", type=Path, metavar="FILE", help="save a plot of the results to this file"
             )
         command.set_defaults(run=partial(_run, module))
+    # Commands that compile kernels: no --device, --save or --plot.
     for name, (module, text) in COMPILING.items():
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command, positive)
         command.set_defaults(run=partial(module.run, parser=command))
     every = _add(
-        commands, "all", "every one of them but the sweep, with its defaults for this machine", None
+        commands, "all", "all benchmarks except the sweep, with defaults for this machine", None
     )
     every.add_argument(
         "--path",
-        help="a folder of images, without which `data` is left out and `train` takes digits",
+        help="folder of images (default: `data` is left out and `train` uses the digits)",
     )
+    # `bench --static` is an older spelling of `bench static`.
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--static"]:
         given[0] = "static"
@@ -83,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.name != "all":
         arguments.run(arguments)
         return 0
+    # `all`: every benchmark in turn.
     for name, (module, _) in BENCHMARKS.items():
-        if name == "sweep":  # minutes of its own, and a folder for its plots
+        if name == "sweep":  # takes minutes and needs a folder for its plots
             continue
         own = [name, "--device", arguments.device]
         if arguments.save is not None:
@@ -109,7 +117,7 @@ def _add(
         name, help=text, description=description or text
     )
     command.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
     command.add_argument(
         "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
@@ -121,7 +129,8 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     row = module.run(arguments)
     line = json.dumps(row)
     print(line)
-    if arguments.save is not None:  # before a picture, which may fail: a measurement takes minutes
+    # Save before plotting: plotting may fail, and the measurement took minutes.
+    if arguments.save is not None:
         with arguments.save.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     if getattr(arguments, "plot", None) is not None:
@@ -129,7 +138,10 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer >= 1."""
+    """Parses an integer >= 1 (an argparse type).
+
+    Raises ArgumentTypeError for a smaller integer, ValueError for other text.
+    """
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1: got {value}")

@@ -1,12 +1,15 @@
-"""Pairs of views per second on a folder of images: the DALI loader, the torchvision loader, the MoCo reference's own
-way (a PyTorch DataLoader of torchvision's transforms on PIL images), and the same with torchvision's v2 transforms on
-tensors.
+"""Measures pairs of views per second that loaders make from a folder of images.
 
-With --tune, no comparison: threads, prefetch depth and the GPU decoder's settings are tried one after the other
-(`mocofast_bench.tune`), and the recipe is written with the best of them.
+dali, torchvision: the loaders of mocofast.
+reference: facebookresearch/moco's loader, a PyTorch DataLoader with PIL images.
+v2 tensors: the reference's loader with torchvision's v2 transforms on tensors.
 
-Each loader is started anew in every round and closed after it, so that none works ahead while another is timed;
-the batches that it has ready by then are not counted.
+Every round starts every loader anew and closes the loader at the end: no loader works ahead
+while another loader is timed. Batches that a loader prepared before the clock starts are
+not counted.
+
+With --tune, nothing is compared. Threads, prefetch depth and settings of the GPU decoder
+are tried one after another, and a recipe with the best settings is written.
 """
 
 from __future__ import annotations
@@ -34,65 +37,77 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The folder, and how it is read."""
-    parser.add_argument("path", help="a folder of images")
+    """Adds the folder and the options of loaders."""
+    parser.add_argument("path", help="folder of images")
     parser.add_argument(
-        "--recipe", default="moco_v2_r50_200ep", help="whose augmentation (default: %(default)s)"
+        "--recipe",
+        default="moco_v2_r50_200ep",
+        help="recipe that gives the augmentation (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="pairs in a batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--batches", type=positive, default=8, help="timed in a round (default: %(default)s)"
+        "--batches",
+        type=positive,
+        default=8,
+        help="timed batches in a round (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=int, default=-1, help="threads or processes; -1: the cores there are"
+        "--workers",
+        type=int,
+        default=-1,
+        help="threads or processes, -1: one for every core (default: %(default)s)",
     )
     parser.add_argument(
-        "--tune", action="store_true", help="find this machine's best loader settings instead"
+        "--tune",
+        action="store_true",
+        help="find the best loader settings for this machine instead",
     )
     parser.add_argument(
         "--out",
         default="tuned.yaml",
-        help="with --tune: the recipe to write (default: %(default)s)",
+        help="with --tune: recipe file to write (default: %(default)s)",
     )
     parser.set_defaults(repeats=5)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, return the row."""
+    """Measures, prints the table and returns the row.
+
+    Raises ConfigError where the folder has too few images, or for --plot with --tune.
+    """
     device = choose_device(arguments.device)
     if arguments.tune:
         if arguments.plot is not None:
-            raise ConfigError("--plot draws the comparison, which --tune leaves out: got both")
+            raise ConfigError("--plot shows the comparison, which --tune leaves out: got both")
         return tune.run(arguments, device)
     workers = count_workers(arguments.workers)
     augment = load_recipe(arguments.recipe).augment
     source = FolderSource(arguments.path, find_images(arguments.path))
-    shard = BatchSlice(arguments.batch_size)
-    if shard.steps(len(source)) < WARM_UP_BATCHES + arguments.batches:
+    batch = arguments.batch_size
+    available = BatchSlice(batch).steps(len(source))
+    if available < WARM_UP_BATCHES + arguments.batches:
         raise ConfigError(
-            f"{len(source)} images make {shard.steps(len(source))} batches of {arguments.batch_size}; "
+            f"{len(source)} images make {available} batches of {batch}; "
             f"{WARM_UP_BATCHES} + {arguments.batches} are needed"
         )
 
-    sides = loaders(source, augment, arguments.batch_size, workers, device)
-    memory = {name: memory_of(side, arguments.batch_size, device) for name, side in sides.items()}
-    rounds = measure_in_turns(
-        sides, arguments.repeats, arguments.batches, arguments.batch_size, device
-    )
+    # Measure: memory of every loader first, then times in turns.
+    loops = loader_loops(source, augment, batch, workers, device)
+    memory = {name: memory_of(loop, batch, device) for name, loop in loops.items()}
+    rounds = measure_in_turns(loops, arguments.repeats, arguments.batches, batch, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
-    print(
-        f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {arguments.batch_size}"
-    )
+    # Print the table.
+    print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {batch}")
     print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
     print(
         f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}"
         f"{'first batch s':>15}{'cores':>7}{'extra MB':>10}"
     )
     for name, (_, first, _, cores) in middle.items():
-        rates = [each.images_per_second for each in rounds[name]]
+        rates = [result.images_per_second for result in rounds[name]]
         ratios = f"{rate[name] / rate['reference']:13.2f}{rate[name] / rate['v2 tensors']:14.2f}"
         extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:.0f}"
         print(
@@ -105,7 +120,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "images": len(source),
         "recipe": arguments.recipe,
         "size": augment.size,
-        "batch_size": arguments.batch_size,
+        "batch_size": batch,
         "batches": arguments.batches,
         "workers": workers,
         "repeats": arguments.repeats,
@@ -120,10 +135,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(row: dict[str, Any]) -> Figure:
-    """The picture of a row."""
-    from mocofast.plots import (
-        plot_sides,
-    )  # here, so that processes that measure start without matplotlib
+    """Returns the figure of a row."""
+    # Imported here: processes that measure start without matplotlib.
+    from mocofast.plots import plot_sides
 
     quantities = {
         "pairs of views/s": row["pairs_per_second"],
@@ -131,14 +145,14 @@ def plot(row: dict[str, Any]) -> Figure:
         "CPU cores in use": row["cores"],
         "memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
-    title = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
-    return plot_sides(title, quantities)
+    sizes = f"{row['images']} images, {row['recipe']}, {row['size']} px, batch {row['batch_size']}"
+    return plot_sides(f"{sizes}, {row['device']}", quantities)
 
 
-def loaders(
+def loader_loops(
     source: Source, augment: AugmentConfig, batch_size: int, workers: int, device: torch.device
 ) -> dict[str, TimedLoop]:
-    """What is compared, by name: loops that do nothing with their batches."""
+    """Returns the compared loops, {name: loop}. The loops do nothing with the batches."""
 
     def loader(name: str) -> Callable[[], Loader]:
         data = DataConfig(loader=name, workers=workers)
@@ -155,16 +169,15 @@ def loaders(
     return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}
 
 
-def memory_of(side: TimedLoop, batch_size: int, device: torch.device) -> int | None:
-    """Most bytes of the host's memory that a loader and its processes have taken when a batch is there."""
-    gc.collect()  # else what is garbage by now is gone from the later figure only
+def memory_of(loop: TimedLoop, batch_size: int, device: torch.device) -> int | None:
+    """Returns the most bytes of host memory that a loader and its processes hold with a batch.
+
+    Returns None where memory cannot be measured.
+    """
+    gc.collect()  # garbage in `before` would be subtracted from the loader's memory
     before = timing.resident_memory()
-    found = []
-    measure_loop(
-        TimedLoop(side.start, lambda batch: found.append(timing.resident_memory())),
-        1,
-        batch_size,
-        device,
-    )
+    found: list[int | None] = []
+    gauge = TimedLoop(loop.start, lambda batch: found.append(timing.resident_memory()))
+    measure_loop(gauge, 1, batch_size, device)
     values = [value - before for value in found if value is not None and before is not None]
     return max(values, default=None)

@@ -1,6 +1,7 @@
-"""The same operations as eager PyTorch spells them, as MoCo's paper (algorithm 1) does: the benchmarks' baseline.
+"""Eager PyTorch formulas of MoCo's paper (algorithm 1): the baseline of the benchmarks.
 
-Differentiated by autograd, with the whole N x (1 + K) array of logits in memory. No Triton.
+Autograd differentiates the formulas. The whole array of logits, (N, 1 + K), is in memory.
+Does not import Triton.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ def info_nce(
     normalize: bool = True,
     normalize_negatives: bool = False,
 ) -> Tensor:
-    """Mean InfoNCE loss, (): query, positive (N, C), negatives (K, C) (He et al. 2020, arXiv:1911.05722, eq. 1)."""
+    """Returns the mean InfoNCE loss, shape () (He et al. 2020, arXiv:1911.05722, eq. 1).
+
+    query, positive: (N, C).
+    negatives: (K, C).
+    temperature: divides the logits.
+    normalize: divide rows of query and positive by their L2 norm.
+    normalize_negatives: divide rows of negatives by their L2 norm.
+    """
     if normalize:
         query, positive = F.normalize(query, dim=1), F.normalize(positive, dim=1)
     if normalize_negatives:
         negatives = F.normalize(negatives, dim=1)
-    positive_logits = (query * positive).sum(1, keepdim=True)  # N x 1
-    negative_logits = query @ negatives.t()  # N x K
+    positive_logits = (query * positive).sum(1, keepdim=True)  # (N, 1)
+    negative_logits = query @ negatives.t()  # (N, K)
     logits = torch.cat([positive_logits, negative_logits], dim=1) / temperature
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, labels)
@@ -35,14 +43,20 @@ def info_nce(
 
 @torch.no_grad()
 def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float) -> None:
-    """t = m t + (1 - m) s, one tensor after the other (arXiv:1911.05722, eq. 2)."""
+    """Sets t = m t + (1 - m) s, one tensor after another (arXiv:1911.05722, eq. 2)."""
     for target, source in zip(targets, sources):
         target.copy_(target * momentum + source * (1.0 - momentum))
 
 
 @torch.no_grad()
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = True) -> None:
-    """Keys (B, C) into the ring buffer queue (K, C) at `pointer` (1,); K must be a multiple of B."""
+    """Writes keys into the ring buffer and advances the pointer.
+
+    queue: (K, C). K must be a multiple of B, else ValueError.
+    pointer: (1,), the row of the oldest key.
+    keys: (B, C).
+    normalize: divide rows of keys by their L2 norm.
+    """
     if len(queue) % len(keys):
         raise ValueError(
             f"queue must hold a multiple of the {len(keys)} keys: got {len(queue)} rows"

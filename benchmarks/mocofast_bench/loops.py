@@ -1,4 +1,4 @@
-"""Loops over a loader's batches, timed in turns: what `mocofast bench train`, `data` and `data --tune` share."""
+"""Times loops over a loader's batches, for `mocofast bench train`, `data` and `data --tune`."""
 
 from __future__ import annotations
 
@@ -13,52 +13,56 @@ import torch
 
 from mocofast_bench import timing
 
-WARM_UP_BATCHES = (
-    6  # steps: what two workers, or DALI's queues, have made before the first batch is taken
-)
+# Batches that are not timed: two workers, or DALI's queues, prepare this many in advance.
+WARM_UP_BATCHES = 6
 
 
 class TimedLoop(NamedTuple):
-    """A loop: how to start its loader (with `epoch(number)` and `close()`), and one step on a batch of it."""
+    """A loop to be timed."""
 
-    start: Callable[[], Any]
-    step: Callable[[Any], Any]
+    start: Callable[[], Any]  # returns a new loader with `epoch(number)` and `close()`
+    step: Callable[[Any], Any]  # one step on a batch
 
 
 class LoopRates(NamedTuple):
-    """One round of one side."""
+    """Result of one round of one loop."""
 
     images_per_second: float
-    time_to_first_step: float  # seconds from the start of the loader to the end of a first step
+    time_to_first_step: float  # seconds from the start of the loader to the end of the first step
     data_wait: float  # share of the time in which the host waited for a batch
-    cores: (
-        float  # CPU time of this process and its workers over the time that passed, start included
-    )
+    cores: float  # CPU time of this process and its workers / elapsed time, start included
 
 
 def measure_in_turns(
-    sides: Mapping[str, TimedLoop], repeats: int, steps: int, batch_size: int, device: torch.device
+    loops: Mapping[str, TimedLoop], repeats: int, steps: int, batch_size: int, device: torch.device
 ) -> dict[str, list[LoopRates]]:
-    """By name, the rounds of every side: `repeats` times one of each."""
-    rounds: dict[str, list[LoopRates]] = {name: [] for name in sides}
+    """Measures every loop once a round, for `repeats` rounds.
+
+    loops: {name: loop}.
+    steps: timed steps in a round.
+    batch_size: images in a batch.
+
+    Returns {name: results of all rounds}.
+    """
+    rounds: dict[str, list[LoopRates]] = {name: [] for name in loops}
     for _ in range(repeats):
-        for name, side in sides.items():
-            rounds[name].append(measure_loop(side, steps, batch_size, device))
+        for name, loop in loops.items():
+            rounds[name].append(measure_loop(loop, steps, batch_size, device))
     return rounds
 
 
 def medians(rounds: Mapping[str, list[LoopRates]]) -> dict[str, LoopRates]:
-    """Of each field over a side's rounds."""
+    """Returns the median of every field over the rounds, {name: medians}."""
     return {
         name: LoopRates(*map(statistics.median, zip(*values))) for name, values in rounds.items()
     }
 
 
-def measure_loop(side: TimedLoop, steps: int, batch_size: int, device: torch.device) -> LoopRates:
-    """Start, warm up, and time `steps` steps."""
+def measure_loop(loop: TimedLoop, steps: int, batch_size: int, device: torch.device) -> LoopRates:
+    """Starts the loop's loader, runs WARM_UP_BATCHES steps, then times `steps` steps."""
     first = waited = counted_from = 0.0
     cpu, began = _cpu_seconds(), time.perf_counter()
-    with closing(side.start()) as loader, closing(_endless(loader)) as batches:
+    with closing(loop.start()) as loader, closing(_endless(loader)) as batches:
         for i in range(WARM_UP_BATCHES + steps):
             if i == WARM_UP_BATCHES:
                 timing.synchronize(device)
@@ -66,7 +70,7 @@ def measure_loop(side: TimedLoop, steps: int, batch_size: int, device: torch.dev
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            side.step(batch)
+            loop.step(batch)
             if i == 0:
                 timing.synchronize(device)
                 first = time.perf_counter() - began
@@ -86,5 +90,5 @@ def _endless(loader: Any) -> Generator[Any, None, None]:
 
 
 def _cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
+    """Returns user and system time of this process and of its ended children, in seconds."""
     return sum(os.times()[:4])

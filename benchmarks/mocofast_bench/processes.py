@@ -1,4 +1,4 @@
-"""Real gloo processes on this machine: each runs one function and hands back what it returned."""
+"""Runs one function in several gloo processes on this machine and returns the results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from mocofast import distributed
 
 
 def free_port() -> int:
-    """A TCP port on which nothing listened a moment ago."""
+    """Returns a TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
-    """`function(rank)` of every rank in a process group of its own, in order of ranks.
+    """Runs `function(rank)` in `world_size` processes of one new process group.
 
-    function: pickles, as what it returns does; runs on one thread, with torchrun's environment. A wrapper that it
-    makes of a model (DistributedDataParallel) ends with it, before the group does: see `distributed.shutdown`.
+    function: must pickle, and so must its result. Runs on one thread, with torchrun's
+        environment variables. A DistributedDataParallel wrapper must be a local variable of
+        the function: the wrapper must end before the group (`distributed.shutdown`).
+    world_size: number of processes.
+
+    Returns the results in the order of ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
@@ -45,9 +49,8 @@ def _work(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_from_environment("cpu")
-    if (
-        not dist.is_initialized()
-    ):  # one process alone: DistributedDataParallel asks for a group even there
+    # A single process needs a group too, for DistributedDataParallel.
+    if not dist.is_initialized():
         dist.init_process_group("gloo")
     torch.save(function(rank), Path(folder) / f"{rank}.pt")
     distributed.shutdown()

@@ -1,14 +1,16 @@
-"""Sizes that kernels are compiled for, predicted and measured at. Without Triton."""
+"""Sizes at which kernels are compiled, predicted and measured. Does not import Triton."""
 
 from __future__ import annotations
 
-# Multiprocessors, by compute capability, of the GPU whose launches are recorded: A100, H200 and B200 (their data
-# sheets).
+# {compute capability x 10: multiprocessors} of A100, H200 and B200 (from the data sheets).
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 def weight_shapes() -> list[tuple[int, ...]]:
-    """Shapes of a ResNet-50's parameters (torchvision's) with the two-layer head of MoCo v2: 27,966,656 weights."""
+    """Returns the shapes of the parameters of MoCo v2's query encoder: 27,966,656 weights.
+
+    The encoder is torchvision's ResNet-50 with a two-layer head.
+    """
     shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
     inside = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):

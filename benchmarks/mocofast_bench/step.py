@@ -1,8 +1,9 @@
-"""One optimiser step of ours beside the reference's loop, a strong eager baseline and lightly's building blocks, all
-with the same encoder, weights and images; and where its time goes, as `mocofast pretrain --profile` shows it.
+"""Times one training step beside the reference's loop, an eager baseline and lightly.
 
-The floor, "encoders only", is the forward and backward of the query encoder and the forward of the key encoder in our
-step's precision on images that are prepared already.
+All sides have the same encoder, weights and images. The floor, "encoders only", is the
+forward and backward pass of the query encoder and the forward pass of the key encoder, in
+our step's precision, on prepared images. The parts of our step are shown as `mocofast
+pretrain --profile` shows them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
 from mocofast_bench import timing
 from mocofast_bench.timing import Call
-from mocofast_bench.training_steps import MODES, SIDES, encoders_only, our_engine, pixel_views
+from mocofast_bench.training_steps import MODES, STEPS, encoders_only, our_engine, pixel_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,14 +39,14 @@ SMALL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The model and its sizes."""
+    """Adds the model, its sizes and the engine modes."""
     add_model_arguments(parser, positive, SMALL)
     parser.add_argument(
         "--modes",
         nargs="*",
         choices=MODES,
         default=MODES,
-        help="engine modes to time beside the one that training takes (default: all; compiling takes minutes)",
+        help="engine modes to time beside the mode of training (default: all, takes minutes)",
     )
     parser.set_defaults(repeats=5)
 
@@ -53,28 +54,34 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 def add_model_arguments(
     parser: argparse.ArgumentParser, positive: Callable[[str], int], small: dict[str, Any]
 ) -> None:
-    """The recipe and what may differ from it. small: settings on a CPU where no recipe is asked for."""
-    sizes = ", ".join(f"{name.split('.')[1]} {value}" for name, value in small.items())
+    """Adds the recipe and options that override the recipe.
+
+    small: {setting: value} on a CPU, if no recipe is given.
+    """
+    sizes = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in small.items())
     parser.add_argument(
-        "--recipe", help=f"whose model and batch (default: {RECIPE}; on a CPU with {sizes})"
+        "--recipe", help=f"recipe of model and batch (default: {RECIPE}; on a CPU with {sizes})"
     )
-    parser.add_argument("--arch", dest="model.arch", help="encoder, in place of the recipe's")
+    parser.add_argument("--arch", dest="model.arch", help="encoder (default: the recipe's)")
     parser.add_argument(
-        "--size", dest="augment.size", type=positive, help="side of a view, in pixels"
+        "--size", dest="augment.size", type=positive, help="width and height of a view, in pixels"
     )
     parser.add_argument("--batch", dest="data.batch_size", type=positive, help="images in a step")
     parser.add_argument(
         "--queue",
         dest="model.queue_size",
         type=positive,
-        help="negative keys, a multiple of --batch",
+        help="number of negative keys, a multiple of --batch",
     )
 
 
 def build_config(
     arguments: argparse.Namespace, device: torch.device, small: dict[str, Any]
 ) -> Config:
-    """The configuration that `add_model_arguments` describe, in one process; ConfigError where none can use it."""
+    """Returns the configuration that the arguments of `add_model_arguments` describe.
+
+    Raises ConfigError if the queue is not a multiple of the batch.
+    """
     config = load_recipe(arguments.recipe or RECIPE)
     if arguments.recipe is None and device.type != "cuda":
         apply(config, small)
@@ -88,33 +95,35 @@ def build_config(
     )
     if config.model.queue_size % config.data.batch_size:
         raise ConfigError(
-            f"--queue must be a multiple of --batch, which the reference demands: got {config.model.queue_size} keys "
-            f"and {config.data.batch_size} images"
+            "--queue must be a multiple of --batch, which the reference demands: "
+            f"got {config.model.queue_size} keys and {config.data.batch_size} images"
         )
     return config
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, return the row."""
+    """Measures, prints the table and returns the row."""
     device = choose_device(arguments.device)
     config = build_config(arguments, device, SMALL)
-    config.data.path = config.data.path or "."  # validate wants one; nothing is read
+    config.data.path = config.data.path or "."  # validate() asks for a path, nothing is read
     validate(config)
-    torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
+    torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
 
+    # Build the sides. Sides that cannot run here go into `skipped`.
     steps: dict[str, Call] = {}
     skipped: dict[str, str] = {}
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
     left_out = {
         f"engine {other}" for other in MODES if other == mode or other not in arguments.modes
     }
-    for name, build in SIDES.items():
+    for name, build in STEPS.items():
         if name in left_out:
             continue
         try:
             steps[name] = build(config, device)
         except (ImportError, ConfigError) as error:
             skipped[name] = str(error)
+    # Measure: every side alone, then all sides in turns, then waits and the parts of our step.
     alone = {
         name: timing.in_fresh_process(measure_alone, name, config, str(device)) for name in steps
     }
@@ -125,12 +134,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     waits = {name: host_synchronisations(steps[name]) for name in alone}
     profile = profile_step(config, device)
 
+    # Print the table.
     batch, ours = config.data.batch_size, times["mocofast"].median
     floor = times["encoders only"].median
     flops = counter.get_total_flops()
     print(
-        f"{config.model.arch}, {config.augment.size} px, batch {batch}, queue {config.model.queue_size}, "
-        f"{'two-layer' if config.model.mlp else 'linear'} head"
+        f"{config.model.arch}, {config.augment.size} px, batch {batch}, "
+        f"queue {config.model.queue_size}, {'two-layer' if config.model.mlp else 'linear'} head"
     )
     print(f"{timing.device_name(device)}; encoders {flops / 1e9:.1f} GFLOP")
     print(f"mocofast: engine {mode}, {why}")
@@ -140,7 +150,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     for name, (median, low, high) in times.items():
         quartiles = f"{1e3 * low:.1f} - {1e3 * high:.1f}"
-        line = f"{name:16}{batch / median:10.1f}{1e3 * median:10.1f}{quartiles:>20}{median / ours:11.2f}"
+        line = f"{name:16}{batch / median:10.1f}{1e3 * median:10.1f}{quartiles:>20}"
+        line += f"{median / ours:11.2f}"
         if name in alone:
             first, extra, cores = alone[name]
             shown = "" if extra is None else f"{extra / 1e6:.1f}"
@@ -184,11 +195,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(row: dict[str, Any]) -> Figure:
-    """The picture of a row."""
-    from mocofast.plots import (
-        Bar,
-        plot_sides,
-    )  # here, so that processes that measure start without matplotlib
+    """Returns the figure of a row."""
+    # Imported here: processes that measure start without matplotlib.
+    from mocofast.plots import Bar, plot_sides
 
     quantities = {
         "images/s": {name: row["images_per_second"][name] for name in row["speedup"]},
@@ -204,7 +213,7 @@ def plot(row: dict[str, Any]) -> Figure:
 
 
 def profile_step(config: Config, device: torch.device) -> Profile:
-    """Of our step, on images that are there: without a wait for data."""
+    """Profiles our step on images in memory, without a wait for data."""
     engine, views = our_engine(config, device), pixel_views(config, device)
     profiler = StepProfiler(engine.method, engine.optimizer, engine.autocast, config)
     while profiler.profile is None:
@@ -218,19 +227,18 @@ def profile_step(config: Config, device: torch.device) -> Profile:
 
 
 class Alone(NamedTuple):
-    """A side in a process of its own."""
+    """What one side takes in a process of its own."""
 
-    first_step_seconds: float  # with what is compiled and loaded for it; the model is there
-    extra_bytes: (
-        int | None
-    )  # at the peak of a step, beyond weights, optimiser state, queue and the images
-    cores: float  # CPU time of a step over its duration
+    first_step_seconds: float  # compiling and loading code included, building the model not
+    # Bytes at the peak of a step, minus weights, optimiser state, queue and images. None: unknown.
+    extra_bytes: int | None
+    cores: float  # CPU time of a step / elapsed time
 
 
 def measure_alone(name: str, config: Config, device: str) -> Alone:
-    """To be called in a fresh process."""
+    """Measures the side `name`. Call it in a fresh process."""
     where = torch.device(device)
-    step = SIDES[name](config, where)
+    step = STEPS[name](config, where)
     began = time.perf_counter()
     step()
     timing.synchronize(where)
@@ -243,7 +251,10 @@ def measure_alone(name: str, config: Config, device: str) -> Alone:
 
 
 class HostSynchronisations(TorchDispatchMode):
-    """Counts the calls that make the host wait for a device, which on a CPU only would."""
+    """Counts calls that make the host wait for a device.
+
+    On a CPU nothing waits: the mode counts the calls that would wait on a GPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +273,7 @@ class HostSynchronisations(TorchDispatchMode):
 
 
 def host_synchronisations(step: Call) -> int:
-    """How often a steady step waits for its device."""
+    """Returns how often a step waits for its device, after one step of warm-up."""
     step()
     with HostSynchronisations() as waits:
         step()

@@ -1,4 +1,4 @@
-"""The reference's views with torchvision's v2 transforms on tensors, as a user of that library would write them."""
+"""The reference's views, written with torchvision's v2 transforms on tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from mocofast.data.interface import Source
 
 
 class TensorPairs(Dataset[tuple[Tensor, Tensor]]):
-    """MoCo v1's or v2's transforms, as `augment` says; two views of each image, (3, S, S) float32, normalised."""
+    """Returns two views of every image, (3, S, S) float32, normalised.
+
+    The transforms are those of MoCo v1 or v2, as `augment` says.
+    """
 
     def __init__(self, source: Source, augment: AugmentConfig) -> None:
-        """source: of image files."""
+        """source: image files.
+        augment: size, probabilities and strengths of the transforms.
+        """
         self._source = source
         jitter = v2.RandomApply([v2.ColorJitter(*augment.jitter)], augment.jitter_p)
         gray = v2.RandomGrayscale(augment.gray)
-        kernel = (
-            augment.size // 10 | 1
-        )  # 23 at 224 pixels, as SimCLR (Chen et al. 2020, arXiv:2002.05709) has it
+        # Kernel of SimCLR (Chen et al. 2020, arXiv:2002.05709): a tenth of the size, 23 at 224 px.
+        kernel = augment.size // 10 | 1
         blur = v2.GaussianBlur(kernel, augment.blur_sigma)
         self._transform = v2.Compose(
             [

@@ -1,4 +1,7 @@
-"""Fair timing and peak memory: candidates interleaved in one process, warm-up apart, medians with their spread."""
+"""Fair timing and peak memory of several candidates in one process.
+
+Candidates are interleaved and warmed up first. Results are medians and quartiles.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
-MINIMUM_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample, so that the clock's grain does not count
+# Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
+MINIMUM_SAMPLE = 2e-3
 
 Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
@@ -38,14 +42,24 @@ class Timing(NamedTuple):
 def interleaved(
     candidates: dict[Key, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[Key, Timing]:
-    """Time every candidate once per round, in random order, so that a slow spell of the machine hits all alike."""
+    """Times every candidate once per round, in random order.
+
+    A slow moment of the machine then hits all candidates alike.
+
+    candidates: {name: function without arguments}.
+    repeats: number of rounds.
+    device: where the functions run. A GPU is timed with CUDA events.
+
+    Returns {name: Timing}, seconds per call.
+    """
+    # Warm-up: the first calls load code, fill caches and compile.
     calls = {}
     for name, function in candidates.items():
-        for _ in range(3):  # the first calls load code, fill caches and compile
+        for _ in range(3):
             once = _sample(function, 1, device)
         calls[name] = max(1, round(MINIMUM_SAMPLE / once))
+    # Timed rounds. In a fixed order, the candidate after a large copy was 8% slower on a CPU.
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
-    # In a fixed order, whoever follows a large copy pays for its cache lines: 8% on a CPU.
     shuffled = random.Random(0)
     for _ in range(repeats):
         for name in shuffled.sample(list(candidates), len(candidates)):
@@ -69,9 +83,8 @@ def interleaved_with_copy(
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:
-    if (
-        calls > 1
-    ):  # a short one's first call would mostly time the cache that its predecessor has filled
+    # Short calls: the first one would mostly time a cache full of the previous candidate's data.
+    if calls > 1:
         function()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -96,22 +109,28 @@ def _summary(values: list[float]) -> Timing:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what a GPU has been given to do."""
+    """Waits until a GPU has finished its work. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a module-level function in a new process: what others left in memory would hide its own peak."""
+    """Calls a module-level function in a new process and returns its result.
+
+    A new process has no memory left over from earlier calls, which would hide the peak.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that one call takes at its peak beyond what was there before it; None where that cannot be measured.
+    """Returns the peak memory of one call in bytes, minus the memory in use before the call.
 
-    On CUDA the allocator's count. On a CPU the peak of the resident set (Linux): call it first with a small problem,
-    as loading code also takes memory.
+    function: what to measure. On a CPU, call it once with a small problem before: loading
+        code also takes memory.
+    device: on CUDA the allocator counts. On a CPU the resident set counts (Linux).
+
+    Returns None where memory cannot be measured.
     """
     gc.collect()
     if device.type == "cuda":
@@ -122,9 +141,8 @@ def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # else memory that earlier calls freed is reused unseen
+        # Without malloc_trim, the call would reuse memory that earlier calls freed, uncounted.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         return None
@@ -134,18 +152,23 @@ def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int 
 
 
 def resident_memory(own: bool = True) -> int | None:
-    """Bytes in memory of the processes that this one has started, and of itself if `own`, pages that several share
-    divided among them; None where that cannot be known."""
+    """Returns the bytes in memory of this process's children.
+
+    own: add the bytes of this process.
+
+    A page that n processes share counts 1/n in every process. Pages of files (libraries) are
+    left out: their shares change with everything else that runs on the machine.
+    Returns None where /proc does not tell.
+    """
     processes: list[int | str | None] = [child.pid for child in multiprocessing.active_children()]
     total = 0
     for process in [*processes, *(["self"] if own else [])]:
         try:
             text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
-        except ProcessLookupError:  # ended meanwhile
+        except ProcessLookupError:  # the process has ended meanwhile
             continue
         except OSError:
             return None
-        # Without the pages of files: libraries, whose shares change with whatever else runs on the machine.
         total += sum(
             1024 * int(found) for found in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text)
         )
@@ -153,7 +176,7 @@ def resident_memory(own: bool = True) -> int | None:
 
 
 def megabytes(extra_bytes: dict[str, int | None]) -> dict[str, float]:
-    """By name, where memory could be measured."""
+    """Converts {name: bytes} to megabytes. Leaves out names whose memory is not known (None)."""
     return {name: value / 1e6 for name, value in extra_bytes.items() if value is not None}
 
 
@@ -165,7 +188,7 @@ def _status(field: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on beside the code: device, versions, date; and the commit."""
+    """Returns what a result depends on: device, threads, versions, date and commit."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -178,7 +201,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """GPU model, or CPU model."""
+    """Returns the model name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -190,7 +213,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_size(device: torch.device) -> int:
-    """Bytes of the last cache before memory; 32 MB where the system does not tell."""
+    """Returns the bytes of the last-level cache, 32 MB where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     levels = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -206,7 +229,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this runs from, with + where files differ from it; None outside one."""
+    """Returns the commit of the checkout, with + if files were changed. None outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(

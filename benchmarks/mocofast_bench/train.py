@@ -1,10 +1,15 @@
-"""Training end to end on the same images: our loop and loader, the reference's loop with its PIL DataLoader, and our
-loop on images that are there already (synthetic), which says what our loader costs.
+"""Times training end to end: our loop and loader beside the reference's loop and loader.
 
-Each side starts its loader anew in every round and closes it after, so that none works ahead while another is timed;
-steps on the batches that a loader has ready by then are not counted. The wait for data is the host's. On a GPU, whose
-work is queued, it need not delay anything: there, compare with synthetic. What our engine compiles there is compiled
-in a side's first round; the median of three or more leaves that out of the time to a first step.
+mocofast: our loop and loader.
+reference: the loop of facebookresearch/moco with a DataLoader of PIL images.
+synthetic: our loop on images in memory. The difference to mocofast is the cost of our loader.
+
+Every round starts every loader anew and closes the loader at the end: no loader works ahead
+while another loader is timed. Steps on batches that a loader prepared in advance are not
+counted. "wait" is the time in which the host waits for data. On a GPU work is queued, and
+such a wait need not delay training: compare with synthetic there. On a GPU our engine
+compiles in the first round. With three rounds or more, the median time to the first step
+does not contain compilation.
 """
 
 from __future__ import annotations
@@ -39,22 +44,26 @@ SMALL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The images, the model, and how long."""
+    """Adds the images, the model and the number of steps."""
     parser.add_argument(
-        "path", nargs="?", help=f"a folder of images; without it, those of {DEFAULT_RECIPE}"
+        "path", nargs="?", help=f"folder of images (default: the images of {DEFAULT_RECIPE})"
     )
     add_model_arguments(parser, positive, SMALL)
     parser.add_argument(
-        "--steps", type=positive, default=8, help="timed in a round (default: %(default)s)"
+        "--steps", type=positive, default=8, help="timed steps in a round (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=int, default=-1, help="threads or processes; -1: the cores there are"
+        "--workers",
+        type=int,
+        default=-1,
+        help="threads or processes, -1: one for every core (default: %(default)s)",
     )
     parser.set_defaults(repeats=3)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, return the row."""
+    """Measures, prints the table and returns the row."""
+    # Configuration and images.
     device = choose_device(arguments.device)
     if arguments.path is None and arguments.recipe is None:
         arguments.recipe = DEFAULT_RECIPE
@@ -65,21 +74,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     validate(config)
     source = load_datasets(config.data, config.train.seed).train
     batch = config.data.batch_size
-    BatchSlice(batch).steps(len(source))  # too few images are an error here, not in a worker
-    torch.backends.cudnn.benchmark = True  # as the reference sets it; for all sides
+    BatchSlice(batch).steps(len(source))  # raises here, not in a worker, if images are too few
+    torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
 
+    # Measure: memory of every side first, then times in turns.
     memory = {
         name: timing.in_fresh_process(memory_of, name, source, config, str(device))
-        for name in SIDES
+        for name in LOOPS
     }
-    sides = {name: build(source, config, device) for name, build in SIDES.items()}
-    rounds = measure_in_turns(sides, arguments.repeats, arguments.steps, batch, device)
+    loops = {name: build(source, config, device) for name, build in LOOPS.items()}
+    rounds = measure_in_turns(loops, arguments.repeats, arguments.steps, batch, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     loader = choose_loader(source, config.data.loader, device, view_augments(config.augment, 2))[0]
+    # Print the table.
     print(
-        f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, batches of {batch}, "
-        f"loader {loader}"
+        f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, "
+        f"batches of {batch}, loader {loader}"
     )
     print(
         f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds"
@@ -87,12 +98,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
     print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
     for name, median in middle.items():
-        rates = [each.images_per_second for each in rounds[name]]
+        rates = [result.images_per_second for result in rounds[name]]
+        spread = f"{min(rates):.1f}, {max(rates):.1f}"
+        extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:10.0f}"
         print(
-            f"{name:12}{rate[name]:10.1f}{f'{min(rates):.1f}, {max(rates):.1f}':>18}"
-            f"{rate[name] / rate['reference']:12.2f}{median.time_to_first_step:14.2f}{median.data_wait:6.0%}"
-            f"{median.cores:7.2f}"
-            + (f"{extra / 1e6:10.0f}" if (extra := memory[name]) is not None else "")
+            f"{name:12}{rate[name]:10.1f}{spread:>18}{rate[name] / rate['reference']:12.2f}"
+            f"{median.time_to_first_step:14.2f}{median.data_wait:6.0%}{median.cores:7.2f}{extra}"
         )
     return {
         "benchmark": "train",
@@ -118,10 +129,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(row: dict[str, Any]) -> Figure:
-    """The picture of a row."""
-    from mocofast.plots import (
-        plot_sides,
-    )  # here, so that processes that measure start without matplotlib
+    """Returns the figure of a row."""
+    # Imported here: processes that measure start without matplotlib.
+    from mocofast.plots import plot_sides
 
     quantities = {
         "images/s": row["images_per_second"],
@@ -132,32 +142,35 @@ def plot(row: dict[str, Any]) -> Figure:
         "CPU cores in use": row["cores"],
         "peak memory, workers included, MB": timing.megabytes(row["extra_bytes"]),
     }
-    title = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
-    return plot_sides(title, quantities)
+    sizes = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}"
+    return plot_sides(f"{sizes}, {row['device']}", quantities)
 
 
 def memory_of(name: str, source: Source, config: Config, device: str) -> int | None:
-    """Peak bytes of a side's training, weights included, beyond those of a process that has loaded the libraries. On
-    a CPU with those of its loader's processes. To be called in a fresh process."""
-    where, held = torch.device(device), 0
+    """Returns the peak bytes of one side's training, weights included. Call it in a fresh process.
 
-    def trained() -> None:
-        side = SIDES[name](source, config, where)
+    Memory of a process that has only loaded the libraries is subtracted. On a CPU the memory
+    of the loader's processes is added. Returns None where memory cannot be measured.
+    """
+    where, workers = torch.device(device), 0
+
+    def train() -> None:
+        loop = LOOPS[name](source, config, where)
 
         def step(batch: Any) -> None:
-            nonlocal held
-            side.step(batch)
+            nonlocal workers
+            loop.step(batch)
             if where.type == "cpu":
-                held = max(held, timing.resident_memory(own=False) or 0)
+                workers = max(workers, timing.resident_memory(own=False) or 0)
 
-        measure_loop(TimedLoop(side.start, step), 1, config.data.batch_size, where)
+        measure_loop(TimedLoop(loop.start, step), 1, config.data.batch_size, where)
 
-    extra = timing.peak_extra_memory(trained, where)
-    return None if extra is None else extra + held
+    extra = timing.peak_extra_memory(train, where)
+    return None if extra is None else extra + workers
 
 
 def ours(source: Source, config: Config, device: torch.device) -> TimedLoop:
-    """What train.py does in a step, with the loader it would take."""
+    """Returns our loop: the engine's step, with the loader that training would choose."""
     engine = our_engine(config, device)
 
     def start() -> Any:
@@ -178,7 +191,7 @@ def ours(source: Source, config: Config, device: torch.device) -> TimedLoop:
 
 
 def reference(source: Source, config: Config, device: torch.device) -> TimedLoop:
-    """The reference's loop and its loader."""
+    """Returns the reference's loop and loader."""
     plain = ReferenceMoCo(channels_first(fresh_model(config, device)))
     optimizer = plain_sgd(plain.parameters(), config.optim)
 
@@ -195,20 +208,20 @@ def reference(source: Source, config: Config, device: torch.device) -> TimedLoop
 
 
 def synthetic(source: Source, config: Config, device: torch.device) -> TimedLoop:
-    """Our step on one batch that is on the device already; `source` is not looked at."""
+    """Returns our step on one batch that is on the device already. `source` is not used."""
     engine, views = our_engine(config, device), pixel_views(config, device)
-    return TimedLoop(_Nothing, lambda _: engine.step(views))
+    return TimedLoop(_EmptyLoader, lambda _: engine.step(views))
 
 
-class _Nothing:
+class _EmptyLoader:
     def epoch(self, epoch: int) -> Iterator[None]:
         return iter([None])
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Does nothing: no process to end."""
 
 
-SIDES: dict[str, Callable[[Source, Config, torch.device], TimedLoop]] = {
+LOOPS: dict[str, Callable[[Source, Config, torch.device], TimedLoop]] = {
     "mocofast": ours,
     "reference": reference,
     "synthetic": synthetic,

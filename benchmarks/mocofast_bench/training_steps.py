@@ -1,7 +1,8 @@
-"""What `mocofast bench step` times: each side builds its own model from the same seed and returns one step of it.
+"""Builds the training steps that `mocofast bench step` times.
 
-Images are on the device already: uint8 for our step, which normalises them itself, normalised floats for the others,
-as each one's loader delivers them.
+Every side builds a model from the same seed and returns a function that does one step.
+Images are on the device already, in the format of the side's loader: uint8 for our step,
+which normalises images itself, normalised float32 for all other sides.
 """
 
 from __future__ import annotations
@@ -30,19 +31,22 @@ from mocofast_bench.timing import Call
 
 
 def fresh_model(config: Config, device: torch.device) -> MoCo:
-    """The model of a configuration, its weights drawn from seed 0, channels-last as train.py has it."""
+    """Returns the model of a configuration: weights from seed 0, channels-last as in training."""
     torch.manual_seed(0)
     model = build(config).to(device)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def channels_first(model: MoCo) -> MoCo:
-    """In the reference's layout."""
+    """Moves the model to the reference's memory layout (NCHW)."""
     return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two batches (B, 3, S, S) uint8, channels-last, as our loaders give them. Noise: a step's time is the same."""
+    """Returns two batches of noise, (B, 3, S, S) uint8, channels-last like those of our loaders.
+
+    A step on noise takes as long as a step on photos.
+    """
     generator = torch.Generator().manual_seed(1)
     shape = (config.data.batch_size, config.augment.size, config.augment.size, 3)
     im_q, im_k = (
@@ -55,42 +59,46 @@ def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 def float_views(
     model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
-    """The same images normalised, (B, 3, S, S) float32, as a plain DataLoader gives them."""
+    """Returns the images normalised, (B, 3, S, S) float32, like those of a plain DataLoader."""
     im_q, im_k = (normalise_images(model, view).contiguous(memory_format=layout) for view in views)
     return im_q, im_k
 
 
 def normalise_images(model: MoCo, images: Tensor) -> Tensor:
-    """uint8 images as our model's encoders take them."""
+    """Returns uint8 images in the format that our model's encoders take."""
     assert model.pixel_mean is not None and model.pixel_std is not None
     return prepare_images(images, model.pixel_mean, model.pixel_std)
 
 
 def our_engine(config: Config, device: torch.device, mode: str | None = None) -> Engine:
-    """As train.py has it, in the mode of the configuration or in another one; ConfigError for one that this device
-    does not have."""
+    """Returns the engine of training.
+
+    mode: engine mode. None: the mode of the configuration.
+
+    Raises ConfigError for a mode that this device does not have.
+    """
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model = fresh_model(config, device)
     autocast = choose_autocast(config.train.precision, device)
-    parts = config.train.accumulate
+    micro_batches = config.train.accumulate
     return Engine(
         mode,
         model,
         optimizer_of(model, config.optim),
         autocast,
-        parts,
-        config.data.batch_size // parts,
+        micro_batches,
+        config.data.batch_size // micro_batches,
     )
 
 
 def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Call:
-    """Our step, in a mode that `our_engine` takes."""
+    """Returns our step. mode: as in `our_engine`."""
     engine, views = our_engine(config, device, mode), pixel_views(config, device)
     return lambda: engine.step(views)
 
 
 def reference(config: Config, device: torch.device) -> Call:
-    """The reference's, in fp32 and its NCHW layout."""
+    """Returns the reference's step, in float32 and in the NCHW layout."""
     model = channels_first(fresh_model(config, device))
     views = float_views(model, pixel_views(config, device), torch.contiguous_format)
     plain = ReferenceMoCo(model)
@@ -99,7 +107,10 @@ def reference(config: Config, device: torch.device) -> Call:
 
 
 def strong(config: Config, device: torch.device) -> Call:
-    """Plain PyTorch at its best: autocast where we use it, channels-last, grouped updates."""
+    """Returns a step of well-written plain PyTorch.
+
+    Autocast where our step uses autocast, channels-last, grouped (foreach) updates.
+    """
     model = fresh_model(config, device)
     views = float_views(model, pixel_views(config, device), torch.channels_last)
     eager = StrongMoCo(model)
@@ -109,7 +120,10 @@ def strong(config: Config, device: torch.device) -> Call:
 
 
 def lightly(config: Config, device: torch.device) -> Call:
-    """lightly's blocks put together as its MoCo example does, in the strong baseline's precision and layout."""
+    """Returns a step made of lightly's blocks, as lightly's MoCo example combines them.
+
+    Precision and layout are those of `strong`.
+    """
     from lightly.loss import NTXentLoss
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 
@@ -139,7 +153,7 @@ def lightly(config: Config, device: torch.device) -> Call:
 
 
 MODES = ("eager", "compile", "graph")
-SIDES: dict[str, Callable[[Config, torch.device], Call]] = {
+STEPS: dict[str, Callable[[Config, torch.device], Call]] = {
     "mocofast": mocofast,
     **{f"engine {mode}": functools.partial(mocofast, mode=mode) for mode in MODES},
     "reference": reference,
@@ -149,7 +163,10 @@ SIDES: dict[str, Callable[[Config, torch.device], Call]] = {
 
 
 def encoders_only(config: Config, device: torch.device) -> Call:
-    """The floor: forward and backward of the query encoder, forward of the key encoder, nothing else."""
+    """Returns the floor of a step.
+
+    Forward and backward pass of the query encoder, forward pass of the key encoder, nothing else.
+    """
     model = fresh_model(config, device)
     autocast = choose_autocast(config.train.precision, device)
     with autocast:

@@ -1,9 +1,10 @@
-"""`mocofast bench data --tune`: the loader settings that are fastest on this machine, one after the other.
+"""`mocofast bench data --tune`: finds the fastest loader settings on this machine.
 
-For each loader that can run here: threads or processes, then prefetch depth, then, for DALI on a GPU, the hardware
-decoder's share and whether its buffers are allocated for the largest image at the start. All values of an option are
-timed in turns; one replaces the value before only where it is FASTER times as fast, so noise changes nothing. At last
-the loaders, so tuned, are compared.
+The options of every available loader are tuned one after another: threads or processes, then
+prefetch depth. For DALI on a GPU follow the hardware decoder's share of images, and whether
+buffers are allocated for the largest image at the start. All values of an option are timed
+in turns. A new value is taken only if it is FASTER times as fast as the old value: noise
+changes nothing. At the end the tuned loaders are compared.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from mocofast.data.sources import FolderSource, find_images
 from mocofast_bench import timing
 from mocofast_bench.loops import TimedLoop, measure_loop
 
-FASTER = 1.03
+FASTER = 1.03  # speedup that a new value must reach
 HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
-SAMPLED = 1000  # images whose headers are read for the largest size
+SAMPLED = 1000  # images whose headers are read to find the largest size
 
-MeasureRates = Callable[[list[DataConfig]], list[list[float]]]  # pairs/s of each in every round
+# Takes candidates and returns pairs/s, one list of rounds for every candidate.
+MeasureRates = Callable[[list[DataConfig]], list[list[float]]]
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measures, prints a table, writes the recipe `arguments.out`, returns the row."""
+    """Measures, prints a table, writes the recipe `arguments.out` and returns the row."""
     config = settings.load_recipe(arguments.recipe)
     source = FolderSource(arguments.path, find_images(arguments.path))
-    shard = BatchSlice(arguments.batch_size)
-    shard.steps(len(source))  # raises where there are too few images
+    batch_slice = BatchSlice(arguments.batch_size)
+    batch_slice.steps(len(source))  # raises if there are too few images
     views = view_augments(config.augment, 2)
 
     def once(data: DataConfig) -> float:
-        side = TimedLoop(
-            lambda: build_loader(source, data, views, shard, 0, device), lambda batch: None
+        loop = TimedLoop(
+            lambda: build_loader(source, data, views, batch_slice, 0, device), lambda batch: None
         )
-        return measure_loop(side, arguments.batches, arguments.batch_size, device).images_per_second
+        return measure_loop(loop, arguments.batches, arguments.batch_size, device).images_per_second
 
     def rates_of(candidates: list[DataConfig]) -> list[list[float]]:
         rates: list[list[float]] = [[] for _ in candidates]
@@ -55,13 +57,17 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 rates[i].append(once(candidates[i]))
         return rates
 
+    # Print the head of the table. _best() prints the lines.
     print(
-        f"{len(source)} images, {arguments.recipe}, {config.augment.size} px, batches of {arguments.batch_size}"
+        f"{len(source)} images, {arguments.recipe}, {config.augment.size} px, "
+        f"batches of {arguments.batch_size}"
     )
     print(
-        f"{timing.device_name(device)}; {arguments.repeats} rounds; * is taken, - was there before"
+        f"{timing.device_name(device)}; {arguments.repeats} rounds; "
+        "* is the new value, - the old value"
     )
     print(f"{'loader':13}{'option':18}{'value':>12}{'pairs/s':>10}{'lowest, highest':>18}")
+    # Tune every loader, then compare the tuned loaders.
     cores = count_workers(-1)
     names = ["torchvision"] if dali_missing() else ["dali", "torchvision"]
     rows: list[dict[str, Any]] = []
@@ -75,6 +81,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for name in names
     ]
     best = _best("loader", tuned, rates_of, rows)
+    # Write the best settings as a recipe.
     config.data = replace(
         config.data,
         source="folder",
@@ -89,7 +96,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     recipe = settings.as_yaml(settings.differences(config, Config()))
     title = f"mocofast bench data --tune on {row['device']}, {row['date']}"
     Path(arguments.out).write_text(f"# {title}\n{recipe}", encoding="utf-8")
-    print(f"written to {arguments.out}; mocofast pretrain {arguments.out}")
+    print(f"Written: {arguments.out}. Use it: mocofast pretrain {arguments.out}")
     return row
 
 
@@ -99,7 +106,13 @@ def tune_loader(
     rates_of: MeasureRates,
     rows: list[dict[str, Any]],
 ) -> DataConfig:
-    """`data` with the fastest value of each option, in the order of `stages`; appends what was measured to `rows`."""
+    """Returns `data` with the fastest value of every option.
+
+    data: settings to start from.
+    stages: [(option, values to try)], tuned in this order.
+    rates_of: measures candidates.
+    rows: one row for every measured candidate is appended.
+    """
     for name, values in stages:
         others = [
             replace(data, **{name: value}) for value in values if value != getattr(data, name)
@@ -124,30 +137,29 @@ def _stages(
 
 
 def _largest(source: FolderSource) -> tuple[int, int]:
-    """(width, height) that no image of a sample exceeds."""
+    """Returns the largest width and the largest height of SAMPLED random images, in pixels."""
     sizes = []
     for i in random.Random(0).sample(range(len(source)), min(SAMPLED, len(source))):
         try:
             sizes.append(image_size(source.load(i)))
-        except Exception:  # a bad file, which the loaders skip
+        except Exception:  # a bad file: the loaders skip bad files too
             continue
-    height, width = (max(sides) for sides in zip(*sizes))
+    height, width = (max(lengths) for lengths in zip(*sizes))
     return width, height
 
 
 def _best(
     name: str, candidates: list[DataConfig], rates_of: MeasureRates, rows: list[dict[str, Any]]
 ) -> DataConfig:
-    """The fastest; the first unless another is clearly faster."""
+    """Returns the fastest candidate, or the first if no other is FASTER times as fast."""
     rates = rates_of(candidates)
     medians = [statistics.median(values) for values in rates]
     best = max(range(len(candidates)), key=lambda i: medians[i] * (FASTER if i == 0 else 1))
     for i, (data, values) in enumerate(zip(candidates, rates)):
         value, spread = getattr(data, name), f"{min(values):.0f}, {max(values):.0f}"
         mark = "*" if i == best else "-" if i == 0 else ""
-        print(
-            f"{data.loader:13}{name:18}{settings.shown(value):>12}{medians[i]:10.1f}{spread:>18} {mark}"
-        )
+        text = settings.shown(value)
+        print(f"{data.loader:13}{name:18}{text:>12}{medians[i]:10.1f}{spread:>18} {mark}")
         rows.append(
             {
                 "loader": data.loader,
