@@ -1,4 +1,4 @@
-"""evaluate/: kNN and linear probes against brute force and scikit-learn; encoders come back as they were."""
+"""kNN and linear probes equal brute force and scikit-learn, and leave encoders unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mocofast.data.loaders import build_loader
 from mocofast.data.sources import ArraySource, Datasets, load_datasets
 from mocofast.evaluate import knn, linear
 from mocofast.evaluate.features import embed, evaluating, extract
-from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_rank
+from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_position
 from mocofast.evaluate.linear import LinearConfig, fit_logistic, linear_probe
 from mocofast.models import encoders
 from mocofast.models.pixels import pixel_statistics
@@ -38,7 +38,10 @@ CPU = torch.device("cpu")
 def clusters(
     samples: int, classes: int, dim: int, seed: int, noise: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overlapping Gaussian classes: train features and labels, validation features and labels (a third as many)."""
+    """Overlapping Gaussian classes: features and labels, for training and for validation.
+
+    There are a third as many validation samples.
+    """
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=generator)
     parts: list[Tensor] = []
@@ -56,7 +59,10 @@ def brute_force_knn(
     k: int,
     temperature: float,
 ) -> tuple[float, float]:
-    """Loops in float64, written from Wu et al. (2018): top-1 and top-5; classes without a vote are no prediction."""
+    """Loops in float64, written from Wu et al. (2018): top-1 and top-5.
+
+    A class without a vote is not predicted.
+    """
     train = train / np.linalg.norm(train, axis=1, keepdims=True)
     val = val / np.linalg.norm(val, axis=1, keepdims=True)
     hits = [0, 0]
@@ -89,7 +95,7 @@ def test_knn_equals_brute_force_in_float64(
     top1, top5 = knn_accuracy(train, labels, val, own, k, temperature, num_classes=classes + 1)
     arrays = (train.double().numpy(), labels.numpy(), val.double().numpy(), own.numpy())
     expected = brute_force_knn(*arrays, k, temperature)
-    # Float32 similarities may swap two neighbours or classes that are equal to 1e-7: one sample at most.
+    # Float32 similarities may swap neighbours or classes that differ by 1e-7: one sample at most.
     assert abs(top1 - expected[0]) <= 1.001 / len(val)
     assert abs(top5 - expected[1]) <= 1.001 / len(val)
 
@@ -128,7 +134,8 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_knn_votes_by_similarity_not_by_number() -> None:
-    # One very close neighbour of class 0, two distant ones of class 1: at a low temperature the close one wins.
+    # One very close neighbour of class 0, two distant neighbours of class 1.
+    # The close neighbour wins at a low temperature.
     train = torch.tensor([[1.0, 0.05], [0.2, 1.0], [0.2, 1.0]])
     labels, val, own = torch.tensor([0, 1, 1]), torch.tensor([[10.0, 0.0]]), torch.tensor([0])
     assert knn_accuracy(train, labels, val, own, k=3, temperature=0.1).top1 == 1.0
@@ -175,18 +182,18 @@ def test_bad_input_is_an_error_that_names_the_argument(
         knn_accuracy(**{**arguments, **change})  # type: ignore[arg-type]
 
 
-def test_few_shots_equal_one_nearest_neighbour_on_each_draw() -> None:
+def test_few_shots_equal_one_nearest_neighbour_for_every_choice() -> None:
     train, labels, val, own = clusters(211, 5, 6, seed=7)
     result = few_shot_accuracy(train, labels, val, own, shots=3, repeats=4, seed=9)
     generator = torch.Generator().manual_seed(9)
     shares = []
     for _ in range(4):
-        drawn = []
+        chosen = []
         for c in range(5):
             members = np.flatnonzero(labels.numpy() == c)
-            drawn += list(members[torch.randperm(len(members), generator=generator)[:3].numpy()])
+            chosen += list(members[torch.randperm(len(members), generator=generator)[:3].numpy()])
         classifier = KNeighborsClassifier(n_neighbors=1, metric="cosine").fit(
-            train[drawn].numpy(), labels[drawn]
+            train[chosen].numpy(), labels[chosen]
         )
         shares.append(classifier.score(val.numpy(), own.numpy()))
     assert result == pytest.approx((np.mean(shares), np.std(shares, ddof=1)), abs=1e-6)
@@ -197,7 +204,7 @@ def test_all_labels_make_few_shots_plain_nearest_neighbours() -> None:
     train, labels, val, own = clusters(60, 6, 4, seed=11)
     result = few_shot_accuracy(train, labels, val, own, shots=10, repeats=3)
     expected = knn_accuracy(train, labels, val, own, k=1).top1
-    assert result == pytest.approx((expected, 0), abs=1e-9)  # every draw is the whole bank
+    assert result == pytest.approx((expected, 0), abs=1e-9)  # every choice is the whole bank
     assert expected > 1 / 6
 
 
@@ -210,14 +217,14 @@ def test_too_few_examples_of_a_class_are_named() -> None:
         few_shot_accuracy(train, labels, val, torch.tensor([0, 2]), shots=0)
 
 
-def test_equal_scores_rank_the_lower_class_first_and_nan_last() -> None:
+def test_of_equal_scores_the_lower_class_comes_first_and_nan_comes_last() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [torch.nan] * 3, [0.0, 0.0, 0.0]])
-    ranks = label_rank(scores, torch.tensor([1, 2, 0, 2]))
-    assert ranks.tolist() == [0, 1, torch.iinfo(torch.int64).max, 2]
+    positions = label_position(scores, torch.tensor([1, 2, 0, 2]))
+    assert positions.tolist() == [0, 1, torch.iinfo(torch.int64).max, 2]
 
 
 def images_of(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pictures whose class is how bright they are, under noise: (N, 3, 8, 8) uint8 and labels of 4 classes."""
+    """Noisy images, whose brightness is the class: (N, 3, 8, 8) uint8, and labels of 4 classes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, samples)
     pixels = np.clip(
@@ -255,7 +262,7 @@ def test_features_equal_a_plain_forward_in_eval_mode(kind: str, dim: int) -> Non
     encoder.fc = head
     assert features.shape == (23, dim)
     assert features.dtype == torch.float32
-    # Batches of another size may sum convolutions in another order: some float32 roundings through 7 layers.
+    # Batches of another size may sum convolutions in another order: float32 rounding of 7 layers.
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, labels)
     assert not features.requires_grad
@@ -298,7 +305,7 @@ def test_logistic_regression_equals_scikit_learns(
     theirs = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, max_iter=10000)
     theirs.fit(train.double().numpy(), labels.numpy())
     share = (val @ weight.T + bias).softmax(1).numpy()
-    # The optimum is flat to second order: gradients below 1e-6 leave shares within 1e-3 at these strengths.
+    # The optimum is flat to second order: gradients below 1e-6 leave shares within 1e-3.
     np.testing.assert_allclose(share, theirs.predict_proba(val.double().numpy()), atol=1e-3)
     np.testing.assert_allclose(weight.numpy(), theirs.coef_, atol=0.01 * np.abs(theirs.coef_).max())
 
@@ -329,7 +336,7 @@ def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(
     assert result.top1 == pytest.approx(expected, abs=1.001 / len(val))
 
 
-def bright_splits(seed: int = 0) -> tuple[Datasets, Config]:
+def bright_datasets(seed: int = 0) -> tuple[Datasets, Config]:
     """Images in memory and a configuration of small views, one process."""
     parts = []
     for samples in (160, 60):
@@ -345,25 +352,27 @@ def bright_splits(seed: int = 0) -> tuple[Datasets, Config]:
 def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    splits, config = bright_splits()
+    datasets, config = bright_datasets()
     encoder = tiny_encoder().train()
     with caplog.at_level("INFO", "mocofast"):
-        result = linear_probe(encoder, splits, config, LinearConfig(), CPU)
+        result = linear_probe(encoder, datasets, config, LinearConfig(), CPU)
     assert result.top1 > 0.9
     assert result.top5 == 1.0  # of four classes
     assert result.l2 in linear._STRENGTHS
     assert len(caplog.messages) == len(linear._STRENGTHS)
     assert encoder.training
-    assert linear_probe(encoder, splits, config, LinearConfig(), CPU) == result  # reproducible
+    assert linear_probe(encoder, datasets, config, LinearConfig(), CPU) == result  # reproducible
 
 
 def test_the_validation_images_have_no_part_in_the_choice() -> None:
-    splits, config = bright_splits()
-    assert isinstance(splits.val, ArraySource)
-    assert splits.val.labels is not None
-    wrong = ArraySource(splits.val.images, np.asarray(3 - splits.val.labels), splits.val.classes)
-    right = linear_probe(tiny_encoder(), splits, config, LinearConfig(), CPU)
-    fooled = linear_probe(tiny_encoder(), splits._replace(val=wrong), config, LinearConfig(), CPU)
+    datasets, config = bright_datasets()
+    assert isinstance(datasets.val, ArraySource)
+    assert datasets.val.labels is not None
+    wrong = ArraySource(
+        datasets.val.images, np.asarray(3 - datasets.val.labels), datasets.val.classes
+    )
+    right = linear_probe(tiny_encoder(), datasets, config, LinearConfig(), CPU)
+    fooled = linear_probe(tiny_encoder(), datasets._replace(val=wrong), config, LinearConfig(), CPU)
     assert (fooled.l2, fooled.train_top1) == (right.l2, right.train_top1)
     assert fooled.top1 < 0.1
 
@@ -379,7 +388,7 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
     schedule: str, rates: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against an independent loop over the same batches, in float64."""
-    splits, config = bright_splits()
+    datasets, config = bright_datasets()
     options = LinearConfig(
         protocol="reference", epochs=4, lr=0.5, batch_size=48, milestones=(2, 3), schedule=schedule
     )
@@ -395,12 +404,12 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
         return accuracy(features, labels, weight, bias)
 
     monkeypatch.setattr(linear, "_accuracy", recorded)
-    result = linear_probe(encoder, splits, config, options, CPU)
+    result = linear_probe(encoder, datasets, config, options, CPU)
 
     encoder.eval()
     view = replace(config.augment, crop_scale=(0.08, 1.0), jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
     loader = build_loader(
-        splits.train, config.data, (view,), BatchSlice(48, drop_last=False), 0, CPU
+        datasets.train, config.data, (view,), BatchSlice(48, drop_last=False), 0, CPU
     )
     mean, std = pixel_statistics(config.augment)
     weight = (
@@ -427,12 +436,12 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
         torch.testing.assert_close(heads[epoch][1].double(), bias, rtol=1e-4, atol=1e-5)
         assert sizes == [48, 48, 48, 16]  # the last, smaller batch is not dropped
     loader.close()
-    assert isinstance(splits.val, ArraySource)
-    assert splits.val.labels is not None
-    pixels = torch.from_numpy(splits.val.images).permute(0, 3, 1, 2)
+    assert isinstance(datasets.val, ArraySource)
+    assert datasets.val.labels is not None
+    pixels = torch.from_numpy(datasets.val.images).permute(0, 3, 1, 2)
     with torch.no_grad():
         scores = embed(encoder, pixels, mean, std, "backbone").double() @ weight.T + bias
-    top1 = float((scores.argmax(1).numpy() == splits.val.labels).mean())
+    top1 = float((scores.argmax(1).numpy() == datasets.val.labels).mean())
     # One sample may lie on the border to float32 rounding.
     assert result.top1 == pytest.approx(top1, abs=1.001 / 60)
     assert result.train_top1 == pytest.approx(hits / 160, abs=1.001 / 160)
@@ -442,9 +451,9 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
 
 
 def test_a_diverged_probe_is_wrong_and_not_right() -> None:
-    splits, config = bright_splits()
+    datasets, config = bright_datasets()
     options = LinearConfig(protocol="reference", epochs=2, lr=1e38, batch_size=160)
-    assert linear_probe(tiny_encoder(), splits, config, options, CPU).top1 <= 0.5
+    assert linear_probe(tiny_encoder(), datasets, config, options, CPU).top1 <= 0.5
 
 
 def test_an_encoder_that_changes_is_noticed() -> None:
@@ -458,21 +467,21 @@ def test_an_encoder_that_changes_is_noticed() -> None:
             self.inner.fc.bias.data += 1  # type: ignore[union-attr, operator]
             return self.fc(self.inner(x))
 
-    splits, config = bright_splits()
+    datasets, config = bright_datasets()
     with pytest.raises(RuntimeError, match=r"inner.fc.bias of the frozen encoder changed"):
-        linear_probe(Restless(), splits, config, LinearConfig(), CPU)
+        linear_probe(Restless(), datasets, config, LinearConfig(), CPU)
 
 
 def test_a_probe_without_labels_or_held_out_images_says_what_is_needed() -> None:
-    splits, config = bright_splits()
+    datasets, config = bright_datasets()
     with pytest.raises(
         ConfigError, match=r"needs labelled images, some of them held out .* got made for a test"
     ):
-        linear_probe(tiny_encoder(), splits._replace(val=None), config, LinearConfig(), CPU)
+        linear_probe(tiny_encoder(), datasets._replace(val=None), config, LinearConfig(), CPU)
     with pytest.raises(
         ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"
     ):
-        linear_probe(tiny_encoder(), splits, config, LinearConfig(protocol="quick"), CPU)
+        linear_probe(tiny_encoder(), datasets, config, LinearConfig(protocol="quick"), CPU)
 
 
 @pytest.mark.data
@@ -491,9 +500,9 @@ def test_jpeg_files_are_probed_through_either_loader(
     config = Config()
     config.data.path, config.data.loader, config.data.workers = str(tmp_path), loader, 1
     config.augment.size = 32
-    splits = load_datasets(config.data)
+    datasets = load_datasets(config.data)
     options = LinearConfig(protocol=protocol, epochs=6, lr=0.1, batch_size=32, milestones=(5,))
-    result = linear_probe(tiny_encoder(), splits, config, options, CPU)
+    result = linear_probe(tiny_encoder(), datasets, config, options, CPU)
     # Three classes, 33 images: random weights see colours, which is worth more than chance (0.33).
     assert result.top1 > 0.4
     assert result.top5 == 1.0

@@ -1,1 +1,1 @@
-"""How good a representation is: k nearest neighbours, few labels, and a linear probe, all on frozen features."""
+"""Evaluation of encoders: nearest neighbours, linear probe, fine-tuning, and the kNN monitor."""

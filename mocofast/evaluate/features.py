@@ -1,4 +1,4 @@
-"""Features of a whole set of images from a frozen encoder."""
+"""Features of all images of a source, from a frozen encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mocofast.config import Config
+from mocofast.data.interface import Source
+from mocofast.data.loaders import eval_batches
 from mocofast.models import encoders, pixels
+
+EVALUATION_BATCH = 256  # images
+
+
+def image_batches(
+    source: Source, config: Config, device: torch.device
+) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
+    """Returns all images of `source` once: (images, labels, index) in batches of EVALUATION_BATCH.
+
+    config: gives the size of the centre crop and the number of workers. device: of the images.
+    """
+    workers = config.data.workers
+    return eval_batches(source, config.augment.size, EVALUATION_BATCH, workers, device)
 
 
 def extract(
@@ -19,12 +35,13 @@ def extract(
     mean: Tensor,
     std: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float32 and labels (N,) int64, both on the CPU, of every image that `batches` yields.
+    """Returns features (N, D) float32 and labels (N,) int64 of all images, on the CPU.
 
-    encoder: on `device`; runs in eval mode without gradients, and every submodule gets its own mode back.
-    batches: (images, labels, index) as `eval_batches` yields them, images (B, 3, S, S) uint8.
-    kind: "backbone" for pooled features before the head, "output" for the embedding after it; neither is
-    L2-normalised. mean, std: (3,) of pixels on the 0..255 scale (`pixel_statistics`).
+    encoder: on `device`. Runs in eval mode without gradients. Its submodules get their modes back.
+    batches: (images, labels, index), as `image_batches` yields, images (B, 3, S, S) uint8.
+    kind: "backbone" (pooled features before the head) or "output" (embedding after the head).
+        Features are not L2-normalised.
+    mean, std: (3,), of pixels on the 0..255 scale, see `pixel_statistics`.
     Raises ValueError for an unknown kind, no batches, or a batch without labels.
     """
     if kind not in ("backbone", "output"):
@@ -45,7 +62,7 @@ def extract(
 
 
 def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
-    """Features (B, D) float32 of one batch of images (B, 3, S, S) uint8; everything on one device."""
+    """Returns features (B, D) float32 of images (B, 3, S, S) uint8. All inputs on one device."""
     images = pixels.prepare_images(images, mean, std)
     out = encoders.features(encoder, images) if kind == "backbone" else encoder(images)
     return out.float()
@@ -53,7 +70,10 @@ def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: s
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule has the mode it had (parts may be frozen in eval mode)."""
+    """Puts `module` in eval mode inside the block. Afterwards restores the mode of every submodule.
+
+    (Frozen submodules may have been in eval mode before.)
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

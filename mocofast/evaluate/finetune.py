@@ -1,6 +1,7 @@
-"""Fine-tuning: the whole query encoder with a new linear head, on labelled images.
+"""Fine-tuning: trains the query encoder with a new linear head on labelled images.
 
-SGD or AdamW with a cosine schedule on random crops and flips, centre crops for validation. One process, one device.
+Training: SGD or AdamW, cosine schedule, random crops and flips. Validation: centre crops.
+Runs in one process on one device.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import nn
 
 from mocofast.config import Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
-from mocofast.data.loaders import build_loader, eval_batches
+from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets
-from mocofast.evaluate.features import evaluating
-from mocofast.evaluate.knn import label_rank
+from mocofast.evaluate.features import evaluating, image_batches
+from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
 from mocofast.models.batch_norm import SplitBatchNorm2d
 from mocofast.models.encoders import features, head_name
@@ -36,10 +37,10 @@ class FinetuneConfig:
 
     epochs: int = option(50, "passes over the training images")
     optimizer: str = option(
-        "sgd", "sgd, with momentum 0.9, or adamw, which suits ViTs", ("sgd", "adamw")
+        "sgd", "sgd (momentum 0.9) or adamw (better for ViTs)", ("sgd", "adamw")
     )
-    lr: float = option(0.01, "learning rate, falling along a cosine")
-    weight_decay: float = option(1e-4, "weight decay: L2 with sgd, decoupled with adamw")
+    lr: float = option(0.01, "learning rate at the start, cosine schedule")
+    weight_decay: float = option(1e-4, "weight decay (sgd: L2, adamw: decoupled)")
     batch_size: int = option(256, "images per step, at most the number of training images")
 
 
@@ -59,38 +60,36 @@ def finetune(
     autocast: torch.autocast,
     on_epoch: Callable[[FinetuneResult], None] | None = None,
 ) -> FinetuneResult:
-    """Replaces the encoder's head by a linear classifier and trains both, in place; accuracy on `datasets.val`.
+    """Replaces the encoder's head by a linear classifier and trains all weights, in place.
 
-    encoder: on `device`. BatchNorm sees whole batches, whatever parts it was pretrained with.
-    splits: labelled, with a validation part (ConfigError otherwise). config: the run's configuration, of which view
-    size, pixel statistics, flips, loader, workers and seed are used. on_epoch: is given the accuracy after every
-    epoch, which then is measured after every epoch.
+    encoder: on `device`. BatchNorm then uses the whole batch, for any num_splits.
+    datasets: labelled train and validation images (ConfigError otherwise).
+    config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
+        are used.
+    on_epoch: called after every epoch with the validation accuracy, which is measured only then.
+        None: the accuracy is measured once, at the end.
+    Returns the accuracy on `datasets.val` at the end.
     """
     if datasets.val is None or datasets.train.labels is None:
         raise ConfigError(
-            f"data.path: fine-tuning needs labelled images, some of them held out; got {datasets.note}"
+            "data.path: fine-tuning needs labelled images, some of them held out; "
+            f"got {datasets.note}"
         )
-    seed, classes = config.train.seed, len(datasets.train.classes)
-    batch_size = min(options.batch_size, len(datasets.train))
-    loader = build_loader(
-        datasets.train,
-        config.data,
-        (plain_view(config.augment),),
-        BatchSlice(batch_size),
-        seed,
-        device,
-    )
+    seed = config.train.seed
+    batch_slice = BatchSlice(min(options.batch_size, len(datasets.train)))
+    views = (plain_view(config.augment),)
+    loader = build_loader(datasets.train, config.data, views, batch_slice, seed, device)
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
+
+    # A new head. All weights are trained, also a ViT's patch projection, which pretraining froze.
     torch.manual_seed(seed)
-    with evaluating(encoder), torch.no_grad():
-        width = features(
-            encoder, torch.zeros(1, 3, config.augment.size, config.augment.size, device=device)
-        ).shape[1]
-    setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
-    encoder.requires_grad_(True)  # also what pretraining froze, as a ViT's patches and positions
+    _replace_head(encoder, len(datasets.train.classes), config.augment.size, device)
+    encoder.requires_grad_(True)
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.num_splits = 1
+
+    # Optimiser and schedule.
     schedule = OptimConfig(
         name=options.optimizer,
         lr=options.lr,
@@ -99,36 +98,41 @@ def finetune(
         per="step",
     )
     optimizer = build_optimizer(encoder.parameters(), schedule)
-    step, result = 0, None
+    step, result, steps = 0, None, loader.steps_per_epoch
     try:
         for epoch in range(options.epochs):
+            # Training.
             loss_sum = torch.zeros((), device=device)
             encoder.train()
             for batch in loader.epoch(epoch):
                 assert batch.labels is not None
-                set_learning_rate(
-                    optimizer, learning_rate(schedule, step, loader.steps_per_epoch, options.epochs)
-                )
+                rate = learning_rate(schedule, step, steps, options.epochs)
+                set_learning_rate(optimizer, rate)
                 with autocast:
-                    logits = encoder(prepare_images(batch.views[0].to(device), mean, std))
+                    images = prepare_images(batch.views[0].to(device), mean, std)
+                    logits = encoder(images)  # (B, classes)
                 loss = F.cross_entropy(logits.float(), batch.labels.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 loss_sum += loss.detach()
                 step += 1
-            log.info(
-                "finetune: epoch %d/%d  loss %.4f",
-                epoch + 1,
-                options.epochs,
-                loss_sum / loader.steps_per_epoch,
-            )
+            mean_loss = loss_sum / steps
+            log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, mean_loss)
+            # Validation.
             if on_epoch is not None:
                 result = _validate(encoder, datasets.val, config, device, autocast)
                 on_epoch(result)
     finally:
         loader.close()
     return _validate(encoder, datasets.val, config, device, autocast) if result is None else result
+
+
+def _replace_head(encoder: nn.Module, classes: int, size: int, device: torch.device) -> None:
+    """Replaces the head of `encoder` by a linear layer. size: of the images, in pixels."""
+    with evaluating(encoder), torch.no_grad():
+        width = features(encoder, torch.zeros(1, 3, size, size, device=device)).shape[1]
+    setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
 
 
 @torch.no_grad()
@@ -142,11 +146,10 @@ def _validate(
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
     hits, seen = torch.zeros(2, dtype=torch.int64, device=device), 0
     with evaluating(encoder), autocast:
-        for images, labels, _ in eval_batches(
-            source, config.augment.size, 256, config.data.workers, device
-        ):
+        for images, labels, _ in image_batches(source, config, device):
             assert labels is not None
-            rank = label_rank(encoder(prepare_images(images, mean, std)).float(), labels.to(device))
-            hits += torch.stack([(rank < top).sum() for top in (1, 5)])
+            logits = encoder(prepare_images(images, mean, std)).float()  # (B, classes)
+            position = label_position(logits, labels.to(device))
+            hits += torch.stack([(position < top).sum() for top in (1, 5)])
             seen += len(labels)
     return FinetuneResult(*(hits.double() / seen).tolist())

@@ -1,6 +1,7 @@
-"""Accuracy without training anything: weighted k nearest neighbours, and 1-NN on a few labelled examples.
+"""Accuracy without training: weighted k nearest neighbours, and 1-NN with few labelled samples.
 
-Both compare by cosine similarity; neither changes its inputs. They run on the device of `train_features`.
+Neighbours are compared by cosine similarity. Functions run on the device of `train_features` and
+do not change their inputs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Similarities are computed in tiles of this many rows by columns: at most 64 MiB in float32, whatever the set sizes.
+# Similarities are computed in tiles of rows x columns: 64 MiB in float32, for any number of images.
 _ROWS, _COLUMNS = 512, 32768
 
 
@@ -23,7 +24,10 @@ class KNNResult(NamedTuple):
 
 
 class FewShotResult(NamedTuple):
-    """Mean and standard deviation (n-1; 0 for a single draw) of the top-1 share over the random draws."""
+    """Mean and standard deviation (n-1, 0 for a single choice) of the top-1 share.
+
+    Taken over the random choices of labelled samples.
+    """
 
     mean: float
     std: float
@@ -40,13 +44,18 @@ def knn_accuracy(
 ) -> KNNResult:
     """Weighted kNN classification (Wu et al. 2018, arXiv:1805.01978, section 3.4).
 
-    Each of the k most similar training samples votes for its class with weight exp(cosine / temperature);
-    the class with the largest sum wins, the lowest class of equal ones. A class without any vote never counts
-    as predicted, so with few classes in reach top-5 does not profit from arbitrary fillers.
+    The k most similar training samples vote for their classes with weight
+    exp(cosine / temperature). The class with the largest sum wins, and the lowest class wins a tie.
+    A class without a vote never counts as predicted, so top-5 does not profit from arbitrary
+    classes if fewer than five classes have votes.
 
-    train_features (N, D), val_features (M, D): any float dtype, need not be normalised.
-    train_labels (N,), val_labels (M,): integers in [0, num_classes); num_classes defaults to the largest label + 1.
-    k is clipped to N. Raises ValueError, naming the argument, on wrong shapes, empty sets, labels out of range,
+    train_features: (N, D), any float dtype, normalised here.
+    train_labels: (N,) int64, in [0, num_classes).
+    val_features: (M, D), any float dtype, normalised here.
+    val_labels: (M,) int64, in [0, num_classes).
+    k: number of neighbours, at most N are used.
+    num_classes: default: the largest label + 1.
+    Raises ValueError naming the argument for wrong shapes, empty sets, labels out of range,
     k < 1 or temperature <= 0.
     """
     _check(train_features, train_labels, val_features, val_labels)
@@ -68,8 +77,8 @@ def knn_accuracy(
         votes.scatter_add_(1, train_labels[neighbour], weight)
         own = own.to(device)
         voted = votes.gather(1, own[:, None])[:, 0] > 0
-        rank = label_rank(votes, own)
-        hits += torch.stack([(voted & (rank < top)).sum() for top in (1, 5)])
+        position = label_position(votes, own)
+        hits += torch.stack([(voted & (position < top)).sum() for top in (1, 5)])
     top1, top5 = (hits.double() / len(val_features)).tolist()
     return KNNResult(top1, top5)
 
@@ -83,10 +92,12 @@ def few_shot_accuracy(
     repeats: int = 10,
     seed: int = 0,
 ) -> FewShotResult:
-    """1-nearest-neighbour top-1 with `shots` labelled training samples per class, over `repeats` random draws.
+    """Top-1 of the nearest neighbour among `shots` labelled training samples per class.
 
-    Shapes as in `knn_accuracy`. The classes are those present in train_labels. Raises ValueError where a class
-    has fewer than `shots` samples, or shots or repeats < 1. The draws depend on the seed and the labels alone.
+    Features and labels: as in `knn_accuracy`.
+    shots: labelled samples of every class in train_labels, chosen at random.
+    repeats: number of random choices, which depend only on the seed and the labels.
+    Raises ValueError if a class has fewer than `shots` samples, or for shots or repeats < 1.
     """
     _check(train_features, train_labels, val_features, val_labels)
     for name, value in (("shots", shots), ("repeats", repeats)):
@@ -97,8 +108,8 @@ def few_shot_accuracy(
     smallest = min(members, key=len)
     if len(smallest) < shots:
         raise ValueError(
-            f"shots must be at most the number of training samples of every class: got {shots}, and class "
-            f"{int(labels[smallest[0]])} has {len(smallest)}"
+            "shots must be at most the number of training samples of every class: "
+            f"got {shots}, and class {int(labels[smallest[0]])} has {len(smallest)}"
         )
     generator = torch.Generator().manual_seed(seed)
     device = train_features.device
@@ -106,29 +117,35 @@ def few_shot_accuracy(
     val = F.normalize(val_features.to(device).float(), dim=1)
     accuracies = []
     for _ in range(repeats):
-        drawn = torch.cat([m[torch.randperm(len(m), generator=generator)[:shots]] for m in members])
-        bank = F.normalize(train_features[drawn.to(device)].float(), dim=1)
-        bank_labels = labels[drawn].to(device)
+        chosen = torch.cat(
+            [m[torch.randperm(len(m), generator=generator)[:shots]] for m in members]
+        )
+        bank = F.normalize(train_features[chosen.to(device)].float(), dim=1)
+        bank_labels = labels[chosen].to(device)
         nearest = torch.cat([_nearest(rows, bank, 1)[1][:, 0] for rows in val.split(_ROWS)])
         accuracies.append((bank_labels[nearest] == val_labels).double().mean())
     shares = torch.stack(accuracies)
     return FewShotResult(shares.mean().item(), shares.std().item() if repeats > 1 else 0.0)
 
 
-def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the true one, (B,) int64. scores (B, classes), labels (B,).
+def label_position(scores: Tensor, labels: Tensor) -> Tensor:
+    """Returns how many classes score above the label: (B,) int64, 0 if the label scores highest.
 
-    Of equal scores the lower class comes first, so that a constant classifier is right about one class only;
-    a row whose own score is NaN ranks behind everything.
+    scores: (B, classes). labels: (B,).
+    If scores are equal, the lower class comes first. A constant classifier is then right for one
+    class only. If the score of the label is NaN, the position is the largest int64.
     """
     own = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & lower)).sum(1)
-    return rank.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max)
+    position = ((scores > own) | ((scores == own) & lower)).sum(1)
+    return position.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max)
 
 
 def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest dot products of each row with the bank, descending, and whose they are: (B, k) twice."""
+    """Returns the k largest dot products of rows and bank, descending, and their bank indices.
+
+    rows: (B, D). bank: (N, D). Results: (B, k) and (B, k) int64.
+    """
     best = torch.empty(len(rows), 0, device=rows.device)
     index = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     for start in range(0, len(bank), _COLUMNS):
@@ -149,12 +166,13 @@ def _check(
     ):
         if features.ndim != 2 or 0 in features.shape:
             raise ValueError(
-                f"{name}_features must be (samples, dimension), not empty: got {tuple(features.shape)}"
+                f"{name}_features must be (samples, dimension), not empty: "
+                f"got {tuple(features.shape)}"
             )
         if labels.shape != features.shape[:1]:
             raise ValueError(
-                f"{name}_labels must hold one label for each of the {len(features)} rows of {name}_features: "
-                f"got {tuple(labels.shape)}"
+                f"{name}_labels must hold one label for each of the {len(features)} rows "
+                f"of {name}_features: got {tuple(labels.shape)}"
             )
         if labels.dtype != torch.int64:
             raise ValueError(f"{name}_labels must be int64: got {labels.dtype}")
@@ -162,15 +180,16 @@ def _check(
             raise ValueError(f"{name}_labels must not be negative: got {int(labels.min())}")
     if train_features.shape[1] != val_features.shape[1]:
         raise ValueError(
-            f"train_features and val_features must have the same dimension: got {train_features.shape[1]} and "
-            f"{val_features.shape[1]}"
+            "train_features and val_features must have the same dimension: "
+            f"got {train_features.shape[1]} and {val_features.shape[1]}"
         )
 
 
 def _class_count(train_labels: Tensor, val_labels: Tensor, num_classes: int | None) -> int:
-    needed = 1 + max(int(train_labels.max()), int(val_labels.max()))
-    if num_classes is not None and num_classes < needed:
+    largest = max(int(train_labels.max()), int(val_labels.max()))
+    if num_classes is not None and num_classes <= largest:
         raise ValueError(
-            f"num_classes must exceed every label: got {num_classes}, and the labels reach {needed - 1}"
+            f"num_classes must exceed every label: got {num_classes}, "
+            f"and the labels reach {largest}"
         )
-    return needed if num_classes is None else num_classes
+    return largest + 1 if num_classes is None else num_classes

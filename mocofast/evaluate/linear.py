@@ -1,11 +1,12 @@
-"""How good frozen features are under a linear classifier, by two protocols.
+"""Linear probe: accuracy of a linear classifier on frozen features.
 
-``fast`` extracts every feature once (centre crops) and fits a multinomial logistic regression; the strength of its
-L2 penalty is chosen on a tenth of the training features, never on the validation set. Minutes.
-``reference`` is facebookresearch/moco's: random crops and flips anew in each of 100 epochs, SGD with rate 30. Use it
-to compare with published numbers.
+Protocol ``fast``: extracts the features of centre crops once and fits a multinomial logistic
+regression. The strength of its L2 penalty is chosen on a tenth of the training features, never on
+the validation images. Takes minutes.
+Protocol ``reference``: facebookresearch/moco's. Trains 100 epochs of SGD with learning rate 30 on
+random crops and flips. For comparison with published numbers.
 
-Both run in one process on one device.
+Runs in one process on one device.
 """
 
 from __future__ import annotations
@@ -22,48 +23,48 @@ from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
-from mocofast.data.loaders import build_loader, eval_batches
+from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets
-from mocofast.evaluate.features import embed, evaluating, extract
-from mocofast.evaluate.knn import label_rank
+from mocofast.evaluate.features import embed, evaluating, extract, image_batches
+from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 
-_EXTRACT_BATCH = 256  # images
-_ROWS = 65536  # features whose logits are in memory at a time
-# L2 strengths on standardised features, strongest first: each fit starts from the one before.
+_ROWS = 65536  # rows of logits in memory at a time
+# L2 strengths for standardised features, strongest first. A fit starts from the previous solution.
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass
 class LinearConfig:
-    """The linear probe. All options but `protocol` belong to the reference protocol."""
+    """The linear probe. Options except `protocol` are for the reference protocol."""
 
     protocol: str = option(
         "fast",
-        "fast: logistic regression on features extracted once; reference: facebookresearch/moco's 100 epochs of SGD",
+        "fast: logistic regression on features extracted once; "
+        "reference: facebookresearch/moco's 100 epochs of SGD",
         ("fast", "reference"),
     )
     epochs: int = option(100, "passes over the training images")
     lr: float = option(30.0, "learning rate of SGD with momentum 0.9 and no weight decay")
     batch_size: int = option(256, "images per step")
     milestones: tuple[int, ...] = option(
-        (60, 80), "epochs at which the rate falls to a tenth, if schedule=step"
+        (60, 80), "epochs at which the learning rate falls to a tenth, for schedule=step"
     )
     schedule: str = option(
-        "step", "how the rate falls; cosine: from epoch to epoch, MoCo v3's", ("step", "cosine")
+        "step", "learning rate schedule; cosine: MoCo v3's, by epoch", ("step", "cosine")
     )
 
 
 class LinearResult(NamedTuple):
-    """Shares, 0 to 1."""
+    """Accuracies as shares, 0 to 1."""
 
     top1: float  # of the validation images
     top5: float
-    train_top1: float  # of the training images; under `reference`, of the last epoch's random crops
-    l2: float | None  # the strength that `fast` chose; None under `reference`
+    train_top1: float  # of the training images (`reference`: random crops of the last epoch)
+    l2: float | None  # L2 strength chosen by `fast`, None for `reference`
 
 
 def linear_probe(
@@ -73,16 +74,19 @@ def linear_probe(
     options: LinearConfig,
     device: torch.device,
 ) -> LinearResult:
-    """Train a linear classifier on `encoder`'s pooled features (before its head) and validate it.
+    """Trains a linear classifier on the pooled features before the encoder's head.
 
-    encoder: on `device`; it comes back with its weights, statistics and modes untouched, which is checked
-    (RuntimeError otherwise). splits: labelled, with a validation part (ConfigError otherwise). config: the run's
-    configuration, of which view size, pixel statistics, flips, loader, workers and seed are used.
+    encoder: on `device`. Weights, statistics and modes are the same afterwards, which is checked
+        (RuntimeError otherwise).
+    datasets: labelled train and validation images (ConfigError otherwise).
+    config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
+        are used.
     """
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
         raise ConfigError(
-            "data.path: a linear probe needs labelled images, some of them held out (class folders, and val/ beside "
-            f"train/ or data.holdout above 0); got {datasets.note}"
+            "data.path: a linear probe needs labelled images, some of them held out (class "
+            "folders, and val/ beside train/ or data.holdout above 0); "
+            f"got {datasets.note}"
         )
     if options.protocol not in ("fast", "reference"):
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
@@ -95,8 +99,10 @@ def linear_probe(
 
 
 def plain_view(augment: AugmentConfig) -> AugmentConfig:
-    """What supervised training sees: RandomResizedCrop over 8 % to 100 %, and flips at the run's own rate (0.5 unless
-    the images, digits say, do not bear them)."""
+    """Returns the augmentation of supervised training: RandomResizedCrop (8 % to 100 %) and flips.
+
+    The probability of a flip is the run's (0.5, or 0 for digits, whose meaning a flip changes).
+    """
     still = (0.0, 0.0, 0.0, 0.0)
     return replace(
         augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0
@@ -111,11 +117,16 @@ def fit_logistic(
     start: tuple[Tensor, Tensor] | None = None,
     max_iterations: int = 200,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression: minimise mean cross-entropy + l2/2 |weight|^2 (bias free) by L-BFGS.
+    """Fits a multinomial logistic regression by L-BFGS.
 
-    features (N, D) float32, labels (N,) int64 below num_classes. start: (weight, bias) to begin from, else zeros.
-    Returns weight (num_classes, D) and bias (num_classes,). Equals scikit-learn's with C = 1 / (N l2).
-    Logits are computed in blocks of rows, and on any device, hence not scikit-learn itself.
+    Minimises mean cross-entropy + l2/2 |weight|^2. The bias has no penalty. The solution equals
+    scikit-learn's for C = 1 / (N l2). Unlike scikit-learn, computes logits in blocks of rows and on
+    any device.
+
+    features: (N, D) float32.
+    labels: (N,) int64, below num_classes.
+    start: (weight, bias) to start from. None: zeros.
+    Returns weight (num_classes, D) and bias (num_classes,).
     """
     if start is None:
         start = features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
@@ -158,17 +169,17 @@ def _fast(
     classes: int,
     seed: int,
 ) -> LinearResult:
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(
-        features.device
-    )
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    order = order.to(features.device)
     features, labels = features[order], labels[order]
-    # Standardised, so that one range of strengths suits every encoder. A dimension that hardly varies (a dead
-    # unit) must not be blown up to unit variance.
+    # Standardised features: the same range of L2 strengths suits every encoder. The lower bound
+    # keeps a dimension that hardly varies (a dead unit) from growing to unit variance.
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = std.clamp_min(1e-3 * std.mean().clamp_min(1e-12))
     features.sub_(mean).div_(std)
     val_features = (val_features - mean) / std
 
+    # The strength that is best on the held-out tenth.
     held = max(1, len(features) // 10)
     best, chosen = -1.0, _STRENGTHS[0]
     solution = None
@@ -182,6 +193,7 @@ def _fast(
         )
         if accuracy > best:
             best, chosen = accuracy, l2
+    # The final fit on all training features.
     solution = fit_logistic(features, labels, classes, chosen)
     top1, top5 = _accuracy(val_features, val_labels, *solution)
     return LinearResult(top1, top5, _accuracy(features, labels, *solution)[0], chosen)
@@ -197,17 +209,16 @@ def _reference(
     device: torch.device,
 ) -> LinearResult:
     data = replace(config.data, batch_size=options.batch_size)
-    shard = BatchSlice(options.batch_size, drop_last=False)
-    seed = config.train.seed
-    loader = build_loader(datasets.train, data, (plain_view(config.augment),), shard, seed, device)
+    batch_slice = BatchSlice(options.batch_size, drop_last=False)
+    views, seed = (plain_view(config.augment),), config.train.seed
+    loader = build_loader(datasets.train, data, views, batch_slice, seed, device)
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
 
+    # The classifier starts as in facebookresearch/moco: weights normal(0, 0.01), bias 0.
     head = nn.Linear(val_features.shape[1], len(datasets.train.classes), device=device)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        initial = torch.empty(head.weight.shape).normal_(
-            0.0, 0.01, generator=torch.Generator().manual_seed(seed)
-        )
-        head.weight.copy_(initial)
+        head.weight.copy_(torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=generator))
         head.bias.zero_()
     optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
     schedule = OptimConfig(
@@ -222,17 +233,14 @@ def _reference(
     try:
         with evaluating(encoder):
             for epoch in range(options.epochs):
-                set_learning_rate(
-                    optimizer, learning_rate(schedule, epoch * steps, steps, options.epochs)
-                )
-                seen, hits, loss_sum = (
-                    0,
-                    torch.zeros((), device=device),
-                    torch.zeros((), device=device),
-                )
+                rate = learning_rate(schedule, epoch * steps, steps, options.epochs)
+                set_learning_rate(optimizer, rate)
+                seen, hits = 0, torch.zeros((), device=device)
+                loss_sum = torch.zeros((), device=device)
                 for batch in loader.epoch(epoch):
                     assert batch.labels is not None
                     labels = batch.labels.to(device)
+                    # Frozen features (B, D), then one SGD step of the classifier.
                     with torch.no_grad():
                         features = embed(encoder, batch.views[0].to(device), mean, std, "backbone")
                     with torch.autocast(device.type, enabled=False):
@@ -241,6 +249,7 @@ def _reference(
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
+                    # Sums for the log line.
                     seen += len(labels)
                     hits += (logits.argmax(1) == labels).sum()
                     loss_sum += loss.detach() * len(labels)
@@ -248,28 +257,25 @@ def _reference(
                 top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
                 log.info(
                     "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation acc@1 %.2f %%",
-                    *(
-                        epoch + 1,
-                        options.epochs,
-                        loss_sum.item() / seen,
-                        100 * train_top1,
-                        100 * top1,
-                    ),
+                    epoch + 1,
+                    options.epochs,
+                    loss_sum.item() / seen,
+                    100 * train_top1,
+                    100 * top1,
                 )
     finally:
         loader.close()
-    return LinearResult(
-        *_accuracy(val_features, val_labels, head.weight, head.bias), train_top1, None
-    )
+    top1, top5 = _accuracy(val_features, val_labels, head.weight, head.bias)
+    return LinearResult(top1, top5, train_top1, None)
 
 
 def _features(
     encoder: nn.Module, source: Source, config: Config, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    batches = eval_batches(source, config.augment.size, _EXTRACT_BATCH, config.data.workers, device)
-    features, labels = extract(
-        encoder, batches, device, "backbone", *pixel_statistics(config.augment)
-    )
+    """Returns features (N, D) and labels (N,) of all images, on `device`."""
+    batches = image_batches(source, config, device)
+    statistics = pixel_statistics(config.augment)
+    features, labels = extract(encoder, batches, device, "backbone", *statistics)
     return features.to(device), labels.to(device)
 
 
@@ -277,18 +283,21 @@ def _features(
 def _accuracy(
     features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[float, float]:
-    """Shares of rows whose label scores highest, and among the five highest."""
+    """Returns the shares of rows whose label scores highest, and among the five highest."""
     hits = torch.zeros(2, dtype=torch.int64, device=features.device)
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):
-        rank = label_rank(x @ weight.T + bias, y)
-        hits += torch.stack([(rank < top).sum() for top in (1, 5)])
+        position = label_position(x @ weight.T + bias, y)
+        hits += torch.stack([(position < top).sum() for top in (1, 5)])
     top1, top5 = (hits.double() / len(features)).tolist()
     return top1, top5
 
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """The reference's sanity check: whatever happens inside must leave every weight and statistic as it was."""
+    """Raises RuntimeError if a weight or a statistic of `module` changes inside the block.
+
+    (facebookresearch/moco makes the same check of its frozen weights.)
+    """
     before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     yield
     for name, tensor in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""The kNN monitor: how good the representation is, without training anything on it."""
+"""The kNN monitor: accuracy of nearest neighbours during pretraining."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from mocofast.config import Config
 from mocofast.data.interface import Source
-from mocofast.data.loaders import eval_batches
 from mocofast.data.sources import Datasets, Subset
 from mocofast.distributed import gather_objects, rank_and_world_size
-from mocofast.evaluate.features import extract
+from mocofast.evaluate.features import extract, image_batches
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
 from mocofast.models.pixels import pixel_statistics
 
 
 class KNNMonitor:
-    """Evaluates an encoder on labelled train and validation images; the ranks share the feature extraction."""
+    """Evaluates an encoder on labelled train and validation images.
+
+    The bank holds at most `config.knn.bank` train images, sampled with the run's seed.
+    Every rank extracts the features of its slice of the images.
+    """
 
     def __init__(self, train: Source, val: Source, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -31,14 +34,17 @@ class KNNMonitor:
 
     @classmethod
     def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:
-        """The monitor of these images; None where they have no labels or none are held out."""
+        """Returns a monitor of `datasets`, or None without labels or without validation images."""
         if datasets.val is None or datasets.train.labels is None:
             return None
         return cls(datasets.train, datasets.val, config, device)
 
     def evaluate(self, encoder: nn.Module) -> dict[str, float]:
-        """{"knn_top1": share, ...}, equal on all ranks. BatchNorm uses rank 0's running statistics, as the
-        checkpoint that rank 0 writes will."""
+        """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
+
+        Copies rank 0's running statistics of BatchNorm to all ranks first: the checkpoint, which
+        rank 0 writes, has the same statistics.
+        """
         if rank_and_world_size()[1] > 1:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
@@ -54,18 +60,12 @@ class KNNMonitor:
         return values
 
     def _features(self, encoder: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and labels (N,) of the whole source, on this rank's device."""
+        """Returns features (N, D) and labels (N,) of all images, on this rank's device."""
         rank, world_size = rank_and_world_size()
-        part = (
-            Subset(source, np.arange(rank, len(source), world_size)) if world_size > 1 else source
-        )
-        augment = self.config.augment
-        workers = self.config.data.workers
-        batches = eval_batches(part, augment.size, 256, workers, self.device)
-        mean, std = pixel_statistics(augment)
-        features, labels = extract(
-            encoder, batches, self.device, self.config.knn.features, mean, std
-        )
-        parts = gather_objects((features, labels))
-        features, labels = (torch.cat(tensors) for tensors in zip(*parts))
+        if world_size > 1:
+            source = Subset(source, np.arange(rank, len(source), world_size))
+        batches = image_batches(source, self.config, self.device)
+        statistics = pixel_statistics(self.config.augment)
+        extracted = extract(encoder, batches, self.device, self.config.knn.features, *statistics)
+        features, labels = (torch.cat(tensors) for tensors in zip(*gather_objects(extracted)))
         return features.to(self.device), labels.to(self.device)
