@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,6 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 from mocofast.config import AugmentConfig
-from mocofast.data import torchvision_loader
 from mocofast.data.decoding import decode
 from mocofast.data.interface import BatchSlice, ViewParams, sample_view, view_augments
 from mocofast.data.sources import find_images
@@ -304,6 +305,40 @@ def test_a_large_image_is_read_without_a_warning(
     )  # PIL warns from here, and refuses from twice as many
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fresh = runpy.run_path(torchvision_loader.__file__)["decode"]  # importing it sets a filter
-        assert fresh(str(tmp_path / "large.png")).size == (12, 10)
+        assert decode(str(tmp_path / "large.png")).size == (12, 10)
     assert not caught
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    photo(0, (10, 12)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [
+            threading.Thread(target=lambda: [decode(str(path)) for _ in range(50)])
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not caught
+        with Image.open(path):  # elsewhere in the program PIL's warnings are shown
+            pass
+        assert [warning.category for warning in caught] == [Image.DecompressionBombWarning]
+    assert warnings.filters == before
+
+
+def test_importing_the_torchvision_loader_sets_no_filter_of_warnings() -> None:
+    program = (
+        "import warnings, torchvision.transforms.v2\n"
+        "before = list(warnings.filters)\n"
+        "import mocofast.data.torchvision_loader\n"
+        "assert warnings.filters == before\n"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=60)

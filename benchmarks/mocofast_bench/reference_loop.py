@@ -261,7 +261,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(item, np.ndarray):
             image = Image.fromarray(item)
         else:
-            with Image.open(open_image(item)) as file:
+            with open_image(item) as file:
                 image = file.convert("RGB")
         return self._transform(image), self._transform(image)
 

@@ -1,9 +1,10 @@
-"""The device loader: a small set of small images, held where the training runs, so that nothing is fetched.
+"""The device loader: holds a small set of small images in memory where the training runs.
 
-Image files are decoded once, at the start; all have to be of one size. On a GPU one launch of one kernel
-(`mocofast_kernels.augment`) makes all views of a batch; elsewhere PyTorch makes them, as many at a time as a core's
-cache holds. The parameters are those of `sample_view`, drawn for many steps at once, so the stream is that of the other
-loaders. Normalising is left to the model, as with every loader.
+Image files are decoded once, at the start. All files must have one size. On a GPU one
+launch of one kernel (`mocofast_kernels.augment`) makes all views of a batch. On a CPU
+PyTorch makes the views, as many at a time as fit into the cache of a core. The parameters
+of the views are sampled for many steps at once and equal `sample_view`, so the stream is
+the stream of the other loaders. The model normalises the views.
 """
 
 from __future__ import annotations
@@ -17,87 +18,104 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.data.interface import Batch, BatchSlice, Source, no_image_decodes, source_order
+from mocofast.data.interface import (
+    Batch,
+    BatchSlice,
+    Source,
+    first_good,
+    labels_of,
+    no_image_decodes,
+    source_order,
+    to_device,
+)
 from mocofast.data.sampling import Views, per_view, sample_views
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
+from mocofast.errors import describe_error
 from mocofast.ops import backend
 
-LARGEST, LARGEST_ROTATED = (
-    64,
-    32,
-)  # sides of views, as in the kernel's module (which imports Triton)
-LARGEST_SET = 8 * 2**30  # bytes of pixels: CIFAR has 150 MB, STL-10's unlabelled part 2.8 GB
+# Largest sides of views, as in mocofast_kernels.augment, which cannot be imported without
+# Triton.
+LARGEST, LARGEST_ROTATED = 64, 32
+LARGEST_SET = 8 * 2**30  # bytes of pixels. CIFAR has 150 MB, the unlabelled part of STL-10 2.8 GB
 SAMPLED_AT_ONCE = (
-    4096  # views of which parameters are drawn in one go: 1 us each instead of 2 for 512
+    4096  # views whose parameters are sampled together: 1 us a view, 2 us for 512 views
 )
-CACHED_PIXELS = 2**17  # of views that PyTorch makes at a time: 1.5 MB of float32
+CACHED_PIXELS = 2**17  # pixels of the views that PyTorch makes together: 1.5 MB of float32
 
 
 def why_not_device_loader(
     source: Source, augments: tuple[AugmentConfig, ...], device: torch.device
 ) -> str:
-    """Why the device loader cannot serve, as far as can be told without decoding anything; "" if it can."""
+    """Returns why the device loader cannot serve, or "" if it can. Decodes no image."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
         if augment.size > largest:
-            return f"it makes{' rotated' * bool(augment.rotate)} views of up to {largest} pixels, not {augment.size}"
+            kind = "rotated views" if augment.rotate else "views"
+            return f"it makes {kind} of up to {largest} pixels, not {augment.size}"
     return _too_large(source.images.nbytes, device) if isinstance(source, ArraySource) else ""
 
 
 def _too_large(size: int, device: torch.device) -> str:
+    """Returns why `size` bytes of pixels do not fit on the device, or "" if they fit."""
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LARGEST_SET
     if size <= min(room, LARGEST_SET):
         return ""
-    of = "a quarter of the GPU's free memory" if room < LARGEST_SET else "it holds"
-    return f"{size / 2**30:.1f} GiB of pixels are more than {of}"
+    limit = "a quarter of the GPU's free memory" if room < LARGEST_SET else "it holds"
+    return f"{size / 2**30:.1f} GiB of pixels are more than {limit}"
 
 
 class LoadedImages(NamedTuple):
     """Every image of a source, decoded."""
 
     images: np.ndarray  # (N, H, W, 3) uint8
-    shown: np.ndarray  # (N,) int64: a sample's own index, or that of its substitute
-    skipped: dict[int, str]  # bad samples: why
+    shown: np.ndarray  # (N,) int64: the sample that fills every slot (`first_good`)
+    skipped: dict[int, str]  # bad samples: {index: reason}
 
 
 def load_images(source: Source, device: torch.device) -> LoadedImages:
-    """Decode every image; bad ones are replaced as `mocofast.data.interface` says.
+    """Decodes every image of a source.
 
-    Raises ValueError where no image can be decoded, or they differ in size, or are too many.
+    Raises ValueError if no image can be decoded, and ConfigError (a ValueError) if the
+    images differ in size or take too much memory.
     """
-    every = np.arange(len(source))
+    count = len(source)
+    shown = np.arange(count)
     if isinstance(source, ArraySource):
-        return LoadedImages(source.images, every, {})
-    from mocofast.data.decoding import decode, describe
+        return LoadedImages(source.images, shown, {})
+    from mocofast.data.decoding import decode
 
+    # Decode into one array, which is made when the size of the first good image is known.
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
-    for index in every.tolist():
+    for index in range(count):
+        item = source.load(index)
         try:
-            pixels = np.asarray(decode(source.load(index)))
-        except Exception as error:  # PIL's decoders raise nearly any on corrupt files
-            skipped[index] = describe(error)
+            pixels = np.asarray(decode(item))
+        except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
+            skipped[index] = describe_error(error)
             continue
         if not len(images):
-            if why := _too_large(len(source) * pixels.nbytes, device):
+            if why := _too_large(count * pixels.nbytes, device):
                 raise ConfigError(f"data.loader=device cannot serve: {why}")
-            images = np.zeros((len(source), *pixels.shape), dtype=np.uint8)
+            images = np.zeros((count, *pixels.shape), dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
-            sizes = " and ".join(
-                f"{width} x {height}" for height, width, _ in (images.shape[1:], pixels.shape)
-            )
+            first, other = (f"{w} x {h}" for h, w, _ in (images.shape[1:], pixels.shape))
             raise ConfigError(
-                f"data.loader=device needs images of one size, got {sizes} ({source.name(index)})"
+                "data.loader=device needs images of one size, "
+                f"got {first} and {other} ({source.name(index)})"
             )
         images[index] = pixels
-    good = np.setdiff1d(every, list(skipped))
-    if not len(good):
-        raise no_image_decodes(source, skipped)
-    return LoadedImages(images, good[np.searchsorted(good, every) % len(good)], skipped)
+    # Fill the slots of bad samples.
+    for index in skipped:
+        substitute = first_good(index, count, lambda sample: sample not in skipped)
+        if substitute is None:
+            raise no_image_decodes(source, skipped)
+        shown[index] = substitute
+    return LoadedImages(images, shown, skipped)
 
 
 class DeviceLoader:
-    """See `mocofast.data.interface.Loader`."""
+    """A `mocofast.data.interface.Loader` without workers."""
 
     name = "device"
 
@@ -105,26 +123,33 @@ class DeviceLoader:
         self,
         source: Source,
         augments: tuple[AugmentConfig, ...],
-        shard: BatchSlice,
+        batch_slice: BatchSlice,
         seed: int,
         device: torch.device,
     ) -> None:
-        """augments: one per view. Decodes files, and copies the images to `device`."""
+        """Takes the arguments of `mocofast.data.loaders.build_loader`.
+
+        Decodes all files and copies the images to `device`.
+        Raises ConfigError where the device loader cannot serve, and the errors of
+        `load_images`.
+        """
         if why := why_not_device_loader(source, augments, device):
             raise ConfigError(f"data.loader=device cannot serve: {why}")
         self.reason = ""
-        self.steps_per_epoch = shard.steps(len(source))
+        self.steps_per_epoch = batch_slice.steps(len(source))
         loaded = load_images(source, device)
         self.skipped = loaded.skipped
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
-        self._source = source
+        self._source, self._augments, self._slice = source, augments, batch_slice
+        self._seed, self._device = seed, device
         self._images = torch.from_numpy(np.ascontiguousarray(loaded.images)).to(device)
         self._shown = torch.from_numpy(loaded.shown)
-        self._augments, self._slice, self._seed, self._device = augments, shard, seed, device
+        self._kernel = backend.backend_for(device.type).augment  # None: PyTorch makes the views
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Steps start .. steps_per_epoch - 1 of an epoch. Ends the iteration before, if one is under way."""
+        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator of
+        the call before.
+        """
         self.close()
         self._running = self._iterate(epoch, start)
         return self._running
@@ -132,14 +157,10 @@ class DeviceLoader:
     def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         size = np.array(self._images.shape[1:3])
         order = source_order(self._source, self._seed, epoch)
-        make = (
-            self._composed
-            if backend.backend_for(self._device.type).augment is None
-            else self._fused
-        )
-        per_step = len(self._augments) * self._slice.batch_size // self._slice.world_size
-        chunk = max(1, SAMPLED_AT_ONCE // per_step)
+        make = self._composed if self._kernel is None else self._fused
+        chunk = max(1, SAMPLED_AT_ONCE // (len(self._augments) * self._slice.per_rank))
         for first in range(start, self.steps_per_epoch, chunk):
+            # Sample the parameters of `chunk` steps at once.
             last = min(first + chunk, self.steps_per_epoch)
             slots = [self._slice.indices(order, step) for step in range(first, last)]
             index = np.concatenate(slots)
@@ -147,68 +168,71 @@ class DeviceLoader:
                 sample_views(augment, size, self._seed, epoch, index, view)
                 for view, augment in enumerate(self._augments)
             ]
-            shares = self._shown[torch.from_numpy(index)].split([len(slot) for slot in slots])
-            for shown, views in zip(shares, make(shares, sampled)):
+            # Make the views step by step.
+            steps = self._shown[torch.from_numpy(index)].split([len(slot) for slot in slots])
+            for shown, views in zip(steps, make(steps, sampled)):
                 batch = tuple(view.permute(0, 3, 1, 2) for view in views)
-                yield Batch(batch, shown, None if self._labels is None else self._labels[shown])
+                yield Batch(batch, shown, labels_of(self._source, shown))
 
     def _composed(
-        self, shares: tuple[Tensor, ...], sampled: list[Views]
+        self, steps: tuple[Tensor, ...], sampled: list[Views]
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The views of one step after the other, (B, S, S, 3) each, by PyTorch, which is faster on many at once."""
-        index = torch.cat(shares)
+        """Yields the views of every step, (B, S, S, 3) uint8 per view, made by PyTorch.
+
+        steps: the images of every step, (B,) int64.
+        sampled: the parameters of every view, for the images of all steps.
+
+        PyTorch makes the views of all steps together, which is faster.
+        """
+        index = torch.cat(steps)
         views = (
-            compose(self._images, index, own, augment)
-            for own, augment in zip(sampled, self._augments)
+            compose(self._images, index, params, augment)
+            for params, augment in zip(sampled, self._augments)
         )
-        return zip(*(view.split([len(share) for share in shares]) for view in views))
+        return zip(*(view.split([len(step) for step in steps]) for view in views))
 
     def _fused(
-        self, shares: tuple[Tensor, ...], sampled: list[Views]
+        self, steps: tuple[Tensor, ...], sampled: list[Views]
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The same by the kernel: one launch a step for all views of one size."""
-        fused = backend.backend_for(self._device.type).augment
-        assert fused is not None
-
-        def moved(x: Tensor) -> Tensor:
-            return (
-                x.pin_memory().to(self._device, non_blocking=True)
-                if self._device.type == "cuda"
-                else x
-            )
-
-        sizes = [augment.size for augment in self._augments]
-        grouped = {size: [view for view, own in enumerate(sizes) if own == size] for size in sizes}
+        """As `_composed`, by the kernel: one launch per step for all views of one size."""
+        assert self._kernel is not None
+        # Group the views by size, and copy the parameters of a group to the device at once.
+        groups: dict[int, list[int]] = {}
+        for view, augment in enumerate(self._augments):
+            groups.setdefault(augment.size, []).append(view)
         tables = [
-            parameter_table(views, augment) for views, augment in zip(sampled, self._augments)
+            parameter_table(params, augment) for params, augment in zip(sampled, self._augments)
         ]
         stacked = {
-            size: moved(torch.stack([tables[view] for view in views]))
-            for size, views in grouped.items()
+            size: to_device(torch.stack([tables[view] for view in views]), self._device)
+            for size, views in groups.items()
         }
-        index, begin = moved(torch.cat(shares)), 0
-        for share in shares:
-            rows = slice(begin, begin := begin + len(share))
+        index, begin = to_device(torch.cat(steps), self._device), 0
+        # Launch the kernel per step and group.
+        for step in steps:
+            rows = slice(begin, begin := begin + len(step))
             made: dict[int, Tensor] = {}
-            for size, views in grouped.items():
+            for size, views in groups.items():
                 rotate = any(self._augments[view].rotate for view in views)
+                params = stacked[size][:, rows]
                 made |= zip(
-                    views,
-                    fused(self._images, index[rows], stacked[size][:, rows], size, rotate=rotate),
+                    views, self._kernel(self._images, index[rows], params, size, rotate=rotate)
                 )
-            yield tuple(made[view] for view in range(len(sizes)))
+            yield tuple(made[view] for view in range(len(self._augments)))
 
     def close(self) -> None:
-        """End the iteration that is under way."""
+        """Ends the iterator of the last `epoch`."""
         if self._running is not None:
             self._running.close()
         self._running = None
 
 
 def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig) -> Tensor:
-    """(B, S, S, 3) uint8: `apply_view_ops` on `crop_and_resize`, a few images at a time.
+    """Returns (B, S, S, 3) uint8: crops, resizes and augments, a few images at a time.
 
-    images: (M, H, W, 3) uint8; index: (B,) int64 on the CPU, the image of every view.
+    images: (M, H, W, 3) uint8.
+    index: (B,) int64 on the CPU, the image of every view.
+    views: the parameters of B views.
     """
     size = augment.size
     out = torch.empty((len(index), size, size, 3), dtype=torch.uint8, device=images.device)
@@ -217,57 +241,80 @@ def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig)
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
-        crops = crop_and_resize(
-            images[index[rows].to(images.device)], boxes.to(images.device), size
-        )
+        chosen = images[index[rows].to(images.device)]
+        crops = crop_and_resize(chosen, boxes.to(images.device), size)
         apply_view_ops(crops, params[rows], augment, out[rows])
     return out
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """(n, size, size, 3) uint8: PIL's antialiased bilinear resize of a box of each image.
+    """Returns (n, size, size, 3) uint8: PIL's antialiased bilinear resize of a box of
+    every image.
 
-    images: (n, H, W, 3) uint8; boxes: (4, n) int64: top, left, height, width. A weighted sum along rows, rounded half
-    up, then one along columns. Weights are integers and so are all sums (exact in float32 while 255 times their total
-    stays below 2^24), which makes this exact; PIL rounds weights to 22 bits, which may turn a tie around.
+    images: (n, H, W, 3) uint8.
+    boxes: (4, n) int64: top, left, height, width.
+
+    Takes a weighted sum along rows, rounds half up, and does the same along columns.
+    Weights are integers, so all sums are integers too, exact in float32 while 255 times
+    the total weight stays below 2^24. The result is exact. PIL rounds weights to 22 bits,
+    which may round a tie the other way.
     """
     top, left, height, width = boxes
     n, H, W, channels = images.shape
     x = images.permute(0, 1, 3, 2).reshape(n, H * channels, W).float()
-    weights = _weights(left, width, W, size)
+    weights = _weights(left, width, W, size)  # (n, W, size)
     x = _rounded(x @ weights, weights.sum(1, keepdim=True)).view(n, H, channels * size)
-    weights = _weights(top, height, H, size)
+    weights = _weights(top, height, H, size)  # (n, H, size)
     x = _rounded(weights.mT @ x, weights.sum(1).unsqueeze(2))
     return x.view(n, size, channels, size).permute(0, 1, 3, 2).byte()
 
 
 def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
-    """(n, full, size) float32 integers: a triangle about the centre of every pixel, as wide as a pixel of the larger
-    side, in units of 1 / (2 max(length, size))."""
+    """Returns (n, full, size) float32 integers: the weights of pixels in a crop's resized
+    pixels.
+
+    start, length: (n,) int64, the crop along one side of the image.
+    full, size: pixels of this side of the image and of the resized crop.
+
+    The weights of a resized pixel are a triangle about the centre of the pixel. The
+    triangle is as wide as a pixel of the larger side. The unit is 1 / (2 max(length, size)).
+    """
     at = torch.arange(full, device=start.device) - start.unsqueeze(1)
     place = (2 * torch.arange(size, device=start.device) + 1) * length.unsqueeze(1)
     reach = 2 * length.clamp(min=size)
-    weights = (
-        reach.view(-1, 1, 1) - ((2 * at + 1) * size).unsqueeze(2).sub(place.unsqueeze(1)).abs_()
-    )
+    distance = ((2 * at + 1) * size).unsqueeze(2).sub(place.unsqueeze(1)).abs_()
+    weights = reach.view(-1, 1, 1) - distance
     outside = (at < 0) | (at >= length.unsqueeze(1))
     return weights.clamp_(min=0).masked_fill_(outside.unsqueeze(2), 0).float()
 
 
 def _rounded(sums: Tensor, total: Tensor) -> Tensor:
+    """Returns sums / total, rounded half up. Changes `sums`."""
     return sums.mul_(2).add_(total).div_(2 * total).floor_()
 
 
 def parameter_table(views: Views, augment: AugmentConfig) -> Tensor:
-    """(n, 20) float32: the parameters that `mocofast_kernels.augment.augment` documents."""
+    """Returns (n, 20) float32: the parameters as `mocofast_kernels.augment.augment`
+    documents them.
+    """
     radii = np.array([box_radius(sigma) for sigma in views.sigma.tolist()])
     reach = np.ceil(radii)
     inner = 1 / (2 * radii + 1)
-    radians = views.angle.astype(np.float32) * np.float32(math.pi / 180)
     outer = (1 - (2 * reach - 1) * inner) / 2
+    radians = views.angle.astype(np.float32) * np.float32(math.pi / 180)
+    gray = views.gray * (1 if augment.gray_first else 2)
+    crop = (views.top, views.left, views.height, views.width)
+    factors = (views.brightness, views.contrast, views.saturation, views.hue)
+    blur = (reach, inner, outer)
     columns = (
-        views.top, views.left, views.height, views.width, np.cos(radians), np.sin(radians),
-        views.gray * (1 if augment.gray_first else 2), *views.order.T, views.brightness, views.contrast,
-        views.saturation, views.hue, reach, inner, outer, views.solarize, views.flip,
-    )  # fmt: skip
+        *crop,
+        np.cos(radians),
+        np.sin(radians),
+        gray,
+        *views.order.T,
+        *factors,
+        *blur,
+        views.solarize,
+        views.flip,
+    )
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))

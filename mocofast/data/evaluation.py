@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mocofast.data.decoding import decode, describe
+from mocofast.data.decoding import decode
 from mocofast.data.interface import Source
 from mocofast.data.threads import Threads
+from mocofast.errors import describe_error
 
 AHEAD = 2  # batches in the making beside the one that is taken
 
@@ -62,7 +63,7 @@ class EvalBatches:
         try:
             return np.asarray(center_view(decode(item), self._size))
         except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
-            return describe(error)
+            return describe_error(error)
 
     def _batch(
         self, results: dict[int, np.ndarray | str]

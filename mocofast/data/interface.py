@@ -1,140 +1,209 @@
-"""What every loader promises, and the one place where randomness enters the data.
+"""The interface of sources and loaders, and the only place where randomness enters the data.
 
-A batch is a pure function of (seed, epoch, step, rank, world size, batch size): the order comes from
-`epoch_order`, every random parameter of a view from `sample_view`. Loaders (device, DALI, torchvision) only execute
-those parameters, so all give the same views up to their operators' arithmetic, any step can be resumed
-without saving a stream's state, and a bad file cannot shift what other samples look like.
+A batch is a pure function of (seed, epoch, step, rank, world size, batch size).
+`source_order` gives the order of the samples, `sample_view` gives every random parameter
+of a view. The loaders (device, DALI, torchvision) execute the parameters and take no
+random values of their own. Therefore
 
-A sample that cannot be decoded is replaced by the next good one (index + 1, ..., modulo the number of
-samples). The substitute's views are drawn with the index of the slot it fills and with its own size.
+- all loaders give the same views up to the arithmetic of their operators,
+- a run can resume at any step without the saved state of a stream,
+- a bad file does not change the views of good files.
+
+A sample that cannot be decoded is bad. The next good sample (`first_good`) fills the slot
+of a bad sample. The views of the substitute are sampled with the index of the slot and the
+size of the substitute.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
 
-CROP_ATTEMPTS = 10  # to find a random crop that fits into the image
-CROP_RATIO = (3 / 4, 4 / 3)  # least and largest width / height of a crop
+CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
+CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop
 
 
 class Batch(NamedTuple):
-    """One step's images on one rank. S is the side of a view.
+    """The images of one step on one rank. B: images. S: side of a view, in pixels.
 
-    Views lie on the loader's device (copied without blocking the host); index and labels stay on the CPU.
+    The views lie on the loader's device. Copies to a GPU do not block the host.
+    The index and the labels stay on the CPU.
     """
 
-    views: tuple[Tensor, ...]  # each (B, 3, S, S) uint8, RGB, channels-last memory, not normalised
-    index: Tensor  # type: ignore[assignment]  # (B,) int64: the samples shown, after substitution of bad ones
-    labels: Tensor | None  # (B,) int64 of the samples shown, or None for an unlabelled source
+    views: tuple[Tensor, ...]  # (B, 3, S, S) uint8 per view, RGB, channels-last, not normalised
+    # (B,) int64: the samples shown, after the substitution of bad samples
+    index: Tensor  # type: ignore[assignment]
+    labels: Tensor | None  # (B,) int64: labels of the samples shown. None for an unlabelled source
 
 
 class Source(Protocol):
-    """A set of images. Files are decoded by the loader; arrays are (H, W, 3) uint8 already.
+    """A set of N images. Image files are decoded by the loader.
 
-    All of a source's samples are of one kind. `load` raises only where going on would be wrong (a shard that cannot
-    be reached): what a bad path or bad bytes do is the loader's to find.
+    All samples of a source are of one kind: paths, contents of files, or pixels. `load`
+    may raise only where training must stop, for example if a shard cannot be fetched. A
+    loader finds bad files.
     """
 
-    labels: np.ndarray | None  # (N,) int64
-    classes: tuple[str, ...]
+    labels: np.ndarray | None  # (N,) int64, or None for an unlabelled source
+    classes: tuple[str, ...]  # names of the labels
 
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...  # what a log line calls the sample
-    def load(
-        self, index: int
-    ) -> str | bytes | np.ndarray: ...  # a path, a file's content, or the pixels
-    def fingerprint(
-        self,
-    ) -> str: ...  # hash of names (or pixels) and labels: a resumed run needs the same set
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Returns the name of a sample for log lines."""
+        ...
+
+    def load(self, index: int) -> str | bytes | np.ndarray:
+        """Returns the path of a file, the content of a file, or pixels (H, W, 3) uint8."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns a hash of names (or pixels) and labels. A resumed run needs an equal
+        fingerprint.
+        """
+        ...
 
 
 @runtime_checkable
 class Ordered(Protocol):
-    """A source with an order of its own."""
+    """A source that chooses the order of its samples."""
 
-    def order(self, seed: int, epoch: int) -> np.ndarray: ...
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Returns a permutation of the samples, (N,) int64."""
+        ...
 
 
 class Loader(Protocol):
-    """An endless, seekable stream of batches."""
+    """An endless stream of batches that can start at any step."""
 
     name: str  # "device", "dali" or "torchvision"
-    reason: str  # why this loader was chosen, for the log; set by `build_loader`
+    reason: str  # why this loader was chosen, for the log. Set by `build_loader`
     steps_per_epoch: int
-    skipped: dict[int, str]  # bad samples met so far: index -> why
+    skipped: dict[int, str]  # bad samples found until now: {index: reason}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Steps start .. steps_per_epoch - 1. A loader is one stream: a new epoch ends the one before."""
+        """Yields the batches of steps start .. steps_per_epoch - 1.
+
+        A loader is a single stream: a call ends the iterator of the call before.
+        """
         ...
 
-    def close(self) -> None: ...  # ends workers
+    def close(self) -> None:
+        """Ends the workers."""
+        ...
 
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """This rank's part of every batch: ranks take consecutive slices, so that W ranks of B equal one of W*B."""
+    """The slice of every batch that a rank loads.
+
+    Ranks take consecutive slices, so W ranks with B images per rank see the batches of one
+    process with W * B images.
+    """
 
     batch_size: int  # images per step over all ranks
     rank: int = 0
     world_size: int = 1
-    drop_last: bool = True
+    drop_last: bool = True  # leave out the last batch of an epoch where it is smaller
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
             raise ConfigError(
-                f"data.batch_size must be a multiple of the number of ranks: got {self.batch_size} on "
-                f"{self.world_size} ranks"
+                "data.batch_size must be a multiple of the number of ranks: "
+                f"got {self.batch_size} on {self.world_size} ranks"
             )
 
+    @property
+    def per_rank(self) -> int:
+        """Images per step on one rank."""
+        return self.batch_size // self.world_size
+
     def steps(self, count: int) -> int:
-        """Steps in an epoch of `count` samples."""
+        """Returns the number of steps in an epoch of `count` samples. Raises ConfigError
+        for none.
+        """
         steps = count // self.batch_size
         if not self.drop_last and count % self.batch_size >= self.world_size:
             steps += 1
         if steps == 0:
             raise ConfigError(
-                f"data.batch_size must be at most the number of images: got {self.batch_size}, and {count} images"
+                "data.batch_size must be at most the number of images: "
+                f"got {self.batch_size}, and {count} images"
             )
         return steps
 
     def indices(self, order: np.ndarray, step: int) -> np.ndarray:
-        """The slice of `order` that this rank sees at `step`; all ranks get equally many."""
+        """Returns the slice of `order` for this rank at `step`. All ranks get equally many
+        samples.
+        """
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         per_rank = len(whole) // self.world_size
         return whole[self.rank * per_rank : (self.rank + 1) * per_rank]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` samples in an epoch, (count,) int64; a new permutation each epoch, the first included."""
+    """Returns a permutation of `count` samples, (count,) int64. Epochs differ, the first
+    is shuffled too.
+    """
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch shows a source's samples, (N,) int64: its own where it has one."""
-    return (
-        source.order(seed, epoch)
-        if isinstance(source, Ordered)
-        else epoch_order(len(source), seed, epoch)
-    )
+    """Returns the order of a source's samples in an epoch, (N,) int64. Asks the source if
+    it is Ordered.
+    """
+    if isinstance(source, Ordered):
+        return source.order(seed, epoch)
+    return epoch_order(len(source), seed, epoch)
+
+
+def first_good(slot: int, count: int, is_good: Callable[[int], bool]) -> int | None:
+    """Returns the sample that fills a slot of a batch: the first good sample from `slot` on.
+
+    Asks is_good(slot), is_good(slot + 1), ..., modulo `count`, until a sample is good.
+    Returns None if all `count` samples are bad.
+    """
+    tried = ((slot + offset) % count for offset in range(count))
+    return next(filter(is_good, tried), None)
 
 
 def no_image_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
-    """What a loader raises where no sample can be decoded; skipped: why, of each."""
+    """Returns the error for a source without a good sample. skipped: {index: reason},
+    every sample.
+    """
     return ValueError(
-        f"data: none of the {len(source)} images can be decoded; the first: {source.name(0)}: {skipped[0]}"
+        f"data: none of the {len(source)} images can be decoded; "
+        f"the first: {source.name(0)}: {skipped[0]}"
     )
 
 
+def labels_of(source: Source, index: Tensor) -> Tensor | None:
+    """Returns the labels of some samples, (B,) int64, or None for an unlabelled source.
+
+    index: (B,) int64 on the CPU.
+    """
+    return None if source.labels is None else torch.from_numpy(source.labels[index.numpy()])
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to `device`. A copy to a GPU does not block the host."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig, ...]:
-    """The augmentation of each view: the second one's own probabilities in the places of `blur` and `solarize`."""
+    """Returns the augmentation of every view. `blur_2` and `solarize_2` apply to the
+    second view.
+    """
     second = replace(
         augment,
         blur=augment.blur_2 if augment.blur_2 >= 0 else augment.blur,
@@ -144,23 +213,26 @@ def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig
 
 
 class ViewParams(NamedTuple):
-    """Everything random about one view of one image. Operators apply in the order of the fields,
-    except that grayscale comes before the jitter where `AugmentConfig.gray_first` says so."""
+    """The random parameters of one view of one image.
 
-    top: int  # crop, in pixels of the decoded image (EXIF orientation not applied)
+    Operators apply in the order of the fields. Exception: with `AugmentConfig.gray_first`
+    the grayscale comes before the jitter.
+    """
+
+    top: int  # the crop, in pixels of the decoded image (EXIF orientation not applied)
     left: int
     height: int
     width: int
-    angle: float  # counter-clockwise rotation of the resized crop about its centre, in degrees; 0 for none
-    order: tuple[
-        int, ...
-    ]  # jitter: permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue); () for none
-    brightness: float  # factors; 1 keeps
+    angle: float  # counter-clockwise rotation of the resized crop about its centre, in degrees
+    # order of the jitter: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue,
+    # or () for none
+    order: tuple[int, ...]
+    brightness: float  # a factor, as contrast and saturation. 1 keeps the image
     contrast: float
     saturation: float
-    hue: float  # shift, as a share of the colour circle; 0 keeps
+    hue: float  # shift, as a fraction of the colour circle. 0 keeps the image
     gray: bool
-    sigma: float  # of the Gaussian blur, in pixels; 0 for none
+    sigma: float  # standard deviation of the Gaussian blur, in pixels. 0 for no blur
     solarize: bool
     flip: bool
 
@@ -168,10 +240,13 @@ class ViewParams(NamedTuple):
 def sample_view(
     augment: AugmentConfig, size: tuple[int, int], seed: int, epoch: int, index: int, view: int
 ) -> ViewParams:
-    """Random parameters of one view, with the distributions of torchvision's transforms.
+    """Samples the parameters of one view, with the distributions of torchvision's transforms.
 
-    size: (height, width) of the decoded image. The generator is keyed by (seed, epoch) and counts from
-    (index, view), so a sample's views depend on nothing else, whoever computes them and in whatever order.
+    size: (height, width) of the decoded image.
+    index: the slot, equal to the index of the sample unless the sample is a substitute.
+
+    The key of the generator is (seed, epoch). The counter starts at (index, view). The
+    parameters depend on nothing else, so any process can compute any view in any order.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 1, index, view]))
     top, left, height, width = _random_resized_crop(rng, size, augment.crop_scale)
@@ -189,28 +264,14 @@ def sample_view(
     sigma = rng.uniform(*augment.blur_sigma) if rng.random() < augment.blur else 0.0
     solarize = augment.solarize > 0 and rng.random() < augment.solarize
     flip = rng.random() < augment.flip
-    return ViewParams(
-        top,
-        left,
-        height,
-        width,
-        angle,
-        order,
-        brightness,
-        contrast,
-        saturation,
-        hue,
-        gray,
-        sigma,
-        solarize,
-        flip,
-    )
+    factors = (brightness, contrast, saturation, hue)
+    return ViewParams(top, left, height, width, angle, order, *factors, gray, sigma, solarize, flip)
 
 
 def _random_resized_crop(
     rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params with its default aspect ratios."""
+    """torchvision's RandomResizedCrop.get_params with the default aspect ratios."""
     full_height, full_width = size
     for _ in range(CROP_ATTEMPTS):
         area = full_height * full_width * rng.uniform(*scale)
@@ -220,7 +281,7 @@ def _random_resized_crop(
             top = int(rng.integers(0, full_height - height + 1))
             left = int(rng.integers(0, full_width - width + 1))
             return top, left, height, width
-    # No crop fitted: the largest central one of an allowed aspect.
+    # No crop fitted. Take the largest central crop of an allowed aspect ratio.
     if full_width < CROP_RATIO[0] * full_height:
         width, height = full_width, round(full_width / CROP_RATIO[0])
     elif full_width > CROP_RATIO[1] * full_height:

@@ -22,12 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig, option
-from mocofast.data.decoding import decode, describe
+from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
 from mocofast.data.shards import META, local_index
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
+from mocofast.errors import describe_error
 
 AHEAD = 4  # images per thread in the making beside the one that is stored
 
@@ -123,7 +124,7 @@ def _write(
         try:
             return compact(str(source.load(index)), options.size, options.quality)
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
-            return describe(error)
+            return describe_error(error)
 
     folder.mkdir(exist_ok=True)
     skipped: dict[str, str] = {}

@@ -1,10 +1,16 @@
-"""The torchvision loader: PIL decodes, `torchvision.transforms.v2.functional` augments, worker processes feed.
+"""The torchvision loader: PIL decodes, `torchvision.transforms.v2.functional` augments in
+worker processes.
 
-It is the reference for what the augmentations mean. Images stay PIL images until they are a view, which
-reproduces the MoCo reference's own transforms bit for bit, given the same parameters; that includes its
-blur, PIL's GaussianBlur (three box filters), from which a true Gaussian of the same sigma differs by up to 47
-of 255 at edges, .3 to .5 on average. Tensors were as fast (decode 1.1 ms against PIL's 1.4, crop .15 against
-.35, hue 2.0 against 1.3, blur .9 against 1.3, per 224-pixel view on one core) but differ by up to 11 in hue.
+This loader defines what the augmentations mean. Images stay PIL images until they are
+views. Given the same parameters, the views equal the views of facebookresearch/moco's own
+transforms bit for bit.
+
+The blur is PIL's GaussianBlur: three box filters. A true Gaussian of the same sigma
+differs by up to 47 of 255 at edges, by .3 to .5 on average.
+
+Tensor operators were as fast (per 224-pixel view on one core: decode 1.1 ms against PIL's
+1.4, crop .15 against .35, hue 2.0 against 1.3, blur .9 against 1.3), but differ from PIL
+by up to 11 in hue.
 """
 
 from __future__ import annotations
@@ -12,7 +18,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -25,23 +30,26 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.decoding import decode, describe
+from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
     BatchSlice,
     Source,
     ViewParams,
+    first_good,
+    labels_of,
     no_image_decodes,
     sample_view,
     source_order,
+    to_device,
 )
-
-# Odd EXIF data, many pixels, palettes: each is fine here. For good, since `catch_warnings` is not for threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+from mocofast.errors import describe_error
 
 
 def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -> Image.Image:
-    """One view, (augment.size, augment.size): executes `params` in the order that `ViewParams` documents."""
+    """Returns one view, (S, S), S = augment.size. Executes `params` in the order of
+    `ViewParams`.
+    """
     side = [augment.size, augment.size]
     crop = (params.top, params.left, params.height, params.width)
     image = F.resized_crop(image, *crop, side, InterpolationMode.BILINEAR, antialias=True)
@@ -61,7 +69,8 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
 
 def _jitter(image: Image.Image, params: ViewParams) -> Image.Image:
     for operator in params.order:
-        # A neutral value is left out as torchvision does: through HSV and back even no shift changes pixels.
+        # Neutral values are left out, as in torchvision. A conversion to HSV and back
+        # changes pixels even without a shift of the hue.
         if operator == 0 and params.brightness != 1:
             image = F.adjust_brightness(image, params.brightness)
         elif operator == 1 and params.contrast != 1:
@@ -74,38 +83,44 @@ def _jitter(image: Image.Image, params: ViewParams) -> Image.Image:
 
 
 class Sample(NamedTuple):
-    """What a worker makes of one slot of a batch."""
+    """What a worker returns for one slot of a batch."""
 
-    views: list[np.ndarray]  # (S, S, 3) uint8 each; empty if no sample at all is good
-    shown: int  # index of the sample
-    skipped: dict[int, str]  # bad samples met on the way to it: why
+    views: list[np.ndarray]  # (S, S, 3) uint8 per view. Empty if all samples of the source are bad
+    shown: int  # index of the sample in the slot
+    skipped: dict[int, str]  # bad samples met on the way: {index: reason}
 
 
 class _Samples(Dataset[Sample]):
-    """What a worker holds: (epoch, slot's index) -> the views of that sample, or of its substitute."""
+    """Makes the views of one slot. Keys are (epoch, slot)."""
 
     def __init__(self, source: Source, augments: tuple[AugmentConfig, ...], seed: int) -> None:
         self.source = source
         self.augments = augments
         self.seed = seed
-        self.bad: dict[int, str] = {}  # spares decoding a bad sample again
+        self.bad: dict[int, str] = {}  # bad samples that need not be decoded again: {index: reason}
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, slot = key
         skipped: dict[int, str] = {}
-        for offset in range(len(self.source)):
-            index = (slot + offset) % len(self.source)
+        images: dict[int, Image.Image] = {}
+
+        def is_good(index: int) -> bool:
             if index not in self.bad:
                 item = self.source.load(index)
                 try:
-                    image = decode(item)
-                # PIL's decoders raise nearly any exception on corrupt files (SyntaxError, struct.error, ...).
+                    images[index] = decode(item)
+                    return True
+                # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
+                # struct.error, ...).
                 except Exception as error:
-                    self.bad[index] = describe(error)
-                else:
-                    return Sample(self._views(image, epoch, slot), index, skipped)
+                    self.bad[index] = describe_error(error)
             skipped[index] = self.bad[index]
-        return Sample([], slot, skipped)
+            return False
+
+        shown = first_good(slot, len(self.source), is_good)
+        if shown is None:
+            return Sample([], slot, skipped)
+        return Sample(self._views(images[shown], epoch, slot), shown, skipped)
 
     def _views(self, image: Image.Image, epoch: int, slot: int) -> list[np.ndarray]:
         size = (image.height, image.width)
@@ -118,10 +133,12 @@ class _Samples(Dataset[Sample]):
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
-    """Stateless: the (epoch, index) pairs of this rank's batches, from a step that is set before each pass."""
+    """Yields the (epoch, slot) pairs of this rank's batches. `epoch` and `start` are set
+    before a pass.
+    """
 
-    def __init__(self, source: Source, shard: BatchSlice, seed: int) -> None:
-        self.source, self.slice, self.seed = source, shard, seed
+    def __init__(self, source: Source, batch_slice: BatchSlice, seed: int) -> None:
+        self.source, self.slice, self.seed = source, batch_slice, seed
         self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -132,21 +149,20 @@ class _Steps(Sampler[list[tuple[int, int]]]):
 
 
 def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]]:
-    views = zip(*(sample.views for sample in samples))
+    """Returns views (B, S, S, 3), the samples shown (B,), and the bad samples {index: reason}."""
+    views = tuple(
+        torch.from_numpy(np.stack(view)) for view in zip(*(sample.views for sample in samples))
+    )
     skipped = {index: reason for sample in samples for index, reason in sample.skipped.items()}
-    index = torch.tensor([sample.shown for sample in samples])
-    return (
-        tuple(torch.from_numpy(np.stack(view)) for view in views),
-        index,
-        skipped,
-    )  # views: (B, S, S, 3)
+    return views, torch.tensor([sample.shown for sample in samples]), skipped
 
 
 def leave_signals_to_main(worker: int) -> None:
-    """Worker start-up: let the main process alone answer Ctrl-C, and a SIGTERM that reaches the whole process group.
+    """Start-up of a worker: lets only the main process answer Ctrl-C and a scheduler's SIGTERM.
 
-    It then still gets its batches, finishes the step and writes a checkpoint. A SIGTERM from the main process
-    itself, which ends its workers so at exit, is obeyed.
+    Both signals reach the whole process group. The main process still gets batches from
+    the workers, finishes the step and writes a checkpoint. A worker obeys a SIGTERM from
+    the main process, because the main process ends workers with SIGTERM when it exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # absent on macOS
@@ -161,7 +177,9 @@ def _obey_parent(parent: int) -> None:
 
 
 class TorchvisionLoader:
-    """See `mocofast.data.interface.Loader`. Workers start with the first epoch and stay until `close`."""
+    """A `mocofast.data.interface.Loader`. Workers start with the first epoch and stay
+    until `close`.
+    """
 
     name = "torchvision"
 
@@ -169,27 +187,32 @@ class TorchvisionLoader:
         self,
         source: Source,
         augments: tuple[AugmentConfig, ...],
-        shard: BatchSlice,
+        batch_slice: BatchSlice,
         seed: int,
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
     ) -> None:
-        """augments: one per view. workers: processes; 0 loads in this one. data: for `prefetch`."""
+        """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
+
+        workers: number of processes. 0 loads in the calling process.
+        data: of these options only `prefetch` is used.
+        """
         self.reason = ""
-        self.steps_per_epoch = shard.steps(len(source))
+        self.steps_per_epoch = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
-        self._device = device
+        self._source, self._device = source, device
         self._workers = workers
         self._prefetch = (data or DataConfig()).prefetch if workers else None
         self._samples = _Samples(source, augments, seed)
-        self._steps = _Steps(source, shard, seed)
+        self._steps = _Steps(source, batch_slice, seed)
         self._batches: DataLoader[Any] | None = None
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Steps start .. steps_per_epoch - 1 of an epoch. Ends the iteration before, if one is under way."""
+        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator of
+        the call before.
+        """
         if self._running is not None:
             self._running.close()
         self._running = self._iterate(epoch, start)
@@ -205,7 +228,8 @@ class TorchvisionLoader:
                 prefetch_factor=self._prefetch,
                 persistent_workers=self._workers > 0,
                 pin_memory=self._device.type == "cuda",
-                # A generator of its own: else each pass would draw from the global one, and so change a run.
+                # Without this generator, a pass takes a seed from PyTorch's global
+                # generator, which changes the random values of the training.
                 generator=torch.Generator(),
                 worker_init_fn=leave_signals_to_main,
             )
@@ -213,16 +237,13 @@ class TorchvisionLoader:
         for views, index, skipped in self._batches:
             self.skipped.update(skipped)
             if not views:
-                raise no_image_decodes(self._samples.source, self.skipped)
-            on_device = (
-                view.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for view in views
-            )
-            yield Batch(
-                tuple(on_device), index, None if self._labels is None else self._labels[index]
-            )
+                raise no_image_decodes(self._source, self.skipped)
+            # (B, S, S, 3) -> (B, 3, S, S), channels-last
+            moved = tuple(to_device(view, self._device).permute(0, 3, 1, 2) for view in views)
+            yield Batch(moved, index, labels_of(self._source, index))
 
     def close(self) -> None:
-        """End the workers. A later epoch would start new ones."""
+        """Ends the workers. A later epoch starts new workers."""
         if self._running is not None:
             self._running.close()
         self._running = self._batches = None
