@@ -1,7 +1,10 @@
-"""The EMA of a ResNet-50 with MoCo v2's head (28 M weights) beside the reference's loop, torch._foreach_lerp_,
+"""Times the EMA of a ResNet-50 with MoCo v2's head (28 M weights).
+
+Other implementations: a loop over tensors as in facebookresearch/moco, torch._foreach_lerp_,
 torch.optim.swa_utils.AveragedModel and timm's ModelEmaV3.
 
-The floor is the traffic that any of them needs (read both, write one) at the copy bandwidth measured in the same run.
+The floor is the memory traffic of an EMA (read targets and sources, write targets) at the
+copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,24 +26,25 @@ MOMENTUM = 0.999
 
 
 class Averager(NamedTuple):
-    """One way to average."""
+    """One implementation of the EMA."""
 
     averages: list[Tensor]
-    update: Callable[[], Any]
+    update: Callable[[], Any]  # updates `averages` once
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Type of the averaged weights."""
+    """Adds the dtype of the averaged weights."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of all weights (default: %(default)s)",
+        help="dtype of all weights (default: %(default)s)",
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, return the row."""
+    """Measures, prints the table and returns the row."""
+    # Measure all implementations and the copy in turns.
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
     sources, candidates, skipped = build_averagers(weight_shapes(), dtype, device)
     count, size, tensors = sum(s.numel() for s in sources), dtype.itemsize, len(sources)
@@ -49,8 +53,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     traffic = 3 * count * size
     floor = traffic / bandwidth
     loop = times["loop"].median
+    # Print the table.
     print(
-        f"EMA of {tensors} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, {traffic / 1e6:.0f} MB"
+        f"EMA of {tensors} tensors, {count / 1e6:.1f} M {arguments.dtype} weights, "
+        f"{traffic / 1e6:.0f} MB"
     )
     print(
         f"{timing.device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
@@ -58,9 +64,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x loop':>9}{'of floor':>10}")
     for name, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
-        print(
-            f"{name:28}{1e3 * time.median:10.3f}{quartiles:>20}{loop / time.median:9.2f}{floor / time.median:10.0%}"
-        )
+        speed, share = loop / time.median, floor / time.median
+        print(f"{name:28}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{share:10.0%}")
     for name, reason in skipped.items():
         print(f"{name} is left out: {reason}")
     return {
@@ -87,7 +92,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def build_averagers(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], dict[str, Averager], dict[str, str]]:
-    """Sources, every side with averages of its own, and why others cannot run."""
+    """Builds every implementation of the EMA.
+
+    shapes: shapes of the weights.
+
+    Returns:
+        sources: weights to be averaged.
+        averagers: {name: implementation}, all with averages of their own.
+        skipped: {name: why the implementation cannot run here}.
+    """
     model = nn.ParameterList(torch.randn(shape, device=device).to(dtype) for shape in shapes)
     sources: list[Tensor] = list(model.parameters())
     ours, looped, lerped = ([torch.randn_like(source) for source in sources] for _ in range(3))
@@ -97,7 +110,7 @@ def build_averagers(
         torch._foreach_lerp_(lerped, sources, 1 - MOMENTUM)
 
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
-    averaged.update_parameters(model)  # the first one copies
+    averaged.update_parameters(model)  # the first update only copies
     result = {
         "mocofast": Averager(ours, lambda: ops.ema_update_(ours, sources, MOMENTUM)),
         "loop": Averager(looped, lambda: eager_formulas.ema_update_(looped, sources, MOMENTUM)),
@@ -110,8 +123,7 @@ def build_averagers(
         from timm.utils import ModelEmaV3
     except ImportError as error:
         return sources, result, {"timm.ModelEmaV3": str(error)}
-    timms = ModelEmaV3(model, decay=MOMENTUM)
-    result["timm.ModelEmaV3"] = Averager(
-        list(timms.module.parameters()), lambda: timms.update(model)
-    )
+    timm_ema = ModelEmaV3(model, decay=MOMENTUM)
+    averages: list[Tensor] = list(timm_ema.module.parameters())
+    result["timm.ModelEmaV3"] = Averager(averages, lambda: timm_ema.update(model))
     return sources, result, {}

@@ -1,9 +1,12 @@
-"""InfoNCE, forward and backward (gradient to the query, negatives normalised already), beside the reference's formula
-in eager PyTorch and under torch.compile, cut-cross-entropy, Liger-Kernel and lightly.
+"""Times InfoNCE, forward and backward, beside eager PyTorch, torch.compile and other packages.
 
-The reference's formula writes the N x (1 + K) logits, as MoCo's paper does; ours streams the negatives once. The
-floor is 4 N K C operations at the matrix rate measured in the same run. Inputs rotate past the last-level cache. On a
-GPU those that never wait for the device are also timed as CUDA graphs, which leaves out the launches.
+The gradient goes to the query alone. The negatives are normalised already. The eager formula
+of MoCo's paper writes the N x (1 + K) logits to memory. Our kernel streams the negatives once.
+The other packages are cut-cross-entropy, Liger-Kernel and lightly.
+
+The floor is 4 N K C operations at the matrix rate measured in the same run. Every call takes
+the next set of inputs, and all sets together exceed the last-level cache. On a GPU, sides
+that never wait for the device are also timed as CUDA graphs, without the cost of launches.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ GRAPH = ", graph"
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Sizes and type of the problem."""
+    """Adds the sizes and the dtype of the problem."""
     parser.add_argument("--n", type=positive, default=256, help="queries (default: %(default)s)")
     parser.add_argument(
         "--k", type=positive, default=65536, help="negatives (default: %(default)s)"
@@ -46,15 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--c", type=positive, default=128, help="feature dimension (default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of all inputs (default: %(default)s)",
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out what torch.compile has to build"
+        "--no-compile", action="store_true", help="leave out sides that need torch.compile"
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, return the row."""
+    """Measures, prints the table and returns the row."""
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     sizes = (arguments.n, arguments.k, arguments.c)
     peers = all_peers(dtype, compiling=not arguments.no_compile)
@@ -69,7 +75,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_problem(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    """The row of one problem, but for the memory: every peer's times, and why some have none."""
+    """Times every peer on one problem.
+
+    peers: {name: peer}.
+    sizes: N, K, C.
+    repeats: timed rounds.
+
+    Returns the row with times, and reasons for peers left out. "extra_bytes" stays empty.
+    """
+    # Candidates: every peer, and its CUDA graph where a graph can hold the call.
     sets = sets_past_the_cache(sizes, dtype, device)
     steps, skipped = prepare_calls(peers, sizes, dtype, device, sets)
     candidates: dict[str, Callable[[], Any]] = dict(steps)
@@ -77,20 +91,21 @@ def measure_problem(
         for name in [name for name in steps if not peers[name].waits]:
             try:
                 candidates[name + GRAPH] = capture_graph(cycle(steps[name], sets))
-            except (
-                RuntimeError
-            ) as error:  # what a compiler makes of the formula may not be capturable
+            except RuntimeError as error:  # compiled code cannot always be captured
                 skipped[name + GRAPH] = str(error).splitlines()[0]
+    # Matrix products give the machine's rate, and with it the floor.
     side = 8192 if device.type == "cuda" else 2048
     products = {"matrix product": matrix_product(side, dtype, device)}
     if device.type == "cpu" and dtype == torch.float32:
         products["oneDNN's"] = onednn_product(side)
+    # Time all candidates in turns. A graph holds one call for every set of inputs.
     times = timing.interleaved({**candidates, **products}, repeats, device)
     rate = 2 * side**3 / min(times.pop(name).median for name in products)
     for name in times:
         if name.endswith(GRAPH):
             times[name] = timing.Timing(*(value / sets for value in times[name]))
 
+    # Compare with the floor, the eager formula and the best other peer.
     floor = 4 * sizes[0] * sizes[1] * sizes[2] / rate
     ours = min(times[name].median for name in times if name.removesuffix(GRAPH) == "mocofast")
     others = {
@@ -120,17 +135,19 @@ def measure_problem(
 
 
 def print_table(row: dict[str, Any]) -> None:
-    """For people."""
+    """Prints the row as a table."""
     memory, floor = row["extra_bytes"], row["floor_milliseconds"]
     eager = row["milliseconds"]["eager"]
     print(f"InfoNCE forward and backward, N {row['n']}, K {row['k']}, C {row['c']}, {row['dtype']}")
     print(f"{row['device']}; matrix rate {row['matrix_gflops']:.0f} GFLOP/s; floor {floor:.3f} ms")
     print(
-        f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}{'extra MB':>10}{'of eager':>10}"
+        f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}"
+        f"{'extra MB':>10}{'of eager':>10}"
     )
     for name, time in row["milliseconds"].items():
         low, high = row["quartiles"][name]
-        line = f"{name:28}{time:10.3f}{f'{low:.3f} - {high:.3f}':>20}{eager / time:9.2f}{floor / time:10.0%}"
+        quartiles = f"{low:.3f} - {high:.3f}"
+        line = f"{name:28}{time:10.3f}{quartiles:>20}{eager / time:9.2f}{floor / time:10.0%}"
         if (extra := memory.get(name)) is not None:
             line += f"{extra / 1e6:10.1f}{extra / (memory['eager'] or 1):10.1%}"
         print(line)
@@ -139,12 +156,12 @@ def print_table(row: dict[str, Any]) -> None:
 
 
 def steps(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
-    """One forward and backward of ours and of the eager formula, by name."""
+    """Returns {name: one forward and backward} of our two peers and the eager formula."""
     return prepare_calls({**OURS, **BASELINE}, sizes, dtype, device, 1)[0]
 
 
 def cycle(step: Call, sets: int) -> Call:
-    """Once for every set of inputs."""
+    """Returns a call that makes one step for every set of inputs."""
 
     def steps() -> None:
         for _ in range(sets):
@@ -154,14 +171,17 @@ def cycle(step: Call, sets: int) -> Call:
 
 
 def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """A square product, the machine's own matrix rate. Random data: zeros draw less power and run faster on GPUs."""
+    """Returns a product of two (side, side) matrices, to measure the machine's matrix rate.
+
+    Data is random: zeros use less power and run faster on GPUs.
+    """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
 
 def onednn_product(side: int) -> Callable[[], Tensor]:
-    """The same in float32 on a CPU by oneDNN, which is faster than `torch.mm` on some."""
+    """Returns the same product in float32 by oneDNN, which beats `torch.mm` on some CPUs."""
     a, b = (torch.randn(side, side) for _ in range(2))
     return lambda: cpu.product(a, b)
 
@@ -169,8 +189,11 @@ def onednn_product(side: int) -> Callable[[], Tensor]:
 def memory_of_all(
     name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: torch.device
 ) -> list[int | None]:
-    """Peak extra bytes of one peer in every problem, the small ones first. CUDA's allocator counts what it gives; on
-    a CPU it takes a process of its own, where nobody left memory behind."""
+    """Returns the peak extra bytes of one peer for every problem, small problems first.
+
+    On CUDA the allocator counts. On a CPU the peer runs in a process of its own, where earlier
+    calls have left no memory behind.
+    """
     if device.type == "cuda":
         return [memory_of(name, sizes, dtype, str(device)) for sizes in cases]
     result: list[int | None] = timing.in_fresh_process(
@@ -186,16 +209,16 @@ def _memory_of_each(
 
 
 def memory_of(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> int | None:
-    """Peak extra bytes of one forward and backward by the peer of that name."""
+    """Returns the peak extra bytes of one forward and backward by the peer `name`."""
     peer, where = all_peers(dtype)[name], torch.device(device)
 
     def step(sizes: Sizes) -> Call:
         own = peer.dtype or dtype
         return call_over(peer.build(sizes, own), input_sets(sizes, own, where, 1))
 
-    torch.compiler.reset()  # else earlier sizes count against its limit of recompilations
+    torch.compiler.reset()  # earlier sizes count against the limit of recompilations
     full = step(sizes)
-    # First a small problem, as loading code takes memory too; compiling does for every size.
+    # First a small problem: loading code takes memory too. torch.compile loads code for every size.
     first = full if peer.compiles else step((min(sizes[0], 64), min(sizes[1], 256), sizes[2]))
     first()
     return timing.peak_extra_memory(full, where)

@@ -1,11 +1,15 @@
-"""Ghost BatchNorm of a ResNet-50's activations, channels-last, beside PyTorch's BatchNorm over the whole batch, which
-is less work (cuDNN's on a GPU), and two ways to split with it: a loop over the parts, and folding the parts into
-channels.
+"""Times ghost BatchNorm on a ResNet-50's activations, channels-last.
 
-Timed are the forward pass alone (the key encoder), forward and backward (the query encoder), and a forward pass with
-a residual and ReLU. The floor is the traffic of sweeps that read and write everything once (statistics, then output;
-sums, then gradient) at the copy bandwidth measured in the same run. Inputs rotate through more memory than caches
-hold. On a GPU both main sides are also timed as CUDA graphs, which leaves out the launches.
+unsplit: PyTorch's BatchNorm over the whole batch, which is less work (cuDNN on a GPU).
+loop: PyTorch's BatchNorm, called once for every split.
+fold: PyTorch's BatchNorm, called once, with splits folded into channels.
+
+Modes are the forward pass (key encoder), forward and backward (query encoder), and a forward
+pass with residual and ReLU. The floor is the memory traffic at the copy bandwidth measured
+in the same run: the forward pass reads x for the statistics and again for the output, the
+backward pass reads x and the gradient for the sums and again for the gradient of x. Every
+call takes the next inputs, and all inputs together exceed the caches. On a GPU mocofast and
+unsplit are also timed as CUDA graphs, without the cost of launches.
 """
 
 from __future__ import annotations
@@ -24,28 +28,22 @@ from mocofast.ops import batch_norm
 from mocofast_bench import timing
 from mocofast_bench.optim import capture_graph
 
-LAYERS = (
-    (64, 112),
-    (64, 56),
-    (256, 56),
-    (512, 28),
-    (1024, 14),
-    (2048, 7),
-)  # channels, side in a ResNet-50
+# (channels, width = height) of activations in a ResNet-50.
+LAYERS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
 MOMENTUM, EPS = 0.1, 1e-5
-ROTATED = 256 * 2**20  # bytes of inputs, beyond what caches hold
+ROTATED = 256 * 2**20  # bytes of all inputs together, more than caches hold
 
 
 class NormInputs(NamedTuple):
     """Tensors of one call."""
 
-    x: Tensor  # (N, C, S, S) channels-last
-    residual: Tensor
-    grad: Tensor
-    weight: Tensor  # (C,) float32, as the others
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    x: Tensor  # (N, C, S, S), channels-last
+    residual: Tensor  # (N, C, S, S)
+    grad: Tensor  # (N, C, S, S)
+    weight: Tensor  # (C,), float32
+    bias: Tensor  # (C,), float32
+    running_mean: Tensor  # (C,), float32
+    running_var: Tensor  # (C,), float32
 
 
 class Mode(NamedTuple):
@@ -53,7 +51,7 @@ class Mode(NamedTuple):
 
     backward: bool
     fused: bool  # with residual and ReLU
-    sweeps: int  # arrays read and written: the traffic in sizes of x
+    sweeps: int  # arrays of the size of x that are read and written
 
 
 MODES = {
@@ -62,30 +60,36 @@ MODES = {
     "forward, residual, ReLU": Mode(backward=False, fused=True, sweeps=4),
 }
 
-Norm = Callable[[NormInputs, int, bool], Tensor]
+Norm = Callable[[NormInputs, int, bool], Tensor]  # (inputs, splits, fused) -> output
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Batch, parts and type."""
+    """Adds the batch, the number of splits, the dtype and the layer."""
     parser.add_argument("--n", type=positive, help="images (default: 256 on a GPU, 16 on a CPU)")
     parser.add_argument(
-        "--splits", type=positive, default=8, help="parts of the batch (default: %(default)s)"
+        "--splits",
+        type=positive,
+        default=8,
+        help="groups of samples that are normalised apart (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the activations (default: bfloat16 on a GPU, float32 on a CPU)",
+        help="dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     parser.add_argument(
         "--layer",
         type=int,
         choices=range(1, len(LAYERS) + 1),
-        help="one of ResNet-50's (default: all; on a CPU from 4 on)",
+        help="layer of the ResNet-50 (default: all, on a CPU 4 to 6)",
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the tables, return the row."""
+    """Measures, prints the tables and returns the row.
+
+    Raises SystemExit if --n is not a multiple of --splits.
+    """
     device = choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     n = arguments.n or (256 if on_gpu else 16)
@@ -95,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     layers: tuple[tuple[int, int], ...] = LAYERS if on_gpu else LAYERS[3:]
     if arguments.layer:
         layers = (LAYERS[arguments.layer - 1],)
-    print(f"{timing.device_name(device)}; {n} images, {arguments.splits} parts, {dtype}")
+    print(f"{timing.device_name(device)}; {n} images, {arguments.splits} splits, {dtype}")
     rows = []
     for channels, side in layers:
         inputs = activations(n, channels, side, dtype, device)
@@ -124,15 +128,14 @@ def _report(
     floor = traffic / bandwidth
     whole = times["unsplit"].median
     print(
-        f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+        f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; "
+        f"floor {1e3 * floor:.3f} ms"
     )
     print(f"{'':20}{'ms':>10}{'quartiles':>20}{'of unsplit':>12}{'of floor':>10}")
     for side, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
-        share = time.median / whole
-        print(
-            f"{side:20}{1e3 * time.median:10.3f}{quartiles:>20}{share:11.2f}x{floor / time.median:10.0%}"
-        )
+        ratio, share = time.median / whole, floor / time.median
+        print(f"{side:20}{1e3 * time.median:10.3f}{quartiles:>20}{ratio:11.2f}x{share:10.0%}")
     return {
         "shape": shape,
         "mode": mode,
@@ -149,7 +152,10 @@ def _report(
 def activations(
     n: int, channels: int, side: int, dtype: torch.dtype, device: torch.device
 ) -> list[NormInputs]:
-    """Enough random inputs, one set after the other, that no cache holds them."""
+    """Returns sets of random inputs, ROTATED bytes in all (32 sets at most).
+
+    n, channels, side: x is (n, channels, side, side).
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def random_images() -> Tensor:
@@ -167,7 +173,7 @@ def activations(
 def rotated_steps(
     inputs: list[NormInputs], splits: int, mode: Mode
 ) -> dict[str, Callable[[], Any]]:
-    """Every side's call, which takes the next inputs each time."""
+    """Returns {name: call} of every side. Every call takes the next inputs."""
     sides: dict[str, Norm] = {"mocofast": ghost, "unsplit": unsplit, "loop": loop, "fold": fold}
     steps = {
         name: _rotated([_step(norm, i, splits, mode) for i in inputs])
@@ -199,27 +205,27 @@ def _step(norm: Norm, inputs: NormInputs, splits: int, mode: Mode) -> Callable[[
 
 
 def ghost(i: NormInputs, splits: int, fused: bool) -> Tensor:
-    """Ours."""
+    """Our ghost BatchNorm."""
     residual = i.residual if fused else None
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
     return batch_norm.ghost_batch_norm(i.x, *rows, splits, MOMENTUM, EPS, fused, residual)
 
 
 def unsplit(i: NormInputs, splits: int, fused: bool) -> Tensor:
-    """PyTorch's over the whole batch."""
+    """PyTorch's BatchNorm over the whole batch."""
     return _finish(_native(i.x, i), i, fused)
 
 
 def loop(i: NormInputs, splits: int, fused: bool) -> Tensor:
-    """PyTorch's, called for each part."""
-    parts = [_native(i.x[part::splits], i) for part in range(splits)]
-    return _finish(torch.stack(parts, dim=1).flatten(0, 1), i, fused)
+    """PyTorch's BatchNorm, called for each split."""
+    outputs = [_native(i.x[split::splits], i) for split in range(splits)]
+    return _finish(torch.stack(outputs, dim=1).flatten(0, 1), i, fused)
 
 
 def fold(i: NormInputs, splits: int, fused: bool) -> Tensor:
-    """PyTorch's once, over re-ordered channels."""
+    """PyTorch's BatchNorm, called once over re-ordered channels."""
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
-    return _finish(batch_norm._folded(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
+    return _finish(batch_norm._splits_as_channels(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
 
 
 def _native(x: Tensor, i: NormInputs) -> Tensor:

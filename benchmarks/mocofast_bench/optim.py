@@ -1,10 +1,11 @@
-"""Optimiser steps with the momentum encoder's average, on a ResNet-50's weights: SGD and AdamW, with bfloat16 copies
-of both encoders, beside PyTorch's fused steps followed by torch._foreach_lerp_ and casts; LARS beside the loops over
-tensors that MoCo v3 takes for it and for the average.
+"""Times optimiser steps with the EMA of the momentum encoder, on a ResNet-50's weights.
 
-The floor is the traffic of a step that reads and writes everything once (LARS reads weights and gradients twice, for
-their norms) at the copy bandwidth measured in the same run. On a GPU both sides are also timed as CUDA graphs, which
-leaves out the launches.
+SGD and AdamW, with bfloat16 copies of both encoders, stand beside PyTorch's fused steps
+followed by torch._foreach_lerp_ and casts. LARS stands beside MoCo v3's loops over tensors.
+
+The floor is the memory traffic of a step at the copy bandwidth measured in the same run. A
+step reads and writes every tensor once. LARS reads weights and gradients twice, for the
+norms. On a GPU both sides are also timed as CUDA graphs, without the cost of launches.
 """
 
 from __future__ import annotations
@@ -22,44 +23,41 @@ from mocofast_bench import timing
 from mocofast_bench.sizes import weight_shapes
 from mocofast_bench.timing import Call
 
-MOMENTUM = 0.99  # of the average
-LR = 1e-6  # so that weights stay what they are through thousands of steps
-DECAY = 1e-4
+MOMENTUM = 0.99  # of the EMA
+LR = 1e-6  # small: weights hardly change over thousands of steps
+DECAY = 1e-4  # weight decay
 
-Pair = tuple[FusedOptimizer, dict[str, Call]]  # ours, and by name the step of the other side
+Pair = tuple[FusedOptimizer, dict[str, Call]]  # our optimiser, and {name: step} of the other side
 
 
 class Weights(NamedTuple):
-    """One side's tensors, ResNet-50's by shape, float32 but for the shadows."""
+    """Tensors of one side, with the shapes of a ResNet-50. float32, except the shadows."""
 
     params: list[torch.nn.Parameter]  # with gradients
-    targets: list[Tensor]
-    shadows: tuple[list[Tensor], list[Tensor]]  # bfloat16
+    targets: list[Tensor]  # averages of params
+    shadows: tuple[list[Tensor], list[Tensor]]  # bfloat16 copies of params and of targets
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Which steps."""
+    """Adds the choice of an optimiser."""
     parser.add_argument(
-        "--only",
-        choices=tuple(BENCHMARKS),
-        help="one of the optimisers (default: all, one after the other)",
+        "--only", choices=tuple(BENCHMARKS), help="time one optimiser (default: all)"
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the tables, return the row."""
+    """Measures, prints the tables and returns the row."""
     device = choose_device(arguments.device)
-    count = sum(torch.Size(shape).numel() for shape in weight_shapes())
+    tensors, count = len(weight_shapes()), sum(torch.Size(s).numel() for s in weight_shapes())
     row = {
         "benchmark": "optim",
         **timing.environment(device),
-        "tensors": len(weight_shapes()),
+        "tensors": tensors,
         "weights": count,
         "repeats": arguments.repeats,
     }
-    print(
-        f"{timing.device_name(device)}; {len(weight_shapes())} float32 tensors, {count / 1e6:.1f} M weights"
-    )
+    name = timing.device_name(device)
+    print(f"{name}; {tensors} float32 tensors, {count / 1e6:.1f} M weights")
     for name in [arguments.only] if arguments.only else BENCHMARKS:
         row[name] = _measure(name, device, arguments.repeats)
     return row
@@ -81,9 +79,8 @@ def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
     for side, time in times.items():
         quartiles = f"{1e3 * time.low:.3f} - {1e3 * time.high:.3f}"
         speed = times[theirs].median / time.median
-        print(
-            f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{floor / time.median:10.0%}"
-        )
+        share = floor / time.median
+        print(f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{share:10.0%}")
     return {
         "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
         "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
@@ -96,11 +93,11 @@ def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def capture_graph(step: Call) -> Call:
-    """Replays of a CUDA graph of it."""
+    """Captures a CUDA graph of the step and returns the graph's replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # makes state and tables, which a capture cannot
+        step()  # creates state and tables, which is impossible during a capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -109,7 +106,7 @@ def capture_graph(step: Call) -> Call:
 
 
 def weights(device: torch.device) -> Weights:
-    """Random weights, gradients and targets, for one side alone."""
+    """Returns random weights, gradients and targets for one side."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random_tensors(scale: float) -> list[Tensor]:
@@ -126,7 +123,11 @@ def weights(device: torch.device) -> Weights:
 
 
 def sgd(w: Weights, v: Weights) -> Pair:
-    """SGD with momentum and weight decay: ours of w, the other side's step of v."""
+    """Returns SGD with momentum and weight decay.
+
+    w: weights that our optimiser trains.
+    v: weights that the other side trains.
+    """
     ours = FusedSGD(
         w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
     )
@@ -135,7 +136,7 @@ def sgd(w: Weights, v: Weights) -> Pair:
 
 
 def adamw(w: Weights, v: Weights) -> Pair:
-    """AdamW."""
+    """Returns AdamW. w, v: as in `sgd`."""
     ours = FusedAdamW(
         w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
     )
@@ -145,7 +146,7 @@ def adamw(w: Weights, v: Weights) -> Pair:
 
 
 def lars(w: Weights, v: Weights) -> Pair:
-    """LARS and the average, without shadows, of which MoCo v3 has none."""
+    """Returns LARS without shadows: MoCo v3 has no shadows. w, v: as in `sgd`."""
     ours = FusedLARS(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM))
     buffers = [torch.zeros_like(p) for p in v.params]
     return ours, {"loops": lambda: lars_loops(v, buffers)}
@@ -165,7 +166,7 @@ def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Call:
 
 @torch.no_grad()
 def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
-    """A LARS step, then the average, tensor by tensor and operation by operation (arXiv:2104.02057)."""
+    """Makes a LARS step, then the EMA, one tensor after another (arXiv:2104.02057)."""
     for param, buffer in zip(w.params, buffers):
         update = param.grad
         assert update is not None
@@ -182,7 +183,10 @@ def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
 
 
 def norm_traffic(optimizer: FusedOptimizer) -> int:
-    """Bytes beyond `traffic`: LARS reads weights and gradients of two or more dimensions twice, for their norms."""
+    """Returns the bytes that norms read in addition to `optimizer.traffic()`.
+
+    LARS reads weights and gradients of two or more dimensions twice. Other optimisers: 0.
+    """
     if not isinstance(optimizer, FusedLARS):
         return 0
     return sum(

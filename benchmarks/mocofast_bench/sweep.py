@@ -1,7 +1,8 @@
-"""InfoNCE over the number of queries N, of negatives K and the dimension C, one at a time around a middle size: time,
-peak extra memory and fraction of the floor of ours and its peers, as rows and as plots in a folder.
+"""Times InfoNCE over many sizes: queries N, negatives K and dimension C.
 
-On a CPU the sizes are smaller. Every problem is measured as `mocofast bench kernels` does.
+Starts from a middle size and changes one of N, K and C at a time. Writes rows and plots of
+time, peak extra memory and fraction of the floor to a folder. Every problem is measured as in
+`mocofast bench kernels`. On a CPU the sizes are smaller.
 """
 
 from __future__ import annotations
@@ -33,28 +34,34 @@ TITLES = {"n": "queries N", "k": "negatives K", "c": "dimension C"}
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The sizes, and where results go."""
+    """Adds the sizes and the folder of results."""
     parser.add_argument(
-        "folder", type=Path, help="gets sweep.jsonl, time.png, memory.png and floor.png"
+        "folder", type=Path, help="folder for sweep.jsonl, time.png, memory.png and floor.png"
     )
     for axis in AXES:
-        parser.add_argument(
-            f"--{axis}", type=positive, nargs="+", help=f"{TITLES[axis]} to go through"
-        )
+        parser.add_argument(f"--{axis}", type=positive, nargs="+", help=f"values of {TITLES[axis]}")
     parser.add_argument(
-        "--middle", type=positive, nargs=3, metavar=("N", "K", "C"), help="what the others stay at"
+        "--middle",
+        type=positive,
+        nargs=3,
+        metavar=("N", "K", "C"),
+        help="middle size: two of N, K, C keep these values while the third changes",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of all inputs (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of all inputs (default: %(default)s)",
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out what torch.compile has to build"
+        "--no-compile", action="store_true", help="leave out sides that need torch.compile"
     )
     parser.set_defaults(repeats=7)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, write rows and plots, return a summary."""
+    """Measures, writes rows and plots, and returns a summary."""
+    # Problems, small ones first, and peers.
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     middle, axes = choose_problems(arguments, device)
     peers = {
@@ -75,16 +82,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{timing.device_name(device)}: {where}; {len(cases)} problems around N, K, C = {middle}",
         flush=True,
     )
+    # Times of every problem.
     rows = []
     for sizes in cases:
         row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
         rows.append(row)
         print(
-            f"N {sizes[0]:5} K {sizes[1]:8} C {sizes[2]:4}: {row['milliseconds']['mocofast']:9.3f} ms, "
-            f"{row['speedup']:5.2f} x eager, {row['speedup_over_best_peer']:5.2f} x {row['best_peer']}, "
+            f"N {sizes[0]:5} K {sizes[1]:8} C {sizes[2]:4}: "
+            f"{row['milliseconds']['mocofast']:9.3f} ms, {row['speedup']:5.2f} x eager, "
+            f"{row['speedup_over_best_peer']:5.2f} x {row['best_peer']}, "
             f"{row['fraction_of_floor']:.0%} of the floor",
             flush=True,
         )
+    # Memory of every peer, then the files.
     for name in peers:
         if any(name in row["milliseconds"] for row in rows):
             for row, extra in zip(rows, memory_of_all(name, cases, dtype, device)):
@@ -110,7 +120,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def choose_problems(
     arguments: argparse.Namespace, device: torch.device
 ) -> tuple[Sizes, dict[str, list[Sizes]]]:
-    """The middle, and by axis the problems along it: those asked for, or those for this kind of device."""
+    """Returns the middle size and {axis: problems along the axis}.
+
+    Takes the sizes of the command line, else the defaults for this kind of device.
+    """
     kind = "cuda" if device.type == "cuda" else "cpu"
     n, k, c = arguments.middle or MIDDLE[kind]
     axes = {}
@@ -124,8 +137,8 @@ def choose_problems(
 
 
 def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
-    """time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
-    # Here, so that the processes that measure memory start without matplotlib.
+    """Writes time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
+    # Imported here: processes that measure memory start without matplotlib.
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     from mocofast.plots import new_figure
@@ -138,6 +151,7 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
         ),
         "floor": ("fraction of the floor", fraction_of_floor),
     }
+    # One figure for every quantity.
     by_sizes = {(row["n"], row["k"], row["c"]): row for row in rows}
     names = [name for name in rows[0]["milliseconds"] if not name.endswith(GRAPH)]
     for file, (label, value) in quantities.items():
@@ -146,7 +160,7 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
             along = [by_sizes[sizes] for sizes in axes[axis]]
             for color, name in enumerate(names):
                 points = [(row[axis], y) for row in along if (y := value(row, name)) is not None]
-                if points:  # memory is not measured on every system
+                if points:  # memory cannot be measured on every system
                     width = 2.6 if name == "mocofast" else 1.3
                     panel.plot(
                         *zip(*points),
@@ -156,6 +170,7 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
                         color=f"C{color}",
                         label=name,
                     )
+            # The floor is a line of its own among the times.
             if file == "time":
                 floors = [row["floor_milliseconds"] for row in along]
                 panel.plot(
@@ -165,6 +180,7 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
                     linestyle="--",
                     label="floor",
                 )
+            # Titles and logarithmic axes of the panel.
             fixed = ", ".join(
                 f"{other.upper()} {along[0][other]}" for other in AXES if other != axis
             )
@@ -177,6 +193,7 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
             if panel.lines and file != "floor":
                 panel.set_yscale("log")
                 panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        # Labels, legend and title of the figure.
         first = figure.axes[0]
         first.set_ylabel(label)
         if file == "floor":
@@ -191,19 +208,19 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
 
 
 def shortest_time(row: dict[str, Any], name: str) -> float | None:
-    """Milliseconds, as a CUDA graph where that was measured and is less."""
+    """Returns the milliseconds of a peer: the lower of the direct call and the CUDA graph."""
     times = [row["milliseconds"][n] for n in (name, name + GRAPH) if n in row["milliseconds"]]
     return min(times, default=None)
 
 
 def fraction_of_floor(row: dict[str, Any], name: str) -> float | None:
-    """Floor over time."""
+    """Returns floor / time of a peer, None where the peer has no time."""
     time = shortest_time(row, name)
     return None if time is None else row["floor_milliseconds"] / time
 
 
 def short_number(value: int) -> str:
-    """65536 as 64K."""
+    """Writes 65536 as 64K, and 2**20 as 1M."""
     for unit, suffix in ((2**20, "M"), (2**10, "K")):
         if value >= unit and value % unit == 0:
             return f"{value // unit}{suffix}"
