@@ -22,7 +22,7 @@ PACKAGES = {
     "Liger": "liger_kernel",
     "lightly": "lightly",
 }
-HERE = [name for name, peer in peers.all_peers(torch.float32).items() if not peer.needs]
+HERE = [name for name, peer in peers.all_peers(torch.float32).items() if not peer.gpu_reason]
 
 
 def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ def test_the_fastest_candidates_of_every_problem_go_into_the_table(
         }
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(autotune, "_predicted", times)
+    monkeypatch.setattr(autotune, "_predict_times", times)
     out = tmp_path / "tiles.json"
     kinds = [
         "--kinds",

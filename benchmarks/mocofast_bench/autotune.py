@@ -1,9 +1,11 @@
-"""Choose the tiles of InfoNCE's products for a GPU: every candidate is timed, and the fastest go into a table that
-later runs on this GPU load by themselves (`mocofast_kernels.tiles` says from where). Without a GPU, `--static` ranks
-the candidates by their machine code and the model of `mocofast bench static`.
+"""Chooses the tiles of InfoNCE's products for a GPU and writes a table.
 
-On a GPU candidates are CUDA graphs, timed in turns. The table is for the kinds of call, types and dimensions given;
-all others keep the rule of `mocofast_kernels.configs`.
+Times all candidates as CUDA graphs, in turns. Later runs on this GPU load the table
+(`mocofast_kernels.tiles` says from which file). The table holds the given kinds of call,
+types and dimensions. All other calls keep the rule of `mocofast_kernels.configs`.
+
+Without a GPU, `--static` ranks the candidates by machine code and by the model of `mocofast
+bench static`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Score = Callable[["Problem", "list[Tile]"], "dict[Tile, float]"]
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """What to tune, and where the table goes."""
+    """Adds what to tune, and the file of the table."""
     parser.add_argument("--n", type=positive, default=256, help="queries (default: %(default)s)")
     parser.add_argument(
         "--k", type=positive, default=65536, help="negatives (default: %(default)s)"
@@ -49,79 +51,78 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of call (default: all)"
     )
     parser.add_argument(
-        "--types", nargs="+", choices=TYPES, default=["bf16", "fp32 as bf16"],
+        "--types",
+        nargs="+",
+        choices=TYPES,
+        default=["bf16", "fp32 as bf16"],
         help="types of inputs and products (default: bf16, and fp32 as bf16)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
     )
     parser.add_argument(
-        "--static", action="store_true", help="rank by the model of machine code; needs no GPU"
+        "--static", action="store_true", help="rank by machine code and a model (needs no GPU)"
     )
     parser.add_argument(
-        "--capability", type=int, choices=GPUS, default=90, help="with --static (default: 90)"
+        "--capability",
+        type=int,
+        choices=GPUS,
+        default=90,
+        help="with --static: compute capability x 10 (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the table (default: where this GPU looks for it)"
+        "--out", type=Path, metavar="FILE", help="table to write (default: the file for this GPU)"
     )
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Rank the candidates of every kind, type and dimension; print the best and write the table."""
+    """Ranks the candidates of every kind, type and dimension.
+
+    Prints the best candidates and writes the table. Exits with 2 if the arguments cannot be used.
+    """
+    # Check the arguments before modules with Triton are imported.
     require_compiler(parser)
     if not arguments.static and not torch.cuda.is_available():
-        parser.error(
-            "there is no GPU to time on; --static ranks by the model of machine code instead"
-        )
+        parser.error("there is no GPU to time on. --static ranks by machine code and a model")
     if max(arguments.c) > 1024:
         parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
     from mocofast_kernels import tiles
 
     from mocofast_bench import inspected_calls
 
+    # The device, and the score: predicted times of a model, or times on the GPU.
     score: Score
     capability: int | None
     if arguments.static:
-        device, capability, name = (
-            torch.device("meta"),
-            arguments.capability,
-            GPUS[arguments.capability].name,
-        )
-        score, out = partial(_predicted, capability), arguments.out
+        device, capability = torch.device("meta"), arguments.capability
+        name = GPUS[arguments.capability].name
+        score, out = partial(_predict_times, capability), arguments.out
     else:
-        device, name = (
-            torch.device("cuda", torch.cuda.current_device()),
-            torch.cuda.get_device_name(),
-        )
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name()
         capability = tiles.capability_of(device)
         assert capability is not None
-        score, out = partial(_timed, arguments.repeats), arguments.out or tiles.path_of(device)
+        score, out = partial(_time_tiles, arguments.repeats), arguments.out or tiles.path_of(device)
     nearest = GPUS[max((c for c in GPUS if c <= capability), default=80)]
     known = {types.name: types for types in inspected_calls.TYPES}
     rows: dict[Products, dict[str, Any]] = {}
+    # Every problem: score the candidates, print the best five and the rule.
     for C, types_name, kind in itertools.product(arguments.c, arguments.types, arguments.kinds):
         types = known[types_name]
         torch.set_float32_matmul_precision(types.matmul_precision)
         problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
         rule = tiles.rule(problem.products)
-        tried = [
-            rule,
-            *(
-                tile
-                for tile in candidates(problem.products, nearest.shared - RESERVED)
-                if tile != rule
-            ),
-        ]
+        others = candidates(problem.products, nearest.shared - RESERVED)
+        tried = [rule, *(tile for tile in others if tile != rule)]
         times = score(problem, tried)
         ranked = sorted(times, key=lambda tile: times[tile])
         print(
-            f"\n{kind}, {types_name}, C = {C}: {len(times)} of {len(tried)} candidates run; microseconds"
+            f"\n{kind}, {types_name}, C = {C}: "
+            f"{len(times)} of {len(tried)} candidates run; microseconds"
         )
         for tile in [*ranked[:5], *(tile for tile in ranked[5:] if tile == rule)]:
-            print(
-                f"{1e6 * times[tile]:9.1f} {tile}{' (the rule)' if tile == rule else ''}",
-                flush=True,
-            )
+            note = " (the rule)" if tile == rule else ""
+            print(f"{1e6 * times[tile]:9.1f} {tile}{note}", flush=True)
         rows[problem.products] = {
             "products": problem.products._asdict(),
             "tile": ranked[0]._asdict(),
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if out is not None:
         with files.atomic_write(out) as file:
             tiles.dump(file, name, capability, list(rows.values()))
-        print(f"\nwritten: {out}")
+        print(f"\nWritten: {out}")
 
 
 def _problem(kind: str, C: int, types: Types, device: str, n: int, k: int) -> Problem:
@@ -144,18 +145,22 @@ def _problem(kind: str, C: int, types: Types, device: str, n: int, k: int) -> Pr
 
 
 def candidates(products: Products, shared: int) -> Iterator[Tile]:
-    """Tiles worth compiling: 16 to 176 registers a thread for sums and scores, blocks in flight in `shared` bytes,
-    and columns in one piece where that is possible, else in pieces."""
+    """Yields the tiles worth compiling.
+
+    Sums and scores take 16 to 176 registers a thread. Blocks in flight fit in `shared` bytes.
+    Columns stay in one piece where possible, and are split into pieces otherwise.
+
+    products: kind of product.
+    shared: bytes of shared memory a program may use.
+    """
     from mocofast_kernels.configs import Tile, block_of
 
     c, size = block_of(products.C), 2 if products.dot == "16bit" else 4
-    sides: dict[str, tuple[int, ...]] = {
-        "stay": (64, 128),
-        "stream": (32, 64, 128),
-        "stages": (2, 3),
-    }
+    # Rows that stay, rows that stream, stages of the pipeline.
+    choices: tuple[tuple[int, ...], ...] = ((64, 128), (32, 64, 128), (2, 3))
     if products.dot == "ieee":
-        sides = {"stay": (32, 64), "stream": (32, 64), "stages": (1,)}
+        choices = ((32, 64), (32, 64), (1,))
+    # (columns a block, columns of the sums)
     pieces = [(c, c)] if c <= 256 else []
     if c >= 256 or not products.plain or products.dot != "16bit":
         blocks = (32,) if products.dot == "ieee" else (64, 128)
@@ -163,15 +168,15 @@ def candidates(products: Products, shared: int) -> Iterator[Tile]:
             (block, out) for block in blocks for out in {min(c, 256), min(c, 512)} if block < c
         ]
     for (block_c, out_c), warps in itertools.product(pieces, (4, 8)):
-        for stay, stream, stages in itertools.product(*sides.values()):
+        for stay, stream, stages in itertools.product(*choices):
             registers = (stay * out_c + stay * stream) / (32 * warps)
             in_flight = stages * stream * max(block_c, out_c) * size
             if 16 <= registers <= 176 and in_flight <= shared:
                 yield Tile(stay, stream, block_c, out_c, warps, stages)
 
 
-def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
-    """Seconds of each, on the GPU; those that do not compile or fit are left out."""
+def _time_tiles(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
+    """Times the tiles on the GPU, {tile: seconds}. Leaves out tiles that do not compile or fit."""
     from triton.runtime.errors import OutOfResources
 
     runs: dict[Tile, Callable[[], Any]] = {}
@@ -187,11 +192,14 @@ def _timed(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, floa
     return {tile: time.median for tile, time in times.items()}
 
 
-def _predicted(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
-    """Seconds of each by the model; those that spill, do not fit or do not compile are left out."""
+def _predict_times(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
+    """Predicts the times of the tiles, {tile: seconds}.
+
+    Leaves out tiles that spill registers, do not fit or do not compile.
+    """
     from mocofast_bench import inspect_code
 
-    known: dict[str, Report] = {}  # candidates share the launches around their product
+    known: dict[str, Report] = {}  # candidates share the launches around the product
     result = {}
     for tile in tried:
         total = 0.0

@@ -1,10 +1,13 @@
-"""Ways to the same InfoNCE, ours and other people's: each takes the query, the positive keys and unit negatives, and
-returns the same mean loss over one positive and K negatives, differentiable with respect to the query.
+"""Implementations of InfoNCE: ours, eager PyTorch and other packages.
 
-A linear cross entropy knows classes, not a positive of each row's own. Cut-cross-entropy takes the negatives as its
-classes and gets the positive's term added outside, which its per-row losses allow. Liger computes the gradient within
-its forward pass for the mean loss only, so there the positive's logit is one more coordinate of the query, and one
-more class reads it.
+Every peer takes queries (N, C), positive keys (N, C) and negatives (K, C) of unit length. It
+returns the mean loss over one positive and K negatives, differentiable in the queries.
+
+A linear cross entropy has classes, but no positive key of every row. Cut-cross-entropy takes
+the negatives as classes and returns a loss for every row: the term of the positive is added
+afterwards. Liger computes the gradient in the forward pass, for the mean loss alone. There
+the positive's logit becomes an additional coordinate of the query, read by an additional
+class.
 """
 
 from __future__ import annotations
@@ -22,40 +25,40 @@ from mocofast.errors import describe_error
 from mocofast_bench import eager_formulas, timing
 from mocofast_bench.timing import Call
 
-TEMPERATURE = 0.2  # MoCo v2's
-MAX_SETS = 64  # of inputs
+TEMPERATURE = 0.2  # as in MoCo v2
+MAX_SETS = 64  # most sets of inputs
 
 Sizes = tuple[int, int, int]  # N, K, C
 Inputs = tuple[
     Tensor, Tensor, Tensor
-]  # query (N, C) that requires its gradient, positive (N, C), negatives (K, C)
+]  # query (N, C) with gradient, positive (N, C), negatives (K, C)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Unavailable(RuntimeError):
-    """Why a peer cannot run on such inputs."""
+    """Says why a peer cannot run on the inputs."""
 
 
 class Peer(NamedTuple):
-    """How to get a loss, given sizes and type of its inputs, and what has to be known to run it."""
+    """An implementation of InfoNCE and its properties."""
 
-    build: Callable[[Sizes, torch.dtype], Loss]
-    dtype: torch.dtype | None = None  # of its inputs, where not that of ours
-    needs: str = ""  # what of it needs a GPU
-    compiles: bool = False  # at the first call for every size
-    waits: bool = False  # for the device, so that no CUDA graph can hold it
-    writes: bool = False  # into its negatives
+    build: Callable[[Sizes, torch.dtype], Loss]  # takes sizes and dtype of the inputs
+    dtype: torch.dtype | None = None  # dtype of the inputs. None: the dtype of the benchmark
+    gpu_reason: str = ""  # why the peer needs a GPU, ends before "GPUs only". Empty: it does not
+    compiles: bool = False  # compiles at the first call for every size
+    waits: bool = False  # waits for the device: a CUDA graph cannot hold the call
+    writes: bool = False  # writes into the negatives
 
 
 def mocofast(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """Ours."""
+    """Our loss."""
     return lambda query, positive, negatives: ops.info_nce(
         query, positive, negatives, temperature=TEMPERATURE, negatives_normalized=True
     )
 
 
 def with_rank(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """Ours, with the positive's rank in every row."""
+    """Our loss, with the rank of the positive in every row."""
     return lambda query, positive, negatives: ops.info_nce(
         query,
         positive,
@@ -67,14 +70,14 @@ def with_rank(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 
 def eager(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """The reference's formula, with its N x (1 + K) logits."""
+    """The eager formula of MoCo's paper, which writes N x (1 + K) logits."""
     return lambda query, positive, negatives: eager_formulas.info_nce(
         query, positive, negatives, TEMPERATURE
     )
 
 
 def compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """torch.compile of the reference's formula, for these sizes alone."""
+    """torch.compile of the eager formula, for the given sizes alone."""
     formula = torch.compile(eager_formulas.info_nce, dynamic=False)
     return lambda query, positive, negatives: formula(query, positive, negatives, TEMPERATURE)
 
@@ -82,8 +85,10 @@ def compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
 def cut_cross_entropy(sizes: Sizes, dtype: torch.dtype) -> Loss:
     """Cut-cross-entropy's kernels (Wijmans et al. 2024, arXiv:2411.09009).
 
-    Without its gradient filter: that drops blocks whose probabilities stay below 2^-12, as nearly all do among many
-    thousands of negatives, and would leave no gradient of InfoNCE.
+    The gradient filter is off. The filter drops blocks with probabilities below 2^-12. With
+    many thousands of negatives nearly all blocks are below, and no gradient would remain.
+
+    Raises Unavailable for float32.
     """
     if dtype == torch.float32:
         raise Unavailable("its backward kernel takes bfloat16 and float16 queries only")
@@ -91,7 +96,7 @@ def cut_cross_entropy(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 
 def cut_cross_entropy_compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """Cut-cross-entropy's form for torch.compile, for machines that do not run its kernels."""
+    """Cut-cross-entropy by torch.compile, for machines that cannot run its kernels."""
     return _cut_cross_entropy("torch_compile")
 
 
@@ -103,7 +108,7 @@ def _cut_cross_entropy(implementation: str) -> Loss:
         wide = scaled.float()
         positive_logit = (wide * F.normalize(positive.float(), dim=1)).sum(1)
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
-        # log-sum-exp over the negatives, less the logit of class 0, which is any of them
+        # Log-sum-exp over the negatives, minus the logit of class 0, the first negative.
         rest = linear_cross_entropy(
             scaled, negatives, target, reduction="none", filter_eps=None, impl=implementation
         )
@@ -125,7 +130,7 @@ def liger(sizes: Sizes, dtype: torch.dtype) -> Loss:
             target.append(torch.full((count,), size, device=query.device))
         scaled = F.normalize(query, dim=1) / TEMPERATURE
         positive_logit = (scaled * F.normalize(positive, dim=1)).sum(1, keepdim=True)
-        # Rows stay multiples of 8 long, as tensor cores want them.
+        # Tensor cores need rows whose length is a multiple of 8.
         classes = F.pad(negatives, (0, 8, 0, 1))
         classes[size, dim] = 1.0
         return cross_entropy(
@@ -136,7 +141,10 @@ def liger(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 
 def lightly(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """lightly's NTXentLoss with the negatives as its memory bank, which it clones, and to which it adds the keys."""
+    """lightly's NTXentLoss with the negatives as memory bank.
+
+    lightly clones the memory bank in every call and adds the keys.
+    """
     from lightly.loss import NTXentLoss
 
     criterion = NTXentLoss(TEMPERATURE, sizes[1:])
@@ -153,23 +161,27 @@ BASELINE = {"eager": Peer(eager)}
 
 
 def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
-    """Every way by name; `compiling` includes those that torch.compile has to build first."""
+    """Returns {name: peer}.
+
+    dtype: dtype of the benchmark. Eager peers run in a second dtype too.
+    compiling: include peers that need torch.compile.
+    """
     other = torch.float32 if dtype != torch.float32 else torch.bfloat16
     suffix = str(other).removeprefix("torch.")
-    slow = (
-        "16-bit products are fast on"
-        if dtype == torch.float32
-        else "the comparison between types is for"
-    )
+    slow = "16-bit products are fast on"
+    if dtype != torch.float32:
+        slow = "the comparison between types is for"
     peers = {
         **OURS,
         **BASELINE,
-        f"eager {suffix}": Peer(eager, other, needs=slow),
+        f"eager {suffix}": Peer(eager, other, gpu_reason=slow),
         "torch.compile": Peer(compiled, compiles=True),
-        f"torch.compile {suffix}": Peer(compiled, other, needs=slow, compiles=True),
-        "cut-cross-entropy": Peer(cut_cross_entropy, needs="its Triton kernels run on", waits=True),
+        f"torch.compile {suffix}": Peer(compiled, other, gpu_reason=slow, compiles=True),
+        "cut-cross-entropy": Peer(
+            cut_cross_entropy, gpu_reason="its Triton kernels run on", waits=True
+        ),
         "cut-cross-entropy compiled": Peer(cut_cross_entropy_compiled, compiles=True, waits=True),
-        "Liger": Peer(liger, needs="its Triton kernels run on", waits=True),
+        "Liger": Peer(liger, gpu_reason="its Triton kernels run on", waits=True),
         "lightly": Peer(lightly, waits=True, writes=True),
     }
     return {name: peer for name, peer in peers.items() if compiling or not peer.compiles}
@@ -178,14 +190,22 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
 def prepare_calls(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """One forward and backward of every peer that runs here, each call on the next of `sets` sets of inputs; and, by
-    name, why the others do not."""
-    torch.compiler.reset()  # else earlier sizes count against its limit of recompilations
+    """Builds one forward and backward of every peer that runs here.
+
+    sets: number of sets of inputs. Every call takes the next set.
+
+    Returns:
+        steps: {name: call}.
+        skipped: {name: why the peer cannot run}.
+
+    Errors of our peers and of the eager formula are raised, not skipped.
+    """
+    torch.compiler.reset()  # earlier sizes count against the limit of recompilations
     shared = input_sets(sizes, dtype, device, sets)
     steps, skipped = {}, {}
     for name, peer in peers.items():
-        if peer.needs and device.type != "cuda":
-            skipped[name] = f"{peer.needs} GPUs only"
+        if peer.gpu_reason and device.type != "cuda":
+            skipped[name] = f"{peer.gpu_reason} GPUs only"
             continue
         own = peer.writes or peer.dtype is not None
         try:
@@ -208,7 +228,7 @@ def prepare_calls(
 
 
 def call_over(loss: Loss, sets: Iterable[Inputs]) -> Call:
-    """One forward and backward on the next set of inputs, over and over."""
+    """Returns a call that makes one forward and backward on the next set of inputs."""
     turns = itertools.cycle(sets)
 
     def step() -> None:
@@ -222,7 +242,7 @@ def call_over(loss: Loss, sets: Iterable[Inputs]) -> Call:
 def input_sets(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int
 ) -> Sequence[Inputs]:
-    """Random inputs, the negatives of unit length, the same at every call."""
+    """Returns random inputs with negatives of unit length, the same at every call."""
     n, k, c = sizes
     generator = torch.Generator(device).manual_seed(0)
     result = []
@@ -236,6 +256,9 @@ def input_sets(
 
 
 def sets_past_the_cache(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
-    """So many sets of inputs that the last-level cache has lost one before its turn comes again (64 at most)."""
+    """Returns how many sets of inputs exceed the last-level cache (MAX_SETS at most).
+
+    A set has then left the cache before the benchmark uses the set again.
+    """
     n, k, c = sizes
     return min(MAX_SETS, 2 + timing.cache_size(device) // ((2 * n + k) * c * dtype.itemsize))

@@ -1,10 +1,13 @@
-"""What a training step is measured against: the reference's loop written the plain way, and a strong eager baseline.
+"""Baselines of a training step: the reference's loop, and a strong loop in eager PyTorch.
 
-`ReferenceMoCo`, `reference_step` and `ReferenceLoader` do what facebookresearch/moco's public description and paper
-(He et al. 2020, arXiv:1911.05722) say its loop does, its costs included: fp32, three gathers of whole batches and
-keys a step, a copy of the queue, weights of the key encoder rebound one by one, top-5 over K + 1 classes, and two
-waits for the device (the queue's pointer and the loss). `StrongMoCo` and `strong_step` are what a careful user of
-plain PyTorch would write today: no copies, no waits, grouped updates, and autocast and channels-last by the caller.
+`ReferenceMoCo`, `reference_step` and `ReferenceLoader` follow the public description and the
+paper of facebookresearch/moco (He et al. 2020, arXiv:1911.05722), costs included: float32,
+three gathers of whole batches and keys a step, a copy of the queue, a loop over the weights
+of the key encoder, top-5 over K + 1 classes, and two waits for the device (the queue's
+pointer and the loss).
+
+`StrongMoCo` and `strong_step` are what a careful user of plain PyTorch would write today: no
+copies, no waits, grouped updates. The caller adds autocast and channels-last.
 """
 
 from __future__ import annotations
@@ -30,15 +33,18 @@ from mocofast.models.batch_norm import SplitBatchNorm2d
 
 
 class ReferenceMoCo(nn.Module):
-    """MoCo with a (C, K) queue, starting from a copy of `model`'s encoders, queue and pointer.
+    """The reference's MoCo, with a queue (C, K). Copies encoders, queue and pointer of `model`.
 
-    Under a process group it belongs into DistributedDataParallel with its defaults, which also broadcasts all buffers
-    from rank 0 before every forward. Without one, gathering is left out (the reference itself cannot run so), which
-    flatters it a little. ValueError unless every batch fits the queue a whole number of times, as in the reference.
+    With a process group, wrap the module in DistributedDataParallel with default options. DDP
+    then broadcasts all buffers from rank 0 before every forward, as in the reference. Without
+    a process group gathering is left out, which makes the baseline a little faster than the
+    reference. The reference itself needs a group.
+
+    forward raises ValueError if the queue is not a multiple of the batch, as the reference does.
     """
 
-    queue: Tensor
-    queue_ptr: Tensor
+    queue: Tensor  # (C, K)
+    queue_ptr: Tensor  # (1,)
 
     def __init__(self, model: MoCo) -> None:
         super().__init__()
@@ -51,7 +57,14 @@ class ReferenceMoCo(nn.Module):
         self.register_buffer("queue_ptr", model.queue_ptr.clone())
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised float images (N, 3, S, S), twice -> logits (N, 1 + K), the positive first, and labels (N,)."""
+        """Returns logits and labels, and updates the key encoder and the queue.
+
+        im_q, im_k: normalised float images, (N, 3, S, S).
+
+        Returns:
+            logits: (N, 1 + K), the positive in column 0.
+            labels: (N,), zeros.
+        """
         q = F.normalize(self.encoder_q(im_q), dim=1)
         with torch.no_grad():
             for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
@@ -75,7 +88,7 @@ class ReferenceMoCo(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, k: Tensor) -> None:
-        keys = gather(k)  # the same keys for the second time
+        keys = gather(k)  # the second gather of the same keys
         size, pointer = self.queue.shape[1], int(self.queue_ptr)
         if size % len(keys):
             raise ValueError(
@@ -86,16 +99,19 @@ class ReferenceMoCo(nn.Module):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(N, ...) of every rank -> (W*N, ...); x itself without a process group."""
+    """Concatenates the tensors of all ranks: (N, ...) -> (W*N, ...) for W ranks.
+
+    Returns x itself without a process group.
+    """
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, x.contiguous())
+    return torch.cat(gathered)
 
 
 def own_rows(count: int) -> slice:
-    """Where this rank's `count` rows stand in a gathered batch."""
+    """Returns the slice of this rank's `count` rows in a gathered batch."""
     rank, _ = rank_and_world_size()
     return slice(rank * count, (rank + 1) * count)
 
@@ -103,18 +119,17 @@ def own_rows(count: int) -> slice:
 def reference_step(
     model: nn.Module, views: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer
 ) -> float:
-    """One step on normalised float views (N, 3, S, S) each; the loss, for which it waits as the reference does.
+    """Makes one training step and returns the loss. Waits for the device, as the reference does.
 
-    model: ReferenceMoCo, or DistributedDataParallel around it.
+    model: ReferenceMoCo, or DistributedDataParallel around ReferenceMoCo.
+    views: two batches of normalised float images, (N, 3, S, S).
     """
     logits, labels = model(*views)
     loss = F.cross_entropy(logits, labels)
     with torch.no_grad():
         hits = logits.topk(5, dim=1).indices == labels[:, None]
-        _ = (
-            hits[:, :1].float().sum() / len(hits),
-            hits.float().sum() / len(hits),
-        )  # Acc@1 and Acc@5, read when logged
+        # Acc@1 and Acc@5: computed in every step, read only by the log.
+        _ = hits[:, :1].float().sum() / len(hits), hits.float().sum() / len(hits)
     value = loss.item()
     optimizer.zero_grad()
     loss.backward()
@@ -123,9 +138,12 @@ def reference_step(
 
 
 class StrongMoCo(nn.Module):
-    """The same method for one process, without the reference's copies and waits, from a copy of `model`."""
+    """MoCo for one process, without the reference's copies and waits.
 
-    queue: Tensor
+    Copies encoders, queue and pointer of `model`.
+    """
+
+    queue: Tensor  # (K, C)
 
     def __init__(self, model: MoCo) -> None:
         super().__init__()
@@ -136,11 +154,18 @@ class StrongMoCo(nn.Module):
         self.momentum, self.temperature = model.momentum, model.temperature
         self.register_buffer("queue", model.queue.clone())
         self.pointer = int(model.queue_ptr)
-        # In one process only split BatchNorm gives the shuffle anything to hide.
+        # In one process the shuffle has an effect only with split BatchNorm.
         self.shuffles = any(isinstance(module, SplitBatchNorm2d) for module in self.modules())
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised float images (N, 3, S, S), twice -> logits (N, 1 + K), the positive first, and keys (N, C)."""
+        """Returns logits and keys, and updates the key encoder.
+
+        im_q, im_k: normalised float images, (N, 3, S, S).
+
+        Returns:
+            logits: (N, 1 + K), the positive in column 0.
+            keys: (N, C), unit length. Pass keys to `enqueue` after backward.
+        """
         q = F.normalize(self.encoder_q(im_q).float(), dim=1)
         with torch.no_grad():
             keys: list[Tensor] = list(self.encoder_k.parameters())
@@ -156,7 +181,7 @@ class StrongMoCo(nn.Module):
         return logits / self.temperature, k
 
     def enqueue(self, keys: Tensor) -> None:
-        """Writes keys (N, C) in the place of the oldest. After backward, which still reads the queue."""
+        """Replaces the oldest keys by keys (N, C). Call after backward, which reads the queue."""
         rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device) % len(
             self.queue
         )
@@ -170,7 +195,13 @@ def strong_step(
     optimizer: torch.optim.Optimizer,
     autocast: torch.autocast,
 ) -> Tensor:
-    """One step on normalised float views; (3,) loss, Acc@1 and Acc@5 on the device, without waiting."""
+    """Makes one training step without waiting for the device.
+
+    views: two batches of normalised float images, (N, 3, S, S).
+    autocast: context of the forward pass.
+
+    Returns (3,) on the device: loss, Acc@1 and Acc@5.
+    """
     with autocast:
         logits, keys = model(*views)
         loss = F.cross_entropy(
@@ -181,14 +212,18 @@ def strong_step(
     optimizer.step()
     model.enqueue(keys)
     with torch.no_grad():
-        rank = (logits[:, 1:] > logits[:, :1]).sum(1)
-        return torch.stack([loss, (rank < 1).float().mean(), (rank < 5).float().mean()])
+        positive_rank = (logits[:, 1:] > logits[:, :1]).sum(1)  # (N,)
+        hits = [(positive_rank < top).float().mean() for top in (1, 5)]
+        return torch.stack([loss, *hits])
 
 
 def plain_sgd(
     parameters: Iterable[nn.Parameter], config: OptimConfig, foreach: bool | None = None
 ) -> torch.optim.SGD:
-    """SGD on all trainable parameters; foreach=None leaves to PyTorch whether it groups its updates."""
+    """Returns SGD on all trainable parameters.
+
+    foreach: group the updates of tensors. None: PyTorch decides.
+    """
     trainable = [p for p in parameters if p.requires_grad]
     return torch.optim.SGD(
         trainable, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=foreach
@@ -196,10 +231,10 @@ def plain_sgd(
 
 
 class ReferenceLoader:
-    """The reference's own way to images: a DataLoader of torchvision's transforms on PIL images.
+    """The reference's loader: a DataLoader with torchvision's transforms on PIL images.
 
-    Batches are normalised float32 pairs (N, 3, S, S). Workers persist over epochs, which the reference's do not: on
-    a small folder their start would hide everything else.
+    Batches are pairs of normalised float32 images, (N, 3, S, S). Workers persist over epochs,
+    unlike the reference's workers: on a small folder the start of workers would dominate.
     """
 
     def __init__(
@@ -210,7 +245,14 @@ class ReferenceLoader:
         workers: int,
         pairs: Callable[[Source, AugmentConfig], Dataset[tuple[Tensor, Tensor]]] | None = None,
     ) -> None:
-        """pairs: the data set of two views of each image, in place of the reference's."""
+        """Starts no worker yet: workers start with the first epoch.
+
+        source: images.
+        augment: parameters of the transforms.
+        batch_size: pairs in a batch.
+        workers: processes. 0: the calling process.
+        pairs: data set of two views of every image. None: the reference's transforms.
+        """
         self._batches: DataLoader[tuple[Tensor, Tensor]] | None = DataLoader(
             (pairs or _Pairs)(source, augment),
             batch_size,
@@ -222,7 +264,7 @@ class ReferenceLoader:
         )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in a new order."""
+        """Iterates over every image once, in a new order."""
         assert self._batches is not None
         return iter(self._batches)
 
@@ -232,7 +274,7 @@ class ReferenceLoader:
 
 
 class _Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """MoCo v1's or v2's transforms, as `augment` says; two random views of each image."""
+    """Two random views of every image, by the transforms of MoCo v1 or v2, as `augment` says."""
 
     def __init__(self, source: Source, augment: AugmentConfig) -> None:
         self._source = source
