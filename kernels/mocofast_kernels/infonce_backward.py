@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels.configs import REGISTERS, Tile
-from mocofast_kernels.infonce import LOG2_E, inverse_temperature
+from mocofast_kernels.infonce_sweep import LOG2_E, inverse_temperature
 from mocofast_kernels.rows import (
     dot_kind,
     load_rows,
