@@ -116,9 +116,9 @@ def test_features_leaves_no_hook_behind_even_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-# 13 channels and 3 x 5 pixels: odd; one sample per part; one part.
+# 13 channels and 3 x 5 pixels: odd; one sample per split; one split.
 @pytest.mark.parametrize(("size", "splits"), [(12, 4), (6, 6), (5, 1)])
-def test_split_batchnorm_is_one_batchnorm_per_part(
+def test_split_batchnorm_is_one_batchnorm_per_split(
     size: int, splits: int, memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
@@ -174,11 +174,10 @@ def test_conversion_keeps_names_weights_statistics_and_modes() -> None:
     torch.testing.assert_close(encoder(images), expected(images))
 
 
-@pytest.mark.parametrize(
-    ("arch", "side"), [("resnet18_cifar", 16), ("resnet50", 64)]
-)  # basic blocks, bottlenecks
+# Basic blocks, and bottlenecks.
+@pytest.mark.parametrize(("arch", "side"), [("resnet18_cifar", 16), ("resnet50", 64)])
 @pytest.mark.parametrize("training", [True, False])
-def test_blocks_that_give_their_relu_and_residual_to_batchnorm_compute_the_same(
+def test_fused_blocks_compute_what_torchvisions_blocks_compute(
     arch: str, side: int, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -219,7 +218,7 @@ def test_pixels_are_normalised_in_float32_and_channels_last(autocast: bool) -> N
     expected = (pixels.double() - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
     assert images.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    # bfloat16 keeps 8 significant bits and is rounded to once, at the end: 2^-8 at most; float32: two roundings.
+    # bfloat16: 8 significant bits, rounded once, at the end: 2^-8 at most. float32: rounded twice.
     torch.testing.assert_close(
         images.double(), expected, rtol=1.001 * 2**-8 if autocast else 2**-22, atol=1e-7
     )
@@ -231,8 +230,13 @@ def test_importing_encoders_does_not_import_torchvision() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_split_batchnorm_without_gradients_equals_that_with_them(splits: int) -> None:
-    """The key encoder's way, part by part, against the query encoder's, which another test holds to BatchNorm."""
+def test_split_batchnorm_without_gradients_equals_split_batchnorm_with_gradients(
+    splits: int,
+) -> None:
+    """The path of the key encoder (split by split, no gradients) equals the query encoder's.
+
+    Another test compares the query encoder's path to BatchNorm.
+    """
     torch.manual_seed(0)
     keys = SplitBatchNorm2d(7, splits)
     nn.init.normal_(keys.weight)

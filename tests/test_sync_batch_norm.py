@@ -1,4 +1,4 @@
-"""BatchNorm over ranks against PyTorch's on the whole batch, on real processes."""
+"""BatchNorm over ranks, in real processes, equals PyTorch's BatchNorm on the whole batch."""
 
 from __future__ import annotations
 
@@ -17,34 +17,31 @@ WORLD = 2
 
 
 def network() -> nn.Module:
-    """A BatchNorm over pixels, one over vectors without weights."""
+    """A BatchNorm over pixels, and a BatchNorm over vectors without weights."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
-        nn.BatchNorm1d(5, affine=False),
-    ).double()  # fmt: skip
+    images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    vectors = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5, affine=False))
+    return nn.Sequential(*images, *vectors).double()
 
 
 def images() -> Tensor:
-    """Two batches of 6 images; the halves of each differ, so that a rank's own statistics would show."""
+    """Two batches of 6 images. Halves of a batch differ, which shows statistics of a single rank."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64) + torch.arange(
-        6
-    ).view(1, 6, 1, 1, 1)
+    noise = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return noise + torch.arange(6).view(1, 6, 1, 1, 1)
 
 
-def trained(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
-    """Two steps: outputs, gradients of inputs, and all weights and statistics after them."""
+def trained(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Takes a step a batch. Returns outputs, gradients of inputs, and the final state dict."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = {}
-    for step, part in enumerate(parts):
-        x = part.clone().requires_grad_()
+    for step, batch in enumerate(batches):
+        x = batch.clone().requires_grad_()
         y = model(x)
         optimizer.zero_grad()
-        # Weighted by pixel, since BatchNorm's outputs sum to 0 whatever its weights are.
-        (
-            y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * x.mean((1, 2, 3)).unsqueeze(1)
-        ).mean().backward()
+        # A weighted sum, because the plain sum of BatchNorm's outputs is always 0.
+        weights = torch.linspace(-1, 2, y.shape[1], dtype=y.dtype)
+        (y * weights * x.mean((1, 2, 3)).unsqueeze(1)).mean().backward()
         optimizer.step()
         found |= {f"output {step}": y.detach(), f"gradient {step}": x.grad}
     state = {
@@ -56,12 +53,11 @@ def trained(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
 def on_a_rank(rank: int) -> dict[str, Any]:
     model = network()
     sync_batch_norm(model)
-    parts = [batch.chunk(WORLD)[rank] for batch in images()]
-    found = trained(DistributedDataParallel(model, broadcast_buffers=False), parts)
+    slices = [batch.chunk(WORLD)[rank] for batch in images()]
+    found = trained(DistributedDataParallel(model, broadcast_buffers=False), slices)
     model.eval()
-    found["eval"] = (
-        model(images()[0]).detach() if rank == 0 else None
-    )  # on one rank only: waits for nobody
+    # On one rank only, because eval mode does not wait for other ranks.
+    found["eval"] = model(images()[0]).detach() if rank == 0 else None
     return found
 
 
@@ -71,7 +67,7 @@ def test_two_ranks_equal_one_process_on_the_whole_batch() -> None:
     expected = trained(whole, list(images()))
     for name, value in expected.items():
         if name.startswith(("output", "gradient")):
-            # A rank's loss is the mean over its own half: the gradients of its inputs are twice as large.
+            # The loss of a rank is a mean over half of the images: gradients of inputs double.
             factor = WORLD if name.startswith("gradient") else 1
             got = torch.cat([rank[name] for rank in ranks])
             torch.testing.assert_close(got, factor * value, rtol=1e-9, atol=1e-12, msg=name)
@@ -105,7 +101,7 @@ def test_a_batchnorm_that_keeps_no_statistics_is_refused_before_anything_changes
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 4)])
 def test_a_gpus_kernels_compute_what_the_cpu_does(shape: tuple[int, ...]) -> None:
-    """The three parts that differ, for one rank of two, whose sums are said to be equal."""
+    """The three functions that differ by device, for one of two ranks with equal sums."""
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, *shape, generator=generator)
     weight = torch.randn(5, generator=generator)

@@ -1,4 +1,4 @@
-"""The ViTs of MoCo v3 against timm's and a position embedding written out."""
+"""The ViTs of MoCo v3 equal timm's, and the position embedding equals a plain loop."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_layers_start_uniform_and_query_key_and_value_as_three() -> None:
     width = 192
 
     def assert_uniform(weight: Tensor, bound: float) -> None:
-        # The largest of 36,864 and more draws is within 0.1 % of the bound; the deviation within 1 %.
+        # Of at least 36,864 values: the largest is within 0.1 % of the bound, the deviation 1 %.
         assert 0.999 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=1e-2)
 
@@ -77,7 +77,7 @@ def test_layers_start_uniform_and_query_key_and_value_as_three() -> None:
 
 
 def test_vit_base_has_the_names_and_shapes_of_torchvisions_and_vit_small_twelve_heads() -> None:
-    with torch.device("meta"):  # 86 million parameters that nobody needs
+    with torch.device("meta"):  # without memory for 86 million parameters
         ours, theirs = (
             build_encoder("vit_base")(num_classes=7),
             torchvision.models.vit_b_16(num_classes=7),

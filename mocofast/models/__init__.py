@@ -1,1 +1,1 @@
-"""Encoders, their BatchNorm variants, and pixels as encoders take them."""
+"""Encoders, BatchNorm variants, and conversion of pixels to encoder inputs."""

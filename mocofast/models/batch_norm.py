@@ -12,7 +12,7 @@ from mocofast.ops.batch_norm import ghost_batch_norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over splits of the batch, as if every split had its own GPU.
+    """BatchNorm2d over splits of the batch, as if every split were on a separate GPU.
 
     In training, sample n belongs to split n % num_splits, as in MoCo's CIFAR demo. Every split
     updates a copy of the running statistics, and the mean of the copies is kept.

@@ -1,4 +1,4 @@
-"""Encoders by name, their inputs, their features, and BatchNorm over parts of a batch."""
+"""Builds encoders by name, and gives access to their heads and features."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from torch import Tensor, nn
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.models.vit import SIZES, vision_transformer
 
-TORCHVISION = (
-    "resnet*",
-    "wide_resnet*",
-    "resnext*",
-    "vit_*",
-)  # families whose models end in .fc or .heads
+# Families of torchvision whose models end in .fc or .heads.
+TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
 HEADS = ("fc", "head", "heads")
 
 
 def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[..., nn.Module]:
-    """The constructor `f(num_classes=...)` of an encoder.
+    """Returns the constructor `f(num_classes=...)` of an encoder.
 
-    arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT; one of the first three with `_cifar` appended, for
-    small images: 3x3 stride-1 stem and no max-pooling (as MoCo's CIFAR demo); a ViT of
-    `mocofast.models.vit.SIZES`; or `resnet_tiny`. image_size: side of the images, of which ViTs take this one only. ConfigError (a ValueError) for
-    another name, or a size that is not made of patches.
+    arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT, a ViT of `mocofast.models.vit.SIZES`,
+        or `resnet_tiny`. The suffix `_cifar` of a ResNet, Wide ResNet or ResNeXt is for small
+        images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo.
+    image_size: side of the images in pixels. A ViT takes only images of this size.
+    Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
+    an image size that is not a multiple of the patch size.
     """
     from torchvision.models import get_model, list_models
 
@@ -56,7 +54,8 @@ def _torchvision_vit(name: str, image_size: int, num_classes: int) -> nn.Module:
     from torchvision.models import get_model
 
     encoder = get_model(name, image_size=image_size, num_classes=num_classes)
-    encoder.heads.head.reset_parameters()  # torchvision's zeros are for a classifier: no embedding is of length 0
+    # torchvision's zeros are for classifiers. Here all embeddings would be zero.
+    encoder.heads.head.reset_parameters()
     return encoder
 
 
@@ -70,7 +69,7 @@ def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
 
 
 class TinyResNet(nn.Module):
-    """A ResNet for images of about 8 pixels a side, quick on a CPU: three basic blocks, 64 features."""
+    """A ResNet for images of about 8 x 8 pixels, fast on a CPU: three basic blocks, 64 features."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ class TinyResNet(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385)."""
+    """Residual block of two 3x3 convolutions (He et al. 2016, arXiv:1512.03385)."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -114,17 +113,21 @@ class _BasicBlock(nn.Module):
 
 
 def head_name(encoder: nn.Module) -> str:
-    """Under which of `fc`, `head`, `heads` the encoder keeps its last layers; ValueError where there is none."""
+    """Returns the name of the head: `fc`, `head` or `heads`. Raises ValueError if none."""
     for name in HEADS:
         if isinstance(getattr(encoder, name, None), nn.Module):
             return name
     raise ValueError(
-        f"encoder: expected a module ending in {', '.join(HEADS)}; {type(encoder).__name__} has none"
+        f"encoder: expected a module ending in {', '.join(HEADS)}; "
+        f"{type(encoder).__name__} has none"
     )
 
 
 def add_mlp_head(encoder: nn.Module) -> None:
-    """Replaces the last linear layer by Linear(d, d)-ReLU-that layer, the head of MoCo v2 (arXiv:2003.04297)."""
+    """Puts Linear(d, d) and ReLU before the last linear layer: MoCo v2's head (arXiv:2003.04297).
+
+    Raises ValueError if the head has no linear layer.
+    """
     head = head_name(encoder)
     linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in linears if name == head or name.startswith(f"{head}.")]
@@ -140,7 +143,7 @@ def add_mlp_head(encoder: nn.Module) -> None:
 
 
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """The pooled features of images (N, 3, S, S) before the encoder's head, (N, D): the input of its .fc or .head."""
+    """Returns pooled features (N, D) of images (N, 3, S, S): the inputs of the encoder's head."""
     found: list[Tensor] = []
     head = encoder.get_submodule(head_name(encoder))
     handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))

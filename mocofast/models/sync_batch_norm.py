@@ -1,7 +1,8 @@
 """BatchNorm over the batches of all ranks together, on GPUs and on CPUs.
 
-torch.nn.SyncBatchNorm refuses CPUs, and on a GPU waits for it at every layer, since it allows ranks without images.
-Here every rank has equally many, so nothing on the host depends on what ranks exchange.
+torch.nn.SyncBatchNorm does not run on CPUs. On GPUs, the host waits for the GPU at every layer,
+because a rank may have no images. Here all ranks have equally many images, and the host never
+waits.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm1d, 2d and 3d, whose statistics in training are those of all ranks' batches as one.
+    """BatchNorm1d, 2d and 3d with statistics over the batches of all ranks in training.
 
-    Input (N, C, ...), N the same on all ranks. Weights, running statistics and state-dict names are BatchNorm's. With
-    one process, or in eval mode, it is an ordinary BatchNorm; a rank in train mode waits for all others.
+    Input: (N, C, ...), the same N on all ranks. Weights, running statistics and state-dict names
+    are BatchNorm's. With one process, or in eval mode, the layer is an ordinary BatchNorm. In train
+    mode all ranks have to call forward and backward together.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _Function(torch.autograd.Function):
-    """Statistics are gathered forwards, two sums a channel are reduced backwards."""
+    """Forward: gathers the statistics of all ranks. Backward: reduces two sums a channel."""
 
     @staticmethod
     def forward(
@@ -84,23 +86,20 @@ class _Function(torch.autograd.Function):
         grad = grad.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
-        sums = _gradient_sums(
-            grad, x, mean, inverse_std
-        )  # (2, C): of the gradient, and of it times x - mean
+        sums = _gradient_sums(grad, x, mean, inverse_std)  # (2, C)
         grad_weight = grad_bias = None
         if weight is not None:
-            grad_weight, grad_bias = (
-                (sums[1] * inverse_std).to(weight.dtype),
-                sums[0].to(weight.dtype),
-            )
-        totals = sums.clone()  # the weights' gradients are of this rank alone
+            grad_weight = (sums[1] * inverse_std).to(weight.dtype)
+            grad_bias = sums[0].to(weight.dtype)
+        # Only a copy is summed over ranks: gradients of weights stay this rank's own.
+        totals = sums.clone()
         dist.all_reduce(totals)
         grad_x = _gradient(grad, x, mean, inverse_std, weight, totals, ctx.world_size)
         return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
 def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,), float32 at least."""
+    """Returns mean (C,) and biased variance (C,) of this rank, float32 or float64."""
     if x.is_cuda:
         mean, inverse_std = torch.batch_norm_stats(x, eps)
         return mean, inverse_std.pow(-2) - eps
@@ -110,6 +109,7 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    """Returns (2, C): sums of grad and of grad * (x - mean) over this rank's batch and pixels."""
     if x.is_cuda:
         wanted = (True, False, False)
         return torch.stack(
@@ -129,7 +129,7 @@ def _gradient(
     sums: Tensor,
     world_size: int,
 ) -> Tensor:
-    """Of x, from the sums over all ranks."""
+    """Returns the gradient of x. sums: (2, C), as `_gradient_sums` returns, over all ranks."""
     count = x.numel() // x.shape[1]
     if x.is_cuda:
         counts = torch.full((world_size,), count, dtype=torch.int32, device=x.device)
@@ -150,9 +150,11 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def sync_batch_norm(module: nn.Module) -> None:
-    """Turns every BatchNorm inside `module` into a SyncBatchNorm, with its weights and statistics, in place.
+    """Replaces every BatchNorm inside `module` by a SyncBatchNorm, in place.
 
-    ValueError, before anything is changed, for one without running statistics or a fixed momentum.
+    Keeps weights, statistics and modes.
+    Raises ValueError for a BatchNorm without running statistics or a fixed momentum. After an error
+    nothing is changed.
     """
 
     def make(old: _BatchNorm) -> SyncBatchNorm:

@@ -1,4 +1,4 @@
-"""The Vision Transformers of MoCo v3 (Chen et al. 2021, arXiv:2104.02057), as configurations of torchvision's."""
+"""Vision Transformers of MoCo v3 (Chen et al. 2021, arXiv:2104.02057), built with torchvision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ViTSize(NamedTuple):
-    """What makes one of another."""
+    """Hyper-parameters of a Vision Transformer."""
 
     patch_size: int  # in pixels
     num_layers: int
@@ -18,7 +18,7 @@ class ViTSize(NamedTuple):
 
 
 SIZES = {
-    "vit_small": ViTSize(16, 12, 12, 384),  # 12 heads, where DeiT's ViT-S has 6
+    "vit_small": ViTSize(16, 12, 12, 384),  # DeiT's ViT-S has 6 heads
     "vit_base": ViTSize(16, 12, 12, 768),
     "vit_tiny_cifar": ViTSize(4, 6, 3, 192),  # half of DeiT's ViT-Ti, for images of 32 pixels
     "vit_micro_cifar": ViTSize(4, 4, 4, 64),  # for a CPU
@@ -26,11 +26,14 @@ SIZES = {
 
 
 def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Module:
-    """One of `SIZES`: torchvision's VisionTransformer with its names, started as MoCo v3 starts it.
+    """Returns a torchvision VisionTransformer, initialised as in MoCo v3.
 
-    The position embedding is `sincos_position_embedding` and fixed. The projection of patches stays as it was drawn,
-    which the paper found to make training stable (section 4.2). Query, key and value projections are initialised as
-    three layers, not as one. image_size: a multiple of the patch size, in pixels.
+    The position embedding is `sincos_position_embedding` and frozen. The patch projection is random
+    and frozen, which makes training stable (section 4.2 of the paper). Query, key and value
+    projections are initialised as three layers.
+
+    name: a key of `SIZES`.
+    image_size: side of the images in pixels, a multiple of the patch size.
     """
     from torchvision.models import VisionTransformer
 
@@ -47,9 +50,8 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
                 nn.init.xavier_uniform_(part)
             nn.init.zeros_(module.in_proj_bias)
     nn.init.normal_(model.class_token, std=1e-6)
-    nn.init.xavier_uniform_(
-        model.conv_proj.weight.view(width, -1)
-    )  # a linear layer on the pixels of a patch
+    # The patch projection is a linear layer on the pixels of a patch.
+    nn.init.xavier_uniform_(model.conv_proj.weight.view(width, -1))
     nn.init.zeros_(model.conv_proj.bias)
     model.conv_proj.requires_grad_(False)
     position = sincos_position_embedding(image_size // patch, width)
@@ -58,9 +60,13 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
 
 
 def sincos_position_embedding(side: int, dim: int, temperature: float = 10000.0) -> Tensor:
-    """(1, 1 + side^2, dim): zeros for the class token, then sines and cosines of every patch's row and column.
+    """Returns position embeddings (1, 1 + side^2, dim) of the class token and of all patches.
 
-    dim: a multiple of 4; each quarter holds dim/4 frequencies from 1 down to about 1 / temperature.
+    Class token: zeros. Patches: sine and cosine of the row, then sine and cosine of the column, for
+    dim/4 frequencies from 1 down to about 1 / temperature.
+
+    side: number of patches in a row.
+    dim: a multiple of 4.
     """
     frequencies = temperature ** -(torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
