@@ -20,7 +20,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import types
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data import dali_loader
+from mocofast.data import dali_loader, dali_pipeline, planning
 from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.decoding import image_size, undecodable
 from mocofast.data.interface import Batch, BatchSlice, Source, epoch_order
@@ -246,7 +246,7 @@ def test_batches_are_channels_last_and_stay_as_they_were_handed_out(
 
 def test_decoded_images_reach_pytorch_without_a_copy() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
-    pipeline = dali_loader._pipeline(
+    pipeline = dali_pipeline.decode_and_crop(
         lambda: [[picture]],
         (CROP_ONLY,),
         False,
@@ -374,7 +374,7 @@ def test_an_image_of_another_size_than_its_headers_is_skipped(
     source = files(folder)
     wrong = source.load(5)
     sizes = {wrong: (3000, 2000)}
-    monkeypatch.setattr(dali_loader, "image_size", lambda file: sizes.get(file) or image_size(file))
+    monkeypatch.setattr(planning, "image_size", lambda file: sizes.get(file) or image_size(file))
     loader = load(source, drop_last=False)
     shown = torch.cat([batch.index for batch in loader.epoch(0)])
     assert set(loader.skipped) == {5}

@@ -1,0 +1,66 @@
+"""The pipeline of DALI operators: decodes images, and on a GPU crops and resizes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+
+from mocofast.config import AugmentConfig, DataConfig
+
+
+@pipeline_def
+def decode_and_crop(
+    read: Callable[[], list[Any]],
+    augments: Sequence[AugmentConfig],
+    on_gpu: bool,
+    kind: type,
+    data: DataConfig,
+) -> tuple[Any, ...]:
+    """Builds the pipeline. DALI's decorator adds the arguments of `nvidia.dali.Pipeline`.
+
+    read: returns the input of a batch: the images and, if `on_gpu`, for every view the
+        corners (B, 2) and the shapes (B, 2) of the crops, int32.
+    kind: the type of `Source.load`: str (paths), bytes (contents of files) or np.ndarray
+        (pixels).
+    data: options `hw_decoder_load` and `preallocate`.
+
+    Output on a CPU: the decoded images, (H, W, 3) uint8.
+    Output on a GPU: for every view the resized crops, (B, S, S, 3) uint8.
+    """
+    num_boxes = 2 * len(augments) if on_gpu else 0
+    layout = ["HWC"] + num_boxes * [""] if kind is np.ndarray else None
+    images, *boxes = fn.external_source(
+        source=read, num_outputs=1 + num_boxes, batch=True, layout=layout
+    )
+    # Decode.
+    if kind is str:
+        images = fn.io.file.read(images)
+    if kind is not np.ndarray:
+        images = fn.decoders.image(
+            images,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            hw_decoder_load=data.hw_decoder_load,
+            preallocate_width_hint=data.preallocate[0],
+            preallocate_height_hint=data.preallocate[1],
+            jpeg_fancy_upsampling=True,  # as libjpeg: a CPU and a GPU decode to the same pixels
+        )
+    elif on_gpu:
+        images = images.gpu()
+    if not on_gpu:
+        return (images,)
+    # Crop with a slice before the resize. The resize has a region of interest of its own,
+    # but its filter would read pixels outside of the crop.
+    return tuple(
+        fn.resize(
+            fn.slice(images, corner, shape, axes=(0, 1)),
+            size=(augment.size, augment.size),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        for corner, shape, augment in zip(boxes[::2], boxes[1::2], augments)
+    )

@@ -1,0 +1,95 @@
+"""Plans of batches: which samples a batch shows, and the parameters of their views, before
+decoding.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from mocofast.config import AugmentConfig
+from mocofast.data.decoding import image_size
+from mocofast.data.interface import (
+    BatchSlice,
+    Source,
+    ViewParams,
+    first_good,
+    no_image_decodes,
+    source_order,
+)
+from mocofast.data.sampling import per_view, sample_views
+from mocofast.errors import describe_error
+
+
+class Plan(NamedTuple):
+    """A batch of B images before decoding."""
+
+    epoch: int
+    step: int
+    samples: np.ndarray  # (B,) int64: the samples to decode, after substitution of bad samples
+    params: list[list[ViewParams]]  # the parameters of B views, for every view
+
+
+class Planner:
+    """Plans batches at any position. Reads the header of every image file once, for the
+    image's size.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augments: tuple[AugmentConfig, ...],
+        batch_slice: BatchSlice,
+        seed: int,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """pool: threads that read headers."""
+        self.steps = batch_slice.steps(len(source))
+        self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
+        self.sizes = np.zeros(
+            (len(source), 2), dtype=np.int32
+        )  # (height, width), 0 if not known yet
+        self._source, self._augments, self._slice = source, augments, batch_slice
+        self._seed, self._pool = seed, pool
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
+
+    def plan(self, epoch: int, step: int) -> Plan:
+        """Returns the plan of a batch. Raises ValueError if all samples are bad."""
+        if self._order[0] != epoch:
+            self._order = (epoch, source_order(self._source, self._seed, epoch))
+        slots = self._slice.indices(self._order[1], step)
+        list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers in parallel
+        samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
+        sizes = self.sizes[samples]
+        params = [
+            per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
+            for view, augment in enumerate(self._augments)
+        ]
+        return Plan(epoch, step, samples, params)
+
+    def after(self, epoch: int, step: int) -> tuple[int, int]:
+        """Returns the (epoch, step) of the next batch."""
+        return (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
+
+    def _shown(self, slot: int) -> int:
+        shown = first_good(slot, len(self._source), self._is_good)
+        if shown is None:
+            raise no_image_decodes(self._source, self.skipped)
+        return shown
+
+    def _is_good(self, index: int) -> bool:
+        """Returns False for a bad sample. Reads the size of a new sample."""
+        if index in self.skipped:
+            return False
+        if not self.sizes[index, 0]:
+            item = self._source.load(index)
+            try:
+                self.sizes[index] = (
+                    item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
+                )
+            except Exception as error:  # PIL raises nearly any exception on corrupt headers
+                self.skipped[index] = describe_error(error)
+                return False
+        return True
