@@ -81,6 +81,11 @@ class ModelConfig:
     )
 
 
+OWN_IMAGES = ("folder", "shards")  # sources for which data.path names the user's images
+SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
+LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
+
+
 @dataclass
 class DataConfig:
     """Where images come from and who decodes them."""
@@ -88,7 +93,7 @@ class DataConfig:
     source: str = option(
         "folder",
         "folder (of images, recursive), tar shards, embedded digits, or torchvision's CIFAR",
-        ("folder", "shards", "digits", "cifar10", "cifar100"),
+        SOURCES,
     )
     path: str = option(
         "",
@@ -101,7 +106,7 @@ class DataConfig:
     loader: str = option(
         "auto",
         "who decodes and augments; auto says which and why",
-        ("auto", "device", "dali", "torchvision"),
+        LOADERS,
     )
     batch_size: int = option(
         256, "images per optimiser step, over all ranks and accumulation steps"
