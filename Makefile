@@ -1,16 +1,19 @@
-# make setup   creates .venv with pinned versions (needs Python 3.10 to 3.13 and a network)
-# make demo    set-up, then a pretraining on the embedded digits: minutes on two CPU cores
-# make test    set-up, then the tests; real images through MOCOFAST_DATA=DIR
-# make check   format, lint, types and tests, as CI runs them
-# make test-newest                the tests with the newest versions of everything, in a .venv of their own
-# EXTRAS=cuda12,dev make setup    for a driver of CUDA 12, in a clone without .venv
+# make setup         creates .venv with pinned versions. Needs Python 3.10 to 3.13 and a network.
+# make demo          sets up, then pretrains on the embedded digits: minutes on two CPU cores.
+# make test          sets up, then runs the tests. MOCOFAST_DATA=DIR names a folder of real images.
+# make check         checks format, lint and types, and runs the tests, as CI does.
+# make test-newest   runs the tests with the newest versions of all packages, in .venv-newest.
+# EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
 
 EXTRAS ?= cuda13,dev
-# The first that runs and can make a virtual environment: Debian packs venv's pip, `ensurepip`, apart.
+# Takes the first Python that can make a virtual environment. `ensurepip` installs pip there, and
+# Debian ships `ensurepip` in a package of its own.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
-	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+		2>/dev/null && echo $$p && break; done)
+# Two test processes with one thread each (OMP_NUM_THREADS=1 below). With more threads the
+# processes wait for one another, which takes minutes on a busy machine.
 PYTEST_ARGS ?= -n 2
-# Two test processes of one thread: threads of several that wait for one another take minutes on a busy machine.
 BIN := .venv/bin
 READY := .venv/ready
 
@@ -19,10 +22,13 @@ READY := .venv/ready
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-	@echo "Setting up .venv with $$($(PYTHON) --version): PyTorch and its CUDA libraries are about 6 GB, minutes"
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH" \
+		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version):" \
+		"PyTorch and its CUDA libraries are about 6 GB. This takes minutes."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)

@@ -1,4 +1,7 @@
-"""mocofast: one distribution, three import packages (``mocofast``, ``mocofast_kernels``, ``mocofast_bench``)."""
+"""Packs one distribution with three import packages.
+
+The packages are ``mocofast``, ``mocofast_kernels`` and ``mocofast_bench``.
+"""
 
 import re
 from pathlib import Path
@@ -12,7 +15,7 @@ VERSION = re.search(
 
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
-# The packaging test builds a wheel without a network, so with the setuptools that is installed.
+# setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -21,7 +24,7 @@ TEST = [
     "setuptools>=77",
     "timm>=1",
 ]
-# What `mocofast bench` compares with. Liger-Kernel asks for Triton everywhere, hence the marker.
+# The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
     "pytest-benchmark>=5",
     f"cut-cross-entropy>=25.1; {LINUX}",
@@ -33,12 +36,15 @@ BENCH = [
 setup(
     name="mocofast",
     version=VERSION,
-    description="Momentum-contrast pretraining on fused kernels: MoCo and its relatives, correct and fast",
+    description=(
+        "Momentum-contrast pretraining on fused kernels: MoCo and its relatives, correct and fast"
+    ),
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # `kernels/` and `benchmarks/` are no packages: PyPI's `kernels` (Hugging Face) must stay importable.
+    # The folders `kernels/` and `benchmarks/` are no packages. A package named `kernels` would hide
+    # the package `kernels` of Hugging Face (PyPI).
     packages=[
         *find_packages(include=["mocofast", "mocofast.*"]),
         "mocofast_kernels",
@@ -67,12 +73,12 @@ setup(
         "safetensors",
     ],
     extras_require={
-        # DALI's wheels of different CUDA versions exclude each other, so it is an extra: choose one.
+        # DALI's wheels for CUDA 13 and CUDA 12 exclude each other. Install one of the two extras.
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "test": TEST,
         "bench": BENCH,
-        # The peers too: every one of them really runs in the tests.
+        # With the peers, because the tests run every peer.
         "dev": [*TEST, *BENCH, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
