@@ -1,10 +1,12 @@
-"""Pairs of images and descriptions: two encoders trained with CLIP's loss (Radford et al. 2021, arXiv:2103.00020).
+"""Trains an image encoder and a text encoder with CLIP's loss.
+
+CLIP: Radford et al. 2021, arXiv:2103.00020.
 
     python examples/clip_pairs.py [--epochs 20]
 
-The images are scikit-learn's handwritten digits, the descriptions short sentences about them ("a handwritten seven"),
-of a few wordings each, as counts of their words. A minute on one CPU core. Printed are the loss and how often the
-nearest description of a new image names the right digit.
+Images: scikit-learn's handwritten digits. Texts: short sentences ("a handwritten seven") in four
+wordings, given as word counts. Takes a minute on one CPU core. Prints the loss of every epoch, and
+how often the nearest description of a new image names the right digit.
 """
 
 from __future__ import annotations
@@ -27,25 +29,29 @@ WORDS = sorted({word for sentence in SENTENCES for word in sentence})
 
 
 def descriptions() -> Tensor:
-    """(40, words): how often each word occurs in each sentence, the four of a digit together."""
+    """Returns word counts of the sentences, (40, words). Rows 4 d to 4 d + 3 describe digit d."""
     return torch.tensor([[float(sentence.count(word)) for word in WORDS] for sentence in SENTENCES])
 
 
 def train(
     epochs: int = 20, batch_size: int = 64, dim: int = 32, seed: int = 0
 ) -> tuple[list[float], float]:
-    """The mean loss of every epoch, and the accuracy of retrieval on 300 images that are not trained on."""
+    """Returns the mean loss of every epoch, and the accuracy of retrieval on 300 held-out images.
+
+    dim: dimension of both features.
+    seed: seeds the weights, the order of images and the wordings.
+    """
     torch.manual_seed(seed)
     digits = load_digits()
-    images = torch.from_numpy(
-        np.repeat(digits.images[:, None] / 8 - 1, 3, axis=1)
-    ).float()  # (1797, 3, 8, 8)
-    labels = torch.from_numpy(digits.target)
-    texts = descriptions()
+    pixels = np.repeat(digits.images[:, None] / 8 - 1, 3, axis=1)
+    images = torch.from_numpy(pixels).float()  # (1797, 3, 8, 8), values in [-1, 1]
+    labels = torch.from_numpy(digits.target)  # (1797,)
+    texts = descriptions()  # (40, words)
 
+    # Two encoders, and the logarithm of the scale (1 / temperature). CLIP starts at 1 / 0.07.
     image_encoder = build_encoder("resnet_tiny")(num_classes=dim)
     text_encoder = nn.Sequential(nn.Linear(len(WORDS), 64), nn.ReLU(), nn.Linear(64, dim))
-    log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # learnt; CLIP's start
+    log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
     parameters = [*image_encoder.parameters(), *text_encoder.parameters(), log_scale]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
@@ -54,13 +60,14 @@ def train(
         order = torch.randperm(len(images) - 300)
         total, steps = 0.0, len(order) // batch_size
         for step in range(steps):
+            # Each image meets a random wording of its digit.
             chosen = order[step * batch_size : (step + 1) * batch_size]
             wording = torch.randint(len(WORDINGS), (batch_size,))
             image_features = F.normalize(image_encoder(images[chosen]), dim=1)
             text_features = F.normalize(
                 text_encoder(texts[labels[chosen] * len(WORDINGS) + wording]), dim=1
             )
-            # A scale above 100 makes training unstable: CLIP's limit.
+            # CLIP limits the scale to 100. A larger scale makes training unstable.
             loss = clip_loss(image_features, text_features, log_scale.exp().clamp(max=100))
             optimizer.zero_grad()
             loss.backward()
@@ -69,6 +76,7 @@ def train(
         losses.append(total / steps)
         print(f"epoch {epoch + 1}  loss {losses[-1]:.3f}  scale {log_scale.exp().item():.1f}")
 
+    # Retrieval: the nearest of the 40 descriptions for every held-out image.
     image_encoder.eval()
     with torch.no_grad():
         similarity = (

@@ -1,10 +1,11 @@
-"""lightly's MoCo with the fused loss: `mocofast.ops.info_nce` in the place of its NTXentLoss.
+"""Trains lightly's MoCo with `mocofast.ops.info_nce` in place of lightly's NTXentLoss.
 
     pip install lightly
     python examples/lightly_moco.py [--epochs 5] [--fused false]
 
-A training loop as lightly's users write it, of its heads, memory bank, shuffle and momentum update, on scikit-learn's
-digits. `--fused false` runs the loop as it was: the losses are the same.
+The training loop is written as in lightly's examples, with lightly's heads, memory bank, shuffle
+and momentum update, on scikit-learn's digits. `--fused false` runs the loop with lightly's own
+loss. The values of the losses are the same.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mocofast.ops import info_nce
 
 
 class MoCo(nn.Module):
-    """Backbone and projection head, and their momentum copies."""
+    """Holds a backbone, a projection head, and momentum copies of the two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,13 +56,13 @@ class MoCo(nn.Module):
 
 
 def views(images: Tensor) -> Tensor:
-    """Images (N, 3, 8, 8) moved by up to a pixel, brighter or darker."""
+    """Returns images (N, 3, 8, 8) moved by up to a pixel, brighter or darker."""
     down, right = (int(shift) for shift in torch.randint(-1, 2, (2,)))
     return images.roll((down, right), (2, 3)) * (0.7 + 0.6 * torch.rand(len(images), 1, 1, 1))
 
 
 def train(epochs: int = 5, fused: bool = True, batch_size: int = 128, seed: int = 0) -> list[float]:
-    """The mean loss of every epoch."""
+    """Returns the mean loss of every epoch. fused: takes `info_nce` instead of lightly's loss."""
     torch.manual_seed(seed)
     digits = load_digits().images[:, None] / 8 - 1
     images = torch.from_numpy(np.repeat(digits, 3, axis=1)).float()
@@ -81,9 +82,8 @@ def train(epochs: int = 5, fused: bool = True, batch_size: int = 128, seed: int 
             update_momentum(model.projection_head, model.projection_head_momentum, m=0.99)
             query, key = model(x_query), model.forward_momentum(x_key)
             if fused:
-                _, negatives = bank(
-                    F.normalize(key, dim=1), update=True
-                )  # (32, 512), read before it is updated
+                # The bank returns the old keys (32, 512) and then stores the new keys.
+                _, negatives = bank(F.normalize(key, dim=1), update=True)
                 loss = info_nce(
                     query, key, negatives.t(), temperature=0.1, negatives_normalized=True
                 )

@@ -1,4 +1,4 @@
-"""Shared fixtures. Real images are found through MOCOFAST_DATA; tests that need them skip without it."""
+"""Shared fixtures. Tests on real images are skipped unless MOCOFAST_DATA names their folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import hypothesis
 import pytest
 import torch
 
-# In CI the same examples every time: a change is judged by what it changed. New ones are tried everywhere else.
+# CI takes the same examples every time, and a failure points at the change. Everywhere else
+# hypothesis tries new examples.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 if not torch.cuda.is_available():
-    # Before any test module imports torchvision, and with it triton: `triton.jit` looks at this once.
+    # Set before any test module imports torchvision, which imports triton: `triton.jit` reads the
+    # variable once.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -50,11 +52,14 @@ def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 full-size JPEG photos, flat, some of them grayscale."""
+    """Returns a flat folder of 500 full-size JPEG photos. Some photos are grayscale."""
     return _unpacked("imagenet-sample-500.tar", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def cifar10_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 as JPEG files: train/<class>/NNNN.jpg (50,000) and test/<class>/NNNN.jpg (10,000)."""
+    """Returns a folder of CIFAR-10 as JPEG files.
+
+    The files are train/<class>/NNNN.jpg (50,000) and test/<class>/NNNN.jpg (10,000).
+    """
     return _unpacked("cifar10-jpeg.tar.xz", tmp_path_factory)

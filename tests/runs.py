@@ -1,7 +1,8 @@
 """Helpers for tests that run the command line: real processes, small data, few steps.
 
-As a script, `python runs.py ARGS...` is `mocofast ARGS...` with an encoder without BatchNorm under the name
-`resnet_tiny`, for claims that BatchNorm would break (its statistics depend on how a batch is divided).
+As a script, `python runs.py ARGS...` runs `mocofast ARGS...` with `PlainEncoder` under the name
+`resnet_tiny`. Some claims hold without BatchNorm only, because the statistics of BatchNorm depend
+on how a batch is divided.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"images_per_second", "data_wait", "memory_gib"}  # differ from run to run
+# Metrics that differ from run to run.
+TIMES = {"images_per_second", "data_wait", "memory_gib"}
 
 
 class PlainEncoder(nn.Module):
-    """Convolution, pooling, linear layer: nothing mixes the images of a batch."""
+    """Convolution, pooling and a linear layer. No layer mixes the images of a batch."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -35,20 +37,26 @@ class PlainEncoder(nn.Module):
 
 
 def environment() -> dict[str, str]:
-    """The package from this checkout, on one thread, so that several processes do not fight for two cores."""
+    """Returns variables that select this checkout's packages and one thread.
+
+    With more threads, several processes would compete for two cores.
+    """
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def mocofast(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python -m mocofast ARGS`."""
+    """Runs `python -m mocofast ARGS`. check: raises AssertionError if the command fails."""
     return _run([sys.executable, "-m", "mocofast", *arguments], check)
 
 
 def torchrun(
     processes: int, *arguments: str, script: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node N -m mocofast ARGS`, or a script in place of the module."""
+    """Runs `torchrun --nproc-per-node N -m mocofast ARGS`.
+
+    script: the path of a script to run instead of the module.
+    """
     launcher = [
         sys.executable,
         "-m",
@@ -61,7 +69,10 @@ def torchrun(
 
 
 def compiled(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGS` with Triton's compiler, where this process may have its interpreter."""
+    """Runs `python -m MODULE ARGS` with Triton's compiler, even if this process interprets kernels.
+
+    variables: additional environment variables.
+    """
     inherited = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
@@ -87,18 +98,18 @@ def _run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the machine's speed."""
+    """Returns the lines of metrics.jsonl without the metrics that depend on the machine's speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The model of a run's last checkpoint."""
+    """Returns the model's state dict from a run's last checkpoint."""
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"]
 
 
 def assert_same_run(got: Path, expected: Path) -> None:
-    """Equal metrics, and weights to the bit."""
+    """Asserts equal metrics, and weights that are equal to the bit."""
     assert metrics(got) == metrics(expected)
     ours, theirs = weights(got), weights(expected)
     assert ours.keys() == theirs.keys()
@@ -107,7 +118,10 @@ def assert_same_run(got: Path, expected: Path) -> None:
 
 
 def make_images(folder: Path, count: int, classes: int = 2, side: int = 24) -> Path:
-    """`count` JPEG files of smooth random colours in class folders; images of a class resemble each other."""
+    """Writes `count` JPEG files of smooth random colours into class folders, and returns `folder`.
+
+    Images of a class look alike.
+    """
     rng = np.random.default_rng(0)
     for i in range(count):
         label = i % classes

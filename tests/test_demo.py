@@ -1,4 +1,4 @@
-"""The default run learns: what `make demo` promises, measured."""
+"""The default run learns as well as the README says of `make demo`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests import runs
 
 
 def test_the_demo_learns_digits_without_labels(tmp_path: Path) -> None:
-    """Thresholds of the README's claim. Another CPU or seed rounds and draws differently."""
+    """The thresholds lie below the README's figures, since another CPU or seed gives other figures."""
     folder = tmp_path / "demo"
     runs.mocofast("pretrain", "--train.dir", str(folder))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

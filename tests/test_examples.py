@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and do what they say."""
+"""The scripts in examples/ run and do what their docstrings say."""
 
 from __future__ import annotations
 
@@ -29,5 +29,6 @@ def test_lightlys_training_code_has_the_same_losses_with_ours_in_place_of_its_ow
     pytest.importorskip("lightly", reason="lightly is not installed")
     lightly_moco = example("lightly_moco")
     ours, theirs = (lightly_moco.train(epochs=2, fused=fused) for fused in (True, False))
-    # 28 steps of float32 roundings in another order; another negative, temperature or normalisation is off by 1e-2.
+    # The two sides round in another order over 28 steps of float32. With another negative,
+    # temperature or normalisation the losses differ by 1e-2.
     assert ours == pytest.approx(theirs, abs=2e-3)

@@ -1,4 +1,4 @@
-"""What is shipped: the contents of wheel and sdist, the version, the pins, and whose the name `kernels` is."""
+"""Tests the contents of wheel and sdist, the version, the pins, and the package name `kernels`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ FILES = ("README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "Makefile")
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads: a build in the checkout leaves a build/ there that the next wheel ships too."""
+    """Returns a copy of the files that a build reads.
+
+    A build in the checkout itself leaves a folder build/, which the next wheel would ship.
+    """
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", *FILES):
         shutil.copy(ROOT / name, copy)
@@ -33,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path) -> zipfile.ZipFile:
-    """The wheel that `pip install .` makes, built by the installed setuptools: no network."""
+    """Returns the wheel that `pip install .` makes, built without a network."""
     pytest.importorskip(
         "setuptools",
         minversion="77",
@@ -102,7 +105,7 @@ def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipF
 
 
 def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfile.ZipFile) -> None:
-    # -S leaves out site-packages, so no installed copy can answer.
+    # -S leaves out site-packages, where another copy may be installed.
     out = subprocess.run(
         [
             sys.executable,
@@ -126,7 +129,10 @@ def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfil
 def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_allowed(
     wheel: zipfile.ZipFile,
 ) -> None:
-    """So what the tests run with is what `>=` promises. A pin of a package that nobody requires is a leftover."""
+    """The tests run with the oldest versions that `>=` allows.
+
+    A pin of a package that setup.py does not require is a leftover.
+    """
     requirements = pytest.importorskip("packaging.requirements")
     ranges: dict[str, set[str]] = {}
     for line in Parser().parsestr(metadata(wheel, "METADATA")).get_all("Requires-Dist"):
@@ -153,13 +159,12 @@ def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_
 
 
 def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: Path) -> None:
-    """Hugging Face's `kernels` is one; `kernels/` here must not hide it."""
+    """The folder `kernels/` must not hide the package `kernels` of Hugging Face."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
     code = "import kernels, mocofast_kernels; print(kernels.owner, mocofast_kernels.__file__)"
-    path = os.pathsep.join(
-        map(str, (ROOT, ROOT / "kernels", tmp_path))
-    )  # as pytest and a bare checkout order them
+    # The same order as in pytest and in a bare checkout.
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
