@@ -310,7 +310,7 @@ def study(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--setting",
-        choices=tuple(module.SETTINGS),
+        choices=tuple(module.SIZES),
         default="cpu",
         help="its sizes, for a [cpu] or a gpu",
     )
@@ -327,7 +327,7 @@ def study(argv: Sequence[str]) -> int:
     out = Path(given.out or f"runs/{given.name}-{given.setting}")
     try:
         module.four_class(
-            given.path, out, module.SETTINGS[given.setting], choose_device(given.device)
+            given.path, out, module.SIZES[given.setting], choose_device(given.device)
         )
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {out}", file=sys.stderr)

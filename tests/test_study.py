@@ -1,4 +1,4 @@
-"""The four-class study on images of the test's own: what it writes, and that it repeats nothing."""
+"""The four-class study: writes its results, and repeats no finished run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 
 from mocofast import cli, study
 from mocofast.config import ConfigError
-from mocofast.study import SETTINGS, Setting, draw, four_class, table
+from mocofast.study import SIZES, StudySize, four_class, plot_study, table
 from tests import runs
 
 CPU = torch.device("cpu")
 
 
-def tiny() -> Setting:
-    """The CPU's study with an epoch of everything and two seeds."""
-    cpu = SETTINGS["cpu"]
+def tiny() -> StudySize:
+    """The study for a CPU, with an epoch of pretraining, two on labels, and two seeds."""
+    cpu = SIZES["cpu"]
     models = {
         name: replace(
             model,
@@ -44,9 +44,9 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     data, out = tmp_path / "data", tmp_path / "out"
     for part in ("train", "test"):
         runs.make_images(data / part, 5 * 10, classes=5, side=32)
-    setting = tiny()
+    size = tiny()
     monkeypatch.setattr(study, "count_workers", lambda _: 1)  # one process beside this one
-    results = four_class(str(data), out, setting, CPU)
+    results = four_class(str(data), out, size, CPU)
     assert results == json.loads((out / "results.json").read_text())
     names = {
         f"{model} {start} {seed}"
@@ -61,7 +61,7 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     )  # of 4 x 3 images
     assert results["knn"].keys() == {"ResNet", "ViT"}
 
-    # Four classes of five, as many images as said, each a link to its own file.
+    # Four of five classes, the given number of images, every link to a different file.
     links = sorted((out / "images" / "train").rglob("*.jpg"))
     assert {link.parent.name for link in links} == {"class0", "class1", "class2", "class3"}
     assert len({link.resolve() for link in links}) == 4 * 8
@@ -69,29 +69,31 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     assert len((out / "table.md").read_text().splitlines()) == 2 + 4
     assert Image.open(out / "curves.png").size[0] > 800
 
-    # One run is lost: it alone is made again, and becomes the same.
+    # A lost run is repeated, alone, with the same result.
     lost = results["runs"].pop("ViT pretrained 1")
     (out / "results.json").write_text(json.dumps(results))
     capsys.readouterr()
-    assert four_class(str(data), out, setting, CPU)["runs"]["ViT pretrained 1"] == lost
+    assert four_class(str(data), out, size, CPU)["runs"]["ViT pretrained 1"] == lost
     said = [line for line in capsys.readouterr().out.splitlines() if "seed" in line]
     assert len(said) == 1
     assert said[0].startswith("ViT, pretrained, seed 1: accuracy")
     with pytest.raises(ConfigError, match="a study of other images or settings"):
-        four_class(str(data), out, replace(setting, seeds=3), CPU)
+        four_class(str(data), out, replace(size, seeds=3), CPU)
 
 
 def test_the_table_holds_means_and_deviations_and_the_gain_seed_by_seed() -> None:
-    setting = replace(tiny(), models={"ViT": tiny().models["ViT"]})
+    size = replace(tiny(), models={"ViT": tiny().models["ViT"]})
     shares = {
-        "ViT scratch 0": [0.25, 0.35, 0.45], "ViT scratch 1": [0.35, 0.35, 0.55],
-        "ViT pretrained 0": [0.5, 0.6, 0.5], "ViT pretrained 1": [0.5, 0.5, 0.7],
-    }  # fmt: skip
-    lines = table({"runs": shares}, setting).splitlines()
+        "ViT scratch 0": [0.25, 0.35, 0.45],
+        "ViT scratch 1": [0.35, 0.35, 0.55],
+        "ViT pretrained 0": [0.5, 0.6, 0.5],
+        "ViT pretrained 1": [0.5, 0.5, 0.7],
+    }
+    lines = table({"runs": shares}, size).splitlines()
     # By hand: deviations of two values are their distance / sqrt 2; gains 5 and 15 points.
     assert lines[2] == "| ViT | scratch | 50.0 ± 7.1 | 50.0 ± 7.1 |  | 10.0 ± 0.0 |"
     assert lines[3] == "| ViT | pretrained | 60.0 ± 14.1 | 60.0 ± 14.1 | 10.0 ± 7.1 | 10.0 ± 0.0 |"
-    figure = draw({"runs": shares}, setting)
+    figure = plot_study({"runs": shares}, size)
     scratch = figure.axes[0].lines[0].get_ydata()
     np.testing.assert_allclose(np.asarray(scratch), [0.3, 0.35, 0.5])
 

@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 
 def images() -> Tensor:
-    """Two batches of 6 images. Halves of a batch differ, which shows statistics of a single rank."""
+    """Two batches of 6 images. Their halves differ, which shows statistics of a single rank."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
     return noise + torch.arange(6).view(1, 6, 1, 1, 1)
