@@ -9,7 +9,7 @@ from tests import runs
 
 
 def test_the_demo_learns_digits_without_labels(tmp_path: Path) -> None:
-    """The thresholds lie below the README's figures, since another CPU or seed gives other figures."""
+    """The thresholds lie below the README's figures: another CPU or seed gives other figures."""
     folder = tmp_path / "demo"
     runs.mocofast("pretrain", "--train.dir", str(folder))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
