@@ -135,7 +135,7 @@ def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: fl
 def test_excluded_negatives_neither_count_nor_get_a_gradient(
     count: int, period: int, temperature: float, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In-batch (P = N), SimCLR (P = N / 2), several blocks in rows and columns, none left (P = 1)."""
+    """In-batch (P = N), SimCLR (P = N / 2), several blocks both ways, no negatives (P = 1)."""
     monkeypatch.setattr(cpu, "ROWS", 64)
     monkeypatch.setattr(cpu, "LOGITS", 64 * 256)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)

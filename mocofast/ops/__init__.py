@@ -1,6 +1,7 @@
-"""Losses, EMA and key queue as functions of tensors, with the kernels behind them: torch only.
+"""Losses, EMA, key queue and ghost BatchNorm as functions of tensors, on fused kernels.
 
-Other training code may import this package alone; it needs neither a GPU nor Triton.
+Other training code can import this package alone. The package needs torch, but neither a GPU nor
+Triton.
 """
 
 from typing import TYPE_CHECKING

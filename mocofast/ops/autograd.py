@@ -1,4 +1,7 @@
-"""Joins the kernels to autograd and to torch.compile: directly in eager mode, as custom ops when compiled."""
+"""Connects the kernels to autograd and to torch.compile.
+
+Eager mode calls the kernels directly, compiled code calls them through custom ops.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from mocofast.ops.first_derivative import first_derivative
 
 
 class _Options(NamedTuple):
-    """What the kernels take besides tensors and temperature."""
+    """Arguments of the kernels other than tensors and temperature."""
 
     normalize: bool
     normalize_negatives: bool
@@ -35,8 +38,11 @@ def info_nce(
     return_rank: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, float32, (N,) or reduced to (), with its gradient; rank (N,) int32 or None. Arguments are checked
-    already."""
+    """Returns the float32 loss, (N,) or reduced to (), and the positive rank (N,) int32 or None.
+
+    Expects checked arguments, as `mocofast_kernels.cpu.infonce_forward` documents them.
+    """
+    # Products run in the autocast dtype if autocast is on, else in the inputs' promoted dtype.
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dot_dtype = torch.get_autocast_dtype(device_type)
@@ -46,18 +52,20 @@ def info_nce(
         )
     options = _Options(normalize, normalize_negatives, exclude_period, return_rank, dot_dtype)
     scalar, tensor = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
-    needs = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (query, positive, tensor)
-    ]
-    needs_negatives = torch.is_grad_enabled() and negatives.requires_grad
+
+    # The forward sweep computes all gradients except the negatives' gradient.
+    needs_forward_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, positive, tensor)
+    )
+    needs_negatives_grad = torch.is_grad_enabled() and negatives.requires_grad
+
+    # Compiled code calls the op. Eager mode avoids the op: its wrapper costs tens of microseconds.
     if torch.compiler.is_compiling():
         loss, _, rank, _, _, _ = _info_nce_op(
-            query, positive, negatives, tensor, scalar, *options, any(needs)
+            query, positive, negatives, tensor, scalar, *options, needs_forward_grad
         )
         return _reduced(loss, reduction), rank if return_rank else None
-    if any(needs) or needs_negatives:
-        # Not the op above: its wrapper costs tens of microseconds a call.
+    if needs_forward_grad or needs_negatives_grad:
         return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, reduction)
     forward = _forward(query, positive, negatives, temperature, options, compute_grad=False)
     return _reduced(forward.loss, reduction), forward.rank
@@ -109,19 +117,22 @@ def _grad_negatives(
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The kernels choose their own precision; autocast would turn their float32 products into bfloat16."""
+    """Switches autocast off: the CPU path would otherwise compute float32 products in bfloat16."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _temperature_grad(grad_loss: Tensor, grad_scale: Tensor, temperature: Tensor) -> Tensor:
-    """dL/dT from dL/d(1/T), ()."""
+    """Returns dL/dT, (), from the rows' gradients dL/d(1/T), (N,)."""
     return -(grad_loss * grad_scale).sum() / temperature.float().square()
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The whole gradient is known after the forward sweep, but for the negatives': that one is recomputed."""
+    """InfoNCE whose forward sweep also computes gradients. Only the negatives' gradient waits.
+
+    The negatives' gradient sums over all queries, so backward recomputes the logits for it.
+    """
 
     @staticmethod
     def forward(
@@ -137,13 +148,15 @@ class _InfoNCE(torch.autograd.Function):
         need_query, need_positive, need_negatives, need_temperature = ctx.needs_input_grad[:4]
         only_query = not (need_positive or need_negatives or need_temperature)
         compute_grad = need_query or need_positive or need_temperature
-        at = scalar if temperature is None else temperature
-        result = _forward(query, positive, negatives, at, options, compute_grad, only_query)
+        temperature_value = scalar if temperature is None else temperature
+        result = _forward(
+            query, positive, negatives, temperature_value, options, compute_grad, only_query
+        )
         if result.rank is not None:
             ctx.mark_non_differentiable(result.rank)
         ctx.options, ctx.scalar, ctx.reduction, ctx.rows = options, scalar, reduction, len(query)
         ctx.dtypes = (query.dtype, positive.dtype, negatives.dtype)
-        # Inputs are kept only where a gradient needs them, so that a queue may be overwritten before backward.
+        # Inputs are saved only for gradients, so that a queue may be overwritten before backward.
         ctx.save_for_backward(
             result.grad_query if need_query else None,
             result.grad_positive if need_positive else None,
@@ -154,7 +167,7 @@ class _InfoNCE(torch.autograd.Function):
             negatives if need_negatives else None,
             temperature if need_temperature or need_negatives else None,
         )
-        # Reduced here, which spares autograd a node.
+        # Reducing inside the function spares autograd a node.
         return _reduced(result.loss, reduction), result.rank
 
     @staticmethod
@@ -165,22 +178,21 @@ class _InfoNCE(torch.autograd.Function):
         query_dtype, positive_dtype, negatives_dtype = ctx.dtypes
         grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
-            factor = (
-                grad_loss / ctx.rows if ctx.reduction == "mean" else grad_loss
-            )  # of every row's loss, () or (N,)
+            # Gradient of the row losses: () if all rows share the gradient, else (N,).
+            factor = grad_loss / ctx.rows if ctx.reduction == "mean" else grad_loss
             column = factor[:, None] if factor.dim() else factor
+            # Gradients known since forward.
             if grad_query is not None:
                 grads[0] = (grad_query * column).to(query_dtype)
             if grad_positive is not None:
                 grads[1] = (grad_positive * column).to(positive_dtype)
+            # Second sweep over the logits.
             if lse is not None:
-                at, factors = (
-                    ctx.scalar if temperature is None else temperature,
-                    factor.expand(ctx.rows),
-                )
-                grads[2] = _grad_negatives(factors, query, negatives, lse, at, ctx.options).to(
-                    negatives_dtype
-                )
+                temperature_value = ctx.scalar if temperature is None else temperature
+                row_factors = factor.expand(ctx.rows)  # (N,)
+                grads[2] = _grad_negatives(
+                    row_factors, query, negatives, lse, temperature_value, ctx.options
+                ).to(negatives_dtype)
             if grad_scale is not None:
                 grads[3] = _temperature_grad(factor, grad_scale, temperature).to(temperature.dtype)
         if torch.is_grad_enabled():  # create_graph=True
@@ -189,7 +201,7 @@ class _InfoNCE(torch.autograd.Function):
         return *grads, None, None, None
 
 
-# --- torch.compile: the same, as an op that the compiler does not look into ------------------------------------
+# --- torch.compile: custom ops, opaque to the compiler ---
 
 
 @torch.library.custom_op("mocofast::info_nce", mutates_args=())
@@ -215,8 +227,8 @@ def _info_nce_op(
         options,
         compute_grad,
     )
-    assert result.lse is not None  # not only the query's gradient was asked for
-    # An op's outputs cannot be None: empty tensors stand for what was not asked.
+    assert result.lse is not None  # because only_query is False
+    # Outputs of an op cannot be None, so empty tensors stand for None.
     return (
         result.loss,
         result.lse,
@@ -268,8 +280,8 @@ def _grad_negatives_op(
     dot_dtype: torch.dtype,
 ) -> Tensor:
     options = _Options(normalize, normalize_negatives, exclude_period, False, dot_dtype)
-    at = scalar if temperature is None else temperature
-    return _grad_negatives(grad_loss, query, negatives, lse, at, options)
+    temperature_value = scalar if temperature is None else temperature
+    return _grad_negatives(grad_loss, query, negatives, lse, temperature_value, options)
 
 
 @_grad_negatives_op.register_fake
@@ -344,7 +356,7 @@ def _ema_update_op(
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
-    """The backend's, hidden from the compiler while it traces."""
+    """Calls the kernel of the queue's device, through an op while torch.compile traces."""
     if torch.compiler.is_compiling():
         _enqueue_op(queue, pointer, keys, normalize)
     else:
@@ -352,7 +364,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> N
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """The backend's, for tensors of one device, hidden from the compiler while it traces."""
+    """Calls the kernel for tensors of a single device, through an op while torch.compile traces."""
     if torch.compiler.is_compiling():
         scalar, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
         _ema_update_op(targets, sources, tensor, scalar)

@@ -1,7 +1,7 @@
-"""Chooses, per device type, the kernels behind every op, optimiser, BatchNorm and fused augmentation.
+"""Chooses the kernels of a device type: losses, memory, optimisers, BatchNorm, augmentation.
 
-`backend_for` is the only dispatch point of the package. Callers look it up through this module, so a test that
-replaces it drives other kernels through the public ops.
+`backend_for` is the only dispatch point of the package. Callers write `backend.backend_for`, so
+that a test can replace the function and drive other kernels through the public ops.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 
 
 class Backend(NamedTuple):
-    """The kernels of one device type.
+    """The kernels of a device type.
 
-    `mocofast_kernels.cpu` and `cpu_optim` document the first seven, `mocofast_kernels.ghost_bn` and `augment` the
-    others. None: the device has no fused kernel, and the caller composes PyTorch operators.
+    The first seven are documented in `mocofast_kernels.cpu` and `mocofast_kernels.cpu_optim`, the
+    last three in `mocofast_kernels.ghost_bn` and `mocofast_kernels.augment`. None: the device has
+    no fused kernel, and the caller composes PyTorch operators.
     """
 
     infonce_forward: Callable[..., InfoNCEForward]
@@ -38,7 +39,7 @@ class Backend(NamedTuple):
 
 @functools.cache
 def backend_for(device_type: str) -> Backend:
-    """Returns Triton's kernels for "cuda", PyTorch's operators for other devices or without Triton."""
+    """Returns Triton kernels for "cuda" if Triton is installed, else PyTorch's operators."""
     if device_type == "cuda":
         try:
             return _triton_backend()
@@ -62,7 +63,7 @@ def backend_for(device_type: str) -> Backend:
 
 @torch.compiler.assume_constant_result
 def fuses_batch_norm(device_type: str) -> bool:
-    """Returns whether the device has a BatchNorm kernel; torch.compile takes the answer without tracing it."""
+    """Returns whether the device has a BatchNorm kernel. torch.compile does not trace this call."""
     return backend_for(device_type).ghost_bn_forward is not None
 
 

@@ -1,8 +1,8 @@
-"""Ghost BatchNorm: training-mode BatchNorm over parts of a batch (Hoffer et al. 2017, arXiv:1705.08741); and how a
-model's BatchNorms are replaced.
+"""Ghost BatchNorm: BatchNorm over splits of a batch (Hoffer et al. 2017, arXiv:1705.08741).
 
-On CUDA channels-last tensors go to Triton kernels that also add a residual and rectify, directly in eager mode and as
-custom ops under torch.compile; all others to PyTorch's own BatchNorm. Importing this needs neither a GPU nor Triton.
+Channels-last CUDA tensors go to Triton kernels, which also add a residual and rectify. Eager mode
+calls the kernels directly, compiled code through custom ops. All other tensors go to PyTorch's
+BatchNorm.
 """
 
 from __future__ import annotations
@@ -31,28 +31,41 @@ def ghost_batch_norm(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """BatchNorm in training mode over `num_splits` parts of the batch: sample n belongs to part n % num_splits.
+    """Normalises every split of the batch by its own statistics, as BatchNorm in training mode.
 
-    x: (N, C, H, W). weight, bias, running_mean, running_var: (C,). residual, like x, is added to the normalised
-    values; `relu` then rectifies them. Returns (N, C, H, W) of x's type and memory format; statistics and arithmetic
-    are float32 on CUDA, whatever that type. Running statistics become the mean over the parts of what each part would
-    have made them, with PyTorch's momentum and unbiased variance. The Triton path has no second derivative and says
-    so (RuntimeError).
+    Sample n belongs to split n % num_splits.
 
-    ValueError, with nothing changed, for an x that is not 4-D, a batch that num_splits does not divide, parts of one
-    value a channel, and a residual of another shape; TypeError for one of another type.
+    x: (N, C, H, W).
+    weight, bias: (C,).
+    running_mean, running_var: (C,), updated in place with PyTorch's momentum and unbiased
+        variance. Every split would give an update, and the mean of the updates is written.
+    num_splits: number of splits. Must divide N.
+    momentum: weight of the new statistics in the running statistics, in [0, 1].
+    eps: added to the variance.
+    relu: rectifies the result, after the residual is added.
+    residual: (N, C, H, W), the dtype of x, or None. Added to the normalised values.
+
+    Returns (N, C, H, W), in the dtype and memory format of x. On CUDA statistics and arithmetic
+    are float32 for every dtype.
+    Raises, before anything changes, ValueError if x is not 4-D, num_splits does not divide N, a
+    split has a single value per channel, or residual has another shape than x, and TypeError if
+    residual has another dtype than x. On CUDA a second derivative raises RuntimeError.
     """
     _check(x, num_splits, residual)
+
+    # Tensors that no Triton kernel takes.
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if (
         not backend.fuses_batch_norm(x.device.type)
         or x.dtype not in FUSED_DTYPES
-        # In NCHW memory PyTorch's BatchNorm takes the parts as they lie.
+        # In NCHW memory PyTorch's BatchNorm needs no copy: splits are channels of a view.
         or (x.is_contiguous() and not channels_last)
     ):
-        return _native(
+        return _pytorch_batch_norm(
             x, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu, residual
         )
+
+    # Triton kernels, in channels-last memory.
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -84,12 +97,14 @@ def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
         raise ValueError(f"x must be (N, C, H, W): got shape {tuple(x.shape)}")
     if num_splits < 1 or len(x) % num_splits:
         raise ValueError(
-            f"the batch must be divisible by num_splits: got {len(x)} images and {num_splits} splits"
+            "the batch must be divisible by num_splits: "
+            f"got {len(x)} images and {num_splits} splits"
         )
     values = x.shape[2] * x.shape[3] * (len(x) // num_splits)
     if values <= 1:
         raise ValueError(
-            f"x must hold more than one value per channel in each of {num_splits} splits: got shape {tuple(x.shape)}"
+            f"x must hold more than one value per channel in each of {num_splits} splits: "
+            f"got shape {tuple(x.shape)}"
         )
     if residual is None:
         return
@@ -104,7 +119,11 @@ def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
 def _update(
     running_mean: Tensor, running_var: Tensor, statistics: Tensor, count: int, momentum: float
 ) -> None:
-    """What the kernels do with running statistics in eager mode, for the compiler to fuse."""
+    """Updates running statistics by PyTorch operators, which the compiler fuses.
+
+    statistics: means and biased variances of the splits, (3, num_splits, C), rows 0 and 1.
+    count: values per channel and split.
+    """
     with torch.no_grad():
         mean, variance = statistics[0].mean(0), statistics[1].mean(0) * (count / (count - 1))
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -123,7 +142,10 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the parts' statistics as `mocofast_kernels.ghost_bn.GhostBatchNorm` has them."""
+    """Returns the output, (N, C, H, W), and the statistics of the splits, (3, num_splits, C).
+
+    `mocofast_kernels.ghost_bn.GhostBatchNorm` documents the statistics.
+    """
     forward = backend.backend_for(x.device.type).ghost_bn_forward
     assert forward is not None
     return forward(
@@ -150,7 +172,10 @@ def _backward(
     num_splits: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual (grad_output itself where there was no ReLU)."""
+    """Returns gradients of x, weight, bias and residual.
+
+    Without ReLU, the residual's gradient is grad_output itself.
+    """
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     backward = backend.backend_for(x.device.type).ghost_bn_backward
     assert backward is not None
@@ -161,7 +186,7 @@ def _backward(
 
 
 class _GhostBatchNorm(torch.autograd.Function):
-    """Keeps x, and the output only where the ReLU's mask cannot be worked out from x."""
+    """Saves x, and with relu and residual also the output: x alone gives no ReLU mask then."""
 
     @staticmethod
     def forward(
@@ -200,7 +225,7 @@ class _GhostBatchNorm(torch.autograd.Function):
         return *grads, *[None] * 6
 
 
-# --- torch.compile: the same, as ops that the compiler does not look into --------------------------------------
+# --- torch.compile: custom ops, opaque to the compiler ---
 
 
 @torch.library.custom_op("mocofast::ghost_batch_norm", mutates_args=())
@@ -247,7 +272,7 @@ def _backward_op(
     grad_x, grad_weight, grad_bias, grad_residual = _backward(
         grad_output, x, output, weight, bias, statistics, num_splits, relu
     )
-    # An op may return none of its inputs.
+    # An op must not return an input, so an empty tensor stands for grad_output.
     return grad_x, grad_weight, grad_bias, x.new_empty(0) if output is None else grad_residual
 
 
@@ -285,10 +310,10 @@ def _op_backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
 _ghost_batch_norm_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-# --- PyTorch's BatchNorm -------------------------------------------------------------------------------------------
+# --- PyTorch's BatchNorm ---
 
 
-def _native(
+def _pytorch_batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -300,21 +325,23 @@ def _native(
     relu: bool,
     residual: Tensor | None,
 ) -> Tensor:
+    """Ghost BatchNorm of PyTorch operators, with the arguments of `ghost_batch_norm`."""
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
-    # Part by part, in cache, is faster forward in channels-last memory; backward it is slower by far.
-    by_part = (
+    # In channels-last memory a loop over splits, which fit in cache, is faster forward, but much
+    # slower backward.
+    split_by_split = (
         x.is_contiguous(memory_format=torch.channels_last)
         and not tracked
         and not torch.compiler.is_compiling()
     )
-    norm = _part_by_part if by_part else _folded
+    norm = _split_by_split if split_by_split else _splits_as_channels
     y = norm(x, weight, bias, running_mean, running_var, num_splits, momentum, eps)
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if relu else y
 
 
-def _part_by_part(
+def _split_by_split(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -324,11 +351,12 @@ def _part_by_part(
     momentum: float,
     eps: float,
 ) -> Tensor:
+    """A loop over the splits, in channels-last memory, without gradients."""
     y = torch.empty_like(x)
     means, variances = running_mean.repeat(num_splits, 1), running_var.repeat(num_splits, 1)
-    for part, (mean, variance) in enumerate(zip(means, variances)):
-        values = x[part::num_splits].contiguous(memory_format=torch.channels_last)
-        y[part::num_splits] = F.batch_norm(
+    for split, (mean, variance) in enumerate(zip(means, variances)):
+        values = x[split::num_splits].contiguous(memory_format=torch.channels_last)
+        y[split::num_splits] = F.batch_norm(
             values, mean, variance, weight, bias, True, momentum, eps
         )
     running_mean.copy_(means.mean(0))
@@ -336,7 +364,7 @@ def _part_by_part(
     return y
 
 
-def _folded(
+def _splits_as_channels(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -346,10 +374,10 @@ def _folded(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Every part's channels become channels of their own."""
+    """A single BatchNorm over num_splits * C channels, so that splits stay apart."""
     means, variances = running_mean.repeat(num_splits), running_var.repeat(num_splits)
     folded = F.batch_norm(
-        _fold(x, num_splits),
+        _splits_to_channels(x, num_splits),
         means,
         variances,
         weight.repeat(num_splits),
@@ -360,30 +388,27 @@ def _folded(
     )
     running_mean.copy_(means.view(num_splits, -1).mean(0))
     running_var.copy_(variances.view(num_splits, -1).mean(0))
-    return _unfold(folded, x, num_splits)
+    return _channels_to_splits(folded, x, num_splits)
 
 
-def _fold(x: Tensor, splits: int) -> Tensor:
-    """(N, C, H, W) -> (N/splits, splits*C, H, W): sample n moves into channel group n % splits.
+def _splits_to_channels(x: Tensor, splits: int) -> Tensor:
+    """Moves sample n into channel group n % splits: (N, C, H, W) -> (N/splits, splits*C, H, W).
 
-    NCHW memory needs only another view of it. In channels-last memory rows of C values are re-ordered, once before
-    and once after one native BatchNorm.
+    NCHW memory needs no copy, only a view. In channels-last memory rows of C values are re-ordered,
+    before and after the BatchNorm.
     """
     n, c, h, w = x.shape
     if not x.is_contiguous(memory_format=torch.channels_last):
         return x.reshape(n // splits, splits * c, h, w)
-    parts = x.permute(0, 2, 3, 1).view(n // splits, splits, h, w, c)
-    return parts.permute(0, 2, 3, 1, 4).reshape(n // splits, h, w, splits * c).permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1).view(n // splits, splits, h, w, c)
+    return rows.permute(0, 2, 3, 1, 4).reshape(n // splits, h, w, splits * c).permute(0, 3, 1, 2)
 
 
-def _unfold(folded: Tensor, x: Tensor, splits: int) -> Tensor:
-    """The inverse of `_fold`, in the memory format of `x`."""
+def _channels_to_splits(folded: Tensor, x: Tensor, splits: int) -> Tensor:
+    """Inverts `_splits_to_channels`. The result has the memory format of `x`."""
     n, c, h, w = x.shape
     if not x.is_contiguous(memory_format=torch.channels_last):
         return folded.reshape(n, c, h, w)
-    parts = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
-    # With one sample a part, reshape alone would return a view of the folded memory.
-    return parts.permute(0, 3, 1, 2, 4).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-# --- Replacing BatchNorms ------------------------------------------------------------------------------------------
+    rows = folded.permute(0, 2, 3, 1).reshape(n // splits, h, w, splits, c)
+    # With a single sample per split, reshape alone would return a view of the folded memory.
+    return rows.permute(0, 3, 1, 2, 4).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)

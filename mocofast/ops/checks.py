@@ -1,4 +1,4 @@
-"""Checks of arguments that the ops share: ValueError or TypeError names the argument."""
+"""Checks of arguments, shared by the ops. Every ValueError or TypeError names the argument."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def described(value: Any) -> str:
+    """Returns dtype and shape of a tensor, or the repr of other values, for messages."""
     return (
         f"{value.dtype} tensor of shape {tuple(value.shape)}"
         if isinstance(value, Tensor)
@@ -22,6 +23,7 @@ def described(value: Any) -> str:
 
 
 def check_matrix(name: str, value: Any, shape: str) -> None:
+    """Raises unless `value` is a non-empty matrix of a supported dtype. shape: "(N, C)", say."""
     expected = f"{name} must be a float32, bfloat16 or float16 tensor of shape {shape}, not empty"
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(f"{expected}: got {described(value)}")
@@ -30,6 +32,7 @@ def check_matrix(name: str, value: Any, shape: str) -> None:
 
 
 def check_same(name: str, got: Any, what: str, expected: Any) -> None:
+    """Raises unless a property of the argument `name` equals the expected value of `what`."""
     if got != expected:
         raise ValueError(
             f"{name} must match the {what}: got {_plain(got)}, expected {_plain(expected)}"
@@ -37,7 +40,7 @@ def check_same(name: str, got: Any, what: str, expected: Any) -> None:
 
 
 def check_width(name: str, value: Tensor, of: str, expected: Tensor) -> None:
-    """Raises unless two matrices, (N, C) and (M, C), agree in C."""
+    """Raises unless two matrices agree in C, their second dimension."""
     check_same(name, value.shape[1], f"second dimension of {of}", expected.shape[1])
 
 
@@ -67,6 +70,11 @@ def _plain(value: Any) -> Any:
 def checked_temperature(
     value: Any, device: torch.device, name: str = "temperature"
 ) -> float | Tensor:
+    """Returns a float or the 0-d tensor itself.
+
+    Raises unless the value is a finite number > 0. The value of a CUDA tensor is not read, because
+    reading makes the host wait.
+    """
     expected = f"{name} must be a finite float > 0 or a 0-d floating tensor"
     if isinstance(value, Tensor):
         if not value.is_floating_point():

@@ -1,4 +1,4 @@
-"""Gradients that refuse a second derivative, as kernels without one have to."""
+"""Gradients of kernels that have no second derivative: double backward raises."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from torch import Tensor
 def first_derivative(
     op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Returns `grads` such that differentiating them raises RuntimeError instead of silently giving zero.
+    """Returns `grads` as tensors whose differentiation raises RuntimeError.
 
-    op: the name in the message. inputs: tensors that the gradients depend on. Call under create_graph=True only.
+    Without the error, double backward would silently give zero.
+
+    op: name of the op for the message.
+    grads: gradients. None stays None.
+    inputs: tensors that the gradients depend on.
+
+    Call under create_graph=True only.
     """
     return [None if grad is None else _FirstDerivative.apply(op, grad, *inputs) for grad in grads]
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Identity that stands where the graph of the gradient would be."""
+    """Raises on double backward instead of silently giving zero. Forward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, op: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -30,5 +36,6 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         raise RuntimeError(
-            f"{ctx.op} has no second derivative: its gradient cannot be differentiated (double backward)"
+            f"{ctx.op} has no second derivative: "
+            "its gradient cannot be differentiated (double backward)"
         )

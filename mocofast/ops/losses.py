@@ -1,7 +1,7 @@
-"""Contrastive losses, EMA and key queue on fused kernels: torch only, importable into any other training code.
+"""Contrastive losses on fused kernels.
 
-CUDA tensors go to Triton kernels, all others to blocked PyTorch; importing this needs neither a GPU nor Triton.
-Arguments are checked here, so that nothing is modified by a call that raises.
+CUDA tensors go to Triton kernels, all other tensors to blocked PyTorch operators. Every argument is
+checked here, before anything runs.
 """
 
 from __future__ import annotations
@@ -64,34 +64,35 @@ def info_nce(
     negatives_normalized: bool = False,
     own_rows: slice | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """InfoNCE (van den Oord et al. 2018, arXiv:1807.03748, eq. 4) as MoCo uses it (arXiv:1911.05722, eq. 1).
+    """InfoNCE: cross entropy of one positive against K negatives for every query.
 
     loss_i = -log(exp(q_i.k_i / T) / (exp(q_i.k_i / T) + sum_j exp(q_i.n_j / T)))
+    (van den Oord et al. 2018, arXiv:1807.03748, eq. 4; in MoCo: arXiv:1911.05722, eq. 1)
 
     query: (N, C), float32, bfloat16 or float16, any strides. Inputs may differ in dtype.
     positive_key: (N, C). With own_rows: (M, C), the keys of all ranks.
-    negative_keys: (K, C), or None for in-batch negatives: the negatives of query i are all rows of
-        positive_key except its positive.
-    temperature: T > 0, a float or a 0-d tensor. A tensor gets a gradient. Its value is checked on the
-        CPU only, because a check on CUDA would make the host wait.
+    negative_keys: (K, C). None takes in-batch negatives: query i meets every row of
+        positive_key, its own positive excepted.
+    temperature: T > 0, a float or a 0-d tensor. A tensor may require a gradient. Its value is
+        checked on the CPU only, because a check on CUDA would make the host wait.
     reduction: "mean" or "sum" returns (), "none" returns (N,).
     normalize: divides all inputs by their L2 norms over C, inside the kernel.
-    return_rank: also returns, (N,) int32, how many negatives score above the positive.
+    return_rank: also returns how many negatives score above the positive, (N,) int32.
         Top-k accuracy is the mean of (rank < k).
-    negatives_normalized: promises that the negatives are unit vectors already, as in a queue, and saves
-        their normalisation. Longer vectors may then overflow to inf.
-    own_rows: slice(start, stop) of length N, for in-batch negatives of several ranks. The positive of
-        query i is positive_key[start + i], as in MoCo v3's `labels = arange(N) + N * rank`.
-        None: all rows.
+    negatives_normalized: promises unit vectors as negatives, as in a queue, and saves their
+        normalisation. Longer vectors may then overflow to inf.
+    own_rows: slice(start, stop) of length N, for in-batch negatives of several ranks. The
+        positive of query i is positive_key[start + i], as in MoCo v3's
+        `labels = arange(N) + N * rank`. None: all rows.
 
-    Returns the float32 loss, or (loss, rank). Gradients reach every input that requires a gradient, in
-    the dtype of the input. No (N, K) tensor is kept for backward. The negatives may be overwritten
-    before backward unless they require a gradient. A second derivative raises RuntimeError.
-    Raises ValueError or TypeError, naming the argument.
+    Returns the float32 loss, or (loss, rank). Gradients reach all inputs that require a
+    gradient, in their own dtypes. No (N, K) tensor is kept for backward. The negatives may be
+    overwritten before backward, unless they require a gradient.
+    Raises ValueError or TypeError, naming the argument. A second derivative raises RuntimeError.
 
     MoCo v3 on every rank (the keys carry no gradient):
 
-        keys = torch.empty(world_size * len(k), k.shape[1], device=k.device)  # (W*N, C)
+        keys = k.new_empty(world_size * len(k), k.shape[1])  # (W*N, C)
         torch.distributed.all_gather_into_tensor(keys, k)
         own_rows = slice(rank * len(k), (rank + 1) * len(k))
         loss = info_nce(q, keys, temperature=0.2, own_rows=own_rows)
@@ -111,7 +112,7 @@ def info_nce(
     temperature = checked_temperature(temperature, query.device)
     check_reduction(reduction)
 
-    # In-batch: key j is no negative of query i where j % period == i.
+    # In-batch: a period of M leaves key i out of the negatives of query i.
     if negative_keys is None:
         positive_key, negative_keys = _own_rows_first(positive_key, own_rows)
         exclude_period = len(negative_keys)
@@ -164,15 +165,18 @@ def nt_xent(
     return_rank: bool = False,
     own_rows: slice | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709, eq. 1): 2N views, 2N - 2 negatives for each view.
+    """NT-Xent, the loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, eq. 1).
 
-    z_a, z_b: (N, C), two views of the same N images, normalised inside. With own_rows: (M, C), the views
-        of all ranks.
+    The positive of a view is the second view of the same image. All 2N - 2 views of other
+    images are negatives.
+
+    z_a, z_b: (N, C), two views of N images, normalised inside. With own_rows: (M, C), the
+        views of all ranks.
     temperature: as in `info_nce`.
-    reduction: over the 2N views. "mean" or "sum" returns (), "none" returns (2N,), views of z_a first.
-    return_rank: also returns, (2N,) int32, how many negatives score above the positive.
-    own_rows: slice(start, stop) of length N, the images whose loss is computed. Their negatives are the
-        views of all M images. None: all rows.
+    reduction: over 2N views, those of z_a first. "mean" or "sum" returns (), "none" (2N,).
+    return_rank: also returns how many negatives score above the positive, (2N,) int32.
+    own_rows: slice(start, stop) of length N, the images that the loss is taken over. Their
+        negatives come from all M images. None: all rows.
 
     Returns the float32 loss, or (loss, rank). Dtypes, gradients and errors as in `info_nce`.
 
@@ -184,9 +188,10 @@ def nt_xent(
         all_a, all_b = torch.cat(all_gather(z_a)), torch.cat(all_gather(z_b))  # (W*N, C)
         loss = nt_xent(all_a, all_b, own_rows=own_rows)
 
-    DistributedDataParallel averages gradients over ranks, so parameters get the gradient of the mean
-    loss over the whole batch.
+    DistributedDataParallel averages gradients over ranks. Parameters then get the gradient of
+    the mean loss over the whole batch.
     """
+    # Arguments: nothing runs before all of them are checked.
     check_matrix("z_a", z_a, "(N, C)" if own_rows is None else "(M, C)")
     check_matrix("z_b", z_b, "(N, C)" if own_rows is None else "(M, C)")
     check_same("z_b", z_b.shape, "shape of z_a", z_a.shape)
@@ -196,6 +201,7 @@ def nt_xent(
     temperature = checked_temperature(temperature, z_a.device)
     check_reduction(reduction)
 
+    # Rows. The period M leaves out both views of the image: the positive has a term of its own.
     own_a, all_a = _own_rows_first(z_a, own_rows)  # (N, C), (M, C)
     own_b, all_b = _own_rows_first(z_b, own_rows)
     views = torch.cat([all_a, all_b])  # (2M, C)
@@ -212,7 +218,6 @@ def nt_xent(
             temperature,
             normalize=True,
             normalize_negatives=True,
-            # Leaves out the view and its positive. The positive has a term of its own.
             exclude_period=len(all_a),
             return_rank=return_rank,
             reduction=reduction,
@@ -225,12 +230,14 @@ def nt_xent(
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
-    """CLIP's symmetric loss (Radford et al. 2021, arXiv:2103.00020, fig. 3): the mean of images against texts and
-    texts against images.
+    """CLIP's symmetric loss (Radford et al. 2021, arXiv:2103.00020, fig. 3).
 
-    image_features, text_features: (N, C), used as they are: normalise them before, as CLIP does.
-    logit_scale: the multiplier of the dot products itself (1 / T, not its logarithm), a float or a 0-d tensor.
-    Returns () float32. Dtypes and errors as in `info_nce`.
+    Takes the mean of two cross entropies: images against texts, and texts against images.
+
+    image_features, text_features: (N, C), not normalised here. CLIP normalises before the loss.
+    logit_scale: factor of the dot products, 1 / T (not its logarithm), a float or a 0-d tensor.
+
+    Returns the float32 loss, (). Dtypes, gradients and errors as in `info_nce`.
     """
     check_matrix("image_features", image_features, "(N, C)")
     check_matrix("text_features", text_features, "(N, C)")
@@ -273,7 +280,7 @@ def _check_own_keys(
 
 
 def _own_rows_first(gathered: Tensor, own_rows: slice | None) -> tuple[Tensor, Tensor]:
-    """Returns the own rows, (N, C), and all rows in an order that begins with the own rows, (M, C)."""
+    """Returns the own rows (N, C), and all rows (M, C) with the own rows rotated to the front."""
     if own_rows is None or own_rows.stop - own_rows.start == len(gathered):
         return gathered, gathered
     own = gathered[own_rows]
@@ -281,7 +288,7 @@ def _own_rows_first(gathered: Tensor, own_rows: slice | None) -> tuple[Tensor, T
 
 
 def _joined(values: list[Tensor], reduction: str) -> Tensor:
-    """Joins the losses or ranks of views a and b, each already reduced over N rows."""
+    """Joins the losses or ranks of views a and views b, already reduced over N rows."""
     if len(values) == 1:
         return values[0]
     if reduction == "none":

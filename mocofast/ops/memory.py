@@ -1,4 +1,4 @@
-"""The momentum encoder's average and the queue of keys, in place."""
+"""Updates the momentum encoder and the queue of keys, in place."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocofast.ops.checks import check_matrix, check_same, described
-from mocofast.ops.losses import autograd
+from mocofast.ops import autograd
+from mocofast.ops.checks import check_matrix, check_same, check_width, described
 
 
 @torch.no_grad()
 def ema_update_(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
-    """Exponential moving average in place: t = m t + (1 - m) s for every pair (MoCo, arXiv:1911.05722, eq. 2).
+    """Exponential moving average in place (MoCo, arXiv:1911.05722, eq. 2).
 
-    targets, sources: equally many tensors, of equal shapes and devices pairwise, of any floating dtypes (bfloat16
-    and float16 are averaged in float32, then rounded) or integers, which are copied. A tensor listed twice is
-    updated once. momentum: m in [0, 1], a float or a 0-d floating tensor.
-    Raises ValueError or TypeError naming the argument, before anything is modified.
+    Writes t = m t + (1 - m) s for every target t and its source s.
+
+    targets: tensors of any floating dtype. bfloat16 and float16 are averaged in float32, then
+        rounded. Integers are copied. A target listed twice is updated once.
+    sources: a tensor for each target, of equal shape, on the same device.
+    momentum: m in [0, 1], a float or a 0-d floating tensor.
+
+    Raises ValueError or TypeError, naming the argument, before anything is modified.
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
         raise ValueError(
             f"sources must be as many as targets: got {len(sources)} and {len(targets)}"
         )
+    # Groups by device: all tensors on one device is the common case, and is checked fast.
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     if (common := _device_of_plain_pairs(targets, sources)) is not None:
         groups[common] = (targets, sources)
@@ -38,6 +43,7 @@ def ema_update_(
             group = groups.setdefault(target.device, ([], []))
             group[0].append(target)
             group[1].append(source)
+    # Nothing is modified before all pairs and the momentum are checked.
     for device in groups:
         momentum = _checked_momentum(momentum, device)
     for group in groups.values():
@@ -47,7 +53,10 @@ def ema_update_(
 def get_ema_multi_avg_fn(
     momentum: float = 0.999,
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """`ema_update_` for torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=...); momentum in [0, 1]."""
+    """Returns `ema_update_` for torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=...).
+
+    momentum: m in [0, 1]. ValueError or TypeError for other values.
+    """
     checked = _checked_momentum(momentum, torch.device("cpu"))
 
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], _: Any) -> None:
@@ -58,16 +67,20 @@ def get_ema_multi_avg_fn(
 
 @torch.no_grad()
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = True) -> None:
-    """Write keys into a ring buffer in place, from row `pointer` on, and advance the pointer (MoCo, algorithm 1).
+    """Writes keys into the queue, a ring buffer, and advances the pointer (MoCo, algorithm 1).
 
-    queue: (K, C); keys: (B, C), B of any size (where B > K the last K keys stay); pointer: (1,) int64 on the same
-    device, in [0, K). normalize: divide each key by its L2 norm first. No host synchronisation.
-    Raises ValueError or TypeError naming the argument, before anything is modified.
+    queue: (K, C), written in place from row `pointer` on.
+    pointer: (1,) int64 in [0, K), on the device of the queue, written in place.
+    keys: (B, C), any B. If B > K, the last K keys stay.
+    normalize: divides every key by its L2 norm first.
+
+    The host never waits for the device.
+    Raises ValueError or TypeError, naming the argument, before anything is modified.
     """
     check_matrix("queue", queue, "(K, C)")
     _check_writable("queue", queue)
     check_matrix("keys", keys, "(B, C)")
-    check_same("keys", keys.shape[1], "second dimension of queue", queue.shape[1])
+    check_width("keys", keys, "queue", queue)
     check_same("keys", keys.device, "device of queue", queue.device)
     if not isinstance(pointer, Tensor) or pointer.dtype != torch.int64:
         raise TypeError(f"pointer must be an int64 tensor of shape (1,): got {described(pointer)}")
@@ -97,11 +110,13 @@ def _checked_momentum(value: Any, device: torch.device) -> float | Tensor:
 
 
 def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.device | None:
-    """The device of equally many tensors that pass `_check_pair` at a glance: all floating, on one device, of equal
-    shapes pairwise, no target expanded. None where they need its closer look, whether they then pass or not.
+    """Returns the common device if all pairs are plain, None if `_check_pair` must look closer.
 
-    Looking at all tensors for one property at a time costs a third of asking pair by pair. Nothing is remembered from
-    one call to the next: storage, shape and dtype of a tensor may all be replaced in place.
+    Plain pairs are floating tensors on a single device, of equal shapes pairwise, with no expanded
+    target. They pass `_check_pair`.
+
+    Checking a property for all tensors at once costs a third of checking pair by pair. No result is
+    cached, because storage, shape and dtype of a tensor can be replaced in place between calls.
     """
     both = targets + sources
     if not all(issubclass(kind, Tensor) for kind in set(map(type, both))):
@@ -127,19 +142,22 @@ def _check_pair(i: int, target: Any, source: Any) -> None:
         )
     if target.device != source.device:
         raise ValueError(
-            f"sources[{i}] must be on the device of targets[{i}]: got {source.device}, expected {target.device}"
+            f"sources[{i}] must be on the device of targets[{i}]: "
+            f"got {source.device}, expected {target.device}"
         )
     if target.is_floating_point() != source.is_floating_point():
         raise TypeError(
-            f"sources[{i}] and targets[{i}] must be both floating or both integer: got {source.dtype}, {target.dtype}"
+            f"sources[{i}] and targets[{i}] must be both floating or both integer: "
+            f"got {source.dtype}, {target.dtype}"
         )
     _check_writable(f"targets[{i}]", target)
 
 
 def _check_writable(name: str, value: Tensor) -> None:
-    if value.is_contiguous():  # which nearly all are, and costs less to ask
+    if value.is_contiguous():  # true for nearly all tensors, and cheaper than reading strides
         return
     if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
         raise ValueError(
-            f"{name} must not overlap itself: got an expanded {described(value)}, expected its own memory"
+            f"{name} must not overlap itself: "
+            f"got an expanded {described(value)}, expected its own memory"
         )
