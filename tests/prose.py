@@ -2,14 +2,12 @@
 
     python -m tests.prose [PATH ...]
 
-PATH: a folder, a Python file or a Markdown page. Default: every place that tests/test_prose.py
-checks. In Python files only docstrings count as prose. In Markdown pages tables and code blocks
+PATH: a folder, a Python file or a Markdown page. Default: all places in tests/test_prose.py. In Python files only docstrings count as prose. In Markdown pages tables and code blocks
 do not count.
 
 Three numbers are measured:
 
-- Back-references per 100 words. A back-reference is a word like "that", "ones" or "it". The reader
-  has to search for the noun.
+- Back-references per 100 words, the words of BACK_REFERENCE. The reader has to search for the noun.
 - Semicolons a sentence. Two sentences read better than two halves of a sentence.
 - Lines over 100 columns, rows of Markdown tables left out. Wider lines do not fit beside a second
   window.
@@ -112,14 +110,14 @@ def measure(place: Path) -> Measure:
 
 
 def places(root: Path = ROOT) -> list[Path]:
-    """Returns every folder and page that has to keep to the goals."""
+    """Returns the folders and pages with goals for their prose."""
     folders = [root / name for name in ("mocofast", "kernels", "benchmarks", "tests", "examples")]
     pages = [root / "README.md", root / "CHANGELOG.md", *sorted((root / "docs").glob("*.md"))]
     return [*folders, *pages]
 
 
 def unformatted(folders: Sequence[Path]) -> list[str]:
-    """Returns "file:number" of each line that the formatter is told to leave alone."""
+    """Returns "file:number" of every line with a `fmt: skip` or `fmt: off`."""
     return [
         f"{path.name}:{number}"
         for folder in folders
@@ -130,7 +128,7 @@ def unformatted(folders: Sequence[Path]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints a line for each place, then how many lines the formatter leaves alone."""
+    """Prints a line per place, then the number of lines with a `fmt: skip`."""
     chosen = [Path(argument) for argument in arguments] or places()
     for place in chosen:
         print(f"{place.relative_to(ROOT) if place.is_absolute() else place}: {measure(place)}")

@@ -159,7 +159,7 @@ def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_
 
 
 def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: Path) -> None:
-    """The folder `kernels/` must not hide the package `kernels` of Hugging Face."""
+    """The folder `kernels/` must not hide Hugging Face's package `kernels`."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
     code = "import kernels, mocofast_kernels; print(kernels.owner, mocofast_kernels.__file__)"

@@ -1,4 +1,4 @@
-"""Docstrings and pages are written plainly, and the script that measures prose counts right."""
+"""Docstrings and pages are plain, and tests/prose.py counts correctly."""
 
 from __future__ import annotations
 
