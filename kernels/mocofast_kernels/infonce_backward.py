@@ -1,7 +1,8 @@
-"""Gradient of InfoNCE by the negatives: probabilities recomputed block by block, on a GPU, by Triton.
+"""Gradient of InfoNCE by the negatives on a GPU, from probabilities recomputed block by block.
 
-MoCo's queue takes no gradient and never comes here; in-batch negatives (SimCLR, CLIP) do. A program owns a block of
-negatives and streams all queries past it, so that sums have one order: equal inputs give equal bits.
+In-batch negatives (SimCLR, CLIP) need this gradient. MoCo's queue takes no gradient. A program
+owns a block of negatives and streams all queries past the block, so sums have a fixed order:
+equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -25,16 +26,31 @@ from mocofast_kernels.rows import (
 )
 from mocofast_kernels.tiles import Products, tile_of
 
-# float16 holds weights down to 2^-24; those of the largest incoming gradient are lifted to 2^10.
+# float16 holds weights down to 2^-24. Incoming gradients are scaled so that the largest is 2^10.
 LIFT = 1024.0
 
 
 @triton.jit
 def _grad_negatives_kernel(
-    operand, negatives, lse, grad_loss, temperature, grad, N, K, period, C: tl.constexpr,
-    TEMPERATURE_IS_POINTER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EXCLUDE: tl.constexpr,
-    STAY: tl.constexpr, STREAM: tl.constexpr, BLOCK_C: tl.constexpr, OUT_C: tl.constexpr,
-):  # fmt: skip
+    operand,  # (N, C) queries of dtype DOT, contiguous
+    negatives,  # (K, C) of dtype DOT, contiguous
+    lse,  # (N,)
+    grad_loss,  # (N,)
+    temperature,
+    grad,  # (K, C)
+    N,
+    K,
+    period,
+    C: tl.constexpr,
+    TEMPERATURE_IS_POINTER: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    STAY: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OUT_C: tl.constexpr,
+):
     first = tl.program_id(0) * STAY
     out_column = tl.program_id(1) * OUT_C
     own = tl.arange(0, STAY)
@@ -48,9 +64,11 @@ def _grad_negatives_kernel(
     own_block = None  # read again for every block of queries
     if C <= BLOCK_C:
         own_block = load_rows(negatives, own, 0, C, 1, limit, C, BLOCK_C, True)
+    # Stream all queries past the block of negatives.
     for start in range(0, N, STREAM):
         rows = tl.arange(0, STREAM)
         inside = rows < N - start
+        # scores: (STAY, STREAM), negatives x queries
         if C <= BLOCK_C:
             values = load_rows(operand, rows, 0, C, 1, N - start, C, BLOCK_C, True)
             scores = tl.dot(own_block, tl.trans(values), input_precision=PRECISION)
@@ -61,6 +79,7 @@ def _grad_negatives_kernel(
                 q = load_rows(operand, rows, c, C, 1, N - start, C, BLOCK_C, True)
                 scores = tl.dot(n, tl.trans(q), scores, input_precision=PRECISION)
             values = load_rows(operand, rows, out_column, C, 1, N - start, C, OUT_C, True)
+        # Probabilities times the incoming gradients.
         row_lse = tl.load(lse + start + rows, mask=inside, other=float("inf"))
         incoming = tl.load(grad_loss + start + rows, mask=inside, other=0.0)
         weights = tl.exp2((scores * scale - row_lse[None, :]) * LOG2_E) * incoming[None, :]
@@ -89,35 +108,52 @@ def infonce_grad_negatives(
     dot_dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
+    """Returns the gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
 
-    grad_loss: (N,) float32; lse: (N,) float32 from `infonce_forward`; the rest as there. For each negative j it is
-    sum_i grad_loss_i p_ij h_i / T, taken through the normalisation if normalize_negatives.
+    For negative j the gradient is sum_i grad_loss_i p_ij h_i / T. With normalize_negatives
+    this gradient is taken through the normalisation.
+
+    grad_loss: (N,) float32.
+    lse: (N,) float32, from `infonce_forward` with equal other arguments.
+    The other arguments are those of `infonce_forward`.
     """
     N, C = query.shape
     K = negatives.shape[0]
-    assert grad_loss.shape == lse.shape == (N,) and negatives.shape == (K, C) and 1 <= C <= 1024, (
-        N,
-        K,
-        C,
-    )
+    shapes = grad_loss.shape, lse.shape, negatives.shape
+    assert shapes == ((N,), (N,), (K, C)) and 1 <= C <= 1024, (N, K, C)
     grad_loss = grad_loss.float().contiguous()
     tile = tile or tile_of(Products("negatives", C, dot_kind(dot_dtype)), query.device)
     with torch.cuda.device_of(query):
         if dot_dtype == torch.float16:
             peak = grad_loss.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * LIFT)
             grad_loss = grad_loss * (LIFT / peak)
-        # Each block is read many times here, so operands are prepared once, unlike in the forward sweep.
+        # Operands are prepared once, since every block of queries is read many times.
         queries, _ = prepare_rows(narrow(query), None, normalize, dot_dtype)
         operands, _ = prepare_rows(narrow(negatives), None, normalize_negatives, dot_dtype)
         grad = torch.empty((K, C), dtype=torch.float32, device=query.device)
         _grad_negatives_kernel[(triton.cdiv(K, tile.stay), triton.cdiv(C, tile.out_c))](
-            queries, operands, lse, grad_loss, temperature, grad, N, K, exclude_period, C=C,
-            TEMPERATURE_IS_POINTER=isinstance(temperature, Tensor), DOT=triton_dtype(dot_dtype),
-            PRECISION=precision_of(dot_dtype), EXCLUDE=exclude_period > 0, STAY=tile.stay, STREAM=tile.stream,
-            BLOCK_C=tile.block_c, OUT_C=tile.out_c, num_warps=tile.warps, num_stages=tile.stages,
+            queries,
+            operands,
+            lse,
+            grad_loss,
+            temperature,
+            grad,
+            N,
+            K,
+            exclude_period,
+            C=C,
+            TEMPERATURE_IS_POINTER=isinstance(temperature, Tensor),
+            DOT=triton_dtype(dot_dtype),
+            PRECISION=precision_of(dot_dtype),
+            EXCLUDE=exclude_period > 0,
+            STAY=tile.stay,
+            STREAM=tile.stream,
+            BLOCK_C=tile.block_c,
+            OUT_C=tile.out_c,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
             maxnreg=REGISTERS,
-        )  # fmt: skip
+        )
         if dot_dtype == torch.float16:
             grad *= peak / LIFT
         if normalize_negatives:
