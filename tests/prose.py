@@ -2,8 +2,9 @@
 
     python -m tests.prose [PATH ...]
 
-PATH: a folder, a Python file or a Markdown page. Default: all places in tests/test_prose.py. In Python files only docstrings count as prose. In Markdown pages tables and code blocks
-do not count.
+PATH: a folder, a Python file or a Markdown page. Default: all places in tests/test_prose.py.
+In Python files only docstrings count as prose. In Markdown pages tables and code blocks are left
+out.
 
 Three numbers are measured:
 
