@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` at the end, flushed to disk before.
+    """Writes atomically: yields a temporary path, which is then fsynced and renamed to `path`.
 
-    So `path` always has all of the old content or all of the new, also where the process or the machine stops
-    halfway. After an error nothing is left. One writer at a time, or each with a name of its own, `writer`: what a
-    killed one leaves is only overwritten by the next of the same name.
+    `path` always holds the complete old content or the complete new content, also after a crash of
+    the process or the machine. After an exception the temporary file is removed.
+
+    writer: name of the writer, part of the temporary path. Concurrent writers need different names.
+        The next writer of the same name overwrites what a killed process has left.
     """
     temporary = path.with_name(f"{path.name}.{writer}.tmp" if writer else f"{path.name}.tmp")
     try:

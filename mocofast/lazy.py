@@ -1,4 +1,4 @@
-"""Packages whose public names load the module that defines them on first use, so that importing is cheap."""
+"""Lazy public names of packages: a module is imported on first use of a name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def lazy_members(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Returns `__getattr__` and `__dir__` of a package (PEP 562).
 
-    package: its `__name__`. modules: {module inside the package: names that the package exports}; a module with no
-    names is exported itself.
+    package: the package's `__name__`.
+    modules: {module in the package: names to export}. A module without names is itself exported.
     """
     submodules = {module: f"{package}.{module}" for module, names in modules.items() if not names}
     defined_in = {
@@ -27,7 +27,7 @@ def lazy_members(
         if name not in defined_in:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(defined_in[name]), name)
-        setattr(sys.modules[package], name, value)  # the next look-up does not come here
+        setattr(sys.modules[package], name, value)  # found without this function from now on
         return value
 
     def list_names() -> list[str]:

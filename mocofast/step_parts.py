@@ -1,6 +1,6 @@
-"""Names for the parts of a training step, so that a profile can time them: `with step_part("backward"): ...`.
+"""Marks the parts of a training step for the profiler: `with step_part("backward"): ...`.
 
-While nobody profiles, that costs a look at one variable. See mocofast.train.profile.
+Without a profiler, the cost is a look at a variable. See mocofast.train.profile.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-STEP = "step"  # as torch.profiler shows a whole one
-FORWARD = {
-    "encoder_q": "query forward",
-    "encoder_k": "key forward",
-}  # by what a Method calls its encoders
-OTHER = "other"  # what no part names
-OVERLAP = "overlapped"  # counted twice above: what one stream of a GPU did beside another
+STEP = "step"  # name of a whole step in torch.profiler
+FORWARD = {"encoder_q": "query forward", "encoder_k": "key forward"}  # {encoder of a Method: part}
+OTHER = "other"  # time outside of all parts
+OVERLAP = "overlapped"  # negative: time in which two streams of a GPU worked, counted twice
 
 
 class Span(NamedTuple):
-    """A stretch of time in one part and in none inside it; seconds from the step's start."""
+    """An interval in the innermost open part. Times in seconds from the start of the step."""
 
     name: str
     start: float
@@ -32,15 +29,14 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step that ended."""
+    """Recorded times of a step."""
 
-    marks: list[
-        tuple[str, Any, Any]
-    ]  # part, and the moments between which it was the innermost one
-    images: Counter[str]  # that each part worked on, where it says so
+    # (part, start, end) of intervals in the innermost open part: seconds (CPU) or events (GPU).
+    marks: list[tuple[str, Any, Any]]
+    images: Counter[str]  # {part: images encoded}
 
     def spans(self) -> list[Span]:
-        """They follow each other, so their sum is the step. Waits for the GPU."""
+        """Returns the intervals without gaps: their sum is the step. Waits for the GPU."""
         first, last = self.marks[0][1], self.marks[-1][2]
         if isinstance(last, float):
             return [Span(name, start - first, end - first) for name, start, end in self.marks]
@@ -52,19 +48,19 @@ class Step(NamedTuple):
 
 
 class Recorder:
-    """Takes the time where a part starts or ends: the host's on a CPU; the stream's on a GPU, where work is queued.
+    """Records when parts of a step start and end: host time on a CPU, stream time on a GPU.
 
-    timing: False times steps only, and shows their parts to torch.profiler.
+    timing: False records whole steps only, and passes parts to torch.profiler.
     """
 
     def __init__(self, device: torch.device, timing: bool = True) -> None:
         self.timing = timing
         self._cuda = device.type == "cuda"
-        self._open: list[tuple[str, Any]] = []  # part, and since when it is the innermost one
+        self._open: list[tuple[str, Any]] = []  # (part, start of the interval)
         self._step = Step([], Counter())
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begins a step."""
         _active[:] = [self]
         self._step = Step([], Counter())
         if not self.timing:
@@ -73,7 +69,7 @@ class Recorder:
         self._open = [(OTHER, self._mark())]
 
     def end(self) -> Step:
-        """It ends."""
+        """Ends the step and returns the recorded times."""
         self._close(self._mark())
         if not self.timing:
             self._range.__exit__(None, None, None)
@@ -82,7 +78,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def part(self, name: str, images: int) -> Iterator[None]:
-        """A part, inside the one that is open."""
+        """Records the block as a part inside the open part."""
         self._step.images[name] += images
         if not self.timing:
             with torch.profiler.record_function(name):
@@ -91,7 +87,7 @@ class Recorder:
         now = self._mark()
         outer = self._close(now)
         self._open.append((name, now))
-        yield  # an exception ends the run, so nothing is put right after one
+        yield  # no try: after an exception the run ends
         now = self._mark()
         self._close(now)
         self._open.append((outer, now))
@@ -109,14 +105,14 @@ class Recorder:
         return event
 
 
-_active: list[Recorder] = []  # the one of the step under way, if it is looked at
+_active: list[Recorder] = []  # the recorder of the current step, or empty
 
 
 def step_part(name: str, images: int = 0) -> AbstractContextManager[None]:
-    """What is done inside is the part `name` of the step. images: how many it encodes."""
+    """Marks the block as the part `name` of the step. images: number of images encoded."""
     return _active[0].part(name, images) if _active else contextlib.nullcontext()
 
 
 def timed() -> bool:
-    """Whether parts are timed, for which a step has to be launched part by part."""
+    """Returns whether parts are timed. A step then has to be launched part by part."""
     return bool(_active) and _active[0].timing

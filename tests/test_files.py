@@ -1,4 +1,4 @@
-"""Files are there whole or not at all."""
+"""Files hold the complete old content or the complete new content."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ def test_a_file_is_replaced_at_the_end_and_after_an_error_stays_as_it_was(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writers_with_names_do_not_meet_and_one_without_finds_what_it_left(tmp_path: Path) -> None:
+def test_writers_of_different_names_do_not_collide_and_leftovers_are_overwritten(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a"
     with (
         files.atomic_write(path, "1") as one,
         files.atomic_write(path, "2") as two,
-        files.atomic_write(path) as nobodys,
+        files.atomic_write(path) as unnamed,
     ):
-        assert len({one, two, nobodys}) == 3
-        for temporary in (one, two, nobodys):
+        assert len({one, two, unnamed}) == 3
+        for temporary in (one, two, unnamed):
             temporary.write_text(temporary.name)
     assert path.read_text() == one.name  # the last to end
     with files.atomic_write(path) as again:
-        assert again == nobodys  # what was killed halfway is overwritten
+        assert again == unnamed  # the file of a killed writer is overwritten
         again.write_text("new")
     assert list(tmp_path.iterdir()) == [path]
