@@ -1,11 +1,12 @@
-"""Compile the shipped kernels for GPUs that are not there, and read registers, spills and instructions off the code.
+"""Compiles the kernels without a GPU and reads registers, spills and instructions from the code.
 
-`python -m mocofast_bench.inspect_code` prints a table, `--json` one object a line; `--only PATTERN` keeps cases whose
-name matches, `--capability 90` one architecture. TRITON_INTERPRET must not be set. `mocofast bench static` adds
-occupancy, bytes, operations and the time of a model.
+    python -m mocofast_bench.inspect_code [--json] [--only PATTERN] [--capability 90]
 
-The arguments are those of the real launches: the launching functions run on tensors without storage (device "meta")
-while launches are recorded instead of made.
+Prints a table, or with --json one JSON object a line. TRITON_INTERPRET must not be set.
+`mocofast bench static` adds occupancy, bytes, operations and the time that a model predicts.
+
+Launches have the arguments of real launches: the launching functions run on tensors without
+storage (device "meta"), and every launch is recorded instead of made.
 """
 
 from __future__ import annotations
@@ -41,26 +42,27 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-# Float32 arithmetic, and how many numbers of a thread an instruction takes.
+# Instructions of float32 arithmetic: {opcode: numbers of a thread that the instruction takes}.
 FLOAT = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel and everything that decides its machine code, then its size."""
+    """One recorded launch.
+
+    The kernel, signature, constants, divisible and options decide the machine code.
+    """
 
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    divisible: tuple[
-        str, ...
-    ]  # integers and pointers that are multiples of 16, which the compiler may use
+    divisible: tuple[str, ...]  # integers and pointers that the compiler knows as multiples of 16
     options: dict[str, int | None]
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
     @property
     def identity(self) -> str:
-        """Equal for launches of equal code."""
+        """Returns a text that is equal for launches of equal code."""
         return repr((self.kernel.__name__, self[1:5]))
 
 
@@ -70,24 +72,24 @@ class Report(NamedTuple):
     case: str
     kernel: str
     capability: int
-    registers: int  # a thread
+    registers: int  # registers of a thread
     spills: int  # instructions that store to or load from local memory
-    shared: int  # bytes a program
-    tensor_memory: int  # columns a program (sm_100)
-    warps: int  # a program
+    shared: int  # bytes of shared memory of a program
+    tensor_memory: int  # columns of tensor memory of a program (sm_100)
+    warps: int  # warps of a program
     instructions: int
     hgmma: int  # warpgroup matrix instructions (sm_90)
     tcgen: int  # fifth-generation tensor core instructions (sm_100)
     mma: int  # warp-level matrix instructions
-    # Issued by a warp in one round of the main loop, whose inner loops count once for each chunk of columns. All 0
-    # where there is no loop.
+    # Instructions that a warp issues in one round of the main loop. Inner loops count once for
+    # each chunk of columns. All 0 for code without a loop.
     loop: int
     loop_float: int  # float32 arithmetic
-    loop_special: int  # exponentials and the like
+    loop_special: int  # exponentials and other special functions
 
     @property
     def matrix(self) -> int:
-        """Matrix instructions of any kind."""
+        """Returns the number of matrix instructions of any kind."""
         return self.hgmma + self.tcgen + self.mma
 
 
@@ -99,10 +101,13 @@ class Instruction(NamedTuple):
     text: str
 
 
-def _specialised(
+def _specialise(
     kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], kwargs: dict[str, Any]
 ) -> Launch:
-    """The launch as `triton.jit` would specialise it: 1 and None are constants, multiples of 16 are known as such."""
+    """Returns the launch as `triton.jit` would specialise the kernel.
+
+    Arguments equal to 1 or None become constants. Multiples of 16 are marked as divisible.
+    """
     options: dict[str, int | None] = {
         name: kwargs.pop(name)
         for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -132,25 +137,24 @@ def _specialised(
 
 
 def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list[Launch]:
-    """The launches that `call` would make on a GPU with that many multiprocessors."""
+    """Returns the launches that `call` would make on a GPU with `processors` multiprocessors."""
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_specialised(self, args, grid, kwargs))
+        launches.append(_specialise(self, args, grid, kwargs))
 
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "processors", return_value=processors),
-        mock.patch.object(
-            tables, "_upload", lambda values, _: values
-        ),  # their sizes are counted later
+        # Tables stay on the CPU: the sizes in the tables are counted later.
+        mock.patch.object(tables, "_upload", lambda values, _: values),
     ):
         call()
     return launches
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """The compiled kernel, for compute capability 8.0 as 80."""
+    """Compiles the kernel. capability: compute capability x 10, for example 80 for 8.0."""
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
@@ -158,7 +162,13 @@ def compile_launch(launch: Launch, capability: int) -> Any:
 
 
 def inspect(case: str, launch: Launch, capability: int) -> Report:
-    """Compile one launch for one architecture and read its machine code."""
+    """Compiles one launch for one architecture and reads the machine code.
+
+    case: name of the case, goes into the report.
+    capability: compute capability x 10.
+
+    Raises RuntimeError (Triton) where the kernel does not compile.
+    """
     compiled = compile_launch(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -169,23 +179,36 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
         usage, listing = tool("-res-usage"), tool("-sass")
+    # Count instructions, in the whole code and in the main loop.
     found = re.search(r"REG:(\d+)", usage)
     code = parse_listing(listing)
     assert found is not None and code, usage
     count = Counter(instruction.opcode for instruction in code)
-    # Columns are taken in chunks by an inner loop where a row is longer than a block.
+    # An inner loop takes the columns in chunks where a row is longer than a block.
     chunks = -(-launch.constants.get("C", 1) // launch.constants.get("BLOCK_C", 1))
     loop = main_loop(code, chunks)
+    metadata = compiled.metadata
     return Report(
-        case, compiled.metadata.name, capability, int(found[1]), count["STL"] + count["LDL"],
-        compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, compiled.metadata.num_warps,
-        len(code), count["HGMMA"], count["UTCHMMA"] + count["UTCQMMA"], count["HMMA"], loop.total(),
-        sum(width * loop[name] for name, width in FLOAT.items()), loop["MUFU"],
-    )  # fmt: skip
+        case,
+        metadata.name,
+        capability,
+        registers=int(found[1]),
+        spills=count["STL"] + count["LDL"],
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        warps=metadata.num_warps,
+        instructions=len(code),
+        hgmma=count["HGMMA"],
+        tcgen=count["UTCHMMA"] + count["UTCQMMA"],
+        mma=count["HMMA"],
+        loop=loop.total(),
+        loop_float=sum(width * loop[name] for name, width in FLOAT.items()),
+        loop_special=loop["MUFU"],
+    )
 
 
 def parse_listing(listing: str) -> list[Instruction]:
-    """The instructions of cuobjdump's listing, without the padding that stands after the last jump to itself."""
+    """Returns the instructions of cuobjdump's listing, without padding (NOP) at the end."""
     pattern = r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)[^;]*);"
     code = [
         Instruction(int(place, 16), name, text)
@@ -195,8 +218,14 @@ def parse_listing(listing: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
-    """How often each operation is issued in one round of the loop with most exponentials, of equal ones the shortest:
-    the ragged end of the negatives has a loop of its own, of narrower tiles and with masks."""
+    """Counts the instructions of one round of the main loop, {opcode: count}.
+
+    The main loop is the loop with most exponentials, and the shortest of equal loops: the last
+    negatives, which do not fill a tile, have a loop of their own with narrower tiles and masks.
+
+    code: instructions of the kernel.
+    chunks: how often an inner loop runs in one round.
+    """
     following = _successors(code)
     counted = []
     for loop in _cycles(set(following), following):
@@ -210,14 +239,17 @@ def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
 
 
 def _successors(code: list[Instruction]) -> dict[int, list[int]]:
-    """What may be executed after each instruction, by index; subroutines count as part of nothing."""
+    """Returns {index of an instruction: indices of the instructions that may follow}.
+
+    Subroutines belong to no loop: calls are not followed.
+    """
     index = {instruction.address: i for i, instruction in enumerate(code)}
     following = {}
     for i, (_, name, text) in enumerate(code):
-        # A call on a condition, which never returns, is ptxas's jump out of a loop.
+        # A conditional call never returns: ptxas jumps out of a loop with such a call.
         jump = name == "BRA" or (name == "CALL" and text.startswith("@"))
         target = re.search(r"0x([0-9a-f]+)\s*$", text) if jump else None
-        # Conditions stand before the name (@P0) or after it (BRA.U UP3, BRA.DIV UR4).
+        # Conditions stand before the opcode (@P0) or after the opcode (BRA.U UP3, BRA.DIV UR4).
         ends = re.match(r"BRA\S* 0x|EXIT|RET", text) is not None
         jumps = [index[int(target[1], 16)]] if target and int(target[1], 16) in index else []
         following[i] = jumps + ([] if ends or i + 1 == len(code) else [i + 1])
@@ -225,12 +257,16 @@ def _successors(code: list[Instruction]) -> dict[int, list[int]]:
 
 
 def _cycles(nodes: set[int], following: dict[int, list[int]]) -> list[set[int]]:
-    """Strongly connected components of more than one node (Tarjan 1972), without recursion."""
+    """Returns the strongly connected components with more than one node (Tarjan 1972).
+
+    Does not use recursion: the graph may be deeper than Python's stack.
+    """
     order: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []
-    held: set[int] = set()
+    on_stack: set[int] = set()
     result = []
+    # Depth-first search from every node. `path` replaces recursion.
     for root in sorted(nodes):
         path = [(root, iter(following[root]))] if root not in order else []
         while path:
@@ -238,16 +274,17 @@ def _cycles(nodes: set[int], following: dict[int, list[int]]) -> list[set[int]]:
             if node not in order:
                 order[node] = low[node] = len(order)
                 stack.append(node)
-                held.add(node)
+                on_stack.add(node)
             for target in edges:
                 if target not in nodes:
                     continue
                 if target not in order:
                     path.append((target, iter(following[target])))
                     break
-                if target in held:
+                if target in on_stack:
                     low[node] = min(low[node], order[target])
             else:
+                # All edges of the node are done: the component of a root is complete.
                 path.pop()
                 if path:
                     low[path[-1][0]] = min(low[path[-1][0]], low[node])
@@ -255,15 +292,19 @@ def _cycles(nodes: set[int], following: dict[int, list[int]]) -> list[set[int]]:
                     place = stack.index(node)
                     component = set(stack[place:])
                     del stack[place:]
-                    held -= component
+                    on_stack -= component
                     if len(component) > 1:
                         result.append(component)
     return result
 
 
 def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Report, Launch, bool]]:
-    """Every launch of the cases whose name holds a match of `pattern`, and whether its code is met first here: equal
-    code is compiled once."""
+    """Yields (report, launch, first) for every launch of the matching cases.
+
+    pattern: regular expression, searched in the names of cases.
+    capabilities: compute capabilities x 10.
+    first: whether the code is met for the first time. Equal code is compiled once.
+    """
     known: dict[tuple[str, int], Report] = {}
     for case in cases():
         if not re.search(pattern, case.name):
@@ -279,15 +320,18 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile the kernels for GPUs that are not there.")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line instead of a table"
+    """Prints the reports of all kernels."""
+    parser = argparse.ArgumentParser(
+        description="Compiles the kernels and prints registers, spills and instructions."
     )
     parser.add_argument(
-        "--only", default="", help="regular expression that a case's name must match"
+        "--json", action="store_true", help="print one JSON object a line instead of a table"
     )
     parser.add_argument(
-        "--capability", type=int, choices=PROCESSORS, help="one architecture; default all"
+        "--only", default="", help="regular expression that the name of a case must match"
+    )
+    parser.add_argument(
+        "--capability", type=int, choices=PROCESSORS, help="one architecture (default: all)"
     )
     options = parser.parse_args()
     capabilities = (options.capability,) if options.capability else tuple(PROCESSORS)
@@ -299,11 +343,8 @@ def main() -> None:
         if options.json:
             print(json.dumps(report._asdict()), flush=True)
         else:
-            print(
-                " ".join(f"{value:12}" for value in report[2:]),
-                f" {report.kernel} ({report.case})",
-                flush=True,
-            )
+            numbers = " ".join(f"{value:12}" for value in report[2:])
+            print(numbers, f" {report.kernel} ({report.case})", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The calls whose launches `static` compiles: every row of the tile tables in every variant that changes its code,
-and the small kernels, at the sizes that predictions are made for.
+"""Lists the calls whose kernels `mocofast bench static` compiles.
 
-InfoNCE: 256 queries, 65536 negatives. EMA and optimisers: the 163 tensors of a ResNet-50 with MoCo v2's head, or one
-of odd size. Ghost BatchNorm: activations of ResNets at 256 images of 224 pixels, in 8 splits.
+All rows of the tile tables, in every variant that changes the code, and all small kernels.
+InfoNCE has 256 queries and 65536 negatives. EMA and optimisers have the 163 tensors of a
+ResNet-50 with MoCo v2's head, or one tensor of odd size. Ghost BatchNorm has activations of
+ResNets for 256 images of 224 pixels, in 8 splits.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ N, K = 256, 65536  # queries and negatives
 
 
 class Case(NamedTuple):
-    """A call whose launches are compiled, and the precision of PyTorch's float32 products it is made under."""
+    """A call whose launches are compiled."""
 
     name: str
     call: Callable[[], object]
-    matmul_precision: str = "highest"
+    matmul_precision: str = "highest"  # argument of torch.set_float32_matmul_precision
 
 
 class Types(NamedTuple):
-    """Stored type of the inputs, type of the matrix operands, precision of float32 products."""
+    """Types of a product."""
 
     name: str
-    stored: torch.dtype
-    dot: torch.dtype
-    matmul_precision: str = "highest"
+    stored: torch.dtype  # of the inputs in memory
+    dot: torch.dtype  # of the operands of matrix units
+    matmul_precision: str = "highest"  # argument of torch.set_float32_matmul_precision
 
 
 TYPES = (
@@ -58,20 +59,20 @@ TYPES = (
     Types("fp32 as tf32", torch.float32, torch.float32, "high"),
     Types("fp32", torch.float32, torch.float32),
 )
-# Every row of the tile tables: whole blocks, partly filled ones, several chunks, and rows that are not aligned.
+# Every row of the tile tables: full blocks, partly filled blocks, several chunks, unaligned rows.
 COLUMNS = (16, 32, 64, 101, 120, 128, 200, 256, 300, 512, 768, 1024)
 
 
 class Variant(NamedTuple):
-    """A way to call the forward sweep; the names say what calls it so."""
+    """A variant of the forward sweep, named after the caller."""
 
     name: str
     normalize_negatives: bool
     compute_grad: bool
-    online: bool
-    exclude: bool
-    transposed: bool = False
-    rank: bool = True
+    online: bool  # the temperature is a tensor: the maximum of logits is found on the way
+    exclude: bool  # leave out the own key among the negatives
+    transposed: bool = False  # negatives with C as the slow dimension
+    rank: bool = True  # return the positive ranks
 
 
 VARIANTS = (
@@ -85,21 +86,21 @@ VARIANTS = (
 
 
 class Problem(NamedTuple):
-    """A product on given inputs, what decides its tile, and how to run it with another."""
+    """A product on given inputs."""
 
-    products: Products
-    run: Callable[[Tile | None], object]
+    products: Products  # what decides the tile
+    run: Callable[[Tile | None], object]  # takes a tile. None: the tile of the table
 
 
 def _rows(count: int, C: int, types: Types, device: str) -> Tensor:
-    """Random unit vectors; on the device "meta", just their shape."""
+    """Returns random unit vectors, (count, C). On the device "meta" no values exist."""
     return normalize(torch.randn(count, C, device=device), dim=1).to(types.stored)
 
 
 def forward(
     C: int, types: Types, variant: Variant, device: str = "meta", n: int = N, k: int = K
 ) -> Problem:
-    """The forward sweep of n queries over k negatives."""
+    """Returns the forward sweep of n queries over k negatives."""
     query, positive, negatives = (_rows(count, C, types, device) for count in (n, n, k))
     if variant.transposed:
         negatives = negatives.T.contiguous().T
@@ -109,26 +110,38 @@ def forward(
         "normalize_negatives": variant.normalize_negatives,
         "dot_dtype": types.dot,
     }
-    return Problem(
-        forward_products(negatives, temperature, **flags),
-        lambda tile: infonce_forward(
-            query, positive, negatives, temperature, exclude_period=n if variant.exclude else 0,
-            return_rank=variant.rank, compute_grad=variant.compute_grad, tile=tile, **flags,
-        ),
-    )  # fmt: skip
+    run = partial(
+        infonce_forward,
+        query,
+        positive,
+        negatives,
+        temperature,
+        exclude_period=n if variant.exclude else 0,
+        return_rank=variant.rank,
+        compute_grad=variant.compute_grad,
+        **flags,
+    )
+    products = forward_products(negatives, temperature, **flags)
+    return Problem(products, lambda tile: run(tile=tile))
 
 
 def grad_negatives(C: int, types: Types, device: str = "meta", n: int = N, k: int = K) -> Problem:
-    """The gradient of k negatives from n queries."""
+    """Returns the gradient of k negatives from n queries."""
     query, negatives = (_rows(count, C, types, device) for count in (n, k))
     row, temperature = torch.ones(n, device=device), torch.full((), 0.07, device=device)
-    return Problem(
-        Products("negatives", C, dot_kind(types.dot)),
-        lambda tile: infonce_grad_negatives(
-            row, query, negatives, row, temperature, normalize=True, normalize_negatives=True, exclude_period=n,
-            dot_dtype=types.dot, tile=tile,
-        ),
-    )  # fmt: skip
+    run = partial(
+        infonce_grad_negatives,
+        row,
+        query,
+        negatives,
+        row,
+        temperature,
+        normalize=True,
+        normalize_negatives=True,
+        exclude_period=n,
+        dot_dtype=types.dot,
+    )
+    return Problem(Products("negatives", C, dot_kind(types.dot)), lambda tile: run(tile=tile))
 
 
 def _enqueue(C: int, types: Types) -> Callable[[], object]:
@@ -140,7 +153,7 @@ def _enqueue(C: int, types: Types) -> Callable[[], object]:
     return call
 
 
-# What wide loads fit, and what they do not.
+# Shapes of weights: wide loads fit a ResNet-50, and do not fit the odd size.
 WEIGHTS: dict[str, list[tuple[int, ...]]] = {
     "ResNet-50": weight_shapes(),
     "odd size": [(3, 9_322_219)],
@@ -162,14 +175,14 @@ def _optimizer(
     dtype: torch.dtype,
     weights: str,
     number: float | Tensor,
-    followed: bool,
+    averaged: bool,
 ) -> Callable[[], object]:
     def row(shape: tuple[int, ...]) -> ParameterRow:
         def empty(dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         target, *shadows = (
-            empty(kind) if followed else None
+            empty(kind) if averaged else None
             for kind in (torch.float32, torch.bfloat16, torch.bfloat16)
         )
         state: tuple[Tensor, ...] = (empty(dtype),)
@@ -216,36 +229,33 @@ def _ghost_bn(
     return call
 
 
-# Widths of ResNets, with the last one's few rows; a width that masks columns; rows that are not aligned; so many rows
-# that their numbers need 64 bits.
+# Shapes (N, C, H, W) of activations.
 ACTIVATIONS = (
     (256, 64, 56, 56),
-    (256, 2048, 7, 7),
-    (256, 48, 28, 28),
-    (256, 13, 7, 7),
-    (2**20, 64, 56, 56),
+    (256, 2048, 7, 7),  # few rows
+    (256, 48, 28, 28),  # masked columns
+    (256, 13, 7, 7),  # unaligned rows
+    (2**20, 64, 56, 56),  # row numbers need 64 bits
 )
 
 
-# Sides of views and whether they rotate: digits, one that masks columns, CIFAR, the largest of either kind.
+# (width = height of a view, rotation): digits, masked columns, CIFAR, the largest with and without.
 VIEWS = ((8, True), (19, True), (32, True), (32, False), (64, False))
 
 
 def _augment(size: int, rotate: bool) -> Callable[[], object]:
     def call() -> object:
-        images = torch.empty(
-            512, size, size, 3, dtype=torch.uint8, device="meta"
-        )  # each read by both views
+        images = torch.empty(512, size, size, 3, dtype=torch.uint8, device="meta")
         index = torch.empty(512, dtype=torch.int64, device="meta")
-        return augment(
-            images, index, torch.empty(2, 512, len(NAMES), device="meta"), size, rotate=rotate
-        )
+        parameters = torch.empty(2, 512, len(NAMES), device="meta")  # two views of every image
+        return augment(images, index, parameters, size, rotate=rotate)
 
     return call
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the tile tables in every variant that changes its code, and the small kernels."""
+    """Yields all cases: all rows of the tile tables in all variants, and all small kernels."""
+    # InfoNCE, then the queue.
     for C, types in itertools.product(COLUMNS, TYPES):
         for variant in VARIANTS:
             name = f"forward, C={C}, {types.name}, {variant.name}"
@@ -254,18 +264,20 @@ def cases() -> Iterator[Case]:
         yield Case(name, partial(grad_negatives(C, types).run, None), types.matmul_precision)
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
+    # EMA and optimisers, with numbers from the host or from the device.
     numbers = (0.1, torch.empty((), device="meta"))
     for target, weights, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
         yield Case(
             f"ema, {target}, {weights}, {type(momentum).__name__} momentum",
             _ema(target, weights, momentum),
         )
-    for step, dtype, weights, number, followed in itertools.product(
+    for step, dtype, weights, number, averaged in itertools.product(
         (sgd_, lars_, adamw_), FLOATS, WEIGHTS, numbers, (True, False)
     ):
-        average = "with" if followed else "without"
+        average = "with" if averaged else "without"
         name = f"{step.__name__}, {dtype}, {weights}, {type(number).__name__} lr, {average} EMA"
-        yield Case(name, _optimizer(step, dtype, weights, number, followed))
+        yield Case(name, _optimizer(step, dtype, weights, number, averaged))
+    # Ghost BatchNorm and augmentation.
     for shape, dtype, relu, residual in itertools.product(
         ACTIVATIONS, FLOATS, (False, True), (False, True)
     ):

@@ -1,8 +1,11 @@
-"""The kernels' machine code for GPUs that are not there: registers, spills, shared memory, occupancy, instructions,
-bytes, operations, and the time that a model predicts (`mocofast_bench.roofline` states it). No GPU is used.
+"""Compiles the kernels for A100, H200 and B200 and shows what the machine code holds.
 
-InfoNCE: 256 queries, 65,536 negatives. EMA and optimisers: a ResNet-50 with a two-layer head. Ghost BatchNorm:
-activations of 256 images.
+Needs no GPU.
+Shows registers, spills, shared memory, occupancy, instructions, bytes, operations, and the
+time that a model predicts (`mocofast_bench.roofline`).
+
+InfoNCE has 256 queries and 65,536 negatives. EMA and optimisers have the weights of a
+ResNet-50 with a two-layer head. Ghost BatchNorm has activations of 256 images.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from mocofast_bench.roofline import GPUS, LAUNCH, Prediction, predict
 if TYPE_CHECKING:
     from mocofast_bench.inspect_code import Launch, Report
 
-# One case of every family, which the summary shows.
+# {name in the summary: case}, one case of every family.
 HEADLINES = {
     "info_nce, bf16": "forward, C=128, bf16, queue",
     "info_nce, bf16, no ranks": "forward, C=128, bf16, queue, no ranks",
@@ -42,33 +45,38 @@ HEADLINES = {
     "AdamW + EMA + bf16 copies": "adamw_, torch.float32, ResNet-50, float lr, with EMA",
     "ghost BatchNorm, forward and backward": "ghost_bn, (256, 64, 56, 56), torch.bfloat16, relu",
 }
-# Of a row of the full data, for each architecture. Times in microseconds.
+# Values of one launch in the full data.
 FIELDS = (
-    "registers", "spills", "shared", "tensor_memory", "warps", "programs", "resident", "instructions",
-    "matrix_instructions", "loop", "bytes", "operations", "microseconds", "limit",
-)  # fmt: skip
+    *("registers", "spills", "shared", "tensor_memory", "warps", "programs", "resident"),
+    *("instructions", "matrix_instructions", "loop", "bytes", "operations"),
+    *("microseconds", "limit"),
+)
 
 
 class CompiledLaunch(NamedTuple):
-    """One launch, as compiled for one architecture and as the model sees it."""
+    """One launch, compiled for one architecture, with the model's prediction."""
 
     report: Report
     launch: Launch
     prediction: Prediction
 
     def values(self) -> list[Any]:
-        """In the order of FIELDS."""
+        """Returns the values in the order of FIELDS."""
         r, p = self.report, self.prediction
         return [
-            r.registers, r.spills, r.shared, r.tensor_memory, r.warps, p.programs, p.resident, r.instructions,
-            r.matrix, r.loop, p.bytes, p.operations, round(1e6 * p.time, 2), p.limit,
-        ]  # fmt: skip
+            *(r.registers, r.spills, r.shared, r.tensor_memory, r.warps, p.programs, p.resident),
+            *(r.instructions, r.matrix, r.loop, p.bytes, p.operations),
+            *(round(1e6 * p.time, 2), p.limit),
+        ]
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """What to compile, and files to write."""
+    """Adds what to compile, and the files to write."""
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="cases whose name holds a match (default: all)"
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="compile cases whose name contains a match (default: all)",
     )
     parser.add_argument(
         "--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)"
@@ -82,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 
 def require_compiler(parser: argparse.ArgumentParser) -> None:
-    """Exit with 2 where Triton cannot compile."""
+    """Exits with 2 if Triton cannot compile."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
+        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret and not compile. Unset it")
     try:
         importlib.import_module("mocofast_bench.inspect_code")
     except ImportError as error:
@@ -92,12 +100,13 @@ def require_compiler(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Compile, print a line for each kernel as it comes, write the files."""
+    """Compiles the kernels, prints a line for every kernel, and writes the files."""
     require_compiler(parser)
     import triton
 
     from mocofast_bench import inspect_code
 
+    # Compile. Equal code is printed once, at the first case that has the code.
     capabilities = (arguments.capability,) if arguments.capability else tuple(GPUS)
     calls: dict[tuple[str, int], list[CompiledLaunch]] = defaultdict(list)
     data: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -108,13 +117,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         call.append(row)
         if first:
             print(line(row), flush=True)
-            entry = data.setdefault(
-                (report.case, report.kernel, len(call)),
-                {"case": report.case, "kernel": report.kernel},
-            )
+            key = (report.case, report.kernel, len(call))
+            entry = data.setdefault(key, {"case": report.case, "kernel": report.kernel})
             entry[f"sm_{report.capability}"] = row.values()
     if not calls:
         parser.error(f"no case has a match of --only {arguments.only!r}")
+    # Print the summary and write the files.
     text = summary(calls)
     print(f"\n{text}")
     if arguments.json is not None:
@@ -123,67 +131,76 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "".join(json.dumps(entry) + "\n" for entry in [head, *data.values()]), "utf-8"
         )
     if arguments.summary is not None:
-        command = "mocofast bench static --json benchmarks/results/machine_code.jsonl --summary benchmarks/results/machine_code.md"
+        results = "benchmarks/results/machine_code"
+        command = f"mocofast bench static --json {results}.jsonl \\\n        --summary {results}.md"
         if arguments.only:
-            command += f" \\\n    --only {shlex.quote(arguments.only)}"
+            command += f" \\\n        --only {shlex.quote(arguments.only)}"
         preface = PREFACE.format(command=command, triton=triton.__version__)
         arguments.summary.write_text(f"{preface}\n{limits()}\n{text}", "utf-8")
 
 
 HEADER = (
-    f"{'GPU':5}{'regs':>5}{'spill':>6}{'shared':>8}{'programs':>9}{'resident':>9}{'warps':>6}{'code':>6}{'matrix':>7}"
-    f"{'MB':>8}{'GFLOP':>8}{'us':>8} limit   kernel (case)"
+    f"{'GPU':5}{'regs':>5}{'spill':>6}{'shared':>8}{'programs':>9}{'resident':>9}{'warps':>6}"
+    f"{'code':>6}{'matrix':>7}{'MB':>8}{'GFLOP':>8}{'us':>8} limit   kernel (case)"
 )
 
 
 def line(row: CompiledLaunch) -> str:
-    """A line of the full table."""
+    """Returns one line of the full table."""
     r, p = row.report, row.prediction
     return (
-        f"{GPUS[r.capability].name:5}{r.registers:5}{r.spills:6}{r.shared:8}{p.programs:9}{p.resident:9}"
-        f"{p.resident * r.warps:6}{r.instructions:6}{r.matrix:7}{p.bytes / 1e6:8.1f}"
-        f"{p.operations / 1e9:8.2f}{1e6 * p.time:8.1f} {p.limit:7} {r.kernel} ({r.case})"
+        f"{GPUS[r.capability].name:5}{r.registers:5}{r.spills:6}{r.shared:8}{p.programs:9}"
+        f"{p.resident:9}{p.resident * r.warps:6}{r.instructions:6}{r.matrix:7}"
+        f"{p.bytes / 1e6:8.1f}{p.operations / 1e9:8.2f}{1e6 * p.time:8.1f} "
+        f"{p.limit:7} {r.kernel} ({r.case})"
     )
 
 
-PREFACE = """# What the machine code says
+PREFACE = """# Machine code of the kernels
 
-Written, without a GPU and with Triton {triton}, by
+Written with Triton {triton}, without a GPU, by
 
     {command}
 
-Registers, shared memory and instructions are facts of the code. Times are predictions of the model that
-`benchmarks/mocofast_bench/roofline.py` states, with the numbers of the first table; no GPU has confirmed them. The floor is the
-larger of what the products take at their unit's full rate and what the memory takes. `machine_code.jsonl` has all kernels.
+Registers, shared memory and instructions are facts of the code. Times are predictions of the model
+in `benchmarks/mocofast_bench/roofline.py`, with the numbers of the first table. No GPU has
+confirmed the times. The floor is the larger of two times: the products at the full rate of the
+unit, and the traffic of the memory. `machine_code.jsonl` has all kernels.
 
-InfoNCE at 256 queries, 65,536 negatives and, where not said otherwise, 128 dimensions, with gradient and ranks; EMA
-and optimisers with the 27,966,656 weights of a ResNet-50 and its two-layer head; BatchNorm over 256 x 64 x 56 x 56 in
-bf16, 8 parts, with ReLU.
+InfoNCE has 256 queries, 65,536 negatives and 128 dimensions (unless the call says otherwise), with
+gradient and positive ranks. EMA and optimisers have the 27,966,656 weights of a ResNet-50 with a
+two-layer head. BatchNorm has 256 x 64 x 56 x 56 activations in bf16, 8 splits and ReLU.
 """
 
 
 def limits() -> str:
-    """The table of what the model takes a GPU to have."""
+    """Returns the table of the GPUs' resources that the model assumes."""
     lines = [
-        "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz | of a multiprocessor: registers | shared, KB |"
-        " threads | bf16 operations a clock | float32 lanes | exponentials | L2, bytes a clock |",
+        "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz |"
+        " of a multiprocessor: registers | shared, KB | threads | bf16 operations a clock |"
+        " float32 lanes | exponentials | L2, bytes a clock |",
         "|---" * 12 + "|",
     ]
     for capability, gpu in GPUS.items():
         lines.append(
             f"| {gpu.name} (sm_{capability}) | {gpu.processors} | {gpu.matrix_rate / 1e12:.0f} |"
-            f" {gpu.bandwidth / 1e12:.2f} | {gpu.clock / 1e9:.2f} | {gpu.registers} | {gpu.shared // 1024} |"
-            f" {gpu.threads} | {gpu.matrix} | {gpu.lanes} | {gpu.special} | {gpu.l2 / gpu.processors:.0f} |"
+            f" {gpu.bandwidth / 1e12:.2f} | {gpu.clock / 1e9:.2f} | {gpu.registers} |"
+            f" {gpu.shared // 1024} | {gpu.threads} | {gpu.matrix} | {gpu.lanes} |"
+            f" {gpu.special} | {gpu.l2 / gpu.processors:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def summary(calls: dict[tuple[str, int], list[CompiledLaunch]]) -> str:
-    """Whole calls at their headline sizes: the slowest kernel's code, all kernels' bytes, operations and time. The
-    floor is the larger of what the products take at their unit's full rate and what the memory takes."""
+    """Returns a Markdown table of whole calls, one row for every headline and GPU.
+
+    Code is that of the slowest kernel. Bytes, operations and times are sums over all kernels. The
+    floor is the larger of two times: products at the full rate of the unit, and memory traffic.
+    """
     lines = [
-        "| call | GPU | slowest kernel | registers | spills | shared, KB | programs and warps a multiprocessor |"
-        " matrix instructions | MB | GFLOP | floor, us | predicted, us | limit |",
+        "| call | GPU | slowest kernel | registers | spills | shared, KB |"
+        " programs and warps a multiprocessor | matrix instructions | MB | GFLOP | floor, us |"
+        " predicted, us | limit |",
         "|---" * 13 + "|",
     ]
     for name, case in HEADLINES.items():

@@ -29,9 +29,8 @@ TEMPERATURE = 0.2  # as in MoCo v2
 MAX_SETS = 64  # most sets of inputs
 
 Sizes = tuple[int, int, int]  # N, K, C
-Inputs = tuple[
-    Tensor, Tensor, Tensor
-]  # query (N, C) with gradient, positive (N, C), negatives (K, C)
+# query (N, C) that requires its gradient, positive (N, C), negatives (K, C)
+Inputs = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -1,19 +1,27 @@
-"""A model of how long a launch takes on a GPU that is not there, from its machine code and its sizes.
+"""Models how long a kernel launch takes on a GPU, from machine code and sizes. Needs no GPU.
 
-Products (the sweeps of InfoNCE). A program's round of the main loop takes, in clocks of a multiprocessor:
+Products (the sweeps of InfoNCE). One round of a program's main loop takes, in clocks of a
+multiprocessor:
 
-    matrix   operations / operations a clock (half of them in tf32)
-    issue    instructions x warps / 4: four schedulers, one instruction a clock each
+    matrix   operations / operations a clock (half as many operations a clock in tf32)
+    issue    instructions x warps / 4 (four schedulers, one instruction a clock)
     special  exponentials x threads / 16
     float32  float32 instructions x threads / lanes
     l2       bytes of the streamed tile / (bytes a clock of the whole L2 cache / multiprocessors)
 
-Of r programs on a multiprocessor, a round takes the largest of r times each of these, and of matrix + the largest of
-issue, special and float32, since inside one program products and exponentials wait for each other. Programs take
-their rounds and 2 more to start and finish, in waves of as many as fit. Memory: every byte of the tensors once, at
-the bandwidth of a copy. The time is the larger of both. Not modelled: shared memory's bandwidth, latency, power.
+With r programs on a multiprocessor, a round takes the maximum of two times:
 
-All other kernels: the larger of the memory's time and, where the code has no loop, that of issuing it.
+    r x the largest of the five values
+    matrix + the largest of issue, special and float32: inside one program, products and
+        exponentials wait for one another
+
+A program takes all rounds, and 2 more rounds to start and finish. Programs run in waves of as
+many as fit on the GPU. Memory takes the time to move every byte of the tensors once, at the
+bandwidth of a copy. The time of the launch is the larger of memory and waves. Bandwidth of
+shared memory, latency and power are not modelled.
+
+All other kernels take the larger of two times: moving the bytes, and issuing the
+instructions. Issuing counts only for code without a loop.
 """
 
 from __future__ import annotations
@@ -30,17 +38,15 @@ if TYPE_CHECKING:
 
 
 class GPU(NamedTuple):
-    """What a GPU has. Of a multiprocessor where not said otherwise."""
+    """Resources of a GPU. Numbers are those of one multiprocessor, unless the comment says more."""
 
     name: str
-    processors: int
-    matrix_rate: (
-        float  # bfloat16 operations a second that the whole GPU sustains in a large product
-    )
-    bandwidth: float  # bytes a second that a copy moves, read and written
+    processors: int  # multiprocessors of the GPU
+    matrix_rate: float  # of the GPU: bfloat16 operations a second, sustained in a large product
+    bandwidth: float  # of the GPU: bytes a second that a copy reads and writes
     matrix: int  # dense bfloat16 operations a clock
     lanes: int  # float32 instructions of one thread a clock
-    l2: float  # bytes a clock that the L2 cache delivers to all
+    l2: float  # of the GPU: bytes a clock that the L2 cache delivers
     shared: int  # bytes of shared memory
     registers: int = 65536
     threads: int = 2048
@@ -50,34 +56,47 @@ class GPU(NamedTuple):
 
     @property
     def clock(self) -> float:
-        """Hertz at which the matrix units sustain `matrix_rate`: below the data sheet's, for power."""
+        """Returns the clock in Hz at which the matrix units sustain `matrix_rate`.
+
+        The clock is below the data sheet's, because power is limited.
+        """
         return self.matrix_rate / (self.matrix * self.processors)
 
 
-# Peaks of matrix units (312, 989 and 2250 TFLOP/s) and memory (2.04, 4.8 and 8.0 TB/s): NVIDIA's data sheets of the
-# A100 80 GB SXM, H200 SXM and HGX B200. On an H200 790 TFLOP/s and a copy at 4.3 TB/s were measured: 80% and 90% of
-# its peaks, which the others are taken to reach too. Shared memory, registers, threads, programs, lanes and
-# exponentials: CUDA C++ programming guide, "Compute capabilities" and "Arithmetic instructions". Matrix operations a
-# clock follow from peak and boost clock. L2: 5120 bytes a clock on an A100 (its white paper); none is published for
-# the others: taken to be 5120 on an H200 too, and as much for each multiprocessor on a B200.
+# Sources of the numbers:
+# - Peaks of matrix units (312, 989 and 2250 TFLOP/s) and memory (2.04, 4.8 and 8.0 TB/s): NVIDIA's
+#   data sheets of A100 80 GB SXM, H200 SXM and HGX B200. Measured on an H200: 790 TFLOP/s and a
+#   copy at 4.3 TB/s, 80% and 90% of the peaks. The same shares are assumed for A100 and B200.
+# - Shared memory, registers, threads, programs, lanes and exponentials: CUDA C++ programming guide,
+#   "Compute capabilities" and "Arithmetic instructions".
+# - Matrix operations a clock: peak / boost clock.
+# - L2: 5120 bytes a clock on an A100 (white paper). No number is published for H200 and B200.
+#   Assumed: 5120 on an H200, and as many bytes for every multiprocessor on a B200.
+L2_OF_B200 = 5120 * PROCESSORS[100] / PROCESSORS[90]
 GPUS = {
     80: GPU("A100", PROCESSORS[80], 0.80 * 312e12, 0.90 * 2.04e12, 2048, 64, 5120, 164 * 1024),
     90: GPU("H200", PROCESSORS[90], 790e12, 4.3e12, 4096, 128, 5120, 228 * 1024),
-    100: GPU(
-        "B200", PROCESSORS[100], 0.80 * 2250e12, 0.90 * 8.0e12, 8192, 128,
-        5120 * PROCESSORS[100] / PROCESSORS[90], 228 * 1024,
-    ),
-}  # fmt: skip
-RESERVED = 1024  # bytes of shared memory that each program takes for the system (same guide)
-EXTRA_ROUNDS = 2  # as mocofast_kernels.configs.split_count has it
-LAUNCH = 2e-6  # seconds that each launch of a call adds: an assumption, for replays of CUDA graphs
+    100: GPU("B200", PROCESSORS[100], 0.8 * 2250e12, 0.9 * 8e12, 8192, 128, L2_OF_B200, 228 * 1024),
+}
+RESERVED = 1024  # bytes of shared memory that the system takes in every program (same guide)
+EXTRA_ROUNDS = 2  # as in mocofast_kernels.configs.split_count
+LAUNCH = 2e-6  # seconds that a launch adds in the replay of a CUDA graph (an assumption)
 
-# How often a column of a pointer table is touched for each element: written ones are read first but for the copies.
+# How often a kernel reads and writes every element of a column of the pointer table. Written
+# columns are read first, except the copies (SHADOW, TARGET_SHADOW).
 TOUCHES = {
-    "PARAM": 2, "GRAD": 1, "BUFFER": 2, "EXP_AVG": 2, "EXP_AVG_SQ": 2, "SOURCE": 1, "TARGET": 2, "SHADOW": 1,
+    "PARAM": 2,
+    "GRAD": 1,
+    "BUFFER": 2,
+    "EXP_AVG": 2,
+    "EXP_AVG_SQ": 2,
+    "SOURCE": 1,
+    "TARGET": 2,
+    "SHADOW": 1,
     "TARGET_SHADOW": 1,
-}  # fmt: skip
-# Operations for each element of the named argument, counted in the source; a division or a root is one.
+}
+# {kernel: (argument, operations for each element of the argument)}, counted in the source. A
+# division or a root counts as one operation.
 OPERATIONS = {
     "_ema_kernel": ("sizes", 3),
     "_sgd_kernel": ("sizes", 6),
@@ -92,21 +111,24 @@ OPERATIONS = {
     "_backward_sums_kernel": ("x", 4),
     "_grad_input_kernel": ("x", 6),
 }
-AVERAGE = 4  # operations that a moving average adds to an optimiser's step
+AVERAGE = 4  # operations for each element that an EMA adds to an optimiser's step
 
 
 class Prediction(NamedTuple):
-    """Of one launch. Times are in seconds, those of a resource as if all else were free; 0 where it has no part."""
+    """Prediction for one launch.
 
-    programs: int  # of the launch
-    resident: int  # programs that fit on a multiprocessor at a time
+    Times are in seconds. The time of a resource assumes that nothing else takes time. A resource
+    that the launch does not use has time 0.
+    """
+
+    programs: int  # programs of the launch
+    resident: int  # programs that fit on a multiprocessor at the same time
     bytes: int
     operations: int
-    time: float
+    time: float  # predicted time of the launch
     memory: float
-    arithmetic: float = (
-        0.0  # that `operations` take at the full rate of their unit; with `memory`, the floor
-    )
+    # `operations` at the full rate of the unit. The floor is the larger of arithmetic and memory.
+    arithmetic: float = 0.0
     matrix: float = 0.0
     issue: float = 0.0
     special: float = 0.0
@@ -115,7 +137,7 @@ class Prediction(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """The resource that takes longest."""
+        """Returns the resource that takes the longest time."""
         return max(
             ("matrix", "issue", "special", "float32", "l2", "memory"),
             key=lambda name: getattr(self, name),
@@ -123,7 +145,8 @@ class Prediction(NamedTuple):
 
 
 def resident_programs(report: Report, gpu: GPU) -> int:
-    """Programs that fit on a multiprocessor: registers go to warps in units of 256."""
+    """Returns how many programs fit on a multiprocessor at the same time."""
+    # Registers are given to warps in units of 256.
     of_registers = gpu.registers // (report.warps * -(-report.registers * 32 // 256) * 256)
     of_shared = gpu.shared // (report.shared + RESERVED)
     fits = [of_registers, of_shared, gpu.threads // (32 * report.warps), gpu.programs]
@@ -133,7 +156,11 @@ def resident_programs(report: Report, gpu: GPU) -> int:
 
 
 def traffic(launch: Launch) -> int:
-    """Bytes moved if every tensor passes the memory once (those updated in place: twice)."""
+    """Returns the bytes moved if every tensor is read or written once.
+
+    Tensors that are updated in place count twice: one read, one write.
+    """
+    # Optimisers and EMA: tensors stand in a pointer table.
     kernel, given = launch.kernel.__name__, launch.arguments
     if "sizes" in given:
         touches = {**TOUCHES, "PARAM": 1} if kernel == "_squares_kernel" else TOUCHES
@@ -144,6 +171,7 @@ def traffic(launch: Launch) -> int:
             if kind is not None
         )
         return int(given["sizes"].sum()) * width
+    # All other kernels: tensors are arguments.
     tensors = {id(x): x.numel() * x.element_size() for x in given.values() if isinstance(x, Tensor)}
     total = sum(tensors.values())
     if kernel == "_enqueue_kernel":
@@ -155,20 +183,16 @@ def traffic(launch: Launch) -> int:
 
 
 def _is_product(launch: Launch) -> bool:
-    """Whether it is one of InfoNCE's sweeps."""
+    """Returns whether the launch is one of InfoNCE's sweeps."""
     return "PRECISION" in launch.constants and "K" in launch.arguments
 
 
 def operations(launch: Launch) -> int:
-    """Floating-point operations that the mathematics asks for, without padding."""
+    """Returns the floating-point operations of the formula, without padding."""
     kernel, given = launch.kernel.__name__, launch.arguments
     if _is_product(launch):
-        return (
-            (4 if launch.constants.get("GRAD", True) else 2)
-            * given["N"]
-            * given["K"]
-            * launch.constants["C"]
-        )
+        each = 4 if launch.constants.get("GRAD", True) else 2
+        return each * given["N"] * given["K"] * launch.constants["C"]
     name, each = OPERATIONS.get(kernel, ("", 0))
     if not name or given[name] is None:
         return 0
@@ -178,7 +202,13 @@ def operations(launch: Launch) -> int:
 
 
 def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
-    """What the model says of one launch."""
+    """Predicts the time of one launch.
+
+    launch: recorded launch: grid, arguments and constants.
+    report: what the machine code of the launch holds.
+    gpu: the GPU to predict for.
+    """
+    # Bytes, and kernels that are not products.
     programs, resident = prod(launch.grid), resident_programs(report, gpu)
     moved, counted = traffic(launch), operations(launch)
     memory = moved / gpu.bandwidth
@@ -188,6 +218,7 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
         return Prediction(
             programs, resident, moved, counted, max(memory, issue), memory, issue=issue
         )
+    # Products: clocks of all waves of programs.
     rounds, resources = _round(launch, report, gpu)
     alone = resources[0] + max(resources[1:4])
 
@@ -198,6 +229,7 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
 
     full, rest = divmod(programs, gpu.processors * resident)
     clocks = full * wave(resident) + (wave(-(-rest // gpu.processors)) if rest else 0.0)
+    # Times of every resource alone, and of the arithmetic at full rate.
     matrix, issue, special, float32, l2 = (
         programs * rounds * each / gpu.processors / gpu.clock for each in resources
     )
@@ -205,50 +237,38 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
     if launch.constants["PRECISION"] == "tf32":
         rate /= 2
     time, arithmetic = max(memory, clocks / gpu.clock), counted / rate
-    return Prediction(
-        programs,
-        resident,
-        moved,
-        counted,
-        time,
-        memory,
-        arithmetic,
-        matrix,
-        issue,
-        special,
-        float32,
-        l2,
-    )
+    clock_times = (matrix, issue, special, float32, l2)
+    return Prediction(programs, resident, moved, counted, time, memory, arithmetic, *clock_times)
 
 
 def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
-    """Rounds of a program's main loop, and clocks of each resource (matrix, issue, special, float32, l2) in one."""
+    """Returns the rounds of a program's main loop, and the clocks of every resource in one round.
+
+    Order of resources: matrix, issue, special, float32, l2.
+    """
     constants, given = launch.constants, launch.arguments
     threads = 32 * report.warps
+    # Rows that stay, rows that stream, and the streamed tensor.
     if "STAY" in constants:
-        stay, stream, rounds = (
-            constants["STAY"],
-            constants["STREAM"],
-            -(-given["N"] // constants["STREAM"]),
-        )
-        streamed = given["operand"]
+        stay, stream = constants["STAY"], constants["STREAM"]
+        rounds, streamed = -(-given["N"] // stream), given["operand"]
     else:
-        stay, stream, rounds = constants["BLOCK_N"], constants["BLOCK_K"], given["tiles_per_split"]
-        streamed = given["negatives"]
+        stay, stream = constants["BLOCK_N"], constants["BLOCK_K"]
+        rounds, streamed = given["tiles_per_split"], given["negatives"]
+    # Matrix units.
     chunks = -(-constants["C"] // constants["BLOCK_C"])
-    columns = chunks * constants["BLOCK_C"] + (
-        constants["OUT_C"] if constants.get("GRAD", True) else 0
-    )
+    width = chunks * constants["BLOCK_C"]  # columns with padding
+    columns = width + (constants["OUT_C"] if constants.get("GRAD", True) else 0)
     clocks = 2 * stay * stream * columns / gpu.matrix
     if constants["PRECISION"] == "tf32":
         clocks *= 2
     elif str(constants["DOT"]) == "fp32":
         clocks = 0.0
-    # A row in chunks is read again for the second product, and so are the rows that stay.
-    row = streamed.element_size() * (columns if chunks > 1 else constants["BLOCK_C"])
-    read = stream * row + (
-        stay * chunks * constants["BLOCK_C"] * streamed.element_size() if chunks > 1 else 0
-    )
+    # L2 cache. Rows in chunks are read again for the second product, and so are rows that stay.
+    size = streamed.element_size()
+    read = stream * size * (columns if chunks > 1 else constants["BLOCK_C"])
+    if chunks > 1:
+        read += stay * size * width
     return rounds, [
         clocks,
         report.loop * report.warps / 4,
