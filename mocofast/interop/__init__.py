@@ -1,4 +1,4 @@
-"""Weights, checkpoints and command lines in the names and layouts of other projects."""
+"""Exchange with other projects: weights, checkpoints and command lines."""
 
 from typing import TYPE_CHECKING
 

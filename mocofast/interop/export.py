@@ -1,7 +1,7 @@
-"""A trained query encoder for other software: torchvision, timm, detectron2, safetensors, and MoCo's own format.
+"""Exports the query encoder: torchvision, timm, detectron2, safetensors, facebookresearch/moco.
 
-The query encoder is the one to take: it is what gradients trained, and what the papers evaluate. The key encoder
-is its moving average and only served the queue.
+The query encoder is trained by gradients and evaluated in the papers. The key encoder is a moving
+average, needed only for the queue.
 """
 
 from __future__ import annotations
@@ -30,34 +30,39 @@ FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """Describes the exported file."""
 
     path: Path
-    tensors: int
-    of: str  # which part of the model
-    how_to_load: str  # Python lines
+    tensors: int  # number of tensors
+    content: str  # exported parts of the model
+    how_to_load: str  # Python lines, or a command
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.tensors} tensors, {self.of}. To load them:\n\n{self.how_to_load}\n"
-        )
+        content = f"{self.path}: {self.tensors} tensors, {self.content}"
+        return f"{content}. To load them:\n\n{self.how_to_load}\n"
 
 
 def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Exported:
-    """Write the model of `checkpoint` (as `load_checkpoint` returns it) to `out` in another format.
+    """Writes the model of a checkpoint in another format. The file is written atomically.
 
-    torchvision, safetensors: the query encoder without its head, a flat dict of tensors under torchvision's names.
-        torchvision's and timm's are written with torch.save, or as safetensors where `out` ends in .safetensors.
-    timm: likewise, for the ResNet family, whose names timm shares.
-    detectron2: a pickle with the names of detectron2's ResNet backbone (the published R50 is used as R50-C4).
-    reference: a whole checkpoint of facebookresearch/moco, both encoders and queue, from which it can train on.
-    The file appears whole or not at all. Raises ConfigError (a ValueError) for an unknown format, a suffix that
-    contradicts it, or an encoder that the format cannot express.
+    checkpoint: as `load_checkpoint` returns.
+    format:
+        torchvision: the query encoder without head, a dict of tensors under torchvision's names.
+            Written with torch.save, or as safetensors if `out` ends in .safetensors.
+        timm: as torchvision, for the ResNet family, where timm and torchvision use the same names.
+        safetensors: as torchvision, `out` has to end in .safetensors.
+        detectron2: a pickle under the names of detectron2's ResNet backbone (for R50: R50-C4).
+        reference: a checkpoint of facebookresearch/moco (encoders, queue, optimiser), from which
+            training can continue there.
+    out: the file to write. Missing folders are created.
+    Raises ConfigError (a ValueError) for an unknown format, a suffix that does not fit the format,
+    or an encoder that the format does not support.
     """
     out = Path(out)
     if format not in FORMATS:
         raise ConfigError(
-            f"format: expected one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}"
+            f"format: expected one of {', '.join(FORMATS)}, "
+            f"got {format!r}{nearest(format, FORMATS)}"
         )
     is_safetensors = out.suffix == ".safetensors"
     if format == "safetensors" and not is_safetensors:
@@ -69,38 +74,36 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     if format == "reference":
         if not isinstance(model, MoCo):
             raise ConfigError(
-                f"format: reference is facebookresearch/moco's, got model.method {config.model.method}"
+                "format: reference is facebookresearch/moco's, "
+                f"got model.method {config.model.method}"
             )
         whole = _reference(model, config.model.arch, checkpoint)
         _write(out, lambda file: torch.save(whole, file))
         count = len(whole["state_dict"])
     else:
-        # Contiguous, since safetensors knows no channels-last.
+        # Contiguous, because safetensors does not support channels-last.
         backbone = {name: value.contiguous() for name, value in backbone_state_dict(model).items()}
         count = len(backbone)
         if format == "detectron2":
             _write(out, lambda file: file.write_bytes(pickle.dumps(_detectron2(backbone))))
         elif is_safetensors:
-            _write(
-                out,
-                lambda file: save_file(backbone, file, {"format": "pt", "arch": config.model.arch}),
-            )
+            metadata = {"format": "pt", "arch": config.model.arch}
+            _write(out, lambda file: save_file(backbone, file, metadata))
         else:
             _write(out, lambda file: torch.save(backbone, file))
-    part = (
-        "both encoders and the queue"
-        if format == "reference"
-        else "the query encoder without its head"
-    )
-    return Exported(out, count, part, _how_to_load(format, config, out))
+    both, encoder = "both encoders and the queue", "the query encoder without its head"
+    content = both if format == "reference" else encoder
+    return Exported(out, count, content, _how_to_load(format, config, out))
 
 
 def _reference(model: MoCo, arch: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a checkpoint of facebookresearch/moco."""
     state = {f"module.{name}": tensor for name, tensor in to_reference_state_dict(model).items()}
     content = {"epoch": checkpoint["epoch"], "arch": arch, "state_dict": state}
     if "optimizer" in checkpoint:
         optimizer = checkpoint["optimizer"]
-        # Its optimiser also lists the key encoder's parameters, after the query encoder's, though they never move.
+        # The optimiser there also lists the key encoder's parameters, which have no gradients,
+        # after the query encoder's parameters.
         (group,) = optimizer["param_groups"]
         whole = {**group, "params": list(range(2 * len(group["params"])))}
         content["optimizer"] = {"state": optimizer["state"], "param_groups": [whole]}
@@ -108,7 +111,7 @@ def _reference(model: MoCo, arch: str, checkpoint: Mapping[str, Any]) -> dict[st
 
 
 def _detectron2(backbone: dict[str, Tensor]) -> dict[str, Any]:
-    """detectron2's file of a torchvision ResNet, as facebookresearch/moco's converter lays it out."""
+    """Returns detectron2's content of a ResNet, laid out as by facebookresearch/moco."""
     model = {}
     for name, tensor in backbone.items():
         name = name if name.startswith("layer") else f"stem.{name}"
@@ -133,23 +136,27 @@ def _check_arch(format: str, arch: str) -> None:
 
 
 def _how_to_load(format: str, config: Config, out: Path) -> str:
+    """Returns Python lines, or a command of the other project, that load `out`."""
     arch, path, mean, std = config.model.arch, str(out), config.augment.mean, config.augment.std
     if format == "reference" and arch in list_models(module=torchvision.models):
         m = config.model
         mlp = " --mlp" if m.mlp else ""
         return (
-            f"python main_moco.py --arch {arch} --resume {path} --moco-dim {m.dim} --moco-k {m.queue_size}{mlp} ..."
+            f"python main_moco.py --arch {arch} --resume {path} "
+            f"--moco-dim {m.dim} --moco-k {m.queue_size}{mlp} ..."
             "    # facebookresearch/moco"
         )
-    if format == "reference":  # an encoder that the reference's own program cannot build
+    if format == "reference":  # main_moco.py cannot build this encoder
         return (
             f"import torch, mocofast.interop\n"
-            f"mocofast.interop.load_reference_state_dict(model, torch.load({path!r}))    # model: a mocofast.MoCo"
+            f"mocofast.interop.load_reference_state_dict(model, torch.load({path!r}))"
+            "    # model: a mocofast.MoCo"
         )
     if format == "detectron2":
         bytes_mean, bytes_std = ([round(255 * value, 3) for value in part] for part in (mean, std))
         return (
-            f"MODEL.WEIGHTS {path} INPUT.FORMAT RGB MODEL.PIXEL_MEAN {bytes_mean} MODEL.PIXEL_STD {bytes_std} "
+            f"MODEL.WEIGHTS {path} INPUT.FORMAT RGB "
+            f"MODEL.PIXEL_MEAN {bytes_mean} MODEL.PIXEL_STD {bytes_std} "
             "MODEL.RESNETS.STRIDE_IN_1X1 False    # options of detectron2"
         )
     plain = arch.removesuffix("_cifar")
@@ -166,7 +173,8 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
         lines[-1] += f"; model.{'heads' if arch.startswith('vit_') else 'fc'} = torch.nn.Identity()"
     if plain != arch and arch not in SIZES:
         lines += [
-            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity()"
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
+            "model.maxpool = torch.nn.Identity()"
         ]
     if out.suffix == ".safetensors":
         lines[0] += ", safetensors.torch"

@@ -1,4 +1,4 @@
-"""Checkpoint files of facebookresearch/moco and facebookresearch/moco-v3 as trained models."""
+"""Loads checkpoint files of facebookresearch/moco and facebookresearch/moco-v3 as models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
 from mocofast.train.checkpoint import checked, model_from_checkpoint, read_file
 
-# timm's names of a ViT's parameters, which moco-v3 has, in torchvision's.
+# From timm's names of a ViT's parameters (moco-v3 uses timm) to torchvision's names.
 _TIMM = (
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
@@ -31,11 +31,12 @@ _TIMM = (
 
 
 def load_pretrained(path: str, arch: str | None) -> tuple[Method, Config, bool]:
-    """The model of a checkpoint, on the CPU, its configuration, and whether the file is ours.
+    """Returns the model of a checkpoint (on the CPU), its configuration, and whether it is ours.
 
-    path: a run folder or checkpoint of ours, or a checkpoint of facebookresearch/moco, which is loaded whole, or of
-    moco-v3, of which the query encoder without its head is loaded. arch: the encoder that is expected; None takes the
-    file's. Raises FileNotFoundError, and ConfigError for another file or another encoder.
+    path: a run folder or checkpoint of mocofast, or a checkpoint of facebookresearch/moco or
+        facebookresearch/moco-v3. For moco-v3, only the query encoder without head is loaded.
+    arch: the expected encoder. None: the encoder that the file names.
+    Raises FileNotFoundError, and ConfigError for an unknown file or an unexpected encoder.
     """
     content, file = read_file(path)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -61,7 +62,8 @@ def _check(expected: str | None, found: str | None, path: str) -> None:
 def _moco(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
     if "queue" not in weights:
         raise ConfigError(
-            "expected the names of facebookresearch/moco (encoder_q.*, queue) or moco-v3 (base_encoder.*)"
+            "expected the names of facebookresearch/moco (encoder_q.*, queue) "
+            "or moco-v3 (base_encoder.*)"
         )
     config = settings.load_recipe("moco_v1_r50")
     config.model.arch, config.model.mlp = arch, "encoder_q.fc.2.weight" in weights
@@ -76,6 +78,7 @@ def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
     config = settings.load_recipe("moco_v3_r50")
     config.model.arch = arch
     model = build_method(config)
+    # The weights of the query encoder's backbone, under torchvision's names.
     given = {}
     for name, value in weights.items():
         part, _, rest = name.partition(".")
@@ -89,7 +92,8 @@ def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
     )
     if wrong:
         raise ConfigError(
-            f"not the weights of {arch}: missing, unknown or of another shape: {', '.join(wrong[:5])}"
+            f"not the weights of {arch}: missing, unknown or of another shape: "
+            f"{', '.join(wrong[:5])}"
         )
     model.encoder_q.load_state_dict(given, strict=False)
     return model, config

@@ -1,7 +1,9 @@
-"""Weights in the names and layouts of other projects.
+"""Weights under the names of other projects.
 
-facebookresearch/moco: `encoder_q.*`, `encoder_k.*`, `queue` (C, K) float32, `queue_ptr` (1,); in its checkpoint files
-under "state_dict" and behind the prefix `module.` of DistributedDataParallel. torchvision: an encoder's own names.
+facebookresearch/moco: `encoder_q.*`, `encoder_k.*`, `queue` (C, K) float32, `queue_ptr` (1,). In
+its checkpoint files the weights are under "state_dict", with DistributedDataParallel's prefix
+`module.`.
+torchvision: the names of the encoder itself.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ PREFIX = "module."
 
 
 def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> None:
-    """Loads a state dict, or a whole checkpoint that holds one, of facebookresearch/moco into `model`.
+    """Loads weights of facebookresearch/moco into `model`.
 
-    A queue dtype of the model's that is smaller than float32 rounds the queue. Raises ValueError naming the entries
-    that are missing, unknown or of another shape than the model's; nothing is loaded then.
+    state_dict: a state dict or a whole checkpoint. The queue is converted to the model's dtype.
+    Raises ValueError naming the entries that are missing, unknown or of a wrong shape. After an
+    error nothing is loaded.
     """
     given = {
         name.removeprefix(PREFIX): value
@@ -47,18 +50,18 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
 
 
 def to_reference_state_dict(model: MoCo) -> dict[str, Tensor]:
-    """The state dict of `model` as facebookresearch/moco's MoCo has it, without `module.`.
+    """Returns the state dict of `model` in facebookresearch/moco's layout, without `module.`.
 
-    As with `state_dict()`, the tensors may share memory with the model's.
+    As with `state_dict()`, tensors may share memory with the model.
     """
     state = model.state_dict()
     return {**state, "queue": state["queue"].float().t().contiguous()}
 
 
 def backbone_state_dict(model: Method, head: bool = False) -> dict[str, Tensor]:
-    """The query encoder in its own names, those of torchvision for a torchvision encoder.
+    """Returns the state dict of the query encoder under the encoder's own names.
 
-    head: also the layers of the embedding (`fc.*` or `heads.*`), whose shapes are the method's, not a classifier's.
+    head: whether to include the head (`fc.*` or `heads.*`), which gives embeddings, not classes.
     """
     encoder = model.encoder_q
     prefix = f"{head_name(encoder)}."
