@@ -1,6 +1,6 @@
-"""What ranks exchange: images for shuffled BatchNorm, keys for the queue; and the start and end of a process group.
+"""Process groups, and exchange between ranks: images for shuffled BatchNorm, keys for the queue.
 
-Everything works in one process without a process group as well, as rank 0 of a world of 1.
+Without a process group every function treats the process as rank 0 of a world of size 1.
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ from torch import Tensor
 from mocofast.config import ConfigError
 from mocofast.step_parts import step_part
 
+# Variables that torchrun sets, with the values of a single process.
 TORCHRUN = (
     ("RANK", "0"),
     ("WORLD_SIZE", "1"),
     ("LOCAL_RANK", "0"),
-)  # and what stands for them in one process
+)
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
+    """Returns the rank of this process and the number of processes: (0, 1) without a group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Returns whether this process is rank 0, which writes files and prints."""
     return rank_and_world_size()[0] == 0
 
 
 def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
-    """Joins the process group that torchrun's environment describes: (rank, world size, local rank).
+    """Joins the process group that the environment of torchrun describes.
 
-    device: a CUDA device means nccl, with this process's GPU (`cuda:LOCAL_RANK`) made the current one; anything
-    else means gloo. Without torchrun, or with one process only, no group is made, and a device that names its GPU
-    (`cuda:1`) becomes the current one.
+    device: a CUDA device selects nccl and makes `cuda:LOCAL_RANK` the current device. Other
+        devices select gloo.
+
+    A single process joins no group. A CUDA device with an index (`cuda:1`) then becomes the
+    current device.
+
+    Returns (rank, world size, local rank).
+    Raises ConfigError if this machine has fewer GPUs than processes.
     """
     device = torch.device(device)
     rank, world_size, local_rank = (int(os.environ.get(name, alone)) for name, alone in TORCHRUN)
@@ -61,24 +67,27 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called this function."""
     if rank_and_world_size()[1] > 1:
         dist.barrier()
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one.
+    """Leaves the process group, if a group exists.
 
-    Models wrapped in DistributedDataParallel have to be gone by then. One that outlives the group ends gloo's threads
-    itself, with Python's lock in its hands: a thread that still waits for that lock, to let go of the last
-    collective's tensors, is waited for without end (pytorch/pytorch#56297).
+    Delete models wrapped in DistributedDataParallel before the call. A wrapper that outlives the
+    group joins gloo's threads while holding Python's global lock. A gloo thread may wait for the
+    same lock, to release tensors of the last collective: a deadlock (pytorch/pytorch#56297).
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value (anything that pickles), on every rank."""
+    """Returns the value of rank 0 on every rank.
+
+    value: any object that pickles.
+    """
     if rank_and_world_size()[1] == 1:
         return value
     box = [value]
@@ -87,7 +96,10 @@ def from_main(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value (anything that pickles), on every rank, ranks in order."""
+    """Returns the values of all ranks, in order of ranks, on every rank.
+
+    value: any object that pickles.
+    """
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return [value]
@@ -97,7 +109,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_gather(local: Tensor) -> Tensor:
-    """(N, C) of each rank, N the same on all -> (W*N, C), ranks in order. No gradient flows through it."""
+    """Concatenates the tensors of all ranks, in order of ranks, without gradients.
+
+    local: (N, ...), with the same shape on every rank.
+
+    Returns (W*N, ...) on every rank.
+    """
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return local
@@ -108,10 +125,10 @@ def all_gather(local: Tensor) -> Tensor:
 
 
 class SharedGenerator:
-    """A generator on the CPU that draws the same on every rank.
+    """A CPU generator with the same random numbers on every rank.
 
-    It starts, when it is first asked for, from rank 0's default one: the same draws from then on, without a broadcast
-    and without waiting for the device.
+    The first use broadcasts the state of rank 0's default generator. Later uses need neither a
+    broadcast nor a wait for the device.
     """
 
     def __init__(self) -> None:
@@ -119,11 +136,14 @@ class SharedGenerator:
         self._agreed = False
 
     def state(self) -> Tensor | None:
-        """The generator's state (uint8), equal on all ranks, for a checkpoint; None before the first draw."""
+        """Returns the state (uint8, equal on all ranks), or None before the first use."""
         return None if self._generator is None else self._generator.get_state()
 
     def load_state(self, state: Tensor | None) -> None:
-        """Continues from `state()` of another run, or afresh from None; to be called on every rank, at any time."""
+        """Continues from a state that `state()` returned. Call on every rank.
+
+        state: uint8 tensor, or None to start from rank 0's default generator again.
+        """
         self._generator = None
         if state is not None:
             self._generator = torch.Generator()
@@ -131,7 +151,10 @@ class SharedGenerator:
         self._agreed = False
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """To draw from, by all ranks together. device: where the process group can exchange tensors."""
+        """Returns the generator. All ranks must sample the same numbers from the generator.
+
+        device: device of the tensors that the process group exchanges.
+        """
         if self._generator is not None and self._agreed:
             return self._generator
         state = torch.get_rng_state() if self._generator is None else self._generator.get_state()
@@ -146,28 +169,32 @@ class SharedGenerator:
 
 
 class BatchShuffle(SharedGenerator):
-    """Random re-distribution of a batch over ranks, "shuffling BN" of MoCo (He et al. 2020, section 3.3).
+    """Distributes a batch over ranks at random: "shuffling BN" (MoCo, arXiv:1911.05722, sec. 3.3).
 
-    BatchNorm's statistics of a rank's batch would let a query recognise its own key; shuffled, a key is normalised
-    together with other images than its query was. The permutations are those of facebookresearch/moco, which draws
-    each from rank 0's default CPU generator and broadcasts it. Here every rank draws the same, which also tells it on
-    the host how many images each other one sends it.
+    BatchNorm statistics of a rank's batch would let a query recognise its own key. After the
+    shuffle, a key is normalised together with other images than its query.
+
+    The permutations equal the permutations of facebookresearch/moco, which samples on rank 0, with
+    the default CPU generator, and broadcasts. Here every rank samples the same permutation, so the
+    host of every rank also knows how many images arrive from every rank.
     """
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of the shuffled global batch, (N, ...), and the index that restores the order.
+        """Returns this rank's slice of the shuffled batch, (N, ...), and `restore`, (W*N,) int64.
 
-        images: (N, ...), N the same on all ranks. restore: (W*N,) int64 on the images' device:
-        `all_gather(x)[restore]` has, for rows `x` computed from the shuffled images, the order of the ranks'
-        original batches. Each image is sent at most once, in its own dtype; channels-last stays channels-last.
+        images: (N, ...), with the same shape on every rank.
+
+        `restore` is on the device of the images. For rows x that are computed from the slice,
+        all_gather(x)[restore] has the order of the original batches, concatenated over ranks.
+        An image is sent at most once, in its own dtype. Channels-last memory stays channels-last.
         """
+        # The permutation of the whole batch, the same on every rank.
         rank, world_size = rank_and_world_size()
         size = len(images)
         permutation = torch.randperm(world_size * size, generator=self.generator(images.device))
-        position = torch.argsort(
-            permutation
-        )  # (W*N,): the place of each image in the shuffled batch
-        # index_select would turn channels-last into NCHW, so rows are taken from the (N, H, W, C) view.
+        position = torch.argsort(permutation)  # (W*N,): an image's place in the shuffled batch
+
+        # index_select would turn channels-last into NCHW, so the (N, H, W, C) view is indexed.
         channels_last = images.dim() == 4 and images.is_contiguous(
             memory_format=torch.channels_last
         )
@@ -176,12 +203,10 @@ class BatchShuffle(SharedGenerator):
             permutation, restore = to_device([permutation, position], images.device)
             rows = rows.index_select(0, permutation)
         else:
-            mine = slice(rank * size, (rank + 1) * size)
-            targets, origins = (
-                position[mine],
-                permutation[mine],
-            )  # of the images that leave, and that arrive
-            # Sorted by target place, images leave grouped by target rank; they arrive grouped by rank of origin.
+            own = slice(rank * size, (rank + 1) * size)
+            targets = position[own]  # (N,): places of the images that leave
+            origins = permutation[own]  # (N,): numbers of the images that arrive
+            # Images leave sorted by place, so grouped by target rank, and arrive grouped by origin.
             leave = torch.argsort(targets)
             arrive = torch.argsort(torch.argsort(origins // size, stable=True))
             leave, arrive, restore = to_device([leave, arrive, position], images.device)
@@ -199,11 +224,15 @@ class BatchShuffle(SharedGenerator):
 
 
 def _count(ranks: Tensor, world_size: int) -> list[int]:
+    """Returns how many entries name every rank."""
     return torch.bincount(ranks, minlength=world_size).tolist()
 
 
 def to_device(indices: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Index tensors in one copy; from pinned memory to a GPU, so that the host does not wait for it."""
+    """Moves index tensors to the device in a single copy.
+
+    The copy to a GPU starts from pinned memory, so that the host does not wait.
+    """
     joined = torch.cat(indices)
     if device.type == "cuda":
         joined = joined.pin_memory().to(device, non_blocking=True)

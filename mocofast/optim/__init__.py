@@ -1,4 +1,4 @@
-"""Optimisers that average the momentum encoder in their own pass over memory, and learning-rate schedules."""
+"""Optimisers that average the momentum encoder in the pass of their step, and schedules."""
 
 from typing import TYPE_CHECKING
 

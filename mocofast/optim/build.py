@@ -1,4 +1,4 @@
-"""Optimisers of a configuration."""
+"""Builds the optimiser that a configuration names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from mocofast.optim.fused import EMA, FusedAdamW, FusedLARS, FusedOptimizer, Fus
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, ema: EMA | None = None
 ) -> FusedOptimizer:
-    """`optim.name` on every trainable parameter. SGD and AdamW decay norms and biases too, as MoCo's and MoCo v3's.
+    """Returns the optimiser `optim.name` of all trainable parameters.
 
-    ema: (targets, momentum), a target for each trainable parameter.
+    SGD and AdamW decay norms and biases too, as MoCo and MoCo v3 do.
+
+    ema: (targets, momentum), with a target for every trainable parameter.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if config.name == "adamw":

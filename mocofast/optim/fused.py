@@ -1,15 +1,21 @@
-"""Optimisers that take the momentum encoder's average in the same pass over memory as the step.
+"""Optimisers that average the momentum encoder in the same pass over memory as the step.
 
-`FusedSGD`, `FusedLARS` and `FusedAdamW` are ordinary optimisers, with the state dicts of torch.optim.SGD, MoCo v3's
-LARS and torch.optim.AdamW. Given `ema`, a step ends with t = m t + (1 - m) p for every parameter p and its target t;
-given `shadows`, with copies of both in the type of their shadows (bfloat16, say, for a network that computes in it).
-On a GPU all that is one pass over memory. A parameter without a gradient stays, but is averaged and copied.
+`FusedSGD`, `FusedLARS` and `FusedAdamW` are ordinary optimisers, with the state dicts of
+torch.optim.SGD, MoCo v3's LARS and torch.optim.AdamW. Two options extend a step:
 
-MoCo's paper averages before the keys of the next step; here it is done when a step ends. In between nothing changes
-the weights, and the first average is of equal weights, so losses, queue and query encoder are the same. Who looks
-at the key encoder between steps sees it one average ahead: in a checkpoint, or in one exported for
-facebookresearch/moco, which will average once more. The other way round, unequal encoders that such code saved
-need `mocofast.ops.ema_update_` once before they are trained on.
+ema: writes t = m t + (1 - m) p for every parameter p and its target t.
+shadows: writes copies of parameters and targets in another dtype (bfloat16, say, for a network
+    that computes in bfloat16).
+
+On a GPU step, average and copies are a single pass over memory. A parameter without a gradient
+does not change, but is averaged and copied.
+
+MoCo's paper averages before the keys of the next step. Here a step ends with the average. No
+weights change in between, and the first average is of equal weights, so losses, queue and query
+encoder are the same. Between steps the key encoder is one average ahead of the paper's. Checkpoints
+and exports hold the key encoder in this state, and facebookresearch/moco would average once more.
+Conversely, unequal encoders saved by facebookresearch/moco need `mocofast.ops.ema_update_` once
+before training continues here.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from mocofast.ops.backend import Backend
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
 
-# Options of PyTorch's optimisers that a state dict may bring along and the fused steps do not have.
+# Options of PyTorch's optimisers that a state dict may hold, with the only value that is supported.
 UNSUPPORTED = {
     "dampening": 0,
     "nesterov": False,
@@ -38,18 +44,21 @@ UNSUPPORTED = {
 
 
 class _Companions(NamedTuple):
-    """What is written after a parameter."""
+    """Tensors written in the same step as a parameter, of the parameter's shape."""
 
-    target: Tensor | None = None
-    shadow: Tensor | None = None
-    target_shadow: Tensor | None = None
+    target: Tensor | None = None  # moving average of the parameter
+    shadow: Tensor | None = None  # copy of the parameter
+    target_shadow: Tensor | None = None  # copy of the target
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """What the three optimisers share: the tensors that follow the parameters, and the loop of a step.
+    """Base class of the three optimisers: averages, copies, and the loop of a step.
 
-    ema_momentum: m of the average, a float or a tensor () on the parameters' device; it may be set before any step,
-    as MoCo v3's schedule does. It and the followers are no part of the state dict: targets are a model's weights.
+    ema_momentum: m of the average, a float or a tensor () on the device of the parameters. May be
+        set before any step, as the schedule of MoCo v3 does.
+
+    The state dict holds neither ema_momentum nor targets and shadows. The state dict of the model
+    holds the targets.
     """
 
     ema_momentum: float | Tensor
@@ -57,44 +66,53 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def owns_ema(self) -> bool:
-        """Whether steps average, so that nobody else has to."""
-        return any(follower.target is not None for follower in self._companions.values())
+        """Whether steps average the momentum encoder. If so, the training loop must not average."""
+        return any(companions.target is not None for companions in self._companions.values())
 
     def traffic(self) -> int:
-        """Bytes that a step has to move: parameters, state and averages read and written, gradients read, copies
-        written. After a step, whose gradients are still there."""
+        """Returns how many bytes a step must move.
+
+        Parameters, state and averages are read and written. Gradients are read, copies written.
+        Call after a step, while gradients exist.
+        """
         moved = 0
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._companions_of(p)
+                companions = self._companions_of(p)
                 states = [
                     s
                     for s in self.state.get(p, {}).values()
                     if isinstance(s, Tensor) and s.shape == p.shape
                 ]
-                both = [p, *states] if p.grad is not None else []
-                both += [] if follower.target is None else [follower.target]
-                once = [
-                    t for t in (p.grad, follower.shadow, follower.target_shadow) if t is not None
-                ]
-                moved += sum(2 * t.nbytes for t in both) + sum(t.nbytes for t in once)
+                updated = [p, *states] if p.grad is not None else []
+                updated += [] if companions.target is None else [companions.target]
+                touched_once = (p.grad, companions.shadow, companions.target_shadow)
+                moved += sum(2 * t.nbytes for t in updated)
+                moved += sum(t.nbytes for t in touched_once if t is not None)
         return moved
 
     def write_shadows(self, shadows: Mapping[Tensor, Tensor]) -> None:
-        """From now on steps end with copies in these shadows, by the parameter or target that each is a copy of, of
-        its shape and strides. For those that are copied already, this is the only copy then."""
+        """Registers low-precision copies. Every later step() refreshes the copies.
+
+        shadows: {parameter or target: copy of equal shape and strides}. A new copy replaces the
+            earlier copy of the same tensor. Tensors of other models are ignored.
+        """
         for group in self.param_groups:
             for p in group["params"]:
-                follower = self._companions_of(p)
-                self._companions[p] = follower._replace(
-                    shadow=shadows.get(p, follower.shadow),
-                    target_shadow=follower.target_shadow
-                    if follower.target is None
-                    else shadows.get(follower.target, follower.target_shadow),
+                companions = self._companions_of(p)
+                target, target_shadow = companions.target, companions.target_shadow
+                if target is not None:
+                    target_shadow = shadows.get(target, target_shadow)
+                self._companions[p] = companions._replace(
+                    shadow=shadows.get(p, companions.shadow), target_shadow=target_shadow
                 )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; parameters added later are followed by nothing."""
+        """Adds parameters, as torch.optim.Optimizer does, with neither average nor copies.
+
+        Raises ValueError, with nothing added, for an unsupported option and for parameters that
+        share memory.
+        """
         _check_options(type(self), param_group)
         super().add_param_group(param_group)
         places = [
@@ -106,38 +124,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(places) != len(set(places)):
             self.param_groups.pop()
             raise ValueError(
-                "params: two of them are the same, or share their memory; pass tied weights once"
+                "params: two parameters are the same, or share their memory. Pass tied weights once"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; ValueError for options that steps here do not have, before anything changes."""
+        """Loads a state dict, as torch.optim.Optimizer does.
+
+        Raises ValueError for an unsupported option, before anything changes.
+        """
         for group in state_dict["param_groups"]:
             _check_options(type(self), group)
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of everything that has a gradient, then of what follows. Makes no host synchronisation on a GPU,
-        and can be captured in a CUDA graph after a step with the same tensors (gradients too: zero_grad(False))."""
+        """Updates all parameters that have a gradient, then averages and copies.
+
+        closure: as torch.optim.Optimizer's. Returns the closure's loss, or None.
+
+        The host never waits for a GPU. A CUDA graph can capture a step after an earlier step with
+        the same tensors, gradients included: use zero_grad(set_to_none=False).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # One launch per group and device.
         for group in self.param_groups:
             rows: dict[torch.device, list[ParameterRow]] = {}
             for p in group["params"]:
-                follower = self._companions_of(p)
+                companions = self._companions_of(p)
                 state = () if p.grad is None else self._state(p, group)
-                rows.setdefault(p.device, []).append(ParameterRow(p, p.grad, *follower, state))
-            for device, part in rows.items():
-                self._update(backend.backend_for(device.type), part, group)
+                rows.setdefault(p.device, []).append(ParameterRow(p, p.grad, *companions, state))
+            for device, device_rows in rows.items():
+                self._update(backend.backend_for(device.type), device_rows, group)
         return loss
 
     def _companions_of(self, p: Tensor) -> _Companions:
         return self._companions.get(p, _Companions())
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The state of a parameter that has a gradient, made where there is none."""
+        """Returns the state of a parameter that has a gradient. Creates a missing state."""
         raise NotImplementedError
 
     def _update(self, kernels: Backend, rows: list[ParameterRow], group: dict[str, Any]) -> None:
@@ -159,7 +186,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"ema: its momentum must be in [0, 1]: got {self.ema_momentum}")
         copies, target_copies = shadows if shadows is not None else (None, None)
         if target_copies is not None and targets is None:
-            raise ValueError("shadows: there are some of the targets, but no targets; pass ema")
+            raise ValueError("shadows: there are copies of targets, but no targets; pass ema")
         columns = []
         for name, tensors in (
             ("ema", targets),
@@ -167,17 +194,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             ("shadows[1]", target_copies),
         ):
             columns.append(
-                [None] * len(params) if tensors is None else _matching(name, list(tensors), params)
+                [None] * len(params)
+                if tensors is None
+                else _checked_tensors(name, list(tensors), params)
             )
         self._companions = {p: _Companions(*row) for p, *row in zip(params, *columns)}
 
 
 class FusedSGD(FusedOptimizer, torch.optim.SGD):
-    """torch.optim.SGD with momentum and weight decay, of 0 dampening, and its state dict.
+    """torch.optim.SGD with momentum and weight decay, without dampening. Same state dict.
 
-    lr, momentum and weight_decay: floats, or tensors () on the parameters' device, which a GPU reads there.
-    ema: (targets, momentum), targets in the order of the parameters. shadows: (copies of parameters, copies of
-    targets), each in that order too, or None.
+    params: parameters or parameter groups. Pass tied weights once.
+    lr, momentum, weight_decay: floats, or tensors () on the device of the parameters.
+    ema: (targets, momentum). Targets are in the order of the parameters, momentum is in [0, 1].
+    shadows: (copies of parameters, copies of targets), in the order of the parameters. Either
+        may be None.
+
+    Raises ValueError, naming the argument.
     """
 
     def __init__(
@@ -207,11 +240,14 @@ class FusedSGD(FusedOptimizer, torch.optim.SGD):
 
 
 class FusedLARS(FusedOptimizer):
-    """LARS (You et al. 2017, arXiv:1708.03888) as MoCo v3 uses it (arXiv:2104.02057), and its state dict.
+    """LARS (You et al. 2017, arXiv:1708.03888) of MoCo v3 (arXiv:2104.02057). Same state dict.
 
-    A parameter's update g + weight_decay p is scaled by trust_coefficient |p| / |g + weight_decay p|, then enters the
-    momentum; those of at most one dimension are neither decayed nor scaled. Sums of squares are taken in one
-    order always. lr, ema, shadows: as FusedSGD's.
+    The update u = g + weight_decay p is scaled by trust_coefficient |p| / |u|, then enters the
+    momentum. Parameters of at most one dimension are neither decayed nor scaled. The order of
+    summation in norms is fixed, so steps are reproducible.
+
+    trust_coefficient: scale of the update relative to the parameter, at least 0.
+    params, lr, momentum, weight_decay, ema, shadows: as in FusedSGD.
     """
 
     def __init__(
@@ -226,8 +262,11 @@ class FusedLARS(FusedOptimizer):
         shadows: Shadows | None = None,
     ) -> None:
         numbers = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
         for name, number in numbers.items():
             if not number >= 0:
                 raise ValueError(f"{name} must be at least 0: got {number}")
@@ -249,8 +288,11 @@ class FusedLARS(FusedOptimizer):
 
 
 class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
-    """torch.optim.AdamW and its state dict, with steps counted on the parameters' device. lr, ema, shadows: as
-    FusedSGD's; betas are floats."""
+    """torch.optim.AdamW, with steps counted on the device of the parameters. Same state dict.
+
+    betas: floats, as in torch.optim.AdamW.
+    params, lr, ema, shadows: as in FusedSGD.
+    """
 
     def __init__(
         self,
@@ -268,13 +310,13 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         self._register_companions(ema, shadows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of torch.optim.AdamW, too."""
+        """Loads a state dict of FusedAdamW or torch.optim.AdamW."""
         super().load_state_dict(state_dict)
         self._count_on_device()
 
     def _count_on_device(self) -> None:
         for group in self.param_groups:
-            group["fused"] = True  # which tells PyTorch that steps are where the parameters are
+            group["fused"] = True  # tells PyTorch that steps are on the device of the parameters
             for p in group["params"]:
                 if self.state.get(p):
                     step = self.state[p]["step"]
@@ -306,7 +348,7 @@ def _check_options(kind: type, group: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {kind.__name__} has {value} only: got {group[name]}")
 
 
-def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+def _checked_tensors(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     if len(tensors) != len(params):
         raise ValueError(
             f"{name} must have a tensor for each parameter: got {len(tensors)} for {len(params)}"
@@ -314,7 +356,7 @@ def _matching(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Te
     for i, (tensor, p) in enumerate(zip(tensors, params)):
         if tensor.shape != p.shape or tensor.device != p.device or not tensor.is_floating_point():
             raise ValueError(
-                f"{name}, tensor {i} must be floating, of shape {tuple(p.shape)} on {p.device}: got {tensor.dtype}, "
-                f"{tuple(tensor.shape)} on {tensor.device}"
+                f"{name}, tensor {i} must be floating, of shape {tuple(p.shape)} on {p.device}: "
+                f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
             )
     return tensors
