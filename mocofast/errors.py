@@ -1,8 +1,15 @@
-"""Errors as text, for logs and records."""
+"""Words of error messages and of records of errors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def describe_error(error: BaseException) -> str:
     """Returns the name of the error's class and the error's message: "OSError: disk full"."""
     return f"{type(error).__name__}: {error}"
+
+
+def list_choices(names: Sequence[str]) -> str:
+    """Returns names as words of a sentence: "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -23,8 +23,9 @@ from matplotlib.ticker import PercentFormatter
 
 from mocofast import __version__, files, settings
 from mocofast.config import Config, ConfigError, DataConfig
+from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers
-from mocofast.data.sources import Datasets, FolderSource, load_datasets
+from mocofast.data.sources import Datasets, Subset, load_datasets
 from mocofast.device import choose_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods.build import build_method
@@ -215,10 +216,9 @@ def _link_images(data: str, folder: Path, size: StudySize) -> None:
         ("train", datasets.train, size.unlabelled),
         ("test", datasets.val, size.test),
     ):
-        assert isinstance(source, FolderSource)
         assert source.labels is not None
         for index in _choose_images(source, count, rng):
-            path = Path(source.load(int(index))).resolve()
+            path = Path(str(source.load(int(index)))).resolve()
             link = unfinished / part / source.classes[source.labels[index]]
             link = link / f"{index:06}{path.suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def _link_images(data: str, folder: Path, size: StudySize) -> None:
     unfinished.rename(folder)
 
 
-def _choose_images(source: FolderSource, count: int, rng: np.random.Generator) -> np.ndarray:
+def _choose_images(source: Source, count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns indices of `count` images (0: all) of every class among the first four classes."""
     assert source.labels is not None
     members = [rng.permutation(np.flatnonzero(source.labels == label)) for label in range(CLASSES)]
@@ -272,9 +272,8 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
         torch.manual_seed(seed)
         encoder = build_method(config).encoder_q
     train_images, val, note = load_datasets(config.data)
-    assert isinstance(train_images, FolderSource)
-    labelled = train_images.subset(
-        _choose_images(train_images, size.labelled, np.random.default_rng(seed))
+    labelled = Subset(
+        train_images, _choose_images(train_images, size.labelled, np.random.default_rng(seed))
     )
     where = torch.device(device)
     accuracy: list[float] = []

@@ -1,4 +1,4 @@
-"""Which images a folder holds, how they are labelled and split, and what identifies a data set."""
+"""Sources: the images of a folder, their labels, the train and val sets, and fingerprints."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocofast.config import DataConfig
+from mocofast.config import SOURCES, DataConfig
+from mocofast.data import sources
+from mocofast.data.names import stratified_holdout
 from mocofast.data.sources import (
     ArraySource,
     Datasets,
     FolderSource,
+    Subset,
     find_images,
     load_datasets,
-    stratified_split,
 )
 
 
 def put(root: Path, *names: str) -> Path:
-    """A real image of 5 x 3 pixels at each name."""
+    """Writes a real image of 5 x 3 pixels at every name."""
     for i, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +38,8 @@ def folder(path: Path, seed: int = 0, **options: object) -> Datasets:
 
 
 def shown(source: object) -> list[tuple[str, str]]:
-    """(name, class) of every image."""
-    assert isinstance(source, FolderSource)
+    """Returns (name, class) of every image."""
+    assert isinstance(source, (FolderSource, Subset))
     assert source.labels is not None
     return [(source.name(i), source.classes[source.labels[i]]) for i in range(len(source))]
 
@@ -55,10 +57,8 @@ def test_images_are_found_recursively_sorted_and_by_extension_in_any_case(tmp_pa
     ]
     put(tmp_path, *wanted, ".hidden.jpg", ".cache/x.jpg", "b/.thumb/y.png")
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "animation.gif").write_bytes(
-        b"GIF89a"
-    )  # DALI reads none, so neither loader is offered one
-    (tmp_path / "folder.jpg").mkdir()  # a folder, whatever its name
+    (tmp_path / "animation.gif").write_bytes(b"GIF89a")  # DALI reads no GIF
+    (tmp_path / "folder.jpg").mkdir()
     assert find_images(tmp_path) == sorted(wanted)
 
 
@@ -96,29 +96,29 @@ def test_a_folder_without_images_or_no_folder_is_an_error_that_names_it(tmp_path
 def test_images_without_a_class_level_are_unlabelled(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    splits = folder(put(tmp_path, *names))
-    assert splits.train.labels is None
-    assert splits.train.classes == ()
-    assert splits.val is None
-    assert "without labels" in splits.note
-    assert [splits.train.name(i) for i in range(len(splits.train))] == sorted(names)
+    datasets = folder(put(tmp_path, *names))
+    assert datasets.train.labels is None
+    assert datasets.train.classes == ()
+    assert datasets.val is None
+    assert "without labels" in datasets.note
+    assert [datasets.train.name(i) for i in range(len(datasets.train))] == sorted(names)
 
 
 def test_the_first_level_of_folders_is_the_class_however_deep_the_images(tmp_path: Path) -> None:
-    splits = folder(put(tmp_path, "dog/x/1.jpg", "dog/2.jpg", "cat/y/z/3.jpg"), holdout=0.0)
-    assert shown(splits.train) == [
+    datasets = folder(put(tmp_path, "dog/x/1.jpg", "dog/2.jpg", "cat/y/z/3.jpg"), holdout=0.0)
+    assert shown(datasets.train) == [
         ("cat/y/z/3.jpg", "cat"),
         ("dog/2.jpg", "dog"),
         ("dog/x/1.jpg", "dog"),
     ]
-    assert splits.train.classes == ("cat", "dog")
-    assert splits.val is None
-    assert splits.train.load(0) == str(tmp_path / "cat/y/z/3.jpg")
+    assert datasets.train.classes == ("cat", "dog")
+    assert datasets.val is None
+    assert datasets.train.load(0) == str(tmp_path / "cat/y/z/3.jpg")
 
 
 @pytest.mark.parametrize("val", ["val", "test"])
-def test_train_and_val_folders_are_the_splits(tmp_path: Path, val: str) -> None:
-    # val lacks the class in the middle, so its own numbering would differ from train's.
+def test_train_and_val_folders_are_the_train_and_val_sets(tmp_path: Path, val: str) -> None:
+    # val lacks the class in the middle, so numbers of the classes of val alone would differ.
     root = put(
         tmp_path,
         "train/ant/1.jpg",
@@ -127,40 +127,40 @@ def test_train_and_val_folders_are_the_splits(tmp_path: Path, val: str) -> None:
         f"{val}/ant/4.jpg",
         f"{val}/cat/5.jpg",
     )
-    splits = folder(root)
-    assert shown(splits.train) == [
+    datasets = folder(root)
+    assert shown(datasets.train) == [
         ("train/ant/1.jpg", "ant"),
         ("train/bee/2.jpg", "bee"),
         ("train/cat/3.jpg", "cat"),
     ]
-    assert shown(splits.val) == [(f"{val}/ant/4.jpg", "ant"), (f"{val}/cat/5.jpg", "cat")]
-    assert splits.val is not None
-    assert splits.val.classes == splits.train.classes
+    assert shown(datasets.val) == [(f"{val}/ant/4.jpg", "ant"), (f"{val}/cat/5.jpg", "cat")]
+    assert datasets.val is not None
+    assert datasets.val.classes == datasets.train.classes
 
 
 def test_val_goes_before_test_and_neither_is_trained_on(tmp_path: Path) -> None:
-    splits = folder(
+    datasets = folder(
         put(
             tmp_path,
             *(f"{part}/{kind}/1.jpg" for part in ("train", "val", "test") for kind in "ab"),
         )
     )
-    assert [name for name, _ in shown(splits.val)] == ["val/a/1.jpg", "val/b/1.jpg"]
-    assert [name for name, _ in shown(splits.train)] == ["train/a/1.jpg", "train/b/1.jpg"]
+    assert [name for name, _ in shown(datasets.val)] == ["val/a/1.jpg", "val/b/1.jpg"]
+    assert [name for name, _ in shown(datasets.train)] == ["train/a/1.jpg", "train/b/1.jpg"]
 
 
 def test_a_train_folder_beside_other_classes_is_a_class(tmp_path: Path) -> None:
-    splits = folder(put(tmp_path, "train/1.jpg", "car/2.jpg", "plane/3.jpg"), holdout=0.0)
-    assert splits.train.classes == ("car", "plane", "train")
+    datasets = folder(put(tmp_path, "train/1.jpg", "car/2.jpg", "plane/3.jpg"), holdout=0.0)
+    assert datasets.train.classes == ("car", "plane", "train")
 
 
 def test_a_val_folder_without_classes_leaves_a_holdout_of_train_and_says_so(tmp_path: Path) -> None:
     names = [f"train/{kind}/{i}.jpg" for kind in "ab" for i in range(5)]
-    splits = folder(put(tmp_path, *names, "val/1.jpg"), holdout=0.2)
-    assert splits.val is not None
-    assert len(splits.train) == 8
-    assert len(splits.val) == 2
-    assert "val/ has no class folders" in splits.note
+    datasets = folder(put(tmp_path, *names, "val/1.jpg"), holdout=0.2)
+    assert datasets.val is not None
+    assert len(datasets.train) == 8
+    assert len(datasets.val) == 2
+    assert "val/ has no class folders" in datasets.note
 
 
 def test_classes_that_only_val_has_are_an_error(tmp_path: Path) -> None:
@@ -173,24 +173,24 @@ def test_the_holdout_is_stratified_seeded_and_apart_from_train(tmp_path: Path) -
     root = put(
         tmp_path, *(f"big/{i:02}.jpg" for i in range(40)), *(f"small/{i}.jpg" for i in range(10))
     )
-    splits = folder(root, holdout=0.2)
-    train, val = dict(shown(splits.train)), dict(shown(splits.val))
+    datasets = folder(root, holdout=0.2)
+    train, val = dict(shown(datasets.train)), dict(shown(datasets.val))
     assert set(train) | set(val) == set(find_images(root))
     assert not set(train) & set(val)
     assert list(val.values()).count("big") == 8
     assert list(val.values()).count("small") == 2
-    assert shown(folder(root, holdout=0.2).val) == shown(splits.val)
-    assert shown(folder(root, seed=1, holdout=0.2).val) != shown(splits.val)
+    assert shown(folder(root, holdout=0.2).val) == shown(datasets.val)
+    assert shown(folder(root, seed=1, holdout=0.2).val) != shown(datasets.val)
     with pytest.raises(ValueError, match=r"data\.holdout must be in \[0, 1\), got 1"):
         folder(root, holdout=1.0)
 
 
-def test_a_split_never_takes_a_whole_class_and_rounds_up_to_one() -> None:
+def test_a_holdout_never_takes_a_whole_class_and_rounds_up_to_one() -> None:
     labels = np.array([0] * 100 + [1] * 2 + [2])
-    kept, held = stratified_split(labels, 0.1, seed=0)
+    kept, held = stratified_holdout(labels, 0.1, seed=0)
     assert np.bincount(labels[held], minlength=3).tolist() == [10, 1, 0]
     assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
-    kept, held = stratified_split(labels, 0.99, seed=0)
+    kept, held = stratified_holdout(labels, 0.99, seed=0)
     assert np.bincount(labels[kept], minlength=3).tolist() == [1, 1, 1]
 
 
@@ -240,21 +240,21 @@ def test_names_that_are_not_utf8_reach_the_file(tmp_path: Path) -> None:
     assert len(source.fingerprint()) == 32
 
 
-def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
+def test_digits_are_held_out_the_same_at_any_seed_and_keep_their_values() -> None:
     from sklearn.datasets import load_digits
 
-    splits = load_datasets(DataConfig(source="digits"), seed=0)
+    datasets = load_datasets(DataConfig(source="digits"), seed=0)
     again = load_datasets(DataConfig(source="digits"), seed=9)
-    assert splits.train.fingerprint() == again.train.fingerprint()
-    assert splits.val is not None
-    assert splits.train.labels is not None
-    assert splits.val.labels is not None
-    assert 0.19 < len(splits.val) / 1797 < 0.21
-    share = np.bincount(splits.val.labels) / np.bincount(load_digits().target)
+    assert datasets.train.fingerprint() == again.train.fingerprint()
+    assert datasets.val is not None
+    assert datasets.train.labels is not None
+    assert datasets.val.labels is not None
+    assert 0.19 < len(datasets.val) / 1797 < 0.21
+    share = np.bincount(datasets.val.labels) / np.bincount(load_digits().target)
     assert np.abs(share - 0.2).max() < 0.005  # half an image of about 180
     seen = {
         (np.asarray(part.load(i)).tobytes(), int(part.labels[i]))
-        for part in (splits.train, splits.val)
+        for part in (datasets.train, datasets.val)
         for i in range(len(part))
         if part.labels is not None
     }
@@ -264,11 +264,11 @@ def test_digits_are_split_the_same_at_any_seed_and_keep_their_values() -> None:
         (np.stack([image] * 3, axis=2).tobytes(), int(label))
         for image, label in zip(gray, digits.target)
     }
-    assert len(splits.train) + len(splits.val) == 1797
+    assert len(datasets.train) + len(datasets.val) == 1797
 
 
 def write_cifar10(root: Path) -> None:
-    """A CIFAR-10 in its own file format, 20 images a file, with the checksums torchvision looks for left aside."""
+    """Writes CIFAR-10 in the original file format, 20 images per file, with wrong checksums."""
     base = root / "cifar-10-batches-py"
     base.mkdir(parents=True)
     for part, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
@@ -282,21 +282,19 @@ def write_cifar10(root: Path) -> None:
 def test_cifar10_is_read_from_its_own_files_with_the_test_set_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchvision import datasets
-    from torchvision.datasets import cifar
+    from torchvision.datasets import CIFAR10, cifar
 
     write_cifar10(tmp_path)
-    monkeypatch.setattr(
-        cifar, "check_integrity", lambda *_: True
-    )  # the checksums are those of the real images
-    splits = load_datasets(DataConfig(source="cifar10", path=str(tmp_path)))
-    assert isinstance(splits.train, ArraySource)
-    assert isinstance(splits.val, ArraySource)
-    assert np.array_equal(splits.train.images, datasets.CIFAR10(tmp_path, train=True).data)
-    assert np.array_equal(splits.val.images, datasets.CIFAR10(tmp_path, train=False).data)
-    assert splits.val.labels is not None
-    assert splits.val.labels.tolist() == [i % 10 for i in range(20)]
-    assert splits.train.classes == tuple(f"class {i}" for i in range(10))
+    # torchvision knows the checksums of the real images.
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
+    datasets = load_datasets(DataConfig(source="cifar10", path=str(tmp_path)))
+    assert isinstance(datasets.train, ArraySource)
+    assert isinstance(datasets.val, ArraySource)
+    assert np.array_equal(datasets.train.images, CIFAR10(tmp_path, train=True).data)
+    assert np.array_equal(datasets.val.images, CIFAR10(tmp_path, train=False).data)
+    assert datasets.val.labels is not None
+    assert datasets.val.labels.tolist() == [i % 10 for i in range(20)]
+    assert datasets.train.classes == tuple(f"class {i}" for i in range(10))
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
@@ -313,6 +311,24 @@ def test_cifar_without_files_or_network_says_what_to_put_where(
         ValueError, match=rf"{kind} is not in .* could not be downloaded .* put .*\.tar\.gz there"
     ):
         load_datasets(DataConfig(source=kind, path=str(tmp_path)))
+
+
+def test_a_subset_has_the_names_labels_and_fingerprint_of_a_folder_of_its_images() -> None:
+    names = ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg", "dog/4.jpg"]
+    labels, classes = np.array([0, 0, 1, 1]), ("cat", "dog")
+    index = np.array([1, 2])
+    subset = Subset(FolderSource("x", names, labels, classes), index)
+    whole = FolderSource("x", names[1:3], labels[1:3], classes)
+    assert [subset.name(i) for i in range(len(subset))] == names[1:3]
+    assert [subset.load(i) for i in range(2)] == [whole.load(i) for i in range(2)]
+    assert subset.labels is not None
+    assert subset.labels.tolist() == [0, 1]
+    assert subset.fingerprint() == whole.fingerprint()  # checkpoints of held-out runs hold it
+    assert Subset(FolderSource("x", names), index).labels is None
+
+
+def test_every_source_of_the_option_is_loaded_here() -> None:
+    assert tuple(sources._LOAD) == SOURCES
 
 
 def test_an_unknown_source_is_refused() -> None:

@@ -1,4 +1,6 @@
-"""Files from HTTP servers, whole or not at all, once for all processes of a machine."""
+"""Downloads files from HTTP servers: complete or not at all, once for all processes of a
+machine.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,25 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 ATTEMPTS = 6
-FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
+FIRST_PAUSE = 0.5  # seconds before the second attempt. The pause doubles with every attempt
 TIMEOUT = 60.0  # seconds without a byte
+# Status codes after which an attempt may succeed later.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 def cache_folder() -> Path:
-    """Where downloads and indices are kept: mocofast/ below $XDG_CACHE_HOME or ~/.cache."""
+    """Returns the folder of downloads and indices: mocofast/ below $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocofast"
 
 
 def download(url: str, path: Path) -> bool:
-    """Puts the content of `url` at `path`; False where a file was there already.
+    """Downloads `url` to `path`. Returns False if the file exists already.
 
-    A broken transfer goes on where it stopped (a range request; from the start if the content has changed), after a
-    pause, ATTEMPTS times. Processes and threads that want the same file wait for the one that fetches it.
-    Raises urllib.error.HTTPError for an answer such as 404, another OSError where the network fails.
+    A broken transfer continues where it stopped, after a pause, with at most ATTEMPTS
+    attempts. It starts again from the beginning if the content has changed. If several
+    processes or threads ask for the same file, the first downloads and the others wait.
+    Raises urllib.error.HTTPError for an answer like 404, and another OSError if the
+    network fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as lock:
@@ -35,7 +40,7 @@ def download(url: str, path: Path) -> bool:
         if path.exists():
             return False
         part = Path(f"{path}.part")
-        part.write_bytes(b"")  # a killed process may have left part of an older version
+        part.write_bytes(b"")  # a killed process may have left a part of an older version
         validator, failures = "", 0
         while True:
             try:
@@ -55,7 +60,9 @@ def download(url: str, path: Path) -> bool:
 
 
 class _Broken(OSError):
-    """A transfer that ended early, of content that the server tells apart from later versions by `validator`."""
+    """A transfer ended early. `validator`: the server's name for this version of the
+    content, or "".
+    """
 
     def __init__(self, message: str, validator: str) -> None:
         super().__init__(message)
@@ -63,7 +70,12 @@ class _Broken(OSError):
 
 
 def _append(url: str, part: Path, validator: str) -> None:
-    """Puts into `part` what it lacks of `url`, or all of it where `validator`, "" at first, is another content's."""
+    """Downloads the missing rest of `part` from `url`.
+
+    validator: the version of the content in `part`, or "". Downloads everything if the
+        server has another version.
+    Raises _Broken if the transfer ends early.
+    """
     have = part.stat().st_size if validator else 0
     headers = {"Range": f"bytes={have}-", "If-Range": validator} if have else {}
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:

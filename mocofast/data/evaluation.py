@@ -1,4 +1,4 @@
-"""Images as evaluation sees them: every sample once, in order, without randomness."""
+"""Batches for evaluation: every good image once, in order, without randomness."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.decoding import decode
-from mocofast.data.interface import Source
+from mocofast.data.interface import Source, labels_of, to_device
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
 
-AHEAD = 2  # batches in the making beside the one that is taken
+AHEAD = 2  # batches that the threads work ahead
 
 
 def center_view(image: Image.Image, size: int) -> Image.Image:
-    """(size, size): the shorter side resized to size * 256/224 (the ImageNet protocol), then the centre crop.
+    """Returns the central crop, (size, size), as the ImageNet protocol cuts it.
 
-    An image no larger than `size` either way has no margin to crop: its shorter side becomes `size`.
+    The shorter side is resized to size * 256/224 before the crop. If neither side of the
+    image is larger than `size`, the shorter side is resized to `size`, because there is no
+    margin to crop.
     """
     small = max(image.size) <= size
     short = size if small else round(size * 256 / 224)
@@ -33,22 +35,26 @@ def center_view(image: Image.Image, size: int) -> Image.Image:
 
 
 class EvalBatches:
-    """Every good image of a source once, in order, as `center_view` cuts it.
+    """Batches of all good images of a source, in order, cut by `center_view`.
 
-    Yields (images, labels, index): images (B, 3, size, size) uint8, RGB, channels-last, on `device`; labels (B,)
-    int64 or None, and index (B,) int64, both on the CPU. Bad files are left out, so a batch may be smaller;
-    `skipped` records them: index -> why.
+    Yields (images, labels, index):
+    images: (B, 3, size, size) uint8, RGB, channels-last, on `device`.
+    labels: (B,) int64 on the CPU, or None for an unlabelled source.
+    index: (B,) int64 on the CPU, the samples.
+
+    Bad files are left out, so a batch may be smaller. `skipped` records bad files: {index:
+    reason}.
     """
 
     def __init__(
         self, source: Source, size: int, batch_size: int, workers: int, device: torch.device
     ) -> None:
-        """workers: threads. They are as fast as processes, which would have to be forked from a process of many
-        threads."""
+        """workers: number of threads. Threads are as fast as processes here. Processes
+        would be forked from a process with many threads.
+        """
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
         self._threads = workers
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         every = range(len(self._source))
@@ -58,30 +64,22 @@ class EvalBatches:
                 yield from self._batch(results)
 
     def _center(self, index: int) -> np.ndarray | str:
-        """The pixels (size, size, 3), or why there are none."""
+        """Returns pixels (size, size, 3) uint8, or the reason why the image is bad."""
         item = self._source.load(index)
         try:
             return np.asarray(center_view(decode(item), self._size))
-        except Exception as error:  # as in training: PIL raises nearly anything on corrupt files
+        except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 
     def _batch(
         self, results: dict[int, np.ndarray | str]
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """One batch, or none where all its images are bad; results: what `_center` says of each."""
+        """Yields a batch, or nothing if all images are bad. results: {index: result of
+        `_center`}.
+        """
         good = {index: pixels for index, pixels in results.items() if not isinstance(pixels, str)}
-        self.skipped.update(
-            {index: reason for index, reason in results.items() if isinstance(reason, str)}
-        )
+        self.skipped.update({i: reason for i, reason in results.items() if isinstance(reason, str)})
         if good:
-            images, index = (
-                torch.from_numpy(np.stack(list(good.values()))),
-                torch.tensor(list(good)),
-            )
-            if self._device.type == "cuda":
-                images = images.pin_memory().to(self._device, non_blocking=True)
-            yield (
-                images.permute(0, 3, 1, 2),
-                None if self._labels is None else self._labels[index],
-                index,
-            )
+            images = to_device(torch.from_numpy(np.stack(list(good.values()))), self._device)
+            index = torch.tensor(list(good))
+            yield images.permute(0, 3, 1, 2), labels_of(self._source, index), index

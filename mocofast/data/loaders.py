@@ -1,4 +1,4 @@
-"""Who decodes and augments: chosen once, with a reason for the log."""
+"""Chooses the loader of a source, with a reason for the log, and builds it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mocofast.config import AugmentConfig, ConfigError, DataConfig
+from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.sources import ArraySource
+from mocofast.errors import list_choices
 
 if TYPE_CHECKING:
     from mocofast.data.evaluation import EvalBatches
 
-INSTALL = "pip install 'mocofast[cuda13]'"  # CUDA 13's DALI also runs where there is no GPU
+INSTALL = "pip install 'mocofast[cuda13]'"  # DALI for CUDA 13 also runs without a GPU
 
 
 def build_loader(
@@ -26,10 +27,14 @@ def build_loader(
     seed: int,
     device: torch.device,
 ) -> Loader:
-    """The loader that `data.loader` asks for, with `reason` set.
+    """Builds the loader of option `data.loader` and sets `reason`.
 
-    augments: one per view, so two for pretraining and one for a linear probe.
-    Raises ValueError or ImportError where `data.loader` names one that cannot serve.
+    augments: the augmentation of every view: two for pretraining, one for a linear probe.
+    shard: the slice of every batch for this rank.
+    seed: seed of the order and of the views.
+    device: where the views go.
+
+    Raises ValueError or ImportError if the loader of `data.loader` cannot serve.
     """
     choice, reason = choose_loader(source, data.loader, device, augments)
     workers = count_workers(data.workers)
@@ -51,9 +56,10 @@ def build_loader(
 def eval_batches(
     source: Source, size: int, batch_size: int, workers: int, device: torch.device | str = "cpu"
 ) -> EvalBatches:
-    """Every good image of `source` once, in order, resized and cropped at its centre to `size`.
+    """Returns batches of all good images of `source`, in order, as EvalBatches describes.
 
-    See EvalBatches for what it yields. workers: as data.workers, -1 for the cores there are.
+    size: side of the central crop, in pixels.
+    workers: number of threads, as `data.workers`. -1 takes all cores.
     """
     from mocofast.data.evaluation import EvalBatches
 
@@ -63,22 +69,28 @@ def eval_batches(
 def choose_loader(
     source: Source, asked: str, device: torch.device, augments: tuple[AugmentConfig, ...]
 ) -> tuple[str, str]:
-    """("device", "dali" or "torchvision", why). asked: one of them or "auto"; device: where the batches go; augments:
-    one per view."""
-    if asked not in ("auto", "device", "dali", "torchvision"):
-        raise ConfigError(f"data.loader must be auto, device, dali or torchvision, got {asked!r}")
-    if asked in ("device", "torchvision"):  # the device loader says itself what it cannot do
+    """Returns the loader ("device", "dali" or "torchvision") and the reason.
+
+    asked: the value of `data.loader`.
+    device: where the views go.
+    augments: the augmentation of every view.
+
+    Raises ConfigError for an unknown loader, or if DALI is asked for and missing.
+    """
+    if asked not in LOADERS:
+        raise ConfigError(f"data.loader must be {list_choices(LOADERS)}, got {asked!r}")
+    if asked in ("device", "torchvision"):  # DeviceLoader raises if it cannot serve
         return asked, "asked for"
     in_memory = isinstance(source, ArraySource)
+    # Images in memory need no decoding.
     if asked == "auto" and in_memory:
         obstacle = why_not_device_loader(source, augments, device)
         if not obstacle:
             return "device", "the images are in memory, and their views small"
         if device.type != "cuda":
-            return (
-                "torchvision",
-                f"the images are in memory, so there is nothing to decode; device: {obstacle}",
-            )
+            reason = "the images are in memory, so there is nothing to decode"
+            return "torchvision", f"{reason}; device: {obstacle}"
+    # Image files, or views on a GPU: DALI if it is installed.
     missing = dali_missing()
     if asked == "dali":
         if missing:
@@ -88,23 +100,25 @@ def choose_loader(
         return asked, "asked for"
     if missing:
         return "torchvision", f"DALI cannot be imported ({missing}); {INSTALL}"
-    return (
-        "dali",
-        "the views are made on the GPU" if in_memory else "image files, and DALI is installed",
-    )
+    if in_memory:
+        return "dali", "the views are made on the GPU"
+    return "dali", "image files, and DALI is installed"
 
 
 def dali_missing() -> str:
-    """Why `nvidia.dali` cannot be imported; "" if it can."""
+    """Returns why `nvidia.dali` cannot be imported, or "" if it can."""
     try:
         import nvidia.dali  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a shared library of it that does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library does not load
         return str(error)
     return ""
 
 
 def count_workers(workers: int) -> int:
-    """data.workers with -1 resolved: the cores this process may use, shared by the ranks of this machine."""
+    """Returns the number of workers for the value of `data.workers`.
+
+    -1 becomes the number of cores for this process, divided by the ranks of the machine.
+    """
     if workers < -1:
         raise ConfigError(f"data.workers must be -1 or more, got {workers}")
     if workers >= 0:

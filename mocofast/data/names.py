@@ -1,4 +1,6 @@
-"""Names of images: which files are images, the classes and splits that folders tell, and what identifies a set."""
+"""Names of images: finds image files, classes and train and val folders, and identifies a
+set of images.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Formats that PIL and DALI both decode (each was tried). GIF and AVIF are left out: DALI reads neither.
+# Formats that both PIL and DALI decode (all were tried). DALI decodes neither GIF nor AVIF.
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
@@ -17,9 +19,10 @@ EXTENSIONS = frozenset(
 
 
 def find_files(folder: str | Path, extensions: Set[str]) -> list[str]:
-    """Names, relative to `folder` and sorted, of every file below it with one of these extensions, in any case.
+    """Returns the names of all files below `folder` with one of `extensions`, sorted.
 
-    Hidden files and folders are skipped, symbolic links followed (a link back to a folder above it only once).
+    Names are relative to `folder`. Extensions match in any case. Hidden files and folders
+    are skipped. Symbolic links are followed (a link back to a folder above it only once).
     """
     names: list[str] = []
     _scan(str(folder), "", frozenset(), extensions, names)
@@ -42,20 +45,28 @@ def _scan(
                 names.append(prefix + entry.name)
 
 
-def split_folders(root: Path) -> tuple[str, str]:
-    """Prefixes of the training and the evaluation images, such as ("train/", "val/"); "" for the root or for none."""
+def train_and_val_folders(root: Path) -> tuple[str, str]:
+    """Returns the prefixes of training and evaluation images, for example ("train/", "val/").
+
+    The first is "" for images directly below `root`, the second "" if there is no val/ or
+    test/.
+    """
     if not root.is_dir():
         return "", ""
     folders = {
         path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     }
     val = next((f"{name}/" for name in ("val", "test") if name in folders), "")
-    # A folder called train beside others may as well be a class (of vehicles).
+    # Beside other folders, a folder named train may be a class (of vehicles).
     return ("train/", val) if "train" in folders and (val or len(folders) == 1) else ("", "")
 
 
 def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Class names, sorted, and labels (N,) from the first folder of each name; ((), None) without a class level."""
+    """Returns the class names, sorted, and labels (N,) int64, from the first folder of
+    every name.
+
+    Returns ((), None) if a name has no folder, or if there are fewer than two folders.
+    """
     first = [name.split("/", 1)[0] for name in names if "/" in name]
     classes = tuple(sorted(set(first)))
     if len(first) < len(names) or len(classes) < 2:
@@ -64,25 +75,36 @@ def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
     return classes, np.array([label[name] for name in first], dtype=np.int64)
 
 
-def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices (kept, held out): the same share of every class, rounded, drawn from `seed`.
+def stratified_holdout(
+    labels: np.ndarray, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sorted indices (kept, held out). Holds out the same share of every class,
+    rounded.
 
-    A class is never held out whole; one of two or more images gives at least one to a positive share.
+    labels: (N,) integers.
+    share: from 0 to 1.
+    seed: seed of the random choice.
+
+    At least one image of every class is kept. If the share is positive, at least one image
+    of every class with two or more images is held out.
     """
     rng = np.random.default_rng(seed)
-    held: list[np.ndarray] = []
+    chosen: list[np.ndarray] = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
-        held.append(members[:count])
-    out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), out), out
+        chosen.append(members[:count])
+    held_out = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def checked_labels(
     labels: np.ndarray | None, count: int, classes: tuple[str, ...]
 ) -> np.ndarray | None:
-    """labels as (count,) int64, or None; ValueError where they do not fit the images or the classes."""
+    """Returns labels as (count,) int64, or None if `labels` is None.
+
+    Raises ValueError if the labels do not fit the images or the classes.
+    """
     if labels is None:
         return None
     labels = np.asarray(labels, dtype=np.int64)
@@ -96,8 +118,8 @@ def checked_labels(
 
 
 def digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) -> str:
-    """A fingerprint: 32 hexadecimal digits."""
-    digest = hashlib.blake2b(content, digest_size=16)
-    digest.update(b"" if labels is None else labels.tobytes())
-    digest.update("\0".join(classes).encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    """Returns a fingerprint of content, labels and class names: 32 hexadecimal digits."""
+    hashed = hashlib.blake2b(content, digest_size=16)
+    hashed.update(b"" if labels is None else labels.tobytes())
+    hashed.update("\0".join(classes).encode(errors="surrogateescape"))
+    return hashed.hexdigest()

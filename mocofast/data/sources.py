@@ -1,15 +1,17 @@
-"""Sets of images (a folder, tar shards, the embedded digits, CIFAR), and how each is split for evaluation."""
+"""Sources of images (a folder, tar shards, the embedded digits, CIFAR), and their train
+and val sets.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocofast.config import ConfigError, DataConfig
+from mocofast.config import SOURCES, ConfigError, DataConfig
 from mocofast.data.interface import Source
 from mocofast.data.names import (
     EXTENSIONS,
@@ -17,16 +19,17 @@ from mocofast.data.names import (
     classes_of,
     digest,
     find_files,
-    split_folders,
-    stratified_split,
+    stratified_holdout,
+    train_and_val_folders,
 )
 from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards
+from mocofast.errors import list_choices
 
 DIGITS_HOLDOUT = 0.2
 
 
 class FolderSource:
-    """Image files below one folder; `load` gives a path."""
+    """Image files below one folder. `load` returns a path."""
 
     def __init__(
         self,
@@ -35,10 +38,15 @@ class FolderSource:
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
     ) -> None:
-        """names: (N,) paths relative to `root`; labels: (N,) integers that index `classes`, or None."""
+        """
+        root: the folder.
+        names: N paths relative to `root`.
+        labels: (N,) integers that index `classes`, or None.
+        """
         self.root = str(root)
-        # One array of bytes instead of N Python strings: reading a string writes its reference count, and so
-        # forked workers would each end up with their own copy of a list of millions.
+        # One array of bytes instead of N Python strings. Reading a string writes its
+        # reference count, so every forked worker would end up with a copy of a list of
+        # millions.
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.labels = checked_labels(labels, len(names), classes)
         self.classes = classes
@@ -47,23 +55,22 @@ class FolderSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
+        """Returns the path of an image relative to the root."""
         return os.fsdecode(self._names[index])
 
     def load(self, index: int) -> str:
+        """Returns the path of an image."""
         return os.path.join(self.root, self.name(index))
 
-    def subset(self, index: np.ndarray) -> FolderSource:
-        """These of its images; index: (n,) int64."""
-        labels = None if self.labels is None else self.labels[index]
-        return FolderSource(self.root, [self.name(int(i)) for i in index], labels, self.classes)
-
     def fingerprint(self) -> str:
-        """Hash of relative names and labels: the folder may move, its contents may not change."""
+        """Returns a hash of relative names and labels. The folder may move, its content
+        may not change.
+        """
         return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
 
 
 class ArraySource:
-    """Images in memory; `load` gives pixels (H, W, 3) uint8."""
+    """Images in memory. `load` returns pixels (H, W, 3) uint8."""
 
     def __init__(
         self,
@@ -72,7 +79,11 @@ class ArraySource:
         classes: tuple[str, ...],
         prefix: str = "image",
     ) -> None:
-        """images: (N, H, W, 3) uint8; labels: (N,) integers that index `classes`, or None."""
+        """
+        images: (N, H, W, 3) uint8.
+        labels: (N,) integers that index `classes`, or None.
+        prefix: the start of every image's name.
+        """
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise ValueError(
                 f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
@@ -86,25 +97,104 @@ class ArraySource:
         return len(self.images)
 
     def name(self, index: int) -> str:
+        """Returns the prefix and the index."""
         return f"{self.prefix} {index}"
 
     def load(self, index: int) -> np.ndarray:
+        """Returns the pixels of an image."""
         return self.images[index]
 
     def fingerprint(self) -> str:
-        """Hash of pixels and labels."""
+        """Returns a hash of pixels and labels."""
         shape = repr(self.images.shape).encode()
         return digest(
             shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
         )
 
 
-def find_images(folder: str | Path) -> list[str]:
-    """Names, relative to `folder` and sorted, of every image below it.
+class Subset:
+    """Some samples of any source. (For an epoch in windows of shards see `ShardSource.subset`.)"""
 
-    An image is a file whose extension, in any case, is one of EXTENSIONS. Hidden files and folders are
-    skipped, symbolic links followed (a link back to a folder above it only once). Nothing is decoded here.
-    Raises FileNotFoundError, NotADirectoryError, or ValueError where there is no image.
+    def __init__(self, source: Source, index: np.ndarray) -> None:
+        """index: (n,) int64, the samples of `source`."""
+        self._source, self._index = source, index
+        self.labels = None if source.labels is None else source.labels[index]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def name(self, index: int) -> str:
+        """Returns the name of the sample in the whole source."""
+        return self._source.name(int(self._index[index]))
+
+    def load(self, index: int) -> str | bytes | np.ndarray:
+        """Returns what the whole source returns for the sample."""
+        return self._source.load(int(self._index[index]))
+
+    def fingerprint(self) -> str:
+        """Returns a hash of names and labels, equal to the hash of a FolderSource of these
+        images.
+        """
+        names = (os.fsencode(self.name(index)) for index in range(len(self)))
+        return digest(b"\0".join(names), self.labels, self.classes)
+
+
+class Datasets(NamedTuple):
+    """The images of a run."""
+
+    train: Source  # for training
+    val: (
+        Source | None
+    )  # for kNN and linear evaluation. None without labels, or if none are held out
+    note: str  # a line for the log: the numbers of images, and the origin of the val set
+
+
+def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
+    """Finds the images of `data` and makes a train and a val set.
+
+    data: `source`, `path`, `holdout` and `shuffle_window` are used.
+    seed: seed of the held-out share.
+
+    data.source=folder: image files below `path`. The train set is `path`/train and the val
+    set `path`/val
+        (or `path`/test) if both folders exist. If train/ is the only folder, it is the
+        train set. Otherwise the train set is all of `path`. Images are labelled if all
+        images lie in two or more subfolders. The class is the first folder below the root
+        (or below train/ and val/). An image directly in the root, or a single subfolder,
+        means no labels.
+    data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which may
+    have train/ and
+        val/ too, a pattern, or URLs. The labels are the labels in the shards.
+    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same 20%
+    of every class
+        are held out for any seed.
+    data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded only
+    if absent. The
+        val set is the test set. With several processes, one process must call this
+        function first, so that only one process downloads.
+
+    If labelled images of a folder or of shards have no val/ or test/ folder, the share
+    `data.holdout` of every class is held out for the val set. The images are chosen by `seed`.
+
+    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the
+    option. Decodes no
+    image: loaders find and skip bad files.
+    """
+    if not 0 <= data.holdout < 1:
+        raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
+    if data.source not in _LOAD:
+        raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
+    return _LOAD[data.source](data, seed)
+
+
+def find_images(folder: str | Path) -> list[str]:
+    """Returns the names of all images below `folder`, relative to `folder` and sorted.
+
+    An image is a file with an extension of EXTENSIONS, in any case. Hidden files and
+    folders are skipped. Symbolic links are followed (a link back to a folder above it only
+    once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or ConfigError
+    (a ValueError) if there is no image.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -121,150 +211,115 @@ def find_images(folder: str | Path) -> list[str]:
     return names
 
 
-class Datasets(NamedTuple):
-    """What is trained on, what kNN and linear evaluation look at, and a line for the log that says how."""
-
-    train: Source
-    val: Source | None  # None where there are no labels, or none were held out
-    note: str
-
-
-def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
-    """The images that `data` names, split for training and evaluation.
-
-    folder: `path`/train, with `path`/val (or test) for evaluation, where train/ is the only folder or one of those
-    two lies beside it; otherwise all of `path`. Without such a val/, a seeded, stratified share `data.holdout` is
-    held out. Images are labelled when all of them lie in subfolders, two or more: the first folder below the
-    root (of the split) is the class. An image directly in the root, or a single subfolder, means no labels.
-    shards: tar files (`mocofast.data.shards`): a folder of them, which may have such a train/ and val/, a pattern,
-    or URLs; labels are those in the shards.
-    digits: 1,797 grey images of 8 x 8 pixels from scikit-learn; the same stratified 20% held out at any seed.
-    cifar10, cifar100: torchvision's, kept in `path` and downloaded only if absent; the test set is held out.
-    Under several processes let one call this first, so that only it downloads.
-
-    Errors name the option; nothing is decoded, so bad files are found (and skipped) only by loaders.
-    """
-    if not 0 <= data.holdout < 1:
-        raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
-    if data.source == "digits":
-        return _digits()
-    if data.source in ("folder", "shards", "cifar10", "cifar100") and not data.path:
-        raise ConfigError(
-            f"data.path must name a folder for data.source={data.source}, got an empty one"
-        )
-    if data.source == "shards":
-        return _shards(data.path, data.holdout, seed, data.shuffle_window)
-    if data.source == "folder":
-        return _folder(Path(data.path).expanduser(), data.holdout, seed)
-    if data.source in ("cifar10", "cifar100"):
-        return _cifar(data.source, Path(data.path).expanduser())
-    raise ConfigError(
-        f"data.source must be folder, shards, digits, cifar10 or cifar100, got {data.source!r}"
-    )
-
-
-def _folder(root: Path, holdout: float, seed: int) -> Datasets:
-    train_part, val_part = split_folders(root)
-    names = find_images(root / train_part)
+def _load_folder(data: DataConfig, seed: int) -> Datasets:
+    root = Path(_path(data)).expanduser()
+    train_folder, val_folder = train_and_val_folders(root)
+    names = find_images(root / train_folder)
     classes, labels = classes_of(names)
-    train = FolderSource(root, [train_part + name for name in names], labels, classes)
-    if labels is None or not val_part:
-        return _held_out(train, holdout, seed)
-    val_names = find_images(root / val_part)
+    train = FolderSource(root, [train_folder + name for name in names], labels, classes)
+    if labels is None or not val_folder:
+        return _hold_out(train, data.holdout, seed)
+    val_names = find_images(root / val_folder)
     val_classes, val_labels = classes_of(val_names)
     unknown = sorted(set(val_classes) - set(classes))
     if unknown:
         raise ConfigError(
-            f"data.path: {val_part} has classes that {train_part} lacks: {', '.join(unknown[:5])}"
+            f"data.path: {val_folder} has classes that {train_folder} lacks: "
+            f"{', '.join(unknown[:5])}"
         )
     if val_labels is None:
-        return _held_out(train, holdout, seed, f" ({val_part} has no class folders)")
-    labels = np.searchsorted(classes, val_classes)[val_labels]  # as train/ numbers them
-    val = FolderSource(root, [val_part + name for name in val_names], labels, classes)
-    return Datasets(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+        return _hold_out(train, data.holdout, seed, f" ({val_folder} has no class folders)")
+    labels = np.searchsorted(classes, val_classes)[val_labels]  # numbers of the train set's classes
+    val = FolderSource(root, [val_folder + name for name in val_names], labels, classes)
+    return Datasets(train, val, f"{_summary(train)}; kNN on {val_folder}, {len(val)}")
 
 
-def _shards(path: str, holdout: float, seed: int, window: int) -> Datasets:
+def _load_shards(data: DataConfig, seed: int) -> Datasets:
+    path = _path(data)
     root = Path(path).expanduser()
-    train_part, val_part = ("", "") if is_url(path) else split_folders(root)
-    train = open_shards(find_shards(path, train_part), window)
-    if train.labels is None or not val_part:
-        return _held_out(train, holdout, seed)
-    val = open_shards(find_shards(path, val_part), classes=train.classes)
+    train_folder, val_folder = ("", "") if is_url(path) else train_and_val_folders(root)
+    train = open_shards(find_shards(path, train_folder), data.shuffle_window)
+    if train.labels is None or not val_folder:
+        return _hold_out(train, data.holdout, seed)
+    val = open_shards(find_shards(path, val_folder), classes=train.classes)
     if val.labels is None:
-        return _held_out(train, holdout, seed, f" ({val_part} has no labels)")
-    return Datasets(train, val, f"{_summary(train)}; kNN on {val_part}, {len(val)}")
+        return _hold_out(train, data.holdout, seed, f" ({val_folder} has no labels)")
+    return Datasets(train, val, f"{_summary(train)}; kNN on {val_folder}, {len(val)}")
 
 
-def _summary(source: Source) -> str:
-    return f"{len(source)} images of {len(source.classes)} classes"
-
-
-def _held_out(
-    source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = ""
-) -> Datasets:
-    if source.labels is None:
-        return Datasets(source, None, f"{len(source)} images without labels: no kNN")
-    kept, held = stratified_split(source.labels, holdout, seed)
-    summary = _summary(source) + remark
-    if not len(held):
-        return Datasets(source, None, f"{summary}, none held out: no kNN")
-    note = f"{summary}; kNN on {len(held)} of them, held out"
-    return Datasets(source.subset(kept), source.subset(held), note)
-
-
-def _digits() -> Datasets:
+def _load_digits(data: DataConfig, seed: int) -> Datasets:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
     images = np.repeat(gray[..., None], 3, axis=3)
     classes = tuple(str(name) for name in digits.target_names)
-    kept, held = stratified_split(digits.target, DIGITS_HOLDOUT, seed=0)
+    kept, held_out = stratified_holdout(digits.target, DIGITS_HOLDOUT, seed=0)
     train = ArraySource(images[kept], digits.target[kept], classes, "digits train")
-    val = ArraySource(images[held], digits.target[held], classes, "digits val")
+    val = ArraySource(images[held_out], digits.target[held_out], classes, "digits val")
     return Datasets(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
 
 
-def _cifar(kind: str, root: Path) -> Datasets:
+def _load_cifar(data: DataConfig, seed: int) -> Datasets:
     from torchvision import datasets
 
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    root = Path(_path(data)).expanduser()
+    dataset = getattr(datasets, data.source.upper())
     parts: list[Any] = []
     try:
         for is_train in (True, False):
             try:
                 parts.append(dataset(root, train=is_train))
-            except RuntimeError:  # torchvision's way to say that it is not there
+            except RuntimeError:  # torchvision raises RuntimeError if the files are absent
                 parts.append(dataset(root, train=is_train, download=True))
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"data.path: {kind} is not in {str(root)!r} and could not be downloaded ({error}); "
-            f"put {dataset.url} there, unpacked to {dataset.base_folder}/"
+            f"data.path: {data.source} is not in {str(root)!r} and could not be downloaded "
+            f"({error}); put {dataset.url} there, unpacked to {dataset.base_folder}/"
         ) from error
     train, val = (
-        ArraySource(part.data, np.array(part.targets), tuple(part.classes), f"{kind} {name}")
+        ArraySource(part.data, np.array(part.targets), tuple(part.classes), f"{data.source} {name}")
         for part, name in zip(parts, ("train", "test"))
     )
-    return Datasets(train, val, f"{kind}: {len(train)} images; kNN on its test set, {len(val)}")
+    note = f"{data.source}: {len(train)} images; kNN on its test set, {len(val)}"
+    return Datasets(train, val, note)
 
 
-class Subset:
-    """Some samples of a source, as a source."""
+# The function that loads a source, for every name of SOURCES.
+_LOAD: dict[str, Callable[[DataConfig, int], Datasets]] = {
+    "folder": _load_folder,
+    "shards": _load_shards,
+    "digits": _load_digits,
+    "cifar10": _load_cifar,
+    "cifar100": _load_cifar,
+}
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source, self.indices = source, indices
-        self.labels = None if source.labels is None else source.labels[indices]
-        self.classes = source.classes
 
-    def __len__(self) -> int:
-        return len(self.indices)
+def _path(data: DataConfig) -> str:
+    if not data.path:
+        raise ConfigError(
+            f"data.path must name a folder for data.source={data.source}, got an empty path"
+        )
+    return data.path
 
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
 
-    def load(self, index: int) -> str | bytes | np.ndarray:
-        return self.source.load(int(self.indices[index]))
+def _hold_out(
+    source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = ""
+) -> Datasets:
+    """Holds a share of labelled images out for the val set. remark: for the note, after
+    the summary.
+    """
+    if source.labels is None:
+        return Datasets(source, None, f"{len(source)} images without labels: no kNN")
+    kept, held_out = stratified_holdout(source.labels, holdout, seed)
+    summary = _summary(source) + remark
+    if not len(held_out):
+        return Datasets(source, None, f"{summary}, none held out: no kNN")
+    note = f"{summary}; kNN on {len(held_out)} of them, held out"
+    if isinstance(source, ShardSource):
+        return Datasets(source.subset(kept), source.subset(held_out), note)
+    return Datasets(Subset(source, kept), Subset(source, held_out), note)
 
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
+
+def _summary(source: Source) -> str:
+    return f"{len(source)} images of {len(source.classes)} classes"

@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever takes their results."""
+"""Threads that work ahead of the consumer of their results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ U = TypeVar("U")
 
 
 class Threads:
-    """A pool for work outside the interpreter's lock, such as PIL's decoding and resizing. At its end what has not
-    begun is dropped, and what has is waited for."""
+    """A pool of threads for work without Python's global lock, for example PIL's decoding.
+
+    A context manager. The end of the block drops calls that have not begun and waits for
+    the rest.
+    """
 
     def __init__(self, count: int, name: str = "") -> None:
-        """count: threads, at least one; name: what theirs begin with."""
+        """count: number of threads, at least one. name: prefix of the threads' names."""
         self.count = max(1, count)
         self._pool = ThreadPoolExecutor(self.count, name)
 
@@ -27,9 +30,9 @@ class Threads:
         self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
-        """function(item) of every item, in order; `ahead` of them in the making, or made, beside the one taken.
+        """Yields function(item) for every item, in order. Works up to `ahead` items ahead.
 
-        Raises what `function` raises, in the place of its result.
+        Raises the exceptions of `function`, in the place of the result.
         """
         waiting: deque[Future[U]] = deque()
         for item in items:

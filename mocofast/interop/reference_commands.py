@@ -1,8 +1,8 @@
-"""The command lines of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3, as recipes and options of ours.
+"""Command lines of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3 as our recipes.
 
-Flags, their defaults and their meaning are facts of those projects' main_moco.py and main_lincls.py (the former's
-last runnable commit is 3b42c2a). Which project a command line is of, its flags say; one that neither's own flag is in
-is MoCo v1's.
+Flags, defaults and meanings are facts of main_moco.py and main_lincls.py in these projects (last
+runnable commit of facebookresearch/moco: 3b42c2a). The project is inferred from the flags. Without
+a project-specific flag it is MoCo v1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
-from mocofast.data.names import split_folders
+from mocofast.data.names import train_and_val_folders
 from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.evaluate.linear import LinearConfig, linear_probe
@@ -30,15 +30,38 @@ from mocofast.train.resume import configure
 from mocofast.train.run import train
 
 V1 = {
-    "arch": "resnet50", "epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4,
-    "schedule": [120, 160], "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07,
-    "mlp": False, "aug_plus": False, "cos": False,
-}  # fmt: skip
+    "arch": "resnet50",
+    "epochs": 200,
+    "batch_size": 256,
+    "lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "schedule": [120, 160],
+    "moco_dim": 128,
+    "moco_k": 65536,
+    "moco_m": 0.999,
+    "moco_t": 0.07,
+    "mlp": False,
+    "aug_plus": False,
+    "cos": False,
+}
 V3 = {
-    "arch": "resnet50", "epochs": 100, "batch_size": 4096, "lr": 0.6, "momentum": 0.9, "weight_decay": 1e-6,
-    "moco_dim": 256, "moco_mlp_dim": 4096, "moco_m": 0.99, "moco_m_cos": False, "moco_t": 1.0,
-    "stop_grad_conv1": False, "optimizer": "lars", "warmup_epochs": 10, "crop_min": 0.08,
-}  # fmt: skip
+    "arch": "resnet50",
+    "epochs": 100,
+    "batch_size": 4096,
+    "lr": 0.6,
+    "momentum": 0.9,
+    "weight_decay": 1e-6,
+    "moco_dim": 256,
+    "moco_mlp_dim": 4096,
+    "moco_m": 0.99,
+    "moco_m_cos": False,
+    "moco_t": 1.0,
+    "stop_grad_conv1": False,
+    "optimizer": "lars",
+    "warmup_epochs": 10,
+    "crop_min": 0.08,
+}
 LINEAR_V1 = {"epochs": 100, "batch_size": 256, "lr": 30.0, "schedule": [60, 80]}
 LINEAR_V3 = {"epochs": 90, "batch_size": 1024, "lr": 0.1}
 RECIPES = {
@@ -47,26 +70,33 @@ RECIPES = {
 }
 _AUG_PLUS = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_first": False, "blur": 0.5}
 _BYOL_AUG = {
-    "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_first": False,
-    "blur": 1.0, "blur_2": 0.1, "solarize_2": 0.2,
-}  # fmt: skip
+    "jitter": (0.4, 0.4, 0.2, 0.1),
+    "jitter_p": 0.8,
+    "gray_first": False,
+    "blur": 1.0,
+    "blur_2": 0.1,
+    "solarize_2": 0.2,
+}
 
 
 class Equivalent(NamedTuple):
-    """A run in our terms."""
+    """The equivalent run of mocofast."""
 
-    recipe: str  # the nearest of the shipped ones
-    options: dict[str, Any]  # {"group.option": value} that differ from it
-    notes: list[str]  # what a flag that has no such option means here
+    recipe: str  # the nearest recipe
+    options: dict[str, Any]  # {"group.option": value} that differ from the recipe
+    notes: list[str]  # explanations of flags without an option
 
     def command(self, resume: str = "") -> str:
-        """`mocofast pretrain ...` that does the same."""
+        """Returns the equivalent `mocofast pretrain ...`."""
         words = ["mocofast", "pretrain", self.recipe, *(["--resume", resume] if resume else [])]
         return shlex.join([*words, *settings.as_flags(self.options)])
 
 
 def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
-    """The flags of main_moco.py, or of main_lincls.py. Only those given are in what the parser returns."""
+    """Adds the flags of main_moco.py, or, if `linear`, of main_lincls.py.
+
+    The parser then returns only the flags that are given.
+    """
 
     def flag(*names: str, kind: Any = None, help: str, **more: Any) -> None:
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "VALUE"}
@@ -76,34 +106,36 @@ def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
     flag("-a", "--arch", kind=str, help="encoder [resnet50]")
     flag("-j", "--workers", kind=int, help="loader threads of this machine [its cores]")
     flag("--epochs", kind=int, help="[v1/v2 100, v3 90]" if linear else "[v1/v2 200, v3 100]")
-    flag("--start-epoch", kind=int, help="a continued run's checkpoint says it [0]")
+    flag("--start-epoch", kind=int, help="ignored: the checkpoint of --resume says it [0]")
     flag(
         "-b", "--batch-size", kind=int, help="images per step [v1/v2 256, v3 1024 (linear) or 4096]"
     )
-    flag("--lr", "--learning-rate", kind=float, dest="lr", help="rate; of v3: for 256 images")
-    flag("--schedule", kind=int, nargs="*", help="v1/v2: epochs at which the rate falls to a tenth")
-    flag("--momentum", kind=float, help="of SGD or LARS [0.9]")
+    flag(
+        "--lr", "--learning-rate", kind=float, dest="lr", help="learning rate (v3: for 256 images)"
+    )
+    flag("--schedule", kind=int, nargs="*", help="v1/v2: epochs of a tenfold decrease of lr")
+    flag("--momentum", kind=float, help="momentum of SGD or LARS [0.9]")
     flag("--wd", "--weight-decay", kind=float, dest="weight_decay", help="weight decay")
     flag("-p", "--print-freq", kind=int, help="steps between log lines")
-    flag("--resume", kind=str, help="a checkpoint or run folder of ours")
+    flag("--resume", kind=str, help="checkpoint or run folder of mocofast")
     flag("--seed", kind=int, help="seed [0]")
     flag("--gpu", kind=int, help="GPU to use")
-    flag("--world-size", kind=int, help="number of nodes; more than one are torchrun's to start")
-    flag("--rank", kind=int, help="this node's number")
+    flag("--world-size", kind=int, help="number of nodes (above 1: use torchrun)")
+    flag("--rank", kind=int, help="number of this node")
     flag("--dist-url", kind=str, help="tcp://HOST:PORT of the first node")
     flag(
         "--dist-backend",
         kind=str,
         choices=("nccl", "gloo"),
-        help="here: nccl on GPUs, gloo on CPUs",
+        help="ignored: nccl on GPUs, gloo on CPUs",
     )
-    flag("--multiprocessing-distributed", kind=bool, help="a process for every GPU of this machine")
+    flag("--multiprocessing-distributed", kind=bool, help="starts a process for every GPU")
     if linear:
         flag("-e", "--evaluate", kind=bool, help="refused: no classifier is kept")
         flag(
             "--pretrained",
             kind=str,
-            help="a checkpoint of ours, of facebookresearch/moco or of moco-v3",
+            help="checkpoint of mocofast, facebookresearch/moco or moco-v3",
         )
         return
     flag("--moco-dim", kind=int, help="dimension of the embedding [v1/v2 128, v3 256]")
@@ -115,23 +147,24 @@ def add_flags(parser: argparse.ArgumentParser, linear: bool) -> None:
     flag("--cos", kind=bool, help="v1/v2: cosine schedule")
     flag("--moco-mlp-dim", kind=int, help="v3: hidden width of projector and predictor [4096]")
     flag("--moco-m-cos", kind=bool, help="v3: the momentum rises to 1 along a cosine")
-    flag("--stop-grad-conv1", kind=bool, help="v3: a ViT's patch projection stays as drawn")
+    flag("--stop-grad-conv1", kind=bool, help="v3: freezes the random patch projection of a ViT")
     flag("--optimizer", kind=str, choices=("lars", "adamw"), help="v3: optimiser [lars]")
     flag("--warmup-epochs", kind=int, help="v3: epochs of warm-up [10]")
     flag("--crop-min", kind=float, help="v3: smallest share of a random crop [0.08]")
 
 
 def pretraining(given: Mapping[str, Any]) -> Equivalent:
-    """What a command line of main_moco.py trains; given: its flags as `add_flags` parses them.
+    """Returns the run of mocofast that is equivalent to a command line of main_moco.py.
 
-    ConfigError for flags of both projects, and for what has no equivalent here.
+    given: the flags, as parsed by `add_flags`.
+    Raises ConfigError for flags of both projects, and for flags without an equivalent.
     """
     is_v3 = _is_v3(given)
     flags = {**(V3 if is_v3 else V1), **given}
     config = _moco_v3(flags) if is_v3 else _moco(flags)
     config.data.path = given["data"]
-    if not split_folders(Path(given["data"]).expanduser())[1]:
-        config.data.holdout = 0.0  # the reference trains on all that is there
+    if not train_and_val_folders(Path(given["data"]).expanduser())[1]:
+        config.data.holdout = 0.0  # main_moco.py trains on all images
     if "workers" in given:
         config.data.workers = -(-given["workers"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if "seed" in given:
@@ -142,13 +175,16 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
         given.get("multiprocessing_distributed") or "WORLD_SIZE" in os.environ
     ):
         config.train.device = _gpu(given["gpu"])
+    # --start-epoch has no effect beside --resume.
     notes = []
     if given.get("start_epoch"):
         if not given.get("resume"):
             raise ConfigError(
-                f"--start-epoch {given['start_epoch']}: expected 0 without --resume: only checkpoints start elsewhere"
+                f"--start-epoch {given['start_epoch']}: expected 0 without --resume: "
+                "only a checkpoint starts at a later epoch"
             )
         notes.append("--start-epoch: the checkpoint of --resume says where to go on")
+    # The nearest recipe.
     differences = {
         name: settings.differences(config, settings.load_recipe(name))
         for name in RECIPES[3 if is_v3 else 1]
@@ -159,9 +195,9 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
 
 def _is_v3(given: Mapping[str, Any]) -> bool:
     arch = given.get("arch", "")
-    of_v3 = [_spelled(name) for name in given if name in V3.keys() - V1.keys()]
+    of_v3 = [_as_flag(name) for name in given if name in V3.keys() - V1.keys()]
     of_v3 += [f"-a {arch}"] * arch.startswith("vit_")
-    of_v1 = [_spelled(name) for name in given if name in V1.keys() - V3.keys()]
+    of_v1 = [_as_flag(name) for name in given if name in V1.keys() - V3.keys()]
     if of_v1 and of_v3:
         raise ConfigError(
             f"{', '.join(of_v1)} of MoCo v1/v2's main_moco.py and {', '.join(of_v3)} of MoCo v3's: "
@@ -170,7 +206,7 @@ def _is_v3(given: Mapping[str, Any]) -> bool:
     return bool(of_v3)
 
 
-def _spelled(name: str) -> str:
+def _as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -179,11 +215,9 @@ def _moco(flags: Mapping[str, Any]) -> Config:
     m, o = config.model, config.optim
     m.arch, m.dim, m.queue_size = flags["arch"], flags["moco_dim"], flags["moco_k"]
     m.momentum, m.temperature, m.mlp = flags["moco_m"], flags["moco_t"], flags["mlp"]
-    # -b is a node's batch there.
-    config.data.batch_size, config.train.epochs = (
-        flags["batch_size"] * _nodes(flags),
-        flags["epochs"],
-    )
+    # In main_moco.py, -b is the batch of a node.
+    config.data.batch_size = flags["batch_size"] * _nodes(flags)
+    config.train.epochs = flags["epochs"]
     o.lr, o.momentum, o.weight_decay = flags["lr"], flags["momentum"], flags["weight_decay"]
     o.schedule, o.milestones = "cosine" if flags["cos"] else "step", tuple(flags["schedule"])
     if flags["aug_plus"]:
@@ -196,11 +230,13 @@ def _moco_v3(flags: Mapping[str, Any]) -> Config:
     m, o = config.model, config.optim
     if flags["arch"].startswith("vit_conv"):
         raise ConfigError(
-            f"-a {flags['arch']}: mocofast has no ViTs with convolutional stems; it has vit_small, vit_base"
+            f"-a {flags['arch']}: mocofast has no ViTs with convolutional stems; "
+            "expected vit_small or vit_base"
         )
     if flags["arch"].startswith("vit_") and not flags["stop_grad_conv1"]:
         raise ConfigError(
-            f"-a {flags['arch']}: mocofast's ViTs keep their patch projection as drawn; expected --stop-grad-conv1"
+            f"-a {flags['arch']}: the patch projection of mocofast's ViTs is frozen; "
+            "expected --stop-grad-conv1"
         )
     m.method, m.arch, m.dim, m.hidden_dim = (
         "moco_v3",
@@ -230,9 +266,10 @@ def _gpu(number: int) -> str:
 
 
 def processes(given: Mapping[str, Any], equivalent: Equivalent) -> tuple[int, str]:
-    """How many processes to start here (1: this one), and why. Under torchrun, always this one.
+    """Returns the number of processes to start on this machine, and why. 1: this process.
 
-    ConfigError with torchrun's line to use where other machines take part.
+    Under torchrun the number is always 1.
+    Raises ConfigError for several machines, with the torchrun command to use.
     """
     if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
         return 1, f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, started by torchrun"
@@ -251,14 +288,15 @@ def processes(given: Mapping[str, Any], equivalent: Equivalent) -> tuple[int, st
         return gpus, f"torchrun --standalone --nproc-per-node {gpus}, for this machine's GPUs"
     if every_gpu:
         return 1, (
-            f"--multiprocessing-distributed: one process, as this machine has {gpus} GPUs; where there are several, "
-            "torchrun --nproc-per-node=GPUS -m mocofast main_moco ..., which this command then starts itself"
+            f"--multiprocessing-distributed: one process, as this machine has {gpus} GPUs; "
+            "on several GPUs this command starts "
+            "torchrun --nproc-per-node=GPUS -m mocofast main_moco ... itself"
         )
     return 1, f"one process on one device, of {gpus} GPUs; --multiprocessing-distributed takes all"
 
 
 def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
-    """Prints the equivalent recipe and command of a main_moco.py command line and trains; its exit status.
+    """Runs a command line of main_moco.py, prints the equivalent command, returns the exit status.
 
     given: the flags parsed from `argv`.
     """
@@ -266,15 +304,9 @@ def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
     count, why = processes(given, equivalent)
     if count > 1:
         print(f"starting {why}", flush=True)
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-        ]
-        os.execv(sys.executable, [*launcher, "-m", "mocofast", "main_moco", *argv])
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command = [sys.executable, *launcher, "-m", "mocofast", "main_moco", *argv]
+        os.execv(sys.executable, command)
     config = configure(equivalent.recipe, resume, equivalent.options)
     if os.environ.get("RANK", "0") == "0":
         print(f"# the equivalent recipe; also: {equivalent.command(resume)}")
@@ -284,20 +316,22 @@ def main_moco(given: Mapping[str, Any], argv: Sequence[str]) -> int:
 
 
 def probing(given: Mapping[str, Any], is_v3: bool) -> LinearConfig:
-    """The linear probe that a command line of main_lincls.py asks for; is_v3: whether MoCo v3 trained the encoder.
+    """Returns the linear probe of a command line of main_lincls.py.
 
-    ConfigError for flags that have no equivalent.
+    given: the flags, as parsed by `add_flags`.
+    is_v3: whether MoCo v3 trained the encoder.
+    Raises ConfigError for flags without an equivalent.
     """
     for name, why in {
         "evaluate": "mocofast keeps no trained classifier; the probe validates as it trains",
-        "resume": "a linear probe is not continued; it starts anew",
-        "start_epoch": "a linear probe is not continued; it starts anew",
+        "resume": "a linear probe is not continued but starts again",
+        "start_epoch": "a linear probe is not continued but starts again",
     }.items():
         if given.get(name):
-            raise ConfigError(f"{_spelled(name)}: {why}")
+            raise ConfigError(f"{_as_flag(name)}: {why}")
     for name, fixed in {"momentum": 0.9, "weight_decay": 0.0}.items():
         if given.get(name, fixed) != fixed:
-            raise ConfigError(f"{_spelled(name)} {given[name]}: the protocol's is {fixed}")
+            raise ConfigError(f"{_as_flag(name)} {given[name]}: the protocol's is {fixed}")
     if is_v3 and "schedule" in given:
         raise ConfigError(
             "--schedule: a flag of MoCo v1/v2's main_lincls.py, and MoCo v3 trained this encoder"
@@ -313,10 +347,11 @@ def probing(given: Mapping[str, Any], is_v3: bool) -> LinearConfig:
 
 
 def main_lincls(given: Mapping[str, Any]) -> int:
-    """Prints what a main_lincls.py command line asks for in our terms and trains the classifier; its exit status."""
+    """Runs a command line of main_lincls.py, prints the equivalent options, returns the status."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or _nodes(given) > 1:
         raise ConfigError(
-            "the linear probe runs in one process on one device; expected neither torchrun nor --world-size"
+            "the linear probe runs in one process on one device; "
+            "expected neither torchrun nor --world-size"
         )
     if not given.get("pretrained"):
         raise ConfigError(
