@@ -1,1 +1,1 @@
-"""Fused kernels of momentum contrast. Needs torch, and Triton where a GPU is used; never mocofast."""
+"""Fused kernels of momentum contrast. They need torch, and Triton on a GPU, but never mocofast."""

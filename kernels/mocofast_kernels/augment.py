@@ -1,8 +1,9 @@
-"""Random views of small images that lie on the GPU: all of an augmentation in one kernel, by Triton.
+"""Random views of small images on a GPU: one Triton kernel makes the whole augmentation.
 
-One program makes one view and keeps it in registers from crop to flip. The arithmetic is PIL's, as in
-`mocofast.data.view_ops`: values are integers between operators. Crop and resize are exact rational arithmetic; PIL
-rounds its weights to 22 bits, which may turn a tie around (never where a crop grows to a power of two).
+One program makes one view and keeps the view in registers from crop to flip. The arithmetic is
+PIL's, as in `mocofast.data.view_ops`: values are integers between operators. Crop and resize
+are exact rational arithmetic. PIL rounds weights to 22 bits, so a tie may round differently
+(never where a crop is enlarged to a power of two).
 """
 
 from __future__ import annotations
@@ -14,42 +15,70 @@ from torch import Tensor
 
 from mocofast_kernels.configs import REGISTERS, block_of
 
-# Side of a view, without and with rotation: what the registers of 8 warps hold.
+# Largest side of a view without and with rotation, limited by the registers of 8 warps.
 LARGEST, LARGEST_ROTATED = 64, 32
-# Columns of `parameters`. A kernel reads constants of its module only as constexpr.
+# Columns of `parameters`.
 NAMES = (
-    "top", "left", "height", "width", "cos", "sin", "gray", "order", "order1", "order2", "order3", "brightness",
-    "contrast", "saturation", "hue", "reach", "inner", "outer", "solarize", "flip",
-)  # fmt: skip
-(
-    TOP, LEFT, HEIGHT, WIDTH, COS, SIN, GRAY, ORDER, _, _, _, BRIGHTNESS, CONTRAST, SATURATION, HUE, REACH, INNER,
-    OUTER, SOLARIZE, FLIP,
-) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
+    "top",  # the crop, in pixels
+    "left",
+    "height",
+    "width",
+    "cos",  # cosine and sine of the counter-clockwise rotation, read with `rotate`
+    "sin",
+    "gray",  # 0 never, 1 before the jitter, 2 after the jitter
+    "order",  # the first of four jitter operators: 0 brightness, 1 contrast, 2 saturation, 3 hue,
+    "order1",  # any other number none
+    "order2",
+    "order3",
+    "brightness",  # factors of the jitter
+    "contrast",
+    "saturation",
+    "hue",  # shift of the hue, as a fraction of the circle
+    "reach",  # box filter of the blur: pixels at distance `reach` have the weight `outer`,
+    "inner",  # nearer pixels have the weight `inner`. Reach 0 is no blur
+    "outer",
+    "solarize",  # unless 0, values of 128 and more are inverted
+    "flip",  # unless 0, left and right are exchanged
+)
+# Kernels read constants of their module only as constexpr.
+TOP, LEFT, HEIGHT, WIDTH, COS, SIN, GRAY, ORDER = (tl.constexpr(i) for i in range(8))
+BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(i) for i in range(11, 15))
+REACH, INNER, OUTER, SOLARIZE, FLIP = (tl.constexpr(i) for i in range(15, 20))
 STRIDE = tl.constexpr(len(NAMES))
 
 
 @triton.jit
 def _tap(at, place, size, larger, S: tl.constexpr):
-    """Weight of pixel `at` of `size` in pixel `place` of S: a triangle, in units of 1 / (2 larger)."""
+    """Returns the weight of input pixel `at` (of `size`) in output pixel `place` (of S).
+
+    The filter is a triangle. Weights are in units of 1 / (2 larger), larger = max(size, S).
+    """
     weight = 2 * larger - tl.abs((2 * at + 1) * S - (2 * place + 1) * size)
     return tl.where(at < size, tl.maximum(weight, 0), 0).to(tl.float32)
 
 
 @triton.jit
 def _first(place, size, larger, S: tl.constexpr):
-    """The first pixel whose `_tap` is positive."""
+    """Returns the first input pixel whose `_tap` is positive."""
     return tl.maximum((2 * place + 1) * size - 2 * larger + S, 0) // (2 * S)
 
 
 @triton.jit
 def _mean(sums, total):
-    """Rounded half up: integers below 2^24, so the division is exact enough never to cross one."""
+    """Returns sums / total, rounded half up.
+
+    Arguments are integers below 2^24, so the rounding of the division never crosses an integer.
+    """
     return tl.floor(tl.div_rn(2.0 * sums + total, 2.0 * total))
 
 
 @triton.jit
 def _crop(channel, W, height, width, i, j, S: tl.constexpr):
-    """One channel of pixels (i, j) of the crop at `channel`, resized to S x S: antialiased bilinear, rows first."""
+    """Returns pixels (i, j) of one channel of the crop, resized to S x S.
+
+    channel: pointer to the crop's first pixel. W: width of the image.
+    The filter is antialiased and bilinear, along rows first.
+    """
     taller, wider = tl.maximum(height, S), tl.maximum(width, S)
     first_y, first_x = _first(i, height, taller, S), _first(j, width, wider, S)
     sums, total = (i * j * 0).to(tl.float32), (i * 0).to(tl.float32)
@@ -70,26 +99,30 @@ def _crop(channel, W, height, width, i, j, S: tl.constexpr):
 
 @triton.jit
 def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr):
-    """`_crop` turned about its centre: bilinear between its pixels, black where a centre comes from outside."""
+    """Returns `_crop` rotated about the centre.
+
+    Bilinear between the pixels of `_crop`, black where a pixel's centre comes from outside.
+    """
+    # Where pixel (i, j) comes from, in [-1, 1) and then in pixels.
     x = (2 * j + 1) / S - 1.0
     y = (2 * i + 1) / S - 1.0
     from_x, from_y = cos * x - sin * y, sin * x + cos * y
     x = tl.minimum(tl.maximum(((from_x + 1.0) * S - 1.0) * 0.5, 0.0), S - 1.0)
     y = tl.minimum(tl.maximum(((from_y + 1.0) * S - 1.0) * 0.5, 0.0), S - 1.0)
-    turned = x * 0.0
+    rotated = x * 0.0
     for corner in range(4):
         column, row = tl.floor(x) + corner % 2, tl.floor(y) + corner // 2
-        share = (1.0 - tl.abs(column - x)) * (1.0 - tl.abs(row - y))
+        weight = (1.0 - tl.abs(column - x)) * (1.0 - tl.abs(row - y))
         column, row = tl.minimum(column.to(tl.int32), S - 1), tl.minimum(row.to(tl.int32), S - 1)
-        turned += share * _crop(channel, W, height, width, row, column, S)
+        rotated += weight * _crop(channel, W, height, width, row, column, S)
     inside = (from_x >= -1.0) & (from_x < 1.0) & (from_y >= -1.0) & (from_y < 1.0)
-    # PIL truncates. The hair keeps what float32 put just below an integer (PIL has float64) from losing 1.
-    return tl.where(inside, tl.floor(turned + 1.0 / 1024.0), 0.0)
+    # PIL truncates float64 values. Float32 may lie just below an integer, so add 1/1024 first.
+    return tl.where(inside, tl.floor(rotated + 1.0 / 1024.0), 0.0)
 
 
 @triton.jit
 def _luma(r, g, b):
-    """ITU-R BT.601 in PIL's fixed point, rounded."""
+    """Returns the gray value by ITU-R BT.601, in PIL's fixed point, rounded."""
     return tl.floor(
         r * (19595.0 / 65536.0) + g * (38470.0 / 65536.0) + b * (7471.0 / 65536.0) + 0.5
     )
@@ -97,12 +130,13 @@ def _luma(r, g, b):
 
 @triton.jit
 def _blend(x, other, factor):
+    """Returns other + factor (x - other), clamped to [0, 255] and truncated."""
     return tl.floor(tl.minimum(tl.maximum((x - other) * factor + other, 0.0), 255.0))
 
 
 @triton.jit
 def _hue_channel(hue, chroma, base, turn, pure: tl.constexpr):
-    """As `view_ops.adjust_hue_`, where the formula is derived."""
+    """Returns a channel after a shift of the hue. `view_ops.adjust_hue_` derives the formula."""
     offset = turn - pure + 3.0
     offset = offset - 6.0 * tl.floor(offset / 6.0) - 3.0
     near = tl.abs(tl.abs(hue + chroma * offset) - 3.0 * chroma)
@@ -111,15 +145,14 @@ def _hue_channel(hue, chroma, base, turn, pure: tl.constexpr):
 
 @triton.jit
 def _jitter(r, g, b, operator, values, inside, S: tl.constexpr):
-    """One of the four operators; any other number keeps the pixels."""
+    """Applies jitter operator 0 to 3 (brightness, contrast, saturation, hue), or none."""
     if operator == 0:
         factor = tl.load(values + BRIGHTNESS)
         r, g, b = _blend(r, 0.0, factor), _blend(g, 0.0, factor), _blend(b, 0.0, factor)
     elif operator == 1:
         factor = tl.load(values + CONTRAST)
-        sums = tl.sum(
-            tl.sum(tl.where(inside, _luma(r, g, b), 0.0), axis=1), axis=0
-        )  # below 2^24: exact
+        gray = tl.where(inside, _luma(r, g, b), 0.0)
+        sums = tl.sum(tl.sum(gray, axis=1), axis=0)  # below 2^24: exact
         mean = tl.floor(tl.div_rn(sums, S * S * 1.0) + 0.5)
         r, g, b = _blend(r, mean, factor), _blend(g, mean, factor), _blend(b, mean, factor)
     elif operator == 2:
@@ -143,12 +176,13 @@ def _jitter(r, g, b, operator, values, inside, S: tl.constexpr):
 
 @triton.jit
 def _box(to, source, reach, inner, outer, S: tl.constexpr):
-    """Weight of pixel `source` in pixel `to` of a box filter whose edges repeat: a band, and its ends folded in.
+    """Returns the weight of pixel `source` in pixel `to` of a box filter, as two float16 summands.
 
-    In two summands of float16."""
+    Edges repeat: weights beyond the edge are added to the weight of the edge's pixel.
+    """
     distance = tl.abs(to - source)
     weight = tl.where(distance < reach, inner, tl.where(distance == reach, outer, 0.0))
-    before, after = reach - to, reach - (S - 1 - to)  # how many offsets lead out
+    before, after = reach - to, reach - (S - 1 - to)  # number of offsets beyond the edges
     weight += tl.where((source == 0) & (before > 0), outer + (before - 1) * inner, 0.0)
     weight += tl.where((source == S - 1) & (after > 0), outer + (after - 1) * inner, 0.0)
     weight = tl.where(source < S, weight, 0.0)
@@ -158,16 +192,28 @@ def _box(to, source, reach, inner, outer, S: tl.constexpr):
 
 @triton.jit
 def _product(a, b, c, d):
-    """a b + c d, rounded. Of pixels and the two halves of weights, which float16 holds to 22 bits (PIL: 24)."""
+    """Returns a b + c d, rounded.
+
+    The factors are pixels and the two summands of weights. Two float16 numbers hold a weight to
+    22 bits (PIL: 24 bits).
+    """
     total = tl.dot(c.to(tl.float16), d.to(tl.float16))
     return tl.floor(tl.dot(a.to(tl.float16), b.to(tl.float16), total) + 0.5)
 
 
 @triton.jit
 def _augment_kernel(
-    images, index, parameters, out, parameters_stride, H, W, S: tl.constexpr, ROTATE: tl.constexpr,
+    images,  # (M, H, W, 3) uint8
+    index,  # (B,) int64
+    parameters,  # (V, B, 20) float32
+    out,  # (V, B, S, S, 3) uint8
+    parameters_stride,  # elements from a view to the next
+    H,
+    W,
+    S: tl.constexpr,
+    ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     values = parameters + view * parameters_stride + row * STRIDE
     height, width = tl.load(values + HEIGHT).to(tl.int32), tl.load(values + WIDTH).to(tl.int32)
@@ -175,11 +221,10 @@ def _augment_kernel(
     image = images + tl.load(index + row) * H * W * 3 + corner * 3
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (rows < S) & (columns < S)
-    i, j = (
-        tl.minimum(rows, S - 1),
-        tl.minimum(columns, S - 1),
-    )  # what pads the tile repeats its edge, unseen
+    # Pixels that pad the tile repeat the edge. They are never stored.
+    i, j = tl.minimum(rows, S - 1), tl.minimum(columns, S - 1)
 
+    # Crop, resize, rotate.
     if not ROTATE:
         r = _crop(image, W, height, width, i, j, S)
         g = _crop(image + 1, W, height, width, i, j, S)
@@ -189,6 +234,7 @@ def _augment_kernel(
         r = _rotated_crop(image, W, height, width, i, j, cos, sin, S)
         g = _rotated_crop(image + 1, W, height, width, i, j, cos, sin, S)
         b = _rotated_crop(image + 2, W, height, width, i, j, cos, sin, S)
+    # Gray before the jitter, the jitter's operators in their order, gray after the jitter.
     gray = tl.load(values + GRAY)
     if gray == 1.0:
         r = _luma(r, g, b)
@@ -198,10 +244,11 @@ def _augment_kernel(
     if gray == 2.0:
         r = _luma(r, g, b)
         g, b = r, r
+    # Blur.
     reach = tl.load(values + REACH).to(tl.int32)
     if reach > 0:
         inner, outer = tl.load(values + INNER), tl.load(values + OUTER)
-        # Three boxes along rows, then three along columns: products with a band matrix.
+        # Three box filters along rows, then three along columns, as products with a band matrix.
         high, low = _box(columns, rows, reach, inner, outer, S)
         for _ in range(3):
             r = _product(r, high, r, low)
@@ -212,6 +259,7 @@ def _augment_kernel(
             r = _product(high, r, low, r)
             g = _product(high, g, low, g)
             b = _product(high, b, low, b)
+    # Solarise, flip, store.
     if tl.load(values + SOLARIZE) != 0.0:
         r = tl.where(r < 128.0, r, 255.0 - r)
         g = tl.where(g < 128.0, g, 255.0 - g)
@@ -226,38 +274,41 @@ def _augment_kernel(
 def augment(
     images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
 ) -> Tensor:
-    """V views of B images, (V, B, size, size, 3) uint8, in one launch.
+    """Returns V views of B images, (V, B, size, size, 3) uint8, from one launch.
 
-    images: (M, H, W, 3) uint8, contiguous; index: (B,) int64, each in [0, M), contiguous; parameters: (V, B, 20)
-    float32, whose last two dimensions are contiguous; all on one device. The columns, in the order of `NAMES`:
-    the crop in pixels; cosine and sine of the counter-clockwise rotation, looked at if `rotate`; gray: 0 never,
-    1 before the jitter, 2 after it; order: four numbers of jitter operators (0 brightness, 1 contrast, 2 saturation,
-    3 hue, else none); their factors and the hue's shift as a share of the circle; the blur's box: pixels at distance
-    `reach` (0 for no blur) weigh `outer`, nearer ones `inner`; solarize: values of 128 and more inverted unless 0;
-    flip: left and right mirrored unless 0.
+    images: (M, H, W, 3) uint8, contiguous.
+    index: (B,) int64, contiguous, numbers of images in [0, M).
+    parameters: (V, B, 20) float32, contiguous in the last two dimensions. `NAMES` documents the
+        columns.
+    size: side of a view, at most `LARGEST`, or `LARGEST_ROTATED` with rotate.
+    rotate: rotate views by the columns cos and sin.
+    All tensors are on one device.
     """
     (_, H, W, channels), (V, B, columns) = images.shape, parameters.shape
-    assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous(), (
-        images.shape,
-        images.dtype,
-    )
-    assert (
-        columns == len(NAMES)
-        and parameters.dtype == torch.float32
-        and parameters[0].is_contiguous()
-    ), columns
-    assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), (
-        index.shape,
-        index.dtype,
-    )
+    found = images.shape, images.dtype, index.shape, index.dtype, parameters.shape, parameters.dtype
+    assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous(), found
+    assert columns == len(NAMES) and parameters.dtype == torch.float32, found
+    assert parameters[0].is_contiguous(), found
+    assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), found
     assert 0 < size <= (LARGEST_ROTATED if rotate else LARGEST), (size, rotate)
     out = torch.empty((V, B, size, size, 3), dtype=torch.uint8, device=images.device)
     block = block_of(size)
     with torch.cuda.device_of(images):
-        # Without contracted multiply-adds: a value just above an integer must not end just below it.
+        # No fused multiply-adds: a value just above an integer must not end just below.
         _augment_kernel[(B, V)](
-            images, index, parameters, out, parameters.stride(0), H, W, S=size, ROTATE=rotate, BLOCK=block,
-            num_warps=8 if rotate or block > 32 else 4, num_stages=1, maxnreg=REGISTERS,
+            images,
+            index,
+            parameters,
+            out,
+            parameters.stride(0),
+            H,
+            W,
+            S=size,
+            ROTATE=rotate,
+            BLOCK=block,
+            num_warps=8 if rotate or block > 32 else 4,
+            num_stages=1,
+            maxnreg=REGISTERS,
             enable_fp_fusion=False,
-        )  # fmt: skip
+        )
     return out

@@ -1,8 +1,9 @@
-"""Tile sizes of the InfoNCE kernels and how many parts the negatives are split into: a table and a rule.
+"""Tile sizes of the InfoNCE kernels, and the number of splits of the negatives.
 
-Chosen from the machine code that `mocofast_bench.inspect_code` reports, not by timing on the user's machine: nothing
-changes from run to run, and every row of the table is compiled by the tests for sm_80, sm_90 and sm_100. Where
-`mocofast bench autotune` was asked to time the candidates, its table comes before this rule (`tiles`).
+The tiles were chosen from the machine code that `mocofast_bench.inspect_code` reports, not by
+timing on the user's machine. So nothing changes from run to run, and the tests compile every
+tile for sm_80, sm_90 and sm_100. A table made by `mocofast bench autotune`, which times the
+candidates, takes precedence over this rule (`mocofast_kernels.tiles`).
 """
 
 from __future__ import annotations
@@ -13,40 +14,48 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Registers a thread may have: all there are. Without a number ptxas goes, in a few of these kernels, for more
-# programs at a time and spills 2 to 24 words for it.
+# Registers that a thread may have: all of them. Without a limit, ptxas fits more programs on a
+# multiprocessor in a few of these kernels and spills 2 to 24 words.
 REGISTERS = 255
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: rows of the block that stays, rows of the blocks that stream past, and columns."""
+    """Sizes of the blocks that a program works on."""
 
-    stay: int
-    stream: int
+    stay: int  # rows of the block that stays
+    stream: int  # rows of the blocks that stream past
     block_c: int  # columns of a row that a score product takes at a time
-    out_c: int  # columns of the accumulator; programs share a row that is longer, and each repeats the scores
+    # Columns of the accumulator. Several programs share a longer row, and every program
+    # repeats the scores.
+    out_c: int
     warps: int
     stages: int  # depth of the software pipeline
 
 
 def block_of(C: int) -> int:
-    """The power of two, at least 16 (the smallest side of a matrix product), that holds C columns."""
+    """Returns the smallest power of two that holds C columns, at least 16.
+
+    16 is the smallest side of a matrix product.
+    """
     return max(16, triton.next_power_of_2(C))
 
 
 def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> Tile:
-    """Tile of the forward sweep: queries stay, negatives stream.
+    """Returns the tile of the forward sweep: queries stay, negatives stream.
 
-    dot: "16bit", "tf32" or "ieee". aligned: rows of negatives lie contiguous, in whole pieces of 16 bytes. plain:
-    they are operands as they lie there (aligned, of dot's type, not to be normalised) and go to shared memory past
-    the registers. online: the running maximum is kept.
+    dot: "16bit", "tf32" or "ieee".
+    aligned: rows of negatives are contiguous, in whole pieces of 16 bytes.
+    plain: negatives are operands as stored (aligned, of dot's type, not to be normalised).
+        Plain negatives go to shared memory past the registers.
+    online: the sweep keeps a running maximum.
 
-    The binding limit is 255 registers a thread: they hold stay x out_c of sums, stay x stream of scores and, where
-    the negatives pass through them, stream x block_c of those; rows that are not aligned also take many addresses.
+    The binding limit is 255 registers a thread. They hold stay x out_c sums, stay x stream
+    scores and, unless plain, stream x block_c negatives. Rows that are not aligned also take
+    many registers for addresses.
     """
     c = block_of(C)
     if dot == "ieee":
-        # No matrix unit multiplies float32: fused multiply-adds, whose operands all sit in registers.
+        # No matrix unit multiplies float32. Fused multiply-adds have all operands in registers.
         return Tile(32, 32, c, c, 4, 1) if c <= 32 else Tile(64, 32, 32, min(c, 128), 8, 1)
     if dot == "tf32":
         if c <= 128 and plain:
@@ -55,20 +64,22 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
     if not aligned:
         return Tile(64, 32, min(c, 64), min(c, 256), 8, 2)
     if c > 256 and plain:
-        # Every program of a row repeats its scores: 512 columns of sums, at 128 registers a thread, halve that.
+        # Every program of a row repeats the row's scores. 512 columns of sums (128 registers a
+        # thread) halve the number of programs.
         return Tile(64, 64, 64, 512, 8, 2)
     if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
         return Tile(64, 64, 64, min(c, 256), 8, 2)
     if c == 256:
         return Tile(64, 64, c, c, 8 if online else 4, 2)
     if plain and c == C and not online:
-        # The queue of MoCo: two programs share a multiprocessor, one's exponentials under the other's products.
+        # MoCo's queue: two programs share a multiprocessor, so exponentials of the first overlap
+        # with products of the second.
         return Tile(64, 128, c, c, 4, 2)
     return Tile(128, 64, c, c, 8, 3 if plain else 2)
 
 
 def backward_tile(C: int, dot: str) -> Tile:
-    """Tile of the negatives' gradient: negatives stay, prepared queries stream."""
+    """Returns the tile of the gradient by the negatives: negatives stay, queries stream."""
     c = block_of(C)
     if dot == "ieee":
         return Tile(64, 32, min(c, 32), min(c, 128), 8, 1)
@@ -82,7 +93,10 @@ def backward_tile(C: int, dot: str) -> Tile:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU. Without one (Triton's interpreter): a few, so that splits are exercised."""
+    """Returns the number of multiprocessors of a GPU.
+
+    Returns 3 without a GPU (Triton's interpreter), so that tests see several splits.
+    """
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -91,17 +105,24 @@ def processors(device: torch.device) -> int:
 
 
 def kernel_slots(device: torch.device, warps: int = 4) -> int:
-    """Programs of a sweep that a device runs at a time, if each takes nearly every register that it may."""
+    """Returns how many programs of a sweep a device runs at a time.
+
+    Assumes that a program's threads take nearly all registers that a thread may have.
+    """
     return processors(device) * (8 // warps)
 
 
 @functools.cache
 def split_count(blocks: int, tiles: int, slots: int) -> int:
-    """Into how many parts to split `tiles` tiles of negatives, for `blocks` programs a part and `slots` at a time:
-    the number of least cost, in the time of a tile.
+    """Returns the cheapest number of splits of the negatives.
 
-    Programs run in waves, and each takes its tiles plus about 2 more to start and finish. Each part also writes and
-    reads again one block of float32 sums for every program, about 1/40 tile when the whole device does it.
+    blocks: programs in a split.
+    tiles: tiles of negatives.
+    slots: programs that run at a time.
+
+    The cost is counted in the time of a tile. Programs run in waves. A program takes the time
+    of its tiles plus about 2 tiles to start and finish. Every program also writes a block of
+    float32 sums, which is read again: about 1/40 tile when the whole device takes part.
     """
 
     def cost(splits: int) -> float:

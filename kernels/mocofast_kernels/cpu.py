@@ -1,22 +1,26 @@
-"""The kernels in plain PyTorch: blocked InfoNCE, EMA and enqueue, for the CPU and for any device without Triton.
+"""The kernels in plain PyTorch, for CPUs and devices without Triton: InfoNCE, EMA and enqueue.
 
-One pass over the negatives gives the loss and its gradient, as attention whose keys and values are both the queue
-(He et al. 2020, arXiv:1911.05722, eq. 1, differentiated). With unit vectors h = query / |query|, k+ the positive,
-n_j the negatives, s_j = h.n_j and a = log-sum-exp over the negatives of s_j / T:
+One pass over the negatives gives the loss and the gradient, as attention whose keys and values
+are the queue (He et al. 2020, arXiv:1911.05722, eq. 1, differentiated). With unit vectors
+h = query / |query|, k+ the positive, n_j the negatives, s_j = h.n_j and
+a = log-sum-exp over the negatives of s_j / T:
 
     d = a - s_+ / T,    loss = softplus(d),    w = sigmoid(d)  (the negatives' share of the softmax)
     dL/dh = w (O - k+) / T  with  O = sum_j softmax_j(s / T) n_j,    dL/d(1/T) = h . w (O - k+)
 
-Writing the positive apart from the negatives loses no digits when it dominates (loss near 0).
+With the positive apart from the negatives, no digits are lost when the positive dominates
+(loss near 0).
 
-What made it fast on the CPU, in order of effect: oneDNN's float32 products instead of `torch.mm` (MKL's, half as fast
-on an AMD CPU with AVX-512), no N x K array (a block of logits stays in the cache and is overwritten by its
-exponentials), `exp2` instead of `exp` (PyTorch's is four times as fast in float32; log2(e) / T is folded into the
-query), no maximum and no shift where the logits are bounded, and for small problems few operations. docs/log.md has
-the numbers.
+Measures that made the CPU fast, in order of effect (docs/log.md has the numbers):
+- oneDNN's float32 products instead of `torch.mm`: MKL's products are half as fast on an AMD CPU
+  with AVX-512;
+- no N x K array: a block of logits stays in the cache and is overwritten by the exponentials;
+- `exp2`, four times as fast as `exp` in float32, with log2(e) / T multiplied into the query;
+- no maximum and no shift where the logits are bounded, and few operations for small problems.
 
-Everything is computed in float32 whatever `dot_dtype` asks: bfloat16 products are hundreds of times slower on CPUs
-without the instructions for them. Runs are bit-equal on one machine with one number of threads.
+Everything is computed in float32, whatever `dot_dtype` asks: bfloat16 products are hundreds of
+times slower on CPUs without bfloat16 instructions. Runs are bit-equal on one machine with one
+number of threads.
 """
 
 from __future__ import annotations
@@ -28,13 +32,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # below this norm a vector is divided by EPS instead, as torch.nn.functional.normalize does
+EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
 LOG2E = 1.0 / math.log(2.0)
-# Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) stay normal float32 numbers.
+# Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) are normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
 LOGITS = 2**19  # per block: 2 MB
-# x @ weight.T by oneDNN, as torch.compile calls it; None in a build without it.
+# x @ weight.T by oneDNN, as torch.compile calls it. None in a build without oneDNN.
 _ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
@@ -43,15 +47,15 @@ _ONEDNN_LINEAR = (
 
 
 class InfoNCEForward(NamedTuple):
-    """What one pass yields; fields that were not asked for may be None."""
+    """Result of a forward pass. Fields that were not asked for may be None."""
 
     loss: Tensor  # (N,) float32
-    lse: Tensor | None  # (N,) float32: log-sum-exp over the positive and the negatives of s / T
-    rank: Tensor | None  # (N,) int32: negatives that score above the positive
+    lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
+    # (N,) int32: the positive's rank, the number of negatives that score above the positive
+    rank: Tensor | None
     grad_query: Tensor | None  # (N, C) float32: d loss_i / d query_i
-    grad_positive: (
-        Tensor | None
-    )  # (N, C) float32: d loss_i / d positive_i, through the positive logit only
+    # (N, C) float32: d loss_i / d positive_i, through the positive logit only
+    grad_positive: Tensor | None
     grad_scale: Tensor | None  # (N,) float32: d loss_i / d (1/T)
 
 
@@ -69,12 +73,18 @@ def infonce_forward(
     only_query: bool,
     dot_dtype: torch.dtype,
 ) -> InfoNCEForward:
-    """Per-row InfoNCE loss and its gradients, in one sweep over the negatives.
+    """Returns the InfoNCE loss of every row and its gradients, from one sweep over the negatives.
 
-    query, positive: (N, C); negatives: (K, C); any strides, float32, bfloat16 or float16. temperature: float, or a
-    0-d tensor. normalize, normalize_negatives: divide by the L2 norm over C first. exclude_period P > 0: negative j
-    is left out of row i where j % P == i % P. compute_grad: whether gradients are wanted; only_query: that of the
-    query alone. dot_dtype is ignored here (float32 always).
+    query, positive: (N, C), float32, bfloat16 or float16, any strides.
+    negatives: (K, C), types and strides as query.
+    temperature: float, or a tensor ().
+    normalize: divide query and positive by their L2 norms over C first.
+    normalize_negatives: divide the negatives likewise.
+    exclude_period: P > 0 leaves negative j out of row i where j % P == i % P.
+    return_rank: count the negatives that score above the positive.
+    compute_grad: compute gradients.
+    only_query: compute the gradient of the query alone.
+    dot_dtype: ignored (float32 always).
     """
     inverse_t = _inverse(temperature)
     unshifted = (
@@ -87,33 +97,25 @@ def infonce_forward(
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)
     blocks = _Blocks(negatives, normalize_negatives, len(h))
-    total, output, maximum, rank = _joined(
+    options = (exclude_period, unshifted, return_rank, compute_grad)
+    total, output, maximum, positive_rank = _joined(
         [
-            _sums(
-                blocks,
-                scaled[rows],
-                logit_positive[rows],
-                rows.start,
-                exclude_period,
-                unshifted,
-                return_rank,
-                compute_grad,
-            )
+            _sums(blocks, scaled[rows], logit_positive[rows], rows.start, *options)
             for rows in blocks.rows
         ]
     )
 
-    # log(0) = -inf where no negative counts: loss 0.
+    # Loss. log(0) = -inf for a row without negatives gives loss 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)
     loss = torch.nn.functional.softplus(difference)
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
     if output is None:
-        return InfoNCEForward(loss.squeeze(1), lse, rank, None, None, None)
-    if (
-        exclude_period or maximum is not None
-    ):  # 0 / 0 where no negative counts; the clamp lets NaN through
+        return InfoNCEForward(loss.squeeze(1), lse, positive_rank, None, None, None)
+
+    # Gradients. The clamp avoids 0 / 0 for a row without negatives, and keeps NaN.
+    if exclude_period or maximum is not None:
         total.clamp_min_(torch.finfo(torch.float32).tiny)
     weight = torch.sigmoid(difference).mul_(-inverse_t)
     grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
@@ -126,16 +128,17 @@ def infonce_forward(
             grad_key, (grad_key * key).sum(1, keepdim=True), key, key_norm
         )
     grad_query = _through_normalize(grad, along, h, query_norm)
-    return InfoNCEForward(loss.squeeze(1), lse, rank, grad_query, grad_positive, grad_scale)
+    loss = loss.squeeze(1)
+    return InfoNCEForward(loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
 
 
 class _Sums(NamedTuple):
-    """Over all negatives, for R queries, with w = exp2(logit - maximum)."""
+    """Sums over all negatives for R queries, with weights w = exp2(logit - maximum)."""
 
-    total: Tensor  # sum of w, (R, 1)
-    output: Tensor | None  # sum of w negative, (R, C)
-    maximum: Tensor | None  # (R, 1); None where nothing is subtracted
-    above: Tensor | None  # how many logits exceed the positive's, (R,) int32
+    total: Tensor  # (R, 1) sum of w
+    output: Tensor | None  # (R, C) sum of w x negative
+    maximum: Tensor | None  # (R, 1), or None where nothing is subtracted
+    above: Tensor | None  # (R,) int32: logits above the positive's logit
 
 
 def _sums(
@@ -148,15 +151,24 @@ def _sums(
     return_rank: bool,
     compute_grad: bool,
 ) -> _Sums:
-    """For one block of queries, the first of them query number `first`. What is added up over the blocks of negatives
-    starts with the first block: few operations, which is what small problems take."""
+    """Returns the sums for a block of queries.
+
+    scaled: (R, C) queries times log2(e) / T.
+    logit_positive: (R, 1).
+    first: number of the block's first query.
+    unshifted: the logits are bounded, so no maximum is subtracted.
+
+    The sums start as those of the first block of negatives, without an addition to zeros: small
+    problems need few operations.
+    """
     total = output = maximum = above = flags = None
     for start, block in blocks:
-        logits = product(scaled, block)
+        logits = product(scaled, block)  # (R, B)
         if exclude_period:
             _fill_excluded(logits, first, start, exclude_period)
         if return_rank:
-            # Comparing into float32 is several times as fast as into booleans; exact, as a block has < 2**24.
+            # Float32 flags are several times as fast as booleans, and exact: a block has fewer
+            # than 2**24 negatives.
             flags = (
                 torch.empty_like(logits)
                 if flags is None
@@ -177,14 +189,15 @@ def _sums(
         sums = weights.sum(1, keepdim=True)
         total = sums if total is None else total.add_(sums)
         if compute_grad:
-            part = product(weights, block.t())
-            output = part if output is None else output.add_(part)
-        del logits, weights  # before the next block's
-    assert total is not None  # there is a negative
+            summand = product(weights, block.t())
+            output = summand if output is None else output.add_(summand)
+        del logits, weights  # free the memory before the next block
+    assert total is not None  # there is at least one negative
     return _Sums(total, output, maximum, above)
 
 
 def _joined(blocks: list[_Sums]) -> _Sums:
+    """Returns the sums of all blocks of queries, concatenated."""
     if len(blocks) == 1:
         return blocks[0]
     fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*blocks)]
@@ -203,9 +216,13 @@ def infonce_grad_negatives(
     exclude_period: int,
     dot_dtype: torch.dtype,
 ) -> Tensor:
-    """d (sum_i grad_loss_i loss_i) / d negatives, (K, C) float32: the probabilities are recomputed block by block.
+    """Returns the gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
 
-    grad_loss, lse: (N,) float32, `lse` as `infonce_forward` returned it for the same other arguments.
+    Recomputes the probabilities block by block.
+
+    grad_loss: (N,) float32.
+    lse: (N,) float32, from `infonce_forward` with equal other arguments.
+    The other arguments are those of `infonce_forward`.
     """
     inverse_t = _inverse(temperature)
     h, _ = _rows(query, normalize)
@@ -230,9 +247,12 @@ def infonce_grad_negatives(
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
-    """Write keys (B, C) into the ring buffer queue (K, C) from row `pointer` (1,) int64 on, and advance it.
+    """Writes key i at row (pointer + i) % K of the queue, then advances the pointer by B, modulo K.
 
-    Where B > K the last K keys stay, at the rows where they would have ended. No host synchronisation.
+    queue: (K, C), a ring buffer.
+    pointer: (1,) int64. No host synchronisation.
+    keys: (B, C). Where B > K, only the last K keys are written, at the rows of the formula.
+    normalize: divide keys by their L2 norms first.
     """
     size, count = len(queue), len(keys)
     kept = min(count, size)
@@ -243,13 +263,19 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
 
 
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """t = m t + (1 - m) s in place; integer targets are copied; a tied tensor (listed twice) is updated once."""
+    """Computes t = m t + (1 - m) s in place for all targets t and sources s.
+
+    targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
+        that the list holds twice (tied weights) is updated once.
+    momentum: m, a float or a tensor ().
+    """
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum
     if isinstance(step, float) and _are_distinct_float32(targets, sources):
         torch._foreach_lerp_(targets, sources, step)
         return
+    # Sort out integers, other types and tied tensors.
     plain_targets, plain_sources = [], []
     seen = set()
     for target, source in zip(targets, sources):
@@ -277,15 +303,20 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
 
 
 def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Whether all are float32 and no target is listed twice: the usual case, seen sooner for all of them at once."""
+    """Returns whether all tensors are float32 and no target is listed twice: the usual case."""
     pointers = {x.data_ptr() for x in targets}
     return len(pointers) == len(targets) and {x.dtype for x in targets + sources} == {torch.float32}
 
 
 class _Blocks:
-    """How `count` queries by the negatives (K, C) are blocked, and these negatives as float32, block by block."""
+    """Divides queries and negatives into blocks, and yields the negatives block by block.
+
+    rows: slices of the queries.
+    columns: number of negatives in a block.
+    """
 
     def __init__(self, negatives: Tensor, normalize: bool, count: int) -> None:
+        """negatives: (K, C). count: number of queries."""
         size, dim = negatives.shape
         self.negatives, self.normalize = negatives, normalize
         self.rows = _ranges(count, ROWS)
@@ -295,7 +326,10 @@ class _Blocks:
         self.copy = None if in_place else torch.empty(self.columns, dim, device=negatives.device)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Number of the first negative, and negatives (B, C), contiguous; to be used before the next block."""
+        """Yields the number of a block's first negative, and the block, (B, C) float32, contiguous.
+
+        A block must be used before the next block is taken.
+        """
         for columns in _ranges(len(self.negatives), self.columns):
             block = self.negatives[columns]
             if self.copy is not None:
@@ -306,7 +340,7 @@ class _Blocks:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, (M, C) by (P, C), float32, by the faster library."""
+    """Returns x @ weight.T, float32, from the faster library. x: (M, C). weight: (P, C)."""
     if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled:
         result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
         return result
@@ -314,17 +348,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ranges(size: int, step: int) -> list[slice]:
+    """Returns slices of `step` items that cover `size` items."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _inverse(temperature: float | Tensor) -> float | Tensor:
-    if isinstance(temperature, Tensor) and temperature.device.type == "cpu":
-        temperature = float(
-            temperature
-        )  # costs no synchronisation there, and lets the exponentials go unshifted
-    return (
-        temperature.float().reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
-    )
+    """Returns 1 / T, for a tensor on the CPU as a float: known logits need no shift."""
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return temperature.float().reciprocal()
+    return 1.0 / float(temperature)
 
 
 def _clamped_norm(rows: Tensor) -> Tensor:
@@ -332,7 +364,10 @@ def _clamped_norm(rows: Tensor) -> Tensor:
 
 
 def _rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The vectors (M, C) in float32, divided by their norms if asked, and these norms (M, 1)."""
+    """Returns vectors (M, C) in float32, and their norms (M, 1) or None.
+
+    normalize: divide the vectors by the norms.
+    """
     vectors = vectors.float()
     if not normalize:
         return vectors, None
@@ -341,18 +376,21 @@ def _rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _through_normalize(grad: Tensor, along: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
-    """Gradient with respect to a vector, from that with respect to unit = vector / norm (None: not normalised) and
-    from along = grad . unit, (M, 1), which is overwritten."""
+    """Returns the gradient by a vector from the gradient by unit = vector / norm.
+
+    grad, unit: (M, C).
+    along: (M, 1), grad . unit. Overwritten.
+    norm: (M, 1), or None for vectors that were not normalised.
+    """
     if norm is None:
         return grad
-    along.div_(
-        torch.threshold(norm, EPS, math.inf)
-    )  # no such part up to EPS: there the divisor is a constant
+    # Up to EPS the divisor is a constant, so the gradient has no component along the vector.
+    along.div_(torch.threshold(norm, EPS, math.inf))
     return grad.div(norm).addcmul_(unit, along, value=-1)
 
 
 def _fill_excluded(logits: Tensor, row: int, column: int, period: int) -> None:
-    """-inf where (row + i) % period == (column + j) % period, for logits (R, B) of rows i and columns j."""
+    """Writes -inf to logits (R, B) at i, j where (row + i) % period == (column + j) % period."""
     count, width = logits.shape
     first = (row - column) % period - ((count - 1) // period + 1) * period
     for offset in range(first, width, period):

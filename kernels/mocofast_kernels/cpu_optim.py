@@ -1,10 +1,15 @@
-"""Optimiser steps in plain PyTorch, on any device: SGD, LARS and AdamW, each with the moving average of the momentum
-encoder and low-precision copies of both encoders. The path of CPUs, and the twin of `mocofast_kernels.optim`.
+"""Optimiser steps in plain PyTorch, on any device: SGD, LARS and AdamW.
 
-A step is PyTorch's own fused one, then a moving average, then copies. Cutting the tensors so that the average finds
-the parameters in the cache was no faster. With several threads small tensors take foreach operations instead, as the
-fused steps wake all threads for every tensor: where they had to wait for busy cores, a step of 80,000 parameters took
-170 to 580 ms instead of less than 1. On one thread these operations would cost 3 to 5% of a ResNet-50's step.
+A step also updates the moving average of the momentum encoder and the low-precision copies of
+both encoders. CPUs take this path. `mocofast_kernels.optim` computes the same on GPUs.
+
+PyTorch's fused step comes first, then the moving average, then the copies. Dividing the tensors
+so that the average finds the parameters in the cache was no faster.
+
+With several threads, small tensors take foreach operations, since a fused step wakes all
+threads for every tensor. When threads had to wait for busy cores, a step of 80,000 parameters
+took 170 to 580 ms instead of less than 1 ms. On one thread foreach operations would cost
+3 to 5% of a ResNet-50's step.
 """
 
 from __future__ import annotations
@@ -18,23 +23,24 @@ from torch import Tensor
 
 from mocofast_kernels import cpu
 
-SMALL = 2**15  # elements, the grain of PyTorch's elementwise operations: fewer stay on one thread
-CHUNK = 2**20  # elements whose scaled gradients LARS holds at a time, at least one tensor's
+SMALL = 2**15  # elements: PyTorch keeps elementwise operations on fewer elements on one thread
+CHUNK = 2**20  # elements whose scaled gradients LARS holds at a time, at least a whole tensor
 
 
 class ParameterRow(NamedTuple):
-    """A parameter and what is updated with it: tensors of one shape, of any strides and floating types."""
+    """A parameter and the tensors updated with it.
+
+    The tensors have equal shapes, any strides and any floating types.
+    """
 
     param: Tensor
-    grad: (
-        Tensor | None
-    )  # without one, the parameter and its state stay; average and copies are made all the same
+    grad: Tensor | None  # None: param and state stay, average and copies are updated
     target: Tensor | None  # becomes m target + (1 - m) param, after the step
     shadow: Tensor | None  # becomes a copy of param
     target_shadow: Tensor | None  # becomes a copy of target
-    state: tuple[
-        Tensor, ...
-    ]  # (momentum_buffer,), or () without momentum; AdamW: (exp_avg, exp_avg_sq, step)
+    # SGD and LARS: (momentum_buffer,), or () without momentum.
+    # AdamW: (exp_avg, exp_avg_sq, step), step a float32 tensor ().
+    state: tuple[Tensor, ...]
 
 
 def sgd_(
@@ -45,10 +51,15 @@ def sgd_(
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """b = momentum b + g + weight_decay p; p = p - lr b: torch.optim.SGD without dampening, b starting from 0.
+    """Makes a step of SGD: b = momentum b + g + weight_decay p, then p = p - lr b.
 
-    Float32 arithmetic (float64 for float64), rounded to what each tensor is stored in. Numbers may be tensors (),
-    which are read by the host here.
+    Equals torch.optim.SGD without dampening, with b starting from 0.
+
+    rows: parameters p, gradients g, momentum buffers b and the tensors that follow p.
+    lr, momentum, weight_decay: floats, or tensors (), which the host reads.
+    ema_momentum: m of the moving average, likewise.
+
+    Computes in float32 (float64 for float64 parameters), and rounds to the types of the tensors.
     """
     lr, momentum, weight_decay = float(lr), float(momentum), float(weight_decay)
     for params, grads, states, small in _dense_groups(rows):
@@ -85,10 +96,13 @@ def lars_(
     trust_coefficient: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """LARS as MoCo v3 has it (You et al. 2017, arXiv:1708.03888): d = g + weight_decay p, scaled by
-    trust_coefficient |p| / |d| where both norms are above 0; b = momentum b + d; p = p - lr b.
+    """Makes a step of LARS as in MoCo v3 (You et al. 2017, arXiv:1708.03888).
 
-    Parameters of at most one dimension (biases, norms) are neither decayed nor scaled. Norms are of float32 values.
+    d = g + weight_decay p, scaled by trust_coefficient |p| / |d| where |p| and |d| are above 0.
+    Then b = momentum b + d and p = p - lr b.
+
+    Parameters of at most one dimension (biases, norms) are neither decayed nor scaled. The norms
+    are computed from float32 values. The other arguments are those of `sgd_`.
     """
     chunk: list[ParameterRow] = []
     size = 0
@@ -110,8 +124,11 @@ def adamw_(
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); a row's step, a float32 tensor (), counts
-    first."""
+    """Makes a step of torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Adds 1 to the step count of every row with a gradient first. betas and eps are floats. The
+    other arguments are those of `sgd_`.
+    """
     lr, weight_decay, (beta1, beta2) = float(lr), float(weight_decay), betas
     for params, grads, states, small in _dense_groups(rows):
         exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*states))
@@ -148,7 +165,7 @@ def adamw_(
 
 
 def _scaled(row: ParameterRow, weight_decay: float, trust_coefficient: float) -> ParameterRow:
-    """The row with LARS's update in the place of its gradient."""
+    """Returns the row with LARS's update in place of the gradient."""
     if row.grad is None or row.param.dim() <= 1:
         return row
     wide = torch.promote_types(row.param.dtype, torch.float32)
@@ -160,17 +177,22 @@ def _scaled(row: ParameterRow, weight_decay: float, trust_coefficient: float) ->
 
 
 def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
+    """Updates the moving averages, then the low-precision copies."""
     averaged = [row for row in rows if row.target is not None]
     if averaged:
-        cpu.ema_update_([row.target for row in averaged], [row.param for row in averaged], momentum)  # type: ignore[misc]
+        targets = [row.target for row in averaged]
+        cpu.ema_update_(targets, [row.param for row in averaged], momentum)  # type: ignore[arg-type]
     copies = [(row.shadow, row.param) for row in rows if row.shadow is not None]
-    copies += [(row.target_shadow, row.target) for row in rows if row.target_shadow is not None]  # type: ignore[misc]
+    for row in rows:
+        if row.target_shadow is not None:
+            assert row.target is not None  # a copy of the average needs the average
+            copies.append((row.target_shadow, row.target))
     if copies:
         torch._foreach_copy_([copy for copy, _ in copies], [source for _, source in copies])
 
 
 class _Group(NamedTuple):
-    """Rows with gradients, of one type (float32 or float64) and one device, all with state or all without."""
+    """Rows with gradients, of one type (float32 or float64), one device and one length of state."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -179,15 +201,16 @@ class _Group(NamedTuple):
 
 
 def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
-    """Rows with gradients, fit for PyTorch's fused steps.
+    """Yields groups of rows with gradients that fit PyTorch's fused steps.
 
-    These go through memory in its order, and on CPUs that of SGD is wrong in 16 bits (2.11: off by tenths of a unit).
-    So rows of other types, or with tensors stored in different orders, are exchanged for copies, and what the step
-    makes of these is written back after it.
+    Fused steps go through tensors in the order of memory. On CPUs the fused SGD step is wrong in
+    16 bits (PyTorch 2.11: off by tenths of a unit). So rows of other types than float32 and
+    float64, and rows with different orders of elements, are replaced by copies. After the step
+    on a group, the copies are written back.
     """
     least = SMALL if torch.get_num_threads() > 1 else 0
     groups: dict[Hashable, _Group] = {}
-    lent: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+    write_back: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}  # (original, copy)
     for param, grad, _, _, _, state in rows:
         if grad is None or param.numel() == 0:
             continue
@@ -197,7 +220,7 @@ def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
         tensors = (param, grad, *state[:2])
         if any(t.dtype != wide for t in tensors) or not same_layout(tensors):
             copies = [t.to(wide, copy=True, memory_format=torch.contiguous_format) for t in tensors]
-            lent.setdefault(key, []).extend([(param, copies[0]), *zip(state, copies[2:])])
+            write_back.setdefault(key, []).extend([(param, copies[0]), *zip(state, copies[2:])])
             param, grad, state = copies[0], copies[1], (*copies[2:], *state[2:])
         group = groups.setdefault(key, _Group([], [], [], small))
         group.params.append(param)
@@ -205,13 +228,15 @@ def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
         group.states.append(state)
     for key, group in groups.items():
         yield group
-        for original, copy in lent.get(key, ()):
+        for original, copy in write_back.get(key, ()):
             original.copy_(copy)
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:
-    """Whether all have one shape and each fills one stretch of memory, in the same order of elements (contiguous,
-    channels-last, transposed)."""
+    """Returns whether tensors of equal shape fill memory without gaps, in one order of elements.
+
+    The order may be contiguous, channels-last or transposed.
+    """
     first, *others = tensors
     shape, stride = first.shape, first.stride()
     for t in others:
@@ -221,5 +246,8 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
 
 
 def _order(t: Tensor) -> list[int]:
-    """Strides; that of a dimension of size 1 says nothing, and 1x1 convolutions have two ways to write it."""
+    """Returns the strides of dimensions larger than 1.
+
+    The stride of a dimension of size 1 says nothing: 1x1 convolutions have two ways to write it.
+    """
     return [stride for size, stride in zip(t.shape, t.stride()) if size != 1]

@@ -1,4 +1,4 @@
-"""Exponential moving average of many tensors in one launch, on a GPU, by Triton."""
+"""Exponential moving average of many tensors on a GPU, in one launch of a Triton kernel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from torch import Tensor
 
 from mocofast_kernels.tables import FLOATS, TableCache, column, locate
 
-BLOCK = 4096  # elements a program updates: 32 a thread
+BLOCK = 4096  # elements that a program updates: 32 a thread
 
 _tables = TableCache(BLOCK)
 
 
 @triton.jit
 def _ema_kernel(
-    addresses, sizes, owners, momentum, keep_float, take_float, tensors, TARGET: tl.constexpr, SOURCE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    addresses,  # (2, rows) int64: targets, sources
+    sizes,  # (rows,) int64
+    owners,  # (programs, 2) int32
+    momentum,  # pointer to m, or None
+    keep_float,  # m and 1 - m, used without a pointer
+    take_float,
+    tensors,  # rows of the table
+    TARGET: tl.constexpr,
+    SOURCE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     if momentum is None:
         keep, take = keep_float, take_float
     else:
@@ -33,6 +42,7 @@ def _ema_kernel(
 
 
 def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> None:
+    """Updates one tensor by PyTorch's operations."""
     if not target.is_floating_point():
         target.copy_(source)
         return
@@ -46,16 +56,21 @@ def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> Non
 
 @torch.no_grad()
 def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """t = m t + (1 - m) s for each target and source, in place: one launch for each pair of their types, and one more
-    where some of them start or end at addresses that rule out wide loads.
+    """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
-    Float32 arithmetic, rounded to the target's type (float64 for a float64 target). momentum: a float (1 - m is
-    taken in double precision) or a tensor () on the same device, read there. Integer tensors are copied. A target
-    that stands in the list twice (tied weights) is updated once. A steady state makes no host synchronisation and can
-    be captured in a CUDA graph; the first call with a set of tensors uploads a table and cannot.
+    targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
+        that the list holds twice (tied weights) is updated once.
+    momentum: m, a float (1 - m is computed in double precision), or a tensor () on the same
+        device, read on the device.
 
-    Pairs that are no flat stretches of memory in the same order, and types other than float32, bfloat16 and
-    float16, go through PyTorch one by one.
+    Computes in float32 (float64 for a float64 target) and rounds to the target's type.
+
+    Makes one launch for every pair of types, and one more where addresses or sizes rule out wide
+    loads. PyTorch updates the remaining pairs one by one: pairs with gaps or with different orders
+    of elements, and types other than float32, bfloat16 and float16.
+
+    The first call with a set of tensors uploads a table and cannot be captured in a CUDA graph.
+    Later calls make no host synchronisation and can be captured.
     """
     assert len(targets) == len(sources), (len(targets), len(sources))
     if not targets:
@@ -72,6 +87,15 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
         for table in plan.tables:
             target, source = (FLOATS[dtype] for dtype in table.dtypes if dtype is not None)
             _ema_kernel[(len(table.owners),)](
-                table.addresses, table.sizes, table.owners, pointer, keep, take, len(table.sizes), TARGET=target,
-                SOURCE=source, WIDE=table.wide, BLOCK=BLOCK,
-            )  # fmt: skip
+                table.addresses,
+                table.sizes,
+                table.owners,
+                pointer,
+                keep,
+                take,
+                len(table.sizes),
+                TARGET=target,
+                SOURCE=source,
+                WIDE=table.wide,
+                BLOCK=BLOCK,
+            )

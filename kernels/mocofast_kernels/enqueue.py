@@ -1,4 +1,4 @@
-"""Normalise keys and write them into the ring of negatives, in one pass, on a GPU, by Triton."""
+"""Enqueue on a GPU: one Triton kernel normalises keys and writes them into the queue."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from mocofast_kernels.rows import load_rows, narrow, rows_per_program, unit_rows
 
 @triton.jit
 def _enqueue_kernel(
-    queue, pointer, keys, B, K, queue_stride_k, queue_stride_c, keys_stride_b, keys_stride_c, C: tl.constexpr,
-    NORMALIZE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # Of more keys than the ring holds, only the last K are written: no row is written twice.
+    queue,  # (K, C)
+    pointer,  # (1,) int64
+    keys,  # (B, C)
+    B,
+    K,
+    queue_stride_k,
+    queue_stride_c,
+    keys_stride_b,
+    keys_stride_c,
+    C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # Write only the last K keys of a longer batch, so that no row is written twice.
     first = tl.maximum(B - K, 0).to(tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)
     limit = B - first
@@ -35,11 +46,12 @@ def _enqueue_kernel(
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
-    """Write keys at rows (pointer + i) % K of the queue, then advance the pointer by their number, modulo K.
+    """Writes key i at row (pointer + i) % K of the queue, then advances the pointer by B, modulo K.
 
-    queue: (K, C) float32, bfloat16 or float16, any strides; pointer: (1,) int64 on the same device; keys: (B, C),
-    divided by max(|x|, 1e-12) first if normalize, in float32. Of more than K keys the last K stay, where they would
-    have ended. The pointer is read on the device: no host synchronisation.
+    queue: (K, C) float32, bfloat16 or float16, any strides.
+    pointer: (1,) int64 on the same device, read on the device: no host synchronisation.
+    keys: (B, C). Where B > K, only the last K keys are written, at the rows of the formula.
+    normalize: divide keys by max(|x|, 1e-12) first, in float32.
     """
     (K, C), B = queue.shape, keys.shape[0]
     assert keys.shape == (B, C) and pointer.shape == (1,) and pointer.dtype == torch.int64, (
@@ -52,9 +64,17 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
     keys = narrow(keys)
     with torch.cuda.device_of(queue):
         _enqueue_kernel[(triton.cdiv(min(B, K), block_b),)](
-            queue, pointer, keys, B, K, *queue.stride(), *keys.stride(), C=C, NORMALIZE=normalize, BLOCK_B=block_b,
+            queue,
+            pointer,
+            keys,
+            B,
+            K,
+            *queue.stride(),
+            *keys.stride(),
+            C=C,
+            NORMALIZE=normalize,
+            BLOCK_B=block_b,
             BLOCK_C=block_of(C),
-        )  # fmt: skip
-        pointer.add_(B).remainder_(
-            K
-        )  # an operation of its own: every program must have read the old value
+        )
+        # A separate operation, since every program of the kernel must read the old value.
+        pointer.add_(B).remainder_(K)

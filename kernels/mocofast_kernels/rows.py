@@ -1,4 +1,4 @@
-"""What the kernels share: loading rows, unit length, rounding to an operand of a matrix product."""
+"""Functions that the kernels share: load rows, normalise, round operands of matrix products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def load_rows(
     BLOCK_C: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """Columns c .. c + BLOCK_C of some rows, as stored; zeros beyond C and, if MASK_ROWS, from row `limit` on."""
+    """Returns columns c to c + BLOCK_C of some rows, as stored.
+
+    Columns from C on are 0. With MASK_ROWS, rows from `limit` on are 0 too.
+    """
     columns = c + tl.arange(0, BLOCK_C)
     pointers = base + (rows[:, None] * stride_r + columns[None, :] * stride_c)
     if C % BLOCK_C == 0:
@@ -43,21 +46,24 @@ def load_rows(
 
 @triton.jit
 def inverse_norm(squares):
-    """1 / max(|x|, 1e-12) from the sum of squares. A NaN stays one, which tl.maximum alone would hide."""
+    """Returns 1 / max(|x|, 1e-12) from the sum of squares. Keeps NaN, which tl.maximum hides."""
     norm = tl.sqrt(squares)
     return 1.0 / tl.where(norm < EPSILON, EPSILON, norm)
 
 
 @triton.jit
 def unit_rows(x):
-    """x / max(|x|, 1e-12), row by row, float32."""
+    """Returns x / max(|x|, 1e-12), row by row, float32."""
     x = x.to(tl.float32)
     return x * inverse_norm(tl.sum(x * x, axis=1))[:, None]
 
 
 @triton.jit
 def through_unit(gradient, x):
-    """Gradient of x from that of u = x / max(|x|, eps), row by row: (g - u (u.g)) / |x|, and g / eps below eps."""
+    """Returns the gradient of x from the gradient g of u = x / max(|x|, eps), row by row.
+
+    The result is (g - u (u.g)) / |x|, and g / eps where |x| < eps.
+    """
     squares = tl.sum(x * x, axis=1)[:, None]
     scale = inverse_norm(squares)
     unit = x * scale
@@ -67,7 +73,10 @@ def through_unit(gradient, x):
 
 @triton.jit
 def round_operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """x as an operand of tl.dot: in the type DOT, and for tf32 rounded, since the matrix unit would truncate."""
+    """Returns x as an operand of tl.dot, of dtype DOT.
+
+    Rounds to tf32 explicitly, since the matrix unit would truncate.
+    """
     x = x.to(DOT)
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
@@ -78,10 +87,22 @@ def round_operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _prepare_rows_kernel(
-    query, positive, operand, score, N, query_stride_n, query_stride_c, positive_stride_n, positive_stride_c,
-    C: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    query,  # (N, C)
+    positive,  # (N, C), or None
+    operand,  # (N, C) of dtype DOT, contiguous
+    score,  # (N,), or None
+    N,
+    query_stride_n,
+    query_stride_c,
+    positive_stride_n,
+    positive_stride_c,
+    C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
     limit = N - first
@@ -109,8 +130,8 @@ def _prepare_rows_kernel(
 
 @triton.jit
 def _project_rows_kernel(
-    grad,
-    x,
+    grad,  # (N, C) float32, contiguous
+    x,  # (N, C)
     N,
     x_stride_n,
     x_stride_c,
@@ -131,19 +152,22 @@ def _project_rows_kernel(
 
 
 def rows_per_program(C: int) -> int:
-    """Rows of a row-wise kernel's program: 4096 elements, 32 a thread, stay in registers."""
+    """Returns how many rows a program of a row-wise kernel takes.
+
+    4096 elements, 32 a thread, stay in registers.
+    """
     return max(1, 4096 // block_of(C))
 
 
 def precision_of(dot_dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 exactly, unless PyTorch's own products are allowed to be tf32."""
+    """Returns how tl.dot multiplies: "ieee", or "tf32" where PyTorch may use tf32 for float32."""
     if dot_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
 
 
 def dot_kind(dot_dtype: torch.dtype) -> str:
-    """The column of the tile table: "16bit", "tf32" or "ieee"."""
+    """Returns the kind of product that a tile is chosen for: "16bit", "tf32" or "ieee"."""
     return precision_of(dot_dtype) if dot_dtype == torch.float32 else "16bit"
 
 
@@ -154,29 +178,49 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def narrow(x: Tensor) -> Tensor:
-    """x, or a contiguous copy where offsets inside one tile (at most 2^8 rows) might not fit 32 bits."""
+    """Returns x, or a contiguous copy where offsets in a tile (at most 2^8 rows) exceed 32 bits."""
     return x.contiguous() if max(x.stride()) >= 2**22 else x
 
 
 def prepare_rows(
     query: Tensor, positive: Tensor | None, normalize: bool, dot_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows as operands of matrix products, (N, C) dot_dtype; queries also give their scores with the positives, (N,)
-    float32, from operands rounded likewise."""
+    """Returns rows as operands of matrix products, (N, C) dot_dtype, and their positive scores.
+
+    query, positive: (N, C), any strides.
+    normalize: divide query and positive by max(|x|, 1e-12) first.
+
+    The scores are (N,) float32, computed from rounded operands. Without positive: None.
+    """
     N, C = query.shape
     operand = torch.empty((N, C), dtype=dot_dtype, device=query.device)
     score = None if positive is None else torch.empty(N, dtype=torch.float32, device=query.device)
     block_n = rows_per_program(C)
     _prepare_rows_kernel[(triton.cdiv(N, block_n),)](
-        query, positive, operand, score, N, *query.stride(), *(query if positive is None else positive).stride(),
-        C=C, NORMALIZE=normalize, DOT=triton_dtype(dot_dtype), PRECISION=precision_of(dot_dtype), BLOCK_N=block_n,
-        BLOCK_C=block_of(C), maxnreg=REGISTERS,
-    )  # fmt: skip
+        query,
+        positive,
+        operand,
+        score,
+        N,
+        *query.stride(),
+        *(query if positive is None else positive).stride(),
+        C=C,
+        NORMALIZE=normalize,
+        DOT=triton_dtype(dot_dtype),
+        PRECISION=precision_of(dot_dtype),
+        BLOCK_N=block_n,
+        BLOCK_C=block_of(C),
+        maxnreg=REGISTERS,
+    )
     return operand, score
 
 
 def project_rows_(grad: Tensor, x: Tensor) -> None:
-    """Turn the gradient of x / |x|, (N, C) float32 and contiguous, into that of x, in place."""
+    """Turns the gradient of x / |x| into the gradient of x, in place.
+
+    grad: (N, C) float32, contiguous.
+    x: (N, C), any strides.
+    """
     N, C = x.shape
     block_n = rows_per_program(C)
     _project_rows_kernel[(triton.cdiv(N, block_n),)](

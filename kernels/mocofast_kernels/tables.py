@@ -1,8 +1,9 @@
-"""Where many tensors lie, as tables on the GPU, so that one launch updates them all.
+"""Tables of tensor addresses on the GPU, so that one launch updates many tensors.
 
-A row holds tensors that are updated together, element by element: a parameter, its gradient, its buffers. Rows of
-equal types go into one table. Tables are found again by all they hold, addresses first, so that a storage which was
-replaced gets a new table, never a write to where it was.
+A row holds tensors that are updated together, element by element: a parameter, the gradient,
+the buffers. Rows of equal types go into one table.
+
+Cache key: address, dtype, shape and stride of every tensor. New storage gives a new table.
 """
 
 from __future__ import annotations
@@ -20,26 +21,29 @@ from mocofast_kernels.cpu_optim import same_layout
 
 PLANS = 16  # sets of rows that a cache remembers
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-WIDE = 8  # elements: two loads of 16 bytes in float32, one in 16 bits
+WIDE = 8  # elements of a wide access: 16 bytes in 16-bit types, 32 bytes in float32
 
-TensorRow = Sequence["Tensor | None"]
+TensorRow = Sequence["Tensor | None"]  # tensors that are updated together
 
 
 @triton.jit
 def locate(sizes, owners, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row, the offsets of its elements, and which of them exist."""
+    """Returns the program's row, the offsets of the elements, and the mask of the elements."""
     owner = tl.load(owners + 2 * tl.program_id(0))
     offsets = tl.load(owners + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = tl.load(sizes + owner)
     if WIDE:
-        # Without this the compiler must expect a row's end anywhere, and loads its elements one by one.
+        # Without this hint a row might end anywhere, and the compiler loads elements one by one.
         size = tl.multiple_of(size, 8)
     return owner, offsets, offsets < size
 
 
 @triton.jit
 def column(addresses, index, rows, owner, TYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Pointer to the tensor in column `index` of a row."""
+    """Returns the pointer to the tensor in column `index` of row `owner`.
+
+    rows: number of rows of the table.
+    """
     pointer = tl.load(addresses + index * rows + owner).to(tl.pointer_type(TYPE))
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
@@ -47,42 +51,43 @@ def column(addresses, index, rows, owner, TYPE: tl.constexpr, WIDE: tl.constexpr
 
 
 class AddressTable(NamedTuple):
-    """n rows of equal types, and which part of which row each program of a launch updates."""
+    """n rows of equal types, and the block of a row that every program of a launch updates."""
 
-    places: list[int]  # of its rows in the caller's list
-    dtypes: tuple[
-        torch.dtype | None, ...
-    ]  # of the columns; None where the rows have no such tensor
-    addresses: Tensor  # (columns, n) int64; 0 where there is no tensor
+    places: list[int]  # places of the rows in the caller's list
+    dtypes: tuple[torch.dtype | None, ...]  # column by column, None for a column without tensors
+    addresses: Tensor  # (columns, n) int64, 0 where there is no tensor
     sizes: Tensor  # (n,) int64: elements
-    owners: Tensor  # (programs, 2) int32: which row, which block of it
-    starts: Tensor  # (n + 1,) int32: first program of each row, and their number
-    wide: bool  # addresses are multiples of 16 bytes and sizes of 8 elements, so memory may be read in wide steps
+    owners: Tensor  # (programs, 2) int32: row, block of the row
+    starts: Tensor  # (n + 1,) int32: first program of every row, then the number of programs
+    wide: bool  # wide loads fit: addresses are multiples of 16 bytes, sizes of 8 elements
 
 
 class TablePlan(NamedTuple):
-    """What is done with a list of rows."""
+    """How a list of rows is updated."""
 
     tables: list[AddressTable]
-    singly: list[
-        int
-    ]  # places of rows that no table can hold: other types, other strides, gaps between elements
+    # Places of rows that no table can hold: other types, different strides, gaps.
+    singly: list[int]
 
 
 class TableCache:
-    """Tables of the rows met last; `block`: elements of a program."""
+    """Keeps the plans of the sets of rows used last."""
 
     def __init__(self, block: int) -> None:
+        """block: elements that a program updates."""
         self._block = block
         self._plans: OrderedDict[tuple[Hashable, ...], TablePlan] = OrderedDict()
 
     def plan(self, rows: Sequence[TensorRow], elementwise: int) -> TablePlan:
-        """The plan for these rows, all of one device; columns from `elementwise` on are not updated element by
-        element (a counter), so they have no part in the layout. A row whose first tensor was met in another row
-        already (tied weights) is left out.
+        """Returns the plan for the rows, from the cache if possible.
 
-        A new set of rows uploads tables, without waiting for them; that cannot be captured in a CUDA graph, so
-        RuntimeError is raised there.
+        rows: tensors of one device. A row whose first tensor an earlier row holds as its first
+            tensor (tied weights) is left out.
+        elementwise: number of columns that are updated element by element. Later columns (a
+            counter) may have any layout.
+
+        A new set of rows uploads tables, without waiting for the upload. Raises RuntimeError
+        where this upload falls into the capture of a CUDA graph.
         """
         key = tuple(
             None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
@@ -95,6 +100,7 @@ class TableCache:
         groups: dict[tuple[Hashable, ...], list[int]] = {}
         singly = []
         seen = set()
+        # Group the rows by types and width of loads.
         for place, row in enumerate(rows):
             present = [t for t in row[:elementwise] if t is not None]
             identity = (
@@ -103,7 +109,7 @@ class TableCache:
                 present[0].shape,
                 present[0].stride(),
             )
-            # Tensors without storage, which `static` compiles for, are all at address 0.
+            # Tensors on "meta", which mocofast_bench.inspect_code compiles for, have address 0.
             if present[0].numel() == 0 or (identity in seen and present[0].device.type != "meta"):
                 continue
             seen.add(identity)
@@ -144,11 +150,12 @@ class TableCache:
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copies a table to the device without waiting. Raises RuntimeError under graph capture."""
     if device.type != "cuda":
         return values.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "tensors that no table is made of yet, in a CUDA graph capture: run a step with these very tensors "
-            "before it, and keep gradients in place (zero_grad(set_to_none=False))"
+            "a CUDA graph capture met tensors that no table holds yet: before the capture, run a "
+            "step with the same tensors, and keep gradients in place (zero_grad(set_to_none=False))"
         )
     return values.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,8 @@
-"""Which tile a product takes: from a table that `mocofast bench autotune` measured on a GPU, else by the rule.
+"""Tiles of products: from a table that `mocofast bench autotune` measured, else by the rule.
 
-The table is the JSON file that the environment variable MOCOFAST_TILES names, else
-`$XDG_CACHE_HOME/mocofast/tiles-<GPU>.json` (`~/.cache` without that variable), if it exists. It is read once.
+The table is a JSON file. The environment variable MOCOFAST_TILES names the file. Without the
+variable the file is `$XDG_CACHE_HOME/mocofast/tiles-<GPU>.json` (`~/.cache` without
+XDG_CACHE_HOME), if it exists. A process reads the file once.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ FORMAT = 1
 
 
 class Products(NamedTuple):
-    """What a tile is chosen for; `configs.forward_tile` says what the flags mean."""
+    """Properties that decide a tile. `configs.forward_tile` documents dot and the flags."""
 
-    kernel: str  # "forward", or "negatives" for their gradient
+    kernel: str  # "forward", or "negatives" for the gradient by the negatives
     C: int
     dot: str
     aligned: bool = True
@@ -36,19 +37,22 @@ TileTable = dict[Products, Tile]
 
 
 def rule(products: Products) -> Tile:
-    """The tile without a table."""
+    """Returns the tile that the rule chooses, without a table."""
     kernel, C, dot, *flags = products
     return forward_tile(C, dot, *flags) if kernel == "forward" else backward_tile(C, dot)
 
 
 def tile_of(products: Products, device: torch.device) -> Tile:
-    """The tile for a launch on this device. Raises ValueError if there is a table that cannot be used."""
+    """Returns the tile for a launch on a device.
+
+    Raises ValueError for a table that cannot be used.
+    """
     tile = table(device).get(products)
     return rule(products) if tile is None else tile
 
 
 def path_of(device: torch.device) -> Path | None:
-    """Where the table of a device is looked for; None if nowhere."""
+    """Returns where the table of a device may lie. None: the device has no table."""
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     if device.type != "cuda":
@@ -60,7 +64,10 @@ def path_of(device: torch.device) -> Path | None:
 
 @functools.cache
 def table(device: torch.device) -> TileTable:
-    """The table of a device; empty if there is none. A file that was asked for by name must exist."""
+    """Returns the table of a device, or an empty table.
+
+    Raises ValueError where MOCOFAST_TILES names a file that does not exist.
+    """
     path = path_of(device)
     if path is None or (VARIABLE not in os.environ and not path.exists()):
         return {}
@@ -68,7 +75,7 @@ def table(device: torch.device) -> TileTable:
 
 
 def capability_of(device: torch.device) -> int | None:
-    """A GPU's compute capability, 8.0 as 80; None for other devices."""
+    """Returns a GPU's compute capability times 10, for instance 80, or None for other devices."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -76,12 +83,17 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def load(path: Path, capability: int | None) -> TileTable:
-    """Read a table. ValueError, naming the file and what is wrong, unless every row is sound and it was made for
-    this compute capability (times 10; None: for any)."""
+    """Reads a table from a file.
+
+    capability: compute capability times 10 that the table must be made for. None accepts any.
+
+    Raises ValueError, with the file and the fault, for a table of another compute capability and
+    for a row that the kernels cannot use.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no table of tiles can be read: {error}") from None
+        raise ValueError(f"{path}: cannot read a table of tiles: {error}") from None
     if (
         not isinstance(content, dict)
         or content.get("format") != FORMAT
@@ -92,7 +104,8 @@ def load(path: Path, capability: int | None) -> TileTable:
         )
     if capability is not None and content.get("capability") != capability:
         raise ValueError(
-            f"{path}: made for compute capability {content.get('capability')}, this GPU has {capability}"
+            f"{path}: made for compute capability {content.get('capability')}, "
+            f"this GPU has {capability}"
         )
     result = {}
     for number, row in enumerate(content["tiles"]):
@@ -102,26 +115,23 @@ def load(path: Path, capability: int | None) -> TileTable:
             check(products, tile)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{path}: row {number} of its tiles: {error}; run mocofast bench autotune again"
+                f"{path}: row {number} of the tiles: {error}. Run mocofast bench autotune again."
             ) from None
         result[products] = tile
     return result
 
 
 def check(products: Products, tile: Tile) -> None:
-    """ValueError unless the kernels compute the right thing with this tile."""
+    """Raises ValueError unless the kernels compute correctly with this tile."""
     for (name, kind), value in zip(get_type_hints(Products).items(), products):
         if type(value) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}: got {value!r}")
-    if products.kernel not in ("forward", "negatives") or products.dot not in (
-        "16bit",
-        "tf32",
-        "ieee",
-    ):
+    kernels, dots = ("forward", "negatives"), ("16bit", "tf32", "ieee")
+    if products.kernel not in kernels or products.dot not in dots:
         raise ValueError(f"unknown kernel or kind of product: {products}")
     if not 1 <= products.C <= 1024:
         raise ValueError(f"C must be in 1 to 1024: got {products.C}")
-    # Sides of a matrix product are powers of two from 16; 32-bit offsets inside a tile allow 256 rows.
+    # Sides of a matrix product are powers of two from 16. Offsets of 32 bits allow 256 rows.
     longest = block_of(products.C)
     limits = {
         "stay": (16, 256),
@@ -138,12 +148,18 @@ def check(products: Products, tile: Tile) -> None:
         raise ValueError(f"stages must be in 1 to 8: got {tile.stages!r}")
     if tile.block_c >= products.C and tile.out_c != tile.block_c:
         raise ValueError(
-            f"out_c must be block_c where that holds a whole row: got {tile.out_c}, {tile.block_c}"
+            f"out_c must be block_c where block_c holds a row: got {tile.out_c}, {tile.block_c}"
         )
 
 
 def dump(path: Path, gpu: str, capability: int, rows: list[dict[str, Any]]) -> None:
-    """Write a table; each row has "products" and "tile", and whatever else is worth keeping."""
+    """Writes a table.
+
+    path: file to write. Missing folders are made.
+    gpu: name of the GPU.
+    capability: compute capability times 10.
+    rows: dictionaries with "products" and "tile". Readers ignore further entries.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "gpu": gpu, "capability": capability, "tiles": rows}
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
