@@ -1,8 +1,9 @@
-"""Small, repeatable timings of the ops beside eager PyTorch, by pytest-benchmark.
+"""Times small problems of the ops beside eager PyTorch, with pytest-benchmark.
 
     pytest benchmarks/test_ops_benchmark.py --benchmark-enable --benchmark-group-by=group
 
-The full-size comparison, with memory and the machine's limits, is `mocofast bench kernels` and `mocofast bench ema`.
+`mocofast bench kernels` and `mocofast bench ema` compare full sizes, with memory and the limits
+of the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_info_nce_forward_and_backward(
 
 
 def foreach_lerp_(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
-    """What `ema_update_` is on a CPU after its checks."""
+    """Does what `ema_update_` does on a CPU, without checks."""
     torch._foreach_lerp_(targets, sources, 1 - momentum)
 
 

@@ -38,7 +38,7 @@ BATCH, SIDE, DIM, QUEUE = (
     16,
     64,
 )  # images of 12 kB, so that a message's header of some 50 bytes is little
-WARM_UP_STEPS, STEPS = 3, 2  # DistributedDataParallel settles its buckets in the second step
+WARM_UP_STEPS, STEPS = 3, 2  # DistributedDataParallel rebuilds the buckets in the second step
 OPTIM = OptimConfig(lr=0.01)
 # Headers and acknowledgements around payloads, and what barriers vary by.
 HEADERS, SHARE = 3000, 0.01
@@ -58,7 +58,7 @@ def ours(model: MoCo, world: int, rank: int) -> dict[str, Any]:
     losses, collectives, arrived = [], [], []
     for i, pair in enumerate(views(world, rank)):
         if i < WARM_UP_STEPS:
-            losses.append(float(train_step(trained, pair, optimizer, 1, autocast)[0]))
+            losses.append(float(train_step(trained, pair, optimizer, 1, autocast).loss))
             continue
         state = model.shuffle.state()
         assert state is not None
@@ -69,7 +69,7 @@ def ours(model: MoCo, world: int, rank: int) -> dict[str, Any]:
         )
         arrived.append(int((origins != rank).sum()))  # images that come from other ranks
         with Wire() as wire:
-            losses.append(float(train_step(trained, pair, optimizer, 1, autocast)[0]))
+            losses.append(float(train_step(trained, pair, optimizer, 1, autocast).loss))
         collectives.append(wire.collectives)
     return {"losses": losses, "collectives": collectives, "arrived": arrived}
 

@@ -1,22 +1,26 @@
-"""A model of 8 to 1,024 GPUs: bytes that each rank receives in a step, and the time they cost; ours beside the
-reference's.
+"""Models 8 to 1,024 GPUs: bytes that every rank receives in a step, and the time of the transfers.
 
-    python -m mocofast_bench.scaling_model      rewrites the tables of docs/scaling.md and draws docs/scaling.png
+    PYTHONPATH=.:kernels:benchmarks python -m mocofast_bench.scaling_model
 
-The bytes are exact, and tests/test_scaling.py counts them on the sockets of 2 and 4 real processes. The times are no
-measurement: they follow from the assumptions in `Cluster`, which docs/scaling.md states.
+Rewrites the tables of docs/scaling.md and plots docs/scaling.png, for mocofast and for the
+reference. Needs a checkout of the repository.
+
+Bytes are exact: tests/test_bench_scaling.py counts the bytes on the sockets of 2 and 4 real
+processes. Times are not measured. Times follow from the assumptions in `Cluster`, which
+docs/scaling.md lists.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"  # of the repository
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-BATCHES = (32, 256)  # images per GPU: the reference's own, and one that fills a large GPU
+BATCHES = (32, 256)  # images per GPU: the reference's batch, and a batch that fills a large GPU
 JPEG_BYTES = 1.1e5  # of an average ImageNet file
 PIL_PAIRS_PER_CORE = 50.0  # MoCo v2 views a second, as measured (docs/log.md)
 SIDES = ("mocofast", "reference")
@@ -24,23 +28,27 @@ SIDES = ("mocofast", "reference")
 
 @dataclass(frozen=True)
 class Workload:
-    """What the bytes of one step depend on."""
+    """Sizes that decide the bytes of one step."""
 
     ranks: int
     batch: int  # images per rank
     pixels: int  # values of an image, 3 S S
     dim: int  # C of a key
-    parameters: int  # of the query encoder, whose float32 gradients are averaged
-    buffers: int  # bytes of the queue, its pointer and both encoders' BatchNorm buffers
+    parameters: int  # of the query encoder, with float32 gradients
+    buffers: int  # bytes of the queue, the pointer and the BatchNorm buffers of both encoders
 
 
 def received_bytes(step: Workload) -> dict[str, dict[str, float]]:
-    """Bytes that reach one rank in one step, by side and purpose. Each rank sends as many, broadcasts apart.
+    """Returns the bytes that one rank receives in one step, {side: {purpose: bytes}}.
 
-    Ours: every image goes to one rank as uint8 (the average over permutations: 1/W stay at home), every key to all
-    once. The reference's: every image to all as float32, every key to all twice (to restore the order, and for the
-    queue), the permutation from rank 0, and, by DistributedDataParallel's default, all buffers from rank 0.
-    Gradients: a ring of reduce-scatter and all-gather, on both sides.
+    A rank sends as many bytes as a rank receives, except for broadcasts.
+
+    mocofast: every image goes to one rank as uint8. On average over permutations, 1/W of the
+        images stay on their rank. Every key goes to all ranks once.
+    reference: every image goes to all ranks as float32. Every key goes to all ranks twice: to
+        restore the order, and for the queue. Rank 0 sends the permutation and, by
+        DistributedDataParallel's default, all buffers.
+    Gradients go around a ring (reduce-scatter and all-gather) on both sides.
     """
     w, n = step.ranks, step.batch
     gradients = 2 * (w - 1) / w * 4 * step.parameters
@@ -59,23 +67,30 @@ def received_bytes(step: Workload) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions. Rates are bytes per second and GPU, one direction, as applications see them (80% of nominal)."""
+    """Assumptions on the hardware.
+
+    Rates are bytes a second and GPU, in one direction: 80% of the nominal rate, as applications
+    reach.
+    """
 
     per_node: int = 8
     inside: float = 0.8 * 450e9  # NVLink 4
     network: float = 0.8 * 50e9  # one 400 Gb/s port per GPU
     latency: float = 15e-6  # seconds per level of a collective's tree, log2(ranks) levels
     message: float = 1e-6  # seconds per peer in an all-to-all
-    bucket: float = 25e6  # bytes: DDP's last bucket, which nothing is left to hide
-    images_per_second: float = (
-        5259.0  # per GPU, encoders only: MLPerf's 7,012 on an H100 x 3/4 for the key forward
-    )
+    bucket: float = 25e6  # bytes of DDP's last bucket, which overlaps with nothing
+    # Per GPU, encoders only: MLPerf's 7,012 on an H100, x 3/4 for the forward pass of the keys.
+    images_per_second: float = 5259.0
 
     def nodes(self, ranks: int) -> int:
+        """Returns the number of nodes."""
         return max(1, ranks // self.per_node)
 
     def all_gather(self, ranks: int, own: float) -> float:
-        """Seconds until every rank has the `own` bytes of all: over each port those of its peers in other nodes."""
+        """Returns the seconds until every rank has the `own` bytes of all ranks.
+
+        A port receives the bytes of one rank of every other node. NVLink carries the rest.
+        """
         remote = self.nodes(ranks) - 1
         return (
             remote * own / self.network
@@ -84,7 +99,7 @@ class Cluster:
         )
 
     def all_to_all(self, ranks: int, own: float, peers: float) -> float:
-        """Seconds to spread `own` bytes evenly over all ranks, in messages to `peers` of them."""
+        """Returns the seconds to send `own` bytes evenly to all ranks, in `peers` messages."""
         outside = max(0, ranks - self.per_node) / ranks
         inside = (min(ranks, self.per_node) - 1) / ranks
         return (
@@ -94,7 +109,10 @@ class Cluster:
         )
 
     def all_reduce(self, ranks: int, size: float) -> float:
-        """Seconds to sum `size` bytes: inside the nodes, then each GPU its share over its port, then inside again."""
+        """Returns the seconds to sum `size` bytes over all ranks.
+
+        First inside the nodes, then every GPU sums a slice over the network, then inside again.
+        """
         nodes, group = self.nodes(ranks), min(ranks, self.per_node)
         ring = 2 * (group - 1) / group * size / self.inside
         return (
@@ -102,7 +120,7 @@ class Cluster:
         )
 
     def broadcast(self, ranks: int, size: float) -> float:
-        """Seconds for `size` bytes from one rank to all, a node's ports together."""
+        """Returns the seconds to send `size` bytes from one rank to all, by all ports of a node."""
         network = size / self.per_node / self.network if self.nodes(ranks) > 1 else 0.0
         return network + size / self.inside + self._levels(ranks)
 
@@ -111,10 +129,11 @@ class Cluster:
 
 
 def exposed_seconds(step: Workload, cluster: Cluster) -> dict[str, dict[str, float]]:
-    """Seconds that communication adds to a step, by side and purpose.
+    """Returns the seconds that communication adds to a step, {side: {purpose: seconds}}.
 
-    Gradients travel while backward, half of the encoders' work, still runs; all but the last bucket can hide there.
-    Nothing else is hidden, though images and keys of ours could travel beside the query's forward.
+    Gradients travel during the backward pass, half of the encoders' work. All gradients except
+    the last bucket can overlap with the backward pass. Nothing else overlaps, although images
+    and keys of mocofast could travel during the forward pass of the query encoder.
     """
     w, n = step.ranks, step.batch
     size = 4.0 * step.parameters
@@ -140,12 +159,12 @@ def exposed_seconds(step: Workload, cluster: Cluster) -> dict[str, dict[str, flo
 
 
 def compute_seconds(step: Workload, cluster: Cluster) -> float:
-    """Seconds of the encoders in a step; the same for both sides, so that only communication differs."""
+    """Returns the seconds of the encoders in a step, equal for both sides."""
     return step.batch / cluster.images_per_second
 
 
 def efficiency(step: Workload, cluster: Cluster) -> dict[str, float]:
-    """Throughput per GPU relative to a GPU that exchanges nothing."""
+    """Returns {side: throughput per GPU / throughput of a single GPU without communication}."""
     alone = compute_seconds(step, cluster)
     return {
         side: alone / (alone + sum(parts.values()))
@@ -154,7 +173,10 @@ def efficiency(step: Workload, cluster: Cluster) -> dict[str, float]:
 
 
 def moco_v2() -> Workload:
-    """ResNet-50 with MoCo v2's head at 224 px, queue of 65,536 keys, counted on the model itself."""
+    """Returns the sizes of MoCo v2, counted on the model.
+
+    ResNet-50 with MoCo v2's head, 224 px, queue of 65,536 keys, 8 ranks with 32 images.
+    """
     from mocofast.methods.moco import build
     from mocofast.settings import load_recipe
 
@@ -173,79 +195,79 @@ def moco_v2() -> Workload:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes with three digits."""
+    """Writes bytes with three digits and a unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
-            return (
-                f"{size / scale:.3g} {unit}"
-                if size < 1e3 * scale
-                else f"{size / scale:,.0f} {unit}"
-            )
+            number = size / scale
+            return f"{number:.3g} {unit}" if number < 1e3 else f"{number:,.0f} {unit}"
     return f"{size:.0f} B"
 
 
 def tables(base: Workload, cluster: Cluster) -> str:
-    """The Markdown of docs/scaling.md between its markers."""
+    """Returns the Markdown between the markers of docs/scaling.md."""
+    parts = [bytes_table(replace(base, batch=batch)) for batch in BATCHES]
+    parts += [times_table(replace(base, batch=batch), cluster) for batch in BATCHES]
+    return "\n\n".join([*parts, feeding_table(base, cluster)])
+
+
+def bytes_table(base: Workload) -> str:
+    """Returns the table of received bytes, one line for every count of GPUs."""
+    heads = ["images, ours", "images, reference", "ratio", "keys, ours", "keys, reference"]
     lines = []
-    for batch in BATCHES:
-        lines += [
-            f"Bytes received by each rank in a step, {batch} images per GPU:",
-            "",
-            "| GPUs | images, ours | images, reference | ratio | keys, ours | keys, reference | gradients, both "
-            "| buffers, reference |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for ranks in RANKS:
-            ours, reference = received_bytes(replace(base, ranks=ranks, batch=batch)).values()
-            cells = [
-                str(ranks), format_bytes(ours["images"]), format_bytes(reference["images"]),
-                f"{reference['images'] / ours['images']:.0f}x", format_bytes(ours["keys"]), format_bytes(reference["keys"]),
-                format_bytes(ours["gradients"]), format_bytes(reference["buffers"]),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    for batch in BATCHES:
-        alone = compute_seconds(replace(base, batch=batch), cluster)
-        lines += [
-            f"Milliseconds that communication adds to a step of {1e3 * alone:.1f} ms, {batch} images per GPU "
-            "(modelled):",
-            "",
-            "| GPUs | images, ours | keys, ours | gradients | efficiency, ours | images, reference | rest, reference "
-            "| efficiency, reference |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for ranks in RANKS:
-            step = replace(base, ranks=ranks, batch=batch)
-            ours, reference = exposed_seconds(step, cluster).values()
-            share = efficiency(step, cluster)
-            rest = sum(reference.values()) - reference["images"]
-            times = [ours["images"], ours["keys"], ours["gradients"]]
-            cells = [str(ranks), *(f"{1e3 * t:.2f}" for t in times), f"{share['mocofast']:.1%}"]
-            cells += [
-                f"{1e3 * reference['images']:,.2f}",
-                f"{1e3 * rest:.2f}",
-                f"{share['reference']:.1%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    rate = cluster.images_per_second
-    lines += [
-        f"What feeding {rate:,.0f} images per second and GPU takes:",
-        "",
-        "| GPUs | JPEG read, all | PIL, v2 views: cores per GPU | GPU memory of the reference's gather, 32 per GPU |",
-        "|---|---|---|---|",
-    ]
     for ranks in RANKS:
-        gathered = 2 * 4 * ranks * 32 * base.pixels  # the parts, and their concatenation
-        read, cores = ranks * rate * JPEG_BYTES, rate / PIL_PAIRS_PER_CORE
-        lines.append(
-            f"| {ranks} | {format_bytes(read)}/s | {cores:.0f} | {format_bytes(gathered)} |"
-        )
-    return "\n".join(lines)
+        ours, reference = received_bytes(replace(base, ranks=ranks)).values()
+        sizes = (ours["images"], reference["images"], ours["keys"], reference["keys"])
+        sizes += (ours["gradients"], reference["buffers"])
+        cells = [format_bytes(size) for size in sizes]
+        cells.insert(2, f"{reference['images'] / ours['images']:.0f}x")
+        lines.append([str(ranks), *cells])
+    title = f"Bytes received by every rank in a step, {base.batch} images per GPU:"
+    return _table(title, [*heads, "gradients, both", "buffers, reference"], lines)
+
+
+def times_table(base: Workload, cluster: Cluster) -> str:
+    """Returns the table of communication times, one line for every count of GPUs."""
+    heads = ["images, ours", "keys, ours", "gradients", "efficiency, ours"]
+    heads += ["images, reference", "rest, reference", "efficiency, reference"]
+    lines = []
+    for ranks in RANKS:
+        workload = replace(base, ranks=ranks)
+        ours, reference = exposed_seconds(workload, cluster).values()
+        share = efficiency(workload, cluster)
+        rest = sum(reference.values()) - reference["images"]
+        times = [ours["images"], ours["keys"], ours["gradients"]]
+        cells = [*(f"{1e3 * time:.2f}" for time in times), f"{share['mocofast']:.1%}"]
+        cells += [f"{1e3 * reference['images']:,.2f}", f"{1e3 * rest:.2f}"]
+        lines.append([str(ranks), *cells, f"{share['reference']:.1%}"])
+    title = "Milliseconds that communication adds to a step of "
+    title += (
+        f"{1e3 * compute_seconds(base, cluster):.1f} ms, {base.batch} images per GPU (modelled):"
+    )
+    return _table(title, heads, lines)
+
+
+def feeding_table(base: Workload, cluster: Cluster) -> str:
+    """Returns the table of what a cluster needs to feed the encoders with images."""
+    rate = cluster.images_per_second
+    heads = ["JPEG read, all", "PIL, v2 views: cores per GPU"]
+    lines = []
+    for ranks in RANKS:
+        gathered = (
+            2 * 4 * ranks * 32 * base.pixels
+        )  # bytes of the gathered tensors, and of torch.cat
+        cells = [f"{format_bytes(ranks * rate * JPEG_BYTES)}/s", f"{rate / PIL_PAIRS_PER_CORE:.0f}"]
+        lines.append([str(ranks), *cells, format_bytes(gathered)])
+    title = f"Needed to feed {rate:,.0f} images per second and GPU:"
+    return _table(title, [*heads, "GPU memory of the reference's gather, 32 per GPU"], lines)
+
+
+def _table(title: str, heads: list[str], lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (["GPUs", *heads], *lines)]
+    return "\n".join([title, "", rows[0], "|---" * (1 + len(heads)) + "|", *rows[1:]])
 
 
 def plot(base: Workload, cluster: Cluster, out: Path) -> None:
-    """Bytes received per step, and weak-scaling efficiency, over the number of GPUs."""
+    """Plots bytes received in a step, and weak-scaling efficiency, over the number of GPUs."""
     from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     from mocofast.plots import new_figure
@@ -253,6 +275,7 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
     blue, orange, gray = "#1f6feb", "#e8710a", "#7a7f87"
     figure = new_figure(11, 4.6)
     bytes_axes, share_axes = figure.subplots(1, 2)
+    # Left: bytes received by a rank.
     steps = [replace(base, ranks=ranks) for ranks in RANKS]
     rows = [received_bytes(step) for step in steps]
     for side, purpose, color, style in (
@@ -274,6 +297,7 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
     bytes_axes.set(
         yscale="log", ylabel="MB received by a rank in a step", title=f"{base.batch} images per GPU"
     )
+    # Right: efficiency.
     for batch, style in zip(BATCHES, ("--", "-")):
         shares = [efficiency(replace(step, batch=batch), cluster) for step in steps]
         for side, color in zip(SIDES, (blue, orange)):
@@ -282,7 +306,9 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
                 RANKS, [s[side] for s in shares], color=color, linestyle=style, label=label
             )
     share_axes.set(
-        ylim=(0, 1.02), ylabel="throughput per GPU, of one alone", title="Weak scaling (modelled)"
+        ylim=(0, 1.02),
+        ylabel="throughput per GPU, relative to one GPU",
+        title="Weak scaling (modelled)",
     )
     share_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (bytes_axes, share_axes):
@@ -297,15 +323,27 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
 
 
 def insert_tables(text: str, content: str) -> str:
-    """The document with `content` between its markers."""
+    """Returns the document with `content` between the markers."""
     return re.sub(
         r"(?s)(<!-- tables -->\n).*(\n<!-- end -->)", lambda m: m[1] + content + m[2], text
     )
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Rewrites docs/scaling.md and docs/scaling.png. Returns 1 outside a checkout, else 0."""
+    document, picture = DOCS / "scaling.md", DOCS / "scaling.png"
+    if not document.is_file():
+        print(
+            f"{document} does not exist: run this command in a checkout of mocofast",
+            file=sys.stderr,
+        )
+        return 1
     base, cluster = moco_v2(), Cluster()
-    document = DOCS / "scaling.md"
     document.write_text(insert_tables(document.read_text("utf-8"), tables(base, cluster)), "utf-8")
-    plot(base, cluster, DOCS / "scaling.png")
-    print(f"written: {document}, {DOCS / 'scaling.png'}")
+    plot(base, cluster, picture)
+    print(f"Written: {document}, {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

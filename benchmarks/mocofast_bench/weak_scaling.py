@@ -1,10 +1,11 @@
-"""Weak scaling over gloo processes on the cores of one machine, ours beside the reference's loop.
+"""Measures weak scaling over gloo processes on one machine, beside the reference's loop.
 
-    python -m mocofast_bench.weak_scaling --ranks 1 2 4 --save benchmarks/results/weak_scaling.jsonl
+    PYTHONPATH=.:kernels:benchmarks python -m mocofast_bench.weak_scaling --ranks 1 2 4
 
-Every rank trains on a batch of the same size, on one thread; all ranks together are timed, sides in turns. Beside
-images per second it reports CPU seconds per image, which other jobs on the machine disturb less. docs/scaling.md has
-the measured figures and says what they can and cannot show.
+Every rank trains on a batch of the same size, on one thread. All ranks together are timed, and
+the sides take turns. Reports images per second and CPU time per image. Other jobs on the
+machine disturb CPU time less. docs/scaling.md has the measured figures and says what the
+figures can and cannot show. An installed mocofast needs no PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ from mocofast_bench.training_steps import (
 )
 
 CPU = torch.device("cpu")
-WARM_UP_STEPS = 3  # DistributedDataParallel settles its buckets in the second step
+WARM_UP_STEPS = 3  # DistributedDataParallel rebuilds the buckets in the second step
 
 
 def build_steps(config: Config) -> dict[str, Callable[[], Any]]:
-    """One step of each side on this rank; config.data.batch_size is a rank's here."""
+    """Returns {side: one step on this rank}.
+
+    config: data.batch_size is the batch of one rank.
+    """
     engine, views = our_engine(config, CPU), pixel_views(config, CPU)
     model = channels_first(fresh_model(config, CPU))
     floats = float_views(model, views, torch.contiguous_format)
     plain = ReferenceMoCo(model)
     sgd = plain_sgd(plain.parameters(), config.optim)
-    wrapped = DistributedDataParallel(plain)  # the reference has no other way, one process included
+    wrapped = DistributedDataParallel(plain)  # the reference needs DDP even for one process
     return {
         "mocofast": lambda: engine.step(views),
         "reference": lambda: reference_step(wrapped, floats, sgd),
@@ -57,7 +61,14 @@ def build_steps(config: Config) -> dict[str, Callable[[], Any]]:
 def rounds(
     config: Config, repeats: int, steps: int, rank: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """{side: [(seconds of all ranks, CPU seconds of all ranks) per round]}."""
+    """Times the sides in turns on this rank.
+
+    repeats: timed rounds.
+    steps: training steps in a round.
+    rank: not used (every rank does the same).
+
+    Returns {side: [(elapsed seconds, CPU seconds of all ranks) for every round]}.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     both = build_steps(config)
     for _ in range(WARM_UP_STEPS):
@@ -78,7 +89,11 @@ def rounds(
 
 
 def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, dict[str, float]]:
-    """Medians over the rounds: images per second of all ranks together, CPU milliseconds per image."""
+    """Measures `world` ranks and returns medians over the rounds, for every side.
+
+    images_per_second: of all ranks together.
+    cpu_milliseconds_per_image: CPU time of all ranks / images of all ranks.
+    """
     found = on_ranks(functools.partial(rounds, config, repeats, steps), world)[0]
     images = world * config.data.batch_size * steps
     return {
@@ -95,15 +110,23 @@ def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, d
 
 
 def main() -> None:
+    """Measures every number of ranks, prints a table and one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="process counts (default: 1 2 4)"
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="numbers of processes (default: 1 2 4)",
     )
     parser.add_argument("--arch", default="resnet18", help="encoder (default: %(default)s)")
     parser.add_argument(
-        "--size", type=int, default=64, help="side of a view, in pixels (default: %(default)s)"
+        "--size",
+        type=int,
+        default=64,
+        help="width and height of a view, in pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--batch", type=int, default=16, help="images per rank (default: %(default)s)"
@@ -112,7 +135,7 @@ def main() -> None:
         "--queue", type=int, default=4096, help="negative keys (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed in a round (default: %(default)s)"
+        "--steps", type=int, default=3, help="timed steps in a round (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument(
@@ -127,6 +150,7 @@ def main() -> None:
     }
     apply(config, {**sizes, "model.queue_size": arguments.queue})
 
+    # Measure every number of ranks and print the table.
     results = {}
     print(f"{'ranks':>6}{'side':>12}{'images/s':>10}{'CPU ms per image':>18}{'of one rank':>13}")
     for world in arguments.ranks:
@@ -134,10 +158,9 @@ def main() -> None:
         for name, values in found.items():
             one = results[str(arguments.ranks[0])][name]["cpu_milliseconds_per_image"]
             cpu = values["cpu_milliseconds_per_image"]
-            print(
-                f"{world:6}{name:>12}{values['images_per_second']:10.1f}{cpu:18.2f}{cpu / one:13.2f}",
-                flush=True,
-            )
+            rate = f"{values['images_per_second']:10.1f}"
+            print(f"{world:6}{name:>12}{rate}{cpu:18.2f}{cpu / one:13.2f}", flush=True)
+    # The JSON line.
     load = round(os.getloadavg()[0], 1)
     row = {
         "benchmark": "weak_scaling",
