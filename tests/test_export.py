@@ -1,4 +1,4 @@
-"""export.py: every file loads, strictly, where its format says, and gives the same features there."""
+"""Exported files load strictly in the other software, and give the same features there."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from mocofast.train.checkpoint import FORMAT
 
 
 def trained(arch: str, **model_options: Any) -> dict[str, Any]:
-    """A checkpoint whose two encoders differ, with BatchNorm statistics that are not their initial ones."""
+    """A checkpoint with different encoders and with changed BatchNorm statistics."""
     torch.manual_seed(1)
     config = Config()
     config.model.arch = arch
-    config.model.dim, config.model.queue_size = 24, 31  # a prime: no multiple of anything
+    config.model.dim, config.model.queue_size = 24, 31  # a prime
     for name, value in model_options.items():
         setattr(config.model, name, value)
     model = build_method(config)
@@ -59,7 +59,7 @@ def query_features(checkpoint: dict[str, Any], images: Tensor) -> Tensor:
 
 
 def run(snippet: str) -> nn.Module:
-    """Execute the printed lines as a user would, and take the `model` they make."""
+    """Executes the printed lines as a user would. Returns their `model`."""
     scope: dict[str, Any] = {}
     exec(snippet, scope)
     return scope["model"].eval()
@@ -85,7 +85,7 @@ def test_the_printed_lines_load_the_query_encoder_with_equal_features(
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         features = run(written.how_to_load)(images)
-    # The same arithmetic in the same order but for pooling; measured difference 0 (torchvision), 1e-6 (timm).
+    # Only pooling may differ in rounding. Measured difference: 0 (torchvision), 1e-6 (timm).
     torch.testing.assert_close(features, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_safetensors_hold_the_backbone_and_name_the_architecture(tmp_path: Path)
 
 
 class ReferenceMoCo(nn.Module):
-    """facebookresearch/moco's module tree and buffers, as its published checkpoints have them."""
+    """Modules and buffers of facebookresearch/moco, as in the published checkpoints."""
 
     def __init__(self, dim: int, queue_size: int) -> None:
         super().__init__()
@@ -222,10 +222,11 @@ def test_detectron2_names_and_values_follow_the_conversion_rules(tmp_path: Path)
         assert torch.equal(
             torch.from_numpy(written["model"][name]), checkpoint["model"][f"encoder_q.{ours}"]
         ), name
-    # detectron2's ResNet has these names and no others.
+    # All names are names of detectron2's ResNet.
     block = r"(conv[123]|shortcut)(\.norm)?"
     pattern = re.compile(
-        rf"(stem\.conv1(\.norm)?|res[2-5]\.\d\.{block})\.(weight|bias|running_\w+|num_batches_tracked)"
+        rf"(stem\.conv1(\.norm)?|res[2-5]\.\d\.{block})\."
+        r"(weight|bias|running_\w+|num_batches_tracked)"
     )
     assert all(pattern.fullmatch(name) for name in written["model"])
     assert len(written["model"]) == 318

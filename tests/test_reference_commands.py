@@ -1,4 +1,4 @@
-"""Command lines of facebookresearch/moco and moco-v3: what they become, what is refused, and that they run."""
+"""Command lines of facebookresearch/moco and moco-v3: their equivalents, refusals, and runs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from tests.timm_names import timms
 ON_EIGHT_GPUS = (
     "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
 )
-# The commands of both READMEs and of moco-v3's CONFIG.md, and the recipe with which the same figures are published.
+# Commands of both READMEs and of moco-v3's CONFIG.md, and the recipes of the same figures.
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "v1": (f"-a resnet50 --lr 0.03 --batch-size 256 {ON_EIGHT_GPUS}", "moco_v1_r50", {}),
     "v2": (
-        f"-a resnet50 --lr 0.03 --batch-size 256 --mlp --moco-t 0.2 --aug-plus --cos {ON_EIGHT_GPUS}",
+        "-a resnet50 --lr 0.03 --batch-size 256 --mlp --moco-t 0.2 --aug-plus --cos "
+        f"{ON_EIGHT_GPUS}",
         "moco_v2_r50_200ep",
         {},
     ),
@@ -52,14 +53,14 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"train.epochs": 1000, "optim.weight_decay": 1.5e-6, "model.momentum": 0.996},
     ),
     "v3, ViT-S": (
-        "-a vit_small -b 1024 --optimizer=adamw --lr=1.5e-4 --weight-decay=.1 --epochs=300 --warmup-epochs=40 "
-        f"--stop-grad-conv1 --moco-m-cos --moco-t=.2 {ON_EIGHT_GPUS}",
+        "-a vit_small -b 1024 --optimizer=adamw --lr=1.5e-4 --weight-decay=.1 --epochs=300 "
+        f"--warmup-epochs=40 --stop-grad-conv1 --moco-m-cos --moco-t=.2 {ON_EIGHT_GPUS}",
         "moco_v3_vit_s",
         {"data.batch_size": 1024},
     ),
     "v3, ViT-B": (
-        "-a vit_base --optimizer=adamw --lr=1.5e-4 --weight-decay=.1 --epochs=300 --warmup-epochs=40 "
-        "--stop-grad-conv1 --moco-m-cos --moco-t=.2",
+        "-a vit_base --optimizer=adamw --lr=1.5e-4 --weight-decay=.1 --epochs=300 "
+        "--warmup-epochs=40 --stop-grad-conv1 --moco-m-cos --moco-t=.2",
         "moco_v3_vit_b",
         {},
     ),
@@ -85,7 +86,7 @@ def test_published_commands_are_the_recipes_of_their_figures(name: str, imagenet
     equivalent = reference_commands.pretraining(parsed(f"{line} {imagenet}"))
     assert equivalent.recipe == recipe
     assert equivalent.options == {"data.path": str(imagenet), **differences}
-    # The line that is printed gives the same configuration through `mocofast pretrain`'s own parser.
+    # The printed command gives the same configuration through the parser of the command line.
     words = shlex.split(equivalent.command())
     assert words[:3] == ["mocofast", "pretrain", recipe]
     options = dict(zip((word.removeprefix("--") for word in words[3::2]), words[4::2]))
@@ -94,8 +95,9 @@ def test_published_commands_are_the_recipes_of_their_figures(name: str, imagenet
 
 def test_every_other_flag_has_its_option(imagenet: Path) -> None:
     line = (
-        "-a resnet18 -j 3 --epochs 7 -b 64 --learning-rate 0.1 --schedule 2 4 --momentum 0.8 --weight-decay 0.01 "
-        "-p 5 --seed 9 --moco-dim 32 --moco-k 640 --moco-m 0.99 --moco-t 0.3 --mlp"
+        "-a resnet18 -j 3 --epochs 7 -b 64 --learning-rate 0.1 --schedule 2 4 --momentum 0.8 "
+        "--weight-decay 0.01 -p 5 "
+        "--seed 9 --moco-dim 32 --moco-k 640 --moco-m 0.99 --moco-t 0.3 --mlp"
     )
     equivalent = reference_commands.pretraining(parsed(f"{line} -- {imagenet}"))
     expected = Config()
@@ -114,7 +116,7 @@ def test_every_other_flag_has_its_option(imagenet: Path) -> None:
     got = configure(equivalent.recipe, "", equivalent.options)
     got.recipe = "custom"
     assert got == expected
-    # Here -b is a node's; and all images are trained on where none are set apart for validation.
+    # -b is the batch of a node. Without a folder val/, all images are trained on.
     options = reference_commands.pretraining(
         parsed(f"--world-size 2 -b 64 {imagenet / 'train'}")
     ).options
@@ -181,17 +183,17 @@ def test_several_nodes_are_refused_with_the_line_for_torchrun(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     given = parsed(
-        "--moco-m-cos --crop-min=.2 --dist-url tcp://first:1234 --multiprocessing-distributed --world-size 2 "
-        f"--rank 1 {imagenet}"
+        "--moco-m-cos --crop-min=.2 --dist-url tcp://first:1234 --multiprocessing-distributed "
+        f"--world-size 2 --rank 1 {imagenet}"
     )
     equivalent = reference_commands.pretraining(given)
     with pytest.raises(ConfigError) as error:
         reference_commands.processes(given, equivalent)
     assert str(error.value).splitlines()[-1].strip() == (
-        "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 1234 "
-        f"-m {equivalent.command()}"
+        "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 "
+        f"--master-addr first --master-port 1234 -m {equivalent.command()}"
     )
-    # One node with 8 GPUs starts itself as torchrun would; under torchrun this is one of its processes.
+    # A node with 8 GPUs starts 8 processes. Under torchrun, every process runs by itself.
     given["world_size"] = 1
     assert reference_commands.processes(given, equivalent)[0] == 8
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -222,12 +224,10 @@ def test_one_command_line_starts_all_gpus(imagenet: Path, monkeypatch: pytest.Mo
 
 
 def test_a_vit_of_moco_v3_loads_from_timms_names(tmp_path: Path) -> None:
-    """The real size: moco-v3's files have no other. A forward pass of one image checks every weight that matters."""
+    """The smallest ViT of moco-v3. A forward pass of an image depends on every weight."""
     torch.manual_seed(0)
     theirs = timm.create_model("vit_small_patch16_224", num_heads=12).eval()
-    for (
-        p
-    ) in theirs.parameters():  # biases and norms start as zeros and ones, which would hide a swap
+    for p in theirs.parameters():  # initial biases and norms (0 and 1) would hide a swap
         nn.init.normal_(p, std=0.05)
     state = {f"module.base_encoder.{name}": value for name, value in theirs.state_dict().items()}
     path = tmp_path / "vit.pth.tar"
@@ -262,17 +262,17 @@ def test_a_vit_of_moco_v3_loads_from_timms_names(tmp_path: Path) -> None:
 def test_unchanged_lines_train_and_probe_both_kinds_of_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images of 24 pixels, seen at MoCo's 224, 4 at a time: what matters is that the lines work together."""
+    """Images of 24 pixels, resized to 224, in batches of 4: the commands work together."""
     for part, count in (("train", 12), ("val", 4)):
         runs.make_images(tmp_path / "images" / part, count)
-    monkeypatch.chdir(tmp_path)  # where runs/ comes to be
+    monkeypatch.chdir(tmp_path)  # runs/ is written here
     line = "-a resnet18 -b 4 -j 0 --epochs 1 --moco-k 16 --mlp --moco-t 0.2 --aug-plus --cos -p 1"
     assert cli.main(["main_moco", *line.split(), *ON_EIGHT_GPUS.split(), "images"]) == 0
     out = capsys.readouterr().out
     assert "model:\n  arch: resnet18\n  queue_size: 16\n  temperature: 0.2\n  mlp: true\n" in out
     assert (
-        "mocofast pretrain moco_v2_r50_200ep --model.arch resnet18 --model.queue_size 16 --data.path images"
-        in out
+        "mocofast pretrain moco_v2_r50_200ep --model.arch resnet18 --model.queue_size 16 "
+        "--data.path images" in out
     )
     assert "torchrun --nproc-per-node=GPUS -m mocofast main_moco" in out
     folder = tmp_path / "runs" / "moco_v2_r50_200ep"
