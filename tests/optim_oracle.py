@@ -1,4 +1,4 @@
-"""Optimiser steps, one tensor and one formula after the other: what the fused steps must equal, in any dtype."""
+"""Oracle of the fused optimiser steps: plain formulas, tensor by tensor, in any dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def copied(rows: list[ParameterRow], dtype: torch.dtype | None = None) -> list[ParameterRow]:
-    """Rows with their own memory, of the same strides, in `dtype`. None keeps types, and so do steps and gaps."""
+    """Returns copies of the rows in separate memory. Strides stay, gaps between elements included.
+
+    dtype: dtype of all copies. None keeps dtypes.
+    """
 
     def copy(t: Tensor | None) -> Tensor | None:
         if t is None:
@@ -26,7 +29,7 @@ def copied(rows: list[ParameterRow], dtype: torch.dtype | None = None) -> list[P
 
 
 def values(rows: list[ParameterRow]) -> list[dict[str, Tensor]]:
-    """Everything a step may change, by name."""
+    """Returns all tensors that a step may change, by name, for every row."""
     names = ("param", "target", "shadow", "target_shadow")
     found = []
     for row in rows:
@@ -36,7 +39,7 @@ def values(rows: list[ParameterRow]) -> list[dict[str, Tensor]]:
 
 
 def step_(kind: str, rows: list[ParameterRow], options: dict[str, Any]) -> None:
-    """The step of `kind` ("sgd", "lars", "adamw") by its formulas, in place, in the rows' own dtype."""
+    """Makes the step of `kind` ("sgd", "lars" or "adamw") in place, in the dtype of the rows."""
     o = {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items()}
     for row in rows:
         p, g = row.param, row.grad

@@ -1,7 +1,7 @@
-"""InfoNCE by its definition, in float64 with PyTorch's autograd: what kernels and CPU paths are compared with.
+"""Oracle of InfoNCE: the definition in float64, differentiated by PyTorch's autograd.
 
-Written for clarity alone: the whole (N, 1 + K) matrix of logits, an explicit softmax, no blocking, no shift shared
-between rows. It shares no code with the package.
+Kernels and CPU paths are compared with this oracle, which shares no code with the package. The
+code is written for clarity: the whole (N, 1 + K) matrix of logits, explicit softmax, no blocking.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _scores(
     normalize_negatives: bool,
     exclude_period: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities before the temperature: (N,), (N, K), and (N, K) bool, which negatives count."""
+    """Returns similarities before the temperature, (N,) and (N, K), and a mask of negatives."""
     query, positive, negatives = query.double(), positive.double(), negatives.double()
     if normalize:
         query, positive = _unit(query), _unit(positive)
@@ -47,10 +47,11 @@ def info_nce_oracle(
     normalize_negatives: bool = True,
     exclude_period: int = 0,
 ) -> Tensor:
-    """Loss of every row, (N,) float64, -log softmax([s_+; s_j] / T)[0], with its autograd graph.
+    """Returns every row's loss, (N,) float64, -log softmax([s_+; s_j] / T)[0], with a graph.
 
-    query, positive: (N, C); negatives: (K, C); any float type (an exact copy in float64 is used).
-    exclude_period P > 0 leaves negative j out of row i where j % P == i % P.
+    query, positive: (N, C), any float dtype, copied to float64.
+    negatives: (K, C), any float dtype, copied to float64.
+    exclude_period: P > 0 leaves negative j out of row i if j % P == i % P.
     """
     similarity_positive, similarity, counts = _scores(
         query, positive, negatives, normalize, normalize_negatives, exclude_period
@@ -73,9 +74,11 @@ def rank_bounds(
     normalize_negatives: bool = True,
     exclude_period: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Smallest and largest rank, each (N,) int64, if every score q.x may be off by `tolerance` times |q||x|.
+    """Returns the smallest and largest positive rank, (N,) int64, that rounding may give.
 
-    Rounding can swap two scores that all but tie, so a rank is checked against this interval.
+    Rounding can swap two scores that nearly tie, so tests check ranks against this interval.
+
+    tolerance: error of a score q.x, relative to |q||x|.
     """
     with torch.no_grad():
         similarity_positive, similarity, counts = _scores(

@@ -1,4 +1,4 @@
-"""Two real gloo processes run everything once; the tests look at what each of them found."""
+"""Two gloo processes run all functions once. The tests look at the results of both ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small_moco(base: type[nn.Module], **options: Any) -> MoCo:
     )
 
 
-def own_part(batches: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
+def own_slice(batches: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
     return [tuple(im.chunk(WORLD)[rank] for im in pair) for pair in batches]  # type: ignore[misc]
 
 
@@ -45,7 +45,7 @@ def three_trajectories(rank: int, base: type[nn.Module], **options: Any) -> dict
     model = small_moco(base, **options)
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
     differ_from_rank_0(model, rank)
-    batches = own_part(random_batches(STEPS, WORLD * PER_RANK), rank)
+    batches = own_slice(random_batches(STEPS, WORLD * PER_RANK), rank)
     found = {}
     for name, each in (("ours", model), ("eager", eager), ("exact", exact)):
         torch.manual_seed(7 + rank)  # ranks' default generators differ: rank 0's decides
@@ -63,7 +63,10 @@ def three_trajectories(rank: int, base: type[nn.Module], **options: Any) -> dict
 
 @contextmanager
 def counted(function: str, record: Callable[..., Any]) -> Iterator[list[Any]]:
-    """What `record` returns for each call of the collective `torch.distributed.<function>`."""
+    """Yields a list that collects record(arguments) of every call of a collective.
+
+    function: name of the collective in torch.distributed.
+    """
     calls: list[Any] = []
     original = getattr(dist, function)
 
@@ -79,7 +82,7 @@ def counted(function: str, record: Callable[..., Any]) -> Iterator[list[Any]]:
 
 
 def shuffles(rank: int) -> dict[str, Any]:
-    """Batches through BatchShuffle, beside the whole batch indexed by rank 0's default permutations."""
+    """Runs batches through BatchShuffle. Expected: the batch indexed by rank 0's permutations."""
     results = []
     shuffle = distributed.BatchShuffle()
     generator = torch.Generator().manual_seed(7)
@@ -117,8 +120,8 @@ def shuffles(rank: int) -> dict[str, Any]:
 
 
 def broadcasts(rank: int) -> dict[str, list[list[str]]]:
-    """Names of the broadcasts of three steps under DDP's defaults, and those of a model that leaves them all in."""
-    im_q, im_k = own_part(random_batches(1, WORLD * PER_RANK), rank)[0]
+    """Returns names of the broadcasts in three steps under DDP: of a plain model and of MoCo."""
+    im_q, im_k = own_slice(random_batches(1, WORLD * PER_RANK), rank)[0]
     found = {}
     for name, model, images in (
         ("plain", TinyResNet(4), (im_q,)),
@@ -140,7 +143,7 @@ def broadcasts(rank: int) -> dict[str, list[list[str]]]:
 
 def one_process_against_two(rank: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return sgd_trajectory(small_moco(PlainEncoder), own_part(random_batches(STEPS, 16), rank))
+    return sgd_trajectory(small_moco(PlainEncoder), own_slice(random_batches(STEPS, 16), rank))
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
@@ -178,9 +181,7 @@ def test_ranks_join_and_leave_as_torchrun_says(ranks: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("case", ["no BatchNorm", "v1", "v2", "symmetric"])
-def test_trajectory_on_two_ranks_is_that_of_eager_moco(
-    ranks: list[dict[str, Any]], case: str
-) -> None:
+def test_trajectory_on_two_ranks_equals_eager_moco(ranks: list[dict[str, Any]], case: str) -> None:
     for rank in ranks:
         found = rank[case]
         assert_same_to_rounding(found["ours"], found["eager"], found["exact"])
@@ -194,15 +195,15 @@ def test_trajectory_on_two_ranks_is_that_of_eager_moco(
         torch.testing.assert_close(value, eager[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_permutation_matters_where_there_is_batchnorm(ranks: list[dict[str, Any]]) -> None:
-    # Without this, the trajectories above would agree whatever the permutations are.
+def test_the_permutation_matters_with_batchnorm(ranks: list[dict[str, Any]]) -> None:
+    # Without this difference, the tests above would pass with any permutation.
     torch.manual_seed(0)
     model = small_moco(TinyResNet)
     unshuffled = sgd_trajectory(
         EagerMoCo(model, torch.float64), random_batches(STEPS, WORLD * PER_RANK)
     )
-    both = (ranks[0]["v1"]["exact"]["losses"] + ranks[1]["v1"]["exact"]["losses"]) / 2
-    assert (unshuffled["losses"] - both).abs().max() > 1e-2
+    shuffled = (ranks[0]["v1"]["exact"]["losses"] + ranks[1]["v1"]["exact"]["losses"]) / 2
+    assert (unshuffled["losses"] - shuffled).abs().max() > 1e-2
 
 
 def test_two_ranks_of_8_equal_one_of_16_without_batchnorm(ranks: list[dict[str, Any]]) -> None:
@@ -215,7 +216,7 @@ def test_two_ranks_of_8_equal_one_of_16_without_batchnorm(ranks: list[dict[str, 
     torch.testing.assert_close(mean, one["losses"], rtol=1e-5, atol=1e-6)
 
 
-def test_shuffle_gives_every_rank_its_part_of_rank_0s_permutations(
+def test_shuffle_gives_every_rank_its_slice_of_rank_0s_permutations(
     ranks: list[dict[str, Any]],
 ) -> None:
     for rank in ranks:
@@ -226,7 +227,7 @@ def test_shuffle_gives_every_rank_its_part_of_rank_0s_permutations(
             assert is_channels_last == expected
 
 
-def test_shuffle_sends_each_image_once_in_its_own_type(ranks: list[dict[str, Any]]) -> None:
+def test_shuffle_sends_each_image_once_in_its_own_dtype(ranks: list[dict[str, Any]]) -> None:
     crossed = 0
     for batches in zip(*(r["shuffles"]["batches"] for r in ranks)):
         for number, batch in enumerate(batches):
@@ -235,7 +236,7 @@ def test_shuffle_sends_each_image_once_in_its_own_type(ranks: list[dict[str, Any
             assert sum(sent) == sum(received) == PER_RANK
             crossed += received[1 - number]
     steps = len(ranks[0]["shuffles"]["batches"])
-    # (W-1)/W of the images on average, 30 of 60 here; an all-gather would have every image cross, 60 of 60.
+    # (W-1)/W of the images on average, 30 of 60 here. In an all-gather all 60 images would cross.
     assert 0 < crossed < 0.8 * steps * WORLD * PER_RANK
 
 
@@ -248,12 +249,11 @@ def test_shuffle_continues_from_its_state(ranks: list[dict[str, Any]]) -> None:
 
 def test_no_buffer_is_broadcast_again_after_the_first_step(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert all(
-            rank["broadcasts"]["plain"]
-        )  # DDP's default, and proof that the profile shows broadcasts
+        # DDP broadcasts by default, which also proves that the profile shows broadcasts.
+        assert all(rank["broadcasts"]["plain"])
         first, second, third = rank["broadcasts"]["moco"]
         assert first
-        # DDP agrees once on the order of its gradient buckets, with two broadcasts in the second step.
+        # DDP agrees on the order of gradient buckets once, by two broadcasts in the second step.
         assert len(second) <= 2
         assert third == []
 
@@ -279,7 +279,7 @@ def test_one_process_shuffles_by_the_default_generators_permutations() -> None:
         shuffled, restore = shuffle(images)
         assert torch.equal(shuffled, each)
         assert torch.equal(shuffled[restore], images)
-        torch.rand(3)  # other draws do not disturb it
+        torch.rand(3)  # other uses of the default generator have no influence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without GPUs")

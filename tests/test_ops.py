@@ -184,7 +184,7 @@ def test_rank_counts_the_negatives_above_the_positive() -> None:
     _, rank = ops.info_nce(query, positive, negatives, return_rank=True)
     assert rank.tolist() == [2, 0]
     assert not rank.is_floating_point()
-    # With a gradient wanted, the rank still carries none.
+    # A loss with a gradient still returns a rank without a gradient.
     loss, rank = ops.info_nce(query.requires_grad_(), positive, return_rank=True)
     assert loss.requires_grad
     assert not rank.requires_grad
@@ -254,7 +254,7 @@ def test_a_shared_weight_collects_all_of_its_gradients() -> None:
 
 
 class Recorder:
-    """The CPU kernels, noting what they were asked."""
+    """The CPU kernels, with a record of the options of every call."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

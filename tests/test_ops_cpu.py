@@ -327,7 +327,7 @@ def test_ema_takes_its_momentum_from_a_tensor() -> None:
 def test_the_queue_holds_the_last_keys_after_any_wrap_around(
     size: int, batches: list[int], start: int, dtype: torch.dtype
 ) -> None:
-    """Against a list written key by key; batches may exceed the queue."""
+    """Compares with a list written key by key. Batches may exceed the queue."""
     queue, pointer = torch.zeros(size, 3, dtype=dtype), torch.tensor([start % size])
     rows = list(queue.clone())
     at = start % size
@@ -342,7 +342,7 @@ def test_the_queue_holds_the_last_keys_after_any_wrap_around(
     torch.testing.assert_close(queue, torch.stack(rows), rtol=torch.finfo(dtype).eps, atol=EPS)
 
 
-def test_the_reference_twin_agrees() -> None:
+def test_the_eager_formulas_agree() -> None:
     query, positive, negatives = (
         features(0, 9, 4),
         features(1, 9, 4),

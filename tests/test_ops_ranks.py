@@ -35,14 +35,14 @@ def features(seed: int, *shape: int) -> Tensor:
 def info_nce_over_rows(
     query: Tensor, keys: Tensor, own_rows: slice, temperature: float | Tensor
 ) -> Tensor:
-    """Every row's loss in float64, (N,), from logits and labels as in MoCo v3's Algorithm 1."""
+    """Returns losses in float64, (N,), from logits and labels as in Algorithm 1 of MoCo v3."""
     logits = F.normalize(query.double()) @ F.normalize(keys.double()).T / temperature  # (N, M)
     labels = torch.arange(len(query)) + own_rows.start
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def nt_xent_over_rows(z_a: Tensor, z_b: Tensor, own_rows: slice, temperature: float) -> Tensor:
-    """The losses in float64, (2N,), of the own rows of SimCLR's (2M, 2M) matrix of logits."""
+    """Returns losses in float64, (2N,), of the own rows of SimCLR's (2M, 2M) logits."""
     count = len(z_a)
     z = F.normalize(torch.cat([z_a, z_b]).double())
     logits = (z @ z.T / temperature).masked_fill(torch.eye(2 * count).bool(), -torch.inf)
@@ -131,12 +131,12 @@ def test_unit_keys_give_the_same_with_and_without_their_normalisation() -> None:
 
 
 def whole_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """A weight of an encoder, (6, 4), and two views of 10 images, (10, 6)."""
+    """Returns an encoder's weight, (6, 4), and two views of 10 images, (10, 6)."""
     return features(0, 6, 4).requires_grad_(), features(1, 10, 6), features(2, 10, 6)
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
-    """Losses of the own half of the batch, and the weight's gradients as DDP averages them."""
+    """Returns losses of this rank's half batch, and gradients averaged over ranks, as in DDP."""
     found: dict[str, Any] = {}
     weight, *views = whole_batch()
     x_a, x_b = (x.chunk(WORLD)[rank] for x in views)
