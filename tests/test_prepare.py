@@ -17,7 +17,8 @@ from mocofast.config import ConfigError
 from mocofast.data import prepare as module
 from mocofast.data.decoding import decode
 from mocofast.data.prepare import PrepareConfig, compact, prepare
-from mocofast.data.shards import INDEX, ShardSource
+from mocofast.data.shard_index import INDEX
+from mocofast.data.shards import ShardSource
 from tests.pictures import photo, shard_splits
 
 

@@ -20,18 +20,12 @@ import torch
 from PIL import Image
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
-from mocofast.data import download, shards
+from mocofast.data import download, shard_index
 from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import BatchSlice, Loader, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
-from mocofast.data.shards import (
-    INDEX,
-    ShardSource,
-    expand_braces,
-    find_shards,
-    local_index,
-    open_shards,
-)
+from mocofast.data.shard_index import INDEX, local_index
+from mocofast.data.shards import ShardSource, expand_braces, find_shards, open_shards
 from mocofast.data.sources import FolderSource, load_datasets
 from tests.pictures import assert_same_batches, jpeg, shard_splits
 
@@ -170,7 +164,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(
         raise AssertionError(f"scanned {path} again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_scanned", fail)
+        patch.setattr(shard_index, "_scan", fail)
         for old, new in zip(first, local_index(path)):
             assert np.array_equal(old, new)
     write_tar(path, [("only.jpg", jpeg(1)), ("only.cls", b"1")])
@@ -183,7 +177,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(
     Path(f"{path}{INDEX}").mkdir()
     assert local_index(path).keys.tolist() == [b"only"]
     assert len(list(cache.rglob(f"*{INDEX}"))) == 1
-    monkeypatch.setattr(shards, "_scanned", fail)
+    monkeypatch.setattr(shard_index, "_scan", fail)
     assert local_index(path).keys.tolist() == [b"only"]
 
 

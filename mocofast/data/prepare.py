@@ -1,10 +1,13 @@
-"""`mocofast prepare`: a compact copy of a folder of images, as tar shards that are smaller and faster to decode.
+"""`mocofast prepare`: a compact copy of a folder of images, as tar shards that are smaller
+and decode faster.
 
-Measured on 125 photos (short side 375 pixels in the median; two random crops of 20 to 100% of each, at 224 pixels)
-with the defaults: half the bytes, half the decoding time, a fifth less CPU time in the whole DALI loader; views
-differ from the originals' by 2.6 of 255 on average (PSNR 37.6 dB), since crops that were shrunk to 224 pixels are now
-enlarged. With --size 384: .7 (48 dB), at .83 of the decoding time. What it does to a trained encoder was not
-measured.
+Measured on 125 photos (median short side 375 pixels), two random crops of 20 to 100% of
+the area per photo, views of 224 pixels. With the defaults the copy has half the bytes,
+decoding takes half the time, and the whole DALI loader a fifth less CPU time. The views
+differ from the views of the originals by 2.6 of 255 on average (PSNR 37.6 dB), because
+crops that were shrunk to 224 pixels before are enlarged now. With --size 384 the
+difference is .7 (48 dB), and decoding takes .83 of the time. The effect on a trained
+encoder was not measured.
 """
 
 from __future__ import annotations
@@ -25,44 +28,40 @@ from mocofast.config import ConfigError, DataConfig, option
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
-from mocofast.data.shards import META, local_index
+from mocofast.data.shard_index import local_index
+from mocofast.data.shards import META
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
 
-AHEAD = 4  # images per thread in the making beside the one that is stored
+AHEAD = 4  # images per thread that are prepared ahead of the writer
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How images are stored."""
+    """The options of `mocofast prepare`."""
 
-    size: int = option(256, "short side that larger images are shrunk to, in pixels")
-    quality: int = option(95, "JPEG quality of those, 1 to 100")
-    shard_mb: int = option(1024, "size at which the next shard begins, in MB")
-    workers: int = option(-1, "threads; -1 takes the cores there are")
+    size: int = option(256, "short side of the stored images, in pixels; larger images are shrunk")
+    quality: int = option(95, "JPEG quality of shrunk images, 1 to 100")
+    shard_mb: int = option(1024, "size of a shard, in MB; the next image begins a new shard")
+    workers: int = option(-1, "number of threads; -1 takes all cores")
 
 
 def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
-    """Writes the images of the folder `source` into a new folder `out`, and returns what its META file holds.
+    """Writes a compact copy of the folder `source` to a new folder `out`. Returns the
+    content of META.
 
-    Images whose short side is above `options.size` are shrunk to it (Lanczos) and stored as JPEG, 4:4:4, without
-    metadata; others are copied as they are. EXIF orientation is not applied, as loaders do not either. Labels, train/
-    and val/ are those that data.source=folder would find. Samples are written in a random order, the same each time,
-    so that a few shards are a fair sample. Files that cannot be decoded are left out and named under "skipped".
+    Images with a short side above `options.size` are shrunk to `options.size` (Lanczos)
+    and stored as JPEG, 4:4:4, without metadata. Other images are copied unchanged. EXIF
+    orientation is not applied: loaders do not apply it either. Labels, train/ and val/ are
+        found as for data.source=folder. Samples are written in
+    a random order that is the same for every call, so a few shards are a fair selection.
+    Files that cannot be decoded are left out and named in META under "skipped".
 
-    All happens in `out`.partial, which gets its name at the end and is removed after an error.
+    Writes to `out`.partial, which is renamed at the end, and removed after an error.
     Raises ConfigError for unusable options, a source without images, or an `out` that exists.
     """
-    for name, holds, expected in (
-        ("size", options.size >= 1, "at least 1"),
-        ("quality", 1 <= options.quality <= 100, "1 to 100"),
-        ("shard-mb", options.shard_mb >= 1, "at least 1"),
-    ):
-        if not holds:
-            raise ConfigError(
-                f"--{name}: expected {expected}, got {getattr(options, name.replace('-', '_'))}"
-            )
+    _check(options)
     target = Path(out).expanduser()
     partial = target.with_name(f"{target.name}.partial")
     for path, remark in (
@@ -72,20 +71,20 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         if path.exists():
             raise ConfigError(f"{str(path)!r} {remark}; nothing is overwritten")
     datasets = load_datasets(DataConfig(path=source, holdout=0.0))
-    parts: dict[str, Source] = {"": datasets.train}
+    parts: dict[str, Source] = {"": datasets.train}  # {folder: images}
     if datasets.val is not None:
-        parts = {split.name(0).partition("/")[0]: split for split in (datasets.train, datasets.val)}
+        parts = {part.name(0).partition("/")[0]: part for part in (datasets.train, datasets.val)}
+    meta: dict[str, Any] = {
+        "size": options.size,
+        "quality": options.quality,
+        "classes": datasets.train.classes,
+        "images": {},
+        "skipped": {},
+    }
     partial.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = {
-            "size": options.size,
-            "quality": options.quality,
-            "classes": datasets.train.classes,
-        }
-        meta |= {"images": {}, "skipped": {}}
-        total = sum(map(len, parts.values()))
         with (
-            tqdm(total=total, unit="image", disable=None) as bar,
+            tqdm(total=sum(map(len, parts.values())), unit="image", disable=None) as bar,
             Threads(count_workers(options.workers)) as pool,
         ):
             for part, images in parts.items():
@@ -100,8 +99,23 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     return meta
 
 
+def _check(options: PrepareConfig) -> None:
+    for name, holds, expected in (
+        ("size", options.size >= 1, "at least 1"),
+        ("quality", 1 <= options.quality <= 100, "1 to 100"),
+        ("shard-mb", options.shard_mb >= 1, "at least 1"),
+    ):
+        if not holds:
+            value = getattr(options, name.replace("-", "_"))
+            raise ConfigError(f"--{name}: expected {expected}, got {value}")
+
+
 def compact(path: str, size: int, quality: int) -> tuple[str, bytes]:
-    """(extension, content) of what is stored for an image file. Raises what PIL raises on one it cannot decode."""
+    """Returns (extension, content) of the stored image. Raises PIL's exceptions for a bad file.
+
+    path: the original image file.
+    size, quality: as in PrepareConfig.
+    """
     content = Path(path).read_bytes()
     image = decode(content)
     short = min(image.size)
@@ -118,7 +132,13 @@ def compact(path: str, size: int, quality: int) -> tuple[str, bytes]:
 def _write(
     source: Source, folder: Path, part: str, options: PrepareConfig, pool: Threads, bar: tqdm[Any]
 ) -> tuple[int, dict[str, str]]:
-    """One split's shards; how many images they hold, and which files are not among them: name -> why."""
+    """Writes the shards of one folder.
+
+    source, part: the images, and their folder ("" for the root).
+    folder: where the shards go.
+
+    Returns the number of images written, and the bad files as {name: reason}.
+    """
 
     def work(index: int) -> tuple[str, bytes] | str:
         try:
@@ -137,13 +157,10 @@ def _write(
                 skipped[source.name(index)] = item
                 continue
             extension, content = item
-            # A key ends at its first dot. Names that differ by a dot or an extension alone get a number.
-            key = (
-                source.name(index)
-                .removeprefix(f"{part}/" if part else "")
-                .rpartition(".")[0]
-                .replace(".", "_")
-            )
+            # A key ends at the first dot. Names that differ only by a dot or an extension
+            # get a number.
+            name = source.name(index).removeprefix(f"{part}/" if part else "")
+            key = name.rpartition(".")[0].replace(".", "_")
             if key in keys:
                 key = f"{key}-{index}"
             keys.add(key)
@@ -159,9 +176,13 @@ def _write(
 
 
 class _Shards:
-    """Tar files one after the other, each with its index once it is whole."""
+    """Writes shard-000000.tar, shard-000001.tar, ..., and the index of every finished shard.
+
+    A context manager. After an error in the block, the unfinished shard gets no index.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
+        """limit: bytes after which a shard ends."""
         self._folder, self._limit = folder, limit
         self._tar: tarfile.TarFile | None = None
         self._path, self._count = folder, 0
@@ -176,18 +197,18 @@ class _Shards:
             self._tar.close()
 
     def add(self, members: dict[str, bytes]) -> None:
-        """The members of one sample, in one shard."""
+        """Writes the members of one sample, {name: content}, to one shard."""
         if self._tar is not None and self._tar.offset >= self._limit:
             self._end()
         if self._tar is None:
             self._path = self._folder / f"shard-{self._count:06}.tar"
-            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by _end
+            self._tar = tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
             self._count += 1
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             self._tar.addfile(info, io.BytesIO(content))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header until it is closed
+        self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers
 
     def _end(self) -> None:
         if self._tar is not None:

@@ -1,15 +1,16 @@
-"""Tar shards in WebDataset's layout as a set of images that is read in any order.
+"""Tar shards in WebDataset's layout, as a source of images that can be read in any order.
 
-A sample is the members of one name up to the first dot of their last part: `key.jpg` (or another image extension)
-and, for its label, `key.cls` (an integer as text) or `key.json` with an integer `label`. Others are left alone.
+A sample is a group of members with an equal key: the name up to the first dot after the
+last slash. `key.jpg` (or another image extension) is the image. `key.cls` (an integer as
+text), or `key.json` with an integer `label`, is the label. Other members are ignored.
 
-Each shard is scanned once, header by header, into an index (key, offset, size and label of every sample), kept
-beside it as `NAME.tar.index.npz`, or in the cache folder where that place is read-only, and made anew when the
-shard's size or time of modification changes. Samples are then read where they lie, so a batch stays a function of
-(seed, epoch, step, rank) alone.
+`mocofast.data.shard_index` finds the place of every sample, so samples are read directly
+and a batch is a function of (seed, epoch, step, rank) alone.
 
-Shards at `http(s)://` are downloaded whole into the cache folder, once, when their first sample is wanted; their
-indices are fetched first where the server has them (`mocofast prepare` writes them), else made from the shards.
+Shards at `http(s)://` are downloaded completely into the cache folder, once, when their
+first sample is needed. Their indices are downloaded first if the server has indices
+(`mocofast prepare` writes them). Otherwise the shards are downloaded at the start to make
+the indices.
 """
 
 from __future__ import annotations
@@ -21,32 +22,27 @@ import json
 import logging
 import os
 import re
-import tarfile
 import threading
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder, download
 from mocofast.data.interface import epoch_order
-from mocofast.data.names import EXTENSIONS, checked_labels, digest, find_files
+from mocofast.data.names import checked_labels, digest, find_files
+from mocofast.data.shard_index import INDEX, UNREADABLE, Index, local_index, read_index
 
 log = logging.getLogger(__name__)
 
-INDEX = ".index.npz"  # appended to a shard's name
-INDEX_VERSION = 1
-META = "meta.json"  # in the folder of shards; its "classes" names the labels
-AT_ONCE = 8  # shards indexed side by side: on a network disk each header is a wait
+META = "meta.json"  # in the folder of shards. The entry "classes" names the labels
+AT_ONCE = 8  # shards indexed in parallel: on a network disk every header is a wait
 
 
 @dataclass(frozen=True)
@@ -54,24 +50,14 @@ class TarShard:
     """One tar file."""
 
     name: (
-        str  # for logs and the fingerprint: its path below the folder, or the last part of its path
+        str  # for logs and the fingerprint: the path below the folder, or the last part of the path
     )
-    path: Path  # where its bytes are, or will be
-    url: str = ""  # where to fetch it; "" for a local one
-
-
-class Index(NamedTuple):
-    """What lies where in one shard: n samples."""
-
-    shard_size: int  # of the whole file, in bytes
-    keys: np.ndarray  # (n,) bytes
-    offsets: np.ndarray  # (n,) int64, in bytes
-    sizes: np.ndarray  # (n,) int64, in bytes
-    labels: np.ndarray  # (n,) int64; -1 for none
+    path: Path  # the local file, which may not be downloaded yet
+    url: str = ""  # "" for a local shard
 
 
 class ShardSource:
-    """Samples of tar shards; `load` gives the bytes of an image file."""
+    """Samples of tar shards. `load` returns the content of an image file."""
 
     def __init__(
         self,
@@ -80,11 +66,15 @@ class ShardSource:
         classes: tuple[str, ...],
         window: int = 0,
     ) -> None:
-        """classes: names of the labels, () for unlabelled; window: see `order`."""
+        """
+        shards, indices: the shards, and the index of every shard.
+        classes: names of the labels, () for unlabelled samples.
+        window: number of shards that are shuffled together, see `order`. 0 for all.
+        """
         self._shards, self._window = tuple(shards), window
         self._shard_sizes = tuple(index.shard_size for index in indices)
         counts = [len(index.keys) for index in indices]
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # a sample's shard
+        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # (N,)
         self._keys, self._offsets, self._sizes, labels = (
             np.concatenate([index[field] for index in indices]) for field in range(1, 5)
         )
@@ -95,11 +85,14 @@ class ShardSource:
         return len(self._keys)
 
     def name(self, index: int) -> str:
-        """shard.tar:key"""
+        """Returns the sample's name, shard.tar:key."""
         return f"{self._shards[self._shard[index]].name}:{os.fsdecode(self._keys[index])}"
 
     def load(self, index: int) -> bytes:
-        """The image file. Raises OSError where the shard cannot be read or fetched, or has become shorter."""
+        """Returns the content of the image file.
+
+        Raises OSError if the shard cannot be read or downloaded, or has become shorter.
+        """
         number = self._shard[index]
         shard, size = self._shards[number], int(self._sizes[index])
         self._fetch(number)
@@ -107,12 +100,15 @@ class ShardSource:
             content = os.pread(file.fileno(), size, int(self._offsets[index]))
         if len(content) < size:
             raise OSError(
-                f"{shard.path} ends within {os.fsdecode(self._keys[index])}: it changed after its index"
+                f"{shard.path} ends within {os.fsdecode(self._keys[index])}: "
+                "it changed after its index"
             )
         return content
 
     def subset(self, index: np.ndarray) -> ShardSource:
-        """These of its samples; index: (n,) int64, ascending."""
+        """Returns a source of some samples, with the same windows. index: (n,) int64,
+        ascending.
+        """
         part = copy.copy(self)
         part._shard, part._keys, part._offsets, part._sizes = (
             column[index] for column in (self._shard, self._keys, self._offsets, self._sizes)
@@ -121,10 +117,14 @@ class ShardSource:
         return part
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of an epoch, (N,) int64: a permutation of all samples, or, with a window of W shards, of the
-        shards, and then of the samples within W shards at a time, so that few shards are in use at once.
+        """Returns the order of an epoch, (N,) int64, and starts to download missing remote
+        shards.
 
-        Remote shards that are not here yet are downloaded from now on, in the order of their use.
+        Without a window: a permutation of all samples.
+        With a window of W shards: a permutation of the shards, then permutations of the
+        samples of W shards at a time, so that few shards are in use at the same time.
+
+        Shards are downloaded in the order of their use.
         """
         if not self._window:
             order = epoch_order(len(self), seed, epoch)
@@ -145,14 +145,18 @@ class ShardSource:
         if missing:
             if not self._window:
                 log.info(
-                    "batches draw on all %d shards, so all are needed first (see data.shuffle_window)",
+                    "batches mix samples of all %d shards, so all are downloaded first "
+                    "(see data.shuffle_window)",
                     len(use),
                 )
             threading.Thread(target=self._fetch_ahead, args=(missing,), daemon=True).start()
         return order
 
     def fingerprint(self) -> str:
-        """Hash of the shards' and samples' names, and labels: the shards may move, their contents may not change."""
+        """Returns a hash of the names of shards and samples, and of the labels.
+
+        The shards may move, their content may not change.
+        """
         shards = "\0".join(shard.name for shard in self._shards).encode(errors="surrogateescape")
         return digest(
             shards + b"\0" + self._shard.tobytes() + b"\0".join(self._keys.tolist()),
@@ -161,6 +165,7 @@ class ShardSource:
         )
 
     def _fetch(self, number: int) -> None:
+        """Downloads a shard if it is remote and missing. Raises OSError if this fails."""
         shard = self._shards[number]
         if not shard.url or shard.path.exists():
             return
@@ -173,11 +178,12 @@ class ShardSource:
         if found != expected:
             shard.path.unlink()
             raise OSError(
-                f"{shard.url} has {found} bytes, its index says {expected}; delete {shard.path}{INDEX}"
+                f"{shard.url} has {found} bytes, its index says {expected}; "
+                f"delete {shard.path}{INDEX}"
             )
-        if fetched:  # and not waited for, while another did
+        if fetched:  # by this call, not by another thread or process
             log.info(
-                "%s is here: %.0f MB after %.0f s",
+                "downloaded %s: %.0f MB in %.0f s",
                 shard.name,
                 found / 1e6,
                 time.monotonic() - begin,
@@ -187,25 +193,31 @@ class ShardSource:
         try:
             for number in numbers:
                 self._fetch(number)
-        except OSError as error:  # whoever needs the shard tries again, and raises
+        except OSError as error:  # `load` tries again, and raises
             log.warning("downloading ahead ended: %s", error)
 
 
 def is_url(path: str) -> bool:
-    """http:// or https://"""
+    """Returns whether a path starts with http:// or https://."""
     return path.startswith(("http://", "https://"))
 
 
-def find_shards(path: str, part: str = "") -> list[TarShard]:
-    """The shards that data.path means: all *.tar below a folder (below its `part`); or a file, a glob pattern, a URL,
-    with braces expanded: x-{000..012}.tar, {a,b}.tar. Raises ConfigError or FileNotFoundError for none."""
+def find_shards(path: str, folder: str = "") -> list[TarShard]:
+    """Returns the shards of `data.path`.
+
+    path: a folder with *.tar files at any depth, or a file, a glob pattern or a URL.
+        Braces in files, patterns and URLs are expanded: x-{000..012}.tar, {a,b}.tar.
+    folder: a subfolder of the folder, for example "train/".
+
+    Raises ConfigError or FileNotFoundError if there is no shard.
+    """
     if is_url(path):
         return [_remote(url) for url in expand_braces(path)]
     root = Path(path).expanduser()
     if root.is_dir():
-        names = [part + name for name in find_files(root / part, {".tar"})]
+        names = [folder + name for name in find_files(root / folder, {".tar"})]
         if not names:
-            raise ConfigError(f"data.path: no *.tar file below {str(root / part)!r}")
+            raise ConfigError(f"data.path: no *.tar file below {str(root / folder)!r}")
         return [TarShard(name, root / name) for name in names]
     found = [
         Path(match)
@@ -218,7 +230,10 @@ def find_shards(path: str, part: str = "") -> list[TarShard]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """x{08..10}-{a,b} -> x08-a, x08-b, x09-a, ...: numbers as wide as the first, or alternatives."""
+    """Expands braces: x{08..10}-{a,b} gives x08-a, x08-b, x09-a, ...
+
+    Numbers are as wide as the first number.
+    """
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -231,6 +246,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _remote(url: str) -> TarShard:
+    """Returns the shard at a URL, with a place in the cache folder."""
     parts = urlsplit(url)
     folder, _, name = parts.path.rpartition("/")
     place = hashlib.blake2b(f"{parts.netloc}{folder}".encode(), digest_size=8).hexdigest()
@@ -240,10 +256,14 @@ def _remote(url: str) -> TarShard:
 def open_shards(
     shards: Sequence[TarShard], window: int = 0, classes: tuple[str, ...] = ()
 ) -> ShardSource:
-    """A source of all samples of these shards, in their order.
+    """Returns a source of all samples of `shards`, in the order of the shards.
 
-    classes: names of the labels; if none, those in META beside the first shard or in the folder above it, else
-    numbers. Unlabelled unless every sample has a label, and two classes occur. Raises ConfigError, OSError.
+    window: see `ShardSource.order`.
+    classes: names of the labels. If empty, the names come from META beside the first shard
+        or in the folder above, or are numbers.
+
+    The samples are unlabelled if a sample has no label, or if all labels are equal.
+    Raises ConfigError for an unusable shard, and OSError if a shard cannot be read.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
         indices = list(pool.map(_index, shards))
@@ -258,12 +278,16 @@ def open_shards(
     classes = classes or _class_names(shards[0]) or tuple(str(i) for i in range(largest + 1))
     if largest >= len(classes):
         raise ConfigError(
-            f"data.path: label {largest} in {shards[0].name} and on, but there are {len(classes)} classes"
+            f"data.path: label {largest} in {shards[0].name} or a later shard, "
+            f"but there are {len(classes)} classes"
         )
     return ShardSource(shards, indices, classes, window)
 
 
 def _class_names(shard: TarShard) -> tuple[str, ...]:
+    """Returns the class names in META beside the shard or in the folder above, () if there
+    are none.
+    """
     for folder in (shard.path.parent, shard.path.parent.parent):
         try:
             meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -274,119 +298,17 @@ def _class_names(shard: TarShard) -> tuple[str, ...]:
 
 
 def _index(shard: TarShard) -> Index:
+    """Returns the index of a shard. Downloads a remote shard if the server has no usable index."""
     if shard.url:
-        beside = Path(f"{shard.path}{INDEX}")
+        place = Path(f"{shard.path}{INDEX}")
         try:
             parts = urlsplit(shard.url)
-            download(parts._replace(path=parts.path + INDEX).geturl(), beside)
-            return _read(beside, None)
-        except (
-            HTTPError,
-            ValueError,
-            KeyError,
-            zipfile.BadZipFile,
-        ):  # the server has none that can be used
-            beside.unlink(missing_ok=True)
+            download(parts._replace(path=parts.path + INDEX).geturl(), place)
+            return read_index(place)
+        except (HTTPError, *UNREADABLE):  # the server has no index, or one of another version
+            place.unlink(missing_ok=True)
         try:
             download(shard.url, shard.path)
         except OSError as error:
             raise ConfigError(f"data.path: cannot fetch {shard.url}: {error}") from error
     return local_index(shard.path)
-
-
-def local_index(path: Path) -> Index:
-    """The index of a tar file, from where it is kept or made now and kept. Raises ConfigError for a broken one."""
-    stat = path.stat()
-    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
-    hashed = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
-    places = (Path(f"{path}{INDEX}"), cache_folder() / "indices" / f"{hashed}{INDEX}")
-    for place in places:
-        try:
-            return _read(place, stamp)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            zipfile.BadZipFile,
-        ):  # none, another shard's, or broken
-            continue
-    log.info("indexing %s", path)
-    index = Index(stat.st_size, *_scanned(path))
-    for place in places:
-        try:
-            _write(place, stamp, index)
-            break
-        except OSError:  # a read-only place
-            continue
-    return index
-
-
-def _read(place: Path, stamp: np.ndarray | None) -> Index:
-    with np.load(place, allow_pickle=False) as kept:
-        found = kept["stamp"]
-        if found[0] != INDEX_VERSION or (stamp is not None and not np.array_equal(found, stamp)):
-            raise ValueError("an index of another version or file")
-        return Index(int(found[1]), *(kept[field] for field in Index._fields[1:]))
-
-
-def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks and threads may index one shard at the same time.
-    with (
-        files.atomic_write(place, f"{os.getpid()}.{threading.get_ident()}") as part,
-        part.open("wb") as file,
-    ):
-        np.savez(
-            file,
-            stamp=stamp,
-            keys=index.keys,
-            offsets=index.offsets,
-            sizes=index.sizes,
-            labels=index.labels,
-        )
-
-
-def _scanned(path: Path) -> tuple[np.ndarray, ...]:
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
-                if match is None or not member.isreg():
-                    continue
-                key, extension = match[1], match[2].lower()
-                if f".{extension}" in EXTENSIONS:
-                    images.setdefault(key, (member.offset_data, member.size))
-                elif extension in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    label = _label(extension, content.read() if content else b"")
-                    if label >= 0 and (extension == "cls" or key not in labels):
-                        labels[key] = label
-    except (tarfile.TarError, EOFError) as error:
-        raise ConfigError(
-            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}"
-        ) from error
-    places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
-    keys = np.array([os.fsencode(key) for key in images], dtype=np.bytes_)
-    return (
-        keys,
-        places[:, 0],
-        places[:, 1],
-        np.array([labels.get(key, -1) for key in images], dtype=np.int64),
-    )
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        yield member
-        tar.members.clear()  # type: ignore[attr-defined]  # else a shard of a million samples keeps a gigabyte of headers
-
-
-def _label(extension: str, content: bytes) -> int:
-    """The label, or -1 where there is none."""
-    try:
-        value = int(content) if extension == "cls" else json.loads(content)["label"]
-    except (ValueError, KeyError, TypeError):
-        return -1
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1
