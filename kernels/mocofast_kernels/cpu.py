@@ -221,8 +221,8 @@ def infonce_grad_negatives(
     Recomputes the probabilities block by block.
 
     grad_loss: (N,) float32.
-    lse: (N,) float32, from `infonce_forward` with equal other arguments.
-    The other arguments are those of `infonce_forward`.
+    lse: (N,) float32, from `infonce_forward` with equal arguments.
+    Further arguments: as for `infonce_forward`.
     """
     inverse_t = _inverse(temperature)
     h, _ = _rows(query, normalize)
@@ -266,7 +266,7 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
-        that the list holds twice (tied weights) is updated once.
+        listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
     """
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":

@@ -59,7 +59,7 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
-        that the list holds twice (tied weights) is updated once.
+        listed twice (tied weights) is updated once.
     momentum: m, a float (1 - m is computed in double precision), or a tensor () on the same
         device, read on the device.
 

@@ -114,8 +114,8 @@ def infonce_grad_negatives(
     this gradient is taken through the normalisation.
 
     grad_loss: (N,) float32.
-    lse: (N,) float32, from `infonce_forward` with equal other arguments.
-    The other arguments are those of `infonce_forward`.
+    lse: (N,) float32, from `infonce_forward` with equal arguments.
+    Further arguments: as for `infonce_forward`.
     """
     N, C = query.shape
     K = negatives.shape[0]
