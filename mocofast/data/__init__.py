@@ -1,1 +1,1 @@
-"""Two random views of every image: sources, one stateless order, and two loaders behind one interface."""
+"""Images and their random views: sources, a stateless order, and three loaders with one interface."""

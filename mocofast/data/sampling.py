@@ -1,9 +1,11 @@
-"""`sample_view` for a whole batch at once, to the bit.
+"""`sample_view` for a whole batch at once, equal bit for bit.
 
-One call of `sample_view` takes 20 us, most of it Python: too slow where a GPU makes 50,000 views a second. Here numpy's
-generator itself runs over arrays: Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
-and on top of it what `numpy.random.Generator` makes of its words. So whoever draws in batches gives the same stream
-as whoever draws one by one; the tests compare the two.
+One call of `sample_view` takes 20 us, mostly in Python. This is too slow for a GPU that
+makes 50,000 views a second. Here numpy's random generator runs over arrays: Philox 4x64
+(Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"), and the conversions of `numpy.random.Generator` from random
+    words to numbers.
+The stream is the same for a batch and for single views. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mocofast.data.interface import CROP_ATTEMPTS, CROP_RATIO, ViewParams
 
 
 class Views(NamedTuple):
-    """`ViewParams` of n views: the same fields in the same order, each an array (n,)."""
+    """`ViewParams` of n views: the same fields in the same order, as arrays (n,)."""
 
     top: np.ndarray  # int64, as left, height and width
     left: np.ndarray
@@ -37,7 +39,7 @@ class Views(NamedTuple):
 
 
 def per_view(views: Views) -> list[ViewParams]:
-    """The same parameters, view by view."""
+    """Returns the parameters view by view."""
     columns = {name: column.tolist() for name, column in zip(Views._fields, views)}
     columns["order"] = [tuple(order) if order[0] >= 0 else () for order in columns["order"]]
     return [ViewParams(*row) for row in zip(*columns.values())]
@@ -46,10 +48,13 @@ def per_view(views: Views) -> list[ViewParams]:
 def sample_views(
     augment: AugmentConfig, sizes: np.ndarray, seed: int, epoch: int, index: np.ndarray, view: int
 ) -> Views:
-    """`sample_view(augment, sizes[i], seed, epoch, index[i], view)` for every i.
+    """Returns `sample_view(augment, sizes[i], seed, epoch, index[i], view)` for all i.
 
-    sizes: (n, 2) integers, height and width of the decoded images, or (2,) where all have one size; index: (n,).
+    sizes: (n, 2) integers, height and width of the decoded images, or (2,) for images of
+        one size.
+    index: (n,) integers.
     """
+    # The crop: first the sizes of all boxes, then their places.
     key = np.array([seed, epoch], dtype=np.uint64)
     sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(index), 2))
     box, used = _random_resized_crops(augment.crop_scale, sizes, key, index, view)
@@ -59,21 +64,22 @@ def sample_views(
     box[fits, 0] = stream.below(sizes[fits, 0] - box[fits, 2] + 1, fits)
     box[fits, 1] = stream.below(sizes[fits, 1] - box[fits, 3] + 1, fits)
     box[~fits] = _central_crops(sizes[~fits])
-
+    # Rotation.
     n = len(index)
     angle = (
         stream.uniform(-augment.rotate, augment.rotate, every) if augment.rotate else np.zeros(n)
     )
+    # Jitter: the order of the operators, and their factors.
     order = np.full((n, 4), -1)
     factors = [np.ones(n), np.ones(n), np.ones(n), np.zeros(n)]
     if any(augment.jitter):
         chosen = stream.random(every) < augment.jitter_p
         order[chosen] = stream.permutations(4, chosen)
-        bounds = [(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3]] + [
-            (-augment.jitter[3], augment.jitter[3])
-        ]
+        bounds = [(max(0.0, 1 - s), 1 + s) for s in augment.jitter[:3]]
+        bounds.append((-augment.jitter[3], augment.jitter[3]))
         for factor, (low, high) in zip(factors, bounds):
             factor[chosen] = stream.uniform(low, high, chosen)
+    # Grayscale, blur, solarize and flip.
     gray = stream.random(every) < augment.gray
     blurred = stream.random(every) < augment.blur
     sigma = np.zeros(n)
@@ -88,10 +94,14 @@ def sample_views(
 def _random_resized_crops(
     scale: tuple[float, float], sizes: np.ndarray, key: np.ndarray, index: np.ndarray, view: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 4) boxes of which height and width are set, zeros where no attempt fitted; (n,) words each has used."""
+    """Samples the sizes of n crops.
+
+    Returns boxes (n, 4) with height and width set (zeros if no attempt fitted), and (n,)
+    the number of random words that every view has used.
+    """
     box = np.zeros((len(index), 4), dtype=np.int64)
     used = np.full(len(index), 2 * CROP_ATTEMPTS)
-    left = np.arange(len(index))  # whose attempts all failed so far
+    left = np.arange(len(index))  # views without a crop until now
     for attempt in range(CROP_ATTEMPTS):
         if attempt % 2 == 0:
             words = _philox(key, index[left], view, np.full(len(left), attempt // 2))
@@ -111,7 +121,7 @@ def _random_resized_crops(
 
 
 def _central_crops(sizes: np.ndarray) -> np.ndarray:
-    """(n, 4): the largest central boxes of an allowed aspect."""
+    """Returns boxes (n, 4): the largest central crops of an allowed aspect ratio."""
     full_height, full_width = sizes.T
     tall = full_width < CROP_RATIO[0] * full_height
     wide = full_width > CROP_RATIO[1] * full_height
@@ -121,27 +131,34 @@ def _central_crops(sizes: np.ndarray) -> np.ndarray:
 
 
 class _Stream:
-    """numpy.random.Generator over n streams at once. `rows`, (n,) bool, says which of them draw."""
+    """numpy.random.Generator over n streams at once.
+
+    In all methods, rows (n,) bool selects the streams that take random numbers. r: number
+    of selected rows.
+    """
 
     def __init__(self, key: np.ndarray, index: np.ndarray, view: int, first: np.ndarray) -> None:
-        """first: (n,) even numbers of words that were used already."""
+        """
+        key: (2,) uint64, seed and epoch.
+        index, view: as in `sample_views`.
+        first: (n,) even integers, the number of words used already.
+        """
         self._key, self._index, self._view, self._block = key, index, view, first // 4
-        self._words = self._more(5)  # nearly always enough
+        self._words = self._more(5)  # (n, 20), nearly always enough
         self._next = first % 4
-        self._half = np.zeros(
-            len(index), dtype=np.uint64
-        )  # the upper half of a word that gave its lower one
+        # The upper halves of words whose lower halves were taken.
+        self._half = np.zeros(len(index), dtype=np.uint64)
         self._has_half = np.zeros(len(index), dtype=bool)
 
     def _more(self, blocks: int) -> np.ndarray:
-        """(n, 4 * blocks): the next words of every stream."""
+        """Returns the next words of every stream, (n, 4 * blocks) uint64."""
         block = self._block[:, None] + np.arange(blocks)
         self._block = self._block + blocks
-        return _philox(
-            self._key, np.repeat(self._index, blocks), self._view, block.ravel()
-        ).reshape(-1, 4 * blocks)
+        index = np.repeat(self._index, blocks)
+        return _philox(self._key, index, self._view, block.ravel()).reshape(-1, 4 * blocks)
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
+        """Takes a word of every selected stream, (r,) uint64."""
         at = self._next[rows]
         if at.max(initial=0) >= self._words.shape[1]:
             self._words = np.hstack((self._words, self._more(1)))
@@ -149,14 +166,17 @@ class _Stream:
         return self._words[rows, at]
 
     def random(self, rows: np.ndarray) -> np.ndarray:
-        """Float64 in [0, 1)."""
+        """Samples numbers in [0, 1), (r,) float64."""
         return _doubles(self._take(rows))
 
     def uniform(self, low: float, high: float, rows: np.ndarray) -> np.ndarray:
+        """Samples numbers in [low, high), (r,) float64."""
         return low + (high - low) * self.random(rows)
 
     def _halves(self, rows: np.ndarray) -> np.ndarray:
-        """32 random bits: the lower half of a new word, then its upper half."""
+        """Takes 32 random bits of every selected stream: the lower half of a new word,
+        then the upper half.
+        """
         old = self._has_half[rows]
         out = self._half[rows]
         fresh = rows.copy()
@@ -168,9 +188,11 @@ class _Stream:
         return out
 
     def below(self, count: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Integers in [0, count), int64 (Lemire 2019, "Fast random integer generation in an interval").
+        """Samples integers in [0, count), (r,) int64.
 
-        count: (number of rows that draw,), from 1 to 2^32 - 1. A count of 1 draws nothing.
+        count: (r,) integers from 1 to 2^32 - 1. A count of 1 takes no random number.
+
+        The method is Lemire 2019, "Fast random integer generation in an interval".
         """
         out = np.zeros(len(count), dtype=np.int64)
         count = count.astype(np.uint64)
@@ -180,13 +202,16 @@ class _Stream:
             sampling_rows[rows] = waiting
             product = self._halves(sampling_rows) * count[waiting]
             out[waiting] = (product >> np.uint64(32)).astype(np.int64)
-            # Words that would favour small numbers, 2^32 % count of them, are drawn again.
+            # 2^32 % count words would make small numbers more likely. They are replaced by
+            # new words.
             low = product & np.uint64(0xFFFFFFFF)
             waiting[waiting] = low < np.uint64(2**32) % count[waiting]
         return out
 
     def permutations(self, size: int, rows: np.ndarray) -> np.ndarray:
-        """(number of rows that draw, size): Fisher and Yates from the last place down."""
+        """Samples permutations, (r, size) int64: Fisher and Yates' shuffle from the last
+        place down.
+        """
         out = np.tile(np.arange(size), (int(rows.sum()), 1))
         every = np.arange(len(out))
         for place in range(size - 1, 0, -1):
@@ -195,7 +220,10 @@ class _Stream:
         return out
 
     def _up_to(self, last: int, rows: np.ndarray) -> np.ndarray:
-        """Integers in [0, last], as numpy shuffles with: so many bits as `last` has, drawn again if above it."""
+        """Samples integers in [0, last], (r,) int64, as numpy's shuffle does.
+
+        Takes as many bits as `last` has, and takes new bits for a number above `last`.
+        """
         sampling_rows = rows.copy()
         out = np.zeros(len(rows), dtype=np.int64)
         while sampling_rows.any():
@@ -205,15 +233,16 @@ class _Stream:
 
 
 def _doubles(words: np.ndarray) -> np.ndarray:
-    """The upper 53 bits as numbers in [0, 1)."""
+    """Returns the upper 53 bits of words as numbers in [0, 1)."""
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def _philox(key: np.ndarray, index: np.ndarray, view: int, block: np.ndarray) -> np.ndarray:
-    """Philox 4x64 with 10 rounds: words (n, 4) of `sample_view`'s generator; `block` counts from 0.
+    """Returns words (n, 4) uint64 of `sample_view`'s generators: Philox 4x64 with 10 rounds.
 
-    numpy's generator advances its counter before it makes a block.
+    block: (n,) integers, the block of every generator, from 0.
     """
+    # numpy's generator advances the counter before it makes a block.
     n = len(index)
     c0, c1 = (block + 1).astype(np.uint64), np.ones(n, dtype=np.uint64)
     c2, c3 = index.astype(np.uint64), np.full(n, view, dtype=np.uint64)
@@ -228,7 +257,7 @@ def _philox(key: np.ndarray, index: np.ndarray, view: int, block: np.ndarray) ->
 
 
 def _multiply(constant: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The upper and the lower 64 bits of the product, from products of 32 bits."""
+    """Returns the upper and the lower 64 bits of constant * x, from products of 32 bits."""
     half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
     high, low = np.uint64(constant >> 32), np.uint64(constant & 0xFFFFFFFF)
     upper, lower = x >> half, x & mask
