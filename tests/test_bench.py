@@ -1,10 +1,12 @@
-"""`mocofast bench`: the row it reports, its clock and memory gauge, and the claims it is there to show."""
+"""`mocofast bench`: reported rows, the clock, the memory gauge, and the claims about InfoNCE."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,29 @@ from mocofast_bench.commands import main
 from mocofast_bench.sizes import weight_shapes
 from torch import nn
 
+from tests import runs
+
 CPU = torch.device("cpu")
+IMPORT_PATHS = [runs.ROOT, runs.ROOT / "kernels", runs.ROOT / "benchmarks"]
 CLAIM = (256, 65536, 128)  # N, K, C of the claims on the CPU
+
+
+def test_processes_load_no_benchmark_no_torchvision_and_no_triton() -> None:
+    code = "import sys, mocofast_bench.processes; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORT_PATHS))}
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    names = set(loaded.stdout.split())
+    ours = {name for name in names if name.startswith("mocofast_bench.")}
+    assert ours == {"mocofast_bench.processes"}
+    assert not names & {"torchvision", "triton", "mocofast_kernels"}
 
 
 def test_kernels_reports_both_sides_and_appends_its_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "rows.jsonl"
-    command = [
-        "kernels",
+    options = [
         "--n",
         "8",
         "--k",
@@ -39,14 +54,14 @@ def test_kernels_reports_both_sides_and_appends_its_row(
         "--device",
         "cpu",
     ]
-    assert main([*command, "--save", str(target)]) == 0
+    assert main(["kernels", *options, "--save", str(target)]) == 0
     row = json.loads(target.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
     assert (row["n"], row["k"], row["c"], row["dtype"]) == (8, 64, 4, "float32")
     assert {"mocofast", "with rank", "eager"} <= set(row["milliseconds"])
     assert set(row["extra_bytes"]) == set(row["milliseconds"])
     assert "Liger" in row["skipped"]
-    # 4 N K C operations at the rate that the same row states; both are rounded.
+    # 4 N K C operations at the rate of the same row. Both numbers are rounded.
     assert row["floor_milliseconds"] == pytest.approx(
         4 * 8 * 64 * 4 / row["matrix_gflops"] / 1e6, rel=1e-3, abs=1e-4
     )
@@ -57,7 +72,7 @@ def test_kernels_reports_both_sides_and_appends_its_row(
 def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ema", "--repeats", "1", "--device", "cpu"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    # torchvision's ResNet-50 without its fc (23,508,032), and 2048 x 2048 and 2048 x 128 layers with biases.
+    # torchvision's ResNet-50 without fc (23,508,032), and two layers with biases.
     assert row["weights"] == 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert row["bytes"] == 3 * 4 * row["weights"]
     assert len(weight_shapes()) == row["tensors"]
@@ -66,7 +81,7 @@ def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_the_benchmarks_weights_are_those_of_a_resnet50_with_mocos_head() -> None:
+def test_weight_shapes_are_those_of_a_resnet50_with_mocos_head() -> None:
     with torch.device("meta"):
         network = torchvision.models.resnet50()
         network.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 128))
@@ -80,7 +95,7 @@ def test_the_benchmarks_weights_are_those_of_a_resnet50_with_mocos_head() -> Non
         ["kernels", "--n", "0"],
         ["kernels", "--dtype", "int8"],
         ["unknown"],
-        ["sweep", "folder", "--plot", "sweep.png"],  # it draws into its folder, always
+        ["sweep", "folder", "--plot", "sweep.png"],  # the sweep always plots into its folder
     ],
 )
 def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
@@ -89,7 +104,7 @@ def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
     assert exit_info.value.code == 2
 
 
-def test_the_clock_sees_a_known_wait() -> None:
+def test_the_clock_measures_a_known_wait() -> None:
     calls = []
 
     def wait() -> None:
@@ -111,7 +126,7 @@ def allocate(megabytes: int) -> int | None:
 )
 def test_the_memory_gauge_sees_a_known_allocation_that_is_freed_again() -> None:
     extra = timing.in_fresh_process(allocate, 32)
-    assert extra == pytest.approx(32 * 2**20, abs=3 * 2**20)  # and some pages of code
+    assert extra == pytest.approx(32 * 2**20, abs=3 * 2**20)  # pages of code vary
 
 
 @pytest.mark.skipif(
@@ -122,7 +137,7 @@ def test_info_nce_takes_at_most_6_percent_of_eagers_extra_memory() -> None:
         name: timing.in_fresh_process(kernels.memory_of, name, CLAIM, torch.float32, "cpu")
         for name in ("mocofast", "with rank", "eager")
     }
-    assert extra["eager"] > 3 * 4 * CLAIM[0] * CLAIM[1]  # it did hold several N x K arrays
+    assert extra["eager"] > 3 * 4 * CLAIM[0] * CLAIM[1]  # more than three N x K arrays
     assert extra["mocofast"] <= 0.06 * extra["eager"]
     assert extra["with rank"] <= 0.06 * extra["eager"]
 
@@ -144,8 +159,9 @@ def test_optim_reports_every_optimiser_and_counts_its_bytes(
     assert main(["optim", "--repeats", "1", "--device", "cpu"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     weights = row["weights"]
-    # SGD: 4 reads and 3 writes of 4 bytes, 2 writes of 2 bytes; AdamW has a second state; LARS no copies, but reads
-    # weights and gradients of matrices twice: all but 53 + 1 norms' and 2 layers' vectors, 0.2% of the weights.
+    # SGD: 4 reads and 3 writes of 4 bytes, 2 writes of 2 bytes. AdamW has a second state. LARS has
+    # no copies, and reads weights and gradients of matrices twice: all weights except vectors of
+    # 54 norms and 2 layers, 0.2% of the weights.
     assert row["sgd"]["bytes"] == 32 * weights
     assert row["adamw"]["bytes"] == 40 * weights
     assert 0.997 * 36 * weights < row["lars"]["bytes"] < 36 * weights
@@ -156,7 +172,7 @@ def test_optim_reports_every_optimiser_and_counts_its_bytes(
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two tensors, at a rate that moves them."""
+    """Trains two tensors at a learning rate that changes the weights."""
     monkeypatch.setattr(optim, "LR", 0.1)
     monkeypatch.setattr(optim, "weight_shapes", lambda: [(7, 5), (11,)])
     pair = optim.weights(CPU), optim.weights(CPU)
@@ -166,13 +182,12 @@ def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.M
         for _ in range(3):
             step()
     for ours, theirs in zip(*([*w.params, *w.targets, *w.shadows[0], *w.shadows[1]] for w in pair)):
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-5, atol=1e-6
-        )  # float32 rounding, values below 1
+        # float32 rounding, values below 1.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert all((p - before).abs().max() > 1e-5 for p, before in zip(pair[0].params, start))
 
 
-def test_a_row_is_saved_before_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_saved_before_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"benchmark": "data"}
 

@@ -1,4 +1,4 @@
-"""`mocofast bench data` on a few small files: every loader is timed, the fastest settings are found and written."""
+"""`mocofast bench data` on small files: every loader is timed, the fastest settings are written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCHES = 2
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Just enough images for batches of 2."""
+    """Returns a folder with just enough images for batches of 2."""
     for i in range(2 * (loops.WARM_UP_BATCHES + BATCHES)):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
@@ -35,19 +35,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def options(folder: Path) -> list[str]:
-    short = [
-        "--recipe",
-        "cifar10_r18",
-        "--batch-size",
-        "2",
-        "--workers",
-        "1",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    return ["data", str(folder), *short]
+    short = "--recipe cifar10_r18 --batch-size 2 --workers 1 --repeats 1 --device cpu"
+    return ["data", str(folder), *short.split()]
 
 
 def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
@@ -78,8 +67,8 @@ def test_too_few_images_are_an_error_that_says_how_many_are_needed(folder: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
-    """A side whose one batch is 64 MB here, made by a process that holds 100 MB itself."""
+def test_memory_of_a_loader_includes_its_processes() -> None:
+    """One batch takes 64 MB here, and a process of the loader holds 100 MB."""
 
     class Holding:
         def epoch(self, epoch: int) -> Iterator[torch.Tensor]:
@@ -93,18 +82,18 @@ def test_memory_of_a_loader_is_that_of_its_processes_too() -> None:
 
     found = data.memory_of(loops.TimedLoop(Holding, lambda batch: None), 1, torch.device("cpu"))
     assert found is not None
-    # The batch itself may lie where earlier tests left room: what its process holds is more than the batch.
+    # The batch may reuse memory that earlier tests freed. The memory of the process cannot.
     assert found > 100 * 2**20
     assert timing.resident_memory(own=False) == 0  # the process has ended
 
 
-def test_tuning_refuses_to_draw(folder: Path, tmp_path: Path) -> None:
+def test_tuning_refuses_to_plot(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--plot shows the comparison, which --tune leaves out"):
         main([*options(folder), "--tune", "--plot", str(tmp_path / "data.png")])
 
 
 def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
-    """Everything random that changes colours or shapes off: what is left is the image, resized and normalised."""
+    """Turns off all random changes of colour and shape: the view is the image, resized."""
     augment = AugmentConfig(
         size=20, crop_scale=(1.0, 1.0), flip=0.0, jitter_p=0.0, gray=0.0, blur=0.0
     )
@@ -116,7 +105,8 @@ def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
     pixels = view * torch.tensor(augment.std).view(3, 1, 1) + torch.tensor(augment.mean).view(
         3, 1, 1
     )
-    # The crop is whole, or nearly (aspect 3/4): means over the image agree, where another image's are 3 away.
+    # The crop is (nearly) the whole image (aspect 3/4): the means agree. Means of other images
+    # differ by 3.
     assert (255 * pixels.mean((1, 2)) - torch.tensor(expected.mean((0, 1)))).abs().max() < 1
     everything = AugmentConfig(size=20, rotate=10.0, blur=1.0)
     loader = ReferenceLoader(files(folder, labelled=False), everything, 4, 0, TensorPairs)
@@ -126,7 +116,7 @@ def test_the_v2_tensors_are_views_of_the_images(folder: Path) -> None:
 
 
 def test_tuning_takes_what_is_clearly_faster_option_by_option() -> None:
-    """On made-up speeds: 4 workers win by half, prefetch 4 by less than noise, prefetch 1 loses."""
+    """Invented speeds: 4 workers win clearly, prefetch 4 wins by less than noise, 1 loses."""
     speed = {"workers": {1: 50.0, 2: 100.0, 4: 150.0}, "prefetch": {1: 0.5, 2: 1.0, 4: 1.01}}
     seen = []
 
@@ -141,17 +131,15 @@ def test_tuning_takes_what_is_clearly_faster_option_by_option() -> None:
     stages: list[tuple[str, list[object]]] = [("workers", [1, 2, 4]), ("prefetch", [1, 2, 4])]
     best = tune.tune_loader(DataConfig(loader="dali", workers=2), stages, measure, rows)
     assert (best.workers, best.prefetch) == (4, 2)
-    assert seen == [
-        [(2, 2), (1, 2), (4, 2)],
-        [(4, 2), (4, 1), (4, 4)],
-    ]  # medians, each with the best so far
+    # Every option is tried with the best values so far.
+    assert seen == [[(2, 2), (1, 2), (4, 2)], [(4, 2), (4, 1), (4, 4)]]
     assert [row.get("workers", row.get("prefetch")) for row in rows if row["best"]] == [4, 2]
 
 
 def test_tuning_writes_a_recipe_that_pretrain_accepts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real loaders, one batch a measurement."""
+    """Uses real loaders, with one batch for every measurement."""
     (folder / "0.jpg").write_bytes(b"no image")
     out = folder.parent / "tuned.yaml"
     assert main([*options(folder), "--batches", "1", "--tune", "--out", str(out)]) == 0
@@ -166,10 +154,10 @@ def test_tuning_writes_a_recipe_that_pretrain_accepts(
     assert (tuned.data.workers, tuned.data.prefetch) == (best["workers"], best["prefetch"])
     assert (tuned.data.source, tuned.data.path) == ("folder", str(folder.resolve()))
     assert (tuned.model, tuned.augment, tuned.optim) == (recipe.model, recipe.augment, recipe.optim)
-    assert tuned.data.batch_size == recipe.data.batch_size  # the benchmark's batch is its own
+    assert tuned.data.batch_size == recipe.data.batch_size  # not --batch-size of the benchmark
 
 
-def test_the_gpu_decoders_options_are_tuned_on_a_gpu_alone(folder: Path) -> None:
+def test_options_of_the_gpu_decoder_are_tuned_on_a_gpu_alone(folder: Path) -> None:
     source = files(folder, labelled=False)
     names = [
         [name for name, _ in tune._stages("dali", 4, source, torch.device(kind))]
@@ -179,7 +167,6 @@ def test_the_gpu_decoders_options_are_tuned_on_a_gpu_alone(folder: Path) -> None
         ["workers", "prefetch"],
         ["workers", "prefetch", "hw_decoder_load", "preallocate"],
     ]
-    assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [
-        (30, 40)
-    ]  # width, height
+    # (width, height)
+    assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [(30, 40)]
     assert tune._stages("torchvision", 1, source, torch.device("cuda"))[0] == ("workers", [1])

@@ -1,6 +1,6 @@
-"""The kernels compiled for GPUs that are not there: no spills, room in shared memory, matrix instructions.
+"""Kernels compiled without a GPU: no spills, room in shared memory, matrix instructions.
 
-A GPU of any kind, or none, may be present: the compiler runs in a process of its own, outside the interpreter.
+The compiler runs in a process of its own, without Triton's interpreter. A GPU may be present.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from tests import runs
 
 pytest.importorskip("triton")
 
-# Bytes of shared memory a program may have, by compute capability (CUDA C++ programming guide, table of
-# technical specifications).
+# {compute capability x 10: bytes of shared memory that a program may use} (CUDA C++ programming
+# guide, table of technical specifications).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Registers are the compiler's. None may spill with the pinned Triton; 3.9 spills 27 in one sweep (a matter of speed).
+# With the pinned Triton no register may spill. Triton 3.9 spills 27 in one sweep, which is slower
+# but correct.
 SPILLS = 0 if importlib.metadata.version("triton").startswith("3.6.") else 32
 PRODUCTS = ("_sweep_kernel", "_grad_negatives_kernel")
 
@@ -36,7 +37,7 @@ def _assert_sound(reports: list[dict[str, Any]]) -> None:
         if report["kernel"] not in PRODUCTS:
             continue
         instruction = {80: "mma", 90: "hgmma", 100: "tcgen"}[report["capability"]]
-        # No matrix unit multiplies float32: that one configuration runs on fused multiply-adds, and says so.
+        # No matrix unit multiplies float32: exact float32 runs on fused multiply-adds.
         exact_float32 = report["case"].split(", ")[2] == "fp32"
         assert (report[instruction] == 0) == exact_float32, report
 
@@ -44,22 +45,22 @@ def _assert_sound(reports: list[dict[str, Any]]) -> None:
 def test_moco_s_own_configurations_do_not_spill_and_use_the_matrix_unit() -> None:
     reports = _reports("--only", r"^forward, C=128, (bf16|fp32 as bf16), queue$")
     _assert_sound(reports)
-    # Two types of queue on three architectures, a sweep and its combination each; equal code is reported once.
+    # Two types of queue on three architectures. Equal code is reported once.
     assert len([r for r in reports if r["kernel"] == "_sweep_kernel"]) == 6
     hopper = next(
         r for r in reports if r["capability"] == 90 and r["case"].split(", ")[2] == "bf16"
     )
-    # What lets two programs share a multiprocessor: 65536 registers and 228 KB for both.
+    # Two programs share a multiprocessor: 65536 registers and 228 KB for both.
     assert hopper["registers"] * 128 * 2 <= 65536
     assert hopper["shared"] * 2 <= 227 * 1024
 
 
 def test_every_kind_of_launch_compiles_for_hopper() -> None:
-    reports = _reports(
-        "--capability", "90", "--only",
-        r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$|^(backward|forward), C=200, bf16(, in-batch)?$"
-        r"|^enqueue, C=128|^ema, torch.bfloat16",
-    )  # fmt: skip
+    only = (
+        r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$"
+        r"|^(backward|forward), C=200, bf16(, in-batch)?$|^enqueue, C=128|^ema, torch.bfloat16"
+    )
+    reports = _reports("--capability", "90", "--only", only)
     _assert_sound(reports)
     assert {r["kernel"] for r in reports} == {
         "_sweep_kernel",
@@ -73,13 +74,9 @@ def test_every_kind_of_launch_compiles_for_hopper() -> None:
 
 
 def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
-    """Four memory instructions in the place of one were 2.3 times the code, and 2.5 times the registers."""
-    reports = _reports(
-        "--capability",
-        "90",
-        "--only",
-        r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)",
-    )
+    """Four memory instructions instead of one: 2.3 times the code, 2.5 times the registers."""
+    only = r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
+    reports = _reports("--capability", "90", "--only", only)
     _assert_sound(reports)
     found: dict[str, list[int]] = {}
     for report in reports:
@@ -89,18 +86,14 @@ def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
     for name in ("sgd__sgd_kernel", "adamw__adamw_kernel", "ema_ema_kernel"):
         wide, narrow = found[name]
         assert 1.8 * wide < narrow, (name, wide, narrow)
-    assert {
-        "lars__squares_kernel",
-        "lars__trust_kernel",
-        "lars__sgd_kernel",
-        "adamw__count_kernel",
-    } <= found.keys()
+    lars = {"lars__squares_kernel", "lars__trust_kernel", "lars__sgd_kernel"}
+    assert {*lars, "adamw__count_kernel"} <= found.keys()
 
 
 def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs() -> None:
     [report] = _reports("--capability", "90", "--only", "^augment, 32 px$")
     _assert_sound([report])
-    assert report["mma"] > 0  # the blur's products
+    assert report["mma"] > 0  # matrix products of the blur
     assert report["registers"] * 128 * 3 <= 65536  # three programs of 4 warps on a multiprocessor
 
 

@@ -1,4 +1,4 @@
-"""`mocofast bench static`: what it reads off machine code, counts and predicts, and the table that is committed."""
+"""`mocofast bench static`: numbers read from machine code, predictions, and the committed table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARS = "lars_, torch.float32, ResNet-50, float lr, with EMA"
 
 
 def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]]]:
-    """The first line, and by case, kernel and architecture what the others hold, by name."""
+    """Returns the first line, and {(case, kernel, architecture): {field: value}} of the rest."""
     head, *lines = (json.loads(line) for line in path.read_text("utf-8").splitlines())
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for entry in lines:
@@ -40,7 +40,7 @@ def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[
 def table(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
-    """What it printed, the rows it wrote, and its summary, for one case of each kind."""
+    """Returns printed text, written rows and summary, for one case of each kind."""
     folder = tmp_path_factory.mktemp("machine_code")
     only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
     written = ("--json", str(folder / "rows"), "--summary", str(folder / "summary"))
@@ -51,28 +51,27 @@ def table(
 
 def test_bytes_and_operations_are_those_of_the_mathematics(table: Any) -> None:
     _, rows, _ = table
-    weights = (
-        27_966_656  # torchvision's ResNet-50 without fc, 23,508,032, and the two layers of the head
-    )
+    # torchvision's ResNet-50 without fc, 23,508,032, and the two layers of the head.
+    weights = 27_966_656
     assert rows[EMA, "_ema_kernel", "sm_90"]["bytes"] == 3 * 4 * weights
-    vectors = (
-        53_120 + 2048 + 128
-    )  # the two numbers of each normalised channel, and the head's biases
+    vectors = 53_120 + 2048 + 128  # weights and biases of BatchNorm, and biases of the head
     assert rows[LARS, "_squares_kernel", "sm_90"]["bytes"] == 2 * 4 * (weights - vectors)
-    # Keys in float32 are read, the rows they go to written, the pointer read.
+    # Keys in float32 and the pointer are read, rows of the queue are written.
     assert rows[ENQUEUE, "_enqueue_kernel", "sm_90"]["bytes"] == 2 * 4 * 256 * 128 + 8
     for capability in PROCESSORS:
         sweep = rows[MOCO, "_sweep_kernel", f"sm_{capability}"]
         assert sweep["operations"] == 4 * 256 * 65536 * 128
         splits = sweep["programs"] // (256 // 64)
-        # Queries, positives and queue in bfloat16; for each part sums, and of every row total and rank.
+        # Queries, positives and queue in bfloat16. For every slice of the negatives and every row:
+        # sums (C), total and positive rank.
         assert sweep["bytes"] == 2 * 128 * (256 + 256 + 65536) + splits * 256 * (4 * 128 + 4 + 4)
 
 
 def test_the_time_of_the_headline_is_its_waves_of_rounds(table: Any) -> None:
     _, rows, summary = table
     sweep = rows[MOCO, "_sweep_kernel", "sm_90"]
-    # 512 tiles in 64 parts: 8 rounds and 2 more, of two programs with 4 x 64 x 128 x 128 operations at 4096 a clock.
+    # 512 tiles in 64 slices: 8 rounds and 2 more rounds, of two programs with 4 x 64 x 128 x 128
+    # operations at 4096 a clock.
     assert sweep["programs"] == 4 * 64
     assert sweep["resident"] == 2
     assert sweep["limit"] == "matrix"
@@ -81,12 +80,13 @@ def test_the_time_of_the_headline_is_its_waves_of_rounds(table: Any) -> None:
     assert "| info_nce, bf16 | H200 | sweep_kernel |" in summary
 
 
-def test_the_main_loop_is_the_one_over_whole_tiles(table: Any) -> None:
-    """The ragged end's loop holds a quarter of the exponentials, and at least as many matrix instructions."""
+def test_the_main_loop_is_the_loop_over_whole_tiles(table: Any) -> None:
+    """The loop over the last negatives has a quarter of the exponentials, and more products."""
     printed, rows, _ = table
     assert f"({MOCO})" in printed
     for name, fewest, most in (("sm_90", 400, 600), ("sm_80", 700, 1100)):
-        # 64 x 128 logits are 64 a thread; 5 to 10 instructions each, with the loads and products of older units more.
+        # 64 x 128 logits are 64 a thread, with 5 to 10 instructions for each logit. sm_80 needs
+        # more instructions for loads and products.
         assert fewest < rows[MOCO, "_sweep_kernel", name]["loop"] < most
 
 
@@ -95,10 +95,9 @@ def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
     if head["triton"] != importlib.metadata.version("triton"):
         pytest.skip(f"the table is Triton {head['triton']}'s")
     for key, row in table[1].items():
-        if key in committed:  # equal code stands once, at the first case that has it
-            assert committed[key] == row, (
-                f"{key}: regenerate it as benchmarks/results/machine_code.md says"
-            )
+        if key in committed:  # equal code is listed once, at the first case that has the code
+            message = f"{key}: write the table again as benchmarks/results/machine_code.md says"
+            assert committed[key] == row, message
     assert {
         (MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS
     } <= committed.keys()
@@ -141,14 +140,26 @@ def test_occupancy_is_what_registers_shared_memory_threads_and_tensor_memory_all
 
 def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_all_forms() -> None:
     lines = [
-        "MOV R1, R2", "@!P0 BRA 0x00c0",
-        "FADD R1, R1, R2", "FFMA R1, R1, R2, R3", "@P1 BRA 0x0030", "MUFU.EX2 R1, R1", "@P0 CALL.REL.NOINC 0x0080",
-        "BRA 0x0020", "MUFU.EX2 R1, R1", "MUFU.EX2 R1, R1", "NOP", "BRA.U !UP2, 0x0080", "EXIT", "BRA 0x00d0",
-    ]  # fmt: skip
+        "MOV R1, R2",
+        "@!P0 BRA 0x00c0",
+        "FADD R1, R1, R2",
+        "FFMA R1, R1, R2, R3",
+        "@P1 BRA 0x0030",
+        "MUFU.EX2 R1, R1",
+        "@P0 CALL.REL.NOINC 0x0080",
+        "BRA 0x0020",
+        "MUFU.EX2 R1, R1",
+        "MUFU.EX2 R1, R1",
+        "NOP",
+        "BRA.U !UP2, 0x0080",
+        "EXIT",
+        "BRA 0x00d0",
+    ]
     code = parse_listing(
         "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
     )
-    # Loops: 0x20 to 0x70 with an inner one from 0x30 to 0x40, and 0x80 to 0xb0, which has more exponentials.
+    # Two loops: 0x20 to 0x70 with an inner loop 0x30 to 0x40, and 0x80 to 0xb0. The second loop
+    # has more exponentials.
     assert main_loop(code, 5) == {"MUFU": 2, "BRA": 1}
     shorter = [x for x in code if x.address != 0x90]
     assert main_loop(shorter, 5) == {"MUFU": 1, "BRA": 1}

@@ -1,4 +1,4 @@
-"""`mocofast bench norm`: the row it reports, and that its sides compute what they are said to."""
+"""`mocofast bench norm`: the reported row, and the results of every side."""
 
 from __future__ import annotations
 
@@ -17,24 +17,8 @@ def test_it_reports_every_mode_with_its_floor(
 ) -> None:
     monkeypatch.setattr(norm, "LAYERS", ((8, 6), (24, 3)))
     monkeypatch.setattr(norm, "ROTATED", 3 * 6 * 8 * 6 * 6 * 4)
-    assert (
-        main(
-            [
-                "norm",
-                "--n",
-                "6",
-                "--splits",
-                "3",
-                "--layer",
-                "1",
-                "--repeats",
-                "1",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    sizes = ["--n", "6", "--splits", "3", "--layer", "1"]
+    assert main(["norm", *sizes, "--repeats", "1", "--device", "cpu"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["benchmark"], row["splits"], row["dtype"]) == ("norm", 3, "float32")
     assert [r["mode"] for r in row["rows"]] == list(norm.MODES)
@@ -63,7 +47,7 @@ def test_all_splitting_sides_give_the_same_and_the_unsplit_one_does_not(fused: b
 
 def test_inputs_take_turns_and_differ() -> None:
     inputs = norm.activations(2, 64, 64, torch.float32, CPU)
-    assert len(inputs) == 32  # the most
+    assert len(inputs) == 32  # the maximum
     assert not torch.equal(inputs[0].x, inputs[1].x)
     calls: list[int] = []
     step = norm._rotated([lambda i=i: calls.append(i) for i in range(3)])  # type: ignore[misc]

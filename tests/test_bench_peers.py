@@ -1,4 +1,4 @@
-"""Every peer that `mocofast bench` times computes what ours does, on inputs that it has not just seen."""
+"""Every peer that `mocofast bench` times computes our loss, on inputs that rotate."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ HERE = [name for name, peer in peers.all_peers(torch.float32).items() if not pee
 
 
 def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:
-    """Of the peer, after checking both against float64."""
+    """Checks loss and gradient of the peer against a float64 oracle and returns both."""
     query, positive, negatives = peers.input_sets(SIZES, torch.float32, CPU, 1)[0]
     exact = info_nce_oracle(query, positive, negatives, peers.TEMPERATURE).mean()
     (want,) = torch.autograd.grad(exact, query)
     loss = peer.build(SIZES, torch.float32)(query, positive, negatives.clone())
     (gradient,) = torch.autograd.grad(loss, query)
-    # Sums of 67 float32 terms: a few units in the last place of numbers around 1.
+    # Sums of 67 float32 terms have errors of a few units in the last place of numbers around 1.
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), want.double(), rtol=1e-4, atol=1e-6)
     return loss, gradient
@@ -42,9 +42,8 @@ def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:
 def test_a_peer_has_our_loss_and_gradient(name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # the formula that is compiled, without the minute of compiling
+    # Runs the formula without compiling, which takes a minute.
+    with torch.compiler.set_stance("force_eager"):
         loss_and_gradient(peers.all_peers(torch.float32)[name])
 
 
@@ -67,7 +66,7 @@ def test_ligers_kernel_has_our_loss_and_gradient_in_tritons_interpreter() -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
-    cuda, sizes = torch.device("cuda"), (128, 4096, 128)  # what every kernel takes
+    cuda, sizes = torch.device("cuda"), (128, 4096, 128)  # sizes that every kernel supports
     _, skipped = peers.prepare_calls(peers.all_peers(dtype), sizes, dtype, cuda, 1)
     assert set(skipped) <= ({"cut-cross-entropy"} if dtype == torch.float32 else set())
     query, positive, negatives = peers.input_sets(sizes, dtype, cuda, 1)[0]
@@ -78,7 +77,7 @@ def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
             continue
         loss = peer.build(sizes, dtype)(query, positive, negatives.clone())
         (gradient,) = torch.autograd.grad(loss, query)
-        low = dtype == torch.bfloat16  # logits up to 5, rounded to 8 bits by those that write them
+        low = dtype == torch.bfloat16  # peers that write logits (up to 5) round to 8 bits
         torch.testing.assert_close(
             loss.double(), exact, rtol=2e-2 if low else 1e-3, atol=0, msg=name
         )
@@ -86,7 +85,7 @@ def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
         assert error < (5e-2 if low else 5e-3), name
 
 
-def test_what_cannot_run_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_cannot_run_are_named_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightly.loss", None)
     everyone = peers.all_peers(torch.float32, compiling=False)
     steps, skipped = peers.prepare_calls(everyone, SIZES, torch.float32, CPU, 1)
@@ -148,7 +147,7 @@ def test_every_side_of_the_ema_averages_alike() -> None:
         side.update()
         for average, source in zip(side.averages, sources):
             assert average is not source
-            # One minus 0.999 has lost 3 digits in float32, where 0.001 is a double for some.
+            # 1 - 0.999 loses 3 digits in float32. Some implementations use 0.001 in float64.
             want = ema.MOMENTUM + (1 - ema.MOMENTUM) * source.detach().double()
             torch.testing.assert_close(average.detach().double(), want, rtol=0, atol=3e-7)
 
@@ -156,7 +155,7 @@ def test_every_side_of_the_ema_averages_alike() -> None:
 def test_the_sweep_writes_rows_and_plots(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Starting a process for every peer would take most of a minute; what one measures has its own test.
+    # Without new processes, which take most of a minute. Another test covers the memory gauge.
     monkeypatch.setattr(
         timing, "in_fresh_process", lambda function, *arguments: function(*arguments)
     )
@@ -168,7 +167,7 @@ def test_the_sweep_writes_rows_and_plots(
     out = capsys.readouterr().out
     assert "a CPU" in out and "Liger is left out" in out
     rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
-    # In order of size, each once, the middle too, which all three axes share.
+    # In order of size, without repetition. All three axes share the middle.
     assert [(row["n"], row["k"], row["c"]) for row in rows] == [
         (3, 32, 16),
         (3, 64, 16),

@@ -1,6 +1,7 @@
-"""Bytes that ranks exchange in a step, read from the sockets of 4 and 2 real gloo processes, beside the model's.
+"""Bytes that ranks exchange in a step: counters of sockets beside the model.
 
-What is compared is the same training: our step and the reference's give the same losses on the same images.
+4 and 2 real gloo processes train the same model twice, with our step and with the reference's
+step. Both steps give the same losses on the same images.
 """
 
 from __future__ import annotations
@@ -32,15 +33,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 WORLDS = (4, 2)
-BATCH, SIDE, DIM, QUEUE = (
-    8,
-    64,
-    16,
-    64,
-)  # images of 12 kB, so that a message's header of some 50 bytes is little
+# An image has 12 kB: headers of messages, some 50 bytes, hardly matter.
+BATCH, SIDE, DIM, QUEUE = 8, 64, 16, 64
 WARM_UP_STEPS, STEPS = 3, 2  # DistributedDataParallel rebuilds the buckets in the second step
 OPTIM = OptimConfig(lr=0.01)
-# Headers and acknowledgements around payloads, and what barriers vary by.
+# Bytes of headers, acknowledgements and barriers, and their share of the payload.
 HEADERS, SHARE = 3000, 0.01
 
 
@@ -105,7 +102,7 @@ def on_a_rank(world: int, rank: int) -> dict[str, Any]:
         )
     }
     for name, run, trained in (("mocofast", ours, model), ("reference", reference, plain)):
-        torch.manual_seed(7 + rank)  # rank 0's generator draws the permutations, on both sides
+        torch.manual_seed(7 + rank)  # rank 0 makes the permutations, on both sides
         found[name] = run(trained, world, rank)  # type: ignore[operator]
     return found
 
@@ -179,7 +176,7 @@ def test_the_references_step_has_three_gathers_and_broadcasts_all_buffers(
             for purpose, parts in found.items():
                 received = sum(c.received for c in parts)
                 if purpose in ("buffers", "permutation") and number == 0:
-                    assert received < HEADERS  # rank 0 is where they come from
+                    assert received < HEADERS  # rank 0 sends them
                 else:
                     assert_close(received, model[purpose])
 
@@ -198,14 +195,14 @@ def test_shuffle_receives_ranks_times_fewer_images_and_a_quarter_of_the_bytes_of
         for rank in ranks[world]
         for c in rank["reference"]["collectives"]
     )
-    # Few permutations stray from their mean, so ours are scaled to it.
+    # Few permutations differ from the mean: our bytes are scaled to the mean.
     mean = world * STEPS * BATCH * (world - 1) / world
     assert theirs / (ours * mean / arrived) == pytest.approx(4 * world, rel=0.03)
 
 
 @pytest.mark.parametrize("world", [2, 4, 7])
 def test_on_average_one_image_in_w_stays_at_home(world: int) -> None:
-    """What `received_bytes` takes for ours, over many permutations: 4 standard errors of 2,000 are below 2%."""
+    """`received_bytes` agrees with 2,000 permutations (4 standard errors are below 2%)."""
     generator = torch.Generator().manual_seed(0)
     home = torch.arange(world).repeat_interleave(BATCH)
     crossed = [
@@ -224,7 +221,7 @@ def test_weak_scaling_times_both_sides_over_real_processes() -> None:
     found = weak_scaling.measure(2, config, repeats=1, steps=2)
     assert set(found) == {"mocofast", "reference"}
     for values in found.values():
-        # 2 ranks cannot use more CPU time than 2 cores' worth of the time that passed.
+        # 2 ranks cannot use more CPU time than 2 x the elapsed time.
         passed = 1e3 / values["images_per_second"]
         assert 0 < values["cpu_milliseconds_per_image"] <= 2 * passed * 1.05
 
@@ -274,7 +271,15 @@ def test_the_document_holds_what_the_script_computes() -> None:
     )
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_scaling_model_says_where_it_can_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling_model, "DOCS", tmp_path / "docs")  # as in an installed wheel
+    assert scaling_model.main() == 1
+    assert "run this command in a checkout" in capsys.readouterr().err
+
+
+def test_the_figure_is_plotted(tmp_path: Path) -> None:
     step = scaling_model.Workload(
         8, 32, pixels=3 * 224**2, dim=128, parameters=28_000_000, buffers=34_000_000
     )

@@ -1,4 +1,4 @@
-"""`mocofast bench step|train|all` at tiny sizes: rows hold what they promise, and their numbers fit each other."""
+"""`mocofast bench step|train|all` at tiny sizes: rows are complete and consistent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def last_row(out: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One run of `bench step`; without lightly, whether it is installed here or not."""
+    """Returns the row of one run of `bench step`, without lightly (installed or not)."""
     target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
@@ -88,9 +88,8 @@ def test_each_side_starts_in_a_process_of_its_own(step_row: dict[str, Any]) -> N
 def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str, Any]) -> None:
     figure = step.plot(step_row)
     *panels, below = figure.get_axes()
-    assert [panel.get_xlabel() for panel in panels] == [
-        "images/s", "time to first step, s", "peak extra memory, MB",
-    ]  # fmt: skip
+    labels = ["images/s", "time to first step, s", "peak extra memory, MB"]
+    assert [panel.get_xlabel() for panel in panels] == labels
     rates = step_row["images_per_second"]
     widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]
     assert widths == [rates[name] for name in step_row["speedup"]]
@@ -100,23 +99,24 @@ def test_the_picture_of_a_row_shows_every_side_and_every_part(step_row: dict[str
 
 
 def test_only_the_reference_waits_for_its_device(step_row: dict[str, Any]) -> None:
-    # The queue's pointer and the loss.
+    # The reference waits for the pointer of the queue and for the loss.
     assert step_row["host_synchronisations"] == {"mocofast": 0, "reference": 2, "strong": 0}
 
 
 def test_step_measures_memory_of_each_side(step_row: dict[str, Any]) -> None:
     assert set(step_row["extra_bytes"]) == {"mocofast", "reference", "strong"}
     if sys.platform == "linux":
-        # At least the output of the first convolution, 8 x 16 x 8 x 8 floats, is alive at the peak.
+        # The output of the first convolution, 8 x 16 x 8 x 8 floats, is in memory at the peak.
         assert all(value >= 4 * 8 * 16 * 8 * 8 for value in step_row["extra_bytes"].values())
 
 
 def test_operations_of_the_encoders_are_counted(step_row: dict[str, Any]) -> None:
-    # resnet_tiny at 8 px by hand, multiply-adds: the stem, three blocks, two shortcuts, the head.
+    # Multiply-adds of resnet_tiny at 8 px, by hand: stem, three blocks, two shortcuts, head.
     stem = 64 * 3 * 9 * 16
     blocks = 64 * 16 * 9 * 16 * 2 + 16 * (16 + 32) * 9 * 32 + 4 * (32 + 64) * 9 * 64
     forward = stem + blocks + 16 * 16 * 32 + 4 * 32 * 64 + 64 * 64
-    # Backward takes twice the forward, less the gradient to the images, which nobody wants; then the key's forward.
+    # Backward takes twice the forward, minus the gradient to the images, which is not computed.
+    # The forward pass of the keys comes in addition.
     assert step_row["encoder_flops"] == 2 * 8 * (4 * forward - stem)
 
 
@@ -139,7 +139,7 @@ def test_lightlys_side_waits_once_and_learns_on_the_same_images() -> None:
     run = training_steps.lightly(tiny(), CPU)
     first = [run() for _ in range(3)]
     assert all(torch.isfinite(loss) for loss in first)
-    assert step.host_synchronisations(run) == 1  # its memory bank's pointer
+    assert step.host_synchronisations(run) == 1  # the pointer of the memory bank
 
 
 def test_the_counter_counts_waits_and_nothing_else() -> None:
@@ -169,9 +169,7 @@ def test_a_queue_that_the_reference_refuses_is_an_error_that_says_so(command: st
 def test_train_measures_both_loops_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = runs.make_images(
-        tmp_path, 20
-    )  # two batches an epoch: loaders start over while they are timed
+    folder = runs.make_images(tmp_path, 20)  # two batches an epoch: timed steps cross epochs
     options = ["--arch", "resnet_tiny", "--size", "8", "--steps", "2", "--workers", "1"]
     assert main(["train", str(folder), *TINY, *options]) == 0
     row = last_row(capsys.readouterr().out)
@@ -189,12 +187,12 @@ def test_train_measures_both_loops_end_to_end(
     assert row["over_synthetic"] == pytest.approx(rate["mocofast"] / rate["synthetic"], rel=0.01)
     assert all(0 <= share <= 1 for share in row["data_wait"].values())
     assert row["data_wait"]["synthetic"] < 0.1
-    # A loader has to start and to make a batch; images that are there are only trained on.
+    # A loader has to start and to make a batch. "synthetic" only trains.
     assert row["time_to_first_step"]["synthetic"] < row["time_to_first_step"]["reference"]
 
 
 def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
-    """A side whose batches come from a busy process: its CPU time and the wait for it are seen."""
+    """Batches come from a busy process: CPU time of the process and the wait are measured."""
 
     class Slow:
         def epoch(self, epoch: int) -> Any:

@@ -1,4 +1,4 @@
-"""The plain loop of the reference and the strong baseline: the same method as `mocofast.MoCo`."""
+"""The reference's loop and the strong baseline train the same method as `mocofast.MoCo`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from mocofast.optim.build import build_optimizer
 from mocofast.train.step import train_step
 from tests.eager_moco import assert_same_to_rounding, random_batches
 
-BATCH, QUEUE = 6, 18  # as the reference demands, batches fit the queue a whole number of times
-STEPS = 7  # two wrap-arounds of the queue, and one step more
+BATCH, QUEUE = 6, 18  # the reference demands that the queue is a multiple of the batch
+STEPS = 7  # the queue wraps around twice, and one step more
 BATCHES = random_batches(STEPS, BATCH)
 OPTIM = OptimConfig(lr=0.1, weight_decay=1e-3)
 FP32 = choose_autocast("fp32", torch.device("cpu"))
@@ -45,8 +45,8 @@ def small_moco(splits: int) -> MoCo:
 def trajectory(
     model: nn.Module, step: Callable[[tuple[Tensor, Tensor]], Tensor | float]
 ) -> dict[str, Tensor]:
-    """Losses of all steps, final weights and queue (K, C), in float64."""
-    torch.manual_seed(7)  # of the shuffle's permutations
+    """Returns the losses of all steps, the final weights and the queue (K, C), in float64."""
+    torch.manual_seed(7)  # decides the permutations of the shuffle
     losses = torch.tensor([float(step(pair)) for pair in BATCHES])
     queue = model.queue if model.queue.shape[0] == QUEUE else model.queue.t()
     result = {"losses": losses, "queue": queue, **dict(model.named_parameters())}
@@ -61,9 +61,7 @@ def reference_trajectory(model: MoCo, dtype: torch.dtype) -> dict[str, Tensor]:
     )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "splits", [1, 3]
-)  # with 3, only the right permutations give the right keys
+@pytest.mark.parametrize("splits", [1, 3])  # with 3, wrong permutations give wrong keys
 def test_every_loop_follows_the_same_trajectory(splits: int) -> None:
     model = small_moco(splits)
     strong = StrongMoCo(model)
@@ -73,9 +71,9 @@ def test_every_loop_follows_the_same_trajectory(splits: int) -> None:
     assert_same_to_rounding(
         trajectory(strong, lambda pair: strong_step(strong, pair, sgd, FP32)[0]), plain, exact
     )
-    # Ours last: the loops above start from copies of what it still is.
+    # Our loop comes last: the loops above copy the untrained model.
     optimizer = build_optimizer(model.parameters(), OPTIM)
-    ours = trajectory(model, lambda pair: train_step(model, pair, optimizer, 1, FP32)[0])
+    ours = trajectory(model, lambda pair: train_step(model, pair, optimizer, 1, FP32).loss)
     assert_same_to_rounding(ours, plain, exact)
 
 
@@ -91,20 +89,20 @@ def test_the_permutation_matters_to_split_batchnorm() -> None:
     assert (torch.tensor(losses) - exact["losses"]).abs().max() > 1e-2
 
 
-def test_accuracy_of_the_strong_baseline_counts_ranks() -> None:
+def test_accuracy_of_the_strong_baseline_counts_positive_ranks() -> None:
     strong = StrongMoCo(small_moco(1))
     im_q, im_k = BATCHES[0]
     with torch.no_grad():
         twin = copy.deepcopy(strong)
-        # Negatives from where the positives lie, so that some of them score higher.
+        # Negatives are keys of other images: some negatives score above the positive.
         others = torch.cat([twin.encoder_k(im) for im, _ in BATCHES[1:4]])
         strong.queue.copy_(F.normalize(others))
         q, k = (
             F.normalize(encoder(im))
             for encoder, im in ((twin.encoder_q, im_q), (twin.encoder_k, im_k))
         )
-        rank = ((q @ strong.queue.t()) > (q * k).sum(1, keepdim=True)).sum(1)
-    shares = [float((rank < 1).float().mean()), float((rank < 5).float().mean())]
+        positive_rank = ((q @ strong.queue.t()) > (q * k).sum(1, keepdim=True)).sum(1)
+    shares = [float((positive_rank < top).float().mean()) for top in (1, 5)]
     assert 0 < shares[1] < 1
     metrics = strong_step(strong, (im_q, im_k), plain_sgd(strong.parameters(), OPTIM), FP32)
     assert metrics[1:].tolist() == pytest.approx(shares)
@@ -129,8 +127,8 @@ def test_the_loader_gives_normalised_pairs_of_every_image_once(
     shown = [torch.cat([im_q for im_q, _ in loader.epoch(epoch)]) for epoch in range(3)]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augment.mean, augment.std))
     for images in shown:
-        assert images.shape == (4, 3, 4, 4)  # the fifth makes no batch
-        # Constant images stay constant through crop, blur, gray (within its rounding) and flip.
+        assert images.shape == (4, 3, 4, 4)  # the fifth image does not fill a batch
+        # Constant images stay constant through crop, blur, gray (up to rounding) and flip.
         levels = (255 * (images * std + mean)).mean((1, 2, 3)) / 40
         assert len(set(levels.round().int().tolist())) == 4
         assert (levels - levels.round()).abs().max() < 0.05
@@ -144,6 +142,6 @@ def test_the_loader_reads_arrays_and_rotates_where_the_recipe_does() -> None:
         ArraySource(images, None, ()), AugmentConfig(size=8, rotate=45.0, jitter=(0, 0, 0, 0)), 2, 0
     )
     ((im_q, im_k),) = pairs.epoch(0)
-    # A rotated square leaves black corners; two views are drawn apart.
+    # A rotated square leaves black corners. The two views are random and differ.
     assert im_q.amin() < -1.5
     assert not torch.equal(im_q, im_k)

@@ -1,4 +1,7 @@
-"""What a process really sends and receives: the kernel's counters of its TCP sockets, collective by collective."""
+"""Counts the bytes that a process sends and receives in every collective.
+
+Reads Linux's counters of the process's TCP sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Of Linux's struct tcp_info (linux/tcp.h): tcpi_bytes_acked and tcpi_bytes_received, 64 bits each.
+# Offset in Linux's struct tcp_info (linux/tcp.h) of tcpi_bytes_acked and tcpi_bytes_received, 64
+# bits each.
 BYTES_ACKED = 120
 
 
 class Traffic(NamedTuple):
-    """Bytes over all TCP connections of this process since they were made."""
+    """Bytes over all TCP connections of this process, since the start of the connections."""
 
     sent: int
     received: int
@@ -32,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def connections() -> list[socket.socket]:
-    """Duplicates of this process's TCP sockets, one of each."""
+    """Returns one duplicate of every TCP socket of this process."""
     found: dict[int, socket.socket] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -44,28 +48,28 @@ def connections() -> list[socket.socket]:
                 ):
                     found.setdefault(os.fstat(duplicate.fileno()).st_ino, duplicate)
         except OSError:
-            continue  # closed meanwhile, or of a family that Python does not know
+            continue  # closed meanwhile, or a family that Python does not know
     return list(found.values())
 
 
 def traffic(sockets: list[socket.socket]) -> Traffic:
-    """Reads the sockets' counters."""
+    """Returns the sum of the sockets' counters."""
     infos = [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) for s in sockets]
     counts = [struct.unpack_from("QQ", info, BYTES_ACKED) for info in infos]
     return Traffic(*map(sum, zip(*counts)))
 
 
 class Wire(TorchDispatchMode):
-    """Runs every collective on its own, between barriers, and records its bytes; DDP's are seen as well.
+    """Runs every collective between two barriers and records the bytes. Sees DDP's collectives too.
 
-    The least that barriers themselves were seen to send and receive is subtracted; where a rank is read early or
-    late, a few of their messages, of some 50 bytes, remain.
+    The least traffic of barriers, measured at the start, is subtracted. If a counter is read
+    early or late, a few messages of barriers remain, some 50 bytes each.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
-        # Looked for once: on a busy machine a later search was seen to miss some.
+        # Found once: on a busy machine a later search missed some sockets.
         self._sockets = connections()
         nothing = [self._between_barriers(lambda: None)[1] for _ in range(8)]
         self._overhead = Traffic(*map(min, zip(*nothing)))
@@ -108,7 +112,8 @@ class Wire(TorchDispatchMode):
         return result
 
     def _between_barriers(self, call: Any) -> tuple[Any, Traffic]:
-        # Read before the barrier: a rank that is slow to leave it may be sent bytes of `call` there already.
+        # Read before the barrier: a rank that leaves the barrier late may already receive bytes
+        # of `call`.
         before = traffic(self._sockets)
         dist.barrier()
         result = call()

@@ -216,8 +216,8 @@ def bytes_table(base: Workload) -> str:
     lines = []
     for ranks in RANKS:
         ours, reference = received_bytes(replace(base, ranks=ranks)).values()
-        sizes = (ours["images"], reference["images"], ours["keys"], reference["keys"])
-        sizes += (ours["gradients"], reference["buffers"])
+        sizes = [ours["images"], reference["images"], ours["keys"], reference["keys"]]
+        sizes += [ours["gradients"], reference["buffers"]]
         cells = [format_bytes(size) for size in sizes]
         cells.insert(2, f"{reference['images'] / ours['images']:.0f}x")
         lines.append([str(ranks), *cells])
