@@ -2,7 +2,7 @@
 
 One program makes one view and keeps the view in registers from crop to flip. The arithmetic is
 PIL's, as in `mocofast.data.view_ops`: values are integers between operators. Crop and resize
-are exact rational arithmetic. PIL rounds weights to 22 bits, so a tie may round differently
+are exact rational arithmetic. PIL rounds weights to 22 bits, so ties may round differently
 (never where a crop is enlarged to a power of two).
 """
 
@@ -274,7 +274,7 @@ def _augment_kernel(
 def augment(
     images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
 ) -> Tensor:
-    """Returns V views of B images, (V, B, size, size, 3) uint8, from one launch.
+    """Returns V views of B images, (V, B, size, size, 3) uint8, from a single launch.
 
     images: (M, H, W, 3) uint8, contiguous.
     index: (B,) int64, contiguous, numbers of images in [0, M).
@@ -282,7 +282,7 @@ def augment(
         columns.
     size: side of a view, at most `LARGEST`, or `LARGEST_ROTATED` with rotate.
     rotate: rotate views by the columns cos and sin.
-    All tensors are on one device.
+    All tensors are on the same device.
     """
     (_, H, W, channels), (V, B, columns) = images.shape, parameters.shape
     found = images.shape, images.dtype, index.shape, index.dtype, parameters.shape, parameters.dtype

@@ -20,7 +20,7 @@ REGISTERS = 255
 
 
 class Tile(NamedTuple):
-    """Sizes of the blocks that a program works on."""
+    """Block sizes of a program."""
 
     stay: int  # rows of the block that stays
     stream: int  # rows of the blocks that stream past
@@ -50,8 +50,8 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
     online: the sweep keeps a running maximum.
 
     The binding limit is 255 registers a thread. They hold stay x out_c sums, stay x stream
-    scores and, unless plain, stream x block_c negatives. Rows that are not aligned also take
-    many registers for addresses.
+    scores and, unless plain, stream x block_c negatives. Unaligned rows also take many
+    registers for addresses.
     """
     c = block_of(C)
     if dot == "ieee":
@@ -95,7 +95,7 @@ def backward_tile(C: int, dot: str) -> Tile:
 def processors(device: torch.device) -> int:
     """Returns the number of multiprocessors of a GPU.
 
-    Returns 3 without a GPU (Triton's interpreter), so that tests see several splits.
+    Returns 3 without a GPU (Triton's interpreter), for several splits in tests.
     """
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
@@ -107,7 +107,7 @@ def processors(device: torch.device) -> int:
 def kernel_slots(device: torch.device, warps: int = 4) -> int:
     """Returns how many programs of a sweep a device runs at a time.
 
-    Assumes that a program's threads take nearly all registers that a thread may have.
+    Assumes that a program's threads take nearly all registers allowed.
     """
     return processors(device) * (8 // warps)
 
@@ -118,7 +118,7 @@ def split_count(blocks: int, tiles: int, slots: int) -> int:
 
     blocks: programs in a split.
     tiles: tiles of negatives.
-    slots: programs that run at a time.
+    slots: programs running at a time.
 
     The cost is counted in the time of a tile. Programs run in waves. A program takes the time
     of its tiles plus about 2 tiles to start and finish. Every program also writes a block of

@@ -11,7 +11,7 @@ a = log-sum-exp over the negatives of s_j / T:
 With the positive apart from the negatives, no digits are lost when the positive dominates
 (loss near 0).
 
-Measures that made the CPU fast, in order of effect (docs/log.md has the numbers):
+What made the CPU fast, in order of effect (docs/log.md has the numbers):
 - oneDNN's float32 products instead of `torch.mm`: MKL's products are half as fast on an AMD CPU
   with AVX-512;
 - no N x K array: a block of logits stays in the cache and is overwritten by the exponentials;
@@ -19,8 +19,8 @@ Measures that made the CPU fast, in order of effect (docs/log.md has the numbers
 - no maximum and no shift where the logits are bounded, and few operations for small problems.
 
 Everything is computed in float32, whatever `dot_dtype` asks: bfloat16 products are hundreds of
-times slower on CPUs without bfloat16 instructions. Runs are bit-equal on one machine with one
-number of threads.
+times slower on CPUs without bfloat16 instructions. Runs are bit-equal on the same machine with
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ONEDNN_LINEAR = (
 
 
 class InfoNCEForward(NamedTuple):
-    """Result of a forward pass. Fields that were not asked for may be None."""
+    """Result of a forward pass. Fields may be None unless asked for."""
 
     loss: Tensor  # (N,) float32
     lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
@@ -73,7 +73,7 @@ def infonce_forward(
     only_query: bool,
     dot_dtype: torch.dtype,
 ) -> InfoNCEForward:
-    """Returns the InfoNCE loss of every row and its gradients, from one sweep over the negatives.
+    """Returns the InfoNCE loss of every row and the gradients, from a sweep over the negatives.
 
     query, positive: (N, C), float32, bfloat16 or float16, any strides.
     negatives: (K, C), types and strides as query.
@@ -158,7 +158,7 @@ def _sums(
     first: number of the block's first query.
     unshifted: the logits are bounded, so no maximum is subtracted.
 
-    The sums start as those of the first block of negatives, without an addition to zeros: small
+    The sums start from the first block of negatives, without an addition to zeros: small
     problems need few operations.
     """
     total = output = maximum = above = flags = None
@@ -348,7 +348,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ranges(size: int, step: int) -> list[slice]:
-    """Returns slices of `step` items that cover `size` items."""
+    """Returns slices of `step` items, which cover `size` items."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -380,7 +380,7 @@ def _through_normalize(grad: Tensor, along: Tensor, unit: Tensor, norm: Tensor |
 
     grad, unit: (M, C).
     along: (M, 1), grad . unit. Overwritten.
-    norm: (M, 1), or None for vectors that were not normalised.
+    norm: (M, 1), or None for vectors used as given.
     """
     if norm is None:
         return grad

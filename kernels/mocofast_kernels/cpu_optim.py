@@ -1,14 +1,14 @@
 """Optimiser steps in plain PyTorch, on any device: SGD, LARS and AdamW.
 
 A step also updates the moving average of the momentum encoder and the low-precision copies of
-both encoders. CPUs take this path. `mocofast_kernels.optim` computes the same on GPUs.
+the encoders. CPUs take this path. `mocofast_kernels.optim` computes the same on GPUs.
 
-PyTorch's fused step comes first, then the moving average, then the copies. Dividing the tensors
-so that the average finds the parameters in the cache was no faster.
+PyTorch's fused step comes first, then the moving average, then the copies. Smaller pieces
+of the tensors, for which the average finds the parameters in the cache, were no faster.
 
 With several threads, small tensors take foreach operations, since a fused step wakes all
 threads for every tensor. When threads had to wait for busy cores, a step of 80,000 parameters
-took 170 to 580 ms instead of less than 1 ms. On one thread foreach operations would cost
+took 170 to 580 ms instead of less than 1 ms. On a single thread foreach operations would cost
 3 to 5% of a ResNet-50's step.
 """
 
@@ -55,7 +55,7 @@ def sgd_(
 
     Equals torch.optim.SGD without dampening, with b starting from 0.
 
-    rows: parameters p, gradients g, momentum buffers b and the tensors that follow p.
+    rows: parameters p, gradients g, momentum buffers b, and tensors updated with p.
     lr, momentum, weight_decay: floats, or tensors (), which the host reads.
     ema_momentum: m of the moving average, likewise.
 
@@ -102,7 +102,7 @@ def lars_(
     Then b = momentum b + d and p = p - lr b.
 
     Parameters of at most one dimension (biases, norms) are neither decayed nor scaled. The norms
-    are computed from float32 values. The other arguments are those of `sgd_`.
+    are computed from float32 values. Further arguments: as for `sgd_`.
     """
     chunk: list[ParameterRow] = []
     size = 0
@@ -126,8 +126,8 @@ def adamw_(
 ) -> None:
     """Makes a step of torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    Adds 1 to the step count of every row with a gradient first. betas and eps are floats. The
-    other arguments are those of `sgd_`.
+    Adds 1 to the step count of every row with a gradient first. betas and eps are floats.
+    Further arguments: as for `sgd_`.
     """
     lr, weight_decay, (beta1, beta2) = float(lr), float(weight_decay), betas
     for params, grads, states, small in _dense_groups(rows):
@@ -181,7 +181,8 @@ def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
     averaged = [row for row in rows if row.target is not None]
     if averaged:
         targets = [row.target for row in averaged]
-        cpu.ema_update_(targets, [row.param for row in averaged], momentum)  # type: ignore[arg-type]
+        sources = [row.param for row in averaged]
+        cpu.ema_update_(targets, sources, momentum)  # type: ignore[arg-type]
     copies = [(row.shadow, row.param) for row in rows if row.shadow is not None]
     for row in rows:
         if row.target_shadow is not None:
@@ -192,7 +193,7 @@ def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
 
 
 class _Group(NamedTuple):
-    """Rows with gradients, of one type (float32 or float64), one device and one length of state."""
+    """Rows with gradients, of equal type (float32 or float64), device and length of state."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -204,7 +205,7 @@ def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
     """Yields groups of rows with gradients that fit PyTorch's fused steps.
 
     Fused steps go through tensors in the order of memory. On CPUs the fused SGD step is wrong in
-    16 bits (PyTorch 2.11: off by tenths of a unit). So rows of other types than float32 and
+    16 bits (PyTorch 2.11: off by tenths of a unit). So rows of types other than float32 and
     float64, and rows with different orders of elements, are replaced by copies. After the step
     on a group, the copies are written back.
     """
@@ -233,7 +234,7 @@ def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:
-    """Returns whether tensors of equal shape fill memory without gaps, in one order of elements.
+    """Returns whether tensors of equal shape fill memory without gaps, in the same order.
 
     The order may be contiguous, channels-last or transposed.
     """

@@ -65,9 +65,9 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
 
     Computes in float32 (float64 for a float64 target) and rounds to the target's type.
 
-    Makes one launch for every pair of types, and one more where addresses or sizes rule out wide
-    loads. PyTorch updates the remaining pairs one by one: pairs with gaps or with different orders
-    of elements, and types other than float32, bfloat16 and float16.
+    Makes a launch for every pair of types, and a second launch where addresses or sizes rule out
+    wide loads. PyTorch updates the remaining pairs singly: pairs with gaps or with different
+    orders of elements, and types other than float32, bfloat16 and float16.
 
     The first call with a set of tensors uploads a table and cannot be captured in a CUDA graph.
     Later calls make no host synchronisation and can be captured.

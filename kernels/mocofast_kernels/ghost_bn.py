@@ -110,7 +110,7 @@ def ghost_bn_forward(
     weight, bias: (C,), contiguous, float32, bfloat16 or float16.
     running_mean, running_var: (C,), types as weight, or None. Updated in place with `momentum`:
         towards the splits' mean, and towards the mean of their unbiased variances.
-    num_splits: number of groups of samples that are normalised separately.
+    num_splits: number of groups of samples, normalised separately.
     """
     cut = _chunking(tuple(x.shape), num_splits, kernel_slots(x.device))
     output = torch.empty_like(x, memory_format=torch.channels_last)

@@ -1,13 +1,13 @@
-"""Triton kernels of ghost BatchNorm in NHWC memory. `mocofast_kernels.ghost_bn` launches them.
+"""Triton kernels of ghost BatchNorm in NHWC memory, launched by `mocofast_kernels.ghost_bn`.
 
-Sample n belongs to split n % num_splits. A split's rows are its pixels, with C values a row.
+Sample n belongs to split n % num_splits. A row of a split is a pixel, with C values.
 Row r of split s is row (r // area * num_splits + s) * area + r % area of memory, where
-area = H W is the number of rows that lie together in memory.
+area = H W is the number of consecutive rows of memory in a split.
 
 Forward: statistics of chunks of rows, combination of the chunks, normalisation.
 Backward: sums of chunks of rows, combination of the chunks, gradient of the input.
 Chunks are combined in a fixed order without atomics: equal inputs give equal bits.
-The second pass over memory runs backwards, so it starts with what is still in the L2 cache.
+The second pass over memory runs backwards and starts with what is still in the L2 cache.
 """
 
 from __future__ import annotations

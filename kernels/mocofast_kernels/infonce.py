@@ -1,4 +1,4 @@
-"""InfoNCE on a GPU in one sweep over the negatives: loss, gradient and the positive's rank.
+"""InfoNCE on a GPU in a single sweep over the negatives: loss, gradient and the positive's rank.
 
 With h = q/|q|, scores s_j = h.n_j and p = softmax of [s_+; s_j] / T, the gradient needs only
 sum_j p_j n_j. This sum is attention with keys = values = the negatives (loss: van den Oord
@@ -6,7 +6,7 @@ et al. 2018, arXiv:1807.03748, eq. 4, as used by He et al. 2020, arXiv:1911.0572
 Dao 2023, arXiv:2307.08691). Nothing of size N x K is stored. `backward` only multiplies by
 the incoming gradient, so the negatives may be overwritten before `backward`.
 
-`mocofast_kernels.infonce_sweep` sweeps, one program for a block of queries and a split of the
+`mocofast_kernels.infonce_sweep` sweeps, a program for a block of queries and a split of the
 negatives. `_combine_kernel` adds the splits row by row, brings the positive in and finishes.
 There are no atomics: equal inputs give equal bits.
 """
@@ -67,7 +67,7 @@ def _combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Finishes one row: adds the splits and brings the positive in.
+    """Finishes a row: adds the splits and brings the positive in.
 
     Computes in float32 throughout, from the inputs as given.
     """
@@ -148,7 +148,7 @@ def forward_products(
 ) -> Products:
     """Returns the properties that decide the tile of `infonce_forward`.
 
-    The arguments are those of `infonce_forward`.
+    Arguments: as for `infonce_forward`.
     """
     C = negatives.shape[1]
     aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
@@ -178,7 +178,7 @@ def infonce_forward(
     num_splits: int | None = None,
     tile: Tile | None = None,
 ) -> InfoNCEForward:
-    """Returns the InfoNCE loss of every row, its gradients and the positive's rank, from one sweep.
+    """Returns the loss of every row, the gradients and the positive's rank, from a single sweep.
 
     query, positive: (N, C), float32, bfloat16 or float16, any strides, C up to 1024.
     negatives: (K, C), types and strides as query.
@@ -190,7 +190,7 @@ def infonce_forward(
     compute_grad: compute the gradients.
     dot_dtype: dtype of the operands of matrix products. Sums are float32 always.
     only_query: accepted for the CPU's sake. All gradients are by-products of the same kernel.
-    num_splits: number of groups of negatives that are swept in parallel. None fills the GPU.
+    num_splits: number of groups of negatives, swept in parallel. None fills the GPU.
     tile: a tile that passes `tiles.check`. None takes the tile from the table or the rule.
 
     Returns loss = lse - s_+ / T and lse, (N,) float32. With return_rank: rank, (N,) int32, the

@@ -1,7 +1,7 @@
-"""Triton kernel of InfoNCE's sweep over the negatives. `mocofast_kernels.infonce` launches it.
+"""Triton kernel of InfoNCE's sweep over the negatives, launched by `mocofast_kernels.infonce`.
 
 A program takes a block of queries and a split of the negatives. Every program writes the
-sums of its split, without atomics: equal inputs give equal bits.
+sums of the split, without atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HALF_LIFT = tl.constexpr(10.0)
 
 @triton.jit
 def inverse_temperature(temperature, IS_POINTER: tl.constexpr):
-    """Returns 1 / T, from the number or from its place in device memory."""
+    """Returns 1 / T, from the number or from the place in device memory."""
     if IS_POINTER:
         return 1.0 / tl.load(temperature).to(tl.float32)
     else:
@@ -60,7 +60,7 @@ def _sweep_step(
     BLOCK_C: tl.constexpr,
     OUT_C: tl.constexpr,
 ):
-    """Takes one tile of negatives into the running sums."""
+    """Takes a tile of negatives into the running sums."""
     HALF: tl.constexpr = tl.float16 == DOT
     rows = tl.arange(0, BLOCK_K)
     # scores: (BLOCK_N, BLOCK_K), query x negatives

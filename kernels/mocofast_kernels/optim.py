@@ -1,7 +1,7 @@
 """Optimiser steps on a GPU: SGD, LARS and AdamW, each in one pass over memory.
 
 The pass also updates the moving average of the momentum encoder and the low-precision copies
-of both encoders. `mocofast_kernels.cpu_optim` documents the arithmetic, and
+of the encoders. `mocofast_kernels.cpu_optim` documents the arithmetic, and
 `mocofast_kernels.optim_kernels` holds the kernels.
 
 Numbers may be tensors (), read on the device. The first step with a set of tensors uploads a
@@ -41,7 +41,7 @@ def sgd_(
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """Makes the step of `cpu_optim.sgd_`, with one launch for each combination of types."""
+    """Makes the step of `cpu_optim.sgd_`, with a launch for every combination of types."""
     plan = _tables.plan([_columns(row, 1) for row in rows], elementwise=6)
     for table in plan.tables:
         _launch_sgd(table, rows, None, lr, momentum, weight_decay, ema_momentum)
@@ -114,7 +114,7 @@ def adamw_(
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """Makes the step of `cpu_optim.adamw_`, with two launches for each combination of types.
+    """Makes the step of `cpu_optim.adamw_`, with two launches for every combination of types.
 
     The first launch counts the steps on the device.
     """
@@ -167,7 +167,7 @@ def _launch_sgd(
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
 ) -> None:
-    """Launches SGD for one table. trust: (rows of the table,) factors of LARS, or None."""
+    """Launches SGD for a table. trust: (rows of the table,) factors of LARS, or None."""
     with torch.cuda.device_of(rows[0].param):
         _sgd_kernel[(len(table.owners),)](
             table.addresses,
@@ -205,7 +205,7 @@ def _argument(x: float | Tensor) -> float | Tensor:
 
 
 def _ema_weight_of(momentum: float | Tensor) -> float | Tensor:
-    """Returns 1 - m in double precision. A tensor m is returned as it is: the kernel subtracts."""
+    """Returns 1 - m in double precision. Returns a tensor m unchanged: the kernel subtracts."""
     return momentum if isinstance(momentum, Tensor) else 1.0 - momentum
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the optimiser steps. `mocofast_kernels.optim` launches them.
+"""Triton kernels of the optimiser steps. `mocofast_kernels.optim` launches the kernels.
 
 Every kernel reads a table of addresses (`mocofast_kernels.tables`), whose columns are 0 param,
 1 grad, 2 target, 3 shadow, 4 target_shadow, then the optimiser's state from 5 on. A type that
@@ -158,7 +158,7 @@ def _squares_kernel(
 
 @triton.jit
 def _trust_kernel(squares, starts, trust, trust_coefficient, PARTIALS: tl.constexpr):
-    """Writes a row's factor to trust, (rows,) float32, from its summands in a fixed order."""
+    """Writes a row's factor to trust, (rows,) float32, from the row's summands in a fixed order."""
     first = tl.load(starts + tl.program_id(0))
     last = tl.load(starts + tl.program_id(0) + 1)
     lanes = tl.arange(0, PARTIALS)

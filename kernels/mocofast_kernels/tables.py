@@ -1,6 +1,6 @@
 """Tables of tensor addresses on the GPU, so that one launch updates many tensors.
 
-A row holds tensors that are updated together, element by element: a parameter, the gradient,
+A row holds tensors updated together, element by element: a parameter, the gradient,
 the buffers. Rows of equal types go into one table.
 
 Cache key: address, dtype, shape and stride of every tensor. New storage gives a new table.
@@ -74,7 +74,7 @@ class TableCache:
     """Keeps the plans of the sets of rows used last."""
 
     def __init__(self, block: int) -> None:
-        """block: elements that a program updates."""
+        """block: elements updated by a program."""
         self._block = block
         self._plans: OrderedDict[tuple[Hashable, ...], TablePlan] = OrderedDict()
 
@@ -83,7 +83,7 @@ class TableCache:
 
         rows: tensors of one device. A row whose first tensor an earlier row holds as its first
             tensor (tied weights) is left out.
-        elementwise: number of columns that are updated element by element. Later columns (a
+        elementwise: number of columns updated element by element. Later columns (a
             counter) may have any layout.
 
         A new set of rows uploads tables, without waiting for the upload. Raises RuntimeError

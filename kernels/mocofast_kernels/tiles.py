@@ -37,7 +37,7 @@ TileTable = dict[Products, Tile]
 
 
 def rule(products: Products) -> Tile:
-    """Returns the tile that the rule chooses, without a table."""
+    """Returns the tile chosen by the rule, without a table."""
     kernel, C, dot, *flags = products
     return forward_tile(C, dot, *flags) if kernel == "forward" else backward_tile(C, dot)
 
@@ -45,7 +45,7 @@ def rule(products: Products) -> Tile:
 def tile_of(products: Products, device: torch.device) -> Tile:
     """Returns the tile for a launch on a device.
 
-    Raises ValueError for a table that cannot be used.
+    Raises ValueError for an unusable table.
     """
     tile = table(device).get(products)
     return rule(products) if tile is None else tile
@@ -88,7 +88,7 @@ def load(path: Path, capability: int | None) -> TileTable:
     capability: compute capability times 10 that the table must be made for. None accepts any.
 
     Raises ValueError, with the file and the fault, for a table of another compute capability and
-    for a row that the kernels cannot use.
+    for a row unusable by the kernels.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
