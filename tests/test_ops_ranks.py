@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mocofast_bench.processes import on_ranks
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
+import mocofast
 from mocofast import ops
 from tests.oracle import info_nce_oracle, rank_bounds
 
@@ -180,3 +182,10 @@ def test_two_ranks_are_one_process_on_the_whole_batch() -> None:
         views = 2 if name == "nt_xent" else 1
         got = torch.cat([r.view(views, -1) for r in positive_ranks], dim=1).flatten()
         assert got.tolist() == positive_rank.tolist()
+
+
+def test_methods_need_the_public_ops_alone() -> None:
+    methods = list(Path(mocofast.__file__).parent.joinpath("methods").glob("*.py"))
+    assert len(methods) > 5
+    for path in methods:
+        assert "autograd" not in path.read_text("utf-8").replace("torch.autograd", ""), path
