@@ -1,1 +1,1 @@
-"""Images and their random views: sources, a stateless order, and three loaders with one interface."""
+"""Images and their random views: sources, a stateless order, and loaders with one interface."""

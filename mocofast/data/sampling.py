@@ -138,7 +138,8 @@ class _Stream:
     """
 
     def __init__(self, key: np.ndarray, index: np.ndarray, view: int, first: np.ndarray) -> None:
-        """
+        """Starts n streams.
+
         key: (2,) uint64, seed and epoch.
         index, view: as in `sample_views`.
         first: (n,) even integers, the number of words used already.

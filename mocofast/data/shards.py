@@ -66,7 +66,8 @@ class ShardSource:
         classes: tuple[str, ...],
         window: int = 0,
     ) -> None:
-        """
+        """Raises ValueError if the labels do not fit the classes.
+
         shards, indices: the shards, and the index of every shard.
         classes: names of the labels, () for unlabelled samples.
         window: number of shards that are shuffled together, see `order`. 0 for all.

@@ -38,7 +38,8 @@ class FolderSource:
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
     ) -> None:
-        """
+        """Takes the names of the files. Opens no file.
+
         root: the folder.
         names: N paths relative to `root`.
         labels: (N,) integers that index `classes`, or None.
@@ -79,7 +80,8 @@ class ArraySource:
         classes: tuple[str, ...],
         prefix: str = "image",
     ) -> None:
-        """
+        """Raises ValueError for images or labels of a wrong shape or type.
+
         images: (N, H, W, 3) uint8.
         labels: (N,) integers that index `classes`, or None.
         prefix: the start of every image's name.
@@ -113,7 +115,7 @@ class ArraySource:
 
 
 class Subset:
-    """Some samples of any source. (For an epoch in windows of shards see `ShardSource.subset`.)"""
+    """Some samples of any source. `ShardSource.subset` also keeps the windows of shards."""
 
     def __init__(self, source: Source, index: np.ndarray) -> None:
         """index: (n,) int64, the samples of `source`."""
@@ -157,29 +159,24 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     seed: seed of the held-out share.
 
     data.source=folder: image files below `path`. The train set is `path`/train and the val
-    set `path`/val
-        (or `path`/test) if both folders exist. If train/ is the only folder, it is the
-        train set. Otherwise the train set is all of `path`. Images are labelled if all
-        images lie in two or more subfolders. The class is the first folder below the root
-        (or below train/ and val/). An image directly in the root, or a single subfolder,
-        means no labels.
+        set is `path`/val (or `path`/test) if both folders exist. If train/ is the only
+        folder, it is the train set. Otherwise the train set is all of `path`. Images are
+        labelled if all images lie in two or more subfolders. The class is the first folder
+        below the root (or below train/ and val/). An image directly in the root, or a
+        single subfolder, means no labels.
     data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which may
-    have train/ and
-        val/ too, a pattern, or URLs. The labels are the labels in the shards.
+        have train/ and val/ too, a pattern, or URLs. The labels are the labels in the shards.
     data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same 20%
-    of every class
-        are held out for any seed.
+        of every class are held out for any seed.
     data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded only
-    if absent. The
-        val set is the test set. With several processes, one process must call this
-        function first, so that only one process downloads.
+        if absent. The val set is the test set. With several processes, one process must
+        call this function first, so that only one process downloads.
 
     If labelled images of a folder or of shards have no val/ or test/ folder, the share
     `data.holdout` of every class is held out for the val set. The images are chosen by `seed`.
 
-    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the
-    option. Decodes no
-    image: loaders find and skip bad files.
+    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the option.
+    Decodes no image: loaders find and skip bad files.
     """
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")

@@ -5,8 +5,7 @@ The arithmetic is PIL's, which facebookresearch/moco uses through torchvision. V
 integers between operators, blends truncate, luma rounds, and the blur is three box filters
 in every direction. The hue is the
 exception: PIL quantises hue and saturation to 8 bits. Here nothing is quantised, as in
-    torchvision's tensor
-operator.
+    torchvision's tensor operator.
 
 DALI's operators are not used. Their colour operators rotate the hue in YIQ and round where
 PIL truncates. The exact formulas take several times as long in DALI's CPU arithmetic
