@@ -97,7 +97,7 @@ def info_nce(
         own_rows = slice(rank * len(k), (rank + 1) * len(k))
         loss = info_nce(q, keys, temperature=0.2, own_rows=own_rows)
     """
-    # Arguments: nothing runs before all of them are checked.
+    # All arguments are checked before anything runs.
     check_matrix("query", query, "(N, C)")
     check_matrix("positive_key", positive_key, "(N, C)" if own_rows is None else "(M, C)")
     if own_rows is None:
@@ -191,7 +191,7 @@ def nt_xent(
     DistributedDataParallel averages gradients over ranks. Parameters then get the gradient of
     the mean loss over the whole batch.
     """
-    # Arguments: nothing runs before all of them are checked.
+    # All arguments are checked before anything runs.
     check_matrix("z_a", z_a, "(N, C)" if own_rows is None else "(M, C)")
     check_matrix("z_b", z_b, "(N, C)" if own_rows is None else "(M, C)")
     check_same("z_b", z_b.shape, "shape of z_a", z_a.shape)
