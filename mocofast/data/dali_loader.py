@@ -2,17 +2,17 @@
 
 `view_ops` makes the views from the crops. On a CPU PyTorch crops and resizes: PyTorch's
 operator equals PIL's to 1 of 255 and takes a fifth of the time of DALI's. `sample_view`
-gives every random parameter, so the loader has no random state: to resume is to start at
-    (epoch, step). A thread works ahead of the
-training loop.
+gives every random parameter, so the loader has no random state: to resume is to start
+at (epoch, step). A thread works ahead of the training loop.
 
-DALI raises for a whole batch if a file of the batch cannot be decoded. The error does not
-name the file, and the pipeline cannot be used again. The loader then decodes the files of
-the unfinished batches one by one, records the bad files in `skipped`, builds a new
-pipeline and continues at the same step. The views of the other samples stay equal bit for bit.
+DALI raises for a whole batch if a file of the batch cannot be decoded. The error does
+not name the file, and the pipeline cannot be used again. The loader then decodes the
+files of the unfinished batches one by one, records the bad files in `skipped`, builds a
+new pipeline and continues at the same step. The views of the other samples stay equal
+bit for bit.
 
-Some damage is not found: JPEG files with damaged entropy data decode to garbage without an
-error. PIL mostly warns only.
+Some damage is not found: JPEG files with damaged entropy data decode to garbage without
+an error. PIL mostly warns only.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
 
 
 class DaliLoader:
-    """A `mocofast.data.interface.Loader`. The module's docstring describes the handling of
-    bad files.
+    """A `mocofast.data.interface.Loader`. The module's docstring describes the handling
+    of bad files.
 
-    Images of 16 bits, with alpha, palettes, CMYK or one channel look as `decoding.decode`
-    returns them, to 1 of 255. EXIF orientation is not applied. A jump to any position but
-    the next starts a new pipeline.
+    Images of 16 bits, with alpha, palettes, CMYK or one channel look as
+    `decoding.decode` returns them, to 1 of 255. EXIF orientation is not applied. A jump
+    to any position but the next starts a new pipeline.
     """
 
     name = "dali"
@@ -87,8 +87,8 @@ class DaliLoader:
         self.close = weakref.finalize(self, self._producer.close)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator of
-        the call before.
+        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator
+        of the call before.
 
         The producer starts at once, not with the first batch asked for.
         """
@@ -230,8 +230,8 @@ class _Batches:
     # DALI
 
     def _run_pipeline(self) -> tuple[Plan, tuple[Any, ...]]:
-        """Returns the next plan and DALI's outputs. Replaces bad samples until all samples
-        decode.
+        """Returns the next plan and DALI's outputs. Replaces bad samples until all
+        samples decode.
         """
         while True:
             if self._pipeline is None:
@@ -272,8 +272,8 @@ class _Batches:
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
-        """Returns the input of the next batch. DALI calls this function when it has room
-        for a batch.
+        """Returns the input of the next batch. DALI calls this function when it has
+        room for a batch.
         """
         plan = self.planner.plan(*self._next_plan)
         self._next_plan = self.planner.after(plan.epoch, plan.step)
@@ -305,8 +305,8 @@ class _Batches:
         return bool(bad)
 
     def _find_unlike_header(self, shapes: list[tuple[int, ...]]) -> bool:
-        """Records the images of the oldest plan whose size differs from the size in their
-        header.
+        """Records the images of the oldest plan whose size differs from the size in
+        their header.
 
         shapes: (height, width, 3) of every decoded image.
 
@@ -347,8 +347,8 @@ class _Batches:
 
 
 def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, 3) on a GPU. Returns views (B, 3, S, S), channels-last, in
-    new memory.
+    """Augments crops (B, S, S, 3) on a GPU. Returns views (B, 3, S, S), channels-last,
+    in new memory.
     """
     views = torch.empty_like(crops)
     chunk = max(1, CHUNK_PIXELS["cuda"] // augment.size**2)

@@ -23,8 +23,8 @@ def decode_and_crop(
 
     read: returns the input of a batch: the images and, if `on_gpu`, for every view the
         corners (B, 2) and the shapes (B, 2) of the crops, int32.
-    kind: the type of `Source.load`: str (paths), bytes (contents of files) or np.ndarray
-        (pixels).
+    kind: the type of `Source.load`: str (paths), bytes (contents of files) or
+        np.ndarray (pixels).
     data: options `hw_decoder_load` and `preallocate`.
 
     Output on a CPU: the decoded images, (H, W, 3) uint8.

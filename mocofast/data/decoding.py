@@ -54,9 +54,9 @@ def open_image(file: str | bytes) -> Iterator[Image.Image]:
 def image_size(file: str | bytes) -> tuple[int, int]:
     """Returns (height, width) from the header of an image file. Decodes no pixels.
 
-    Raises OSError (PIL.UnidentifiedImageError is an OSError) or another exception of PIL
-    where the header cannot be read, and PIL.Image.DecompressionBombError above twice
-    PIL.Image.MAX_IMAGE_PIXELS.
+    Raises OSError (PIL.UnidentifiedImageError is an OSError) or another exception of
+    PIL where the header cannot be read, and PIL.Image.DecompressionBombError above
+    twice PIL.Image.MAX_IMAGE_PIXELS.
     """
     with open_image(file) as image:
         return image.height, image.width
@@ -68,8 +68,9 @@ def decode(item: str | bytes | np.ndarray) -> Image.Image:
     item: the path of a file, the content of a file, or pixels (H, W, 3) uint8.
 
     Transparency is dropped: the colour under transparent pixels shows. 16-bit grey is
-    scaled to 8 bits, because PIL's own conversion would clip it. Of an animation the first
-    frame is taken. Raises what PIL raises on a bad file, which is nearly any exception.
+    scaled to 8 bits, because PIL's own conversion would clip it. Of an animation the
+    first frame is taken. Raises what PIL raises on a bad file, which is nearly any
+    exception.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
@@ -87,8 +88,8 @@ def undecodable(files: Sequence[str | bytes], sizes: np.ndarray) -> dict[int, st
     files: n paths or contents.
     sizes: (n, 2) integers, height and width as `image_size` returned them.
 
-    Returns {position in `files`: reason}. Decodes with nvImageCodec, which DALI uses, or
-    with PIL where nvImageCodec is not installed.
+    Returns {position in `files`: reason}. Decodes with nvImageCodec, which DALI uses,
+    or with PIL where nvImageCodec is not installed.
     """
     try:
         check = _nvimgcodec_check()
@@ -121,8 +122,8 @@ Check = Callable[[Sequence[str | bytes]], "list[tuple[int, int] | str]"]
 
 
 def _nvimgcodec_check() -> Check:
-    """Returns a check with nvImageCodec on the CPU. Raises ImportError if nvImageCodec is
-    missing.
+    """Returns a check with nvImageCodec on the CPU. Raises ImportError if nvImageCodec
+    is missing.
     """
     from nvidia import nvimgcodec
 

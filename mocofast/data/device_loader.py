@@ -2,9 +2,9 @@
 
 Image files are decoded once, at the start. All files must have one size. On a GPU one
 launch of one kernel (`mocofast_kernels.augment`) makes all views of a batch. On a CPU
-PyTorch makes the views, as many at a time as fit into the cache of a core. The parameters
-of the views are sampled for many steps at once and equal `sample_view`, so the stream is
-the stream of the other loaders. The model normalises the views.
+PyTorch makes the views, as many at a time as fit into the cache of a core. The
+parameters of the views are sampled for many steps at once and equal `sample_view`, so
+the stream is the stream of the other loaders. The model normalises the views.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class DeviceLoader:
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator of
-        the call before.
+        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator
+        of the call before.
         """
         self.close()
         self._running = self._iterate(epoch, start)
@@ -256,8 +256,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Takes a weighted sum along rows, rounds half up, and does the same along columns.
     Weights are integers, so all sums are integers too, exact in float32 while 255 times
-    the total weight stays below 2^24. The result is exact. PIL rounds weights to 22 bits,
-    which may round a tie the other way.
+    the total weight stays below 2^24. The result is exact. PIL rounds weights to 22
+    bits, which may round a tie the other way.
     """
     top, left, height, width = boxes
     n, H, W, channels = images.shape
@@ -270,14 +270,15 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
-    """Returns (n, full, size) float32 integers: the weights of pixels in a crop's resized
-    pixels.
+    """Returns (n, full, size) float32 integers: the weights of pixels in a crop's
+    resized pixels.
 
     start, length: (n,) int64, the crop along one side of the image.
     full, size: pixels of this side of the image and of the resized crop.
 
     The weights of a resized pixel are a triangle about the centre of the pixel. The
-    triangle is as wide as a pixel of the larger side. The unit is 1 / (2 max(length, size)).
+    triangle is as wide as a pixel of the larger side. The unit is
+    1 / (2 max(length, size)).
     """
     at = torch.arange(full, device=start.device) - start.unsqueeze(1)
     place = (2 * torch.arange(size, device=start.device) + 1) * length.unsqueeze(1)

@@ -1,5 +1,5 @@
-"""Downloads files from HTTP servers: complete or not at all, once for all processes of a
-machine.
+"""Downloads files from HTTP servers: complete or not at all, once for all processes of
+a machine.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ AHEAD = 2  # batches that the threads work ahead
 def center_view(image: Image.Image, size: int) -> Image.Image:
     """Returns the central crop, (size, size), as the ImageNet protocol cuts it.
 
-    The shorter side is resized to size * 256/224 before the crop. If neither side of the
-    image is larger than `size`, the shorter side is resized to `size`, because there is no
-    margin to crop.
+    The shorter side is resized to size * 256/224 before the crop. If neither side of
+    the image is larger than `size`, the shorter side is resized to `size`, because
+    there is no margin to crop.
     """
     small = max(image.size) <= size
     short = size if small else round(size * 256 / 224)
@@ -42,8 +42,8 @@ class EvalBatches:
     labels: (B,) int64 on the CPU, or None for an unlabelled source.
     index: (B,) int64 on the CPU, the samples.
 
-    Bad files are left out, so a batch may be smaller. `skipped` records bad files: {index:
-    reason}.
+    Bad files are left out, so a batch may be smaller. `skipped` records bad files:
+    {index: reason}.
     """
 
     def __init__(

@@ -1,17 +1,17 @@
 """The interface of sources and loaders, and the only place where randomness enters the data.
 
 A batch is a pure function of (seed, epoch, step, rank, world size, batch size).
-`source_order` gives the order of the samples, `sample_view` gives every random parameter
-of a view. The loaders (device, DALI, torchvision) execute the parameters and take no
-random values of their own. Therefore
+`source_order` gives the order of the samples, `sample_view` gives every random
+parameter of a view. The loaders (device, DALI, torchvision) execute the parameters and
+take no random values of their own. Therefore
 
 - all loaders give the same views up to the arithmetic of their operators,
 - a run can resume at any step without the saved state of a stream,
 - a bad file does not change the views of good files.
 
-A sample that cannot be decoded is bad. The next good sample (`first_good`) fills the slot
-of a bad sample. The views of the substitute are sampled with the index of the slot and the
-size of the substitute.
+A sample that cannot be decoded is bad. The next good sample (`first_good`) fills the
+slot of a bad sample. The views of the substitute are sampled with the index of the slot
+and the size of the substitute.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop
 class Batch(NamedTuple):
     """The images of one step on one rank. B: images. S: side of a view, in pixels.
 
-    The views lie on the loader's device. Copies to a GPU do not block the host.
-    The index and the labels stay on the CPU.
+    The views lie on the loader's device. Copies to a GPU do not block the host. The
+    index and the labels stay on the CPU.
     """
 
     views: tuple[Tensor, ...]  # (B, 3, S, S) uint8 per view, RGB, channels-last, not normalised
@@ -107,8 +107,8 @@ class Loader(Protocol):
 class BatchSlice:
     """The slice of every batch that a rank loads.
 
-    Ranks take consecutive slices, so W ranks with B images per rank see the batches of one
-    process with W * B images.
+    Ranks take consecutive slices, so W ranks with B images per rank see the batches of
+    one process with W * B images.
     """
 
     batch_size: int  # images per step over all ranks
@@ -129,8 +129,8 @@ class BatchSlice:
         return self.batch_size // self.world_size
 
     def steps(self, count: int) -> int:
-        """Returns the number of steps in an epoch of `count` samples. Raises ConfigError
-        for none.
+        """Returns the number of steps in an epoch of `count` samples. Raises
+        ConfigError for none.
         """
         steps = count // self.batch_size
         if not self.drop_last and count % self.batch_size >= self.world_size:
@@ -143,8 +143,8 @@ class BatchSlice:
         return steps
 
     def indices(self, order: np.ndarray, step: int) -> np.ndarray:
-        """Returns the slice of `order` for this rank at `step`. All ranks get equally many
-        samples.
+        """Returns the slice of `order` for this rank at `step`. All ranks get equally
+        many samples.
         """
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         per_rank = len(whole) // self.world_size
@@ -152,15 +152,15 @@ class BatchSlice:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns a permutation of `count` samples, (count,) int64. Epochs differ, the first
-    is shuffled too.
+    """Returns a permutation of `count` samples, (count,) int64. Epochs differ, the
+    first is shuffled too.
     """
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of a source's samples in an epoch, (N,) int64. Asks the source if
-    it is Ordered.
+    """Returns the order of a source's samples in an epoch, (N,) int64. Asks the source
+    if it is Ordered.
     """
     if isinstance(source, Ordered):
         return source.order(seed, epoch)
@@ -215,8 +215,8 @@ def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig
 class ViewParams(NamedTuple):
     """The random parameters of one view of one image.
 
-    Operators apply in the order of the fields. Exception: with `AugmentConfig.gray_first`
-    the grayscale comes before the jitter.
+    Operators apply in the order of the fields. Exception: with
+    `AugmentConfig.gray_first` the grayscale comes before the jitter.
     """
 
     top: int  # the crop, in pixels of the decoded image (EXIF orientation not applied)

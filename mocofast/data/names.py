@@ -1,5 +1,5 @@
-"""Names of images: finds image files, classes and train and val folders, and identifies a
-set of images.
+"""Names of images: finds image files, classes and train and val folders, and identifies
+a set of images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ EXTENSIONS = frozenset(
 def find_files(folder: str | Path, extensions: Set[str]) -> list[str]:
     """Returns the names of all files below `folder` with one of `extensions`, sorted.
 
-    Names are relative to `folder`. Extensions match in any case. Hidden files and folders
-    are skipped. Symbolic links are followed (a link back to a folder above it only once).
+    Names are relative to `folder`. Extensions match in any case. Hidden files and
+    folders are skipped. Symbolic links are followed (a link back to a folder above it
+    only once).
     """
     names: list[str] = []
     _scan(str(folder), "", frozenset(), extensions, names)
@@ -48,8 +49,8 @@ def _scan(
 def train_and_val_folders(root: Path) -> tuple[str, str]:
     """Returns the prefixes of training and evaluation images, for example ("train/", "val/").
 
-    The first is "" for images directly below `root`, the second "" if there is no val/ or
-    test/.
+    The first is "" for images directly below `root`, the second "" if there is no val/
+    or test/.
     """
     if not root.is_dir():
         return "", ""
@@ -85,8 +86,8 @@ def stratified_holdout(
     share: from 0 to 1.
     seed: seed of the random choice.
 
-    At least one image of every class is kept. If the share is positive, at least one image
-    of every class with two or more images is held out.
+    At least one image of every class is kept. If the share is positive, at least one
+    image of every class with two or more images is held out.
     """
     rng = np.random.default_rng(seed)
     chosen: list[np.ndarray] = []

@@ -1,5 +1,5 @@
-"""Plans of batches: which samples a batch shows, and the parameters of their views, before
-decoding.
+"""Plans of batches: which samples a batch shows, and the parameters of their views,
+before decoding.
 """
 
 from __future__ import annotations

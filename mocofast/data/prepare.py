@@ -1,5 +1,5 @@
-"""`mocofast prepare`: a compact copy of a folder of images, as tar shards that are smaller
-and decode faster.
+"""`mocofast prepare`: a compact copy of a folder of images, as tar shards that are
+smaller and decode faster.
 
 Measured on 125 photos (median short side 375 pixels), two random crops of 20 to 100% of
 the area per photo, views of 224 pixels. With the defaults the copy has half the bytes,
@@ -53,10 +53,10 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
 
     Images with a short side above `options.size` are shrunk to `options.size` (Lanczos)
     and stored as JPEG, 4:4:4, without metadata. Other images are copied unchanged. EXIF
-    orientation is not applied: loaders do not apply it either. Labels, train/ and val/ are
-        found as for data.source=folder. Samples are written in
-    a random order that is the same for every call, so a few shards are a fair selection.
-    Files that cannot be decoded are left out and named in META under "skipped".
+    orientation is not applied: loaders do not apply it either. Labels, train/ and val/
+    are found as for data.source=folder. Samples are written in a random order that is
+    the same for every call, so a few shards are a fair selection. Files that cannot be
+    decoded are left out and named in META under "skipped".
 
     Writes to `out`.partial, which is renamed at the end, and removed after an error.
     Raises ConfigError for unusable options, a source without images, or an `out` that exists.

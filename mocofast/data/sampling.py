@@ -2,9 +2,8 @@
 
 One call of `sample_view` takes 20 us, mostly in Python. This is too slow for a GPU that
 makes 50,000 views a second. Here numpy's random generator runs over arrays: Philox 4x64
-(Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"), and the conversions of `numpy.random.Generator` from random
-    words to numbers.
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the conversions
+of `numpy.random.Generator` from random words to numbers.
 The stream is the same for a batch and for single views. The tests compare the two.
 """
 
@@ -50,8 +49,8 @@ def sample_views(
 ) -> Views:
     """Returns `sample_view(augment, sizes[i], seed, epoch, index[i], view)` for all i.
 
-    sizes: (n, 2) integers, height and width of the decoded images, or (2,) for images of
-        one size.
+    sizes: (n, 2) integers, height and width of the decoded images, or (2,) for images
+        of one size.
     index: (n,) integers.
     """
     # The crop: first the sizes of all boxes, then their places.
@@ -96,8 +95,8 @@ def _random_resized_crops(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples the sizes of n crops.
 
-    Returns boxes (n, 4) with height and width set (zeros if no attempt fitted), and (n,)
-    the number of random words that every view has used.
+    Returns boxes (n, 4) with height and width set (zeros if no attempt fitted), and
+    (n,) the number of random words that every view has used.
     """
     box = np.zeros((len(index), 4), dtype=np.int64)
     used = np.full(len(index), 2 * CROP_ATTEMPTS)
@@ -133,8 +132,8 @@ def _central_crops(sizes: np.ndarray) -> np.ndarray:
 class _Stream:
     """numpy.random.Generator over n streams at once.
 
-    In all methods, rows (n,) bool selects the streams that take random numbers. r: number
-    of selected rows.
+    In all methods, rows (n,) bool selects the streams that take random numbers. r:
+    number of selected rows.
     """
 
     def __init__(self, key: np.ndarray, index: np.ndarray, view: int, first: np.ndarray) -> None:
@@ -210,8 +209,8 @@ class _Stream:
         return out
 
     def permutations(self, size: int, rows: np.ndarray) -> np.ndarray:
-        """Samples permutations, (r, size) int64: Fisher and Yates' shuffle from the last
-        place down.
+        """Samples permutations, (r, size) int64: Fisher and Yates' shuffle from the
+        last place down.
         """
         out = np.tile(np.arange(size), (int(rows.sum()), 1))
         every = np.arange(len(out))

@@ -1,8 +1,8 @@
 """The index of a tar shard: the place, size and label of every image file in the shard.
 
 A shard is scanned once, header by header. The index is kept beside the shard as
-`NAME.tar.index.npz`, or in the cache folder if the place is read-only. It is made again if
-the size or the modification time of the shard changes.
+`NAME.tar.index.npz`, or in the cache folder if the place is read-only. It is made again
+if the size or the modification time of the shard changes.
 """
 
 from __future__ import annotations

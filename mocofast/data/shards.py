@@ -1,16 +1,17 @@
 """Tar shards in WebDataset's layout, as a source of images that can be read in any order.
 
 A sample is a group of members with an equal key: the name up to the first dot after the
-last slash. `key.jpg` (or another image extension) is the image. `key.cls` (an integer as
-text), or `key.json` with an integer `label`, is the label. Other members are ignored.
+last slash. `key.jpg` (or another image extension) is the image. `key.cls` (an integer
+as text), or `key.json` with an integer `label`, is the label. Other members are
+ignored.
 
-`mocofast.data.shard_index` finds the place of every sample, so samples are read directly
-and a batch is a function of (seed, epoch, step, rank) alone.
+`mocofast.data.shard_index` finds the place of every sample, so samples are read
+directly and a batch is a function of (seed, epoch, step, rank) alone.
 
 Shards at `http(s)://` are downloaded completely into the cache folder, once, when their
 first sample is needed. Their indices are downloaded first if the server has indices
-(`mocofast prepare` writes them). Otherwise the shards are downloaded at the start to make
-the indices.
+(`mocofast prepare` writes them). Otherwise the shards are downloaded at the start to
+make the indices.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ class ShardSource:
         return part
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Returns the order of an epoch, (N,) int64, and starts to download missing remote
-        shards.
+        """Returns the order of an epoch, (N,) int64, and starts to download missing
+        remote shards.
 
         Without a window: a permutation of all samples.
         With a window of W shards: a permutation of the shards, then permutations of the
@@ -260,8 +261,8 @@ def open_shards(
     """Returns a source of all samples of `shards`, in the order of the shards.
 
     window: see `ShardSource.order`.
-    classes: names of the labels. If empty, the names come from META beside the first shard
-        or in the folder above, or are numbers.
+    classes: names of the labels. If empty, the names come from META beside the first
+        shard or in the folder above, or are numbers.
 
     The samples are unlabelled if a sample has no label, or if all labels are equal.
     Raises ConfigError for an unusable shard, and OSError if a shard cannot be read.
@@ -286,8 +287,8 @@ def open_shards(
 
 
 def _class_names(shard: TarShard) -> tuple[str, ...]:
-    """Returns the class names in META beside the shard or in the folder above, () if there
-    are none.
+    """Returns the class names in META beside the shard or in the folder above, () if
+    there are none.
     """
     for folder in (shard.path.parent, shard.path.parent.parent):
         try:

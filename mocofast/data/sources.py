@@ -135,8 +135,8 @@ class Subset:
         return self._source.load(int(self._index[index]))
 
     def fingerprint(self) -> str:
-        """Returns a hash of names and labels, equal to the hash of a FolderSource of these
-        images.
+        """Returns a hash of names and labels, equal to the hash of a FolderSource of
+        these images.
         """
         names = (os.fsencode(self.name(index)) for index in range(len(self)))
         return digest(b"\0".join(names), self.labels, self.classes)
@@ -158,25 +158,27 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     data: `source`, `path`, `holdout` and `shuffle_window` are used.
     seed: seed of the held-out share.
 
-    data.source=folder: image files below `path`. The train set is `path`/train and the val
-        set is `path`/val (or `path`/test) if both folders exist. If train/ is the only
-        folder, it is the train set. Otherwise the train set is all of `path`. Images are
-        labelled if all images lie in two or more subfolders. The class is the first folder
-        below the root (or below train/ and val/). An image directly in the root, or a
-        single subfolder, means no labels.
-    data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which may
-        have train/ and val/ too, a pattern, or URLs. The labels are the labels in the shards.
-    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same 20%
-        of every class are held out for any seed.
-    data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded only
-        if absent. The val set is the test set. With several processes, one process must
-        call this function first, so that only one process downloads.
+    data.source=folder: image files below `path`. The train set is `path`/train and the
+        val set is `path`/val (or `path`/test) if both folders exist. If train/ is the
+        only folder, it is the train set. Otherwise the train set is all of `path`.
+        Images are labelled if all images lie in two or more subfolders. The class is
+        the first folder below the root (or below train/ and val/). An image directly in
+        the root, or a single subfolder, means no labels.
+    data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which
+        may have train/ and val/ too, a pattern, or URLs. The labels are the labels in
+        the shards.
+    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same
+        20% of every class are held out for any seed.
+    data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded
+        only if absent. The val set is the test set. With several processes, one process
+        must call this function first, so that only one process downloads.
 
     If labelled images of a folder or of shards have no val/ or test/ folder, the share
-    `data.holdout` of every class is held out for the val set. The images are chosen by `seed`.
+    `data.holdout` of every class is held out for the val set. The images are chosen by
+    `seed`.
 
-    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the option.
-    Decodes no image: loaders find and skip bad files.
+    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the
+    option. Decodes no image: loaders find and skip bad files.
     """
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
@@ -189,9 +191,9 @@ def find_images(folder: str | Path) -> list[str]:
     """Returns the names of all images below `folder`, relative to `folder` and sorted.
 
     An image is a file with an extension of EXTENSIONS, in any case. Hidden files and
-    folders are skipped. Symbolic links are followed (a link back to a folder above it only
-    once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or ConfigError
-    (a ValueError) if there is no image.
+    folders are skipped. Symbolic links are followed (a link back to a folder above it
+    only once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or
+    ConfigError (a ValueError) if there is no image.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -14,8 +14,8 @@ U = TypeVar("U")
 class Threads:
     """A pool of threads for work without Python's global lock, for example PIL's decoding.
 
-    A context manager. The end of the block drops calls that have not begun and waits for
-    the rest.
+    A context manager. The end of the block drops calls that have not begun and waits
+    for the rest.
     """
 
     def __init__(self, count: int, name: str = "") -> None:

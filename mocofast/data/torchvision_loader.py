@@ -1,16 +1,16 @@
-"""The torchvision loader: PIL decodes, `torchvision.transforms.v2.functional` augments in
-worker processes.
+"""The torchvision loader: PIL decodes, `torchvision.transforms.v2.functional` augments
+in worker processes.
 
 This loader defines what the augmentations mean. Images stay PIL images until they are
-views. Given the same parameters, the views equal the views of facebookresearch/moco's own
-transforms bit for bit.
+views. Given the same parameters, the views equal the views of facebookresearch/moco's
+own transforms bit for bit.
 
 The blur is PIL's GaussianBlur: three box filters. A true Gaussian of the same sigma
 differs by up to 47 of 255 at edges, by .3 to .5 on average.
 
-Tensor operators were as fast (per 224-pixel view on one core: decode 1.1 ms against PIL's
-1.4, crop .15 against .35, hue 2.0 against 1.3, blur .9 against 1.3), but differ from PIL
-by up to 11 in hue.
+Tensor operators were as fast (per 224-pixel view on one core: decode 1.1 ms against
+PIL's 1.4, crop .15 against .35, hue 2.0 against 1.3, blur .9 against 1.3), but differ
+from PIL by up to 11 in hue.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class _Samples(Dataset[Sample]):
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
-    """Yields the (epoch, slot) pairs of this rank's batches. `epoch` and `start` are set
-    before a pass.
+    """Yields the (epoch, slot) pairs of this rank's batches. `epoch` and `start` are
+    set before a pass.
     """
 
     def __init__(self, source: Source, batch_slice: BatchSlice, seed: int) -> None:
@@ -161,8 +161,9 @@ def leave_signals_to_main(worker: int) -> None:
     """Start-up of a worker: lets only the main process answer Ctrl-C and a scheduler's SIGTERM.
 
     Both signals reach the whole process group. The main process still gets batches from
-    the workers, finishes the step and writes a checkpoint. A worker obeys a SIGTERM from
-    the main process, because the main process ends workers with SIGTERM when it exits.
+    the workers, finishes the step and writes a checkpoint. A worker obeys a SIGTERM
+    from the main process, because the main process ends workers with SIGTERM when it
+    exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # absent on macOS
@@ -210,8 +211,8 @@ class TorchvisionLoader:
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator of
-        the call before.
+        """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator
+        of the call before.
         """
         if self._running is not None:
             self._running.close()

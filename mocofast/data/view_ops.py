@@ -1,15 +1,14 @@
 """Augments a batch of views in plain PyTorch on any device: jitter, grayscale, blur,
 solarize, rotation, flip.
 
-The arithmetic is PIL's, which facebookresearch/moco uses through torchvision. Values are
-integers between operators, blends truncate, luma rounds, and the blur is three box filters
-in every direction. The hue is the
-exception: PIL quantises hue and saturation to 8 bits. Here nothing is quantised, as in
-    torchvision's tensor operator.
+The arithmetic is PIL's, which facebookresearch/moco uses through torchvision. Values
+are integers between operators, blends truncate, luma rounds, and the blur is three box
+filters in every direction. The hue is the exception: PIL quantises hue and saturation
+to 8 bits. Here nothing is quantised, as in torchvision's tensor operator.
 
-DALI's operators are not used. Their colour operators rotate the hue in YIQ and round where
-PIL truncates. The exact formulas take several times as long in DALI's CPU arithmetic
-(`docs/log.md`, section DALI).
+DALI's operators are not used. Their colour operators rotate the hue in YIQ and round
+where PIL truncates. The exact formulas take several times as long in DALI's CPU
+arithmetic (`docs/log.md`, section DALI).
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ def _on_rows(
 
     x: (n, 3, S, S) float32.
     rows: the images.
-    operator: takes images (r, 3, S, S) and, if `values` is given, their values (r, 1, 1,
-        1) float32.
+    operator: takes images (r, 3, S, S) and, if `values` is given, their values (r, 1,
+        1, 1) float32.
     values: a value for every image of x.
     """
     if not rows:
@@ -131,12 +130,12 @@ def adjust_hue_(x: Tensor, shift: Tensor) -> None:
 
     shift: fraction of the colour circle, in [-0.5, 0.5].
 
-    Let h in [-3, 3) be the hue in sextants around red, m the minimum of the channels and C
-    = max - min the chroma. A channel with pure hue p (0, 2, -2 for red, green, blue), d
-    sextants away from h, has the value m + C clamp(2 - d, 0, 1). Also C |h| = |g - b| +
-    (max - r) + 2 (min(g, b) - m), and h has the sign of g - b. The products C h and C d
-    need differences only, no division and no branch over sextants. This is 5 times as fast
-    on a CPU.
+    Let h in [-3, 3) be the hue in sextants around red, m the minimum of the channels
+    and C = max - min the chroma. A channel with pure hue p (0, 2, -2 for red, green,
+    blue), d sextants away from h, has the value m + C clamp(2 - d, 0, 1). Also C |h| =
+    |g - b| + (max - r) + 2 (min(g, b) - m), and h has the sign of g - b. The products C
+    h and C d need differences only, no division and no branch over sextants. This is 5
+    times as fast on a CPU.
     """
     r, g, b = x.unbind(1)
     low = torch.minimum(g, b)
