@@ -1,4 +1,7 @@
-"""The augmentation kernel against PIL and against the PyTorch operators; in Triton's interpreter without a GPU."""
+"""Checks the augmentation kernel against PIL and PyTorch operators.
+
+Without a GPU the kernel runs in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 PLAIN = AugmentConfig(size=32, jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0)
-# PIL quantises hue to 8 bits, so what is compared with PIL has none.
+# PIL quantises hue to 8 bits, so comparisons with PIL leave the hue alone.
 WITHOUT_HUE = AugmentConfig(
     size=32,
     jitter=(0.4, 0.4, 0.4, 0.0),
@@ -44,7 +47,7 @@ EVERYTHING = replace(WITHOUT_HUE, jitter=(0.4, 0.4, 0.4, 0.4))
 
 
 def pictures(height: int, width: int) -> np.ndarray:
-    """(4, H, W, 3): noise, a ramp, the corners of the colour cube, gray noise."""
+    """Returns (4, H, W, 3) uint8: noise, a ramp, corners of the colour cube, gray noise."""
     rng = np.random.default_rng(height + width)
     noise = rng.integers(0, 256, (2, height, width, 3))
     y, x = np.mgrid[:height, :width]
@@ -75,15 +78,11 @@ def by_pil(
 @pytest.mark.parametrize(
     ("size", "height", "width", "largest"),
     [
-        (
-            32,
-            32,
-            32,
-            0,
-        ),  # CIFAR: never smaller than its crop, sides powers of two, so PIL's weights are exact, too
+        # CIFAR: crops are enlarged to a power of two, so PIL's weights are exact too.
+        (32, 32, 32, 0),
         (8, 8, 8, 0),  # digits: a tile is padded to the smallest matrix product
         (64, 40, 64, 0),  # the largest tile
-        (19, 23, 37, 1),  # odd and prime; PIL's weights have 22 bits: a tie may turn around
+        (19, 23, 37, 1),  # odd and prime. PIL's weights have 22 bits, so ties may round differently
         (16, 30, 57, 1),  # up to 4 times smaller: filters of many pixels
     ],
 )
@@ -106,7 +105,7 @@ def test_a_view_without_hue_is_pils() -> None:
     assert np.any(happened, axis=0).all() and not np.all(happened, axis=0).any()
     got = by_kernel(images, index, stack_views(params), WITHOUT_HUE)
     error = differences(got, by_pil(images, index, params, WITHOUT_HUE))
-    # Equal but for ties of the blur, whose weights PIL holds in 24 bits and the kernel in 22.
+    # Equal except for ties of the blur. PIL holds the weights in 24 bits, the kernel in 22.
     assert (error > 0).float().mean() < 1e-3
 
 
@@ -125,15 +124,15 @@ def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
     views = sample_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
     expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
     error = differences(by_kernel(images, index, views, augment), expected)
-    assert (error > 1).float().mean() < 5e-3  # positions differ in the 7th digit, so truncation may
+    # Positions differ in the 7th digit, so truncated values may differ by more.
+    assert (error > 1).float().mean() < 5e-3
     assert error.mean() < 0.02
 
 
 def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
     images, index = pictures(5, 5), np.arange(4)
-    augment = replace(
-        PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0)
-    )  # boxes of 7 pixels and more on 5
+    # Box filters of 7 pixels and more on 5 pixels.
+    augment = replace(PLAIN, size=5, blur=1.0, blur_sigma=(3.0, 6.0))
     params = [sample_view(augment, (5, 5), 1, 0, i, 0) for i in range(4)]
     got = by_kernel(images, index, stack_views(params), augment)
     error = differences(got, by_pil(images, index, params, augment))
@@ -144,8 +143,10 @@ def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
 def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() -> None:
     images, index = pictures(8, 8), np.array([3, 0])
     augment = replace(EVERYTHING, size=8)
-    drawn = [sample_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)]
-    table = torch.stack([parameter_table(views, augment) for views in drawn]).to(DEVICE)
+    sampled = [
+        sample_views(augment, np.array((8, 8)), 0, 0, np.arange(4), view) for view in range(2)
+    ]
+    table = torch.stack([parameter_table(views, augment) for views in sampled]).to(DEVICE)
     both = kernel.augment(
         torch.from_numpy(images).to(DEVICE),
         torch.from_numpy(index).to(DEVICE),
@@ -153,7 +154,7 @@ def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() ->
         8,
         rotate=False,
     ).cpu()
-    for got, views in zip(both, drawn):
+    for got, views in zip(both, sampled):
         own = Views(*(column[1:3] for column in views))
         assert torch.equal(got, by_kernel(images, index, own, augment))
 

@@ -1,4 +1,4 @@
-"""The EMA kernel against float64; through Triton's interpreter where there is no GPU."""
+"""Checks the EMA kernel against float64, without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -55,12 +55,13 @@ def test_every_element_is_the_average_in_every_pair_of_types(
 
 
 def test_a_momentum_near_one_keeps_its_step() -> None:
-    # 1 - 0.9999 rounded to float32 first would be off by 5e-4 of itself; 10,000 steps would show it.
+    # 1 - 0.9999, rounded to float32 first, would have a relative error of 5e-4. 10,000 steps would
+    # show this error.
     (target,), (source,) = _tensors(FP32, 0, (33,)), _tensors(FP32, 1, (33,))
     start = target.clone()
     ema_update_([target], [source], 0.9999)
     moved = (target - start).double() / (source - start).double()
-    # The step itself is rounded where it is added to a number of size 1.
+    # The addition of the step to a number of size 1 rounds the step.
     assert abs(float(moved.median()) - 1e-4) < 2e-7
 
 
@@ -68,17 +69,16 @@ def test_layouts_of_memory_are_followed_and_gaps_are_left_alone() -> None:
     weight = torch.randn(8, 3, 5, 5).to(DEVICE, memory_format=torch.channels_last)
     buffer = torch.zeros(6, 8, device=DEVICE)
     pairs = [
-        (weight, torch.randn_like(weight)),  # channels-last, both: flat memory
-        (
-            torch.randn(7, 5, device=DEVICE).T,
-            torch.randn(7, 5, device=DEVICE).T,
-        ),  # transposed, both
-        (torch.randn(7, 5, device=DEVICE).T, torch.randn(5, 7, device=DEVICE)),  # orders differ
-        (buffer[:, ::2], torch.ones(6, 4, device=DEVICE)),  # gaps
-        (
-            torch.zeros(9, device=DEVICE)[1:],
-            torch.ones(8, device=DEVICE),
-        ),  # not a multiple of 16 bytes
+        # Both channels-last, without gaps.
+        (weight, torch.randn_like(weight)),
+        # Both transposed.
+        (torch.randn(7, 5, device=DEVICE).T, torch.randn(7, 5, device=DEVICE).T),
+        # Different orders of elements.
+        (torch.randn(7, 5, device=DEVICE).T, torch.randn(5, 7, device=DEVICE)),
+        # Gaps.
+        (buffer[:, ::2], torch.ones(6, 4, device=DEVICE)),
+        # An address that is not a multiple of 16 bytes.
+        (torch.zeros(9, device=DEVICE)[1:], torch.ones(8, device=DEVICE)),
     ]
     assert pairs[0][1].is_contiguous(memory_format=torch.channels_last)
     expected = [_expected(t, s, 0.75) for t, s in pairs]
@@ -142,13 +142,13 @@ def test_one_launch_for_each_pair_of_types_and_width_of_loads_and_one_plan_for_a
     ema._tables._plans.clear()
     for _ in range(3):
         ema_update_(targets, sources, 0.9)
-    # 1 + 1 + 2 + 3 programs for sizes that wide loads do not fit, 1 for BLOCK; both types each time.
+    # For both types: 1 + 1 + 2 + 3 programs for sizes that rule out wide loads, 1 for BLOCK.
     assert grids == [(7,), (1,)] * 6
     assert len(ema._tables._plans) == 1
 
 
 def test_remembered_tables_do_not_pile_up() -> None:
-    kept = []  # so that addresses are not used again
+    kept = []  # keeps addresses from being used again
     for _ in range(PLANS + 3):
         kept.append((torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)))
         ema_update_([kept[-1][0]], [kept[-1][1]], 0.5)

@@ -1,4 +1,4 @@
-"""The enqueue kernel against a loop in float64; through Triton's interpreter where there is no GPU."""
+"""Checks the enqueue kernel against a float64 loop, without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def _expected(queue: Tensor, pointer: int, keys: Tensor, normalize: bool) -> Ten
 
 @settings(max_examples=25, deadline=None)
 @given(
-    # A ring of 1, a prime, and more rows than a program writes; fewer keys, as many, and several times around.
+    # Queues of 1 row, a prime number of rows, and more rows than a program writes.
     K=st.sampled_from([1, 7, 64, 131]),
+    # Fewer keys than rows, as many, and more keys than rows.
     B=st.sampled_from([0, 1, 7, 64, 150]),
     C=st.sampled_from([1, 5, 16, 130]),
     start=st.integers(0, 130),
@@ -87,7 +88,7 @@ def test_rows_between_the_keys_of_a_wider_buffer_are_left_alone() -> None:
 
 
 def test_rows_more_than_two_to_the_31_elements_into_the_ring() -> None:
-    """600 rows at a distance of 4 M: 2.5e9 elements, of which only the pages of 4 rows are ever touched."""
+    """Takes 600 rows at a distance of 4 M elements: 2.5e9 elements, pages of 4 rows touched."""
     distance = 2**22
     queue = torch.empty(600 * distance, dtype=torch.bfloat16, device=DEVICE).as_strided(
         (600, 16), (distance, 1)

@@ -1,7 +1,9 @@
-"""The ghost BatchNorm kernels and their op against one float64 BatchNorm a split; through Triton's interpreter where
-there is no GPU.
+"""Checks ghost BatchNorm, kernels and op, against a float64 BatchNorm for every split.
 
-The rule: our error is at most that of PyTorch's BatchNorm, one call a split in the same type, plus a stated slack.
+Without a GPU the kernels run in Triton's interpreter.
+
+The rule: the error is at most the error of PyTorch's BatchNorm, called for every split in the
+same type, plus a stated slack.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from mocofast_kernels import ghost_bn
 from mocofast.ops import backend, batch_norm
 from mocofast.ops.batch_norm import ghost_batch_norm
 
-# The interpreter is NumPy, which warns where a GPU goes on silently.
+# The interpreter is NumPy, which warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 TRITON = backend.backend_for("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MOMENTUM, EPS = 0.1, 1e-5
-# Rounding of a type; statistics and sums are float32, so that its rounding stands beside.
+# Largest relative rounding error of a type. Statistics and sums are float32.
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 
 
@@ -60,7 +62,7 @@ class Case(NamedTuple):
     grad: Tensor
 
     def leaves(self) -> list[Tensor]:
-        """Tensors that a gradient is taken for: x, weight, bias, and the residual if there is one."""
+        """Returns the tensors with gradients: x, weight, bias, and the residual if present."""
         return [t for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -74,7 +76,7 @@ def case(
     mean: float = 2.0,
     std: float = 3.0,
 ) -> Case:
-    """Random activations of one mean and deviation for every channel; `splits` differ by chance only."""
+    """Returns random activations, with the same mean and deviation for all channels and splits."""
     torch.manual_seed(0)
     x = (torch.randn(shape, dtype=torch.float64) * std + mean).to(dtype)
     C = shape[1]
@@ -97,7 +99,10 @@ def case(
 
 
 def per_split(c: Case, splits: int, relu: bool) -> list[Tensor]:
-    """By PyTorch's BatchNorm, one call a split: output, running statistics, gradients of the leaves."""
+    """Calls PyTorch's BatchNorm for every split.
+
+    Returns output, running mean, running variance, gradients of the leaves.
+    """
     c = Case(*(None if t is None else t.detach().clone() for t in c))
     for leaf in c.leaves():
         leaf.requires_grad_()
@@ -122,7 +127,7 @@ def per_split(c: Case, splits: int, relu: bool) -> list[Tensor]:
 
 
 def ours(c: Case, splits: int, relu: bool) -> list[Tensor]:
-    """The same of the op, whose kernels also update the running statistics."""
+    """Returns the results of the op, in the order of `per_split`."""
     mean, variance = c.running_mean.clone(), c.running_var.clone()
     leaves = [leaf.detach().requires_grad_() for leaf in c.leaves()]
     x, weight, bias, *residual = leaves
@@ -145,8 +150,11 @@ NAMES = ("output", "running mean", "running variance", "x", "weight", "bias", "r
 
 
 def assert_as_good_as_eager(c: Case, splits: int, relu: bool) -> None:
-    """Beyond eager's error, some roundings of the largest value (of 1, where all cancels) are granted: 16 of float32,
-    whose sums eager takes in float64 on a CPU and the interpreter in the least precise order; of other types none."""
+    """Asserts an error of at most eager's error plus 16 float32 roundings of the largest value.
+
+    The largest value counts as at least 1, for sums that cancel. Eager sums in float64 on a CPU,
+    and the interpreter sums in the least precise order. Rounding to other types is not granted.
+    """
     exact = per_split(c.to(torch.float64), splits, relu)
     for name, got, eager, want in zip(
         NAMES, ours(c, splits, relu), per_split(c, splits, relu), exact
@@ -162,9 +170,9 @@ SHAPES = [
     ((8, 64, 3, 3), 4),  # a full block of columns
     ((6, 13, 5, 7), 3),  # odd and prime: narrow loads, masked columns
     ((4, 70, 1, 3), 2),  # a block of columns and a bit
-    ((2, 1, 1, 1), 1),  # one channel, one pixel; no splits
-    ((5, 3, 2, 1), 5),  # one sample a split
-    ((48, 8, 13, 11), 2),  # rows beyond one block in several chunks, the last one cut
+    ((2, 1, 1, 1), 1),  # a single channel, a single pixel, a single split
+    ((5, 3, 2, 1), 5),  # a single sample in a split
+    ((48, 8, 13, 11), 2),  # several chunks of rows, the last chunk cut
 ]
 
 
@@ -183,7 +191,7 @@ def test_float32_is_as_good_as_one_batchnorm_per_split(
 def test_16_bit_types_round_once(dtype: torch.dtype, residual: bool) -> None:
     c = case((6, 24, 5, 7), dtype, residual)
     assert_as_good_as_eager(c, 3, relu=True)
-    # Beyond "as good as eager": nothing but the output's own rounding is left.
+    # Stricter than "as good as eager": only the rounding of the output is left.
     exact = per_split(c.to(torch.float64), 3, True)[0]
     got = ours(c, 3, True)[0]
     assert got.dtype == dtype
@@ -192,12 +200,12 @@ def test_16_bit_types_round_once(dtype: torch.dtype, residual: bool) -> None:
 
 @pytest.mark.parametrize("mean", [1e3, -1e3])
 def test_a_mean_100000_times_the_deviation_keeps_the_variance(mean: float) -> None:
-    # The type itself has steps of 6e-5 there; the float64 reference sees the same rounded inputs.
+    # Float32 has steps of 6e-5 there. The float64 oracle sees the same rounded inputs.
     assert_as_good_as_eager(case((16, 7, 9, 5), mean=mean, std=1e-2), 2, relu=False)
 
 
 def test_an_outlier_in_the_first_row_costs_no_precision() -> None:
-    """The sums are of differences from a first row, here one that is far from all others."""
+    """The kernel sums differences from the mean of the first rows, which have an outlier here."""
     c = case((16, 7, 9, 5), mean=1000.0, std=1e-2)
     c.x[:2, :, 0, 0] = 0
     variance = per_split(c.to(torch.float64), 2, False)[2]
@@ -230,7 +238,7 @@ def test_two_runs_are_bit_equal() -> None:
 
 
 def test_rows_that_need_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thousand million rows do not fit a test; the kernels for them do."""
+    """Forces the kernels for more than 2^31 rows onto few rows."""
     c = case((8, 13, 5, 7))
     narrow = ours(c, 2, True)
     monkeypatch.setattr(ghost_bn, "_is_wide", lambda _: True)
@@ -401,7 +409,10 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
 
 
 def test_the_kernels_compile_without_spills_for_gpus_that_are_not_here() -> None:
-    """In a process of its own, without the interpreter; test_kernels_static has the rest under --slow."""
+    """Compiles in a new process, without the interpreter.
+
+    test_bench_machine_code has the other cases under --slow.
+    """
     only = r"^ghost_bn, \(256, 64, 56, 56\), torch.bfloat16, residual, relu$"
     result = runs.compiled("mocofast_bench.inspect_code", "--json", "--only", only)
     assert result.returncode == 0, result.stderr
@@ -409,5 +420,5 @@ def test_the_kernels_compile_without_spills_for_gpus_that_are_not_here() -> None
     assert {report["capability"] for report in reports} == {80, 90, 100}
     assert len(reports) == 3 * 6
     assert not any(report["spills"] for report in reports)
-    # 128 threads a program: at most 128 registers keep 4 programs on a multiprocessor.
+    # With 128 threads a program, 128 registers a thread keep 4 programs on a multiprocessor.
     assert max(report["registers"] for report in reports) <= 128

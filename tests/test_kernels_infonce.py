@@ -1,7 +1,8 @@
-"""The InfoNCE kernels against float64; through Triton's interpreter where there is no GPU.
+"""Checks the InfoNCE kernels against float64, without a GPU in Triton's interpreter.
 
-The rule: our error is at most that of eager PyTorch in the same type (operands and products in that type, softmax in
-float32, as autocast has it) plus a slack, stated in `_slack`.
+The rule: the error is at most the error of eager PyTorch in the same type plus the slack of
+`_slack`. As under autocast, eager PyTorch has operands and products in the type, and the softmax
+in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.rows import narrow
 
-# The interpreter is NumPy, which warns where a GPU goes on silently.
+# The interpreter is NumPy, which warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
@@ -46,7 +47,10 @@ def tf32() -> Iterator[None]:
 def _inputs(
     N: int, K: int, C: int, dtype: torch.dtype = FP32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, positives correlated with them, and negatives, as a half-trained encoder gives them."""
+    """Returns queries, positives correlated with the queries, and negatives.
+
+    The correlation is that of a half-trained encoder.
+    """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(N, C, generator=generator)
     positive = query + torch.randn(N, C, generator=generator)
@@ -90,7 +94,7 @@ def _eager(
     normalize_negatives: bool,
     exclude_period: int,
 ) -> Tensor:
-    """What one writes without this package; in the type of the inputs up to the logits."""
+    """Returns the loss by PyTorch's operations, in the type of the inputs up to the logits."""
     if normalize:
         query, positive = unit(query, dim=1), unit(positive, dim=1)
     if normalize_negatives:
@@ -117,11 +121,14 @@ NAMES = ("query", "positive", "negatives")
 
 
 def _slack(dtype: torch.dtype, length: float, temperature: float) -> float:
-    """Half of what rounding both vectors of one score may move its logit: eps |q||n| / T / 2.
+    """Returns eps |q||n| / T / 2 plus three float32 roundings.
 
-    Eager PyTorch's error on one small case may be nothing by luck; ours must not have to beat luck. Neither need it
-    where unit vectors of one dimension, 1 or -1, make all products exact: a loss of up to 2 |q||n| / T takes
-    three float32 roundings of eps / 2 each on its way (times log2 e, the difference of two logits, times ln 2).
+    Rounding the vectors of a score moves the logit by up to eps |q||n| / T. Half of this value is
+    granted, because eager PyTorch may by luck have no error on a small case.
+
+    Unit vectors of dimension 1, which are 1 or -1, make all products exact. A loss of up to
+    2 |q||n| / T still takes three float32 roundings of eps / 2: times log2 e, the difference of two
+    logits, times ln 2.
     """
     largest = max(length, 1.0) / temperature
     return (
@@ -130,7 +137,7 @@ def _slack(dtype: torch.dtype, length: float, temperature: float) -> float:
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """Equal values behind other strides."""
+    """Returns equal values with other strides."""
     if layout == "transposed":
         return x.T.contiguous().T
     if layout == "every second column":
@@ -144,7 +151,7 @@ LAYOUTS = ("contiguous", "transposed", "every second column", "rows apart")
 
 
 class Problem(NamedTuple):
-    """One drawn call."""
+    """Sampled arguments of a call."""
 
     N: int
     K: int
@@ -163,9 +170,9 @@ def _problems(rows: list[int]) -> st.SearchStrategy[Problem]:
     return st.builds(
         Problem,
         N=st.sampled_from(rows),
-        # 1, odd, exactly one tile (64, 128), and more than two, with a tail.
+        # 1, odd, exactly a tile (64, 128), and more than two tiles, with a tail.
         K=st.sampled_from([1, 5, 64, 128, 129, 293]),
-        # 1, below the smallest block (16), powers of two, between them, and more than one chunk of columns.
+        # 1, below the smallest block (16), powers of two and others, several chunks of columns.
         C=st.sampled_from([1, 7, 16, 33, 64, 100, 130, 257, 300]),
         temperature=st.sampled_from([0.005, 0.02, 0.03, 0.07, 0.2, 1.0]),
         dtype=st.sampled_from([FP32, BF16, FP16]),
@@ -193,7 +200,7 @@ def _check(problem: Problem) -> None:
         seed,
     ) = problem
     inputs = _inputs(N, K, C, dtype, seed)
-    if normalize and not normalize_negatives:  # the promise of a queue: unit vectors
+    if normalize and not normalize_negatives:  # a queue holds unit vectors
         inputs = (*inputs[:2], unit(inputs[2].float(), dim=1).to(dtype))
     options = (normalize, normalize_negatives, exclude_period)
     incoming = torch.linspace(-1.0, 2.0, N, device=DEVICE)
@@ -246,9 +253,9 @@ def _check(problem: Problem) -> None:
         NAMES, inputs, normalized, ours, eager, expected
     ):
         error, baseline = (mine - truth).norm(), (theirs - truth).norm()
-        # A saturated softmax, or unit vectors of one dimension, leave gradients that are all rounding: relative to
-        # the largest there could be, then, which normalising divides by the vector's length, and which for a
-        # negative is a sum over the queries.
+        # Gradients of a saturated softmax or of unit vectors of dimension 1 are rounding errors.
+        # So errors are also compared with the largest possible gradient. Normalising divides
+        # gradients by the vector's length. A negative's gradient is a sum over the queries.
         shortest = float(x.double().norm(dim=1).clamp_min(1e-12).min()) if is_unit else 1.0
         terms = float(incoming.abs().sum()) if name == "negatives" else 1.0
         floor = (
@@ -278,7 +285,7 @@ def test_the_same_holds_over_many_more_cases(problem: Problem) -> None:
 def test_the_same_holds_beyond_every_block_of_rows_columns_and_negatives() -> None:
     _check(Problem(131, 150, 300, 0.1, BF16, True, True, 131, ("contiguous",) * 3, 2, 0))
     _check(Problem(67, 293, 100, 0.1, FP32, True, True, 67, ("contiguous",) * 3, None, 0))
-    # Chunks of scores, and programs that share a row: 600 = 9 x 64 + 24 = 512 + 88, and the longest row.
+    # Chunks of scores, programs that share a row (600 = 9 x 64 + 24 = 512 + 88), the longest row.
     _check(Problem(5, 150, 600, 0.1, BF16, True, False, 0, ("contiguous",) * 3, 2, 0))
     _check(Problem(5, 70, 1024, 0.1, FP16, True, True, 0, ("contiguous",) * 3, None, 0))
 
@@ -286,7 +293,7 @@ def test_the_same_holds_beyond_every_block_of_rows_columns_and_negatives() -> No
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("online", [False, True])
 def test_typical_errors_are_at_most_a_tenth_above_eager(dtype: torch.dtype, online: bool) -> None:
-    # 61 x 389 logits of 96 products each: enough that neither side's error is luck.
+    # 61 x 389 logits of 96 products: too many for an error of either side to be luck.
     inputs = _inputs(61, 389, 96, dtype)
     temperature = 0.1
     given_temperature = torch.tensor(temperature, device=DEVICE) if online else temperature
@@ -311,7 +318,7 @@ def test_gradient_by_the_inverse_temperature_is_exact() -> None:
     ]
     result = _forward(*inputs)
     assert result.grad_scale is not None
-    # Differences of scores in [-1, 1], each exact to a few float32 roundings.
+    # Differences of scores in [-1, 1], exact to a few float32 roundings.
     torch.testing.assert_close(result.grad_scale.double(), torch.stack(rows), rtol=1e-5, atol=1e-6)
 
 
@@ -340,7 +347,7 @@ def test_types_of_the_inputs_may_differ() -> None:
     query, positive, negatives = _inputs(11, 201, 48)
     query, positive = query.bfloat16(), positive.half()
     result = _forward(query, positive, negatives)
-    # Operands are float32 here, so the inputs' own rounding is no error.
+    # Operands are float32 here, so the rounding of the inputs is no error.
     torch.testing.assert_close(
         result.loss.double(),
         info_nce_oracle(query, positive, negatives, 0.07),
@@ -362,14 +369,11 @@ def test_the_number_of_splits_changes_rounding_alone(temperature: float) -> None
     inputs = _inputs(5, 300, 17)
     whole = _forward(*inputs, temperature, num_splits=1)
     for splits in (2, 3, 10, 1000):
-        parts = _forward(*inputs, temperature, num_splits=splits)
-        assert (
-            whole.rank is not None
-            and parts.rank is not None
-            and torch.equal(parts.rank, whole.rank)
-        )
-        torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(parts.grad_query, whole.grad_query, rtol=1e-5, atol=1e-6)
+        split = _forward(*inputs, temperature, num_splits=splits)
+        assert whole.rank is not None and split.rank is not None
+        assert torch.equal(split.rank, whole.rank)
+        torch.testing.assert_close(split.loss, whole.loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(split.grad_query, whole.grad_query, rtol=1e-5, atol=1e-6)
 
 
 def test_without_gradients_the_loss_and_rank_are_the_same() -> None:
@@ -397,12 +401,8 @@ def test_a_row_without_negatives_has_no_loss_and_no_gradient() -> None:
 def test_a_nan_gives_nan_where_it_counts_and_nowhere_else(
     dot_dtype: torch.dtype, temperature: float
 ) -> None:
-    for name, row in (
-        ("query", 2),
-        ("positive", 2),
-        ("negatives", 3),
-        ("negatives", 140),
-    ):  # full tile, tail
+    # Row 3 of the negatives is in a full tile, row 140 in the tail.
+    for name, row in (("query", 2), ("positive", 2), ("negatives", 3), ("negatives", 140)):
         inputs = dict(zip(("query", "positive", "negatives"), _inputs(5, 141, 9)))
         inputs[name][row, 4] = torch.nan
         result = _forward(**inputs, temperature=temperature, dot_dtype=dot_dtype)
@@ -420,15 +420,16 @@ def test_tf32_operands_are_rounded_and_keep_nan() -> None:
     result = _forward(*inputs, dot_dtype=FP32)
     exact = info_nce_oracle(*inputs, 0.07)
     error = (result.loss - exact).abs().max()
-    # 10 bits of fraction: rounding both vectors moves a logit by at most 2^-11 * 2 / T; float32 stays below 1e-5.
+    # tf32 has 10 bits of fraction. Rounding both vectors moves a logit by at most 2^-11 * 2 / T.
+    # The error of float32 would stay below 1e-5.
     assert 1e-5 < error < 2**-10 / 0.07
-    # What GPUs write for NaN: adding half a unit carries out of it.
+    # The NaN that GPUs write. Adding half a unit to round would carry out of the NaN's bits.
     inputs[2][7, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FP32)
     assert bool(_forward(*inputs, dot_dtype=FP32).loss.isnan().all())
 
 
 def test_an_easy_positive_keeps_the_digits_of_its_tiny_loss() -> None:
-    # Negatives opposite the query: the loss is K e^(-2 / 0.05) = 1e-15, which 1 + x loses in float32.
+    # Negatives opposite the query: the loss is K e^(-2 / 0.05) = 1e-15, lost in 1 + x.
     query = torch.eye(3, 8, device=DEVICE)
     negatives = -query.repeat(41, 1)[:, :8]
     result = _forward(query, query, negatives, 0.05)
@@ -438,8 +439,8 @@ def test_an_easy_positive_keeps_the_digits_of_its_tiny_loss() -> None:
 
 
 def test_float16_keeps_small_probabilities() -> None:
-    # One negative takes nearly all of the softmax; 299 others of probability 2^-20 each pull along one axis. Without
-    # room above 1, float16 would hold 2^-20 to 4 bits.
+    # A single negative takes nearly all of the softmax. 299 further negatives of probability 2^-20
+    # pull along the same axis. Without room above 1, float16 would hold 2^-20 to 4 bits.
     temperature = 0.01
     score = 20 * torch.log(torch.tensor(2.0)).item() * temperature
     query = torch.zeros(1, 4, device=DEVICE)
@@ -465,9 +466,16 @@ def test_float16_gradients_of_negatives_survive_any_scale_of_the_incoming_gradie
     def grad(scale: float) -> Tensor:
         incoming = torch.full((11,), scale, device=DEVICE)
         return infonce_grad_negatives(
-            incoming, query, negatives, lse, 0.07, normalize=True, normalize_negatives=True, exclude_period=0,
+            incoming,
+            query,
+            negatives,
+            lse,
+            0.07,
+            normalize=True,
+            normalize_negatives=True,
+            exclude_period=0,
             dot_dtype=FP16,
-        )  # fmt: skip
+        )
 
     once = grad(1.0)
     for scale in (1e-8, 65536.0):  # a mean over many rows; a gradient scaler's factor
@@ -482,7 +490,7 @@ def test_offsets_that_would_overflow_32_bits_are_avoided_by_a_copy() -> None:
     assert narrow(usual) is usual
 
 
-def test_splits_fill_the_gpu_and_every_part_has_tiles() -> None:
+def test_splits_fill_the_gpu_and_every_split_has_tiles() -> None:
     # An H200 runs 264 programs at a time; 256 queries are 4 blocks, 65536 negatives 512 tiles.
     assert 4 * split_count(4, 512, 264) > 0.9 * 264
     assert split_count(264, 512, 264) == 1
@@ -491,7 +499,7 @@ def test_splits_fill_the_gpu_and_every_part_has_tiles() -> None:
 
 
 def test_rows_more_than_two_to_the_31_elements_apart() -> None:
-    """600 rows at the largest distance that takes no copy: 2.5e9 elements, of which 600 pages are ever touched."""
+    """Takes 600 rows at the largest distance without a copy: 2.5e9 elements, 600 pages touched."""
     distance = 2**22 - 8
     buffer = torch.empty(600 * distance, dtype=BF16, device=DEVICE)
     negatives = buffer.as_strided((600, 16), (distance, 1))
@@ -520,7 +528,7 @@ def test_more_than_two_to_the_31_elements_of_negatives() -> None:
     result = _forward(query, positive, negatives, 0.07, BF16, True, False)
     few = info_nce_oracle(query, positive, negatives[-6:], 0.07, True, False)
     scores = (unit(query.double()) * unit(positive.double())).sum(1)
-    # Every other negative has the score 0.
+    # All further negatives have the score 0.
     expected = (few.exp() + (K - 6) * (-scores / 0.07).exp()).log()
     torch.testing.assert_close(result.loss.double(), expected, rtol=1e-3, atol=1e-2)
 

@@ -1,7 +1,9 @@
-"""Fused optimiser steps of both backends against float64: Triton's through its interpreter where there is no GPU.
+"""Checks fused optimiser steps of the CPU and of Triton against float64.
 
-The rule: our error is at most that of the same formulas, written one after the other in PyTorch in the tensors' own
-types, plus `SLACK` units in the last place of the largest value that enters.
+Without a GPU the kernels run in Triton's interpreter.
+
+The rule: the error is at most the error of the formulas, written out in PyTorch in the tensors'
+types, plus `SLACK` units in the last place of the largest value.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ BACKENDS = (optim, cpu_optim)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLACK = 2.0
 
-# 1; a prime; one whole block; two blocks and one more element; matrices, of which LARS takes norms, of a size that
-# wide loads do not fit and over several blocks; a convolution that may be channels-last, and a 1x1 one; nothing; ().
+# 1, a prime, a whole block, two blocks and an element, matrices (LARS takes norms): a size that
+# rules out wide loads, and several blocks. A 3x3 convolution, which may be channels-last, a 1x1
+# convolution, an empty tensor, a scalar.
 SHAPES = ((1,), (13,), (2048,), (4097,), (3, 5), (64, 97), (8, 3, 3, 3), (16, 8, 1, 1), (0,), ())
 
 
@@ -61,10 +64,10 @@ def _rows(
     missing: bool = False,
     followers: bool = True,
 ) -> list[ParameterRow]:
-    """Rows with state of earlier steps. missing: every second one has no gradient."""
+    """Returns rows with the state of earlier steps. missing: every second row has no gradient."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
+    def sample(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
         values = torch.randn(shape, generator=generator)
         if layout == "channels_last" and len(shape) == 4:
             values = values.to(memory_format=torch.channels_last)
@@ -74,19 +77,19 @@ def _rows(
 
     rows = []
     for i, shape in enumerate(shapes):
-        grad = None if missing and i % 2 else draw(shape)
+        grad = None if missing and i % 2 else sample(shape)
         state: tuple[Tensor, ...] = ()
         if grad is not None and kind == "adamw":
-            state = (draw(shape), draw(shape).abs(), torch.tensor(float(i), device=device))
+            state = (sample(shape), sample(shape).abs(), torch.tensor(float(i), device=device))
         elif grad is not None and momentum:
-            state = (draw(shape),)
+            state = (sample(shape),)
         follow = (
-            draw(shape, torch.float32),
-            draw(shape, torch.bfloat16),
-            draw(shape, torch.float16),
+            sample(shape, torch.float32),
+            sample(shape, torch.bfloat16),
+            sample(shape, torch.float16),
         )
         rows.append(
-            ParameterRow(draw(shape), grad, *(follow if followers else (None, None, None)), state)
+            ParameterRow(sample(shape), grad, *(follow if followers else (None, None, None)), state)
         )
     return rows
 
@@ -96,7 +99,7 @@ def _run(backend: Any, kind: str, rows: list[ParameterRow], options: dict[str, A
 
 
 def _check(kind: str, backend: Any, rows: list[ParameterRow], options: dict[str, Any]) -> None:
-    """Two steps, so that state written by the first counts."""
+    """Makes two steps, so that the second step reads the state written by the first."""
     ours, eager, exact = copied(rows), copied(rows), copied(rows, torch.float64)
     for _ in range(2):
         _run(backend, kind, ours, options)
@@ -106,10 +109,10 @@ def _check(kind: str, backend: Any, rows: list[ParameterRow], options: dict[str,
         if row.param.numel() == 0:
             continue
         for name, x in got.items():
-            if name == "state 2":  # the count of steps
+            if name == "state 2":  # the step count
                 assert x == true[name]
                 continue
-            # An average of parameters and the copies inherit the rounding of a parameter that is stored narrower.
+            # The average and the copies inherit the rounding of a parameter of a narrower type.
             source = {"shadow": "param", "target_shadow": "target"}.get(name, name)
             coarse = max(torch.finfo(t).eps for t in (x.dtype, row.param.dtype, got[source].dtype))
             expected = true[source]
@@ -123,7 +126,7 @@ def _check(kind: str, backend: Any, rows: list[ParameterRow], options: dict[str,
                 allowed,
             )
         for copy, source in (("shadow", "param"), ("target_shadow", "target")):
-            if copy in got:  # rounded from what is stored, not from what it was computed in
+            if copy in got:  # rounded from the stored values, not from unrounded values
                 assert torch.equal(got[copy], got[source].to(got[copy].dtype))
 
 
@@ -160,11 +163,18 @@ def test_a_step_equals_its_formulas(
     ema_momentum: float,
     seed: int,
 ) -> None:
-    """With one thread, CPUs take PyTorch's fused steps; with more, foreach operations for tensors of these sizes."""
+    """A single thread takes PyTorch's fused steps on CPUs. More threads take foreach operations."""
     rows = _rows(
-        kind, shapes, dtype, seed, _device(backend), layout=layout, momentum=momentum, missing=missing,
+        kind,
+        shapes,
+        dtype,
+        seed,
+        _device(backend),
+        layout=layout,
+        momentum=momentum,
+        missing=missing,
         followers=followers,
-    )  # fmt: skip
+    )
     changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
     with mock.patch.object(torch, "get_num_threads", return_value=threads):
         _check(
@@ -178,14 +188,15 @@ def test_a_step_equals_its_formulas(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_of_one_row_may_lie_and_be_stored_differently(backend: Any, kind: str) -> None:
-    """A channels-last weight with a contiguous gradient, state in bfloat16, a float64 row, among others."""
+    """Mixes a channels-last weight and a contiguous gradient, bfloat16 state, a float64 row."""
     device = _device(backend)
     rows = _rows(
         kind, SHAPES[6:8] * 2 + SHAPES[:2], torch.float32, 5, device, layout="channels_last"
     )
     assert rows[0].grad is not None
     rows[0] = rows[0]._replace(grad=rows[0].grad.contiguous())
-    # Two ways to write the strides of a 1x1 convolution: not a difference, and no copies are made for it.
+    # The strides of a 1x1 convolution can be written in two ways. The layouts count as equal, so no
+    # copies are made.
     one = torch.randn(16, 8, 1, 1, device=device)
     assert one.stride() != rows[1].param.stride() and cpu_optim.same_layout([one, rows[1].param])
     rows[1] = rows[1]._replace(grad=one)
@@ -208,7 +219,7 @@ def test_numbers_may_be_tensors(backend: Any, kind: str) -> None:
     }
     floats, tensors = copied(rows), copied(rows)
     _run(backend, kind, floats, _options(kind, **names))
-    # Powers of two: the same number in float32, in a float64 tensor, and subtracted from 1.
+    # Powers of two are exact in float32, in a float64 tensor, and subtracted from 1.
     _run(
         backend,
         kind,
@@ -222,7 +233,7 @@ def test_numbers_may_be_tensors(backend: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_steps_are_equal_bit_for_bit(backend: Any, kind: str) -> None:
-    """LARS's norms above all: (300, 99) is 15 blocks."""
+    """The shape (300, 99) takes 15 blocks, whose sums LARS adds for the norms."""
     rows = _rows(kind, ((300, 99), (4097,), (5, 3)), torch.float32, 7, _device(backend))
     first, second = copied(rows), copied(rows)
     _run(backend, kind, first, _options(kind))
@@ -233,7 +244,7 @@ def test_equal_steps_are_equal_bit_for_bit(backend: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_are_neither_divided_by_nor_scaled(backend: Any) -> None:
-    """LARS: |p| = 0 (MoCo's zero-initialised weights), |d| = 0, both."""
+    """LARS with |p| = 0 (MoCo's zero-initialised weights), |d| = 0, and |p| = |d| = 0."""
     device = _device(backend)
     one, zero = torch.ones(3, 4, device=device), torch.zeros(3, 4, device=device)
     pairs = ((zero, one), (one, zero), (zero, zero), (one, one))
@@ -256,12 +267,12 @@ def test_a_gradient_of_nan_reaches_its_own_tensors_only(backend: Any, kind: str)
 
 
 def test_bias_corrections_keep_their_digits() -> None:
-    """1 - .999^step has lost 4 digits where it is taken in float32; at step 1 the update is lr by definition."""
+    """In float32 1 - .999^step would lose 4 digits. At step 1 the update is lr by definition."""
     for step in (0, 1, 9, 999, 99_999):
-        row = ParameterRow(
-            torch.zeros(3, device=DEVICE), torch.full((3,), 0.5, device=DEVICE), None, None, None,
-            (torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE), torch.tensor(float(step), device=DEVICE)),
-        )  # fmt: skip
+        zeros = [torch.zeros(3, device=DEVICE) for _ in range(3)]
+        state = (zeros[1], zeros[2], torch.tensor(float(step), device=DEVICE))
+        grad = torch.full((3,), 0.5, device=DEVICE)
+        row = ParameterRow(zeros[0], grad, None, None, None, state)
         optim.adamw_([row], lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0, ema_momentum=0.0)
         first, second = 0.1 / (1 - 0.9 ** (step + 1)), 0.001 / (1 - 0.999 ** (step + 1))
         assert row.param[0].item() == pytest.approx(-first / second**0.5, rel=5e-7)

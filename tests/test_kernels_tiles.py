@@ -1,4 +1,4 @@
-"""Tables of tiles: which one is found, what is refused, and that the kernels use it."""
+"""Checks tables of tiles: where a table is found, what is refused, and the use in kernels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
 
-PRODUCTS = Products("forward", 24, "ieee", plain=False)  # of float32 negatives, normalised inside
-TILE = Tile(16, 64, 16, 32, 4, 1)  # the rule has 32 rows of queries, 32 of negatives, 32 columns
+PRODUCTS = Products("forward", 24, "ieee", plain=False)  # float32 negatives, normalised inside
+TILE = Tile(16, 64, 16, 32, 4, 1)  # rule: 32 rows of queries, 32 rows of negatives, 32 columns
 CPU = torch.device("cpu")
 
 
@@ -43,7 +43,7 @@ def fresh_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _write(path: Path, **changes: Any) -> Path:
-    """A sound table of one row but for the changes to its products or tile."""
+    """Writes a table of a single row, sound except for `changes`, and returns the path."""
     products, tile = PRODUCTS._asdict(), TILE._asdict()
     row = {"products": {k: changes.get(k, v) for k, v in products.items()}}
     row["tile"] = {k: changes.get(k, v) for k, v in tile.items()}
@@ -92,9 +92,17 @@ def test_a_table_changes_the_launch_and_not_the_result(
     def run() -> tuple[infonce.InfoNCEForward, tuple[int, ...]]:
         with mock.patch.object(infonce, "split_count", side_effect=infonce.split_count) as counted:
             result = infonce_forward(
-                query, positive, negatives, 0.1, normalize=True, normalize_negatives=True, exclude_period=0,
-                return_rank=True, compute_grad=True, dot_dtype=torch.float32,
-            )  # fmt: skip
+                query,
+                positive,
+                negatives,
+                0.1,
+                normalize=True,
+                normalize_negatives=True,
+                exclude_period=0,
+                return_rank=True,
+                compute_grad=True,
+                dot_dtype=torch.float32,
+            )
         return result, counted.call_args.args[:2]
 
     by_rule, (blocks, steps) = run()
@@ -112,10 +120,8 @@ def test_a_table_changes_the_launch_and_not_the_result(
     ("changes", "message"),
     [
         ({"stay": 48}, "stay must be a power of two"),
-        (
-            {"stream": 512},
-            "stream must be a power of two in 16 to 256",
-        ),  # 32-bit offsets reach 256 rows
+        # 32-bit offsets reach 256 rows.
+        ({"stream": 512}, "stream must be a power of two in 16 to 256"),
         ({"block_c": 64}, "block_c must be a power of two in 16 to 32"),
         ({"block_c": 32, "out_c": 16}, "out_c must be block_c"),
         ({"warps": 4.0}, "warps must be"),
@@ -182,7 +188,7 @@ def test_autotune_without_a_gpu_says_so_and_exits_with_2(
 
 
 def _autotune(out: Path, *options: str) -> list[dict[str, Any]]:
-    """In a process of its own, since this one may interpret."""
+    """Runs autotune in a new process, since the test's process may interpret the kernels."""
     problem = ("--types", "fp32", "--kinds", "in-batch", "--c", "16")
     result = runs.compiled("mocofast", "bench", "autotune", *problem, "--out", str(out), *options)
     assert result.returncode == 0, result.stderr
@@ -194,7 +200,7 @@ def _autotune(out: Path, *options: str) -> list[dict[str, Any]]:
 def test_the_fastest_candidates_of_every_problem_go_into_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without compiling: times that prefer many columns of negatives, then few stages."""
+    """Takes made-up times, which prefer many columns of negatives, then few stages."""
 
     def times(capability: int, problem: Any, tried: list[Tile]) -> dict[Tile, float]:
         assert capability == 100
