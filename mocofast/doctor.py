@@ -1,4 +1,4 @@
-"""What this machine has, which path each part of mocofast will take on it, and why: ``mocofast doctor``."""
+"""``mocofast doctor``: shows what this machine has, and how every part of mocofast will use it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One part of the product on this machine."""
+    """A row of the table: a part of mocofast or of the machine."""
 
     part: str
-    use: str  # what is there, or which path is taken
-    why: str  # the reason, and what to install for more; may be empty
+    use: str  # version, hardware, or chosen path
+    why: str  # reason, and what to install; may be empty
 
 
 def report() -> list[Finding]:
-    """Every finding, in reading order. Never raises: a probe that fails is a finding that says so."""
+    """Returns all findings, in reading order. Never raises: a failing probe is a finding, too."""
     findings = []
     for part, probe in _PROBES.items():
         try:
@@ -42,7 +42,7 @@ def report() -> list[Finding]:
 
 
 def table(findings: list[Finding], width: int) -> str:
-    """The findings as aligned columns of at most `width` characters, the last column wrapped."""
+    """Returns the findings in aligned columns, the last column wrapped. width: in characters."""
     first, second = (max(len(finding[i]) for finding in findings) for i in (0, 1))
     indent = first + second + 4
     lines = []
@@ -54,12 +54,12 @@ def table(findings: list[Finding], width: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     print(table(report(), shutil.get_terminal_size((120, 24)).columns))
 
 
-# The probes import lazily: what cannot be imported here is a finding of one of them, not the end of all. The
-# choices themselves are asked of the code that makes them in a run, never repeated here.
+# Probes import their modules themselves: a failing import then is a single finding. Probes call the
+# functions that make the choices in a run, and repeat no choice here.
 Rows = Iterator[tuple[str, str]]
 
 
@@ -85,15 +85,15 @@ def _gpus() -> Rows:
         why = (
             "torch finds no CUDA device: no NVIDIA GPU, or no driver for it (see nvidia-smi)"
             if torch.version.cuda
-            else "this torch cannot use one; for CUDA install torch from https://pytorch.org"
+            else "this torch cannot use a GPU; for CUDA install torch from https://pytorch.org"
         )
         yield "none", why
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield (
             gpu.name,
-            f"cuda:{index}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}, "
-            f"{gpu.multi_processor_count} SMs",
+            f"cuda:{index}, {gpu.total_memory / GIB:.0f} GiB, "
+            f"compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs",
         )
 
 
@@ -112,7 +112,8 @@ def _device() -> Rows:
     else:
         yield (
             str(device),
-            f"one process uses one GPU; for all: torchrun --nproc-per-node {gpus} -m mocofast pretrain",
+            "one process uses one GPU; for all GPUs: "
+            f"torchrun --nproc-per-node {gpus} -m mocofast pretrain",
         )
 
 
@@ -121,9 +122,9 @@ def _precision() -> Rows:
 
     device = _auto_device()
     if choose_autocast("auto", device)._enabled:
-        yield "bf16", "autocast; this GPU computes in bf16"
+        yield "bf16", "autocast, because this GPU supports bf16"
     elif device.type == "cuda":
-        yield "fp32", "this GPU has no bf16 (compute capability below 8.0)"
+        yield "fp32", "this GPU does not support bf16 (compute capability below 8.0)"
     else:
         yield "fp32", "bf16 matrix products are very slow on most CPUs"
 
@@ -141,13 +142,11 @@ def _missing(module: str) -> bool:
 
 def _triton() -> Rows:
     if _missing("triton"):
-        why = (
-            "publishes Linux wheels only" if platform.system() != "Linux" else "pip install triton"
-        )
-        yield "not installed", why
+        linux = platform.system() == "Linux"
+        yield "not installed", "pip install triton" if linux else "Triton has Linux wheels only"
     else:
         triton = importlib.import_module("triton")
-        yield triton.__version__, "compiles the fused kernels for GPUs; a CPU does not use it"
+        yield triton.__version__, "compiles the fused kernels for GPUs (not used on a CPU)"
 
 
 def _fused_ops() -> Rows:
@@ -155,17 +154,17 @@ def _fused_ops() -> Rows:
 
     device = _auto_device()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a missing Triton, which is said below
+        warnings.simplefilter("ignore")  # about a missing Triton, see below
         kernels = backend.backend_for(device.type)
     if kernels.infonce_forward.__module__ != "mocofast_kernels.cpu":
-        yield "Triton kernels", "for the CUDA device"
+        yield "Triton kernels", "the device is a GPU"
     elif device.type == "cuda":
         yield (
             "blocked PyTorch",
-            "Triton is missing, so the GPU takes the slower path: pip install triton",
+            "slower, because Triton is missing: pip install triton",
         )
     else:
-        yield "blocked PyTorch", "no CUDA device; the same mathematics in one pass over the queue"
+        yield "blocked PyTorch", "no CUDA device; computes the same in one pass over the queue"
 
 
 def _dali() -> Rows:
@@ -173,7 +172,7 @@ def _dali() -> Rows:
 
     missing = dali_missing()
     if missing and platform.system() != "Linux":
-        yield "not installed", "publishes Linux wheels only"
+        yield "not installed", "DALI has Linux wheels only"
     elif missing:
         extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
         yield "not installed", f"faster on photos: pip install 'mocofast[{extra}]' ({missing})"
@@ -188,7 +187,7 @@ def _dali() -> Rows:
         else:
             yield (
                 dali.__version__,
-                "finds no GPU though torch does: a wheel for another CUDA version?",
+                "finds no GPU, but torch does; is the wheel for another CUDA version?",
             )
 
 
@@ -200,27 +199,27 @@ def _loader() -> Rows:
     else:
         yield (
             "dali",
-            "for image files; images in memory with small views (digits, CIFAR) stay on the device",
+            "for image files; small images in memory (digits, CIFAR) use the device loader",
         )
 
 
 def _nvimgcodec() -> Rows:
     if _missing("nvidia.nvimgcodec"):
-        yield "not installed", "finds damaged files for the DALI loader; comes with DALI's wheels"
+        yield "not installed", "would find damaged files for the DALI loader; installed with DALI"
     else:
         codec = importlib.import_module("nvidia.nvimgcodec")
-        yield codec.__version__, "finds the damaged files of a batch that DALI could not decode"
+        yield codec.__version__, "finds damaged files in batches that DALI cannot decode"
 
 
 def _distributed() -> Rows:
     if not torch.distributed.is_available():
-        yield "none", "this torch is built without torch.distributed: one process only"
+        yield "none", "this torch has no torch.distributed: runs are limited to one process"
         return
     backends = [
         name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()
     ]
     chosen = "nccl" if _auto_device().type == "cuda" else "gloo"
-    yield ", ".join(backends) or "none", f"several processes would use {chosen}"
+    yield ", ".join(backends) or "none", f"runs of several processes use {chosen}"
 
 
 def _cpu() -> Rows:
@@ -234,7 +233,7 @@ def _cpu() -> Rows:
 
 def _memory() -> Rows:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # what a container may use
+    limit = Path("/sys/fs/cgroup/memory.max")  # limit of the container
     text = limit.read_text().strip() if limit.exists() else "max"
     if text != "max" and int(text) < total:
         yield (

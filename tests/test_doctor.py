@@ -1,4 +1,4 @@
-"""doctor.py: what it reports is what the machine and the code say, and nothing can make it raise."""
+"""doctor.py reports what the machine has and what the code chooses, and never raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def found() -> dict[str, Finding]:
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """As if these packages were not installed."""
+    """Hides packages, as if they were not installed."""
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
 

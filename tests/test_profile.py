@@ -1,4 +1,4 @@
-"""The profile of a step: its parts add up, its floors are those counted by hand, and training stays as it is."""
+"""Profile of a step: parts add up, floors equal counts by hand, and training does not change."""
 
 from __future__ import annotations
 
@@ -45,9 +45,12 @@ def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(
         pass
     step = recorder.end()
     assert step.spans() == [
-        Span("other", 0, 1), Span("loss", 1, 3), Span("key forward", 3, 6),
-        Span("loss", 6, 10), Span("other", 10, 15),
-    ]  # fmt: skip
+        Span("other", 0, 1),
+        Span("loss", 1, 3),
+        Span("key forward", 3, 6),
+        Span("loss", 6, 10),
+        Span("other", 10, 15),
+    ]
     assert profile.seconds_by_part(step) == {"other": 6, "loss": 6, "key forward": 3}
     assert step.images["key forward"] == 4
 
@@ -63,8 +66,8 @@ def test_nothing_is_timed_outside_a_step() -> None:
         assert not step_parts._active
 
 
-def test_what_two_streams_do_at_once_counts_as_overlap_so_that_the_sum_stays_the_step() -> None:
-    # A GPU's: keys on one stream from 1 to 5, queries on another from 2 to 6.
+def test_simultaneous_work_of_two_streams_counts_as_overlap_and_the_sum_stays_the_step() -> None:
+    # A GPU: keys on a stream from 1 to 5, queries on a second stream from 2 to 6.
     step = Step(
         [
             ("other", 0.0, 1.0),
@@ -104,7 +107,8 @@ def test_bytes_of_layers_are_those_of_all_that_they_take_and_give() -> None:
     a, b, c, z = 2 * 128, 128 * 5, 5, 2 * 5
     assert [layer.bytes for layer in forward] == [4 * (x + w + y), 4 * (a + b + c + z)]
     assert [layer.operations for layer in forward] == [2 * 16 * 2 * 8 * 27, 2 * 2 * 128 * 5]
-    # Two products of the linear layer, in autograd's order, then the convolution, whose images get no gradient.
+    # Two products of the linear layer, in autograd's order, then the convolution (no gradient of
+    # the images).
     *products, convolution = backward
     assert sorted(layer.bytes for layer in products) == sorted([4 * (z + b + a), 4 * (z + a + b)])
     assert convolution.bytes == 4 * (y + x + w + w)
@@ -114,9 +118,8 @@ def test_counting_computes_nothing_and_changes_nothing() -> None:
     encoder = build_encoder("resnet18_cifar")(num_classes=16)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     began = time.thread_time()
-    forward, _ = profile.encoder_work(
-        encoder, 512, 32, FP32
-    )  # computed, it would be 284 GFLOP: seconds
+    # A real forward pass would be 284 GFLOP, which takes seconds.
+    forward, _ = profile.encoder_work(encoder, 512, 32, FP32)
     assert time.thread_time() - began < 1.5
     assert sum(layer.operations for layer in forward) > 5e11
     assert encoder.training
@@ -137,7 +140,7 @@ def test_a_floor_is_the_longer_of_both_times_layer_by_layer(
     monkeypatch.setattr(
         profile, "copy_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0
     )
-    floor = profile.Floor.of([profile.Work(50, 100), profile.Work(10, 900)], 10.0, CPU)
+    floor = profile.Floor.measure([profile.Work(50, 100), profile.Work(10, 900)], 10.0, CPU)
     assert floor == (5.0 + 9.0, 60, 1000, 100.0)
 
 
@@ -150,15 +153,15 @@ def test_traffic_of_an_optimiser_step_counted_by_hand() -> None:
     sgd.write_shadows({p: shadow})
     p.grad = torch.ones(10)
     sgd.step()
-    # Parameter, momentum and average twice, gradient once, its copy once; of the other its average, twice.
+    # Parameter, momentum and average twice, gradient and copy once. Of the idle parameter: only the
+    # average, twice.
     assert sgd.traffic() == 10 * 4 * (2 + 2 + 2 + 1) + 10 * 2 + 7 * 4 * 2
     q = nn.Parameter(torch.ones(10))
     adamw = FusedAdamW([q], lr=0.1)
     q.grad = torch.ones(10)
     adamw.step()
-    assert adamw.traffic() == 10 * 4 * (
-        2 + 2 + 2 + 1
-    )  # two averages of gradients; the count of steps is nothing
+    # Parameter and two averages of gradients twice, gradient once. The step count is negligible.
+    assert adamw.traffic() == 10 * 4 * (2 + 2 + 2 + 1)
 
 
 # ---- the profile of a loop ----
@@ -173,7 +176,10 @@ def tiny() -> Config:
 def profiled(
     config: Config, wait: float = 0.0, device: torch.device = CPU
 ) -> tuple[profile.Profile, list[float]]:
-    """Of a loop that waits so many seconds for each batch; also how long each step took by its own clock."""
+    """Returns the profile of a loop, and the seconds of every step by the loop's own clock.
+
+    wait: seconds that the loop sleeps for every batch.
+    """
     torch.manual_seed(0)
     model = build(config).to(device)
     optimizer = optimizer_of(model, config.optim)
@@ -184,7 +190,7 @@ def profiled(
     )
     seconds = []
     for i in range(profile.STEPS):
-        if i % 11 == 10:  # an epoch ends: the batch that was asked for is not there
+        if i % 11 == 10:  # the end of an epoch: no batch comes
             profiler.begin()
             profiler.abandon()
         profiler.begin()
@@ -213,16 +219,17 @@ def test_parts_are_there_in_order_and_add_up_to_the_step(
 ) -> None:
     p, seconds = loop
     assert [part.name for part in p.parts] == [
-        "data wait", "key forward", "query forward", "loss", "backward", "optimiser and EMA", "other",
-    ]  # fmt: skip
-    assert all(part.seconds > 0 for part in p.parts)
-    first = profile.WARM_UP + profile.WHOLE
-    middle = sorted(seconds[first : first + profile.TIMED])[
-        profile.TIMED // 4 : -profile.TIMED // 4
+        *("data wait", "key forward", "query forward", "loss", "backward"),
+        *("optimiser and EMA", "other"),
     ]
-    # What begin() and end() do beyond the loop's own clock: microseconds of 12 ms and more, unless others run then.
+    assert all(part.seconds > 0 for part in p.parts)
+    first = profile.SKIPPED + profile.TIMED_WHOLE
+    middle = sorted(seconds[first : first + profile.TIMED_BY_PARTS])[
+        profile.TIMED_BY_PARTS // 4 : -profile.TIMED_BY_PARTS // 4
+    ]
+    # begin() and end() take microseconds outside of the loop's own clock. A step takes 12 ms.
     assert p.seconds == pytest.approx(sum(middle) / len(middle), rel=0.1)
-    whole = sorted(seconds[profile.WARM_UP : first])[profile.WHOLE // 2]
+    whole = sorted(seconds[profile.SKIPPED : first])[profile.TIMED_WHOLE // 2]
     assert p.whole == pytest.approx(whole, rel=0.1)
 
 
@@ -239,13 +246,14 @@ def test_floors_are_of_what_the_step_does(profile_of_a_loop: profile.Profile) ->
     assert (loss.operations, loss.bytes) == (4 * 8 * 16 * 64, 16 * 64 * 4)
     weights = sum(p.numel() for p in build(tiny()).encoder_q.parameters())
     assert update.bytes == 28 * weights
-    assert found["query forward"] is not None and found["other"] is None
+    assert found["other"] is None
     # Backward takes twice the forward, less the gradient to the images.
-    forward, backward = found["query forward"].operations, found["backward"].operations  # type: ignore[union-attr]
-    assert backward == 2 * forward - 2 * 8 * 64 * 27 * 16
+    forward, backward = found["query forward"], found["backward"]
+    assert forward is not None and backward is not None
+    assert backward.operations == 2 * forward.operations - 2 * 8 * 64 * 27 * 16
 
 
-def test_the_table_says_it_all(profile_of_a_loop: profile.Profile) -> None:
+def test_the_table_shows_every_part_and_the_counts(profile_of_a_loop: profile.Profile) -> None:
     p = profile_of_a_loop
     table = p.table()
     for part in p.parts:
@@ -260,11 +268,11 @@ def test_operators_and_waits_are_counted_within_steps_only() -> None:
     with torch.profiler.profile(acc_events=True) as traced:
         for _ in range(profile.TRACED):
             recorder.begin()
-            torch.relu(x.add(1))  # relu calls clamp_min, which is no call of its own
+            torch.relu(x.add(1))  # relu calls clamp_min, which does not count
             x.sum().item()
             recorder.end()
             x.max().item()
-    assert profile.counts(traced, CPU) == (None, 4, 1)
+    assert profile.count_calls(traced, CPU) == (None, 4, 1)
 
 
 def test_micro_batches_count_together() -> None:
@@ -279,9 +287,8 @@ def test_micro_batches_count_together() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_launches_are_counted_and_no_step_waits() -> None:
     found, _ = profiled(tiny(), device=torch.device("cuda"))
-    assert (
-        found.launches is not None and found.launches > 50
-    )  # op by op: each layer launches a few times
+    # Op by op: every layer launches a few times.
+    assert found.launches is not None and found.launches > 50
     assert found.synchronisations == 0
     assert found.seconds > found.floor > 0
 
@@ -316,16 +323,8 @@ def test_the_picture_shows_every_part_its_floor_and_its_numbers(
 def profiled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("profiled", "plain")]
     # Log lines within the steps that are profiled, and three epochs of 11 steps.
-    options = [
-        "--train.max_steps",
-        "31",
-        "--train.log_every",
-        "4",
-        "--knn.every",
-        "0",
-        "--data.workers",
-        "0",
-    ]
+    options = ["--train.max_steps", "31", "--train.log_every", "4"]
+    options += ["--knn.every", "0", "--data.workers", "0"]
     out = runs.mocofast(
         "pretrain", "digits", *options, "--train.dir", str(folders[0]), "--profile"
     ).stdout
@@ -368,15 +367,8 @@ def test_a_run_too_short_for_a_profile_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "short"
-    options = [
-        "--train.max_steps",
-        "2",
-        "--train.dir",
-        str(folder),
-        "--data.workers",
-        "0",
-        "--profile",
-    ]
+    options = ["--train.max_steps", "2", "--data.workers", "0", "--profile"]
+    options += ["--train.dir", str(folder)]
     assert cli.main(["pretrain", "digits", *options]) == 0
     assert f"no profile: it takes {profile.STEPS} steps" in capsys.readouterr().out
     assert not (folder / "profile.txt").exists()
@@ -384,15 +376,8 @@ def test_a_run_too_short_for_a_profile_says_so(
 
 def test_of_two_ranks_one_profiles_and_sees_what_it_waits_for(tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    options = [
-        "--train.max_steps",
-        "28",
-        "--train.dir",
-        str(folder),
-        "--data.workers",
-        "0",
-        "--profile",
-    ]
+    options = ["--train.max_steps", "28", "--data.workers", "0", "--profile"]
+    options += ["--train.dir", str(folder)]
     out = runs.torchrun(2, "pretrain", "digits", *options).stdout
     assert out.count("profile of a step") == 1
     assert "\ncommunication" in (folder / "profile.txt").read_text()

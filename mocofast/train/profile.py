@@ -1,16 +1,18 @@
-"""Where the time of a training step goes: a table and a picture of one step beside what the machine could do, and a
-trace.
+"""Profiles a training step: a table and a picture of all parts and their floors, and a trace.
 
-Times: the mean of the middle half, by duration, of the steps that are timed part by part. "data wait" is the loop's
-own; the all-reduce that DistributedDataParallel does during "backward" is in there, "communication" is what the step
-itself waits for. A step launched as one CUDA graph is launched op by op while its parts are timed.
+Times: mean over the middle half (by duration) of the steps that are timed part by part.
+"data wait" is the loop's wait for a batch. "backward" includes the all-reduce of gradients by
+DistributedDataParallel. "communication" is all other waiting for ranks. While parts are timed, a
+CUDA graph of the step is launched op by op instead.
 
-Floors: a part cannot be faster than its operations at the machine's rate, nor than its bytes at the machine's copy
-bandwidth; both rates are the best of a few measurements in the same run. Of the encoders, every convolution, matrix
-product, attention and normalisation counts by itself, with the longer of the two times: operations as torch's
-FlopCounterMode counts them, bytes of everything that it takes and gives, once; all else is taken to be free (done on
-the way by one of these). Of MoCo's loss: 4 N K C operations, and the queue once. Of the optimiser: parameters, their
-state and average read and written, gradients read, copies written.
+Floors: the longer of operations / matrix rate and bytes / copy bandwidth. Both rates are measured
+in the same run, best of a few repeats.
+Encoders: sum over convolutions, matrix products, attentions and normalisations. Operations are
+counted by torch's FlopCounterMode. Bytes are the inputs and outputs of the layer, once.
+Element-wise operations count as zero: they could be fused.
+Loss of MoCo: 4 N K C operations, and the queue is read once.
+Optimiser: parameters, optimiser state and average are read and written, gradients are read, copies
+are written.
 """
 
 from __future__ import annotations
@@ -40,47 +42,42 @@ if TYPE_CHECKING:
 
 # In the order of a step.
 PARTS = (
-    "data wait", "key forward", "query forward", "loss", "backward", "optimiser and EMA", "communication",
-    OTHER, OVERLAP,
-)  # fmt: skip
+    *("data wait", "key forward", "query forward", "loss", "backward"),
+    *("optimiser and EMA", "communication", OTHER, OVERLAP),
+)
 FILES = ("profile.txt", "profile.png", "trace.json.gz")
-WARM_UP, WHOLE, TIMED, TRACED = (
-    10,
-    4,
-    12,
-    2,
-)  # steps: not looked at, timed as a whole, by parts, and traced
-STEPS = WARM_UP + WHOLE + TIMED + TRACED
+# Numbers of steps: ignored at the start, timed as a whole, timed by parts, traced.
+SKIPPED, TIMED_WHOLE, TIMED_BY_PARTS, TRACED = 10, 4, 12, 2
+STEPS = SKIPPED + TIMED_WHOLE + TIMED_BY_PARTS + TRACED
 
-# Operators that make the host wait for a GPU, as a CPU names them too; and CUDA's calls that wait or launch.
+# Operators for which the host waits for a GPU (a CPU has the same names), and CUDA calls that wait
+# or launch.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 WAITING_CALLS = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "cudaMemcpy",
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize"),
+    *("cudaEventSynchronize", "cudaMemcpy"),
 )
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
 
 
 class Work(NamedTuple):
-    """What a layer has to do."""
+    """Work of a layer."""
 
-    operations: int  # a multiply-add is two
+    operations: int  # a multiply-add counts as two
     bytes: int
 
 
 class Floor(NamedTuple):
-    """What a part has to do, and the least time for it."""
+    """Work of a part, and the least time for the work."""
 
     seconds: float
     operations: int
     bytes: int
-    bandwidth: float  # bytes a second of a copy as large as its largest layer, read and written
+    bandwidth: float  # bytes a second of a copy (read + written) of the largest layer's size
 
     @classmethod
-    def of(cls, layers: list[Work], rate: float, device: torch.device) -> Floor:
-        """rate: operations a second. Measures the bandwidth."""
+    def measure(cls, layers: list[Work], rate: float, device: torch.device) -> Floor:
+        """Measures the copy bandwidth. rate: operations a second."""
         bandwidth = copy_bandwidth(max(layer.bytes for layer in layers), device)
         seconds = sum(max(layer.operations / rate, layer.bytes / bandwidth) for layer in layers)
         return cls(
@@ -89,23 +86,23 @@ class Floor(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A row of the table. Of one step."""
+    """A part of a step: a row of the table."""
 
     name: str
     seconds: float
-    floor: Floor | None  # None where nothing is said of it
+    floor: Floor | None  # None: unknown
 
 
 class Profile(NamedTuple):
-    """One step."""
+    """Profile of a training step. Counts are per step."""
 
     title: str
-    parts: list[Part]  # in the order of the step; seconds add up to its time
-    whole: float  # seconds of a step that was not timed by parts
-    rate: float  # operations a second, in the better of a matrix product and a convolution
-    launches: float | None  # of a step, on a GPU
+    parts: list[Part]  # in time order. The sum of seconds is the step.
+    whole: float  # seconds of a step that is not timed by parts
+    rate: float  # operations a second of a matrix product or a convolution, the faster
+    launches: float | None  # kernels, graphs and copies launched on a GPU, None on a CPU
     operators: float  # called by Python or autograd
-    synchronisations: float  # of the host with the device
+    synchronisations: float  # waits of the host for the device
 
     @property
     def seconds(self) -> float:
@@ -116,84 +113,80 @@ class Profile(NamedTuple):
         return sum(part.floor.seconds for part in self.parts if part.floor is not None)
 
     def bars(self) -> list[Bar]:
-        """For the picture."""
-        from mocofast.plots import (
-            Bar,
-        )  # here, so that benchmarks' processes start without matplotlib
+        """Returns the bars of the picture."""
+        # Imported here, because benchmarks start many processes, and matplotlib is slow to import.
+        from mocofast.plots import Bar
 
         return [Bar(p.name, 1e3 * p.seconds, p.floor and 1e3 * p.floor.seconds) for p in self.parts]
 
     def table(self) -> str:
-        """For people."""
+        """Returns the profile as text."""
+        head = ("ms", "share", "floor ms", "of it", "GFLOP", "MB", "copy GB/s")
+        widths = (10, 8, 10, 7, 9, 9, 11)
         lines = [self.title]
-        lines.append(
-            f"{'':18}{'ms':>10}{'share':>8}{'floor ms':>10}{'of it':>7}{'GFLOP':>9}{'MB':>9}{'copy GB/s':>11}"
-        )
+        lines.append(" " * 18 + "".join(f"{name:>{width}}" for name, width in zip(head, widths)))
+        # A row for every part, and a row for the step.
         for name, seconds, floor in self.parts:
             line = f"{name:18}{1e3 * seconds:10.3f}{seconds / self.seconds:8.1%}"
             if floor is not None:
-                line += f"{1e3 * floor.seconds:10.3f}{floor.seconds / seconds:7.0%}{floor.operations / 1e9:9.2f}"
-                line += f"{floor.bytes / 1e6:9.1f}{floor.bandwidth / 1e9:11.1f}"
+                line += f"{1e3 * floor.seconds:10.3f}{floor.seconds / seconds:7.0%}"
+                line += f"{floor.operations / 1e9:9.2f}{floor.bytes / 1e6:9.1f}"
+                line += f"{floor.bandwidth / 1e9:11.1f}"
             lines.append(line)
-        line = f"{'step':18}{1e3 * self.seconds:10.3f}{1:8.1%}{1e3 * self.floor:10.3f}{self.floor / self.seconds:7.0%}"
-        counted = (
-            f"{self.operators:.0f} operators"
-            if self.launches is None
-            else f"{self.launches:.0f} launches"
-        )
-        return "\n".join(
-            [
-                *lines,
-                line,
-                f"steps not timed by parts: {1e3 * self.whole:.3f} ms",
-                f"{counted}, {self.synchronisations:.0f} host synchronisations a step",
-                f"matrix rate measured in this run: {self.rate / 1e9:.1f} GFLOP/s",
-            ]
-        )
+        line = f"{'step':18}{1e3 * self.seconds:10.3f}{1:8.1%}"
+        lines.append(f"{line}{1e3 * self.floor:10.3f}{self.floor / self.seconds:7.0%}")
+        # What is measured without parts.
+        counted = f"{self.operators:.0f} operators"
+        if self.launches is not None:
+            counted = f"{self.launches:.0f} launches"
+        lines += [
+            f"steps not timed by parts: {1e3 * self.whole:.3f} ms",
+            f"{counted}, {self.synchronisations:.0f} host synchronisations a step",
+            f"matrix rate measured in this run: {self.rate / 1e9:.1f} GFLOP/s",
+        ]
+        return "\n".join(lines)
 
 
 class StepProfiler:
-    """Profiles steps of a running loop, without a change to what they compute.
+    """Profiles steps of a running training loop. Results of the loop stay the same.
 
-    The loop calls begin() where it asks for a batch, and end() after the step; after `WARM_UP` and the steps to look
-    at, end() takes a few seconds for the machine's rates, and `profile` is there.
-    method, optimizer, autocast: as the steps have them; config: what they were made of.
+    The loop calls begin() before it asks for a batch, and end() after the step. After `STEPS` steps
+    end() measures the machine's rates, which takes a few seconds, and sets `profile`.
+
+    method, optimizer, autocast: as used by the loop.
+    config: the configuration of the method.
     """
 
     def __init__(
         self, method: Method, optimizer: FusedOptimizer, autocast: torch.autocast, config: Config
     ) -> None:
         self.profile: Profile | None = None
-        self._method, self._optimizer, self._autocast, self._config = (
-            method,
-            optimizer,
-            autocast,
-            config,
-        )
+        self._method, self._optimizer = method, optimizer
+        self._autocast, self._config = autocast, config
         self._device = next(method.parameters()).device
         self._recorder: Recorder | None = None
         self._traced: torch.profiler.profile | None = None
         self._count = 0
-        self._steps: list[Step] = []  # those timed as a whole, and then those timed by parts
+        self._steps: list[Step] = []  # timed as a whole, then timed by parts
 
     def begin(self) -> None:
-        """A step begins. One begun before and not ended is forgotten."""
-        if self.profile is not None or self._count < WARM_UP:
+        """Begins a step. Forgets a step that was begun and not ended."""
+        if self.profile is not None or self._count < SKIPPED:
             return
-        if self._count in (WARM_UP, WARM_UP + WHOLE, WARM_UP + WHOLE + TIMED):
-            self._recorder = Recorder(self._device, timing=self._count == WARM_UP + WHOLE)
+        if self._count in (SKIPPED, SKIPPED + TIMED_WHOLE, SKIPPED + TIMED_WHOLE + TIMED_BY_PARTS):
+            self._recorder = Recorder(self._device, timing=self._count == SKIPPED + TIMED_WHOLE)
         assert self._recorder is not None
         self._recorder.begin()
 
     def end(self) -> bool:
-        """It ended; returns whether that completes the profile."""
+        """Ends the step. Returns whether the profile is now complete."""
         self._count += 1
         if self._recorder is None or self.profile is not None:
             return False
         step = self._recorder.end()
         if self._traced is None:
             self._steps.append(step)
-        if self._count == WARM_UP + WHOLE + TIMED:
+        if self._count == SKIPPED + TIMED_WHOLE + TIMED_BY_PARTS:
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -206,12 +199,12 @@ class StepProfiler:
         return self.profile is not None
 
     def abandon(self) -> None:
-        """The step that was begun does not take place."""
+        """Cancels the step that was begun."""
         if self._recorder is not None:
             self._recorder.end()
 
     def write(self, folder: Path) -> None:
-        """`FILES`, of a profile that is there."""
+        """Writes `FILES` into `folder`. Call after the profile is complete."""
         from mocofast.plots import plot_step
 
         assert self.profile is not None and self._traced is not None
@@ -223,29 +216,26 @@ class StepProfiler:
         self._traced.export_chrome_trace(str(folder / FILES[2]))
 
     def _profile(self, traced: torch.profiler.profile) -> Profile:
-        steps = [seconds_by_part(step) for step in self._steps[WHOLE:]]
-        middle = sorted(steps, key=lambda seconds: sum(seconds.values()))[
-            TIMED // 4 : TIMED - TIMED // 4
-        ]
+        # The middle half, by duration, of the steps that were timed by parts.
+        steps = [seconds_by_part(step) for step in self._steps[TIMED_WHOLE:]]
+        quarter = TIMED_BY_PARTS // 4
+        middle = sorted(steps, key=lambda seconds: sum(seconds.values()))[quarter:-quarter]
+        # Floors.
         works = self._works(self._steps[-1].images)
         rate = matrix_rate(self._device, self._autocast)
         parts = []
         for name in PARTS:
             if any(seconds[name] for seconds in middle):
-                floor = Floor.of(works[name], rate, self._device) if name in works else None
-                parts.append(
-                    Part(name, sum(seconds[name] for seconds in middle) / len(middle), floor)
-                )
-        return Profile(
-            self._title(),
-            parts,
-            sorted(step.spans()[-1].end for step in self._steps[:WHOLE])[WHOLE // 2],
-            rate,
-            *counts(traced, self._device),
-        )
+                floor = Floor.measure(works[name], rate, self._device) if name in works else None
+                mean = sum(seconds[name] for seconds in middle) / len(middle)
+                parts.append(Part(name, mean, floor))
+        # Steps that were timed as a whole.
+        whole = sorted(step.spans()[-1].end for step in self._steps[:TIMED_WHOLE])
+        calls = count_calls(traced, self._device)
+        return Profile(self._title(), parts, whole[TIMED_WHOLE // 2], rate, *calls)
 
     def _works(self, images: Mapping[str, int]) -> dict[str, list[Work]]:
-        """By part, what it has to do, layer by layer where it has layers."""
+        """Returns {part: work}, layer by layer for encoders. images: {part: images encoded}."""
         works: dict[str, list[Work]] = {}
         for encoder, name in FORWARD.items():
             count, module = images.get(name, 0), getattr(self._method, encoder, None)
@@ -274,18 +264,20 @@ class StepProfiler:
 
 
 def seconds_by_part(step: Step) -> Counter[str]:
-    """Seconds of each part; they add up to the step."""
+    """Returns {part: seconds}. The sum is the time of the step."""
     seconds: Counter[str] = Counter()
     for name, start, end in step.spans():
-        # On a GPU a span goes backwards where one stream's work began before another's ended.
-        seconds[name if end >= start else OVERLAP] += end - start  # type: ignore[assignment]  # a float counts, too
+        # On a GPU, two streams can work at once: a span is negative if a stream started before
+        # the previous part on the other stream ended.
+        part = name if end >= start else OVERLAP
+        seconds[part] += end - start  # type: ignore[assignment]  # a Counter of floats
     return seconds
 
 
-def counts(
+def count_calls(
     traced: torch.profiler.profile, device: torch.device
 ) -> tuple[float | None, float, float]:
-    """Launches (on a GPU), operators and waits of the host, in one of the steps that were traced."""
+    """Returns launches (None on a CPU), operators and waits of the host, per traced step."""
     events = traced.events()
     assert events is not None
     called = [event for event in events if event.device_type == DeviceType.CPU]
@@ -296,12 +288,13 @@ def counts(
     names = [event.name for event in called]
     cuda = device.type == "cuda"
     waits = WAITING_CALLS if cuda else tuple(f"aten::{name}" for name in WAITING)
-    return (
-        sum(any(kind in name for kind in LAUNCHES) for name in names) / TRACED if cuda else None,
-        sum(_is_operator(e) and not (e.cpu_parent and _is_operator(e.cpu_parent)) for e in called)
-        / TRACED,
-        sum(name in waits for name in names) / TRACED,
+    launches = sum(any(kind in name for kind in LAUNCHES) for name in names)
+    # An operator called by another operator does not count.
+    operators = sum(
+        _is_operator(e) and not (e.cpu_parent and _is_operator(e.cpu_parent)) for e in called
     )
+    waited = sum(name in waits for name in names)
+    return launches / TRACED if cuda else None, operators / TRACED, waited / TRACED
 
 
 def _is_operator(event: Any) -> bool:
@@ -314,9 +307,13 @@ def _is_operator(event: Any) -> bool:
 def encoder_work(
     encoder: nn.Module, images: int, size: int, autocast: torch.autocast
 ) -> tuple[list[Work], list[Work]]:
-    """The layers of a forward pass for `images` images of size x size pixels, and of its backward pass, if it is
-    trained. Nothing is computed, and the encoder stays as it is."""
-    # In eval mode layers move the same bytes, and none of them exchanges statistics with other ranks.
+    """Returns the work of all layers in a forward pass, and in a backward pass (if trained).
+
+    Nothing is computed. The encoder does not change.
+
+    images: number of images of size x size pixels.
+    """
+    # In eval mode layers move the same bytes, and do not exchange statistics with other ranks.
     plain = copy.deepcopy(encoder).eval()
     device = next(plain.parameters()).device
     with FakeTensorMode() as fake, _Layers() as layers, autocast:
@@ -336,7 +333,7 @@ def encoder_work(
 
 
 class _Layers(TorchDispatchMode):
-    """The work of every convolution, matrix product, attention and normalisation."""
+    """Records the work of every convolution, matrix product, attention and normalisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,12 +355,16 @@ class _Layers(TorchDispatchMode):
 
 
 def matrix_rate(device: torch.device, autocast: torch.autocast) -> float:
-    """Operations a second in the better of a matrix product and a convolution, of the type encoders compute in."""
+    """Returns operations a second of a matrix product or a convolution: the higher rate.
+
+    autocast: of the encoders, gives the dtype.
+    """
     cuda = device.type == "cuda"
     dtype = autocast.fast_dtype if autocast._enabled else torch.float32
     side, images, pixels = (8192, 256, 28) if cuda else (1024, 8, 14)
     channels = 256
-    # Random: zeros draw less power and run faster on GPUs. A generator of its own: the run's stays as it is.
+    # Random, because zeros need less power and run faster on GPUs. The separate generator leaves
+    # the run's generator unchanged.
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -378,14 +379,17 @@ def matrix_rate(device: torch.device, autocast: torch.autocast) -> float:
 
 
 def copy_bandwidth(size: int, device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, `size` together, at most 1 GiB: what fits a cache is faster."""
+    """Returns bytes a second of a copy, read + written. Small copies are faster: they fit a cache.
+
+    size: bytes read + written, at most 1 GiB.
+    """
     source = torch.ones(max(1, min(size, 2**30) // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * len(source) / _best(lambda: target.copy_(source), device)
 
 
 def _best(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of some calls."""
+    """Returns the seconds of the fastest of 10 calls."""
     times = []
     for _ in range(10):
         recorder = Recorder(device)
