@@ -1,4 +1,4 @@
-"""Images that tests of the data make for themselves, and how they compare the batches made of them."""
+"""Images for the tests of the data, and comparisons of batches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from mocofast.data.sources import FolderSource, find_images, load_datasets
 
 
 def photo(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth noise (height, width): JPEG keeps it well, and every operator changes it."""
+    """Returns smooth noise of size (height, width). JPEG keeps it well, and every operator
+    changes it.
+    """
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def jpeg(seed: int) -> bytes:
-    """Of a size of its own, so that a substitute's size matters; for seeds below 45."""
+    """Returns a JPEG file. Sizes differ, so that the size of a substitute matters. seed:
+    below 45.
+    """
     buffer = io.BytesIO()
     photo(seed, (30 + 3 * seed, 90 - 2 * seed)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -43,20 +47,21 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
     return FolderSource(root, names, labels, ("a", "b", "c") if labelled else ())
 
 
-def shard_splits(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
-    train, val, note = load_datasets(DataConfig(source="shards", path=str(path), **options))  # type: ignore[arg-type]
+def shard_datasets(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
+    data = DataConfig(source="shards", path=str(path), **options)  # type: ignore[arg-type]
+    train, val, note = load_datasets(data)
     assert isinstance(train, ShardSource)
     assert val is None or isinstance(val, ShardSource)
     return train, val, note
 
 
 def neutral(side: int) -> ViewParams:
-    """Of a view that is a whole image of that side."""
+    """Returns the parameters of a view that is a whole image of `side` pixels."""
     return ViewParams(0, 0, side, side, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
 
 
 def assert_same_batches(a: Iterable[Batch], b: Iterable[Batch]) -> None:
-    """To the bit, labels and number of batches included."""
+    """Asserts equal batches, bit for bit, with equal labels and an equal number of batches."""
     a, b = list(a), list(b)
     assert len(a) == len(b)
     for x, y in zip(a, b):
@@ -68,7 +73,7 @@ def assert_same_batches(a: Iterable[Batch], b: Iterable[Batch]) -> None:
 
 
 def joined(ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """The batches of one process that those of its ranks make."""
+    """Joins the batches of all ranks to the batches of one process."""
     return [
         Batch(
             tuple(torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)),
@@ -80,14 +85,18 @@ def joined(ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
 
 
 def differences(a: Tensor, b: Tensor) -> Tensor:
-    """Of pixels, as numbers of any type on any device; float32 on the CPU."""
+    """Returns the absolute differences of pixels, float32 on the CPU. a, b: any type, any
+    device.
+    """
     return (a.cpu().int() - b.cpu().int()).abs().float()
 
 
 def assert_same_views_but_for_hue(fused: Tensor, composed: Tensor) -> None:
-    """The kernel's views are those of the PyTorch operators but for few pixels.
+    """Asserts that the kernel's views equal the views of PyTorch's operators but for few
+    pixels.
 
-    Hue's order of additions: a value within 1e-5 of a half may round, and later be truncated, the other way.
+    The order of additions differs for the hue: a value within 1e-5 of a half may round the
+    other way, and later be truncated the other way.
     """
     error = differences(fused, composed)
     assert error.max() <= 4

@@ -1,4 +1,6 @@
-"""The DALI loader on real JPEG files: against the torchvision loader, resumed, sharded, and with bad files."""
+"""The DALI loader on real JPEG files: equal to torchvision's, resumed, on ranks, with bad
+files.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ Load = Callable[..., DaliLoader]
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Makes loaders, and closes them."""
+    """Makes loaders, and closes them at the end."""
     made: list[DaliLoader] = []
 
     def make(
@@ -48,11 +50,16 @@ def load() -> Iterator[Load]:
         augments: tuple[AugmentConfig, ...] = (V2, V1),
         device: torch.device = CPU,
         workers: int = 2,
-        **shard: int | bool,
+        **options: int | bool,
     ) -> DaliLoader:
         loader = DaliLoader(
-            source, augments, BatchSlice(batch_size, **shard), SEED, device, workers
-        )  # type: ignore[arg-type]
+            source,
+            augments,
+            BatchSlice(batch_size, **options),
+            SEED,
+            device,
+            workers,  # type: ignore[arg-type]
+        )
         made.append(loader)
         return loader
 
@@ -63,7 +70,7 @@ def load() -> Iterator[Load]:
 
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """41 real photos (a prime number of them: the last batch is never full)."""
+    """Copies 41 real photos. 41 is prime, so the last batch is never full."""
     out = tmp_path_factory.mktemp("photos")
     for path in sorted(photos.rglob("*.JPEG"))[::12][:41]:
         shutil.copy(path, out)
@@ -86,45 +93,46 @@ def difference(left: list[Batch], right: list[Batch], view: int) -> torch.Tensor
 @pytest.mark.data
 def test_crop_and_resize_are_pils_to_rounding(folder: Path, load: Load) -> None:
     ours = list(load(files(folder), augments=(CROP_ONLY,)).epoch(0))
-    reference = list(
+    expected = list(
         TorchvisionLoader(files(folder), (CROP_ONLY,), BatchSlice(8), SEED, CPU, 0).epoch(0)
     )
-    error = difference(ours, reference, 0)
-    assert error.max() <= 1  # weights of another fixed point
+    error = difference(ours, expected, 0)
+    assert error.max() <= 1  # the weights have another fixed-point format
     assert error.mean() < 0.1
 
 
 @pytest.mark.data
 def test_both_loaders_show_the_same_views_of_the_same_images(folder: Path, load: Load) -> None:
     ours = list(load(files(folder)).epoch(1))
-    reference = list(
+    expected = list(
         TorchvisionLoader(files(folder), (V2, V1), BatchSlice(8), SEED, CPU, 0).epoch(1)
     )
-    assert len(ours) == len(reference) == 5
-    for left, right in zip(ours, reference):
+    assert len(ours) == len(expected) == 5
+    for left, right in zip(ours, expected):
         assert torch.equal(left.index, right.index)
         assert left.labels is not None
         assert right.labels is not None
         assert torch.equal(left.labels, right.labels)
         assert torch.equal(left.labels, left.index % 3)
     for view in range(2):
-        error = difference(ours, reference, view)
-        # Hue is most of it: PIL quantises hue and saturation, v1 shifts by up to .4. Wrong parameters of a
-        # single view would show in the mean: two views of one image differ by 40 or so.
+        error = difference(ours, expected, view)
+        # Most of the error is hue: PIL quantises hue and saturation, and v1 shifts the hue
+        # by up to .4. Wrong parameters of a single view would show in the mean: they
+        # differ by about 40.
         assert error.mean() < 0.5
         assert error.max() <= 40
-        assert error.flatten(1).mean(1).max() < 2  # of any one image
+        assert error.flatten(1).mean(1).max() < 2  # of every image
         for statistic in (torch.mean, torch.std):
             mine, theirs = (
                 statistic(torch.cat([b.views[view].float() for b in batches]), dim=(0, 2, 3))
-                for batches in (ours, reference)
+                for batches in (ours, expected)
             )
             assert (mine - theirs).abs().max() < 0.3  # per channel, of about 115 and 65
 
 
 def odd_files(out: Path, photo: Path) -> None:
-    with Image.open(photo) as open_image:
-        image = open_image.convert("RGB").resize((97, 61))
+    with Image.open(photo) as opened:
+        image = opened.convert("RGB").resize((97, 61))
     alpha = image.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(image.size))
     exif = Image.Exif()
@@ -161,13 +169,13 @@ def test_gray_cmyk_palette_16_bit_alpha_and_turned_images_look_as_with_torchvisi
     assert count == 20
     loader = load(source, batch_size=count, augments=(CROP_ONLY,))
     ours = list(loader.epoch(0))
-    reference = list(
+    expected = list(
         TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(count), SEED, CPU, 0).epoch(0)
     )
     assert not loader.skipped
-    error = difference(ours, reference, 0).flatten(1)
+    error = difference(ours, expected, 0).flatten(1)
     shown = [source.name(int(i)) for i in ours[0].index]
-    # 1 from rounding (CMYK, palettes, 16 bits, the resize), or 2 where both meet.
+    # Rounding of the conversion (CMYK, palettes, 16 bits) and of the resize: 1 for each.
     assert {name: float(e) for name, e in zip(shown, error.mean(1)) if e > 0.5} == {}
     assert error.max() <= 2
 
@@ -188,20 +196,18 @@ def test_a_stream_resumed_in_mid_epoch_is_bit_identical_whatever_the_number_of_t
 
 @pytest.mark.data
 def test_iteration_can_be_abandoned_and_restarted_anywhere(folder: Path, load: Load) -> None:
-    reference = list(load(files(folder)).epoch(0))
+    expected = list(load(files(folder)).epoch(0))
     loader = load(files(folder))
     first = loader.epoch(0)
-    assert_same_batches([next(first)], reference[:1])
+    assert_same_batches([next(first)], expected[:1])
     second = loader.epoch(0, 3)
-    assert_same_batches([next(second)], reference[3:4])
+    assert_same_batches([next(second)], expected[3:4])
     assert list(first) == []  # a loader is one stream
-    assert_same_batches([next(loader.epoch(0, 1))], reference[1:2])
-    third = loader.epoch(0, 2)  # just where the stream stands
-    assert_same_batches(third, reference[2:])
-    assert (
-        list(loader.epoch(0, 5)) == []
-    )  # a run stopped at an epoch's end resumes with nothing left of it
-    assert_same_batches(loader.epoch(0), reference)
+    assert_same_batches([next(loader.epoch(0, 1))], expected[1:2])
+    third = loader.epoch(0, 2)  # the position of the stream
+    assert_same_batches(third, expected[2:])
+    assert list(loader.epoch(0, 5)) == []  # a run that stopped at the end of an epoch
+    assert_same_batches(loader.epoch(0), expected)
 
 
 @pytest.mark.data
@@ -240,7 +246,7 @@ def test_batches_are_channels_last_and_stay_as_they_were_handed_out(
             assert view.shape == (8, 3, augment.size, augment.size)
             assert view.dtype == torch.uint8
             assert view.is_contiguous(memory_format=torch.channels_last)
-    assert_same_batches(held, copies)  # DALI writes to its buffers again; these must not be those
+    assert_same_batches(held, copies)  # DALI reuses its buffers
     assert torch.get_num_threads() == threads
 
 
@@ -269,16 +275,16 @@ def test_images_in_memory_are_served_like_files(load: Load) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     source = ArraySource(pictures, None, ())
     (ours,) = load(source, batch_size=11, augments=(CROP_ONLY,)).epoch(0)
-    (reference,) = TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(11), SEED, CPU, 0).epoch(0)
+    (expected,) = TorchvisionLoader(source, (CROP_ONLY,), BatchSlice(11), SEED, CPU, 0).epoch(0)
     assert ours.labels is None
-    assert difference([ours], [reference], 0).mean() < 0.5
+    assert difference([ours], [expected], 0).mean() < 0.5
 
 
 # Bad files
 
 
 def spoil(folder: Path) -> dict[str, str]:
-    """Ruins some of the photos; name -> a word of the reason that is expected."""
+    """Spoils some of the photos. Returns {name: a word of the expected reason}."""
     names = [path.name for path in sorted(folder.iterdir())]
     good = (folder / names[0]).read_bytes()
 
@@ -295,7 +301,7 @@ def spoil(folder: Path) -> dict[str, str]:
         rewrite(7, b"no image " * 100): "cannot identify",
         rewrite(8, good[:2000]): "truncated",
         rewrite(20, bytes(bomb)): "bomb",
-        rewrite(40, good[:-2000]): "truncated",  # the last one: its substitute is the first
+        rewrite(40, good[:-2000]): "truncated",  # the last file, whose substitute is the first
     }
     (folder / names[30]).unlink()
     (folder / names[30]).symlink_to(folder / "nowhere")
@@ -322,17 +328,17 @@ def test_bad_files_are_replaced_and_named_and_all_other_samples_are_bit_identica
     for index, reason in loader.skipped.items():
         assert spoilt[1][source.name(index)] in reason
     substituted = 0
-    for ours, reference in zip(batches, clean):
-        for row, slot in enumerate(reference.index.tolist()):
+    for ours, whole in zip(batches, clean):
+        for row, slot in enumerate(whole.index.tolist()):
             shown = slot
             while shown in loader.skipped:
                 shown = (shown + 1) % len(source)
             assert ours.index[row] == shown
             if shown == slot:
-                assert all(torch.equal(a[row], b[row]) for a, b in zip(ours.views, reference.views))
+                assert all(torch.equal(a[row], b[row]) for a, b in zip(ours.views, whole.views))
             substituted += shown != slot
     assert substituted == 2 * len(spoilt[1])
-    # A run that knows the bad files beforehand, as a resumed one does, sees the same stream.
+    # A resumed run knows the bad files beforehand, and sees the same stream.
     knowing = load(source, drop_last=False)
     knowing.skipped.update(loader.skipped)
     assert_same_batches(epochs(knowing, 0, 1), batches)
@@ -349,7 +355,8 @@ def test_a_file_that_disappears_during_the_run_is_skipped(
     before = dict(loader.skipped)
     gone = next(i for i in range(len(source)) if i not in before)
     (path / source.name(gone)).unlink()
-    # Restarting elsewhere makes sure that it is read again (the next epoch's first batches are ready).
+    # The first batches of the next epoch are ready already. A jump to another epoch reads
+    # the file.
     shown = torch.cat([batch.index for batch in epochs(loader, 5, 6)])
     assert set(loader.skipped) == {*before, gone}
     assert gone not in shown
@@ -432,7 +439,8 @@ def test_a_script_that_ends_in_the_middle_of_an_epoch_exits_cleanly(folder: Path
         from mocofast.data.interface import BatchSlice
         from mocofast.data.sources import FolderSource, find_images
         source = FolderSource({str(folder)!r}, find_images({str(folder)!r}))
-        loader = DaliLoader(source, (AugmentConfig(size=64),) * 2, BatchSlice(8), 0, torch.device("cpu"), 2)
+        views = (AugmentConfig(size=64),) * 2
+        loader = DaliLoader(source, views, BatchSlice(8), 0, torch.device("cpu"), 2)
         print(len(next(loader.epoch(0)).index))
         """
     )
@@ -460,7 +468,8 @@ def test_a_gpu_serves_the_same_stream_to_rounding_and_resumes_it_exactly(
     for view in range(2):
         assert batches[0].views[view].device == device
         assert batches[0].views[view].is_contiguous(memory_format=torch.channels_last)
-        # Two decoders that round differently by 1 or 2, resized, jittered.
+        # The two decoders round differently, by 1 or 2. Resize and jitter change the
+        # differences.
         assert difference(batches, expected, view).mean() < 1.5
     assert len(batches) == 5
     assert_same_batches(again, batches[2:])
@@ -482,7 +491,7 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
 
 
 def test_threads_that_make_views_use_one_core_each() -> None:
-    """PyTorch gives a thread its number of threads when it first asks for it, and then the process's default."""
+    """The first question for the number of threads sets it to the default of the process."""
     used = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

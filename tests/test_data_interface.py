@@ -1,4 +1,4 @@
-"""The order of samples, the ranks' shares of it, and the random parameters of views."""
+"""The order of samples, the ranks' slices of a batch, and the random parameters of views."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from mocofast.config import AugmentConfig
 from mocofast.data.interface import BatchSlice, ViewParams, epoch_order, sample_view, view_augments
 
 V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
-DRAWS = (
-    4000  # two such samples of distributions 5 points of probability apart are told from each other
+COUNT = (
+    4000  # views per test. Enough to distinguish distributions that differ by .05 in probability
 )
-LEVEL = 1e-4  # about 80 tests below: one in 125 seeds would fail one of them by chance alone; the seeds are fixed
+LEVEL = (
+    1e-4  # with about 80 tests, one in 125 seeds would fail a test by chance. The seeds are fixed
+)
 
 
-def draws(
-    augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = DRAWS
+def sampled(
+    augment: AugmentConfig, size: tuple[int, int] = (375, 500), count: int = COUNT
 ) -> list[ViewParams]:
     return [sample_view(augment, size, seed=3, epoch=2, index=i, view=i % 2) for i in range(count)]
 
 
-def theirs(
-    transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = DRAWS
+def torchvisions(
+    transform: v2.Transform, size: tuple[int, int] = (375, 500), count: int = COUNT
 ) -> list[dict]:
     image = torch.empty(3, *size, dtype=torch.uint8)
     with torch.random.fork_rng(devices=[]):
@@ -37,17 +39,16 @@ def theirs(
         return [transform.make_params([image]) for _ in range(count)]
 
 
-def assert_same_distribution(ours: list[float], reference: list[float]) -> None:
-    assert stats.ks_2samp(ours, reference).pvalue > LEVEL
+def assert_same_distribution(ours: list[float], theirs: list[float]) -> None:
+    assert stats.ks_2samp(ours, theirs).pvalue > LEVEL
 
 
-def assert_frequency(hits: int, probability: float, count: int = DRAWS) -> None:
+def assert_frequency(hits: int, probability: float, count: int = COUNT) -> None:
     assert stats.binomtest(hits, count, probability).pvalue > LEVEL
 
 
-@pytest.mark.parametrize(
-    "count", [1, 2, 97, 1000]
-)  # one, smallest that can be shuffled, prime, round
+# One, the smallest number that can be shuffled, a prime, a round number.
+@pytest.mark.parametrize("count", [1, 2, 97, 1000])
 def test_every_epoch_is_a_permutation(count: int) -> None:
     for epoch in range(3):
         assert sorted(epoch_order(count, 7, epoch)) == list(range(count))
@@ -67,23 +68,19 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(
+def test_the_slices_of_all_ranks_make_the_batch_of_one_rank(
     world_size: int, drop_last: bool
 ) -> None:
-    count, batch = (
-        97,
-        12,
-    )  # 97 is prime: the last batch holds 1, less than a rank each for 2 and 3 ranks
-    for count in (
-        97,
-        97 + 4,
-    ):  # and 5: an uneven last batch, whose remainder is dropped so that ranks stay equal
+    batch = 12
+    # 97: the last batch holds 1 image, too few for 2 or 3 ranks.
+    # 101: the last batch holds 5, and the remainder is dropped so that ranks stay equal.
+    for count in (97, 97 + 4):
         order = epoch_order(count, 0, 0)
         whole = BatchSlice(batch, 0, 1, drop_last)
         ranks = [BatchSlice(batch, rank, world_size, drop_last) for rank in range(world_size)]
-        assert len({shard.steps(count) for shard in ranks}) == 1
+        assert len({batch_slice.steps(count) for batch_slice in ranks}) == 1
         for step in range(ranks[0].steps(count)):
-            parts = [shard.indices(order, step) for shard in ranks]
+            parts = [batch_slice.indices(order, step) for batch_slice in ranks]
             together = np.concatenate(parts)
             assert len({len(part) for part in parts}) == 1
             assert np.array_equal(together, whole.indices(order, step)[: len(together)])
@@ -94,7 +91,7 @@ def test_the_shares_of_all_ranks_make_the_batch_of_one_rank(
         )
 
 
-def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
+def test_an_impossible_slice_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size .* got 10 on 3 ranks"):
         BatchSlice(10, 0, 3)
     with pytest.raises(ValueError, match=r"got 10, and 9 images"):
@@ -106,7 +103,7 @@ def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
     [
         (375, 500),  # a photo
         (8, 8),  # a digit: pixels are coarse, rounding matters
-        (60, 400),  # wide: crops often do not fit, and the central fallback is taken
+        (60, 400),  # wide: crops often do not fit, and the central crop is taken
         (400, 60),
         (1, 1),
     ],
@@ -115,15 +112,15 @@ def test_a_share_that_cannot_be_is_refused_with_the_numbers() -> None:
 def test_crops_are_distributed_as_torchvisions(
     size: tuple[int, int], scale: tuple[float, float]
 ) -> None:
-    ours = draws(AugmentConfig(crop_scale=scale), size)
-    reference = theirs(v2.RandomResizedCrop(8, scale=scale), size)
+    ours = sampled(AugmentConfig(crop_scale=scale), size)
+    theirs = torchvisions(v2.RandomResizedCrop(8, scale=scale), size)
     for field in ("top", "left", "height", "width"):
-        assert_same_distribution([getattr(p, field) for p in ours], [p[field] for p in reference])
+        assert_same_distribution([getattr(p, field) for p in ours], [p[field] for p in theirs])
     assert_same_distribution(
-        [p.height / p.width for p in ours], [p["height"] / p["width"] for p in reference]
+        [p.height / p.width for p in ours], [p["height"] / p["width"] for p in theirs]
     )
     assert_same_distribution(
-        [p.height * p.width for p in ours], [p["height"] * p["width"] for p in reference]
+        [p.height * p.width for p in ours], [p["height"] * p["width"] for p in theirs]
     )
     for p in ours:
         assert p.height > 0
@@ -135,12 +132,12 @@ def test_crops_are_distributed_as_torchvisions(
 
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
-    strengths = (0.4, 0.3, 1.5, 0.1)  # all different; 1.5 because the factor must not go below 0
-    ours = [p for p in draws(replace(V2, jitter=strengths)) if p.order]
-    reference = theirs(v2.ColorJitter(*strengths))
+    strengths = (0.4, 0.3, 1.5, 0.1)  # all different. 1.5: the factor must not become negative
+    ours = [p for p in sampled(replace(V2, jitter=strengths)) if p.order]
+    theirs = torchvisions(v2.ColorJitter(*strengths))
     for name in ("brightness", "contrast", "saturation", "hue"):
         assert_same_distribution(
-            [getattr(p, name) for p in ours], [p[f"{name}_factor"] for p in reference]
+            [getattr(p, name) for p in ours], [p[f"{name}_factor"] for p in theirs]
         )
     orders = Counter(p.order for p in ours)
     assert set(orders) == set(permutations(range(4)))
@@ -148,15 +145,15 @@ def test_jitter_is_distributed_as_torchvisions() -> None:
 
 
 def test_blur_and_rotation_are_distributed_as_torchvisions() -> None:
-    ours = draws(replace(V2, rotate=15.0))
-    blur = theirs(v2.GaussianBlur(23, sigma=(0.1, 2.0)))
+    ours = sampled(replace(V2, rotate=15.0))
+    blur = torchvisions(v2.GaussianBlur(23, sigma=(0.1, 2.0)))
     assert_same_distribution([p.sigma for p in ours if p.sigma], [p["sigma"][0] for p in blur])
-    rotation = theirs(v2.RandomRotation(15.0))
+    rotation = torchvisions(v2.RandomRotation(15.0))
     assert_same_distribution([p.angle for p in ours], [p["angle"] for p in rotation])
 
 
 def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
-    ours = draws(replace(V2, solarize=0.3))
+    ours = sampled(replace(V2, solarize=0.3))
     happens = {
         "jitter": (0.8, [bool(p.order) for p in ours]),
         "gray": (0.2, [p.gray for p in ours]),
@@ -175,17 +172,17 @@ def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
 
 def test_what_is_switched_off_never_happens() -> None:
     still = AugmentConfig(jitter=(0, 0, 0, 0), gray=0, blur=0, flip=0, rotate=0)
-    for p in draws(still, count=200):
+    for p in sampled(still, count=200):
         assert p[4:] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
 
 
-def test_solarize_switched_off_takes_no_draw_so_that_streams_of_before_stay() -> None:
+def test_solarize_switched_off_takes_no_random_number_so_that_old_streams_stay() -> None:
     for with_it, without in zip(
-        draws(replace(V2, solarize=0.5, flip=0.0), count=50), draws(V2, count=50)
+        sampled(replace(V2, solarize=0.5, flip=0.0), count=50), sampled(V2, count=50)
     ):
         assert with_it[:12] == without[:12]
-    # The flip, which is drawn next, as it was before there was solarize.
-    assert "".join(str(int(p.flip)) for p in draws(V2, count=16)) == "1101100111010010"
+    # The flip is sampled next. These are the flips from before solarize existed.
+    assert "".join(str(int(p.flip)) for p in sampled(V2, count=16)) == "1101100111010010"
 
 
 def test_the_second_view_has_probabilities_of_its_own_where_they_are_given() -> None:
@@ -209,7 +206,7 @@ def test_views_differ_by_seed_epoch_sample_and_view_and_repeat_otherwise() -> No
 
 
 def test_the_two_views_of_a_sample_are_independent() -> None:
-    pairs = [[sample_view(V2, (375, 500), 0, 0, i, view) for view in (0, 1)] for i in range(DRAWS)]
+    pairs = [[sample_view(V2, (375, 500), 0, 0, i, view) for view in (0, 1)] for i in range(COUNT)]
     left, right = ([pair[view].left / pair[view].width for pair in pairs] for view in (0, 1))
     assert stats.spearmanr(left, right).pvalue > LEVEL
     assert_frequency(sum(a.flip == b.flip for a, b in pairs), 0.5)

@@ -1,4 +1,4 @@
-"""The device loader: the torchvision loader's stream, from images in memory."""
+"""The device loader: equal to the torchvision loader, from images in memory."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ def images(count: int = 23, side: int = SIDE) -> np.ndarray:
 SOURCE = ArraySource(images(), np.arange(23) % 3, ("a", "b", "c"))
 
 
-def loader(shard: BatchSlice, seed: int = 0, augment: AugmentConfig = EVERYTHING) -> DeviceLoader:
-    return DeviceLoader(SOURCE, (augment, augment), shard, seed, CPU)
+def loader(
+    batch_slice: BatchSlice, seed: int = 0, augment: AugmentConfig = EVERYTHING
+) -> DeviceLoader:
+    return DeviceLoader(SOURCE, (augment, augment), batch_slice, seed, CPU)
 
 
 @pytest.fixture(params=[4096, 16])
-def drawn_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole epoch at a time, or two steps."""
+def sampled_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples parameters for a whole epoch at once, or for two steps."""
     monkeypatch.setattr(device_loader, "SAMPLED_AT_ONCE", request.param)
 
 
-def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
-    # Neither hue (which PIL quantises) nor rotation (truncated from double precision): equal to the bit.
+def test_the_stream_is_the_torchvision_loaders(sampled_at_once: None) -> None:
+    # Without hue (PIL quantises it) and rotation (PIL truncates float64), views are equal.
     augment = AugmentConfig(
         size=SIDE,
         jitter=(0.4, 0.4, 0.4, 0.0),
@@ -64,29 +66,28 @@ def test_the_stream_is_the_torchvision_loaders(drawn_at_once: None) -> None:
         blur_sigma=(0.1, 2.0),
         solarize=0.2,
     )
-    shard = BatchSlice(4, drop_last=False)
-    ours = DeviceLoader(SOURCE, (augment, augment), shard, 3, CPU)
-    reference = TorchvisionLoader(SOURCE, (augment, augment), shard, 3, CPU, 0)
-    assert ours.steps_per_epoch == reference.steps_per_epoch == 6
+    batch_slice = BatchSlice(4, drop_last=False)
+    ours = DeviceLoader(SOURCE, (augment, augment), batch_slice, 3, CPU)
+    expected = TorchvisionLoader(SOURCE, (augment, augment), batch_slice, 3, CPU, 0)
+    assert ours.steps_per_epoch == expected.steps_per_epoch == 6
     for epoch in range(2):
         batches = list(ours.epoch(epoch))
-        assert_same_batches(batches, list(reference.epoch(epoch)))
+        assert_same_batches(batches, list(expected.epoch(epoch)))
         assert [len(batch.index) for batch in batches] == [4, 4, 4, 4, 4, 3]
 
 
 def test_whole_views_are_the_torchvision_loaders_but_for_hue_and_rounding() -> None:
-    shard = BatchSlice(23)
-    ours = next(loader(shard).epoch(0))
-    reference = next(TorchvisionLoader(SOURCE, (EVERYTHING,) * 2, shard, 0, CPU, 0).epoch(0))
-    for x, y in zip(ours.views, reference.views):
+    batch_slice = BatchSlice(23)
+    ours = next(loader(batch_slice).epoch(0))
+    expected = next(TorchvisionLoader(SOURCE, (EVERYTHING,) * 2, batch_slice, 0, CPU, 0).epoch(0))
+    for x, y in zip(ours.views, expected.views):
         error = differences(x, y)
-        assert error.mean() < 1  # another sample's view, or other parameters, differ by some 80
-        assert (
-            error.max() <= 40
-        )  # as view_ops: hue 9, times 1.4 by each of three operators; solarize keeps it
+        assert error.mean() < 1  # views of other samples or parameters differ by about 80
+        # The error of hue is 9. Three operators multiply it by up to 1.4, solarize keeps it.
+        assert error.max() <= 40
 
 
-def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
+def test_any_step_can_be_resumed(sampled_at_once: None) -> None:
     stream = loader(BatchSlice(4))
     whole = [list(stream.epoch(epoch)) for epoch in range(2)]
     assert [len(epoch) for epoch in whole] == [5, 5]  # 23 images: 3 are left out
@@ -101,7 +102,7 @@ def test_any_step_can_be_resumed(drawn_at_once: None) -> None:
     assert_same_batches(stream.epoch(0, 3), whole[0][3:])  # a closed loader can start again
 
 
-def test_the_ranks_batches_make_the_batch_of_one_process(drawn_at_once: None) -> None:
+def test_the_ranks_batches_make_the_batch_of_one_process(sampled_at_once: None) -> None:
     whole = list(loader(BatchSlice(6)).epoch(1))
     ranks = [list(loader(BatchSlice(6, rank, 3)).epoch(1)) for rank in range(3)]
     assert_same_batches(joined(ranks), whole)
@@ -126,7 +127,7 @@ def test_batches_are_channels_last_uint8_with_the_samples_labels() -> None:
     assert next(unlabelled.epoch(0)).labels is None
 
 
-def test_loading_draws_nothing_from_the_global_generators() -> None:
+def test_loading_takes_nothing_from_the_global_generators() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -159,7 +160,7 @@ def test_the_kernel_makes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> N
             assert_same_views_but_for_hue(y, x)
 
 
-def test_views_of_one_size_are_one_launch_which_rotates_where_one_of_them_does(
+def test_views_of_one_size_are_one_launch_which_rotates_if_a_view_rotates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launches = []
@@ -190,12 +191,8 @@ def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int
 @pytest.mark.parametrize(
     ("size", "height", "width", "largest"),
     [
-        (
-            32,
-            32,
-            32,
-            0,
-        ),  # never smaller than its crop, sides powers of two: PIL's weights are exact, too
+        # Larger than the crop, sides are powers of two: PIL's weights are exact too.
+        (32, 32, 32, 0),
         (8, 8, 8, 0),
         (19, 23, 37, 1),  # odd and prime
         (16, 96, 57, 1),  # filters of up to 12 pixels
@@ -242,33 +239,35 @@ def test_files_are_decoded_once_and_bad_ones_replaced_as_by_the_torchvision_load
     tmp_path: Path,
 ) -> None:
     source = files_of(tmp_path, SOURCE.images)
-    shard, augments = BatchSlice(23), (EVERYTHING, EVERYTHING)
-    in_memory = list(loader(shard).epoch(1))
-    assert_same_batches(list(DeviceLoader(source, augments, shard, 0, CPU).epoch(1)), in_memory)
-    bad = {2, 7, 8, 22}  # two neighbours, and the last: the search for its substitute wraps around
+    batch_slice, augments = BatchSlice(23), (EVERYTHING, EVERYTHING)
+    in_memory = list(loader(batch_slice).epoch(1))
+    assert_same_batches(
+        list(DeviceLoader(source, augments, batch_slice, 0, CPU).epoch(1)), in_memory
+    )
+    bad = {2, 7, 8, 22}  # two neighbours, and the last image, whose substitute is the first
     for index in bad:
         (tmp_path / f"{index:02}.png").write_bytes(b"no image")
-    stream = DeviceLoader(source, augments, shard, 0, CPU)
+    stream = DeviceLoader(source, augments, batch_slice, 0, CPU)
     assert set(stream.skipped) == bad
     assert all("UnidentifiedImageError" in reason for reason in stream.skipped.values())
-    [ours], [reference] = (
+    [ours], [expected] = (
         list(stream.epoch(1)),
-        list(TorchvisionLoader(source, augments, shard, 0, CPU, 0).epoch(1)),
+        list(TorchvisionLoader(source, augments, batch_slice, 0, CPU, 0).epoch(1)),
     )
-    assert torch.equal(ours.index, reference.index)
-    assert ours.labels is not None and reference.labels is not None
-    assert torch.equal(ours.labels, reference.labels)
-    for x, y in zip(ours.views, reference.views):
-        assert differences(x, y).mean() < 1  # as above: rotation and hue
+    assert torch.equal(ours.index, expected.index)
+    assert ours.labels is not None and expected.labels is not None
+    assert torch.equal(ours.labels, expected.labels)
+    for x, y in zip(ours.views, expected.views):
+        assert differences(x, y).mean() < 1  # rotation and hue, as above
     for index in range(23):
         (tmp_path / f"{index:02}.png").write_bytes(b"no image")
     with pytest.raises(
         ValueError, match=r"none of the 23 images can be decoded; the first: 00\.png: Unidentified"
     ):
-        DeviceLoader(source, augments, shard, 0, CPU)
+        DeviceLoader(source, augments, batch_slice, 0, CPU)
 
 
-def test_files_of_several_sizes_are_refused_with_the_first_that_differs(tmp_path: Path) -> None:
+def test_files_of_several_sizes_are_refused_with_the_first_different_file(tmp_path: Path) -> None:
     source = files_of(tmp_path, SOURCE.images)
     Image.new("RGB", (9, 7)).save(tmp_path / "05.png")
     with pytest.raises(ValueError, match=r"images of one size, got 16 x 16 and 9 x 7 \(05\.png\)"):
@@ -279,9 +278,8 @@ def test_files_of_several_sizes_are_refused_with_the_first_that_differs(tmp_path
 def test_real_cifar_files_give_the_torchvision_loaders_views(cifar10_jpeg: Path) -> None:
     names = find_images(cifar10_jpeg / "train")[::500]
     source = FolderSource(cifar10_jpeg / "train", names)
-    augment = replace(
-        load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0)
-    )  # PIL quantises hue
+    # Without hue, which PIL quantises.
+    augment = replace(load_recipe("cifar10_r18").augment, jitter=(0.4, 0.4, 0.4, 0.0))
     ours = DeviceLoader(source, (augment, augment), BatchSlice(50), 0, CPU)
     assert_same_batches(
         ours.epoch(0),

@@ -1,4 +1,4 @@
-"""Which loader serves, and why; what evaluation sees."""
+"""The choice of the loader, and the batches of evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mocofast.data.torchvision_loader import TorchvisionLoader
 from tests.pictures import assert_same_batches
 
 CPU = torch.device("cpu")
-LARGE = (AugmentConfig(size=224),)  # a view that the device loader does not make
+LARGE = (AugmentConfig(size=224),)  # too large for the device loader
 IN_MEMORY = ArraySource(
     np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3).astype(np.uint8), np.arange(6) % 2, ("a", "b")
 )
@@ -35,7 +35,7 @@ IN_MEMORY = ArraySource(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> FolderSource:
-    """Seven images: larger than 32 pixels, wide, tall, exactly 32, smaller."""
+    """Writes seven images: larger than 32 pixels, wide, tall, exactly 32, smaller."""
     sizes = [(70, 50), (64, 33), (33, 90), (32, 32), (20, 20), (30, 20), (200, 40)]
     for i, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -58,9 +58,7 @@ def test_auto_takes_dali_for_files_where_it_is_installed(
 def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "nvidia.dali", None
-    )  # what import finds where it is not installed
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # makes the import fail
     assert dali_missing()
     choice, reason = choose_loader(folder, "auto", CPU, LARGE)
     assert choice == "torchvision"
@@ -74,10 +72,8 @@ def test_without_dali_auto_falls_back_and_asking_for_it_says_how_to_install_it(
 def test_images_in_memory_stay_on_the_device_where_their_views_are_small() -> None:
     small, large = (AugmentConfig(size=8),), (AugmentConfig(size=8), AugmentConfig(size=224))
     assert choose_loader(IN_MEMORY, "auto", CPU, small)[0] == "device"
-    assert choose_loader(IN_MEMORY, "device", CPU, large) == (
-        "device",
-        "asked for",
-    )  # which then refuses
+    # The device loader itself refuses.
+    assert choose_loader(IN_MEMORY, "device", CPU, large) == ("device", "asked for")
     choice, reason = choose_loader(IN_MEMORY, "auto", CPU, large)
     assert choice == "torchvision"
     assert "in memory" in reason and "up to 64 pixels, not 224" in reason
@@ -134,7 +130,7 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch: pytest.M
     assert count_workers(-1) == 7
     assert count_workers(0) == 0
     assert count_workers(3) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's name for the ranks of this machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun sets it to the ranks of the machine
     assert count_workers(-1) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert count_workers(-1) == 1
@@ -142,8 +138,10 @@ def test_workers_share_the_cores_that_this_process_may_use(monkeypatch: pytest.M
         count_workers(-2)
 
 
-def reference_center(image: Image.Image, size: int) -> np.ndarray:
-    """torchvision's evaluation transforms, on PIL images as the reference's linear protocol uses them."""
+def torchvisions_center(image: Image.Image, size: int) -> np.ndarray:
+    """Applies torchvision's evaluation transforms to a PIL image, as facebookresearch/moco
+    does.
+    """
     short = round(size * 256 / 224) if max(image.size) > size else size
     return np.asarray(
         transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size)])(image)
@@ -151,12 +149,11 @@ def reference_center(image: Image.Image, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_image_once_in_order_as_torchvision_cuts_it(
+def test_evaluation_sees_every_image_once_in_order_cut_as_by_torchvision(
     folder: FolderSource, workers: int
 ) -> None:
-    batches = list(
-        eval_batches(folder, size=32, batch_size=3, workers=workers)
-    )  # the last batch holds 1
+    # The last batch holds one image.
+    batches = list(eval_batches(folder, size=32, batch_size=3, workers=workers))
     assert torch.cat([index for _, _, index in batches]).tolist() == list(range(7))
     for images, labels, index in batches:
         assert images.dtype == torch.uint8
@@ -164,7 +161,7 @@ def test_evaluation_sees_every_image_once_in_order_as_torchvision_cuts_it(
         assert labels is not None
         assert labels.tolist() == [i % 2 for i in index.tolist()]
         for image, i in zip(images, index.tolist()):
-            expected = reference_center(Image.open(folder.load(i)), 32)
+            expected = torchvisions_center(Image.open(folder.load(i)), 32)
             assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
@@ -190,7 +187,7 @@ def test_evaluation_leaves_bad_files_out_and_counts_them(
 
 
 @pytest.mark.data
-def test_real_photos_are_evaluated_as_the_imagenet_protocol_cuts_them(photos: Path) -> None:
+def test_real_photos_are_cut_as_in_the_imagenet_protocol(photos: Path) -> None:
     source = FolderSource(photos, find_images(photos)[::50])
     [(images, labels, index)] = eval_batches(source, size=224, batch_size=10, workers=0)
     assert labels is None

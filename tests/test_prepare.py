@@ -1,4 +1,4 @@
-"""`mocofast prepare`: what is stored, how, and that nothing half done or overwritten is left."""
+"""`mocofast prepare`: the stored images, labels and shards, and errors on the way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mocofast.data.decoding import decode
 from mocofast.data.prepare import PrepareConfig, compact, prepare
 from mocofast.data.shard_index import INDEX
 from mocofast.data.shards import ShardSource
-from tests.pictures import photo, shard_splits
+from tests.pictures import photo, shard_datasets
 
 
 def write(root: Path, *names: str, size: tuple[int, int] = (60, 90)) -> Path:
@@ -31,7 +31,7 @@ def write(root: Path, *names: str, size: tuple[int, int] = (60, 90)) -> Path:
 
 
 def samples(source: ShardSource) -> dict[str, tuple[str, bytes]]:
-    """Key -> class and content."""
+    """Returns {key: (class, content)}."""
     assert source.labels is not None
     return {
         source.name(i).split(":")[1]: (source.classes[source.labels[i]], source.load(i))
@@ -51,14 +51,15 @@ def test_large_images_are_shrunk_and_others_copied_byte_by_byte(tmp_path: Path) 
         assert image.format == "JPEG"
         assert image.size == (76, 50)  # 75.5, and not turned
         assert not image.getexif()
-        assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # type: ignore[attr-defined] # 4:4:4
+        # 4:4:4
+        assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
         expected = decode(str(path)).resize((76, 50), Image.Resampling.LANCZOS)
         error = np.asarray(image).astype(int) - np.asarray(expected)
         assert 0 < np.abs(error).mean() < 1  # JPEG at quality 95 of a smooth picture
     assert len(compact(str(path), 50, 30)[1]) < len(content)
 
 
-def test_labels_splits_and_names_are_the_folders(
+def test_labels_train_and_val_and_names_are_the_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [
@@ -75,7 +76,7 @@ def test_labels_splits_and_names_are_the_folders(
     printed = capsys.readouterr().out
     assert "left out: train/bee/bad.jpg: OSError" in printed
     assert f"5 images in {out};" in printed
-    train, val, _ = shard_splits(out)
+    train, val, _ = shard_datasets(out)
     assert val is not None
     assert train.classes == val.classes == ("ant", "bee")
     found = samples(train)
@@ -83,7 +84,7 @@ def test_labels_splits_and_names_are_the_folders(
         ("ant/v1_5", "ant"),
         ("bee/3", "bee"),
     }
-    assert len(found) == 3  # names that differ by a dot alone stay apart
+    assert len(found) == 3  # names that differ by a dot only stay apart
     assert {key: kind for key, (kind, _) in samples(val).items()} == {
         "bee/4": "bee",
         "ant/deep/5": "ant",
@@ -119,15 +120,15 @@ def test_shards_end_at_their_size_mix_the_classes_and_are_the_same_each_time(
     assert all(1e6 <= path.stat().st_size < 1.2e6 for path in shards[:-1])
     again = sorted((tmp_path / "b").glob("*.tar"))
     assert [path.read_bytes() for path in shards] == [path.read_bytes() for path in again]
-    train, val, _ = shard_splits(tmp_path / "a", holdout=0.0)
+    train, val, _ = shard_datasets(tmp_path / "a", holdout=0.0)
     assert val is None
     assert train.labels is not None
     assert sorted(train.load(i) for i in range(200)) == sorted(
         path.read_bytes() for path in tmp_path.rglob("*.bmp")
     )
-    assert (
-        30 < train.labels[:100].sum() < 70
-    )  # of 100 of the second class, in the first half; 5 is a deviation
+    # Of the 100 images of the second class, 50 are expected in the first half. The
+    # standard deviation is 5.
+    assert 30 < train.labels[:100].sum() < 70
 
 
 def test_an_unlabelled_folder_makes_unlabelled_shards(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_an_unlabelled_folder_makes_unlabelled_shards(tmp_path: Path) -> None:
         str(write(tmp_path / "in", "b.jpg", "a.jpg")), str(tmp_path / "out"), PrepareConfig()
     )
     assert meta["images"] == {"all": 2}
-    train, *_ = shard_splits(tmp_path / "out")
+    train, *_ = shard_datasets(tmp_path / "out")
     assert train.labels is None
     assert sorted(train.name(i) for i in range(2)) == ["shard-000000.tar:a", "shard-000000.tar:b"]
 
@@ -174,9 +175,8 @@ def test_a_shard_that_an_error_ends_halfway_is_not_indexed(
 ) -> None:
     source = write(tmp_path / "in", *(f"{i}.jpg" for i in range(5)))
     left = iter(range(3))
-    monkeypatch.setattr(
-        tarfile.TarFile, "addfile", lambda *_: next(left)
-    )  # the fourth image is one too many
+    # Writing the fourth image raises StopIteration.
+    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: next(left))
     monkeypatch.setattr(module, "local_index", lambda path: pytest.fail(f"indexed {path}"))
     with pytest.raises(StopIteration):
         prepare(str(source), str(tmp_path / "out"), PrepareConfig())
@@ -205,13 +205,13 @@ def test_unusable_options_are_named(
 
 @pytest.mark.data
 def test_real_photos_keep_what_the_help_text_says(photos: Path, tmp_path: Path) -> None:
-    """Of 20 photos: half the bytes, and whole images shrunk to views as those of the originals are."""
+    """20 photos take half the bytes, and look like the originals when shrunk to views."""
     names = sorted(photos.rglob("*.JPEG"))[::25]
     (tmp_path / "in").mkdir()
     for path in names:
         shutil.copy(path, tmp_path / "in")
     prepare(str(tmp_path / "in"), str(tmp_path / "out"), PrepareConfig())
-    train, *_ = shard_splits(tmp_path / "out")
+    train, *_ = shard_datasets(tmp_path / "out")
     total = sum(path.stat().st_size for path in names)
     assert 0.3 < sum(len(train.load(i)) for i in range(len(train))) / total < 0.7
     for i in range(len(train)):

@@ -1,4 +1,4 @@
-"""Parameters drawn for a batch are those drawn one by one, to the bit."""
+"""Parameters sampled for a batch equal parameters sampled one by one, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ AUGMENTS = {
 SIZES = [
     (32, 32),
     (375, 500),
-    (60, 400),  # wide, and tall: most crops do not fit, and all ten attempts of many fail
+    (60, 400),  # wide, and tall: most crops do not fit, and often all ten attempts fail
     (400, 60),
-    (1, 1),  # there is one place for a crop: nothing is drawn for it
+    (1, 1),  # only one place for a crop, which takes no random number
 ]
 
 
 def assert_equal(got: Views, expected: Views) -> None:
-    for name, ours, reference in zip(Views._fields, got, expected):
-        assert np.array_equal(ours, reference), name
+    for name, left, right in zip(Views._fields, got, expected):
+        assert np.array_equal(left, right), name
 
 
 def test_a_batch_of_views_has_the_fields_of_one() -> None:
@@ -38,10 +38,9 @@ def test_a_batch_of_views_has_the_fields_of_one() -> None:
 
 
 @pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
-def test_a_batch_is_drawn_as_its_views_one_by_one(augment: AugmentConfig) -> None:
-    index = np.random.default_rng(0).integers(
-        0, 2**40, 300
-    )  # most need both halves of a counter's word
+def test_a_batch_is_sampled_as_its_views_one_by_one(augment: AugmentConfig) -> None:
+    # Most indices need more than 32 bits of the counter.
+    index = np.random.default_rng(0).integers(0, 2**40, 300)
     for size in SIZES:
         for view in (0, 1):
             expected = stack_views([sample_view(augment, size, 7, 3, int(i), view) for i in index])
@@ -55,12 +54,12 @@ def test_every_image_of_a_batch_may_have_its_own_size() -> None:
         sample_view(EVERYTHING, (int(h), int(w)), 0, 0, int(i), 1)
         for i, (h, w) in zip(index, sizes)
     ]
-    drawn = sample_views(EVERYTHING, sizes, 0, 0, index, 1)
-    assert_equal(drawn, stack_views(views))
-    assert per_view(drawn) == views
+    sampled = sample_views(EVERYTHING, sizes, 0, 0, index, 1)
+    assert_equal(sampled, stack_views(views))
+    assert per_view(sampled) == views
 
 
-def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
+def test_a_large_seed_and_a_late_epoch_are_sampled_alike() -> None:
     expected = stack_views(
         [sample_view(EVERYTHING, (32, 32), 2**63 - 1, 10**6, i, 0) for i in range(50)]
     )
@@ -69,18 +68,20 @@ def test_a_large_seed_and_a_late_epoch_are_drawn_alike() -> None:
     )
 
 
-def test_nothing_is_drawn_for_an_empty_batch() -> None:
+def test_nothing_is_sampled_for_an_empty_batch() -> None:
     views = sample_views(EVERYTHING, np.array((32, 32)), 0, 0, np.arange(0), 0)
     assert all(len(column) == 0 for column in views)
     assert per_view(views) == []
 
 
-def test_numbers_that_numpy_draws_again_are_drawn_again() -> None:
-    """A count of 3 2^30 refuses every fourth word, which crops of images never meet; and more words than are made
-    at first."""
+def test_numbers_that_numpy_rejects_are_rejected() -> None:
+    """A count of 3 2^30 rejects every fourth word, which crops of images never do.
+
+    The streams also need more words than are made at first.
+    """
     index, key = np.arange(40), np.array([5, 6], dtype=np.uint64)
     stream = _Stream(key, index, 1, first=np.zeros(40, dtype=np.int64))
-    some = index % 3 > 0  # the others draw less, so streams stand at different words
+    some = index % 3 > 0  # the other streams take fewer words
     ours = []
     for _ in range(12):
         ours.append(stream.below(np.full(int(some.sum()), 3 * 2**30), some))

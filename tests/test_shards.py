@@ -1,8 +1,9 @@
-"""Tar shards: what they hold, where it lies, in which order it is read, and from where."""
+"""Tar shards: their content and index, the order of their samples, and downloads."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from mocofast.data.loaders import build_loader, choose_loader, dali_missing
 from mocofast.data.shard_index import INDEX, local_index
 from mocofast.data.shards import ShardSource, expand_braces, find_shards, open_shards
 from mocofast.data.sources import FolderSource, load_datasets
-from tests.pictures import assert_same_batches, jpeg, shard_splits
+from tests.pictures import assert_same_batches, jpeg, shard_datasets
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=19, jitter_p=0.8, blur=0.5)
@@ -39,7 +40,7 @@ LOADERS = [
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """Gives every test an own cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -58,7 +59,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 def write_shards(
     root: Path, sizes: Sequence[int] = (9, 5, 9), labelled: bool = True, first: int = 0
 ) -> Path:
-    """Shards of unequal sizes: sample i is `jpeg(i)`, of class i % 3."""
+    """Writes shards of unequal sizes. Sample i is `jpeg(i)`, of class i % 3."""
     for number, size in enumerate(sizes):
         members = []
         for i in range(first, first + size):
@@ -75,7 +76,7 @@ def source_of(path: Path | str, window: int = 0) -> ShardSource:
 
 
 def folder_of(source: ShardSource, root: Path) -> FolderSource:
-    """The same samples as files."""
+    """Writes the samples of `source` as files."""
     root.mkdir()
     names = [source.name(i).replace(":", "-") + ".jpg" for i in range(len(source))]
     for i, name in enumerate(names):
@@ -109,13 +110,13 @@ def test_keys_end_at_the_first_dot_and_other_members_are_left_alone(tmp_path: Pa
         [
             ("./a/one.JPG", image),
             ("./a/one.json", b'{"label": 1, "caption": "a.b"}'),
-            ("v1.0/two.png", b"png"),  # a dot in a folder belongs to the key
+            ("v1.0/two.png", b"png"),  # the dot of a folder belongs to the key
             ("v1.0/two.cls", b"2\n"),
-            ("v1.0/two.json", b'{"label": 7}'),  # .cls is what WebDataset's own readers take
-            ("three.mask.png", b"a mask"),  # extension mask.png: no image of its own
+            ("v1.0/two.json", b'{"label": 7}'),  # WebDataset's readers take .cls
+            ("three.mask.png", b"a mask"),  # extension mask.png: no image
             ("three.jpeg", image + b"3"),
-            ("three.json", b'{"label": "cat"}'),  # no number: no label
-            ("._three.jpeg", b"what macOS adds"),
+            ("three.json", b'{"label": "cat"}'),  # a text is no label
+            ("._three.jpeg", b"a file that macOS adds"),
             ("notes.txt", b"text"),
         ],
     )
@@ -127,7 +128,7 @@ def test_keys_end_at_the_first_dot_and_other_members_are_left_alone(tmp_path: Pa
     assert [source.load(i) for i in range(3)] == [image, b"png", image + b"3"]
 
 
-def test_what_is_no_tar_or_cut_off_or_empty_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_broken_or_empty_shard_is_an_error_with_its_name(tmp_path: Path) -> None:
     whole = write_shards(tmp_path / "whole", sizes=(3,)) / "set-000000.tar"
     (tmp_path / "text.tar").write_bytes(b"no tar " * 200)
     cut = tmp_path / "cut.tar"
@@ -168,11 +169,12 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(
         for old, new in zip(first, local_index(path)):
             assert np.array_equal(old, new)
     write_tar(path, [("only.jpg", jpeg(1)), ("only.cls", b"1")])
-    os.utime(path, ns=(1, 1))  # whatever the clock's grain
+    os.utime(path, ns=(1, 1))  # the clock may be too coarse to show the change
     assert local_index(path).keys.tolist() == [b"only"]
     Path(f"{path}{INDEX}").write_bytes(b"broken")
     assert local_index(path).keys.tolist() == [b"only"]
-    # Where the place is read-only the index goes to the cache folder. (A folder in its way: root may write anywhere.)
+    # If the place is read-only, the index goes to the cache folder. The test runs as root,
+    # who may write anywhere, so a folder takes the name of the index.
     Path(f"{path}{INDEX}").unlink()
     Path(f"{path}{INDEX}").mkdir()
     assert local_index(path).keys.tolist() == [b"only"]
@@ -223,31 +225,31 @@ def test_shards_are_named_by_folder_pattern_and_braces(tmp_path: Path) -> None:
     ] == everything[2::-2]
 
 
-def test_train_and_val_folders_of_shards_are_the_splits_and_meta_names_the_classes(
+def test_train_and_val_folders_of_shards_are_the_datasets_and_meta_names_the_classes(
     tmp_path: Path,
 ) -> None:
     write_shards(tmp_path / "train")
     write_shards(tmp_path / "val", sizes=(6,), first=30)
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
-    train, val, note = shard_splits(tmp_path)
+    train, val, note = shard_datasets(tmp_path)
     assert val is not None
     assert note == "23 images of 3 classes; kNN on val/, 6"
     assert train.classes == val.classes == ("ant", "bee", "cat")
     assert (train.name(0), val.name(0)) == ("train/set-000000.tar:0000", "val/set-000000.tar:0030")
     write_tar(tmp_path / "val" / "set-000001.tar", [("odd.jpg", jpeg(0)), ("odd.cls", b"3")])
     with pytest.raises(ConfigError, match=r"label 3 .* 3 classes"):
-        shard_splits(tmp_path)
+        shard_datasets(tmp_path)
 
 
 def test_labelled_shards_without_val_hold_a_share_out_and_unlabelled_ones_do_not(
     tmp_path: Path,
 ) -> None:
-    train, val, note = shard_splits(write_shards(tmp_path / "a"), holdout=0.2)
+    train, val, note = shard_datasets(write_shards(tmp_path / "a"), holdout=0.2)
     assert val is not None
     assert "kNN on 5 of them, held out" in note
     names = [source.name(i) for source in (train, val) for i in range(len(source))]
     assert len(set(names)) == len(names) == 23
-    train, val, note = shard_splits(write_shards(tmp_path / "b", labelled=False))
+    train, val, note = shard_datasets(write_shards(tmp_path / "b", labelled=False))
     assert (train.labels, val, note) == (None, None, "23 images without labels: no kNN")
 
 
@@ -255,9 +257,8 @@ def test_the_fingerprint_follows_names_places_and_labels_but_not_the_folder(tmp_
     one = source_of(write_shards(tmp_path / "one")).fingerprint()
     assert source_of(write_shards(tmp_path / "two")).fingerprint() == one
     other = [
-        source_of(
-            write_shards(tmp_path / "moved", sizes=(5, 9, 9))
-        ),  # the order of an epoch follows the shards
+        # The order of an epoch depends on the sizes of the shards.
+        source_of(write_shards(tmp_path / "moved", sizes=(5, 9, 9))),
         source_of(write_shards(tmp_path / "unlabelled", labelled=False)),
         source_of(write_shards(tmp_path / "renamed", first=1)),
     ]
@@ -275,28 +276,26 @@ def test_without_a_window_the_order_is_a_folders(tmp_path: Path) -> None:
 def test_a_window_shuffles_shards_and_samples_within_a_few_of_them(
     tmp_path: Path, held_out: bool
 ) -> None:
-    source = source_of(
-        write_shards(tmp_path, sizes=(4, 1, 6, 3, 5)), window=2
-    )  # the last window is half full
-    if held_out:
-        source = source.subset(
-            np.array([0, 2, 5, 7, 10, 14, 15, 18])
-        )  # nothing is left of the second shard
+    # The last window holds one shard.
+    source = source_of(write_shards(tmp_path, sizes=(4, 1, 6, 3, 5)), window=2)
+    if held_out:  # no sample of the second shard
+        source = source.subset(np.array([0, 2, 5, 7, 10, 14, 15, 18]))
     shard = np.array([int(source.name(i)[4:10]) for i in range(len(source))])
     orders = [source.order(0, epoch) for epoch in range(20)]
     windows = set()
     for order in orders:
         assert sorted(order) == list(range(len(source)))
         runs = [int(i) for i, before in zip(shard[order], [-1, *shard[order]]) if i != before]
-        # Once left for good, a shard does not come again: at most two interleave.
+        # A shard does not come again after its window: samples of at most two shards are mixed.
         position = {i: np.flatnonzero(shard[order] == i) for i in set(runs)}
         overlapping = [
-            (a, b) for a in position for b in position
-            if a < b and position[a][0] < position[b][-1] and position[b][0] < position[a][-1]
-        ]  # fmt: skip
+            (a, b)
+            for a, b in itertools.combinations(sorted(position), 2)
+            if position[a][0] < position[b][-1] and position[b][0] < position[a][-1]
+        ]
         assert all(sum(i in pair for pair in overlapping) <= 1 for i in position)
         windows |= set(overlapping)
-    assert len(windows) >= 3  # other shards meet in other epochs
+    assert len(windows) >= 3  # other shards are mixed in other epochs
     assert len({order.tobytes() for order in orders}) == 20
     assert np.array_equal(source.order(0, 7), orders[7])
     assert not np.array_equal(source.order(1, 7), orders[7])
@@ -325,8 +324,8 @@ def test_loaders_show_shards_as_files_and_resume_exactly(
     assert torch.cat([batch.index for batch in whole[1]]).tolist() == order[:20].tolist()
     resumed = stream(source)
     assert_same_batches(resumed.epoch(1, 2), whole[1][2:])
-    for open_image in (loader, files, resumed):
-        open_image.close()
+    for opened in (loader, files, resumed):
+        opened.close()
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -360,10 +359,15 @@ def test_shards_go_to_dali_where_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files with ranges; the first `broken` answers of a tar end half way, the first `busy` are 503."""
+    """Serves files with ranges.
+
+    busy: number of requests for a tar that are answered with status 503 first.
+    broken: number of answers with a tar that end half way then.
+    """
 
     broken = busy = 0
-    requests: list[tuple[str, str | None]] = []  # noqa: RUF012 - the class is the server's state; reset by the fixture
+    # The class holds the state of the server. The fixture resets it.
+    requests: list[tuple[str, str | None]] = []  # noqa: RUF012
     etag = '"1"'
 
     def do_GET(self) -> None:
@@ -399,7 +403,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
-    """Serves a folder; gives its URL."""
+    """Returns a function that serves a folder and returns the URL of the folder."""
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
     Handler.broken = Handler.busy = 0
     Handler.requests, Handler.etag = [], '"1"'
@@ -432,13 +436,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_remote_shards_are_the_local_ones_and_each_is_fetched_once(
     tmp_path: Path, serve: Callable[[Path], str], cache: Path, indexed: bool
 ) -> None:
-    local = source_of(write_shards(tmp_path))  # which leaves indices beside the shards
+    local = source_of(write_shards(tmp_path))  # keeps indices beside the shards
     if not indexed:
         for path in tmp_path.glob(f"*{INDEX}"):
             path.unlink()
     url = serve(tmp_path) + "/set-{000000..000002}.tar"
     source = source_of(url, window=1)
-    assert (len(asked_for(".tar")) == 0) == indexed  # with indices no shard is needed yet
+    assert (len(asked_for(".tar")) == 0) == indexed  # with indices, no shard is needed yet
     assert source.load(10) == local.load(10)
     if indexed:
         assert asked_for(".tar") == ["set-000001.tar"]
@@ -481,7 +485,7 @@ def test_content_that_changes_during_a_broken_transfer_is_fetched_anew(
     assert (tmp_path / "got.tar").read_bytes() == new
 
 
-def test_what_cannot_be_fetched_is_an_error_that_names_it_and_skips_no_sample(
+def test_a_failed_download_is_an_error_with_the_url_and_skips_no_sample(
     tmp_path: Path, serve: Callable[[Path], str], cache: Path
 ) -> None:
     write_shards(tmp_path / "www")
@@ -501,10 +505,10 @@ def test_what_cannot_be_fetched_is_an_error_that_names_it_and_skips_no_sample(
             next(iter(loader.epoch(0)))
         assert not loader.skipped
         loader.close()
-    wait_for(lambda: not list(cache.rglob("*.part")))  # of what is downloaded ahead
+    wait_for(lambda: not list(cache.rglob("*.part")))  # of downloads ahead of use
 
 
-def test_a_remote_shard_that_is_not_its_indexs_is_refused(
+def test_a_remote_shard_that_does_not_match_its_index_is_refused(
     tmp_path: Path, serve: Callable[[Path], str]
 ) -> None:
     write_shards(tmp_path, sizes=(3, 3))

@@ -1,4 +1,4 @@
-"""The torchvision loader: the same stream whatever is bad, resumed or parallel."""
+"""The torchvision loader: the stream stays equal with bad files, resumed, and with workers."""
 
 from __future__ import annotations
 
@@ -27,22 +27,20 @@ from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from tests.pictures import assert_same_batches, files, joined, photo, save_photos
 
 CPU = torch.device("cpu")
-SMALL = AugmentConfig(
-    size=19, rotate=10.0, jitter_p=0.8, blur=0.5
-)  # everything on; an odd, prime side
+# All operators, and an odd, prime side.
+SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)
 
 
 def loader(
     source: FolderSource | ArraySource,
-    shard: BatchSlice,
+    batch_slice: BatchSlice,
     seed: int = 0,
     workers: int = 0,
     augment: AugmentConfig = SMALL,
 ) -> TorchvisionLoader:
-    return TorchvisionLoader(source, (augment, augment), shard, seed, CPU, workers)
+    return TorchvisionLoader(source, (augment, augment), batch_slice, seed, CPU, workers)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # The stream
 
 
@@ -59,9 +57,8 @@ def test_any_step_can_be_resumed_and_workers_change_nothing(tmp_path: Path, work
             assert_same_batches(stream.epoch(epoch, start), whole[epoch][start:])
         early = stream.epoch(0)
         assert_same_batches([next(early)], whole[0][:1])
-        assert_same_batches(
-            stream.epoch(1, 1), whole[1][1:]
-        )  # what was prefetched for the other is dropped
+        # A new epoch drops the batches that were loaded ahead for the old epoch.
+        assert_same_batches(stream.epoch(1, 1), whole[1][1:])
         assert list(early) == []
     finally:
         stream.close()
@@ -89,7 +86,7 @@ def test_batches_are_channels_last_uint8_with_the_samples_labels(tmp_path: Path)
 
 def test_a_view_is_its_parameters_executed_on_its_sample(tmp_path: Path) -> None:
     source = files(save_photos(tmp_path / "photos"))
-    augments = (SMALL, AugmentConfig(size=7))  # each view has its own
+    augments = (SMALL, AugmentConfig(size=7))  # different augmentations
     batch = next(TorchvisionLoader(source, augments, BatchSlice(5), 3, CPU, 0).epoch(2))
     for row, index in enumerate(batch.index.tolist()):
         image = Image.open(source.load(index)).convert("RGB")
@@ -109,7 +106,7 @@ def test_the_ranks_batches_make_the_batch_of_one_process(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_draws_nothing_from_the_global_generators(tmp_path: Path, workers: int) -> None:
+def test_loading_takes_nothing_from_the_global_generators(tmp_path: Path, workers: int) -> None:
     source = files(save_photos(tmp_path / "photos", 8))
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
@@ -134,12 +131,11 @@ def test_images_in_memory_give_views_as_files_of_them_do(tmp_path: Path) -> None
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Bad files
 
 
 def bomb() -> bytes:
-    """A PNG file that says it has 60,000 x 60,000 pixels."""
+    """Returns a PNG file whose header states 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
     parts = (
@@ -155,13 +151,16 @@ def truncated() -> bytes:
 
 
 def spoil(root: Path) -> dict[int, str]:
-    """Turns some of 23 files bad, two neighbours and the last one among them; index -> part of the reason."""
+    """Spoils some of 23 files, also two neighbours and the last file.
+
+    Returns {index: a part of the expected reason}.
+    """
     bad = {
         2: (truncated(), "truncated"),
         7: (b"", "cannot identify"),
         8: (b"this is no image", "cannot identify"),
         13: (bomb(), "DecompressionBombError"),
-        22: (truncated()[:100], ""),  # its substitute is the first image: the search wraps around
+        22: (truncated()[:100], ""),  # the substitute is the first image
     }
     for index, (content, _) in bad.items():
         (root / f"{index:03}.jpg").write_bytes(content)
@@ -178,9 +177,9 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(
     root = save_photos(tmp_path / "spoilt")
     bad = spoil(root)
     source = files(root)
-    shard = BatchSlice(4, drop_last=False)
-    before = [list(loader(good, shard).epoch(epoch)) for epoch in range(2)]
-    stream = loader(source, shard, workers=workers)
+    batch_slice = BatchSlice(4, drop_last=False)
+    before = [list(loader(good, batch_slice).epoch(epoch)) for epoch in range(2)]
+    stream = loader(source, batch_slice, workers=workers)
     try:
         for epoch in range(2):
             after = list(stream.epoch(epoch))
@@ -210,7 +209,9 @@ def test_bad_files_are_replaced_counted_and_named_and_others_unchanged(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_set_of_bad_files_only_is_an_error_that_names_one(tmp_path: Path, workers: int) -> None:
+def test_a_source_of_only_bad_files_is_an_error_that_names_a_file(
+    tmp_path: Path, workers: int
+) -> None:
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_text("no image")
     stream = loader(files(tmp_path), BatchSlice(2), workers=workers)
@@ -221,7 +222,6 @@ def test_a_set_of_bad_files_only_is_an_error_that_names_one(tmp_path: Path, work
     stream.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Workers
 
 
@@ -258,8 +258,9 @@ def test_interrupts_are_left_to_the_main_process(
         first = next(running)
         for pid in new_workers():
             assert pid is not None
-            os.kill(pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
-            # and a scheduler's SIGTERM every process of the job; not from here, their parent, who may end them
+            os.kill(pid, signal.SIGINT)  # Ctrl-C reaches every process
+            # A scheduler's SIGTERM reaches every process of the job. Send it from another
+            # process, because the parent may end the workers.
             subprocess.run(
                 [sys.executable, "-c", f"import os; os.kill({pid}, {int(signal.SIGTERM)})"],
                 check=True,

@@ -1,4 +1,4 @@
-"""The view operators against PIL (which they copy to the bit), against HSV in float64, and against torchvision's."""
+"""The view operators: equal to PIL bit for bit, to HSV in float64, and close to torchvision's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ FACTORS = [0.0, 0.3, 0.6, 1.0, 1.25, 1.4, 2.0]
 
 
 def images(side: int = SIDE) -> list[Image.Image]:
-    """Noise (every kind of colour), a smooth ramp, gray noise, the corners of the colour cube, one colour."""
+    """Returns colour noise, a smooth ramp, gray noise, corners of the colour cube, and one
+    colour.
+    """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (side, side, 3))
     y, x = np.mgrid[:side, :side] * 255 // (side - 1)
@@ -37,7 +39,7 @@ def images(side: int = SIDE) -> list[Image.Image]:
 
 
 def planes(image: Image.Image) -> Tensor:
-    """(1, 3, S, S) float32"""
+    """Returns an image as (1, 3, S, S) float32."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous().float()[None]
 
 
@@ -62,9 +64,10 @@ def test_brightness_contrast_and_saturation_are_within_1_of_torchvisions_tensor_
     for image in images():
         x = planes(image)
         getattr(view_ops, f"adjust_{name}_")(x, value(factor))
-        reference = getattr(F, f"adjust_{name}")(planes(image).byte(), factor).float()
-        # They truncate luma where PIL rounds it (and its mean): less than 2, of which a blend takes 0.4 at most.
-        assert (x - reference).abs().max() <= 1
+        expected = getattr(F, f"adjust_{name}")(planes(image).byte(), factor).float()
+        # torchvision truncates the luma and its mean, PIL rounds. The difference is below
+        # 2, and a blend takes at most 0.4 of it.
+        assert (x - expected).abs().max() <= 1
 
 
 def test_grayscale_and_flip_equal_pil() -> None:
@@ -79,16 +82,15 @@ def test_grayscale_and_flip_equal_pil() -> None:
 
 @pytest.mark.parametrize("shift", [-0.5, -0.4, -1 / 6, -0.01, 0.0, 0.1, 1 / 3, 0.4999, 0.5])
 def test_hue_is_the_exact_rotation_in_hsv_rounded(shift: float) -> None:
-    for image in images(13):  # 169 pixels each: colorsys takes one at a time
+    for image in images(13):  # 169 pixels: colorsys converts pixel by pixel
         x = planes(image)
         view_ops.adjust_hue_(x, value(shift))
         result = x[0].permute(1, 2, 0).reshape(-1, 3).double().numpy()
         for pixel, ours in zip(np.asarray(image).reshape(-1, 3) / 255, result):
             hue, saturation, brightness = colorsys.rgb_to_hsv(*pixel)
             exact = 255 * np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, brightness))
-            assert (
-                np.abs(ours - exact).max() <= 0.5 + 1e-3
-            )  # rounding, and a float32 turn of 6 * shift
+            # 0.5 for rounding, 1e-3 for the float32 turn of 6 * shift.
+            assert np.abs(ours - exact).max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("shift", [-0.4, 0.0, 0.1, 0.5])
@@ -102,7 +104,7 @@ def test_hue_is_within_1_of_torchvisions_tensor_operator_and_0_keeps_every_pixel
         assert shift or torch.equal(x, planes(image))
 
 
-# 1.4142 and 1.4143: the box grows from 3 to 5 pixels at the square root of 2; 5.03: wider still
+# 1.4142 and 1.4143: the box grows from 3 to 5 pixels at the square root of 2. 5.03: a wide box.
 @pytest.mark.parametrize("sigma", [0.1234, 0.517, 1.037, 1.4142, 1.4143, 1.973, 5.03])
 @pytest.mark.parametrize("side", [SIDE, 3])  # 3: narrower than the filter
 def test_blur_equals_pils(sigma: float, side: int) -> None:
@@ -111,7 +113,7 @@ def test_blur_equals_pils(sigma: float, side: int) -> None:
         x = planes(image)
         view_ops.box_blur_(x, value(radius), math.ceil(radius))
         error = (x - planes(image.filter(ImageFilter.GaussianBlur(sigma)))).abs()
-        # PIL weighs in 24-bit fixed point, so what lies within 1e-5 of a half may round the other way.
+        # PIL's weights have 24 bits, so a value within 1e-5 of a half may round the other way.
         assert error.max() <= 1
         assert error.count_nonzero() <= 1e-3 * error.numel()
 
@@ -132,7 +134,8 @@ def test_rotation_is_pils_to_rounding(angle: float, side: int) -> None:
         x = planes(image)
         view_ops.rotate_(x, value(angle))
         error = (x - planes(F.rotate(image, angle, InterpolationMode.BILINEAR, fill=0))).abs()
-        # PIL computes positions in double precision: where they differ in the 7th digit, truncation may differ.
+        # PIL computes positions in float64. A difference in the 7th digit may change the
+        # truncation.
         assert error.max() <= 1
         assert error.mean() < 0.01
 
@@ -168,9 +171,8 @@ def test_views_of_a_batch_do_not_depend_on_their_neighbours() -> None:
     augment = AugmentConfig(
         size=SIDE, rotate=20, jitter_p=0.8, gray=0.3, blur=0.5, blur_sigma=(0.1, 4.0), solarize=0.4
     )
-    batch = (
-        images() * 5
-    )  # 25 views: every operator applies to some of them, none (but the crop) to all
+    # 25 views: every operator applies to some views, no operator but the crop to all views.
+    batch = images() * 5
     params = [
         whole_image(sample_view(augment, (SIDE, SIDE), 5, 0, i, 0)) for i in range(len(batch))
     ]
@@ -200,7 +202,8 @@ def test_a_gpu_gives_the_views_of_the_cpu_to_rounding() -> None:
     on_gpu = torch.empty_like(crops, device="cuda")
     view_ops.apply_view_ops(crops.cuda(), params, augment, on_gpu)
     error = differences(on_gpu, applied(batch, params, augment))
-    # Fused multiply-adds move single values across a truncation; later operators amplify that 1 a little.
+    # Fused multiply-adds change single truncations by 1. Later operators amplify the 1 a
+    # little.
     assert error.mean() < 0.05
     assert (error > 4).float().mean() < 1e-3
 
@@ -210,7 +213,7 @@ def whole_image(params: ViewParams) -> ViewParams:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """(1, S, S, 3) uint8"""
+    """Returns an image as (1, S, S, 3) uint8."""
     return torch.from_numpy(np.asarray(image).copy())[None]
 
 

@@ -1,4 +1,4 @@
-"""A view equals the MoCo reference's own transforms, and whatever file it is made from is read as RGB."""
+"""Views equal the transforms of facebookresearch/moco, and every kind of file is read as RGB."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ from mocofast.data.torchvision_loader import TorchvisionLoader, apply_view
 from mocofast.settings import load_recipe
 from tests.pictures import files, neutral, photo
 
-SMALL = AugmentConfig(
-    size=19, rotate=10.0, jitter_p=0.8, blur=0.5
-)  # everything on; an odd, prime side
+# All operators, and an odd, prime side.
+SMALL = AugmentConfig(size=19, rotate=10.0, jitter_p=0.8, blur=0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # What a view is
 
 
 def pinned(monkeypatch: pytest.MonkeyPatch, p: ViewParams) -> None:
-    """Make torchvision's random transforms draw the crop and the jitter of `p`."""
+    """Makes torchvision's random transforms use the crop and the jitter of `p`."""
     crop = (p.top, p.left, p.height, p.width)
     monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(lambda *_: crop))
     jitter = (torch.tensor(p.order), p.brightness, p.contrast, p.saturation, p.hue)
@@ -73,9 +71,8 @@ def moco_v2(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
 def cifar_demo(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     return [
         transforms.RandomResizedCrop(32, scale=(0.08, 1.0)),
-        transforms.RandomHorizontalFlip(
-            p=float(p.flip)
-        ),  # first in the demo: a flip commutes with all that follows
+        # The demo flips first. A flip commutes with all later operators.
+        transforms.RandomHorizontalFlip(p=float(p.flip)),
         transforms.RandomApply(
             [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=float(bool(p.order))
         ),
@@ -83,7 +80,8 @@ def cifar_demo(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
     ]
 
 
-# name: the reference's transforms, and its (crop scale, jitter strengths, P(jitter), P(gray), P(blur))
+# {recipe: (transforms, numbers)}: the reference's transforms, and its crop scale, jitter strengths,
+# and probabilities of jitter, grayscale and blur.
 REFERENCE = {
     "moco_v1_r50": (moco_v1, ((0.2, 1.0), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, 0.0)),
     "moco_v2_r50_200ep": (moco_v2, ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5)),
@@ -118,7 +116,7 @@ def assert_recipe_is_the_reference(
                 np.asarray(apply_view(image, p, augment)), np.asarray(expected)
             ), (i, view, p)
     wanted = np.array([augment.jitter_p, augment.gray, augment.blur, augment.flip]) > 0
-    assert ((happened > 0) == wanted).all()  # else nothing was compared
+    assert ((happened > 0) == wanted).all()  # otherwise an operator was never compared
 
 
 @pytest.mark.parametrize("recipe", REFERENCE)
@@ -146,9 +144,8 @@ def moco_v3(p: ViewParams) -> list[Callable[[Image.Image], Image.Image]]:
 def test_both_views_of_moco_v3_and_byol_are_the_references_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    images = [
-        photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)
-    ] * 4  # 24 second views: 5 solarized, 2 blurred
+    # 24 second views, of which 5 are solarized and 2 are blurred.
+    images = [photo(i, (47 + 31 * i, 130 - 11 * i)) for i in range(6)] * 4
     happened = np.zeros((2, 2), dtype=int)
     for view, augment in enumerate(view_augments(load_recipe(recipe).augment, 2)):
         for i, image in enumerate(images):
@@ -182,7 +179,7 @@ def test_grayscale_comes_before_or_after_the_jitter_as_asked(gray_first: bool) -
     )
     got = np.asarray(apply_view(image, p, augment)).astype(int)
     assert np.ptp(got, axis=2).max() == 0
-    # Saturation and hue change the luma of a coloured image, but not a grey one's.
+    # Saturation and hue change the luma of a coloured image, but not the luma of a grey image.
     other = np.asarray(
         apply_view(image, p, AugmentConfig(size=40, gray_first=not gray_first))
     ).astype(int)
@@ -211,7 +208,6 @@ def test_neutral_parameters_change_nothing() -> None:
     assert np.array_equal(np.asarray(apply_view(image, p, SMALL)), np.asarray(image))
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Which images are read, and how
 
 
@@ -235,9 +231,8 @@ def gray16(path: Path) -> np.ndarray:
 def transparent(mode: str) -> Callable[[Path], np.ndarray]:
     def write(path: Path) -> np.ndarray:
         image = photo(2, (10, 12)).convert("RGB" if mode == "RGBA" else "L")
-        alpha = Image.fromarray(
-            np.tile(np.arange(12, dtype=np.uint8) * 23, (10, 1))
-        )  # 0, transparent, to 253
+        # From 0 (transparent) to 253.
+        alpha = Image.fromarray(np.tile(np.arange(12, dtype=np.uint8) * 23, (10, 1)))
         with_alpha = image.convert(mode)
         with_alpha.putalpha(alpha)
         with_alpha.save(path)
@@ -300,9 +295,8 @@ def test_a_large_image_is_read_without_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo(0, (10, 12)).save(tmp_path / "large.png")
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 100
-    )  # PIL warns from here, and refuses from twice as many
+    # PIL warns above this number of pixels, and refuses above twice the number.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert decode(str(tmp_path / "large.png")).size == (12, 10)

@@ -21,13 +21,8 @@ from mocofast.errors import describe_error
 
 PROBED_AT_ONCE = 64  # number of decoded images that `undecodable` holds in memory
 
-_NO_PIL_WARNINGS = (
-    "ignore",
-    None,
-    Warning,
-    re.compile(r"PIL\."),
-    0,
-)  # an entry of warnings.filters
+# An entry of warnings.filters: action, message, category, module, line number.
+_NO_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 @contextmanager

@@ -48,9 +48,8 @@ class Planner:
         """pool: threads that read headers."""
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
-        self.sizes = np.zeros(
-            (len(source), 2), dtype=np.int32
-        )  # (height, width), 0 if not known yet
+        # (height, width) of every image, 0 if not known yet
+        self.sizes = np.zeros((len(source), 2), dtype=np.int32)
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._pool = seed, pool
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order

@@ -146,9 +146,8 @@ class Datasets(NamedTuple):
     """The images of a run."""
 
     train: Source  # for training
-    val: (
-        Source | None
-    )  # for kNN and linear evaluation. None without labels, or if none are held out
+    # for kNN and linear evaluation. None without labels, or if no images are held out
+    val: Source | None
     note: str  # a line for the log: the numbers of images, and the origin of the val set
 
 
