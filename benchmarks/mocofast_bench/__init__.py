@@ -1,1 +1,1 @@
-"""Benchmarks of mocofast beside other implementations, and models of its performance."""
+"""Benchmarks of mocofast beside PyTorch and other packages, and performance models."""

@@ -1,8 +1,8 @@
-"""`mocofast bench`: times our ops, steps and loaders beside other implementations.
+"""`mocofast bench`: times our ops, steps and loaders beside PyTorch and other packages.
 
-Every benchmark interleaves its candidates in one process. It prints a table with the
-machine's own limit, measured in the same run, and ends with one JSON line. `--save FILE`
-also appends the line to a file.
+Every benchmark interleaves the candidates in a single process and prints a table with the
+limit of the machine, measured in the same run. The last line is JSON. `--save FILE` appends
+the line to a file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMPILING = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one benchmark, or `all`.
+    """Runs a benchmark, or `all`.
 
     argv: arguments after `mocofast bench`. None: the process's own arguments.
 
@@ -140,7 +140,7 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
 def positive(text: str) -> int:
     """Parses an integer >= 1 (an argparse type).
 
-    Raises ArgumentTypeError for a smaller integer, ValueError for other text.
+    Raises ArgumentTypeError for a smaller integer, ValueError for text without an integer.
     """
     value = int(text)
     if value < 1:

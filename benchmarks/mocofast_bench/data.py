@@ -1,4 +1,4 @@
-"""Measures pairs of views per second that loaders make from a folder of images.
+"""Measures pairs of views per second of loaders, from a folder of images.
 
 dali, torchvision: the loaders of mocofast.
 reference: facebookresearch/moco's loader, a PyTorch DataLoader with PIL images.
@@ -9,7 +9,7 @@ while another loader is timed. Batches that a loader prepared before the clock s
 not counted.
 
 With --tune, nothing is compared. Threads, prefetch depth and settings of the GPU decoder
-are tried one after another, and a recipe with the best settings is written.
+are tried in turn, and a recipe with the best settings is written.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def loader_loops(
 
 
 def memory_of(loop: TimedLoop, batch_size: int, device: torch.device) -> int | None:
-    """Returns the most bytes of host memory that a loader and its processes hold with a batch.
+    """Returns the most bytes of host memory in a loader and the loader's processes, with a batch.
 
     Returns None where memory cannot be measured.
     """

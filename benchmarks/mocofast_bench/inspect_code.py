@@ -2,8 +2,8 @@
 
     python -m mocofast_bench.inspect_code [--json] [--only PATTERN] [--capability 90]
 
-Prints a table, or with --json one JSON object a line. TRITON_INTERPRET must not be set.
-`mocofast bench static` adds occupancy, bytes, operations and the time that a model predicts.
+Prints a table, or with --json a JSON object a line. TRITON_INTERPRET must not be set.
+`mocofast bench static` adds occupancy, bytes, operations and the predicted time of a model.
 
 Launches have the arguments of real launches: the launching functions run on tensors without
 storage (device "meta"), and every launch is recorded instead of made.
@@ -47,7 +47,7 @@ FLOAT = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 
 
 class Launch(NamedTuple):
-    """One recorded launch.
+    """A recorded launch.
 
     The kernel, signature, constants, divisible and options decide the machine code.
     """
@@ -67,7 +67,7 @@ class Launch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the machine code of one launch holds."""
+    """Contents of the machine code of a launch."""
 
     case: str
     kernel: str
@@ -137,7 +137,7 @@ def _specialise(
 
 
 def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list[Launch]:
-    """Returns the launches that `call` would make on a GPU with `processors` multiprocessors."""
+    """Returns the launches of `call` on a GPU with `processors` multiprocessors."""
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -162,7 +162,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
 
 
 def inspect(case: str, launch: Launch, capability: int) -> Report:
-    """Compiles one launch for one architecture and reads the machine code.
+    """Compiles a launch for one architecture and reads the machine code.
 
     case: name of the case, goes into the report.
     capability: compute capability x 10.
@@ -218,13 +218,13 @@ def parse_listing(listing: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
-    """Counts the instructions of one round of the main loop, {opcode: count}.
+    """Counts the instructions of a round of the main loop, {opcode: count}.
 
     The main loop is the loop with most exponentials, and the shortest of equal loops: the last
     negatives, which do not fill a tile, have a loop of their own with narrower tiles and masks.
 
     code: instructions of the kernel.
-    chunks: how often an inner loop runs in one round.
+    chunks: how often an inner loop runs in a round.
     """
     following = _successors(code)
     counted = []
@@ -239,7 +239,7 @@ def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
 
 
 def _successors(code: list[Instruction]) -> dict[int, list[int]]:
-    """Returns {index of an instruction: indices of the instructions that may follow}.
+    """Returns {index of an instruction: indices of possible next instructions}.
 
     Subroutines belong to no loop: calls are not followed.
     """

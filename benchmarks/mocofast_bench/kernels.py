@@ -1,8 +1,8 @@
-"""Times InfoNCE, forward and backward, beside eager PyTorch, torch.compile and other packages.
+"""Times InfoNCE, forward and backward, beside eager PyTorch, torch.compile and packages.
 
 The gradient goes to the query alone. The negatives are normalised already. The eager formula
 of MoCo's paper writes the N x (1 + K) logits to memory. Our kernel streams the negatives once.
-The other packages are cut-cross-entropy, Liger-Kernel and lightly.
+The packages are cut-cross-entropy, Liger-Kernel and lightly.
 
 The floor is 4 N K C operations at the matrix rate measured in the same run. Every call takes
 the next set of inputs, and all sets together exceed the last-level cache. On a GPU, sides
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_problem(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    """Times every peer on one problem.
+    """Times every peer on a problem.
 
     peers: {name: peer}.
     sizes: N, K, C.
@@ -156,12 +156,12 @@ def print_table(row: dict[str, Any]) -> None:
 
 
 def steps(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
-    """Returns {name: one forward and backward} of our two peers and the eager formula."""
+    """Returns {name: forward and backward pass} of our two peers and the eager formula."""
     return prepare_calls({**OURS, **BASELINE}, sizes, dtype, device, 1)[0]
 
 
 def cycle(step: Call, sets: int) -> Call:
-    """Returns a call that makes one step for every set of inputs."""
+    """Returns a call with a step for every set of inputs."""
 
     def steps() -> None:
         for _ in range(sets):
@@ -189,9 +189,9 @@ def onednn_product(side: int) -> Callable[[], Tensor]:
 def memory_of_all(
     name: str, cases: Sequence[Sizes], dtype: torch.dtype, device: torch.device
 ) -> list[int | None]:
-    """Returns the peak extra bytes of one peer for every problem, small problems first.
+    """Returns the peak extra bytes of a peer for every problem, small problems first.
 
-    On CUDA the allocator counts. On a CPU the peer runs in a process of its own, where earlier
+    On CUDA the allocator counts. On a CPU the peer runs in a new process, where earlier
     calls have left no memory behind.
     """
     if device.type == "cuda":
@@ -209,7 +209,7 @@ def _memory_of_each(
 
 
 def memory_of(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> int | None:
-    """Returns the peak extra bytes of one forward and backward by the peer `name`."""
+    """Returns the peak extra bytes of a forward and backward pass by the peer `name`."""
     peer, where = all_peers(dtype)[name], torch.device(device)
 
     def step(sizes: Sizes) -> Call:

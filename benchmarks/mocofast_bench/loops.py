@@ -25,7 +25,7 @@ class TimedLoop(NamedTuple):
 
 
 class LoopRates(NamedTuple):
-    """Result of one round of one loop."""
+    """Result of a round of a loop."""
 
     images_per_second: float
     time_to_first_step: float  # seconds from the start of the loader to the end of the first step
@@ -90,5 +90,5 @@ def _endless(loader: Any) -> Generator[Any, None, None]:
 
 
 def _cpu_seconds() -> float:
-    """Returns user and system time of this process and of its ended children, in seconds."""
+    """Returns user and system time of this process and of ended child processes, in seconds."""
     return sum(os.times()[:4])

@@ -2,7 +2,7 @@
 
 Needs no GPU.
 Shows registers, spills, shared memory, occupancy, instructions, bytes, operations, and the
-time that a model predicts (`mocofast_bench.roofline`).
+predicted time of a model (`mocofast_bench.roofline`).
 
 InfoNCE has 256 queries and 65,536 negatives. EMA and optimisers have the weights of a
 ResNet-50 with a two-layer head. Ghost BatchNorm has activations of 256 images.
@@ -54,7 +54,7 @@ FIELDS = (
 
 
 class CompiledLaunch(NamedTuple):
-    """One launch, compiled for one architecture, with the model's prediction."""
+    """A launch, compiled for one architecture, with the model's prediction."""
 
     report: Report
     launch: Launch
@@ -146,7 +146,7 @@ HEADER = (
 
 
 def line(row: CompiledLaunch) -> str:
-    """Returns one line of the full table."""
+    """Returns a line of the full table."""
     r, p = row.report, row.prediction
     return (
         f"{GPUS[r.capability].name:5}{r.registers:5}{r.spills:6}{r.shared:8}{p.programs:9}"
@@ -174,7 +174,7 @@ two-layer head. BatchNorm has 256 x 64 x 56 x 56 activations in bf16, 8 splits a
 
 
 def limits() -> str:
-    """Returns the table of the GPUs' resources that the model assumes."""
+    """Returns the table of the GPUs' resources in the model."""
     lines = [
         "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz |"
         " of a multiprocessor: registers | shared, KB | threads | bf16 operations a clock |"
@@ -192,9 +192,9 @@ def limits() -> str:
 
 
 def summary(calls: dict[tuple[str, int], list[CompiledLaunch]]) -> str:
-    """Returns a Markdown table of whole calls, one row for every headline and GPU.
+    """Returns a Markdown table of whole calls, with a row for every headline and GPU.
 
-    Code is that of the slowest kernel. Bytes, operations and times are sums over all kernels. The
+    Code columns show the slowest kernel. Bytes, operations and times are sums over all kernels. The
     floor is the larger of two times: products at the full rate of the unit, and memory traffic.
     """
     lines = [

@@ -1,11 +1,11 @@
 """Times optimiser steps with the EMA of the momentum encoder, on a ResNet-50's weights.
 
-SGD and AdamW, with bfloat16 copies of both encoders, stand beside PyTorch's fused steps
+SGD and AdamW, with bfloat16 copies of query and key encoder, stand beside PyTorch's fused steps
 followed by torch._foreach_lerp_ and casts. LARS stands beside MoCo v3's loops over tensors.
 
 The floor is the memory traffic of a step at the copy bandwidth measured in the same run. A
 step reads and writes every tensor once. LARS reads weights and gradients twice, for the
-norms. On a GPU both sides are also timed as CUDA graphs, without the cost of launches.
+norms. On a GPU all sides are also timed as CUDA graphs, without the cost of launches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Pair = tuple[FusedOptimizer, dict[str, Call]]  # our optimiser, and {name: step}
 
 
 class Weights(NamedTuple):
-    """Tensors of one side, with the shapes of a ResNet-50. float32, except the shadows."""
+    """Tensors of a side, with the shapes of a ResNet-50. float32, except the shadows."""
 
     params: list[torch.nn.Parameter]  # with gradients
     targets: list[Tensor]  # averages of params
@@ -106,7 +106,7 @@ def capture_graph(step: Call) -> Call:
 
 
 def weights(device: torch.device) -> Weights:
-    """Returns random weights, gradients and targets for one side."""
+    """Returns random weights, gradients and targets for a side."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random_tensors(scale: float) -> list[Tensor]:
@@ -125,8 +125,8 @@ def weights(device: torch.device) -> Weights:
 def sgd(w: Weights, v: Weights) -> Pair:
     """Returns SGD with momentum and weight decay.
 
-    w: weights that our optimiser trains.
-    v: weights that the other side trains.
+    w: weights of our optimiser.
+    v: weights of the second side.
     """
     ours = FusedSGD(
         w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
@@ -166,7 +166,7 @@ def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Call:
 
 @torch.no_grad()
 def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
-    """Makes a LARS step, then the EMA, one tensor after another (arXiv:2104.02057)."""
+    """Makes a LARS step, then the EMA, tensor by tensor (arXiv:2104.02057)."""
     for param, buffer in zip(w.params, buffers):
         update = param.grad
         assert update is not None
@@ -183,9 +183,9 @@ def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
 
 
 def norm_traffic(optimizer: FusedOptimizer) -> int:
-    """Returns the bytes that norms read in addition to `optimizer.traffic()`.
+    """Returns the bytes read by norms, in addition to `optimizer.traffic()`.
 
-    LARS reads weights and gradients of two or more dimensions twice. Other optimisers: 0.
+    LARS reads weights and gradients of two or more dimensions twice. SGD and AdamW: 0.
     """
     if not isinstance(optimizer, FusedLARS):
         return 0

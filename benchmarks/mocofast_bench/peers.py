@@ -1,6 +1,7 @@
-"""Implementations of InfoNCE: ours, eager PyTorch and other packages.
+"""Implementations of InfoNCE: ours, eager PyTorch and other
+packages.
 
-Every peer takes queries (N, C), positive keys (N, C) and negatives (K, C) of unit length. It
+Every peer takes queries (N, C), positive keys (N, C) and negatives (K, C) of unit length, and
 returns the mean loss over one positive and K negatives, differentiable in the queries.
 
 A linear cross entropy has classes, but no positive key of every row. Cut-cross-entropy takes
@@ -163,7 +164,7 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
     """Returns {name: peer}.
 
     dtype: dtype of the benchmark. Eager peers run in a second dtype too.
-    compiling: include peers that need torch.compile.
+    compiling: include peers with torch.compile.
     """
     other = torch.float32 if dtype != torch.float32 else torch.bfloat16
     suffix = str(other).removeprefix("torch.")
@@ -189,7 +190,7 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
 def prepare_calls(
     peers: dict[str, Peer], sizes: Sizes, dtype: torch.dtype, device: torch.device, sets: int
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """Builds one forward and backward of every peer that runs here.
+    """Builds a forward and backward pass of every peer that runs here.
 
     sets: number of sets of inputs. Every call takes the next set.
 
@@ -227,7 +228,7 @@ def prepare_calls(
 
 
 def call_over(loss: Loss, sets: Iterable[Inputs]) -> Call:
-    """Returns a call that makes one forward and backward on the next set of inputs."""
+    """Returns a forward and backward pass on the next set of inputs."""
     turns = itertools.cycle(sets)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Runs one function in several gloo processes on this machine and returns the results."""
+"""Runs a function in several gloo processes on this machine and returns the results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mocofast import distributed
 
 
 def free_port() -> int:
-    """Returns a TCP port that was free a moment ago."""
+    """Returns a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
-    """Runs `function(rank)` in `world_size` processes of one new process group.
+    """Runs `function(rank)` in `world_size` processes of a new process group.
 
-    function: must pickle, and so must its result. Runs on one thread, with torchrun's
+    function: must pickle. The result must pickle too. Runs on one thread, with torchrun's
         environment variables. A DistributedDataParallel wrapper must be a local variable of
         the function: the wrapper must end before the group (`distributed.shutdown`).
     world_size: number of processes.

@@ -1,10 +1,10 @@
 """Models how long a kernel launch takes on a GPU, from machine code and sizes. Needs no GPU.
 
-Products (the sweeps of InfoNCE). One round of a program's main loop takes, in clocks of a
+Products (the sweeps of InfoNCE). A round of a program's main loop takes, in clocks of a
 multiprocessor:
 
     matrix   operations / operations a clock (half as many operations a clock in tf32)
-    issue    instructions x warps / 4 (four schedulers, one instruction a clock)
+    issue    instructions x warps / 4 (four schedulers with an instruction a clock)
     special  exponentials x threads / 16
     float32  float32 instructions x threads / lanes
     l2       bytes of the streamed tile / (bytes a clock of the whole L2 cache / multiprocessors)
@@ -12,8 +12,8 @@ multiprocessor:
 With r programs on a multiprocessor, a round takes the maximum of two times:
 
     r x the largest of the five values
-    matrix + the largest of issue, special and float32: inside one program, products and
-        exponentials wait for one another
+    matrix + the largest of issue, special and float32: inside a program, products and
+        exponentials wait in turn
 
 A program takes all rounds, and 2 more rounds to start and finish. Programs run in waves of as
 many as fit on the GPU. Memory takes the time to move every byte of the tensors once, at the
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class GPU(NamedTuple):
-    """Resources of a GPU. Numbers are those of one multiprocessor, unless the comment says more."""
+    """Resources of a GPU. Numbers are for one multiprocessor, unless a comment says more."""
 
     name: str
     processors: int  # multiprocessors of the GPU
@@ -115,10 +115,10 @@ AVERAGE = 4  # operations for each element that an EMA adds to an optimiser's st
 
 
 class Prediction(NamedTuple):
-    """Prediction for one launch.
+    """Prediction for a launch.
 
-    Times are in seconds. The time of a resource assumes that nothing else takes time. A resource
-    that the launch does not use has time 0.
+    Times are in seconds. The time of a resource assumes all else is free. An unused
+    resource has time 0.
     """
 
     programs: int  # programs of the launch
@@ -137,7 +137,7 @@ class Prediction(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """Returns the resource that takes the longest time."""
+        """Returns the resource with the longest time."""
         return max(
             ("matrix", "issue", "special", "float32", "l2", "memory"),
             key=lambda name: getattr(self, name),
@@ -158,7 +158,7 @@ def resident_programs(report: Report, gpu: GPU) -> int:
 def traffic(launch: Launch) -> int:
     """Returns the bytes moved if every tensor is read or written once.
 
-    Tensors that are updated in place count twice: one read, one write.
+    Tensors updated in place count twice: a read and a write.
     """
     # Optimisers and EMA: tensors stand in a pointer table.
     kernel, given = launch.kernel.__name__, launch.arguments
@@ -202,7 +202,7 @@ def operations(launch: Launch) -> int:
 
 
 def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
-    """Predicts the time of one launch.
+    """Predicts the time of a launch.
 
     launch: recorded launch: grid, arguments and constants.
     report: what the machine code of the launch holds.
@@ -242,7 +242,7 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
 
 
 def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
-    """Returns the rounds of a program's main loop, and the clocks of every resource in one round.
+    """Returns the rounds of a program's main loop, and the clocks of every resource in a round.
 
     Order of resources: matrix, issue, special, float32, l2.
     """

@@ -1,4 +1,4 @@
-"""Models 8 to 1,024 GPUs: bytes that every rank receives in a step, and the time of the transfers.
+"""Models 8 to 1,024 GPUs: bytes received by every rank in a step, and the time of the transfers.
 
     PYTHONPATH=.:kernels:benchmarks python -m mocofast_bench.scaling_model
 
@@ -28,7 +28,7 @@ SIDES = ("mocofast", "reference")
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes that decide the bytes of one step."""
+    """Sizes to compute the bytes of a step."""
 
     ranks: int
     batch: int  # images per rank
@@ -39,11 +39,11 @@ class Workload:
 
 
 def received_bytes(step: Workload) -> dict[str, dict[str, float]]:
-    """Returns the bytes that one rank receives in one step, {side: {purpose: bytes}}.
+    """Returns the bytes received by a rank in a step, {side: {purpose: bytes}}.
 
     A rank sends as many bytes as a rank receives, except for broadcasts.
 
-    mocofast: every image goes to one rank as uint8. On average over permutations, 1/W of the
+    mocofast: every image goes to a single rank as uint8. On average over permutations, 1/W of the
         images stay on their rank. Every key goes to all ranks once.
     reference: every image goes to all ranks as float32. Every key goes to all ranks twice: to
         restore the order, and for the queue. Rank 0 sends the permutation and, by
@@ -89,7 +89,7 @@ class Cluster:
     def all_gather(self, ranks: int, own: float) -> float:
         """Returns the seconds until every rank has the `own` bytes of all ranks.
 
-        A port receives the bytes of one rank of every other node. NVLink carries the rest.
+        A port receives the bytes of one rank of every remote node. NVLink carries the rest.
         """
         remote = self.nodes(ranks) - 1
         return (
@@ -211,7 +211,7 @@ def tables(base: Workload, cluster: Cluster) -> str:
 
 
 def bytes_table(base: Workload) -> str:
-    """Returns the table of received bytes, one line for every count of GPUs."""
+    """Returns the table of received bytes, with a line for every count of GPUs."""
     heads = ["images, ours", "images, reference", "ratio", "keys, ours", "keys, reference"]
     lines = []
     for ranks in RANKS:
@@ -226,7 +226,7 @@ def bytes_table(base: Workload) -> str:
 
 
 def times_table(base: Workload, cluster: Cluster) -> str:
-    """Returns the table of communication times, one line for every count of GPUs."""
+    """Returns the table of communication times, with a line for every count of GPUs."""
     heads = ["images, ours", "keys, ours", "gradients", "efficiency, ours"]
     heads += ["images, reference", "rest, reference", "efficiency, reference"]
     lines = []

@@ -1,9 +1,9 @@
-"""Times one training step beside the reference's loop, an eager baseline and lightly.
+"""Times a training step beside the reference's loop, an eager baseline and lightly.
 
 All sides have the same encoder, weights and images. The floor, "encoders only", is the
 forward and backward pass of the query encoder and the forward pass of the key encoder, in
-our step's precision, on prepared images. The parts of our step are shown as `mocofast
-pretrain --profile` shows them.
+our step's precision, on prepared images. The parts of our step are shown as in `mocofast
+pretrain --profile`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Adds the model, its sizes and the engine modes."""
+    """Adds the model, sizes and the engine modes."""
     add_model_arguments(parser, positive, SMALL)
     parser.add_argument(
         "--modes",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 def add_model_arguments(
     parser: argparse.ArgumentParser, positive: Callable[[str], int], small: dict[str, Any]
 ) -> None:
-    """Adds the recipe and options that override the recipe.
+    """Adds the recipe and options to override the recipe.
 
     small: {setting: value} on a CPU, if no recipe is given.
     """
@@ -78,7 +78,7 @@ def add_model_arguments(
 def build_config(
     arguments: argparse.Namespace, device: torch.device, small: dict[str, Any]
 ) -> Config:
-    """Returns the configuration that the arguments of `add_model_arguments` describe.
+    """Returns the configuration for the arguments of `add_model_arguments`.
 
     Raises ConfigError if the queue is not a multiple of the batch.
     """
@@ -227,7 +227,7 @@ def profile_step(config: Config, device: torch.device) -> Profile:
 
 
 class Alone(NamedTuple):
-    """What one side takes in a process of its own."""
+    """Measurements of a side in a separate process."""
 
     first_step_seconds: float  # compiling and loading code included, building the model not
     # Bytes at the peak of a step, minus weights, optimiser state, queue and images. None: unknown.
@@ -236,7 +236,7 @@ class Alone(NamedTuple):
 
 
 def measure_alone(name: str, config: Config, device: str) -> Alone:
-    """Measures the side `name`. Call it in a fresh process."""
+    """Measures the side `name`. To be called in a fresh process."""
     where = torch.device(device)
     step = STEPS[name](config, where)
     began = time.perf_counter()
@@ -251,9 +251,9 @@ def measure_alone(name: str, config: Config, device: str) -> Alone:
 
 
 class HostSynchronisations(TorchDispatchMode):
-    """Counts calls that make the host wait for a device.
+    """Counts calls where the host waits for a device.
 
-    On a CPU nothing waits: the mode counts the calls that would wait on a GPU.
+    On a CPU nothing waits: the mode counts calls with a wait on a GPU.
     """
 
     def __init__(self) -> None:
@@ -273,7 +273,7 @@ class HostSynchronisations(TorchDispatchMode):
 
 
 def host_synchronisations(step: Call) -> int:
-    """Returns how often a step waits for its device, after one step of warm-up."""
+    """Returns how often a step waits for the device, after one step of warm-up."""
     step()
     with HostSynchronisations() as waits:
         step()

@@ -73,8 +73,8 @@ def interleaved_with_copy(
     """Times the candidates and a large copy, as `interleaved` does.
 
     Returns:
-        times: one Timing for each candidate, without the copy.
-        bandwidth: bytes a second that the copy reads and writes.
+        times: a Timing for every candidate, without the copy.
+        bandwidth: bytes a second, read and written by the copy.
     """
     block = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(block)
@@ -109,13 +109,13 @@ def _summary(values: list[float]) -> Timing:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has finished its work. Does nothing on a CPU."""
+    """Waits until a GPU has finished. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a module-level function in a new process and returns its result.
+    """Calls a module-level function in a new process and returns the result.
 
     A new process has no memory left over from earlier calls, which would hide the peak.
     """
@@ -124,10 +124,10 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Returns the peak memory of one call in bytes, minus the memory in use before the call.
+    """Returns the peak memory of a call in bytes, minus the memory in use before the call.
 
-    function: what to measure. On a CPU, call it once with a small problem before: loading
-        code also takes memory.
+    function: what to measure. On a CPU, call the function with a small problem first:
+        loading code also takes memory.
     device: on CUDA the allocator counts. On a CPU the resident set counts (Linux).
 
     Returns None where memory cannot be measured.

@@ -147,9 +147,9 @@ def plot(row: dict[str, Any]) -> Figure:
 
 
 def memory_of(name: str, source: Source, config: Config, device: str) -> int | None:
-    """Returns the peak bytes of one side's training, weights included. Call it in a fresh process.
+    """Returns the peak bytes of one side's training, weights included. Needs a fresh process.
 
-    Memory of a process that has only loaded the libraries is subtracted. On a CPU the memory
+    Memory of loaded libraries is subtracted. On a CPU the memory
     of the loader's processes is added. Returns None where memory cannot be measured.
     """
     where, workers = torch.device(device), 0
@@ -170,7 +170,7 @@ def memory_of(name: str, source: Source, config: Config, device: str) -> int | N
 
 
 def ours(source: Source, config: Config, device: torch.device) -> TimedLoop:
-    """Returns our loop: the engine's step, with the loader that training would choose."""
+    """Returns our loop: the engine's step, with the loader of training."""
     engine = our_engine(config, device)
 
     def start() -> Any:

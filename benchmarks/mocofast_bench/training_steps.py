@@ -1,8 +1,8 @@
-"""Builds the training steps that `mocofast bench step` times.
+"""Builds the training steps of `mocofast bench step`.
 
-Every side builds a model from the same seed and returns a function that does one step.
+Every side builds a model from the same seed and returns a function for a single step.
 Images are on the device already, in the format of the side's loader: uint8 for our step,
-which normalises images itself, normalised float32 for all other sides.
+which normalises images, and normalised float32 for the rest.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ def fresh_model(config: Config, device: torch.device) -> MoCo:
     """Returns the model of a configuration: weights from seed 0, channels-last as in training."""
     torch.manual_seed(0)
     model = build(config).to(device)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    # torch's stubs lack memory_format.
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def channels_first(model: MoCo) -> MoCo:
     """Moves the model to the reference's memory layout (NCHW)."""
-    return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
+    # torch's stubs lack memory_format.
+    return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns two batches of noise, (B, 3, S, S) uint8, channels-last like those of our loaders.
+    """Returns two batches of noise, (B, 3, S, S) uint8, channels-last as from our loaders.
 
     A step on noise takes as long as a step on photos.
     """
@@ -59,13 +61,13 @@ def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 def float_views(
     model: MoCo, views: tuple[Tensor, Tensor], layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
-    """Returns the images normalised, (B, 3, S, S) float32, like those of a plain DataLoader."""
+    """Returns the images normalised, (B, 3, S, S) float32, as from a plain DataLoader."""
     im_q, im_k = (normalise_images(model, view).contiguous(memory_format=layout) for view in views)
     return im_q, im_k
 
 
 def normalise_images(model: MoCo, images: Tensor) -> Tensor:
-    """Returns uint8 images in the format that our model's encoders take."""
+    """Converts uint8 images to the input format of our model's encoders."""
     assert model.pixel_mean is not None and model.pixel_std is not None
     return prepare_images(images, model.pixel_mean, model.pixel_std)
 
@@ -75,7 +77,7 @@ def our_engine(config: Config, device: torch.device, mode: str | None = None) ->
 
     mode: engine mode. None: the mode of the configuration.
 
-    Raises ConfigError for a mode that this device does not have.
+    Raises ConfigError for a mode without support on this device.
     """
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model = fresh_model(config, device)
@@ -122,7 +124,7 @@ def strong(config: Config, device: torch.device) -> Call:
 def lightly(config: Config, device: torch.device) -> Call:
     """Returns a step made of lightly's blocks, as lightly's MoCo example combines them.
 
-    Precision and layout are those of `strong`.
+    Precision and layout are as in `strong`.
     """
     from lightly.loss import NTXentLoss
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum

@@ -1,6 +1,6 @@
 """`mocofast bench data --tune`: finds the fastest loader settings on this machine.
 
-The options of every available loader are tuned one after another: threads or processes, then
+The options of every available loader are tuned in this order: threads or processes, then
 prefetch depth. For DALI on a GPU follow the hardware decoder's share of images, and whether
 buffers are allocated for the largest image at the start. All values of an option are timed
 in turns. A new value is taken only if it is FASTER times as fast as the old value: noise
@@ -111,7 +111,7 @@ def tune_loader(
     data: settings to start from.
     stages: [(option, values to try)], tuned in this order.
     rates_of: measures candidates.
-    rows: one row for every measured candidate is appended.
+    rows: a row for every measured candidate is appended.
     """
     for name, values in stages:
         others = [

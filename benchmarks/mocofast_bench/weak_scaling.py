@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels:benchmarks python -m mocofast_bench.weak_scaling --ranks 1 2 4
 
 Every rank trains on a batch of the same size, on one thread. All ranks together are timed, and
-the sides take turns. Reports images per second and CPU time per image. Other jobs on the
+the sides take turns. Reports images per second and CPU time per image. Jobs on the same
 machine disturb CPU time less. docs/scaling.md has the measured figures and says what the
 figures can and cannot show. An installed mocofast needs no PYTHONPATH.
 """
@@ -42,9 +42,9 @@ WARM_UP_STEPS = 3  # DistributedDataParallel rebuilds the buckets in the second 
 
 
 def build_steps(config: Config) -> dict[str, Callable[[], Any]]:
-    """Returns {side: one step on this rank}.
+    """Returns {side: training step on this rank}.
 
-    config: data.batch_size is the batch of one rank.
+    config: data.batch_size is the batch of a rank.
     """
     engine, views = our_engine(config, CPU), pixel_views(config, CPU)
     model = channels_first(fresh_model(config, CPU))
@@ -110,7 +110,7 @@ def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, d
 
 
 def main() -> None:
-    """Measures every number of ranks, prints a table and one JSON line."""
+    """Measures every number of ranks, prints a table and a JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
