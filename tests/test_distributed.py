@@ -26,7 +26,7 @@ from tests.eager_moco import (
 )
 
 WORLD = 2
-PER_RANK = 5  # odd, so that a rank cannot receive equally many images from both
+PER_RANK = 5  # odd, so that a rank cannot receive equally many images from rank 0 and rank 1
 STEPS = 5  # 50 keys into 23 rows: two wrap-arounds, in the middle of a batch
 
 
@@ -113,7 +113,7 @@ def shuffles(rank: int) -> dict[str, Any]:
         )
     state = shuffle.state()
     first = [shuffle(whole.chunk(WORLD)[rank])[0] for _ in range(3)]
-    # A run that continues in the middle, on rank 1 from a state that only rank 0 really has.
+    # A resumed run: only rank 0 has the state.
     shuffle.load_state(state if rank == 0 else None)
     again = [shuffle(whole.chunk(WORLD)[rank])[0] for _ in range(3)]
     return {"batches": results, "first": first, "again": again}
@@ -231,7 +231,7 @@ def test_shuffle_sends_each_image_once_in_its_own_dtype(ranks: list[dict[str, An
     crossed = 0
     for batches in zip(*(r["shuffles"]["batches"] for r in ranks)):
         for number, batch in enumerate(batches):
-            ((dtype, received, sent),) = batch["sent"]  # one exchange a step
+            ((dtype, received, sent),) = batch["sent"]  # one exchange per step
             assert dtype == batch["got"].dtype
             assert sum(sent) == sum(received) == PER_RANK
             crossed += received[1 - number]

@@ -233,7 +233,7 @@ def test_double_backward_raises(reduction: str) -> None:
     query = features(0, 4, 6).requires_grad_()
     loss = ops.info_nce(query, features(1, 4, 6), features(2, 8, 6), reduction=reduction).sum()
     (grad,) = torch.autograd.grad(loss, query, create_graph=True)
-    # Silently treating it as a constant would drop a gradient penalty's term.
+    # A silent zero would drop the term of a gradient penalty.
     with pytest.raises(RuntimeError, match="info_nce has no second derivative"):
         (loss + grad.square().sum()).backward()
 

@@ -38,9 +38,8 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    "onednn", [True, False]
-)  # without: the products of other builds of PyTorch
+# Without oneDNN, as in other builds of PyTorch, matrix products run elsewhere.
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.2, torch.tensor(0.2)])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
@@ -125,9 +124,8 @@ def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: fl
     assert alone.lse is alone.grad_positive is alone.grad_scale is None
 
 
-@pytest.mark.parametrize(
-    "onednn", [True, False]
-)  # without: the products of other builds of PyTorch
+# Without oneDNN, as in other builds of PyTorch, matrix products run elsewhere.
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 @pytest.mark.parametrize(
     ("count", "period"), [(1, 1), (5, 5), (263, 263), (526, 263), (600, 3), (2, 1)]
@@ -302,7 +300,7 @@ def test_ema_copies_integers_and_updates_tied_tensors_once() -> None:
 
 def test_ema_of_weights_in_channels_last_and_tied_ones() -> None:
     weight = features(0, 5, 4, 3, 3).to(memory_format=torch.channels_last)
-    source = features(1, 5, 4, 3, 3)  # in the other layout: paired by index, not by place in memory
+    source = features(1, 5, 4, 3, 3)  # NCHW: paired by index, not by place in memory
     want = 0.9 * weight + 0.1 * source
     cpu.ema_update_([weight, weight], [source, source], 0.9)
     torch.testing.assert_close(weight, want, rtol=4 * EPS, atol=EPS)
@@ -338,7 +336,7 @@ def test_the_queue_holds_the_last_keys_after_any_wrap_around(
             rows[at] = (key / key.norm()).to(dtype)
             at = (at + 1) % size
     assert int(pointer) == at
-    # The norm may be summed in another order: one rounding of the stored type apart.
+    # The norm may be summed in another order, which changes a result by one rounding of its dtype.
     torch.testing.assert_close(queue, torch.stack(rows), rtol=torch.finfo(dtype).eps, atol=EPS)
 
 

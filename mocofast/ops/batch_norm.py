@@ -53,7 +53,7 @@ def ghost_batch_norm(
     """
     _check(x, num_splits, residual)
 
-    # Tensors that no Triton kernel takes.
+    # Without a Triton kernel: other devices, dtypes and memory formats.
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if (
         not backend.fuses_batch_norm(x.device.type)

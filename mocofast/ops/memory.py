@@ -33,7 +33,7 @@ def ema_update_(
         raise ValueError(
             f"sources must be as many as targets: got {len(sources)} and {len(targets)}"
         )
-    # Groups by device: all tensors on one device is the common case, and is checked fast.
+    # Group pairs by device. The common case, a single device, has a faster check.
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     if (common := _device_of_plain_pairs(targets, sources)) is not None:
         groups[common] = (targets, sources)

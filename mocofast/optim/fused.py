@@ -33,7 +33,7 @@ from mocofast.ops.backend import Backend
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
 
-# Options of PyTorch's optimisers that a state dict may hold, with the only value that is supported.
+# Options that a state dict of PyTorch's optimisers may hold, with the only supported value.
 UNSUPPORTED = {
     "dampening": 0,
     "nesterov": False,
