@@ -130,8 +130,8 @@ def test_all_sides_start_from_the_same_loss() -> None:
     config = tiny()
     ours, strong = (training_steps.STEPS[name](config, CPU)() for name in ("mocofast", "strong"))
     reference = training_steps.STEPS["reference"](config, CPU)()
-    assert ours[0].item() == pytest.approx(reference, rel=1e-5)
-    torch.testing.assert_close(ours, strong, rtol=1e-5, atol=1e-6)
+    assert ours.loss.item() == pytest.approx(reference, rel=1e-5)
+    torch.testing.assert_close(ours.values, strong, rtol=1e-5, atol=1e-6)
 
 
 def test_lightlys_side_waits_once_and_learns_on_the_same_images() -> None:
