@@ -13,7 +13,14 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import BatchSlice, ViewParams, epoch_order, sample_view, view_augments
+from mocofast.data.interface import (
+    BatchSlice,
+    ViewParams,
+    epoch_order,
+    first_good,
+    sample_view,
+    view_augments,
+)
 
 V2 = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_first=False, blur=0.5)
 COUNT = (
@@ -96,6 +103,18 @@ def test_an_impossible_slice_is_refused_with_the_numbers() -> None:
         BatchSlice(10, 0, 3)
     with pytest.raises(ValueError, match=r"got 10, and 9 images"):
         BatchSlice(10).steps(9)
+
+
+def test_a_slot_is_filled_by_the_next_good_sample_modulo_their_number() -> None:
+    asked: list[int] = []
+
+    def is_good(index: int) -> bool:
+        asked.append(index)
+        return index in (1, 3)
+
+    assert [first_good(slot, 5, is_good) for slot in range(5)] == [1, 1, 3, 3, 1]
+    assert asked == [0, 1, 1, 2, 3, 3, 4, 0, 1]  # nobody decodes more than needed
+    assert first_good(2, 5, lambda index: False) is None
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.decoding import undecodable, unlike_header
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
-from mocofast.data.planning import Plan, Planner
+from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.view_ops import apply_view_ops
 
 # Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
@@ -184,9 +184,11 @@ class _Batches:
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._kind = type(source.load(0))
         self._pool = _single_threaded_pool(self._threads)
-        self.planner = Planner(source, augments, batch_slice, seed, self._pool)
+        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool)
         self._pipeline: Pipeline | None = None
-        self._unfinished: deque[Plan] = deque()  # plans of the batches inside DALI, oldest first
+        self._unfinished: deque[BatchPlan] = (
+            deque()
+        )  # plans of the batches inside DALI, oldest first
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
         self._next_plan = (0, 0)  # (epoch, step) of the next batch to plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -229,7 +231,7 @@ class _Batches:
 
     # DALI
 
-    def _run_pipeline(self) -> tuple[Plan, tuple[Any, ...]]:
+    def _run_pipeline(self) -> tuple[BatchPlan, tuple[Any, ...]]:
         """Returns the next plan and DALI's outputs. Replaces bad samples until all
         samples decode.
         """
@@ -294,7 +296,7 @@ class _Batches:
 
     # Bad files
 
-    def _find_bad(self, plans: list[Plan]) -> bool:
+    def _find_bad(self, plans: list[BatchPlan]) -> bool:
         """Records the files of `plans` that cannot be decoded. Returns False if there are none."""
         if self._kind is np.ndarray or not plans:
             return False

@@ -23,7 +23,7 @@ from mocofast.data.sampling import per_view, sample_views
 from mocofast.errors import describe_error
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """A batch of B images before decoding."""
 
     epoch: int
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     params: list[list[ViewParams]]  # the parameters of B views, for every view
 
 
-class Planner:
+class BatchPlanner:
     """Plans batches at any position. Reads the header of every image file once, for the
     image's size.
     """
@@ -54,7 +54,7 @@ class Planner:
         self._seed, self._pool = seed, pool
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
 
-    def plan(self, epoch: int, step: int) -> Plan:
+    def plan(self, epoch: int, step: int) -> BatchPlan:
         """Returns the plan of a batch. Raises ValueError if all samples are bad."""
         if self._order[0] != epoch:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
@@ -66,7 +66,7 @@ class Planner:
             per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
             for view, augment in enumerate(self._augments)
         ]
-        return Plan(epoch, step, samples, params)
+        return BatchPlan(epoch, step, samples, params)
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """Returns the (epoch, step) of the next batch."""
