@@ -1,4 +1,8 @@
-"""The `mocofast` command. Every option of a run is generated from config.py, so it has one name and one default."""
+"""The `mocofast` command.
+
+The options of a run are made from config.py and from the methods' modules, so every option has one
+name and one default.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +12,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from mocofast import settings
-from mocofast.config import Config, ConfigError, DataConfig, KNNConfig
+from mocofast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    KNNConfig,
+    ModelConfig,
+)
+from mocofast.parser import Parser, add_method_settings, add_settings, given_settings, group_options
 
 if TYPE_CHECKING:
     from mocofast.data.sources import Datasets
     from mocofast.methods.base import Method
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line that names the nearest known option; exit status 2; no abbreviations."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        arguments, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            what = "option" if name.startswith("-") else "argument"
-            self.error(f"unknown {what} {name!r}{settings.nearest(name, known)}")
-        return arguments
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
-    for group, kind in groups.items():
-        section = parser.add_argument_group(group, (kind.__doc__ or "").splitlines()[0])
-        for setting in settings.settings(group, kind):
-            default = settings.shown(setting.default)
-            values = f" ({' | '.join(setting.choices)})" if setting.choices else ""
-            section.add_argument(
-                f"--{setting.name}",
-                metavar="VALUE",
-                default=argparse.SUPPRESS,
-                help=f"{setting.help}{values} [{default}]".replace("%", "%%"),
-            )
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, str]:
-    return {name: value for name, value in vars(arguments).items() if "." in name}
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -63,14 +35,17 @@ def pretrain(argv: Sequence[str]) -> int:
     from mocofast.train.resume import configure
     from mocofast.train.run import train
 
-    parser = _Parser(
+    parser = Parser(
         prog="mocofast pretrain",
+        usage="mocofast pretrain [RECIPE] [--resume auto|PATH] [--profile] "
+        "[--GROUP.OPTION VALUE ...]",
         description=(
-            "Pretrains with momentum contrast. Without arguments: the digits, minutes on two CPU cores.\n"
+            "Pretrains with momentum contrast.\n"
+            "Without arguments: the digits, minutes on two CPU cores.\n"
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
             "Defaults in [brackets] are those of MoCo v1; a recipe changes some.\n"
-            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM; a checkpoint was written."
+            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM, with a checkpoint."
         ),
     )
     parser.add_argument(
@@ -80,43 +55,47 @@ def pretrain(argv: Sequence[str]) -> int:
         "--resume",
         metavar="auto|PATH",
         default="",
-        help="auto: continue the newest checkpoint of the run folder, if any; PATH: a run folder or checkpoint",
+        help="auto: continue the newest checkpoint of the run folder, if there is one; "
+        "PATH: continue this run folder or checkpoint",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="also look at some steps after the first ones: profile.png and profile.txt in the run folder say where "
-        "a step's time goes and what its floor is, trace.json.gz opens in Perfetto; the run's results stay the same",
+        help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
+        "of a step and their floors, trace.json.gz opens in Perfetto; the results stay the same",
     )
-    _add_settings(parser, settings.groups())
+    groups = settings.groups()
+    add_settings(parser, {"model": ModelConfig})
+    add_method_settings(parser, argv)
+    add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
     arguments = parser.parse(argv)
-    config = configure(arguments.recipe, arguments.resume, _given(arguments))
+    config = configure(arguments.recipe, arguments.resume, given_settings(arguments))
     return EXIT_INTERRUPTED if train(config, arguments.resume, arguments.profile).interrupted else 0
 
 
-def _evaluation_parser(name: str, description: str, group: str, kind: type) -> _Parser:
-    """A parser of `mocofast NAME CKPT --data.path DIR ...` with one more group of options."""
-    parser = _Parser(prog=f"mocofast {name}", description=description)
+def _evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
+    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`, with a group of its own."""
+    parser = Parser(prog=f"mocofast {name}", description=description)
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
     parser.add_argument(
         "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
     )
-    _add_settings(parser, {"data": DataConfig, group: kind})
+    add_settings(parser, {"data": DataConfig, group: kind})
     return parser
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
-    """The model, its run's configuration with the data options of the command line, and the images."""
+    """Returns the model, its run's configuration with the given data options, and the images."""
     from mocofast.data.sources import load_datasets
     from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
-    given = _given(arguments)
+    given = given_settings(arguments)
     if "data.path" in given:
         given.setdefault("data.source", "folder")
     settings.apply(
         config,
-        {name: value for name, value in given.items() if name.split(".")[0] in settings.groups()},
+        {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
     )
     settings.validate(config)
     return model, config, load_datasets(config.data, config.train.seed)
@@ -146,17 +125,6 @@ def _log_to_screen() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
 
-def _options(kind: type, group: str, arguments: argparse.Namespace) -> Any:
-    """The group's dataclass with the values of the command line."""
-    options, given = kind(), _given(arguments)
-    for setting in settings.settings(group, kind):
-        if setting.name in given:
-            setattr(
-                options, setting.name.split(".")[1], settings.coerce(setting, given[setting.name])
-            )
-    return options
-
-
 def linear(argv: Sequence[str]) -> int:
     """accuracy of a linear classifier on a checkpoint's frozen features"""
     from mocofast.device import choose_device
@@ -166,7 +134,7 @@ def linear(argv: Sequence[str]) -> int:
         "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     )
     arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
-    options = _options(LinearConfig, "linear", arguments)
+    options = group_options(LinearConfig, "linear", arguments)
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
@@ -181,11 +149,14 @@ def linear(argv: Sequence[str]) -> int:
 def finetune(argv: Sequence[str]) -> int:
     """accuracy of a checkpoint's encoder after training all of it on labels"""
     from mocofast.device import choose_autocast, choose_device
+    from mocofast.evaluate import finetune as protocol
     from mocofast.evaluate.finetune import FinetuneConfig
-    from mocofast.evaluate.finetune import finetune as run
     from mocofast.train.checkpoint import save_atomically
 
-    description = "Trains a checkpoint's query encoder and a new linear head on labelled images, and validates it."
+    description = (
+        "Trains a checkpoint's query encoder and a new linear head on labelled images, "
+        "and validates it."
+    )
     parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
     parser.add_argument(
         "--out",
@@ -193,13 +164,13 @@ def finetune(argv: Sequence[str]) -> int:
         help="write the trained classifier's state dict, in torchvision's names",
     )
     arguments = parser.parse(argv)
-    options = _options(FinetuneConfig, "finetune", arguments)
+    options = group_options(FinetuneConfig, "finetune", arguments)
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
     print(datasets.note)
     encoder = model.encoder_q.to(device)
-    result = run(
+    result = protocol.finetune(
         encoder, datasets, config, options, device, choose_autocast(config.train.precision, device)
     )
     if arguments.out:
@@ -210,18 +181,19 @@ def finetune(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """a checkpoint's encoder for torchvision, timm, detectron2 or facebookresearch/moco"""
-    from mocofast.interop.export import FORMATS
-    from mocofast.interop.export import export as write
+    from mocofast.interop import export as formats
     from mocofast.train.checkpoint import load_checkpoint
 
-    parser = _Parser(
+    parser = Parser(
         prog="mocofast export", description="Writes a checkpoint's query encoder in another format."
     )
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
-    parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
+    parser.add_argument(
+        "--format", metavar="FORMAT", required=True, help=" | ".join(formats.FORMATS)
+    )
     parser.add_argument("out", help="the file to write; .safetensors selects that file format")
     arguments = parser.parse(argv)
-    print(write(load_checkpoint(arguments.checkpoint), arguments.format, arguments.out))
+    print(formats.export(load_checkpoint(arguments.checkpoint), arguments.format, arguments.out))
     return 0
 
 
@@ -229,7 +201,7 @@ def prepare(argv: Sequence[str]) -> int:
     """a compact copy of a folder of images, as tar shards"""
     from mocofast.data import prepare as module
 
-    parser = _Parser(prog="mocofast prepare", description=module.__doc__)
+    parser = Parser(prog="mocofast prepare", description=module.__doc__)
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
     parser.add_argument("out", help="the folder to write, for data.source=shards; must not exist")
     for setting in settings.settings("prepare", module.PrepareConfig):
@@ -244,7 +216,8 @@ def prepare(argv: Sequence[str]) -> int:
     for name, reason in meta["skipped"].items():
         print(f"left out: {name}: {reason}")
     print(
-        f"{sum(meta['images'].values())} images in {out}; mocofast pretrain --data.source shards --data.path {out}"
+        f"{sum(meta['images'].values())} images in {out}; "
+        f"mocofast pretrain --data.source shards --data.path {out}"
     )
     return 0
 
@@ -260,7 +233,7 @@ def doctor(argv: Sequence[str]) -> int:
     """what this machine has, which path each part takes, and why"""
     from mocofast.doctor import main
 
-    _Parser(
+    Parser(
         prog="mocofast doctor",
         description="Shows what this machine has, and which path each part takes.",
     ).parse(argv)
@@ -272,11 +245,11 @@ def main_moco(argv: Sequence[str]) -> int:
     """facebookresearch/moco's and moco-v3's main_moco.py, flag for flag"""
     from mocofast.interop import reference_commands
 
-    parser = _Parser(
+    parser = Parser(
         prog="mocofast main_moco",
         description=(
-            "Runs a command line of main_moco.py and prints what it is here. A flag that only MoCo v3's has, or\n"
-            "a ViT, makes it MoCo v3's; without one it is MoCo v1's or v2's."
+            "Runs a command line of main_moco.py, and prints the mocofast command.\n"
+            "A flag of MoCo v3 alone, or a ViT, selects MoCo v3. Otherwise it is MoCo v1 or v2."
         ),
     )
     reference_commands.add_flags(parser, linear=False)
@@ -284,12 +257,15 @@ def main_moco(argv: Sequence[str]) -> int:
 
 
 def main_lincls(argv: Sequence[str]) -> int:
-    """their main_lincls.py"""
+    """facebookresearch/moco's and moco-v3's main_lincls.py, flag for flag"""
     from mocofast.interop import reference_commands
 
-    parser = _Parser(
+    parser = Parser(
         prog="mocofast main_lincls",
-        description="Runs a command line of main_lincls.py, in MoCo's way or MoCo v3's, as the checkpoint says.",
+        description=(
+            "Runs a command line of main_lincls.py, with the protocol of MoCo or of MoCo v3, "
+            "as the checkpoint tells."
+        ),
     )
     reference_commands.add_flags(parser, linear=True)
     given = vars(parser.parse(argv))
@@ -303,7 +279,7 @@ def study(argv: Sequence[str]) -> int:
     from mocofast.device import choose_device
     from mocofast.train.interrupt import EXIT_INTERRUPTED
 
-    parser = _Parser(prog="mocofast study", description=module.__doc__)
+    parser = Parser(prog="mocofast study", description=module.__doc__)
     parser.add_argument("name", choices=("four-class",), help="which study: four-class")
     parser.add_argument(
         "--data.path", metavar="DIR", dest="path", required=True, help="train/CLASS and test/CLASS"
@@ -326,14 +302,13 @@ def study(argv: Sequence[str]) -> int:
     given = parser.parse(argv)
     out = Path(given.out or f"runs/{given.name}-{given.setting}")
     try:
-        module.four_class(
-            given.path, out, module.SIZES[given.setting], choose_device(given.device)
-        )
+        module.four_class(given.path, out, module.SIZES[given.setting], choose_device(given.device))
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {out}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(
-        f"{(out / 'table.md').read_text(encoding='utf-8')}written to {out}: results.json, table.md, curves.png"
+        f"{(out / 'table.md').read_text(encoding='utf-8')}"
+        f"written to {out}: results.json, table.md, curves.png"
     )
     return 0
 
@@ -357,7 +332,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 2 for arguments that cannot be used, 75 when interrupted."""
+    """Runs a command. Returns its exit status.
+
+    0: done. 2: arguments that cannot be used. 75: interrupted, a checkpoint was written.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items())
     usage = (

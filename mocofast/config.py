@@ -1,84 +1,125 @@
-"""Every hyper-parameter, its default and its meaning: once.
+"""Every hyper-parameter with its default, its meaning and its valid values, in one place.
 
-The defaults are MoCo v1 on ImageNet as its paper trains it (He et al. 2020, arXiv:1911.05722); the files in
-``recipes/`` hold only what differs. ``mocofast pretrain --help`` is generated from this file.
+The options of a method stand beside the method, as `Options` of its module.
+The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
+The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from this file.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 class ConfigError(ValueError):
-    """A recipe, option or value that cannot be used; the message names it and what would do."""
+    """A recipe, option or value cannot be used. The message names it and says what was expected."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """One option: its default, what it means (with units), and, where it is a closed set, its values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+class Valid(NamedTuple):
+    """A condition on one value, and the words of an error that says what was expected."""
+
+    holds: Callable[[Any], bool]
+    expected: str
 
 
-METHODS = (
-    "moco",
-    "moco_v3",
-    "byol",
-    "simclr",
-    "memory_bank",
-    "swav",
-    "supervised",
-)  # modules of mocofast.methods
+def at_least(least: float) -> Valid:
+    """Every number of the value is `least` or more."""
+    return Valid(lambda value: _smallest(value) >= least, f"at least {least}")
+
+
+def above(bound: float) -> Valid:
+    """Every number of the value is larger than `bound`."""
+    return Valid(lambda value: _smallest(value) > bound, f"above {bound}")
+
+
+def between(low: float, high: float, expected: str = "") -> Valid:
+    """The value lies in [low, high]."""
+    return Valid(lambda value: low <= value <= high, expected or f"between {low} and {high}")
+
+
+def _smallest(value: Any) -> float:
+    return min(value) if isinstance(value, tuple) else value
+
+
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, valid: Valid | None = None
+) -> Any:
+    """Declares one option of a group.
+
+    default: the only place of the default.
+    help: what the option means, with units; `--help` shows it.
+    choices: the allowed values, where they are a closed set.
+    valid: what every other value has to satisfy.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "valid": valid})
+
+
+METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
 
 
 @dataclass
 class ModelConfig:
-    """The method: encoders, queue, momentum and temperature."""
+    """The encoder and its method. A method's module adds options of its own."""
 
     method: str = option(
         "moco",
-        "how the encoder is trained",
-        METHODS,
+        f"how the encoder is trained: {', '.join(METHODS)}, or the dotted name of a module",
     )
     arch: str = option(
         "resnet50",
-        "torchvision model name; a ResNet's with _cifar for a 3x3 stem, no max-pool; MoCo v3's vit_small, vit_base; "
-        "vit_tiny_cifar, for 32 pixels; or resnet_tiny",
+        "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
+        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; or resnet_tiny",
     )
-    dim: int = option(128, "dimension of the embedding that the loss compares")
-    queue_size: int = option(
-        65536, "number of negative keys kept, in keys; of a memory bank: drawn per batch"
-    )
-    momentum: float = option(
-        0.999, "EMA momentum m of the key encoder, k = m k + (1-m) q, or of a memory bank's slots"
-    )
-    momentum_schedule: str = option(
-        "constant",
-        "cosine: m rises to 1 over the run, step by step (MoCo v3, BYOL)",
-        ("constant", "cosine"),
-    )
-    temperature: float = option(0.07, "softmax temperature of InfoNCE")
-    mlp: bool = option(False, "two-layer projection head (MoCo v2) instead of a linear one")
-    shuffle_bn: bool = option(
-        True, "shuffle the keys' images over ranks (or BatchNorm splits), so that BN cannot leak"
-    )
-    bn_splits: int = option(
-        1, "BatchNorm statistics over this many parts of the batch, to stand in for GPUs on one"
-    )
+    dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
-    hidden_dim: int = option(
-        4096, "width of the projector's and predictor's hidden layers (all methods but MoCo)"
-    )
-    prototypes: int = option(3000, "SwAV: number of prototypes")
-    epsilon: float = option(0.05, "SwAV: smoothness of the assignments to prototypes")
-    freeze_prototypes: int = option(
-        313, "SwAV: optimiser steps at the start in which prototypes stay"
-    )
-    symmetric: bool = option(
-        False, "MoCo: both views are queries and keys; the loss is the sum (MoCo v2+)"
-    )
-    queue_dtype: str = option(
-        "float32", "type the queue is stored in", ("float32", "bfloat16", "float16")
-    )
+
+    if TYPE_CHECKING:
+
+        # The options of the method.
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def validate(self) -> None:
+        """Raises ConfigError if options contradict one another. `Options` may extend it."""
+
+
+def method_module(name: str) -> Any:
+    """Imports the module of a method by its name, as a plugin.
+
+    name: one of METHODS, or the dotted name of a module of the user.
+    The module holds `Options`, a dataclass that extends ModelConfig, and
+    `build(config, images, classes)`, which returns the untrained method.
+    Raises ConfigError for an unknown name.
+    """
+    own = "." in name
+    if not own and name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
+            f"got {name!r}{hint}"
+        )
+    path = name if own else f"mocofast.methods.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module exists, and something that it imports does not
+        raise ConfigError(f"model.method: there is no module {name!r} ({error})") from None
+    missing = [attribute for attribute in ("Options", "build") if not hasattr(module, attribute)]
+    if missing:
+        raise ConfigError(f"model.method: the module {name!r} has no {' and no '.join(missing)}")
+    return module
+
+
+def method_options(name: str) -> type[ModelConfig]:
+    """Returns the options of a method: its module's `Options`."""
+    options: type[ModelConfig] = method_module(name).Options
+    return options
 
 
 OWN_IMAGES = ("folder", "shards")  # sources for which data.path names the user's images
@@ -97,11 +138,13 @@ class DataConfig:
     )
     path: str = option(
         "",
-        "folder of images or *.tar; shards also by pattern or URL: x-{000..099}.tar; where CIFAR lies",
+        "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
+        "or the folder of CIFAR",
     )
     shuffle_window: int = option(
         0,
-        "of source=shards: shuffle samples within this many shards at a time, not over all; 0 means all",
+        "source=shards: number of shards whose samples are shuffled together; 0 shuffles all",
+        valid=at_least(0),
     )
     loader: str = option(
         "auto",
@@ -109,58 +152,93 @@ class DataConfig:
         LOADERS,
     )
     batch_size: int = option(
-        256, "images per optimiser step, over all ranks and accumulation steps"
+        256,
+        "images per optimiser step, over all ranks and accumulation steps",
+        valid=at_least(1),
     )
     workers: int = option(
-        -1, "loader threads or processes per rank; -1 takes the cores there are, 0 loads in-process"
+        -1, "loader threads or processes per rank; -1 takes all cores, 0 loads in the main process"
     )
     prefetch: int = option(
-        2, "batches decoded ahead, and as many finished ones that wait (torchvision: a worker's)"
+        2,
+        "batches decoded ahead, and as many finished batches that wait (torchvision: per worker)",
+        valid=at_least(1),
     )
     hw_decoder_load: float = option(
-        0.65, "DALI on a GPU with a JPEG decoder: its share of the images, 0 to 1"
+        0.65,
+        "DALI on a GPU with a JPEG decoder: the decoder's share of the images, 0 to 1",
+        valid=between(0, 1, "a share, 0 to 1"),
     )
     preallocate: tuple[int, int] = option(
-        (0, 0), "DALI on a GPU: width and height to make room for at the start"
+        (0, 0),
+        "DALI on a GPU: width and height of an image to reserve memory for at the start",
+        valid=at_least(0),
     )
-    drop_last: bool = option(True, "leave out an epoch's last batch where it is smaller")
+    drop_last: bool = option(True, "leave out the last batch of an epoch if it is smaller")
     holdout: float = option(
-        0.1, "share of a labelled set without its own val/ or test/ folder kept for kNN, 0 to 1"
+        0.1,
+        "share of a labelled set without a val/ or test/ folder that is kept for kNN, 0 to 1",
+        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
     )
+
+
+_PROBABILITY = between(0, 1, "a probability, 0 to 1")
+_PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
 
 
 @dataclass
 class AugmentConfig:
-    """Random views. The defaults are MoCo v1's; v2's differences are in its recipe."""
+    """Random views. The defaults are MoCo v1's. The recipes hold the differences of v2."""
 
-    size: int = option(224, "side of a view, in pixels")
+    size: int = option(224, "side of a view, in pixels", valid=at_least(1))
     crop_scale: tuple[float, float] = option(
-        (0.2, 1.0), "area of the random crop, as a share of the image"
+        (0.2, 1.0),
+        "area of the random crop, as a share of the image",
+        valid=Valid(
+            lambda value: 0 < value[0] <= value[1] <= 1,
+            "two shares, 0 < smallest <= largest <= 1",
+        ),
     )
-    rotate: float = option(0.0, "largest random rotation either way, in degrees")
-    flip: float = option(0.5, "probability of a horizontal flip")
+    rotate: float = option(0.0, "largest random rotation in either direction, in degrees")
+    flip: float = option(0.5, "probability of a horizontal flip", valid=_PROBABILITY)
     jitter: tuple[float, float, float, float] = option(
-        (0.4, 0.4, 0.4, 0.4), "strength of brightness, contrast, saturation and hue jitter"
+        (0.4, 0.4, 0.4, 0.4),
+        "strength of brightness, contrast, saturation and hue jitter",
+        valid=Valid(
+            lambda value: min(value) >= 0 and value[3] <= 0.5, "at least 0; hue at most 0.5"
+        ),
     )
-    jitter_p: float = option(1.0, "probability of colour jitter")
-    gray: float = option(0.2, "probability of grayscale")
+    jitter_p: float = option(1.0, "probability of colour jitter", valid=_PROBABILITY)
+    gray: float = option(0.2, "probability of grayscale", valid=_PROBABILITY)
     gray_first: bool = option(
         True, "grayscale before the colour jitter (MoCo v1) instead of after it (v2)"
     )
-    blur: float = option(0.0, "probability of Gaussian blur")
+    blur: float = option(0.0, "probability of Gaussian blur", valid=_PROBABILITY)
     blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0), "standard deviation of the blur, in pixels"
+        (0.1, 2.0),
+        "standard deviation of the blur, in pixels",
+        valid=Valid(lambda value: 0 < value[0] <= value[1], "0 < smallest <= largest"),
     )
-    solarize: float = option(0.0, "probability of inverting all values of 128 and more")
-    blur_2: float = option(-1.0, "blur's probability in the second view; -1: as in the others")
+    solarize: float = option(
+        0.0, "probability of inverting all values of 128 and more", valid=_PROBABILITY
+    )
+    blur_2: float = option(
+        -1.0,
+        "probability of blur in the second view; -1: as in the first",
+        valid=_PROBABILITY_OR_SAME,
+    )
     solarize_2: float = option(
-        -1.0, "solarize's probability in the second view; -1: as in the others"
+        -1.0,
+        "probability of solarize in the second view; -1: as in the first",
+        valid=_PROBABILITY_OR_SAME,
     )
     mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "channel means that normalise [0, 1] pixels"
+        (0.485, 0.456, 0.406), "channel means that normalise pixels in [0, 1]"
     )
     std: tuple[float, float, float] = option(
-        (0.229, 0.224, 0.225), "channel standard deviations, likewise"
+        (0.229, 0.224, 0.225),
+        "channel standard deviations that normalise pixels in [0, 1]",
+        valid=above(0),
     )
 
 
@@ -173,49 +251,64 @@ class OptimConfig:
         "optimiser; lars neither decays nor scales biases and norms",
         ("sgd", "lars", "adamw"),
     )
-    lr: float = option(0.03, "peak learning rate; MoCo's is for 256 images, whatever the batch")
+    lr: float = option(
+        0.03, "peak learning rate; MoCo's is for a batch of 256 images", valid=at_least(0)
+    )
     lr_per: int = option(
-        0, "lr is for so many images: times data.batch_size / lr_per; 0 takes it as it is"
+        0,
+        "linear scaling: lr x batch_size / lr_per; 0 turns it off",
+        valid=at_least(0),
     )
     momentum: float = option(0.9, "momentum of sgd and lars")
     betas: tuple[float, float] = option(
-        (0.9, 0.999), "decay of adamw's averages of gradients and of their squares"
+        (0.9, 0.999),
+        "decay of adamw's averages of gradients and of squared gradients",
+        valid=Valid(lambda value: 0 <= min(value) <= max(value) < 1, "two shares, 0 to below 1"),
     )
     weight_decay: float = option(1e-4, "weight decay: L2 with sgd and lars, decoupled with adamw")
-    schedule: str = option("step", "how the rate falls", ("constant", "step", "cosine"))
+    schedule: str = option("step", "how the learning rate falls", ("constant", "step", "cosine"))
     milestones: tuple[int, ...] = option(
-        (120, 160), "epochs at which schedule=step multiplies the rate by gamma"
+        (120, 160), "epochs at which schedule=step multiplies the learning rate by gamma"
     )
     gamma: float = option(0.1, "factor of schedule=step")
-    warmup_epochs: float = option(0.0, "epochs over which the rate rises linearly from 0")
-    per: str = option("epoch", "how often the rate is set", ("epoch", "step"))
+    warmup_epochs: float = option(
+        0.0, "epochs in which the learning rate rises linearly from 0", valid=at_least(0)
+    )
+    per: str = option("epoch", "how often the learning rate is set", ("epoch", "step"))
 
 
 @dataclass
 class TrainConfig:
     """The loop."""
 
-    epochs: int = option(200, "passes over the data")
+    epochs: int = option(200, "passes over the data", valid=at_least(0))
     accumulate: int = option(
-        1, "micro-batches per optimiser step; each holds batch_size / accumulate images"
+        1,
+        "micro-batches per optimiser step; each holds batch_size / accumulate images",
+        valid=at_least(1),
     )
     precision: str = option(
         "auto", "auto: bf16 autocast on GPUs that have it, else fp32", ("auto", "fp32", "bf16")
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "seed of weights, data order, views and shuffles")
-    log_every: int = option(50, "steps between log lines; metrics are averaged over them")
-    max_steps: int = option(0, "stop after this many optimiser steps in all; 0 trains every epoch")
+    log_every: int = option(
+        50, "steps between log lines; metrics are averaged over these steps", valid=at_least(1)
+    )
+    max_steps: int = option(
+        0, "stop after this many optimiser steps in all; 0 trains every epoch", valid=at_least(0)
+    )
     dir: str = option("", "run folder; empty makes runs/RECIPE")
 
 
 @dataclass
 class EngineConfig:
-    """How a step is launched; every mode gives the same trajectory, to rounding."""
+    """How a step is launched. Every mode gives the same trajectory, to rounding."""
 
     mode: str = option(
         "auto",
-        "op by op (eager), encoders compiled (compile), besides in one CUDA graph (graph); auto says which and why",
+        "eager: op by op; compile: compiled encoders; graph: also one CUDA graph per step; "
+        "auto says which and why",
         ("auto", "eager", "compile", "graph"),
     )
 
@@ -224,35 +317,48 @@ class EngineConfig:
 class CheckpointConfig:
     """What is kept to resume from."""
 
-    every_epochs: int = option(1, "epochs between checkpoints")
-    every_steps: int = option(0, "also a checkpoint every so many steps; 0 means none")
-    keep: int = option(2, "newest step_*.pt files kept beside last.pt")
+    every_epochs: int = option(1, "epochs between checkpoints", valid=at_least(1))
+    every_steps: int = option(
+        0, "also a checkpoint every so many steps; 0 means none", valid=at_least(0)
+    )
+    keep: int = option(2, "newest step_*.pt files kept beside last.pt", valid=at_least(0))
 
 
 @dataclass
 class KNNConfig:
     """The kNN monitor (Wu et al. 2018, arXiv:1805.01978): accuracy without training anything."""
 
-    every: int = option(10, "epochs between kNN evaluations; 0 means only at the start and the end")
-    k: int = option(200, "neighbours that vote")
-    temperature: float = option(0.1, "votes weigh exp(similarity / temperature)")
+    every: int = option(
+        10,
+        "epochs between kNN evaluations; 0 means only at the start and the end",
+        valid=at_least(0),
+    )
+    k: int = option(200, "neighbours that vote", valid=at_least(1))
+    temperature: float = option(0.1, "a vote weighs exp(similarity / temperature)", valid=above(0))
     features: str = option(
         "backbone", "pooled features before the head, or the embedding", ("backbone", "output")
     )
     bank: int = option(
-        50000, "training images that vote at most; a fixed random subset of a larger set"
+        50000,
+        "largest number of training images that vote; a fixed random subset of a larger set",
+        valid=at_least(1),
     )
     shots: int = option(
-        0, "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not"
+        0,
+        "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not",
     )
+
+
+def _default_model() -> ModelConfig:
+    return method_options(ModelConfig.method)()
 
 
 @dataclass
 class Config:
-    """A run, whole. ``config.yaml`` in a run folder is exactly this."""
+    """Everything that defines a run. `config.yaml` in a run folder is exactly this."""
 
     recipe: str = "custom"
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=_default_model)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

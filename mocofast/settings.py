@@ -1,10 +1,15 @@
-"""From files and command lines to a `Config` and back: names, types and sense checked, errors name the nearest."""
+"""Reads files and command lines into a `Config`, and writes a `Config` as YAML or flags.
+
+Names, types and ranges are checked. An error names the option and the nearest known name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
+import os
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -13,7 +18,17 @@ from typing import Any
 
 import yaml
 
-from mocofast.config import Config, ConfigError
+from mocofast.config import (
+    METHODS,
+    OWN_IMAGES,
+    Config,
+    ConfigError,
+    ModelConfig,
+    Valid,
+    method_options,
+)
+
+log = logging.getLogger("mocofast")
 
 DEFAULT_RECIPE = "digits"
 
@@ -26,10 +41,11 @@ class Setting(typing.NamedTuple):
     default: Any
     help: str
     choices: tuple[str, ...] | None
+    valid: Valid | None
 
 
 def settings(group: str, kind: type) -> Iterator[Setting]:
-    """Every option of a group's dataclass."""
+    """Yields every option of a group's dataclass."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
         yield Setting(
@@ -38,23 +54,36 @@ def settings(group: str, kind: type) -> Iterator[Setting]:
             f.default,
             f.metadata["help"],
             f.metadata.get("choices"),
+            f.metadata.get("valid"),
         )
 
 
-def groups() -> dict[str, type]:
-    """The groups of a pretraining run: name to dataclass."""
-    hints = typing.get_type_hints(Config)
-    return {name: kind for name, kind in hints.items() if name != "recipe"}
+def groups(method: str = ModelConfig.method) -> dict[str, type]:
+    """Returns the groups of a pretraining run, {name: dataclass}, with the options of `method`."""
+    kinds = {name: kind for name, kind in typing.get_type_hints(Config).items() if name != "recipe"}
+    return {**kinds, "model": method_options(method)}
+
+
+def model_options() -> dict[str, dict[str, Setting]]:
+    """Returns the options of every method of METHODS, {option: {method: setting}}."""
+    found: dict[str, dict[str, Setting]] = {}
+    for method in METHODS:
+        for setting in settings("model", method_options(method)):
+            found.setdefault(setting.name, {})[method] = setting
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' where a known name resembles `name`, else ''."""
+    """Returns "; did you mean X?" if a known name resembles `name`, else ""."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def coerce(setting: Setting, value: Any) -> Any:
-    """`value`, from YAML or as text from the command line, as the setting's type; ConfigError if it is not one."""
+    """Returns `value`, from YAML or as a command line's text, in the setting's type.
+
+    Raises ConfigError if the value has no such type or is not among the choices.
+    """
     try:
         result = _coerce(setting.type, value)
     except (KeyError, TypeError, ValueError):
@@ -104,20 +133,55 @@ def _coerce(kind: Any, value: Any) -> Any:
 
 
 def apply(config: Config, values: Mapping[str, Any]) -> None:
-    """Sets {"group.option": value}; unknown names and values of another type raise ConfigError and set nothing."""
-    known = {s.name: s for group, kind in groups().items() for s in settings(group, kind)}
+    """Sets options in place.
+
+    values: {"group.option": value}. An option of another method than `model.method` is left out,
+        with a warning unless it has that method's default.
+    A change of `model.method` keeps the options that the new method has, too, where they differ
+    from the old method's defaults.
+    Raises ConfigError for an unknown name or a wrong type. Nothing is set then.
+    """
+    method = str(values.get("model.method", config.model.method))
+    kinds = groups(method)
+    known = {s.name: s for group, kind in kinds.items() for s in settings(group, kind)}
     coerced = {}
     for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
-        coerced[name] = coerce(known[name], value)
+        if name in known:
+            coerced[name] = coerce(known[name], value)
+        else:
+            _check_option_of_another_method(name, value, method, known)
+    if type(config.model) is not kinds["model"]:
+        config.model = _for_method(config.model, kinds["model"])
     for name, value in coerced.items():
         group, key = name.split(".")
         setattr(getattr(config, group), key, value)
 
 
+def _check_option_of_another_method(
+    name: str, value: Any, method: str, known: Iterable[str]
+) -> None:
+    """Warns about an option that `method` ignores; ConfigError if no method has the option."""
+    owners = model_options().get(name)
+    if not owners:
+        raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
+    setting = next(iter(owners.values()))
+    if coerce(setting, value) != setting.default and os.environ.get("RANK", "0") == "0":
+        log.warning("%s is an option of %s; %s ignores it", name, ", ".join(owners), method)
+
+
+def _for_method(model: ModelConfig, kind: type[ModelConfig]) -> ModelConfig:
+    """Returns the options `kind`, with the values of `model` that are not its own defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(model)}
+    names = {f.name for f in dataclasses.fields(kind)}
+    changed = {k: v for k, v in vars(model).items() if v != defaults[k] and k in names}
+    return kind(**changed)
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """A whole or partial configuration as YAML holds it: {"recipe": name, group: {option: value}}."""
+    """Returns a configuration from a whole or partial dictionary, as YAML holds it.
+
+    values: {"recipe": name, group: {option: value}}.
+    """
     config = Config(recipe=str(values.get("recipe", "custom")))
     flat = {}
     for group, content in values.items():
@@ -131,7 +195,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries, lists and numbers."""
+    """Returns the configuration as plain dictionaries, lists and numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -142,17 +206,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(config: Config, base: Config) -> dict[str, Any]:
-    """{"group.option": value} of `config` that are others in `base`."""
+    """Returns the options of `config` that `base` has otherwise, {"group.option": value}."""
+    missing = object()
     found = {}
     for group in groups():
         for name, value in vars(getattr(config, group)).items():
-            if value != getattr(getattr(base, group), name):
+            if value != getattr(getattr(base, group), name, missing):
                 found[f"{group}.{name}"] = value
     return found
 
 
 def as_yaml(options: Mapping[str, Any]) -> str:
-    """{"group.option": value} as a recipe's text."""
+    """Returns options, {"group.option": value}, as the text of a recipe."""
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         group, key = name.split(".")
@@ -161,12 +226,12 @@ def as_yaml(options: Mapping[str, Any]) -> str:
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """{"group.option": value} as words of a command line."""
+    """Returns options, {"group.option": value}, as words of a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", shown(value))]
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Returns the names of the recipes that ship with the package."""
     folder = resources.files("mocofast") / "recipes"
     return sorted(
         entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")
@@ -174,7 +239,10 @@ def recipes() -> list[str]:
 
 
 def load_recipe(name: str) -> Config:
-    """The configuration of a shipped recipe, or of a YAML file (a name that ends in .yaml or .yml)."""
+    """Returns the configuration of a recipe.
+
+    name: a shipped recipe, or a YAML file, whose name ends in .yaml or .yml.
+    """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -199,87 +267,30 @@ def load_recipe(name: str) -> Config:
 
 
 def validate(config: Config) -> None:
-    """Checks that the numbers make sense together; ConfigError names the option, its value and what it must be."""
-    c = config
-    rules = {
-        "model.dim": (c.model.dim >= 1, "at least 1"),
-        "model.queue_size": (c.model.queue_size >= 1, "at least 1"),
-        "model.momentum": (0 <= c.model.momentum <= 1, "between 0 and 1"),
-        "model.temperature": (c.model.temperature > 0, "above 0"),
-        "model.bn_splits": (c.model.bn_splits >= 1, "at least 1"),
-        "model.hidden_dim": (c.model.hidden_dim >= 1, "at least 1"),
-        "model.sync_bn": (
-            not c.model.sync_bn or c.model.bn_splits == 1,
-            "false where model.bn_splits is above 1",
-        ),
-        "model.prototypes": (c.model.prototypes >= 2, "at least 2"),
-        "model.epsilon": (c.model.epsilon > 0, "above 0"),
-        "model.freeze_prototypes": (c.model.freeze_prototypes >= 0, "at least 0"),
-        "data.batch_size": (
-            c.data.batch_size >= 1 and c.data.batch_size % c.train.accumulate == 0,
-            "a multiple of train.accumulate",
-        ),
-        "data.prefetch": (c.data.prefetch >= 1, "at least 1"),
-        "data.hw_decoder_load": (0 <= c.data.hw_decoder_load <= 1, "a share, 0 to 1"),
-        "data.preallocate": (min(c.data.preallocate) >= 0, "at least 0"),
-        "data.shuffle_window": (c.data.shuffle_window >= 0, "at least 0"),
-        "data.holdout": (0 <= c.data.holdout < 1, "from 0 to below 1"),
-        "augment.size": (c.augment.size >= 1, "at least 1"),
-        "augment.crop_scale": (
-            0 < c.augment.crop_scale[0] <= c.augment.crop_scale[1] <= 1,
-            "two shares, 0 < smallest <= largest <= 1",
-        ),
-        "augment.blur_sigma": (
-            0 < c.augment.blur_sigma[0] <= c.augment.blur_sigma[1],
-            "0 < smallest <= largest",
-        ),
-        "augment.jitter": (
-            min(c.augment.jitter) >= 0 and c.augment.jitter[3] <= 0.5,
-            "at least 0; hue at most 0.5",
-        ),
-        "augment.std": (min(c.augment.std) > 0, "above 0"),
-        "optim.lr": (c.optim.lr >= 0, "at least 0"),
-        "optim.lr_per": (c.optim.lr_per >= 0, "at least 0"),
-        "optim.betas": (
-            0 <= min(c.optim.betas) <= max(c.optim.betas) < 1,
-            "two shares, 0 to below 1",
-        ),
-        "optim.warmup_epochs": (c.optim.warmup_epochs >= 0, "at least 0"),
-        "train.epochs": (c.train.epochs >= 0, "at least 0"),
-        "train.accumulate": (c.train.accumulate >= 1, "at least 1"),
-        "train.log_every": (c.train.log_every >= 1, "at least 1"),
-        "train.max_steps": (c.train.max_steps >= 0, "at least 0"),
-        "checkpoint.every_epochs": (c.checkpoint.every_epochs >= 1, "at least 1"),
-        "checkpoint.every_steps": (c.checkpoint.every_steps >= 0, "at least 0"),
-        "checkpoint.keep": (c.checkpoint.keep >= 0, "at least 0"),
-        "knn.every": (c.knn.every >= 0, "at least 0"),
-        "knn.k": (c.knn.k >= 1, "at least 1"),
-        "knn.temperature": (c.knn.temperature > 0, "above 0"),
-        "knn.bank": (c.knn.bank >= 1, "at least 1"),
-        **{
-            f"augment.{p}": (0 <= getattr(c.augment, p) <= 1, "a probability, 0 to 1")
-            for p in ("flip", "jitter_p", "gray", "blur", "solarize")
-        },
-        **{
-            f"augment.{p}": (
-                getattr(c.augment, p) == -1 or 0 <= getattr(c.augment, p) <= 1,
-                "a probability, or -1",
-            )
-            for p in ("blur_2", "solarize_2")
-        },
-    }
-    for name, (holds, expected) in rules.items():
-        if not holds:
-            group, key = name.split(".")
-            raise ConfigError(
-                f"{name}: expected {expected}, got {getattr(getattr(c, group), key)!r}"
-            )
-    if c.data.source in ("folder", "shards") and not c.data.path:
+    """Checks every value, and values together.
+
+    Raises ConfigError that names the option, its value and what was expected.
+    """
+    for group, kind in groups(config.model.method).items():
+        for setting in settings(group, kind):
+            value = getattr(getattr(config, group), setting.name.split(".")[1])
+            if setting.valid and not setting.valid.holds(value):
+                raise _unexpected(setting.name, setting.valid.expected, value)
+    config.model.validate()
+    if config.data.batch_size % config.train.accumulate:
+        raise _unexpected(
+            "data.batch_size", "a multiple of train.accumulate", config.data.batch_size
+        )
+    if config.data.source in OWN_IMAGES and not config.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
 
 
+def _unexpected(name: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
 def shown(value: Any) -> str:
-    """A value as the command line would take it."""
+    """Returns a value as the command line takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or ","
     return "none" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

@@ -140,7 +140,7 @@ def test_our_steady_step_exchanges_images_once_keys_once_and_gradients(
             assert (images.name, images.dtype) == ("alltoall_base_", torch.uint8)
             assert (keys.name, keys.dtype) == ("_allgather_base_", torch.float32)
             assert gradients.name == "allreduce_"
-            # As many images as this permutation brings from elsewhere; the model has their mean.
+            # Images that this permutation moves between ranks. The model has the mean.
             for measured in (images.sent, images.received):
                 assert_close(measured, arrived * step.pixels)
             for collective, purpose in ((keys, "keys"), (gradients, "gradients")):

@@ -105,7 +105,7 @@ def trajectory(
         for group in optimizer.param_groups:
             group["lr"] = 0.1 / (i + 1)
         optimizer.ema_momentum = 0.9 + 0.01 * i
-        metrics.append(step(views).clone())
+        metrics.append(step(views).values.clone())
     assert all(
         group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups
     )  # floats, for a state dict
@@ -168,7 +168,7 @@ def test_in_float32_every_mode_follows_the_plain_step() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str) -> None:
+def test_every_methods_step_on_fixed_buffers_is_its_eager_step_and_never_waits(name: str) -> None:
     config = load_recipe("digits")
     apply(
         config,
@@ -182,7 +182,7 @@ def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str)
         optimizer = optimizer_of(method, config.optim)
         generator = torch.Generator().manual_seed(2)
 
-        def needed(images: int) -> dict[str, Tensor]:
+        def fields(images: int) -> dict[str, Tensor]:
             offered = {
                 "index": torch.randint(40, (images,), generator=generator),
                 "labels": torch.randint(4, (images,), generator=generator),
@@ -191,7 +191,7 @@ def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str)
 
         autocast = choose_autocast(precision, CPU)
         if mode == "plain":
-            step: Callable[..., Tensor] = partial(
+            step: Callable[..., StepMetrics] = partial(
                 train_step, method, optimizer=optimizer, accumulate=accumulate, autocast=autocast
             )
         else:
@@ -200,8 +200,8 @@ def test_every_methods_static_step_is_its_eager_one_which_never_waits(name: str)
             ).step
         torch.manual_seed(5)
 
-        def taken(views: tuple[Tensor, ...]) -> Tensor:
-            return step(views[: method.num_views], needed=needed(len(views[0])))
+        def taken(views: tuple[Tensor, ...]) -> StepMetrics:
+            return step(views[: method.num_views], fields=fields(len(views[0])))
 
         result = trajectory(taken, method, optimizer, batches(5, last=8))
         if mode == "plain":
@@ -309,9 +309,9 @@ class FakeGraph:
     engine: Engine
 
     def replay(self) -> None:
-        metrics = self.engine._train_static()
+        metrics = self.engine._train_on_buffers()
         assert self.engine._metrics is not None
-        self.engine._metrics.copy_(metrics)
+        self.engine._metrics.values.copy_(metrics.values)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mocofast.device import choose_autocast
 from mocofast.models.encoders import TinyResNet
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.train.engine import WARM_UP, Engine
-from mocofast.train.metrics import Window
+from mocofast.train.metrics import StepMetrics, Window
 from mocofast.train.optimizer import optimizer_of
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +69,7 @@ class Run:
     def start(self) -> None:
         self.engine = Engine(self.mode, self.model, self.optimizer, *self.arguments)
 
-    def step(self, views: tuple[Tensor, ...]) -> Tensor:
+    def step(self, views: tuple[Tensor, ...]) -> StepMetrics:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.1 / (self.done + 1)
         self.optimizer.ema_momentum = 0.9 + 0.005 * self.done
@@ -80,7 +80,7 @@ class Run:
 
     def train(self, data: Iterator[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """Metrics of every step, and what there is at the end, by name."""
-        metrics = torch.stack([self.step(views).clone() for views in data])
+        metrics = torch.stack([self.step(views).values.clone() for views in data])
         return {
             "metrics": metrics,
             **{name: value.clone() for name, value in self.model.state_dict().items()},

@@ -35,7 +35,7 @@ FLOORS = [
     {"mocofast.evaluate", "mocofast.methods"},
     {"mocofast.train"},
     {"mocofast.interop"},
-    {"mocofast_bench", "mocofast.doctor", "mocofast.study"},
+    {"mocofast_bench", "mocofast.doctor", "mocofast.parser", "mocofast.study"},
     {"mocofast.cli"},
     {"mocofast.__main__"},
 ]

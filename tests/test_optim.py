@@ -1,11 +1,15 @@
-"""Schedules against the reference's own rules, which parameters are trained, and optimisers that average: against
-PyTorch's, MoCo v3's LARS, and the average that the model takes itself."""
+"""Schedules against the rules of facebookresearch/moco, and fused optimisers.
+
+Optimisers are compared with PyTorch's, with MoCo v3's LARS, and with averaging in the model.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,13 +17,18 @@ import torch
 from torch import nn
 
 import mocofast.optim
-from mocofast.config import ModelConfig, OptimConfig
+from mocofast.config import OptimConfig
 from mocofast.device import choose_autocast
 from mocofast.methods.moco import MoCo
 from mocofast.ops import ema_update_
 from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD
 from mocofast.optim.build import build_optimizer
-from mocofast.optim.schedule import key_momentum, learning_rate, scaled_by_batch, set_learning_rate
+from mocofast.optim.schedule import (
+    cosine_momentum,
+    learning_rate,
+    scaled_by_batch,
+    set_learning_rate,
+)
 from mocofast.train.step import train_step
 from tests.eager_moco import PlainEncoder, random_batches
 
@@ -30,7 +39,7 @@ def rates(config: OptimConfig, steps_per_epoch: int, epochs: int) -> list[float]
     ]
 
 
-def test_step_schedule_is_the_references_by_epoch() -> None:
+def test_step_schedule_equals_the_references_by_epoch() -> None:
     got = rates(OptimConfig(), 5, 200)
     for step, rate in enumerate(got):
         expected = 0.03
@@ -39,7 +48,7 @@ def test_step_schedule_is_the_references_by_epoch() -> None:
         assert rate == pytest.approx(expected, rel=1e-12)
 
 
-def test_cosine_schedule_is_the_references_by_epoch() -> None:
+def test_cosine_schedule_equals_the_references_by_epoch() -> None:
     got = rates(OptimConfig(schedule="cosine"), 5, 200)
     for step, rate in enumerate(got):
         assert rate == pytest.approx(
@@ -92,7 +101,7 @@ def test_sgd_follows_torchs_rule_in_float64_and_skips_frozen_parameters() -> Non
 @pytest.mark.parametrize(
     ("name", "kind"), [("sgd", FusedSGD), ("lars", FusedLARS), ("adamw", FusedAdamW)]
 )
-def test_the_optimiser_that_is_asked_for_gets_its_options(name: str, kind: type) -> None:
+def test_the_configured_optimiser_gets_its_options(name: str, kind: type) -> None:
     config = OptimConfig(name=name, lr=0.3, momentum=0.8, betas=(0.8, 0.95), weight_decay=0.02)
     optimizer = build_optimizer(nn.Linear(2, 2).parameters(), config)
     (group,) = optimizer.param_groups
@@ -107,18 +116,32 @@ def test_a_rate_per_256_images_grows_with_the_batch() -> None:
     assert scaled_by_batch(OptimConfig(lr=0.3), 4096).lr == 0.3
 
 
+def test_importing_the_optimisers_loads_neither_methods_nor_encoders() -> None:
+    code = (
+        "import sys, mocofast.optim; mocofast.optim.FusedSGD; "
+        "unwanted = ('mocofast.methods', 'mocofast.models', 'torchvision'); "
+        "print([m for m in sys.modules if m.startswith(unwanted)])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
+
+
 # ---- fused steps with an average ----
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """A weight of four dimensions, channels-last; norms and biases of one. No bias before a norm: its gradient would
-    be rounding noise, which Adam scales to steps of full size."""
+    """Returns a network with a channels-last weight of four dimensions, norms and biases.
+
+    No bias comes before a norm: the bias's gradient would be rounding noise, which Adam scales to
+    full steps.
+    """
     torch.manual_seed(seed)
     convolution = nn.Conv2d(3, 8, 3, bias=False)
     layers = nn.Sequential(
         convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 5)
     )
-    return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    # torch's stubs miss this overload.
+    return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
@@ -130,7 +153,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 
 
 def make(kind: str, params: Any, **more: Any) -> torch.optim.Optimizer:
-    """Ours and PyTorch's with the same numbers."""
+    """Returns mocofast's or PyTorch's optimiser `kind`, with the same numbers."""
     numbers = {"lr": 0.05, "weight_decay": 0.1}
     if kind.endswith("AdamW"):
         numbers["lr"] = 0.01
@@ -148,7 +171,7 @@ def assert_close(ours: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize(("ours", "torchs"), [("FusedSGD", "SGD"), ("FusedAdamW", "AdamW")])
 def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, torchs: str) -> None:
-    """Ours for 4 steps, PyTorch's for 3, ours for 3, beside 10 of PyTorch's."""
+    """4 fused steps, 3 of PyTorch and 3 fused steps, against 10 steps of PyTorch."""
     expected, model = network(), network()
     train(expected, make(torchs, expected.parameters()), 10)
     first, second, third = (make(kind, model.parameters()) for kind in (ours, torchs, ours))
@@ -162,9 +185,8 @@ def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, t
     names = {"momentum_buffer"} if torchs == "SGD" else {"step", "exp_avg", "exp_avg_sq"}
     assert all(set(state) == names for state in third.state_dict()["state"].values())
     if torchs == "AdamW":
-        assert third.param_groups[0][
-            "fused"
-        ]  # says that steps are on the parameters' device, which the kernel needs
+        # "fused" says that steps are on the device of the parameters, as the kernel needs.
+        assert third.param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
@@ -180,8 +202,8 @@ def test_a_state_dict_continues_bit_for_bit(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
 
 
-def test_lars_is_mocos_and_keeps_its_state_names() -> None:
-    """MoCo v3's, tensor by tensor; the first step has no momentum to hide behind."""
+def test_lars_equals_moco_v3s_and_keeps_the_names_of_its_state() -> None:
+    """Compares with MoCo v3's formula, tensor by tensor. The first step has no momentum."""
     model, expected = network(), network()
     optimizer = FusedLARS(model.parameters(), lr=0.3, weight_decay=0.1)
     buffers = [torch.zeros_like(p) for p in expected.parameters()]
@@ -202,7 +224,7 @@ def test_lars_is_mocos_and_keeps_its_state_names() -> None:
 
 
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
-def test_a_step_averages_and_copies_whatever_has_a_gradient_or_not(kind: str) -> None:
+def test_a_step_averages_and_copies_with_and_without_gradients(kind: str) -> None:
     model, key = network(), network(1)
     shadows = [
         [torch.empty_like(p, dtype=torch.bfloat16) for p in model.parameters()] for _ in range(2)
@@ -211,8 +233,11 @@ def test_a_step_averages_and_copies_whatever_has_a_gradient_or_not(kind: str) ->
     start = [k.detach().double() for k in key.parameters()]
     frozen = model[4].weight.clone()
     optimizer = make(
-        kind, model.parameters(), ema=(list(key.parameters()), 0.5), shadows=(shadows[0], shadows[1])
-    )  # fmt: skip
+        kind,
+        model.parameters(),
+        ema=(list(key.parameters()), 0.5),
+        shadows=(shadows[0], shadows[1]),
+    )
     train(model, optimizer, 1)
     assert torch.equal(model[4].weight, frozen) and model[4].weight not in optimizer.state
     for p, k, before, copy_q, copy_k in zip(model.parameters(), key.parameters(), start, *shadows):
@@ -220,8 +245,8 @@ def test_a_step_averages_and_copies_whatever_has_a_gradient_or_not(kind: str) ->
         assert torch.equal(copy_q, p.bfloat16()) and torch.equal(copy_k, k.bfloat16())
 
 
-def test_the_average_of_the_optimiser_gives_the_models_trajectory() -> None:
-    """MoCo's own average comes before the next keys; one more of it at the end, and both are at the same point.
+def test_averaging_in_the_optimiser_gives_the_trajectory_of_averaging_in_the_model() -> None:
+    """MoCo averages before the next keys. A last average brings both runs to the same point.
 
     7 steps of 6 keys go around a queue of 16 twice.
     """
@@ -234,13 +259,13 @@ def test_the_average_of_the_optimiser_gives_the_models_trajectory() -> None:
         ema = (keys, model.momentum) if owned else None
         optimizer = build_optimizer(queries, OptimConfig(lr=0.5), ema=ema)
         assert optimizer.owns_ema == owned
-        losses = [train_step(model, pair, optimizer, 2, autocast("fp32"))[0] for pair in batches]
+        losses = [train_step(model, pair, optimizer, 2, autocast("fp32")).loss for pair in batches]
         if not owned:
             ema_update_(keys, queries, model.momentum)
         models.append((torch.stack(losses), model.queue, *queries, *keys))
     for by_model, by_optimizer in zip(*models):
-        assert torch.equal(by_model, by_optimizer)  # the same arithmetic on a CPU, so the same bits
-    assert models[0][0].std() > 0.01  # it did train
+        assert torch.equal(by_model, by_optimizer)  # the same arithmetic on a CPU
+    assert models[0][0].std() > 0.01  # the losses change: training happened
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -262,7 +287,7 @@ def test_tied_weights_are_one_parameter() -> None:
         FusedSGD([*model.parameters(), view], lr=0.5)
 
 
-def test_groups_have_their_own_numbers_and_later_ones_no_followers() -> None:
+def test_groups_have_their_own_numbers_and_later_groups_no_average() -> None:
     a, b, c, k = (nn.Parameter(torch.ones(2)) for _ in range(4))
     optimizer = FusedSGD(
         [{"params": [a]}, {"params": [b], "lr": 0.25}], lr=0.5, ema=([k, k.detach().clone()], 0.0)
@@ -308,8 +333,6 @@ def test_state_dicts_of_other_rules_are_refused_and_change_nothing() -> None:
 
 
 def test_momentum_of_the_key_encoder_rises_to_one_as_in_moco_v3() -> None:
-    config = ModelConfig(momentum=0.99, momentum_schedule="cosine")
-    values = [key_momentum(config, step, 100) for step in (0, 25, 50, 100)]
-    # Half of the way to 1 after half of the run; cos(pi / 4) = 0.70710678 after a quarter.
+    values = [cosine_momentum(0.99, step, 100) for step in (0, 25, 50, 100)]
+    # Half of the way to 1 after half of the run. cos(pi / 4) = 0.70710678 after a quarter.
     assert values == pytest.approx([0.99, 1 - 0.01 * 1.70710678 / 2, 0.995, 1.0], abs=1e-10)
-    assert key_momentum(ModelConfig(momentum=0.99), 50, 100) == 0.99

@@ -256,7 +256,7 @@ def test_micro_batches_follow_the_whole_batch() -> None:
         for _ in range(5):
             views = tuple(torch.randn(24, 3, 8, 8, generator=generator) for _ in range(2))
             autocast = choose_autocast("fp32", torch.device("cpu"))
-            losses.append(train_step(model, views, optimizer, accumulate, autocast))
+            losses.append(train_step(model, views, optimizer, accumulate, autocast).values)
         results.append((torch.stack(losses), model.state_dict()))
     losses, state = results[0]
     for other_losses, other in results[1:]:
@@ -284,11 +284,11 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
     with HostSynchronisations() as waits:
         metrics = train_step(model, views, optimizer, 1, autocast)
         window.add(metrics, 8, 0.0)
-        read = window.flush()
+        pending = window.flush()
         window.add(train_step(model, views, optimizer, 1, autocast), 8, 0.0)
     assert waits.count == 0
     # Of the first step alone: a log line is read after the next one's launch.
-    assert read()["loss"] == float(metrics[0])
+    assert pending.wait()["loss"] == float(metrics.loss)
     with HostSynchronisations() as waits:
         torch.ones(1).item()  # the counter does count
     assert waits.count == 1

@@ -1,9 +1,10 @@
-"""What the training loop needs of a method: its views, its loss, and which weights follow which."""
+"""What the training loop expects of a method: views, loss, metrics, momentum encoder, schedules."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
@@ -14,37 +15,61 @@ from mocofast.distributed import rank_and_world_size
 from mocofast.models.pixels import prepare_images
 from mocofast.step_parts import FORWARD, step_part
 
+# The value of a number at (step, total_steps); steps count from 0.
+Schedule = Callable[[int, int], float]
+
 
 class MethodOutput(NamedTuple):
-    """What a forward pass yields, over this rank's own images."""
+    """The result of a forward pass over the images of this rank.
 
-    loss: Tensor  # () float32, differentiable
-    rank: (
-        Tensor | None
-    )  # (N,) int32: how many wrong candidates score above the right one; Acc@k is mean(rank < k)
+    loss: () float32, differentiable.
+    metrics: {name: () float32}, means over the images. The loop averages every metric over steps
+        and ranks. The log line, metrics.jsonl, TensorBoard and the curves show it by its name.
+        A method names the same metrics at every step.
+    rank: (N,) int32 or None: how many wrong candidates score above the right one.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
+    rank: Tensor | None = None
+
+
+def ranking_output(loss: Tensor, positive_rank: Tensor) -> MethodOutput:
+    """Returns the output of a method that ranks candidates, with the metrics acc1 and acc5.
+
+    positive_rank: (N,) int: how many wrong candidates score above the right one.
+    acc1, acc5: shares of the images whose right candidate is the first, or among the first five.
+    """
+    metrics = {f"acc{k}": (positive_rank < k).float().mean() for k in (1, 5)}
+    return MethodOutput(loss, metrics, positive_rank)
 
 
 class Method(nn.Module):
-    """A method of pretraining `encoder_q`.
+    """A method that pretrains `encoder_q`.
 
-    `encoder_q` is what is evaluated and exported, and ends in `.fc`, `.head` or `.heads`. A method with a momentum
-    encoder says in `trained_pairs` which weights follow which, with `momentum` as the average's m, which the loop may
-    set before any step.
+    `encoder_q` is evaluated and exported. Its last layers are `.fc`, `.head` or `.heads`.
 
-    forward(*views, update_keys=True, enqueue=True, **needed): the loss of this rank's images. views: `num_views`
-    tensors (N, 3, S, S), uint8 pixels or normalised floats; needed: what `batch_fields` names of a batch, "index" (the
-    samples' numbers) or "labels", each (N,) int64. With gradient accumulation update_keys is True with the first
-    micro-batch of an optimiser step only, enqueue with the last only: memories change with the latter. Where the
-    optimiser averages (see mocofast.optim), update_keys is False always.
+    A subclass defines
+        forward(*views, update_keys=True, enqueue=True, **fields) -> MethodOutput
+    views: `num_views` tensors (N, 3, S, S), uint8 pixels or normalised floats.
+    fields: the entries of a batch that `batch_fields` names, (N,) int64: "index" (numbers of the
+        samples) or "labels".
+    update_keys: update the momentum encoder first. With gradient accumulation: True for the first
+        micro-batch of an optimiser step only. Always False if the optimiser updates the momentum
+        encoder (see mocofast.optim).
+    enqueue: write keys into the memory. With gradient accumulation: True for the last micro-batch
+        of an optimiser step only.
 
-    pixel_mean, pixel_std: the three channels' statistics on the 0..255 scale, needed for uint8 images only.
-    Wrapped in DistributedDataParallel every rank has the same batch size. Buffers are kept out of its broadcasts and
-    taken from rank 0 once: each rank keeps its own BatchNorm running statistics; those of rank 0 are the model's.
+    pixel_mean, pixel_std: three channels' statistics on the 0..255 scale, for uint8 views only.
+
+    Under DistributedDataParallel every rank has the same batch size. Buffers are not broadcast at
+    every step. Rank 0's buffers are taken once. Every rank keeps its own BatchNorm running
+    statistics, and a checkpoint holds those of rank 0.
     """
 
     num_views = 2
     batch_fields: tuple[str, ...] = ()
-    momentum = 0.0
+    momentum = 0.0  # m of the moving average, where there is a momentum encoder
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None
@@ -56,52 +81,59 @@ class Method(nn.Module):
     ) -> None:
         super().__init__()
         if (pixel_mean is None) != (pixel_std is None):
-            raise ValueError("pixel_mean and pixel_std belong together: got one of them only")
+            raise ValueError("pixel_mean and pixel_std belong together: got only one of the two")
         for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            pixels = (
-                None
-                if statistics is None
-                else torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
-            )
+            pixels = None
+            if statistics is not None:
+                pixels = torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
-        # How an encoder, by its name here, is trained: the step engine's faster ways (see mocofast.train.engine).
+        # Numbers that change over the run, {attribute: schedule}. The loop sets the attributes
+        # before every step. The engine keeps them on the device for a captured step.
+        self.schedules: dict[str, Schedule] = {}
+        # Faster ways to run an encoder in training, {attribute: function}, set by the engine.
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}
         self.second_stream: torch.cuda.Stream | None = None
         self._synchronized = False
 
     @property
     def chance_loss(self) -> float | None:
-        """The loss of an encoder that knows nothing; None where there is no such level."""
+        """The loss of an encoder that has learned nothing, or None if no such level is known."""
         return None
 
     def describe(self) -> str:
-        """The method in a few words, for the log."""
+        """Returns a few words about the method for the log."""
         raise NotImplementedError
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters that are trained and followed, and those that follow them as a moving average; none here.
+        """Returns trained parameters, and the momentum encoder's parameters that average them.
 
+        Both lists have the same order. They are empty without a momentum encoder.
         For an optimiser that averages: FusedSGD(queries, ..., ema=(keys, model.momentum)).
         """
         return [], []
 
     def random_state(self) -> Tensor | None:
-        """The state of a generator of the method's own (uint8), for a checkpoint; None where it has none."""
+        """Returns the state of the method's own generator (uint8) for a checkpoint, or None."""
         return None
 
     def load_random_state(self, state: Tensor | None) -> None:
-        """Continues from `random_state()` of another run; to be called on every rank."""
+        """Continues from the `random_state()` of another run. Every rank calls it."""
 
     def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """What a training step needs the host for (to draw a permutation, to exchange images by it), done before the
-        step, which then is the same work every time: forward(*views, arranged=arrange(*views)), and just
-        forward(*views) where it is empty, as here."""
+        """Does the host-side work of a step (permutations, exchange of images) before the step.
+
+        The step itself can then be a CUDA graph: forward(*views, step_inputs=prepare_step(*views)).
+        An empty result, the default, means: forward(*views).
+        """
         return ()
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[Callable[[], None]]:
-        """`with self.side_stream() as join:` what is launched inside may run on the GPU beside what follows, until
-        `join()`, after which its results may be used."""
+        """Runs the launches inside the block on a second CUDA stream, where the engine made one.
+
+        `with self.side_stream() as join:` yields `join()`, which makes the current stream wait for
+        the results.
+        """
         stream = self.second_stream
         if stream is None:
             yield lambda: None
@@ -112,42 +144,53 @@ class Method(nn.Module):
             yield lambda: current.wait_stream(stream)
 
     def keep_buffers_out_of_broadcasts(self) -> None:
-        """To be called when all buffers are there: DistributedDataParallel would broadcast them at every step."""
+        """Stops DistributedDataParallel from broadcasting buffers at every step.
+
+        Call it when all buffers are registered.
+        """
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def encode(self, name: str, images: Tensor) -> Tensor:
-        """The output (N, C) of the encoder `name` (one of `FORWARD`) for images (N, 3, S, S), uint8 or normalised."""
+        """Returns the output (N, C) of an encoder.
+
+        name: the encoder's attribute, a key of `mocofast.step_parts.FORWARD`.
+        images: (N, 3, S, S), uint8 or normalised.
+        """
         with step_part(FORWARD[name], len(images)):
             if self.training and name in self.run:
                 return self.run[name](images)
-            return getattr(self, name)(self.prepared(images))
+            return getattr(self, name)(self.normalize_pixels(images))
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """Images (N, 3, S, S), uint8 or normalised, as encoders take them: normalised."""
+    def normalize_pixels(self, images: Tensor) -> Tensor:
+        """Normalises uint8 images (N, 3, S, S); returns other images as they are."""
         if images.dtype != torch.uint8:
             return images
         return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
 
     def check_views(self, **views: Tensor) -> None:
-        """ValueError for views of different shapes, TypeError for uint8 ones without pixel statistics; the first call
-        in train mode also takes rank 0's buffers."""
+        """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.
+
+        Raises ValueError for views of different shapes, TypeError for uint8 views without pixel
+        statistics.
+        """
         (first_name, first), *others = views.items()
         for name, view in others:
             if view.shape != first.shape:
                 raise ValueError(
-                    f"{name} must have the shape of {first_name}: got {tuple(view.shape)} and {tuple(first.shape)}"
+                    f"{name} must have the shape of {first_name}: "
+                    f"got {tuple(view.shape)} and {tuple(first.shape)}"
                 )
         if self.pixel_mean is None and any(view.dtype == torch.uint8 for view in views.values()):
             raise TypeError(
-                f"{', '.join(views)}: got uint8 images, and this {type(self).__name__} has no pixel statistics to "
-                "normalise them with; pass pixel_mean and pixel_std (on the 0..255 scale) to it, or normalised float "
-                "images to forward"
+                f"{', '.join(views)}: got uint8 images, and this {type(self).__name__} has no "
+                "pixel statistics to normalise them with; pass pixel_mean and pixel_std (on the "
+                "0..255 scale) to it, or normalised float images to forward"
             )
         if self.training and not self._synchronized:
             self._synchronize()
 
     def _synchronize(self) -> None:
-        """Takes rank 0's buffers, once. DistributedDataParallel does so for the parameters."""
+        """Takes rank 0's buffers. DistributedDataParallel takes rank 0's parameters."""
         if rank_and_world_size()[1] > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)

@@ -1,5 +1,8 @@
-"""Projection and prediction heads. The projector takes the place of an encoder's last layer, so that what comes
-before it are the features, whatever the method."""
+"""Projection and prediction heads.
+
+A projector takes the place of an encoder's last layer. The features are then, for every method,
+the input of that layer.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ from mocofast.models.encoders import head_name
 def mlp_head(
     widths: Sequence[int], *, last_norm: bool = False, bias: bool = False
 ) -> nn.Sequential:
-    """Linear-BatchNorm-ReLU for each width but the last, then Linear, as SimCLR, BYOL and MoCo v3 have it.
+    """Returns the multi-layer perceptron of SimCLR, BYOL and MoCo v3.
 
-    widths: of the input, the hidden layers and the output. last_norm: end in a BatchNorm without weights.
-    bias: of the last linear layer; the others stand before a BatchNorm, which would take it out again.
+    Every layer but the last is Linear-BatchNorm-ReLU. The last layer is Linear.
+
+    widths: widths of the input, the hidden layers and the output.
+    last_norm: append a BatchNorm without weights.
+    bias: give the last linear layer a bias. The other linear layers stand before a BatchNorm,
+        which would remove a bias.
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths[:-1]):
@@ -33,8 +40,10 @@ def mlp_head(
 
 
 def set_head(encoder: nn.Module, *widths: int, last_norm: bool = False, bias: bool = False) -> None:
-    """Replaces the encoder's head by `mlp_head` from its features to `widths`; ValueError where it has no linear
-    layer that tells how many features there are."""
+    """Replaces the encoder's head by an `mlp_head` from its features to `widths`.
+
+    Raises ValueError if the head has no linear layer, whose width tells the number of features.
+    """
     name = head_name(encoder)
     linear = next(
         (m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Linear)), None

@@ -1,38 +1,53 @@
-"""InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discrimination (Wu et al. 2018,
-arXiv:1805.01978), a memory bank with a slot for every image.
+"""InstDisc: Non-Parametric Instance Discrimination (Wu et al. 2018, arXiv:1805.01978).
 
-Its noise-contrastive estimation is replaced by InfoNCE, as in MoCo's comparison (He et al. 2020, arXiv:1911.05722,
-section 4.1) and in the later model of InstDisc's authors, so that methods differ in their dictionary only.
+A memory bank has a slot for every image. InfoNCE replaces the paper's noise-contrastive estimation,
+as in MoCo's comparison (He et al. 2020, arXiv:1911.05722, section 4.1) and in a later model of
+InstDisc's authors. MoCo and InstDisc then differ in the dictionary only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError, ModelConfig
+from mocofast.config import Config, ConfigError, between, option
 from mocofast.distributed import SharedGenerator, all_gather, rank_and_world_size, to_device
-from mocofast.methods.base import Method, MethodOutput
+from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
+from mocofast.methods.options import StoredKeysOptions
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops.losses import info_nce
 
 
+@dataclass
+class Options(StoredKeysOptions):
+    """Options of the memory bank."""
+
+    momentum: float = option(
+        0.5, "m of the moving average of a slot in the memory bank", valid=between(0, 1)
+    )
+
+
 class MemoryBank(Method):
-    """An encoder, and a bank of its embeddings of every image, each from when the image was last seen.
+    """An encoder, and a bank with the embedding of every image from its last visit.
 
-    base_encoder, dim, temperature, mlp: as MoCo's. images: how many slots the bank has.
-    negatives: K slots drawn for every batch, with replacement, from those of images outside the batch of all ranks,
-        which share them. (InstDisc draws for every image apart, its own slot included.)
+    base_encoder, dim, temperature, mlp: as for MoCo.
+    images: number of slots in the bank.
+    negatives: K, number of slots sampled for every batch. All ranks share the sample, which is
+        taken with replacement from the images outside the batch of all ranks. (InstDisc samples
+        for every image separately, and may sample the image's own slot.)
     momentum: m of a slot's moving average.
-    queue_dtype: how the bank is stored.
+    queue_dtype: type of the stored embeddings.
 
-    State dict: `encoder_q.*`, `bank` (images, C), unit vectors; `random_state` is the negatives'.
+    State dict: `encoder_q.*`, `bank` (images, C), unit vectors.
+    `random_state()` is the state of the sampling of negatives.
     """
 
     num_views = 1
@@ -43,13 +58,13 @@ class MemoryBank(Method):
         self,
         base_encoder: Callable[..., nn.Module],
         images: int,
-        dim: int = ModelConfig.dim,
-        negatives: int = ModelConfig.queue_size,
-        momentum: float = 0.5,
-        temperature: float = ModelConfig.temperature,
-        mlp: bool = ModelConfig.mlp,
+        dim: int = Options.dim,
+        negatives: int = Options.queue_size,
+        momentum: float = Options.momentum,
+        temperature: float = Options.temperature,
+        mlp: bool = Options.mlp,
         *,
-        queue_dtype: str = ModelConfig.queue_dtype,
+        queue_dtype: str = Options.queue_dtype,
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
@@ -59,25 +74,24 @@ class MemoryBank(Method):
                 raise ValueError(f"{name} must be at least 1: got {value}")
         self.negatives, self.momentum, self.temperature = negatives, momentum, temperature
         self.encoder_q = base_encoder(num_classes=dim)
-        head_name(self.encoder_q)  # raises where there is no head
+        head_name(self.encoder_q)  # raises if there is no head
         if mlp:
             add_mlp_head(self.encoder_q)
         self.register_buffer(
             "bank", F.normalize(torch.randn(images, dim), dim=1).to(QUEUE_DTYPES[queue_dtype])
         )
-        self.draws = SharedGenerator()
-        self._pending: list[
-            tuple[Tensor, Tensor]
-        ] = []  # of micro-batches that wait for their step's last one
+        self.sampler = SharedGenerator()
+        # Numbers and embeddings of earlier micro-batches of the same optimiser step.
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self.keep_buffers_out_of_broadcasts()
 
     @property
     def chance_loss(self) -> float:
-        """InfoNCE of an encoder that knows nothing: log(K + 1)."""
+        """The loss of an encoder that has learned nothing: log(K + 1)."""
         return math.log(self.negatives + 1)
 
     def describe(self) -> str:
-        """The sizes of bank and sample."""
+        """Returns the sizes of the bank and of the sample of negatives."""
         return f"memory bank of {len(self.bank)} images, {self.negatives} negatives"
 
     def forward(
@@ -89,16 +103,19 @@ class MemoryBank(Method):
         enqueue: bool = True,
         step_inputs: tuple[Tensor, ...] = (),
     ) -> MethodOutput:
-        """Loss of this rank's images (N, 3, S, S); in train mode also updates their slots, index (N,) int64.
+        """Computes the loss of this rank's images. In train mode, updates the slots of the images.
 
-        With gradient accumulation, slots are updated with enqueue=True, for all micro-batches since the last time.
-        arranged: what `prepare_step` made of these images, where the caller has called it.
+        images: (N, 3, S, S). index: (N,) int64, the numbers of the images.
+        update_keys: ignored.
+        enqueue: with gradient accumulation, True for the last micro-batch only. The slots of all
+            micro-batches are then updated.
+        step_inputs: the result of `prepare_step(images)`, if the caller has called it.
         """
         self.check_views(images=images)
         v = self.encode("encoder_q", images)  # (N, C), normalised inside info_nce
         batch = all_gather(index) if self.training else index  # (W*N,)
         (numbers,) = step_inputs or self.prepare_step(images)
-        loss, rank = info_nce(
+        loss, positive_rank = info_nce(
             v,
             self.bank[index],
             self.bank[self._slots(numbers, batch)],
@@ -111,32 +128,38 @@ class MemoryBank(Method):
             if enqueue:
                 self._update(*(torch.cat(parts) for parts in zip(*self._pending)))
                 self._pending.clear()
-        return MethodOutput(loss, rank)
+        return ranking_output(loss, positive_rank)
 
     def random_state(self) -> Tensor | None:
-        """That of the negatives; None before the first ones."""
-        return self.draws.state()
+        """Returns the state of the sampling of negatives, or None before the first sample."""
+        return self.sampler.state()
 
     def load_random_state(self, state: Tensor | None) -> None:
-        """Draws on from `random_state()`, afresh from None."""
-        self.draws.load_state(state)
+        """Continues the sampling from `random_state()`. None starts it anew."""
+        self.sampler.load_state(state)
 
     def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """K random numbers (K,) int64 of slots that are not in the batch, equal on all ranks in train mode."""
+        """Samples numbers (K,) int64 of slots outside the batch, equal on all ranks in train mode.
+
+        Raises ConfigError if the batch holds all images.
+        """
         (images,) = views
         free = len(self.bank) - len(images) * (rank_and_world_size()[1] if self.training else 1)
         if free < 1:
             raise ConfigError(
                 f"data.batch_size: must leave negatives among the {len(self.bank)} images"
             )
-        generator = self.draws.generator(images.device) if self.training else None
+        generator = self.sampler.generator(images.device) if self.training else None
         return to_device(
             [torch.randint(free, (self.negatives,), generator=generator)], images.device
         )
 
     def _slots(self, numbers: Tensor, batch: Tensor) -> Tensor:
-        """Slots (K,): of number n is the n-th slot outside `batch` (B,)."""
-        # It is n + as many slots of the batch as stand before it; an image counts once, however often it is there.
+        """Returns slots (K,): numbers[i] = n selects the n-th slot that is not in the batch.
+
+        batch: (B,) int64, numbers of the batch's images.
+        """
+        # The slot is n plus the number of batch slots before it. A repeated image counts once.
         taken = batch.sort().values
         again = torch.cat([taken.new_zeros(1, dtype=torch.bool), taken[1:] == taken[:-1]])
         taken = taken.masked_fill(again, len(self.bank)).sort().values
@@ -145,17 +168,20 @@ class MemoryBank(Method):
 
     @torch.no_grad()
     def _update(self, index: Tensor, v: Tensor) -> None:
-        """Moves slots `index` (B,) towards v (B, C). Of an image that came more than once, the last counts, whatever
-        the order of writing: its rows are all the same."""
+        """Moves slots `index` (B,) towards embeddings v (B, C).
+
+        For a repeated image the last embedding counts. All its rows are made equal first, so the
+        order of writing does not matter.
+        """
         same = index[:, None] == index
         last = (same * torch.arange(len(index), device=index.device)).amax(1)
         slots = self.momentum * self.bank[index].float() + (1 - self.momentum) * v[last]
         self.bank.index_copy_(0, index, F.normalize(slots, dim=1).to(self.bank.dtype))
 
 
-def build(config: Config, images: int) -> MemoryBank:
-    """A bank of as many images as the data have, with the options of `config.model`."""
-    m = config.model
+def build(config: Config, images: int = 0, classes: int = 0) -> MemoryBank:
+    """Returns a memory bank of `images` slots, with the options of `config.model`."""
+    m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return MemoryBank(
         build_encoder(m.arch, config.augment.size),

@@ -1,13 +1,16 @@
-"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al. 2021, arXiv:2104.02057).
+"""MoCo v3: Training Self-Supervised Vision Transformers (Chen et al. 2021, arXiv:2104.02057).
 
-No queue: the keys of all ranks' batches are the negatives, which takes large batches. A predictor turns the queries,
-the loss is symmetric, and BatchNorm in the heads and the encoder is over all ranks (model.sync_bn).
+There is no queue. The keys of all ranks' batches are the negatives, so batches must be large.
+A predictor follows the query encoder, and the loss is symmetric. BatchNorm in the heads and in the
+encoder takes its statistics over all ranks (model.sync_bn).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +18,30 @@ from torch import Tensor, nn
 
 from mocofast.config import Config
 from mocofast.distributed import all_gather, rank_and_world_size
-from mocofast.methods.base import MethodOutput
+from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.heads import mlp_head, set_head
+from mocofast.methods.options import MomentumOptions, ProjectorOptions, TemperatureOptions
 from mocofast.methods.predicting import PredictingMethod
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import info_nce
 
 
+@dataclass
+class Options(MomentumOptions, ProjectorOptions, TemperatureOptions):
+    """Options of MoCo v3."""
+
+
 class MoCoV3(PredictingMethod):
     """Algorithm 1 of the paper.
 
-    base_encoder: as MoCo's; its head becomes the projector, of `projector_layers` linear layers. dim: C, dimension of
-    the embedding; hidden_dim: width between layers. predictor_norm: end the predictor in BatchNorm. The paper's: 2
-    layers without it for ResNets, 3 with it for ViTs. momentum: m, which the loop raises to 1. temperature: T.
+    base_encoder: as for MoCo. Its head becomes the projector.
+    dim: C, dimension of the embedding.
+    hidden_dim: width of the hidden layers.
+    momentum: m of the key encoder's moving average. A schedule may raise it to 1.
+    temperature: T.
+    projector_layers: number of linear layers. The paper has 2 for ResNets, 3 for ViTs.
+    predictor_norm: end the predictor in a BatchNorm. The paper does for ViTs only.
     """
 
     def __init__(
@@ -55,30 +68,40 @@ class MoCoV3(PredictingMethod):
 
     @property
     def chance_loss(self) -> float | None:
-        """The loss of an encoder that knows nothing: 4 T log(number of keys); None before the first step."""
+        """The loss of an encoder that has learned nothing: 4 T log(number of keys).
+
+        None before the first step.
+        """
         return 4 * self.temperature * math.log(self._num_keys) if self._num_keys else None
 
     def describe(self) -> str:
-        """The loss in a few words."""
+        """Returns the loss in a few words."""
         return "symmetric loss over the keys of the batch"
 
     def forward(
         self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True
     ) -> MethodOutput:
-        """Loss of this rank's images, whose keys all ranks gather; rank is (2N,), queries of im_1 first.
+        """Computes the loss of this rank's images among the keys of all ranks.
 
-        With gradient accumulation a query meets the keys of its own micro-batch only. In eval mode nothing is
-        updated or gathered.
+        im_1, im_2: (N, 3, S, S), two views of the same images.
+        update_keys: as for every Method. enqueue: ignored.
+        `rank` of the output is (2N,), first the queries of im_1.
+        With gradient accumulation, a query meets the keys of its own micro-batch only. In eval mode
+        nothing is updated or gathered.
         """
         self.check_views(im_1=im_1, im_2=im_2)
-        (q_1, q_2), keys = self.outputs(im_1, im_2, update_keys=update_keys)  # each (N, C)
+        (q_1, q_2), keys = self.outputs(im_1, im_2, update_keys=update_keys)  # all (N, C)
         k_1, k_2 = (F.normalize(k.float(), dim=1) for k in keys)
         loss_1, rank_1 = self._contrast(q_1, k_2)
         loss_2, rank_2 = self._contrast(q_2, k_1)
-        return MethodOutput(2 * self.temperature * (loss_1 + loss_2), torch.cat([rank_1, rank_2]))
+        loss = 2 * self.temperature * (loss_1 + loss_2)
+        return ranking_output(loss, torch.cat([rank_1, rank_2]))
 
     def _contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy () of each query with its own key among all ranks' keys, and its rank (N,)."""
+        """Finds the key of every query among the keys of all ranks.
+
+        q, k: (N, C). Returns the mean cross entropy () and the positives' ranks (N,).
+        """
         own_rows = None
         if self.training:
             rank, _ = rank_and_world_size()
@@ -95,9 +118,9 @@ class MoCoV3(PredictingMethod):
         )
 
 
-def build(config: Config) -> MoCoV3:
-    """MoCo v3 with the options of `config.model`, its heads as the paper has them for this kind of encoder."""
-    m = config.model
+def build(config: Config, images: int = 0, classes: int = 0) -> MoCoV3:
+    """Returns MoCo v3 with the options of `config.model`, and the paper's heads for the encoder."""
+    m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     is_vit = m.arch.startswith("vit_")
     build_base = build_encoder(m.arch, config.augment.size)
@@ -107,7 +130,7 @@ def build(config: Config) -> MoCoV3:
         _start_blocks_as_identity(encoder)
         return encoder
 
-    return MoCoV3(
+    model = MoCoV3(
         base_encoder,
         m.dim,
         m.hidden_dim,
@@ -118,11 +141,15 @@ def build(config: Config) -> MoCoV3:
         pixel_mean=mean,
         pixel_std=std,
     )
+    model.schedule_momentum(m.momentum_schedule)
+    return model
 
 
 def _start_blocks_as_identity(encoder: nn.Module) -> None:
-    """Zeroes the last BatchNorm weight of every residual block, as the reference's ResNets start (Goyal et al. 2017,
-    arXiv:1706.02677, section 5.1)."""
+    """Sets the last BatchNorm weight of every residual block to zero, as in the paper's code.
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, section 5.1.
+    """
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
     for block in encoder.modules():

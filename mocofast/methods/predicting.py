@@ -1,4 +1,4 @@
-"""What MoCo v3 and BYOL share: an encoder with projector, its moving average, and a predictor without one."""
+"""What MoCo v3 and BYOL share: a projector, a momentum encoder, and a predictor of its outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from mocofast.methods.momentum import MomentumMethod
 
 
 class PredictingMethod(MomentumMethod):
-    """A symmetric method: what the predictor makes of each view is compared with the momentum encoder's other view.
+    """A symmetric method: a prediction from each view meets the momentum encoder's other view.
 
-    encoder_q: ends in its projector. predictor: (N, C) -> (N, C). momentum: m of the average, of parameters only.
+    encoder_q: an encoder that ends in its projector.
+    predictor: (N, C) -> (N, C). It has no moving average.
+    momentum: m of the moving average.
+
     State dict: `encoder_q.*`, `encoder_k.*`, `predictor.*`.
     """
 
@@ -32,8 +35,11 @@ class PredictingMethod(MomentumMethod):
         self.keep_buffers_out_of_broadcasts()
 
     def outputs(self, *views: Tensor, update_keys: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """(N, C) for each view: the predictor's output, and the momentum encoder's, after its own update where that
-        is asked for. BatchNorm sees one view at a time."""
+        """Returns predictions and targets, each a list with one (N, C) per view.
+
+        update_keys: update the momentum encoder first, in train mode.
+        BatchNorm sees one view at a time.
+        """
         if self.training and update_keys:
             self.update_momentum_encoder()
         with torch.no_grad(), self.side_stream() as join:

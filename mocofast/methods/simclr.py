@@ -1,41 +1,54 @@
-"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020, arXiv:2002.05709).
+"""SimCLR: Contrastive Learning of Visual Representations (Chen et al. 2020, arXiv:2002.05709).
 
-Two views of every image of a large batch, of all ranks together: each view is to find the other one of its image
-among all views. One encoder, trained end to end on both views.
+A large batch, over all ranks together, holds two views of every image. A view must find the other
+view of the same image among all views. One encoder is trained end to end on both views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from mocofast.config import Config, ModelConfig
+from mocofast.config import Config, above, at_least, option
 from mocofast.distributed import rank_and_world_size
-from mocofast.methods.base import Method, MethodOutput
+from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
+from mocofast.methods.options import ProjectorOptions, TemperatureOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import nt_xent
 
 
+@dataclass
+class Options(ProjectorOptions, TemperatureOptions):
+    """Options of SimCLR."""
+
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
+    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
+
+
 class SimCLR(Method):
     """An encoder with a projector.
 
-    base_encoder: as MoCo's. dim: C, dimension of the embedding. hidden_dim: width of the projector's hidden layer, as
-    wide as the features in the paper. temperature: T of NT-Xent.
+    base_encoder: as for MoCo.
+    dim: C, dimension of the embedding.
+    hidden_dim: width of the projector's hidden layer. The paper takes the width of the features.
+    temperature: T of NT-Xent.
 
-    With gradient accumulation a view meets those of its micro-batch only.
+    With gradient accumulation, a view meets the views of its own micro-batch only.
     """
 
     def __init__(
         self,
         base_encoder: Callable[..., nn.Module],
-        dim: int = ModelConfig.dim,
-        hidden_dim: int = 2048,
-        temperature: float = 0.1,
+        dim: int = Options.dim,
+        hidden_dim: int = Options.hidden_dim,
+        temperature: float = Options.temperature,
         *,
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
@@ -47,16 +60,21 @@ class SimCLR(Method):
         self.keep_buffers_out_of_broadcasts()
 
     def describe(self) -> str:
-        """The loss, whose negatives are the batch."""
+        """Returns the loss in a few words."""
         return "NT-Xent over the batch"
 
     def forward(
         self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True
     ) -> MethodOutput:
-        """NT-Xent of this rank's 2N views, (N, 3, S, S) each, among the 2WN of all ranks; rank: (2N,), those of im_a
-        first. Gradients reach every rank's views. The two flags, which concern memories, change nothing."""
+        """Computes NT-Xent of this rank's 2N views among the 2WN views of all ranks.
+
+        im_a, im_b: (N, 3, S, S), two views of the same images.
+        update_keys, enqueue: ignored.
+        `rank` of the output is (2N,), first the views of im_a. Gradients reach the views of every
+        rank.
+        """
         self.check_views(im_a=im_a, im_b=im_b)
-        z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # (N, C) each
+        z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # both (N, C)
         own_rows = None
         rank, world_size = rank_and_world_size()
         if self.training and world_size > 1:
@@ -65,12 +83,12 @@ class SimCLR(Method):
         loss, positive_rank = nt_xent(
             z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=own_rows
         )
-        return MethodOutput(loss, positive_rank)
+        return ranking_output(loss, positive_rank)
 
 
-def build(config: Config) -> SimCLR:
-    """SimCLR with the options of `config.model`."""
-    m = config.model
+def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:
+    """Returns SimCLR with the options of `config.model`."""
+    m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SimCLR(
         build_encoder(m.arch, config.augment.size),

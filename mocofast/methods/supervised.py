@@ -1,23 +1,31 @@
-"""Supervised training of the same encoders, the baseline of every comparison: cross entropy on the labels."""
+"""Supervised training of the same encoders, as a baseline: cross entropy on the labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError
-from mocofast.methods.base import Method, MethodOutput
+from mocofast.config import Config, ConfigError, ModelConfig
+from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.models.encoders import build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 
 
-class Supervised(Method):
-    """A classifier: `encoder_q` with its own head, one view of an image, its label.
+@dataclass
+class Options(ModelConfig):
+    """Options of supervised training: only the options of every method."""
 
-    base_encoder: as MoCo's, its `num_classes` being classes. pixel_mean, pixel_std: as Method's.
+
+class Supervised(Method):
+    """A classifier: `encoder_q` with its own head sees one view of an image and the label.
+
+    base_encoder: as for MoCo, with num_classes=classes.
+    classes: number of classes.
+    pixel_mean, pixel_std: as for every Method.
     """
 
     num_views = 1
@@ -34,34 +42,38 @@ class Supervised(Method):
         super().__init__(pixel_mean, pixel_std)
         self.classes = classes
         self.encoder_q = base_encoder(num_classes=classes)
-        head_name(self.encoder_q)  # raises where there is no head
+        head_name(self.encoder_q)  # raises if there is no head
         self.keep_buffers_out_of_broadcasts()
 
     @property
     def chance_loss(self) -> float:
-        """Cross entropy of equal probabilities: log(classes)."""
+        """The cross entropy of equal probabilities: log(classes)."""
         return math.log(self.classes)
 
     def describe(self) -> str:
-        """The number of classes."""
+        """Returns the number of classes."""
         return f"supervised, {self.classes} classes"
 
     def forward(
         self, images: Tensor, *, labels: Tensor, update_keys: bool = True, enqueue: bool = True
     ) -> MethodOutput:
-        """Cross entropy of images (N, 3, S, S) with labels (N,) int64; rank: how many classes score above the right
-        one. The two flags, which concern memories, change nothing."""
+        """Computes the cross entropy of images (N, 3, S, S) and labels (N,) int64.
+
+        `rank` of the output: how many classes score above the right class.
+        update_keys, enqueue: ignored.
+        """
         self.check_views(images=images)
         logits = self.encode("encoder_q", images).float()  # (N, classes)
-        rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-        return MethodOutput(F.cross_entropy(logits, labels), rank.int())
+        positive_rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+        return ranking_output(F.cross_entropy(logits, labels), positive_rank.int())
 
 
-def build(config: Config, classes: int) -> Supervised:
-    """A classifier of as many classes as the data have, with the encoder of `config.model`."""
+def build(config: Config, images: int = 0, classes: int = 0) -> Supervised:
+    """Returns a classifier of `classes` classes with the encoder of `config.model`."""
     if classes < 2:
         raise ConfigError(
-            f"model.method: supervised needs images of two classes or more, and these have {classes}"
+            "model.method: supervised needs images of two classes or more, "
+            f"and these have {classes}"
         )
     mean, std = pixel_statistics(config.augment)
     return Supervised(

@@ -1,38 +1,59 @@
-"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al. 2020,
-arXiv:2006.09882), with two views of full size (its multi-crop of small ones is not here).
+"""SwAV: Contrasting Cluster Assignments (Caron et al. 2020, arXiv:2006.09882).
 
-Views are compared with prototypes, not with each other: the batch is assigned to the prototypes in equal shares, and
-one view is to predict the assignment ("code") of the other.
+Views are compared with prototypes instead of with other views. The batch is assigned to the
+prototypes in equal shares. A view must predict the assignment ("code") of the other view.
+There are two views of full size. The paper's multi-crop of small views is not implemented.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ModelConfig
+from mocofast.config import Config, above, at_least, option
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
+from mocofast.methods.options import ProjectorOptions, TemperatureOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
+
+
+@dataclass
+class Options(ProjectorOptions, TemperatureOptions):
+    """Options of SwAV."""
+
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
+    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
+    prototypes: int = option(3000, "number of prototypes", valid=at_least(2))
+    epsilon: float = option(0.05, "smoothness of the assignments to prototypes", valid=above(0))
+    freeze_prototypes: int = option(
+        313, "optimiser steps at the start in which the prototypes stay", valid=at_least(0)
+    )
 
 
 class SwAV(Method):
     """An encoder with a projector, and prototypes.
 
-    base_encoder: as MoCo's. dim: C, dimension of the embedding. hidden_dim: width of the projector's hidden layer.
-    prototypes: K. temperature: T of the prediction. epsilon: smoothness of the codes.
-    freeze_prototypes: optimiser steps at the start in which prototypes get no gradient. (Weight decay goes on, and
-        shortens them only, which the normalisation undoes.)
+    base_encoder: as for MoCo.
+    dim: C, dimension of the embedding.
+    hidden_dim: width of the projector's hidden layer.
+    prototypes: K, number of prototypes.
+    temperature: T of the prediction.
+    epsilon: smoothness of the codes.
+    freeze_prototypes: optimiser steps at the start in which the prototypes get no gradient. Weight
+        decay goes on. It changes only their length, which the normalisation restores.
 
-    State dict: `encoder_q.*`, `prototypes.weight` (K, C), `steps` () int64, the optimiser steps so far.
-    With gradient accumulation codes are those of a micro-batch.
+    State dict: `encoder_q.*`, `prototypes.weight` (K, C), `steps` () int64, the number of optimiser
+    steps so far.
+    With gradient accumulation, the codes are computed per micro-batch.
     """
 
     steps: Tensor
@@ -40,12 +61,12 @@ class SwAV(Method):
     def __init__(
         self,
         base_encoder: Callable[..., nn.Module],
-        dim: int = ModelConfig.dim,
-        hidden_dim: int = 2048,
-        prototypes: int = ModelConfig.prototypes,
-        temperature: float = 0.1,
-        epsilon: float = ModelConfig.epsilon,
-        freeze_prototypes: int = ModelConfig.freeze_prototypes,
+        dim: int = Options.dim,
+        hidden_dim: int = Options.hidden_dim,
+        prototypes: int = Options.prototypes,
+        temperature: float = Options.temperature,
+        epsilon: float = Options.epsilon,
+        freeze_prototypes: int = Options.freeze_prototypes,
         *,
         pixel_mean: Sequence[float] | Tensor | None = None,
         pixel_std: Sequence[float] | Tensor | None = None,
@@ -59,42 +80,47 @@ class SwAV(Method):
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, hidden_dim, dim, bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
-        # On the device, where a captured step can count and compare.
+        # On the device, so that a captured step can count and compare.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.keep_buffers_out_of_broadcasts()
 
     @property
     def chance_loss(self) -> float:
-        """Cross entropy of a prediction that knows nothing: log(K)."""
+        """The cross entropy of equal probabilities: log(K)."""
         return math.log(len(self.prototypes.weight))
 
     def describe(self) -> str:
-        """The number of prototypes."""
+        """Returns the number of prototypes."""
         return f"{len(self.prototypes.weight)} prototypes"
 
     def forward(
         self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True
     ) -> MethodOutput:
-        """Cross entropy of this rank's N swapped predictions, both ways; (N, 3, S, S) each."""
+        """Computes the mean cross entropy of this rank's swapped predictions.
+
+        im_a, im_b: (N, 3, S, S), two views of the same images.
+        update_keys: ignored. enqueue: True counts an optimiser step.
+        """
         self.check_views(im_a=im_a, im_b=im_b)
         z = F.normalize(self.encode("encoder_q", torch.cat([im_a, im_b])).float(), dim=1)  # (2N, C)
-        with torch.autocast(
-            z.device.type, enabled=False
-        ):  # exp(score / epsilon) shows every bit that is missing
-            scores_a, scores_b = F.linear(z, self._unit_prototypes()).chunk(2)  # (N, K) each
-        code_a, code_b = (
-            sinkhorn(s.detach(), self.epsilon, self.training) for s in (scores_a, scores_b)
-        )
-        loss = (
-            F.cross_entropy(scores_a / self.temperature, code_b)
-            + F.cross_entropy(scores_b / self.temperature, code_a)
-        ) / 2  # fmt: skip
+        # float32: exp(score / epsilon) magnifies the rounding errors of bf16.
+        with torch.autocast(z.device.type, enabled=False):
+            scores_a, scores_b = F.linear(z, self._unit_prototypes()).chunk(2)  # both (N, K)
+        code_a = sinkhorn(scores_a.detach(), self.epsilon, self.training)
+        code_b = sinkhorn(scores_b.detach(), self.epsilon, self.training)
+        # Every view predicts the code of the other view.
+        loss_a = F.cross_entropy(scores_a / self.temperature, code_b)
+        loss_b = F.cross_entropy(scores_b / self.temperature, code_a)
+        loss = (loss_a + loss_b) / 2
         if self.training and enqueue:
             self.steps += 1
-        return MethodOutput(loss, None)
+        return MethodOutput(loss)
 
     def _unit_prototypes(self) -> Tensor:
-        """(K, C); in train mode the parameters themselves are normalised, as the paper's code does at every step."""
+        """Returns unit prototypes (K, C).
+
+        In train mode the parameters themselves are normalised, as in the paper's code.
+        """
         weight = self.prototypes.weight
         unit = F.normalize(weight.detach(), dim=1)
         if not self.training:
@@ -108,9 +134,14 @@ class SwAV(Method):
 def sinkhorn(
     scores: Tensor, epsilon: float, over_ranks: bool = False, iterations: int = 3
 ) -> Tensor:
-    """Soft assignments of N samples to K prototypes in equal shares over the batch, of all ranks if over_ranks (who
-    then call it together): Sinkhorn-Knopp, arXiv:2006.09882, eq. 5. scores: (N, K), cosines; rows of the result sum
-    to 1."""
+    """Assigns N samples softly to K prototypes, in equal shares over the batch (Sinkhorn-Knopp).
+
+    Source: arXiv:2006.09882, eq. 5.
+    scores: (N, K), cosines.
+    epsilon: smoothness.
+    over_ranks: take the shares over the batches of all ranks. All ranks must call it.
+    Returns (N, K). Every row sums to 1.
+    """
     code = torch.exp(scores / epsilon)
     for _ in range(iterations):
         share = code.sum(0)  # of each prototype
@@ -121,9 +152,9 @@ def sinkhorn(
     return code
 
 
-def build(config: Config) -> SwAV:
-    """SwAV with the options of `config.model`."""
-    m = config.model
+def build(config: Config, images: int = 0, classes: int = 0) -> SwAV:
+    """Returns SwAV with the options of `config.model`."""
+    m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SwAV(
         build_encoder(m.arch, config.augment.size),

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of the momentum encoder, as pure functions of the step."""
+"""Schedules of learning rate and momentum, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ from dataclasses import replace
 
 import torch
 
-from mocofast.config import ModelConfig, OptimConfig
+from mocofast.config import OptimConfig
 
 
 def scaled_by_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
-    """`config` with the rate of a batch of `batch_size` images in place of that of `optim.lr_per` (Goyal et al. 2017,
-    arXiv:1706.02677)."""
-    return (
-        replace(config, lr=config.lr * batch_size / config.lr_per, lr_per=0)
-        if config.lr_per
-        else config
-    )
+    """Applies linear scaling (Goyal et al. 2017, arXiv:1706.02677): lr * batch_size / lr_per.
+
+    config: `optim.lr` is the rate of a batch of `optim.lr_per` images. lr_per = 0: no scaling.
+    batch_size: images per optimiser step, over all ranks.
+
+    Returns a configuration with the scaled lr and lr_per = 0.
+    """
+    if not config.lr_per:
+        return config
+    return replace(config, lr=config.lr * batch_size / config.lr_per, lr_per=0)
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The rate of optimiser step `step` (from 0). Stateless, so a resumed run needs nothing but its step.
+    """Returns the learning rate of an optimiser step. A resumed run needs nothing but the step.
 
-    `optim.per` "epoch" holds the rate over an epoch, as facebookresearch/moco does; warm-up always moves by step.
+    config: `optim.per` = "epoch" keeps the rate constant over an epoch, as facebookresearch/moco
+        does. "step" changes the rate at every step. Warm-up changes the rate at every step always.
+    step: number of the optimiser step, from 0.
+    steps_per_epoch: optimiser steps per epoch.
+    epochs: length of the run.
     """
+    # Warm-up: linear, to the base rate in the last step.
     exact = step / steps_per_epoch
     if exact < config.warmup_epochs:
         return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch)
+
     epoch = float(step // steps_per_epoch) if config.per == "epoch" else exact
     if config.schedule == "cosine":
         span = epochs - config.warmup_epochs
@@ -39,17 +48,15 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return config.lr
 
 
-def key_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
-    """The momentum m of the key encoder's average at optimiser step `step` (from 0).
+def cosine_momentum(momentum: float, step: int, total_steps: int) -> float:
+    """Returns m of the key encoder's average at optimiser step `step`, which rises to 1 (MoCo v3).
 
-    `model.momentum_schedule` "cosine" is MoCo v3's: 1 - (1 - m) (1 + cos(pi step / total_steps)) / 2.
+    1 - (1 - m) (1 + cos(pi step / total_steps)) / 2 with m = `momentum`. Steps count from 0.
     """
-    if config.momentum_schedule == "constant":
-        return config.momentum
-    return 1 - (1 - config.momentum) * (1 + math.cos(math.pi * step / total_steps)) / 2
+    return 1 - (1 - momentum) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the rate of every parameter group."""
+    """Sets the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Pretraining: the run and its loop, the step and how it is launched, checkpoints and run folders."""
+"""Pretraining: the run and its loop, the step engine, checkpoints and run folders."""
 
 from typing import TYPE_CHECKING
 

@@ -1,37 +1,144 @@
-"""Checkpoints: written atomically, in the background, pruned; loaded with weights_only.
+"""Checkpoints: what they hold, how they are written and read.
 
-Layout of a file: `format`, `config` (nested dictionaries), `model` (state dict of the method), `optimizer`, `epoch`
-and `step_in_epoch` (the position in the data stream), `step`, and what else a continued run needs (see train.py).
-Only tensors, numbers, strings and containers of them, so that torch.load(weights_only=True) reads it.
+A file holds tensors, numbers, strings and containers of these only, so that
+torch.load(weights_only=True) reads it:
+    format, version, config (nested dictionaries), sizes (numbers of images and classes)
+    model, optimizer (state dicts), method_random_state, random_states (one per rank)
+    step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
+    data (fingerprint of the images, skipped files), before, after (kNN figures)
+
+A checkpoint is written atomically, in the background. Older checkpoints are pruned.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mocofast import files, settings
+from mocofast import __version__, distributed, files, settings
 from mocofast.config import Config, ConfigError
 from mocofast.errors import describe_error
+from mocofast.data.interface import Loader, Source
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
+from mocofast.optim.fused import FusedOptimizer
+from mocofast.train.metrics import Window
 
 FORMAT = 2
 LAST = "last.pt"
 
 
+@dataclass
+class RunState:
+    """Everything of a run that a checkpoint keeps and a continued run restores.
+
+    step: optimiser steps done. epoch: epochs done. step_in_epoch: steps done in the present epoch.
+    before, after: kNN figures of the random encoder and of the last evaluation, empty without
+        labels.
+    """
+
+    config: Config
+    model: Method
+    optimizer: FusedOptimizer
+    loader: Loader
+    source: Source  # the training images
+    window: Window
+    device: torch.device
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of images and classes, which some methods are built for."""
+        return {"images": len(self.source), "classes": len(self.source.classes)}
+
+    def collect(self) -> dict[str, Any] | None:
+        """Returns the content of a checkpoint on rank 0, elsewhere None. A collective call."""
+        gather = distributed.gather_objects
+        random_states, windows = gather(random_state(self.device)), gather(self.window.state())
+        skipped: dict[int, str] = {}
+        for own in gather(dict(self.loader.skipped)):
+            skipped |= own
+        if distributed.rank_and_world_size()[0] != 0:
+            return None
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "config": settings.to_dict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "windows": windows,
+            "random_states": random_states,
+            "method_random_state": self.model.random_state(),
+            "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
+            "sizes": self.sizes,
+            "before": self.before,
+            "after": self.after,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continues from the content of a checkpoint.
+
+        Raises ConfigError if the checkpoint was made from other images.
+        """
+        found, expected = self.source.fingerprint(), saved["data"]["fingerprint"]
+        if found != expected:
+            raise ConfigError(
+                "data.path: these are not the images of the run to continue (fingerprint "
+                f"{found}, not {expected}), so it would see other batches"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.model.load_random_state(saved["method_random_state"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.epoch = saved["step"], saved["epoch"]
+        self.step_in_epoch = saved["step_in_epoch"]
+        self.before, self.after = saved["before"], saved["after"]
+        self.loader.skipped.update(saved["data"]["skipped"])
+        # The number of ranks may have changed: a new rank takes the sums of another rank.
+        rank, _ = distributed.rank_and_world_size()
+        windows, random_states = saved["windows"], saved["random_states"]
+        self.window.load_state(windows[rank % len(windows)])
+        if rank < len(random_states):
+            set_random_state(random_states[rank], self.device)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the states of torch's generators in this process.
+
+    The data stream needs no generator: it is a function of seed, epoch and step.
+    """
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continues torch's generators from `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """torch.save, but `path` is always whole: it has the old content or the new."""
+    """Saves by torch.save. `path` has the old content or the new content, never a part."""
     with files.atomic_write(path) as file:
         torch.save(state, file)
 
 
 def _snapshot(value: Any) -> Any:
-    """A copy on the CPU that later steps cannot change."""
+    """Returns a copy on the CPU, which later steps cannot change."""
     if isinstance(value, torch.Tensor):
         # clone() keeps strides: channels-last weights stay so.
         return value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
@@ -43,7 +150,7 @@ def _snapshot(value: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes `folder`/step_NNNNNNNN.pt and last.pt on a thread; keeps the newest `keep` of the former."""
+    """Writes `folder`/step_NNNNNNNN.pt and last.pt on a thread; keeps `keep` step files."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -52,7 +159,7 @@ class CheckpointWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Takes a snapshot now and writes it in the background; an earlier write's error is raised here."""
+        """Copies the state now, writes it in the background. Raises an earlier write's error."""
         self.wait()
         self._thread = threading.Thread(
             target=self._write, args=(_snapshot(state),), name="checkpoint"
@@ -60,7 +167,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what a write raised."""
+        """Waits for the write in the background. Raises the error of the write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -90,16 +197,21 @@ class CheckpointWriter:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU. `path`: the file, or a run folder (its checkpoints/last.pt).
+    """Reads a checkpoint onto the CPU.
 
-    Raises FileNotFoundError if none is there, ConfigError (a ValueError) for a file that is no mocofast checkpoint.
+    path: the file, or a run folder, whose checkpoints/last.pt is read.
+    Raises FileNotFoundError if there is no file, ConfigError (a ValueError) if the file is no
+    mocofast checkpoint.
     """
     return checked(*read_file(path))
 
 
 def read_file(path: str | Path) -> tuple[Any, Path]:
-    """What torch.save wrote, ours or another's, on the CPU, and its file; `path` and errors as of `load_checkpoint`,
-    which also looks at the content."""
+    """Reads a file of torch.save, ours or foreign, onto the CPU.
+
+    Returns the content and the path of the file. `path` and errors as for `load_checkpoint`, which
+    also checks the content.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoints" / LAST
@@ -112,17 +224,17 @@ def read_file(path: str | Path) -> tuple[Any, Path]:
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
-    """`state`, read from `path`, if it is a checkpoint of ours, else ConfigError."""
+    """Returns `state`, read from `path`. Raises ConfigError if it is no mocofast checkpoint."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(
-            f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's files see "
-            "mocofast.interop.load_reference_state_dict)"
+            f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's "
+            "files see mocofast.interop.load_reference_state_dict)"
         )
     return state
 
 
 def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
-    """The trained model, on the CPU, and the configuration of its run."""
+    """Returns the trained model, on the CPU, and the configuration of its run."""
     config = settings.from_dict(state["config"])
     model = build_method(config, **state.get("sizes", {}))
     model.load_state_dict(state["model"])

@@ -1,12 +1,15 @@
-"""The step engine: how encoders are run and how a step is launched, which `engine.mode` chooses.
+"""The step engine runs the encoders and launches the steps, as `engine.mode` chooses.
 
-eager: op by op. compile: each encoder, with the normalisation of its images, by torch.compile, as code of its own.
-graph: besides, the whole step (every micro-batch, the average over ranks, optimiser, momentum encoder, queue) is one
-CUDA graph, launched at once; what needs the host (MoCo's shuffle, the rates) is done before it, into tensors that
-stay where they are. All modes give one trajectory, to rounding.
+eager: op by op.
+compile: torch.compile compiles every encoder together with the normalisation of its images.
+graph: as compile, and the whole step (all micro-batches, average over ranks, optimiser, momentum
+    encoder, queue) is one CUDA graph with one launch. Work that needs the host (MoCo's shuffle,
+    scheduled numbers) is done before the step, into fixed buffers.
+All modes give the same trajectory, to rounding.
 
-Under bf16 autocast, in any mode, encoders read bf16 shadows of their weights, which the optimiser writes when it
-updates these, where autocast would convert every weight at every step.
+Under bf16 autocast, in every mode, encoders read bf16 shadows of their weights. The optimiser
+writes the shadows when it updates the weights. Without shadows autocast converts every weight at
+every step.
 """
 
 from __future__ import annotations
@@ -14,16 +17,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import step_parts
@@ -31,25 +31,22 @@ from mocofast.config import ConfigError
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.train.encoder_run import encoder_run, make_shadows
+from mocofast.train.metrics import StepMetrics
 from mocofast.train.step import FlatGradients, train_step
 
-WARM_UP = 3  # steps before a capture: libraries choose algorithms and allocate, kernels are loaded
-# Pixels of a micro-batch up to which keys are encoded beside queries: above, either one fills a GPU alone.
-BESIDE = 64 * 224 * 224
-
-# Modules whose weights autocast converts wherever they are used, and the names of these.
-_CONVERTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Linear,
-    NonDynamicallyQuantizableLinear,
-    nn.MultiheadAttention,
-)
-_WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias")
+# Steps before a capture, in which libraries choose algorithms and allocate, and kernels are loaded.
+STEPS_BEFORE_CAPTURE = 3
+# Below this many pixels of a micro-batch both encoders run on two streams. Above it one encoder
+# fills the GPU.
+TWO_STREAMS = 64 * 224 * 224
 
 
 def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, str]:
-    """The mode that `engine.mode` means on this device, and why; ConfigError for one that it cannot take."""
+    """Returns the mode that `engine.mode` means on this device, and the reason.
+
+    Raises ConfigError for a mode that the device cannot take.
+    """
     compiles = device.type != "cuda" or importlib.util.find_spec("triton") is not None
     if name == "graph" and device.type != "cuda":
         raise ConfigError(
@@ -62,25 +59,28 @@ def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, 
     if name != "auto":
         return name, "as asked"
     if device.type != "cuda":
-        return (
-            "eager",
-            "compiling takes a minute, which only a long run on a CPU wins back (--engine.mode compile)",
+        return "eager", (
+            "compiling takes a minute, which only a long run on a CPU wins back "
+            "(--engine.mode compile)"
         )
     if not compiles:
         return "eager", "Triton is missing, which compiles encoders: pip install triton"
     if world_size > 1:
         return "compile", "DistributedDataParallel sends gradients while others are computed"
-    # A step that cannot be captured ends the run, and no GPU has run this one yet: nobody gets it unasked.
+    # A failed capture ends the run, and no GPU has run this step yet: graph is not the default.
     return "compile", "compiled encoders; --engine.mode graph also makes the step one launch"
 
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """No garbage collection by itself inside: it stops the host for longer than a step takes. Call gc.collect() where
-    waiting does not matter."""
+    """Stops automatic garbage collection inside the block.
+
+    A collection stops the host for longer than a step takes. Call gc.collect() where a pause does
+    not matter.
+    """
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is there by now stays; later collections need not look at it
+    gc.freeze()  # later collections skip the objects of the set-up
     gc.disable()
     try:
         yield
@@ -93,12 +93,15 @@ def garbage_collection_paused() -> Iterator[None]:
 class Engine:
     """Steps of a method.
 
-    mode: "eager", "compile" or "graph" (on a CPU the very step that would be captured, launched op by op).
-    method: on its device, with the weights to start from; the engine chooses how its encoders are run and, where
-    there are ranks, wraps it in DistributedDataParallel (graph: averages gradients itself). optimizer: of
-    `optimizer_of`; no state may be loaded into it or the method from here on. accumulate: micro-batches a step.
-    images: of one of them on this rank; nothing is compiled or captured for an epoch's smaller last batch. backend:
-    torch.compile's; None leaves encoders as they are.
+    mode: "eager", "compile" or "graph". On a CPU "graph" runs the step that would be captured.
+    method: a method on its device. The engine chooses how its encoders run and, with several ranks,
+        wraps it in DistributedDataParallel (graph: averages the gradients itself).
+    optimizer: made by `optimizer_of`. Load the state of method and optimiser before.
+    autocast: the precision of the forward passes.
+    accumulate: micro-batches per step.
+    images: images per micro-batch on this rank. A smaller last batch of an epoch is neither
+        compiled nor captured.
+    backend: torch.compile's backend. None leaves the encoders as they are.
     """
 
     def __init__(
@@ -120,109 +123,88 @@ class Engine:
             self._join_ranks()
         for name in step_parts.FORWARD:
             if isinstance(getattr(method, name, None), nn.Module):
-                self._replace_run(name, None if mode == "eager" else backend)
-        self._static: _Batch | None = None
-        self._numbers = [
-            torch.zeros((), dtype=torch.float64, device=self._device) for _ in self._host_numbers()
-        ]
-        self._known: list[float] = [0.0] * len(self._numbers)
+                self._choose_run(name, None if mode == "eager" else backend)
+        self._buffers: _Batch | None = None  # the fixed buffers that a captured step reads
+        self._numbers = _Numbers(method, optimizer, self._device)
         self._stream = (
             torch.cuda.Stream() if mode == "graph" and self._device.type == "cuda" else None
         )
         self._warmed = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._metrics: Tensor | None = None
+        self._metrics: StepMetrics | None = None
+
+    def set_scheduled(self, step: int, total_steps: int, rate: float) -> None:
+        """Sets the numbers of the next step: the learning rate, and what the method schedules.
+
+        step: number of the step, from 0.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for name, schedule in self.method.schedules.items():
+            setattr(self.method, name, schedule(step, total_steps))
+        self.optimizer.ema_momentum = self.method.momentum
 
     def step(
         self, views: tuple[Tensor, ...], fields: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Tensor:
-        """One optimiser step on this rank's part of a batch, as `train_step` has it, with the optimiser's present
-        rates and momentum; returns its metrics (3,), which the next step may overwrite."""
-        static = self._gradients is not None
-        batch = _Batch(views, dict(fields), self._step_inputs(views) if static else [])
-        if not static or len(views[0]) != self._images * self._accumulate:
+    ) -> StepMetrics:
+        """Makes one optimiser step on this rank's slice of a batch (see `train_step`).
+
+        Returns the metrics. The next step may overwrite them.
+        """
+        fixed = self._gradients is not None
+        batch = _Batch(views, dict(fields), self._step_inputs(views) if fixed else [])
+        if not fixed or len(views[0]) != self._images * self._accumulate:
             return self._train(batch)
-        if self._static is None:
-            self._static = batch.empty_like()
-            if self._stream is not None and views[0][:, 0].numel() <= BESIDE * self._accumulate:
+        # Copy everything that the step reads into the fixed buffers.
+        if self._buffers is None:
+            self._buffers = batch.empty_like()
+            small = views[0][:, 0].numel() <= TWO_STREAMS * self._accumulate
+            if self._stream is not None and small:
                 self.method.second_stream = torch.cuda.Stream()
-        for fixed, tensor in zip(self._static.tensors(), batch.tensors()):
-            fixed.copy_(tensor, non_blocking=True)
-        self._set_numbers()
+        for buffer, tensor in zip(self._buffers.tensors(), batch.tensors()):
+            buffer.copy_(tensor, non_blocking=True)
+        self._numbers.to_device()
         if self._stream is None:
-            return self._train_static()
-        # Inside a graph nothing can be timed; but ranks launch collectives all captured or all not.
-        if self._warmed >= WARM_UP and (rank_and_world_size()[1] > 1 or not step_parts.timed()):
+            return self._train_on_buffers()
+        # Nothing inside a graph can be timed. But all ranks must launch collectives in one way.
+        timed = step_parts.timed() and rank_and_world_size()[1] == 1
+        if self._warmed >= STEPS_BEFORE_CAPTURE and not timed:
             if self._graph is None:
                 self._graph = self._capture()
             self._graph.replay()
             assert self._metrics is not None
             return self._metrics
+        # Warm up on the stream of the capture, because memory and libraries belong to streams.
         self._warmed += 1
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(
-            self._stream
-        ):  # where the capture will be: memory and libraries know streams
-            metrics = self._train_static()
+        with torch.cuda.stream(self._stream):
+            metrics = self._train_on_buffers()
         current.wait_stream(self._stream)
         return metrics
 
-    # ---- encoders ----
-
-    def _shadows(self, encoder: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """By path, the weights that autocast would convert, and copies in its type; none without autocast."""
-        if not self.autocast._enabled:
-            return {}
-        return {
-            f"{path}.{name}".lstrip("."): (weight, weight.detach().to(self.autocast.fast_dtype))
-            for path, module in encoder.named_modules()
-            if type(module) in _CONVERTED
-            for name, weight in module.named_parameters(recurse=False)
-            if name in _WEIGHTS and weight.dtype == torch.float32
-        }
-
-    def _replace_run(self, name: str, backend: str | Callable[..., Any] | None) -> None:
-        """How the encoder `name` is run on images (N, 3, S, S), uint8 or normalised."""
-        encoder, prepared, full = getattr(self.method, name), self.method.prepared, self._images
-        shadows, in_place = self._shadows(encoder), self._gradients is not None
+    def _choose_run(self, name: str, backend: str | Callable[..., Any] | None) -> None:
+        """Chooses how the encoder `name` runs in training."""
+        encoder = getattr(self.method, name)
+        shadows = make_shadows(encoder, self.autocast)
         self.optimizer.write_shadows(dict(shadows.values()))
-        if not shadows and backend is None:
-            return  # as the method has it
-
-        def call(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-            return functional_call(encoder, weights, (prepared(images),))
-
-        compiled = call
-        if backend is not None:
-            # torch.compile keeps what it compiled by code object, and both encoders would share this one.
-            own = types.FunctionType(
-                call.__code__.replace(co_name=f"run_{name}"),
-                call.__globals__,
-                f"run_{name}",
-                None,
-                call.__closure__,
+        if shadows or backend is not None:
+            self.method.run[name] = encoder_run(
+                name,
+                encoder,
+                self.method.normalize_pixels,
+                shadows,
+                self._images,
+                backend,
+                in_place=self._gradients is not None,
             )
-            compiled = torch.compile(own, backend=backend, dynamic=False)
-
-        def run(images: Tensor) -> Tensor:
-            tracked = torch.is_grad_enabled()
-            weights = {
-                path: _Shadow.apply(weight, shadow, in_place)
-                if tracked and weight.requires_grad
-                else shadow
-                for path, (weight, shadow) in shadows.items()
-            }
-            return (call if len(images) % full else compiled)(weights, images)
-
-        self.method.run[name] = run
 
     def _join_ranks(self) -> None:
         if self._gradients is not None:
             for p in self.method.parameters():
                 dist.broadcast(p.detach(), 0)
             return
-        # Buffers: BatchNorm statistics stay each rank's own, and the queue is equal everywhere already.
+        # Buffers stay: every rank keeps its BatchNorm statistics, and all queues are equal already.
         self._model = DistributedDataParallel(
             self.method,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
@@ -239,7 +221,7 @@ class Engine:
                 for part in zip(*(view.chunk(self._accumulate) for view in views))
             ]
 
-    def _train(self, batch: _Batch) -> Tensor:
+    def _train(self, batch: _Batch) -> StepMetrics:
         return train_step(
             self._model,
             batch.views,
@@ -251,91 +233,87 @@ class Engine:
             gradients=self._gradients,
         )
 
-    def _train_static(self) -> Tensor:
-        """Nothing that it launches depends on what the host knows."""
-        assert self._static is not None
-        numbers = self._host_numbers()
-        self._give_numbers(self._numbers)
-        try:
-            return self._train(self._static)
-        finally:
-            self._give_numbers(numbers)  # a state dict holds floats
+    def _train_on_buffers(self) -> StepMetrics:
+        """Trains on the fixed buffers. No launch depends on a value that only the host knows."""
+        assert self._buffers is not None
+        with self._numbers.on_device():
+            return self._train(self._buffers)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (loaders that pin memory, NCCL's watchdog) may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._metrics = self._train_static()
-        except (
-            RuntimeError
-        ) as error:  # the end of a capture raises, too, and hides what went wrong inside
+                self._metrics = self._train_on_buffers()
+        except RuntimeError as error:  # the end of a capture raises, too, and hides the cause
             raise ConfigError(
-                "engine.mode: this step cannot be captured in a CUDA graph; --engine.mode compile does without one "
+                "engine.mode: this step cannot be captured in a CUDA graph; "
+                "--engine.mode compile does without a graph "
                 f"({error.__context__ or error})"
             ) from error
         return graph
 
-    def _host_numbers(self) -> list[float | Tensor]:
-        return [
-            *(group["lr"] for group in self.optimizer.param_groups),
-            self.optimizer.ema_momentum,
-        ]
 
-    def _give_numbers(self, numbers: list[Any]) -> None:
-        for group, rate in zip(self.optimizer.param_groups, numbers):
-            group["lr"] = rate
-        self.optimizer.ema_momentum = numbers[-1]
+class _Numbers:
+    """The numbers that schedules change: learning rates, EMA momentum, and the method's numbers.
 
-    def _set_numbers(self) -> None:
-        """To the device, if they changed: most schedules do so once an epoch."""
-        numbers = [float(number) for number in self._host_numbers()]
-        for fixed, number, known in zip(self._numbers, numbers, self._known):
+    The device copies are 0-d tensors at fixed addresses, which a captured step reads.
+    """
+
+    def __init__(self, method: Method, optimizer: FusedOptimizer, device: torch.device) -> None:
+        self._method, self._optimizer = method, optimizer
+        optimizer_numbers = len(optimizer.param_groups) + 1
+        types = [torch.float64] * optimizer_numbers + [torch.float32] * len(method.schedules)
+        self._tensors = [torch.zeros((), dtype=dtype, device=device) for dtype in types]
+        self._known: list[float] = [0.0] * len(self._tensors)
+
+    def to_device(self) -> None:
+        """Copies the numbers that changed. Most schedules change once an epoch."""
+        numbers = [float(number) for number in self._read()]
+        for tensor, number, known in zip(self._tensors, numbers, self._known):
             if number != known:
-                fixed.fill_(number)
+                tensor.fill_(number)
         self._known = numbers
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Puts the device copies in the place of the numbers inside the block."""
+        numbers = self._read()
+        self._write(self._tensors)
+        try:
+            yield
+        finally:
+            self._write(numbers)  # a state dict holds floats
+
+    def _read(self) -> list[Any]:
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        scheduled = [getattr(self._method, name) for name in self._method.schedules]
+        return [*rates, self._optimizer.ema_momentum, *scheduled]
+
+    def _write(self, numbers: Sequence[Any]) -> None:
+        rates = len(self._optimizer.param_groups)
+        for group, rate in zip(self._optimizer.param_groups, numbers):
+            group["lr"] = rate
+        self._optimizer.ema_momentum = numbers[rates]
+        for name, number in zip(self._method.schedules, numbers[rates + 1 :]):
+            setattr(self._method, name, number)
 
 
 class _Batch(NamedTuple):
-    """What a step reads."""
+    """The inputs of a step."""
 
     views: tuple[Tensor, ...]
     fields: dict[str, Tensor]
-    step_inputs: list[
-        tuple[Tensor, ...]
-    ]  # of each micro-batch; empty where the forward pass arranges
+    step_inputs: list[tuple[Tensor, ...]]  # one per micro-batch; empty if forward() prepares them
 
     def tensors(self) -> list[Tensor]:
-        return [
-            *self.views,
-            *self.fields.values(),
-            *(tensor for part in self.step_inputs for tensor in part),
-        ]
+        inputs = [tensor for micro_batch in self.step_inputs for tensor in micro_batch]
+        return [*self.views, *self.fields.values(), *inputs]
 
     def empty_like(self) -> _Batch:
-        """Of the same shapes, types and memory formats."""
+        """Makes buffers of the same shapes, types and memory formats."""
         return _Batch(
             tuple(map(torch.empty_like, self.views)),
             {name: torch.empty_like(tensor) for name, tensor in self.fields.items()},
-            [tuple(map(torch.empty_like, part)) for part in self.step_inputs],
+            [tuple(map(torch.empty_like, inputs)) for inputs in self.step_inputs],
         )
-
-
-class _Shadow(torch.autograd.Function):
-    """A copy of a weight in the place of the weight, which gets the gradient.
-
-    in_place: added to a gradient that is there, one launch instead of a conversion and an addition. What waits for
-    gradients at the weight, as DistributedDataParallel does, would not see that.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, shadow: Tensor, in_place: bool) -> Tensor:
-        ctx.weight, ctx.in_place = weight, in_place
-        return shadow
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        if ctx.in_place and ctx.weight.grad is not None:
-            ctx.weight.grad.add_(grad)
-            return None, None, None
-        return grad, None, None  # which autograd converts to the weight's type

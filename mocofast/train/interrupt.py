@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, exit with a status of its own; all ranks at one step."""
+"""Ctrl-C and SIGTERM: all ranks finish the same step, write a checkpoint, exit with status 75."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which scheduler
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` ... `if stop.agreed(): break` once a step.
+    """Turns a signal into a request to stop: `with StopRequest() as stop: ... stop.agreed()`.
 
-    A signal reaches ranks at different steps, and a rank that stops alone leaves the others waiting in a
-    collective. So each rank's flag is reduced over a CPU group of its own, started at one step and read at the
-    next: nothing waits for it, and no device synchronises. A second signal ends the process at once.
+    A signal reaches ranks at different steps. A rank that stops alone leaves the other ranks
+    waiting in a collective. So every rank's flag is reduced over a separate CPU group. The reduction starts
+    at one step and is read at the next step: nothing waits, and no device synchronises.
+    A second signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class StopRequest:
         signal.signal(number, self._previous[number])
 
     def agreed(self) -> bool:
-        """Whether every rank knows by now that it is to stop after this step. Call it once a step on all ranks."""
+        """Returns whether all ranks stop after this step. Call it once a step on every rank."""
         if self._group is None:
             return self._requested
         known = False
@@ -53,6 +54,6 @@ class StopRequest:
             known = bool(flag)
         flag = torch.tensor(int(self._requested), dtype=torch.int32)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None  # async_op returns one on every member of the group
+        assert work is not None  # every member of the group gets a handle
         self._pending = (work, flag)
         return known

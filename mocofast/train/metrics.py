@@ -1,4 +1,4 @@
-"""Metrics of a run: summed on the device, read once a log line, so that no step waits for the GPU."""
+"""Metrics of a run, summed on the device and read once a log line: no step waits for the GPU."""
 
 from __future__ import annotations
 
@@ -6,116 +6,181 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-METRICS = ("loss", "acc1", "acc5")
+from mocofast.methods.base import MethodOutput
+
+LOSS = "loss"
 
 
-def step_metrics(loss: Tensor, rank: Tensor | None) -> Tensor:
-    """(3,) float32 on the device: loss, and the shares of queries whose positive scores first / in the first five;
-    NaN for these where the method ranks nothing."""
-    loss = loss.detach()
-    shares = (
-        [torch.full_like(loss, math.nan)] * 2
-        if rank is None
-        else [(rank < k).float().mean() for k in (1, 5)]
-    )
-    return torch.stack([loss, *shares]).float()
+class StepMetrics(NamedTuple):
+    """The metrics of a step, on the device.
+
+    names: "loss", then the metrics that the method names.
+    values: (len(names),) float32, means over the images of this rank.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, () float32."""
+        return self.values[0]
+
+
+def step_metrics(output: MethodOutput, share: float = 1.0) -> StepMetrics:
+    """Collects the metrics of a forward pass without waiting for the device.
+
+    share: weight of a micro-batch in its step. The values are multiplied by it.
+    """
+    values = torch.stack([output.loss.detach(), *output.metrics.values()]).float()
+    return StepMetrics((LOSS, *output.metrics), values * share)
+
+
+class PendingMeans:
+    """Means that the device still computes."""
+
+    def __init__(self, names: tuple[str, ...], means: Tensor) -> None:
+        self._names, self._means = names, means
+        self._copied: torch.cuda.Event | None = None
+        if means.is_cuda:
+            on_host = torch.empty(len(names), pin_memory=True)
+            self._means = on_host.copy_(means, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> dict[str, float]:
+        """Waits for the work launched before the means, and for nothing later.
+
+        Returns {metric: mean}, without metrics that are NaN. A loss that is NaN stays.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = dict(zip(self._names, self._means.tolist()))
+        return {k: v for k, v in values.items() if k == LOSS or not math.isnan(v)}
+
+
+class PendingWindow(NamedTuple):
+    """A window that has ended, and whose means the device still computes."""
+
+    means: PendingMeans
+    images: int  # over all ranks
+    waited: float  # seconds spent waiting for data
+    window: Window
+
+    def wait(self) -> dict[str, float]:
+        """Returns the means, images_per_second, and data_wait (share of the time spent waiting).
+
+        Call it after launching the next step, so that the GPU stays busy while the host waits.
+        """
+        values = self.means.wait()
+        seconds = self.window.lap()
+        rates = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
+        return {**values, **rates}
 
 
 class Window:
-    """Sums of `step_metrics` since the last log line, and the time they took."""
+    """Sums of the step metrics since the last log line, and the time of these steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(METRICS), device=device)
-        self.steps = self.images = 0
+        self._device = device
+        self._names: tuple[str, ...] = (LOSS,)
+        self._sums = torch.zeros(1, device=device)
+        self._continued = False  # the sums come from a checkpoint
+        self.steps = self._images = 0
         self._began = time.perf_counter()
         self._waited = 0.0
 
-    def state(self) -> dict[str, Tensor | int]:
-        """What a checkpoint keeps, so that a continued run logs the same averages."""
-        return {"sums": self.sums.cpu(), "steps": self.steps}
+    def state(self) -> dict[str, Any]:
+        """Returns the sums for a checkpoint, so that a continued run logs the same averages."""
+        return {"sums": dict(zip(self._names, self._sums.tolist())), "steps": self.steps}
 
-    def load_state(self, state: dict[str, Tensor | int]) -> None:
-        """Continues the averages of `state`; times start anew."""
-        assert isinstance(state["sums"], Tensor) and isinstance(state["steps"], int)
-        self.sums.copy_(state["sums"])
-        self.steps = state["steps"]
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues the sums of `state()`. Times start anew."""
+        sums = state["sums"]
+        if isinstance(sums, Tensor):  # as checkpoints of mocofast 0.1 hold them
+            sums = dict(zip((LOSS, "acc1", "acc5"), sums.tolist()))
+        self._names = tuple(sums)
+        self._sums = torch.tensor(list(sums.values()), device=self._device)
+        self.steps, self._continued = state["steps"], True
 
-    def add(self, metrics: Tensor, images: int, waited: float) -> None:
-        """One step: its metrics on the device, images over all ranks, and seconds spent waiting for data."""
-        self.sums += metrics
+    def add(self, metrics: StepMetrics, images: int, waited: float) -> None:
+        """Adds a step.
+
+        images: number over all ranks. waited: seconds spent waiting for data.
+        Raises ValueError if the method names other metrics than at the steps before.
+        """
+        if metrics.names != self._names and (not self.steps or self._continued):
+            self._rename(metrics.names)
+        if metrics.names != self._names:
+            raise ValueError(
+                "a method must name the same metrics at every step: got "
+                f"{', '.join(metrics.names)} after {', '.join(self._names)}"
+            )
+        self._continued = False
+        self._sums += metrics.values
         self.steps += 1
-        self.images += images
+        self._images += images
         self._waited += waited
 
-    def means(self) -> Callable[[], dict[str, float]]:
-        """A function that gives the means over the window and over ranks (which call `means` together), of what there
-        is. Only that function waits for the device, and only for what was launched by now."""
-        means = self.sums / self.steps
+    def _rename(self, names: tuple[str, ...]) -> None:
+        """Takes the metrics of the first step, or of a method that has changed its metrics."""
+        if set(names) <= set(self._names):
+            self._sums = self._sums[[self._names.index(name) for name in names]]
+        else:  # nothing is known about a new metric: the window starts anew
+            self._sums, self.steps = torch.zeros(len(names), device=self._device), 0
+        self._names = names
+
+    def start_means(self) -> PendingMeans:
+        """Starts computing the means over steps and ranks. All ranks call it together."""
+        means = self._sums / self.steps
         if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
-        copied = None
-        if means.is_cuda:
-            on_host = torch.empty(len(METRICS), pin_memory=True)
-            means, copied = on_host.copy_(means, non_blocking=True), torch.cuda.Event()
-            copied.record()
+        return PendingMeans(self._names, means)
 
-        def read() -> dict[str, float]:
-            if copied is not None:
-                copied.synchronize()
-            values = dict(zip(METRICS, means.tolist()))
-            # A loss that is not a number has to be seen; accuracies are only so where there are none.
-            return {
-                name: value
-                for name, value in values.items()
-                if name == "loss" or not math.isnan(value)
-            }
-
-        return read
-
-    def flush(self) -> Callable[[], dict[str, float]]:
-        """Starts the next window. A function that gives this one's `means` and rates; called after the next step's
-        launch, it leaves the device something to do. The only place where a run waits for the device."""
-        read, images, waited = self.means(), self.images, self._waited
-        self.sums.zero_()
-        self.steps = self.images = 0
+    def flush(self) -> PendingWindow:
+        """Ends this window and starts the next window. All ranks call it together."""
+        ended = PendingWindow(self.start_means(), self._images, self._waited, self)
+        self._sums = torch.zeros_like(self._sums)
+        self.steps = self._images = 0
         self._waited = 0.0
+        return ended
 
-        def finished() -> dict[str, float]:
-            values = read()
-            # From one reading to the next, since what the host has launched is not done.
-            now = time.perf_counter()
-            seconds = now - self._began
-            self._began = now
-            return {**values, "images_per_second": images / seconds, "data_wait": waited / seconds}
+    def lap(self) -> float:
+        """Returns the seconds since the last reading.
 
-        return finished
+        From reading to reading, because the device has not done what the host has only launched.
+        """
+        now = time.perf_counter()
+        seconds = now - self._began
+        self._began = now
+        return seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Leaves so much out of the time that passes."""
+        """Leaves `seconds` out of the time that counts for rates."""
         self._began += seconds
 
     def restart_clock(self) -> None:
-        """Leaves out what has passed since the last step (an evaluation, say) from the rates."""
+        """Leaves the time since the last step (an evaluation, for example) out of the rates."""
         self._began, self._waited = time.perf_counter(), 0.0
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the GPU's allocations, or resident memory on a CPU."""
+    """Returns the peak memory of this process in GiB: on a GPU allocated, on a CPU resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS: bytes, Linux: KiB
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
+    """Formats seconds as h:mm:ss, or as m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""The optimiser of a method."""
+"""Makes the optimiser of a method."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from mocofast.optim.fused import FusedOptimizer
 
 
 def optimizer_of(method: Method, config: OptimConfig) -> FusedOptimizer:
-    """`build_optimizer` for all trainable parameters of a method; its steps average the momentum encoder, if any."""
+    """Returns `build_optimizer` for all trainable parameters of a method.
+
+    Its steps also update the momentum encoder, if there is a momentum encoder.
+    """
     queries, keys = method.trained_pairs()
     paired = set(queries)
-    others = [p for p in method.parameters() if p.requires_grad and p not in paired]
+    unpaired = [p for p in method.parameters() if p.requires_grad and p not in paired]
     if not queries:
-        return build_optimizer(others, config)
+        return build_optimizer(unpaired, config)
     optimizer = build_optimizer(queries, config, ema=(keys, method.momentum))
-    if others:  # heads that nothing follows
-        optimizer.add_param_group({"params": others})
+    if unpaired:  # heads without a moving average
+        optimizer.add_param_group({"params": unpaired})
     return optimizer

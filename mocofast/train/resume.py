@@ -1,4 +1,4 @@
-"""Which run is continued, whether it is the same run, and the random states that make it so bit for bit."""
+"""Finds the run to continue, and checks that the configuration continues the same run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.train.checkpoint import load_checkpoint
 
-# Options that may differ between the parts of one run: they change neither the model nor the stream of batches.
+# Options that may change in a continued run: they change neither the model nor the data stream.
 FREE_TO_CHANGE = (
     "data.path",
     "data.workers",
@@ -28,10 +26,12 @@ FREE_TO_CHANGE = (
 
 
 def configure(recipe: str | None, resume: str, options: Mapping[str, Any]) -> Config:
-    """The configuration of a run, from the command line's RECIPE, --resume and --group.option values.
+    """Returns the configuration of a run.
 
-    Without a recipe, a run that is continued says itself what it is; else the default recipe counts. A run that is
-    continued from its own folder stays there.
+    recipe: RECIPE of the command line. None takes the configuration of the run to continue, or the
+        default recipe for a new run.
+    resume: the value of --resume. A run that is continued from its own folder stays there.
+    options: the values of --group.option.
     """
     place = options.get("train.dir", "") if resume == "auto" else resume
     if recipe:
@@ -52,7 +52,11 @@ def configure(recipe: str | None, resume: str, options: Mapping[str, Any]) -> Co
 
 
 def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
-    """The checkpoint to continue from: of `folder` for "auto" (None where it has none), else the one at `resume`."""
+    """Loads the checkpoint to continue from.
+
+    folder: the run folder, for resume="auto". Without a checkpoint there the result is None.
+    resume: "auto", the path of a checkpoint or run folder, or "" for a new run.
+    """
     if resume != "auto":
         return load_checkpoint(resume) if resume else None
     try:
@@ -62,28 +66,13 @@ def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
 
 
 def check_same_run(config: Config, state: dict[str, Any]) -> None:
-    """ConfigError where `config` would make another run of the checkpoint's; names the first such option."""
+    """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run."""
     now, then = settings.to_dict(config), state["config"]
-    for group in settings.groups():
+    for group in settings.groups(config.model.method):
         for key, value in now[group].items():
             name = f"{group}.{key}"
             if not name.startswith(FREE_TO_CHANGE) and value != then[group].get(key, value):
                 raise ConfigError(
-                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}; start a new run "
-                    "(another --train.dir, no --resume) to change it"
+                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}; "
+                    "start a new run (another --train.dir, no --resume) to change it"
                 )
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators of this process. The data need none: they are a function of seed, epoch and step."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Continues torch's generators from `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,24 +1,49 @@
-"""What a run leaves behind: config.yaml, metrics.jsonl, train.log, TensorBoard events; and its screen lines."""
+"""The files of a run, and its lines on the screen.
+
+config.yaml, metrics.jsonl, train.log, skipped.jsonl, curves.png and TensorBoard events.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from tqdm import tqdm
 
 from mocofast import files, settings
 from mocofast.config import Config
+from mocofast.plots import plot_curves
+from mocofast.train.metrics import LOSS, duration
 
 log = logging.getLogger("mocofast")
 
+RATES = ("images_per_second", "data_wait")  # entries of a line that are no metrics of the method
+
+
+class StepLine(NamedTuple):
+    """What the log line and metrics.jsonl say about the steps since the last line.
+
+    epoch: epochs done, with a fraction. remaining: seconds to the end of the run, estimated.
+    memory: peak in GiB. values: means of the metrics, and the rates.
+    """
+
+    step: int
+    epoch: float
+    lr: float
+    chance_loss: float | None
+    memory: float
+    remaining: float
+    values: Mapping[str, float]
+
 
 class _ScreenHandler(logging.Handler):
-    """Prints above the progress bar instead of through it."""
+    """Prints lines above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "on_screen", True):
@@ -27,12 +52,15 @@ class _ScreenHandler(logging.Handler):
 
 
 class RunFolder:
-    """The files of one run. Only rank 0 makes one."""
+    """The files of one run. Rank 0 alone has a RunFolder."""
 
     def __init__(self, path: Path, config: Config, resumed_step: int | None) -> None:
-        """resumed_step: the step that the run continues from; later metrics lines, from before the interruption,
-        are dropped, since they will be written again. None for a new run."""
-        self.path = path
+        """Opens the files.
+
+        resumed_step: the step to continue from, or None for a new run. Metrics of later steps are
+            dropped, because the continued run writes them again.
+        """
+        self.path, self._config = path, config
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(
             f"# mocofast pretrain {path / 'config.yaml'}\n"
@@ -40,28 +68,12 @@ class RunFolder:
             encoding="utf-8",
         )
         self._log_to(path / "train.log")
-        self._skipped: set[str] = set()
-        if resumed_step is None:
-            (path / "skipped.jsonl").unlink(missing_ok=True)
-        elif (path / "skipped.jsonl").exists():
-            named = (path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-            self._skipped = {json.loads(line)["file"] for line in named}
-        self.metrics_path = path / "metrics.jsonl"
-        kept = self._lines_until(resumed_step) if resumed_step is not None else []
-        with files.atomic_write(self.metrics_path) as rewritten:
-            rewritten.write_text("".join(kept), encoding="utf-8")
-        self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
-        from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
+        self._open_skipped(resumed_step is not None)
+        self._open_metrics(resumed_step)
+        from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
-        self._board = SummaryWriter(
-            str(path), purge_step=None if resumed_step is None else resumed_step + 1
-        )
-
-    def _lines_until(self, step: int) -> list[str]:
-        if not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        purge_step = None if resumed_step is None else resumed_step + 1
+        self._board = SummaryWriter(str(path), purge_step=purge_step)
 
     def _log_to(self, path: Path) -> None:
         self._handlers: list[logging.Handler] = [
@@ -75,29 +87,119 @@ class RunFolder:
         for handler in self._handlers:
             log.addHandler(handler)
 
+    def _open_skipped(self, resumed: bool) -> None:
+        """Reads the names of the files that were skipped so far. A new run starts without."""
+        self._skipped_path = self.path / "skipped.jsonl"
+        self._skipped: set[str] = set()
+        if not resumed:
+            self._skipped_path.unlink(missing_ok=True)
+        elif self._skipped_path.exists():
+            lines = self._skipped_path.read_text(encoding="utf-8").splitlines()
+            self._skipped = {json.loads(line)["file"] for line in lines}
+
+    def _open_metrics(self, resumed_step: int | None) -> None:
+        """Opens metrics.jsonl after the lines up to `resumed_step`."""
+        self.metrics_path = self.path / "metrics.jsonl"
+        kept = self._lines_until(resumed_step) if resumed_step is not None else []
+        with files.atomic_write(self.metrics_path) as rewritten:
+            rewritten.write_text("".join(kept), encoding="utf-8")
+        self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def _lines_until(self, step: int) -> list[str]:
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+    # ---- metrics ----
+
     def write(self, **metrics: Any) -> None:
-        """One line of metrics.jsonl, and its numbers as TensorBoard scalars."""
+        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars."""
         self._metrics.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, metrics["step"])
 
-    def write_skipped(self, skipped: dict[str, str]) -> None:
-        """Names in the log and in skipped.jsonl the files that could not be decoded, unless it has done so before.
+    def write_steps(self, line: StepLine, bar: tqdm[Any]) -> None:
+        """Writes the metrics of the last steps to files, log and progress bar."""
+        values = line.values
+        self.write(
+            step=line.step,
+            epoch=line.epoch,
+            lr=line.lr,
+            chance_loss=line.chance_loss,
+            memory_gib=line.memory,
+            **values,
+        )
+        loss = f"loss {values[LOSS]:.3f}"
+        if line.chance_loss is not None:
+            loss += f" (chance {line.chance_loss:.2f})"
+        metrics = "".join(
+            f"  {describe_metric(name, value)}"
+            for name, value in values.items()
+            if name not in (LOSS, *RATES)
+        )
+        bar.set_postfix_str(loss + metrics)
+        text = (
+            f"epoch {line.epoch:6.2f}/{self._config.train.epochs}  step {line.step}  "
+            f"{loss}{metrics}  lr {line.lr:.4g}  {values['images_per_second']:.0f} images/s  "
+            f"data wait {values['data_wait']:.0%}  ETA {duration(line.remaining)}  "
+            f"memory {line.memory:.1f} GiB"
+        )
+        # With a progress bar the line goes to train.log alone.
+        log.info(text, extra={"on_screen": bar.disable})
 
-        skipped: all so far, file -> reason.
+    def write_evaluation(
+        self, step: int, epoch: float, values: Mapping[str, float], when: str
+    ) -> None:
+        """Writes the figures of the kNN monitor.
+
+        when: for example "after epoch 3".
+        """
+        self.write(step=step, epoch=epoch, **values)
+        log.info("%s: %s", when, self._describe_evaluation(values))
+
+    def write_skipped(self, skipped: Mapping[str, str]) -> None:
+        """Names files that could not be decoded, in the log and in skipped.jsonl, each file once.
+
+        skipped: all files so far, {file: reason}.
         """
         for name, reason in sorted(skipped.items()):
-            if name not in self._skipped:
-                self._skipped.add(name)
-                log.warning(
-                    "skipped unreadable file %d, another image in its place: %s: %s",
-                    len(self._skipped),
-                    name,
-                    reason,
-                )
-                with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+            if name in self._skipped:
+                continue
+            self._skipped.add(name)
+            log.warning(
+                "skipped unreadable file %d, another image in its place: %s: %s",
+                len(self._skipped),
+                name,
+                reason,
+            )
+            with open(self._skipped_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+
+    # ---- the end ----
+
+    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Plots the curves, and logs the kNN figures, the files and the next commands.
+
+        before, after: kNN figures of the random encoder and of the trained encoder, or empty.
+        """
+        curves = self.path / "curves.png"
+        plot_curves(self.metrics_path, curves)
+        if before:
+            log.info("before: %s", self._describe_evaluation(before))
+            log.info("after:  %s", self._describe_evaluation(after))
+        log.info(
+            "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
+            "TensorBoard events, checkpoints/last.pt",
+            self.path,
+        )
+        log.info(
+            "next: look at %s; mocofast linear %s; mocofast export %s --format torchvision FILE",
+            curves,
+            self.path,
+            self.path,
+        )
 
     def close(self) -> None:
         """Flushes and closes every file."""
@@ -107,17 +209,34 @@ class RunFolder:
             log.removeHandler(handler)
             handler.close()
 
+    def _describe_evaluation(self, values: Mapping[str, float]) -> str:
+        text = f"kNN accuracy {values['knn_top1']:.4f}"
+        if "few_shot_top1" in values:
+            text += (
+                f"; 1-nearest neighbour with {self._config.knn.shots} labels a class "
+                f"{values['few_shot_top1']:.4f}"
+            )
+        return text
+
+
+def describe_metric(name: str, value: float) -> str:
+    """Formats a metric for the log line. acc1 and acc5 are shares, shown as acc@1 and acc@5."""
+    accuracy = re.fullmatch(r"acc(\d+)", name)
+    return f"acc@{accuracy[1]} {value:.1%}" if accuracy else f"{name} {value:.4g}"
+
 
 def choose_folder(config: Config, resuming: bool) -> Path:
-    """`train.dir`, or runs/RECIPE: the newest existing one to resume, else one that is not taken yet."""
+    """Chooses the run folder: `train.dir`, or a folder in runs/ named after the recipe.
+
+    resuming: take the newest existing run of the recipe. Otherwise take a name that is free.
+    """
     if config.train.dir:
         return Path(config.train.dir)
     first = Path("runs") / config.recipe
-    taken = [
-        p for p in (first, *first.parent.glob(f"{config.recipe}-*")) if (p / "config.yaml").exists()
-    ]
+    runs = [first, *first.parent.glob(f"{config.recipe}-*")]
+    taken = [path for path in runs if (path / "config.yaml").exists()]
     if resuming:
-        return max(taken, key=lambda p: p.stat().st_mtime, default=first)
+        return max(taken, key=lambda path: path.stat().st_mtime, default=first)
     number, path = 1, first
     while path.exists():
         number += 1

@@ -1,5 +1,4 @@
-"""One optimiser step, and the device and precision it runs in. train.py prepares it, feeds it, and writes down what
-it did."""
+"""One optimiser step: forward and backward passes, the average over ranks, the update."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mocofast.distributed import rank_and_world_size
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.step_parts import step_part
-from mocofast.train.metrics import step_metrics
+from mocofast.train.metrics import StepMetrics, step_metrics
 
 
 def train_step(
@@ -29,55 +28,65 @@ def train_step(
     *,
     step_inputs: Sequence[tuple[Tensor, ...]] = (),
     gradients: FlatGradients | None = None,
-) -> Tensor:
-    """Forward, backward and update on this rank's part of a batch; returns its `step_metrics` without waiting.
+) -> StepMetrics:
+    """Trains on this rank's slice of a batch. Returns the metrics without waiting for the device.
 
-    model: a method, or DistributedDataParallel around it. views: each (B, 3, S, S). needed: what else the method
-    takes of a batch, by name, each (B,). arranged: what the method's `prepare_step` made of each micro-batch, where that
-    is done already. gradients: where they are kept and averaged over ranks, in the place of DistributedDataParallel.
-    The momentum encoder is averaged by the optimiser if it is one that does (see mocofast.optim), else by the method.
-    With accumulate > 1, micro-batches see one state of the momentum encoder and of memories, so MoCo's result is that
-    of the whole batch (BatchNorm apart, whose statistics are those of a micro-batch).
+    model: a method, or DistributedDataParallel around a method.
+    views: the views of the slice, every view (B, 3, S, S).
+    optimizer: updates the momentum encoder if it is an optimiser that averages (see
+        mocofast.optim). Otherwise the method does.
+    accumulate: number of micro-batches. All micro-batches see the same momentum encoder and the
+        same memories, so MoCo's result is that of the whole batch. BatchNorm is the exception: its
+        statistics are those of a micro-batch.
+    autocast: the precision of the forward passes.
+    fields: the other entries of the batch that the method takes, {name: (B,)}.
+    step_inputs: the results of the method's `prepare_step`, one per micro-batch, if done already.
+    gradients: buffers that keep the gradients and average them over ranks, instead of
+        DistributedDataParallel.
     """
-    metrics = torch.zeros(3, device=views[0].device)
-    average = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
-    parts = list(zip(*(view.chunk(accumulate) for view in views)))
-    field_parts = {name: values.chunk(accumulate) for name, values in fields.items()}
+    averages_itself = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
+    micro_batches = list(zip(*(view.chunk(accumulate) for view in views)))
+    micro_fields = {name: values.chunk(accumulate) for name, values in fields.items()}
     if gradients is None:
         optimizer.zero_grad(set_to_none=True)
     else:
         gradients.zero_()
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        share = len(part[0]) / len(views[0])
-        others: dict[str, Any] = {name: values[i] for name, values in field_parts.items()}
+
+    metrics: StepMetrics | None = None
+    for i, micro_batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        share = len(micro_batch[0]) / len(views[0])
+        inputs: dict[str, Any] = {name: values[i] for name, values in micro_fields.items()}
         if step_inputs and step_inputs[i]:
-            others["arranged"] = step_inputs[i]
-        # DDP reduces the gradients once, with the last micro-batch.
-        hold = (
-            model.no_sync()
-            if isinstance(model, DistributedDataParallel) and not last
-            else contextlib.nullcontext()
-        )
-        with hold:
-            with autocast, step_part("loss"):  # what is left of it beside the encoders
-                out = model(*part, update_keys=average and i == 0, enqueue=last, **others)
+            inputs["step_inputs"] = step_inputs[i]
+        # DistributedDataParallel reduces the gradients once, with the last micro-batch.
+        wait = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast, step_part("loss"):  # the encoders are parts of their own
+                output = model(
+                    *micro_batch, update_keys=averages_itself and i == 0, enqueue=last, **inputs
+                )
             with step_part("backward"):
-                (out.loss * share).backward()
-        metrics += step_metrics(out.loss, out.rank) * share
+                (output.loss * share).backward()
+        own = step_metrics(output, share)
+        metrics = own if metrics is None else own._replace(values=metrics.values + own.values)
+
     if gradients is not None:
         gradients.average_()
     with step_part("optimiser and EMA"):
         optimizer.step()
+    assert metrics is not None
     return metrics
 
 
 class FlatGradients:
-    """The gradients of parameters in one buffer a type, which stays where it is: a captured step needs that, clears
-    them in one launch and averages them over ranks in one all-reduce.
+    """The gradients of parameters in one buffer per type, at a fixed address.
 
-    The buffers are made by the first `average_`, for the parameters that have a gradient then: an optimiser decays
-    the others as little as without buffers.
+    A captured step needs fixed addresses. It clears the gradients in one launch and averages them
+    over ranks in one all-reduce.
+
+    The first `average_` makes the buffers, for the parameters that have a gradient then. The
+    optimiser leaves the other parameters alone, as it does without buffers.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -85,7 +94,7 @@ class FlatGradients:
         self._buffers: list[Tensor] = []
 
     def zero_(self) -> None:
-        """Before a step's backward passes, which add to what is there."""
+        """Clears the gradients. Call it before the backward passes of a step, which add to them."""
         for buffer in self._buffers:
             buffer.zero_()
         if not self._buffers:
@@ -94,7 +103,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def average_(self) -> None:
-        """After them."""
+        """Averages the gradients over ranks. Call it after the backward passes of a step."""
         if not self._buffers:
             self._bind()
         world_size = rank_and_world_size()[1]
@@ -105,19 +114,20 @@ class FlatGradients:
                     dist.all_reduce(buffer)
 
     def _bind(self) -> None:
+        """Makes the buffers and moves the present gradients into them."""
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in self._parameters:
             if p.grad is not None:
                 groups.setdefault((p.dtype, p.device), []).append(p)
         for (dtype, device), parameters in groups.items():
-            # Multiples of 8 elements: the optimiser's kernels read 16 bytes at a time.
-            places = [0]
+            # Multiples of 8 elements, because the optimiser's kernels read 16 bytes at a time.
+            offsets = [0]
             for p in parameters:
-                places.append(places[-1] + -(-p.numel() // 8) * 8)
-            buffer = torch.zeros(places[-1], dtype=dtype, device=device)
-            for p, place in zip(parameters, places):
-                strides = torch.empty_like(p, device="meta").stride()  # those of its momentum, too
-                view = torch.as_strided(buffer, p.shape, strides, place)
+                offsets.append(offsets[-1] + -(-p.numel() // 8) * 8)
+            buffer = torch.zeros(offsets[-1], dtype=dtype, device=device)
+            for p, offset in zip(parameters, offsets):
+                strides = torch.empty_like(p, device="meta").stride()  # the momentum has the same
+                view = torch.as_strided(buffer, p.shape, strides, offset)
                 assert p.grad is not None
                 view.copy_(p.grad)
                 p.grad = view

@@ -1,0 +1,54 @@
+"""Options that several methods share. A method's `Options` extends what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mocofast.config import ModelConfig, above, at_least, between, option
+
+
+@dataclass
+class MomentumOptions(ModelConfig):
+    """Options of a method with a momentum encoder."""
+
+    momentum: float = option(
+        0.999,
+        "EMA momentum m of the key encoder, k = m k + (1-m) q, or of the memory bank's slots",
+        valid=between(0, 1),
+    )
+    momentum_schedule: str = option(
+        "constant",
+        "cosine: m rises to 1 over the run, step by step (MoCo v3, BYOL)",
+        ("constant", "cosine"),
+    )
+
+
+@dataclass
+class TemperatureOptions(ModelConfig):
+    """Options of a method that compares by a softmax."""
+
+    temperature: float = option(0.07, "softmax temperature of the loss", valid=above(0))
+
+
+@dataclass
+class StoredKeysOptions(TemperatureOptions):
+    """Options of a method whose negatives are stored keys."""
+
+    queue_size: int = option(
+        65536,
+        "number of keys in the queue; of a memory bank: negatives sampled per batch",
+        valid=at_least(1),
+    )
+    queue_dtype: str = option(
+        "float32", "type the keys are stored in", ("float32", "bfloat16", "float16")
+    )
+    mlp: bool = option(False, "two-layer projection head (MoCo v2) instead of a linear head")
+
+
+@dataclass
+class ProjectorOptions(ModelConfig):
+    """Options of a method with a projector."""
+
+    hidden_dim: int = option(
+        4096, "width of the hidden layers of projector and predictor", valid=at_least(1)
+    )

@@ -1,0 +1,112 @@
+"""Command-line parsers made from the options of configuration groups."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from mocofast import settings
+from mocofast.config import ModelConfig, method_options
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with status 2 and one line that names the nearest known option. No abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            what = "option" if name.startswith("-") else "argument"
+            self.error(f"unknown {what} {name!r}{settings.nearest(name, known)}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
+    """Adds the options of groups, {name: dataclass}."""
+    for group, kind in groups.items():
+        title = (kind.__doc__ or "").splitlines()[0]
+        _add_group(parser, group, title, settings.settings(group, kind))
+
+
+def _add_group(
+    parser: argparse.ArgumentParser,
+    name: str,
+    title: str,
+    members: Iterable[settings.Setting],
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Adds options.
+
+    defaults: {option: text} where the help shows another text than the default value.
+    """
+    section = parser.add_argument_group(name, title)
+    for setting in members:
+        default = defaults.get(setting.name, settings.shown(setting.default))
+        values = f" ({' | '.join(setting.choices)})" if setting.choices else ""
+        section.add_argument(
+            f"--{setting.name}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{setting.help}{values} [{default}]".replace("%", "%%"),
+        )
+
+
+def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Adds the options of all methods, grouped by the methods that have them.
+
+    argv: the command line. If --model.method names a module of the user, the options of this module
+        are added, too.
+    """
+    common = {setting.name for setting in settings.settings("model", ModelConfig)}
+    options = {k: v for k, v in settings.model_options().items() if k not in common}
+    groups: dict[str, list[settings.Setting]] = {}
+    defaults = {}
+    for name, owners in options.items():
+        groups.setdefault(", ".join(owners), []).append(next(iter(owners.values())))
+        defaults[name] = _defaults(owners)
+    for methods, members in groups.items():
+        _add_group(parser, f"model, method {methods}", "", members, defaults)
+    # A method of the user.
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--model.method", dest="method", default="")
+    method = given.parse_known_args(argv)[0].method
+    if "." in method:
+        own = settings.settings("model", method_options(method))
+        new = [setting for setting in own if setting.name not in {*common, *options}]
+        _add_group(parser, f"model, method {method}", "", new)
+
+
+def _defaults(owners: Mapping[str, settings.Setting]) -> str:
+    """Describes the defaults of an option: the common default, then methods with their own."""
+    common, *_ = [settings.shown(setting.default) for setting in owners.values()]
+    own: dict[str, list[str]] = {}
+    for method, setting in owners.items():
+        own.setdefault(settings.shown(setting.default), []).append(method)
+    del own[common]
+    return "; ".join([common, *(f"{', '.join(names)}: {value}" for value, names in own.items())])
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: value for name, value in vars(arguments).items() if "." in name}
+
+
+def group_options(kind: type, group: str, arguments: argparse.Namespace) -> Any:
+    """Returns the group's dataclass with the values of the command line."""
+    options, given = kind(), given_settings(arguments)
+    for setting in settings.settings(group, kind):
+        if setting.name in given:
+            setattr(
+                options, setting.name.split(".")[1], settings.coerce(setting, given[setting.name])
+            )
+    return options

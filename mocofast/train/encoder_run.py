@@ -1,0 +1,121 @@
+"""How the engine runs an encoder in training: compiled, and on low-precision copies of its weights.
+
+The copies are called shadows. The optimiser writes them when it updates the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+Normalize = Callable[[Tensor], Tensor]
+# Runs an encoder on images, with given tensors in the place of some weights.
+RunWith = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+# Modules whose weights autocast always converts, and the names of these weights.
+_CONVERTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Linear,
+    NonDynamicallyQuantizableLinear,
+    nn.MultiheadAttention,
+)
+_WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias")
+
+
+def make_shadows(
+    encoder: nn.Module, autocast: torch.autocast
+) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Copies, in the autocast type, the weights that autocast would convert.
+
+    Returns {path: (weight, copy)}, empty if autocast is off.
+    """
+    if not autocast._enabled:
+        return {}
+    return {
+        f"{path}.{name}".lstrip("."): (weight, weight.detach().to(autocast.fast_dtype))
+        for path, module in encoder.named_modules()
+        if type(module) in _CONVERTED
+        for name, weight in module.named_parameters(recurse=False)
+        if name in _WEIGHTS and weight.dtype == torch.float32
+    }
+
+
+def encoder_run(
+    name: str,
+    encoder: nn.Module,
+    normalize: Normalize,
+    shadows: Mapping[str, tuple[nn.Parameter, Tensor]],
+    images_per_batch: int,
+    backend: str | Callable[..., Any] | None,
+    *,
+    in_place: bool,
+) -> Callable[[Tensor], Tensor]:
+    """Returns a function that runs an encoder on images (N, 3, S, S), uint8 or normalised.
+
+    name: "encoder_q" or "encoder_k".
+    normalize: normalises uint8 images.
+    shadows: the copies of `make_shadows`, which take the places of the weights.
+    images_per_batch: N of a full micro-batch. Only multiples of it run compiled.
+    backend: torch.compile's backend, or None.
+    in_place: add the gradient of a shadow to an existing gradient of the weight directly.
+    """
+    make = {"encoder_q": _query_encoder, "encoder_k": _key_encoder}[name]
+    eager = compiled = make(encoder, normalize)
+    if backend is not None:
+        compiled = torch.compile(eager, backend=backend, dynamic=False)
+
+    def run(images: Tensor) -> Tensor:
+        tracked = torch.is_grad_enabled()
+        weights = {
+            path: _Shadow.apply(weight, shadow, in_place)
+            if tracked and weight.requires_grad
+            else shadow
+            for path, (weight, shadow) in shadows.items()
+        }
+        return (eager if len(images) % images_per_batch else compiled)(weights, images)
+
+    return run
+
+
+# Two functions with the same body, because torch.compile keeps its results by code object: in one
+# function the encoders would recompile for each other.
+
+
+def _query_encoder(encoder: nn.Module, normalize: Normalize) -> RunWith:
+    def run_encoder_q(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(encoder, weights, (normalize(images),))
+
+    return run_encoder_q
+
+
+def _key_encoder(encoder: nn.Module, normalize: Normalize) -> RunWith:
+    def run_encoder_k(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(encoder, weights, (normalize(images),))
+
+    return run_encoder_k
+
+
+class _Shadow(torch.autograd.Function):
+    """Puts a low-precision copy in the place of a weight. The weight gets the gradient.
+
+    in_place: add to an existing gradient directly, in one launch instead of a conversion and an
+        addition. Hooks on the weight, as of DistributedDataParallel, would not see the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, shadow: Tensor, in_place: bool) -> Tensor:
+        ctx.weight, ctx.in_place = weight, in_place
+        return shadow
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.in_place and ctx.weight.grad is not None:
+            ctx.weight.grad.add_(grad)
+            return None, None, None
+        return grad, None, None  # autograd converts it to the weight's type
