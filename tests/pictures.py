@@ -18,16 +18,17 @@ from mocofast.data.sources import FolderSource, find_images, load_datasets
 
 
 def photo(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Returns smooth noise of size (height, width). JPEG keeps it well, and every operator
-    changes it.
+    """Returns smooth noise of size (height, width). JPEG changes the noise little,
+    every operator changes it much.
     """
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def jpeg(seed: int) -> bytes:
-    """Returns a JPEG file. Sizes differ, so that the size of a substitute matters. seed:
-    below 45.
+    """Returns a JPEG file. Sizes differ: the size of a substitute matters.
+
+    seed: below 45.
     """
     buffer = io.BytesIO()
     photo(seed, (30 + 3 * seed, 90 - 2 * seed)).save(buffer, "JPEG", quality=90)
@@ -56,7 +57,7 @@ def shard_datasets(path: Path, **options: object) -> tuple[ShardSource, ShardSou
 
 
 def neutral(side: int) -> ViewParams:
-    """Returns the parameters of a view that is a whole image of `side` pixels."""
+    """Returns the parameters of a view of a whole image. side: of the image, in pixels."""
     return ViewParams(0, 0, side, side, 0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
 
 
@@ -73,7 +74,7 @@ def assert_same_batches(a: Iterable[Batch], b: Iterable[Batch]) -> None:
 
 
 def joined(ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """Joins the batches of all ranks to the batches of one process."""
+    """Joins the batches of all ranks to the batches of a single process."""
     return [
         Batch(
             tuple(torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)),

@@ -1,4 +1,4 @@
-"""Joins parameters that were sampled one by one to the parameters of a batch."""
+"""Joins the parameters of single views to the parameters of a batch."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ Load = Callable[..., DaliLoader]
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Makes loaders, and closes them at the end."""
+    """Makes loaders. Closes all loaders at the end."""
     made: list[DaliLoader] = []
 
     def make(
@@ -70,7 +70,7 @@ def load() -> Iterator[Load]:
 
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies 41 real photos. 41 is prime, so the last batch is never full."""
+    """Copies 41 real photos. 41 is prime: the last batch is never full."""
     out = tmp_path_factory.mktemp("photos")
     for path in sorted(photos.rglob("*.JPEG"))[::12][:41]:
         shutil.copy(path, out)
@@ -491,7 +491,7 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
 
 
 def test_threads_that_make_views_use_one_core_each() -> None:
-    """The first question for the number of threads sets it to the default of the process."""
+    """The first question for the number of threads sets the number to the default of the process."""
     used = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

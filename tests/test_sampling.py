@@ -1,4 +1,4 @@
-"""Parameters sampled for a batch equal parameters sampled one by one, bit for bit."""
+"""Parameters sampled for a batch equal the parameters of single views, bit for bit."""
 
 from __future__ import annotations
 

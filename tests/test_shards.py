@@ -361,8 +361,8 @@ def test_shards_go_to_dali_where_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 class Handler(SimpleHTTPRequestHandler):
     """Serves files with ranges.
 
-    busy: number of requests for a tar that are answered with status 503 first.
-    broken: number of answers with a tar that end half way then.
+    busy: number of first requests for a tar with status 503 as the answer.
+    broken: number of later answers with only half of a tar.
     """
 
     broken = busy = 0
@@ -403,7 +403,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
-    """Returns a function that serves a folder and returns the URL of the folder."""
+    """Returns a function. The function serves a folder and returns the URL of the folder."""
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
     Handler.broken = Handler.busy = 0
     Handler.requests, Handler.etag = [], '"1"'

@@ -25,8 +25,8 @@ FACTORS = [0.0, 0.3, 0.6, 1.0, 1.25, 1.4, 2.0]
 
 
 def images(side: int = SIDE) -> list[Image.Image]:
-    """Returns colour noise, a smooth ramp, gray noise, corners of the colour cube, and one
-    colour.
+    """Returns colour noise, a smooth ramp, gray noise, corners of the colour cube, and a
+    single colour.
     """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (side, side, 3))
