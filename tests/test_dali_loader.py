@@ -491,7 +491,7 @@ def test_the_hardware_decoders_share_changes_pixels_by_rounding_alone(folder: Pa
 
 
 def test_threads_that_make_views_use_one_core_each() -> None:
-    """The first question for the number of threads sets the number to the default of the process."""
+    """The first call of get_num_threads sets the number to the default of the process."""
     used = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
