@@ -124,18 +124,18 @@ def _report(**numbers: int) -> Report:
 
 
 def test_occupancy_is_what_registers_shared_memory_threads_and_tensor_memory_allow() -> None:
-    assert resident_programs(_report(registers=255, warps=4), GPUS[90]) == 2  # 65536 / (256 x 128)
-    assert resident_programs(_report(registers=255, warps=8), GPUS[90]) == 1
-    assert resident_programs(_report(registers=16, warps=4), GPUS[90]) == 16  # 2048 threads
-    assert resident_programs(_report(registers=16, warps=1), GPUS[90]) == 32
-    assert (
-        resident_programs(_report(registers=33, warps=4), GPUS[90]) == 12
-    )  # 33 are allocated as 40
-    assert (
-        resident_programs(_report(registers=128, warps=4, shared=80 * 1024), GPUS[80]) == 2
-    )  # and 1 KB each of 164
-    assert resident_programs(_report(registers=128, warps=4, shared=82 * 1024), GPUS[80]) == 1
-    assert resident_programs(_report(registers=128, warps=4, tensor_memory=256), GPUS[100]) == 2
+    def resident(capability: int, **numbers: int) -> int:
+        return resident_programs(_report(**numbers), GPUS[capability])
+
+    assert resident(90, registers=255, warps=4) == 2  # 65536 / (256 x 128)
+    assert resident(90, registers=255, warps=8) == 1
+    assert resident(90, registers=16, warps=4) == 16  # 2048 threads
+    assert resident(90, registers=16, warps=1) == 32
+    assert resident(90, registers=33, warps=4) == 12  # the GPU allocates 40 for 33
+    # 164 KB of shared memory, and the system takes 1 KB for every program.
+    assert resident(80, registers=128, warps=4, shared=80 * 1024) == 2
+    assert resident(80, registers=128, warps=4, shared=82 * 1024) == 1
+    assert resident(100, registers=128, warps=4, tensor_memory=256) == 2
 
 
 def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_all_forms() -> None:

@@ -83,7 +83,7 @@ def measure_problem(
 
     Returns the row with times, and reasons for peers left out. "extra_bytes" stays empty.
     """
-    # Candidates: every peer, and its CUDA graph where a graph can hold the call.
+    # Candidates: every peer, directly and as a CUDA graph where possible.
     sets = sets_past_the_cache(sizes, dtype, device)
     steps, skipped = prepare_calls(peers, sizes, dtype, device, sets)
     candidates: dict[str, Callable[[], Any]] = dict(steps)

@@ -1,5 +1,4 @@
-"""Implementations of InfoNCE: ours, eager PyTorch and other
-packages.
+"""Implementations of InfoNCE: ours, eager PyTorch and other packages.
 
 Every peer takes queries (N, C), positive keys (N, C) and negatives (K, C) of unit length, and
 returns the mean loss over one positive and K negatives, differentiable in the queries.
@@ -44,7 +43,7 @@ class Peer(NamedTuple):
 
     build: Callable[[Sizes, torch.dtype], Loss]  # takes sizes and dtype of the inputs
     dtype: torch.dtype | None = None  # dtype of the inputs. None: the dtype of the benchmark
-    gpu_reason: str = ""  # why the peer needs a GPU, ends before "GPUs only". Empty: it does not
+    gpu_reason: str = ""  # why the peer needs a GPU, for a text before "GPUs only"
     compiles: bool = False  # compiles at the first call for every size
     waits: bool = False  # waits for the device: a CUDA graph cannot hold the call
     writes: bool = False  # writes into the negatives
@@ -58,7 +57,7 @@ def mocofast(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 
 def with_rank(sizes: Sizes, dtype: torch.dtype) -> Loss:
-    """Our loss, with the rank of the positive in every row."""
+    """Our loss, with the positive rank of every row."""
     return lambda query, positive, negatives: ops.info_nce(
         query,
         positive,
@@ -210,15 +209,12 @@ def prepare_calls(
         own = peer.writes or peer.dtype is not None
         try:
             loss = peer.build(sizes, peer.dtype or dtype)
-            step = call_over(
-                loss, input_sets(sizes, peer.dtype or dtype, device, sets) if own else shared
-            )
+            inputs = input_sets(sizes, peer.dtype or dtype, device, sets) if own else shared
+            step = call_over(loss, inputs)
             step()
         except Unavailable as error:
             skipped[name] = str(error)
-        except (
-            Exception
-        ) as error:  # whatever its tool chain raises, the other sides are still worth a table
+        except Exception as error:  # tool chains raise any type: the table goes on without the peer
             if name in OURS or name in BASELINE:
                 raise
             skipped[name] = describe_error(error).splitlines()[0]

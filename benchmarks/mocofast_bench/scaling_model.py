@@ -252,9 +252,7 @@ def feeding_table(base: Workload, cluster: Cluster) -> str:
     heads = ["JPEG read, all", "PIL, v2 views: cores per GPU"]
     lines = []
     for ranks in RANKS:
-        gathered = (
-            2 * 4 * ranks * 32 * base.pixels
-        )  # bytes of the gathered tensors, and of torch.cat
+        gathered = 2 * 4 * ranks * 32 * base.pixels  # bytes: gathered tensors and torch.cat
         cells = [f"{format_bytes(ranks * rate * JPEG_BYTES)}/s", f"{rate / PIL_PAIRS_PER_CORE:.0f}"]
         lines.append([str(ranks), *cells, format_bytes(gathered)])
     title = f"Needed to feed {rate:,.0f} images per second and GPU:"

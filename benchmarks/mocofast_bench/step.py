@@ -109,20 +109,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     validate(config)
     torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
 
-    # Build the sides. Sides that cannot run here go into `skipped`.
-    steps: dict[str, Call] = {}
-    skipped: dict[str, str] = {}
+    # Build the sides.
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
-    left_out = {
-        f"engine {other}" for other in MODES if other == mode or other not in arguments.modes
-    }
-    for name, build in STEPS.items():
-        if name in left_out:
-            continue
-        try:
-            steps[name] = build(config, device)
-        except (ImportError, ConfigError) as error:
-            skipped[name] = str(error)
+    left_out = {f"engine {m}" for m in MODES if m == mode or m not in arguments.modes}
+    steps, skipped = build_sides(config, device, left_out)
     # Measure: every side alone, then all sides in turns, then waits and the parts of our step.
     alone = {
         name: timing.in_fresh_process(measure_alone, name, config, str(device)) for name in steps
@@ -134,33 +124,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     waits = {name: host_synchronisations(steps[name]) for name in alone}
     profile = profile_step(config, device)
 
-    # Print the table.
+    # Collect the row and print the table.
     batch, ours = config.data.batch_size, times["mocofast"].median
     floor = times["encoders only"].median
     flops = counter.get_total_flops()
-    print(
-        f"{config.model.arch}, {config.augment.size} px, batch {batch}, "
-        f"queue {config.model.queue_size}, {'two-layer' if config.model.mlp else 'linear'} head"
-    )
-    print(f"{timing.device_name(device)}; encoders {flops / 1e9:.1f} GFLOP")
-    print(f"mocofast: engine {mode}, {why}")
-    print(
-        f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}"
-        f"{'first s':>9}{'extra MB':>10}{'cores':>7}{'waits':>7}"
-    )
-    for name, (median, low, high) in times.items():
-        quartiles = f"{1e3 * low:.1f} - {1e3 * high:.1f}"
-        line = f"{name:16}{batch / median:10.1f}{1e3 * median:10.1f}{quartiles:>20}"
-        line += f"{median / ours:11.2f}"
-        if name in alone:
-            first, extra, cores = alone[name]
-            shown = "" if extra is None else f"{extra / 1e6:.1f}"
-            line += f"{first:9.2f}{shown:>10}{cores:7.2f}{waits[name]:7}"
-        print(line)
-    for name, reason in skipped.items():
-        print(f"{name:16}skipped: {reason}")
-    print(f"our step: {profile.table()}")
-    return {
+    row = {
         "benchmark": "step",
         **timing.environment(device),
         "recipe": config.recipe,
@@ -192,6 +160,62 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "matrix_gflops": round(profile.rate / 1e9, 1),
         "skipped": skipped,
     }
+    head = "two-layer" if config.model.mlp else "linear"
+    print_table(row, head, why)
+    print(f"our step: {profile.table()}")
+    return row
+
+
+def build_sides(
+    config: Config, device: torch.device, left_out: set[str]
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Builds the step of every side.
+
+    left_out: names of sides that are not timed.
+
+    Returns {name: step}, and {name: why the side cannot run here}.
+    """
+    steps: dict[str, Call] = {}
+    skipped: dict[str, str] = {}
+    for name, build in STEPS.items():
+        if name in left_out:
+            continue
+        try:
+            steps[name] = build(config, device)
+        except (ImportError, ConfigError) as error:
+            skipped[name] = str(error)
+    return steps, skipped
+
+
+def print_table(row: dict[str, Any], head: str, why: str) -> None:
+    """Prints the row as a table.
+
+    head: kind of projection head.
+    why: reason for the engine's mode.
+    """
+    print(
+        f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, "
+        f"queue {row['queue_size']}, {head} head"
+    )
+    print(f"{row['device']}; encoders {row['encoder_flops'] / 1e9:.1f} GFLOP")
+    print(f"mocofast: engine {row['engine']}, {why}")
+    print(
+        f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}"
+        f"{'first s':>9}{'extra MB':>10}{'cores':>7}{'waits':>7}"
+    )
+    ours = row["milliseconds"]["mocofast"]
+    for name, milliseconds in row["milliseconds"].items():
+        low, high = row["quartiles"][name]
+        line = f"{name:16}{row['images_per_second'][name]:10.1f}{milliseconds:10.1f}"
+        line += f"{f'{low:.1f} - {high:.1f}':>20}{milliseconds / ours:11.2f}"
+        if name in row["cores"]:
+            extra = row["extra_bytes"][name]
+            megabytes = "" if extra is None else f"{extra / 1e6:.1f}"
+            line += f"{row['first_step_seconds'][name]:9.2f}{megabytes:>10}"
+            line += f"{row['cores'][name]:7.2f}{row['host_synchronisations'][name]:7}"
+        print(line)
+    for name, reason in row["skipped"].items():
+        print(f"{name:16}skipped: {reason}")
 
 
 def plot(row: dict[str, Any]) -> Figure:

@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from mocofast.device import choose_device
 from mocofast_bench import timing
 from mocofast_bench.kernels import DTYPES, GRAPH, measure_problem, memory_of_all
 from mocofast_bench.peers import Sizes, all_peers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AXES = ("n", "k", "c")
 MIDDLE = {"cuda": (256, 65536, 128), "cpu": (256, 16384, 128)}
@@ -64,14 +67,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Problems, small ones first, and peers.
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     middle, axes = choose_problems(arguments, device)
-    peers = {
-        n: p
-        for n, p in all_peers(dtype, compiling=not arguments.no_compile).items()
-        if n != "with rank"
-    }
-    cases = sorted(
-        {case for values in axes.values() for case in values}, key=lambda sizes: sizes[0] * sizes[1]
-    )
+    peers = all_peers(dtype, compiling=not arguments.no_compile)
+    del peers["with rank"]
+    cases = sorted({case for values in axes.values() for case in values}, key=lambda c: c[0] * c[1])
     arguments.folder.mkdir(parents=True, exist_ok=True)
     where = (
         "a GPU"
@@ -139,64 +137,25 @@ def choose_problems(
 def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: Path) -> None:
     """Writes time.png, memory.png and floor.png: a panel for every axis, a line for every peer."""
     # Imported here: processes that measure memory start without matplotlib.
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     from mocofast.plots import new_figure
 
-    quantities: dict[str, tuple[str, Callable[[dict[str, Any], str], float | None]]] = {
-        "time": ("milliseconds", shortest_time),
-        "memory": (
-            "peak extra memory, MB",
-            lambda row, name: (row["extra_bytes"].get(name) or 0) / 1e6 or None,
-        ),
-        "floor": ("fraction of the floor", fraction_of_floor),
+    labels = {
+        "time": "milliseconds",
+        "memory": "peak extra memory, MB",
+        "floor": "fraction of the floor",
     }
-    # One figure for every quantity.
     by_sizes = {(row["n"], row["k"], row["c"]): row for row in rows}
     names = [name for name in rows[0]["milliseconds"] if not name.endswith(GRAPH)]
-    for file, (label, value) in quantities.items():
+    for quantity, label in labels.items():
         figure = new_figure(13, 4.4)
         for axis, panel in zip(AXES, figure.subplots(1, 3, sharey=True)):
-            along = [by_sizes[sizes] for sizes in axes[axis]]
-            for color, name in enumerate(names):
-                points = [(row[axis], y) for row in along if (y := value(row, name)) is not None]
-                if points:  # memory cannot be measured on every system
-                    width = 2.6 if name == "mocofast" else 1.3
-                    panel.plot(
-                        *zip(*points),
-                        marker="o",
-                        markersize=4,
-                        linewidth=width,
-                        color=f"C{color}",
-                        label=name,
-                    )
-            # The floor is a line of its own among the times.
-            if file == "time":
-                floors = [row["floor_milliseconds"] for row in along]
-                panel.plot(
-                    [row[axis] for row in along],
-                    floors,
-                    color="gray",
-                    linestyle="--",
-                    label="floor",
-                )
-            # Titles and logarithmic axes of the panel.
-            fixed = ", ".join(
-                f"{other.upper()} {along[0][other]}" for other in AXES if other != axis
-            )
-            panel.set(xscale="log", xlabel=TITLES[axis], title=fixed)
-            panel.set_xticks(
-                [row[axis] for row in along], [short_number(row[axis]) for row in along]
-            )
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.grid(alpha=0.3)
-            if panel.lines and file != "floor":
-                panel.set_yscale("log")
-                panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            _plot_panel(panel, axis, [by_sizes[sizes] for sizes in axes[axis]], names, quantity)
         # Labels, legend and title of the figure.
         first = figure.axes[0]
         first.set_ylabel(label)
-        if file == "floor":
+        if quantity == "floor":
             first.set_ylim(bottom=0)
             first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
         if first.lines:
@@ -204,7 +163,41 @@ def plot_axes(rows: list[dict[str, Any]], axes: dict[str, list[Sizes]], folder: 
         row = rows[0]
         threads = f", {row['threads']} threads" if row["threads"] else ""
         figure.suptitle(f"InfoNCE forward and backward, {row['dtype']}, {row['device']}{threads}")
-        figure.savefig(folder / f"{file}.png")
+        figure.savefig(folder / f"{quantity}.png")
+
+
+def _plot_panel(
+    panel: Axes, axis: str, along: list[dict[str, Any]], names: list[str], quantity: str
+) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    value = {"time": shortest_time, "memory": memory, "floor": fraction_of_floor}[quantity]
+    sizes = [row[axis] for row in along]
+    # A line for every peer. Memory cannot be measured on every system.
+    for color, name in enumerate(names):
+        points = [(row[axis], y) for row in along if (y := value(row, name)) is not None]
+        if points:
+            width = 2.6 if name == "mocofast" else 1.3
+            style: dict[str, Any] = {"linewidth": width, "color": f"C{color}", "label": name}
+            panel.plot(*zip(*points), marker="o", markersize=4, **style)
+    # The floor is an additional line among the times.
+    if quantity == "time":
+        floors = [row["floor_milliseconds"] for row in along]
+        panel.plot(sizes, floors, color="gray", linestyle="--", label="floor")
+    # Titles and logarithmic axes.
+    fixed = ", ".join(f"{other.upper()} {along[0][other]}" for other in AXES if other != axis)
+    panel.set(xscale="log", xlabel=TITLES[axis], title=fixed)
+    panel.set_xticks(sizes, [short_number(size) for size in sizes])
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.grid(alpha=0.3)
+    if panel.lines and quantity != "floor":
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def memory(row: dict[str, Any], name: str) -> float | None:
+    """Returns the peak extra memory of a peer in MB, None where memory is 0 or unknown."""
+    return (row["extra_bytes"].get(name) or 0) / 1e6 or None
 
 
 def shortest_time(row: dict[str, Any], name: str) -> float | None:

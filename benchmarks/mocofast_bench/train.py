@@ -87,25 +87,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     loader = choose_loader(source, config.data.loader, device, view_augments(config.augment, 2))[0]
-    # Print the table.
-    print(
-        f"{len(source)} images, {config.recipe}, {config.model.arch}, {config.augment.size} px, "
-        f"batches of {batch}, loader {loader}"
-    )
-    print(
-        f"{timing.device_name(device)}; {config.data.workers} workers; {arguments.repeats} rounds"
-    )
-    heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
-    print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
-    for name, median in middle.items():
-        rates = [result.images_per_second for result in rounds[name]]
-        spread = f"{min(rates):.1f}, {max(rates):.1f}"
-        extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:10.0f}"
-        print(
-            f"{name:12}{rate[name]:10.1f}{spread:>18}{rate[name] / rate['reference']:12.2f}"
-            f"{median.time_to_first_step:14.2f}{median.data_wait:6.0%}{median.cores:7.2f}{extra}"
-        )
-    return {
+    # Collect the row and print the table.
+    row = {
         "benchmark": "train",
         **timing.environment(device),
         "images": len(source),
@@ -126,6 +109,29 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "speedup": round(rate["mocofast"] / rate["reference"], 3),
         "over_synthetic": round(rate["mocofast"] / rate["synthetic"], 3),
     }
+    print_table(row, rounds)
+    return row
+
+
+def print_table(row: dict[str, Any], rounds: dict[str, list[LoopRates]]) -> None:
+    """Prints the row as a table. rounds: {name: results of all rounds}."""
+    print(
+        f"{row['images']} images, {row['recipe']}, {row['arch']}, {row['size']} px, "
+        f"batches of {row['batch_size']}, loader {row['loader']}"
+    )
+    print(f"{row['device']}; {row['workers']} workers; {row['repeats']} rounds")
+    heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
+    print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
+    for name, rate in row["images_per_second"].items():
+        rates = [result.images_per_second for result in rounds[name]]
+        spread = f"{min(rates):.1f}, {max(rates):.1f}"
+        taken = row["extra_bytes"][name]
+        extra = "" if taken is None else f"{taken / 1e6:10.0f}"
+        print(
+            f"{name:12}{rate:10.1f}{spread:>18}{rate / row['images_per_second']['reference']:12.2f}"
+            f"{row['time_to_first_step'][name]:14.2f}{row['data_wait'][name]:6.0%}"
+            f"{row['cores'][name]:7.2f}{extra}"
+        )
 
 
 def plot(row: dict[str, Any]) -> Figure:

@@ -109,8 +109,8 @@ def measure(world: int, config: Config, repeats: int, steps: int) -> dict[str, d
     }
 
 
-def main() -> None:
-    """Measures every number of ranks, prints a table and a JSON line."""
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,7 +141,12 @@ def main() -> None:
     parser.add_argument(
         "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures every number of ranks, prints a table and a JSON line."""
+    arguments = parse_arguments()
     config = load_recipe("moco_v2_r50_200ep")
     sizes = {
         "model.arch": arguments.arch,
