@@ -94,7 +94,8 @@ def _defaults(owners: Mapping[str, settings.Setting]) -> str:
     for method, setting in owners.items():
         own.setdefault(settings.shown(setting.default), []).append(method)
     del own[common]
-    return "; ".join([common, *(f"{', '.join(names)}: {value}" for value, names in own.items())])
+    exceptions = [f", with {', '.join(names)} [{value}" for value, names in own.items()]
+    return "]".join([common, *exceptions])
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, str]:

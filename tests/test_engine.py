@@ -27,6 +27,7 @@ from mocofast.optim import FusedSGD
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.settings import apply, load_recipe
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
+from mocofast.train.metrics import StepMetrics
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.step import FlatGradients, train_step
 from tests.eager_moco import PlainEncoder
@@ -34,7 +35,7 @@ from tests.eager_moco import PlainEncoder
 CPU = torch.device("cpu")
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
 IMAGES = 12  # a batch; two or three micro-batches, two parts or ranks
-Step = Callable[[tuple[Tensor, ...]], Tensor]
+Step = Callable[[tuple[Tensor, ...]], StepMetrics]
 
 
 def tiny_vit(num_classes: int) -> nn.Module:

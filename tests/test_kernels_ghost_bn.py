@@ -42,8 +42,9 @@ ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 @pytest.fixture(autouse=True)
 def _kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
+    monkeypatch.setattr(backend, "BATCH_NORM_DEVICES", (DEVICE,))
     monkeypatch.setattr(
-        batch_norm, "_pytorch_batch_norm", None
+        batch_norm, "pytorch_batch_norm", None
     )  # whatever should run on the kernels must not come here
     torch._dynamo.reset()
     yield
@@ -278,6 +279,7 @@ def test_other_strides_are_made_channels_last(form: str) -> None:
 def test_nchw_memory_and_float64_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
+    monkeypatch.setattr(backend, "BATCH_NORM_DEVICES", (DEVICE,))
     monkeypatch.setattr(batch_norm, "_forward", None)
     c = case((6, 5, 3, 7), residual=True)
     nchw = Case(*(t.contiguous() if t is not None else None for t in c))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mocofast import settings
-from mocofast.config import Config
+from mocofast.config import Config, method_options
 from mocofast.settings import ConfigError
 
 
@@ -72,11 +72,12 @@ def test_a_configuration_survives_its_own_file() -> None:
 
 
 def test_recipes_hold_only_differences_and_are_valid() -> None:
-    default = settings.to_dict(Config())
     for name in settings.recipes():
         values = yaml.safe_load(
             (resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text()
         )
+        options = method_options(values.get("model", {}).get("method", "moco"))
+        default = settings.to_dict(Config(model=options()))
         for group, content in values.items():
             for key, value in content.items():
                 same = default[group][key] == value

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mocofast.device import choose_device
-from mocofast.ops import batch_norm
+from mocofast.ops import batch_norm, batch_norm_pytorch
 from mocofast_bench import timing
 from mocofast_bench.optim import capture_graph
 
@@ -225,7 +225,9 @@ def loop(i: NormInputs, splits: int, fused: bool) -> Tensor:
 def fold(i: NormInputs, splits: int, fused: bool) -> Tensor:
     """PyTorch's BatchNorm, called once over re-ordered channels."""
     rows = (i.weight, i.bias, i.running_mean, i.running_var)
-    return _finish(batch_norm._splits_as_channels(i.x, *rows, splits, MOMENTUM, EPS), i, fused)
+    return _finish(
+        batch_norm_pytorch.splits_as_channels(i.x, *rows, splits, MOMENTUM, EPS), i, fused
+    )
 
 
 def _native(x: Tensor, i: NormInputs) -> Tensor:

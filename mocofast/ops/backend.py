@@ -7,14 +7,17 @@ that a test can replace the function and drive other kernels through the public 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from mocofast_kernels import cpu, cpu_optim
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
+
+# Device types that have a BatchNorm kernel: a constant, which torch.compile reads while it traces.
+BATCH_NORM_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
 
 
 class Backend(NamedTuple):
@@ -59,12 +62,6 @@ def backend_for(device_type: str) -> Backend:
         cpu_optim.lars_,
         cpu_optim.adamw_,
     )
-
-
-@torch.compiler.assume_constant_result
-def fuses_batch_norm(device_type: str) -> bool:
-    """Returns whether the device has a BatchNorm kernel. torch.compile does not trace this call."""
-    return backend_for(device_type).ghost_bn_forward is not None
 
 
 def _triton_backend() -> Backend:

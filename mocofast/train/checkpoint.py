@@ -22,8 +22,8 @@ import torch
 
 from mocofast import __version__, distributed, files, settings
 from mocofast.config import Config, ConfigError
-from mocofast.errors import describe_error
 from mocofast.data.interface import Loader, Source
+from mocofast.errors import describe_error
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
