@@ -172,7 +172,7 @@ def test_optim_reports_every_optimiser_and_counts_its_bytes(
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains two tensors at a learning rate that changes the weights."""
+    """Trains two tensors at a large learning rate: the weights change."""
     monkeypatch.setattr(optim, "LR", 0.1)
     monkeypatch.setattr(optim, "weight_shapes", lambda: [(7, 5), (11,)])
     pair = optim.weights(CPU), optim.weights(CPU)

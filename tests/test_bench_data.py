@@ -68,7 +68,7 @@ def test_too_few_images_are_an_error_that_says_how_many_are_needed(folder: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_loader_includes_its_processes() -> None:
-    """One batch takes 64 MB here, and a process of the loader holds 100 MB."""
+    """A batch takes 64 MB here, and a process of the loader holds 100 MB."""
 
     class Holding:
         def epoch(self, epoch: int) -> Iterator[torch.Tensor]:
@@ -139,7 +139,7 @@ def test_tuning_takes_what_is_clearly_faster_option_by_option() -> None:
 def test_tuning_writes_a_recipe_that_pretrain_accepts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Uses real loaders, with one batch for every measurement."""
+    """Uses real loaders, with a batch for every measurement."""
     (folder / "0.jpg").write_bytes(b"no image")
     out = folder.parent / "tuned.yaml"
     assert main([*options(folder), "--batches", "1", "--tune", "--out", str(out)]) == 0

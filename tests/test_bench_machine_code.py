@@ -40,7 +40,7 @@ def _table(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[
 def table(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]], str]:
-    """Returns printed text, written rows and summary, for one case of each kind."""
+    """Returns printed text, written rows and summary, for a case of every kind."""
     folder = tmp_path_factory.mktemp("machine_code")
     only = "|".join(f"^{case}$" for case in (MOCO, EMA, ENQUEUE, LARS))
     written = ("--json", str(folder / "rows"), "--summary", str(folder / "summary"))

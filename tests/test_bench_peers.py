@@ -1,4 +1,4 @@
-"""Every peer that `mocofast bench` times computes our loss, on inputs that rotate."""
+"""Every peer that `mocofast bench` times computes our loss, on rotating inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = [name for name, peer in peers.all_peers(torch.float32).items() if not pee
 
 
 def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:
-    """Checks loss and gradient of the peer against a float64 oracle and returns both."""
+    """Checks loss and gradient of the peer against a float64 oracle and returns the pair."""
     query, positive, negatives = peers.input_sets(SIZES, torch.float32, CPU, 1)[0]
     exact = info_nce_oracle(query, positive, negatives, peers.TEMPERATURE).mean()
     (want,) = torch.autograd.grad(exact, query)

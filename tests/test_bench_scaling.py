@@ -1,7 +1,7 @@
-"""Bytes that ranks exchange in a step: counters of sockets beside the model.
+"""Bytes exchanged between ranks in a step: counters of sockets beside the model.
 
 4 and 2 real gloo processes train the same model twice, with our step and with the reference's
-step. Both steps give the same losses on the same images.
+step. The losses on the same images are equal.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def on_a_rank(world: int, rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = MoCo(TinyResNet, DIM, QUEUE, pixel_mean=[127.0] * 3, pixel_std=[50.0] * 3)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = ReferenceMoCo(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    plain = ReferenceMoCo(model)
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     found: dict[str, Any] = {
         "step": scaling_model.Workload(
             ranks=world,

@@ -27,7 +27,7 @@ def last_row(out: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def step_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Returns the row of one run of `bench step`, without lightly (installed or not)."""
+    """Returns the row of a run of `bench step`, without lightly (installed or not)."""
     target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
@@ -198,7 +198,8 @@ def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
         def epoch(self, epoch: int) -> Any:
             from torch.utils.data import DataLoader
 
-            return iter(DataLoader(range(100), num_workers=1, collate_fn=spin))  # type: ignore[arg-type]
+            numbers: Any = range(100)
+            return iter(DataLoader(numbers, num_workers=1, collate_fn=spin))
 
         def close(self) -> None: ...
 

@@ -81,7 +81,11 @@ def test_the_permutation_matters_to_split_batchnorm() -> None:
     model = small_moco(3)
     exact = reference_trajectory(model, torch.float64)
     unshuffled = ReferenceMoCo(model).double()
-    unshuffled._shuffle = lambda im_k: (im_k, torch.arange(len(im_k)))  # type: ignore[method-assign]
+
+    def keep_order(im_k: Tensor) -> tuple[Tensor, Tensor]:
+        return im_k, torch.arange(len(im_k))
+
+    unshuffled._shuffle = keep_order  # type: ignore[method-assign]
     optimizer = plain_sgd(unshuffled.parameters(), OPTIM)
     losses = [
         reference_step(unshuffled, tuple(v.double() for v in pair), optimizer) for pair in BATCHES

@@ -1,4 +1,4 @@
-"""Counts the bytes that a process sends and receives in every collective.
+"""Counts the bytes sent and received by a process in every collective.
 
 Reads Linux's counters of the process's TCP sockets.
 """
@@ -27,7 +27,7 @@ class Traffic(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One collective of this rank."""
+    """A collective of this rank."""
 
     name: str  # of the c10d operator: allgather_, alltoall_base_, ...
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def connections() -> list[socket.socket]:
-    """Returns one duplicate of every TCP socket of this process."""
+    """Returns a duplicate of every TCP socket of this process."""
     found: dict[int, socket.socket] = {}
     for name in os.listdir("/proc/self/fd"):
         try:

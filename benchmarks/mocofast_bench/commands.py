@@ -38,6 +38,7 @@ BENCHMARKS = {
     "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
     "train": (train, "training end to end beside the reference's loop and loader"),
 }
+RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings
 COMPILING = {
     "static": (machine_code, "machine code of the kernels and predicted times (needs no GPU)"),
     "autotune": (autotune, "choose the tiles of the kernels for this GPU"),
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="mocofast bench",
-        description="Times ops, steps and loaders beside other implementations.",
+        description="Times ops, steps and loaders beside PyTorch and other packages.",
     )
     commands = parser.add_subparsers(
         required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"])
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=partial(_run, module))
     # Commands that compile kernels: no --device, --save or --plot.
     for name, (module, text) in COMPILING.items():
-        command = commands.add_parser(name, help=text, description=module.__doc__)
+        command = commands.add_parser(
+            name, help=text, description=module.__doc__, formatter_class=RAW
+        )
         module.add_arguments(command, positive)
         command.set_defaults(run=partial(module.run, parser=command))
     every = _add(
@@ -114,7 +117,7 @@ def _add(
     description: str | None,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=description or text
+        name, help=text, description=description or text, formatter_class=RAW
     )
     command.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
