@@ -1,4 +1,4 @@
-"""Fast momentum-contrast pretraining. Importing this package is light: its members load on first use."""
+"""Fast momentum-contrast pretraining. Its members load on first use, so importing is light."""
 
 from typing import TYPE_CHECKING
 

@@ -140,7 +140,8 @@ def test_loss_and_rank_are_those_of_the_paper_in_eval_mode_which_changes_nothing
     model = small_moco(TinyResNet, mlp=True).eval()
     im_q, im_k = random_batches(1, 5)[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loss, rank = model(im_q, im_k)
+    output = model(im_q, im_k)
+    loss, rank = output.loss, output.rank
     q = F.normalize(model.encoder_q(im_q).double(), dim=1)
     k = F.normalize(model.encoder_k(im_k).double(), dim=1)
     positive, negatives = (q * k).sum(1, keepdim=True), q @ model.queue.double().t()
