@@ -16,8 +16,8 @@ class StopRequest:
     """Turns a signal into a request to stop: `with StopRequest() as stop: ... stop.agreed()`.
 
     A signal reaches ranks at different steps. A rank that stops alone leaves the other ranks
-    waiting in a collective. So every rank's flag is reduced over a separate CPU group. The reduction starts
-    at one step and is read at the next step: nothing waits, and no device synchronises.
+    waiting in a collective. So every rank's flag is reduced over a separate CPU group. The
+    reduction starts at one step and is read at the next step: nothing waits, no device synchronises.
     A second signal ends the process at once.
     """
 
