@@ -1,4 +1,4 @@
-"""Names, types and sense of options, and what a wrong one says."""
+"""Options: names, types, valid values, and the messages about wrong options."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_recipes_hold_only_differences_and_are_valid() -> None:
         for group, content in values.items():
             for key, value in content.items():
                 same = default[group][key] == value
-                # One line to show where the recipe stands, where nothing at all differs.
+                # moco_v1_r50 differs in nothing, and states values to show where the recipe stands.
                 assert not same or name == "moco_v1_r50", (
                     f"{name}: {group}.{key} is the default already"
                 )
@@ -92,7 +92,7 @@ def test_recipes_hold_only_differences_and_are_valid() -> None:
 
 
 def test_the_published_settings_are_in_the_recipes() -> None:
-    """Figures of the MoCo papers and of the authors' CIFAR-10 demo."""
+    """Settings of the MoCo papers, and of the CIFAR-10 demo of MoCo's authors."""
     v1 = settings.load_recipe("moco_v1_r50")
     assert (v1.model.temperature, v1.model.mlp, v1.optim.schedule, v1.optim.milestones) == (
         0.07,
