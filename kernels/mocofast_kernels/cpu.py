@@ -86,16 +86,19 @@ def infonce_forward(
     only_query: compute the gradient of the query alone.
     dot_dtype: ignored (float32 always).
     """
+    # Operands. Logits of unit vectors are bounded, so they need no maximum unless T is small.
     inverse_t = _inverse(temperature)
     unshifted = (
         normalize
         and isinstance(inverse_t, float)
         and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
     )
-    h, query_norm = _rows(query, normalize)
-    key, key_norm = _rows(positive, normalize)
+    h, query_norm = _rows(query, normalize)  # (N, C)
+    key, key_norm = _rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
-    logit_positive = (scaled * key).sum(1, keepdim=True)
+    logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
+
+    # Sums over the negatives, for blocks of queries.
     blocks = _Blocks(negatives, normalize_negatives, len(h))
     options = (exclude_period, unshifted, return_rank, compute_grad)
     total, output, maximum, positive_rank = _joined(
@@ -105,7 +108,8 @@ def infonce_forward(
         ]
     )
 
-    # Loss. log(0) = -inf for a row without negatives gives loss 0.
+    # Loss = softplus(log(sum over negatives) - positive logit). For a row without negatives
+    # log(0) = -inf gives loss 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)

@@ -162,8 +162,8 @@ def _sweep_kernel(
     BLOCK_C: tl.constexpr,
     OUT_C: tl.constexpr,
 ):
-    # Blocks of queries are the fastest axis: programs that run at the same time read the
-    # same negatives, from the L2 cache.
+    # The work of this program. Blocks of queries are the fastest axis: programs that run at the
+    # same time read the same negatives, from the L2 cache.
     first = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     # Several programs share an accumulator row longer than OUT_C, and each program repeats
@@ -178,7 +178,7 @@ def _sweep_kernel(
     # equals the positive ties.
     positive_score = tl.zeros([BLOCK_N], dtype=tl.float32)
     if ONLINE or RANK:
-        if PREPARED:
+        if PREPARED:  # computed by `prepare_rows`
             positive_score = tl.load(positive_scores + first + rows, mask=rows < limit, other=0.0)
         else:
             positive += first.to(tl.int64) * positive_stride_n
@@ -187,7 +187,7 @@ def _sweep_kernel(
             )
             q = load_rows(query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True)
             if NORMALIZE:
-                k = unit_rows(k)
+                k = unit_rows(k)  # (BLOCK_N, C), as q
                 q = unit_rows(q)
             k = round_operand(k, DOT, PRECISION).to(tl.float32)
             positive_score = tl.sum(round_operand(q, DOT, PRECISION).to(tl.float32) * k, axis=1)
@@ -209,7 +209,8 @@ def _sweep_kernel(
     out = tl.zeros([BLOCK_N, OUT_C], dtype=tl.float32)
     maximum = positive_score * scale if ONLINE else scale
 
-    # Whole tiles of the split.
+    # Whole tiles of the split. `residue`: the place, modulo period, of a query's excluded negatives
+    # in the tile. The place moves from tile to tile unless the period divides BLOCK_K.
     tile = split * tiles_per_split
     full_tiles = tl.minimum(tiles_per_split, K // BLOCK_K - tile)
     negatives += tile.to(tl.int64) * BLOCK_K * stride_k
@@ -301,7 +302,7 @@ def _sweep_kernel(
             )
             negatives += TAIL_K * stride_k
 
-    # Write the split's sums.
+    # Write the split's sums, without the factor 2^HALF_LIFT.
     if HALF:
         total *= tl.exp2(-HALF_LIFT)
         out *= tl.exp2(-HALF_LIFT)

@@ -75,6 +75,7 @@ def finetune(
             "data.path: fine-tuning needs labelled images, some of them held out; "
             f"got {datasets.note}"
         )
+    # Labelled images: one plain view of every image.
     seed = config.train.seed
     batch_slice = BatchSlice(min(options.batch_size, len(datasets.train)))
     views = (plain_view(config.augment),)

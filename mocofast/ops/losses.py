@@ -210,6 +210,7 @@ def nt_xent(
     else:
         # Two calls, because query i must be row i of the period of M images.
         calls = [(own_a, own_b), (own_b, own_a)]
+    # (loss, rank) of every call.
     results = [
         autograd.info_nce(
             query,
