@@ -126,7 +126,7 @@ class MemoryBank(Method):
         if self.training:
             self._pending.append((batch, all_gather(F.normalize(v.detach().float(), dim=1))))
             if enqueue:
-                self._update(*(torch.cat(parts) for parts in zip(*self._pending)))
+                self._update(*(torch.cat(tensors) for tensors in zip(*self._pending)))
                 self._pending.clear()
         return ranking_output(loss, positive_rank)
 
