@@ -195,8 +195,8 @@ def test_uint8_images_are_normalised_on_the_way_in() -> None:
     pixels = torch.randint(0, 256, (2, 5, 3, 8, 8), dtype=torch.uint8)
     im_q, im_k = (x.contiguous(memory_format=torch.channels_last) for x in pixels)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    twin = copy.deepcopy(model)
-    expected = twin((im_q - mean) / std, (im_k - mean) / std)
+    same = copy.deepcopy(model)
+    expected = same((im_q - mean) / std, (im_k - mean) / std)
     torch.testing.assert_close(model(im_q, im_k).loss, expected.loss)
     assert "pixel_mean" not in model.state_dict()
 
@@ -258,14 +258,14 @@ def test_a_steady_step_does_not_wait_for_the_gpu(bn_splits: int) -> None:
 
 def test_forward_compiles_into_one_graph() -> None:
     model = small_moco(TinyResNet, mlp=True)
-    twin = copy.deepcopy(model)
+    uncompiled = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for im_q, im_k in random_batches(steps=3, size=6):
-        ours, expected = compiled(im_q, im_k), twin(im_q, im_k)
+        ours, expected = compiled(im_q, im_k), uncompiled(im_q, im_k)
         ours.loss.backward()
         torch.testing.assert_close(ours.loss, expected.loss)
         assert torch.equal(ours.rank, expected.rank)
-    torch.testing.assert_close(model.queue, twin.queue)
+    torch.testing.assert_close(model.queue, uncompiled.queue)
 
 
 def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:

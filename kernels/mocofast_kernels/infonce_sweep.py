@@ -109,8 +109,8 @@ def _sweep_step(
         positive_rank += tl.sum(above, axis=1).to(tl.int32)
     # Weights 2^(logit - shift), and their sums.
     if ONLINE:
-        # The maximum starts from the positive's finite score. So a tile that is masked
-        # altogether never leaves inf - inf.
+        # The maximum starts from the positive's finite score. So a tile whose negatives are all
+        # masked never gives inf - inf.
         largest = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         fade = tl.exp2(maximum - largest)
         maximum = largest

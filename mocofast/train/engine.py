@@ -201,7 +201,7 @@ class Engine:
             )
 
     def _join_ranks(self) -> None:
-        """Takes rank 0's parameters, and arranges the average of gradients over ranks."""
+        """Takes rank 0's parameters, and makes ranks average their gradients."""
         if self._gradients is not None:
             for p in self.method.parameters():
                 dist.broadcast(p.detach(), 0)
