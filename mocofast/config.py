@@ -45,7 +45,11 @@ def _smallest(value: Any) -> float:
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, valid: Valid | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    valid: Valid | None = None,
+    plugins: bool = False,
 ) -> Any:
     """Declares one option of a group.
 
@@ -53,8 +57,12 @@ def option(
     help: what the option means, with units; `--help` shows it.
     choices: the allowed values, where they are a closed set.
     valid: what every other value has to satisfy.
+    plugins: the dotted name of a module is a value beside the choices.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "valid": valid})
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "valid": valid, "plugins": plugins},
+    )
 
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
@@ -66,18 +74,19 @@ class ModelConfig:
 
     method: str = option(
         "moco",
-        f"how the encoder is trained: {', '.join(METHODS)}, or the dotted name of a module",
+        f"how the encoder is trained: {', '.join(METHODS)}, or the dotted name of a module with "
+        "Options and build",
     )
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
-        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; or resnet_tiny",
+        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; resnet_tiny; or the "
+        "dotted name of a module with build_encoder",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
 
     if TYPE_CHECKING:
-
         # The options of the method.
         def __getattr__(self, name: str) -> Any: ...
 
@@ -87,33 +96,48 @@ class ModelConfig:
         """Raises ConfigError if options contradict one another. `Options` may extend it."""
 
 
+def is_plugin(name: str) -> bool:
+    """Returns whether a value is the dotted name of a module, as in "my_package.my_method"."""
+    return all(part.isidentifier() for part in name.split(".")) and "." in name
+
+
+def load_plugin(option: str, name: str, *attributes: str) -> Any:
+    """Imports a module that stands behind an option.
+
+    option: for error messages. name: the module's dotted name.
+    attributes: what the module must define.
+    Raises ConfigError if there is no such module, or if an attribute is missing.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists, but a module that it imports does not
+        raise ConfigError(f"{option}: there is no module {name!r} ({error})") from None
+    missing = [attribute for attribute in attributes if not hasattr(module, attribute)]
+    if missing:
+        raise ConfigError(f"{option}: the module {name!r} does not define {', '.join(missing)}")
+    return module
+
+
 def method_module(name: str) -> Any:
-    """Imports the module of a method by its name, as a plugin.
+    """Imports the module of a method.
 
     name: one of METHODS, or the dotted name of a module of the user.
-    The module holds `Options`, a dataclass that extends ModelConfig, and
+    The module defines `Options`, a dataclass that extends ModelConfig, and
     `build(config, images, classes)`, which returns the untrained method.
     Raises ConfigError for an unknown name.
     """
-    own = "." in name
-    if not own and name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
-            f"got {name!r}{hint}"
-        )
-    path = name if own else f"mocofast.methods.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module exists, and something that it imports does not
-        raise ConfigError(f"model.method: there is no module {name!r} ({error})") from None
-    missing = [attribute for attribute in ("Options", "build") if not hasattr(module, attribute)]
-    if missing:
-        raise ConfigError(f"model.method: the module {name!r} has no {' and no '.join(missing)}")
-    return module
+    if name in METHODS:
+        return importlib.import_module(f"mocofast.methods.{name}")
+    if is_plugin(name):
+        return load_plugin("model.method", name, "Options", "build")
+    close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
+        f"got {name!r}{hint}"
+    )
 
 
 def method_options(name: str) -> type[ModelConfig]:
@@ -133,8 +157,10 @@ class DataConfig:
 
     source: str = option(
         "folder",
-        "folder (of images, recursive), tar shards, embedded digits, or torchvision's CIFAR",
+        "folder (of images, recursive), tar shards, embedded digits, torchvision's CIFAR, or the "
+        "dotted name of a module with load_datasets",
         SOURCES,
+        plugins=True,
     )
     path: str = option(
         "",

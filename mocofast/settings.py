@@ -25,6 +25,7 @@ from mocofast.config import (
     ConfigError,
     ModelConfig,
     Valid,
+    is_plugin,
     method_options,
 )
 
@@ -42,6 +43,7 @@ class Setting(typing.NamedTuple):
     help: str
     choices: tuple[str, ...] | None
     valid: Valid | None
+    plugins: bool
 
 
 def settings(group: str, kind: type) -> Iterator[Setting]:
@@ -53,8 +55,9 @@ def settings(group: str, kind: type) -> Iterator[Setting]:
             hints[f.name],
             f.default,
             f.metadata["help"],
-            f.metadata.get("choices"),
-            f.metadata.get("valid"),
+            f.metadata["choices"],
+            f.metadata["valid"],
+            f.metadata["plugins"],
         )
 
 
@@ -94,7 +97,8 @@ def coerce(setting: Setting, value: Any) -> Any:
             else f"{len(setting.default)} values like {setting.default}"
         )
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
-    if setting.choices and result not in setting.choices:
+    plugin = setting.plugins and is_plugin(result)
+    if setting.choices and result not in setting.choices and not plugin:
         raise ConfigError(
             f"{setting.name}: expected one of {', '.join(setting.choices)}, got {value!r}"
             f"{nearest(str(value), setting.choices)}"

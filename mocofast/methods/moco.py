@@ -260,11 +260,11 @@ class MoCo(MomentumMethod):
         return keys[rank * len(im_k) : (rank + 1) * len(im_k)], keys
 
 
-def build(config: Config, images: int = 0, classes: int = 0) -> MoCo:
-    """Returns MoCo with the options of `config.model`."""
+def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = MoCo) -> MoCo:
+    """Returns MoCo, or a subclass `kind`, with the options of `config.model`."""
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
-    model = MoCo(
+    model = kind(
         build_encoder(m.arch, config.augment.size),
         m.dim,
         m.queue_size,
