@@ -9,61 +9,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-
-class ConfigError(ValueError):
-    """A recipe, option or value cannot be used. The message names it and says what was expected."""
-
-
-class Valid(NamedTuple):
-    """A condition on one value, and the words of an error that says what was expected."""
-
-    holds: Callable[[Any], bool]
-    expected: str
-
-
-def at_least(least: float) -> Valid:
-    """Every number of the value is `least` or more."""
-    return Valid(lambda value: _smallest(value) >= least, f"at least {least}")
-
-
-def above(bound: float) -> Valid:
-    """Every number of the value is larger than `bound`."""
-    return Valid(lambda value: _smallest(value) > bound, f"above {bound}")
-
-
-def between(low: float, high: float, expected: str = "") -> Valid:
-    """The value lies in [low, high]."""
-    return Valid(lambda value: low <= value <= high, expected or f"between {low} and {high}")
-
-
-def _smallest(value: Any) -> float:
-    return min(value) if isinstance(value, tuple) else value
-
-
-def option(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] | None = None,
-    valid: Valid | None = None,
-    plugins: bool = False,
-) -> Any:
-    """Declares one option of a group.
-
-    default: the only place of the default.
-    help: what the option means, with units; `--help` shows it.
-    choices: the allowed values, where they are a closed set.
-    valid: what every other value has to satisfy.
-    plugins: the dotted name of a module is a value beside the choices.
-    """
-    return field(
-        default=default,
-        metadata={"help": help, "choices": choices, "valid": valid, "plugins": plugins},
-    )
-
+from mocofast.errors import ConfigError
+from mocofast.option import Valid, above, at_least, between, option
+from mocofast.plugins import is_plugin, load_plugin
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
 
@@ -94,30 +45,6 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if options contradict one another. `Options` may extend it."""
-
-
-def is_plugin(name: str) -> bool:
-    """Returns whether a value is the dotted name of a module, as in "my_package.my_method"."""
-    return all(part.isidentifier() for part in name.split(".")) and "." in name
-
-
-def load_plugin(option: str, name: str, *attributes: str) -> Any:
-    """Imports a module that stands behind an option.
-
-    option: for error messages. name: the module's dotted name.
-    attributes: what the module must define.
-    Raises ConfigError if there is no such module, or if an attribute is missing.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but a module that it imports does not
-        raise ConfigError(f"{option}: there is no module {name!r} ({error})") from None
-    missing = [attribute for attribute in attributes if not hasattr(module, attribute)]
-    if missing:
-        raise ConfigError(f"{option}: the module {name!r} does not define {', '.join(missing)}")
-    return module
 
 
 def method_module(name: str) -> Any:

@@ -22,10 +22,11 @@ FLOORS = [
     {"mocofast_kernels"},
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
+    {"mocofast.errors", "mocofast.option"},
+    {"mocofast.plugins"},
     {
         "mocofast.config",
         "mocofast.device",
-        "mocofast.errors",
         "mocofast.files",
         "mocofast.plots",
         "mocofast.step_parts",
