@@ -1,7 +1,7 @@
 """Every hyper-parameter with its default, its meaning and its valid values, in one place.
 
-The options of a method stand beside the method, as `Options` of its module.
-The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
+The options of a method stand in the method's module, as `Options`.
+The defaults are MoCo v1's on ImageNet (He et al. 2020, arXiv:1911.05722).
 The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from this file.
 """
 
@@ -80,7 +80,7 @@ LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders bui
 
 @dataclass
 class DataConfig:
-    """Where images come from and who decodes them."""
+    """The source of the images, and the loader that decodes them."""
 
     source: str = option(
         "folder",
@@ -114,7 +114,7 @@ class DataConfig:
     )
     prefetch: int = option(
         2,
-        "batches decoded ahead, and as many finished batches that wait (torchvision: per worker)",
+        "batches decoded ahead, and as many finished batches waiting (torchvision: per worker)",
         valid=at_least(1),
     )
     hw_decoder_load: float = option(
@@ -241,7 +241,7 @@ class TrainConfig:
         valid=at_least(1),
     )
     precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs that have it, else fp32", ("auto", "fp32", "bf16")
+        "auto", "auto: bf16 autocast on GPUs that have bf16, else fp32", ("auto", "fp32", "bf16")
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "seed of weights, data order, views and shuffles")
@@ -268,18 +268,18 @@ class EngineConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept to resume from."""
+    """Checkpoints, from which a run continues."""
 
     every_epochs: int = option(1, "epochs between checkpoints", valid=at_least(1))
     every_steps: int = option(
-        0, "also a checkpoint every so many steps; 0 means none", valid=at_least(0)
+        0, "also a checkpoint every this many steps; 0 means none", valid=at_least(0)
     )
-    keep: int = option(2, "newest step_*.pt files kept beside last.pt", valid=at_least(0))
+    keep: int = option(2, "number of step_*.pt files to keep, besides last.pt", valid=at_least(0))
 
 
 @dataclass
 class KNNConfig:
-    """The kNN monitor (Wu et al. 2018, arXiv:1805.01978): accuracy without training anything."""
+    """The kNN monitor (Wu et al. 2018, arXiv:1805.01978): accuracy of kNN on the features."""
 
     every: int = option(
         10,
@@ -293,12 +293,12 @@ class KNNConfig:
     )
     bank: int = option(
         50000,
-        "largest number of training images that vote; a fixed random subset of a larger set",
+        "largest number of training images that vote; of a larger set, a fixed random subset votes",
         valid=at_least(1),
     )
     shots: int = option(
         0,
-        "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not",
+        "also 1-nearest-neighbour accuracy with this many labelled images a class; 0 means none",
     )
 
 
@@ -308,7 +308,7 @@ def _default_model() -> ModelConfig:
 
 @dataclass
 class Config:
-    """Everything that defines a run. `config.yaml` in a run folder is exactly this."""
+    """Everything that defines a run. `config.yaml` in a run folder holds these values."""
 
     recipe: str = "custom"
     model: ModelConfig = field(default_factory=_default_model)

@@ -15,17 +15,17 @@ class Valid(NamedTuple):
 
 
 def at_least(least: float) -> Valid:
-    """Every number of the value is `least` or more."""
+    """Returns the condition that every number of a value is `least` or more."""
     return Valid(lambda value: _smallest(value) >= least, f"at least {least}")
 
 
 def above(bound: float) -> Valid:
-    """Every number of the value is larger than `bound`."""
+    """Returns the condition that every number of a value is larger than `bound`."""
     return Valid(lambda value: _smallest(value) > bound, f"above {bound}")
 
 
 def between(low: float, high: float, expected: str = "") -> Valid:
-    """The value lies in [low, high]."""
+    """Returns the condition that a value lies in [low, high]."""
     return Valid(lambda value: low <= value <= high, expected or f"between {low} and {high}")
 
 
@@ -42,11 +42,11 @@ def option(
 ) -> Any:
     """Declares one option of a group.
 
-    default: the only place of the default.
-    help: what the option means, with units; `--help` shows it.
-    choices: the allowed values, where they are a closed set.
-    valid: what every other value has to satisfy.
-    plugins: the dotted name of a module is a value beside the choices.
+    default: the default, which stands nowhere else.
+    help: the meaning of the option, with units. `--help` shows this text.
+    choices: the allowed values, or None.
+    valid: a condition on the value, or None.
+    plugins: also allow the dotted name of a module.
     """
     return field(
         default=default,

@@ -35,7 +35,7 @@ DEFAULT_RECIPE = "digits"
 
 
 class Setting(typing.NamedTuple):
-    """One option of one group, as the command line and the YAML files see it."""
+    """An option of a group, for the command line and YAML files."""
 
     name: str  # "group.option"
     type: Any
@@ -140,10 +140,10 @@ def apply(config: Config, values: Mapping[str, Any]) -> None:
     """Sets options in place.
 
     values: {"group.option": value}. An option of another method than `model.method` is left out,
-        with a warning unless it has that method's default.
-    A change of `model.method` keeps the options that the new method has, too, where they differ
-    from the old method's defaults.
-    Raises ConfigError for an unknown name or a wrong type. Nothing is set then.
+        with a warning unless the value is the other method's default.
+    A change of `model.method` keeps the values that differ from the old method's defaults, of
+    options that the new method also has.
+    Raises ConfigError for an unknown name or a wrong type, and then sets nothing.
     """
     method = str(values.get("model.method", config.model.method))
     kinds = groups(method)
@@ -174,7 +174,7 @@ def _check_option_of_another_method(
 
 
 def _for_method(model: ModelConfig, kind: type[ModelConfig]) -> ModelConfig:
-    """Returns the options `kind`, with the values of `model` that are not its own defaults."""
+    """Returns options of class `kind`, with the values of `model` that differ from defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(model)}
     names = {f.name for f in dataclasses.fields(kind)}
     changed = {k: v for k, v in vars(model).items() if v != defaults[k] and k in names}
@@ -210,7 +210,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(config: Config, base: Config) -> dict[str, Any]:
-    """Returns the options of `config` that `base` has otherwise, {"group.option": value}."""
+    """Returns the options of `config` that differ from `base`, {"group.option": value}."""
     missing = object()
     found = {}
     for group in groups():

@@ -303,7 +303,7 @@ def test_two_ranks_follow_one_trajectory_in_every_mode() -> None:
     for precision in ("fp32", "bf16"):
         for found in (first, second):
             for name, value in found[f"eager {precision}"].items():
-                # Half of a sum is exact, so the averages equal those of DistributedDataParallel.
+                # Half of a sum is exact, so both ways of averaging give equal bits.
                 assert torch.equal(found[f"graph {precision}"][name], value), name
         for name in ("encoder_q.conv1.weight", "encoder_k.fc.weight", "queue"):
             assert torch.equal(

@@ -51,8 +51,7 @@ class InfoNCEForward(NamedTuple):
 
     loss: Tensor  # (N,) float32
     lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
-    # (N,) int32: the positive's rank, the number of negatives that score above the positive
-    rank: Tensor | None
+    rank: Tensor | None  # (N,) int32: how many negatives score above the positive
     grad_query: Tensor | None  # (N, C) float32: d loss_i / d query_i
     # (N, C) float32: d loss_i / d positive_i, through the positive logit only
     grad_positive: Tensor | None
@@ -108,8 +107,7 @@ def infonce_forward(
         ]
     )
 
-    # Loss = softplus(log(sum over negatives) - positive logit). For a row without negatives
-    # log(0) = -inf gives loss 0.
+    # Loss = softplus(log(sum) - positive logit). A row without negatives: softplus(-inf) = 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)

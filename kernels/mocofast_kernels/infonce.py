@@ -126,6 +126,7 @@ def _combine_kernel(
                 tile *= tl.exp2(shift - maximum)[:, None]
             mean += tl.sum(tile, axis=0)[None, :]
         mean /= tl.where(total == 0.0, 1.0, total)  # a row without negatives has the total 0
+        # d loss / d q = share (mean - key) / T, and d loss / d key = -share q / T.
         share = 1.0 / (1.0 + tl.exp(-d))  # the negatives' share of the softmax
         away = share * (mean - key)
         tl.store(grad_scale + row, tl.sum(h * away))

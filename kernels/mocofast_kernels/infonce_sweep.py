@@ -61,9 +61,9 @@ def _sweep_step(
     OUT_C: tl.constexpr,
 ):
     """Takes a tile of negatives into the running sums."""
+    # scores: (BLOCK_N, BLOCK_K), query x negatives. values: (BLOCK_K, OUT_C), columns of negatives.
     HALF: tl.constexpr = tl.float16 == DOT
     rows = tl.arange(0, BLOCK_K)
-    # scores: (BLOCK_N, BLOCK_K), query x negatives
     if C <= BLOCK_C:
         # One load of the tile serves both products.
         values = load_rows(negatives, rows, 0, stride_k, stride_c, remaining, C, BLOCK_C, TAIL)
@@ -72,7 +72,7 @@ def _sweep_step(
         values = round_operand(values, DOT, PRECISION)
         scores = tl.dot(query_block, tl.trans(values), input_precision=PRECISION)
     else:
-        # Long rows: norms, scores and values are computed chunk by chunk of columns.
+        # Long rows are read by chunks of columns: first for the norms,
         if NORMALIZE_NEGATIVES:
             squares = tl.zeros([BLOCK_K], dtype=tl.float32)
             for c in range(0, C, BLOCK_C):
@@ -81,6 +81,7 @@ def _sweep_step(
                 ).to(tl.float32)
                 squares += tl.sum(chunk * chunk, axis=1)
             row_scale = inverse_norm(squares)[:, None]
+        # then for the scores,
         scores = tl.zeros([query_rows.shape[0], BLOCK_K], dtype=tl.float32)
         for c in range(0, C, BLOCK_C):
             q = load_rows(
@@ -91,6 +92,7 @@ def _sweep_step(
                 chunk = chunk.to(tl.float32) * row_scale
             chunk = round_operand(chunk, DOT, PRECISION)
             scores = tl.dot(q, tl.trans(chunk), scores, input_precision=PRECISION)
+        # then the columns that this program adds to `out`.
         if GRAD:
             values = load_rows(
                 negatives, rows, out_column, stride_k, stride_c, remaining, C, OUT_C, TAIL
@@ -306,7 +308,7 @@ def _sweep_kernel(
     if HALF:
         total *= tl.exp2(-HALF_LIFT)
         out *= tl.exp2(-HALF_LIFT)
-    place = split.to(tl.int64) * N + first
+    place = split.to(tl.int64) * N + first  # of the first row in the arrays (splits, N)
     inside = rows < limit
     if out_column == 0:
         tl.store(totals + place + rows, total, mask=inside)

@@ -106,6 +106,7 @@ def finetune(
             loss_sum = torch.zeros((), device=device)
             encoder.train()
             for batch in loader.epoch(epoch):
+                # One optimiser step.
                 assert batch.labels is not None
                 rate = learning_rate(schedule, step, steps, options.epochs)
                 set_learning_rate(optimizer, rate)

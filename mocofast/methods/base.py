@@ -63,8 +63,8 @@ class Method(nn.Module):
     pixel_mean, pixel_std: three channels' statistics on the 0..255 scale, for uint8 views only.
 
     Under DistributedDataParallel every rank has the same batch size. Buffers are not broadcast at
-    every step. Rank 0's buffers are taken once. Every rank keeps its own BatchNorm running
-    statistics, and a checkpoint holds those of rank 0.
+    every step. Rank 0's buffers are taken once. Every rank keeps its own running statistics of
+    BatchNorm, and a checkpoint holds rank 0's.
     """
 
     num_views = 2

@@ -118,6 +118,7 @@ def info_nce(
         exclude_period = len(negative_keys)
     else:
         exclude_period = 0
+    # One sweep over the negatives: loss, and positive rank (N,) or None.
     loss, positive_rank = autograd.info_nce(
         query,
         positive_key,

@@ -166,8 +166,8 @@ class Engine:
         self._numbers.to_device()
         if self._stream is None:
             return self._train_on_buffers()
-        # Parts of a graph cannot be timed, so timed steps run without. With several ranks the graph
-        # stays, because all ranks must launch collectives in the same way.
+        # Parts of a graph cannot be timed, so a timed step runs without the graph. With several
+        # ranks the graph stays, because all ranks must launch collectives in the same way.
         timed = step_parts.timed() and rank_and_world_size()[1] == 1
         if self._warmed >= STEPS_BEFORE_CAPTURE and not timed:
             if self._graph is None:
