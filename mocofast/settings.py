@@ -16,8 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mocofast.config import (
     METHODS,
     OWN_IMAGES,
@@ -222,6 +220,8 @@ def differences(config: Config, base: Config) -> dict[str, Any]:
 
 def as_yaml(options: Mapping[str, Any]) -> str:
     """Returns options, {"group.option": value}, as the text of a recipe."""
+    import yaml  # here, so that `mocofast --help` does without it
+
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         group, key = name.split(".")
@@ -247,6 +247,8 @@ def load_recipe(name: str) -> Config:
 
     name: a shipped recipe, or a YAML file, whose name ends in .yaml or .yml.
     """
+    import yaml
+
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
