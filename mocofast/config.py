@@ -1,8 +1,8 @@
-"""Every hyper-parameter with its default, its meaning and its valid values, in one place.
+"""The options of a run: default, meaning and valid values, in one place.
 
-The options of a method stand in the method's module, as `Options`.
-The defaults are MoCo v1's on ImageNet (He et al. 2020, arXiv:1911.05722).
-The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from this file.
+The options of a method stand beside the method, as `Options` of its module.
+The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
+The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from the options.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ def method_module(name: str) -> Any:
         f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
         f"got {name!r}{hint}"
     )
+
+
+def check_options(model: ModelConfig) -> None:
+    """Raises ConfigError if `model` does not hold the options of its method."""
+    if type(model) is not method_options(model.method):
+        raise ConfigError(
+            f"model.method: the options are not those of {model.method!r}; change the method by "
+            'mocofast.settings.apply(config, {"model.method": ...})'
+        )
 
 
 def method_options(name: str) -> type[ModelConfig]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mocofast import settings
-from mocofast.config import ModelConfig, method_options
+from mocofast.config import ModelConfig, is_plugin, method_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,8 +73,8 @@ def _add_group(
 def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Adds the options of all methods, grouped by the methods that have them.
 
-    argv: the command line. If --model.method names a module of the user, the options of this module
-        are added, too.
+    argv: the command line. If the method is a module of the user, the options of this module are
+        added, too.
     """
     common = {setting.name for setting in settings.settings("model", ModelConfig)}
     options = {k: v for k, v in settings.model_options().items() if k not in common}
@@ -83,14 +85,27 @@ def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) ->
         defaults[name] = _defaults(owners)
     for methods, members in groups.items():
         _add_group(parser, f"model, method {methods}", "", members, defaults)
-    # A method of the user.
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--model.method", dest="method", default="")
-    method = given.parse_known_args(argv)[0].method
-    if "." in method:
+    method = _method_of(argv)
+    if is_plugin(method):
         own = settings.settings("model", method_options(method))
         new = [setting for setting in own if setting.name not in {*common, *options}]
         _add_group(parser, f"model, method {method}", "", new)
+
+
+def _method_of(argv: Sequence[str]) -> str:
+    """Returns the method that a command line names, itself or by its YAML files, else ""."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    for option, value in pairwise(words):
+        if option == "--model.method":
+            return value
+    for option, value in zip(["", *words], words):
+        path = Path(value)
+        if option in ("--resume", "--train.dir"):
+            folder = path if path.is_dir() else path.parent.parent
+            path = folder / "config.yaml"
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return settings.load_recipe(str(path)).model.method
+    return ""
 
 
 def _defaults(owners: Mapping[str, settings.Setting]) -> str:

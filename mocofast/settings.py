@@ -23,6 +23,7 @@ from mocofast.config import (
     ConfigError,
     ModelConfig,
     Valid,
+    check_options,
     is_plugin,
     method_options,
 )
@@ -277,6 +278,7 @@ def validate(config: Config) -> None:
 
     Raises ConfigError that names the option, its value and what was expected.
     """
+    check_options(config.model)
     for group, kind in groups(config.model.method).items():
         for setting in settings(group, kind):
             value = getattr(getattr(config, group), setting.name.split(".")[1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from mocofast_bench.processes import on_ranks
 from sklearn.datasets import load_digits
 
@@ -120,6 +121,27 @@ def test_modules_of_the_page_train(package: Path, options: tuple[str, ...], show
     command = ("-m", "mocofast", "pretrain", "digits", *options, *SHORT, "--train.dir", "run")
     assert shown in run(package, *command)
     assert "knn_top1" in run(package, "-m", "mocofast", "knn", "run")
+
+
+def test_options_of_a_module_that_a_yaml_file_names(package: Path) -> None:
+    (package / "package" / "weighted.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from mocofast.config import option\n"
+        "from mocofast.methods.moco import Options as MoCoOptions, build\n\n\n"
+        "@dataclass\n"
+        "class Options(MoCoOptions):\n"
+        "    weight: float = option(1.0, 'a weight')\n"
+    )
+    (package / "mine.yaml").write_text(
+        "model: {method: package.weighted, arch: resnet_tiny}\n"
+        "data: {source: digits, batch_size: 128}\naugment: {size: 8}\n"
+    )
+    common = ("-m", "mocofast", "pretrain", "mine.yaml", "--train.dir", "run")
+    run(package, *common, "--model.weight", "3", "--train.max_steps", "2")
+    config = yaml.safe_load((package / "run" / "config.yaml").read_text())
+    assert (config["model"]["method"], config["model"]["weight"]) == ("package.weighted", 3.0)
+    resumed = ("--resume", "run", "--model.weight", "3", "--train.max_steps", "4")
+    assert "continuing at step 2" in run(package, "-m", "mocofast", "pretrain", *resumed)
 
 
 def test_training_from_python(package: Path) -> None:

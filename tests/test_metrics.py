@@ -32,16 +32,16 @@ def test_positive_ranks_give_the_top_1_and_top_5_accuracy() -> None:
     assert output.rank is not None and output.rank.tolist() == [0, 4, 5, 0]
 
 
-def test_a_window_averages_leaves_nan_out_and_starts_anew() -> None:
+def test_a_window_averages_and_starts_anew() -> None:
     window = Window(CPU)
-    window.add(metrics(loss=1.0, entropy=math.nan), 8, 0.0)
+    window.add(metrics(loss=1.0, entropy=0.0), 8, 0.0)
     window.add(metrics(loss=3.0, entropy=1.0), 8, 0.0)
-    assert window.start_means().wait() == {"loss": 2.0}
+    assert window.start_means().wait() == {"loss": 2.0, "entropy": 0.5}
     ended = window.flush()
     assert (window.steps, ended.images) == (0, 16)
     window.add(metrics(loss=math.nan, entropy=2.0), 8, 0.0)
     means = window.start_means().wait()
-    assert math.isnan(means["loss"]) and means["entropy"] == 2.0
+    assert math.isnan(means["loss"]) and means["entropy"] == 2.0  # a NaN is seen
     values = ended.wait()
     assert values["loss"] == 2.0 and values["images_per_second"] > 0
 
@@ -69,9 +69,7 @@ def test_a_method_with_a_new_metric_continues_an_older_run() -> None:
 def test_metrics_that_change_from_step_to_step_are_refused() -> None:
     window = Window(CPU)
     window.add(metrics(loss=1.0, entropy=0.5), 8, 0.0)
-    with pytest.raises(
-        ValueError, match="got loss after loss, entropy"
-    ):
+    with pytest.raises(ValueError, match="got loss after loss, entropy"):
         window.add(metrics(loss=1.0), 8, 0.0)
     assert window.steps == 1
 
@@ -80,3 +78,18 @@ def test_the_log_line_shows_accuracies_as_shares_and_other_metrics_as_numbers() 
     assert describe_metric("acc1", 0.123) == "acc@1 12.3%"
     assert describe_metric("accuracy", 0.5) == "accuracy 0.5"
     assert describe_metric("entropy", 1234.567) == "entropy 1235"
+
+
+@pytest.mark.parametrize("name", ["loss", "lr", "step", "data_wait"])
+def test_a_metric_with_the_name_of_another_entry_is_refused(name: str) -> None:
+    window = Window(CPU)
+    with pytest.raises(ValueError, match=f"cannot name a metric {name}"):
+        window.add(StepMetrics(("loss", name), torch.zeros(2)), 8, 0.0)
+
+
+def test_a_metric_with_a_gradient_leaves_the_graph_behind() -> None:
+    weight = torch.ones((), requires_grad=True)
+    window = Window(CPU)
+    for _ in range(2):
+        window.add(step_metrics(MethodOutput(weight * 2, {"entropy": weight * 3})), 8, 0.0)
+    assert not window._sums.requires_grad

@@ -10,6 +10,7 @@ import yaml
 
 from mocofast import settings
 from mocofast.config import Config, method_options
+from mocofast.methods.build import build_method
 from mocofast.settings import ConfigError
 
 
@@ -214,6 +215,14 @@ def test_a_change_of_the_method_keeps_what_was_set_and_takes_its_own_defaults() 
     other = Config()
     settings.apply(other, {"model.method": "simclr"})
     assert other.model.temperature == 0.1
+
+
+def test_a_method_that_was_set_without_its_options_is_refused() -> None:
+    config = settings.load_recipe("digits")
+    config.model.method = "byol"
+    for use in (settings.validate, build_method):
+        with pytest.raises(ConfigError, match=r"mocofast\.settings\.apply"):
+            use(config)
 
 
 def test_values_out_of_range_are_named_before_values_together() -> None:

@@ -87,8 +87,8 @@ class Method(nn.Module):
             if statistics is not None:
                 pixels = torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
-        # Numbers that change over the run, {attribute: schedule}. The loop sets the attributes
-        # before every step. The engine keeps the numbers on the device for a captured step.
+        # Numbers that change over the run, {attribute: schedule}. The attributes are floats, and
+        # the loop sets them before every step. In a captured step they are device tensors.
         self.schedules: dict[str, Schedule] = {}
         # Faster ways to run an encoder in training, {attribute: function}, set by the engine.
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}

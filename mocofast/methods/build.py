@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mocofast.config import Config, method_module
+from mocofast.config import Config, check_options, method_module
 from mocofast.methods.base import Method
 from mocofast.models.sync_batch_norm import sync_batch_norm
 
@@ -14,6 +14,7 @@ def build_method(config: Config, images: int = 0, classes: int = 0) -> Method:
         something for every image or every class.
     The weights come from torch's default generator. Raises ConfigError for an unknown method.
     """
+    check_options(config.model)
     method: Method = method_module(config.model.method).build(config, images, classes)
     if config.model.sync_bn:
         sync_batch_norm(method)

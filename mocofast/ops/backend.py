@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from mocofast_kernels import cpu, cpu_optim
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
@@ -38,6 +39,13 @@ class Backend(NamedTuple):
     ghost_bn_forward: Callable[..., Any] | None = None
     ghost_bn_backward: Callable[..., Any] | None = None
     augment: Callable[..., Any] | None = None
+
+
+def fuses_batch_norm(device_type: str) -> bool:
+    """Returns whether the device has a BatchNorm kernel."""
+    if torch.compiler.is_compiling():
+        return device_type in BATCH_NORM_DEVICES
+    return backend_for(device_type).ghost_bn_forward is not None
 
 
 @functools.cache

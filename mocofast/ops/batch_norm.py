@@ -56,7 +56,7 @@ def ghost_batch_norm(
     # Without a Triton kernel: other devices, dtypes and memory formats.
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if (
-        x.device.type not in backend.BATCH_NORM_DEVICES
+        not backend.fuses_batch_norm(x.device.type)
         or x.dtype not in FUSED_DTYPES
         # In NCHW memory PyTorch's BatchNorm needs no copy: splits are channels of a view.
         or (x.is_contiguous() and not channels_last)

@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING
 from mocofast.lazy import lazy_members
 
 if TYPE_CHECKING:
-    from mocofast.optim.fused import FusedAdamW, FusedLARS, FusedSGD
+    from mocofast.optim.build import build_optimizer
+    from mocofast.optim.fused import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
 
-__all__ = ["FusedAdamW", "FusedLARS", "FusedSGD"]
+__all__ = ["FusedAdamW", "FusedLARS", "FusedOptimizer", "FusedSGD", "build_optimizer"]
 
-__getattr__, __dir__ = lazy_members(__name__, {"fused": ("FusedAdamW", "FusedLARS", "FusedSGD")})
+__getattr__, __dir__ = lazy_members(
+    __name__,
+    {
+        "build": ("build_optimizer",),
+        "fused": ("FusedAdamW", "FusedLARS", "FusedOptimizer", "FusedSGD"),
+    },
+)

@@ -5,6 +5,7 @@ The copies are called shadows. The optimiser writes them when it updates the wei
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,8 +66,7 @@ def encoder_run(
     backend: torch.compile's backend, or None.
     in_place: add the gradient of a shadow to an existing gradient of the weight directly.
     """
-    make = {"encoder_q": _query_encoder, "encoder_k": _key_encoder}[name]
-    eager = compiled = make(encoder, normalize)
+    eager = compiled = _call_of_its_own(name, encoder, normalize)
     if backend is not None:
         compiled = torch.compile(eager, backend=backend, dynamic=False)
 
@@ -83,22 +83,18 @@ def encoder_run(
     return run
 
 
-# Two functions with the same body, because torch.compile keeps its results by code object: in one
-# function the encoders would recompile for each other.
+def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize) -> RunWith:
+    """Returns a function that calls the encoder, with a code object of its own.
 
+    torch.compile keeps its results by code object, and a limited number of results. With one code
+    object the encoders of all engines of a process would share the limit, and then run uncompiled.
+    """
 
-def _query_encoder(encoder: nn.Module, normalize: Normalize) -> RunWith:
-    def run_encoder_q(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    def run(weights: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(encoder, weights, (normalize(images),))
 
-    return run_encoder_q
-
-
-def _key_encoder(encoder: nn.Module, normalize: Normalize) -> RunWith:
-    def run_encoder_k(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-        return functional_call(encoder, weights, (normalize(images),))
-
-    return run_encoder_k
+    code = run.__code__.replace(co_name=f"run_{name}")
+    return types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
 
 
 class _Shadow(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -15,6 +14,11 @@ from torch import Tensor
 from mocofast.methods.base import MethodOutput
 
 LOSS = "loss"
+# Entries of metrics.jsonl that are no metrics of the method.
+RESERVED = {
+    *(LOSS, "step", "epoch", "lr", "chance_loss", "memory_gib"),
+    *("images_per_second", "data_wait"),
+}
 
 
 class StepMetrics(NamedTuple):
@@ -38,7 +42,7 @@ def step_metrics(output: MethodOutput, share: float = 1.0) -> StepMetrics:
 
     share: weight of a micro-batch in its step. The values are multiplied by it.
     """
-    values = torch.stack([output.loss.detach(), *output.metrics.values()]).float()
+    values = torch.stack([x.detach() for x in (output.loss, *output.metrics.values())]).float()
     return StepMetrics((LOSS, *output.metrics), values * share)
 
 
@@ -57,12 +61,11 @@ class PendingMeans:
     def wait(self) -> dict[str, float]:
         """Waits for the work launched before the means, and for nothing later.
 
-        Returns {metric: mean}, without metrics that are NaN. A loss that is NaN stays.
+        Returns {metric: mean}.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        values = dict(zip(self._names, self._means.tolist()))
-        return {k: v for k, v in values.items() if k == LOSS or not math.isnan(v)}
+        return dict(zip(self._names, self._means.tolist()))
 
 
 class PendingWindow(NamedTuple):
@@ -130,6 +133,11 @@ class Window:
 
     def _rename(self, names: tuple[str, ...]) -> None:
         """Takes the metrics of the first step, or of a method that has changed its metrics."""
+        if reserved := RESERVED & {*names[1:]}:
+            raise ValueError(
+                f"a method cannot name a metric {', '.join(sorted(reserved))}: "
+                "the lines of metrics.jsonl have an entry of this name"
+            )
         if set(names) <= set(self._names):
             self._sums = self._sums[[self._names.index(name) for name in names]]
         else:  # earlier steps have no values of a new metric, so the window starts anew

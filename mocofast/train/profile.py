@@ -198,11 +198,6 @@ class StepProfiler:
             self.profile = self._profile(self._traced)
         return self.profile is not None
 
-    def abandon(self) -> None:
-        """Cancels the step that was begun."""
-        if self._recorder is not None:
-            self._recorder.end()
-
     def write(self, folder: Path) -> None:
         """Writes `FILES` into `folder`. Call after the profile is complete."""
         from mocofast.plots import plot_step
