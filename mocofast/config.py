@@ -94,6 +94,11 @@ class DataConfig:
         "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
         "or the folder of CIFAR",
     )
+    channels: int = option(
+        3,
+        "channels of an image; other numbers than 3 read .npy files too, of 8 or 16 bits or floats",
+        valid=between(1, 64),
+    )
     shuffle_window: int = option(
         0,
         "source=shards: number of shards whose samples are shuffled together; 0 shuffles all",
@@ -136,6 +141,7 @@ class DataConfig:
 
 
 _PROBABILITY = between(0, 1, "a probability, 0 to 1")
+_AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
 _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
 
 
@@ -185,12 +191,33 @@ class AugmentConfig:
         "probability of solarize in the second view; -1: as in the first",
         valid=_PROBABILITY_OR_SAME,
     )
-    mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "channel means that normalise pixels in [0, 1]"
+    vertical_flip: float = option(0.0, "probability of a vertical flip", valid=_PROBABILITY)
+    quarter_turns: float = option(
+        0.0, "probability of 0 to 3 turns by 90 degrees, all equally likely", valid=_PROBABILITY
     )
-    std: tuple[float, float, float] = option(
+    channel_jitter: tuple[float, float] = option(
+        (0.0, 0.0),
+        "strength of brightness and contrast jitter with own factors for every channel",
+        valid=at_least(0),
+    )
+    noise: float = option(
+        0.0,
+        "largest standard deviation of Gaussian noise, as a share of the range of pixels",
+        valid=between(0, 1),
+    )
+    color_ops: str = option(
+        "on",
+        "hue, saturation, grayscale and solarize: on, as asked (an error unless data.channels is "
+        "3), or auto, which turns all four off unless data.channels is 3",
+        ("on", "auto"),
+    )
+    mean: tuple[float, ...] = option(
+        (0.485, 0.456, 0.406),
+        "channel means that normalise pixels in [0, 1]" + _AS_CHANNELS,
+    )
+    std: tuple[float, ...] = option(
         (0.229, 0.224, 0.225),
-        "channel standard deviations that normalise pixels in [0, 1]",
+        "channel standard deviations that normalise pixels in [0, 1]" + _AS_CHANNELS,
         valid=above(0),
     )
 

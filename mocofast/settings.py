@@ -88,12 +88,9 @@ def coerce(setting: Setting, value: Any) -> Any:
     try:
         result = _coerce(setting.type, value)
     except (KeyError, TypeError, ValueError):
-        plain = not typing.get_args(setting.type)
-        expected = (
-            setting.type.__name__
-            if plain
-            else f"{len(setting.default)} values like {setting.default}"
-        )
+        kinds = typing.get_args(setting.type)
+        count = "" if Ellipsis in kinds else f"{len(setting.default)} " if kinds else ""
+        expected = f"{count}values like {setting.default}" if kinds else setting.type.__name__
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
     plugin = setting.plugins and is_plugin(result)
     if setting.choices and result not in setting.choices and not plugin:
@@ -287,8 +284,22 @@ def validate(config: Config) -> None:
         raise _unexpected(
             "data.batch_size", "a multiple of train.accumulate", config.data.batch_size
         )
+    _check_statistics(config)
     if config.data.source in OWN_IMAGES and not config.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
+
+
+def _check_statistics(config: Config) -> None:
+    """Checks that augment.mean and augment.std have one value, or one value a channel."""
+    channels = config.data.channels
+    for name in ("mean", "std"):
+        value = getattr(config.augment, name)
+        if len(value) not in (1, channels):
+            expected = "1 value" if channels == 1 else f"{channels} values or 1 value"
+            raise ConfigError(
+                f"augment.{name}: expected {expected} (data.channels is {channels}), "
+                f"got {len(value)}: {shown(value)}"
+            )
 
 
 def _unexpected(name: str, expected: str, value: Any) -> ConfigError:

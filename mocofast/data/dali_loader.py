@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
-from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.arrays import Pixels, resized_crop, unreadable
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.decoding import undecodable, unlike_header
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
@@ -65,15 +65,17 @@ class DaliLoader:
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of DALI's threads. On a CPU as many threads more make the views.
         data: of these options `prefetch`, `hw_decoder_load` and `preallocate` are used.
+        pixels: how images are read that are not 8-bit RGB. DALI does not decode these images.
         """
         self.reason = ""
         data = data or DataConfig()
-        batches = _Batches(source, augments, batch_slice, seed, device, workers, data)
+        batches = _Batches(source, augments, batch_slice, seed, device, workers, data, pixels)
         self.steps_per_epoch = batches.planner.steps
         self.skipped = batches.planner.skipped
         self._device = device
@@ -179,12 +181,14 @@ class _Batches:
         device: torch.device,
         workers: int,
         data: DataConfig,
+        pixels: Pixels | None,
     ) -> None:
         self._source, self._augments, self._data = source, augments, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
-        self._kind = type(source.load(0))
+        self._pixels = pixels
+        self._kind = np.ndarray if pixels else type(source.load(0))
         self._pool = _single_threaded_pool(self._threads)
-        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool)
+        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool, pixels)
         self._pipeline: Pipeline | None = None
         self._unfinished: deque[BatchPlan] = (
             deque()
@@ -290,6 +294,8 @@ class _Batches:
     def _item(self, index: int) -> np.ndarray:
         """Returns pixels, or the bytes of a path or of a file's content, as uint8."""
         item = self._source.load(index)
+        if self._pixels is not None:
+            return np.ascontiguousarray(self._pixels.load(item))
         if isinstance(item, np.ndarray):
             return item
         return np.frombuffer(os.fsencode(item), dtype=np.uint8)
@@ -298,11 +304,14 @@ class _Batches:
 
     def _find_bad(self, plans: list[BatchPlan]) -> bool:
         """Records the files of `plans` that cannot be decoded. Returns False if there are none."""
-        if self._kind is np.ndarray or not plans:
+        if not plans or (self._kind is np.ndarray and self._pixels is None):
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
         files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
-        bad = undecodable(files, self.planner.sizes[samples])
+        if self._pixels is None:
+            bad = undecodable(files, self.planner.sizes[samples])
+        else:
+            bad = unreadable(self._pixels, files)
         self.planner.skipped.update({int(samples[i]): reason for i, reason in bad.items()})
         return bool(bad)
 
@@ -310,7 +319,7 @@ class _Batches:
         """Records the images of the oldest plan whose size differs from the size in
         their header.
 
-        shapes: (height, width, 3) of every decoded image.
+        shapes: (height, width, C) of every decoded image.
 
         The crop of such an image may lie outside of the image. Returns False if there are none.
         """
@@ -327,21 +336,17 @@ class _Batches:
     ) -> Tensor:
         """Crops, resizes and augments images on the CPU, with all threads.
 
-        images: B images, (H, W, 3) uint8.
-        Returns views (B, 3, S, S) uint8, channels-last.
+        images: B images, (H, W, C), uint8 or uint16.
+        Returns views (B, C, S, S), channels-last.
         """
         side = augment.size
-        views = torch.empty((len(images), side, side, 3), dtype=torch.uint8)
+        views = torch.empty((len(images), side, side, images[0].shape[2]), dtype=images[0].dtype)
         chunk = max(1, CHUNK_PIXELS["cpu"] // side**2)
 
         def work(start: int) -> None:
             part = slice(start, start + chunk)
             for view, image, p in zip(views[part], images[part], params[part]):
-                crop = image[p.top : p.top + p.height, p.left : p.left + p.width]
-                resized = F.interpolate(
-                    crop.permute(2, 0, 1)[None], (side, side), mode="bilinear", antialias=True
-                )
-                view.copy_(resized[0].permute(1, 2, 0))
+                view.copy_(resized_crop(image, p.top, p.left, p.height, p.width, side))
             apply_view_ops(views[part], params[part], augment, views[part])
 
         list(self._pool.map(work, range(0, len(images), chunk)))
@@ -349,7 +354,7 @@ class _Batches:
 
 
 def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, 3) on a GPU. Returns views (B, 3, S, S), channels-last,
+    """Augments crops (B, S, S, C) on a GPU. Returns views (B, C, S, S), channels-last,
     in new memory.
     """
     views = torch.empty_like(crops)

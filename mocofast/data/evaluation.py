@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from mocofast.data.arrays import Pixels, central_view
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, labels_of, to_device
 from mocofast.data.threads import Threads
@@ -38,7 +39,7 @@ class EvalBatches:
     """Batches of all good images of a source, in order, cut by `center_view`.
 
     Yields (images, labels, index):
-    images: (B, 3, size, size) uint8, RGB, channels-last, on `device`.
+    images: (B, C, size, size), channels-last, on `device`: uint8 RGB, or the levels of `pixels`.
     labels: (B,) int64 on the CPU, or None for an unlabelled source.
     index: (B,) int64 on the CPU, the samples.
 
@@ -47,11 +48,21 @@ class EvalBatches:
     """
 
     def __init__(
-        self, source: Source, size: int, batch_size: int, workers: int, device: torch.device
+        self,
+        source: Source,
+        size: int,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        pixels: Pixels | None = None,
     ) -> None:
-        """workers: number of threads. Threads are as fast as processes here. Processes
-        would be forked from a process with many threads.
+        """Takes the arguments of `mocofast.data.loaders.eval_batches`, and:
+
+        workers: number of threads. Threads are as fast as processes here. Processes
+            would be forked from a process with many threads.
+        pixels: how images are read that are not 8-bit RGB. `central_view` cuts these images.
         """
+        self._pixels = pixels
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
         self._threads = workers
@@ -64,9 +75,11 @@ class EvalBatches:
                 yield from self._batch(results)
 
     def _center(self, index: int) -> np.ndarray | str:
-        """Returns pixels (size, size, 3) uint8, or the reason why the image is bad."""
+        """Returns pixels (size, size, C), or the reason why the image is bad."""
         item = self._source.load(index)
         try:
+            if self._pixels is not None:
+                return central_view(self._pixels.load(item), self._size)
             return np.asarray(center_view(decode(item), self._size))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)

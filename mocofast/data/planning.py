@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import AugmentConfig
+from mocofast.data.arrays import Pixels
 from mocofast.data.decoding import image_size
 from mocofast.data.interface import (
     BatchSlice,
@@ -44,8 +45,14 @@ class BatchPlanner:
         batch_slice: BatchSlice,
         seed: int,
         pool: ThreadPoolExecutor,
+        pixels: Pixels | None = None,
     ) -> None:
-        """pool: threads that read headers."""
+        """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
+
+        pool: threads that read headers.
+        pixels: how images are read that are not 8-bit RGB.
+        """
+        self._size_of = pixels.size if pixels else image_size
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
         # (height, width) of every image, 0 if not known yet
@@ -86,7 +93,7 @@ class BatchPlanner:
             item = self._source.load(index)
             try:
                 self.sizes[index] = (
-                    item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
+                    item.shape[:2] if isinstance(item, np.ndarray) else self._size_of(item)
                 )
             except Exception as error:  # PIL raises nearly any exception on corrupt headers
                 self.skipped[index] = describe_error(error)

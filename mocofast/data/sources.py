@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import SOURCES, ConfigError, DataConfig, is_plugin, load_plugin
+from mocofast.data.arrays import NPY, levels
 from mocofast.data.interface import Source
 from mocofast.data.names import (
     EXTENSIONS,
@@ -71,7 +72,7 @@ class FolderSource:
 
 
 class ArraySource:
-    """Images in memory. `load` returns pixels (H, W, 3) uint8."""
+    """Images in memory. `load` returns pixels (H, W, C), uint8 or uint16."""
 
     def __init__(
         self,
@@ -82,14 +83,21 @@ class ArraySource:
     ) -> None:
         """Raises ValueError for images or labels of a wrong shape or type.
 
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, C), uint8, uint16, or floats from 0 to 1, which become uint16.
         labels: (N,) integers that index `classes`, or None.
         prefix: the start of every image's name.
         """
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        known = images.dtype in (np.uint8, np.uint16) or images.dtype.kind == "f"
+        if images.ndim != 4 or not known:
             raise ValueError(
-                f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
+                "images must be (N, H, W, C) uint8, uint16, or floats from 0 to 1, "
+                f"got {images.shape} {images.dtype}"
             )
+        if images.dtype.kind == "f":
+            scaled = np.empty(images.shape, np.uint16)
+            for index, image in enumerate(images):
+                scaled[index] = levels(image, scaled.dtype)
+            images = scaled
         self.images = images
         self.labels = checked_labels(labels, len(images), classes)
         self.classes = classes
@@ -108,7 +116,8 @@ class ArraySource:
 
     def fingerprint(self) -> str:
         """Returns a hash of pixels and labels."""
-        shape = repr(self.images.shape).encode()
+        depth = "" if self.images.dtype == np.uint8 else str(self.images.dtype)
+        shape = repr(self.images.shape).encode() + depth.encode()
         return digest(
             shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
         )
@@ -154,7 +163,7 @@ class Datasets(NamedTuple):
 def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """Finds the images of `data` and makes a train and a val set.
 
-    data: `source`, `path`, `holdout` and `shuffle_window` are used.
+    data: `source`, `path`, `channels`, `holdout` and `shuffle_window` are used.
     seed: seed of the held-out share.
 
     data.source=folder: image files below `path`. The train set is `path`/train and the
@@ -166,8 +175,8 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which
         may have train/ and val/ too, a pattern, or URLs. The labels are the labels in
         the shards.
-    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same
-        20% of every class are held out for any seed.
+    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn, the same in
+        all `data.channels`. The same 20% of every class are held out for any seed.
     data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded
         only if absent. The val set is the test set. With several processes, one process
         must call this function first, so that only one process downloads.
@@ -193,10 +202,13 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     return _LOAD[data.source](data, seed)
 
 
-def find_images(folder: str | Path) -> list[str]:
+def find_images(folder: str | Path, channels: int = 3) -> list[str]:
     """Returns the names of all images below `folder`, relative to `folder` and sorted.
 
-    An image is a file with an extension of EXTENSIONS, in any case. Hidden files and
+    channels: value of data.channels.
+
+    An image is a file with an extension of EXTENSIONS, in any case. A .npy file is an image too,
+    unless `channels` is 3 and the folder has images of other kinds. Hidden files and
     folders are skipped. Symbolic links are followed (a link back to a folder above it
     only once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or
     ConfigError (a ValueError) if there is no image.
@@ -206,9 +218,10 @@ def find_images(folder: str | Path) -> list[str]:
         raise FileNotFoundError(f"data.path: there is no folder {str(folder)!r}")
     if not folder.is_dir():
         raise NotADirectoryError(f"data.path must be a folder of images: {str(folder)!r} is a file")
-    names = find_files(folder, EXTENSIONS)
+    names = find_files(folder, EXTENSIONS if channels == 3 else EXTENSIONS | {NPY})
+    names = names or find_files(folder, {NPY})
     if not names:
-        kinds = " ".join(sorted(EXTENSIONS))
+        kinds = " ".join(sorted(EXTENSIONS | {NPY}))
         tars = "; its *.tar are for data.source=shards" if find_files(folder, {".tar"}) else ""
         raise ConfigError(
             f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds}){tars}"
@@ -219,12 +232,12 @@ def find_images(folder: str | Path) -> list[str]:
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
     root = Path(_path(data)).expanduser()
     train_folder, val_folder = train_and_val_folders(root)
-    names = find_images(root / train_folder)
+    names = find_images(root / train_folder, data.channels)
     classes, labels = classes_of(names)
     train = FolderSource(root, [train_folder + name for name in names], labels, classes)
     if labels is None or not val_folder:
         return _hold_out(train, data.holdout, seed)
-    val_names = find_images(root / val_folder)
+    val_names = find_images(root / val_folder, data.channels)
     val_classes, val_labels = classes_of(val_names)
     unknown = sorted(set(val_classes) - set(classes))
     if unknown:
@@ -257,7 +270,7 @@ def _load_digits(data: DataConfig, seed: int) -> Datasets:
 
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
-    images = np.repeat(gray[..., None], 3, axis=3)
+    images = np.repeat(gray[..., None], data.channels, axis=3)
     classes = tuple(str(name) for name in digits.target_names)
     kept, held_out = stratified_holdout(digits.target, DIGITS_HOLDOUT, seed=0)
     train = ArraySource(images[kept], digits.target[kept], classes, "digits train")

@@ -84,7 +84,7 @@ def finetune(
 
     # A new head. All weights are trained, also a ViT's patch projection, which pretraining froze.
     torch.manual_seed(seed)
-    _replace_head(encoder, len(datasets.train.classes), config.augment.size, device)
+    _replace_head(encoder, len(datasets.train.classes), config, device)
     encoder.requires_grad_(True)
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
@@ -130,10 +130,11 @@ def finetune(
     return _validate(encoder, datasets.val, config, device, autocast) if result is None else result
 
 
-def _replace_head(encoder: nn.Module, classes: int, size: int, device: torch.device) -> None:
-    """Replaces the head of `encoder` by a linear layer. size: of the images, in pixels."""
+def _replace_head(encoder: nn.Module, classes: int, config: Config, device: torch.device) -> None:
+    """Replaces the head of `encoder` by a linear layer. config: gives the shape of the images."""
+    channels, size = config.data.channels, config.augment.size
     with evaluating(encoder), torch.no_grad():
-        width = features(encoder, torch.zeros(1, 3, size, size, device=device)).shape[1]
+        width = features(encoder, torch.zeros(1, channels, size, size, device=device)).shape[1]
     setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
 
 
