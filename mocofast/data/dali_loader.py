@@ -245,7 +245,10 @@ class _Batches:
                 self._pipeline = self._build()
             try:
                 outputs = self._pipeline.run()  # waits for the host, so any stream may read
-            except RuntimeError:
+            except Exception as error:
+                # DALI raises RuntimeError for a bad file, `_item` nearly any exception.
+                if self._pixels is None and not isinstance(error, RuntimeError):
+                    raise
                 suspects = list(self._unfinished)
                 self._forget_pipeline()
                 if not self._find_bad(suspects):

@@ -277,6 +277,8 @@ def apply_late_ops(
     _on_rows(x, [i for i, p in enumerate(params) if p.vertical_flip], vertical_flip_)
     for turns in (1, 2, 3):
         _on_rows(x, [i for i, p in enumerate(params) if p.turns == turns], partial(turn_, turns))
+    if not any(p.key for p in params):  # all views of a batch have a key, or none
+        return
     keys = torch.tensor([p.key for p in params], device=x.device)
     if any(augment.channel_jitter):
         adjusters = (adjust_brightness_, adjust_channel_contrast_)
