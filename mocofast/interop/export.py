@@ -181,7 +181,7 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
             f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False); "
             "model.maxpool = torch.nn.Identity()"
         ]
-    elif library == "torchvision" and not is_rgb:
+    elif library == "torchvision" and not is_rgb and "." not in arch:
         lines += [_first_convolution(arch, channels)]
     if out.suffix == ".safetensors":
         lines[0] += ", safetensors.torch"

@@ -191,9 +191,9 @@ class Method(nn.Module):
                 )
         if self.pixel_mean is None and are_pixels:
             raise TypeError(
-                f"{', '.join(views)}: got {first.dtype} images, but this {type(self).__name__} has no "
-                "pixel statistics to normalise the images. Pass pixel_mean and pixel_std (on the "
-                "0..255 scale) to the method, or normalised float images to forward"
+                f"{', '.join(views)}: got {first.dtype} images, but this {type(self).__name__} has "
+                "no pixel statistics to normalise the images. Pass pixel_mean and pixel_std (on "
+                "the 0..255 scale) to the method, or normalised float images to forward"
             )
         if self.training and not self._synchronized:
             self._synchronize()
