@@ -14,7 +14,7 @@ from PIL import Image
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data import arrays, view_ops
-from mocofast.data.arrays import Pixels, central_view, read_pixels
+from mocofast.data.arrays import PixelFormat, central_view, read_pixels
 from mocofast.data.interface import Batch, BatchSlice, Loader
 from mocofast.data.loaders import build_loader, choose_loader, eval_batches, pixels_of
 from mocofast.data.sources import ArraySource, FolderSource, Subset, find_images, load_datasets
@@ -60,7 +60,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def test_arrays_keep_every_level_in_either_layout(tmp_path: Path) -> None:
-    pixels, deep = bands(0), Pixels(BANDS, DEEP)
+    pixels, deep = bands(0), PixelFormat(BANDS, DEEP)
     path = tmp_path / "a.npy"
     np.save(path, pixels)
     first = content(pixels.transpose(2, 0, 1))  # channels first, as rasters are stored
@@ -68,11 +68,11 @@ def test_arrays_keep_every_level_in_either_layout(tmp_path: Path) -> None:
         assert np.array_equal(deep.load(item), pixels)
         assert deep.size(item) == (24, 20)
     gray = pixels[..., 0]
-    assert np.array_equal(Pixels(1, DEEP).load(content(gray))[..., 0], gray)
+    assert np.array_equal(PixelFormat(1, DEEP).load(content(gray))[..., 0], gray)
 
 
 def test_values_of_8_bits_and_floats_are_on_the_scale_of_16_bits() -> None:
-    deep = Pixels(2, DEEP)
+    deep = PixelFormat(2, DEEP)
     small = np.arange(256, dtype=np.uint8).reshape(8, 16, 2)
     assert np.array_equal(deep.load(small) / 65535, small / 255)
     floats = np.random.default_rng(0).random((5, 7, 2))
@@ -86,7 +86,7 @@ def test_a_missing_value_becomes_the_mean_of_the_channel() -> None:
     floats = np.stack((np.linspace(0.1, 0.5, 12), np.linspace(0.5, 0.9, 12)), axis=1)
     floats = floats.reshape(3, 4, 2)
     floats[0, 1, 0] = floats[2, 3, 1] = np.nan
-    got = Pixels(2, DEEP).load(floats) / 65535
+    got = PixelFormat(2, DEEP).load(floats) / 65535
     means = np.nanmean(floats, axis=(0, 1))
     assert got[0, 1, 0] == pytest.approx(means[0], abs=1e-5)
     assert got[2, 3, 1] == pytest.approx(means[1], abs=1e-5)
@@ -96,7 +96,7 @@ def test_a_missing_value_becomes_the_mean_of_the_channel() -> None:
 
 def test_gray_files_keep_16_bits_and_alpha_is_a_channel_where_it_is_asked_for() -> None:
     gray = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
-    assert np.array_equal(Pixels(1, DEEP).load(png(gray))[..., 0], gray)
+    assert np.array_equal(PixelFormat(1, DEEP).load(png(gray))[..., 0], gray)
     rgba = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     assert np.array_equal(read_pixels(png(rgba), 4), rgba)
     assert np.array_equal(read_pixels(png(rgba), 3), rgba[..., :3])
@@ -119,7 +119,7 @@ def test_gray_files_keep_16_bits_and_alpha_is_a_channel_where_it_is_asked_for() 
 )
 def test_pixels_that_do_not_fit_are_refused(item: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Pixels(BANDS, DEEP).load(item)
+        PixelFormat(BANDS, DEEP).load(item)
 
 
 # Sources
@@ -128,8 +128,8 @@ def test_pixels_that_do_not_fit_are_refused(item: bytes, message: str) -> None:
 def test_arrays_in_memory_may_have_16_bits_or_be_floats() -> None:
     pixels = np.stack([bands(i) for i in range(3)])
     source = ArraySource(pixels, None, ())
-    assert pixels_of(source, BANDS) == Pixels(BANDS, DEEP)
-    assert pixels_of(Subset(source, np.array([1])), BANDS) == Pixels(BANDS, DEEP)
+    assert pixels_of(source, BANDS) == PixelFormat(BANDS, DEEP)
+    assert pixels_of(Subset(source, np.array([1])), BANDS) == PixelFormat(BANDS, DEEP)
     assert np.array_equal(source.load(1), pixels[1])
     same_bytes = pixels.view(np.uint8).reshape(3, 24, 20, 2 * BANDS)
     assert source.fingerprint() != ArraySource(same_bytes, None, ()).fingerprint()
@@ -143,7 +143,7 @@ def test_8_bit_rgb_is_read_as_before() -> None:
     rgb = ArraySource(np.zeros((2, 4, 4, 3), np.uint8), None, ())
     assert pixels_of(rgb, 3) is None
     assert pixels_of(FolderSource("x", ["a.jpg"]), 3) is None
-    assert pixels_of(FolderSource("x", ["a.jpg"]), 1) == Pixels(1, DEEP)
+    assert pixels_of(FolderSource("x", ["a.jpg"]), 1) == PixelFormat(1, DEEP)
 
 
 def test_arrays_are_images_beside_images_only_where_there_are_not_three_channels(
@@ -156,7 +156,7 @@ def test_arrays_are_images_beside_images_only_where_there_are_not_three_channels
     (tmp_path / "a.png").unlink()
     assert find_images(tmp_path) == ["mask.npy"]
     source = load_datasets(DataConfig(path=str(tmp_path))).train
-    assert pixels_of(source, 3) == Pixels(3, DEEP)
+    assert pixels_of(source, 3) == PixelFormat(3, DEEP)
 
 
 def test_the_digits_have_the_channels_that_are_asked_for() -> None:
@@ -376,4 +376,4 @@ def test_operators_on_colours_need_three_channels(
 
 def test_unreadable_files_are_found() -> None:
     files = [content(bands(0)), b"no image", content(bands(1))[:-5]]
-    assert set(arrays.unreadable(Pixels(BANDS, DEEP), files)) == {1, 2}
+    assert set(arrays.unreadable(PixelFormat(BANDS, DEEP), files)) == {1, 2}

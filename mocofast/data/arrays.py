@@ -29,7 +29,7 @@ _MAGIC = b"\x93NUMPY"
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-class Pixels(NamedTuple):
+class PixelFormat(NamedTuple):
     """The pixels of a set of images, where the images are not 8-bit RGB."""
 
     channels: int
@@ -118,7 +118,7 @@ def levels(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     raise ValueError(f"pixels must be uint8, uint16 or floats from 0 to 1, found {pixels.dtype}")
 
 
-def unreadable(pixels: Pixels, files: Sequence[str | bytes | np.ndarray]) -> dict[int, str]:
+def unreadable(pixels: PixelFormat, files: Sequence[str | bytes | np.ndarray]) -> dict[int, str]:
     """Finds the files that `pixels` cannot load. Returns {position in `files`: reason}."""
     bad = {}
     for position, file in enumerate(files):

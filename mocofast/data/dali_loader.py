@@ -32,7 +32,7 @@ from nvidia.dali import Pipeline
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import Pixels, resized_crop, unreadable
+from mocofast.data.arrays import PixelFormat, resized_crop, unreadable
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.decoding import undecodable, unlike_header
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
@@ -65,7 +65,7 @@ class DaliLoader:
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
@@ -181,7 +181,7 @@ class _Batches:
         device: torch.device,
         workers: int,
         data: DataConfig,
-        pixels: Pixels | None,
+        pixels: PixelFormat | None,
     ) -> None:
         self._source, self._augments, self._data = source, augments, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)

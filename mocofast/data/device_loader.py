@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.data.arrays import Pixels
+from mocofast.data.arrays import PixelFormat
 from mocofast.data.interface import (
     Batch,
     BatchSlice,
@@ -87,7 +87,9 @@ class LoadedImages(NamedTuple):
     skipped: dict[int, str]  # bad samples: {index: reason}
 
 
-def load_images(source: Source, device: torch.device, pixels: Pixels | None = None) -> LoadedImages:
+def load_images(
+    source: Source, device: torch.device, pixels: PixelFormat | None = None
+) -> LoadedImages:
     """Decodes every image of a source.
 
     pixels: how images are read that are not 8-bit RGB.
@@ -143,7 +145,7 @@ class DeviceLoader:
         batch_slice: BatchSlice,
         seed: int,
         device: torch.device,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 

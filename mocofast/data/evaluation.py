@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mocofast.data.arrays import Pixels, central_view
+from mocofast.data.arrays import PixelFormat, central_view
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, labels_of, to_device
 from mocofast.data.threads import Threads
@@ -54,7 +54,7 @@ class EvalBatches:
         batch_size: int,
         workers: int,
         device: torch.device,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.eval_batches`, and:
 

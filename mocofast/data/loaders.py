@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
-from mocofast.data.arrays import NPY, Pixels
+from mocofast.data.arrays import NPY, PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.shards import ShardSource
@@ -79,7 +79,7 @@ def eval_batches(
     return EvalBatches(source, size, batch_size, threads, torch.device(device), pixels)
 
 
-def pixels_of(source: Source, channels: int) -> Pixels | None:
+def pixels_of(source: Source, channels: int) -> PixelFormat | None:
     """Returns how the pixels of a source are read. None: as 8-bit RGB.
 
     channels: value of data.channels.
@@ -88,7 +88,7 @@ def pixels_of(source: Source, channels: int) -> Pixels | None:
     Raises ConfigError for arrays in memory with another number of channels.
     """
     if isinstance(source, ShardSource) or not len(source):
-        return None if channels == 3 else Pixels(channels, np.dtype(np.uint16))
+        return None if channels == 3 else PixelFormat(channels, np.dtype(np.uint16))
     first = source.load(0)
     if isinstance(first, np.ndarray):
         if first.shape[2] != channels:
@@ -96,9 +96,13 @@ def pixels_of(source: Source, channels: int) -> Pixels | None:
                 f"data.channels: expected {first.shape[2]}, as the images in memory have, "
                 f"got {channels}"
             )
-        return None if channels == 3 and first.dtype == np.uint8 else Pixels(channels, first.dtype)
+        return (
+            None
+            if channels == 3 and first.dtype == np.uint8
+            else PixelFormat(channels, first.dtype)
+        )
     is_rgb = channels == 3 and not (isinstance(first, str) and first.lower().endswith(NPY))
-    return None if is_rgb else Pixels(channels, np.dtype(np.uint16))
+    return None if is_rgb else PixelFormat(channels, np.dtype(np.uint16))
 
 
 def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:
@@ -133,7 +137,7 @@ def choose_loader(
     asked: str,
     device: torch.device,
     augments: tuple[AugmentConfig, ...],
-    pixels: Pixels | None = None,
+    pixels: PixelFormat | None = None,
 ) -> tuple[str, str]:
     """Returns the loader ("device", "dali" or "torchvision") and the reason.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import AugmentConfig
-from mocofast.data.arrays import Pixels
+from mocofast.data.arrays import PixelFormat
 from mocofast.data.decoding import image_size
 from mocofast.data.interface import (
     BatchSlice,
@@ -45,7 +45,7 @@ class BatchPlanner:
         batch_slice: BatchSlice,
         seed: int,
         pool: ThreadPoolExecutor,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 

@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import Pixels, as_tensor, resized_crop
+from mocofast.data.arrays import PixelFormat, as_tensor, resized_crop
 from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
@@ -116,7 +116,7 @@ class _Samples(Dataset[Sample]):
         source: Source,
         augments: tuple[AugmentConfig, ...],
         seed: int,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         self.source = source
         self.pixels = pixels
@@ -221,7 +221,7 @@ class TorchvisionLoader:
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
-        pixels: Pixels | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
