@@ -200,6 +200,12 @@ class AugmentConfig:
         "strength of brightness and contrast jitter with own factors for every channel",
         valid=at_least(0),
     )
+    hed: float = option(
+        0.0,
+        "strength s of jitter of haematoxylin, eosin and DAB on slides: a factor in [1 - s, 1 + s] "
+        "and an optical density in [-s, s] for every stain",
+        valid=between(0, 1),
+    )
     noise: float = option(
         0.0,
         "largest standard deviation of Gaussian noise, as a share of the range of pixels",
@@ -207,8 +213,8 @@ class AugmentConfig:
     )
     color_ops: str = option(
         "on",
-        "hue, saturation, grayscale and solarize: on, as asked (an error unless data.channels is "
-        "3), or auto, which turns all four off unless data.channels is 3",
+        "hue, saturation, grayscale, solarize and hed: on, as asked (an error unless data.channels "
+        "is 3), or auto, which turns all five off unless data.channels is 3",
         ("on", "auto"),
     )
     mean: tuple[float, ...] = option(

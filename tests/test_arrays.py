@@ -332,9 +332,24 @@ def test_noise_is_normal_with_the_deviation_of_the_view() -> None:
     assert not noise[2].any()
 
 
+def test_stains_are_jittered_as_optical_densities_in_float64() -> None:
+    densities = np.random.default_rng(0).uniform(0, 0.8, (2, 5, 7, 3))  # haematoxylin, eosin, DAB
+    stains = np.array(view_ops.STAINS)
+    slides = 65535 * 10 ** -(densities @ stains)
+    factor = np.array([[1.1, 0.9, 1.0], [1, 1, 1]])
+    offset = np.array([[0, 0.05, -0.05], [0, 0, 0]])
+    changed = densities * factor[:, None, None] + offset[:, None, None]
+    expected = 65535 * 10 ** -(changed @ stains)
+    x = torch.from_numpy(slides).permute(0, 3, 1, 2).float().contiguous()
+    jitter = (torch.from_numpy(factor).float(), torch.from_numpy(offset).float())
+    view_ops.jitter_stains_(x, *jitter, 65535)
+    got = x.permute(0, 2, 3, 1).double().numpy()
+    assert np.abs(got - expected.clip(0, 65535)).max() <= 1
+
+
 def test_new_operators_on_rgb_are_the_same_in_both_paths() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 24, 20, 3), dtype=np.uint8)
-    augment = replace(AUGMENT, jitter=(0.0, 0.0, 0.0, 0.0), rotate=0.0, blur=0.0)
+    augment = replace(AUGMENT, jitter=(0.0, 0.0, 0.0, 0.0), rotate=0.0, blur=0.0, hed=0.05)
     results = []
     for name in ("torchvision", "device"):
         data = DataConfig(loader=name, workers=0)
@@ -353,6 +368,7 @@ def test_new_operators_on_rgb_are_the_same_in_both_paths() -> None:
     [
         ({"gray": 0.2}, "gray"),
         ({"solarize": 0.2}, "solarize"),
+        ({"hed": 0.05}, "hed"),
         ({"jitter": (0.0, 0.0, 0.1, 0.0)}, "jitter"),
         ({"jitter": (0.0, 0.0, 0.0, 0.1)}, "jitter"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from mocofast import MoCo, cli, settings
@@ -194,6 +195,40 @@ def pretrain_arguments(scenes: Path, folder: Path) -> list[str]:
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["pretrain", "digits", *flags]
+
+
+def write_images(recipe: str, folder: Path) -> None:
+    """Writes 12 images of the kind that a recipe is for."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        small = rng.integers(0, 60_000, (6, 6, 5)).astype(np.uint16)
+        pixels = np.kron(small, np.ones((4, 4, 1), np.uint16))
+        if recipe == "medical_gray":
+            Image.fromarray(pixels[..., 0]).save(folder / f"{i}.png")
+        elif recipe == "histology":
+            Image.fromarray((pixels[..., :3] >> 8).astype(np.uint8)).save(folder / f"{i}.png")
+        elif recipe == "sentinel2":
+            np.save(folder / f"{i}.npy", np.tile(pixels // 6, 3)[..., :BANDS])
+        else:
+            np.save(folder / f"{i}.npy", pixels.transpose(2, 0, 1) / np.float32(65535))
+
+
+@pytest.mark.parametrize("recipe", ["sentinel2", "medical_gray", "histology", "microscopy"])
+def test_recipes_for_other_images_than_photos_train(recipe: str, tmp_path: Path) -> None:
+    images, folder = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    write_images(recipe, images)
+    options = {
+        **{"data.path": images, "data.batch_size": 4, "data.workers": 0, "train.dir": folder},
+        **{"model.arch": "resnet_tiny", "model.queue_size": 8, "augment.size": 16},
+        **{"train.device": "cpu", "train.max_steps": 2, "train.log_every": 1},
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["pretrain", recipe, *flags]) == 0
+    assert all(np.isfinite(line["loss"]) for line in runs.metrics(folder))
+    channels = settings.load_recipe(recipe).data.channels
+    assert runs.weights(folder)["encoder_q.conv1.weight"].shape[1] == channels
+    assert not (folder / "skipped.jsonl").exists()
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, str]:

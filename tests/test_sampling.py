@@ -19,6 +19,7 @@ EVERYTHING = AugmentConfig(
     vertical_flip=0.4,
     quarter_turns=0.7,
     channel_jitter=(0.2, 0.1),
+    hed=0.05,
     noise=0.1,
 )
 AUGMENTS = {

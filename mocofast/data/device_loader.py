@@ -73,7 +73,7 @@ def why_not_kernel(dtype: torch.dtype, augments: tuple[AugmentConfig, ...]) -> s
     """
     if dtype != torch.uint8:
         return "the kernel is for 8 bits"
-    late = ("vertical_flip", "quarter_turns", "noise")
+    late = ("vertical_flip", "quarter_turns", "hed", "noise")
     used = [name for a in augments for name in late if getattr(a, name)]
     used += ["channel_jitter" for a in augments if any(a.channel_jitter)]
     return f"the kernel has no {used[0]}" if used else ""

@@ -240,8 +240,8 @@ class ViewParams(NamedTuple):
     flip: bool
     vertical_flip: bool = False
     turns: int = 0  # counter-clockwise turns by 90 degrees
-    # 32 random bits, from which come the factors of `AugmentConfig.channel_jitter`, and the noise.
-    # 0 for neither
+    # 32 random bits, from which come the factors of channels and of stains
+    # (`AugmentConfig.channel_jitter` and `hed`), and the noise. 0 for a view without the three
     key: int = 0
     noise: float = 0.0  # standard deviation of Gaussian noise, as a share of the range of pixels
 
@@ -279,7 +279,7 @@ def sample_view(
     turns = key = 0
     if augment.quarter_turns and rng.random() < augment.quarter_turns:
         turns = int(4 * rng.random())
-    if augment.noise or any(augment.channel_jitter):
+    if augment.noise or augment.hed or any(augment.channel_jitter):
         key = 1 + int((2**32 - 1) * rng.random())
     noise = rng.uniform(0.0, augment.noise) if augment.noise else 0.0
     colour = (order, brightness, contrast, saturation, hue, gray)

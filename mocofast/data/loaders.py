@@ -116,11 +116,12 @@ def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:
     brightness, contrast, saturation, hue = augment.jitter
     if augment.color_ops == "auto":
         jitter = (brightness, contrast, 0.0, 0.0)
-        return replace(augment, jitter=jitter, gray=0.0, solarize=0.0)
+        return replace(augment, jitter=jitter, gray=0.0, solarize=0.0, hed=0.0)
     asked = {
         "jitter (saturation and hue)": saturation or hue,
         "gray": augment.gray,
         "solarize": augment.solarize,
+        "hed": augment.hed,
     }
     for name, value in asked.items():
         if value:

@@ -99,7 +99,7 @@ def sample_views(
     if augment.quarter_turns:
         turned = stream.random(every) < augment.quarter_turns
         turns[turned] = (4 * stream.random(turned)).astype(np.int64)
-    if augment.noise or any(augment.channel_jitter):
+    if augment.noise or augment.hed or any(augment.channel_jitter):
         keys = 1 + ((2**32 - 1) * stream.random(every)).astype(np.int64)
     if augment.noise:
         noise = stream.uniform(0.0, augment.noise, every)

@@ -258,7 +258,7 @@ def flip_(x: Tensor) -> None:
     x.copy_(x.flip(3))
 
 
-# The late operators: vertical flip, quarter turns, jitter by channel, noise.
+# The late operators: vertical flip, quarter turns, jitter by channel, jitter of stains, noise.
 
 
 def has_late_ops(p: ViewParams) -> bool:
@@ -286,6 +286,10 @@ def apply_late_ops(
             uniform = uniform_numbers(keys, stream, x.shape[1])  # (n, C)
             factor = (1 + strength * (2 * uniform - 1)).clamp_(min=0)
             adjust_(x, factor[:, :, None, None], top)
+    if augment.hed:
+        # (n, 6): three factors, three densities
+        uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
+        jitter_stains_(x, 1 + uniform[:, :3], uniform[:, 3:], top)
     if augment.noise:
         # Box and Muller's transform of two streams of uniform numbers.
         size = x[0].numel()
@@ -308,6 +312,28 @@ def turn_(turns: int, x: Tensor) -> None:
 def adjust_channel_contrast_(x: Tensor, factor: Tensor, top: int) -> None:
     """Blends every channel with the mean of the channel, rounded."""
     _blend_(x, x.mean((2, 3), keepdim=True).add_(0.5).floor_(), factor, top)
+
+
+# Optical densities of red, green and blue that a stain adds, for haematoxylin, eosin and DAB:
+# Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+
+
+def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
+    """Scales and shifts the densities of haematoxylin, eosin and DAB, as Tellez et al. 2018.
+
+    x: (n, 3, S, S), red, green and blue of a stained slide.
+    factor, offset: (n, 3), of every stain. Offsets are decimal optical densities.
+
+    The paper is "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference".
+    """
+    stains = torch.tensor(STAINS, device=x.device)
+    # Densities of red, green and blue, (n, 3, S * S). Black counts as half a level.
+    density = x.flatten(2).clamp(min=0.5).div_(top).log10_().neg_()
+    amounts = torch.linalg.inv(stains).T @ density
+    amounts.mul_(factor.unsqueeze(2)).add_(offset.unsqueeze(2))
+    jittered = torch.pow(10, -(stains.T @ amounts)).mul_(top)
+    x.copy_(jittered.view_as(x).round_().clamp_(0, top))
 
 
 def uniform_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
