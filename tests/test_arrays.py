@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,20 @@ from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data import arrays, view_ops
 from mocofast.data.arrays import PixelFormat, central_view, read_pixels
 from mocofast.data.interface import Batch, BatchSlice, Loader
-from mocofast.data.loaders import build_loader, choose_loader, eval_batches, pixels_of
+from mocofast.data.loaders import (
+    build_loader,
+    choose_loader,
+    dali_missing,
+    eval_batches,
+    pixels_of,
+)
 from mocofast.data.sources import ArraySource, FolderSource, Subset, find_images, load_datasets
 from tests.pictures import assert_same_batches, differences, neutral
 
 CPU = torch.device("cpu")
 BANDS = 13
 DEEP = np.dtype(np.uint16)
+OTHER_LOADERS = ("device",) if dali_missing() else ("device", "dali")
 # Every operator for images that do not have three channels. 11: odd and prime.
 AUGMENT = AugmentConfig(
     size=11,
@@ -122,6 +130,12 @@ def test_pixels_that_do_not_fit_are_refused(item: bytes, message: str) -> None:
         PixelFormat(BANDS, DEEP).load(item)
 
 
+def test_the_byte_order_of_a_file_does_not_matter() -> None:
+    pixels = bands(0)
+    got = PixelFormat(BANDS, DEEP).load(content(pixels.astype(">u2")))
+    assert np.array_equal(got, pixels)
+
+
 # Sources
 
 
@@ -197,14 +211,7 @@ def test_all_loaders_give_the_same_views_and_name_the_same_bad_files(folder: Fol
     views = [view for batch in expected for view in batch.views]
     assert all(view.shape == (5, BANDS, 11, 11) and view.dtype == torch.uint16 for view in views)
     assert max(view.int().max() for view in views) > 255
-    names = ["device"]
-    try:
-        import nvidia.dali  # noqa: F401
-
-        names.append("dali")
-    except ImportError:
-        pass
-    for name in names:
+    for name in OTHER_LOADERS:
         loader = loader_of(folder, name, workers=1)
         got = batches(loader)
         assert set(loader.skipped) == {2, 6}
@@ -268,6 +275,25 @@ def test_the_central_view_is_the_mean_of_blocks_where_it_shrinks_evenly() -> Non
     assert got.shape == (14, 14, 1)
     assert np.abs(np.diff(got[1:-1, :, 0].astype(int), axis=0) - 16).max() <= 1
     assert got[:, 0, 0].mean() == pytest.approx(999.5, abs=1)
+
+
+def test_gray_images_in_shards_keep_16_bits_in_all_loaders(tmp_path: Path) -> None:
+    grays = [bands(i, 20, 20, 1)[..., 0] * 6 for i in range(6)]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, gray in enumerate(grays):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(png(gray))
+            tar.addfile(member, io.BytesIO(png(gray)))
+    source = load_datasets(DataConfig(source="shards", path=str(tmp_path), channels=1)).train
+    whole = AugmentConfig(size=20, crop_scale=(1.0, 1.0), jitter=(0.0,) * 4, gray=0.0, flip=0.0)
+    for name in ("torchvision", *OTHER_LOADERS):
+        data = DataConfig(loader=name, channels=1, workers=1)
+        loader = build_loader(source, data, (whole,), BatchSlice(6), 0, CPU)
+        (batch,) = loader.epoch(0)
+        for i, view in zip(batch.index.tolist(), batch.views[0]):
+            # A crop of the whole area is the image itself.
+            assert np.array_equal(view[0].numpy(), grays[i])
+        loader.close()
 
 
 # Operators

@@ -102,6 +102,7 @@ def levels(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
     Raises ValueError for another type, and for floats outside 0 to 1.
     """
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.dtype.kind == "f":
         top = np.iinfo(dtype).max
         pixels = _without_nan(pixels.astype(np.float32))

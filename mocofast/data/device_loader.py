@@ -267,10 +267,17 @@ def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig)
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
-        chosen = images[index[rows].to(images.device)]
+        chosen = rows_of(images, index[rows].to(images.device))
         crops = crop_and_resize(chosen, boxes.to(images.device), size)
         apply_view_ops(crops, params[rows], augment, out[rows])
     return out
+
+
+def rows_of(images: Tensor, index: Tensor) -> Tensor:
+    """Returns images[index]. PyTorch has few operators for uint16, so int16 is indexed there."""
+    if images.dtype != torch.uint16:
+        return images[index]
+    return images.view(torch.int16)[index].view(torch.uint16)
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:

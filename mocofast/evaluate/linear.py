@@ -102,11 +102,11 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     """Returns the augmentation of supervised training: RandomResizedCrop (8 % to 100 %) and flips.
 
     The probability of a flip is the run's (0.5, or 0 for digits, whose meaning a flip changes).
+    Probabilities of vertical flips and of quarter turns are the run's, too.
     """
-    still = (0.0, 0.0, 0.0, 0.0)
-    return replace(
-        augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0
-    )
+    off = dict.fromkeys(("rotate", "gray", "blur", "solarize", "hed", "noise"), 0.0)
+    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0)}
+    return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
 
 
 def fit_logistic(
