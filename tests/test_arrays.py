@@ -343,6 +343,16 @@ def test_channels_have_factors_of_their_own(x: torch.Tensor) -> None:
     torch.testing.assert_close(ratio[0], ratio[2], rtol=1e-3, atol=0)  # a key gives the factors
 
 
+def test_the_hash_is_lowbias32_of_unsigned_words() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint32)
+    expected = words.astype(np.uint64)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        expected ^= expected >> np.uint64(shift)
+        expected = expected * np.uint64(factor) & np.uint64(2**32 - 1)
+    got = view_ops.hash_words_(torch.from_numpy(words.view(np.int32).copy()))
+    assert np.array_equal(got.numpy().view(np.uint32), expected.astype(np.uint32))
+
+
 def test_noise_is_normal_with_the_deviation_of_the_view() -> None:
     x = torch.full((3, BANDS, 64, 64), 30000.0)
     params = [neutral(64)._replace(key=k, noise=n) for k, n in ((1, 0.02), (2, 0.05), (3, 0.0))]

@@ -279,7 +279,9 @@ def apply_late_ops(
         _on_rows(x, [i for i, p in enumerate(params) if p.turns == turns], partial(turn_, turns))
     if not any(p.key for p in params):  # all views of a batch have a key, or none
         return
-    keys = torch.tensor([p.key for p in params], device=x.device)
+    # The 32 bits of a key as a signed number.
+    words = torch.tensor([p.key for p in params]).to(torch.uint32).view(torch.int32)
+    keys = words.to(x.device, non_blocking=True)
     if any(augment.channel_jitter):
         adjusters = (adjust_brightness_, adjust_channel_contrast_)
         for stream, (adjust_, strength) in enumerate(zip(adjusters, augment.channel_jitter)):
@@ -291,12 +293,9 @@ def apply_late_ops(
         uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
         jitter_stains_(x, 1 + uniform[:, :3], uniform[:, 3:], top)
     if augment.noise:
-        # Box and Muller's transform of two streams of uniform numbers.
-        size = x[0].numel()
-        radius = (-2 * torch.log1p(-uniform_numbers(keys, 2, size))).sqrt_()
-        normal = radius.mul_(torch.cos(2 * math.pi * uniform_numbers(keys, 3, size)))
+        normal = normal_numbers(keys, 2, x[0].numel())
         sigma = torch.tensor([p.noise * top for p in params], device=x.device)
-        x.add_(normal.view_as(x) * sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
+        x.addcmul_(normal.view_as(x), sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
 
 
 def vertical_flip_(x: Tensor) -> None:
@@ -336,27 +335,35 @@ def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
     x.copy_(jittered.view_as(x).round_().clamp_(0, top))
 
 
+def normal_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
+    """Returns normal numbers, (n, count) float32, by the transform of Box and Muller.
+
+    keys: (n,), as for `uniform_numbers`.
+    stream: uses the streams `stream` and `stream` + 1.
+    """
+    half = (count + 1) // 2
+    radius = uniform_numbers(keys, stream, half).neg_().log1p_().mul_(-2).sqrt_()
+    angle = uniform_numbers(keys, stream + 1, half).mul_(2 * math.pi)
+    return torch.cat((radius * angle.cos(), radius.mul_(angle.sin_())), dim=1)[:, :count]
+
+
 def uniform_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
     """Returns numbers in [0, 1), (n, count) float32: a hash of key, stream and position.
 
-    keys: (n,) int64 in [0, 2^32).
+    keys: (n,) int32.
     stream: from 0.
 
     Integer arithmetic, so a CPU and a GPU give the same numbers. The hash of 32 bits is "lowbias32"
     of Wellons 2018, "Prospecting for hash functions".
     """
-    place = torch.arange(count, device=keys.device)
-    words = _hash(_hash(keys + stream & _WORD).unsqueeze(1) ^ place)
-    return (words >> 8).float() / 2**24
+    place = torch.arange(count, dtype=torch.int32, device=keys.device)
+    words = hash_words_(hash_words_(keys + stream).unsqueeze(1) ^ place)
+    return words.bitwise_right_shift_(8).bitwise_and_(2**24 - 1).float().div_(2**24)
 
 
-_WORD = 2**32 - 1
-
-
-def _hash(x: Tensor) -> Tensor:
-    """Returns a hash of 32-bit numbers in int64."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D & _WORD
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B & _WORD
-    return x ^ (x >> 16)
+def hash_words_(x: Tensor) -> Tensor:
+    """Hashes int32 words in place, modulo 2^32. Returns x."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        # The mask makes the shift of a negative word fill with zeros.
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
+    return x
