@@ -24,8 +24,9 @@ from nvidia.dali import types
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data import dali_loader, dali_pipeline, planning
 from mocofast.data.dali_loader import DaliLoader
-from mocofast.data.decoding import image_size, undecodable
+from mocofast.data.decoding import image_size
 from mocofast.data.interface import Batch, BatchSlice, Source, epoch_order
+from mocofast.data.probing import undecodable
 from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from tests.pictures import assert_same_batches, differences, files, joined

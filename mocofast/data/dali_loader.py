@@ -34,9 +34,9 @@ from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.decoding import undecodable, unlike_header
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
 from mocofast.data.planning import BatchPlan, BatchPlanner
+from mocofast.data.probing import undecodable, unlike_header
 from mocofast.data.view_ops import apply_view_ops
 
 # Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
