@@ -23,8 +23,7 @@ def decode_and_crop(
 
     read: returns the input of a batch: the images and, if `on_gpu`, for every view the
         corners (B, 2) and the shapes (B, 2) of the crops, int32.
-    kind: the type of `Source.load`: str (paths), bytes (contents of files) or
-        np.ndarray (pixels).
+    kind: np.ndarray for pixels, bytes for contents of files.
     data: options `hw_decoder_load` and `preallocate`.
 
     Output on a CPU: the decoded images, (H, W, 3) uint8.
@@ -36,8 +35,6 @@ def decode_and_crop(
         source=read, num_outputs=1 + num_boxes, batch=True, layout=layout
     )
     # Decode.
-    if kind is str:
-        images = fn.io.file.read(images)
     if kind is not np.ndarray:
         images = fn.decoders.image(
             images,

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, labels_of, to_device
+from mocofast.data.ranges import range_of
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
 
@@ -55,6 +56,7 @@ class EvalBatches:
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
         self._threads = workers
+        self._range = range_of(source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         every = range(len(self._source))
@@ -67,7 +69,7 @@ class EvalBatches:
         """Returns pixels (size, size, 3) uint8, or the reason why the image is bad."""
         item = self._source.load(index)
         try:
-            return np.asarray(center_view(decode(item), self._size))
+            return np.asarray(center_view(decode(item, self._range), self._size))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

@@ -9,10 +9,46 @@ from pathlib import Path
 
 import numpy as np
 
-from mocofast.data.decoding import open_image
+from mocofast.data.decoding import Header, open_image
 from mocofast.errors import describe_error
 
+# PIL's names of the formats that DALI decodes, and nvImageCodec's names.
+FORMATS = {
+    "JPEG": "jpeg",
+    "MPO": "jpeg",
+    "PNG": "png",
+    "BMP": "bmp",
+    "WEBP": "webp",
+    "TIFF": "tiff",
+    "PPM": "pnm",
+    "JPEG2000": "jpeg2k",
+}
 PROBED_AT_ONCE = 64  # number of decoded images that `undecodable` holds in memory
+
+
+def accepts(file: str | bytes, header: Header) -> bool:
+    """True for a file that DALI may decode: the kind is plain, and nvImageCodec reads the
+    same header as PIL.
+
+    header: as PIL reads it.
+
+    A damaged file, or a file of a format that is not DALI's own, can end the process inside
+    a decoder. Reads no pixels. False for every file where nvImageCodec is not installed.
+    """
+    if not header.plain or header.format not in FORMATS:
+        return False
+    try:
+        from nvidia import nvimgcodec
+
+        stream = nvimgcodec.CodeStream(file)
+    except Exception:  # RuntimeError for a format unknown to nvImageCodec, ImportError
+        return False
+    bits = (8,) if header.format in ("JPEG", "MPO", "JPEG2000") else (1, 2, 4, 8, 16)
+    return (
+        stream.codec_name == FORMATS[header.format]
+        and (stream.height, stream.width) == (header.height, header.width)
+        and stream.precision in bits
+    )
 
 
 def undecodable(files: Sequence[str | bytes], sizes: np.ndarray) -> dict[int, str]:

@@ -22,6 +22,7 @@ from mocofast.data.names import (
     stratified_holdout,
     train_and_val_folders,
 )
+from mocofast.data.ranges import set_range
 from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards
 from mocofast.errors import list_choices
 
@@ -154,7 +155,7 @@ class Datasets(NamedTuple):
 def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """Finds the images of `data` and makes a train and a val set.
 
-    data: `source`, `path`, `holdout` and `shuffle_window` are used.
+    data: `source`, `path`, `holdout`, `shuffle_window` and `range` are used.
     seed: seed of the held-out share.
 
     data.source=folder: image files below `path`. The train set is `path`/train and the
@@ -183,7 +184,11 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
-    return _LOAD[data.source](data, seed)
+    datasets = _LOAD[data.source](data, seed)
+    for part in (datasets.train, datasets.val):
+        if part is not None:
+            set_range(part, data.range)
+    return datasets
 
 
 def find_images(folder: str | Path) -> list[str]:

@@ -43,6 +43,7 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.ranges import range_of
 from mocofast.errors import describe_error
 
 
@@ -108,7 +109,7 @@ class _Samples(Dataset[Sample]):
             if index not in self.bad:
                 item = self.source.load(index)
                 try:
-                    images[index] = decode(item)
+                    images[index] = decode(item, range_of(self.source))
                     return True
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
                 # struct.error, ...).
