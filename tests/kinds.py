@@ -122,10 +122,11 @@ def _png_frames(path: Path) -> None:
 def _lab() -> tuple[Image.Image, np.ndarray]:
     srgb = ImageCms.createProfile("sRGB")
     lab = ImageCms.createProfile("LAB")
-    image = Image.fromarray(C8)
+    pixels = levels(0.5 + 0.4 * (RGB - 0.5), 255).astype(np.uint8)  # no colour outside of sRGB
+    image = Image.fromarray(pixels)
     there = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
     assert there is not None
-    return there, C8.astype(float)
+    return there, pixels.astype(float)
 
 
 TURN = {3: 2, 6: -1, 8: 1}  # orientation: quarter turns that set the stored picture upright
@@ -195,7 +196,7 @@ KINDS = (
          _codec("jpeg2k", G16, codecformat="j2k", level=0), stretched(G16, 0, 65535)),
     Kind("JPEG 2000, more bits", "rgb12.jp2",
          _codec("jpeg2k", levels(RGB, 4095).astype(np.uint16), bitspersample=12, codecformat="jp2",
-                level=0), levels(RGB, 4095) / 4095 * 255),
+                level=0), levels(RGB, 4095) / 4095 * 255, 1.5),  # PIL cuts 4 bits off
     # TIFF of 8 bits
     Kind("TIFF, 8 bits", "gray.tif", _pil(G8), F8, 0),
     Kind("TIFF, 8 bits", "rgb.tif", _pil(C8), F3, 0),

@@ -68,6 +68,8 @@ class Header(NamedTuple):
     # True for kinds that DALI was seen to decode as PIL does, to 1 of 255. The numbers of
     # other kinds have another meaning, or DALI refuses the files.
     plain: bool
+    # True for numbers of more than 8 bits, signed or floating: `data.range` matters
+    deep: bool = False
     remark: str = ""  # what is left out: "channels 1 to 3 of 13"
 
 
@@ -83,13 +85,15 @@ def read_header(file: str | bytes, wanted: int = 3) -> Header:
     tags = read_tags(file)
     if tags is None:
         with open_image(file) as image:
-            return Header(image.height, image.width, image.format or "", _is_plain(image))
+            deep = image.mode[0] in "IF" or _wide_color(image)
+            return Header(image.height, image.width, image.format or "", _is_plain(image), deep)
     _check_bomb(tags)
     return Header(
         tags.height,
         tags.width,
         "TIFF",
         tags.plain,
+        max(tags.bits) > 8 or set(tags.formats) != {1},
         remark_of(file, tags, wanted),
     )
 
