@@ -206,7 +206,7 @@ KINDS = (
     Kind("TIFF, 8 bits", "tiled.tif", _tiff(C8, tile=(16, 16)), F3, 0),
     Kind("TIFF, 8 bits", "big.tif", _tiff(C8, bigtiff=True), F3, 0),
     Kind("TIFF, 8 bits", "motorola.tif", _tiff(C8, byteorder=">"), F3, 0),
-    Kind("TIFF, 8 bits", "palette.tif", _pil(PALETTE), SEEN_PALETTE, 0),
+    Kind("TIFF, 8 bits", "palette.tif", _pil(PALETTE), SEEN_PALETTE),
     Kind("TIFF, 8 bits", "cmyk.tif", _pil(CMYK), F3),
     Kind("TIFF, 8 bits", "pyramid.tif", _pyramid, F3, 0),
     Kind("TIFF, 8 bits", "planar.tif",

@@ -22,7 +22,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import types
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data import dali_loader, dali_pipeline, planning
+from mocofast.data import dali_loader, dali_pipeline, planning, threads
 from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.decoding import Header, image_size, read_header
 from mocofast.data.interface import Batch, BatchSlice, Source, epoch_order
@@ -500,7 +500,7 @@ def test_threads_that_make_views_use_one_core_each() -> None:
     used = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with dali_loader._single_threaded_pool(2) as pool:
+        with threads.single_threaded_pool(2) as pool:
             seen = list(pool.map(lambda _: torch.get_num_threads(), range(8)))
         assert seen == [1] * 8
         assert torch.get_num_threads() == 2

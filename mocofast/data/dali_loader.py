@@ -25,7 +25,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -41,6 +40,7 @@ from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, label
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import undecodable, unlike_header
 from mocofast.data.ranges import range_of
+from mocofast.data.threads import single_threaded_pool
 from mocofast.data.view_ops import apply_view_ops
 from mocofast.errors import describe_error
 
@@ -188,7 +188,7 @@ class _Batches:
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._in_memory = isinstance(source.load(0), np.ndarray)
         self._range = range_of(source)
-        self._pool = _single_threaded_pool(self._threads)
+        self._pool = single_threaded_pool(self._threads)
         self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool)
         self._pipeline: Pipeline | None = None
         self._unfinished: deque[BatchPlan] = (
@@ -387,25 +387,3 @@ def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentC
         part = slice(start, start + chunk)
         apply_view_ops(crops[part], params[part], augment, views[part])
     return views.permute(0, 3, 1, 2)
-
-
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Returns threads whose PyTorch operators use one core per thread."""
-    used = torch.get_num_threads()
-    all_started = threading.Barrier(threads + 1)
-
-    def start() -> None:
-        # The first call in a thread sets the thread's number to the process's default. A
-        # number that was set before this call would be lost.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    pool = ThreadPoolExecutor(threads, "mocofast-views", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    all_started.wait()
-    # The number belongs to a thread, but the default of later threads has changed too: set
-    # it back.
-    torch.set_num_threads(used)
-    return pool

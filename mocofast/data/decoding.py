@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
+    BLACK_IS_ZERO,
     INSTALL,
+    RGB,
     Tags,
+    no_pil_warnings,
     oriented,
     pil_numbers,
     pil_reads,
@@ -33,9 +35,6 @@ from mocofast.data.tiff import (
     remark_of,
     tiff_pixels,
 )
-
-# An entry of warnings.filters: action, message, category, module, line number.
-_NO_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 @contextmanager
@@ -45,18 +44,9 @@ def open_image(file: str | bytes) -> Iterator[Image.Image]:
     PIL warns of many pixels, of odd EXIF data and of palettes with transparency. The
     loaders can use such images. Raises what PIL.Image.open raises.
     """
-    # The entry is inserted and removed here, because warnings.catch_warnings is not for
-    # threads: it restores the filters of the whole process, also those that another thread
-    # has set meanwhile. Every thread adds an entry of its own. If catch_warnings elsewhere
-    # replaces the list in between, the entry may be gone already.
-    filters = cast("list[Any]", warnings.filters)
-    filters.insert(0, _NO_PIL_WARNINGS)
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            yield image
-    finally:
-        with suppress(ValueError):
-            cast("list[Any]", warnings.filters).remove(_NO_PIL_WARNINGS)
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    with no_pil_warnings(), Image.open(opened) as image:
+        yield image
 
 
 class Header(NamedTuple):
@@ -143,7 +133,8 @@ def read_pixels(file: str | bytes, wanted: int = 3) -> Pixels:
     tags = read_tags(file)
     if tags is not None:
         _check_bomb(tags)
-        if not pil_reads(tags) or (tags.channels > 1 and max(tags.bits) > 8):
+        several = tags.channels > 1 and tags.photometric in (BLACK_IS_ZERO, RGB)
+        if not pil_reads(tags) or (several and (wanted != 3 or max(tags.bits) > 8)):
             if (dtype := pil_numbers(tags)) is None:
                 return tiff_pixels(file, tags, wanted)
             with open_image(file) as image:
@@ -199,7 +190,9 @@ def _is_plain(image: Image.Image) -> bool:
     if image.format == "PPM":  # of maxval 255: PIL scales all others
         return tile is not None and tile[0] == "raw" and mode in ("L", "RGB")
     # The number of bits of JPEG 2000 is checked by `probing.accepts`.
-    return image.format == "JPEG2000" and mode in ("L", "RGB")
+    if image.format == "JPEG2000":  # DALI refuses gray without the container jp2
+        return mode in ("L", "RGB") and getattr(image, "codec", "") == "jp2"
+    return False
 
 
 def _wide_color(image: Image.Image) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -11,14 +10,11 @@ import torch
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
-from mocofast.data.remarks import remarks
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
 
 if TYPE_CHECKING:
     from mocofast.data.evaluation import EvalBatches
-
-log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'mocofast[cuda13]'"  # DALI for CUDA 13 also runs without a GPU
 
@@ -38,7 +34,6 @@ def build_loader(
     seed: seed of the order and of the views.
     device: where the views go.
 
-    Warns of channels and pages that are left out, and of numbers that need `data.range`.
     Raises ValueError or ImportError if the loader of `data.loader` cannot serve.
     """
     choice, reason = choose_loader(source, data.loader, device, augments)
@@ -55,9 +50,6 @@ def build_loader(
 
         loader = TorchvisionLoader(source, augments, shard, seed, device, workers, data)
     loader.reason = reason
-    if os.environ.get("RANK", "0") == "0":
-        for line in remarks(source):
-            log.warning("data: %s", line)
     return loader
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -25,6 +27,26 @@ REDUCED = 1 | 4  # bits of NewSubfileType: a smaller copy, a mask
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1)} | {
     8: (1, 1, 0)
 }
+
+
+# An entry of warnings.filters: action, message, category, module, line number.
+_NO_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+@contextmanager
+def no_pil_warnings() -> Iterator[None]:
+    """Ignores PIL's warnings until the `with` block ends."""
+    # The entry is inserted and removed here, because warnings.catch_warnings is not for
+    # threads: it restores the filters of the whole process, also those that another thread
+    # has set meanwhile. Every thread adds an entry of its own. If catch_warnings elsewhere
+    # replaces the list in between, the entry may be gone already.
+    filters = cast("list[Any]", warnings.filters)
+    filters.insert(0, _NO_PIL_WARNINGS)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            cast("list[Any]", warnings.filters).remove(_NO_PIL_WARNINGS)
 
 
 class Tags(NamedTuple):
@@ -61,10 +83,12 @@ def read_tags(file: str | bytes) -> Tags | None:
 
     Raises nearly any exception for a damaged file.
     """
-    if isinstance(file, bytes):
-        return _read_tags(io.BytesIO(file)) if file.startswith(MAGIC) else None
-    with Path(file).open("rb") as opened:
-        return _read_tags(opened) if opened.read(4) in MAGIC else None
+    opened = io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb")  # noqa: SIM115
+    with opened:
+        if opened.read(4) not in MAGIC:
+            return None
+        with no_pil_warnings():
+            return _read_tags(opened)
 
 
 def _read_tags(file: BinaryIO) -> Tags:
@@ -76,12 +100,16 @@ def _read_tags(file: BinaryIO) -> Tags:
     first = ImageFileDirectory_v2(head)
     file.seek(first.next)
     first.load(file)
-    second = None
+    stack = False
     if first.next:
         second = ImageFileDirectory_v2(head)
         file.seek(first.next)
-        with suppress(Exception):  # a damaged second page does not spoil the first page
+        try:
             second.load(file)
+            # PIL reads no tags, without an exception, from a page that is cut off.
+            stack = not len(second) or _alike(first, second)
+        except Exception:  # PIL raises nearly any exception. tifffile decides on this file
+            stack = True
     height, width = int(first[257]), int(first[256])
     orientation = int(first.get(274, 1))
     if orientation in (5, 6, 7, 8):
@@ -98,9 +126,7 @@ def _read_tags(file: BinaryIO) -> Tags:
     # Some writers leave the kinds of the extra channels out.
     known = {RGB: 3, YCBCR: 3, LAB: 3, CMYK: 4}.get(photometric, 1)
     extra = (extra + (0,) * channels)[: max(0, channels - known)]
-    stack = bits != (1,) and (
-        (second is not None and _alike(first, second)) or _planes_in_one_page(text)
-    )
+    stack = bits != (1,) and (stack or _planes_in_one_page(text))
     return Tags(
         height,
         width,
