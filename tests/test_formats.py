@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from mocofast.cli import main
-from mocofast.config import AugmentConfig, ConfigError, DataConfig
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data.decoding import decode, read_header, read_pixels
 from mocofast.data.evaluation import center_view
 from mocofast.data.interface import BatchSlice, Loader, sample_view
@@ -26,6 +26,7 @@ from mocofast.data.ranges import Pixels, parse_range, range_of, set_range, to_ui
 from mocofast.data.sources import FolderSource, find_images, load_datasets
 from mocofast.data.torchvision_loader import apply_view
 from tests import kinds, runs
+from tests.formats import PAGE, PLAIN, SEED, loader_differences, page
 from tests.kinds import KINDS, H, Kind, W
 from tests.pictures import shard_datasets
 
@@ -35,7 +36,6 @@ tifffile = pytest.importorskip(
 pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
 
 CPU = torch.device("cpu")
-SEED = 3
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,6 @@ def test_the_range_belongs_to_a_set_and_its_parts(folder: Path, tmp_path: Path) 
 
 # The loaders and the evaluation
 
-PLAIN = AugmentConfig(size=32, jitter_p=0.0, gray=0.0, flip=0.0)
-
 
 def loader_of(source: FolderSource, name: str, batch_size: int) -> Loader:
     if name == "dali":
@@ -222,21 +220,11 @@ def loader_of(source: FolderSource, name: str, batch_size: int) -> Loader:
 
 @pytest.mark.parametrize("name", ["torchvision", "dali", "device"])
 def test_every_loader_shows_every_kind(name: str, folder: Path) -> None:
-    source = FolderSource(folder, [kind.name for kind in KINDS])
-    loader = loader_of(source, name, len(KINDS))
-    (batch,) = loader.epoch(0)
-    loader.close()
-    assert loader.skipped == {}
-    assert sorted(batch.index.tolist()) == list(range(len(KINDS)))
-    wrong = {}
-    for view, index in zip(batch.views[0].permute(0, 2, 3, 1).numpy(), batch.index.tolist()):
-        kind = KINDS[index]
-        params = sample_view(PLAIN, (H, W), SEED, 0, index, 0)
-        picture = Image.fromarray(np.rint(kind.expected).astype(np.uint8))
-        expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
-        worst = np.abs(view - expected).max()
-        if worst > kind.tolerance + 1:  # 1 for the rounding of the resize
-            wrong[kind.name] = worst
+    if name == "dali" and dali_missing():
+        pytest.skip("DALI is not installed")
+    found = loader_differences(name, folder)
+    # 1 for the rounding of the resize
+    wrong = {k.name: found[k.name] for k in KINDS if found[k.name] > k.tolerance + 1}
     assert wrong == {}
 
 
@@ -470,3 +458,21 @@ def test_prepare_stores_the_numbers_of_a_range_as_8_bits(folder: Path, tmp_path:
             original = decode(str(folder / name), parse_range("0,255"))
             expected = original.resize(stored.size, Image.Resampling.LANCZOS)
             assert np.abs(np.asarray(stored).astype(int) - np.asarray(expected)).max() <= bound
+
+
+# The page
+
+
+def test_the_page_on_formats_is_what_the_generator_writes(tmp_path: Path) -> None:
+    """The differences vary by 1 with the processor and the versions of the libraries."""
+    if dali_missing():
+        pytest.skip("DALI is not installed")
+    written, now = (
+        [line.rsplit("|", 2) for line in text.partition("\nMeasured")[0].splitlines()]
+        for text in (PAGE.read_text(encoding="utf-8"), page(tmp_path))
+    )
+    assert [line[0] for line in written] == [line[0] for line in now]
+    for before, after in zip(written, now):
+        if before[1:] and "/" in before[1]:
+            pairs = zip(before[1].split("/"), after[1].split("/"))
+            assert all(abs(int(a) - int(b)) <= 1 for a, b in pairs), before[0]

@@ -60,6 +60,7 @@ class Tags(NamedTuple):
     channels: int
     extra: tuple[int, ...]  # kinds of the channels beside the colours: 0 unknown, 1 and 2 alpha
     orientation: int
+    planar: bool  # every channel lies apart
     stack: bool  # more pages of equal size and type, or ImageJ's planes
     nodata: float | None
 
@@ -71,11 +72,12 @@ class Tags(NamedTuple):
     @property
     def plain(self) -> bool:
         """True for kinds that DALI was seen to decode as PIL does, to 1 of 255."""
-        if not pil_reads(self) or self.orientation != 1:
+        if not pil_reads(self) or self.orientation != 1 or self.planar:
             return False
-        if self.photometric == LAB or (self.photometric <= BLACK_IS_ZERO and self.channels > 1):
-            return False
-        return not self.extra or self.extra[0] == 2
+        if self.photometric == BLACK_IS_ZERO:
+            return self.channels == 1
+        colors = self.photometric in (RGB, PALETTE, YCBCR)
+        return colors and (not self.extra or self.extra[0] == 2)
 
 
 def read_tags(file: str | bytes) -> Tags | None:
@@ -136,6 +138,7 @@ def _read_tags(file: BinaryIO) -> Tags:
         channels,
         extra,
         orientation,
+        int(first.get(284, 1)) == 2,
         stack,
         nodata,
     )
