@@ -22,7 +22,14 @@ from mocofast.config import (
     KNNConfig,
     ModelConfig,
 )
-from mocofast.parser import Parser, add_method_settings, add_settings, given_settings, group_options
+from mocofast.parser import (
+    Parser,
+    add_flags,
+    add_method_settings,
+    add_settings,
+    given_settings,
+    group_options,
+)
 
 if TYPE_CHECKING:
     from mocofast.data.sources import Datasets
@@ -207,12 +214,7 @@ def prepare(argv: Sequence[str]) -> int:
     parser = Parser(prog="mocofast prepare", description=module.__doc__)
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
     parser.add_argument("out", help="a new folder to write, for data.source=shards")
-    for setting in settings.settings("prepare", module.PrepareConfig):
-        flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
-        shown = f"{setting.help} [{setting.default}]"
-        parser.add_argument(
-            flag, type=setting.type, default=setting.default, metavar="N", help=shown
-        )
+    add_flags(parser, module.PrepareConfig)
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
     meta = module.prepare(source, out, module.PrepareConfig(**given))
@@ -222,6 +224,18 @@ def prepare(argv: Sequence[str]) -> int:
         f"{sum(meta['images'].values())} images in {out}; "
         f"mocofast pretrain --data.source shards --data.path {out}"
     )
+    return 0
+
+
+def stats(argv: Sequence[str]) -> int:
+    """channel means, deviations and ranges of a set of images, as options to paste"""
+    from mocofast.data import statistics as module
+
+    parser = Parser(prog="mocofast stats", description=module.__doc__)
+    parser.add_argument("path", help="the images, as data.path")
+    add_flags(parser, module.StatsConfig)
+    given = vars(parser.parse(argv))
+    print(module.measure(given.pop("path"), module.StatsConfig(**given)).report())
     return 0
 
 
@@ -326,6 +340,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         finetune,
         export,
         prepare,
+        stats,
         study,
         bench,
         doctor,

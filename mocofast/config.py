@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def method_options(name: str) -> type[ModelConfig]:
     return options
 
 
+_RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
 OWN_IMAGES = ("folder", "shards")  # sources for which data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
 LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
@@ -103,6 +105,17 @@ class DataConfig:
         0,
         "source=shards: number of shards whose samples are shuffled together; 0 shuffles all",
         valid=at_least(0),
+    )
+    range: str = option(
+        "auto",
+        "the numbers of a file that mean black and white: auto, dtype (all that the type of number "
+        "holds), min,max (0,4095), divide:N (divide:10000) or percentile:a,b of every image "
+        "(percentile:1,99); a pair, or an N, per channel is allowed; auto keeps 8 and 16 unsigned "
+        "bits, and takes the lowest and highest value of an image of other numbers",
+        valid=Valid(
+            lambda value: re.fullmatch(_RANGE, value) is not None,
+            "auto, dtype, min,max, divide:N or percentile:a,b",
+        ),
     )
     loader: str = option(
         "auto",

@@ -63,3 +63,13 @@ def cifar10_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The files are train/<class>/NNNN.jpg (50,000) and test/<class>/NNNN.jpg (10,000).
     """
     return _unpacked("cifar10-jpeg.tar.xz", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Returns the folder of small inputs that failed: MOCOFAST_CASES, or ../shared/cases."""
+    named = os.environ.get("MOCOFAST_CASES", "")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "cases"
+    if not folder.is_dir():
+        pytest.skip("set MOCOFAST_CASES to the folder of small inputs that failed")
+    return folder

@@ -1,7 +1,7 @@
 """Images of any number of channels, of 8 or 16 bits: reads, scales, crops and resizes pixels.
 
-The loaders use this module where an image is not 8-bit RGB. Files are .npy arrays, or images that
-PIL reads with one to four channels.
+The loaders use this module where an image is not 8-bit RGB. Files are .npy arrays, and all files
+that `mocofast.data.decoding` reads.
 
 Levels are integers: uint8 (0..255) or uint16 (0..65535). The largest level stands for the value 1.
 A set has one type of levels: uint16 unless all images are arrays of uint8 in memory. Values of 8
@@ -11,39 +11,42 @@ bits become levels of 16 bits exactly, times 257.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mocofast.data.decoding import image_size, open_image
-from mocofast.errors import describe_error
+from mocofast.data.decoding import image_size, open_image, read_pixels
+from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels, type_bounds
+from mocofast.data.tiff import read_tags
 
 NPY = ".npy"
 _MAGIC = b"\x93NUMPY"
-# PIL's modes by the number of channels.
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# PIL's modes with transparency, by the number of channels.
+_WITH_ALPHA = {2: "LA", 4: "RGBA"}
 
 
 class PixelFormat(NamedTuple):
-    """The pixels of a set of images, where the images are not 8-bit RGB."""
+    """How the pixels of a set are read, where the images are not 8-bit RGB."""
 
     channels: int
     dtype: np.dtype  # of the levels: uint8 or uint16
+    value_range: ValueRange = AUTO  # the numbers of files that mean the lowest and highest level
 
     def load(self, item: str | bytes | np.ndarray) -> np.ndarray:
         """Returns levels (H, W, channels).
 
-        item: the path of a file, the content of a file, or an array.
+        item: the path of a file, the content of a file, or an array of levels.
 
         Raises ValueError for pixels that do not fit, and what numpy and PIL raise on a bad file.
         """
-        pixels = item if isinstance(item, np.ndarray) else read_pixels(item, self.channels)
-        return levels(channels_last(pixels, self.channels), self.dtype)
+        if isinstance(item, np.ndarray):
+            return channels_last(item, self.channels)
+        return to_levels(read_numbers(item, self.channels), self.value_range, self.dtype)
 
     def size(self, item: str | bytes | np.ndarray) -> tuple[int, int]:
         """Returns (height, width). Reads only the header of a file."""
@@ -57,28 +60,46 @@ class PixelFormat(NamedTuple):
         return height, width
 
 
-def read_pixels(file: str | bytes, channels: int) -> np.ndarray:
-    """Returns the pixels of a file, (H, W, C), (C, H, W) or (H, W), in the type of the file.
+def read_numbers(file: str | bytes, channels: int) -> Pixels:
+    """Returns the numbers of a file, (H, W, channels).
 
-    file: a path or a content: an .npy array, or a format of PIL.
-    channels: what PIL converts to. RGB becomes gray for 1, and gray becomes RGB for 3. Alpha is
-        read for 2 and 4 alone.
+    file: a path or a content: an .npy array, or any file of `decoding.read_pixels`.
+    channels: RGB becomes gray for 1, and gray becomes RGB for 3. Transparency is read for 2 and
+        4 channels alone.
 
-    Raises ValueError where the file has fewer channels, and what numpy and PIL raise.
+    Raises ValueError where the file has another number of channels, and what numpy,
+    `decoding.read_pixels` and PIL raise.
     """
     if _is_npy(file):
         # Pickled objects could run code.
-        return np.load(io.BytesIO(file) if isinstance(file, bytes) else file, allow_pickle=False)
+        opened = io.BytesIO(file) if isinstance(file, bytes) else file
+        values = channels_last(np.load(opened, allow_pickle=False), channels)
+        if values.dtype.kind not in "buif":
+            raise ValueError(f"numbers of type {values.dtype} have no order")
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        return Pixels(values, *type_bounds(values.dtype))
+    if channels in _WITH_ALPHA and (with_alpha := _with_alpha(file, channels)) is not None:
+        return with_alpha
+    # Gray is made of all colours, not of the first channel.
+    pixels = read_pixels(file, max(3, channels))
+    values = pixels.values
+    if channels == 1 and values.shape[2] == 3 and values.dtype == np.uint8:
+        values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
+    elif channels == 3 and values.shape[2] == 1:
+        values = values.repeat(3, axis=2)
+    if values.shape[2] != channels:
+        raise ValueError(f"has {values.shape[2]} channels, not data.channels={channels}")
+    return pixels._replace(values=values)
+
+
+def _with_alpha(file: str | bytes, channels: int) -> Pixels | None:
+    """Returns colours and transparency of a file of PIL, or None for a file of another kind."""
+    if read_tags(file) is not None:  # TIFF
+        return None
     with open_image(file) as image:
-        image.load()
-        if image.mode.startswith("I") or image.mode == "F":
-            wide = np.asarray(image)
-            # "I" has 32 bits, and holds 16 bits of a PGM.
-            return wide.clip(0, 65535).astype(np.uint16) if image.mode[0] == "I" else wide
-        found = len(image.getbands())
-        if channels not in _MODES or (channels in (2, 4) and found != channels):
-            raise ValueError(f"has {found} channels, not data.channels={channels}")
-        return np.asarray(image.convert(_MODES[channels]))
+        if image.mode != _WITH_ALPHA[channels]:
+            return None
+        return Pixels(np.asarray(image), 0.0, 255.0)
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
@@ -94,40 +115,15 @@ def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
     return pixels.reshape(height, width, channels)
 
 
-def levels(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns pixels (H, W, C) as levels.
+def float_levels(pixels: np.ndarray) -> np.ndarray:
+    """Returns floats from 0 to 1, (H, W, C), as levels of uint16.
 
-    pixels: uint8, uint16, or floats from 0 to 1. NaN becomes the mean of the channel.
-    dtype: of the levels, uint8 or uint16.
-
-    Raises ValueError for another type, and for floats outside 0 to 1.
+    NaN becomes the mean of the channel. Raises ValueError for floats outside 0 to 1.
     """
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    if pixels.dtype.kind == "f":
-        top = np.iinfo(dtype).max
-        pixels = _without_nan(pixels.astype(np.float32))
-        low, high = float(pixels.min()), float(pixels.max())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"floats must be from 0 to 1, found {low:.6g} to {high:.6g}")
-        return np.rint(pixels * np.float32(top)).astype(dtype)
-    if pixels.dtype == dtype:
-        return pixels
-    if pixels.dtype == np.uint8:
-        return pixels.astype(np.uint16) * np.uint16(257)
-    if pixels.dtype == np.uint16:
-        return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    raise ValueError(f"pixels must be uint8, uint16 or floats from 0 to 1, found {pixels.dtype}")
-
-
-def unreadable(pixels: PixelFormat, files: Sequence[str | bytes | np.ndarray]) -> dict[int, str]:
-    """Finds the files that `pixels` cannot load. Returns {position in `files`: reason}."""
-    bad = {}
-    for position, file in enumerate(files):
-        try:
-            pixels.load(file)
-        except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
-            bad[position] = describe_error(error)
-    return bad
+    low, high = np.nanmin(pixels), np.nanmax(pixels)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"floats must be from 0 to 1, found {low:.6g} to {high:.6g}")
+    return to_levels(Pixels(pixels, 0.0, 1.0), ValueRange("dtype"), np.dtype(np.uint16))
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -199,13 +195,3 @@ def _last(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
     if 0 in found:
         raise ValueError(f"pixels must not be empty, found {shape}")
     return found
-
-
-def _without_nan(pixels: np.ndarray) -> np.ndarray:
-    """Returns floats (H, W, C), with the mean of the channel for NaN (0 where all are NaN)."""
-    missing = np.isnan(pixels)
-    if not missing.any():
-        return pixels
-    counts = (~missing).sum((0, 1)).clip(min=1)
-    means = np.where(missing, 0, pixels).sum((0, 1), dtype=np.float64) / counts
-    return np.where(missing, means.astype(np.float32), pixels)

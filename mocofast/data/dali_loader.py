@@ -5,6 +5,9 @@ operator equals PIL's to 1 of 255 and takes a fifth of the time of DALI's. `samp
 gives every random parameter, so the loader has no random state: to resume is to start
 at (epoch, step). A thread works ahead of the training loop.
 
+Files of kinds that DALI reads otherwise than PIL, or refuses, are decoded in Python
+(`decoding.decode`) and go through DALI as PPM, without loss.
+
 DALI raises for a whole batch if a file of the batch cannot be decoded. The error does
 not name the file, and the pipeline cannot be used again. The loader then decodes the
 files of the unfinished batches one by one, records the bad files in `skipped`, builds a
@@ -17,13 +20,11 @@ an error. PIL mostly warns only.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -32,12 +33,16 @@ from nvidia.dali import Pipeline
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import PixelFormat, resized_crop, unreadable
+from mocofast.data.arrays import PixelFormat, resized_crop
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.decoding import undecodable, unlike_header
+from mocofast.data.decoding import decode
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
 from mocofast.data.planning import BatchPlan, BatchPlanner
+from mocofast.data.probing import undecodable, unlike_header
+from mocofast.data.ranges import range_of
+from mocofast.data.threads import single_threaded_pool
 from mocofast.data.view_ops import apply_view_ops
+from mocofast.errors import describe_error
 
 # Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
 # of the call should stay in the L2 cache: 40 views of 224 pixels take twice as long per
@@ -49,9 +54,8 @@ class DaliLoader:
     """A `mocofast.data.interface.Loader`. The module's docstring describes the handling
     of bad files.
 
-    Images of 16 bits, with alpha, palettes, CMYK or one channel look as
-    `decoding.decode` returns them, to 1 of 255. EXIF orientation is not applied. A jump
-    to any position but the next starts a new pipeline.
+    All images look as `decoding.decode` returns them, to 1 of 255. A jump to any position
+    but the next starts a new pipeline.
     """
 
     name = "dali"
@@ -186,8 +190,9 @@ class _Batches:
         self._source, self._augments, self._data = source, augments, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._pixels = pixels
-        self._kind = np.ndarray if pixels else type(source.load(0))
-        self._pool = _single_threaded_pool(self._threads)
+        self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
+        self._range = range_of(source)
+        self._pool = single_threaded_pool(self._threads)
         self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool, pixels)
         self._pipeline: Pipeline | None = None
         self._unfinished: deque[BatchPlan] = (
@@ -245,10 +250,7 @@ class _Batches:
                 self._pipeline = self._build()
             try:
                 outputs = self._pipeline.run()  # waits for the host, so any stream may read
-            except Exception as error:
-                # DALI raises RuntimeError for a bad file, `_item` nearly any exception.
-                if self._pixels is None and not isinstance(error, RuntimeError):
-                    raise
+            except RuntimeError:
                 suspects = list(self._unfinished)
                 self._forget_pipeline()
                 if not self._find_bad(suspects):
@@ -265,7 +267,7 @@ class _Batches:
             self._feed,
             self._augments,
             self._stream is not None,
-            self._kind,
+            np.ndarray if self._in_memory else bytes,
             self._data,
             batch_size=self._batch_size,
             num_threads=self._threads,
@@ -284,37 +286,59 @@ class _Batches:
         """Returns the input of the next batch. DALI calls this function when it has
         room for a batch.
         """
-        plan = self.planner.plan(*self._next_plan)
+        while True:
+            plan = self.planner.plan(*self._next_plan)
+            samples = plan.samples.tolist()
+            items = list(self._pool.map(self._item, samples))
+            bad = {i: item for i, item in zip(samples, items) if isinstance(item, str)}
+            if not bad:
+                break
+            self.planner.skipped.update(bad)
         self._next_plan = self.planner.after(plan.epoch, plan.step)
         self._unfinished.append(plan)
-        fed: list[Any] = [list(self._pool.map(self._item, plan.samples.tolist()))]
+        fed: list[Any] = [items]
         if self._stream is not None:
             for params in plan.params:
                 fed.append(np.array([(p.top, p.left) for p in params], dtype=np.int32))
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _item(self, index: int) -> np.ndarray:
-        """Returns pixels, or the bytes of a path or of a file's content, as uint8."""
+    def _item(self, index: int) -> np.ndarray | str:
+        """Returns pixels, or the content of a file as uint8, or the reason why the file is bad."""
         item = self._source.load(index)
-        if self._pixels is not None:
-            return np.ascontiguousarray(self._pixels.load(item))
-        if isinstance(item, np.ndarray):
+        if isinstance(item, np.ndarray) and self._pixels is None:
             return item
-        return np.frombuffer(os.fsencode(item), dtype=np.uint8)
+        try:
+            if self._pixels is not None:
+                return np.ascontiguousarray(self._pixels.load(item))
+            assert not isinstance(item, np.ndarray)
+            if self.planner.in_python[index]:
+                return self._as_ppm(index, item)
+            if isinstance(item, bytes):
+                return np.frombuffer(item, dtype=np.uint8)
+            return np.fromfile(item, dtype=np.uint8)
+        except Exception as error:  # decoders raise nearly any exception on corrupt files
+            return describe_error(error)
+
+    def _as_ppm(self, index: int, file: str | bytes) -> np.ndarray | str:
+        """Decodes a file in Python. Returns the content of a PPM file, or why the file is bad."""
+        pixels = np.asarray(decode(file, self._range))
+        height, width, _ = pixels.shape
+        if reason := unlike_header((height, width), self.planner.sizes[index]):
+            return reason
+        head = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), dtype=np.uint8)
+        return np.concatenate([head, pixels.ravel()])
 
     # Bad files
 
     def _find_bad(self, plans: list[BatchPlan]) -> bool:
         """Records the files of `plans` that cannot be decoded. Returns False if there are none."""
-        if not plans or (self._kind is np.ndarray and self._pixels is None):
+        if self._in_memory or not plans:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
+        samples = samples[~self.planner.in_python[samples]]
         files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
-        if self._pixels is None:
-            bad = undecodable(files, self.planner.sizes[samples])
-        else:
-            bad = unreadable(self._pixels, files)
+        bad = undecodable(files, self.planner.sizes[samples])
         self.planner.skipped.update({int(samples[i]): reason for i, reason in bad.items()})
         return bool(bad)
 
@@ -366,25 +390,3 @@ def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentC
         part = slice(start, start + chunk)
         apply_view_ops(crops[part], params[part], augment, views[part])
     return views.permute(0, 3, 1, 2)
-
-
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Returns threads whose PyTorch operators use one core per thread."""
-    used = torch.get_num_threads()
-    all_started = threading.Barrier(threads + 1)
-
-    def start() -> None:
-        # The first call in a thread sets the thread's number to the process's default. A
-        # number that was set before this call would be lost.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    pool = ThreadPoolExecutor(threads, "mocofast-views", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    all_started.wait()
-    # The number belongs to a thread, but the default of later threads has changed too: set
-    # it back.
-    torch.set_num_threads(used)
-    return pool

@@ -23,8 +23,8 @@ def decode_and_crop(
 
     read: returns the input of a batch: the images and, if `on_gpu`, for every view the
         corners (B, 2) and the shapes (B, 2) of the crops, int32.
-    kind: the type of `Source.load`: str (paths), bytes (contents of files) or
-        np.ndarray (levels of 8 or 16 bits, any number of channels).
+    kind: np.ndarray for levels of 8 or 16 bits and any number of channels, bytes for contents of
+        files.
     data: options `hw_decoder_load` and `preallocate`.
 
     Output on a CPU: the decoded images, (H, W, C).
@@ -36,8 +36,6 @@ def decode_and_crop(
         source=read, num_outputs=1 + num_boxes, batch=True, layout=layout
     )
     # Decode.
-    if kind is str:
-        images = fn.io.file.read(images)
     if kind is not np.ndarray:
         images = fn.decoders.image(
             images,

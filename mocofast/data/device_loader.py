@@ -29,6 +29,7 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.ranges import range_of
 from mocofast.data.sampling import Views, per_view, sample_views
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
@@ -103,9 +104,10 @@ def load_images(
         return LoadedImages(source.images, shown, {})
     from mocofast.data.decoding import decode
 
+    value_range = range_of(source)
     # Decode into one array, which is made when the size of the first good image is known.
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
-    read = pixels.load if pixels else lambda item: np.asarray(decode(item))
+    read = pixels.load if pixels else lambda item: np.asarray(decode(item, value_range))
     for index in range(count):
         item = source.load(index)
         try:

@@ -13,6 +13,7 @@ from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
 from mocofast.data.arrays import NPY, PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
+from mocofast.data.ranges import range_of
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
@@ -87,8 +88,9 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
     The first image decides whether a set consists of arrays.
     Raises ConfigError for arrays in memory with another number of channels.
     """
+    deep = PixelFormat(channels, np.dtype(np.uint16), range_of(source))
     if isinstance(source, ShardSource) or not len(source):
-        return None if channels == 3 else PixelFormat(channels, np.dtype(np.uint16))
+        return None if channels == 3 else deep
     first = source.load(0)
     if isinstance(first, np.ndarray):
         if first.shape[2] != channels:
@@ -102,7 +104,7 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
             else PixelFormat(channels, first.dtype)
         )
     is_rgb = channels == 3 and not (isinstance(first, str) and first.lower().endswith(NPY))
-    return None if is_rgb else PixelFormat(channels, np.dtype(np.uint16))
+    return None if is_rgb else deep
 
 
 def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import SOURCES, ConfigError, DataConfig, is_plugin, load_plugin
-from mocofast.data.arrays import NPY, levels
+from mocofast.data.arrays import NPY, float_levels
 from mocofast.data.interface import Source
 from mocofast.data.names import (
     EXTENSIONS,
@@ -23,6 +23,7 @@ from mocofast.data.names import (
     stratified_holdout,
     train_and_val_folders,
 )
+from mocofast.data.ranges import range_of, set_range
 from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards
 from mocofast.errors import list_choices
 
@@ -96,7 +97,7 @@ class ArraySource:
         if images.dtype.kind == "f":
             scaled = np.empty(images.shape, np.uint16)
             for index, image in enumerate(images):
-                scaled[index] = levels(image, scaled.dtype)
+                scaled[index] = float_levels(image)
             images = scaled
         self.images = images
         self.labels = checked_labels(labels, len(images), classes)
@@ -129,6 +130,7 @@ class Subset:
     def __init__(self, source: Source, index: np.ndarray) -> None:
         """index: (n,) int64, the samples of `source`."""
         self._source, self._index = source, index
+        self.value_range = range_of(source)
         self.labels = None if source.labels is None else source.labels[index]
         self.classes = source.classes
 
@@ -163,7 +165,7 @@ class Datasets(NamedTuple):
 def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """Finds the images of `data` and makes a train and a val set.
 
-    data: `source`, `path`, `channels`, `holdout` and `shuffle_window` are used.
+    data: `source`, `path`, `channels`, `range`, `holdout` and `shuffle_window` are used.
     seed: seed of the held-out share.
 
     data.source=folder: image files below `path`. The train set is `path`/train and the
@@ -199,7 +201,11 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
-    return _LOAD[data.source](data, seed)
+    datasets = _LOAD[data.source](data, seed)
+    for part in (datasets.train, datasets.val):
+        if part is not None:
+            set_range(part, data.range)
+    return datasets
 
 
 def find_images(folder: str | Path, channels: int = 3) -> list[str]:

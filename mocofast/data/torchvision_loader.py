@@ -44,6 +44,7 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.ranges import range_of
 from mocofast.data.view_ops import apply_late_ops, apply_view_ops, has_late_ops
 from mocofast.errors import describe_error
 
@@ -133,7 +134,10 @@ class _Samples(Dataset[Sample]):
             if index not in self.bad:
                 item = self.source.load(index)
                 try:
-                    images[index] = decode(item) if self.pixels is None else self.pixels.load(item)
+                    if self.pixels is not None:
+                        images[index] = self.pixels.load(item)
+                    else:
+                        images[index] = decode(item, range_of(self.source))
                     return True
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
                 # struct.error, ...).

@@ -18,6 +18,7 @@ from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch, BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader, count_workers
+from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets, load_datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.evaluate.monitor import KNNMonitor
@@ -304,6 +305,8 @@ class _Run:
             state.model.describe(),
         )
         log.info("data: %s", note)
+        for line in remarks(self.state.source, self.config.data.channels):
+            log.warning("data: %s", line)
         log.info(
             "device %s x %d, %s; loader %s: %s",
             self.device,
