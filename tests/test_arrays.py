@@ -26,6 +26,7 @@ from mocofast.data.loaders import (
 )
 from mocofast.data.ranges import parse_range
 from mocofast.data.sources import ArraySource, FolderSource, Subset, find_images, load_datasets
+from mocofast.data.statistics import StatsConfig, measure
 from tests.pictures import assert_same_batches, differences, neutral
 
 CPU = torch.device("cpu")
@@ -266,6 +267,44 @@ def test_workers_give_the_views_of_the_calling_process(folder: FolderSource) -> 
     loader = loader_of(folder, "torchvision", workers=1)
     assert_same_batches(batches(loader, 1), batches(loader_of(folder, "torchvision"), 1))
     loader.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "channels"),
+    [("08_sentinel2/s2_13band_u16_tif", 13), ("09_pages_channels/ome_5ch_u16_tif", 5)],
+)
+def test_cases_show_all_channels_with_all_levels_in_all_loaders(
+    case: str, channels: int, cases: Path
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    folder = cases / case
+    source = load_datasets(DataConfig(path=str(folder), channels=channels)).train
+    expected = []
+    for name in find_images(folder):
+        values = tifffile.imread(folder / name)
+        axis = values.shape.index(channels)
+        expected.append(np.moveaxis(values, axis, -1))
+    side = expected[0].shape[0]
+    whole = AugmentConfig(size=side, crop_scale=(1.0, 1.0), jitter=(0.0,) * 4, gray=0.0, flip=0.0)
+    for name in ("torchvision", *OTHER_LOADERS):
+        data = DataConfig(loader=name, channels=channels, workers=1)
+        loader = build_loader(source, data, (whole,), BatchSlice(len(source)), 0, CPU)
+        (batch,) = loader.epoch(0)
+        loader.close()
+        assert loader.skipped == {}
+        for index, view in zip(batch.index.tolist(), batch.views[0]):
+            assert np.array_equal(view.permute(1, 2, 0).numpy(), expected[index])
+
+
+def test_stats_of_bands_are_those_of_float64(tmp_path: Path) -> None:
+    pixels = np.stack([bands(i) for i in range(6)])
+    for i, image in enumerate(pixels):
+        (tmp_path / f"{i}.npy").write_bytes(content(image))
+    found = measure(str(tmp_path), StatsConfig(channels=BANDS, range="divide:10000", workers=1))
+    values = pixels.reshape(-1, BANDS) / 10_000
+    np.testing.assert_allclose(found.mean, values.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.std, values.std(0), atol=1e-5)
+    assert found.options().startswith(f"--data.channels {BANDS} --data.range divide:10000 ")
 
 
 def test_auto_says_why_dali_does_not_decode(folder: FolderSource) -> None:

@@ -70,7 +70,7 @@ def read_numbers(file: str | bytes, channels: int) -> Pixels:
     Raises ValueError where the file has another number of channels, and what numpy,
     `decoding.read_pixels` and PIL raise.
     """
-    if _is_npy(file):
+    if is_npy(file):
         # Pickled objects could run code.
         opened = io.BytesIO(file) if isinstance(file, bytes) else file
         values = channels_last(np.load(opened, allow_pickle=False), channels)
@@ -161,7 +161,8 @@ def central_view(image: np.ndarray, size: int) -> np.ndarray:
     return resized_crop(as_tensor(image), *box, size).numpy()
 
 
-def _is_npy(file: str | bytes) -> bool:
+def is_npy(file: str | bytes) -> bool:
+    """True for a path or a content of an .npy file."""
     if isinstance(file, bytes):
         return file.startswith(_MAGIC)
     with open(file, "rb") as opened:
@@ -170,7 +171,7 @@ def _is_npy(file: str | bytes) -> bool:
 
 def _npy_shape(file: str | bytes) -> tuple[int, ...] | None:
     """Returns the shape in the header of an .npy file, or None for a file of another kind."""
-    if not _is_npy(file):
+    if not is_npy(file):
         return None
     with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
         version = npy.read_magic(opened)

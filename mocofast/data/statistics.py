@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig, option
-from mocofast.data.decoding import decode, read_header, read_pixels
+from mocofast.data.arrays import PixelFormat, is_npy, read_numbers
+from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, no_image_decodes
-from mocofast.data.loaders import count_workers
-from mocofast.data.ranges import ValueRange, parse_range
+from mocofast.data.loaders import count_workers, pixels_of
+from mocofast.data.ranges import ValueRange, parse_range, type_bounds
 from mocofast.data.remarks import Numbers, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
@@ -31,6 +32,7 @@ class StatsConfig:
     range: str = option(
         "auto", "as data.range; auto measures the numbers, and suggests a range where one is needed"
     )
+    channels: int = option(3, "channels of an image, as data.channels")
     source: str = option("folder", "as data.source")
     workers: int = option(-1, "number of threads; -1 takes all cores")
 
@@ -47,8 +49,11 @@ class Statistics(NamedTuple):
 
     def options(self) -> str:
         """Returns the options for a command line."""
-        mean, std = (",".join(f"{v:.4f}" for v in values) for values in (self.mean, self.std))
+        # Numbers of 16 bits may fill a small part of the range.
+        mean, std = (",".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
         chosen = "" if self.range == "auto" else f"--data.range {self.range} "
+        if len(self.mean) != 3:
+            chosen = f"--data.channels {len(self.mean)} {chosen}"
         return f"{chosen}--augment.mean {mean} --augment.std {std}"
 
     def report(self) -> str:
@@ -69,14 +74,16 @@ def measure(path: str, options: StatsConfig) -> Statistics:
     """
     if options.images < 0:
         raise ConfigError(f"--images: expected at least 0, got {options.images}")
-    data = DataConfig(source=options.source, path=path, holdout=0.0, range=options.range)
+    channels = options.channels
+    data = DataConfig(options.source, path, channels, holdout=0.0, range=options.range)
     source = load_datasets(data).train
     count = min(options.images or len(source), len(source))
     indices = [i * len(source) // count for i in range(count)]
     with Threads(count_workers(options.workers)) as pool:
         seen: dict[np.dtype, Numbers] = {}
         if options.range == "auto":
-            for numbers in pool.map(lambda i: _numbers(source, i), indices, 4 * pool.count):
+            read = pool.map(lambda i: _numbers(source, i, channels), indices, 4 * pool.count)
+            for numbers in read:
                 if numbers:
                     before = seen.get(numbers.dtype, numbers)
                     seen[numbers.dtype] = before.joined(numbers)
@@ -84,7 +91,10 @@ def measure(path: str, options: StatsConfig) -> Statistics:
         value_range = parse_range(chosen)
         skipped: dict[int, str] = {}
         moments = []
-        work = pool.map(lambda i: _moments(source, i, value_range), indices, 4 * pool.count)
+        pixels = pixels_of(source, channels)
+        if pixels is not None:
+            pixels = pixels._replace(value_range=value_range)
+        work = pool.map(lambda i: _moments(source, i, value_range, pixels), indices, 4 * pool.count)
         for index, found in zip(indices, tqdm(work, total=count, unit="image", disable=None)):
             if isinstance(found, str):
                 skipped[index] = found
@@ -108,24 +118,29 @@ def _common_range(numbers: list[Numbers]) -> str:
     return needed.pop() if len(needed) == 1 and needed != {"auto"} else ""
 
 
-def _numbers(source: Source, index: int) -> Numbers | None:
+def _numbers(source: Source, index: int, channels: int) -> Numbers | None:
     """Returns the numbers of a file, None for a bad file. Files of 8 bits are not decoded."""
     item = source.load(index)
     try:
-        if isinstance(item, np.ndarray) or not read_header(item).deep:
+        if isinstance(item, np.ndarray):
+            return Numbers(item.dtype, 0.0, type_bounds(item.dtype)[1], type_bounds(item.dtype)[1])
+        if not is_npy(item) and not read_header(item).deep:
             return Numbers(np.dtype(np.uint8), 0.0, 255.0, 255.0)
-        return numbers_of(read_pixels(item))
+        return numbers_of(read_numbers(item, channels))
     except Exception:  # `_moments` meets the error again
         return None
 
 
-def _moments(source: Source, index: int, value_range: ValueRange) -> np.ndarray | str:
+def _moments(
+    source: Source, index: int, value_range: ValueRange, pixels: PixelFormat | None
+) -> np.ndarray | str:
     """Returns (2, C) float64, the means of the values and of their squares in [0, 1], or the
     reason why the image is bad.
     """
     try:
-        pixels = np.asarray(decode(source.load(index), value_range)) / 255
+        item = source.load(index)
+        levels = np.asarray(decode(item, value_range)) if pixels is None else pixels.load(item)
     except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
         return describe_error(error)
-    flat = pixels.reshape(-1, pixels.shape[2])
+    flat = levels.reshape(-1, levels.shape[2]) / np.iinfo(levels.dtype).max
     return np.stack([flat.mean(0), (flat**2).mean(0)])
