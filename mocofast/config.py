@@ -98,7 +98,7 @@ class DataConfig:
     )
     channels: int = option(
         3,
-        "channels of an image; other numbers than 3 read .npy files too, of 8 or 16 bits or floats",
+        "channels of an image; other numbers than 3 keep 16 bits, and read .npy files too",
         valid=between(1, 64),
     )
     shuffle_window: int = option(

@@ -22,6 +22,11 @@ from mocofast.train.profile import encoder_work
 from tests import runs
 from tests.test_export import query_features, run, trained
 
+try:
+    import tifffile
+except ImportError:
+    tifffile = None
+
 BANDS = 13
 STATISTICS = ",".join(f"{0.02 + 0.004 * band:.3f}" for band in range(BANDS))
 
@@ -154,7 +159,7 @@ def test_exported_lines_load_an_encoder_of_13_channels(
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes 48 arrays of 13 bands, reflectance times 10,000, of two classes.
+    """Writes 48 arrays and TIFF files of 13 bands, reflectance times 10,000, of two classes.
 
     Bands 0 to 5 are bright in one class, and bands 6 to 11 in the other class.
     """
@@ -166,7 +171,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.kron(coarse, np.ones((6, 6, 1))).astype(np.uint16)
         path = root / f"class{i % 2}" / f"{i:02}.npy"
         path.parent.mkdir(exist_ok=True)
-        np.save(path, pixels if i % 3 else pixels.transpose(2, 0, 1))
+        if i % 3 == 0 and tifffile is not None:
+            planes = pixels.transpose(2, 0, 1)
+            tifffile.imwrite(
+                path.with_suffix(".tif"), planes, photometric="minisblack", planarconfig="separate"
+            )
+        else:
+            np.save(path, pixels if i % 2 else pixels.transpose(2, 0, 1))
     return root
 
 
