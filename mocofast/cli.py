@@ -51,7 +51,7 @@ def pretrain(argv: Sequence[str]) -> int:
             "Without arguments: the digits, minutes on two CPU cores.\n"
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
-            "Defaults in [brackets] are those of MoCo v1; a recipe changes some.\n"
+            "Defaults in [brackets] are MoCo v1's. A recipe changes some defaults.\n"
             f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM, with a checkpoint."
         ),
     )
@@ -62,14 +62,14 @@ def pretrain(argv: Sequence[str]) -> int:
         "--resume",
         metavar="auto|PATH",
         default="",
-        help="auto: continue the newest checkpoint of the run folder, if there is one; "
+        help="auto: continue the newest checkpoint of the run folder, if there is a checkpoint; "
         "PATH: continue this run folder or checkpoint",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
         help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
-        "of a step and their floors, trace.json.gz opens in Perfetto; the results stay the same",
+        "of a step and their floors, trace.json.gz opens in Perfetto. The results stay the same",
     )
     groups = settings.groups()
     add_settings(parser, {"model": ModelConfig})
@@ -81,7 +81,10 @@ def pretrain(argv: Sequence[str]) -> int:
 
 
 def _evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
-    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`, with a group of its own."""
+    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
+
+    group, kind: a further group of options, and its dataclass.
+    """
     parser = Parser(prog=f"mocofast {name}", description=description)
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
     parser.add_argument(
@@ -198,7 +201,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--format", metavar="FORMAT", required=True, help=" | ".join(formats.FORMATS)
     )
-    parser.add_argument("out", help="the file to write; .safetensors selects that file format")
+    parser.add_argument("out", help="the file to write; a name in .safetensors selects safetensors")
     arguments = parser.parse(argv)
     print(formats.export(load_checkpoint(arguments.checkpoint), arguments.format, arguments.out))
     return 0
@@ -210,7 +213,7 @@ def prepare(argv: Sequence[str]) -> int:
 
     parser = Parser(prog="mocofast prepare", description=module.__doc__)
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
-    parser.add_argument("out", help="the folder to write, for data.source=shards; must not exist")
+    parser.add_argument("out", help="a new folder to write, for data.source=shards")
     add_flags(parser, module.PrepareConfig)
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
@@ -263,7 +266,8 @@ def main_moco(argv: Sequence[str]) -> int:
         prog="mocofast main_moco",
         description=(
             "Runs a command line of main_moco.py, and prints the mocofast command.\n"
-            "A flag of MoCo v3 alone, or a ViT, selects MoCo v3. Otherwise it is MoCo v1 or v2."
+            "A flag that only MoCo v3 has, or a ViT, selects MoCo v3.\n"
+            "All other command lines select MoCo v1 or v2."
         ),
     )
     reference_commands.add_flags(parser, linear=False)
@@ -277,8 +281,8 @@ def main_lincls(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="mocofast main_lincls",
         description=(
-            "Runs a command line of main_lincls.py, with the protocol of MoCo or of MoCo v3, "
-            "as the checkpoint tells."
+            "Runs a command line of main_lincls.py.\n"
+            "The checkpoint tells whether the protocol is MoCo's or MoCo v3's."
         ),
     )
     reference_commands.add_flags(parser, linear=True)
@@ -302,13 +306,13 @@ def study(argv: Sequence[str]) -> int:
         "--setting",
         choices=tuple(module.SIZES),
         default="cpu",
-        help="its sizes, for a [cpu] or a gpu",
+        help="sizes of the study, for a CPU or for a GPU [cpu]",
     )
     parser.add_argument(
         "--out",
         metavar="DIR",
         default="",
-        help="where to write, and continue [runs/four-class-SETTING]",
+        help="folder to write, or to continue [runs/four-class-SETTING]",
     )
     parser.add_argument(
         "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"

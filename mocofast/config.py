@@ -1,7 +1,7 @@
 """Every hyper-parameter with its default, its meaning and its valid values, in one place.
 
-The options of a method stand beside the method, as `Options` of its module.
-The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
+The options of a method stand in the method's module, as `Options`.
+The defaults are MoCo v1's on ImageNet (He et al. 2020, arXiv:1911.05722).
 The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from this file.
 """
 
@@ -10,53 +10,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-
-class ConfigError(ValueError):
-    """A recipe, option or value cannot be used. The message names it and says what was expected."""
-
-
-class Valid(NamedTuple):
-    """A condition on one value, and the words of an error that says what was expected."""
-
-    holds: Callable[[Any], bool]
-    expected: str
-
-
-def at_least(least: float) -> Valid:
-    """Every number of the value is `least` or more."""
-    return Valid(lambda value: _smallest(value) >= least, f"at least {least}")
-
-
-def above(bound: float) -> Valid:
-    """Every number of the value is larger than `bound`."""
-    return Valid(lambda value: _smallest(value) > bound, f"above {bound}")
-
-
-def between(low: float, high: float, expected: str = "") -> Valid:
-    """The value lies in [low, high]."""
-    return Valid(lambda value: low <= value <= high, expected or f"between {low} and {high}")
-
-
-def _smallest(value: Any) -> float:
-    return min(value) if isinstance(value, tuple) else value
-
-
-def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, valid: Valid | None = None
-) -> Any:
-    """Declares one option of a group.
-
-    default: the only place of the default.
-    help: what the option means, with units; `--help` shows it.
-    choices: the allowed values, where they are a closed set.
-    valid: what every other value has to satisfy.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "valid": valid})
-
+from mocofast.errors import ConfigError
+from mocofast.option import Valid, above, at_least, between, option
+from mocofast.plugins import is_plugin, load_plugin
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
 
@@ -67,12 +26,14 @@ class ModelConfig:
 
     method: str = option(
         "moco",
-        f"how the encoder is trained: {', '.join(METHODS)}, or the dotted name of a module",
+        f"how the encoder is trained: {', '.join(METHODS)}, or the dotted name of a module with "
+        "Options and build",
     )
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
-        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; or resnet_tiny",
+        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; resnet_tiny; or the "
+        "dotted name of a module with build_encoder",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
@@ -88,32 +49,23 @@ class ModelConfig:
 
 
 def method_module(name: str) -> Any:
-    """Imports the module of a method by its name, as a plugin.
+    """Imports the module of a method.
 
     name: one of METHODS, or the dotted name of a module of the user.
-    The module holds `Options`, a dataclass that extends ModelConfig, and
+    The module defines `Options`, a dataclass that extends ModelConfig, and
     `build(config, images, classes)`, which returns the untrained method.
     Raises ConfigError for an unknown name.
     """
-    own = "." in name
-    if not own and name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
-            f"got {name!r}{hint}"
-        )
-    path = name if own else f"mocofast.methods.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module exists, and something that it imports does not
-        raise ConfigError(f"model.method: there is no module {name!r} ({error})") from None
-    missing = [attribute for attribute in ("Options", "build") if not hasattr(module, attribute)]
-    if missing:
-        raise ConfigError(f"model.method: the module {name!r} has no {' and no '.join(missing)}")
-    return module
+    if name in METHODS:
+        return importlib.import_module(f"mocofast.methods.{name}")
+    if is_plugin(name):
+        return load_plugin("model.method", name, "Options", "build")
+    close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"model.method: expected one of {', '.join(METHODS)}, or a module's dotted name, "
+        f"got {name!r}{hint}"
+    )
 
 
 def method_options(name: str) -> type[ModelConfig]:
@@ -130,12 +82,14 @@ LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders bui
 
 @dataclass
 class DataConfig:
-    """Where images come from and who decodes them."""
+    """The source of the images, and the loader that decodes them."""
 
     source: str = option(
         "folder",
-        "folder (of images, recursive), tar shards, embedded digits, or torchvision's CIFAR",
+        "folder (of images, recursive), tar shards, embedded digits, torchvision's CIFAR, or the "
+        "dotted name of a module with load_datasets",
         SOURCES,
+        plugins=True,
     )
     path: str = option(
         "",
@@ -173,7 +127,7 @@ class DataConfig:
     )
     prefetch: int = option(
         2,
-        "batches decoded ahead, and as many finished batches that wait (torchvision: per worker)",
+        "batches decoded ahead, and as many finished batches waiting (torchvision: per worker)",
         valid=at_least(1),
     )
     hw_decoder_load: float = option(
@@ -300,7 +254,7 @@ class TrainConfig:
         valid=at_least(1),
     )
     precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs that have it, else fp32", ("auto", "fp32", "bf16")
+        "auto", "auto: bf16 autocast on GPUs that have bf16, else fp32", ("auto", "fp32", "bf16")
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "seed of weights, data order, views and shuffles")
@@ -327,18 +281,18 @@ class EngineConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept to resume from."""
+    """Checkpoints, from which a run continues."""
 
     every_epochs: int = option(1, "epochs between checkpoints", valid=at_least(1))
     every_steps: int = option(
-        0, "also a checkpoint every so many steps; 0 means none", valid=at_least(0)
+        0, "also a checkpoint every this many steps; 0 means none", valid=at_least(0)
     )
-    keep: int = option(2, "newest step_*.pt files kept beside last.pt", valid=at_least(0))
+    keep: int = option(2, "number of step_*.pt files to keep, besides last.pt", valid=at_least(0))
 
 
 @dataclass
 class KNNConfig:
-    """The kNN monitor (Wu et al. 2018, arXiv:1805.01978): accuracy without training anything."""
+    """The kNN monitor (Wu et al. 2018, arXiv:1805.01978): accuracy of kNN on the features."""
 
     every: int = option(
         10,
@@ -352,12 +306,12 @@ class KNNConfig:
     )
     bank: int = option(
         50000,
-        "largest number of training images that vote; a fixed random subset of a larger set",
+        "largest number of training images that vote; of a larger set, a fixed random subset votes",
         valid=at_least(1),
     )
     shots: int = option(
         0,
-        "also 1-nearest-neighbour accuracy with this many labelled examples a class; 0 means not",
+        "also 1-nearest-neighbour accuracy with this many labelled images a class; 0 means none",
     )
 
 
@@ -367,7 +321,7 @@ def _default_model() -> ModelConfig:
 
 @dataclass
 class Config:
-    """Everything that defines a run. `config.yaml` in a run folder is exactly this."""
+    """Everything that defines a run. `config.yaml` in a run folder holds these values."""
 
     recipe: str = "custom"
     model: ModelConfig = field(default_factory=_default_model)

@@ -200,7 +200,7 @@ class BatchShuffle(SharedGenerator):
         )
         rows = images.permute(0, 2, 3, 1) if channels_last else images
         if world_size == 1:
-            permutation, restore = to_device([permutation, position], images.device)
+            permutation, restore = indices_to_device([permutation, position], images.device)
             rows = rows.index_select(0, permutation)
         else:
             own = slice(rank * size, (rank + 1) * size)
@@ -209,7 +209,7 @@ class BatchShuffle(SharedGenerator):
             # Images leave sorted by place, so grouped by target rank, and arrive grouped by origin.
             leave = torch.argsort(targets)
             arrive = torch.argsort(torch.argsort(origins // size, stable=True))
-            leave, arrive, restore = to_device([leave, arrive, position], images.device)
+            leave, arrive, restore = indices_to_device([leave, arrive, position], images.device)
             sent = rows.index_select(0, leave)
             received = torch.empty_like(sent)
             with step_part("communication"):
@@ -228,7 +228,7 @@ def _count(ranks: Tensor, world_size: int) -> list[int]:
     return torch.bincount(ranks, minlength=world_size).tolist()
 
 
-def to_device(indices: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def indices_to_device(indices: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Moves index tensors to the device in a single copy.
 
     The copy to a GPU starts from pinned memory, so that the host does not wait.

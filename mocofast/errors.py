@@ -1,8 +1,12 @@
-"""Words of error messages and of records of errors."""
+"""The error of a configuration, and words for messages and records of errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """A recipe, option or value cannot be used. The message names it and says what was expected."""
 
 
 def describe_error(error: BaseException) -> str:

@@ -12,7 +12,10 @@ from mocofast.config import ModelConfig, method_options
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with status 2 and one line that names the nearest known option. No abbreviations."""
+    """A parser without abbreviations of options.
+
+    A mistake ends the process with status 2 and one line that names the nearest known option.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -20,6 +23,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses a command line. Ends the process if an argument is unknown."""
         arguments, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -46,8 +50,10 @@ def _add_group(
     members: Iterable[settings.Setting],
     defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Adds options.
+    """Adds a group of options.
 
+    name, title: heading of the group in the help, and a line about the group.
+    members: the options.
     defaults: {option: text} where the help shows another text than the default value.
     """
     section = parser.add_argument_group(name, title)
@@ -109,6 +115,7 @@ def _defaults(owners: Mapping[str, settings.Setting]) -> str:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the options of groups that the command line gives, {"group.option": text}."""
     return {name: value for name, value in vars(arguments).items() if "." in name}
 
 

@@ -63,14 +63,17 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def plot_metrics(records: list[dict[str, Any]]) -> Figure:
-    """Returns four panels over epochs: loss, pretext accuracy, kNN accuracy, learning rate.
+    """Returns panels over epochs: loss, pretext accuracy, kNN accuracy, learning rate.
 
     records: dicts with "step", "epoch" (progress, float) and any of "loss", "chance_loss",
         "acc1", "acc5", "knn_top1", "few_shot_top1", "lr". Accuracies are shares, 0 to 1.
+        Another entry with a number is a metric of the method and has a panel of its own.
     A panel without data says "not measured in this run".
     """
-    figure = new_figure(11, 7.5, pad=0.12)
-    loss, pretext, knn, rate = figure.subplots(2, 2, sharex=True).flat
+    metrics = _method_metrics(records)
+    rows = 2 + -(-len(metrics) // 2)
+    figure = new_figure(11, 3.75 * rows, pad=0.12)
+    loss, pretext, knn, rate, *panels = figure.subplots(rows, 2, sharex=True).flat
 
     # Loss, and the loss of random features.
     _plot_line(loss, records, "loss", _BLUE, "loss")
@@ -79,7 +82,11 @@ def plot_metrics(records: list[dict[str, Any]]) -> Figure:
         loss.axhline(
             chance[-1], color=_GRAY, linestyle="--", label=f"chance, log(K + 1) = {chance[-1]:.2f}"
         )
-    loss.set(title="InfoNCE loss (may rise at first)", ylabel="loss, in nats")
+    contrastive = any("acc1" in record for record in records)
+    if contrastive or not metrics:
+        loss.set(title="InfoNCE loss (may rise at first)", ylabel="loss, in nats")
+    else:
+        loss.set(title="Loss", ylabel="loss")
 
     # Accuracy in the pretext task.
     _plot_line(pretext, records, "acc1", _BLUE, "Acc@1: ranked first")
@@ -100,14 +107,39 @@ def plot_metrics(records: list[dict[str, Any]]) -> Figure:
     rate.set(title="Learning rate", ylabel="learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
+    # Metrics that the method names.
+    for axes, name in zip(panels, metrics):
+        _plot_line(axes, records, name, _BLUE, name)
+        axes.set(title=name, ylabel=name)
+    for axes in panels[len(metrics) :]:
+        axes.remove()
+
     # Style and limits.
-    for axes in (loss, pretext, knn, rate):
+    for axes in (loss, pretext, knn, rate, *panels[: len(metrics)]):
         _style_axes(axes)
     for axes in (pretext, rate):
         axes.set_ylim(bottom=0)
     end = max(record["epoch"] for record in records)
     loss.set_xlim(-0.02 * (end or 1), 1.03 * (end or 1))
     return figure
+
+
+# Entries of a line of metrics.jsonl that have a panel already, or need none.
+_KNOWN = {
+    *("step", "epoch", "loss", "chance_loss", "acc1", "acc5", "lr"),
+    *("knn_top1", "knn_top5", "few_shot_top1"),
+    *("images_per_second", "data_wait", "memory_gib"),
+}
+
+
+def _method_metrics(records: list[dict[str, Any]]) -> list[str]:
+    """Returns the names of further metrics, in the order of their first appearance."""
+    names = {name: None for record in records for name in record if name not in _KNOWN}
+    return [name for name in names if any(_is_number(record.get(name)) for record in records)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Bar(NamedTuple):

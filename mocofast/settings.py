@@ -16,8 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mocofast.config import (
     METHODS,
     OWN_IMAGES,
@@ -25,6 +23,7 @@ from mocofast.config import (
     ConfigError,
     ModelConfig,
     Valid,
+    is_plugin,
     method_options,
 )
 
@@ -34,7 +33,7 @@ DEFAULT_RECIPE = "digits"
 
 
 class Setting(typing.NamedTuple):
-    """One option of one group, as the command line and the YAML files see it."""
+    """An option of a group, for the command line and YAML files."""
 
     name: str  # "group.option"
     type: Any
@@ -42,6 +41,7 @@ class Setting(typing.NamedTuple):
     help: str
     choices: tuple[str, ...] | None
     valid: Valid | None
+    plugins: bool
 
 
 def settings(group: str, kind: type) -> Iterator[Setting]:
@@ -53,8 +53,9 @@ def settings(group: str, kind: type) -> Iterator[Setting]:
             hints[f.name],
             f.default,
             f.metadata["help"],
-            f.metadata.get("choices"),
-            f.metadata.get("valid"),
+            f.metadata["choices"],
+            f.metadata["valid"],
+            f.metadata["plugins"],
         )
 
 
@@ -94,7 +95,8 @@ def coerce(setting: Setting, value: Any) -> Any:
             else f"{len(setting.default)} values like {setting.default}"
         )
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
-    if setting.choices and result not in setting.choices:
+    plugin = setting.plugins and is_plugin(result)
+    if setting.choices and result not in setting.choices and not plugin:
         raise ConfigError(
             f"{setting.name}: expected one of {', '.join(setting.choices)}, got {value!r}"
             f"{nearest(str(value), setting.choices)}"
@@ -136,10 +138,10 @@ def apply(config: Config, values: Mapping[str, Any]) -> None:
     """Sets options in place.
 
     values: {"group.option": value}. An option of another method than `model.method` is left out,
-        with a warning unless it has that method's default.
-    A change of `model.method` keeps the options that the new method has, too, where they differ
-    from the old method's defaults.
-    Raises ConfigError for an unknown name or a wrong type. Nothing is set then.
+        with a warning unless the value is the other method's default.
+    A change of `model.method` keeps the values that differ from the old method's defaults, of
+    options that the new method also has.
+    Raises ConfigError for an unknown name or a wrong type, and then sets nothing.
     """
     method = str(values.get("model.method", config.model.method))
     kinds = groups(method)
@@ -170,7 +172,7 @@ def _check_option_of_another_method(
 
 
 def _for_method(model: ModelConfig, kind: type[ModelConfig]) -> ModelConfig:
-    """Returns the options `kind`, with the values of `model` that are not its own defaults."""
+    """Returns options of class `kind`, with the values of `model` that differ from defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(model)}
     names = {f.name for f in dataclasses.fields(kind)}
     changed = {k: v for k, v in vars(model).items() if v != defaults[k] and k in names}
@@ -206,7 +208,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(config: Config, base: Config) -> dict[str, Any]:
-    """Returns the options of `config` that `base` has otherwise, {"group.option": value}."""
+    """Returns the options of `config` that differ from `base`, {"group.option": value}."""
     missing = object()
     found = {}
     for group in groups():
@@ -218,6 +220,8 @@ def differences(config: Config, base: Config) -> dict[str, Any]:
 
 def as_yaml(options: Mapping[str, Any]) -> str:
     """Returns options, {"group.option": value}, as the text of a recipe."""
+    import yaml  # here, so that `mocofast --help` does without it
+
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         group, key = name.split(".")
@@ -243,6 +247,8 @@ def load_recipe(name: str) -> Config:
 
     name: a shipped recipe, or a YAML file, whose name ends in .yaml or .yml.
     """
+    import yaml
+
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():

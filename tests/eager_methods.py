@@ -1,7 +1,9 @@
-"""SimCLR, memory bank, SwAV and supervised training written the plain way, as their papers' pseudo-code and
-definitions have them, in one process on the whole batch: what the methods must equal, on however many ranks.
+"""SimCLR, memory bank, SwAV and supervised training, written the plain way.
 
-Parameters and buffers have the names of the methods' own.
+Follows the pseudo-code and the definitions of the papers, in one process, on the whole batch. The
+methods must give equal results on any number of ranks.
+
+Parameters and buffers have the same names as in the methods.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ from mocofast.methods.swav import SwAV
 
 
 class Batch(NamedTuple):
-    """Float views (N, 3, 8, 8), numbers of the images and their labels, each (N,)."""
+    """A batch of N images."""
 
-    views: tuple[Tensor, ...]
-    index: Tensor
-    labels: Tensor
+    views: tuple[Tensor, ...]  # every view (N, 3, 8, 8), float
+    index: Tensor  # (N,), numbers of the images
+    labels: Tensor  # (N,)
 
-    def part(self, rank: int, ranks: int) -> Batch:
-        """A rank's share."""
+    def rank_slice(self, rank: int, ranks: int) -> Batch:
+        """Returns the slice of one rank."""
         views = tuple(view.chunk(ranks)[rank] for view in self.views)
         return Batch(views, self.index.chunk(ranks)[rank], self.labels.chunk(ranks)[rank])
 
 
 class EagerSimCLR(nn.Module):
-    """Every view i: -log exp(s_ij / T) / sum over k != i of exp(s_ik / T), j the other view of its image."""
+    """The mean over views i of -log(exp(s_ij / T) / sum over k != i of exp(s_ik / T)).
+
+    View j shows the same image as view i.
+    """
 
     def __init__(self, model: SimCLR, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,31 +50,30 @@ class EagerSimCLR(nn.Module):
         self.temperature = model.temperature
 
     def forward(self, batch: Batch) -> Tensor:
-        z = F.normalize(self.encoder_q(torch.cat(batch.views)), dim=1)
+        z = F.normalize(self.encoder_q(torch.cat(batch.views)), dim=1)  # (2N, C)
         logits = (z @ z.t() / self.temperature).fill_diagonal_(-torch.inf)
         return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
 
 
 class EagerMemoryBank(nn.Module):
-    """Slot by slot, negatives picked from a list."""
+    """Updates the bank slot by slot, and picks the negatives from a list of slots."""
 
     def __init__(self, model: MemoryBank, dtype: torch.dtype) -> None:
         super().__init__()
         self.encoder_q = copy.deepcopy(model.encoder_q).to(dtype)
         self.register_buffer("bank", model.bank.to(dtype))
-        self.temperature, self.momentum, self.negatives = (
-            model.temperature,
-            model.momentum,
-            model.negatives,
-        )
+        self.temperature, self.momentum = model.temperature, model.momentum
+        self.negatives = model.negatives
 
     def forward(self, batch: Batch) -> Tensor:
-        v = F.normalize(self.encoder_q(batch.views[0]), dim=1)
+        v = F.normalize(self.encoder_q(batch.views[0]), dim=1)  # (N, C)
+        # Negatives (K, C): slots of images outside the batch.
         outside = [slot for slot in range(len(self.bank)) if slot not in batch.index.tolist()]
         numbers = torch.randint(len(self.bank) - len(v), (self.negatives,)).tolist()
         negatives = self.bank[[outside[number] for number in numbers]]
         positive = (v * self.bank[batch.index]).sum(1, keepdim=True)
         logits = torch.cat([positive, v @ negatives.t()], dim=1) / self.temperature
+        # For a repeated image the last embedding counts.
         before = self.bank.clone()
         for slot, embedding in zip(batch.index.tolist(), v.detach()):
             self.bank[slot] = F.normalize(
@@ -79,26 +83,25 @@ class EagerMemoryBank(nn.Module):
 
 
 class EagerSwAV(nn.Module):
-    """With the transport plan (K, N) scaled to a whole of 1, rows to 1 / K and columns to 1 / N, three times."""
+    """SwAV with the transport plan of the paper, (K, N).
+
+    The plan is scaled to the sum 1. Then, three times, rows are scaled to the sum 1 / K and columns
+    to the sum 1 / N.
+    """
 
     def __init__(self, model: SwAV, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.prototypes = (
-            copy.deepcopy(model.encoder_q),
-            copy.deepcopy(model.prototypes),
-        )
+        self.encoder_q = copy.deepcopy(model.encoder_q)
+        self.prototypes = copy.deepcopy(model.prototypes)
         self.to(dtype)
-        self.temperature, self.epsilon, self.frozen = (
-            model.temperature,
-            model.epsilon,
-            model.freeze_prototypes,
-        )
+        self.temperature, self.epsilon = model.temperature, model.epsilon
+        self.frozen = model.freeze_prototypes  # steps that the prototypes still stay
 
     def forward(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         z = F.normalize(self.encoder_q(torch.cat(batch.views)), dim=1)
-        scores = self.prototypes(z).chunk(2)
+        scores = self.prototypes(z).chunk(2)  # two of (N, K)
         codes = [self.code(s.detach()) for s in scores]
         losses = [
             -(code * F.log_softmax(s / self.temperature, dim=1)).sum(1).mean()
@@ -107,6 +110,7 @@ class EagerSwAV(nn.Module):
         return (losses[0] + losses[1]) / 2
 
     def code(self, scores: Tensor) -> Tensor:
+        """Returns the codes (N, K) of scores (N, K). Every row sums to 1."""
         plan = (scores / self.epsilon).exp().t()
         plan /= plan.sum()
         for _ in range(3):
@@ -115,13 +119,14 @@ class EagerSwAV(nn.Module):
         return (plan * plan.shape[1]).t()
 
     def after_backward(self) -> None:
+        """Drops the gradient of frozen prototypes."""
         if self.frozen:
             self.frozen -= 1
             self.prototypes.weight.grad = None
 
 
 class EagerSupervised(nn.Module):
-    """Cross entropy by its definition."""
+    """Cross entropy by definition, log(sum of exp(logits)) - logit of the label."""
 
     def __init__(self, model: Supervised, dtype: torch.dtype) -> None:
         super().__init__()
@@ -141,7 +146,7 @@ EAGER: dict[type[Method], Any] = {
 
 
 def random_batches(steps: int, size: int, images: int, classes: int, views: int) -> list[Batch]:
-    """Images come back in later batches, and one comes twice in every batch."""
+    """Returns batches in which images come back. One image comes twice in every batch."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(steps):
@@ -154,23 +159,26 @@ def random_batches(steps: int, size: int, images: int, classes: int, views: int)
 
 
 def trajectory(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Trains in place, under DistributedDataParallel where there is a process group; the loss of every step (its mean
-    over ranks), (steps,), and all parameters and floating buffers in the end, by name, float64.
+    """Trains in place, under DistributedDataParallel if there is a process group.
 
-    No weight decay: see SwAV on what it does to frozen prototypes.
+    There is no weight decay, because weight decay changes the length of SwAV's frozen prototypes.
+
+    Returns, in float64, "losses": (steps,), the mean loss over ranks of every step, and by name all
+    parameters and floating buffers at the end.
     """
     dtype = next(model.parameters()).dtype
     trained = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    torch.manual_seed(7)  # a memory bank's negatives start from the default generator
+    torch.manual_seed(7)  # seeds the sampling of a memory bank's negatives
     losses = []
     for batch in batches:
         optimizer.zero_grad()
         if isinstance(model, Method):
-            needed = {name: getattr(batch, name) for name in model.batch_fields}
-            loss = trained(*batch.views, **needed).loss
+            fields = {name: getattr(batch, name) for name in model.batch_fields}
+            loss = trained(*batch.views, **fields).loss
         else:
-            loss = trained(batch._replace(views=tuple(view.to(dtype) for view in batch.views)))
+            views = tuple(view.to(dtype) for view in batch.views)
+            loss = trained(batch._replace(views=views))
         loss.backward()
         if hasattr(model, "after_backward"):
             model.after_backward()

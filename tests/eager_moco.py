@@ -1,6 +1,7 @@
-"""MoCo written the plain way, as the paper's algorithm 1 has it: what MoCo must equal.
+"""MoCo written the plain way, as algorithm 1 of the paper. MoCo must give equal results.
 
-Whole images are gathered and shuffled, logits are concatenated, the queue is (C, K) and written key by key.
+Whole images are gathered and shuffled. Logits are concatenated. The queue is (C, K) and is written
+key by key.
 """
 
 from __future__ import annotations
@@ -19,38 +20,33 @@ from mocofast.models.batch_norm import SplitBatchNorm2d
 
 
 def gather(x: Tensor) -> Tensor:
+    """Returns the rows of all ranks, in the order of ranks. x: the rows of this rank."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, x.contiguous())
+    return torch.cat(gathered)
 
 
 class EagerMoCo(nn.Module):
-    """Starts from a copy of `model`'s weights and queue, in `dtype`."""
+    """MoCo on a copy of the weights and the queue of `model`, in `dtype`."""
 
     def __init__(self, model: MoCo, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = (
-            copy.deepcopy(model.encoder_q),
-            copy.deepcopy(model.encoder_k),
-        )
+        self.encoder_q = copy.deepcopy(model.encoder_q)
+        self.encoder_k = copy.deepcopy(model.encoder_k)
         for encoder in (self.encoder_q, self.encoder_k):
             loop_splits(encoder)
-        self.register_buffer("queue", model.queue.clone().t())
+        self.register_buffer("queue", model.queue.clone().t())  # (C, K)
         self.to(dtype)
-        self.momentum, self.temperature, self.pointer = (
-            model.momentum,
-            model.temperature,
-            int(model.queue_ptr),
-        )
+        self.momentum, self.temperature = model.momentum, model.temperature
+        self.pointer = int(model.queue_ptr)
         self.symmetric = model.symmetric
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         with torch.no_grad():
-            for key_weight, query_weight in zip(
-                self.encoder_k.parameters(), self.encoder_q.parameters()
-            ):
+            weights = zip(self.encoder_k.parameters(), self.encoder_q.parameters())
+            for key_weight, query_weight in weights:
                 key_weight.copy_(self.momentum * key_weight + (1 - self.momentum) * query_weight)
         loss, keys = self.contrast(im_q, im_k)
         if self.symmetric:
@@ -63,45 +59,44 @@ class EagerMoCo(nn.Module):
         return loss
 
     def contrast(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
-        q = F.normalize(self.encoder_q(im_q), dim=1)
+        """Returns the loss of this rank, (), and the keys of all W ranks, (W*N, C)."""
+        q = F.normalize(self.encoder_q(im_q), dim=1)  # (N, C)
         with torch.no_grad():
+            # Shuffle the images of all ranks, encode, and restore the order of the keys.
             images = gather(im_k)
             permutation = torch.randperm(len(images))
             if dist.is_initialized():
                 dist.broadcast(permutation, 0)
-            rank, world_size = (
-                (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            )
+            rank, world_size = 0, 1
+            if dist.is_initialized():
+                rank, world_size = dist.get_rank(), dist.get_world_size()
             shuffled = images[permutation.view(world_size, -1)[rank]]
             keys = gather(F.normalize(self.encoder_k(shuffled), dim=1))[permutation.argsort()]
-            k = keys.view(world_size, -1, keys.shape[1])[rank]
-        logits = (
-            torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)
-            / self.temperature
-        )
-        return F.cross_entropy(
-            logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)
-        ), keys
+            k = keys.view(world_size, -1, keys.shape[1])[rank]  # (N, C)
+        # The positive stands in column 0 of the logits, (N, 1 + K).
+        scores = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)
+        labels = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        return F.cross_entropy(scores / self.temperature, labels), keys
 
 
 class LoopedSplitBatchNorm(nn.Module):
-    """SplitBatchNorm2d by one ordinary BatchNorm2d per part."""
+    """SplitBatchNorm2d as a loop over splits, with an ordinary BatchNorm for every split."""
 
-    def __init__(self, split: SplitBatchNorm2d) -> None:
+    def __init__(self, norm: SplitBatchNorm2d) -> None:
         super().__init__()
-        self.num_splits = split.num_splits
-        self.whole = nn.BatchNorm2d(split.num_features, split.eps, split.momentum)
-        self.whole.load_state_dict(split.state_dict())
+        self.num_splits = norm.num_splits
+        self.whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+        self.whole.load_state_dict(norm.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.whole(x)
         out = torch.empty_like(x)
         means, variances = [], []
-        for part in range(self.num_splits):
+        for split in range(self.num_splits):
             mean, variance = self.whole.running_mean.clone(), self.whole.running_var.clone()
-            out[part :: self.num_splits] = F.batch_norm(
-                x[part :: self.num_splits],
+            out[split :: self.num_splits] = F.batch_norm(
+                x[split :: self.num_splits],
                 mean,
                 variance,
                 self.whole.weight,
@@ -118,6 +113,7 @@ class LoopedSplitBatchNorm(nn.Module):
 
 
 def loop_splits(module: nn.Module) -> None:
+    """Replaces every SplitBatchNorm2d inside `module` by a loop over splits."""
     for name, child in module.named_children():
         if isinstance(child, SplitBatchNorm2d):
             setattr(module, name, LoopedSplitBatchNorm(child))
@@ -126,7 +122,7 @@ def loop_splits(module: nn.Module) -> None:
 
 
 class PlainEncoder(nn.Module):
-    """No BatchNorm: what one image gives does not depend on the others."""
+    """An encoder without BatchNorm: the output for an image depends on this image alone."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -138,13 +134,18 @@ class PlainEncoder(nn.Module):
 
 
 def random_batches(steps: int, size: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """(im_q, im_k) pairs of 8x8 float images."""
+    """Returns pairs (im_q, im_k) of float images, every view (size, 3, 8, 8)."""
     generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(2, size, 3, 8, 8, generator=generator)) for _ in range(steps)]  # type: ignore[misc]
+    views = [torch.randn(2, size, 3, 8, 8, generator=generator) for _ in range(steps)]
+    return [(im_q, im_k) for im_q, im_k in views]
 
 
 def differ_from_rank_0(model: nn.Module, rank: int) -> None:
-    """In every tensor, so that it shows what DDP or the first step does not take from there."""
+    """Changes every tensor of the other ranks.
+
+    A tensor that neither DistributedDataParallel nor the first step takes from rank 0 then fails
+    the test.
+    """
     if rank:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.add_(1)
@@ -157,11 +158,11 @@ def sgd_trajectory(
     weight_decay: float = 1e-3,
     momenta: Sequence[float] = (),
 ) -> dict[str, Tensor]:
-    """Trains in place, wrapped in DistributedDataParallel (its defaults) where there is a process group.
+    """Trains in place, under DistributedDataParallel (with defaults) if there is a process group.
 
-    momenta: each step's for the key encoder, where they change as a schedule would set them.
-    Returns every step's loss, (steps,), and the final parameters and, where there is one, queue (K, C), by name,
-    float64.
+    momenta: momentum of the key encoder at every step, as a schedule would set it. Empty: constant.
+    Returns, in float64, "losses": (steps,), the final parameters by name, and "queue": (K, C) if
+    the model has a queue.
     """
     weight = next(model.parameters())
     trained = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -186,10 +187,11 @@ def sgd_trajectory(
 def assert_same_to_rounding(
     ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], factor: float = 3.0
 ) -> None:
-    """`ours` is about as far from the float64 trajectory `exact` as the eager float32 one is.
+    """Checks that `ours` is about as far from the float64 trajectory `exact` as `eager` is.
 
-    Both round in float32, in another order, so their distances differ by chance: `factor`, and 1e-5 where the eager
-    one happened to hit. A missing update, a stale queue or another permutation is off by 1e-2 and more.
+    `ours` and `eager` round in float32, in different orders, so the distances differ by chance.
+    `factor` allows for chance, and 1e-5 for an eager result that happens to be exact. A missing
+    update, a stale queue or another permutation is off by 1e-2 and more.
     """
     assert ours.keys() == eager.keys() == exact.keys()
     for name in exact:

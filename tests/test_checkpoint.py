@@ -1,4 +1,4 @@
-"""Files that are whole or absent, pruned, read without running code."""
+"""Checkpoints are whole or absent, are pruned, and are read without running code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def state(step: int, value: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def test_the_newest_files_are_kept_and_last_is_one_of_them(tmp_path: Path) -> None:
+def test_the_newest_files_are_kept_and_last_is_the_newest(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
     for step in (3, 20, 100):
         writer.save(state(step, torch.full((2,), float(step))))
@@ -58,7 +58,7 @@ def test_keeping_none_leaves_last_alone(tmp_path: Path) -> None:
 def test_training_may_go_on_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file holds the moment of save(), whatever happens to the tensors during the write."""
+    """The file holds the values at save(), even if the tensors change during the write."""
     gate = threading.Event()
     save = torch.save
 
@@ -94,11 +94,11 @@ def test_a_failing_write_is_reported_and_leaves_the_old_file(
         writer.wait()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
     assert not list(tmp_path.glob("*.tmp"))
-    writer.wait()  # reported once
+    writer.wait()  # the error is reported once
 
 
 def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    """A real death, between the write and the rename."""
+    """The process ends between the write and the rename."""
     path = tmp_path / "last.pt"
     save_atomically(state(1, torch.ones(4)), path)
     pid = os.fork()
@@ -130,7 +130,9 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path: Path, content: byte
         load_checkpoint(path)
 
 
-def test_a_reference_checkpoint_is_told_where_to_go(tmp_path: Path) -> None:
+def test_the_error_for_a_reference_checkpoint_names_the_right_function(
+    tmp_path: Path,
+) -> None:
     torch.save({"epoch": 1, "arch": "resnet50", "state_dict": {}}, tmp_path / "moco.pth.tar")
     with pytest.raises(ValueError, match="load_reference_state_dict"):
         load_checkpoint(tmp_path / "moco.pth.tar")

@@ -1,4 +1,4 @@
-"""What the command line says: help, mistakes, evaluation and export of a small run."""
+"""The command line: help, mistakes, evaluation and export of a small run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests import runs
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command in this process."""
+    """Runs a command in this process. Returns exit status, stdout and stderr."""
     try:
         status = cli.main(arguments)
-    except SystemExit as end:  # argparse
+    except SystemExit as end:  # argparse exits
         status = int(end.code or 0)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
@@ -81,31 +81,14 @@ def test_mistakes_are_named_in_a_line_with_status_2(
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of a torchvision ResNet on small JPEG files."""
+    """The folder of a run: two steps of a torchvision ResNet on small JPEG files."""
     images = runs.make_images(tmp_path_factory.mktemp("images"), 60)
     folder = tmp_path_factory.mktemp("runs") / "small"
     runs.mocofast(
-        *(
-            "pretrain",
-            "digits",
-            "--model.arch",
-            "resnet18",
-            "--model.mlp",
-            "true",
-            "--data.source",
-            "folder",
-        ),
-        *(
-            "--data.path",
-            str(images),
-            "--augment.size",
-            "32",
-            "--data.batch_size",
-            "16",
-            "--train.max_steps",
-            "2",
-        ),
-        *("--train.dir", str(folder), "--data.workers", "0", "--knn.shots", "2"),
+        *("pretrain", "digits", "--model.arch", "resnet18", "--model.mlp", "true"),
+        *("--data.source", "folder", "--data.path", str(images), "--data.workers", "0"),
+        *("--augment.size", "32", "--data.batch_size", "16", "--train.max_steps", "2"),
+        *("--train.dir", str(folder), "--knn.shots", "2"),
     )
     return folder
 
@@ -124,7 +107,8 @@ def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(
     run_folder: Path, tmp_path: Path
 ) -> None:
     out_file = tmp_path / "classifier.pt"
-    # 40 steps: validation needs BatchNorm statistics that have left those of the pretraining (0.9 ** 40 = 1.5%).
+    # 40 steps, because validation needs running statistics of BatchNorm that have forgotten the
+    # pretraining (0.9 ** 40 = 1.5 %).
     out = runs.mocofast(
         *("finetune", str(run_folder), "--finetune.epochs", "20", "--finetune.batch_size", "24"),
         *("--finetune.lr", "0.05", "--out", str(out_file)),
@@ -154,9 +138,7 @@ def test_an_export_loads_into_torchvision_apart_from_the_head(
     assert torch.equal(model.conv1.weight, trained["encoder_q.conv1.weight"])
 
 
-def test_the_reference_format_holds_the_queue_the_other_way_round(
-    run_folder: Path, tmp_path: Path
-) -> None:
+def test_the_reference_format_holds_the_queue_transposed(run_folder: Path, tmp_path: Path) -> None:
     runs.mocofast(
         "export", str(run_folder), "--format", "reference", str(tmp_path / "moco.pth.tar")
     )
@@ -173,16 +155,8 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
     for path in runs.make_images(tmp_path / "images", 20).rglob("*.jpg"):
         path.rename(flat / path.name)
     out = runs.mocofast(
-        *(
-            "pretrain",
-            "digits",
-            "--data.source",
-            "folder",
-            "--data.path",
-            str(flat),
-            "--data.batch_size",
-            "8",
-        ),
+        *("pretrain", "digits", "--data.source", "folder", "--data.path", str(flat)),
+        *("--data.batch_size", "8"),
         *("--train.max_steps", "1", "--train.dir", str(tmp_path / "run"), "--data.workers", "0"),
     ).stdout
     assert "no kNN monitor" in out

@@ -1,9 +1,13 @@
-"""Engine modes give one trajectory. On a CPU the step that a GPU captures runs uncaptured, and is the same code."""
+"""All engine modes give one trajectory.
+
+On a CPU the mode "graph" runs, without a capture, the code that a GPU captures.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -34,7 +38,7 @@ from tests.eager_moco import PlainEncoder
 
 CPU = torch.device("cpu")
 MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
-IMAGES = 12  # a batch; two or three micro-batches, two parts or ranks
+IMAGES = 12  # in a batch, which divides into 2 or 3 micro-batches, 2 splits or 2 ranks
 Step = Callable[[tuple[Tensor, ...]], StepMetrics]
 
 
@@ -43,7 +47,11 @@ def tiny_vit(num_classes: int) -> nn.Module:
 
 
 def small_moco(base: Callable[..., nn.Module] = TinyResNet, **options: Any) -> MoCo:
-    """A queue of 50 keys wraps around within 5 steps; a momentum of 0.9 moves the key encoder visibly."""
+    """Returns a MoCo for short runs.
+
+    The queue of 50 keys wraps around within 5 steps. A momentum of 0.9 moves the key encoder
+    visibly.
+    """
     torch.manual_seed(0)
     options = {
         "dim": 16,
@@ -57,7 +65,10 @@ def small_moco(base: Callable[..., nn.Module] = TinyResNet, **options: Any) -> M
 
 
 def batches(steps: int, last: int = IMAGES) -> Iterator[tuple[Tensor, ...]]:
-    """Pairs of uint8 views, 8 pixels, channels-last; the last but one of `last` images, as an epoch's end may be."""
+    """Yields pairs of uint8 views, (IMAGES, 3, 8, 8), channels-last.
+
+    The last batch but one has `last` images, as the end of an epoch may have.
+    """
     generator = torch.Generator().manual_seed(1)
     for i in range(steps):
         size = last if i == steps - 2 else IMAGES
@@ -68,7 +79,7 @@ def batches(steps: int, last: int = IMAGES) -> Iterator[tuple[Tensor, ...]]:
 def plain_step(
     method: Method, optimizer: FusedOptimizer, precision: str, accumulate: int = 1
 ) -> Step:
-    """PyTorch's autocast, without an engine."""
+    """Returns a step with PyTorch's autocast, without an engine."""
     autocast = choose_autocast(precision, CPU)
     return lambda views: train_step(method, views, optimizer, accumulate, autocast)
 
@@ -100,16 +111,18 @@ def trajectory(
     data: Iterator[tuple[Tensor, ...]],
     first: int = 0,
 ) -> dict[str, Tensor]:
-    """Metrics of every step, and what there is at the end, by name. Rate and momentum change at every step."""
+    """Trains, and returns the metrics of every step and the final state, by name.
+
+    Learning rate and momentum change at every step.
+    """
     metrics = []
     for i, views in enumerate(data, first):
         for group in optimizer.param_groups:
             group["lr"] = 0.1 / (i + 1)
         optimizer.ema_momentum = 0.9 + 0.01 * i
         metrics.append(step(views).values.clone())
-    assert all(
-        group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups
-    )  # floats, for a state dict
+    # After a step the rates are floats again, for a state dict.
+    assert all(group["lr"] == 0.1 / (i + 1) for group in optimizer.param_groups)
     momenta = [buffer.flatten() for state in optimizer.state.values() for buffer in state.values()]
     state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     return {"metrics": torch.stack(metrics).nan_to_num(-1), **state, "momenta": torch.cat(momenta)}
@@ -124,10 +137,10 @@ def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def run(
     mode: str, precision: str, accumulate: int = 1, backend: Any = None, **options: Any
 ) -> dict[str, Tensor]:
-    """Six steps of an engine's mode, or of "plain" PyTorch."""
+    """Runs six steps in a mode of the engine, or in mode "plain" without an engine."""
     model = small_moco(**options)
     optimizer = optimizer_of(model, OptimConfig())
-    torch.manual_seed(5)  # split BatchNorm shuffles with draws that start here
+    torch.manual_seed(5)  # seeds the shuffle of split BatchNorm
     if mode == "plain":
         step = plain_step(model, optimizer, precision, accumulate)
     else:
@@ -149,7 +162,7 @@ def run(
     ],
     ids=["no BatchNorm", "v1", "v2, split BatchNorm", "micro-batches", "ViT"],
 )
-def test_bf16_shadows_and_the_static_step_follow_autocast_bit_by_bit(
+def test_bf16_shadows_and_the_step_on_fixed_buffers_follow_autocast_bit_by_bit(
     options: dict, accumulate: int
 ) -> None:
     expected = run("plain", "bf16", accumulate, **options)
@@ -164,17 +177,16 @@ def test_in_float32_every_mode_follows_the_plain_step() -> None:
         ours = run(mode, "fp32", backend=backend, **options)
         if backend is None:
             assert_equal(ours, expected)
-        for name, value in expected.items():  # compiled BatchNorm is composed of other operations
+        # Compiled BatchNorm is composed of other operations, so it rounds differently.
+        for name, value in expected.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_methods_step_on_fixed_buffers_is_its_eager_step_and_never_waits(name: str) -> None:
+def test_every_methods_step_on_fixed_buffers_is_the_eager_step_and_never_waits(name: str) -> None:
     config = load_recipe("digits")
-    apply(
-        config,
-        {"model.method": name, "model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10},
-    )
+    sizes = {"model.dim": 16, "model.hidden_dim": 24, "model.prototypes": 10}
+    apply(config, {"model.method": name, **sizes})
     apply(config, {"model.queue_size": 20, "model.freeze_prototypes": 2, "optim.name": "lars"})
 
     def found(mode: str, precision: str, accumulate: int) -> dict[str, Tensor]:
@@ -196,9 +208,8 @@ def test_every_methods_step_on_fixed_buffers_is_its_eager_step_and_never_waits(n
                 train_step, method, optimizer=optimizer, accumulate=accumulate, autocast=autocast
             )
         else:
-            step = Engine(
-                mode, method, optimizer, autocast, accumulate, IMAGES // accumulate, None
-            ).step
+            images = IMAGES // accumulate
+            step = Engine(mode, method, optimizer, autocast, accumulate, images, None).step
         torch.manual_seed(5)
 
         def taken(views: tuple[Tensor, ...]) -> StepMetrics:
@@ -213,7 +224,8 @@ def test_every_methods_step_on_fixed_buffers_is_its_eager_step_and_never_waits(n
         return result
 
     assert_equal(found("graph", "fp32", 2), found("plain", "fp32", 2))
-    # Where an encoder is used twice, bf16 gradients of several micro-batches are summed in another order.
+    # bf16 without micro-batches, because a method that uses an encoder twice sums the gradients of
+    # several micro-batches in another order.
     assert_equal(found("graph", "bf16", 1), found("eager", "bf16", 1))
 
 
@@ -229,16 +241,17 @@ def test_shadows_are_the_weights_after_every_step() -> None:
     model = small_moco(tiny_vit, mlp=True)
     optimizer = optimizer_of(model, OptimConfig(lr=0.1))
     step = engine_step("eager", model, optimizer, "bf16")
-    followed = optimizer._companions
+    companions = optimizer._companions
     for views in batches(3):
         step(views)
         copies = 0
-        for p, (target, shadow, target_shadow) in followed.items():
+        for p, (target, shadow, target_shadow) in companions.items():
             for weight, copy in ((p, shadow), (target, target_shadow)):
                 if copy is not None:
                     assert torch.equal(copy, weight.to(torch.bfloat16))
                     copies += 1
-    # In both encoders: patches, attention's two layers, the MLP's two and the head's two, each a weight and a bias.
+    # A weight and a bias of 7 layers, in both encoders: the patches, two layers of the attention,
+    # two of the MLP, two of the head.
     assert copies == 2 * 7 * 2
 
 
@@ -269,23 +282,17 @@ def test_a_continued_run_equals_one_never_stopped(mode: str) -> None:
 
 
 def ranks_trajectories(rank: int) -> dict[str, dict[str, Tensor]]:
-    """Every mode on this rank's half of each batch, from weights that only rank 0 has."""
+    """Trains on this rank's half of every batch, in every mode and precision."""
     found = {}
-    for mode, precision in (
-        ("eager", "fp32"),
-        ("graph", "fp32"),
-        ("eager", "bf16"),
-        ("graph", "bf16"),
-    ):
+    for mode, precision in itertools.product(("eager", "graph"), ("fp32", "bf16")):
         model = small_moco()
-        if rank:
+        if rank:  # the run must take the weights of rank 0
             for p in model.parameters():
                 p.data.add_(1)
         optimizer = optimizer_of(model, OptimConfig())
         torch.manual_seed(5)
-        engine = Engine(
-            mode, model, optimizer, choose_autocast(precision, CPU), 1, IMAGES // 2, None
-        )
+        autocast = choose_autocast(precision, CPU)
+        engine = Engine(mode, model, optimizer, autocast, 1, IMAGES // 2, None)
         halves = (tuple(view.chunk(2)[rank] for view in views) for views in batches(5, 8))
         found[f"{mode} {precision}"] = trajectory(engine.step, model, optimizer, halves)
     return found
@@ -296,7 +303,7 @@ def test_two_ranks_follow_one_trajectory_in_every_mode() -> None:
     for precision in ("fp32", "bf16"):
         for found in (first, second):
             for name, value in found[f"eager {precision}"].items():
-                # Half of a sum is exact, so the averages are those of DistributedDataParallel.
+                # Half of a sum is exact, so both ways of averaging give equal bits.
                 assert torch.equal(found[f"graph {precision}"][name], value), name
         for name in ("encoder_q.conv1.weight", "encoder_k.fc.weight", "queue"):
             assert torch.equal(
@@ -305,7 +312,7 @@ def test_two_ranks_follow_one_trajectory_in_every_mode() -> None:
 
 
 class FakeGraph:
-    """A CUDA graph as far as a CPU can play one: a capture changes nothing, a replay runs what was captured."""
+    """A stand-in for a CUDA graph on a CPU. A replay runs the step again."""
 
     engine: Engine
 
@@ -317,14 +324,11 @@ class FakeGraph:
 
 @contextlib.contextmanager
 def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
+    """Restores all state at the end of the block, because a capture changes nothing."""
     engine = graph.engine
     states = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-    copies = [
-        tensor
-        for row in engine.optimizer._companions.values()
-        for tensor in row
-        if tensor is not None
-    ]
+    companions = [tensor for row in engine.optimizer._companions.values() for tensor in row]
+    copies = [tensor for tensor in companions if tensor is not None]
     tensors = [*engine.method.state_dict().values(), *states, *copies]
     before = [tensor.detach().clone() for tensor in tensors]
     yield
@@ -335,7 +339,7 @@ def fake_capture(graph: FakeGraph, **_: Any) -> Iterator[None]:
 def test_warm_up_capture_and_launches_train_on_every_batch_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is left to a GPU is the capture itself."""
+    """Tests everything about a captured step on a CPU, except the capture."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
@@ -356,7 +360,7 @@ def test_warm_up_capture_and_launches_train_on_every_batch_once(
     assert_equal(found[1], found[0])
 
 
-def test_what_has_no_gradient_is_not_decayed_by_the_static_step() -> None:
+def test_a_weight_without_gradient_is_not_decayed_with_gradients_in_fixed_buffers() -> None:
     used, unused = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(4))
     gradients = FlatGradients([used, unused])
     optimizer = FusedSGD([used, unused], lr=0.1, weight_decay=0.5)
@@ -370,14 +374,12 @@ def test_what_has_no_gradient_is_not_decayed_by_the_static_step() -> None:
     assert used.grad.data_ptr() % 16 == 0
 
 
-def test_static_gradients_lie_as_the_momentum_does() -> None:
-    gaps = nn.Parameter(
-        torch.ones(5, 6)[:, ::2].t()
-    )  # not dense: both take the order of its strides, without gaps
-    for weight in (
-        gaps,
-        nn.Parameter(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)),
-    ):
+def test_gradients_in_fixed_buffers_have_the_strides_of_the_momentum() -> None:
+    # A weight with gaps between its columns: gradient and momentum take the order of the strides,
+    # without gaps.
+    gaps = torch.ones(5, 6)[:, ::2].t()
+    dense = torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    for weight in (nn.Parameter(gaps), nn.Parameter(dense)):
         gradients = FlatGradients([weight])
         optimizer = FusedSGD([weight], lr=0.1, momentum=0.9)
         (3 * weight).sum().backward()
@@ -404,14 +406,14 @@ def test_each_encoder_is_compiled_once_and_never_again() -> None:
     first, *others = batches(5, last=8)
     step(first)
     assert len(compiled) == 2
-    assert min(compiled) > 20  # whole encoders: nothing was left out of the graphs
+    assert min(compiled) > 20  # nodes: each graph holds a whole encoder
     for views in others:
         images = (views[0], torch.zeros(len(views[0]), dtype=torch.int64), torch.zeros(0))
         extract(model.encoder_q, [images], CPU, "backbone", torch.tensor(MEAN), torch.tensor(STD))
         model.eval()
         model(*views)
         model.train()
-        step(views)  # one of them smaller than the others
+        step(views)  # one batch is smaller than the others
     assert len(compiled) == 2
 
 
@@ -427,16 +429,16 @@ def test_a_steady_step_never_asks_for_a_tensors_value(
     first, second, third = batches(3)
     step(first)
     step(second)
-    if mode == "graph":  # a CPU's optimiser reads its numbers, which are tensors here
+    if mode == "graph":  # on a CPU the optimiser reads its numbers, which are tensors in this mode
         monkeypatch.setattr(optimizer, "step", lambda: None)
     with HostSynchronisations() as waits:
         step(third)
         assert waits.count == 0
-        model.queue_ptr.item()  # the counter does count
+        model.queue_ptr.item()  # shows that the counter counts
     assert waits.count == 1
 
 
-def test_garbage_is_collected_when_asked_alone() -> None:
+def test_garbage_is_collected_only_when_asked() -> None:
     collections: list[str] = []
 
     def record(phase: str, _: dict[str, int]) -> None:
@@ -446,7 +448,7 @@ def test_garbage_is_collected_when_asked_alone() -> None:
     with garbage_collection_paused():
         gc.callbacks.append(record)
         try:
-            cycles = [[] for _ in range(100_000)]  # 50 times what starts a collection
+            cycles = [[] for _ in range(100_000)]  # 50 times as many as start a collection
             for cycle in cycles:
                 cycle.append(cycle)
             assert collections == []
@@ -460,7 +462,7 @@ def test_garbage_is_collected_when_asked_alone() -> None:
     try:
         with garbage_collection_paused():
             pass
-        assert not gc.isenabled()  # as it was
+        assert not gc.isenabled()  # as before the block
     finally:
         gc.enable()
 

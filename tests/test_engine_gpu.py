@@ -1,4 +1,4 @@
-"""The captured step on a GPU: the eager trajectory, in a handful of launches, without waiting for the device."""
+"""The captured step on a GPU gives the eager trajectory, in few launches, without waiting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mocofast.config import OptimConfig
 from mocofast.device import choose_autocast
 from mocofast.models.encoders import TinyResNet
 from mocofast.optim.fused import FusedOptimizer
-from mocofast.train.engine import WARM_UP, Engine
+from mocofast.train.engine import STEPS_BEFORE_CAPTURE, Engine
 from mocofast.train.metrics import StepMetrics, Window
 from mocofast.train.optimizer import optimizer_of
 
@@ -34,7 +34,7 @@ LAUNCHES = (
 
 
 class Run:
-    """A MoCo with its optimiser and an engine; rates and momenta change at every step."""
+    """A MoCo, an optimiser and an engine. Learning rate and momentum change at every step."""
 
     def __init__(
         self,
@@ -56,15 +56,11 @@ class Run:
         }
         self.model = MoCo(TinyResNet, **options).to(cuda, memory_format=torch.channels_last)
         self.optimizer: FusedOptimizer = optimizer_of(self.model, OptimConfig())
-        self.arguments = (
-            choose_autocast(precision, cuda),
-            accumulate,
-            IMAGES // accumulate,
-            backend,
-        )
+        autocast = choose_autocast(precision, cuda)
+        self.arguments = (autocast, accumulate, IMAGES // accumulate, backend)
         self.mode, self.done = mode, 0
         self.window = Window(cuda)
-        torch.manual_seed(5)  # split BatchNorm shuffles with draws that start here
+        torch.manual_seed(5)  # seeds the shuffle of split BatchNorm
 
     def start(self) -> None:
         self.engine = Engine(self.mode, self.model, self.optimizer, *self.arguments)
@@ -79,24 +75,23 @@ class Run:
         return metrics
 
     def train(self, data: Iterator[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        """Metrics of every step, and what there is at the end, by name."""
+        """Trains, and returns the metrics of every step and the final state, by name."""
         metrics = torch.stack([self.step(views).values.clone() for views in data])
-        return {
-            "metrics": metrics,
-            **{name: value.clone() for name, value in self.model.state_dict().items()},
-        }
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return {"metrics": metrics, **state}
 
 
 def batches(last: int = IMAGES) -> list[tuple[Tensor, ...]]:
-    """The last but one is an epoch's, of `last` images."""
+    """Returns STEPS pairs of uint8 views, (IMAGES, 3, 8, 8), channels-last.
+
+    The last batch but one has `last` images, as the end of an epoch may have.
+    """
     generator = torch.Generator().manual_seed(1)
     found = []
     for i in range(STEPS):
         size = last if i == STEPS - 2 else IMAGES
-        pixels = torch.randint(
-            0, 256, (2, size, 8, 8, 3), dtype=torch.uint8, generator=generator
-        ).cuda()
-        found.append(tuple(pixels.permute(0, 1, 4, 2, 3)))
+        pixels = torch.randint(0, 256, (2, size, 8, 8, 3), dtype=torch.uint8, generator=generator)
+        found.append(tuple(pixels.cuda().permute(0, 1, 4, 2, 3)))
     return found
 
 
@@ -134,7 +129,7 @@ def test_graph_follows_the_eager_trajectory(options: dict[str, Any]) -> None:
         run.start()
         found.append(run.train(iter(data)))
     assert run.engine._graph is not None
-    # The same kernels in the same order, but for the addition of gradients to zeros.
+    # The same kernels run in the same order, except that gradients are added to zeros.
     assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
     assert all(isinstance(group["lr"], float) for group in run.optimizer.param_groups)
 
@@ -147,21 +142,20 @@ def test_compiled_and_captured_steps_follow_the_eager_trajectory() -> None:
         run.start()
         found.append(run.train(iter(data)))
     for ours in found[1:]:
-        assert_close(
-            ours, found[0], rtol=1e-3, atol=1e-3
-        )  # float32 sums in another order, over 14 steps
+        # float32 sums are taken in another order, over 14 steps.
+        assert_close(ours, found[0], rtol=1e-3, atol=1e-3)
     assert_close(found[2], found[1], rtol=1e-5, atol=1e-6)
 
 
-def test_keys_encoded_beside_queries_are_the_same() -> None:
+def test_keys_encoded_on_a_side_stream_are_the_same() -> None:
     data = batches()
     found = []
-    for beside in (True, False):
+    for on_side_stream in (True, False):
         run = Run("graph", "bf16", bn_splits=2)
         run.start()
         run.step(data[0])
-        assert run.model.second_stream is not None  # small images
-        if not beside:
+        assert run.model.second_stream is not None  # the images are small
+        if not on_side_stream:
             run.model.second_stream = None
         found.append(run.train(iter(data[1:])))
     assert_close(found[0], found[1], rtol=0, atol=0)
@@ -174,23 +168,17 @@ def test_a_continued_run_follows_one_never_stopped() -> None:
     expected = whole.train(iter(data))
     first = Run("graph", "bf16", bn_splits=2)
     first.start()
-    first.train(iter(data[:7]))  # the graph is launched by then
-    weights, state = (
-        copy.deepcopy(first.model.state_dict()),
-        copy.deepcopy(first.optimizer.state_dict()),
-    )
+    first.train(iter(data[:7]))  # long enough to launch the graph
+    weights = copy.deepcopy(first.model.state_dict())
+    state = copy.deepcopy(first.optimizer.state_dict())
     second = Run("graph", "bf16", bn_splits=2)
     second.model.load_state_dict(weights)
     second.model.load_random_state(first.model.random_state())
     second.optimizer.load_state_dict(state)
     second.done = 7
     second.start()
-    assert_close(
-        second.train(iter(data[7:])),
-        expected | {"metrics": expected["metrics"][7:]},
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    expected["metrics"] = expected["metrics"][7:]
+    assert_close(second.train(iter(data[7:])), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
@@ -198,11 +186,11 @@ def test_a_steady_step_waits_for_nothing(mode: str) -> None:
     run = Run(mode, "bf16", bn_splits=2)
     run.start()
     data = batches()
-    for views in data[: WARM_UP + 2]:
+    for views in data[: STEPS_BEFORE_CAPTURE + 2]:
         run.step(views)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for views in data[WARM_UP + 2 :]:
+        for views in data[STEPS_BEFORE_CAPTURE + 2 :]:
             run.step(views)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -212,14 +200,15 @@ def test_a_steady_step_is_a_handful_of_launches() -> None:
     run = Run("graph", "bf16")
     run.start()
     data = batches()
-    for views in data[: WARM_UP + 2]:
+    for views in data[: STEPS_BEFORE_CAPTURE + 2]:
         run.step(views)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for views in data[WARM_UP + 2 :]:
+        for views in data[STEPS_BEFORE_CAPTURE + 2 :]:
             run.step(views)
         torch.cuda.synchronize()
-    steps = STEPS - WARM_UP - 2
+    steps = STEPS - STEPS_BEFORE_CAPTURE - 2
     launches = [event for event in profiler.events() if event.name.startswith(LAUNCHES)]
     assert sum(event.name == "cudaGraphLaunch" for event in launches) == steps
-    # Both views, rate and momentum (a schedule that moves them at every step), the graph, the window's sum.
+    # Six launches: two views, rate and momentum (this schedule changes both at every step), the
+    # graph, the sum of the window.
     assert len(launches) / steps <= 6

@@ -62,7 +62,7 @@ def _rows(
     layout: str = "contiguous",
     momentum: bool = True,
     missing: bool = False,
-    followers: bool = True,
+    companions: bool = True,
 ) -> list[ParameterRow]:
     """Returns rows with the state of earlier steps. missing: every second row has no gradient."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,13 +83,18 @@ def _rows(
             state = (sample(shape), sample(shape).abs(), torch.tensor(float(i), device=device))
         elif grad is not None and momentum:
             state = (sample(shape),)
-        follow = (
+        companion_tensors = (
             sample(shape, torch.float32),
             sample(shape, torch.bfloat16),
             sample(shape, torch.float16),
         )
         rows.append(
-            ParameterRow(sample(shape), grad, *(follow if followers else (None, None, None)), state)
+            ParameterRow(
+                sample(shape),
+                grad,
+                *(companion_tensors if companions else (None, None, None)),
+                state,
+            )
         )
     return rows
 
@@ -143,7 +148,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
     layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
     momentum=st.booleans(),
     missing=st.booleans(),
-    followers=st.booleans(),
+    companions=st.booleans(),
     threads=st.sampled_from([1, 2]),
     weight_decay=st.sampled_from([0.0, 0.05]),
     ema_momentum=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
@@ -157,7 +162,7 @@ def test_a_step_equals_its_formulas(
     layout: str,
     momentum: bool,
     missing: bool,
-    followers: bool,
+    companions: bool,
     threads: int,
     weight_decay: float,
     ema_momentum: float,
@@ -173,7 +178,7 @@ def test_a_step_equals_its_formulas(
         layout=layout,
         momentum=momentum,
         missing=missing,
-        followers=followers,
+        companions=companions,
     )
     changes = {"weight_decay": weight_decay, "ema_momentum": ema_momentum}
     with mock.patch.object(torch, "get_num_threads", return_value=threads):

@@ -1,4 +1,4 @@
-"""Who may import whom: downwards only, no cycles, and nothing heavy where a user only wants the ops."""
+"""Imports point downwards, form no cycles, and load nothing heavy for a user of the ops alone."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ FLOORS = [
     {"mocofast_kernels"},
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
+    {"mocofast.errors", "mocofast.option"},
+    {"mocofast.plugins"},
     {
         "mocofast.config",
         "mocofast.device",
-        "mocofast.errors",
         "mocofast.files",
         "mocofast.plots",
         "mocofast.step_parts",
@@ -42,19 +43,20 @@ FLOORS = [
 
 
 def room(module: str) -> str:
-    """The folder that a module lives in; the module itself where it stands beside the folders."""
+    """Returns the folder of a module, or the module itself if it stands beside the folders."""
     package, _, rest = module.partition(".")
     return f"{package}.{rest.split('.')[0]}" if package == "mocofast" and rest else package
 
 
 def floor(module: str) -> int:
+    """Returns the number of the module's floor in FLOORS, from the bottom."""
     found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
     assert found, f"{module} stands on no floor; give {room(module)} a place in FLOORS"
     return found[0]
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the three packages by its name; a package's is its `__init__`."""
+    """Returns every module of the three packages, {name: path}. A package is its `__init__`."""
     found = {}
     for package, base in PACKAGES.items():
         for path in (base / package).rglob("*.py"):
@@ -64,7 +66,7 @@ def modules() -> dict[str, Path]:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every statement that may run: all but `if TYPE_CHECKING:` blocks."""
+    """Yields every statement that may run: all statements outside `if TYPE_CHECKING:` blocks."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -73,9 +75,9 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(module: str, known: dict[str, Path]) -> set[str]:
-    """What an import of `module` loads directly, wherever in the file the import statement stands.
+    """Returns the modules that `module` imports directly, anywhere in the file.
 
-    `import a.b.c` also runs the `__init__` of a and of a.b, so these count.
+    `import a.b.c` also runs the `__init__` of a and of a.b, so a and a.b count, too.
     """
     named = set()
     path = known[module]
@@ -135,7 +137,8 @@ def test_every_folder_says_what_it_is_for() -> None:
 def test_importing_the_ops_is_light() -> None:
     code = (
         "import sys, mocofast, mocofast.ops\n"
-        "heavy = {'triton', 'nvidia.dali', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard', 'yaml'}\n"
+        "heavy = {'triton', 'nvidia.dali', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard',\n"
+        "         'yaml'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin"}
@@ -147,5 +150,5 @@ def test_importing_the_ops_is_light() -> None:
 
 @pytest.mark.parametrize("name", ["kernels", "benchmarks"])
 def test_the_folders_of_packages_are_no_packages(name: str) -> None:
-    """A package named `kernels` at the root would hide PyPI's (Hugging Face)."""
+    """A package named `kernels` at the root would hide Hugging Face's package of this name."""
     assert not (ROOT / name / "__init__.py").exists()

@@ -1,4 +1,4 @@
-"""Every method through the command line: it learns, continues exactly, and every command takes its runs."""
+"""Every method through the command line: learns, continues exactly, works with every command."""
 
 from __future__ import annotations
 
@@ -22,31 +22,45 @@ from mocofast.optim.schedule import scaled_by_batch
 from mocofast.settings import load_recipe, validate
 from tests import runs
 
-SHORT = ("--model.hidden_dim", "128", "--model.momentum_schedule", "cosine", "--train.epochs", "8",
-         "--train.log_every", "11", "--knn.shots", "0", "--data.workers", "0")  # fmt: skip
+
+def words(text: str) -> tuple[str, ...]:
+    """Returns the words of a command line."""
+    return tuple(text.split())
+
+
+SHORT = words(
+    "--model.hidden_dim 128 --model.momentum_schedule cosine --train.epochs 8 "
+    "--train.log_every 11 --knn.shots 0 --data.workers 0"
+)
 METHODS = {
-    "moco_v3": ("--model.method", "moco_v3", "--model.temperature", "0.2"),
-    "byol": ("--model.method", "byol", "--optim.lr", "0.06"),
-    "moco, symmetric": ("--model.symmetric", "true", "--model.queue_size", "128",
-                        "--train.epochs", "12"),
-    "simclr": ("--model.method", "simclr"),
-    # Twice the epochs: the slots, random at first, are updated once in each.
-    "memory_bank": ("--model.method", "memory_bank", "--model.momentum", "0.5", "--model.queue_size", "512",
-                    "--model.mlp", "true", "--train.epochs", "16"),
-    # Assignments as sharp as so few images need them.
-    "swav": ("--model.method", "swav", "--model.prototypes", "100", "--model.freeze_prototypes", "11",
-             "--model.temperature", "0.1", "--model.epsilon", "0.02"),
-    "supervised": ("--model.method", "supervised"),
-}  # fmt: skip
+    "moco_v3": words("--model.method moco_v3 --model.temperature 0.2"),
+    "byol": words("--model.method byol --optim.lr 0.06"),
+    "moco, symmetric": words("--model.symmetric true --model.queue_size 128 --train.epochs 12"),
+    "simclr": words("--model.method simclr"),
+    # Twice the epochs: the slots are random at first, and are updated once an epoch.
+    "memory_bank": words(
+        "--model.method memory_bank --model.momentum 0.5 --model.queue_size 512 "
+        "--model.mlp true --train.epochs 16"
+    ),
+    # Few images need sharp assignments: a small epsilon.
+    "swav": words(
+        "--model.method swav --model.prototypes 100 --model.freeze_prototypes 11 "
+        "--model.temperature 0.1 --model.epsilon 0.02"
+    ),
+    "supervised": words("--model.method supervised"),
+}
 
 
 def mocofast(*arguments: object) -> None:
-    """In this process: starting one costs more than these runs."""
+    """Runs a command in this process, because a new process takes longer than these runs."""
     assert cli.main([str(argument) for argument in arguments]) == 0
 
 
 def learnt(folder: Path) -> tuple[float, float, float, float]:
-    """Highest and last loss (MoCo's rises while keys replace the queue's noise), kNN accuracy before and after."""
+    """Returns the highest loss, the last loss, and the kNN accuracy before and after training.
+
+    MoCo's loss rises at first, while keys replace the noise in the queue.
+    """
     lines = runs.metrics(folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
@@ -57,7 +71,7 @@ def learnt(folder: Path) -> tuple[float, float, float, float]:
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, tuple[str, ...]]:
-    """88 steps on the digits: folder and options."""
+    """A run of 88 steps on the digits: folder and options."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     options = SHORT + METHODS[request.param]
     mocofast("pretrain", "digits", *options, "--train.dir", folder)
@@ -67,7 +81,7 @@ def run(
 def test_loss_falls_and_knn_accuracy_rises(run: tuple[Path, tuple[str, ...]]) -> None:
     first, last, before, after = learnt(run[0])
     assert last < 0.95 * first
-    assert after > before + 0.02  # of 359 images 7 more; a random encoder knows 88 % of these
+    assert after > before + 0.02  # 7 of 359 images; a random encoder gets 88 % right
 
 
 def test_a_stopped_and_continued_run_equals_one_never_stopped(
@@ -75,9 +89,8 @@ def test_a_stopped_and_continued_run_equals_one_never_stopped(
 ) -> None:
     whole, options = run
     parts = tmp_path / "parts"
-    mocofast(
-        "pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50
-    )  # inside the fifth epoch
+    # Step 50 lies inside the fifth epoch.
+    mocofast("pretrain", "digits", *options, "--train.dir", parts, "--train.max_steps", 50)
     mocofast("pretrain", "--resume", parts, "--train.max_steps", 0)
     runs.assert_same_run(parts, whole)
 
@@ -86,7 +99,11 @@ WITH_OTHER_RANKS = ("simclr", "memory_bank", "swav")
 
 
 def two_rank_runs(folder: Path, rank: int) -> list[int]:
-    """How many models were wrapped until a run's end, and how many of these wrappers were then alive: run by run."""
+    """Trains runs, and stopped and continued runs, on a rank.
+
+    Returns two numbers per run, counted at the end of the run: how many models were wrapped in
+    DistributedDataParallel so far, and how many wrappers are alive.
+    """
     wrappers: list[weakref.ref[DistributedDataParallel]] = []
     counts: list[int] = []
 
@@ -106,20 +123,17 @@ def two_rank_runs(folder: Path, rank: int) -> list[int]:
     ):
         for name in WITH_OTHER_RANKS:
             options = ("pretrain", "digits", *SHORT, *METHODS[name], "--train.log_every", "3")
-            mocofast(*options, "--train.dir", folder / name, "--train.max_steps", "12")
-            mocofast(
-                *options, "--train.dir", folder / f"{name}, in parts", "--train.max_steps", "7"
-            )
-            mocofast(
-                "pretrain", "--resume", folder / f"{name}, in parts", "--train.max_steps", "12"
-            )
+            whole, parts = folder / name, folder / f"{name}, in parts"
+            mocofast(*options, "--train.dir", whole, "--train.max_steps", "12")
+            mocofast(*options, "--train.dir", parts, "--train.max_steps", "7")
+            mocofast("pretrain", "--resume", parts, "--train.max_steps", "12")
     return counts
 
 
-def test_two_ranks_stop_and_continue_as_if_they_never_had(tmp_path: Path) -> None:
-    """What ranks share there: gathered views, negatives drawn alike, a bank, sums over ranks."""
+def test_two_ranks_stop_and_continue_as_if_never_stopped(tmp_path: Path) -> None:
+    """Ranks share gathered views, the sample of negatives, a memory bank, and sums over ranks."""
     for counts in on_ranks(partial(two_rank_runs, tmp_path)):
-        # A wrapper that outlives its group can wait without end for the group's threads.
+        # A wrapper that outlives the process group can wait without end for the group's threads.
         assert counts[::2] == list(range(1, 3 * len(WITH_OTHER_RANKS) + 1))
         assert not any(counts[1::2])
     for name in WITH_OTHER_RANKS:
@@ -129,13 +143,12 @@ def test_two_ranks_stop_and_continue_as_if_they_never_had(tmp_path: Path) -> Non
 
 
 def values(printed: str) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in re.findall(r"^(\w+) ([\d.e-]+)$", printed, re.MULTILINE)
-    }
+    """Returns the numbers of the lines "name number"."""
+    lines = re.findall(r"^(\w+) ([\d.e-]+)$", printed, re.MULTILINE)
+    return {name: float(value) for name, value in lines}
 
 
-def test_its_checkpoint_goes_through_every_command(
+def test_every_command_takes_the_checkpoint(
     run: tuple[Path, tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = run
@@ -151,48 +164,29 @@ def test_its_checkpoint_goes_through_every_command(
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     encoder = build_encoder("resnet_tiny")(num_classes=1)
     missing, unexpected = encoder.load_state_dict(backbone, strict=False)
-    assert (sorted(missing), unexpected) == (
-        ["fc.bias", "fc.weight"],
-        [],
-    )  # neither projector nor predictor
-    if "queue" not in runs.weights(folder):  # only MoCo's is a reference checkpoint
-        assert (
-            cli.main(["export", str(folder), "--format", "reference", str(tmp_path / "moco.pt")])
-            == 2
-        )
+    # The export holds neither projector nor predictor.
+    assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])
+    if "queue" not in runs.weights(folder):  # the reference format is for MoCo only
+        out = str(tmp_path / "moco.pt")
+        assert cli.main(["export", str(folder), "--format", "reference", out]) == 2
         assert "model.method" in capsys.readouterr().err
 
 
 def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Images of 8 pixels: four patches.
+    # Images of 8 x 8 pixels have four patches.
     folder = tmp_path / "run"
+    options = words(
+        "--model.arch vit_tiny_cifar --optim.name adamw --optim.lr 1e-3 --optim.lr_per 64 "
+        "--optim.weight_decay 0.1 --train.max_steps 3 --train.log_every 1"
+    )
     mocofast(
-        *(
-            "pretrain",
-            "digits",
-            *METHODS["moco_v3"],
-            *SHORT,
-            "--model.arch",
-            "vit_tiny_cifar",
-            "--optim.name",
-            "adamw",
-        ),
-        *(
-            "--optim.lr",
-            "1e-3",
-            "--optim.lr_per",
-            "64",
-            "--optim.weight_decay",
-            "0.1",
-            "--train.max_steps",
-            "3",
-        ),
-        *("--train.log_every", "1", "--train.dir", folder),
+        *("pretrain", "digits", *METHODS["moco_v3"], *SHORT, *options),
+        *("--train.dir", folder),
     )
     lines = [line for line in runs.metrics(folder) if "loss" in line]
-    assert lines[0]["lr"] == pytest.approx(2e-3)  # 128 images
+    assert lines[0]["lr"] == pytest.approx(2e-3)  # 1e-3 per 64 images, for 128 images
     state = runs.weights(folder)
     for name in ("conv_proj.weight", "encoder.pos_embedding"):
         assert torch.equal(state[f"encoder_q.{name}"], state[f"encoder_k.{name}"])
@@ -212,7 +206,8 @@ def test_a_vit_trains_on_its_patches_alone_and_is_finetuned_and_exported_whole(
     )
 
 
-# name: method, encoder, batch size, epochs, (optimiser, rate per 256 images, weight decay), momentum, crops
+# recipe: method, encoder, batch size, epochs, (optimiser, learning rate per 256 images, weight
+# decay), momentum, smallest crop
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "moco_v3_r50": ("moco_v3", "resnet50", 4096, 300, ("lars", 0.3, 1e-6), 0.99, 0.2),
     "moco_v3_vit_s": ("moco_v3", "vit_small", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
@@ -232,67 +227,43 @@ def loaded(recipe: str) -> Config:
 def test_imagenet_recipes_are_the_published_settings(recipe: str) -> None:
     c = loaded(recipe)
     method, arch, batch, epochs, optim, momentum, smallest = PUBLISHED[recipe]
-    assert (c.model.method, c.model.arch, c.data.batch_size, c.train.epochs) == (
-        method,
-        arch,
-        batch,
-        epochs,
-    )
+    assert (c.model.method, c.model.arch) == (method, arch)
+    assert (c.data.batch_size, c.train.epochs) == (batch, epochs)
     assert ((c.optim.name, c.optim.lr, c.optim.weight_decay), c.optim.lr_per) == (optim, 256)
     assert (c.optim.schedule, c.optim.per) == ("cosine", "step")
     assert c.optim.warmup_epochs == (40 if "vit" in recipe else 10)
-    assert (c.model.momentum, c.model.momentum_schedule, c.model.sync_bn) == (
-        momentum,
-        "cosine",
-        True,
-    )
+    assert (c.model.momentum, c.model.momentum_schedule) == (momentum, "cosine")
+    assert c.model.sync_bn is True
     assert (c.model.dim, c.model.hidden_dim) == (256, 4096)
     if method == "moco_v3":
         assert c.model.temperature == (0.2 if "vit" in recipe else 1.0)
     first, second = view_augments(c.augment, 2)
     assert c.augment.crop_scale == (smallest, 1.0)
-    assert (c.augment.jitter, c.augment.jitter_p, c.augment.gray) == (
-        (0.4, 0.4, 0.2, 0.1),
-        0.8,
-        0.2,
-    )
-    assert ((first.blur, first.solarize), (second.blur, second.solarize)) == (
-        (1.0, 0.0),
-        (0.1, 0.2),
-    )
+    assert c.augment.jitter == (0.4, 0.4, 0.2, 0.1)
+    assert (c.augment.jitter_p, c.augment.gray) == (0.8, 0.2)
+    assert (first.blur, first.solarize) == (1.0, 0.0)
+    assert (second.blur, second.solarize) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_moco_v3", "cifar10_byol"])
 def test_cifar_recipes_blur_nothing_and_see_small_images(recipe: str) -> None:
     c = loaded(recipe)
-    assert (c.model.arch, c.augment.size, c.augment.blur, c.augment.blur_2) == (
-        "resnet18_cifar",
-        32,
-        0.0,
-        -1.0,
-    )
+    assert (c.model.arch, c.augment.size) == ("resnet18_cifar", 32)
+    assert (c.augment.blur, c.augment.blur_2) == (0.0, -1.0)
     assert c.model.sync_bn
 
 
-# name: epochs, batch size, rate of the whole batch, weight decay, temperature
+# recipe: epochs, batch size, learning rate of the whole batch, weight decay, temperature
 SINGLE_ENCODER: dict[str, tuple[int, int, float, float, float]] = {
-    "simclr_r50": (
-        100,
-        4096,
-        4.8,
-        1e-4,
-        0.1,
-    ),  # the README of google-research/simclr, as is cifar10_simclr
+    # The README of google-research/simclr.
+    "simclr_r50": (100, 4096, 4.8, 1e-4, 0.1),
     "cifar10_simclr": (1000, 512, 2.0, 1e-4, 0.5),
-    "swav_r50": (
-        400,
-        4096,
-        4.8,
-        1e-6,
-        0.1,
-    ),  # swav_400ep_2x224_pretrain.sh of facebookresearch/swav
-    "instdisc_r50": (200, 256, 0.03, 1e-4, 0.07),  # arXiv:1805.01978, section 4.2
-    "cifar10_instdisc": (200, 128, 0.03, 5e-4, 0.1),  # cifar.py of its authors' repository
+    # swav_400ep_2x224_pretrain.sh of facebookresearch/swav.
+    "swav_r50": (400, 4096, 4.8, 1e-6, 0.1),
+    # arXiv:1805.01978, section 4.2.
+    "instdisc_r50": (200, 256, 0.03, 1e-4, 0.07),
+    # cifar.py in the repository of InstDisc's authors.
+    "cifar10_instdisc": (200, 128, 0.03, 5e-4, 0.1),
 }
 
 
@@ -310,26 +281,23 @@ def test_recipes_without_a_momentum_encoder_are_the_published_settings(recipe: s
     )
 
 
-SGD = (
-    "--optim.name",
-    "sgd",
-    "--optim.lr_per",
-    "0",
-    "--optim.lr",
-    "0.12",
-    "--optim.warmup_epochs",
-    "0",
-)
-CIFAR10 = {  # recipe: what 60 steps of 128 images need
+SGD = words("--optim.name sgd --optim.lr_per 0 --optim.lr 0.12 --optim.warmup_epochs 0")
+# recipe: options for a short run, of 60 steps of 128 images
+CIFAR10 = {
     "cifar10_moco_v3": (),
     "cifar10_byol": (),
-    "cifar10_r18_symmetric": ("--model.queue_size", "256", "--model.bn_splits", "2"),
+    "cifar10_r18_symmetric": words("--model.queue_size 256 --model.bn_splits 2"),
     "cifar10_simclr": SGD,
-    "cifar10_swav": (*SGD, "--model.prototypes", "64", "--model.epsilon", "0.02", "--model.freeze_prototypes", "5"),
-    "cifar10_instdisc": ("--model.queue_size", "256", "--model.temperature", "0.2", "--optim.lr", "0.06",
-                         "--train.epochs", "40", "--augment.flip", "0.5"),
+    "cifar10_swav": (
+        *SGD,
+        *words("--model.prototypes 64 --model.epsilon 0.02 --model.freeze_prototypes 5"),
+    ),
+    "cifar10_instdisc": words(
+        "--model.queue_size 256 --model.temperature 0.2 --optim.lr 0.06 "
+        "--train.epochs 40 --augment.flip 0.5"
+    ),
     "cifar10_supervised": (),
-}  # fmt: skip
+}
 
 
 @pytest.mark.data
@@ -338,46 +306,27 @@ CIFAR10 = {  # recipe: what 60 steps of 128 images need
 def test_recipes_learn_real_images_in_one_and_two_processes(
     cifar10_jpeg: Path, tmp_path: Path, recipe: str, processes: int
 ) -> None:
-    """640 images in 10 classes, of 16 pixels for a small encoder: 5 steps an epoch of 128, 12 epochs."""
+    """Trains a small encoder on 640 images of 10 classes: 12 epochs of 5 steps of 128 images.
+
+    Views have 16 x 16 pixels.
+    """
     images = tmp_path / "images"
     for part, count in (("train", 64), ("test", 20)):
         for folder in sorted((cifar10_jpeg / part).iterdir()):
             (images / part / folder.name).mkdir(parents=True)
             for path in sorted(folder.iterdir())[:count]:
                 (images / part / folder.name / path.name).symlink_to(path)
+    options = words(
+        "--data.source folder --data.batch_size 128 --data.workers 1 --augment.size 16 "
+        "--model.arch resnet_tiny --model.hidden_dim 128 --optim.lr 0.2 "
+        "--train.epochs 12 --train.log_every 5 "
+        "--knn.every 12 --knn.k 20 --knn.features backbone"
+    )
     arguments = (
-        *(
-            "pretrain",
-            recipe,
-            "--data.source",
-            "folder",
-            "--data.path",
-            str(images),
-            "--augment.size",
-            "16",
-        ),
-        *(
-            "--model.arch",
-            "resnet_tiny",
-            "--model.hidden_dim",
-            "128",
-            "--data.batch_size",
-            "128",
-            "--optim.lr",
-            "0.2",
-        ),
-        *("--train.epochs", "12", "--train.log_every", "5", "--knn.every", "12", "--knn.k", "20"),
-        *(
-            "--knn.features",
-            "backbone",
-            "--data.workers",
-            "1",
-            "--train.dir",
-            str(tmp_path / "run"),
-            *CIFAR10[recipe],
-        ),
+        *("pretrain", recipe, *options, *CIFAR10[recipe]),
+        *("--data.path", str(images), "--train.dir", str(tmp_path / "run")),
     )
     runs.mocofast(*arguments) if processes == 1 else runs.torchrun(processes, *arguments)
     first, last, before, after = learnt(tmp_path / "run")
     assert last < 0.97 * first
-    assert after > before + 0.03  # of 200 images 7 more
+    assert after > before + 0.03  # 7 of 200 images

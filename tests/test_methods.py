@@ -1,4 +1,4 @@
-"""The methods beside MoCo: trajectories against plain re-implementations, in one process and over two ranks."""
+"""The other methods than MoCo follow plain re-implementations, in one process and on two ranks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,8 @@ from mocofast.models.sync_batch_norm import sync_batch_norm
 from tests.eager_methods import EAGER, Batch, random_batches, trajectory
 from tests.eager_moco import assert_same_to_rounding, differ_from_rank_0
 
-IMAGES, CLASSES, STEPS, SIZE = (
-    31,
-    5,
-    5,
-    12,
-)  # 31 slots and 13 dimensions: primes; 5 batches of 12 meet again
+# 31 slots and 13 dimensions are primes. In 5 batches of 12 images, images come back.
+IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12
 
 SMALL: dict[str, Callable[[], Method]] = {
     "simclr": partial(SimCLR, TinyResNet, dim=13, hidden_dim=16, temperature=0.2),
@@ -42,7 +38,10 @@ SMALL: dict[str, Callable[[], Method]] = {
 
 
 def small(name: str) -> Method:
-    """With smooth activations: at a ReLU's kink, rounding decides between gradients that differ by 1e-3."""
+    """Returns a small method with smooth activations.
+
+    At the kink of a ReLU, rounding would decide between gradients that differ by 1e-3.
+    """
     torch.manual_seed(0)
     model = SMALL[name]()
     for module in list(model.modules()):
@@ -57,11 +56,10 @@ def batches_for(model: Method) -> list[Batch]:
 
 
 def eager_trajectories(model: Method) -> list[dict[str, Tensor]]:
-    twin = EAGER[type(model)]
-    return [
-        trajectory(twin(model, dtype), batches_for(model))
-        for dtype in (torch.float32, torch.float64)
-    ]
+    """Returns the trajectory of the plain re-implementation, in float32 and in float64."""
+    eager = EAGER[type(model)]
+    dtypes = (torch.float32, torch.float64)
+    return [trajectory(eager(model, dtype), batches_for(model)) for dtype in dtypes]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -73,25 +71,25 @@ def test_trajectory_is_that_of_the_plain_re_implementation(name: str) -> None:
 
 
 def two_ranks(rank: int) -> dict[str, Any]:
-    """Every method on its half of each batch, with BatchNorm over both ranks."""
+    """Trains every method on this rank's half of every batch, with BatchNorm over both ranks."""
     found: dict[str, Any] = {}
     for name in SMALL:
         model = small(name)
         sync_batch_norm(model)
         differ_from_rank_0(model, rank)
-        found[name] = trajectory(model, [batch.part(rank, 2) for batch in batches_for(model)])
-    # In eval mode, on one rank only: no collective may wait for the other.
+        found[name] = trajectory(model, [batch.rank_slice(rank, 2) for batch in batches_for(model)])
+    # In eval mode, on one rank only: no collective may wait for the other rank.
     if rank == 0:
         found["eval"] = {name: evaluated(small(name)) for name in SMALL}
     return found
 
 
 def evaluated(model: Method) -> Tensor:
+    """Returns the loss of the first batch in eval mode."""
     batch = batches_for(model)[0]
+    fields = {name: getattr(batch, name) for name in model.batch_fields}
     with torch.no_grad():
-        return model.eval()(
-            *batch.views, **{name: getattr(batch, name) for name in model.batch_fields}
-        ).loss
+        return model.eval()(*batch.views, **fields).loss
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +103,14 @@ def test_two_ranks_follow_one_process_on_the_whole_batch(
 ) -> None:
     eager, exact = eager_trajectories(small(name))
     for rank in ranks:
-        assert_same_to_rounding(
-            rank[name], eager, exact, factor=5.0
-        )  # sums over ranks round once more
+        # Sums over ranks round once more.
+        assert_same_to_rounding(rank[name], eager, exact, factor=5.0)
     assert ranks[0]["eval"][name].isfinite()
 
 
 def test_memories_wait_for_a_steps_last_micro_batch() -> None:
     bank, swav = small("memory bank"), small("swav")
-    first, second = (batch.part(0, 2) for batch in batches_for(bank)[:2])
+    first, second = (batch.rank_slice(0, 2) for batch in batches_for(bank)[:2])
     before = bank.bank.clone()
     for batch, last in ((first, False), (second, True)):
         assert torch.equal(bank.bank, before)

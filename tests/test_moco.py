@@ -1,3 +1,5 @@
+"""MoCo: trajectories against the eager formula, the queue, types, waits and mistakes."""
+
 from __future__ import annotations
 
 import copy
@@ -28,16 +30,18 @@ MEAN, STD = (125.0, 123.0, 114.0), (63.0, 62.0, 66.0)
 
 
 def small_moco(base: type[nn.Module] = PlainEncoder, **options: object) -> MoCo:
-    """13 dimensions and 17 keys: primes. A momentum of 0.9 moves the key encoder visibly within a few steps."""
+    """Returns a MoCo of 13 dimensions and 17 keys, both primes.
+
+    A momentum of 0.9 moves the key encoder visibly within a few steps.
+    """
     torch.manual_seed(0)
-    return MoCo(
-        base, **{"dim": 13, "queue_size": 17, "momentum": 0.9, "temperature": 0.1, **options}
-    )
+    defaults = {"dim": 13, "queue_size": 17, "momentum": 0.9, "temperature": 0.1}
+    return MoCo(base, **{**defaults, **options})
 
 
 @pytest.fixture
 def float32_convolutions() -> Iterator[None]:
-    """cuDNN rounds the operands of float32 convolutions to TF32 by default: ten bits."""
+    """Forbids TF32. By default cuDNN rounds the operands of float32 convolutions to ten bits."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
 
@@ -59,17 +63,16 @@ def float32_convolutions() -> Iterator[None]:
 def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
     base: type[nn.Module], options: dict, device: str
 ) -> None:
-    # 6 steps of 6 keys (12 if symmetric) write 36 of them into 17 rows: the queue wraps in the middle of a batch.
+    # 6 steps of 6 keys (12 if symmetric) write 36 keys (72) into 17 rows: the queue wraps around in
+    # the middle of a batch.
     batches = random_batches(steps=6, size=6)
     model = small_moco(base, **options).to(device)
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
     trajectories = []
     for each in (model, eager, exact):
-        torch.manual_seed(
-            3
-        )  # split BatchNorm shuffles with the permutations of the default generator
+        torch.manual_seed(3)  # seeds the shuffle of split BatchNorm
         trajectories.append(sgd_trajectory(each, batches))
-    if "bn_splits" in options:  # its twin keeps the same weights one level deeper
+    if "bn_splits" in options:  # the eager BatchNorm has the same weights one level deeper
         trajectories[1:] = [
             {k.replace(".whole", ""): v for k, v in t.items()} for t in trajectories[1:]
         ]
@@ -77,7 +80,7 @@ def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
     assert int(model.queue_ptr) == exact.pointer == 36 * (1 + model.symmetric) % 17
 
 
-def test_running_statistics_stay_each_encoders_own() -> None:
+def test_every_encoder_has_running_statistics_of_its_own() -> None:
     model = small_moco(TinyResNet)
     eager = EagerMoCo(model, torch.float32)
     for each in (model, eager):
@@ -97,6 +100,7 @@ def test_two_micro_batches_give_the_trajectory_of_one_batch_without_batchnorm() 
         parts.encoder_q.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
     )
     losses = []
+    # Micro-batches of 4 and 6 images.
     for im_q, im_k in batches:
         optimizer.zero_grad()
         queue = parts.queue.clone()
@@ -141,7 +145,7 @@ def test_loss_and_rank_are_those_of_the_paper_in_eval_mode_which_changes_nothing
     im_q, im_k = random_batches(1, 5)[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     output = model(im_q, im_k)
-    loss, rank = output.loss, output.rank
+    loss, positive_rank = output.loss, output.rank
     q = F.normalize(model.encoder_q(im_q).double(), dim=1)
     k = F.normalize(model.encoder_k(im_k).double(), dim=1)
     positive, negatives = (q * k).sum(1, keepdim=True), q @ model.queue.double().t()
@@ -149,7 +153,7 @@ def test_loss_and_rank_are_those_of_the_paper_in_eval_mode_which_changes_nothing
         torch.cat([positive, negatives], 1) / 0.1, torch.zeros(5, dtype=torch.int64)
     )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(rank.long(), (negatives > positive).sum(1))
+    assert torch.equal(positive_rank.long(), (negatives > positive).sum(1))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -160,7 +164,7 @@ def test_queue_of_any_size_keeps_the_newest_keys_in_order(queue_size: int) -> No
     model = small_moco(queue_size=queue_size)
     noise = model.queue.clone()
     written: list[Tensor] = []
-    # The last batch of an epoch is a small one, then a new epoch begins; 14 images are the whole data set.
+    # Two epochs of a data set of 14 images. The last batch of an epoch is small.
     for size in (7, 5, 2, 7, 5, 2):
         im_q, im_k = random_batches(1, size, seed=len(written))[0]
         out = model(im_q, im_k)
@@ -182,9 +186,8 @@ def test_queue_is_stored_in_the_chosen_type(dtype: torch.dtype | str) -> None:
     assert loss.dtype == torch.float32
     assert model.queue.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
     keys = F.normalize(model.encoder_k(im_k), dim=1)
-    torch.testing.assert_close(
-        model.queue[:5], keys.to(model.queue.dtype), rtol=0, atol=1e-2
-    )  # an ulp of bfloat16
+    # 1e-2: an ulp of bfloat16.
+    torch.testing.assert_close(model.queue[:5], keys.to(model.queue.dtype), rtol=0, atol=1e-2)
 
 
 def test_uint8_images_are_normalised_on_the_way_in() -> None:
@@ -192,8 +195,8 @@ def test_uint8_images_are_normalised_on_the_way_in() -> None:
     pixels = torch.randint(0, 256, (2, 5, 3, 8, 8), dtype=torch.uint8)
     im_q, im_k = (x.contiguous(memory_format=torch.channels_last) for x in pixels)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    twin = copy.deepcopy(model)
-    expected = twin((im_q - mean) / std, (im_k - mean) / std)
+    same = copy.deepcopy(model)
+    expected = same((im_q - mean) / std, (im_k - mean) / std)
     torch.testing.assert_close(model(im_q, im_k).loss, expected.loss)
     assert "pixel_mean" not in model.state_dict()
 
@@ -208,12 +211,13 @@ def test_keys_are_unit_vectors_in_float32_under_autocast() -> None:
     loss.backward()
     assert seen == [torch.bfloat16]
     assert loss.dtype == torch.float32
-    # Normalised in float32 after the bfloat16 encoder: 1e-3 would be bfloat16's own rounding of a norm.
+    # Keys are normalised in float32 after the bfloat16 encoder. In bfloat16 the rounding of a norm
+    # would be 1e-3.
     torch.testing.assert_close(model.queue[:5].norm(dim=1), torch.ones(5), rtol=0, atol=1e-6)
 
 
 class Dispatched(TorchDispatchMode):
-    """The names of all operators that run inside."""
+    """Records the names of all operators that run inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,9 +236,8 @@ def test_a_steady_step_never_asks_for_a_tensors_value(bn_splits: int) -> None:
     with Dispatched() as dispatched:
         model(*pixels).loss.backward()
     assert "convolution" in dispatched.names
-    assert not {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"} & set(
-        dispatched.names
-    )
+    waiting = {"_local_scalar_dense", "nonzero", "equal", "unique", "masked_select"}
+    assert not waiting & set(dispatched.names)
 
 
 @pytest.mark.gpu
@@ -255,14 +258,14 @@ def test_a_steady_step_does_not_wait_for_the_gpu(bn_splits: int) -> None:
 
 def test_forward_compiles_into_one_graph() -> None:
     model = small_moco(TinyResNet, mlp=True)
-    twin = copy.deepcopy(model)
+    uncompiled = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for im_q, im_k in random_batches(steps=3, size=6):
-        ours, expected = compiled(im_q, im_k), twin(im_q, im_k)
+        ours, expected = compiled(im_q, im_k), uncompiled(im_q, im_k)
         ours.loss.backward()
         torch.testing.assert_close(ours.loss, expected.loss)
         assert torch.equal(ours.rank, expected.rank)
-    torch.testing.assert_close(model.queue, twin.queue)
+    torch.testing.assert_close(model.queue, uncompiled.queue)
 
 
 def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:
@@ -274,17 +277,15 @@ def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:
     model(*random_batches(1, 4)[0]).loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder_k.parameters())
     assert all(p.grad is not None for p in model.encoder_q.parameters())
-    assert [
-        p.data_ptr() for p in model.parameters()
-    ] == pointers  # updated in place: no storage was rebound
+    # Updated in place: every parameter keeps its storage.
+    assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
 def test_initial_queue_is_unit_noise() -> None:
     queue = MoCo(PlainEncoder, dim=7, queue_size=1000).queue
     torch.testing.assert_close(queue.norm(dim=1), torch.ones(1000))
-    assert (
-        queue.mean(0).abs().max() < 0.06
-    )  # 5 standard errors of a unit vector's component in 7 dimensions
+    # 5 standard errors of the mean of a unit vector's component, in 7 dimensions.
+    assert queue.mean(0).abs().max() < 0.06
 
 
 def test_defaults_are_the_papers() -> None:
@@ -316,9 +317,8 @@ def test_bad_images_change_nothing() -> None:
     model = small_moco()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     im_q, im_k = random_batches(1, 4)[0]
-    with pytest.raises(
-        ValueError, match=r"im_k must have the shape of im_q: got \(3, 3, 8, 8\) and \(4, 3, 8, 8\)"
-    ):
+    message = r"im_k must have the shape of im_q: got \(3, 3, 8, 8\) and \(4, 3, 8, 8\)"
+    with pytest.raises(ValueError, match=message):
         model(im_q, im_k[:3])
     with pytest.raises(TypeError, match="pixel_mean and pixel_std"):
         model(im_q.byte(), im_k.byte())

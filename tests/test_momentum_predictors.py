@@ -1,4 +1,4 @@
-"""MoCo v3 and BYOL against eager twins, in one process and over two ranks."""
+"""MoCo v3 and BYOL against eager formulas, in one process and over two ranks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from tests.eager_moco import (
 )
 
 WORLD = 2
-# Each step's m, as a schedule would set it. The first is of equal weights: an average of them shows nothing.
+# m at every step, as a schedule would set m. The first update averages equal weights and shows
+# nothing.
 MOMENTA = (0.9, 0.8, 0.95, 0.7)
-BATCH = 10  # images, so 5 on each of two ranks
+BATCH = 10  # images: 5 on each of two ranks
 
 
 def moco_v3(base: type[nn.Module] = TinyResNet, temperature: float = 0.3) -> MoCoV3:
@@ -62,14 +63,15 @@ METHODS: dict[str, Callable[[], PredictingMethod]] = {
 
 
 class Eager(nn.Module):
-    """The papers' algorithms on a copy of a method's weights; the average comes before the momentum encoder runs."""
+    """The algorithms of the papers, on a copy of a method's weights.
+
+    The moving average is updated before the momentum encoder runs.
+    """
 
     def __init__(self, model: PredictingMethod, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = (
-            copy.deepcopy(model.encoder_q),
-            copy.deepcopy(model.encoder_k),
-        )
+        self.encoder_q = copy.deepcopy(model.encoder_q)
+        self.encoder_k = copy.deepcopy(model.encoder_k)
         self.predictor = copy.deepcopy(model.predictor)
         self.temperature = model.temperature if isinstance(model, MoCoV3) else None
         self.momentum = model.momentum
@@ -84,22 +86,21 @@ class Eager(nn.Module):
         return self.compare(q1, k2) + self.compare(q2, k1)
 
     def compare(self, q: Tensor, k: Tensor) -> Tensor:
+        """Returns the loss of predictions q and targets k, both (N, C)."""
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-        if self.temperature is None:
+        if self.temperature is None:  # BYOL
             return (q - k).square().sum(1).mean()
-        return (
-            2
-            * self.temperature
-            * F.cross_entropy(q @ k.t() / self.temperature, torch.arange(len(q)))
-        )
+        logits = q @ k.t() / self.temperature  # (N, N)
+        return 2 * self.temperature * F.cross_entropy(logits, torch.arange(len(q)))
 
 
-# A rate of 0.02: at 0.1, BatchNorms over 10 images make of float32's rounding 1e-4 within four steps.
+# A learning rate of 0.02, because at 0.1 BatchNorms over 10 images amplify the rounding of float32
+# to 1e-4 within four steps.
 trajectory = partial(sgd_trajectory, lr=0.02, weight_decay=0.0, momenta=MOMENTA)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trajectory_is_that_of_the_eager_method(method: str) -> None:
+def test_trajectory_equals_the_eager_methods(method: str) -> None:
     batches = random_batches(len(MOMENTA), BATCH)
     model = METHODS[method]()
     eager, exact = Eager(model, torch.float32), Eager(model, torch.float64)
@@ -107,6 +108,7 @@ def test_trajectory_is_that_of_the_eager_method(method: str) -> None:
 
 
 def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Trains every method on this rank's half of every batch, with BatchNorm over both ranks."""
     batches = [
         (x1.chunk(WORLD)[rank], x2.chunk(WORLD)[rank])
         for x1, x2 in random_batches(len(MOMENTA), BATCH)
@@ -118,7 +120,7 @@ def on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
         differ_from_rank_0(model, rank)
         found[name] = trajectory(model, batches)
     model = moco_v3().eval()
-    if rank == 0:  # alone: no collective may wait for the other
+    if rank == 0:  # in eval mode no collective may wait for the other rank
         found["eval"] = {"loss": model(*batches[0]).loss.detach()}
     return found
 
@@ -134,21 +136,19 @@ def test_two_ranks_with_batchnorm_over_both_are_one_eager_process_of_twice_the_b
 ) -> None:
     batches = random_batches(len(MOMENTA), BATCH)
     model = METHODS[method]()
-    eager, exact = (
-        trajectory(Eager(model, dtype), batches) for dtype in (torch.float32, torch.float64)
-    )
+    dtypes = (torch.float32, torch.float64)
+    eager, exact = (trajectory(Eager(model, dtype), batches) for dtype in dtypes)
     ours = dict(ranks[0][method])
-    ours["losses"] = (
-        ours["losses"] + ranks[1][method]["losses"]
-    ) / 2  # a rank's own is over its own images
+    # The loss of a rank is the mean over the images of this rank.
+    ours["losses"] = (ours["losses"] + ranks[1][method]["losses"]) / 2
     assert_same_to_rounding(ours, eager, exact)
     for name, value in ranks[1][method].items():
         if name != "losses":
             assert torch.equal(value, ranks[0][method][name]), name
 
 
-def test_the_optimisers_average_gives_the_trajectory_of_the_methods_own() -> None:
-    # AdamW and LARS move a predictor that nothing follows beside an encoder that is followed.
+def test_averaging_in_the_optimiser_gives_the_trajectory_of_averaging_in_the_method() -> None:
+    # AdamW and LARS update an encoder with a moving average and a predictor without.
     for name in ("adamw", "lars"):
         config = OptimConfig(name=name, lr=0.01 if name == "adamw" else 1.0, weight_decay=0.01)
         fused, own = moco_v3(), moco_v3()
@@ -161,37 +161,36 @@ def test_the_optimisers_average_gives_the_trajectory_of_the_methods_own() -> Non
         optimizer._register_companions(None, None)
         for views in batches:
             train_step(own, views, optimizer, 1, autocast)
-        own(*batches[0])  # which averages what the last step left
+        own(*batches[0])  # updates the average after the last step
         for (parameter, got), expected in zip(fused.named_parameters(), own.parameters()):
             torch.testing.assert_close(
                 got, expected, rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}"
             )
 
 
-def test_the_predictor_is_trained_and_followed_by_nothing() -> None:
+def test_the_predictor_is_trained_and_has_no_moving_average() -> None:
     model = byol()
     queries, keys = model.trained_pairs()
     assert [id(p) for p in queries] == [id(p) for p in model.encoder_q.parameters()]
     assert [id(p) for p in keys] == [id(p) for p in model.encoder_k.parameters()]
-    assert sum(
-        len(group["params"]) for group in optimizer_of(model, OptimConfig()).param_groups
-    ) == len([*model.encoder_q.parameters(), *model.predictor.parameters()])
+    groups = optimizer_of(model, OptimConfig()).param_groups
+    trained = [*model.encoder_q.parameters(), *model.predictor.parameters()]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
 
 
-def test_ranks_and_chance_of_moco_v3_are_those_of_its_logits() -> None:
+def test_positive_ranks_and_chance_loss_of_moco_v3_follow_from_the_logits() -> None:
     model = moco_v3(PlainEncoder)
     x1, x2 = random_batches(1, 7)[0]
     assert model.chance_loss is None
-    rank = model(x1, x2).rank
+    positive_rank = model(x1, x2).rank
     eager = Eager(model, torch.float64)
     q = [F.normalize(eager.predictor(eager.encoder_q(x.double())), dim=1) for x in (x1, x2)]
     k = [F.normalize(eager.encoder_k(x.double()), dim=1) for x in (x1, x2)]
     scores = [q[0] @ k[1].t(), q[1] @ k[0].t()]
-    assert torch.equal(rank.long(), torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in scores]))
-    uninformed = (
-        2 * 2 * 0.3 * F.cross_entropy(torch.zeros(7, 7, dtype=torch.float64), torch.arange(7))
-    )
-    assert model.chance_loss == pytest.approx(float(uninformed))
+    above = torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in scores])
+    assert torch.equal(positive_rank.long(), above)
+    chance = F.cross_entropy(torch.zeros(7, 7, dtype=torch.float64), torch.arange(7))
+    assert model.chance_loss == pytest.approx(float(2 * 2 * 0.3 * chance))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -215,7 +214,7 @@ def test_senseless_numbers_are_refused() -> None:
         BYOL(lambda num_classes: nn.ModuleDict({"fc": nn.Identity()}), 4, 4, 0.5)
 
 
-def test_views_of_uint8_pixels_are_those_of_normalised_ones() -> None:
+def test_uint8_views_give_the_loss_of_normalised_views() -> None:
     mean, std = torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 61, 62])
     torch.manual_seed(0)
     model = BYOL(PlainEncoder, 5, 6, 0.9, pixel_mean=mean, pixel_std=std)
@@ -230,8 +229,9 @@ def test_a_state_dict_keeps_projector_in_the_head_and_predictor_apart() -> None:
     names = moco_v3().state_dict().keys()
     assert {name.split(".")[0] for name in names} == {"encoder_q", "encoder_k", "predictor"}
     assert "encoder_q.fc.0.weight" in names
-    assert "encoder_q.fc.4.running_mean" in names  # the projector ends in BatchNorm,
-    assert "encoder_q.fc.4.weight" not in names  # without weights
+    # The projector ends in a BatchNorm without weights.
+    assert "encoder_q.fc.4.running_mean" in names
+    assert "encoder_q.fc.4.weight" not in names
     assert "predictor.4.running_mean" not in names
 
 

@@ -115,3 +115,12 @@ def test_without_metrics_no_picture_is_written(tmp_path: Path) -> None:
     metrics.write_text("")
     assert not plot_curves(metrics, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_metrics_that_a_method_names_have_panels_of_their_own() -> None:
+    plain = {"step": 0, "epoch": 0.0, "loss": 9.0, "lr": 0.1, "data_wait": 0.5, "note": "x"}
+    records = [{**plain, "invariance": 0.5}, {**plain, "epoch": 1.0, "invariance": 0.75}]
+    figure = plot_metrics(records)
+    assert len(figure.axes) == 5
+    assert lines(figure, 4)["invariance"] == ([0.0, 1.0], [0.5, 0.75])
+    assert (figure.axes[0].get_title(), figure.axes[4].get_ylabel()) == ("Loss", "invariance")

@@ -1,4 +1,4 @@
-"""Names, types and sense of options, and what a wrong one says."""
+"""Options: names, types, valid values, and the messages about wrong options."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_recipes_hold_only_differences_and_are_valid() -> None:
         for group, content in values.items():
             for key, value in content.items():
                 same = default[group][key] == value
-                # One line to show where the recipe stands, where nothing at all differs.
+                # moco_v1_r50 differs in nothing, and states values to show where the recipe stands.
                 assert not same or name == "moco_v1_r50", (
                     f"{name}: {group}.{key} is the default already"
                 )
@@ -92,7 +92,7 @@ def test_recipes_hold_only_differences_and_are_valid() -> None:
 
 
 def test_the_published_settings_are_in_the_recipes() -> None:
-    """Figures of the MoCo papers and of the authors' CIFAR-10 demo."""
+    """Settings of the MoCo papers, and of the CIFAR-10 demo of MoCo's authors."""
     v1 = settings.load_recipe("moco_v1_r50")
     assert (v1.model.temperature, v1.model.mlp, v1.optim.schedule, v1.optim.milestones) == (
         0.07,
@@ -189,3 +189,38 @@ def test_a_malformed_recipe_file_is_a_config_error(tmp_path: Path, text: str) ->
     path.write_text(text)
     with pytest.raises(ConfigError):
         settings.load_recipe(str(path))
+
+
+def test_options_of_another_method_are_left_out_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = Config()
+    settings.apply(config, {"model.method": "byol", "model.queue_size": 5, "model.mlp": False})
+    assert not hasattr(config.model, "queue_size")
+    assert [record.message for record in caplog.records] == [
+        "model.queue_size is an option of moco, memory_bank; byol ignores it"
+    ]  # mlp has its default, as in the configuration of an old run
+    with pytest.raises(ConfigError, match=r"unknown option 'model\.queue'"):
+        settings.apply(config, {"model.queue": 5})
+
+
+def test_a_change_of_the_method_keeps_what_was_set_and_takes_its_own_defaults() -> None:
+    config = Config()
+    settings.apply(config, {"model.temperature": 0.3, "model.dim": 32})
+    settings.apply(config, {"model.method": "swav"})
+    assert (config.model.method, config.model.temperature, config.model.dim) == ("swav", 0.3, 32)
+    assert config.model.hidden_dim == 2048  # of SwAV, not of BYOL
+    assert settings.from_dict(settings.to_dict(config)) == config
+    other = Config()
+    settings.apply(other, {"model.method": "simclr"})
+    assert other.model.temperature == 0.1
+
+
+def test_values_out_of_range_are_named_before_values_together() -> None:
+    config = settings.load_recipe("digits")
+    settings.apply(config, {"train.accumulate": 0})
+    with pytest.raises(ConfigError, match=r"train\.accumulate: expected at least 1, got 0"):
+        settings.validate(config)
+    settings.apply(config, {"train.accumulate": 3})
+    with pytest.raises(ConfigError, match=r"data\.batch_size: expected a multiple"):
+        settings.validate(config)

@@ -1,4 +1,4 @@
-"""The four-class study: writes its results, and repeats no finished run."""
+"""The four-class study writes results, and repeats no finished run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ CPU = torch.device("cpu")
 
 
 def tiny() -> StudySize:
-    """The study for a CPU, with an epoch of pretraining, two on labels, and two seeds."""
+    """Returns the study for a CPU: one epoch without labels, two with labels, two seeds."""
     cpu = SIZES["cpu"]
+    short = {"train.epochs": 1, "optim.warmup_epochs": 0.0, "data.batch_size": 16}
     models = {
         name: replace(
             model,
-            pretraining={
-                **model.pretraining,
-                "train.epochs": 1,
-                "optim.warmup_epochs": 0.0,
-                "data.batch_size": 16,
-            },
+            pretraining={**model.pretraining, **short},
             tuning=replace(model.tuning, epochs=2, batch_size=8),
         )
         for name, model in cpu.models.items()
@@ -45,7 +41,7 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     for part in ("train", "test"):
         runs.make_images(data / part, 5 * 10, classes=5, side=32)
     size = tiny()
-    monkeypatch.setattr(study, "count_workers", lambda _: 1)  # one process beside this one
+    monkeypatch.setattr(study, "count_workers", lambda _: 1)  # one process besides this process
     results = four_class(str(data), out, size, CPU)
     assert results == json.loads((out / "results.json").read_text())
     names = {
@@ -56,9 +52,9 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     }
     assert results["runs"].keys() == names
     assert {len(accuracies) for accuracies in results["runs"].values()} == {2}
-    assert all(
-        round(12 * share, 6) % 1 == 0 for run in results["runs"].values() for share in run
-    )  # of 4 x 3 images
+    # Accuracies are shares of 4 x 3 images.
+    shares = [share for run in results["runs"].values() for share in run]
+    assert all(round(12 * share, 6) % 1 == 0 for share in shares)
     assert results["knn"].keys() == {"ResNet", "ViT"}
 
     # Four of five classes, the given number of images, every link to a different file.
@@ -69,7 +65,7 @@ def test_it_runs_every_pair_once_and_continues_where_it_stopped(
     assert len((out / "table.md").read_text().splitlines()) == 2 + 4
     assert Image.open(out / "curves.png").size[0] > 800
 
-    # A lost run is repeated, alone, with the same result.
+    # Only a run without a result is repeated, and gives the same result.
     lost = results["runs"].pop("ViT pretrained 1")
     (out / "results.json").write_text(json.dumps(results))
     capsys.readouterr()
@@ -90,7 +86,8 @@ def test_the_table_holds_means_and_deviations_and_the_gain_seed_by_seed() -> Non
         "ViT pretrained 1": [0.5, 0.5, 0.7],
     }
     lines = table({"runs": shares}, size).splitlines()
-    # By hand: deviations of two values are their distance / sqrt 2; gains 5 and 15 points.
+    # Computed by hand: the deviation of two values is their distance / sqrt(2), and the gains are 5
+    # and 15 points.
     assert lines[2] == "| ViT | scratch | 50.0 ± 7.1 | 50.0 ± 7.1 |  | 10.0 ± 0.0 |"
     assert lines[3] == "| ViT | pretrained | 60.0 ± 14.1 | 60.0 ± 14.1 | 10.0 ± 7.1 | 10.0 ± 0.0 |"
     figure = plot_study({"runs": shares}, size)
@@ -102,15 +99,7 @@ def test_images_that_are_not_four_classes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.make_images(tmp_path / "data", 12, classes=3)
-    arguments = (
-        "four-class",
-        "--data.path",
-        str(tmp_path / "data"),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    )
-    assert cli.main(["study", *arguments]) == 2
+    folders = ("--data.path", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert cli.main(["study", "four-class", *folders, "--device", "cpu"]) == 2
     assert "needs 4 classes, each a folder; got" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what they write, stop, resume, and do on two ranks."""
+"""Whole runs through the command line: files, stops, continued runs, two ranks."""
 
 from __future__ import annotations
 
@@ -23,25 +23,19 @@ from mocofast.train.metrics import Window
 from mocofast.train.step import train_step
 from tests import runs
 
-# Few steps of an epoch of 11; a queue that wraps around within them; a window that no checkpoint falls on.
-SHORT = [
-    "--train.log_every",
-    "3",
-    "--model.queue_size",
-    "300",
-    "--knn.every",
-    "1",
-    "--data.workers",
-    "1",
-]
-
 
 def options(**values: object) -> list[str]:
-    return [
-        part
-        for name, value in values.items()
-        for part in (f"--{name.replace('__', '.')}", str(value))
-    ]
+    """Returns the words of a command line. group__option=value becomes --group.option value."""
+    pairs = [(f"--{name.replace('__', '.')}", str(value)) for name, value in values.items()]
+    return [word for pair in pairs for word in pair]
+
+
+# An epoch has 11 steps. The queue wraps around within the steps of these tests. No checkpoint falls
+# on the end of a window.
+SHORT = options(train__log_every=3, model__queue_size=300, knn__every=1, data__workers=1)
+
+
+PRETRAIN = [sys.executable, "-m", "mocofast", "pretrain", "digits", *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +45,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One uninterrupted epoch and a half of the default recipe: folder and output."""
+    """An uninterrupted run of the default recipe, an epoch and a half: folder and output."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    out = runs.mocofast(
-        "pretrain", "digits", *SHORT, *options(train__dir=folder, train__max_steps=17)
-    )
-    return folder, out.stdout
+    own = options(train__dir=folder, train__max_steps=17)
+    return folder, runs.mocofast("pretrain", "digits", *SHORT, *own).stdout
 
 
 def test_a_run_leaves_everything_it_promises(digits_run: tuple[Path, str]) -> None:
@@ -67,9 +59,8 @@ def test_a_run_leaves_everything_it_promises(digits_run: tuple[Path, str]) -> No
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     assert [line["step"] for line in train] == [3, 6, 9, 12, 15]
-    assert all(
-        {"step", "epoch", "loss", "lr", "images_per_second"} <= line.keys() for line in train
-    )
+    names = {"step", "epoch", "loss", "lr", "images_per_second"}
+    assert all(names <= line.keys() for line in train)
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 11]
     assert "before: kNN accuracy 0." in out
     assert "after:  kNN accuracy 0." in out
@@ -85,9 +76,8 @@ def test_the_configuration_in_the_run_folder_runs_again_to_the_same_metrics(
     assert runs.metrics(again) == runs.metrics(folder)
 
 
-@pytest.mark.parametrize(
-    "stop", [4, 11, 13]
-)  # inside the first epoch, at its end, inside the second
+# Inside the first epoch, at the end of the first epoch, inside the second epoch.
+@pytest.mark.parametrize("stop", [4, 11, 13])
 def test_a_stopped_and_continued_run_equals_one_never_stopped(
     digits_run: tuple[Path, str], tmp_path: Path, stop: int
 ) -> None:
@@ -124,15 +114,14 @@ def test_resuming_is_exact_on_image_files_with_both_loaders(
 
 
 def test_metrics_from_after_the_checkpoint_are_not_written_twice(tmp_path: Path) -> None:
-    """A run that died after its last checkpoint has logged steps that the continued run trains again."""
+    """A run that died after the last checkpoint has logged steps, which are then trained again."""
     folder = tmp_path / "run"
     base = ["pretrain", "digits", *SHORT, *options(train__dir=folder)]
     runs.mocofast(*base, *options(train__max_steps=4))
     lines = runs.metrics(folder)
+    # Lines of a killed process. The last line is torn.
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(
-            '{"step": 6, "loss": 1.0}\n{"step": 9, "lo'
-        )  # lines of a killed process, the last one torn
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 9, "lo')
     runs.mocofast(*base, "--resume", "auto", *options(train__max_steps=6))
     after = runs.metrics(folder)
     assert after[: len(lines)] == lines
@@ -144,16 +133,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "mocofast",
-        "pretrain",
-        "digits",
-        *SHORT,
-        "--train.dir",
-        str(folder),
-    ]
+    command = [*PRETRAIN, *options(train__dir=folder)]
     process = subprocess.Popen(
         command,
         env=runs.environment(),
@@ -174,16 +154,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_with_its_own_status(
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
     folder, port = tmp_path / "run", str(free_port())
-    command = [
-        sys.executable,
-        "-m",
-        "mocofast",
-        "pretrain",
-        "digits",
-        *SHORT,
-        "--train.dir",
-        str(folder),
-    ]
+    command = [*PRETRAIN, *options(train__dir=folder)]
     world = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -208,6 +179,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> Non
 
 
 def _wait_for_a_metrics_line(folder: Path) -> None:
+    """Waits until a run has logged a step. Fails after a minute."""
     path = folder / "metrics.jsonl"
     for _ in range(600):
         if path.exists() and '"loss"' in path.read_text():
@@ -217,13 +189,12 @@ def _wait_for_a_metrics_line(folder: Path) -> None:
 
 
 def test_two_ranks_of_half_the_batch_follow_one_rank(images: Path, tmp_path: Path) -> None:
-    """No BatchNorm, so the division of a batch must not matter (beyond the order of float32 sums)."""
+    """Without BatchNorm the division of a batch changes only the order of float32 sums."""
     common = [
         *("pretrain", "digits", *SHORT),
         *options(data__source="folder", data__path=images, data__batch_size=64, train__max_steps=6),
-        *options(
-            augment__size=16, data__loader="torchvision", model__queue_size=150, optim__lr=0.5
-        ),
+        *options(augment__size=16, data__loader="torchvision"),
+        *options(model__queue_size=150, optim__lr=0.5),
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     script = str(Path(runs.__file__))
@@ -238,14 +209,15 @@ def test_two_ranks_of_half_the_batch_follow_one_rank(images: Path, tmp_path: Pat
     before = MoCo(runs.PlainEncoder, 64, 150).encoder_q.fc.weight
     assert not torch.allclose(expected["encoder_q.fc.weight"], before, atol=1e-3)
     for name in expected:
-        # Six steps at a rate of 0.5: float32 sums in another order, amplified a little by every step.
+        # float32 sums in another order differ, and six steps at a learning rate of 0.5 amplify the
+        # difference.
         torch.testing.assert_close(
             got[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
 def test_micro_batches_follow_the_whole_batch() -> None:
-    """Queue of 50 keys under batches of 24: it wraps around between steps."""
+    """A queue of 50 keys and batches of 24 images: the queue wraps around within a batch."""
     results = []
     for accumulate in (1, 2, 3):
         torch.manual_seed(0)
@@ -287,10 +259,11 @@ def test_a_steady_step_never_waits_for_the_device(splits: int) -> None:
         pending = window.flush()
         window.add(train_step(model, views, optimizer, 1, autocast), 8, 0.0)
     assert waits.count == 0
-    # Of the first step alone: a log line is read after the next one's launch.
+    # The means of the first step alone, although the next step was launched before the means are
+    # read.
     assert pending.wait()["loss"] == float(metrics.loss)
     with HostSynchronisations() as waits:
-        torch.ones(1).item()  # the counter does count
+        torch.ones(1).item()  # shows that the counter counts
     assert waits.count == 1
 
 
@@ -313,7 +286,7 @@ def test_unreadable_files_are_replaced_counted_and_named(tmp_path: Path) -> None
         Path(json.loads(line)["file"]).name
         for line in (folder / "skipped.jsonl").read_text().splitlines()
     }
-    # Those held out for kNN are not part of the training stream.
+    # Images that are held out for kNN are not part of the training stream.
     assert named <= {*names, "empty.jpg", "text.png"}
     assert len(named) >= 3
     assert all(name in out.stdout for name in named)

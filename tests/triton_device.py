@@ -1,6 +1,7 @@
-"""Where kernel tests run: through the real compiler on a GPU, else through Triton's interpreter on the CPU.
+"""Chooses where kernel tests run: compiled on a GPU, else in Triton's interpreter on the CPU.
 
-Import this before anything that imports triton: `triton.jit` decides at decoration, triton's own library included.
+Import this module before anything that imports triton, because `triton.jit` decides at decoration,
+also for the functions of triton's own library.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _teach_the_interpreter_bfloat16() -> None:
-    """Triton 3.6's interpreter truncates where it converts to bfloat16 and multiplies matrices of bfloat16 as the
-    integers they are stored in. Both would hide our errors behind its own, so both are done by PyTorch here."""
+    """Replaces two operations of Triton 3.6's interpreter that are wrong for bfloat16.
+
+    The conversion to bfloat16 truncates, and a product of bfloat16 matrices multiplies the integers
+    that encode the numbers. PyTorch rounds here, and products are computed in float32. Otherwise
+    the errors of the interpreter would hide errors of the kernels.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -24,6 +29,7 @@ def _teach_the_interpreter_bfloat16() -> None:
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def widened(x: Any) -> Any:
+        # The upper half of a float32 holds the bits of a bfloat16.
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def cast_impl(self: Any, x: Any, dtype: Any) -> Any:
@@ -31,14 +37,9 @@ def _teach_the_interpreter_bfloat16() -> None:
         if source == tl.bfloat16 and target == tl.float32:
             return widened(x)
         if source == tl.float32 and target == tl.bfloat16:
-            rounded = (
-                torch.from_numpy(np.array(x.data))
-                .bfloat16()
-                .view(torch.int16)
-                .numpy()
-                .view(np.uint16)
-            )
-            return TensorHandle(rounded, tl.bfloat16)
+            rounded = torch.from_numpy(np.array(x.data)).bfloat16()
+            bits = rounded.view(torch.int16).numpy().view(np.uint16)
+            return TensorHandle(bits, tl.bfloat16)
         return cast(self, x, dtype)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
@@ -53,7 +54,8 @@ def _teach_the_interpreter_bfloat16() -> None:
 if DEVICE == "cpu":
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            "triton was imported before TRITON_INTERPRET=1 was set: import tests.triton_device first"
+            "triton was imported before TRITON_INTERPRET=1 was set: "
+            "import tests.triton_device first"
         )
     os.environ["TRITON_INTERPRET"] = "1"
     _teach_the_interpreter_bfloat16()

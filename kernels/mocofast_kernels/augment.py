@@ -214,6 +214,7 @@ def _augment_kernel(
     ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # One view of one image: the parameters, the crop's corner, and the pixels (S, S) of the tile.
     row, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     values = parameters + view * parameters_stride + row * STRIDE
     height, width = tl.load(values + HEIGHT).to(tl.int32), tl.load(values + WIDTH).to(tl.int32)

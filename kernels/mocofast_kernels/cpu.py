@@ -51,8 +51,7 @@ class InfoNCEForward(NamedTuple):
 
     loss: Tensor  # (N,) float32
     lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
-    # (N,) int32: the positive's rank, the number of negatives that score above the positive
-    rank: Tensor | None
+    rank: Tensor | None  # (N,) int32: how many negatives score above the positive
     grad_query: Tensor | None  # (N, C) float32: d loss_i / d query_i
     # (N, C) float32: d loss_i / d positive_i, through the positive logit only
     grad_positive: Tensor | None
@@ -86,16 +85,19 @@ def infonce_forward(
     only_query: compute the gradient of the query alone.
     dot_dtype: ignored (float32 always).
     """
+    # Operands. Logits of unit vectors are bounded, so they need no maximum unless T is small.
     inverse_t = _inverse(temperature)
     unshifted = (
         normalize
         and isinstance(inverse_t, float)
         and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
     )
-    h, query_norm = _rows(query, normalize)
-    key, key_norm = _rows(positive, normalize)
+    h, query_norm = _rows(query, normalize)  # (N, C)
+    key, key_norm = _rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
-    logit_positive = (scaled * key).sum(1, keepdim=True)
+    logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
+
+    # Sums over the negatives, for blocks of queries.
     blocks = _Blocks(negatives, normalize_negatives, len(h))
     options = (exclude_period, unshifted, return_rank, compute_grad)
     total, output, maximum, positive_rank = _joined(
@@ -105,7 +107,7 @@ def infonce_forward(
         ]
     )
 
-    # Loss. log(0) = -inf for a row without negatives gives loss 0.
+    # Loss = softplus(log(sum) - positive logit). A row without negatives: softplus(-inf) = 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)

@@ -112,6 +112,7 @@ def ghost_bn_forward(
         towards the splits' mean, and towards the mean of their unbiased variances.
     num_splits: number of groups of samples, normalised separately.
     """
+    # Divide the work, and allocate results and partial sums.
     cut = _chunking(tuple(x.shape), num_splits, kernel_slots(x.device))
     output = torch.empty_like(x, memory_format=torch.channels_last)
     partial_shape = (2, num_splits, cut.read_chunks, cut.C)
@@ -119,6 +120,7 @@ def ghost_bn_forward(
     statistics = torch.empty((3, num_splits, cut.C), dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(cut.C, cut.block_c) * num_splits
     with torch.cuda.device_of(x):
+        # First pass over x: partial sums of every chunk of a split.
         _statistics_kernel[(blocks * cut.read_chunks,)](
             x,
             partial,
@@ -133,6 +135,7 @@ def ghost_bn_forward(
             UNROLL=UNROLL,
             num_warps=WARPS,
         )
+        # Mean, variance and inverse deviation of every split, from the partial sums.
         _combine_statistics_kernel[(triton.cdiv(cut.C, COMBINED) * num_splits,)](
             partial,
             statistics,
@@ -146,6 +149,7 @@ def ghost_bn_forward(
             BLOCK_C=COMBINED,
             num_warps=WARPS,
         )
+        # Second pass over x: write the output, and update the running statistics.
         _normalise_kernel[(blocks * cut.write_chunks,)](
             x,
             residual,
@@ -192,6 +196,8 @@ def ghost_bn_backward(
     The gradients of weight and bias are float32. Without a ReLU the residual's gradient is
     grad_output itself.
     """
+    # Divide the work, and allocate results and partial sums. `rectified`: the residual's gradient,
+    # which is grad_output where the ReLU let the value pass.
     cut = _chunking(tuple(x.shape), num_splits, kernel_slots(x.device))
     rectified = grad_output if output is None else torch.empty_like(grad_output)
     grad_input = torch.empty_like(x, memory_format=torch.channels_last)
@@ -203,6 +209,7 @@ def ghost_bn_backward(
     )
     blocks = triton.cdiv(cut.C, cut.block_c) * num_splits
     with torch.cuda.device_of(x):
+        # First pass: partial sums of the gradients, and `rectified` if there is an output.
         _backward_sums_kernel[(blocks * cut.read_chunks,)](
             grad_output,
             x,
@@ -224,6 +231,7 @@ def ghost_bn_backward(
             UNROLL=UNROLL // 2,
             num_warps=WARPS,
         )
+        # Sums of every split, from the partial sums.
         _combine_sums_kernel[(triton.cdiv(cut.C, COMBINED) * num_splits,)](
             partial,
             statistics,
@@ -235,6 +243,7 @@ def ghost_bn_backward(
             BLOCK_C=COMBINED,
             num_warps=WARPS,
         )
+        # Second pass: the gradients of x, weight and bias.
         # Without this limit ptxas spills two words of the ReLU's mask to fit one more program.
         limit = {"maxnreg": REGISTERS} if relu and output is None else {}
         _grad_input_kernel[(blocks * cut.write_chunks,)](

@@ -71,6 +71,7 @@ def _combine_kernel(
 
     Computes in float32 throughout, from the inputs as given.
     """
+    # Load a query and its positive, both (1, C), and compute the positive's score.
     row = tl.program_id(0).to(tl.int64)
     one = tl.arange(0, 1)
     scale = inverse_temperature(temperature, TEMPERATURE_IS_POINTER)
@@ -87,7 +88,7 @@ def _combine_kernel(
         key = unit_rows(k)
     positive_score = tl.sum(h * key)
 
-    # Sum of the weights over the splits.
+    # Sum of the weights over the splits. With ONLINE every split has a maximum of its own.
     split = tl.arange(0, SPLITS)
     inside = split < splits
     total = tl.load(totals + split * N + row, mask=inside, other=0.0)
@@ -111,7 +112,7 @@ def _combine_kernel(
     tl.store(loss + row, value)
     tl.store(lse + row, value + positive_score * scale)
 
-    # Gradients, from the weighted mean of the negatives.
+    # Gradients, from the weighted mean of the negatives, (1, C).
     if GRAD:
         mean = tl.zeros([1, BLOCK_C], dtype=tl.float32)
         columns = tl.arange(0, BLOCK_C)
@@ -124,13 +125,14 @@ def _combine_kernel(
                 shift = tl.load(maxima + some * N + row, mask=some < splits, other=float("-inf"))
                 tile *= tl.exp2(shift - maximum)[:, None]
             mean += tl.sum(tile, axis=0)[None, :]
-        mean /= tl.where(total == 0.0, 1.0, total)
+        mean /= tl.where(total == 0.0, 1.0, total)  # a row without negatives has the total 0
+        # d loss / d q = share (mean - key) / T, and d loss / d key = -share q / T.
         share = 1.0 / (1.0 + tl.exp(-d))  # the negatives' share of the softmax
         away = share * (mean - key)
         tl.store(grad_scale + row, tl.sum(h * away))
         to_query = scale * away
         to_positive = -scale * share * h
-        if NORMALIZE:
+        if NORMALIZE:  # from gradients of unit vectors to gradients of the inputs
             to_query = through_unit(to_query, q)
             to_positive = through_unit(to_positive, k)
         within = (columns < C)[None, :]
@@ -198,6 +200,7 @@ def infonce_forward(
     positive (N, C), the second through the positive's score alone, and by 1 / T (N,).
     Fields not asked for are None. Does not synchronise with the host.
     """
+    # Choose the variant of the kernel and the tile.
     N, C = query.shape
     K = negatives.shape[0]
     assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
@@ -226,7 +229,7 @@ def infonce_forward(
         tiles_per_split = triton.cdiv(tiles, splits)
         splits = triton.cdiv(tiles, tiles_per_split)  # no split without a tile
 
-        # Sweep over the negatives.
+        # Sweep over the negatives. Every split writes its own sums.
         totals, maxima = empty(splits, N), empty(splits, N) if online else None
         positive_ranks = empty(splits, N, dtype=torch.int32) if return_rank else None
         outs = empty(splits, N, C) if compute_grad else None

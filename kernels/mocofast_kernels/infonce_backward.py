@@ -117,6 +117,7 @@ def infonce_grad_negatives(
     lse: (N,) float32, from `infonce_forward` with equal arguments.
     Further arguments: as for `infonce_forward`.
     """
+    # Check shapes and choose the tile.
     N, C = query.shape
     K = negatives.shape[0]
     shapes = grad_loss.shape, lse.shape, negatives.shape

@@ -61,9 +61,9 @@ def _sweep_step(
     OUT_C: tl.constexpr,
 ):
     """Takes a tile of negatives into the running sums."""
+    # scores: (BLOCK_N, BLOCK_K), query x negatives. values: (BLOCK_K, OUT_C), columns of negatives.
     HALF: tl.constexpr = tl.float16 == DOT
     rows = tl.arange(0, BLOCK_K)
-    # scores: (BLOCK_N, BLOCK_K), query x negatives
     if C <= BLOCK_C:
         # One load of the tile serves both products.
         values = load_rows(negatives, rows, 0, stride_k, stride_c, remaining, C, BLOCK_C, TAIL)
@@ -72,7 +72,7 @@ def _sweep_step(
         values = round_operand(values, DOT, PRECISION)
         scores = tl.dot(query_block, tl.trans(values), input_precision=PRECISION)
     else:
-        # Long rows: norms, scores and values are computed chunk by chunk of columns.
+        # Long rows are read by chunks of columns: first for the norms,
         if NORMALIZE_NEGATIVES:
             squares = tl.zeros([BLOCK_K], dtype=tl.float32)
             for c in range(0, C, BLOCK_C):
@@ -81,6 +81,7 @@ def _sweep_step(
                 ).to(tl.float32)
                 squares += tl.sum(chunk * chunk, axis=1)
             row_scale = inverse_norm(squares)[:, None]
+        # then for the scores,
         scores = tl.zeros([query_rows.shape[0], BLOCK_K], dtype=tl.float32)
         for c in range(0, C, BLOCK_C):
             q = load_rows(
@@ -91,6 +92,7 @@ def _sweep_step(
                 chunk = chunk.to(tl.float32) * row_scale
             chunk = round_operand(chunk, DOT, PRECISION)
             scores = tl.dot(q, tl.trans(chunk), scores, input_precision=PRECISION)
+        # then the columns that this program adds to `out`.
         if GRAD:
             values = load_rows(
                 negatives, rows, out_column, stride_k, stride_c, remaining, C, OUT_C, TAIL
@@ -109,8 +111,8 @@ def _sweep_step(
         positive_rank += tl.sum(above, axis=1).to(tl.int32)
     # Weights 2^(logit - shift), and their sums.
     if ONLINE:
-        # The maximum starts from the positive's finite score. So a tile that is masked
-        # altogether never leaves inf - inf.
+        # The maximum starts from the positive's finite score. So a tile whose negatives are all
+        # masked never gives inf - inf.
         largest = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         fade = tl.exp2(maximum - largest)
         maximum = largest
@@ -162,8 +164,8 @@ def _sweep_kernel(
     BLOCK_C: tl.constexpr,
     OUT_C: tl.constexpr,
 ):
-    # Blocks of queries are the fastest axis: programs that run at the same time read the
-    # same negatives, from the L2 cache.
+    # The work of this program. Blocks of queries are the fastest axis: programs that run at the
+    # same time read the same negatives, from the L2 cache.
     first = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     # Several programs share an accumulator row longer than OUT_C, and each program repeats
@@ -178,7 +180,7 @@ def _sweep_kernel(
     # equals the positive ties.
     positive_score = tl.zeros([BLOCK_N], dtype=tl.float32)
     if ONLINE or RANK:
-        if PREPARED:
+        if PREPARED:  # computed by `prepare_rows`
             positive_score = tl.load(positive_scores + first + rows, mask=rows < limit, other=0.0)
         else:
             positive += first.to(tl.int64) * positive_stride_n
@@ -187,7 +189,7 @@ def _sweep_kernel(
             )
             q = load_rows(query, rows, 0, query_stride_n, query_stride_c, limit, C, BLOCK_C, True)
             if NORMALIZE:
-                k = unit_rows(k)
+                k = unit_rows(k)  # (BLOCK_N, C), as q
                 q = unit_rows(q)
             k = round_operand(k, DOT, PRECISION).to(tl.float32)
             positive_score = tl.sum(round_operand(q, DOT, PRECISION).to(tl.float32) * k, axis=1)
@@ -209,7 +211,8 @@ def _sweep_kernel(
     out = tl.zeros([BLOCK_N, OUT_C], dtype=tl.float32)
     maximum = positive_score * scale if ONLINE else scale
 
-    # Whole tiles of the split.
+    # Whole tiles of the split. `residue`: the place, modulo period, of a query's excluded negatives
+    # in the tile. The place moves from tile to tile unless the period divides BLOCK_K.
     tile = split * tiles_per_split
     full_tiles = tl.minimum(tiles_per_split, K // BLOCK_K - tile)
     negatives += tile.to(tl.int64) * BLOCK_K * stride_k
@@ -301,11 +304,11 @@ def _sweep_kernel(
             )
             negatives += TAIL_K * stride_k
 
-    # Write the split's sums.
+    # Write the split's sums, without the factor 2^HALF_LIFT.
     if HALF:
         total *= tl.exp2(-HALF_LIFT)
         out *= tl.exp2(-HALF_LIFT)
-    place = split.to(tl.int64) * N + first
+    place = split.to(tl.int64) * N + first  # of the first row in the arrays (splits, N)
     inside = rows < limit
     if out_column == 0:
         tl.store(totals + place + rows, total, mask=inside)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocofast.config import SOURCES, ConfigError, DataConfig
+from mocofast.config import SOURCES, ConfigError, DataConfig, is_plugin, load_plugin
 from mocofast.data.interface import Source
 from mocofast.data.names import (
     EXTENSIONS,
@@ -173,6 +173,9 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         only if absent. The val set is the test set. With several processes, one process
         must call this function first, so that only one process downloads.
 
+    data.source=package.module: the module's own `load_datasets(data, seed)`, which returns
+        Datasets.
+
     If labelled images of a folder or of shards have no val/ or test/ folder, the share
     `data.holdout` of every class is held out for the val set. The images are chosen by
     `seed`.
@@ -182,6 +185,10 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")
+    if is_plugin(data.source):
+        module = load_plugin("data.source", data.source, "load_datasets")
+        own: Datasets = module.load_datasets(data, seed)
+        return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
     datasets = _LOAD[data.source](data, seed)

@@ -75,6 +75,7 @@ def finetune(
             "data.path: fine-tuning needs labelled images, some of them held out; "
             f"got {datasets.note}"
         )
+    # Labelled images: one plain view of every image.
     seed = config.train.seed
     batch_slice = BatchSlice(min(options.batch_size, len(datasets.train)))
     views = (plain_view(config.augment),)
@@ -105,6 +106,7 @@ def finetune(
             loss_sum = torch.zeros((), device=device)
             encoder.train()
             for batch in loader.epoch(epoch):
+                # One optimiser step.
                 assert batch.labels is not None
                 rate = learning_rate(schedule, step, steps, options.epochs)
                 set_learning_rate(optimizer, rate)

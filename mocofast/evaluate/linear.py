@@ -208,6 +208,7 @@ def _reference(
     options: LinearConfig,
     device: torch.device,
 ) -> LinearResult:
+    # Labelled images: one plain view of every image, with the batch size of the probe.
     data = replace(config.data, batch_size=options.batch_size)
     batch_slice = BatchSlice(options.batch_size, drop_last=False)
     views, seed = (plain_view(config.augment),), config.train.seed
@@ -220,6 +221,8 @@ def _reference(
     with torch.no_grad():
         head.weight.copy_(torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=generator))
         head.bias.zero_()
+
+    # Optimiser and schedule.
     optimizer = torch.optim.SGD(head.parameters(), lr=options.lr, momentum=0.9, weight_decay=0.0)
     schedule = OptimConfig(
         lr=options.lr,
@@ -253,6 +256,7 @@ def _reference(
                     seen += len(labels)
                     hits += (logits.argmax(1) == labels).sum()
                     loss_sum += loss.detach() * len(labels)
+                # Validation, on features that were computed once.
                 train_top1 = hits.item() / seen
                 top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
                 log.info(

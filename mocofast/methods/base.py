@@ -15,7 +15,7 @@ from mocofast.distributed import rank_and_world_size
 from mocofast.models.pixels import prepare_images
 from mocofast.step_parts import FORWARD, step_part
 
-# The value of a number at (step, total_steps); steps count from 0.
+# Returns the value of a number at (step, total_steps). Steps count from 0.
 Schedule = Callable[[int, int], float]
 
 
@@ -63,13 +63,13 @@ class Method(nn.Module):
     pixel_mean, pixel_std: three channels' statistics on the 0..255 scale, for uint8 views only.
 
     Under DistributedDataParallel every rank has the same batch size. Buffers are not broadcast at
-    every step. Rank 0's buffers are taken once. Every rank keeps its own BatchNorm running
-    statistics, and a checkpoint holds those of rank 0.
+    every step. Rank 0's buffers are taken once. Every rank keeps its own running statistics of
+    BatchNorm, and a checkpoint holds rank 0's.
     """
 
     num_views = 2
     batch_fields: tuple[str, ...] = ()
-    momentum = 0.0  # m of the moving average, where there is a momentum encoder
+    momentum = 0.0  # m of the moving average, if there is a momentum encoder
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None
@@ -88,7 +88,7 @@ class Method(nn.Module):
                 pixels = torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
         # Numbers that change over the run, {attribute: schedule}. The loop sets the attributes
-        # before every step. The engine keeps them on the device for a captured step.
+        # before every step. The engine keeps the numbers on the device for a captured step.
         self.schedules: dict[str, Schedule] = {}
         # Faster ways to run an encoder in training, {attribute: function}, set by the engine.
         self.run: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -182,9 +182,9 @@ class Method(nn.Module):
                 )
         if self.pixel_mean is None and any(view.dtype == torch.uint8 for view in views.values()):
             raise TypeError(
-                f"{', '.join(views)}: got uint8 images, and this {type(self).__name__} has no "
-                "pixel statistics to normalise them with; pass pixel_mean and pixel_std (on the "
-                "0..255 scale) to it, or normalised float images to forward"
+                f"{', '.join(views)}: got uint8 images, but this {type(self).__name__} has no "
+                "pixel statistics to normalise uint8 images. Pass pixel_mean and pixel_std (on the "
+                "0..255 scale) to the method, or normalised float images to forward"
             )
         if self.training and not self._synchronized:
             self._synchronize()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError, between, option
-from mocofast.distributed import SharedGenerator, all_gather, rank_and_world_size, to_device
+from mocofast.distributed import SharedGenerator, all_gather, indices_to_device, rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
 from mocofast.methods.options import StoredKeysOptions
@@ -126,7 +126,7 @@ class MemoryBank(Method):
         if self.training:
             self._pending.append((batch, all_gather(F.normalize(v.detach().float(), dim=1))))
             if enqueue:
-                self._update(*(torch.cat(parts) for parts in zip(*self._pending)))
+                self._update(*(torch.cat(tensors) for tensors in zip(*self._pending)))
                 self._pending.clear()
         return ranking_output(loss, positive_rank)
 
@@ -150,7 +150,7 @@ class MemoryBank(Method):
                 f"data.batch_size: must leave negatives among the {len(self.bank)} images"
             )
         generator = self.sampler.generator(images.device) if self.training else None
-        return to_device(
+        return indices_to_device(
             [torch.randint(free, (self.negatives,), generator=generator)], images.device
         )
 

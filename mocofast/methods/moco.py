@@ -186,8 +186,8 @@ class MoCo(MomentumMethod):
         # Read the queue before the new keys enter: a positive is never among its own negatives.
         loss, positive_rank, keys = self._contrast(im_q, im_k, step_inputs[:2])
         if self.symmetric:
-            swapped, swapped_rank, first_keys = self._contrast(im_k, im_q, step_inputs[2:])
-            loss, positive_rank = loss + swapped, torch.cat([positive_rank, swapped_rank])
+            swapped, swapped_positive_rank, first_keys = self._contrast(im_k, im_q, step_inputs[2:])
+            loss, positive_rank = loss + swapped, torch.cat([positive_rank, swapped_positive_rank])
             keys = torch.cat([first_keys, keys])  # the demo enqueues the first view's keys first
         if self.training:
             self._pending.append(keys)
@@ -216,9 +216,9 @@ class MoCo(MomentumMethod):
     def _contrast(
         self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns loss (), the positives' ranks (N,), and the keys to enqueue.
+        """Returns loss (), positive ranks (N,), and the keys to enqueue.
 
-        The keys are those of all W ranks, (W*N, C), or in eval mode those of this rank, (N, C).
+        In train mode the keys of all W ranks, (W*N, C). In eval mode this rank's keys, (N, C).
         """
         with torch.no_grad(), self.side_stream() as join:
             if self.training:
@@ -260,11 +260,11 @@ class MoCo(MomentumMethod):
         return keys[rank * len(im_k) : (rank + 1) * len(im_k)], keys
 
 
-def build(config: Config, images: int = 0, classes: int = 0) -> MoCo:
-    """Returns MoCo with the options of `config.model`."""
+def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = MoCo) -> MoCo:
+    """Returns MoCo, or a subclass `kind`, with the options of `config.model`."""
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
-    model = MoCo(
+    model = kind(
         build_encoder(m.arch, config.augment.size),
         m.dim,
         m.queue_size,

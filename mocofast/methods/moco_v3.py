@@ -41,7 +41,7 @@ class MoCoV3(PredictingMethod):
     momentum: m of the key encoder's moving average. A schedule may raise it to 1.
     temperature: T.
     projector_layers: number of linear layers. The paper has 2 for ResNets, 3 for ViTs.
-    predictor_norm: end the predictor in a BatchNorm. The paper does for ViTs only.
+    predictor_norm: end the predictor in a BatchNorm, as the paper does for ViTs.
     """
 
     def __init__(
@@ -92,15 +92,16 @@ class MoCoV3(PredictingMethod):
         self.check_views(im_1=im_1, im_2=im_2)
         (q_1, q_2), keys = self.outputs(im_1, im_2, update_keys=update_keys)  # all (N, C)
         k_1, k_2 = (F.normalize(k.float(), dim=1) for k in keys)
-        loss_1, rank_1 = self._contrast(q_1, k_2)
-        loss_2, rank_2 = self._contrast(q_2, k_1)
+        loss_1, positive_rank_1 = self._contrast(q_1, k_2)
+        loss_2, positive_rank_2 = self._contrast(q_2, k_1)
         loss = 2 * self.temperature * (loss_1 + loss_2)
-        return ranking_output(loss, torch.cat([rank_1, rank_2]))
+        return ranking_output(loss, torch.cat([positive_rank_1, positive_rank_2]))
 
     def _contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the key of every query among the keys of all ranks.
 
-        q, k: (N, C). Returns the mean cross entropy () and the positives' ranks (N,).
+        q, k: (N, C). Returns the mean cross entropy () and positive ranks (N,): how many wrong keys
+        score above the right key.
         """
         own_rows = None
         if self.training:

@@ -1,4 +1,4 @@
-"""Options that several methods share. A method's `Options` extends what it needs."""
+"""Options that several methods share. `Options` of a method extends some of these classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MomentumOptions(ModelConfig):
 
 @dataclass
 class TemperatureOptions(ModelConfig):
-    """Options of a method that compares by a softmax."""
+    """Options of a method whose loss is a softmax over scores."""
 
     temperature: float = option(0.07, "softmax temperature of the loss", valid=above(0))
 
@@ -36,11 +36,11 @@ class StoredKeysOptions(TemperatureOptions):
 
     queue_size: int = option(
         65536,
-        "number of keys in the queue; of a memory bank: negatives sampled per batch",
+        "number of keys in the queue, or of negatives that a memory bank samples per batch",
         valid=at_least(1),
     )
     queue_dtype: str = option(
-        "float32", "type the keys are stored in", ("float32", "bfloat16", "float16")
+        "float32", "type of the stored keys", ("float32", "bfloat16", "float16")
     )
     mlp: bool = option(False, "two-layer projection head (MoCo v2) instead of a linear head")
 

@@ -72,8 +72,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> Supervised:
     """Returns a classifier of `classes` classes with the encoder of `config.model`."""
     if classes < 2:
         raise ConfigError(
-            "model.method: supervised needs images of two classes or more, "
-            f"and these have {classes}"
+            f"model.method: supervised needs images of two classes or more, got {classes} classes"
         )
     mean, std = pixel_statistics(config.augment)
     return Supervised(

@@ -35,7 +35,7 @@ class Options(ProjectorOptions, TemperatureOptions):
     prototypes: int = option(3000, "number of prototypes", valid=at_least(2))
     epsilon: float = option(0.05, "smoothness of the assignments to prototypes", valid=above(0))
     freeze_prototypes: int = option(
-        313, "optimiser steps at the start in which the prototypes stay", valid=at_least(0)
+        313, "optimiser steps at the start that leave the prototypes unchanged", valid=at_least(0)
     )
 
 
@@ -72,11 +72,8 @@ class SwAV(Method):
         pixel_std: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__(pixel_mean, pixel_std)
-        self.temperature, self.epsilon, self.freeze_prototypes = (
-            temperature,
-            epsilon,
-            freeze_prototypes,
-        )
+        self.temperature, self.epsilon = temperature, epsilon
+        self.freeze_prototypes = freeze_prototypes
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, hidden_dim, dim, bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
@@ -144,7 +141,7 @@ def sinkhorn(
     """
     code = torch.exp(scores / epsilon)
     for _ in range(iterations):
-        share = code.sum(0)  # of each prototype
+        share = code.sum(0)  # (K,), of every prototype
         if over_ranks and rank_and_world_size()[1] > 1:
             dist.all_reduce(share)
         code = code / share

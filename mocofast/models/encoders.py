@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mocofast.config import AugmentConfig, ConfigError
+from mocofast.config import AugmentConfig, ConfigError, is_plugin, load_plugin
 from mocofast.models.vit import SIZES, vision_transformer
 
 # Families of torchvision whose models end in .fc or .heads.
@@ -21,11 +21,16 @@ def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[.
 
     arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT, a ViT of `mocofast.models.vit.SIZES`,
         or `resnet_tiny`. The suffix `_cifar` of a ResNet, Wide ResNet or ResNeXt is for small
-        images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo.
+        images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. The dotted name of a
+        module of yours: the module's `build_encoder(image_size)` returns the constructor.
     image_size: side of the images in pixels. A ViT takes only images of this size.
     Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
     an image size that is not a multiple of the patch size.
     """
+    if is_plugin(arch):
+        constructor: Callable[..., nn.Module]
+        constructor = load_plugin("model.arch", arch, "build_encoder").build_encoder(image_size)
+        return constructor
     from torchvision.models import get_model, list_models
 
     names = list_models(include=list(TORCHVISION))

@@ -61,10 +61,10 @@ def info_nce(
 
     # Compiled code calls the op. Eager mode avoids the op: its wrapper costs tens of microseconds.
     if torch.compiler.is_compiling():
-        loss, _, rank, _, _, _ = _info_nce_op(
+        loss, _, positive_rank, _, _, _ = _info_nce_op(
             query, positive, negatives, tensor, scalar, *options, needs_forward_grad
         )
-        return _reduced(loss, reduction), rank if return_rank else None
+        return _reduced(loss, reduction), positive_rank if return_rank else None
     if needs_forward_grad or needs_negatives_grad:
         return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, reduction)
     forward = _forward(query, positive, negatives, temperature, options, compute_grad=False)

@@ -69,10 +69,12 @@ def ghost_batch_norm(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    # Under torch.compile the operator has no side effects, so the running statistics follow it.
     if torch.compiler.is_compiling():
         y, statistics = _ghost_batch_norm_op(x, residual, weight, bias, num_splits, eps, relu)
         _update(running_mean, running_var, statistics, x.numel() // statistics[0].numel(), momentum)
         return y
+    # Eager mode. Without a gradient nothing is kept for a backward pass.
     arguments = (
         x,
         residual,

@@ -118,7 +118,8 @@ def info_nce(
         exclude_period = len(negative_keys)
     else:
         exclude_period = 0
-    loss, rank = autograd.info_nce(
+    # One sweep over the negatives: loss, and positive rank (N,) or None.
+    loss, positive_rank = autograd.info_nce(
         query,
         positive_key,
         negative_keys,
@@ -129,7 +130,7 @@ def info_nce(
         return_rank=return_rank,
         reduction=reduction,
     )
-    return loss if rank is None else (loss, rank)
+    return loss if positive_rank is None else (loss, positive_rank)
 
 
 @overload
@@ -210,6 +211,7 @@ def nt_xent(
     else:
         # Two calls, because query i must be row i of the period of M images.
         calls = [(own_a, own_b), (own_b, own_a)]
+    # (loss, positive_rank) of every call.
     results = [
         autograd.info_nce(
             query,
@@ -225,8 +227,8 @@ def nt_xent(
         for query, positive in calls
     ]
     loss = _joined([loss for loss, _ in results], reduction)
-    ranks = [rank for _, rank in results if rank is not None]
-    return (loss, _joined(ranks, "none")) if ranks else loss
+    positive_ranks = [ranks for _, ranks in results if ranks is not None]
+    return (loss, _joined(positive_ranks, "none")) if positive_ranks else loss
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:

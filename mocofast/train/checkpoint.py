@@ -1,7 +1,7 @@
-"""Checkpoints: what they hold, how they are written and read.
+"""Checkpoints: content, writing and reading.
 
-A file holds tensors, numbers, strings and containers of these only, so that
-torch.load(weights_only=True) reads it:
+A file holds only tensors, numbers, strings and containers, so that torch.load(weights_only=True)
+reads the file:
     format, version, config (nested dictionaries), sizes (numbers of images and classes)
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
@@ -96,7 +96,7 @@ class RunState:
         if found != expected:
             raise ConfigError(
                 "data.path: these are not the images of the run to continue (fingerprint "
-                f"{found}, not {expected}), so it would see other batches"
+                f"{found}, not {expected}), so the run would see other batches"
             )
         self.model.load_state_dict(saved["model"])
         self.model.load_random_state(saved["method_random_state"])
@@ -140,7 +140,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 def _snapshot(value: Any) -> Any:
     """Returns a copy on the CPU, which later steps cannot change."""
     if isinstance(value, torch.Tensor):
-        # clone() keeps strides: channels-last weights stay so.
+        # clone() keeps strides, so channels-last weights stay channels-last.
         return value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
     if isinstance(value, dict):
         return {key: _snapshot(item) for key, item in value.items()}
@@ -150,7 +150,10 @@ def _snapshot(value: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes `folder`/step_NNNNNNNN.pt and last.pt on a thread; keeps `keep` step files."""
+    """Writes `folder`/step_NNNNNNNN.pt and last.pt on a thread. Keeps the newest step files.
+
+    keep: number of step files to keep.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -159,7 +162,10 @@ class CheckpointWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Copies the state now, writes it in the background. Raises an earlier write's error."""
+        """Copies the state now and writes the copy in the background.
+
+        Raises the error of an earlier write.
+        """
         self.wait()
         self._thread = threading.Thread(
             target=self._write, args=(_snapshot(state),), name="checkpoint"
@@ -224,7 +230,7 @@ def read_file(path: str | Path) -> tuple[Any, Path]:
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
-    """Returns `state`, read from `path`. Raises ConfigError if it is no mocofast checkpoint."""
+    """Returns `state`, read from `path`, if it is a mocofast checkpoint. Raises ConfigError."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(
             f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's "

@@ -60,13 +60,13 @@ def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, 
         return name, "as asked"
     if device.type != "cuda":
         return "eager", (
-            "compiling takes a minute, which only a long run on a CPU wins back "
+            "compiling takes a minute, which pays only in a long run on a CPU "
             "(--engine.mode compile)"
         )
     if not compiles:
-        return "eager", "Triton is missing, which compiles encoders: pip install triton"
+        return "eager", "Triton, which compiles encoders, is missing: pip install triton"
     if world_size > 1:
-        return "compile", "DistributedDataParallel sends gradients while others are computed"
+        return "compile", "DistributedDataParallel sends gradients while the rest is computed"
     # A failed capture ends the run, and no GPU has run this step yet: graph is not the default.
     return "compile", "compiled encoders; --engine.mode graph also makes the step one launch"
 
@@ -166,7 +166,8 @@ class Engine:
         self._numbers.to_device()
         if self._stream is None:
             return self._train_on_buffers()
-        # Nothing inside a graph can be timed. But all ranks must launch collectives in one way.
+        # Parts of a graph cannot be timed, so a timed step runs without the graph. With several
+        # ranks the graph stays, because all ranks must launch collectives in the same way.
         timed = step_parts.timed() and rank_and_world_size()[1] == 1
         if self._warmed >= STEPS_BEFORE_CAPTURE and not timed:
             if self._graph is None:
@@ -200,11 +201,13 @@ class Engine:
             )
 
     def _join_ranks(self) -> None:
+        """Takes rank 0's parameters, and makes ranks average their gradients."""
         if self._gradients is not None:
             for p in self.method.parameters():
                 dist.broadcast(p.detach(), 0)
             return
-        # Buffers stay: every rank keeps its BatchNorm statistics, and all queues are equal already.
+        # No broadcast of buffers: every rank keeps own BatchNorm statistics, and all queues are
+        # equal already.
         self._model = DistributedDataParallel(
             self.method,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
@@ -215,10 +218,11 @@ class Engine:
     # ---- the captured step ----
 
     def _step_inputs(self, views: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Does the host-side work of a step. Returns the results, one per micro-batch."""
         with torch.no_grad(), self.autocast:
             return [
-                self.method.prepare_step(*part)
-                for part in zip(*(view.chunk(self._accumulate) for view in views))
+                self.method.prepare_step(*micro_batch)
+                for micro_batch in zip(*(view.chunk(self._accumulate) for view in views))
             ]
 
     def _train(self, batch: _Batch) -> StepMetrics:
@@ -240,15 +244,17 @@ class Engine:
             return self._train(self._buffers)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
+        """Captures the step on the fixed buffers, without running the step."""
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (loaders that pin memory, NCCL's watchdog) may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._metrics = self._train_on_buffers()
-        except RuntimeError as error:  # the end of a capture raises, too, and hides the cause
+        except RuntimeError as error:
+            # The end of the capture raises, too. The context is the first error, the cause.
             raise ConfigError(
                 "engine.mode: this step cannot be captured in a CUDA graph; "
-                "--engine.mode compile does without a graph "
+                "--engine.mode compile needs no graph "
                 f"({error.__context__ or error})"
             ) from error
         return graph

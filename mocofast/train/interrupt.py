@@ -17,7 +17,7 @@ class StopRequest:
 
     A signal reaches ranks at different steps. A rank that stops alone leaves the other ranks
     waiting in a collective. So every rank's flag is reduced over a separate CPU group. The
-    reduction starts at one step and is read at the next step: nothing waits, no device synchronises.
+    reduction starts at one step and is read at the next step, so nothing waits.
     A second signal ends the process at once.
     """
 

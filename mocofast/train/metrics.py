@@ -132,7 +132,7 @@ class Window:
         """Takes the metrics of the first step, or of a method that has changed its metrics."""
         if set(names) <= set(self._names):
             self._sums = self._sums[[self._names.index(name) for name in names]]
-        else:  # nothing is known about a new metric: the window starts anew
+        else:  # earlier steps have no values of a new metric, so the window starts anew
             self._sums, self.steps = torch.zeros(len(names), device=self._device), 0
         self._names = names
 
@@ -153,9 +153,10 @@ class Window:
         return ended
 
     def lap(self) -> float:
-        """Returns the seconds since the last reading.
+        """Returns the seconds since the last call.
 
-        From reading to reading, because the device has not done what the host has only launched.
+        A window is timed from reading to reading of the means. At the end of a window the host has
+        only launched the last steps, and the device still runs them.
         """
         now = time.perf_counter()
         seconds = now - self._began

@@ -40,7 +40,7 @@ from mocofast.step_parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
 if TYPE_CHECKING:
     from mocofast.plots import Bar
 
-# In the order of a step.
+# The parts of a step, in time order.
 PARTS = (
     *("data wait", "key forward", "query forward", "loss", "backward"),
     *("optimiser and EMA", "communication", OTHER, OVERLAP),
@@ -77,7 +77,7 @@ class Floor(NamedTuple):
 
     @classmethod
     def measure(cls, layers: list[Work], rate: float, device: torch.device) -> Floor:
-        """Measures the copy bandwidth. rate: operations a second."""
+        """Returns the floor of layers. Measures the bandwidth. rate: operations a second."""
         bandwidth = copy_bandwidth(max(layer.bytes for layer in layers), device)
         seconds = sum(max(layer.operations / rate, layer.bytes / bandwidth) for layer in layers)
         return cls(
@@ -97,7 +97,7 @@ class Profile(NamedTuple):
     """Profile of a training step. Counts are per step."""
 
     title: str
-    parts: list[Part]  # in time order. The sum of seconds is the step.
+    parts: list[Part]  # in time order. The seconds add up to a step.
     whole: float  # seconds of a step that is not timed by parts
     rate: float  # operations a second of a matrix product or a convolution, the faster
     launches: float | None  # kernels, graphs and copies launched on a GPU, None on a CPU
@@ -216,6 +216,7 @@ class StepProfiler:
         self._traced.export_chrome_trace(str(folder / FILES[2]))
 
     def _profile(self, traced: torch.profiler.profile) -> Profile:
+        """Returns the profile. traced: the profiler that traced the last steps."""
         # The middle half, by duration, of the steps that were timed by parts.
         steps = [seconds_by_part(step) for step in self._steps[TIMED_WHOLE:]]
         quarter = TIMED_BY_PARTS // 4
@@ -357,14 +358,14 @@ class _Layers(TorchDispatchMode):
 def matrix_rate(device: torch.device, autocast: torch.autocast) -> float:
     """Returns operations a second of a matrix product or a convolution: the higher rate.
 
-    autocast: of the encoders, gives the dtype.
+    autocast: the precision of the encoders, which gives the dtype.
     """
     cuda = device.type == "cuda"
     dtype = autocast.fast_dtype if autocast._enabled else torch.float32
     side, images, pixels = (8192, 256, 28) if cuda else (1024, 8, 14)
     channels = 256
-    # Random, because zeros need less power and run faster on GPUs. The separate generator leaves
-    # the run's generator unchanged.
+    # The operands are random, because zeros need less power and run faster on GPUs. A separate
+    # generator leaves the run's generator unchanged.
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -73,6 +73,6 @@ def check_same_run(config: Config, state: dict[str, Any]) -> None:
             name = f"{group}.{key}"
             if not name.startswith(FREE_TO_CHANGE) and value != then[group].get(key, value):
                 raise ConfigError(
-                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}; "
-                    "start a new run (another --train.dir, no --resume) to change it"
+                    f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
+                    "To change this option, start a new run (another --train.dir, no --resume)"
                 )

@@ -99,8 +99,8 @@ class _Run:
             check_same_run(config, saved)
         elif (self.path / "checkpoints" / LAST).exists():
             raise ConfigError(
-                f"train.dir: {self.path} holds a run already; --resume auto continues it, "
-                "another --train.dir starts anew"
+                f"train.dir: {self.path} holds a run already. --resume auto continues this run, "
+                "another --train.dir starts a new run"
             )
 
         # Data, model and optimiser.
@@ -115,7 +115,7 @@ class _Run:
         if saved is not None:
             self.state.restore(saved)
 
-        # Nothing refuses the configuration from here on, so a refused run leaves no files behind.
+        # All checks are done, so a run that is refused leaves no files behind. Now open the files.
         resumed_step = self.state.step if saved else None
         self.folder = RunFolder(self.path, config, resumed_step) if rank == 0 else None
         self.writer = None
@@ -164,7 +164,7 @@ class _Run:
             if saved_at != state.step:
                 self._save()
             if state.window.steps:
-                # The averages so far. They stay in the window, for a continued run.
+                # The averages so far. The window keeps the sums for a continued run.
                 loss = state.window.start_means().wait()[LOSS]
                 log.info("loss %.3f over the last %d steps", loss, state.window.steps)
             self._finish(interrupted, time.perf_counter() - began)
@@ -211,6 +211,7 @@ class _Run:
         return batch
 
     def _end_profiled_step(self, profiler: StepProfiler) -> None:
+        """Ends the profile's step. Leaves the profiler's own work out of the rates."""
         ended = time.perf_counter()
         if profiler.end():
             profiler.write(self.path)
@@ -219,6 +220,7 @@ class _Run:
         self.state.window.leave_out(time.perf_counter() - ended)
 
     def _end_epoch(self) -> None:
+        """Ends the epoch. Evaluates if an evaluation is due."""
         self._write_pending()  # before the evaluation, which takes long
         assert self.batches is not None
         for _ in self.batches:  # lets the loader end its epoch
@@ -240,7 +242,7 @@ class _Run:
         by_step = c.every_steps and state.step % c.every_steps == 0
         return bool(by_epoch or by_step)
 
-    # ---- what it writes ----
+    # ---- output ----
 
     def _end_window(self, bar: tqdm[Any], remaining: float) -> None:
         """Ends the window. `_write_pending` writes the line after the next step's launch."""
@@ -257,6 +259,7 @@ class _Run:
         self.pending = (line, state.window.flush(), bar)
 
     def _write_pending(self) -> None:
+        """Writes the line of the window that ended before the last launch, if there is one."""
         if self.pending is None:
             return
         line, window, bar = self.pending
@@ -290,7 +293,7 @@ class _Run:
         self.writer.save(content)
 
     def _announce(self, note: str, reason_for_mode: str, resumed_step: int | None) -> None:
-        """Logs what is trained, on which data, and by which parts."""
+        """Logs recipe, data, device, loader, engine and run folder."""
         c, state = self.config, self.state
         log.info(
             "recipe %s: %s, %d images in %d steps an epoch, %d epochs, %s",
@@ -329,6 +332,7 @@ class _Run:
         return tqdm(total=last_step, initial=self.state.step, unit="step", disable=hidden)
 
     def _finish(self, interrupted: bool, seconds: float) -> None:
+        """Logs how the run ended, and finishes the files. seconds: duration of the run."""
         if self.folder is None or self.writer is None:
             return
         self.writer.wait()

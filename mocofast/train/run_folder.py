@@ -23,7 +23,7 @@ from mocofast.train.metrics import LOSS, duration
 
 log = logging.getLogger("mocofast")
 
-RATES = ("images_per_second", "data_wait")  # entries of a line that are no metrics of the method
+RATES = ("images_per_second", "data_wait")  # entries of a line that the method does not compute
 
 
 class StepLine(NamedTuple):
@@ -88,7 +88,7 @@ class RunFolder:
             log.addHandler(handler)
 
     def _open_skipped(self, resumed: bool) -> None:
-        """Reads the names of the files that were skipped so far. A new run starts without."""
+        """Reads the names of the files that were skipped so far. A new run has none."""
         self._skipped_path = self.path / "skipped.jsonl"
         self._skipped: set[str] = set()
         if not resumed:
@@ -169,7 +169,7 @@ class RunFolder:
                 continue
             self._skipped.add(name)
             log.warning(
-                "skipped unreadable file %d, another image in its place: %s: %s",
+                "skipped unreadable file %d, and took another image instead: %s: %s",
                 len(self._skipped),
                 name,
                 reason,

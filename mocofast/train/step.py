@@ -36,14 +36,15 @@ def train_step(
     optimizer: updates the momentum encoder if it is an optimiser that averages (see
         mocofast.optim). Otherwise the method does.
     accumulate: number of micro-batches. All micro-batches see the same momentum encoder and the
-        same memories, so MoCo's result is that of the whole batch. BatchNorm is the exception: its
-        statistics are those of a micro-batch.
+        same memories, so MoCo's result equals the result of the whole batch, except for BatchNorm,
+        which takes its statistics over a micro-batch.
     autocast: the precision of the forward passes.
     fields: the other entries of the batch that the method takes, {name: (B,)}.
     step_inputs: the results of the method's `prepare_step`, one per micro-batch, if done already.
     gradients: buffers that keep the gradients and average them over ranks, instead of
         DistributedDataParallel.
     """
+    # Micro-batches of the views and of the fields.
     averages_itself = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
     micro_batches = list(zip(*(view.chunk(accumulate) for view in views)))
     micro_fields = {name: values.chunk(accumulate) for name, values in fields.items()}
@@ -52,6 +53,7 @@ def train_step(
     else:
         gradients.zero_()
 
+    # Forward and backward passes.
     metrics: StepMetrics | None = None
     for i, micro_batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
@@ -71,6 +73,7 @@ def train_step(
         own = step_metrics(output, share)
         metrics = own if metrics is None else own._replace(values=metrics.values + own.values)
 
+    # Average over ranks and update.
     if gradients is not None:
         gradients.average_()
     with step_part("optimiser and EMA"):
@@ -126,7 +129,7 @@ class FlatGradients:
                 offsets.append(offsets[-1] + -(-p.numel() // 8) * 8)
             buffer = torch.zeros(offsets[-1], dtype=dtype, device=device)
             for p, offset in zip(parameters, offsets):
-                strides = torch.empty_like(p, device="meta").stride()  # the momentum has the same
+                strides = torch.empty_like(p, device="meta").stride()  # equal to the momentum's
                 view = torch.as_strided(buffer, p.shape, strides, offset)
                 assert p.grad is not None
                 view.copy_(p.grad)
