@@ -14,8 +14,7 @@ files of the unfinished batches one by one, records the bad files in `skipped`, 
 new pipeline and continues at the same step. The views of the other samples stay equal
 bit for bit.
 
-Some damage is not found: JPEG files with damaged entropy data decode to garbage without
-an error. PIL mostly warns only.
+Damaged entropy data of JPEG files decode to garbage without an error. PIL mostly warns.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -193,11 +193,14 @@ class _Batches:
         self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
         self._range = range_of(source)
         self._pool = single_threaded_pool(self._threads)
-        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool, pixels)
+        # Other threads than the makers of views, for which reading would wait.
+        self._readers = ThreadPoolExecutor(self._threads, "mocofast-read")
+        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._readers, pixels)
+        # The next batch to decode, whose files are being read
+        self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
-        self._unfinished: deque[BatchPlan] = (
-            deque()
-        )  # plans of the batches inside DALI, oldest first
+        # Plans of the batches inside DALI, oldest first
+        self._unfinished: deque[BatchPlan] = deque()
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
         self._next_plan = (0, 0)  # (epoch, step) of the next batch to plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -235,7 +238,8 @@ class _Batches:
 
     def close(self) -> None:
         """Ends the threads and the pipeline."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._readers):
+            pool.shutdown(cancel_futures=True)
         self._forget_pipeline()
 
     # DALI
@@ -279,7 +283,7 @@ class _Batches:
         return pipeline
 
     def _forget_pipeline(self) -> None:
-        self._pipeline = None
+        self._pipeline = self._ahead = None
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
@@ -287,15 +291,16 @@ class _Batches:
         room for a batch.
         """
         while True:
-            plan = self.planner.plan(*self._next_plan)
-            samples = plan.samples.tolist()
-            items = list(self._pool.map(self._item, samples))
-            bad = {i: item for i, item in zip(samples, items) if isinstance(item, str)}
+            plan, reads = self._ahead or self._read_next()
+            self._ahead = None
+            items = [read.result() for read in reads]
+            bad = {i: item for i, item in zip(plan.samples.tolist(), items) if type(item) is str}
             if not bad:
                 break
             self.planner.skipped.update(bad)
-        self._next_plan = self.planner.after(plan.epoch, plan.step)
+            self._next_plan = (plan.epoch, plan.step)
         self._unfinished.append(plan)
+        self._ahead = self._read_next()
         fed: list[Any] = [items]
         if self._stream is not None:
             for params in plan.params:
@@ -303,8 +308,14 @@ class _Batches:
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
+    def _read_next(self) -> tuple[BatchPlan, list[Future[np.ndarray | str]]]:
+        """Plans the next batch, and starts to read its files."""
+        plan = self.planner.plan(*self._next_plan)
+        self._next_plan = self.planner.after(plan.epoch, plan.step)
+        return plan, [self._readers.submit(self._item, i) for i in plan.samples.tolist()]
+
     def _item(self, index: int) -> np.ndarray | str:
-        """Returns pixels, or the content of a file as uint8, or the reason why the file is bad."""
+        """Returns pixels, the content of a file as uint8, or why the file is bad."""
         item = self._source.load(index)
         if isinstance(item, np.ndarray) and self._pixels is None:
             return item
@@ -321,7 +332,7 @@ class _Batches:
             return describe_error(error)
 
     def _as_ppm(self, index: int, file: str | bytes) -> np.ndarray | str:
-        """Decodes a file in Python. Returns the content of a PPM file, or why the file is bad."""
+        """Returns a file that Python decodes as the content of a PPM file, or why it is bad."""
         pixels = np.asarray(decode(file, self._range))
         height, width, _ = pixels.shape
         if reason := unlike_header((height, width), self.planner.sizes[index]):
