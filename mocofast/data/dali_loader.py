@@ -317,12 +317,11 @@ class _Batches:
     def _item(self, index: int) -> np.ndarray | str:
         """Returns pixels, the content of a file as uint8, or why the file is bad."""
         item = self._source.load(index)
-        if isinstance(item, np.ndarray) and self._pixels is None:
-            return item
         try:
             if self._pixels is not None:
                 return np.ascontiguousarray(self._pixels.load(item))
-            assert not isinstance(item, np.ndarray)
+            if isinstance(item, np.ndarray):
+                return item
             if self.planner.in_python[index]:
                 return self._as_ppm(index, item)
             if isinstance(item, bytes):
