@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import sys
 import time
 from pathlib import Path
@@ -263,7 +264,16 @@ def spoil(folder: Path, out: Path) -> dict[str, str]:
     tifffile.imwrite(complex_numbers, kinds.GRAY.astype(np.complex64))
     (out / "mp4.tif").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(200))
     (out / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>")
-    found = {"complex.tif": "no order", "mp4.tif": "cannot identify", "svg.png": "cannot identify"}
+    hollow = bytearray((folder / "float01.tif").read_bytes())
+    place = hollow.index(struct.pack("<HHII", 256, 4, 1, W))  # the tag of the width
+    hollow[place : place + 12] = struct.pack("<HHII", 256, 4, 1, 2_000_000)
+    (out / "hollow.tif").write_bytes(hollow)
+    found = {
+        "hollow.tif": "truncated",
+        "complex.tif": "no order",
+        "mp4.tif": "cannot identify",
+        "svg.png": "cannot identify",
+    }
     for name in ("float01.tif", "m4095.pgm", "stack.tif", "bands13.tif", "rgb.webp", "gray12.jp2"):
         content = (folder / name).read_bytes()
         (out / f"half-{name}").write_bytes(content[: len(content) // 2])

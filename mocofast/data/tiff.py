@@ -22,6 +22,7 @@ from mocofast.data.ranges import Pixels, type_bounds
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
 INSTALL = "pip install 'mocofast[images]'"
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
+HOLLOW = 16  # bytes of pixels per byte of a file without compression
 REDUCED = 1 | 4  # bits of NewSubfileType: a smaller copy, a mask
 # Orientation: the transposition of (H, W) and the flips that set an image upright.
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1)} | {
@@ -63,6 +64,7 @@ class Tags(NamedTuple):
     planar: bool  # every channel lies apart
     stack: bool  # more pages of equal size and type, or ImageJ's planes
     nodata: float | None
+    hollow: bool  # not compressed, and much larger than the file: a damaged header
 
     @property
     def alpha(self) -> int:
@@ -95,6 +97,7 @@ def read_tags(file: str | bytes) -> Tags | None:
 
 def _read_tags(file: BinaryIO) -> Tags:
     """Reads the tags of the first page, and looks at the second page."""
+    length = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(8)
     if head[2] == 43:  # BigTIFF
@@ -141,6 +144,7 @@ def _read_tags(file: BinaryIO) -> Tags:
         int(first.get(284, 1)) == 2,
         stack,
         nodata,
+        compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
     )
 
 
