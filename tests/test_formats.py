@@ -336,6 +336,30 @@ def test_only_files_whose_header_both_parsers_accept_reach_dalis_decoder(
             assert content.startswith(b"P6") or read_header(content).plain
 
 
+def test_a_file_that_dali_alone_refuses_is_decoded_in_python(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from mocofast.data import planning
+
+    for i in range(4):
+        shutil.copy(folder / "gray.png", tmp_path / f"{i}.png")
+    shutil.copy(folder / "gif.png", tmp_path / "gif.png")
+    (tmp_path / "half.png").write_bytes((folder / "rgb.png").read_bytes()[:900])
+    source = FolderSource(tmp_path, find_images(tmp_path))
+    monkeypatch.setattr(planning, "accepts", lambda file, header: True)
+    loader = loader_of(source, "dali", 6)
+    (batch,) = loader.epoch(0)
+    loader.close()
+    assert {source.name(i) for i in loader.skipped} == {"half.png"}
+    shown = dict(zip((source.name(i) for i in batch.index.tolist()), batch.views[0]))
+    index = next(i for i in range(6) if source.name(i) == "gif.png")
+    params = sample_view(PLAIN, (H, W), SEED, 0, index, 0)
+    picture = Image.fromarray(kinds.G8).convert("RGB")
+    expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
+    assert np.abs(shown["gif.png"].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
 def test_a_missing_library_is_named_with_its_pip_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
