@@ -438,7 +438,30 @@ def test_a_run_goes_on_beside_a_file_of_another_kind(cases: Path, tmp_path: Path
     assert "--data.range -700,700" in done.stdout
 
 
-# Long images, statistics, prepare
+# Long images, statistics, prepare, runs
+
+
+def test_a_set_of_12_bits_trains_resumes_exactly_and_is_evaluated(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for i in range(24):
+        path = images / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shade = kinds.levels(kinds.GRAY[:24, 2 * (i % 2) : 2 * (i % 2) + 24], 2000 + 60 * i)
+        tifffile.imwrite(path, shade.astype(np.uint16))
+    base = [
+        *("pretrain", "digits", "--data.source", "folder", "--data.path", str(images)),
+        *("--data.range", "0,4095", "--data.batch_size", "6", "--data.holdout", "0.25"),
+        *("--augment.size", "16", "--train.epochs", "2", "--model.queue_size", "24"),
+    ]
+    assert main([*base, "--train.dir", str(tmp_path / "whole")]) == 0
+    assert main([*base, "--train.dir", str(tmp_path / "part"), "--train.max_steps", "2"]) == 0
+    assert main(["pretrain", "--resume", str(tmp_path / "part"), "--train.max_steps", "0"]) == 0
+    runs.assert_same_run(tmp_path / "part", tmp_path / "whole")
+    config = (tmp_path / "whole" / "config.yaml").read_text("utf-8")
+    assert "range: 0,4095" in config
+    log = (tmp_path / "whole" / "train.log").read_text("utf-8")
+    assert "--data.range" not in log
+    assert main(["knn", str(tmp_path / "whole"), "--knn.k", "5"]) == 0
 
 
 def test_only_the_crop_of_a_long_image_is_resized() -> None:
