@@ -48,6 +48,7 @@ SEES = {
     "JPEG 2000, 8 bits": "the pixels",
     "JPEG 2000, more bits": "the whole range of the bits scaled to 8 bits",
     "TIFF, 8 bits": "the pixels. Of a pyramid the largest level",
+    "TIFF, rare compressions": "the pixels",
     "TIFF, 1 bit": "black and white. Of several pages the first",
     "TIFF, white is zero": "black and white as meant",
     "TIFF, alpha": "the colour under transparency, not multiplied by alpha",

@@ -213,6 +213,10 @@ KINDS = (
          _tiff(np.moveaxis(C8, 2, 0), photometric="rgb", planarconfig="separate"), F3, 0),
     Kind("TIFF, 8 bits", "jpeg.tif", _pil(C8, compression="jpeg", quality=98), F3, 10),
     Kind("TIFF, 8 bits", "zstd.tif", _tiff(C8, compression="zstd"), F3, 0),
+    Kind("TIFF, rare compressions", "lzma.tif", _tiff(G8, compression="lzma"), F8, 0),
+    Kind("TIFF, rare compressions", "jpeg2000.tif", _tiff(C8, compression="jpeg2000"), F3, 0),
+    Kind("TIFF, rare compressions", "lerc.tif",
+         _tiff(GRAY.astype(np.float32), compression="lerc"), gray(GRAY * 255)),
     Kind("TIFF, 1 bit", "fax.tif",
          _pil(Image.fromarray(ONE_BIT).convert("1"), compression="group4"),
          gray(ONE_BIT.astype(float)), 0),
@@ -234,6 +238,8 @@ KINDS = (
     # TIFF of other numbers
     Kind("TIFF, 16 bits", "gray16.tif", _tiff(G16), stretched(G16, 0, 65535)),
     Kind("TIFF, 16 bits", "rgb16.tif", _tiff(C16, photometric="rgb"), C16 / 257),
+    Kind("TIFF, 16 bits", "planar16.tif",
+         _tiff(np.moveaxis(C16, 2, 0), photometric="rgb", planarconfig="separate"), C16 / 257),
     Kind("TIFF, 16 bits", "bands3.tif", _tiff(C16, photometric="minisblack", planarconfig="contig"),
          C16 / 257),
     Kind("TIFF, float in [0, 1]", "float01.tif", _tiff(GRAY.astype(np.float32)), GRAY[..., None] *

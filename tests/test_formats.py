@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import sys
 import time
 from pathlib import Path
@@ -263,7 +264,16 @@ def spoil(folder: Path, out: Path) -> dict[str, str]:
     tifffile.imwrite(complex_numbers, kinds.GRAY.astype(np.complex64))
     (out / "mp4.tif").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(200))
     (out / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>")
-    found = {"complex.tif": "no order", "mp4.tif": "cannot identify", "svg.png": "cannot identify"}
+    hollow = bytearray((folder / "float01.tif").read_bytes())
+    place = hollow.index(struct.pack("<HHII", 256, 4, 1, W))  # the tag of the width
+    hollow[place : place + 12] = struct.pack("<HHII", 256, 4, 1, 2_000_000)
+    (out / "hollow.tif").write_bytes(hollow)
+    found = {
+        "hollow.tif": "truncated",
+        "complex.tif": "no order",
+        "mp4.tif": "cannot identify",
+        "svg.png": "cannot identify",
+    }
     for name in ("float01.tif", "m4095.pgm", "stack.tif", "bands13.tif", "rgb.webp", "gray12.jp2"):
         content = (folder / name).read_bytes()
         (out / f"half-{name}").write_bytes(content[: len(content) // 2])
@@ -324,6 +334,30 @@ def test_only_files_whose_header_both_parsers_accept_reach_dalis_decoder(
             assert stream.codec_name == FORMATS[str(image.format)]
             assert stream.dtype in (np.uint8, np.uint16)
             assert content.startswith(b"P6") or read_header(content).plain
+
+
+def test_a_file_that_dali_alone_refuses_is_decoded_in_python(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from mocofast.data import planning
+
+    for i in range(4):
+        shutil.copy(folder / "gray.png", tmp_path / f"{i}.png")
+    shutil.copy(folder / "gif.png", tmp_path / "gif.png")
+    (tmp_path / "half.png").write_bytes((folder / "rgb.png").read_bytes()[:900])
+    source = FolderSource(tmp_path, find_images(tmp_path))
+    monkeypatch.setattr(planning, "accepts", lambda file, header: True)
+    loader = loader_of(source, "dali", 6)
+    (batch,) = loader.epoch(0)
+    loader.close()
+    assert {source.name(i) for i in loader.skipped} == {"half.png"}
+    shown = dict(zip((source.name(i) for i in batch.index.tolist()), batch.views[0]))
+    index = next(i for i in range(6) if source.name(i) == "gif.png")
+    params = sample_view(PLAIN, (H, W), SEED, 0, index, 0)
+    picture = Image.fromarray(kinds.G8).convert("RGB")
+    expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
+    assert np.abs(shown["gif.png"].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
 def test_a_missing_library_is_named_with_its_pip_command(
@@ -404,7 +438,30 @@ def test_a_run_goes_on_beside_a_file_of_another_kind(cases: Path, tmp_path: Path
     assert "--data.range -700,700" in done.stdout
 
 
-# Long images, statistics, prepare
+# Long images, statistics, prepare, runs
+
+
+def test_a_set_of_12_bits_trains_resumes_exactly_and_is_evaluated(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for i in range(24):
+        path = images / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shade = kinds.levels(kinds.GRAY[:24, 2 * (i % 2) : 2 * (i % 2) + 24], 2000 + 60 * i)
+        tifffile.imwrite(path, shade.astype(np.uint16))
+    base = [
+        *("pretrain", "digits", "--data.source", "folder", "--data.path", str(images)),
+        *("--data.range", "0,4095", "--data.batch_size", "6", "--data.holdout", "0.25"),
+        *("--augment.size", "16", "--train.epochs", "2", "--model.queue_size", "24"),
+    ]
+    assert main([*base, "--train.dir", str(tmp_path / "whole")]) == 0
+    assert main([*base, "--train.dir", str(tmp_path / "part"), "--train.max_steps", "2"]) == 0
+    assert main(["pretrain", "--resume", str(tmp_path / "part"), "--train.max_steps", "0"]) == 0
+    runs.assert_same_run(tmp_path / "part", tmp_path / "whole")
+    config = (tmp_path / "whole" / "config.yaml").read_text("utf-8")
+    assert "range: 0,4095" in config
+    log = (tmp_path / "whole" / "train.log").read_text("utf-8")
+    assert "--data.range" not in log
+    assert main(["knn", str(tmp_path / "whole"), "--knn.k", "5"]) == 0
 
 
 def test_only_the_crop_of_a_long_image_is_resized() -> None:

@@ -35,10 +35,9 @@ from torch import Tensor
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat, resized_crop
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.decoding import decode
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
 from mocofast.data.planning import BatchPlan, BatchPlanner
-from mocofast.data.probing import undecodable, unlike_header
+from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
 from mocofast.data.ranges import range_of
 from mocofast.data.threads import single_threaded_pool
 from mocofast.data.view_ops import apply_view_ops
@@ -314,7 +313,7 @@ class _Batches:
         self._next_plan = self.planner.after(plan.epoch, plan.step)
         return plan, [self._readers.submit(self._item, i) for i in plan.samples.tolist()]
 
-    def _item(self, index: int) -> np.ndarray | str:
+    def _item(self, index: int, in_python: bool = False) -> np.ndarray | str:
         """Returns pixels, the content of a file as uint8, or why the file is bad."""
         item = self._source.load(index)
         try:
@@ -322,34 +321,33 @@ class _Batches:
                 return np.ascontiguousarray(self._pixels.load(item))
             if isinstance(item, np.ndarray):
                 return item
-            if self.planner.in_python[index]:
-                return self._as_ppm(index, item)
+            if in_python or self.planner.in_python[index]:
+                return decode_to_ppm(item, self._range, self.planner.sizes[index])
             if isinstance(item, bytes):
                 return np.frombuffer(item, dtype=np.uint8)
             return np.fromfile(item, dtype=np.uint8)
         except Exception as error:  # decoders raise nearly any exception on corrupt files
             return describe_error(error)
 
-    def _as_ppm(self, index: int, file: str | bytes) -> np.ndarray | str:
-        """Returns a file that Python decodes as the content of a PPM file, or why it is bad."""
-        pixels = np.asarray(decode(file, self._range))
-        height, width, _ = pixels.shape
-        if reason := unlike_header((height, width), self.planner.sizes[index]):
-            return reason
-        head = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), dtype=np.uint8)
-        return np.concatenate([head, pixels.ravel()])
-
     # Bad files
 
     def _find_bad(self, plans: list[BatchPlan]) -> bool:
-        """Records the files of `plans` that cannot be decoded. Returns False if there are none."""
+        """Finds the files of `plans` that DALI cannot decode. Returns False if there are none.
+
+        Python decodes these files from now on, or they are skipped.
+        """
         if self._in_memory or not plans:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
         samples = samples[~self.planner.in_python[samples]]
         files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
         bad = undecodable(files, self.planner.sizes[samples])
-        self.planner.skipped.update({int(samples[i]): reason for i, reason in bad.items()})
+        for i, reason in bad.items():
+            index = int(samples[i])
+            if type(self._item(index, in_python=True)) is str:
+                self.planner.skipped[index] = reason
+            else:  # DALI alone refuses the file
+                self.planner.in_python[index] = True
         return bool(bad)
 
     def _find_unlike_header(self, shapes: list[tuple[int, ...]]) -> bool:

@@ -107,6 +107,8 @@ def decode(item: str | bytes | np.ndarray, value_range: ValueRange = AUTO) -> Im
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
     tags = read_tags(item)
+    if tags is not None:
+        _check_bomb(tags)
     if value_range.of_type and (tags is None or pil_reads(tags)):
         with open_image(item) as image:
             image.load()
@@ -161,7 +163,12 @@ def _rgb(pixels: np.ndarray) -> Image.Image:
 
 
 def _check_bomb(tags: Tags) -> None:
-    """Raises PIL's DecompressionBombError, as PIL does when it opens a file."""
+    """Raises PIL's DecompressionBombError, as PIL does when it opens a file.
+
+    Raises OSError for a file that is much shorter than its pixels.
+    """
+    if tags.hollow:
+        raise OSError(f"truncated: the file is too short for {tags.width} x {tags.height} pixels")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and tags.height * tags.width > 2 * limit:
         raise Image.DecompressionBombError(

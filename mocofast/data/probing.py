@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mocofast.data.decoding import Header, open_image
+from mocofast.data.decoding import Header, decode, open_image
+from mocofast.data.ranges import ValueRange
 from mocofast.errors import describe_error
 
 # PIL's names of the formats that DALI decodes, and nvImageCodec's names.
@@ -83,6 +84,25 @@ def unlike_header(size: tuple[int, int], stated: np.ndarray) -> str:
     """
     header = tuple(stated.tolist())
     return "" if size == header else f"decodes to {size}, but its header states {header}"
+
+
+def decode_to_ppm(
+    file: str | bytes, value_range: ValueRange, stated: np.ndarray
+) -> np.ndarray | str:
+    """Decodes a file in Python. Returns the content of a PPM file as uint8, which DALI
+    decodes without loss, or why the file is bad.
+
+    value_range: the numbers that mean black and white.
+    stated: (2,) integers, height and width in the header.
+
+    Raises what `decoding.decode` raises.
+    """
+    pixels = np.asarray(decode(file, value_range))
+    height, width, _ = pixels.shape
+    if reason := unlike_header((height, width), stated):
+        return reason
+    head = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), dtype=np.uint8)
+    return np.concatenate([head, pixels.ravel()])
 
 
 # A function that decodes files. Returns (height, width) of every file, or the reason why

@@ -22,6 +22,10 @@ from mocofast.data.ranges import Pixels, type_bounds
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
 INSTALL = "pip install 'mocofast[images]'"
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
+# Codes of compressions: none, fax, LZW, JPEG, deflate, PackBits, Zstandard. PIL knows more.
+DALI_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000})
+PIL_COMPRESSIONS = DALI_COMPRESSIONS | {6, 32771, 34676, 34677, 34925}
+HOLLOW = 16  # bytes of pixels per byte of a file without compression
 REDUCED = 1 | 4  # bits of NewSubfileType: a smaller copy, a mask
 # Orientation: the transposition of (H, W) and the flips that set an image upright.
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1)} | {
@@ -60,9 +64,11 @@ class Tags(NamedTuple):
     channels: int
     extra: tuple[int, ...]  # kinds of the channels beside the colours: 0 unknown, 1 and 2 alpha
     orientation: int
+    compression: int
     planar: bool  # every channel lies apart
     stack: bool  # more pages of equal size and type, or ImageJ's planes
     nodata: float | None
+    hollow: bool  # not compressed, and much larger than the file: a damaged header
 
     @property
     def alpha(self) -> int:
@@ -73,6 +79,8 @@ class Tags(NamedTuple):
     def plain(self) -> bool:
         """True for kinds that DALI was seen to decode as PIL does, to 1 of 255."""
         if not pil_reads(self) or self.orientation != 1 or self.planar:
+            return False
+        if self.compression not in DALI_COMPRESSIONS:
             return False
         if self.photometric == BLACK_IS_ZERO:
             return self.channels == 1
@@ -95,6 +103,7 @@ def read_tags(file: str | bytes) -> Tags | None:
 
 def _read_tags(file: BinaryIO) -> Tags:
     """Reads the tags of the first page, and looks at the second page."""
+    length = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(8)
     if head[2] == 43:  # BigTIFF
@@ -117,7 +126,7 @@ def _read_tags(file: BinaryIO) -> Tags:
     if orientation in (5, 6, 7, 8):
         height, width = width, height
     photometric = int(first.get(262, 0))
-    compression = first.get(259, 1)
+    compression = int(first.get(259, 1))
     channels = int(first.get(277, 3 if compression == 7 and photometric in (RGB, YCBCR) else 1))
     text = str(first.get(270, ""))
     nodata = None
@@ -138,9 +147,11 @@ def _read_tags(file: BinaryIO) -> Tags:
         channels,
         extra,
         orientation,
+        compression,
         int(first.get(284, 1)) == 2,
         stack,
         nodata,
+        compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
     )
 
 
@@ -161,12 +172,15 @@ def pil_reads(tags: Tags) -> bool:
 
     PIL cuts RGB of 16 bits to 8 bits.
     """
+    if tags.compression not in PIL_COMPRESSIONS:
+        return False
     if not set(tags.formats) <= {1} or tags.stack or len(tags.extra) > 1:
         return False
     bits = set(tags.bits)
     if bits == {16}:
         gray = tags.photometric == BLACK_IS_ZERO and tags.channels == 1 and tags.nodata is None
-        return gray or (tags.photometric == RGB and tags.nodata is None and tags.extra != (0,))
+        color = tags.photometric == RGB and not tags.planar and tags.extra != (0,)
+        return gray or (color and tags.nodata is None)
     if bits == {8}:
         return True
     return tags.channels == 1 and bits <= {1, 2, 4}
@@ -181,6 +195,8 @@ _PIL_TYPES = {(8, 2): "i1", (16, 1): "u2", (16, 2): "i2", (32, 1): "u4", (32, 2)
 def pil_numbers(tags: Tags) -> np.dtype | None:
     """Returns the type of numbers of a kind that PIL reads, not scaled, or None."""
     if tags.stack or tags.channels != 1 or tags.photometric > BLACK_IS_ZERO:
+        return None
+    if tags.compression not in PIL_COMPRESSIONS:
         return None
     found = _PIL_TYPES.get((tags.bits[0], tags.formats[0]))
     return np.dtype(found) if found else None
