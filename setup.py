@@ -23,6 +23,7 @@ TEST = [
     "hypothesis>=6",
     "setuptools>=77",
     "timm>=1",
+    "pyarrow>=15",
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
@@ -76,6 +77,7 @@ setup(
         # DALI's wheels for CUDA 13 and CUDA 12 exclude each other. Install one of the two extras.
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "parquet": ["pyarrow>=15"],  # lists of images, --data.source list
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

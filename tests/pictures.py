@@ -50,7 +50,7 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
 
 def shard_datasets(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
     data = DataConfig(source="shards", path=str(path), **options)  # type: ignore[arg-type]
-    train, val, note = load_datasets(data)
+    train, val, note, _ = load_datasets(data)
     assert isinstance(train, ShardSource)
     assert val is None or isinstance(val, ShardSource)
     return train, val, note

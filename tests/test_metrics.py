@@ -69,9 +69,7 @@ def test_a_method_with_a_new_metric_continues_an_older_run() -> None:
 def test_metrics_that_change_from_step_to_step_are_refused() -> None:
     window = Window(CPU)
     window.add(metrics(loss=1.0, entropy=0.5), 8, 0.0)
-    with pytest.raises(
-        ValueError, match="got loss after loss, entropy"
-    ):
+    with pytest.raises(ValueError, match="got loss after loss, entropy"):
         window.add(metrics(loss=1.0), 8, 0.0)
     assert window.steps == 1
 

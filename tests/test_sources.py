@@ -163,10 +163,13 @@ def test_a_val_folder_without_classes_leaves_a_holdout_of_train_and_says_so(tmp_
     assert "val/ has no class folders" in datasets.note
 
 
-def test_classes_that_only_val_has_are_an_error(tmp_path: Path) -> None:
-    root = put(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/zebra/1.jpg")
-    with pytest.raises(ValueError, match="zebra"):
-        folder(root)
+def test_images_of_classes_that_only_val_has_are_not_evaluated(tmp_path: Path) -> None:
+    root = put(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/b/1.jpg", "val/zebra/1.jpg")
+    datasets = folder(root)
+    assert shown(datasets.val) == [("val/b/1.jpg", "b")]
+    assert datasets.remarks == (
+        "1 image of val/ not evaluated: of classes that train/ lacks (zebra)",
+    )
 
 
 def test_the_holdout_is_stratified_seeded_and_apart_from_train(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_every_source_of_the_option_is_loaded_here() -> None:
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"data\.source must be folder, shards, digits, cifar10 or cifar100, got 'mnist'",
+        match=r"data\.source must be folder, shards, list, zip, digits, .* or cifar100, got 'mnist'",
     ):
         load_datasets(DataConfig(source="mnist", path="x"))
 

@@ -18,7 +18,7 @@ from torch import nn
 from mocofast.config import Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
@@ -75,6 +75,7 @@ def finetune(
             "data.path: fine-tuning needs labelled images, some of them held out; "
             f"got {datasets.note}"
         )
+    datasets = datasets._replace(train=labelled(datasets.train))
     # Labelled images: one plain view of every image.
     seed = config.train.seed
     batch_slice = BatchSlice(min(options.batch_size, len(datasets.train)))

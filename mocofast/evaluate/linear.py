@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import embed, evaluating, extract, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
@@ -90,6 +90,7 @@ def linear_probe(
         )
     if options.protocol not in ("fast", "reference"):
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
+    datasets = datasets._replace(train=labelled(datasets.train))
     with _unchanged(encoder):
         val = _features(encoder, datasets.val, config, device)
         if options.protocol == "fast":

@@ -129,7 +129,7 @@ class _Run:
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         if rank == 0:
-            self._announce(datasets.note, reason, resumed_step)
+            self._announce(datasets, reason, resumed_step)
 
     # ---- the loop ----
 
@@ -291,7 +291,7 @@ class _Run:
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
         self.writer.save(content)
 
-    def _announce(self, note: str, reason_for_mode: str, resumed_step: int | None) -> None:
+    def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
         """Logs recipe, data, device, loader, engine and run folder."""
         c, state = self.config, self.state
         log.info(
@@ -303,7 +303,9 @@ class _Run:
             c.train.epochs,
             state.model.describe(),
         )
-        log.info("data: %s", note)
+        log.info("data: %s", datasets.note)
+        for remark in datasets.remarks:
+            log.warning("data: %s", remark)
         log.info(
             "device %s x %d, %s; loader %s: %s",
             self.device,
