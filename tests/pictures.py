@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mocofast.config import DataConfig
-from mocofast.data.interface import Batch, ViewParams
+from mocofast.data.interface import Batch, Source, ViewParams
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import FolderSource, find_images, load_datasets
 
@@ -33,6 +33,21 @@ def jpeg(seed: int) -> bytes:
     buffer = io.BytesIO()
     photo(seed, (30 + 3 * seed, 90 - 2 * seed)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def put_images(root: Path, *names: str) -> Path:
+    """Writes a real image of 5 x 3 pixels at every name, in the format of the extension."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 3), (i % 256, 40, 200)).save(path)
+    return root
+
+
+def named(source: Source) -> dict[str, str]:
+    """Returns {name: class} of every image of a labelled source."""
+    assert source.labels is not None
+    return {source.name(i): source.classes[source.labels[i]] for i in range(len(source))}
 
 
 def save_photos(root: Path, count: int = 23) -> Path:

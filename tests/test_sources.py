@@ -337,7 +337,7 @@ def test_every_source_of_the_option_is_loaded_here() -> None:
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"data\.source must be folder, shards, list, zip, digits, .* or cifar100, got 'mnist'",
+        match=r"data\.source must be folder, shards, list, zip, .* or cifar100, got 'mnist'",
     ):
         load_datasets(DataConfig(source="mnist", path="x"))
 

@@ -78,12 +78,17 @@ def arrange(tree: Tree, data: DataConfig, place: str) -> Layout:
         remarks.append(f"{shortened(splits.beside)} beside {used} not used")
     classes: tuple[str, ...] = ()
     labels = None
-    if data.labels != "none":
+    if data.labels == "auto":
         classes, labels = _classes_of_parts(found.names, splits.train)
     remarks += _doubts(found, classes, splits, patterns)
     groups = None if not data.group else groups_of(found.names, splits.train, data.group)
     layout = Layout(found.names, labels, classes, groups, [], None, "", "", remarks)
-    if splits.val is None or labels is None:
+    if splits.val is None:
+        return layout
+    if data.labels not in ("auto", "none"):  # labels come from a list
+        names = tree.find(splits.val, patterns).names
+        return layout._replace(val=names, val_folder=splits.val)
+    if labels is None:
         return layout
     return _with_evaluation(layout, tree.find(splits.val, patterns), splits)
 
@@ -110,6 +115,8 @@ def split_folders(tree: Tree, data: DataConfig) -> Splits:
         train = tuple(_given(tree, "train", folder, prefix, folders) for folder in data.train)
     if data.val:
         val = _given(tree, "val", data.val, prefix, folders)
+        parts = (_first(folders, names) for names in (TRAIN, UNLABELLED))
+        train = train or tuple(prefix + part for part in parts if part)
     val = None if val in train else val
     used = {*train, val}
     beside = tuple(f"{name}/" for name in folders if f"{prefix}{name}/" not in used)
@@ -118,17 +125,18 @@ def split_folders(tree: Tree, data: DataConfig) -> Splits:
 
 def _choose(folders: Sequence[str]) -> Splits | None:
     """Returns the splits among the names of folders, or None if there are none."""
-
-    def first(names: Sequence[str]) -> str | None:
-        # Of "Train" and "train", the name in lower case.
-        found = {folder.lower(): folder for folder in sorted(folders)}
-        return next((f"{found[name]}/" for name in names if name in found), None)
-
-    train, more, val = first(TRAIN), first(UNLABELLED), first(EVALUATION)
+    train, more, val = (_first(folders, names) for names in (TRAIN, UNLABELLED, EVALUATION))
     parts = tuple(part for part in (train, more) if part)
     if parts and (val or (train and len(folders) == len(parts))):
         return Splits(parts, val)
     return None
+
+
+def _first(folders: Sequence[str], names: Sequence[str]) -> str | None:
+    """Returns the first folder with one of `names`, as a prefix, or None."""
+    # Of "Train" and "train", the name in lower case.
+    found = {folder.lower(): folder for folder in sorted(folders)}
+    return next((f"{found[name]}/" for name in names if name in found), None)
 
 
 def _given(tree: Tree, option: str, folder: str, prefix: str, folders: Sequence[str]) -> str:
@@ -269,7 +277,7 @@ def _doubts(
 def _with_evaluation(layout: Layout, found: Found, splits: Splits) -> Layout:
     """Adds the evaluation images that have a class of the training images."""
     assert splits.val is not None
-    train = " and ".join(splits.train)
+    train = " and ".join(splits.train) or "data.path"
     layout = layout._replace(val_folder=splits.val)
     position = {name: i for i, name in enumerate(layout.classes)}
     folders = _class_folders([name[len(splits.val) :] for name in found.names], layout.classes)
@@ -280,7 +288,8 @@ def _with_evaluation(layout: Layout, found: Found, splits: Splits) -> Layout:
             f"no folder of {splits.val} ({shortened(unknown)}) is among those of {train}"
             f" ({shortened(layout.classes)}): folders are not taken for classes"
         )
-        return layout._replace(labels=None, classes=(), remarks=[*layout.remarks, remark])
+        remarks = [line for line in layout.remarks if "--data.labels none" not in line]
+        return layout._replace(labels=None, classes=(), remarks=[*remarks, remark])
     if not known:
         nothing = "has no class folders" if found.names else "has no images"
         return layout._replace(why=f"{splits.val} {nothing}")

@@ -7,7 +7,7 @@ of groups. Names of columns match in any case of letters.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from mocofast.data.names import EXTENSIONS
 PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
 LABEL = ("label", "class", "target", "category", "label_name", "class_name")
 SPLIT = ("split", "subset", "set", "partition", "part")
+FIRST = 100  # paths of which one must be there
 ENDINGS = (".csv", ".tsv", ".parquet")
 
 
@@ -60,8 +61,10 @@ class ImageList:
             )
         return column
 
-    def paths(self) -> list[str]:
+    def paths(self, exists: Callable[[str], bool] | None = None) -> list[str]:
         """Returns the column of paths, relative to the folder of the list.
+
+        exists: tells whether there is an image at a path. None looks into the folder.
 
         Folders at the start of all paths that do not lead to the first file are dropped
         (lists often begin with the name of the set).
@@ -73,13 +76,17 @@ class ImageList:
                 f"({shortened(self.columns)}); expected a column named {PATH[0]}"
             )
         paths = [path.replace("\\", "/").removeprefix("./") for path in paths]
-        folder, parts = self.path.parent, paths[0].split("/")
-        for depth in range(len(parts)):
-            if (folder / "/".join(parts[depth:])).is_file():
-                start = "".join(f"{part}/" for part in parts[:depth])
-                return [path.removeprefix(start) for path in paths]
+        folder = self.path.parent
+        exists = exists or (lambda path: (folder / path).is_file())
+        for path in paths[:FIRST]:
+            parts = path.split("/")
+            for depth in range(len(parts)):
+                if exists("/".join(parts[depth:])):
+                    start = "".join(f"{part}/" for part in parts[:depth])
+                    return [path.removeprefix(start) for path in paths]
+        place = str(folder) if self._option == "data.path" else "data.path"
         raise FileNotFoundError(
-            f"{self._option}: {paths[0]!r} of {str(self.path)!r} is not below {str(folder)!r}"
+            f"{self._option}: {paths[0]!r} of {str(self.path)!r} is not below {place}"
         )
 
 
@@ -143,7 +150,8 @@ def labels_of_list(layout: Layout, option: str) -> Layout:
             f"data.labels: no column {LABEL[0]} in {file!r} ({shortened(images.columns)}); "
             f"--data.labels {file}:COLUMN names the column"
         )
-    paths = images.paths()
+    names = {*layout.train, *layout.val}
+    paths = images.paths(names.__contains__)
     by_path = dict(zip(paths, texts))
     every = [by_path.get(name, "") for name in layout.train]
     classes, labels = number_column(every)
@@ -154,9 +162,12 @@ def labels_of_list(layout: Layout, option: str) -> Layout:
         )
     missing = every.count("")
     remarks = [f"{counted(missing, 'image')} without a label in {file}"] * bool(missing)
-    return layout._replace(
-        labels=labels, classes=classes, val=[], why="", remarks=[*layout.remarks, *remarks]
-    )
+    layout = layout._replace(labels=labels, classes=classes, remarks=[*layout.remarks, *remarks])
+    known = number_column([by_path.get(name, "") for name in layout.val], classes)[1]
+    if known is None or not (known >= 0).any():
+        return layout._replace(val=[])
+    val = [name for name, label in zip(layout.val, known) if label >= 0]
+    return layout._replace(val=val, val_labels=known[known >= 0])
 
 
 def arrange_list(images: ImageList, data: DataConfig) -> Layout:
@@ -176,7 +187,7 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
     if data.labels not in ("auto", "none"):
         texts = images.column(data.labels, "data.labels")
     train, val, parts = _splits_of_list(images, data, rows)
-    remarks += [parts] * bool(parts)
+    remarks += [parts] if parts else []
 
     def column(rows: np.ndarray, cells: Sequence[str]) -> list[str]:
         return [cells[row] for row in rows]
@@ -187,15 +198,15 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
         groups = groups_of(column(train, paths), ("",), data.group)
     elif data.group:
         cells = column(train, images.column(data.group, "data.group"))
-        groups = np.unique(cells, return_inverse=True)[1].astype(np.int64)
+        groups = np.unique(np.array(cells), return_inverse=True)[1].astype(np.int64)
     layout = Layout(column(train, paths), labels, classes, groups, [], None, "", "", remarks)
     if labels is None or texts is None or not len(val):
         return layout
     known = number_column(column(val, texts), classes)[1]
     assert known is not None
     if (known < 0).any():
-        count = counted(int((known < 0).sum()), "image")
-        remarks.append(f"{count} of the evaluation not evaluated: no class of the training")
+        unknown = counted(int((known < 0).sum()), "image")
+        remarks.append(f"{unknown} of the evaluation not evaluated: no class of the training")
     return layout._replace(
         val=column(val[known >= 0], paths),
         val_labels=known[known >= 0],

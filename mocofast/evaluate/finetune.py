@@ -70,12 +70,12 @@ def finetune(
         None: the accuracy is measured once, at the end.
     Returns the accuracy on `datasets.val` at the end.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None:
         raise ConfigError(
             "data.path: fine-tuning needs labelled images, some of them held out; "
             f"got {datasets.note}"
         )
-    datasets = datasets._replace(train=labelled(datasets.train))
     # Labelled images: one plain view of every image.
     seed = config.train.seed
     batch_slice = BatchSlice(min(options.batch_size, len(datasets.train)))

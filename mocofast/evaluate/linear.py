@@ -82,6 +82,7 @@ def linear_probe(
     config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
         are used.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
         raise ConfigError(
             "data.path: a linear probe needs labelled images, some of them held out (class "
@@ -90,7 +91,6 @@ def linear_probe(
         )
     if options.protocol not in ("fast", "reference"):
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
-    datasets = datasets._replace(train=labelled(datasets.train))
     with _unchanged(encoder):
         val = _features(encoder, datasets.val, config, device)
         if options.protocol == "fast":

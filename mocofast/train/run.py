@@ -18,7 +18,8 @@ from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch, BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader, count_workers
-from mocofast.data.sources import Datasets, load_datasets
+from mocofast.data.look import look
+from mocofast.data.sources import Datasets, labelled, load_datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.build import build_method
@@ -304,7 +305,10 @@ class _Run:
             state.model.describe(),
         )
         log.info("data: %s", datasets.note)
-        for remark in datasets.remarks:
+        remarks = list(datasets.remarks)
+        if resumed_step is None:
+            remarks += look(datasets.train, datasets.val, c.augment.size)
+        for remark in remarks:
             log.warning("data: %s", remark)
         log.info(
             "device %s x %d, %s; loader %s: %s",
@@ -364,6 +368,8 @@ def _new_state(
     source = datasets.train
     model = build_method(config, len(source), len(source.classes)).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if "labels" in model.batch_fields:
+        source = labelled(source)
     loader: Loader = build_loader(
         source,
         config.data,
