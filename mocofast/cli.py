@@ -220,6 +220,8 @@ def prepare(argv: Sequence[str]) -> int:
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
     meta = module.prepare(source, out, module.PrepareConfig(**given))
+    for remark in meta["remarks"]:
+        print(remark)
     for name, reason in meta["skipped"].items():
         print(f"left out: {name}: {reason}")
     print(
