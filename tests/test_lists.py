@@ -36,7 +36,8 @@ def write_list(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def from_list(path: Path, **options: object) -> Datasets:
-    return load_datasets(DataConfig(source="list", path=str(path), **options))  # type: ignore[arg-type]
+    data = DataConfig(source="list", path=str(path), **options)  # type: ignore[arg-type]
+    return load_datasets(data)
 
 
 # Lists
