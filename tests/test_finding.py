@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,13 @@ def test_a_folder_that_cannot_be_read_is_left_out_and_named(
             raise PermissionError(13, "Permission denied", str(path))
         return listed(path)
 
+    put_images(tmp_path / "all", "b/train/1.jpg")
     monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"no image below .* 1 folder cannot be read .*: b \("):
+        folder(tmp_path / "all")
+    with pytest.raises(ConfigError, match=r"data\.path: .*/b' cannot be read \(.*Permission"):
+        find_images(tmp_path / "b")
+    shutil.rmtree(tmp_path / "all", ignore_errors=True)
     datasets = folder(tmp_path, holdout=0.0)
     assert names(datasets) == ["a/1.jpg", "c/3.jpg"]
     (line,) = datasets.remarks
@@ -167,6 +174,7 @@ def test_names_of_an_archive_are_found_like_files_of_a_folder(tmp_path: Path) ->
         ("Train", "Dev"),
         ("Training", "Testing"),
         ("TRAIN", "TEST"),
+        ("train2017", "val2017"),  # COCO
     ],
 )
 def test_splits_are_known_by_many_names_in_any_case(tmp_path: Path, train: str, val: str) -> None:

@@ -132,6 +132,10 @@ def test_a_parquet_list_is_a_csv_list(tmp_path: Path) -> None:
     assert datasets.train.classes == ("3", "20000000")
     assert datasets.train.labels is not None
     assert datasets.train.labels.tolist() == [0, -1, 1, 0]
+    images = pa.table({"image": [{"bytes": b"", "path": "x"}], "label": [0]})
+    parquet.write_table(images, tmp_path / "bytes.parquet")
+    with pytest.raises(ConfigError, match=r"no column of paths \(label\), .* \(image\); write"):
+        from_list(tmp_path / "bytes.parquet")
 
 
 def test_labels_of_a_folder_may_come_from_a_list(tmp_path: Path) -> None:

@@ -178,11 +178,17 @@ def test_labels_are_found_by_the_key_of_the_image(tmp_path: Path) -> None:
             ("s3.c.cls", b"4"),  # of neither image, for all that is known
             ("s4.jpg", b"7"),
             ("s4.cls", b"cat"),
+            ("s5.jpg", b"8"),
+            ("s5.json", b'{"label": "\\ud800"}'),  # half a character is no text
+            ("s6.jpg", b"9"),
+            ("s6.cls", b"-1"),
+            ("s7.jpg", b"10"),
+            ("s7.json", b'{"label": true}'),
             ("s4.json", b'{"label": 5}'),  # an integer goes before a text, as ever
         ],
     )
     source = source_of(path)
-    assert labels(source) == ["7", "1", "2", "3", "3", None, None, "5"]
+    assert labels(source) == ["7", "1", "2", "3", "3", None, None, "5", *[None] * 3]
     assert source.classes == tuple("01234567")
 
 

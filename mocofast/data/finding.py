@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from mocofast.config import ConfigError
 from mocofast.errors import describe_error
 
 SHOWN = 5  # kinds, folders or names that a line lists
@@ -117,7 +118,7 @@ class Found(NamedTuple):
         if self.unreadable:
             first, reason = next(iter(self.unreadable.items()))
             count = counted(len(self.unreadable), "folder")
-            lines.append(f"{count} cannot be read and left out: {first} ({reason})")
+            lines.append(f"{count} cannot be read and left out: {shortened([first])} ({reason})")
         by_name: dict[str, list[str]] = {}
         for folder in self.masks:
             by_name.setdefault(folder.rpartition("/")[2], []).append(folder)
@@ -199,8 +200,8 @@ class Disk:
                     else:
                         found.kinds[os.path.splitext(name)[1].lower()] += 1
         except OSError as error:
-            if not above:  # the root itself
-                raise
+            if not above:
+                raise ConfigError(f"data.path: {folder!r} cannot be read ({error})") from error
             found.unreadable[prefix.rstrip("/")] = describe_error(error)
         if patterns:
             kept = [name for name in names if patterns.keeps(name)]
@@ -286,7 +287,8 @@ def counted(count: int, noun: str) -> str:
 
 def shortened(names: Iterable[str]) -> str:
     """Returns the first names, and how many more there are."""
-    every = list(names)
+    # Names of files may hold bytes that are no text.
+    every = [name.encode(errors="backslashreplace").decode() for name in names]
     rest = len(every) - SHOWN
     return ", ".join(every[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mocofast.config import ConfigError
@@ -27,7 +28,10 @@ CONTAINERS = {
 
 
 def open_folder(folder: str | Path) -> Disk:
-    """Returns a folder of images. Raises FileNotFoundError or NotADirectoryError."""
+    """Returns a folder of images.
+
+    Raises FileNotFoundError, NotADirectoryError, or ConfigError for a folder that cannot be read.
+    """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"data.path: there is no folder {str(folder)!r}")
@@ -37,6 +41,8 @@ def open_folder(folder: str | Path) -> Disk:
         raise NotADirectoryError(
             f"data.path must be a folder of images: {str(folder)!r} is a file{way}"
         )
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(f"data.path: {str(folder)!r} cannot be read (permission denied)")
     return Disk(folder, EXTENSIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from mocofast.data.names import EXTENSIONS
 TRAIN = ("train", "training")
 UNLABELLED = ("unlabeled", "unlabelled")
 EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
+
+_YEAR = re.compile(r"[-_]?(19|20)\d\d$")
 
 
 class Splits(NamedTuple):
@@ -106,7 +109,10 @@ def split_folders(tree: Tree, data: DataConfig) -> Splits:
     prefix, splits = "", _choose(folders)
     while splits is None and not images and len(folders) == 1 and folders[0].lower() not in SPLITS:
         prefix += f"{folders[0]}/"
-        folders, images = tree.entries(prefix)
+        try:
+            folders, images = tree.entries(prefix)
+        except OSError:  # a folder that cannot be read, which `Tree.find` reports
+            break
         splits = _choose(folders)
     splits = splits or Splits((), None)
     train = tuple(prefix + folder for folder in splits.train)
@@ -134,8 +140,8 @@ def _choose(folders: Sequence[str]) -> Splits | None:
 
 def _first(folders: Sequence[str], names: Sequence[str]) -> str | None:
     """Returns the first folder with one of `names`, as a prefix, or None."""
-    # Of "Train" and "train", the name in lower case.
-    found = {folder.lower(): folder for folder in sorted(folders)}
+    # Of "Train" and "train", the name in lower case. COCO's "train2017" is "train".
+    found = {_YEAR.sub("", folder.lower()): folder for folder in sorted(folders)}
     return next((f"{found[name]}/" for name in names if name in found), None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,11 +110,28 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
         raise ConfigError(
             f"data.path: {str(path)!r} needs pyarrow ({error}); pip install 'mocofast[parquet]'"
         ) from error
-    table = pyarrow.parquet.read_table(path)
+    schema = pyarrow.parquet.read_schema(path)
+    simple = [name for name in schema.names if _is_text_or_number(schema.field(name).type)]
+    table = pyarrow.parquet.read_table(path, columns=simple)
+    if len(simple) < len(schema.names) and not {name.lower() for name in simple} & set(PATH):
+        bytes_of = shortened(name for name in schema.names if name not in simple)
+        raise ConfigError(
+            f"data.path: {str(path)!r} has no column of paths ({shortened(simple)}), and images "
+            f"in a table are not read ({bytes_of}); write the images as files"
+        )
     return {
         name: ["" if value is None else str(value) for value in table[name].to_pylist()]
-        for name in table.column_names
+        for name in simple
     }
+
+
+def _is_text_or_number(kind: Any) -> bool:
+    """Returns whether a type of pyarrow is text, an integer, or a dictionary of texts."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind))
 
 
 def number_column(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import ConfigError
-from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed
+from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, shortened
 from mocofast.data.names import EXTENSIONS
 
 LONGEST_LABEL = 200  # characters. A longer text is no label
@@ -145,6 +145,7 @@ def _label(extension: str, content: bytes) -> tuple[int, str] | None:
     is_json = extension == ".json"
     try:
         value = json.loads(content)["label"] if is_json else content.decode().strip()
+        str(value).encode()  # JSON may hold half a character
     except (ValueError, KeyError, TypeError):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, str)):
@@ -232,7 +233,7 @@ def left_out_lines(left_out: Sequence[dict[str, Any]]) -> list[str]:
         parts.append(f"{counted(kinds.total(), 'member')} of other kinds ({listed(kinds)})")
     lines = [f"members of shards left out: {'; '.join(parts)}"] if parts else []
     if twins:
-        unused, used = twin
+        unused, used = (shortened([name]) for name in twin)
         pattern = f"*{posixpath.splitext(used)[1]}"
         if pattern == f"*{posixpath.splitext(unused)[1]}":
             pattern = f"*.{key_of(used)[1]}"
