@@ -47,8 +47,9 @@ class MemberReader:
 
     def __init__(self) -> None:
         self._images: dict[str, tuple[int, int] | str] = {}  # (offset, size), or a link's target
-        self._others: dict[str, tuple[int, str]] = {}  # labels by name: (preference, text)
-        self._label_links: dict[str, str] = {}
+        # Labels by the name without extension: (preference, text)
+        self._labels: dict[str, tuple[int, str]] = {}
+        self._label_links: list[tuple[str, str]] = []  # (name, target)
         self._left_out: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
 
@@ -60,8 +61,10 @@ class MemberReader:
         offset, size: of the content, in bytes. link: name of the target, None for a file.
         content: returns the content. Called for labels.
         """
-        extension = posixpath.splitext(name)[1].lower()
-        if posixpath.basename(name).startswith("."):
+        base = name.rfind("/") + 1
+        dot = name.rfind(".", base)
+        extension = name[dot:].lower() if dot >= 0 else ""
+        if name.startswith(".", base):
             self._left_out["hidden files"] += 1
         elif extension in EXTENSIONS:
             if name in self._images:
@@ -71,9 +74,14 @@ class MemberReader:
         elif extension not in (".cls", ".json"):
             self._kinds[extension] += 1
         elif link is not None:
-            self._label_links[name] = link
+            self._label_links.append((name, link))
         elif label := _label(extension, content()):
-            self._others.setdefault(name, label)
+            self._add_label(name[:dot], label)
+
+    def _add_label(self, stem: str, label: tuple[int, str]) -> None:
+        known = self._labels.get(stem)
+        if known is None or label[0] < known[0]:
+            self._labels[stem] = label
 
     def finish(self) -> Members:
         """Returns the images with their labels."""
@@ -84,7 +92,7 @@ class MemberReader:
                 self._left_out["links to images that the shard lacks"] += 1
             else:
                 places[name] = place
-        texts = self._labels(list(places))
+        texts = self._labels_of(list(places))
         label_names = sorted({text for text in texts if text is not None})
         number = {text: i for i, text in enumerate(label_names)}
         table = np.array(list(places.values()), dtype=np.int64).reshape(-1, 2)
@@ -109,28 +117,33 @@ class MemberReader:
             name = _target(name, place, self._images)
         return None
 
-    def _labels(self, names: Sequence[str]) -> list[str | None]:
+    def _labels_of(self, names: Sequence[str]) -> list[str | None]:
         """Returns the label of every image, or None."""
-        for name, link in self._label_links.items():
-            target = self._others.get(_target(name, link, self._others))
-            if target is not None:
-                self._others.setdefault(name, target)
-        by_stem: dict[str, tuple[int, str]] = {}
-        for name, label in self._others.items():
-            stem = posixpath.splitext(name)[0]
-            by_stem[stem] = min(label, by_stem.get(stem, label), key=lambda item: item[0])
-        if not by_stem:
+        for name, link in self._label_links:
+            # Hard links name members, symbolic links name paths.
+            for target in (link, posixpath.join(posixpath.dirname(name), link)):
+                label = self._labels.get(posixpath.splitext(posixpath.normpath(target))[0])
+                if label is not None:
+                    self._add_label(posixpath.splitext(name)[0], label)
+                    break
+        labels = self._labels
+        if not labels:
             return [None] * len(names)
-        by_key: dict[str, str] = {}  # of labels such as key.output.cls
-        for stem, (_, text) in by_stem.items():
+        found = [labels.get(name[: name.rfind(".")]) for name in names]
+        texts = [None if label is None else label[1] for label in found]
+        if None not in texts:
+            return texts
+        # Labels of the key, such as key.cls or key.output.cls.
+        by_key: dict[str, str] = {}
+        for stem, (_, text) in labels.items():
             by_key.setdefault(key_of(stem)[0], text)
         images = Counter(key_of(name)[0] for name in names)
-        found: list[str | None] = []
-        for name in names:
-            key = key_of(name)[0]
-            own = by_stem.get(posixpath.splitext(name)[0]) or by_stem.get(key)
-            found.append(own[1] if own else by_key.get(key) if images[key] == 1 else None)
-        return found
+        for i, name in enumerate(names):
+            if texts[i] is None:
+                key = key_of(name)[0]
+                own = labels.get(key)
+                texts[i] = own[1] if own else by_key.get(key) if images[key] == 1 else None
+        return texts
 
 
 def _target(name: str, link: str, known: Any) -> str:
@@ -143,6 +156,8 @@ def _target(name: str, link: str, known: Any) -> str:
 def _label(extension: str, content: bytes) -> tuple[int, str] | None:
     """Returns (preference, text) of a label, the smallest preference first, or None."""
     is_json = extension == ".json"
+    if not is_json and content.isdigit() and str(int(content[:20])).encode() == content:
+        return 0, content.decode()  # most labels
     try:
         value = json.loads(content)["label"] if is_json else content.decode().strip()
         str(value).encode()  # JSON may hold half a character

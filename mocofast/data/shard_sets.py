@@ -11,6 +11,7 @@ import numpy as np
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import Splits, split_folders
+from mocofast.data.shard_samples import Numbering
 from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards, packed_shards
 
 
@@ -37,12 +38,17 @@ def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
         splits = split_folders(Disk(root, {".tar"}), data)
     if data.group:
         raise ConfigError("data.group: shards have no folders or columns that are groups")
+    if data.labels not in ("auto", "none"):
+        raise ConfigError(
+            f"data.labels: shards hold their labels, expected auto or none, got {data.labels!r}"
+        )
     shards = [shard for part in splits.train for shard in find_shards(path, part)]
-    train = open_shards(shards, data.shuffle_window, None, patterns)
+    unlabelled = Numbering((), {}) if data.labels == "none" else None
+    train = open_shards(shards, data.shuffle_window, unlabelled, patterns)
     remarks = (*packed_shards(path, splits.train[0]), *train.remarks)
     if splits.beside:
         remarks = (*remarks, f"{shortened(splits.beside)} not used")
-    if train.labels is None or splits.val is None or data.labels == "none":
+    if train.labels is None or splits.val is None:
         return ShardSets(train, None, "", "", remarks)
     val = open_shards(find_shards(path, splits.val), numbering=train.numbering, patterns=patterns)
     assert val.labels is not None

@@ -343,7 +343,7 @@ def _hold_out(
     groups: (N,) int64. Images of a group stay together.
     remarks: of the result.
     """
-    if source.labels is None or data.labels == "none":
+    if source.labels is None:
         return Datasets(source, None, f"{len(source)} images without labels: no kNN", remarks)
     usable = np.flatnonzero(source.labels >= 0)
     if groups is None:
