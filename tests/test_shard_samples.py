@@ -237,7 +237,11 @@ def test_one_unlabelled_sample_does_not_cost_the_labels_of_the_others(tmp_path: 
     }
     assert found == {f"{i:02}": None if i == 7 else str(i % 2) for i in range(16)}
     assert None not in labels(datasets.val)
-    assert load_datasets(DataConfig(source="shards", path=str(tmp_path), labels="none")).val is None
+    unlabelled = load_datasets(DataConfig(source="shards", path=str(tmp_path), labels="none"))
+    assert unlabelled.note == "16 images without labels: no kNN"
+    assert unlabelled.train.labels is None
+    with pytest.raises(ConfigError, match=r"data\.labels: .* expected auto or none, got 'x\.csv'"):
+        load_datasets(DataConfig(source="shards", path=str(tmp_path), labels="x.csv"))
 
 
 def test_numbers_of_labels() -> None:
