@@ -205,6 +205,8 @@ def test_options_name_the_splits_and_folders_beside_them_are_said(tmp_path: Path
     ]
     assert named(datasets.val) == {"three/a/1.jpg": "a", "three/b/1.jpg": "b"}
     assert datasets.remarks == ("train/ beside one/, two/, three/ not used",)
+    grouped = folder(tmp_path, train=("one", "two/"), val="three", group="1").remarks
+    assert grouped[1:] == ("data.group not used: three/ is held out already",)
     only_val = folder(tmp_path, val="three")
     assert "three/a/1.jpg" not in names(only_val)
     assert len(only_val.train) == 2  # of train/

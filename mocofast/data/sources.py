@@ -251,6 +251,8 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
     if layout.val:
         val = make(layout.val, layout.val_labels, layout.classes)
         note = f"{_summary(train)}; kNN on {layout.val_folder}, {len(val)}"
+        if data.group:
+            remarks = (*remarks, f"data.group not used: {layout.val_folder} is held out already")
         return Datasets(train, val, note, remarks)
     why = f" ({layout.why})" if layout.why else ""
     return _hold_out(train, data, seed, why, layout.groups, remarks)
