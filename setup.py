@@ -26,6 +26,7 @@ TEST = [
     "setuptools>=77",
     "timm>=1",
     *IMAGES,
+    "pyarrow>=15",
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
@@ -80,6 +81,7 @@ setup(
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "images": IMAGES,
+        "parquet": ["pyarrow>=15"],  # lists of images, --data.source list
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

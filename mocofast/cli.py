@@ -102,7 +102,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
     given = given_settings(arguments)
     if "data.path" in given:
+        # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", "folder")
+        own = ("train", "val", "include", "exclude", "labels", "group")
+        for name in own:
+            given.setdefault(f"data.{name}", getattr(DataConfig, name))
     settings.apply(
         config,
         {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
@@ -125,7 +129,7 @@ def knn(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}"
         )
-    print(datasets.note)
+    print(datasets.lines())
     for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
         print(f"{name} {value:.4f}")
     return 0
@@ -148,7 +152,7 @@ def linear(argv: Sequence[str]) -> int:
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(datasets.note)
+    print(datasets.lines())
     result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
     for name, value in result._asdict().items():
         if value is not None:
@@ -178,7 +182,7 @@ def finetune(argv: Sequence[str]) -> int:
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(datasets.note)
+    print(datasets.lines())
     encoder = model.encoder_q.to(device)
     result = protocol.finetune(
         encoder, datasets, config, options, device, choose_autocast(config.train.precision, device)
@@ -218,6 +222,8 @@ def prepare(argv: Sequence[str]) -> int:
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
     meta = module.prepare(source, out, module.PrepareConfig(**given))
+    for remark in meta["remarks"]:
+        print(remark)
     for name, reason in meta["skipped"].items():
         print(f"left out: {name}: {reason}")
     print(

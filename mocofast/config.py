@@ -75,7 +75,7 @@ def method_options(name: str) -> type[ModelConfig]:
 
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
-OWN_IMAGES = ("folder", "shards")  # sources for which data.path names the user's images
+OWN_IMAGES = ("folder", "shards", "list", "zip")  # data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
 LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
 
@@ -86,15 +86,45 @@ class DataConfig:
 
     source: str = option(
         "folder",
-        "folder (of images, recursive), tar shards, embedded digits, torchvision's CIFAR, or the "
-        "dotted name of a module with load_datasets",
+        "folder (of images, recursive), tar shards, list (CSV or parquet, a row for every image), "
+        "zip archive, embedded digits, torchvision's CIFAR, or the dotted name of a module with "
+        "load_datasets",
         SOURCES,
         plugins=True,
     )
     path: str = option(
         "",
         "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
-        "or the folder of CIFAR",
+        "or a list, a zip archive, or the folder of CIFAR",
+    )
+    train: tuple[str, ...] = option(
+        (),
+        "folders of training images, or values of a list's column split; "
+        "empty finds train/, training/ and unlabeled/",
+    )
+    val: str = option(
+        "",
+        "folder of evaluation images below data.path, or a value of a list's column split; "
+        "empty finds val/, valid/, validation/, dev/, test/ or testing/ beside train/",
+    )
+    include: tuple[str, ...] = option(
+        (),
+        "use only files whose path below data.path (in shards: name) matches one of these "
+        "patterns, such as 'images/*' or '*.tif'; * also matches /",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        "leave out files and folders whose path matches one of these patterns, such as '*/masks'",
+    )
+    labels: str = option(
+        "auto",
+        "auto: by folders, or as the shards or the list say; none; or a list with columns path "
+        "and label, FILE.csv or FILE.csv:COLUMN (source=list: the column)",
+    )
+    group: str = option(
+        "",
+        "images that stay together in the hold-out, such as a patient's: the level of the folders "
+        "that are groups (1 is the first), or the column of a list",
     )
     channels: int = option(
         3,
@@ -117,11 +147,7 @@ class DataConfig:
             "auto, dtype, min,max, divide:N or percentile:a,b",
         ),
     )
-    loader: str = option(
-        "auto",
-        "who decodes and augments; auto says which and why",
-        LOADERS,
-    )
+    loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(
         256,
         "images per optimiser step, over all ranks and accumulation steps",

@@ -103,9 +103,11 @@ def coerce(setting: Setting, value: Any) -> Any:
 
 def _coerce(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, str):
-            value = [part for part in value.strip("[]() ").split(",") if part.strip()]
         kinds = typing.get_args(kind)
+        if isinstance(value, str):
+            # A bracket may begin a pattern.
+            text = value if kinds[0] is str else value.strip("[]() ")
+            value = [part.strip() for part in text.split(",") if part.strip()]
         if kinds[-1] is Ellipsis:
             return tuple(_coerce(kinds[0], part) for part in value)
         if len(kinds) != len(value):

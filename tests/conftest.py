@@ -51,6 +51,15 @@ def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Returns the folder of small files of many fields, which is not in the repository."""
+    root = Path(os.environ.get("MOCOFAST_CASES", Path(__file__).parents[2] / "shared" / "cases"))
+    if not root.is_dir():
+        pytest.skip(f"set MOCOFAST_CASES to the folder of cases ({root} is not there)")
+    return root
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a flat folder of 500 full-size JPEG photos. Some photos are grayscale."""
     return _unpacked("imagenet-sample-500.tar", tmp_path_factory)
@@ -63,13 +72,3 @@ def cifar10_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The files are train/<class>/NNNN.jpg (50,000) and test/<class>/NNNN.jpg (10,000).
     """
     return _unpacked("cifar10-jpeg.tar.xz", tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def cases() -> Path:
-    """Returns the folder of small inputs that failed: MOCOFAST_CASES, or ../shared/cases."""
-    named = os.environ.get("MOCOFAST_CASES", "")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "cases"
-    if not folder.is_dir():
-        pytest.skip("set MOCOFAST_CASES to the folder of small inputs that failed")
-    return folder

@@ -200,7 +200,7 @@ def test_the_range_belongs_to_a_set_and_its_parts(folder: Path, tmp_path: Path) 
         (tmp_path / name).mkdir()
         for i in range(4):
             shutil.copy(folder / "int16.tif", tmp_path / name / f"{i}.tif")
-    train, val, _ = load_datasets(DataConfig(path=str(tmp_path), holdout=0.25, range="-700,700"))
+    train, val, *_ = load_datasets(DataConfig(path=str(tmp_path), holdout=0.25, range="-700,700"))
     assert val is not None
     for part in (train, val):
         assert range_of(part) == parse_range("-700,700")

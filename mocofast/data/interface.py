@@ -53,7 +53,8 @@ class Source(Protocol):
     loader finds bad files.
     """
 
-    labels: np.ndarray | None  # (N,) int64, or None for an unlabelled source
+    # (N,) int64, -1 for unlabelled samples, or None for an unlabelled source
+    labels: np.ndarray | None
     classes: tuple[str, ...]  # names of the labels
 
     def __len__(self) -> int:

@@ -77,6 +77,8 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     parts: dict[str, Source] = {"": datasets.train}  # {folder: images}
     if datasets.val is not None:
         parts = {part.name(0).partition("/")[0]: part for part in (datasets.train, datasets.val)}
+        if len(parts) == 1:  # in a wrapper folder
+            parts = {"train": datasets.train, "val": datasets.val}
     meta: dict[str, Any] = {
         "size": options.size,
         "quality": options.quality,
@@ -84,6 +86,7 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         "classes": datasets.train.classes,
         "images": {},
         "skipped": {},
+        "remarks": list(datasets.remarks),
     }
     partial.mkdir(parents=True)
     try:
@@ -176,7 +179,7 @@ def _write(
                 key = f"{key}-{index}"
             keys.add(key)
             members = {f"{key}{extension}": content}
-            if source.labels is not None:
+            if source.labels is not None and source.labels[index] >= 0:
                 members[f"{key}.cls"] = str(source.labels[index]).encode()
             shards.add(members)
     if not keys:

@@ -75,7 +75,8 @@ def measure(path: str, options: StatsConfig) -> Statistics:
     if options.images < 0:
         raise ConfigError(f"--images: expected at least 0, got {options.images}")
     channels = options.channels
-    data = DataConfig(options.source, path, channels, holdout=0.0, range=options.range)
+    kind = {"source": options.source, "channels": channels, "range": options.range}
+    data = DataConfig(path=path, holdout=0.0, **kind)  # type: ignore[arg-type]
     source = load_datasets(data).train
     count = min(options.images or len(source), len(source))
     indices = [i * len(source) // count for i in range(count)]

@@ -18,7 +18,7 @@ from torch import nn
 from mocofast.config import Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
@@ -70,6 +70,7 @@ def finetune(
         None: the accuracy is measured once, at the end.
     Returns the accuracy on `datasets.val` at the end.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None:
         raise ConfigError(
             "data.path: fine-tuning needs labelled images, some of them held out; "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import embed, evaluating, extract, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
@@ -82,6 +82,7 @@ def linear_probe(
     config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
         are used.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
         raise ConfigError(
             "data.path: a linear probe needs labelled images, some of them held out (class "
