@@ -15,6 +15,8 @@ VERSION = re.search(
 
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
+# Kinds of TIFF that PIL reads wrongly or not at all (docs/formats.md), and the codecs of these.
+IMAGES = ["tifffile>=2024.8", "imagecodecs>=2024.6"]
 # setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
     "pytest>=8",
@@ -23,6 +25,8 @@ TEST = [
     "hypothesis>=6",
     "setuptools>=77",
     "timm>=1",
+    *IMAGES,
+    "pyarrow>=15",
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
@@ -76,6 +80,8 @@ setup(
         # DALI's wheels for CUDA 13 and CUDA 12 exclude each other. Install one of the two extras.
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "images": IMAGES,
+        "parquet": ["pyarrow>=15"],  # lists of images, --data.source list
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

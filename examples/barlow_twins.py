@@ -90,5 +90,5 @@ def build(config: Config, images: int = 0, classes: int = 0) -> BarlowTwins:
     """Returns Barlow Twins with the options of `config.model`."""
     m = config.model
     mean, std = pixel_statistics(config.augment)
-    encoder = build_encoder(m.arch, config.augment.size)
+    encoder = build_encoder(m.arch, config.augment.size, config.data.channels)
     return BarlowTwins(encoder, m.dim, m.hidden_dim, m.redundancy, pixel_mean=mean, pixel_std=std)

@@ -22,7 +22,14 @@ from mocofast.config import (
     KNNConfig,
     ModelConfig,
 )
-from mocofast.parser import Parser, add_method_settings, add_settings, given_settings, group_options
+from mocofast.parser import (
+    Parser,
+    add_flags,
+    add_method_settings,
+    add_settings,
+    given_settings,
+    group_options,
+)
 
 if TYPE_CHECKING:
     from mocofast.data.sources import Datasets
@@ -95,7 +102,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
     given = given_settings(arguments)
     if "data.path" in given:
+        # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", "folder")
+        own = ("train", "val", "include", "exclude", "labels", "group")
+        for name in own:
+            given.setdefault(f"data.{name}", getattr(DataConfig, name))
     settings.apply(
         config,
         {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
@@ -118,7 +129,7 @@ def knn(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}"
         )
-    print(datasets.note)
+    print(datasets.lines())
     for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
         print(f"{name} {value:.4f}")
     return 0
@@ -141,7 +152,7 @@ def linear(argv: Sequence[str]) -> int:
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(datasets.note)
+    print(datasets.lines())
     result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
     for name, value in result._asdict().items():
         if value is not None:
@@ -171,7 +182,7 @@ def finetune(argv: Sequence[str]) -> int:
     model, config, datasets = _load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
-    print(datasets.note)
+    print(datasets.lines())
     encoder = model.encoder_q.to(device)
     result = protocol.finetune(
         encoder, datasets, config, options, device, choose_autocast(config.train.precision, device)
@@ -207,21 +218,30 @@ def prepare(argv: Sequence[str]) -> int:
     parser = Parser(prog="mocofast prepare", description=module.__doc__)
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
     parser.add_argument("out", help="a new folder to write, for data.source=shards")
-    for setting in settings.settings("prepare", module.PrepareConfig):
-        flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
-        shown = f"{setting.help} [{setting.default}]"
-        parser.add_argument(
-            flag, type=setting.type, default=setting.default, metavar="N", help=shown
-        )
+    add_flags(parser, module.PrepareConfig)
     given = vars(parser.parse(argv))
     source, out = given.pop("source"), given.pop("out")
     meta = module.prepare(source, out, module.PrepareConfig(**given))
+    for remark in meta["remarks"]:
+        print(remark)
     for name, reason in meta["skipped"].items():
         print(f"left out: {name}: {reason}")
     print(
         f"{sum(meta['images'].values())} images in {out}; "
         f"mocofast pretrain --data.source shards --data.path {out}"
     )
+    return 0
+
+
+def stats(argv: Sequence[str]) -> int:
+    """channel means, deviations and ranges of a set of images, as options to paste"""
+    from mocofast.data import statistics as module
+
+    parser = Parser(prog="mocofast stats", description=module.__doc__)
+    parser.add_argument("path", help="the images, as data.path")
+    add_flags(parser, module.StatsConfig)
+    given = vars(parser.parse(argv))
+    print(module.measure(given.pop("path"), module.StatsConfig(**given)).report())
     return 0
 
 
@@ -326,6 +346,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         finetune,
         export,
         prepare,
+        stats,
         study,
         bench,
         doctor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,8 @@ def method_options(name: str) -> type[ModelConfig]:
     return options
 
 
-OWN_IMAGES = ("folder", "shards")  # sources for which data.path names the user's images
+_RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
+OWN_IMAGES = ("folder", "shards", "list", "zip")  # data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
 LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
 
@@ -93,26 +95,68 @@ class DataConfig:
 
     source: str = option(
         "folder",
-        "folder (of images, recursive), tar shards, embedded digits, torchvision's CIFAR, or the "
-        "dotted name of a module with load_datasets",
+        "folder (of images, recursive), tar shards, list (CSV or parquet, a row for every image), "
+        "zip archive, embedded digits, torchvision's CIFAR, or the dotted name of a module with "
+        "load_datasets",
         SOURCES,
         plugins=True,
     )
     path: str = option(
         "",
         "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
-        "or the folder of CIFAR",
+        "or a list, a zip archive, or the folder of CIFAR",
+    )
+    train: tuple[str, ...] = option(
+        (),
+        "folders of training images, or values of a list's column split; "
+        "empty finds train/, training/ and unlabeled/",
+    )
+    val: str = option(
+        "",
+        "folder of evaluation images below data.path, or a value of a list's column split; "
+        "empty finds val/, valid/, validation/, dev/, test/ or testing/ beside train/",
+    )
+    include: tuple[str, ...] = option(
+        (),
+        "use only files whose path below data.path (in shards: name) matches one of these "
+        "patterns, such as 'images/*' or '*.tif'; * also matches /",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        "leave out files and folders whose path matches one of these patterns, such as '*/masks'",
+    )
+    labels: str = option(
+        "auto",
+        "auto: by folders, or as the shards or the list say; none; or a list with columns path "
+        "and label, FILE.csv or FILE.csv:COLUMN (source=list: the column)",
+    )
+    group: str = option(
+        "",
+        "images that stay together in the hold-out, such as a patient's: the level of the folders "
+        "that are groups (1 is the first), or the column of a list",
+    )
+    channels: int = option(
+        3,
+        "channels of an image; other numbers than 3 keep 16 bits, and read .npy files too",
+        valid=between(1, 64),
     )
     shuffle_window: int = option(
         0,
         "source=shards: number of shards whose samples are shuffled together; 0 shuffles all",
         valid=at_least(0),
     )
-    loader: str = option(
+    range: str = option(
         "auto",
-        "who decodes and augments; auto says which and why",
-        LOADERS,
+        "the numbers of a file that mean black and white: auto, dtype (all that the type of number "
+        "holds), min,max (0,4095), divide:N (divide:10000) or percentile:a,b of every image "
+        "(percentile:1,99); a pair, or an N, per channel is allowed; auto keeps 8 and 16 unsigned "
+        "bits, and takes the lowest and highest value of an image of other numbers",
+        valid=Valid(
+            lambda value: re.fullmatch(_RANGE, value) is not None,
+            "auto, dtype, min,max, divide:N or percentile:a,b",
+        ),
     )
+    loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(
         256,
         "images per optimiser step, over all ranks and accumulation steps",
@@ -145,6 +189,7 @@ class DataConfig:
 
 
 _PROBABILITY = between(0, 1, "a probability, 0 to 1")
+_AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
 _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
 
 
@@ -194,12 +239,39 @@ class AugmentConfig:
         "probability of solarize in the second view; -1: as in the first",
         valid=_PROBABILITY_OR_SAME,
     )
-    mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "channel means that normalise pixels in [0, 1]"
+    vertical_flip: float = option(0.0, "probability of a vertical flip", valid=_PROBABILITY)
+    quarter_turns: float = option(
+        0.0, "probability of 0 to 3 turns by 90 degrees, all equally likely", valid=_PROBABILITY
     )
-    std: tuple[float, float, float] = option(
+    channel_jitter: tuple[float, float] = option(
+        (0.0, 0.0),
+        "strength of brightness and contrast jitter with own factors for every channel",
+        valid=at_least(0),
+    )
+    hed: float = option(
+        0.0,
+        "strength s of jitter of haematoxylin, eosin and DAB on slides: a factor in [1 - s, 1 + s] "
+        "and an optical density in [-s, s] for every stain",
+        valid=between(0, 1),
+    )
+    noise: float = option(
+        0.0,
+        "largest standard deviation of Gaussian noise, as a share of the range of pixels",
+        valid=between(0, 1),
+    )
+    color_ops: str = option(
+        "on",
+        "hue, saturation, grayscale, solarize and hed: on, as asked (an error unless data.channels "
+        "is 3), or auto, which turns all five off unless data.channels is 3",
+        ("on", "auto"),
+    )
+    mean: tuple[float, ...] = option(
+        (0.485, 0.456, 0.406),
+        "channel means that normalise pixels in [0, 1]" + _AS_CHANNELS,
+    )
+    std: tuple[float, ...] = option(
         (0.229, 0.224, 0.225),
-        "channel standard deviations that normalise pixels in [0, 1]",
+        "channel standard deviations that normalise pixels in [0, 1]" + _AS_CHANNELS,
         valid=above(0),
     )
 

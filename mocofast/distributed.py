@@ -199,6 +199,9 @@ class BatchShuffle(SharedGenerator):
             memory_format=torch.channels_last
         )
         rows = images.permute(0, 2, 3, 1) if channels_last else images
+        # gloo and NCCL send no uint16, so two bytes are sent.
+        if images.dtype == torch.uint16:
+            rows = rows.contiguous().view(torch.uint8)
         if world_size == 1:
             permutation, restore = indices_to_device([permutation, position], images.device)
             rows = rows.index_select(0, permutation)
@@ -220,6 +223,7 @@ class BatchShuffle(SharedGenerator):
                     _count(targets // size, world_size),
                 )
             rows = received.index_select(0, arrive)
+        rows = rows.view(images.dtype)
         return (rows.permute(0, 3, 1, 2) if channels_last else rows), restore
 
 

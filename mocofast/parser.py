@@ -70,6 +70,16 @@ def _add_group(
         )
 
 
+def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Adds the options of a dataclass without a group, as flags: --shard-mb for shard_mb."""
+    for setting in settings.settings("", kind):
+        flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
+        shown = f"{setting.help} [{setting.default}]"
+        parser.add_argument(
+            flag, type=setting.type, default=setting.default, metavar="VALUE", help=shown
+        )
+
+
 def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Adds the options of all methods, grouped by the methods that have them.
 

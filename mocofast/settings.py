@@ -89,12 +89,9 @@ def coerce(setting: Setting, value: Any) -> Any:
     try:
         result = _coerce(setting.type, value)
     except (KeyError, TypeError, ValueError):
-        plain = not typing.get_args(setting.type)
-        expected = (
-            setting.type.__name__
-            if plain
-            else f"{len(setting.default)} values like {setting.default}"
-        )
+        kinds = typing.get_args(setting.type)
+        count = "" if Ellipsis in kinds else f"{len(setting.default)} " if kinds else ""
+        expected = f"{count}values like {setting.default}" if kinds else setting.type.__name__
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
     plugin = setting.plugins and is_plugin(result)
     if setting.choices and result not in setting.choices and not plugin:
@@ -107,9 +104,11 @@ def coerce(setting: Setting, value: Any) -> Any:
 
 def _coerce(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, str):
-            value = [part for part in value.strip("[]() ").split(",") if part.strip()]
         kinds = typing.get_args(kind)
+        if isinstance(value, str):
+            # A bracket may begin a pattern.
+            text = value if kinds[0] is str else value.strip("[]() ")
+            value = [part.strip() for part in text.split(",") if part.strip()]
         if kinds[-1] is Ellipsis:
             return tuple(_coerce(kinds[0], part) for part in value)
         if len(kinds) != len(value):
@@ -289,8 +288,22 @@ def validate(config: Config) -> None:
         raise _unexpected(
             "data.batch_size", "a multiple of train.accumulate", config.data.batch_size
         )
+    _check_statistics(config)
     if config.data.source in OWN_IMAGES and not config.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
+
+
+def _check_statistics(config: Config) -> None:
+    """Checks that augment.mean and augment.std have one value, or one value a channel."""
+    channels = config.data.channels
+    for name in ("mean", "std"):
+        value = getattr(config.augment, name)
+        if len(value) not in (1, channels):
+            expected = "1 value" if channels == 1 else f"{channels} values or 1 value"
+            raise ConfigError(
+                f"augment.{name}: expected {expected} (data.channels is {channels}), "
+                f"got {len(value)}: {shown(value)}"
+            )
 
 
 def _unexpected(name: str, expected: str, value: Any) -> ConfigError:

@@ -25,7 +25,7 @@ from mocofast import __version__, files, settings
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers
-from mocofast.data.sources import Datasets, Subset, load_datasets
+from mocofast.data.sources import Subset, load_datasets
 from mocofast.device import choose_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods.build import build_method
@@ -271,15 +271,13 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
     else:
         torch.manual_seed(seed)
         encoder = build_method(config).encoder_q
-    train_images, val, note = load_datasets(config.data)
-    labelled = Subset(
-        train_images, _choose_images(train_images, size.labelled, np.random.default_rng(seed))
-    )
+    datasets = load_datasets(config.data)
+    chosen = _choose_images(datasets.train, size.labelled, np.random.default_rng(seed))
     where = torch.device(device)
     accuracy: list[float] = []
     finetune(
         encoder.to(where),
-        Datasets(labelled, val, note),
+        datasets._replace(train=Subset(datasets.train, chosen)),
         config,
         model.tuning,
         where,

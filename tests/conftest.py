@@ -51,6 +51,15 @@ def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Returns the folder of small files of many fields, which is not in the repository."""
+    root = Path(os.environ.get("MOCOFAST_CASES", Path(__file__).parents[2] / "shared" / "cases"))
+    if not root.is_dir():
+        pytest.skip(f"set MOCOFAST_CASES to the folder of cases ({root} is not there)")
+    return root
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a flat folder of 500 full-size JPEG photos. Some photos are grayscale."""
     return _unpacked("imagenet-sample-500.tar", tmp_path_factory)

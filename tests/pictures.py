@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mocofast.config import DataConfig
-from mocofast.data.interface import Batch, ViewParams
+from mocofast.data.interface import Batch, Source, ViewParams
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import FolderSource, find_images, load_datasets
 
@@ -35,6 +35,21 @@ def jpeg(seed: int) -> bytes:
     return buffer.getvalue()
 
 
+def put_images(root: Path, *names: str) -> Path:
+    """Writes a real image of 5 x 3 pixels at every name, in the format of the extension."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 3), (i % 256, 40, 200)).save(path)
+    return root
+
+
+def named(source: Source) -> dict[str, str]:
+    """Returns {name: class} of every image of a labelled source."""
+    assert source.labels is not None
+    return {source.name(i): source.classes[source.labels[i]] for i in range(len(source))}
+
+
 def save_photos(root: Path, count: int = 23) -> Path:
     root.mkdir(exist_ok=True)
     for i in range(count):
@@ -50,7 +65,7 @@ def files(root: Path, labelled: bool = True) -> FolderSource:
 
 def shard_datasets(path: Path, **options: object) -> tuple[ShardSource, ShardSource | None, str]:
     data = DataConfig(source="shards", path=str(path), **options)  # type: ignore[arg-type]
-    train, val, note = load_datasets(data)
+    train, val, note, _ = load_datasets(data)
     assert isinstance(train, ShardSource)
     assert val is None or isinstance(val, ShardSource)
     return train, val, note

@@ -27,9 +27,9 @@ TIMES = {"images_per_second", "data_wait", "memory_gib"}
 class PlainEncoder(nn.Module):
     """Convolution, pooling and a linear layer. No layer mixes the images of a batch."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, 8, 3, stride=2, padding=1)
         self.fc = nn.Linear(8, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

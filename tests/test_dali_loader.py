@@ -22,10 +22,11 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import types
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data import dali_loader, dali_pipeline, planning
+from mocofast.data import dali_loader, dali_pipeline, planning, threads
 from mocofast.data.dali_loader import DaliLoader
-from mocofast.data.decoding import image_size, undecodable
+from mocofast.data.decoding import Header, image_size, read_header
 from mocofast.data.interface import Batch, BatchSlice, Source, epoch_order
+from mocofast.data.probing import undecodable
 from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from tests.pictures import assert_same_batches, differences, files, joined
@@ -381,7 +382,11 @@ def test_an_image_of_another_size_than_its_headers_is_skipped(
     source = files(folder)
     wrong = source.load(5)
     sizes = {wrong: (3000, 2000)}
-    monkeypatch.setattr(planning, "image_size", lambda file: sizes.get(file) or image_size(file))
+    monkeypatch.setattr(
+        planning,
+        "read_header",
+        lambda file: Header(*sizes[file], "JPEG", True) if file in sizes else read_header(file),
+    )
     loader = load(source, drop_last=False)
     shown = torch.cat([batch.index for batch in loader.epoch(0)])
     assert set(loader.skipped) == {5}
@@ -495,7 +500,7 @@ def test_threads_that_make_views_use_one_core_each() -> None:
     used = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with dali_loader._single_threaded_pool(2) as pool:
+        with threads.single_threaded_pool(2) as pool:
             seen = list(pool.map(lambda _: torch.get_num_threads(), range(8)))
         assert seen == [1] * 8
         assert torch.get_num_threads() == 2

@@ -25,10 +25,16 @@ from mocofast.settings import ConfigError
 from mocofast.train.checkpoint import FORMAT
 
 
-def trained(arch: str, **model_options: Any) -> dict[str, Any]:
-    """A checkpoint with different encoders and with changed BatchNorm statistics."""
+def trained(
+    arch: str, options: dict[str, Any] | None = None, **model_options: Any
+) -> dict[str, Any]:
+    """A checkpoint with different encoders and with changed BatchNorm statistics.
+
+    options: {"group.option": value}.
+    """
     torch.manual_seed(1)
     config = Config()
+    settings.apply(config, options or {})
     config.model.arch = arch
     config.model.dim, config.model.queue_size = 24, 31  # a prime
     for name, value in model_options.items():

@@ -140,6 +140,24 @@ def test_a_wide_blur_repeats_the_edges_of_a_narrow_view() -> None:
     assert error.mean() < 0.02
 
 
+@pytest.mark.parametrize(("channels", "rotate"), [(1, 0.0), (2, 60.0), (13, 0.0)])
+def test_views_of_any_number_of_channels_are_those_of_the_pytorch_operators(
+    channels: int, rotate: float
+) -> None:
+    rng = np.random.default_rng(channels)
+    images = rng.integers(0, 256, (4, 11, 13, channels), dtype=np.uint8)
+    augment = replace(WITHOUT_HUE, size=9, gray=0.0, solarize=0.0, rotate=rotate)
+    augment = replace(augment, jitter=(0.4, 0.4, 0.0, 0.0))
+    index = np.arange(6) % 4
+    views = sample_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
+    expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
+    got = by_kernel(images, index, views, augment)
+    assert got.shape == (6, 9, 9, channels)
+    error = differences(got, expected)
+    assert (error > 1).float().mean() < 5e-3
+    assert error.mean() < (0.02 if rotate else 2e-3)
+
+
 def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() -> None:
     images, index = pictures(8, 8), np.array([3, 0])
     augment = replace(EVERYTHING, size=8)

@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from mocofast.cli import main
-from mocofast.config import ConfigError
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data import prepare as module
 from mocofast.data.decoding import decode
 from mocofast.data.prepare import PrepareConfig, compact, prepare
 from mocofast.data.shard_index import INDEX
 from mocofast.data.shards import ShardSource
-from tests.pictures import photo, shard_datasets
+from mocofast.data.sources import load_datasets
+from tests.pictures import photo, put_images, shard_datasets
 
 
 def write(root: Path, *names: str, size: tuple[int, int] = (60, 90)) -> Path:
@@ -221,3 +222,17 @@ def test_real_photos_keep_what_the_help_text_says(photos: Path, tmp_path: Path) 
             for item in (train.load(i), str(original))
         ]
         assert np.abs(views[0] - views[1]).mean() < 4  # whole images: 1 to 3
+
+
+def test_a_wrapper_folder_and_unlabeled_images_keep_train_val_and_labels(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for part in ("train", "valid"):
+        put_images(source, *(f"Set/{part}/{k}/{i}.png" for k in "ab" for i in range(2)))
+    put_images(source, *(f"Set/unlabeled/{i}.png" for i in range(3)))
+    (source / "Set" / "train" / "notes.txt").write_text("text")
+    meta = prepare(str(source), str(tmp_path / "out"), PrepareConfig(workers=1))
+    assert meta["images"] == {"train": 7, "val": 4}
+    assert meta["remarks"] == ["1 file of other kinds ignored: 1 .txt"]
+    datasets = load_datasets(DataConfig(source="shards", path=str(tmp_path / "out")))
+    assert datasets.note == "7 images of 2 classes, 3 unlabelled; kNN on val/, 4"
+    assert datasets.train.classes == ("a", "b")

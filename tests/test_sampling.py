@@ -11,7 +11,17 @@ from mocofast.data.sampling import Views, _Stream, per_view, sample_views
 from mocofast.settings import load_recipe
 from tests.sampled import stack_views
 
-EVERYTHING = AugmentConfig(rotate=10.0, jitter_p=0.8, blur=0.5, solarize=0.2)
+EVERYTHING = AugmentConfig(
+    rotate=10.0,
+    jitter_p=0.8,
+    blur=0.5,
+    solarize=0.2,
+    vertical_flip=0.4,
+    quarter_turns=0.7,
+    channel_jitter=(0.2, 0.1),
+    hed=0.05,
+    noise=0.1,
+)
 AUGMENTS = {
     "moco_v1": AugmentConfig(),
     "cifar10": load_recipe("cifar10_r18").augment,

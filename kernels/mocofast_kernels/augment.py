@@ -1,6 +1,7 @@
 """Random views of small images on a GPU: one Triton kernel makes the whole augmentation.
 
-One program makes one view and keeps the view in registers from crop to flip. The arithmetic is
+One program makes one view and keeps the view in registers from crop to flip. For images that do
+not have three channels, one program makes one channel of a view. The arithmetic is
 PIL's, as in `mocofast.data.view_ops`: values are integers between operators. Crop and resize
 are exact rational arithmetic. PIL rounds weights to 22 bits, so ties may round differently
 (never where a crop is enlarged to a power of two).
@@ -73,10 +74,10 @@ def _mean(sums, total):
 
 
 @triton.jit
-def _crop(channel, W, height, width, i, j, S: tl.constexpr):
+def _crop(channel, W, height, width, i, j, S: tl.constexpr, C: tl.constexpr):
     """Returns pixels (i, j) of one channel of the crop, resized to S x S.
 
-    channel: pointer to the crop's first pixel. W: width of the image.
+    channel: pointer to the crop's first pixel. W: width of the image. C: number of channels.
     The filter is antialiased and bilinear, along rows first.
     """
     taller, wider = tl.maximum(height, S), tl.maximum(width, S)
@@ -89,7 +90,7 @@ def _crop(channel, W, height, width, i, j, S: tl.constexpr):
         for tap_x in range((2 * wider + S - 1) // S):
             x = first_x + tap_x
             weight = _tap(x, j, width, wider, S)
-            pixel = tl.load(channel + (y * W + x) * 3, mask=(weight > 0) & (weight_y > 0), other=0)
+            pixel = tl.load(channel + (y * W + x) * C, mask=(weight > 0) & (weight_y > 0), other=0)
             row_sums += weight * pixel.to(tl.float32)
             row_total += weight
         sums += weight_y * _mean(row_sums, row_total)
@@ -98,7 +99,7 @@ def _crop(channel, W, height, width, i, j, S: tl.constexpr):
 
 
 @triton.jit
-def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr):
+def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr, C: tl.constexpr):
     """Returns `_crop` rotated about the centre.
 
     Bilinear between the pixels of `_crop`, black where a pixel's centre comes from outside.
@@ -114,7 +115,7 @@ def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr):
         column, row = tl.floor(x) + corner % 2, tl.floor(y) + corner // 2
         weight = (1.0 - tl.abs(column - x)) * (1.0 - tl.abs(row - y))
         column, row = tl.minimum(column.to(tl.int32), S - 1), tl.minimum(row.to(tl.int32), S - 1)
-        rotated += weight * _crop(channel, W, height, width, row, column, S)
+        rotated += weight * _crop(channel, W, height, width, row, column, S, C)
     inside = (from_x >= -1.0) & (from_x < 1.0) & (from_y >= -1.0) & (from_y < 1.0)
     # PIL truncates float64 values. Float32 may lie just below an integer, so add 1/1024 first.
     return tl.where(inside, tl.floor(rotated + 1.0 / 1024.0), 0.0)
@@ -227,14 +228,14 @@ def _augment_kernel(
 
     # Crop, resize, rotate.
     if not ROTATE:
-        r = _crop(image, W, height, width, i, j, S)
-        g = _crop(image + 1, W, height, width, i, j, S)
-        b = _crop(image + 2, W, height, width, i, j, S)
+        r = _crop(image, W, height, width, i, j, S, 3)
+        g = _crop(image + 1, W, height, width, i, j, S, 3)
+        b = _crop(image + 2, W, height, width, i, j, S, 3)
     else:
         cos, sin = tl.load(values + COS), tl.load(values + SIN)
-        r = _rotated_crop(image, W, height, width, i, j, cos, sin, S)
-        g = _rotated_crop(image + 1, W, height, width, i, j, cos, sin, S)
-        b = _rotated_crop(image + 2, W, height, width, i, j, cos, sin, S)
+        r = _rotated_crop(image, W, height, width, i, j, cos, sin, S, 3)
+        g = _rotated_crop(image + 1, W, height, width, i, j, cos, sin, S, 3)
+        b = _rotated_crop(image + 2, W, height, width, i, j, cos, sin, S, 3)
     # Gray before the jitter, the jitter's operators in their order, gray after the jitter.
     gray = tl.load(values + GRAY)
     if gray == 1.0:
@@ -272,12 +273,71 @@ def _augment_kernel(
     tl.store(target + 2, b.to(tl.uint8), mask=inside)
 
 
+@triton.jit
+def _augment_channels_kernel(
+    images,  # (M, H, W, C) uint8
+    index,  # (B,) int64
+    parameters,  # (V, B, 20) float32
+    out,  # (V, B, S, S, C) uint8
+    parameters_stride,  # elements from a view to the next
+    H,
+    W,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Makes one channel of one view. No operator mixes channels.
+
+    Operators on colours (gray, saturation, hue, solarize) are left out.
+    """
+    row, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2)
+    values = parameters + view * parameters_stride + row * STRIDE
+    height, width = tl.load(values + HEIGHT).to(tl.int32), tl.load(values + WIDTH).to(tl.int32)
+    corner = tl.load(values + TOP).to(tl.int32) * W + tl.load(values + LEFT).to(tl.int32)
+    image = images + tl.load(index + row) * H * W * C + corner * C + c
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (rows < S) & (columns < S)
+    i, j = tl.minimum(rows, S - 1), tl.minimum(columns, S - 1)
+    # Crop, resize, rotate.
+    if not ROTATE:
+        x = _crop(image, W, height, width, i, j, S, C)
+    else:
+        cos, sin = tl.load(values + COS), tl.load(values + SIN)
+        x = _rotated_crop(image, W, height, width, i, j, cos, sin, S, C)
+    # Brightness and contrast in their order.
+    for slot in range(4):
+        operator = tl.load(values + ORDER + slot)
+        if operator == 0:
+            x = _blend(x, 0.0, tl.load(values + BRIGHTNESS))
+        elif operator == 1:
+            sums = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=1), axis=0)
+            mean = tl.floor(tl.div_rn(sums, S * S * 1.0) + 0.5)
+            x = _blend(x, mean, tl.load(values + CONTRAST))
+    # Blur, as in `_augment_kernel`.
+    reach = tl.load(values + REACH).to(tl.int32)
+    if reach > 0:
+        inner, outer = tl.load(values + INNER), tl.load(values + OUTER)
+        high, low = _box(columns, rows, reach, inner, outer, S)
+        for _ in range(3):
+            x = _product(x, high, x, low)
+        high, low = _box(rows, columns, reach, inner, outer, S)
+        for _ in range(3):
+            x = _product(high, x, low, x)
+    # Flip, store.
+    to = tl.where(tl.load(values + FLIP) != 0.0, S - 1 - columns, columns)
+    target = out + (view * tl.num_programs(0) + row) * S * S * C + (rows * S + to) * C + c
+    tl.store(target, x.to(tl.uint8), mask=inside)
+
+
 def augment(
     images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
 ) -> Tensor:
-    """Returns V views of B images, (V, B, size, size, 3) uint8, from a single launch.
+    """Returns V views of B images, (V, B, size, size, C) uint8, from a single launch.
 
-    images: (M, H, W, 3) uint8, contiguous.
+    images: (M, H, W, C) uint8, contiguous. If C is not 3, operators on colours are left out, and
+        contrast is relative to the mean of every channel.
     index: (B,) int64, contiguous, numbers of images in [0, M).
     parameters: (V, B, 20) float32, contiguous in the last two dimensions. `NAMES` documents the
         columns.
@@ -287,16 +347,18 @@ def augment(
     """
     (_, H, W, channels), (V, B, columns) = images.shape, parameters.shape
     found = images.shape, images.dtype, index.shape, index.dtype, parameters.shape, parameters.dtype
-    assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous(), found
+    assert images.dtype == torch.uint8 and images.is_contiguous(), found
     assert columns == len(NAMES) and parameters.dtype == torch.float32, found
     assert parameters[0].is_contiguous(), found
     assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), found
     assert 0 < size <= (LARGEST_ROTATED if rotate else LARGEST), (size, rotate)
-    out = torch.empty((V, B, size, size, 3), dtype=torch.uint8, device=images.device)
+    out = torch.empty((V, B, size, size, channels), dtype=torch.uint8, device=images.device)
     block = block_of(size)
+    rgb = channels == 3
+    kernel = _augment_kernel if rgb else _augment_channels_kernel
     with torch.cuda.device_of(images):
         # No fused multiply-adds: a value just above an integer must not end just below.
-        _augment_kernel[(B, V)](
+        kernel[(B, V) if rgb else (B, V, channels)](
             images,
             index,
             parameters,
@@ -305,6 +367,7 @@ def augment(
             H,
             W,
             S=size,
+            **({} if rgb else {"C": channels}),
             ROTATE=rotate,
             BLOCK=block,
             num_warps=8 if rotate or block > 32 else 4,

@@ -5,39 +5,43 @@ operator equals PIL's to 1 of 255 and takes a fifth of the time of DALI's. `samp
 gives every random parameter, so the loader has no random state: to resume is to start
 at (epoch, step). A thread works ahead of the training loop.
 
+Files of kinds that DALI reads otherwise than PIL, or refuses, are decoded in Python
+(`decoding.decode`) and go through DALI as PPM, without loss.
+
 DALI raises for a whole batch if a file of the batch cannot be decoded. The error does
 not name the file, and the pipeline cannot be used again. The loader then decodes the
 files of the unfinished batches one by one, records the bad files in `skipped`, builds a
 new pipeline and continues at the same step. The views of the other samples stay equal
 bit for bit.
 
-Some damage is not found: JPEG files with damaged entropy data decode to garbage without
-an error. PIL mostly warns only.
+Damaged entropy data of JPEG files decode to garbage without an error. PIL mostly warns.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
-from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.arrays import PixelFormat, resized_crop
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.decoding import undecodable, unlike_header
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
 from mocofast.data.planning import BatchPlan, BatchPlanner
+from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
+from mocofast.data.ranges import range_of
+from mocofast.data.threads import single_threaded_pool
 from mocofast.data.view_ops import apply_view_ops
+from mocofast.errors import describe_error
 
 # Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
 # of the call should stay in the L2 cache: 40 views of 224 pixels take twice as long per
@@ -49,9 +53,8 @@ class DaliLoader:
     """A `mocofast.data.interface.Loader`. The module's docstring describes the handling
     of bad files.
 
-    Images of 16 bits, with alpha, palettes, CMYK or one channel look as
-    `decoding.decode` returns them, to 1 of 255. EXIF orientation is not applied. A jump
-    to any position but the next starts a new pipeline.
+    All images look as `decoding.decode` returns them, to 1 of 255. A jump to any position
+    but the next starts a new pipeline.
     """
 
     name = "dali"
@@ -65,15 +68,17 @@ class DaliLoader:
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of DALI's threads. On a CPU as many threads more make the views.
         data: of these options `prefetch`, `hw_decoder_load` and `preallocate` are used.
+        pixels: how images are read that are not 8-bit RGB. DALI does not decode these images.
         """
         self.reason = ""
         data = data or DataConfig()
-        batches = _Batches(source, augments, batch_slice, seed, device, workers, data)
+        batches = _Batches(source, augments, batch_slice, seed, device, workers, data, pixels)
         self.steps_per_epoch = batches.planner.steps
         self.skipped = batches.planner.skipped
         self._device = device
@@ -179,16 +184,22 @@ class _Batches:
         device: torch.device,
         workers: int,
         data: DataConfig,
+        pixels: PixelFormat | None,
     ) -> None:
         self._source, self._augments, self._data = source, augments, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
-        self._kind = type(source.load(0))
-        self._pool = _single_threaded_pool(self._threads)
-        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._pool)
+        self._pixels = pixels
+        self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
+        self._range = range_of(source)
+        self._pool = single_threaded_pool(self._threads)
+        # Other threads than the makers of views, for which reading would wait.
+        self._readers = ThreadPoolExecutor(self._threads, "mocofast-read")
+        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._readers, pixels)
+        # The next batch to decode, whose files are being read
+        self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
-        self._unfinished: deque[BatchPlan] = (
-            deque()
-        )  # plans of the batches inside DALI, oldest first
+        # Plans of the batches inside DALI, oldest first
+        self._unfinished: deque[BatchPlan] = deque()
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
         self._next_plan = (0, 0)  # (epoch, step) of the next batch to plan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -226,7 +237,8 @@ class _Batches:
 
     def close(self) -> None:
         """Ends the threads and the pipeline."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._readers):
+            pool.shutdown(cancel_futures=True)
         self._forget_pipeline()
 
     # DALI
@@ -258,7 +270,7 @@ class _Batches:
             self._feed,
             self._augments,
             self._stream is not None,
-            self._kind,
+            np.ndarray if self._in_memory else bytes,
             self._data,
             batch_size=self._batch_size,
             num_threads=self._threads,
@@ -270,47 +282,79 @@ class _Batches:
         return pipeline
 
     def _forget_pipeline(self) -> None:
-        self._pipeline = None
+        self._pipeline = self._ahead = None
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
         """Returns the input of the next batch. DALI calls this function when it has
         room for a batch.
         """
-        plan = self.planner.plan(*self._next_plan)
-        self._next_plan = self.planner.after(plan.epoch, plan.step)
+        while True:
+            plan, reads = self._ahead or self._read_next()
+            self._ahead = None
+            items = [read.result() for read in reads]
+            bad = {i: item for i, item in zip(plan.samples.tolist(), items) if type(item) is str}
+            if not bad:
+                break
+            self.planner.skipped.update(bad)
+            self._next_plan = (plan.epoch, plan.step)
         self._unfinished.append(plan)
-        fed: list[Any] = [list(self._pool.map(self._item, plan.samples.tolist()))]
+        self._ahead = self._read_next()
+        fed: list[Any] = [items]
         if self._stream is not None:
             for params in plan.params:
                 fed.append(np.array([(p.top, p.left) for p in params], dtype=np.int32))
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _item(self, index: int) -> np.ndarray:
-        """Returns pixels, or the bytes of a path or of a file's content, as uint8."""
+    def _read_next(self) -> tuple[BatchPlan, list[Future[np.ndarray | str]]]:
+        """Plans the next batch, and starts to read its files."""
+        plan = self.planner.plan(*self._next_plan)
+        self._next_plan = self.planner.after(plan.epoch, plan.step)
+        return plan, [self._readers.submit(self._item, i) for i in plan.samples.tolist()]
+
+    def _item(self, index: int, in_python: bool = False) -> np.ndarray | str:
+        """Returns pixels, the content of a file as uint8, or why the file is bad."""
         item = self._source.load(index)
-        if isinstance(item, np.ndarray):
-            return item
-        return np.frombuffer(os.fsencode(item), dtype=np.uint8)
+        try:
+            if self._pixels is not None:
+                return np.ascontiguousarray(self._pixels.load(item))
+            if isinstance(item, np.ndarray):
+                return item
+            if in_python or self.planner.in_python[index]:
+                return decode_to_ppm(item, self._range, self.planner.sizes[index])
+            if isinstance(item, bytes):
+                return np.frombuffer(item, dtype=np.uint8)
+            return np.fromfile(item, dtype=np.uint8)
+        except Exception as error:  # decoders raise nearly any exception on corrupt files
+            return describe_error(error)
 
     # Bad files
 
     def _find_bad(self, plans: list[BatchPlan]) -> bool:
-        """Records the files of `plans` that cannot be decoded. Returns False if there are none."""
-        if self._kind is np.ndarray or not plans:
+        """Finds the files of `plans` that DALI cannot decode. Returns False if there are none.
+
+        Python decodes these files from now on, or they are skipped.
+        """
+        if self._in_memory or not plans:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
+        samples = samples[~self.planner.in_python[samples]]
         files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
         bad = undecodable(files, self.planner.sizes[samples])
-        self.planner.skipped.update({int(samples[i]): reason for i, reason in bad.items()})
+        for i, reason in bad.items():
+            index = int(samples[i])
+            if type(self._item(index, in_python=True)) is str:
+                self.planner.skipped[index] = reason
+            else:  # DALI alone refuses the file
+                self.planner.in_python[index] = True
         return bool(bad)
 
     def _find_unlike_header(self, shapes: list[tuple[int, ...]]) -> bool:
         """Records the images of the oldest plan whose size differs from the size in
         their header.
 
-        shapes: (height, width, 3) of every decoded image.
+        shapes: (height, width, C) of every decoded image.
 
         The crop of such an image may lie outside of the image. Returns False if there are none.
         """
@@ -327,21 +371,17 @@ class _Batches:
     ) -> Tensor:
         """Crops, resizes and augments images on the CPU, with all threads.
 
-        images: B images, (H, W, 3) uint8.
-        Returns views (B, 3, S, S) uint8, channels-last.
+        images: B images, (H, W, C), uint8 or uint16.
+        Returns views (B, C, S, S), channels-last.
         """
         side = augment.size
-        views = torch.empty((len(images), side, side, 3), dtype=torch.uint8)
+        views = torch.empty((len(images), side, side, images[0].shape[2]), dtype=images[0].dtype)
         chunk = max(1, CHUNK_PIXELS["cpu"] // side**2)
 
         def work(start: int) -> None:
             part = slice(start, start + chunk)
             for view, image, p in zip(views[part], images[part], params[part]):
-                crop = image[p.top : p.top + p.height, p.left : p.left + p.width]
-                resized = F.interpolate(
-                    crop.permute(2, 0, 1)[None], (side, side), mode="bilinear", antialias=True
-                )
-                view.copy_(resized[0].permute(1, 2, 0))
+                view.copy_(resized_crop(image, p.top, p.left, p.height, p.width, side))
             apply_view_ops(views[part], params[part], augment, views[part])
 
         list(self._pool.map(work, range(0, len(images), chunk)))
@@ -349,7 +389,7 @@ class _Batches:
 
 
 def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, 3) on a GPU. Returns views (B, 3, S, S), channels-last,
+    """Augments crops (B, S, S, C) on a GPU. Returns views (B, C, S, S), channels-last,
     in new memory.
     """
     views = torch.empty_like(crops)
@@ -358,25 +398,3 @@ def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentC
         part = slice(start, start + chunk)
         apply_view_ops(crops[part], params[part], augment, views[part])
     return views.permute(0, 3, 1, 2)
-
-
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Returns threads whose PyTorch operators use one core per thread."""
-    used = torch.get_num_threads()
-    all_started = threading.Barrier(threads + 1)
-
-    def start() -> None:
-        # The first call in a thread sets the thread's number to the process's default. A
-        # number that was set before this call would be lost.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    pool = ThreadPoolExecutor(threads, "mocofast-views", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    all_started.wait()
-    # The number belongs to a thread, but the default of later threads has changed too: set
-    # it back.
-    torch.set_num_threads(used)
-    return pool

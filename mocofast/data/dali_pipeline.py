@@ -23,12 +23,12 @@ def decode_and_crop(
 
     read: returns the input of a batch: the images and, if `on_gpu`, for every view the
         corners (B, 2) and the shapes (B, 2) of the crops, int32.
-    kind: the type of `Source.load`: str (paths), bytes (contents of files) or
-        np.ndarray (pixels).
+    kind: np.ndarray for levels of 8 or 16 bits and any number of channels, bytes for contents of
+        files.
     data: options `hw_decoder_load` and `preallocate`.
 
-    Output on a CPU: the decoded images, (H, W, 3) uint8.
-    Output on a GPU: for every view the resized crops, (B, S, S, 3) uint8.
+    Output on a CPU: the decoded images, (H, W, C).
+    Output on a GPU: for every view the resized crops, (B, S, S, C).
     """
     num_boxes = 2 * len(augments) if on_gpu else 0
     layout = ["HWC"] + num_boxes * [""] if kind is np.ndarray else None
@@ -36,8 +36,6 @@ def decode_and_crop(
         source=read, num_outputs=1 + num_boxes, batch=True, layout=layout
     )
     # Decode.
-    if kind is str:
-        images = fn.io.file.read(images)
     if kind is not np.ndarray:
         images = fn.decoders.image(
             images,

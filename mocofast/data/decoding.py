@@ -1,28 +1,40 @@
-"""Image files: opens and decodes them with PIL, reads their sizes, and finds the files
-that do not decode.
+"""Image files: what their headers say, and their pixels, as every loader, the evaluation
+and `mocofast prepare` see the files.
 
-Every function takes a file as its path or as its content. EXIF orientation is never applied.
+Every function takes a file as its path or as its content.
+
+PIL decodes the formats of photos. EXIF orientation is never applied, the orientation of
+TIFF always, as PIL does. The numbers of other files (signed, float, many channels or
+pages) are read by `read_pixels` and scaled to 8 bits by `mocofast.data.ranges`.
+docs/formats.md shows every kind.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mocofast.errors import describe_error
-
-PROBED_AT_ONCE = 64  # number of decoded images that `undecodable` holds in memory
-
-# An entry of warnings.filters: action, message, category, module, line number.
-_NO_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
+from mocofast.data.tiff import (
+    BLACK_IS_ZERO,
+    INSTALL,
+    RGB,
+    Tags,
+    no_pil_warnings,
+    oriented,
+    pil_numbers,
+    pil_reads,
+    read_tags,
+    remark_of,
+    tiff_pixels,
+)
 
 
 @contextmanager
@@ -32,133 +44,212 @@ def open_image(file: str | bytes) -> Iterator[Image.Image]:
     PIL warns of many pixels, of odd EXIF data and of palettes with transparency. The
     loaders can use such images. Raises what PIL.Image.open raises.
     """
-    # The entry is inserted and removed here, because warnings.catch_warnings is not for
-    # threads: it restores the filters of the whole process, also those that another thread
-    # has set meanwhile. Every thread adds an entry of its own. If catch_warnings elsewhere
-    # replaces the list in between, the entry may be gone already.
-    filters = cast("list[Any]", warnings.filters)
-    filters.insert(0, _NO_PIL_WARNINGS)
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            yield image
-    finally:
-        with suppress(ValueError):
-            cast("list[Any]", warnings.filters).remove(_NO_PIL_WARNINGS)
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    with no_pil_warnings(), Image.open(opened) as image:
+        yield image
 
 
-def image_size(file: str | bytes) -> tuple[int, int]:
-    """Returns (height, width) from the header of an image file. Decodes no pixels.
+class Header(NamedTuple):
+    """What the header of an image file says."""
+
+    height: int  # of the decoded image
+    width: int
+    format: str  # PIL's name of the format, for example "JPEG"
+    # True for kinds that DALI was seen to decode as PIL does, to 1 of 255. The numbers of
+    # other kinds have another meaning, or DALI refuses the files.
+    plain: bool
+    # True for numbers of more than 8 bits, signed or floating: `data.range` matters
+    deep: bool = False
+    remark: str = ""  # what is left out: "channels 1 to 3 of 13"
+
+
+def read_header(file: str | bytes, wanted: int = 3) -> Header:
+    """Reads the header of an image file. Decodes no pixels.
+
+    wanted: number of channels that the encoder takes.
 
     Raises OSError (PIL.UnidentifiedImageError is an OSError) or another exception of
     PIL where the header cannot be read, and PIL.Image.DecompressionBombError above
     twice PIL.Image.MAX_IMAGE_PIXELS.
     """
-    with open_image(file) as image:
-        return image.height, image.width
+    tags = read_tags(file)
+    if tags is None:
+        with open_image(file) as image:
+            deep = image.mode[0] in "IF" or _wide_color(image)
+            return Header(image.height, image.width, image.format or "", _is_plain(image), deep)
+    _check_bomb(tags)
+    return Header(
+        tags.height,
+        tags.width,
+        "TIFF",
+        tags.plain,
+        max(tags.bits) > 8 or set(tags.formats) != {1},
+        remark_of(file, tags, wanted),
+    )
 
 
-def decode(item: str | bytes | np.ndarray) -> Image.Image:
+def image_size(file: str | bytes) -> tuple[int, int]:
+    """Returns (height, width) from the header of an image file. Raises as `read_header`."""
+    return read_header(file)[:2]
+
+
+def decode(item: str | bytes | np.ndarray, value_range: ValueRange = AUTO) -> Image.Image:
     """Returns an RGB image.
 
     item: the path of a file, the content of a file, or pixels (H, W, 3) uint8.
+    value_range: the numbers that mean black and white (`ranges.to_uint8`).
 
-    Transparency is dropped: the colour under transparent pixels shows. 16-bit grey is
-    scaled to 8 bits, because PIL's own conversion would clip it. Of an animation the
-    first frame is taken. Raises what PIL raises on a bad file, which is nearly any
-    exception.
+    Transparency is dropped: the colour under transparent pixels shows. Grey of more than
+    8 bits is scaled to 8 bits. Of an animation the first frame is taken. Of several
+    channels or pages `tiff.choose` says which are taken. Raises what PIL raises on a bad
+    file, which is nearly any exception.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    with open_image(item) as image:
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits: "I;16" from PNG and TIFF, "I" from PGM
-            wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-            return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+    tags = read_tags(item)
+    if tags is not None:
+        _check_bomb(tags)
+    if value_range.of_type and (tags is None or pil_reads(tags)):
+        with open_image(item) as image:
+            image.load()
+            if image.mode == "F":
+                numbers = Pixels(np.asarray(image)[..., None], 0.0, 1.0)
+                return _rgb(to_uint8(numbers, value_range))
+            if image.mode.startswith("I"):  # 16 bits: "I;16" from PNG and TIFF, "I" from PGM
+                wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+                scaled = ((wide * 255 + 32767) // 65535).astype(np.uint8)
+                return Image.fromarray(scaled).convert("RGB")
+            return image.convert("RGB")
+    return _rgb(to_uint8(read_pixels(item), value_range))
 
 
-def undecodable(files: Sequence[str | bytes], sizes: np.ndarray) -> dict[int, str]:
-    """Finds the files that cannot be decoded to the size in their header. Decodes every file.
+def read_pixels(file: str | bytes, wanted: int = 3) -> Pixels:
+    """Returns the numbers of an image file, not scaled: (H, W, C) of the file's type.
 
-    files: n paths or contents.
-    sizes: (n, 2) integers, height and width as `image_size` returned them.
+    wanted: number of channels that the encoder takes. C is `wanted` if the file has as
+        many channels, or more. Transparency is dropped.
 
-    Returns {position in `files`: reason}. Decodes with nvImageCodec, which DALI uses,
-    or with PIL where nvImageCodec is not installed.
+    Colour models other than gray and RGB become RGB of 8 bits. Raises as `decode`, and
+    ImportError with a pip command if a library is missing.
     """
-    try:
-        check = _nvimgcodec_check()
-    except ImportError:
-        check = _pil_check
-    bad: dict[int, str] = {}
-    for start in range(0, len(files), PROBED_AT_ONCE):
-        part = slice(start, start + PROBED_AT_ONCE)
-        for position, size in enumerate(check(files[part]), start):
-            reason = size if isinstance(size, str) else unlike_header(size, sizes[position])
-            if reason:
-                bad[position] = reason
-    return bad
-
-
-def unlike_header(size: tuple[int, int], stated: np.ndarray) -> str:
-    """Returns why an image is bad if its size differs from the size in its header,
-    otherwise "".
-
-    size: (height, width) of the decoded image.
-    stated: (2,) integers, height and width in the header.
-    """
-    header = tuple(stated.tolist())
-    return "" if size == header else f"decodes to {size}, but its header states {header}"
-
-
-# A function that decodes files. Returns (height, width) of every file, or the reason why
-# it does not decode.
-Check = Callable[[Sequence[str | bytes]], "list[tuple[int, int] | str]"]
-
-
-def _nvimgcodec_check() -> Check:
-    """Returns a check with nvImageCodec on the CPU. Raises ImportError if nvImageCodec
-    is missing.
-    """
-    from nvidia import nvimgcodec
-
-    cpu = nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
-    no_gpu = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY
-    decoder = nvimgcodec.Decoder(device_id=no_gpu, backends=[cpu])
-    params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
-
-    def check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
-        found: list[tuple[int, int] | str] = [""] * len(files)
-        streams = {}
-        for position, file in enumerate(files):
-            try:
-                content = file if isinstance(file, bytes) else Path(file).read_bytes()
-                streams[position] = nvimgcodec.CodeStream(content)
-            # OSError where the file cannot be read, RuntimeError for a format unknown to
-            # nvImageCodec.
-            except Exception as error:
-                found[position] = describe_error(error)
-        for position, image in zip(streams, decoder.decode(list(streams.values()), params=params)):
-            if image is not None:
-                found[position] = (image.height, image.width)
-            else:
-                # nvImageCodec gives no reason. PIL mostly does.
-                reason = _pil_check([files[position]])[0]
-                unknown = "nvImageCodec cannot decode it"
-                found[position] = reason if isinstance(reason, str) else unknown
-        return found
-
-    return check
-
-
-def _pil_check(files: Sequence[str | bytes]) -> list[tuple[int, int] | str]:
-    """A check with PIL."""
-    found: list[tuple[int, int] | str] = []
-    for file in files:
-        try:
+    tags = read_tags(file)
+    if tags is not None:
+        _check_bomb(tags)
+        several = tags.channels > 1 and tags.photometric in (BLACK_IS_ZERO, RGB)
+        if not pil_reads(tags) or (several and (wanted != 3 or max(tags.bits) > 8)):
+            if (dtype := pil_numbers(tags)) is None:
+                return tiff_pixels(file, tags, wanted)
             with open_image(file) as image:
-                image.load()
-                found.append((image.height, image.width))
-        except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
-            found.append(describe_error(error))
-    return found
+                return oriented(np.asarray(image).astype(dtype)[..., None], tags, turn=False)
+    with open_image(file) as image:
+        if image.format == "JPEG2000" or _wide_color(image):
+            return _codec_pixels(file, "jpeg2k" if image.format == "JPEG2000" else "png")
+        if image.format == "PPM" and (pixels := _binary_pnm(file)) is not None:
+            return pixels
+        image.load()
+        values = np.asarray(image)
+        if image.mode == "F":
+            return Pixels(values[..., None], 0.0, 1.0)
+        if image.mode.startswith("I"):
+            return Pixels(values.clip(0, 65535).astype(np.uint16)[..., None], 0.0, 65535.0)
+        if image.mode in ("1", "L", "LA"):
+            return Pixels(np.asarray(image.convert("L"))[..., None], 0.0, 255.0)
+        return Pixels(np.asarray(image.convert("RGB")), 0.0, 255.0)
+
+
+def _rgb(pixels: np.ndarray) -> Image.Image:
+    """Returns pixels (H, W, 3) or (H, W, 1) uint8 as an RGB image."""
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
+
+
+def _check_bomb(tags: Tags) -> None:
+    """Raises PIL's DecompressionBombError, as PIL does when it opens a file.
+
+    Raises OSError for a file that is much shorter than its pixels.
+    """
+    if tags.hollow:
+        raise OSError(f"truncated: the file is too short for {tags.width} x {tags.height} pixels")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and tags.height * tags.width > 2 * limit:
+        raise Image.DecompressionBombError(
+            f"{tags.width} x {tags.height} pixels are more than {2 * limit}: a bomb?"
+        )
+
+
+def _tiles(image: Image.Image) -> list[Any]:
+    """Returns PIL's plan of decoding: (decoder, box, offset, arguments) of every tile."""
+    return getattr(image, "tile", [])
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """True for kinds that DALI was seen to decode as PIL. image: opened, not loaded."""
+    mode, tile = image.mode, next(iter(_tiles(image)), None)
+    raw = str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) if tile else ""
+    moving = getattr(image, "is_animated", False)
+    if image.format in ("JPEG", "MPO"):
+        return mode in ("L", "RGB", "CMYK")
+    if image.format == "PNG":
+        return mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") and not moving
+    if image.format == "BMP":
+        return tile is not None and tile[0] == "raw" and raw in ("BGR", "BGRA", "L", "P")
+    if image.format == "WEBP":
+        return not moving
+    if image.format == "PPM":  # of maxval 255: PIL scales all others
+        return tile is not None and tile[0] == "raw" and mode in ("L", "RGB")
+    # The number of bits of JPEG 2000 is checked by `probing.accepts`.
+    if image.format == "JPEG2000":  # DALI refuses gray without the container jp2
+        return mode in ("L", "RGB") and getattr(image, "codec", "") == "jp2"
+    return False
+
+
+def _wide_color(image: Image.Image) -> bool:
+    """True for a PNG of more than one channel of 16 bits, which PIL cuts to 8 bits."""
+    return (
+        image.format == "PNG"
+        and any(";16" in str(tile[3]) for tile in _tiles(image))
+        and (not image.mode.startswith("I"))
+    )
+
+
+def _codec_pixels(file: str | bytes, codec: str) -> Pixels:
+    """Returns the numbers of a file by imagecodecs. codec: "png" or "jpeg2k"."""
+    try:
+        import imagecodecs
+    except ImportError as error:
+        raise ImportError(
+            f"data.range on this kind of file needs imagecodecs: {INSTALL}"
+        ) from error
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    values = np.asarray(getattr(imagecodecs, f"{codec}_decode")(content))
+    if values.ndim == 2:
+        values = values[..., None]
+    bits = _jpeg2000_bits(content) if codec == "jpeg2k" else 8 * values.dtype.itemsize
+    channels = 3 if values.shape[2] >= 3 else 1
+    return Pixels(values[..., :channels], 0.0, 2.0**bits - 1)
+
+
+def _jpeg2000_bits(content: bytes) -> int:
+    """Returns the bits of the first component of a JPEG 2000 file: byte 40 of its SIZ segment."""
+    start = content.index(b"\xff\x4f\xff\x51") + 2
+    return (content[start + 40] & 127) + 1
+
+
+_PNM_HEADER = re.compile(rb"(P[56])(?:\s+|#[^\n]*\n)+?(\d+)(?:\s+|#[^\n]*\n)+?(\d+)"
+                         rb"(?:\s+|#[^\n]*\n)+?(\d+)\s")  # fmt: skip
+
+
+def _binary_pnm(file: str | bytes) -> Pixels | None:
+    """Returns the numbers of a binary PGM or PPM file, or None for other PNM files.
+
+    PIL scales the numbers by the largest number that the header states.
+    """
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    if not (found := _PNM_HEADER.match(content)):
+        return None
+    width, height, top = (int(found[i]) for i in (2, 3, 4))
+    channels = 3 if found[1] == b"P6" else 1
+    dtype = np.dtype(">u2" if top > 255 else "u1")
+    values = np.frombuffer(content, dtype, height * width * channels, found.end())
+    return Pixels(
+        values.reshape(height, width, channels).astype(dtype.newbyteorder("=")), 0.0, float(top)
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
+from mocofast.data.arrays import PixelFormat
 from mocofast.data.interface import (
     Batch,
     BatchSlice,
@@ -28,6 +29,7 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.ranges import range_of
 from mocofast.data.sampling import Views, per_view, sample_views
 from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops, box_radius
@@ -65,16 +67,33 @@ def _too_large(size: int, device: torch.device) -> str:
     return f"{size / 2**30:.1f} GiB of pixels are more than {limit}"
 
 
+def why_not_kernel(dtype: torch.dtype, augments: tuple[AugmentConfig, ...]) -> str:
+    """Returns why PyTorch's operators make the views on every device, or "" if a kernel can.
+
+    dtype: of the images.
+    """
+    if dtype != torch.uint8:
+        return "the kernel is for 8 bits"
+    late = ("vertical_flip", "quarter_turns", "hed", "noise")
+    used = [name for a in augments for name in late if getattr(a, name)]
+    used += ["channel_jitter" for a in augments if any(a.channel_jitter)]
+    return f"the kernel has no {used[0]}" if used else ""
+
+
 class LoadedImages(NamedTuple):
     """Every image of a source, decoded."""
 
-    images: np.ndarray  # (N, H, W, 3) uint8
+    images: np.ndarray  # (N, H, W, C), uint8 or uint16
     shown: np.ndarray  # (N,) int64: the sample that fills every slot (`first_good`)
     skipped: dict[int, str]  # bad samples: {index: reason}
 
 
-def load_images(source: Source, device: torch.device) -> LoadedImages:
+def load_images(
+    source: Source, device: torch.device, pixels: PixelFormat | None = None
+) -> LoadedImages:
     """Decodes every image of a source.
+
+    pixels: how images are read that are not 8-bit RGB.
 
     Raises ValueError if no image can be decoded, and ConfigError (a ValueError) if the
     images differ in size or take too much memory.
@@ -85,26 +104,28 @@ def load_images(source: Source, device: torch.device) -> LoadedImages:
         return LoadedImages(source.images, shown, {})
     from mocofast.data.decoding import decode
 
+    value_range = range_of(source)
     # Decode into one array, which is made when the size of the first good image is known.
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
+    read = pixels.load if pixels else lambda item: np.asarray(decode(item, value_range))
     for index in range(count):
         item = source.load(index)
         try:
-            pixels = np.asarray(decode(item))
+            image = read(item)
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             skipped[index] = describe_error(error)
             continue
         if not len(images):
-            if why := _too_large(count * pixels.nbytes, device):
+            if why := _too_large(count * image.nbytes, device):
                 raise ConfigError(f"data.loader=device cannot serve: {why}")
-            images = np.zeros((count, *pixels.shape), dtype=np.uint8)
-        if pixels.shape != images.shape[1:]:
-            first, other = (f"{w} x {h}" for h, w, _ in (images.shape[1:], pixels.shape))
+            images = np.zeros((count, *image.shape), dtype=image.dtype)
+        if image.shape != images.shape[1:]:
+            first, other = (f"{w} x {h}" for h, w, _ in (images.shape[1:], image.shape))
             raise ConfigError(
                 "data.loader=device needs images of one size, "
                 f"got {first} and {other} ({source.name(index)})"
             )
-        images[index] = pixels
+        images[index] = image
     # Fill the slots of bad samples.
     for index in skipped:
         substitute = first_good(index, count, lambda sample: sample not in skipped)
@@ -126,8 +147,11 @@ class DeviceLoader:
         batch_slice: BatchSlice,
         seed: int,
         device: torch.device,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        """Takes the arguments of `mocofast.data.loaders.build_loader`.
+        """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
+
+        pixels: how images are read that are not 8-bit RGB.
 
         Decodes all files and copies the images to `device`.
         Raises ConfigError where the device loader cannot serve, and the errors of
@@ -137,13 +161,16 @@ class DeviceLoader:
             raise ConfigError(f"data.loader=device cannot serve: {why}")
         self.reason = ""
         self.steps_per_epoch = batch_slice.steps(len(source))
-        loaded = load_images(source, device)
+        loaded = load_images(source, device, pixels)
         self.skipped = loaded.skipped
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._device = seed, device
         self._images = torch.from_numpy(np.ascontiguousarray(loaded.images)).to(device)
         self._shown = torch.from_numpy(loaded.shown)
-        self._kernel = backend.backend_for(device.type).augment  # None: PyTorch makes the views
+        # None: PyTorch makes the views.
+        self._kernel = None
+        if not why_not_kernel(self._images.dtype, augments):
+            self._kernel = backend.backend_for(device.type).augment
         self._running: Generator[Batch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -177,7 +204,7 @@ class DeviceLoader:
     def _composed(
         self, steps: tuple[Tensor, ...], sampled: list[Views]
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yields the views of every step, (B, S, S, 3) uint8 per view, made by PyTorch.
+        """Yields the views of every step, (B, S, S, C) per view, made by PyTorch.
 
         steps: the images of every step, (B,) int64.
         sampled: the parameters of every view, for the images of all steps.
@@ -228,36 +255,44 @@ class DeviceLoader:
 
 
 def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig) -> Tensor:
-    """Returns (B, S, S, 3) uint8: crops, resizes and augments, a few images at a time.
+    """Returns (B, S, S, C): crops, resizes and augments, a few images at a time.
 
-    images: (M, H, W, 3) uint8.
+    images: (M, H, W, C), uint8 or uint16.
     index: (B,) int64 on the CPU, the image of every view.
     views: the parameters of B views.
     """
     size = augment.size
-    out = torch.empty((len(index), size, size, 3), dtype=torch.uint8, device=images.device)
+    shape = (len(index), size, size, images.shape[3])
+    out = torch.empty(shape, dtype=images.dtype, device=images.device)
     params = per_view(views)
     step = max(1, CACHED_PIXELS // size**2)
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
-        chosen = images[index[rows].to(images.device)]
+        chosen = rows_of(images, index[rows].to(images.device))
         crops = crop_and_resize(chosen, boxes.to(images.device), size)
         apply_view_ops(crops, params[rows], augment, out[rows])
     return out
 
 
+def rows_of(images: Tensor, index: Tensor) -> Tensor:
+    """Returns images[index]. PyTorch has few operators for uint16, so int16 is indexed there."""
+    if images.dtype != torch.uint16:
+        return images[index]
+    return images.view(torch.int16)[index].view(torch.uint16)
+
+
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Returns (n, size, size, 3) uint8: PIL's antialiased bilinear resize of a box of
+    """Returns (n, size, size, C): PIL's antialiased bilinear resize of a box of
     every image.
 
-    images: (n, H, W, 3) uint8.
+    images: (n, H, W, C), uint8 or uint16.
     boxes: (4, n) int64: top, left, height, width.
 
     Takes a weighted sum along rows, rounds half up, and does the same along columns.
     Weights are integers, so all sums are integers too, exact in float32 while 255 times
     the total weight stays below 2^24. The result is exact. PIL rounds weights to 22
-    bits, which may round a tie the other way.
+    bits, which may round a tie the other way. For uint16 the sums are rounded to 24 bits.
     """
     top, left, height, width = boxes
     n, H, W, channels = images.shape
@@ -266,7 +301,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     x = _rounded(x @ weights, weights.sum(1, keepdim=True)).view(n, H, channels * size)
     weights = _weights(top, height, H, size)  # (n, H, size)
     x = _rounded(weights.mT @ x, weights.sum(1).unsqueeze(2))
-    return x.view(n, size, channels, size).permute(0, 1, 3, 2).byte()
+    return x.view(n, size, channels, size).permute(0, 1, 3, 2).to(images.dtype)
 
 
 def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:

@@ -12,11 +12,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from mocofast.data.arrays import PixelFormat, central_view
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, labels_of, to_device
+from mocofast.data.ranges import range_of
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
 
+LONG = 8  # longer side / shorter side from which only the crop is resized
 AHEAD = 2  # batches that the threads work ahead
 
 
@@ -25,20 +28,30 @@ def center_view(image: Image.Image, size: int) -> Image.Image:
 
     The shorter side is resized to size * 256/224 before the crop. If neither side of
     the image is larger than `size`, the shorter side is resized to `size`, because
-    there is no margin to crop.
+    there is no margin to crop. Of a very long image only the crop is resized, because the
+    whole image would need seconds and gigabytes. The pixels differ by 1 of 255 then: PIL
+    keeps the corners of a crop in float32.
     """
     small = max(image.size) <= size
     short = size if small else round(size * 256 / 224)
-    if min(image.size) != short:
-        image = F.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
-    return F.center_crop(image, [size, size])
+    if max(image.size) <= LONG * min(image.size):
+        if min(image.size) != short:
+            image = F.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
+        return F.center_crop(image, [size, size])
+    width, height = image.size
+    # The size after a resize, as torchvision rounds it, and the crop.
+    resized = tuple(int(short * side / min(image.size)) for side in image.size)
+    left, top = (round((side - size) / 2) for side in resized)
+    across, down = width / resized[0], height / resized[1]
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 class EvalBatches:
     """Batches of all good images of a source, in order, cut by `center_view`.
 
     Yields (images, labels, index):
-    images: (B, 3, size, size) uint8, RGB, channels-last, on `device`.
+    images: (B, C, size, size), channels-last, on `device`: uint8 RGB, or the levels of `pixels`.
     labels: (B,) int64 on the CPU, or None for an unlabelled source.
     index: (B,) int64 on the CPU, the samples.
 
@@ -47,14 +60,25 @@ class EvalBatches:
     """
 
     def __init__(
-        self, source: Source, size: int, batch_size: int, workers: int, device: torch.device
+        self,
+        source: Source,
+        size: int,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        """workers: number of threads. Threads are as fast as processes here. Processes
-        would be forked from a process with many threads.
+        """Takes the arguments of `mocofast.data.loaders.eval_batches`, and:
+
+        workers: number of threads. Threads are as fast as processes here. Processes
+            would be forked from a process with many threads.
+        pixels: how images are read that are not 8-bit RGB. `central_view` cuts these images.
         """
+        self._pixels = pixels
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
         self._threads = workers
+        self._range = range_of(source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         every = range(len(self._source))
@@ -64,10 +88,12 @@ class EvalBatches:
                 yield from self._batch(results)
 
     def _center(self, index: int) -> np.ndarray | str:
-        """Returns pixels (size, size, 3) uint8, or the reason why the image is bad."""
+        """Returns pixels (size, size, C), or the reason why the image is bad."""
         item = self._source.load(index)
         try:
-            return np.asarray(center_view(decode(item), self._size))
+            if self._pixels is not None:
+                return central_view(self._pixels.load(item), self._size)
+            return np.asarray(center_view(decode(item, self._range), self._size))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

@@ -38,7 +38,8 @@ class Batch(NamedTuple):
     index and the labels stay on the CPU.
     """
 
-    views: tuple[Tensor, ...]  # (B, 3, S, S) uint8 per view, RGB, channels-last, not normalised
+    # (B, C, S, S) per view, channels-last, not normalised: uint8 RGB, or uint8 or uint16 levels
+    views: tuple[Tensor, ...]
     # (B,) int64: the samples shown, after the substitution of bad samples
     index: Tensor  # type: ignore[assignment]
     labels: Tensor | None  # (B,) int64: labels of the samples shown. None for an unlabelled source
@@ -52,7 +53,8 @@ class Source(Protocol):
     loader finds bad files.
     """
 
-    labels: np.ndarray | None  # (N,) int64, or None for an unlabelled source
+    # (N,) int64, -1 for unlabelled samples, or None for an unlabelled source
+    labels: np.ndarray | None
     classes: tuple[str, ...]  # names of the labels
 
     def __len__(self) -> int:
@@ -64,7 +66,9 @@ class Source(Protocol):
         ...
 
     def load(self, index: int) -> str | bytes | np.ndarray:
-        """Returns the path of a file, the content of a file, or pixels (H, W, 3) uint8."""
+        """Returns the path of a file, the content of a file, or pixels (H, W, C), uint8 or
+        uint16.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -235,6 +239,12 @@ class ViewParams(NamedTuple):
     sigma: float  # standard deviation of the Gaussian blur, in pixels. 0 for no blur
     solarize: bool
     flip: bool
+    vertical_flip: bool = False
+    turns: int = 0  # counter-clockwise turns by 90 degrees
+    # 32 random bits, from which come the factors of channels and of stains
+    # (`AugmentConfig.channel_jitter` and `hed`), and the noise. 0 for a view without the three
+    key: int = 0
+    noise: float = 0.0  # standard deviation of Gaussian noise, as a share of the range of pixels
 
 
 def sample_view(
@@ -264,8 +274,18 @@ def sample_view(
     sigma = rng.uniform(*augment.blur_sigma) if rng.random() < augment.blur else 0.0
     solarize = augment.solarize > 0 and rng.random() < augment.solarize
     flip = rng.random() < augment.flip
-    factors = (brightness, contrast, saturation, hue)
-    return ViewParams(top, left, height, width, angle, order, *factors, gray, sigma, solarize, flip)
+    # These operators come last, so that views without these operators have the stream of older
+    # versions.
+    vertical_flip = augment.vertical_flip > 0 and rng.random() < augment.vertical_flip
+    turns = key = 0
+    if augment.quarter_turns and rng.random() < augment.quarter_turns:
+        turns = int(4 * rng.random())
+    if augment.noise or augment.hed or any(augment.channel_jitter):
+        key = 1 + int((2**32 - 1) * rng.random())
+    noise = rng.uniform(0.0, augment.noise) if augment.noise else 0.0
+    colour = (order, brightness, contrast, saturation, hue, gray)
+    late = (vertical_flip, turns, key, noise)
+    return ViewParams(top, left, height, width, angle, *colour, sigma, solarize, flip, *late)
 
 
 def _random_resized_crop(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
+from mocofast.data.arrays import NPY, PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
+from mocofast.data.ranges import range_of
+from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
 
@@ -36,44 +41,113 @@ def build_loader(
 
     Raises ValueError or ImportError if the loader of `data.loader` cannot serve.
     """
-    choice, reason = choose_loader(source, data.loader, device, augments)
+    pixels = pixels_of(source, data.channels)
+    augments = tuple(checked_augment(augment, data.channels) for augment in augments)
+    choice, reason = choose_loader(source, data.loader, device, augments, pixels)
     workers = count_workers(data.workers)
     loader: Loader
     if choice == "device":
-        loader = DeviceLoader(source, augments, shard, seed, device)
+        loader = DeviceLoader(source, augments, shard, seed, device, pixels)
     elif choice == "dali":
         from mocofast.data.dali_loader import DaliLoader
 
-        loader = DaliLoader(source, augments, shard, seed, device, workers, data)
+        loader = DaliLoader(source, augments, shard, seed, device, workers, data, pixels)
     else:
         from mocofast.data.torchvision_loader import TorchvisionLoader
 
-        loader = TorchvisionLoader(source, augments, shard, seed, device, workers, data)
+        loader = TorchvisionLoader(source, augments, shard, seed, device, workers, data, pixels)
     loader.reason = reason
     return loader
 
 
 def eval_batches(
-    source: Source, size: int, batch_size: int, workers: int, device: torch.device | str = "cpu"
+    source: Source,
+    size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device | str = "cpu",
+    channels: int = 3,
 ) -> EvalBatches:
     """Returns batches of all good images of `source`, in order, as EvalBatches describes.
 
     size: side of the central crop, in pixels.
     workers: number of threads, as `data.workers`. -1 takes all cores.
+    channels: of an image, as `data.channels`.
     """
     from mocofast.data.evaluation import EvalBatches
 
-    return EvalBatches(source, size, batch_size, count_workers(workers), torch.device(device))
+    threads, pixels = count_workers(workers), pixels_of(source, channels)
+    return EvalBatches(source, size, batch_size, threads, torch.device(device), pixels)
+
+
+def pixels_of(source: Source, channels: int) -> PixelFormat | None:
+    """Returns how the pixels of a source are read. None: as 8-bit RGB.
+
+    channels: value of data.channels.
+
+    The first image decides whether a set consists of arrays.
+    Raises ConfigError for arrays in memory with another number of channels.
+    """
+    deep = PixelFormat(channels, np.dtype(np.uint16), range_of(source))
+    if isinstance(source, ShardSource) or not len(source):
+        return None if channels == 3 else deep
+    first = source.load(0)
+    if isinstance(first, np.ndarray):
+        if first.shape[2] != channels:
+            raise ConfigError(
+                f"data.channels: expected {first.shape[2]}, as the images in memory have, "
+                f"got {channels}"
+            )
+        return (
+            None
+            if channels == 3 and first.dtype == np.uint8
+            else PixelFormat(channels, first.dtype)
+        )
+    is_rgb = channels == 3 and not (isinstance(first, str) and first.lower().endswith(NPY))
+    return None if is_rgb else deep
+
+
+def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:
+    """Returns the augmentation for images of `channels` channels.
+
+    With augment.color_ops=auto, operators on colours are turned off unless `channels` is 3. With
+    augment.color_ops=on, operators on colours raise ConfigError there.
+    """
+    if channels == 3:
+        return augment
+    brightness, contrast, saturation, hue = augment.jitter
+    if augment.color_ops == "auto":
+        jitter = (brightness, contrast, 0.0, 0.0)
+        return replace(augment, jitter=jitter, gray=0.0, solarize=0.0, hed=0.0)
+    asked = {
+        "jitter (saturation and hue)": saturation or hue,
+        "gray": augment.gray,
+        "solarize": augment.solarize,
+        "hed": augment.hed,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(
+                f"augment.{name}: expected 0, got {value}: the images have {channels} channels "
+                "(data.channels), and operators on colours need 3; --augment.color_ops auto turns "
+                "these operators off"
+            )
+    return augment
 
 
 def choose_loader(
-    source: Source, asked: str, device: torch.device, augments: tuple[AugmentConfig, ...]
+    source: Source,
+    asked: str,
+    device: torch.device,
+    augments: tuple[AugmentConfig, ...],
+    pixels: PixelFormat | None = None,
 ) -> tuple[str, str]:
     """Returns the loader ("device", "dali" or "torchvision") and the reason.
 
     asked: the value of `data.loader`.
     device: where the views go.
     augments: the augmentation of every view.
+    pixels: the result of `pixels_of`.
 
     Raises ConfigError for an unknown loader, or if DALI is asked for and missing.
     """
@@ -90,6 +164,9 @@ def choose_loader(
         if device.type != "cuda":
             reason = "the images are in memory, so there is nothing to decode"
             return "torchvision", f"{reason}; device: {obstacle}"
+    if asked == "auto" and pixels is not None and device.type != "cuda":
+        kind = f"{pixels.channels} channels of {8 * pixels.dtype.itemsize} bits"
+        return "torchvision", f"{kind}, which DALI does not decode"
     # Image files, or views on a GPU: DALI if it is installed.
     missing = dali_missing()
     if asked == "dali":

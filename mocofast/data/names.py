@@ -1,13 +1,8 @@
-"""Names of images: finds image files, classes and train and val folders, and identifies
-a set of images.
-"""
+"""Extensions and labels of images: splits off a held-out share, and identifies a set of images."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Set
-from pathlib import Path
 
 import numpy as np
 
@@ -16,64 +11,6 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
-
-
-def find_files(folder: str | Path, extensions: Set[str]) -> list[str]:
-    """Returns the names of all files below `folder` with one of `extensions`, sorted.
-
-    Names are relative to `folder`. Extensions match in any case. Hidden files and
-    folders are skipped. Symbolic links are followed (a link back to a folder above it
-    only once).
-    """
-    names: list[str] = []
-    _scan(str(folder), "", frozenset(), extensions, names)
-    return sorted(names)
-
-
-def _scan(
-    folder: str, prefix: str, above: frozenset[str], extensions: Set[str], names: list[str]
-) -> None:
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                _scan(entry.path, f"{prefix}{entry.name}/", above | {real}, extensions, names)
-            elif os.path.splitext(entry.name)[1].lower() in extensions:
-                names.append(prefix + entry.name)
-
-
-def train_and_val_folders(root: Path) -> tuple[str, str]:
-    """Returns the prefixes of training and evaluation images, for example ("train/", "val/").
-
-    The first is "" for images directly below `root`, the second "" if there is no val/
-    or test/.
-    """
-    if not root.is_dir():
-        return "", ""
-    folders = {
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    }
-    val = next((f"{name}/" for name in ("val", "test") if name in folders), "")
-    # Beside other folders, a folder named train may be a class (of vehicles).
-    return ("train/", val) if "train" in folders and (val or len(folders) == 1) else ("", "")
-
-
-def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Returns the class names, sorted, and labels (N,) int64, from the first folder of
-    every name.
-
-    Returns ((), None) if a name has no folder, or if there are fewer than two folders.
-    """
-    first = [name.split("/", 1)[0] for name in names if "/" in name]
-    classes = tuple(sorted(set(first)))
-    if len(first) < len(names) or len(classes) < 2:
-        return (), None
-    label = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([label[name] for name in first], dtype=np.int64)
 
 
 def stratified_holdout(
@@ -102,7 +39,7 @@ def stratified_holdout(
 def checked_labels(
     labels: np.ndarray | None, count: int, classes: tuple[str, ...]
 ) -> np.ndarray | None:
-    """Returns labels as (count,) int64, or None if `labels` is None.
+    """Returns labels as (count,) int64, or None if `labels` is None. -1 is for unlabelled images.
 
     Raises ValueError if the labels do not fit the images or the classes.
     """
@@ -111,7 +48,7 @@ def checked_labels(
     labels = np.asarray(labels, dtype=np.int64)
     if labels.shape != (count,):
         raise ValueError(f"labels must be ({count},), one per image, got {labels.shape}")
-    if count and not 0 <= labels.min() <= labels.max() < len(classes):
+    if count and not -1 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(
             f"labels must index the {len(classes)} classes, got {labels.min()} to {labels.max()}"
         )

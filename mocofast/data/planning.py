@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import AugmentConfig
-from mocofast.data.decoding import image_size
+from mocofast.data.arrays import PixelFormat
+from mocofast.data.decoding import read_header
 from mocofast.data.interface import (
     BatchSlice,
     Source,
@@ -19,6 +20,8 @@ from mocofast.data.interface import (
     no_image_decodes,
     source_order,
 )
+from mocofast.data.probing import accepts
+from mocofast.data.ranges import range_of
 from mocofast.data.sampling import per_view, sample_views
 from mocofast.errors import describe_error
 
@@ -34,7 +37,7 @@ class BatchPlan(NamedTuple):
 
 class BatchPlanner:
     """Plans batches at any position. Reads the header of every image file once, for the
-    image's size.
+    image's size, and to know whether DALI may decode the file.
     """
 
     def __init__(
@@ -44,14 +47,24 @@ class BatchPlanner:
         batch_slice: BatchSlice,
         seed: int,
         pool: ThreadPoolExecutor,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        """pool: threads that read headers."""
+        """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
+
+        pool: threads that read headers.
+        pixels: how images are read that are not 8-bit RGB.
+        """
+        self._pixels = pixels
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
         # (height, width) of every image, 0 if not known yet
         self.sizes = np.zeros((len(source), 2), dtype=np.int32)
+        # True for files that are decoded in Python: DALI reads their kind otherwise, or may end
+        # the process. Known where the size is known
+        self.in_python = np.zeros(len(source), dtype=bool)
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._pool = seed, pool
+        self._dali_range = range_of(source).of_type  # DALI knows no other range
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
 
     def plan(self, epoch: int, step: int) -> BatchPlan:
@@ -79,15 +92,21 @@ class BatchPlanner:
         return shown
 
     def _is_good(self, index: int) -> bool:
-        """Returns False for a bad sample. Reads the size of a new sample."""
+        """Returns False for a bad sample. Reads the header of a new sample."""
         if index in self.skipped:
             return False
         if not self.sizes[index, 0]:
             item = self._source.load(index)
+            if isinstance(item, np.ndarray):
+                self.sizes[index] = item.shape[:2]
+                return True
             try:
-                self.sizes[index] = (
-                    item.shape[:2] if isinstance(item, np.ndarray) else image_size(item)
-                )
+                if self._pixels is not None:
+                    self.sizes[index] = self._pixels.size(item)
+                    return True
+                header = read_header(item)
+                self.in_python[index] = not (self._dali_range and accepts(item, header))
+                self.sizes[index] = header.height, header.width
             except Exception as error:  # PIL raises nearly any exception on corrupt headers
                 self.skipped[index] = describe_error(error)
                 return False

@@ -25,9 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig, option
-from mocofast.data.decoding import decode
+from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
+from mocofast.data.ranges import AUTO, ValueRange, range_of
 from mocofast.data.shard_index import local_index
 from mocofast.data.shards import META
 from mocofast.data.sources import load_datasets
@@ -44,6 +45,7 @@ class PrepareConfig:
     size: int = option(256, "short side of the stored images, in pixels; larger images are shrunk")
     quality: int = option(95, "JPEG quality of shrunk images, 1 to 100")
     shard_mb: int = option(1024, "size of a shard, in MB; the next image begins a new shard")
+    range: str = option("auto", "the numbers that mean black and white, as data.range")
     workers: int = option(-1, "number of threads; -1 takes all cores")
 
 
@@ -52,7 +54,8 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     content of META.
 
     Images with a short side above `options.size` are shrunk to `options.size` (Lanczos)
-    and stored as JPEG, 4:4:4, without metadata. Other images are copied unchanged. EXIF
+    and stored as JPEG, 4:4:4, without metadata. Other images are copied unchanged, or as
+    PNG of 8 bits where `options.range` or the kind of file changes the numbers. EXIF
     orientation is not applied: loaders do not apply it either. Labels, train/ and val/
     are found as for data.source=folder. Samples are written in a random order that is
     the same for every call, so a few shards are a fair selection. Files that cannot be
@@ -70,16 +73,20 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     ):
         if path.exists():
             raise ConfigError(f"{str(path)!r} {remark}; nothing is overwritten")
-    datasets = load_datasets(DataConfig(path=source, holdout=0.0))
+    datasets = load_datasets(DataConfig(path=source, holdout=0.0, range=options.range))
     parts: dict[str, Source] = {"": datasets.train}  # {folder: images}
     if datasets.val is not None:
         parts = {part.name(0).partition("/")[0]: part for part in (datasets.train, datasets.val)}
+        if len(parts) == 1:  # in a wrapper folder
+            parts = {"train": datasets.train, "val": datasets.val}
     meta: dict[str, Any] = {
         "size": options.size,
         "quality": options.quality,
+        "range": options.range,
         "classes": datasets.train.classes,
         "images": {},
         "skipped": {},
+        "remarks": list(datasets.remarks),
     }
     partial.mkdir(parents=True)
     try:
@@ -110,19 +117,25 @@ def _check(options: PrepareConfig) -> None:
             raise ConfigError(f"--{name}: expected {expected}, got {value}")
 
 
-def compact(path: str, size: int, quality: int) -> tuple[str, bytes]:
+def compact(
+    path: str, size: int, quality: int, value_range: ValueRange = AUTO
+) -> tuple[str, bytes]:
     """Returns (extension, content) of the stored image. Raises PIL's exceptions for a bad file.
 
     path: the original image file.
     size, quality: as in PrepareConfig.
+    value_range: the numbers that mean black and white.
     """
     content = Path(path).read_bytes()
-    image = decode(content)
+    image = decode(content, value_range)
     short = min(image.size)
-    if short <= size:
-        return Path(path).suffix.lower(), content
-    width, height = (round(side * size / short) for side in image.size)
     buffer = io.BytesIO()
+    if short <= size:
+        if value_range.of_type and read_header(content).plain:
+            return Path(path).suffix.lower(), content
+        image.save(buffer, "PNG")
+        return ".png", buffer.getvalue()
+    width, height = (round(side * size / short) for side in image.size)
     image.resize((width, height), Image.Resampling.LANCZOS).save(
         buffer, "JPEG", quality=quality, subsampling="4:4:4"
     )
@@ -142,7 +155,8 @@ def _write(
 
     def work(index: int) -> tuple[str, bytes] | str:
         try:
-            return compact(str(source.load(index)), options.size, options.quality)
+            path = str(source.load(index))
+            return compact(path, options.size, options.quality, range_of(source))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 
@@ -165,7 +179,7 @@ def _write(
                 key = f"{key}-{index}"
             keys.add(key)
             members = {f"{key}{extension}": content}
-            if source.labels is not None:
+            if source.labels is not None and source.labels[index] >= 0:
                 members[f"{key}.cls"] = str(source.labels[index]).encode()
             shards.add(members)
     if not keys:

@@ -35,6 +35,10 @@ class Views(NamedTuple):
     sigma: np.ndarray
     solarize: np.ndarray
     flip: np.ndarray
+    vertical_flip: np.ndarray  # bool
+    turns: np.ndarray  # int64, as key
+    key: np.ndarray
+    noise: np.ndarray  # float64
 
 
 def per_view(views: Views) -> list[ViewParams]:
@@ -87,7 +91,21 @@ def sample_views(
         stream.random(every) < augment.solarize if augment.solarize else np.zeros(n, dtype=bool)
     )
     flip = stream.random(every) < augment.flip
-    return Views._make((*box.T, angle, order, *factors, gray, sigma, solarize, flip))
+    # Vertical flip, turns, noise.
+    vertical_flip, turns = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int64)
+    keys, noise = np.zeros(n, dtype=np.int64), np.zeros(n)
+    if augment.vertical_flip:
+        vertical_flip = stream.random(every) < augment.vertical_flip
+    if augment.quarter_turns:
+        turned = stream.random(every) < augment.quarter_turns
+        turns[turned] = (4 * stream.random(turned)).astype(np.int64)
+    if augment.noise or augment.hed or any(augment.channel_jitter):
+        keys = 1 + ((2**32 - 1) * stream.random(every)).astype(np.int64)
+    if augment.noise:
+        noise = stream.uniform(0.0, augment.noise, every)
+    colour = (order, *factors, gray)
+    late = (vertical_flip, turns, keys, noise)
+    return Views._make((*box.T, angle, *colour, sigma, solarize, flip, *late))
 
 
 def _random_resized_crops(

@@ -11,36 +11,65 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
-from mocofast.data.names import EXTENSIONS
+from mocofast.data.finding import ALL, Patterns
+from mocofast.data.shard_samples import MemberReader, Members, choose_samples
 
 log = logging.getLogger(__name__)
 
 INDEX = ".index.npz"  # appended to the name of a shard
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 UNREADABLE = (ValueError, KeyError, zipfile.BadZipFile)  # errors of `read_index` for a bad file
 
 
 class Index(NamedTuple):
-    """The n samples of one shard."""
+    """The n samples of one shard, and the images among which they were chosen."""
 
     shard_size: int  # of the whole file, in bytes
-    keys: np.ndarray  # (n,) bytes: names without extension
-    offsets: np.ndarray  # (n,) int64: start of the image file in the shard, in bytes
-    sizes: np.ndarray  # (n,) int64: length of the image file, in bytes
-    labels: np.ndarray  # (n,) int64, -1 for no label
+    keys: np.ndarray  # (n,) bytes: names of the samples
+    chosen: np.ndarray  # (n,) int64: the image of every sample, a position in `members`
+    left_out: str  # JSON: {reason: number of members}
+    members: Members
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Starts of the image files in the shard, (n,) int64, in bytes."""
+        return self.members.offsets[self.chosen]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Lengths of the image files, (n,) int64, in bytes."""
+        return self.members.sizes[self.chosen]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels, (n,) int64: positions in `members.label_names`, -1 for no label."""
+        return self.members.labels[self.chosen]
+
+
+def index_of(shard_size: int, members: Members, patterns: Patterns = ALL) -> Index:
+    """Returns the samples that `patterns` choose among the images of a shard."""
+    names = [os.fsdecode(name) for name in members.names]
+    keys, chosen, left_out = choose_samples(names, patterns)
+    return Index(
+        shard_size,
+        np.array([os.fsencode(key) for key in keys], dtype=np.bytes_),
+        np.array(chosen, dtype=np.int64),
+        json.dumps({**members.left_out, **left_out}),
+        members,
+    )
 
 
 def local_index(path: Path) -> Index:
@@ -58,7 +87,7 @@ def local_index(path: Path) -> Index:
         except (OSError, *UNREADABLE):  # no index, the index of another shard, or a broken index
             continue
     log.info("indexing %s", path)
-    index = Index(stat.st_size, *_scan(path))
+    index = index_of(stat.st_size, _scan(path))
     for place in places:
         try:
             _write(place, stamp, index)
@@ -68,56 +97,83 @@ def local_index(path: Path) -> Index:
     return index
 
 
-def read_index(place: Path, stamp: np.ndarray | None = None) -> Index:
+def read_index(place: Path, stamp: np.ndarray | None = None, old: bool = False) -> Index:
     """Reads an index from a file.
 
     stamp: version, size and modification time (in ns) of the shard. None accepts any shard.
+    old: accept an index of version 1.
     Raises OSError if the file cannot be read, or an error of UNREADABLE for a bad or
     outdated file.
     """
     with np.load(place, allow_pickle=False) as kept:
         found = kept["stamp"]
+        if old and found[0] == 1:
+            return _read_first_version(kept)
         if found[0] != INDEX_VERSION or (stamp is not None and not np.array_equal(found, stamp)):
             raise ValueError("an index of another version or file")
-        return Index(int(found[1]), *(kept[field] for field in Index._fields[1:]))
+        text = {name: str(kept[name]) for name in ("left_out", "member_left_out")}
+        columns = {name: kept[name] for name in Members._fields[:-1]}
+        members = Members(**columns, left_out=json.loads(text["member_left_out"]))
+        return Index(int(found[1]), kept["keys"], kept["chosen"], text["left_out"], members)
+
+
+def _read_first_version(kept: Mapping[str, np.ndarray]) -> Index:
+    """Returns the content of an index of version 1, which servers may still hold.
+
+    Version 1 knew integer labels, and no names of members.
+    """
+    keys, labels = kept["keys"], kept["labels"]
+    numbers = np.unique(labels[labels >= 0])
+    members = Members(
+        np.char.add(keys, b".jpg") if len(keys) else keys,
+        kept["offsets"],
+        kept["sizes"],
+        np.where(labels >= 0, np.searchsorted(numbers, labels), -1),
+        numbers.astype(np.bytes_),
+        {},
+    )
+    return Index(int(kept["stamp"][1]), keys, np.arange(len(keys)), "{}", members)
 
 
 def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    _, keys, offsets, sizes, labels = index
     # Several ranks or threads may index one shard at the same time, so temporary names
     # must differ.
     suffix = f"{os.getpid()}.{threading.get_ident()}"
+    columns: dict[str, Any] = dict(zip(Members._fields[:-1], index.members[:-1]))
+    columns |= {"stamp": stamp, "keys": index.keys, "chosen": index.chosen}
+    columns |= {"left_out": index.left_out, "member_left_out": json.dumps(index.members.left_out)}
     with files.atomic_write(place, suffix) as part, part.open("wb") as file:
-        np.savez(file, stamp=stamp, keys=keys, offsets=offsets, sizes=sizes, labels=labels)
+        np.savez(file, **columns)
 
 
-def _scan(path: Path) -> tuple[np.ndarray, ...]:
-    """Reads all headers of a tar file. Returns keys, offsets, sizes and labels as in Index."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+def _scan(path: Path) -> Members:
+    """Reads all headers of a tar file."""
+    reader = MemberReader()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _members(tar):
-                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
-                if match is None or not member.isreg():
-                    continue
-                key, extension = match[1], match[2].lower()
-                if f".{extension}" in EXTENSIONS:
-                    images.setdefault(key, (member.offset_data, member.size))
-                elif extension in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    label = _label(extension, content.read() if content else b"")
-                    if label >= 0 and (extension == "cls" or key not in labels):
-                        labels[key] = label
+                is_link = member.islnk() or member.issym()
+                if is_link or member.isreg():
+                    reader.add(
+                        member.name,
+                        member.offset_data,
+                        member.size,
+                        member.linkname if is_link else None,
+                        partial(_content, tar, member),
+                    )
     except (tarfile.TarError, EOFError) as error:
+        with path.open("rb") as file:
+            packed = "; gunzip unpacks the file" if file.read(2) == b"\x1f\x8b" else ""
         raise ConfigError(
-            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}"
+            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}{packed}"
         ) from error
-    places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
-    keys = np.array([os.fsencode(key) for key in images], dtype=np.bytes_)
-    found_labels = np.array([labels.get(key, -1) for key in images], dtype=np.int64)
-    return keys, places[:, 0], places[:, 1], found_labels
+    return reader.finish()
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -125,12 +181,3 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
         # tarfile keeps all headers: a gigabyte for a shard of a million samples.
         tar.members.clear()  # type: ignore[attr-defined]
-
-
-def _label(extension: str, content: bytes) -> int:
-    """Returns the label in a .cls or .json member, or -1 if there is none."""
-    try:
-        value = int(content) if extension == "cls" else json.loads(content)["label"]
-    except (ValueError, KeyError, TypeError):
-        return -1
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1

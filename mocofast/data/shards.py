@@ -1,9 +1,6 @@
 """Tar shards in WebDataset's layout, as a source of images that can be read in any order.
 
-A sample is a group of members with an equal key: the name up to the first dot after the
-last slash. `key.jpg` (or another image extension) is the image. `key.cls` (an integer
-as text), or `key.json` with an integer `label`, is the label. Other members are
-ignored.
+`mocofast.data.shard_samples` tells which member is the image of a sample, and the label.
 
 `mocofast.data.shard_index` finds the place of every sample, so samples are read
 directly and a batch is a function of (seed, epoch, step, rank) alone.
@@ -25,24 +22,35 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder, download
+from mocofast.data.finding import ALL, Disk, Patterns, listed
 from mocofast.data.interface import epoch_order
-from mocofast.data.names import checked_labels, digest, find_files
-from mocofast.data.shard_index import INDEX, UNREADABLE, Index, local_index, read_index
+from mocofast.data.names import checked_labels, digest
+from mocofast.data.shard_index import (
+    INDEX,
+    UNREADABLE,
+    Index,
+    index_of,
+    local_index,
+    read_index,
+)
+from mocofast.data.shard_samples import Numbering, left_out_lines, number_labels
 
 log = logging.getLogger(__name__)
 
 META = "meta.json"  # in the folder of shards. The entry "classes" names the labels
+PACKED = (".gz", ".tgz", ".zip", ".zst")
 AT_ONCE = 8  # shards indexed in parallel: on a network disk every header is a wait
 
 
@@ -60,28 +68,30 @@ class TarShard:
 class ShardSource:
     """Samples of tar shards. `load` returns the content of an image file."""
 
+    remarks: tuple[str, ...] = ()  # lines that say what was left out
+
     def __init__(
         self,
         shards: Sequence[TarShard],
         indices: Sequence[Index],
-        classes: tuple[str, ...],
+        numbering: Numbering,
         window: int = 0,
     ) -> None:
-        """Raises ValueError if the labels do not fit the classes.
-
-        shards, indices: the shards, and the index of every shard.
-        classes: names of the labels, () for unlabelled samples.
+        """shards, indices: the shards, and the index of every shard.
+        numbering: of the labels. Samples with other labels are unlabelled.
         window: number of shards that are shuffled together, see `order`. 0 for all.
         """
         self._shards, self._window = tuple(shards), window
         self._shard_sizes = tuple(index.shard_size for index in indices)
         counts = [len(index.keys) for index in indices]
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # (N,)
-        self._keys, self._offsets, self._sizes, labels = (
-            np.concatenate([index[field] for index in indices]) for field in range(1, 5)
-        )
-        self.classes = classes
-        self.labels = checked_labels(labels if classes else None, len(self), classes)
+        self._keys = np.concatenate([index.keys for index in indices])
+        self._offsets = np.concatenate([index.offsets for index in indices])
+        self._sizes = np.concatenate([index.sizes for index in indices])
+        self.numbering, self.classes = numbering, numbering.classes
+        labels = [_numbers(index, numbering) for index in indices] if self.classes else None
+        labels = None if labels is None else np.concatenate(labels)
+        self.labels = checked_labels(labels, len(self), self.classes)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -209,26 +219,40 @@ def find_shards(path: str, folder: str = "") -> list[TarShard]:
 
     path: a folder with *.tar files at any depth, or a file, a glob pattern or a URL.
         Braces in files, patterns and URLs are expanded: x-{000..012}.tar, {a,b}.tar.
-    folder: a subfolder of the folder, for example "train/".
+    folder: a subfolder of the folder, for example "train/", or a file or pattern in
+        the folder.
 
     Raises ConfigError or FileNotFoundError if there is no shard.
     """
     if is_url(path):
-        return [_remote(url) for url in expand_braces(path)]
+        return _remote(expand_braces(path))
     root = Path(path).expanduser()
-    if root.is_dir():
-        names = [folder + name for name in find_files(root / folder, {".tar"})]
-        if not names:
-            raise ConfigError(f"data.path: no *.tar file below {str(root / folder)!r}")
-        return [TarShard(name, root / name) for name in names]
-    found = [
+    if (root / folder).is_dir():
+        found = Disk(root, {".tar"}).find(folder)
+        if not found.names:
+            packed = {kind: found.kinds[kind] for kind in PACKED if found.kinds[kind]}
+            raise ConfigError(
+                f"data.path: no *.tar file below {str(root / folder)!r}"
+                + (f" ({listed(Counter(packed))}: gunzip unpacks .tar.gz)" if packed else "")
+            )
+        return [TarShard(name, root / name) for name in found.names]
+    pattern = str(root / folder) if folder else str(root)
+    files = [
         Path(match)
-        for pattern in expand_braces(str(root))
-        for match in sorted(glob.glob(pattern)) or [pattern]
+        for part in expand_braces(pattern)
+        for match in sorted(glob.glob(part)) or [part]
     ]
-    for missing in (file for file in found if not file.is_file()):
+    for missing in (file for file in files if not file.is_file()):
         raise FileNotFoundError(f"data.path: there is no shard {str(missing)!r}")
-    return [TarShard(file.name, file) for file in found]
+    return [TarShard(file.name, file) for file in files]
+
+
+def packed_shards(path: str, folder: str = "") -> list[str]:
+    """Returns a line about packed shards in a folder, or none. path, folder: see `find_shards`."""
+    root = Path(path).expanduser() / folder
+    kinds = Disk(root, {".tar"}).find("").kinds if not is_url(path) and root.is_dir() else {}
+    packed = Counter({kind: kinds[kind] for kind in PACKED if kinds[kind]})
+    return [f"packed shards are left out: {listed(packed)}; gunzip unpacks .tar.gz"] * bool(packed)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -247,43 +271,73 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + option + end for option in options for end in rest]
 
 
-def _remote(url: str) -> TarShard:
-    """Returns the shard at a URL, with a place in the cache folder."""
-    parts = urlsplit(url)
-    folder, _, name = parts.path.rpartition("/")
-    place = hashlib.blake2b(f"{parts.netloc}{folder}".encode(), digest_size=8).hexdigest()
-    return TarShard(name, cache_folder() / "shards" / place / name, url)
+def _remote(urls: Sequence[str]) -> list[TarShard]:
+    """Returns the shards at URLs, with places in the cache folder.
+
+    Where URLs differ in the query only, the parameters that differ are a part of the name.
+    Other queries are not: signatures change from day to day.
+    """
+    queries: dict[str, list[dict[str, str]]] = {}
+    for url in urls:
+        parts = urlsplit(url)
+        queries.setdefault(f"{parts.netloc}{parts.path}", []).append(dict(parse_qsl(parts.query)))
+    shards = []
+    for url in urls:
+        parts = urlsplit(url)
+        folder, _, name = parts.path.rpartition("/")
+        place = f"{parts.netloc}{folder}"
+        others = queries[f"{parts.netloc}{parts.path}"]
+        own = dict(parse_qsl(parts.query))
+        differ = {k: v for k, v in own.items() if any(other.get(k) != v for other in others)}
+        if differ:
+            name = f"{name}?{urlencode(sorted(differ.items()))}"
+        hashed = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
+        file = name.replace("/", "_")
+        shards.append(TarShard(name, cache_folder() / "shards" / hashed / file, url))
+    return shards
 
 
 def open_shards(
-    shards: Sequence[TarShard], window: int = 0, classes: tuple[str, ...] = ()
+    shards: Sequence[TarShard],
+    window: int = 0,
+    numbering: Numbering | None = None,
+    patterns: Patterns = ALL,
 ) -> ShardSource:
     """Returns a source of all samples of `shards`, in the order of the shards.
 
     window: see `ShardSource.order`.
-    classes: names of the labels. If empty, the names come from META beside the first
-        shard or in the folder above, or are numbers.
+    numbering: of the labels. If None, the names come from META beside the first
+        shard or in the folder above, or are the labels (`number_labels`).
+    patterns: choose among the names of members.
 
-    The samples are unlabelled if a sample has no label, or if all labels are equal.
+    The samples are unlabelled if fewer than two labels occur.
     Raises ConfigError for an unusable shard, and OSError if a shard cannot be read.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        indices = list(pool.map(_index, shards))
-    labels = np.concatenate([index.labels for index in indices])
-    if not len(labels):
+        indices = list(pool.map(lambda shard: _index(shard, patterns), shards))
+    left_out = [json.loads(index.left_out) for index in indices]
+    remarks = left_out_lines(left_out)
+    if not any(len(index.keys) for index in indices):
         raise ConfigError(
             f"data.path: no image in {len(shards)} shards, {shards[0].name} the first"
+            + "".join(f"; {line}" for line in remarks)
         )
-    if labels.min() < 0 or labels.min() == labels.max():
-        return ShardSource(shards, indices, (), window)
-    largest = int(labels.max())
-    classes = classes or _class_names(shards[0]) or tuple(str(i) for i in range(largest + 1))
-    if largest >= len(classes):
-        raise ConfigError(
-            f"data.path: label {largest} in {shards[0].name} or a later shard, "
-            f"but there are {len(classes)} classes"
-        )
-    return ShardSource(shards, indices, classes, window)
+    if numbering is None:
+        used = [(index.members.label_names, np.unique(index.labels)) for index in indices]
+        texts = {name.decode() for names, labels in used for name in names[labels[labels >= 0]]}
+        where = f"{shards[0].name} or a later shard"
+        numbering = number_labels(texts, _class_names(shards[0]), where)
+    source = ShardSource(shards, indices, numbering, window)
+    source.remarks = tuple(remarks)
+    return source
+
+
+def _numbers(index: Index, numbering: Numbering) -> np.ndarray:
+    """Returns the labels of a shard's samples, (n,) int64, -1 for no or an unknown label."""
+    names = [name.decode() for name in index.members.label_names]
+    # The last entry is for the label -1.
+    table = np.array([*(numbering.number.get(name, -1) for name in names), -1], dtype=np.int64)
+    return table[index.labels]
 
 
 def _class_names(shard: TarShard) -> tuple[str, ...]:
@@ -299,14 +353,19 @@ def _class_names(shard: TarShard) -> tuple[str, ...]:
     return ()
 
 
-def _index(shard: TarShard) -> Index:
+def _index(shard: TarShard, patterns: Patterns) -> Index:
     """Returns the index of a shard. Downloads a remote shard if the server has no usable index."""
+    index = _whole_index(shard, old=not patterns)
+    return index_of(index.shard_size, index.members, patterns) if patterns else index
+
+
+def _whole_index(shard: TarShard, old: bool) -> Index:
     if shard.url:
         place = Path(f"{shard.path}{INDEX}")
         try:
             parts = urlsplit(shard.url)
             download(parts._replace(path=parts.path + INDEX).geturl(), place)
-            return read_index(place)
+            return read_index(place, old=old)
         except (HTTPError, *UNREADABLE):  # the server has no index, or one of another version
             place.unlink(missing_ok=True)
         try:

@@ -1,5 +1,5 @@
-"""Sources of images (a folder, tar shards, the embedded digits, CIFAR), and their train
-and val sets.
+"""Sources of images (a folder, a list, a zip archive, tar shards, the embedded digits, CIFAR), and
+their train and val sets.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import SOURCES, ConfigError, DataConfig, is_plugin, load_plugin
+from mocofast.data.arrays import NPY, float_levels
+from mocofast.data.finding import Disk, Names
+from mocofast.data.folders import no_image, open_folder
 from mocofast.data.interface import Source
-from mocofast.data.names import (
-    EXTENSIONS,
-    checked_labels,
-    classes_of,
-    digest,
-    find_files,
-    stratified_holdout,
-    train_and_val_folders,
-)
-from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards
+from mocofast.data.layout import Layout, arrange, grouped_holdout
+from mocofast.data.lists import ImageList, arrange_list, labels_of_list
+from mocofast.data.names import EXTENSIONS, checked_labels, digest, stratified_holdout
+from mocofast.data.ranges import range_of, set_range
+from mocofast.data.shard_sets import open_shard_sets
+from mocofast.data.shards import ShardSource
+from mocofast.data.zips import ZipArchive, ZipSource
 from mocofast.errors import list_choices
 
 DIGITS_HOLDOUT = 0.2
@@ -71,7 +71,7 @@ class FolderSource:
 
 
 class ArraySource:
-    """Images in memory. `load` returns pixels (H, W, 3) uint8."""
+    """Images in memory. `load` returns pixels (H, W, C), uint8 or uint16."""
 
     def __init__(
         self,
@@ -82,14 +82,21 @@ class ArraySource:
     ) -> None:
         """Raises ValueError for images or labels of a wrong shape or type.
 
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, C), uint8, uint16, or floats from 0 to 1, which become uint16.
         labels: (N,) integers that index `classes`, or None.
         prefix: the start of every image's name.
         """
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        known = images.dtype in (np.uint8, np.uint16) or images.dtype.kind == "f"
+        if images.ndim != 4 or not known:
             raise ValueError(
-                f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
+                "images must be (N, H, W, C) uint8, uint16, or floats from 0 to 1, "
+                f"got {images.shape} {images.dtype}"
             )
+        if images.dtype.kind == "f":
+            scaled = np.empty(images.shape, np.uint16)
+            for index, image in enumerate(images):
+                scaled[index] = float_levels(image)
+            images = scaled
         self.images = images
         self.labels = checked_labels(labels, len(images), classes)
         self.classes = classes
@@ -108,7 +115,8 @@ class ArraySource:
 
     def fingerprint(self) -> str:
         """Returns a hash of pixels and labels."""
-        shape = repr(self.images.shape).encode()
+        depth = "" if self.images.dtype == np.uint8 else str(self.images.dtype)
+        shape = repr(self.images.shape).encode() + depth.encode()
         return digest(
             shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
         )
@@ -120,6 +128,7 @@ class Subset:
     def __init__(self, source: Source, index: np.ndarray) -> None:
         """index: (n,) int64, the samples of `source`."""
         self._source, self._index = source, index
+        self.value_range = range_of(source)
         self.labels = None if source.labels is None else source.labels[index]
         self.classes = source.classes
 
@@ -145,29 +154,47 @@ class Subset:
 class Datasets(NamedTuple):
     """The images of a run."""
 
-    train: Source  # for training
+    train: Source  # for training. Labels may be -1: unlabelled
     # for kNN and linear evaluation. None without labels, or if no images are held out
     val: Source | None
     note: str  # a line for the log: the numbers of images, and the origin of the val set
+    remarks: tuple[str, ...] = ()  # more lines: what was left out, and what looks odd
+
+    def lines(self) -> str:
+        """Returns the note and the remarks, a line for every remark."""
+        return "\n".join((self.note, *self.remarks))
+
+
+def labelled(source: Source) -> Source:
+    """Returns the labelled samples of a source with labels."""
+    if source.labels is None or not len(source) or source.labels.min() >= 0:
+        return source
+    return _part(source, np.flatnonzero(source.labels >= 0))
+
+
+def _part(source: Source, index: np.ndarray) -> Source:
+    """Returns some samples of a source. index: (n,) int64, ascending."""
+    if isinstance(source, ShardSource):
+        return source.subset(index)
+    return Subset(source, index)
 
 
 def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     """Finds the images of `data` and makes a train and a val set.
 
-    data: `source`, `path`, `holdout` and `shuffle_window` are used.
+    data: the options of DataConfig that say what is read. Loaders use the others.
     seed: seed of the held-out share.
 
-    data.source=folder: image files below `path`. The train set is `path`/train and the
-        val set is `path`/val (or `path`/test) if both folders exist. If train/ is the
-        only folder, it is the train set. Otherwise the train set is all of `path`.
-        Images are labelled if all images lie in two or more subfolders. The class is
-        the first folder below the root (or below train/ and val/). An image directly in
-        the root, or a single subfolder, means no labels.
+    data.source=folder: image files below `path`. `mocofast.data.layout.split_folders`
+        tells the folders of the train and the val set. Images are labelled if all images
+        lie in two or more folders, see `mocofast.data.layout.classes_of`.
+    data.source=zip: a zip archive of image files, arranged like a folder.
+    data.source=list: a CSV or parquet file (`mocofast.data.lists`).
     data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which
         may have train/ and val/ too, a pattern, or URLs. The labels are the labels in
         the shards.
-    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn. The same
-        20% of every class are held out for any seed.
+    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn, the same in
+        all `data.channels`. The same 20% of every class are held out for any seed.
     data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded
         only if absent. The val set is the test set. With several processes, one process
         must call this function first, so that only one process downloads.
@@ -175,9 +202,8 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     data.source=package.module: the module's own `load_datasets(data, seed)`, which returns
         Datasets.
 
-    If labelled images of a folder or of shards have no val/ or test/ folder, the share
-    `data.holdout` of every class is held out for the val set. The images are chosen by
-    `seed`.
+    If labelled images have no evaluation folder, the share `data.holdout` of every class is
+    held out for the val set, or of the groups of `data.group`. The images are chosen by `seed`.
 
     Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the
     option. Decodes no image: loaders find and skip bad files.
@@ -190,66 +216,88 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
-    return _LOAD[data.source](data, seed)
+    datasets = _LOAD[data.source](data, seed)
+    for part in (datasets.train, datasets.val):
+        if part is not None:
+            set_range(part, data.range)
+    return datasets
 
 
-def find_images(folder: str | Path) -> list[str]:
+def find_images(folder: str | Path, channels: int = 3) -> list[str]:
     """Returns the names of all images below `folder`, relative to `folder` and sorted.
 
-    An image is a file with an extension of EXTENSIONS, in any case. Hidden files and
+    channels: value of data.channels.
+
+    An image is a file with an extension of EXTENSIONS, in any case. A .npy file is an image too,
+    unless `channels` is 3 and the folder has images of other kinds. Hidden files and
     folders are skipped. Symbolic links are followed (a link back to a folder above it
     only once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or
     ConfigError (a ValueError) if there is no image.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"data.path: there is no folder {str(folder)!r}")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"data.path must be a folder of images: {str(folder)!r} is a file")
-    names = find_files(folder, EXTENSIONS)
-    if not names:
-        kinds = " ".join(sorted(EXTENSIONS))
-        tars = "; its *.tar are for data.source=shards" if find_files(folder, {".tar"}) else ""
-        raise ConfigError(
-            f"data.path: no image below {str(folder)!r} (extensions looked for: {kinds}){tars}"
-        )
-    return names
+    found = _open_folder(folder, channels).find("")
+    if not found.names:
+        raise no_image(str(folder), found)
+    return found.names
+
+
+def _open_folder(folder: str | Path, channels: int) -> Disk:
+    """Returns a folder of images, as `find_images` finds the images."""
+    extensions = EXTENSIONS if channels == 3 else EXTENSIONS | {NPY}
+    opened = open_folder(folder, extensions)
+    if channels == 3 and not opened.find("").names:
+        return open_folder(folder, frozenset({NPY}))
+    return opened
 
 
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
     root = Path(_path(data)).expanduser()
-    train_folder, val_folder = train_and_val_folders(root)
-    names = find_images(root / train_folder)
-    classes, labels = classes_of(names)
-    train = FolderSource(root, [train_folder + name for name in names], labels, classes)
-    if labels is None or not val_folder:
-        return _hold_out(train, data.holdout, seed)
-    val_names = find_images(root / val_folder)
-    val_classes, val_labels = classes_of(val_names)
-    unknown = sorted(set(val_classes) - set(classes))
-    if unknown:
-        raise ConfigError(
-            f"data.path: {val_folder} has classes that {train_folder} lacks: "
-            f"{', '.join(unknown[:5])}"
-        )
-    if val_labels is None:
-        return _hold_out(train, data.holdout, seed, f" ({val_folder} has no class folders)")
-    labels = np.searchsorted(classes, val_classes)[val_labels]  # numbers of the train set's classes
-    val = FolderSource(root, [val_folder + name for name in val_names], labels, classes)
-    return Datasets(train, val, f"{_summary(train)}; kNN on {val_folder}, {len(val)}")
+    layout = arrange(_open_folder(root, data.channels), data, str(root))
+    return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
+
+
+def _load_zip(data: DataConfig, seed: int) -> Datasets:
+    path = Path(_path(data)).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path: there is no zip file {str(path)!r}")
+    archive = ZipArchive(path)
+    layout = arrange(Names(archive.infos, EXTENSIONS), data, str(path))
+    layout = layout._replace(remarks=[*archive.remarks, *layout.remarks])
+    return _sets(layout, data, seed, lambda *columns: ZipSource(archive, *columns))
+
+
+# Makes a source of names, labels and classes.
+_Make = Callable[[list[str], "np.ndarray | None", tuple[str, ...]], Source]
+
+
+def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
+    """Returns the train and the val set of a layout. make: makes a source of names."""
+    if data.source != "list" and data.labels not in ("auto", "none"):
+        layout = labels_of_list(layout, data.labels)
+    remarks = tuple(layout.remarks)
+    train = make(layout.train, layout.labels, layout.classes)
+    if layout.val:
+        val = make(layout.val, layout.val_labels, layout.classes)
+        note = f"{_summary(train)}; kNN on {layout.val_folder}, {len(val)}"
+        if data.group:
+            remarks = (*remarks, f"data.group not used: {layout.val_folder} is held out already")
+        return Datasets(train, val, note, remarks)
+    why = f" ({layout.why})" if layout.why else ""
+    return _hold_out(train, data, seed, why, layout.groups, remarks)
+
+
+def _load_list(data: DataConfig, seed: int) -> Datasets:
+    images = ImageList(_path(data))
+    layout = arrange_list(images, data)
+    root = images.path.parent
+    return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
 
 def _load_shards(data: DataConfig, seed: int) -> Datasets:
-    path = _path(data)
-    root = Path(path).expanduser()
-    train_folder, val_folder = ("", "") if is_url(path) else train_and_val_folders(root)
-    train = open_shards(find_shards(path, train_folder), data.shuffle_window)
-    if train.labels is None or not val_folder:
-        return _hold_out(train, data.holdout, seed)
-    val = open_shards(find_shards(path, val_folder), classes=train.classes)
-    if val.labels is None:
-        return _hold_out(train, data.holdout, seed, f" ({val_folder} has no labels)")
-    return Datasets(train, val, f"{_summary(train)}; kNN on {val_folder}, {len(val)}")
+    sets = open_shard_sets(_path(data), data)
+    if sets.val is None:
+        return _hold_out(sets.train, data, seed, sets.why, None, sets.remarks)
+    note = f"{_summary(sets.train)}; kNN on {sets.val_folder}, {len(sets.val)}"
+    return Datasets(sets.train, sets.val, note, sets.remarks)
 
 
 def _load_digits(data: DataConfig, seed: int) -> Datasets:
@@ -257,7 +305,7 @@ def _load_digits(data: DataConfig, seed: int) -> Datasets:
 
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
-    images = np.repeat(gray[..., None], 3, axis=3)
+    images = np.repeat(gray[..., None], data.channels, axis=3)
     classes = tuple(str(name) for name in digits.target_names)
     kept, held_out = stratified_holdout(digits.target, DIGITS_HOLDOUT, seed=0)
     train = ArraySource(images[kept], digits.target[kept], classes, "digits train")
@@ -294,6 +342,8 @@ def _load_cifar(data: DataConfig, seed: int) -> Datasets:
 _LOAD: dict[str, Callable[[DataConfig, int], Datasets]] = {
     "folder": _load_folder,
     "shards": _load_shards,
+    "list": _load_list,
+    "zip": _load_zip,
     "digits": _load_digits,
     "cifar10": _load_cifar,
     "cifar100": _load_cifar,
@@ -309,22 +359,36 @@ def _path(data: DataConfig) -> str:
 
 
 def _hold_out(
-    source: FolderSource | ShardSource, holdout: float, seed: int, remark: str = ""
+    source: Source,
+    data: DataConfig,
+    seed: int,
+    remark: str = "",
+    groups: np.ndarray | None = None,
+    remarks: tuple[str, ...] = (),
 ) -> Datasets:
-    """Holds a share of labelled images out for the val set. remark: for the note, after
-    the summary.
+    """Holds a share of labelled images out for the val set.
+
+    remark: for the note, after the summary.
+    groups: (N,) int64. Images of a group stay together.
+    remarks: of the result.
     """
     if source.labels is None:
-        return Datasets(source, None, f"{len(source)} images without labels: no kNN")
-    kept, held_out = stratified_holdout(source.labels, holdout, seed)
+        return Datasets(source, None, f"{len(source)} images without labels: no kNN", remarks)
+    usable = np.flatnonzero(source.labels >= 0)
+    if groups is None:
+        held_out = stratified_holdout(source.labels[usable], data.holdout, seed)[1]
+    else:
+        held_out = grouped_holdout(groups[usable], data.holdout, seed)
+    held_out = usable[held_out]
+    kept = np.setdiff1d(np.arange(len(source)), held_out)
     summary = _summary(source) + remark
     if not len(held_out):
-        return Datasets(source, None, f"{summary}, none held out: no kNN")
+        return Datasets(source, None, f"{summary}, none held out: no kNN", remarks)
     note = f"{summary}; kNN on {len(held_out)} of them, held out"
-    if isinstance(source, ShardSource):
-        return Datasets(source.subset(kept), source.subset(held_out), note)
-    return Datasets(Subset(source, kept), Subset(source, held_out), note)
+    return Datasets(_part(source, kept), _part(source, held_out), note, remarks)
 
 
 def _summary(source: Source) -> str:
-    return f"{len(source)} images of {len(source.classes)} classes"
+    text = f"{len(source)} images of {len(source.classes)} classes"
+    unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
+    return f"{text}, {unlabelled} unlabelled" if unlabelled else text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -41,3 +44,25 @@ class Threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """Returns threads whose PyTorch operators use one core per thread."""
+    used = torch.get_num_threads()
+    all_started = threading.Barrier(threads + 1)
+
+    def start() -> None:
+        # The first call in a thread sets the thread's number to the process's default. A
+        # number that was set before this call would be lost.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    pool = ThreadPoolExecutor(threads, "mocofast-views", initializer=start)
+    for _ in range(threads):
+        pool.submit(int)
+    all_started.wait()
+    # The number belongs to a thread, but the default of later threads has changed too: set
+    # it back.
+    torch.set_num_threads(used)
+    return pool

@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.arrays import PixelFormat, as_tensor, resized_crop
 from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
@@ -43,6 +44,8 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.ranges import range_of
+from mocofast.data.view_ops import apply_late_ops, apply_view_ops, has_late_ops
 from mocofast.errors import describe_error
 
 
@@ -64,7 +67,23 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
         image = image.filter(ImageFilter.GaussianBlur(radius=params.sigma))
     if params.solarize:
         image = F.solarize(image, threshold=128)
-    return F.horizontal_flip(image) if params.flip else image
+    if params.flip:
+        image = F.horizontal_flip(image)
+    return _late_ops(image, params, augment) if has_late_ops(params) else image
+
+
+def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: AugmentConfig) -> Tensor:
+    """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
+    box = (params.top, params.left, params.height, params.width)
+    view = resized_crop(as_tensor(image), *box, augment.size)[None].contiguous()
+    apply_view_ops(view, [params], augment, view)
+    return view[0]
+
+
+def _late_ops(image: Image.Image, params: ViewParams, augment: AugmentConfig) -> Image.Image:
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().contiguous()
+    apply_late_ops(x, [params], augment, 255)
+    return Image.fromarray(x[0].permute(1, 2, 0).byte().numpy())
 
 
 def _jitter(image: Image.Image, params: ViewParams) -> Image.Image:
@@ -85,7 +104,7 @@ def _jitter(image: Image.Image, params: ViewParams) -> Image.Image:
 class Sample(NamedTuple):
     """What a worker returns for one slot of a batch."""
 
-    views: list[np.ndarray]  # (S, S, 3) uint8 per view. Empty if all samples of the source are bad
+    views: list[np.ndarray]  # (S, S, C) per view. Empty if all samples of the source are bad
     shown: int  # index of the sample in the slot
     skipped: dict[int, str]  # bad samples met on the way: {index: reason}
 
@@ -93,8 +112,15 @@ class Sample(NamedTuple):
 class _Samples(Dataset[Sample]):
     """Makes the views of one slot. Keys are (epoch, slot)."""
 
-    def __init__(self, source: Source, augments: tuple[AugmentConfig, ...], seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        augments: tuple[AugmentConfig, ...],
+        seed: int,
+        pixels: PixelFormat | None = None,
+    ) -> None:
         self.source = source
+        self.pixels = pixels
         self.augments = augments
         self.seed = seed
         self.bad: dict[int, str] = {}  # bad samples that need not be decoded again: {index: reason}
@@ -102,13 +128,16 @@ class _Samples(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, slot = key
         skipped: dict[int, str] = {}
-        images: dict[int, Image.Image] = {}
+        images: dict[int, Image.Image | np.ndarray] = {}
 
         def is_good(index: int) -> bool:
             if index not in self.bad:
                 item = self.source.load(index)
                 try:
-                    images[index] = decode(item)
+                    if self.pixels is not None:
+                        images[index] = self.pixels.load(item)
+                    else:
+                        images[index] = decode(item, range_of(self.source))
                     return True
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
                 # struct.error, ...).
@@ -122,14 +151,17 @@ class _Samples(Dataset[Sample]):
             return Sample([], slot, skipped)
         return Sample(self._views(images[shown], epoch, slot), shown, skipped)
 
-    def _views(self, image: Image.Image, epoch: int, slot: int) -> list[np.ndarray]:
-        size = (image.height, image.width)
-        return [
-            np.asarray(
-                apply_view(image, sample_view(augment, size, self.seed, epoch, slot, view), augment)
-            )
-            for view, augment in enumerate(self.augments)
-        ]
+    def _views(self, image: Image.Image | np.ndarray, epoch: int, slot: int) -> list[np.ndarray]:
+        apply: Any = apply_view
+        if isinstance(image, np.ndarray):
+            size, apply = image.shape[:2], apply_view_to_levels
+        else:
+            size = image.height, image.width
+        views = []
+        for view, augment in enumerate(self.augments):
+            params = sample_view(augment, size, self.seed, epoch, slot, view)
+            views.append(np.asarray(apply(image, params, augment)))
+        return views
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
@@ -149,7 +181,7 @@ class _Steps(Sampler[list[tuple[int, int]]]):
 
 
 def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]]:
-    """Returns views (B, S, S, 3), the samples shown (B,), and the bad samples {index: reason}."""
+    """Returns views (B, S, S, C), the samples shown (B,), and the bad samples {index: reason}."""
     views = tuple(
         torch.from_numpy(np.stack(view)) for view in zip(*(sample.views for sample in samples))
     )
@@ -193,11 +225,13 @@ class TorchvisionLoader:
         device: torch.device,
         workers: int,
         data: DataConfig | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of processes. 0 loads in the calling process.
         data: of these options only `prefetch` is used.
+        pixels: how images are read that are not 8-bit RGB. PyTorch's operators make the views.
         """
         self.reason = ""
         self.steps_per_epoch = batch_slice.steps(len(source))
@@ -205,7 +239,7 @@ class TorchvisionLoader:
         self._source, self._device = source, device
         self._workers = workers
         self._prefetch = (data or DataConfig()).prefetch if workers else None
-        self._samples = _Samples(source, augments, seed)
+        self._samples = _Samples(source, augments, seed, pixels)
         self._steps = _Steps(source, batch_slice, seed)
         self._batches: DataLoader[Any] | None = None
         self._running: Generator[Batch, None, None] | None = None
@@ -239,7 +273,7 @@ class TorchvisionLoader:
             self.skipped.update(skipped)
             if not views:
                 raise no_image_decodes(self._source, self.skipped)
-            # (B, S, S, 3) -> (B, 3, S, S), channels-last
+            # (B, S, S, C) -> (B, C, S, S), channels-last
             moved = tuple(to_device(view, self._device).permute(0, 3, 1, 2) for view in views)
             yield Batch(moved, index, labels_of(self._source, index))
 

@@ -6,6 +6,10 @@ are integers between operators, blends truncate, luma rounds, and the blur is th
 filters in every direction. The hue is the exception: PIL quantises hue and saturation
 to 8 bits. Here nothing is quantised, as in torchvision's tensor operator.
 
+Images of 16 bits and of any number of channels go through the same operators, on integers
+up to 65535. Operators on colours need three channels. Where there are not three, contrast
+blends every channel with the mean of the channel.
+
 DALI's operators are not used. Their colour operators rotate the hue in YIQ and round
 where PIL truncates. The exact formulas take several times as long in DALI's CPU
 arithmetic (`docs/log.md`, section DALI).
@@ -33,10 +37,12 @@ def apply_view_ops(
 ) -> None:
     """Applies all operators of `params` after the crop, in the order of `ViewParams`.
 
-    crops, out: (n, S, S, 3) uint8 on one device. `out` may be `crops`.
+    crops, out: (n, S, S, C), uint8 or uint16 on one device. `out` may be `crops`.
     params: the parameters of n views.
     """
-    # x: (n, 3, S, S) float32
+    top = 255 if crops.dtype == torch.uint8 else 65535  # the largest level
+    is_colour = crops.shape[-1] == 3
+    # x: (n, C, S, S) float32
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     gray = [i for i, p in enumerate(params) if p.gray]
     _on_rows(x, [i for i, p in enumerate(params) if p.angle], rotate_, [p.angle for p in params])
@@ -46,9 +52,10 @@ def apply_view_ops(
     # the order.
     for slot in range(4):
         at_slot = [p.order[slot] if p.order else None for p in params]
-        for operator, (adjust_, name) in enumerate(JITTER):
+        for operator, (adjust_, name) in enumerate(JITTER if is_colour else JITTER[:2]):
             rows = [i for i, chosen in enumerate(at_slot) if chosen == operator]
-            _on_rows(x, rows, adjust_, [getattr(p, name) for p in params])
+            adjust = partial(adjust_, top=top)
+            _on_rows(x, rows, adjust, [getattr(p, name) for p in params])
     if not augment.gray_first:
         _on_rows(x, gray, grayscale_)
     # Blur: views with an equal reach together.
@@ -57,8 +64,10 @@ def apply_view_ops(
     for reach in sorted({*reaches} - {0}):
         rows = [i for i, r in enumerate(reaches) if r == reach]
         _on_rows(x, rows, partial(box_blur_, reach=reach), radii)
-    _on_rows(x, [i for i, p in enumerate(params) if p.solarize], solarize_)
+    _on_rows(x, [i for i, p in enumerate(params) if p.solarize], partial(solarize_, top=top))
     _on_rows(x, [i for i, p in enumerate(params) if p.flip], flip_)
+    if any(has_late_ops(p) for p in params):
+        apply_late_ops(x, params, augment, top)
     out.copy_(x.permute(0, 2, 3, 1))
 
 
@@ -67,9 +76,9 @@ def _on_rows(
 ) -> None:
     """Applies an in-place operator to some images of x.
 
-    x: (n, 3, S, S) float32.
+    x: (n, C, S, S) float32.
     rows: the images.
-    operator: takes images (r, 3, S, S) and, if `values` is given, their values (r, 1,
+    operator: takes images (r, C, S, S) and, if `values` is given, their values (r, 1,
         1, 1) float32.
     values: a value for every image of x.
     """
@@ -88,8 +97,9 @@ def _on_rows(
         x[index] = part
 
 
-# In all functions below, x is (n, 3, S, S) float32 with integers 0..255. Functions with a
-# trailing underscore change x. Factors are (n, 1, 1, 1).
+# In all functions below, x is (n, C, S, S) float32 with integers 0..top, and C is 3 for
+# operators on colours. Functions with a trailing underscore change x. Factors are (n, 1, 1, 1),
+# or (n, C, 1, 1) for a factor per channel.
 
 
 def luma(x: Tensor) -> Tensor:
@@ -104,31 +114,36 @@ def grayscale_(x: Tensor) -> None:
     x.copy_(luma(x).expand_as(x))
 
 
-def _blend_(x: Tensor, other: Tensor, factor: Tensor) -> None:
+def _blend_(x: Tensor, other: Tensor, factor: Tensor, top: int) -> None:
     # Not factor * x + (1 - factor) * other: rounding would put pixels with x == other
     # slightly below their integer, and truncation would darken them by 1.
-    x.sub_(other).mul_(factor).add_(other).clamp_(0, 255).floor_()
+    x.sub_(other).mul_(factor).add_(other).clamp_(0, top).floor_()
 
 
-def adjust_brightness_(x: Tensor, factor: Tensor) -> None:
+def adjust_brightness_(x: Tensor, factor: Tensor, top: int = 255) -> None:
     """Blends with black. A factor of 1 keeps the image."""
-    x.mul_(factor).clamp_(max=255).floor_()
+    x.mul_(factor).clamp_(max=top).floor_()
 
 
-def adjust_contrast_(x: Tensor, factor: Tensor) -> None:
-    """Blends with the mean luma of the image, rounded. A factor of 1 keeps the image."""
-    _blend_(x, luma(x).mean((2, 3), keepdim=True).add_(0.5).floor_(), factor)
+def adjust_contrast_(x: Tensor, factor: Tensor, top: int = 255) -> None:
+    """Blends with the mean luma of the image, rounded. A factor of 1 keeps the image.
+
+    Without three channels, every channel is blended with the mean of the channel.
+    """
+    gray = luma(x) if x.shape[1] == 3 else x
+    _blend_(x, gray.mean((2, 3), keepdim=True).add_(0.5).floor_(), factor, top)
 
 
-def adjust_saturation_(x: Tensor, factor: Tensor) -> None:
+def adjust_saturation_(x: Tensor, factor: Tensor, top: int = 255) -> None:
     """Blends with the luma. A factor of 1 keeps the image."""
-    _blend_(x, luma(x), factor)
+    _blend_(x, luma(x), factor, top)
 
 
-def adjust_hue_(x: Tensor, shift: Tensor) -> None:
+def adjust_hue_(x: Tensor, shift: Tensor, top: int = 255) -> None:
     """Rotates the hue of HSV and rounds.
 
     shift: fraction of the colour circle, in [-0.5, 0.5].
+    top: not used. The result stays in the range of the channels.
 
     Let h in [-3, 3) be the hue in sextants around red, m the minimum of the channels
     and C = max - min the chroma. A channel with pure hue p (0, 2, -2 for red, green,
@@ -233,11 +248,122 @@ def rotate_(x: Tensor, angle: Tensor) -> None:
     torch.mul(turned.add_(2**-10).floor_(), inside, out=x)
 
 
-def solarize_(x: Tensor) -> None:
-    """Inverts values of 128 and more."""
-    torch.where(x < 128, x, 255 - x, out=x)
+def solarize_(x: Tensor, top: int = 255) -> None:
+    """Inverts the upper half of the levels: values of 128 and more of 255."""
+    torch.where(x < (top + 1) // 2, x, top - x, out=x)
 
 
 def flip_(x: Tensor) -> None:
     """Exchanges left and right."""
     x.copy_(x.flip(3))
+
+
+# The late operators: vertical flip, quarter turns, jitter by channel, jitter of stains, noise.
+
+
+def has_late_ops(p: ViewParams) -> bool:
+    """Returns whether a view has an operator of `apply_late_ops`."""
+    return bool(p.vertical_flip or p.turns or p.key)
+
+
+def apply_late_ops(
+    x: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, top: int
+) -> None:
+    """Applies the operators of the last fields of `ViewParams`, in the order of the fields.
+
+    x: (n, C, S, S) float32, integers 0..top. Changed in place.
+    params: the parameters of n views.
+    """
+    _on_rows(x, [i for i, p in enumerate(params) if p.vertical_flip], vertical_flip_)
+    for turns in (1, 2, 3):
+        _on_rows(x, [i for i, p in enumerate(params) if p.turns == turns], partial(turn_, turns))
+    if not any(p.key for p in params):  # all views of a batch have a key, or none
+        return
+    # The 32 bits of a key as a signed number.
+    words = torch.tensor([p.key for p in params]).to(torch.uint32).view(torch.int32)
+    keys = words.to(x.device, non_blocking=True)
+    if any(augment.channel_jitter):
+        adjusters = (adjust_brightness_, adjust_channel_contrast_)
+        for stream, (adjust_, strength) in enumerate(zip(adjusters, augment.channel_jitter)):
+            uniform = uniform_numbers(keys, stream, x.shape[1])  # (n, C)
+            factor = (1 + strength * (2 * uniform - 1)).clamp_(min=0)
+            adjust_(x, factor[:, :, None, None], top)
+    if augment.hed:
+        # (n, 6): three factors, three densities
+        uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
+        jitter_stains_(x, 1 + uniform[:, :3], uniform[:, 3:], top)
+    if augment.noise:
+        normal = normal_numbers(keys, 2, x[0].numel())
+        sigma = torch.tensor([p.noise * top for p in params], device=x.device)
+        x.addcmul_(normal.view_as(x), sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
+
+
+def vertical_flip_(x: Tensor) -> None:
+    """Exchanges top and bottom."""
+    x.copy_(x.flip(2))
+
+
+def turn_(turns: int, x: Tensor) -> None:
+    """Turns counter-clockwise, `turns` times by 90 degrees."""
+    x.copy_(x.rot90(turns, (2, 3)))
+
+
+def adjust_channel_contrast_(x: Tensor, factor: Tensor, top: int) -> None:
+    """Blends every channel with the mean of the channel, rounded."""
+    _blend_(x, x.mean((2, 3), keepdim=True).add_(0.5).floor_(), factor, top)
+
+
+# Optical densities of red, green and blue that a stain adds, for haematoxylin, eosin and DAB:
+# Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+
+
+def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
+    """Scales and shifts the densities of haematoxylin, eosin and DAB, as Tellez et al. 2018.
+
+    x: (n, 3, S, S), red, green and blue of a stained slide.
+    factor, offset: (n, 3), of every stain. Offsets are decimal optical densities.
+
+    The paper is "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference".
+    """
+    stains = torch.tensor(STAINS, device=x.device)
+    # Densities of red, green and blue, (n, 3, S * S). Black counts as half a level.
+    density = x.flatten(2).clamp(min=0.5).div_(top).log10_().neg_()
+    amounts = torch.linalg.inv(stains).T @ density
+    amounts.mul_(factor.unsqueeze(2)).add_(offset.unsqueeze(2))
+    jittered = torch.pow(10, -(stains.T @ amounts)).mul_(top)
+    x.copy_(jittered.view_as(x).round_().clamp_(0, top))
+
+
+def normal_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
+    """Returns normal numbers, (n, count) float32, by the transform of Box and Muller.
+
+    keys: (n,), as for `uniform_numbers`.
+    stream: uses the streams `stream` and `stream` + 1.
+    """
+    half = (count + 1) // 2
+    radius = uniform_numbers(keys, stream, half).neg_().log1p_().mul_(-2).sqrt_()
+    angle = uniform_numbers(keys, stream + 1, half).mul_(2 * math.pi)
+    return torch.cat((radius * angle.cos(), radius.mul_(angle.sin_())), dim=1)[:, :count]
+
+
+def uniform_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
+    """Returns numbers in [0, 1), (n, count) float32: a hash of key, stream and position.
+
+    keys: (n,) int32.
+    stream: from 0.
+
+    Integer arithmetic, so a CPU and a GPU give the same numbers. The hash of 32 bits is "lowbias32"
+    of Wellons 2018, "Prospecting for hash functions".
+    """
+    place = torch.arange(count, dtype=torch.int32, device=keys.device)
+    words = hash_words_(hash_words_(keys + stream).unsqueeze(1) ^ place)
+    return words.bitwise_right_shift_(8).bitwise_and_(2**24 - 1).float().div_(2**24)
+
+
+def hash_words_(x: Tensor) -> Tensor:
+    """Hashes int32 words in place, modulo 2^32. Returns x."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        # The mask makes the shift of a negative word fill with zeros.
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
+    return x

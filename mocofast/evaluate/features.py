@@ -21,10 +21,11 @@ def image_batches(
 ) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
     """Returns all images of `source` once: (images, labels, index) in batches of EVALUATION_BATCH.
 
-    config: gives the size of the centre crop and the number of workers. device: of the images.
+    config: gives the size of the centre crop, the channels and the number of workers.
+    device: of the images.
     """
-    workers = config.data.workers
-    return eval_batches(source, config.augment.size, EVALUATION_BATCH, workers, device)
+    data, size = config.data, config.augment.size
+    return eval_batches(source, size, EVALUATION_BATCH, data.workers, device, data.channels)
 
 
 def extract(
@@ -38,10 +39,11 @@ def extract(
     """Returns features (N, D) float32 and labels (N,) int64 of all images, on the CPU.
 
     encoder: on `device`. Runs in eval mode without gradients. Its submodules get their modes back.
-    batches: (images, labels, index), as `image_batches` yields, images (B, 3, S, S) uint8.
+    batches: (images, labels, index), as `image_batches` yields, images (B, C, S, S), uint8 or
+        uint16.
     kind: "backbone" (pooled features before the head) or "output" (embedding after the head).
         Features are not L2-normalised.
-    mean, std: (3,), of pixels on the 0..255 scale, see `pixel_statistics`.
+    mean, std: (C,) or (1,), of pixels on the 0..255 scale, see `pixel_statistics`.
     Raises ValueError for an unknown kind, no batches, or a batch without labels.
     """
     if kind not in ("backbone", "output"):
@@ -62,7 +64,10 @@ def extract(
 
 
 def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
-    """Returns features (B, D) float32 of images (B, 3, S, S) uint8. All inputs on one device."""
+    """Returns features (B, D) float32 of images (B, C, S, S), uint8 or uint16.
+
+    All inputs are on one device.
+    """
     images = pixels.prepare_images(images, mean, std)
     out = encoders.features(encoder, images) if kind == "backbone" else encoder(images)
     return out.float()

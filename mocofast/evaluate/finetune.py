@@ -18,7 +18,7 @@ from torch import nn
 from mocofast.config import Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
@@ -70,6 +70,7 @@ def finetune(
         None: the accuracy is measured once, at the end.
     Returns the accuracy on `datasets.val` at the end.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None:
         raise ConfigError(
             "data.path: fine-tuning needs labelled images, some of them held out; "
@@ -84,7 +85,7 @@ def finetune(
 
     # A new head. All weights are trained, also a ViT's patch projection, which pretraining froze.
     torch.manual_seed(seed)
-    _replace_head(encoder, len(datasets.train.classes), config.augment.size, device)
+    _replace_head(encoder, len(datasets.train.classes), config, device)
     encoder.requires_grad_(True)
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm2d):
@@ -130,10 +131,11 @@ def finetune(
     return _validate(encoder, datasets.val, config, device, autocast) if result is None else result
 
 
-def _replace_head(encoder: nn.Module, classes: int, size: int, device: torch.device) -> None:
-    """Replaces the head of `encoder` by a linear layer. size: of the images, in pixels."""
+def _replace_head(encoder: nn.Module, classes: int, config: Config, device: torch.device) -> None:
+    """Replaces the head of `encoder` by a linear layer. config: gives the shape of the images."""
+    channels, size = config.data.channels, config.augment.size
     with evaluating(encoder), torch.no_grad():
-        width = features(encoder, torch.zeros(1, 3, size, size, device=device)).shape[1]
+        width = features(encoder, torch.zeros(1, channels, size, size, device=device)).shape[1]
     setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
 
 

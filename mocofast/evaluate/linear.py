@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
-from mocofast.data.sources import Datasets
+from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import embed, evaluating, extract, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
@@ -82,6 +82,7 @@ def linear_probe(
     config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
         are used.
     """
+    datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
         raise ConfigError(
             "data.path: a linear probe needs labelled images, some of them held out (class "
@@ -102,11 +103,11 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     """Returns the augmentation of supervised training: RandomResizedCrop (8 % to 100 %) and flips.
 
     The probability of a flip is the run's (0.5, or 0 for digits, whose meaning a flip changes).
+    Probabilities of vertical flips and of quarter turns are the run's, too.
     """
-    still = (0.0, 0.0, 0.0, 0.0)
-    return replace(
-        augment, crop_scale=(0.08, 1.0), rotate=0.0, jitter=still, gray=0.0, blur=0.0, solarize=0.0
-    )
+    off = dict.fromkeys(("rotate", "gray", "blur", "solarize", "hed", "noise"), 0.0)
+    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0)}
+    return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
 
 
 def fit_logistic(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mocofast.config import Config
 from mocofast.data.interface import Source
-from mocofast.data.sources import Datasets, Subset
+from mocofast.data.sources import Datasets, Subset, labelled
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import extract, image_batches
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
@@ -37,7 +37,7 @@ class KNNMonitor:
         """Returns a monitor of `datasets`, or None without labels or without validation images."""
         if datasets.val is None or datasets.train.labels is None:
             return None
-        return cls(datasets.train, datasets.val, config, device)
+        return cls(labelled(datasets.train), datasets.val, config, device)
 
     def evaluate(self, encoder: nn.Module) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.

@@ -138,7 +138,10 @@ def _check_arch(format: str, arch: str) -> None:
 def _how_to_load(format: str, config: Config, out: Path) -> str:
     """Returns Python lines, or a command of the other project, that load `out`."""
     arch, path, mean, std = config.model.arch, str(out), config.augment.mean, config.augment.std
-    if format == "reference" and arch in list_models(module=torchvision.models):
+    channels = config.data.channels
+    mean, std = (part * channels if len(part) == 1 else part for part in (mean, std))
+    is_rgb = channels == 3
+    if format == "reference" and is_rgb and arch in list_models(module=torchvision.models):
         m = config.model
         mlp = " --mlp" if m.mlp else ""
         return (
@@ -155,15 +158,17 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
     if format == "detectron2":
         bytes_mean, bytes_std = ([round(255 * value, 3) for value in part] for part in (mean, std))
         return (
-            f"MODEL.WEIGHTS {path} INPUT.FORMAT RGB "
+            f"MODEL.WEIGHTS {path} {'INPUT.FORMAT RGB ' if is_rgb else ''}"
             f"MODEL.PIXEL_MEAN {bytes_mean} MODEL.PIXEL_STD {bytes_std} "
             "MODEL.RESNETS.STRIDE_IN_1X1 False    # options of detectron2"
         )
     plain = arch.removesuffix("_cifar")
     if format == "timm":
-        library, make = "timm", f'model = timm.create_model("{plain}", num_classes=0)'
+        inputs = "" if is_rgb else f", in_chans={channels}"
+        library, make = "timm", f'model = timm.create_model("{plain}", num_classes=0{inputs})'
     elif arch == "resnet_tiny" or arch in SIZES:
-        made = f'mocofast.models.encoders.build_encoder("{arch}", {config.augment.size})'
+        inputs = "" if is_rgb else f", {channels}"
+        made = f'mocofast.models.encoders.build_encoder("{arch}", {config.augment.size}{inputs})'
         library, make = "mocofast.models.encoders", f"model = {made}(num_classes=1)"
     else:
         size = f"image_size={config.augment.size}" if arch.startswith("vit_") else ""
@@ -173,16 +178,33 @@ def _how_to_load(format: str, config: Config, out: Path) -> str:
         lines[-1] += f"; model.{'heads' if arch.startswith('vit_') else 'fc'} = torch.nn.Identity()"
     if plain != arch and arch not in SIZES:
         lines += [
-            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
+            f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False); "
             "model.maxpool = torch.nn.Identity()"
         ]
+    elif library == "torchvision" and not is_rgb and "." not in arch:
+        lines += [_first_convolution(arch, channels)]
     if out.suffix == ".safetensors":
         lines[0] += ", safetensors.torch"
         lines += [f"model.load_state_dict(safetensors.torch.load_file({path!r}))"]
     else:
         lines += [f"model.load_state_dict(torch.load({path!r}))"]
-    lines += [f"# images: RGB from 0 to 1, normalised with mean {list(mean)} and std {list(std)}"]
+    images = "RGB" if is_rgb else f"{channels} channels"
+    range_ = "from 0 to 1" + ("" if is_rgb else " (uint8 / 255, uint16 / 65535)")
+    lines += [f"# images: {images} {range_}, normalised with mean {list(mean)} and std {list(std)}"]
     return "\n".join(lines)
+
+
+def _first_convolution(arch: str, channels: int) -> str:
+    """Returns a Python line that gives torchvision's model another first convolution."""
+    from mocofast.models.encoders import build_encoder
+
+    with torch.device("meta"):
+        encoder = build_encoder(arch, channels=channels)(num_classes=1)
+    name = "conv_proj" if arch.startswith("vit_") else "conv1"
+    conv = encoder.get_submodule(name)
+    assert isinstance(conv, torch.nn.Conv2d)
+    sizes = f"{conv.out_channels}, {conv.kernel_size}, {conv.stride}, {conv.padding}"
+    return f"model.{name} = torch.nn.Conv2d({channels}, {sizes}, bias={conv.bias is not None})"
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:

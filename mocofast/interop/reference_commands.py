@@ -20,7 +20,7 @@ import torch
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
-from mocofast.data.names import train_and_val_folders
+from mocofast.data.layout import has_evaluation_folder
 from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.evaluate.linear import LinearConfig, linear_probe
@@ -163,7 +163,7 @@ def pretraining(given: Mapping[str, Any]) -> Equivalent:
     flags = {**(V3 if is_v3 else V1), **given}
     config = _moco_v3(flags) if is_v3 else _moco(flags)
     config.data.path = given["data"]
-    if not train_and_val_folders(Path(given["data"]).expanduser())[1]:
+    if not has_evaluation_folder(Path(given["data"]).expanduser()):
         config.data.holdout = 0.0  # main_moco.py trains on all images
     if "workers" in given:
         config.data.workers = -(-given["workers"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -375,7 +375,7 @@ def main_lincls(given: Mapping[str, Any]) -> int:
         words = ["mocofast", "linear", given["pretrained"], "--data.path", given["data"]]
         print(f"# also: {shlex.join([*words, *settings.as_flags(changed)])}")
     datasets = load_datasets(config.data, config.train.seed)
-    print(f"{datasets.note}\none process on {device}", flush=True)
+    print(f"{datasets.lines()}\none process on {device}", flush=True)
     result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
     print(f"linear_top1 {result.top1:.4g}\nlinear_top5 {result.top5:.4g}")
     return 0

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocofast.distributed import rank_and_world_size
-from mocofast.models.pixels import prepare_images
+from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.step_parts import FORWARD, step_part
 
 # Returns the value of a number at (step, total_steps). Steps count from 0.
@@ -51,7 +51,7 @@ class Method(nn.Module):
 
     A subclass defines
         forward(*views, update_keys=True, enqueue=True, **fields) -> MethodOutput
-    views: `num_views` tensors (N, 3, S, S), uint8 pixels or normalised floats.
+    views: `num_views` tensors (N, C, S, S), uint8 or uint16 pixels, or normalised floats.
     fields: the entries of a batch that `batch_fields` names, (N,) int64: "index" (numbers of the
         samples) or "labels".
     update_keys: update the momentum encoder first. With gradient accumulation: True for the first
@@ -60,7 +60,8 @@ class Method(nn.Module):
     enqueue: write keys into the memory. With gradient accumulation: True for the last micro-batch
         of an optimiser step only.
 
-    pixel_mean, pixel_std: three channels' statistics on the 0..255 scale, for uint8 views only.
+    pixel_mean, pixel_std: statistics of all C channels, or one value for all channels, on the
+        0..255 scale. For uint8 and uint16 views only. 65535 in uint16 is 255 on the scale.
 
     Under DistributedDataParallel every rank has the same batch size. Buffers are not broadcast at
     every step. Rank 0's buffers are taken once. Every rank keeps its own running statistics of
@@ -85,7 +86,7 @@ class Method(nn.Module):
         for name, statistics in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             pixels = None
             if statistics is not None:
-                pixels = torch.as_tensor(statistics, dtype=torch.float32).reshape(3, 1, 1)
+                pixels = torch.as_tensor(statistics, dtype=torch.float32).reshape(-1, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
         # Numbers that change over the run, {attribute: schedule}. The attributes are floats, and
         # the loop sets them before every step. In a captured step they are device tensors.
@@ -154,7 +155,7 @@ class Method(nn.Module):
         """Returns the output (N, C) of an encoder.
 
         name: the encoder's attribute, a key of `mocofast.step_parts.FORWARD`.
-        images: (N, 3, S, S), uint8 or normalised.
+        images: (N, C, S, S), uint8, uint16 or normalised.
         """
         with step_part(FORWARD[name], len(images)):
             if self.training and name in self.run:
@@ -162,16 +163,16 @@ class Method(nn.Module):
             return getattr(self, name)(self.normalize_pixels(images))
 
     def normalize_pixels(self, images: Tensor) -> Tensor:
-        """Normalises uint8 images (N, 3, S, S); returns other images as they are."""
-        if images.dtype != torch.uint8:
+        """Normalises uint8 and uint16 images (N, C, S, S); returns other images as they are."""
+        if images.dtype not in LEVELS:
             return images
         return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
 
     def check_views(self, **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.
 
-        Raises ValueError for views of different shapes, TypeError for uint8 views without pixel
-        statistics.
+        Raises ValueError for views of different shapes, TypeError for uint8 and uint16 views
+        without pixel statistics, ValueError for statistics of another number of channels.
         """
         (first_name, first), *others = views.items()
         for name, view in others:
@@ -180,11 +181,19 @@ class Method(nn.Module):
                     f"{name} must have the shape of {first_name}: "
                     f"got {tuple(view.shape)} and {tuple(first.shape)}"
                 )
-        if self.pixel_mean is None and any(view.dtype == torch.uint8 for view in views.values()):
+        are_pixels = any(view.dtype in LEVELS for view in views.values())
+        if are_pixels and self.pixel_mean is not None:
+            count, channels = len(self.pixel_mean), first.shape[1]
+            if count not in (1, channels):
+                raise ValueError(
+                    f"{first_name} must have {count} channels, as pixel_mean and pixel_std: "
+                    f"got {channels}"
+                )
+        if self.pixel_mean is None and are_pixels:
             raise TypeError(
-                f"{', '.join(views)}: got uint8 images, but this {type(self).__name__} has no "
-                "pixel statistics to normalise uint8 images. Pass pixel_mean and pixel_std (on the "
-                "0..255 scale) to the method, or normalised float images to forward"
+                f"{', '.join(views)}: got {first.dtype} images, but this {type(self).__name__} has "
+                "no pixel statistics to normalise the images. Pass pixel_mean and pixel_std (on "
+                "the 0..255 scale) to the method, or normalised float images to forward"
             )
         if self.training and not self._synchronized:
             self._synchronize()

@@ -64,7 +64,7 @@ class BYOL(PredictingMethod):
     ) -> MethodOutput:
         """Computes 4 - 2 cos(p_1, z_2) - 2 cos(p_2, z_1), the mean over images (eq. 2, both ways).
 
-        im_1, im_2: (N, 3, S, S), two views of the same images.
+        im_1, im_2: (N, C, S, S), two views of the same images.
         update_keys: as for every Method. enqueue: ignored.
         """
         self.check_views(im_1=im_1, im_2=im_2)
@@ -79,7 +79,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> BYOL:
     """Returns BYOL with the options of `config.model`."""
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
-    encoder = build_encoder(m.arch, config.augment.size)
+    encoder = build_encoder(m.arch, config.augment.size, config.data.channels)
     model = BYOL(encoder, m.dim, m.hidden_dim, m.momentum, pixel_mean=mean, pixel_std=std)
     model.schedule_momentum(m.momentum_schedule)
     return model

@@ -105,7 +105,7 @@ class MemoryBank(Method):
     ) -> MethodOutput:
         """Computes the loss of this rank's images. In train mode, updates the slots of the images.
 
-        images: (N, 3, S, S). index: (N,) int64, the numbers of the images.
+        images: (N, C, S, S). index: (N,) int64, the numbers of the images.
         update_keys: ignored.
         enqueue: with gradient accumulation, True for the last micro-batch only. The slots of all
             micro-batches are then updated.
@@ -184,7 +184,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> MemoryBank:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return MemoryBank(
-        build_encoder(m.arch, config.augment.size),
+        build_encoder(m.arch, config.augment.size, config.data.channels),
         images,
         m.dim,
         m.queue_size,

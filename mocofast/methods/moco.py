@@ -26,7 +26,7 @@ from mocofast.methods.momentum import MomentumMethod
 from mocofast.methods.options import MomentumOptions, StoredKeysOptions
 from mocofast.models.batch_norm import split_batch_norm
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
-from mocofast.models.pixels import pixel_statistics, to_autocast_dtype
+from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
 from mocofast.ops import enqueue_, info_nce
 
 QUEUE_DTYPES = {
@@ -78,7 +78,7 @@ class MoCo(MomentumMethod):
     symmetric: both views are queries and keys, and the loss is the sum, as in the CIFAR-10 demo of
         MoCo's authors.
     queue_dtype: type of the stored keys: float32, bfloat16 or float16, as a name or as torch's.
-    pixel_mean, pixel_std: three channels' statistics on the 0..255 scale, for uint8 images only.
+    pixel_mean, pixel_std: as for every Method.
 
     State dict: `encoder_q.*`, `encoder_k.*`, `queue` (K, C), `queue_ptr` (1,) int64.
     `random_state()` is the state of the shuffle.
@@ -163,9 +163,9 @@ class MoCo(MomentumMethod):
     ) -> MethodOutput:
         """Computes the loss of this rank's queries. In train mode, updates key encoder and queue.
 
-        im_q, im_k: (N, 3, S, S), two views of the same images. uint8 pixels are normalised here by
-            pixel_mean and pixel_std. Floats are taken as normalised. TypeError for uint8 without
-            pixel statistics.
+        im_q, im_k: two views of the same images, with the channels of the encoder, (N, .., S, S).
+            uint8 and uint16 pixels are normalised here by pixel_mean and pixel_std. Floats are
+            taken as normalised. TypeError for uint8 and uint16 without pixel statistics.
         update_keys: with gradient accumulation, True for the first micro-batch of an optimiser step
             only.
         enqueue: with gradient accumulation, True for the last micro-batch only. The keys of all
@@ -208,8 +208,8 @@ class MoCo(MomentumMethod):
         im_q, im_k = views
         step_inputs: tuple[Tensor, ...] = ()
         for images in (im_k, im_q) if self.symmetric else (im_k,):
-            # Images cross ranks in the smallest form: uint8, or floats in the autocast type.
-            small = images if images.dtype == torch.uint8 else to_autocast_dtype(images)
+            # Images cross ranks in the smallest form: pixels, or floats in the autocast type.
+            small = images if images.dtype in LEVELS else to_autocast_dtype(images)
             step_inputs += self.shuffle(small)
         return step_inputs
 
@@ -246,7 +246,7 @@ class MoCo(MomentumMethod):
         self.shuffle.load_state(state)
 
     def _encode_keys(self, im_k: Tensor, step_inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Encodes images (N, 3, S, S) into keys.
+        """Encodes images, the second views, into keys.
 
         Returns this rank's keys (N, C), and the keys of all ranks in the order of ranks (W*N, C).
         """
@@ -265,7 +265,7 @@ def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = 
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     model = kind(
-        build_encoder(m.arch, config.augment.size),
+        build_encoder(m.arch, config.augment.size, config.data.channels),
         m.dim,
         m.queue_size,
         m.momentum,

@@ -83,7 +83,7 @@ class MoCoV3(PredictingMethod):
     ) -> MethodOutput:
         """Computes the loss of this rank's images among the keys of all ranks.
 
-        im_1, im_2: (N, 3, S, S), two views of the same images.
+        im_1, im_2: (N, C, S, S), two views of the same images.
         update_keys: as for every Method. enqueue: ignored.
         `rank` of the output is (2N,), first the queries of im_1.
         With gradient accumulation, a query meets the keys of its own micro-batch only. In eval mode
@@ -124,7 +124,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> MoCoV3:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     is_vit = m.arch.startswith("vit_")
-    build_base = build_encoder(m.arch, config.augment.size)
+    build_base = build_encoder(m.arch, config.augment.size, config.data.channels)
 
     def base_encoder(num_classes: int) -> nn.Module:
         encoder = build_base(num_classes=num_classes)

@@ -68,7 +68,7 @@ class SimCLR(Method):
     ) -> MethodOutput:
         """Computes NT-Xent of this rank's 2N views among the 2WN views of all ranks.
 
-        im_a, im_b: (N, 3, S, S), two views of the same images.
+        im_a, im_b: (N, C, S, S), two views of the same images.
         update_keys, enqueue: ignored.
         `rank` of the output is (2N,), first the views of im_a. Gradients reach the views of every
         rank.
@@ -91,7 +91,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SimCLR(
-        build_encoder(m.arch, config.augment.size),
+        build_encoder(m.arch, config.augment.size, config.data.channels),
         m.dim,
         m.hidden_dim,
         m.temperature,

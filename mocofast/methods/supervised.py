@@ -57,7 +57,7 @@ class Supervised(Method):
     def forward(
         self, images: Tensor, *, labels: Tensor, update_keys: bool = True, enqueue: bool = True
     ) -> MethodOutput:
-        """Computes the cross entropy of images (N, 3, S, S) and labels (N,) int64.
+        """Computes the cross entropy of images (N, C, S, S) and labels (N,) int64.
 
         `rank` of the output: how many classes score above the right class.
         update_keys, enqueue: ignored.
@@ -76,7 +76,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> Supervised:
         )
     mean, std = pixel_statistics(config.augment)
     return Supervised(
-        build_encoder(config.model.arch, config.augment.size),
+        build_encoder(config.model.arch, config.augment.size, config.data.channels),
         classes,
         pixel_mean=mean,
         pixel_std=std,

@@ -95,7 +95,7 @@ class SwAV(Method):
     ) -> MethodOutput:
         """Computes the mean cross entropy of this rank's swapped predictions.
 
-        im_a, im_b: (N, 3, S, S), two views of the same images.
+        im_a, im_b: (N, C, S, S), two views of the same images.
         update_keys: ignored. enqueue: True counts an optimiser step.
         """
         self.check_views(im_a=im_a, im_b=im_b)
@@ -154,7 +154,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> SwAV:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SwAV(
-        build_encoder(m.arch, config.augment.size),
+        build_encoder(m.arch, config.augment.size, config.data.channels),
         m.dim,
         m.hidden_dim,
         m.prototypes,

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError, is_plugin, load_plugin
-from mocofast.models.vit import SIZES, vision_transformer
+from mocofast.models.vit import SIZES, conv_of, vision_transformer
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
 HEADS = ("fc", "head", "heads")
 
 
-def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[..., nn.Module]:
+def build_encoder(
+    arch: str, image_size: int = AugmentConfig.size, channels: int = 3
+) -> Callable[..., nn.Module]:
     """Returns the constructor `f(num_classes=...)` of an encoder.
 
     arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT, a ViT of `mocofast.models.vit.SIZES`,
         or `resnet_tiny`. The suffix `_cifar` of a ResNet, Wide ResNet or ResNeXt is for small
         images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. The dotted name of a
-        module of yours: the module's `build_encoder(image_size)` returns the constructor.
+        module of yours: the module's `build_encoder(image_size)` returns the constructor. For other
+        numbers of channels than 3, it is `build_encoder(image_size, channels=...)`.
     image_size: side of the images in pixels. A ViT takes only images of this size.
+    channels: of the images. The first convolution is made for other numbers than 3, initialised as
+        the library does.
     Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
     an image size that is not a multiple of the patch size.
     """
     if is_plugin(arch):
-        constructor: Callable[..., nn.Module]
-        constructor = load_plugin("model.arch", arch, "build_encoder").build_encoder(image_size)
-        return constructor
-    from torchvision.models import get_model, list_models
+        return _plugin_encoder(arch, image_size, channels)
+    from torchvision.models import list_models
 
     names = list_models(include=list(TORCHVISION))
     if arch in SIZES or (arch in names and arch.startswith("vit_")):
@@ -41,34 +45,65 @@ def build_encoder(arch: str, image_size: int = AugmentConfig.size) -> Callable[.
                 f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}"
             )
         make = vision_transformer if arch in SIZES else _torchvision_vit
-        return functools.partial(make, arch, image_size)
+        return functools.partial(make, arch, image_size, channels=channels)
     if arch in names:
-        return functools.partial(get_model, arch)
+        return functools.partial(_torchvision_resnet, arch, channels=channels)
     cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
     if arch in cifar:
-        return functools.partial(_cifar_resnet, cifar[arch])
+        return functools.partial(_cifar_resnet, cifar[arch], channels=channels)
     if arch == "resnet_tiny":
-        return TinyResNet
+        return TinyResNet if channels == 3 else functools.partial(TinyResNet, channels=channels)
     nearest = difflib.get_close_matches(
         arch, [*names, *cifar, *SIZES, "resnet_tiny"], n=1, cutoff=0
     )[0]
     raise ConfigError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
 
 
-def _torchvision_vit(name: str, image_size: int, num_classes: int) -> nn.Module:
+def _plugin_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+    build = load_plugin("model.arch", name, "build_encoder").build_encoder
+    constructor: Callable[..., nn.Module]
+    if channels == 3:
+        constructor = build(image_size)
+    elif "channels" in inspect.signature(build).parameters:
+        constructor = build(image_size, channels=channels)
+    else:
+        raise ConfigError(
+            f"data.channels: {channels} channels need an argument `channels` of `build_encoder` in "
+            f"model.arch {name!r}: build_encoder(image_size, channels=3)"
+        )
+    return constructor
+
+
+def _torchvision_resnet(name: str, num_classes: int, channels: int) -> nn.Module:
+    from torchvision.models import get_model
+
+    encoder = get_model(name, num_classes=num_classes)
+    if channels != 3:
+        encoder.conv1 = conv_of(encoder.conv1, channels)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return encoder
+
+
+def _torchvision_vit(name: str, image_size: int, num_classes: int, channels: int) -> nn.Module:
     from torchvision.models import get_model
 
     encoder = get_model(name, image_size=image_size, num_classes=num_classes)
+    if channels != 3:
+        encoder.conv_proj = conv_of(encoder.conv_proj, channels)
+        fan_in = encoder.conv_proj.weight[0].numel()
+        nn.init.trunc_normal_(encoder.conv_proj.weight, std=fan_in**-0.5)
+        nn.init.zeros_(encoder.conv_proj.bias)
     # torchvision's zeros are for classifiers. Here all embeddings would be zero.
     encoder.heads.head.reset_parameters()
     return encoder
 
 
-def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
+def _cifar_resnet(name: str, num_classes: int, channels: int) -> nn.Module:
     from torchvision.models import get_model
 
     encoder = get_model(name, num_classes=num_classes)
-    encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    width = encoder.conv1.out_channels
+    encoder.conv1 = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
     encoder.maxpool = nn.Identity()
     return encoder
 
@@ -76,9 +111,9 @@ def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
 class TinyResNet(nn.Module):
     """A ResNet for images of about 8 x 8 pixels, fast on a CPU: three basic blocks, 64 features."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _BasicBlock(16, 16, stride=1)
@@ -148,7 +183,7 @@ def add_mlp_head(encoder: nn.Module) -> None:
 
 
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Returns pooled features (N, D) of images (N, 3, S, S): the inputs of the encoder's head."""
+    """Returns pooled features (N, D) of images (N, C, S, S): the inputs of the encoder's head."""
     found: list[Tensor] = []
     head = encoder.get_submodule(head_name(encoder))
     handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""Converts uint8 pixels to the inputs of encoders."""
+"""Converts pixels to the inputs of encoders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig
 
+# Types of pixels. The largest level of uint16 stands for the same value as 255.
+LEVELS = (torch.uint8, torch.uint16)
+
 
 def pixel_statistics(augment: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of uint8 pixels: (3,) and (3,) float32, 0..255 scale."""
+    """Returns mean and standard deviation of pixels on the 0..255 scale.
+
+    Both are float32, (C,) or (1,) for all channels.
+    """
     return 255 * torch.tensor(augment.mean), 255 * torch.tensor(augment.std)
 
 
@@ -18,13 +24,15 @@ def prepare_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     The arithmetic is in float32.
 
-    images: (N, 3, S, S) uint8.
-    mean, std: (3,), on the 0..255 scale, on the device of the images.
+    images: (N, C, S, S), uint8 or uint16.
+    mean, std: C values or one value, on the 0..255 scale, on the device of the images.
     """
     pixels = images.contiguous(memory_format=torch.channels_last)
+    mean, std = mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
+    if images.dtype == torch.uint16:
+        pixels, mean, std = pixels.float(), 257 * mean, 257 * std
     # uint8 - float32 converts and subtracts in the same pass over the pixels.
-    normalised = (pixels - mean.float().view(3, 1, 1)).div_(std.float().view(3, 1, 1))
-    return to_autocast_dtype(normalised)
+    return to_autocast_dtype((pixels - mean).div_(std))
 
 
 def to_autocast_dtype(images: Tensor) -> Tensor:

@@ -25,7 +25,21 @@ SIZES = {
 }
 
 
-def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Module:
+def conv_of(old: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Returns a new convolution as `old`, for images of `channels` channels."""
+    return nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+
+
+def vision_transformer(
+    name: str, image_size: int, num_classes: int, channels: int = 3
+) -> nn.Module:
     """Returns a torchvision VisionTransformer, initialised as in MoCo v3.
 
     The position embedding is `sincos_position_embedding` and frozen. The patch projection is random
@@ -34,6 +48,7 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
 
     name: a key of `SIZES`.
     image_size: side of the images in pixels, a multiple of the patch size.
+    channels: of the images.
     """
     from torchvision.models import VisionTransformer
 
@@ -41,6 +56,8 @@ def vision_transformer(name: str, image_size: int, num_classes: int) -> nn.Modul
     model = VisionTransformer(
         image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes
     )
+    if channels != 3:
+        model.conv_proj = conv_of(model.conv_proj, channels)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

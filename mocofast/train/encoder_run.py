@@ -57,7 +57,7 @@ def encoder_run(
     *,
     in_place: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """Returns a function that runs an encoder on images (N, 3, S, S), uint8 or normalised.
+    """Returns a function that runs an encoder on images (N, C, S, S), pixels or normalised.
 
     name: "encoder_q" or "encoder_k".
     normalize: normalises uint8 images.

@@ -237,9 +237,8 @@ class StepProfiler:
             count, module = images.get(name, 0), getattr(self._method, encoder, None)
             if not count or module is None:
                 continue
-            forward, backward = encoder_work(
-                module, count, self._config.augment.size, self._autocast
-            )
+            size, channels = self._config.augment.size, self._config.data.channels
+            forward, backward = encoder_work(module, count, size, self._autocast, channels)
             works[name] = forward
             if encoder == "encoder_q":
                 works["backward"] = backward
@@ -301,13 +300,13 @@ def _is_operator(event: Any) -> bool:
 
 
 def encoder_work(
-    encoder: nn.Module, images: int, size: int, autocast: torch.autocast
+    encoder: nn.Module, images: int, size: int, autocast: torch.autocast, channels: int = 3
 ) -> tuple[list[Work], list[Work]]:
     """Returns the work of all layers in a forward pass, and in a backward pass (if trained).
 
     Nothing is computed. The encoder does not change.
 
-    images: number of images of size x size pixels.
+    images: number of images of size x size pixels with `channels` channels.
     """
     # In eval mode layers move the same bytes, and do not exchange statistics with other ranks.
     plain = copy.deepcopy(encoder).eval()
@@ -317,9 +316,8 @@ def encoder_work(
             name: fake.from_tensor(tensor)
             for name, tensor in plain.state_dict(keep_vars=True).items()
         }
-        given = torch.empty(images, 3, size, size, device=device).to(
-            memory_format=torch.channels_last
-        )
+        given = torch.empty(images, channels, size, size, device=device)
+        given = given.to(memory_format=torch.channels_last)
         output = functional_call(plain, tensors, (given,))
         forward, layers.work = layers.work, []
         trained = [tensor for tensor in tensors.values() if tensor.requires_grad]

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch, BatchSlice, Loader, view_augments
-from mocofast.data.loaders import build_loader, count_workers
-from mocofast.data.sources import Datasets, load_datasets
+from mocofast.data.loaders import build_loader, count_workers, pixels_of
+from mocofast.data.look import look
+from mocofast.data.remarks import remarks
+from mocofast.data.sources import Datasets, labelled, load_datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.build import build_method
@@ -129,7 +131,7 @@ class _Run:
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         if rank == 0:
-            self._announce(datasets.note, reason, resumed_step)
+            self._announce(datasets, reason, resumed_step)
 
     # ---- the loop ----
 
@@ -291,7 +293,7 @@ class _Run:
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
         self.writer.save(content)
 
-    def _announce(self, note: str, reason_for_mode: str, resumed_step: int | None) -> None:
+    def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
         """Logs recipe, data, device, loader, engine and run folder."""
         c, state = self.config, self.state
         log.info(
@@ -303,7 +305,13 @@ class _Run:
             c.train.epochs,
             state.model.describe(),
         )
-        log.info("data: %s", note)
+        log.info("data: %s", datasets.note)
+        lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
+        if resumed_step is None:
+            pixels = pixels_of(datasets.train, c.data.channels)
+            lines += look(datasets.train, datasets.val, c.augment.size, pixels)
+        for line in lines:
+            log.warning("data: %s", line)
         log.info(
             "device %s x %d, %s; loader %s: %s",
             self.device,
@@ -362,6 +370,8 @@ def _new_state(
     source = datasets.train
     model = build_method(config, len(source), len(source.classes)).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if "labels" in model.batch_fields:
+        source = labelled(source)
     loader: Loader = build_loader(
         source,
         config.data,

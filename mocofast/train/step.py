@@ -32,7 +32,7 @@ def train_step(
     """Trains on this rank's slice of a batch. Returns the metrics without waiting for the device.
 
     model: a method, or DistributedDataParallel around a method.
-    views: the views of the slice, every view (B, 3, S, S).
+    views: the views of the slice, every view (B, C, S, S).
     optimizer: updates the momentum encoder if it is an optimiser that averages (see
         mocofast.optim). Otherwise the method does.
     accumulate: number of micro-batches. All micro-batches see the same momentum encoder and the

@@ -1,0 +1,261 @@
+"""Lists of images: CSV or parquet files with a row for every image.
+
+A list has a column of paths (PATH), and may have columns of labels (LABEL), of splits (SPLIT) and
+of groups. Names of columns match in any case of letters.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mocofast.config import ConfigError, DataConfig
+from mocofast.data.finding import Names, Patterns, counted, shortened
+from mocofast.data.folders import no_image
+from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout, groups_of
+from mocofast.data.names import EXTENSIONS
+
+PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
+LABEL = ("label", "class", "target", "category", "label_name", "class_name")
+SPLIT = ("split", "subset", "set", "partition", "part")
+FIRST = 100  # paths of which one must be there
+ENDINGS = (".csv", ".tsv", ".parquet")
+
+
+class ImageList:
+    """The columns of a list, as text. Empty cells are ""."""
+
+    def __init__(self, path: str | Path, option: str = "data.path") -> None:
+        """path: a file with an ending of ENDINGS. option: for errors.
+
+        Raises FileNotFoundError or ConfigError.
+        """
+        self.path, self._option = Path(path).expanduser(), option
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{option}: there is no list {str(self.path)!r}")
+        read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+        if self.path.suffix.lower() not in read:
+            raise ConfigError(
+                f"{option}: expected a list with an ending of {', '.join(ENDINGS)}, "
+                f"got {str(self.path)!r}"
+            )
+        self.columns = read[self.path.suffix.lower()](self.path)
+        if not self.columns or not next(iter(self.columns.values())):
+            raise ConfigError(f"{option}: no rows in {str(self.path)!r}")
+
+    def find(self, names: Sequence[str]) -> list[str] | None:
+        """Returns the first column with a name of `names`, in any case of letters, or None."""
+        lower = {name.strip().lower(): name for name in self.columns}
+        found = next((lower[name] for name in names if name in lower), None)
+        return None if found is None else self.columns[found]
+
+    def column(self, name: str, option: str) -> list[str]:
+        """Returns a column. Raises ConfigError that names `option` and the columns."""
+        column = self.find([name.lower()])
+        if column is None:
+            raise ConfigError(
+                f"{option}: no column {name!r} in {str(self.path)!r} ({shortened(self.columns)})"
+            )
+        return column
+
+    def paths(self, exists: Callable[[str], bool] | None = None) -> list[str]:
+        """Returns the column of paths, relative to the folder of the list.
+
+        exists: tells whether there is an image at a path. None looks into the folder.
+
+        Folders at the start of all paths that do not lead to the first file are dropped
+        (lists often begin with the name of the set).
+        """
+        paths = self.find(PATH)
+        if paths is None:
+            raise ConfigError(
+                f"{self._option}: no column of paths in {str(self.path)!r} "
+                f"({shortened(self.columns)}); expected a column named {PATH[0]}"
+            )
+        paths = [path.replace("\\", "/").removeprefix("./") for path in paths]
+        folder = self.path.parent
+        exists = exists or (lambda path: (folder / path).is_file())
+        for path in paths[:FIRST]:
+            parts = path.split("/")
+            for depth in range(len(parts)):
+                if exists("/".join(parts[depth:])):
+                    start = "".join(f"{part}/" for part in parts[:depth])
+                    return [path.removeprefix(start) for path in paths]
+        place = str(folder) if self._option == "data.path" else "data.path"
+        raise FileNotFoundError(
+            f"{self._option}: {paths[0]!r} of {str(self.path)!r} is not below {place}"
+        )
+
+
+def _read_csv(path: Path) -> dict[str, list[str]]:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        header = file.readline()
+        # The most frequent separator of the header.
+        delimiter = max(",;\t|", key=header.count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=delimiter)
+        names = next(rows, [])
+        table = [[*row, *[""] * (len(names) - len(row))] for row in rows if any(row)]
+    return {name: [row[i].strip() for row in table] for i, name in enumerate(names)}
+
+
+def _read_parquet(path: Path) -> dict[str, list[str]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"data.path: {str(path)!r} needs pyarrow ({error}); pip install 'mocofast[parquet]'"
+        ) from error
+    schema = pyarrow.parquet.read_schema(path)
+    simple = [name for name in schema.names if _is_text_or_number(schema.field(name).type)]
+    table = pyarrow.parquet.read_table(path, columns=simple)
+    if len(simple) < len(schema.names) and not {name.lower() for name in simple} & set(PATH):
+        bytes_of = shortened(name for name in schema.names if name not in simple)
+        raise ConfigError(
+            f"data.path: {str(path)!r} has no column of paths ({shortened(simple)}), and images "
+            f"in a table are not read ({bytes_of}); write the images as files"
+        )
+    return {
+        name: ["" if value is None else str(value) for value in table[name].to_pylist()]
+        for name in simple
+    }
+
+
+def _is_text_or_number(kind: Any) -> bool:
+    """Returns whether a type of pyarrow is text, an integer, or a dictionary of texts."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind))
+
+
+def number_column(
+    texts: Sequence[str], classes: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Returns the class names and labels, (N,) int64, of a column of labels.
+
+    texts: N labels. "" is no label, -1.
+    classes: names of known classes. Other labels are -1. () numbers the labels that
+        occur, integers in their order.
+
+    Returns ((), None) if fewer than two labels occur.
+    """
+    names = {text for text in texts if text}
+    if not classes:
+        integers = all(name.isdecimal() for name in names)
+        classes = tuple(sorted(names, key=int) if integers else sorted(names))
+    if len(classes) < 2:
+        return (), None
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([number.get(text, -1) for text in texts], dtype=np.int64)
+
+
+def labels_of_list(layout: Layout, option: str) -> Layout:
+    """Returns a layout with the labels of a list, by path.
+
+    option: the value of `data.labels`.
+    """
+    file, _, column = option.partition(":")
+    images = ImageList(file, "data.labels")
+    texts = images.column(column, "data.labels") if column else images.find(LABEL)
+    if texts is None:
+        raise ConfigError(
+            f"data.labels: no column {LABEL[0]} in {file!r} ({shortened(images.columns)}); "
+            f"--data.labels {file}:COLUMN names the column"
+        )
+    names = {*layout.train, *layout.val}
+    paths = images.paths(names.__contains__)
+    by_path = dict(zip(paths, texts))
+    every = [by_path.get(name, "") for name in layout.train]
+    classes, labels = number_column(every)
+    if labels is None:
+        raise ConfigError(
+            f"data.labels: {file!r} labels no two classes of the images below data.path; "
+            f"the list has {paths[0]}, the folder {layout.train[0]}"
+        )
+    missing = every.count("")
+    remarks = [f"{counted(missing, 'image')} without a label in {file}"] * bool(missing)
+    layout = layout._replace(labels=labels, classes=classes, remarks=[*layout.remarks, *remarks])
+    known = number_column([by_path.get(name, "") for name in layout.val], classes)[1]
+    if known is None or not (known >= 0).any():
+        return layout._replace(val=[])
+    val = [name for name, label in zip(layout.val, known) if label >= 0]
+    return layout._replace(val=val, val_labels=known[known >= 0])
+
+
+def arrange_list(images: ImageList, data: DataConfig) -> Layout:
+    """Returns the training and evaluation images of a list.
+
+    data: `train`, `val`, `include`, `exclude`, `labels` and `group` are used.
+    """
+    paths = images.paths()
+    names = Names(paths, EXTENSIONS).find("", Patterns(data.include, data.exclude))
+    usable = set(names.names)
+    remarks = [line for line in (names.left_out(),) if line] + names.warnings()
+    count = len(paths)
+    rows = np.array([i for i, path in enumerate(paths) if path in usable], dtype=np.int64)
+    if not len(rows):
+        raise no_image(str(images.path), names)
+    texts = [""] * count if data.labels == "none" else images.find(LABEL)
+    if data.labels not in ("auto", "none"):
+        texts = images.column(data.labels, "data.labels")
+    train, val, parts = _splits_of_list(images, data, rows)
+    remarks += [parts] if parts else []
+
+    def column(rows: np.ndarray, cells: Sequence[str]) -> list[str]:
+        return [cells[row] for row in rows]
+
+    classes, labels = number_column(column(train, texts)) if texts else ((), None)
+    groups = None
+    if data.group.isdecimal():
+        groups = groups_of(column(train, paths), ("",), data.group)
+    elif data.group:
+        cells = column(train, images.column(data.group, "data.group"))
+        groups = np.unique(np.array(cells), return_inverse=True)[1].astype(np.int64)
+    layout = Layout(column(train, paths), labels, classes, groups, [], None, "", "", remarks)
+    if labels is None or texts is None or not len(val):
+        return layout
+    known = number_column(column(val, texts), classes)[1]
+    assert known is not None
+    if (known < 0).any():
+        unknown = counted(int((known < 0).sum()), "image")
+        remarks.append(f"{unknown} of the evaluation not evaluated: no class of the training")
+    return layout._replace(
+        val=column(val[known >= 0], paths),
+        val_labels=known[known >= 0],
+        val_folder="the list's evaluation images",
+    )
+
+
+def _splits_of_list(
+    images: ImageList, data: DataConfig, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the rows of training and evaluation images, and a remark about other rows.
+
+    rows: of the images that are used.
+    """
+    cells = images.find(SPLIT)
+    none = np.empty(0, dtype=np.int64)
+    if cells is None:
+        if data.train or data.val:
+            images.column("split", "data.train" if data.train else "data.val")  # raises
+        return rows, none, ""
+    split = np.array([cells[row].lower() for row in rows])
+    there = sorted(set(split.tolist()))
+    train = [name.lower() for name in data.train]
+    train = train or [name for name in (*TRAIN, *UNLABELLED) if name in there]
+    val = data.val.lower() or next((name for name in EVALUATION if name in there), "")
+    for option, names in (("train", train), ("val", [val] if val else [])):
+        for name in set(names) - set(there):
+            raise ConfigError(f"data.{option}: no row of split {name!r} ({shortened(there)})")
+    if not train:
+        return rows[split != val] if val else rows, rows[split == val] if val else none, ""
+    used = {*train, val}
+    beside = [name or '""' for name in there if name not in used]
+    remark = f"rows of split {shortened(beside)} not used" if beside else ""
+    return rows[np.isin(split, train)], rows[split == val] if val else none, remark

@@ -1,0 +1,67 @@
+"""The training and the evaluation shards of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mocofast.config import ConfigError, DataConfig
+from mocofast.data.finding import Disk, Patterns, counted, shortened
+from mocofast.data.layout import Splits, split_folders
+from mocofast.data.shard_samples import Numbering
+from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards, packed_shards
+
+
+class ShardSets(NamedTuple):
+    """Training and evaluation samples."""
+
+    train: ShardSource
+    val: ShardSource | None
+    val_folder: str
+    why: str  # why there is no `val` beside labelled samples, in brackets, or ""
+    remarks: tuple[str, ...]
+
+
+def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
+    """Opens the shards of `data`.
+
+    path: a folder, a file, a pattern or a URL, see `find_shards`.
+    data: `train`, `val`, `include`, `exclude`, `labels` and `shuffle_window` are used.
+    """
+    root = Path(path).expanduser()
+    patterns = Patterns(data.include, data.exclude)
+    splits = Splits(data.train or ("",), data.val or None)
+    if not is_url(path) and root.is_dir() and not _names_shards((*data.train, data.val)):
+        splits = split_folders(Disk(root, {".tar"}), data)
+    if data.group:
+        raise ConfigError("data.group: shards have no folders or columns that are groups")
+    if data.labels not in ("auto", "none"):
+        raise ConfigError(
+            f"data.labels: shards hold their labels, expected auto or none, got {data.labels!r}"
+        )
+    shards = [shard for part in splits.train for shard in find_shards(path, part)]
+    unlabelled = Numbering((), {}) if data.labels == "none" else None
+    train = open_shards(shards, data.shuffle_window, unlabelled, patterns)
+    remarks = (*packed_shards(path, splits.train[0]), *train.remarks)
+    if splits.beside:
+        remarks = (*remarks, f"{shortened(splits.beside)} not used")
+    if train.labels is None or splits.val is None:
+        return ShardSets(train, None, "", "", remarks)
+    val = open_shards(find_shards(path, splits.val), numbering=train.numbering, patterns=patterns)
+    assert val.labels is not None
+    known = np.flatnonzero(val.labels >= 0)
+    if not len(known):
+        return ShardSets(train, None, "", f" ({splits.val} has no labels)", remarks)
+    if len(known) < len(val):
+        count = counted(len(val) - len(known), "image")
+        remarks = (*remarks, f"{count} of {splits.val} not evaluated: no class of the training")
+        val = val.subset(known)
+    return ShardSets(train, val, splits.val, "", remarks)
+
+
+def _names_shards(parts: Sequence[str]) -> bool:
+    """Returns whether parts of a set are named as files or patterns."""
+    return any(part.endswith(".tar") or set(part) & set("*?{[") for part in parts)

@@ -1,0 +1,147 @@
+"""`mocofast stats`: the channel means, deviations and ranges of a set of images.
+
+Prints the options to paste into a `mocofast pretrain` command. Every image has the same
+weight. MoCo trains better where the means and deviations are those of the set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mocofast.config import ConfigError, DataConfig, option
+from mocofast.data.arrays import PixelFormat, is_npy, read_numbers
+from mocofast.data.decoding import decode, read_header
+from mocofast.data.interface import Source, no_image_decodes
+from mocofast.data.loaders import count_workers, pixels_of
+from mocofast.data.ranges import ValueRange, parse_range, type_bounds
+from mocofast.data.remarks import Numbers, numbers_of, suggested_range
+from mocofast.data.sources import load_datasets
+from mocofast.data.threads import Threads
+from mocofast.errors import describe_error
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """The options of `mocofast stats`."""
+
+    images: int = option(1000, "number of images to measure, from everywhere in the set; 0 is all")
+    range: str = option(
+        "auto", "as data.range; auto measures the numbers, and suggests a range where one is needed"
+    )
+    channels: int = option(3, "channels of an image, as data.channels")
+    source: str = option("folder", "as data.source")
+    workers: int = option(-1, "number of threads; -1 takes all cores")
+
+
+class Statistics(NamedTuple):
+    """What was measured."""
+
+    images: int
+    skipped: dict[int, str]  # bad images: {index: reason}
+    numbers: list[Numbers]  # of every type of number in the files
+    range: str  # the value of `data.range` under which means and deviations were measured
+    mean: tuple[float, ...]  # per channel, in [0, 1]
+    std: tuple[float, ...]
+
+    def options(self) -> str:
+        """Returns the options for a command line."""
+        # Numbers of 16 bits may fill a small part of the range.
+        mean, std = (",".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        chosen = "" if self.range == "auto" else f"--data.range {self.range} "
+        if len(self.mean) != 3:
+            chosen = f"--data.channels {len(self.mean)} {chosen}"
+        return f"{chosen}--augment.mean {mean} --augment.std {std}"
+
+    def report(self) -> str:
+        """Returns lines for people, and the options."""
+        lines = [f"{self.images} images measured, {len(self.skipped)} left out"]
+        lines += [f"{n.dtype} numbers from {n.low:.6g} to {n.high:.6g}" for n in self.numbers]
+        return "\n".join([*lines, self.options()])
+
+
+def measure(path: str, options: StatsConfig) -> Statistics:
+    """Measures the training images of a set.
+
+    path: as `data.path`.
+
+    The numbers of files are read first, to choose a range under `options.range` "auto".
+    Missing numbers count as the mean of their image. Raises ConfigError for unusable
+    options, and ValueError if no image can be decoded.
+    """
+    if options.images < 0:
+        raise ConfigError(f"--images: expected at least 0, got {options.images}")
+    channels = options.channels
+    kind = {"source": options.source, "channels": channels, "range": options.range}
+    data = DataConfig(path=path, holdout=0.0, **kind)  # type: ignore[arg-type]
+    source = load_datasets(data).train
+    count = min(options.images or len(source), len(source))
+    indices = [i * len(source) // count for i in range(count)]
+    with Threads(count_workers(options.workers)) as pool:
+        seen: dict[np.dtype, Numbers] = {}
+        if options.range == "auto":
+            read = pool.map(lambda i: _numbers(source, i, channels), indices, 4 * pool.count)
+            for numbers in read:
+                if numbers:
+                    before = seen.get(numbers.dtype, numbers)
+                    seen[numbers.dtype] = before.joined(numbers)
+        chosen = _common_range(list(seen.values())) or options.range
+        value_range = parse_range(chosen)
+        skipped: dict[int, str] = {}
+        moments = []
+        pixels = pixels_of(source, channels)
+        if pixels is not None:
+            pixels = pixels._replace(value_range=value_range)
+        work = pool.map(lambda i: _moments(source, i, value_range, pixels), indices, 4 * pool.count)
+        for index, found in zip(indices, tqdm(work, total=count, unit="image", disable=None)):
+            if isinstance(found, str):
+                skipped[index] = found
+            else:
+                moments.append(found)
+    if not moments:
+        raise no_image_decodes(source, {0: next(iter(skipped.values())), **skipped})
+    mean, square = np.mean(moments, axis=0)  # (C,) each
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    numbers_seen = list(seen.values())
+    return Statistics(
+        len(moments), skipped, numbers_seen, chosen, tuple(mean.tolist()), tuple(std.tolist())
+    )
+
+
+def _common_range(numbers: list[Numbers]) -> str:
+    """Returns the range for all types of numbers in a set, "" if types need no range or
+    contradict one another.
+    """
+    needed = {suggested_range(n) for n in numbers}
+    return needed.pop() if len(needed) == 1 and needed != {"auto"} else ""
+
+
+def _numbers(source: Source, index: int, channels: int) -> Numbers | None:
+    """Returns the numbers of a file, None for a bad file. Files of 8 bits are not decoded."""
+    item = source.load(index)
+    try:
+        if isinstance(item, np.ndarray):
+            return Numbers(item.dtype, 0.0, type_bounds(item.dtype)[1], type_bounds(item.dtype)[1])
+        if not is_npy(item) and not read_header(item).deep:
+            return Numbers(np.dtype(np.uint8), 0.0, 255.0, 255.0)
+        return numbers_of(read_numbers(item, channels))
+    except Exception:  # `_moments` meets the error again
+        return None
+
+
+def _moments(
+    source: Source, index: int, value_range: ValueRange, pixels: PixelFormat | None
+) -> np.ndarray | str:
+    """Returns (2, C) float64, the means of the values and of their squares in [0, 1], or the
+    reason why the image is bad.
+    """
+    try:
+        item = source.load(index)
+        levels = np.asarray(decode(item, value_range)) if pixels is None else pixels.load(item)
+    except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
+        return describe_error(error)
+    flat = levels.reshape(-1, levels.shape[2]) / np.iinfo(levels.dtype).max
+    return np.stack([flat.mean(0), (flat**2).mean(0)])

@@ -1,0 +1,352 @@
+"""TIFF files: what their tags say, and the numbers of kinds that PIL reads wrongly or not at all.
+
+PIL reads the tags, and tifffile the numbers. Of a file with more channels or pages than
+the encoder takes, `choose` says which are read.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from mocofast.data.ranges import Pixels, type_bounds
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
+INSTALL = "pip install 'mocofast[images]'"
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
+# Codes of compressions: none, fax, LZW, JPEG, deflate, PackBits, Zstandard. PIL knows more.
+DALI_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000})
+PIL_COMPRESSIONS = DALI_COMPRESSIONS | {6, 32771, 34676, 34677, 34925}
+HOLLOW = 16  # bytes of pixels per byte of a file without compression
+REDUCED = 1 | 4  # bits of NewSubfileType: a smaller copy, a mask
+# Orientation: the transposition of (H, W) and the flips that set an image upright.
+TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1)} | {
+    8: (1, 1, 0)
+}
+
+
+# An entry of warnings.filters: action, message, category, module, line number.
+_NO_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+@contextmanager
+def no_pil_warnings() -> Iterator[None]:
+    """Ignores PIL's warnings until the `with` block ends."""
+    # The entry is inserted and removed here, because warnings.catch_warnings is not for
+    # threads: it restores the filters of the whole process, also those that another thread
+    # has set meanwhile. Every thread adds an entry of its own. If catch_warnings elsewhere
+    # replaces the list in between, the entry may be gone already.
+    filters = cast("list[Any]", warnings.filters)
+    filters.insert(0, _NO_PIL_WARNINGS)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            cast("list[Any]", warnings.filters).remove(_NO_PIL_WARNINGS)
+
+
+class Tags(NamedTuple):
+    """The tags of the first page that decide how a file is read."""
+
+    height: int  # as the image is shown, after the orientation
+    width: int
+    bits: tuple[int, ...]  # per channel
+    formats: tuple[int, ...]  # per channel: 1 unsigned, 2 signed, 3 float
+    photometric: int
+    channels: int
+    extra: tuple[int, ...]  # kinds of the channels beside the colours: 0 unknown, 1 and 2 alpha
+    orientation: int
+    compression: int
+    planar: bool  # every channel lies apart
+    stack: bool  # more pages of equal size and type, or ImageJ's planes
+    nodata: float | None
+    hollow: bool  # not compressed, and much larger than the file: a damaged header
+
+    @property
+    def alpha(self) -> int:
+        """Number of channels of transparency: 0 or 1."""
+        return 1 if self.extra and self.extra[-1] in (1, 2) else 0
+
+    @property
+    def plain(self) -> bool:
+        """True for kinds that DALI was seen to decode as PIL does, to 1 of 255."""
+        if not pil_reads(self) or self.orientation != 1 or self.planar:
+            return False
+        if self.compression not in DALI_COMPRESSIONS:
+            return False
+        if self.photometric == BLACK_IS_ZERO:
+            return self.channels == 1
+        colors = self.photometric in (RGB, PALETTE, YCBCR)
+        return colors and (not self.extra or self.extra[0] == 2)
+
+
+def read_tags(file: str | bytes) -> Tags | None:
+    """Returns the tags of the first page, or None for a file that is no TIFF.
+
+    Raises nearly any exception for a damaged file.
+    """
+    opened = io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb")  # noqa: SIM115
+    with opened:
+        if opened.read(4) not in MAGIC:
+            return None
+        with no_pil_warnings():
+            return _read_tags(opened)
+
+
+def _read_tags(file: BinaryIO) -> Tags:
+    """Reads the tags of the first page, and looks at the second page."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    if head[2] == 43:  # BigTIFF
+        head += file.read(8)
+    first = ImageFileDirectory_v2(head)
+    file.seek(first.next)
+    first.load(file)
+    stack = False
+    if first.next:
+        second = ImageFileDirectory_v2(head)
+        file.seek(first.next)
+        try:
+            second.load(file)
+            # PIL reads no tags, without an exception, from a page that is cut off.
+            stack = not len(second) or _alike(first, second)
+        except Exception:  # PIL raises nearly any exception. tifffile decides on this file
+            stack = True
+    height, width = int(first[257]), int(first[256])
+    orientation = int(first.get(274, 1))
+    if orientation in (5, 6, 7, 8):
+        height, width = width, height
+    photometric = int(first.get(262, 0))
+    compression = int(first.get(259, 1))
+    channels = int(first.get(277, 3 if compression == 7 and photometric in (RGB, YCBCR) else 1))
+    text = str(first.get(270, ""))
+    nodata = None
+    with suppress(ValueError):
+        nodata = float(str(first.get(42113, "")).strip("\0 "))
+    bits = tuple(first.get(258, (1,)))
+    extra = tuple(first.get(338, ()))
+    # Some writers leave the kinds of the extra channels out.
+    known = {RGB: 3, YCBCR: 3, LAB: 3, CMYK: 4}.get(photometric, 1)
+    extra = (extra + (0,) * channels)[: max(0, channels - known)]
+    stack = bits != (1,) and (stack or _planes_in_one_page(text))
+    return Tags(
+        height,
+        width,
+        bits * channels if len(bits) == 1 else bits,
+        tuple(first.get(339, (1,))),
+        photometric,
+        channels,
+        extra,
+        orientation,
+        compression,
+        int(first.get(284, 1)) == 2,
+        stack,
+        nodata,
+        compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
+    )
+
+
+def _alike(first: ImageFileDirectory_v2, second: ImageFileDirectory_v2) -> bool:
+    """True if two pages have one size and type, and the second is no smaller copy or mask."""
+    same = all(first.get(tag) == second.get(tag) for tag in (256, 257, 258, 277, 339))
+    return same and not int(second.get(254, 0)) & REDUCED
+
+
+def _planes_in_one_page(text: str) -> bool:
+    """True for ImageJ's description of several planes."""
+    found = re.search(r"^images=(\d+)", text, re.MULTILINE)
+    return text.startswith("ImageJ=") and found is not None and int(found[1]) > 1
+
+
+def pil_reads(tags: Tags) -> bool:
+    """True for kinds whose 8 bits PIL reads as they are meant.
+
+    PIL cuts RGB of 16 bits to 8 bits.
+    """
+    if tags.compression not in PIL_COMPRESSIONS:
+        return False
+    if not set(tags.formats) <= {1} or tags.stack or len(tags.extra) > 1:
+        return False
+    bits = set(tags.bits)
+    if bits == {16}:
+        gray = tags.photometric == BLACK_IS_ZERO and tags.channels == 1 and tags.nodata is None
+        color = tags.photometric == RGB and not tags.planar and tags.extra != (0,)
+        return gray or (color and tags.nodata is None)
+    if bits == {8}:
+        return True
+    return tags.channels == 1 and bits <= {1, 2, 4}
+
+
+# The type of numbers that PIL reads from TIFF of one channel, {(bits, format): type}.
+_PIL_TYPES = {(8, 2): "i1", (16, 1): "u2", (16, 2): "i2", (32, 1): "u4", (32, 2): "i4"} | {
+    (32, 3): "f4"
+}
+
+
+def pil_numbers(tags: Tags) -> np.dtype | None:
+    """Returns the type of numbers of a kind that PIL reads, not scaled, or None."""
+    if tags.stack or tags.channels != 1 or tags.photometric > BLACK_IS_ZERO:
+        return None
+    if tags.compression not in PIL_COMPRESSIONS:
+        return None
+    found = _PIL_TYPES.get((tags.bits[0], tags.formats[0]))
+    return np.dtype(found) if found else None
+
+
+class Choice(NamedTuple):
+    """The part of a file that is read."""
+
+    pages: tuple[int, ...]  # position on every axis but Y, X, C and S
+    axes: str  # as given, with C for pages that are channels
+    channels: slice  # of the channels, on the axis C or S
+    remark: str  # words for the log, "" if the whole file is read
+
+
+def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice:
+    """Chooses channels and a page.
+
+    axes, shape: of the file, in tifffile's letters: Y, X, S (samples of a pixel), C
+        (channels), and other letters for pages (Z depth, T time, Q and I unknown).
+    alpha: number of channels of transparency at the end. These are never read.
+    wanted: number of channels that the encoder takes.
+
+    Channels: all if their number is `wanted` or 1, otherwise the first `wanted`. Of 2
+    channels where 3 are wanted: the first.
+    Pages: the page in the middle. If `wanted` pages of an unknown kind exist, and one
+    channel, the pages are the channels.
+    """
+    if "C" not in axes and "S" not in axes and len(axes) == 3:
+        axes = "".join("C" if a in "QI" and n == wanted else a for a, n in zip(axes, shape))
+    sizes = dict(zip(axes, shape))
+    count = sizes.get("S", 1) * sizes.get("C", 1) - alpha
+    pages = [letter for letter in axes if letter not in "YXSC"]
+    remarks = []
+    stop = count if count in (1, wanted) else min(count, wanted)
+    if count == 2 and wanted == 3:
+        stop = 1
+    if stop < count:
+        first = "channel 1" if stop == 1 else f"channels 1 to {stop}"
+        remarks.append(f"{first} of {count} (data.channels={count} reads all)")
+    for letter in pages:
+        if sizes[letter] > 1:
+            remarks.append(f"page {sizes[letter] // 2 + 1} of {sizes[letter]} (axis {letter})")
+    middle = tuple(sizes[letter] // 2 for letter in pages)
+    return Choice(middle, axes, slice(0, stop), ", ".join(remarks))
+
+
+def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3) -> Pixels:
+    """Returns the numbers of a TIFF file.
+
+    tags: of the file.
+    wanted: number of channels that the encoder takes.
+
+    The orientation is applied, as PIL does. Raises ImportError without tifffile or a codec,
+    ValueError for numbers without an order (complex), and tifffile's exceptions.
+    """
+    tifffile = _tifffile()
+    with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
+        series = tiff.series[0]
+        axes, shape = series.axes, series.shape
+        if not {"Y", "X"} <= set(axes):
+            raise ValueError(f"axes {axes} {shape} are no image")
+        choice = choose(axes, shape, tags.alpha, wanted)
+        values, letters = _read_planes(series, choice)
+    # (..., Y, X, ...) -> (Y, X, channels)
+    if "S" not in letters:
+        values, letters = values[..., None], letters + "S"
+    if "C" not in letters:
+        values, letters = values[None], "C" + letters
+    order = [letters.index(letter) for letter in "YXCS"]
+    values = values.transpose(order)
+    values = values.reshape(*values.shape[:2], -1)[..., choice.channels]
+    return oriented(values, tags)
+
+
+def oriented(values: np.ndarray, tags: Tags, turn: bool = True) -> Pixels:
+    """Returns numbers with their range. Where white is zero, the numbers are inverted.
+
+    values: (H, W, C), as the file stores the numbers.
+    turn: apply the orientation, which PIL has applied already.
+    """
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"pixels of type {values.dtype} have no order")
+    low, high = type_bounds(values.dtype)
+    if values.dtype.kind == "u" and tags.bits[0] < 8 * values.dtype.itemsize:
+        high = 2.0 ** tags.bits[0] - 1
+    if tags.photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
+        values = (int(high) - values).astype(values.dtype)
+    swap, rows, columns = TURNS.get(tags.orientation, (0, 0, 0)) if turn else (0, 0, 0)
+    if swap:
+        values = values.swapaxes(0, 1)
+    values = values[:: -1 if rows else 1, :: -1 if columns else 1]
+    native = values.dtype.newbyteorder("=")
+    return Pixels(np.ascontiguousarray(values, dtype=native), low, high, tags.nodata)
+
+
+def remark_of(file: str | bytes, tags: Tags, wanted: int = 3) -> str:
+    """Returns words on what `tiff_pixels` leaves out, "" if nothing. Arguments: as there."""
+    if not tags.stack:
+        shape = (tags.height, tags.width, tags.channels)
+        if tags.photometric in (PALETTE, CMYK):
+            return ""
+        return choose("YXS", shape, tags.alpha, wanted).remark
+    with _tifffile().TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
+        return choose(tiff.series[0].axes, tiff.series[0].shape, tags.alpha, wanted).remark
+
+
+def _tifffile() -> Any:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError(f"this kind of TIFF needs tifffile: {INSTALL}") from error
+    return tifffile
+
+
+def _read_planes(series: Any, choice: Choice) -> tuple[np.ndarray, str]:
+    """Returns the chosen page of a series, and the letters of its axes.
+
+    The axes: C (if the file has it), Y, X and S. Planes that are not chosen are not read.
+    """
+    axes, shape = choice.axes, series.shape
+    plane = [letter for letter in axes if letter in "YXS"]
+    leading = axes[: min(axes.index("Y"), axes.index("S") if "S" in axes else len(axes))]
+    if set(leading) | set(plane) != set(axes):  # axes in an unusual order
+        values = series.asarray()
+        index = iter(choice.pages)
+        keep = [slice(None) if letter in "CYXS" else next(index) for letter in axes]
+        return values[tuple(keep)], "".join(letter for letter in axes if letter in "CYXS")
+    sizes = dict(zip(axes, shape))
+    channels = range(sizes.get("C", 1))[choice.channels]
+    planes = []
+    for channel in channels:
+        index = iter(choice.pages)
+        position = [channel if letter == "C" else next(index) for letter in leading]
+        number = 0
+        for place, letter in zip(position, leading):
+            number = number * sizes[letter] + place
+        planes.append(_read_plane(series, number, [sizes[letter] for letter in plane]))
+    return np.stack(planes), "C" + "".join(plane)
+
+
+def _read_plane(series: Any, number: int, shape: list[int]) -> np.ndarray:
+    """Returns one plane of a series, in `shape`. number: of the plane."""
+    offset = series.dataoffset  # not None where all planes lie in one piece
+    if (offset is not None and len(series.pages) <= number) or (
+        offset is not None and series.pages[number] is None
+    ):
+        handle = series.parent.filehandle
+        dtype = np.dtype(series.dtype).newbyteorder(series.parent.byteorder)
+        count = int(np.prod(shape))
+        handle.seek(offset + number * count * dtype.itemsize)
+        return handle.read_array(dtype, count).reshape(shape)
+    page = series.pages[number]
+    return page.asarray().reshape(shape)

@@ -1,0 +1,109 @@
+"""Runs on partly labelled sets, zip archives and lists, through the command line."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocofast import cli
+from tests import runs
+
+SMALL = (
+    *("--model.arch", "resnet_tiny", "--augment.size", "16", "--data.batch_size", "8"),
+    *("--data.workers", "0", "--data.loader", "torchvision", "--knn.k", "3"),
+)
+
+
+def save(root: Path, part: str, count: int) -> None:
+    """Writes images of 20 x 20 pixels, half of them red (class a), half of them blue (class b)."""
+    rng = np.random.default_rng(len(part))
+    for i in range(count):
+        pixels = rng.integers(0, 128, (20, 20, 3), dtype=np.uint8)
+        pixels[..., 2 * (i % 2)] += 127
+        name = f"{i}.png" if part == "unlabeled" else f"{'ab'[i % 2]}/{i}.png"
+        (root / part / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / part / name)
+
+
+@pytest.fixture(scope="module")
+def partly_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("set")
+    for part, count in (("train", 12), ("unlabeled", 20), ("Test", 6)):
+        save(root, part, count)
+    (root / "train" / "notes.txt").write_text("text")
+    return root
+
+
+def mocofast(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    status = cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def figures(out: str) -> dict[str, float]:
+    return {k: float(v) for k, v in re.findall(r"^(\w+) ([\d.e-]+)$", out, re.MULTILINE)}
+
+
+def test_a_partly_labelled_zip_trains_resumes_and_is_evaluated_on_its_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], partly_labelled: Path
+) -> None:
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for file in sorted(partly_labelled.rglob("*.*")):
+            out.write(file, f"set/{file.relative_to(partly_labelled)}")
+    data = ("--data.source", "zip", "--data.path", str(archive))
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    common = ("pretrain", "digits", *SMALL, *data, "--train.log_every", "1")
+    out_text = mocofast(capsys, *common, "--train.dir", whole, "--train.max_steps", "5")
+    assert "data: 32 images of 2 classes, 20 unlabelled; kNN on set/Test/, 6" in out_text
+    assert "data: 1 file of other kinds ignored: 1 .txt" in out_text
+    assert "--augment.size" not in out_text  # images are larger than views
+    for steps in ("2", "5"):
+        mocofast(
+            capsys,
+            *(*common, "--train.dir", parts, "--train.max_steps", steps, "--resume", "auto"),
+        )
+    assert runs.metrics(Path(parts)) == runs.metrics(Path(whole))
+    # Other images do not take the options of the run's images.
+    knn = mocofast(capsys, "knn", whole, "--data.path", str(partly_labelled), "--knn.k", "3")
+    assert "32 images of 2 classes, 20 unlabelled; kNN on Test/, 6" in knn
+    assert figures(knn)["knn_top1"] >= 0.5
+    assert figures(mocofast(capsys, "linear", whole))["linear_top1"] >= 0.5
+    assert figures(
+        mocofast(capsys, "finetune", whole, "--finetune.epochs", "1", "--finetune.batch_size", "6")
+    )
+
+
+def test_supervised_training_takes_labelled_images_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], partly_labelled: Path
+) -> None:
+    out = mocofast(
+        capsys,
+        *("pretrain", "digits", *SMALL, "--model.method", "supervised"),
+        *("--data.source", "folder", "--data.path", str(partly_labelled)),
+        *("--train.dir", str(tmp_path / "run"), "--train.max_steps", "1"),
+    )
+    assert ", 12 images in 1 steps an epoch" in out
+    assert "supervised, 2 classes" in out
+
+
+def test_a_mistake_in_the_options_of_a_set_has_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], partly_labelled: Path
+) -> None:
+    data = ("--data.source", "folder", "--data.path", str(partly_labelled))
+    for words, said in (
+        (("--data.val", "nowhere"), "data.val: no images or folders in 'nowhere'"),
+        (("--data.include", "*.gif"), "32 images left out by data.include"),
+        (("--data.group", "9"), "data.group: "),
+        (("--data.labels", "no.csv"), "data.labels: there is no list 'no.csv'"),
+        (("--data.path", str(partly_labelled / "train/notes.txt")), "is a file"),
+    ):
+        assert cli.main(["pretrain", "digits", *SMALL, *data, *words]) == 2
+        assert said in capsys.readouterr().err
