@@ -15,7 +15,6 @@ import re
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +24,13 @@ from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.names import EXTENSIONS
+from mocofast.data.tar_members import TarMembers
 
 log = logging.getLogger(__name__)
 
 INDEX = ".index.npz"  # appended to the name of a shard
 INDEX_VERSION = 1
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension of a member
 UNREADABLE = (ValueError, KeyError, zipfile.BadZipFile)  # errors of `read_index` for a bad file
 
 
@@ -97,17 +98,16 @@ def _scan(path: Path) -> tuple[np.ndarray, ...]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, re.DOTALL)
+        with TarMembers(path) as tar:
+            for member in tar:
+                match = NAME.fullmatch(member.name)
                 if match is None or not member.isreg():
                     continue
                 key, extension = match[1], match[2].lower()
                 if f".{extension}" in EXTENSIONS:
                     images.setdefault(key, (member.offset_data, member.size))
                 elif extension in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    label = _label(extension, content.read() if content else b"")
+                    label = _label(extension, tar.read(member))
                     if label >= 0 and (extension == "cls" or key not in labels):
                         labels[key] = label
     except (tarfile.TarError, EOFError) as error:
@@ -118,13 +118,6 @@ def _scan(path: Path) -> tuple[np.ndarray, ...]:
     keys = np.array([os.fsencode(key) for key in images], dtype=np.bytes_)
     found_labels = np.array([labels.get(key, -1) for key in images], dtype=np.int64)
     return keys, places[:, 0], places[:, 1], found_labels
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        yield member
-        # tarfile keeps all headers: a gigabyte for a shard of a million samples.
-        tar.members.clear()  # type: ignore[attr-defined]
 
 
 def _label(extension: str, content: bytes) -> int:
