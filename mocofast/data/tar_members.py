@@ -57,8 +57,7 @@ class TarMembers:
     def __init__(self, path: Path) -> None:
         """Raises tarfile.TarError for another kind of file."""
         self._tar = tarfile.open(path, "r:")  # noqa: SIM115
-        assert self._tar.fileobj is not None
-        self._file = self._tar.fileobj.fileno()
+        self._file = self._tar.fileobj.fileno()  # type: ignore[union-attr, attr-defined]
         self._damaged = False  # a checksum is wrong
 
     def __enter__(self) -> TarMembers:
