@@ -28,6 +28,7 @@ class PlainFile:
     """A plain file. Has the attributes of `tarfile.TarInfo` that describe its place."""
 
     __slots__ = ("content", "name", "offset_data", "size")
+    linkname = ""
 
     def __init__(self, name: str, offset_data: int, size: int, content: bytes | None) -> None:
         """Describes a file.
@@ -57,7 +58,7 @@ class TarMembers:
     def __init__(self, path: Path) -> None:
         """Raises tarfile.TarError for another kind of file."""
         self._tar = tarfile.open(path, "r:")  # noqa: SIM115
-        self._file = self._tar.fileobj.fileno()  # type: ignore[union-attr, attr-defined]
+        self._file = self._tar.fileobj.fileno()  # type: ignore[attr-defined]
         self._damaged = False  # a checksum is wrong
 
     def __enter__(self) -> TarMembers:
