@@ -125,12 +125,44 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         331, 7, 8, seed=5
     )  # a prime: the last tile is short both ways
     whole = knn_accuracy(train, labels, val, own, 20)
-    nearest = knn._nearest(val, train, 20)
-    monkeypatch.setattr(knn, "_ROWS", 17)
-    monkeypatch.setattr(knn, "_COLUMNS", 13)  # smaller than k
-    assert knn_accuracy(train, labels, val, own, 20) == whole
-    tiled = knn._nearest(val, train, 20)
-    assert torch.equal(tiled[1], nearest[1])
+    nearest = (val @ train.T).topk(20)
+    for columns, k in ((13, 20), (57, 20), (57, 1)):  # columns fewer than k, and many more
+        monkeypatch.setattr(knn, "_ROWS", 17)
+        monkeypatch.setattr(knn, "_COLUMNS", columns)
+        assert knn_accuracy(train, labels, val, own, 20) == whole
+        size, tile = knn._tile(train)
+        found = [knn._nearest(rows, train, k, tile) for rows in val.split(size)]
+        assert size == 17
+        assert torch.equal(torch.cat([index for _, index in found]), nearest.indices[:, :k])
+        similarity = torch.cat([similarity for similarity, _ in found])
+        torch.testing.assert_close(similarity, nearest.values[:, :k])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    columns=st.integers(1, 700),
+    k=st.integers(1, 40),
+    distinct=st.integers(1, 50),
+    seed=st.integers(0, 10**6),
+)
+def test_the_largest_values_equal_a_sort(columns: int, k: int, distinct: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Half of the rows have many equal values.
+    rows = np.concatenate([rng.normal(size=(3, columns)), rng.integers(0, distinct, (3, columns))])
+    k = min(k, columns)
+    values, index = knn._largest(torch.from_numpy(rows), k)
+    assert np.array_equal(values.numpy(), -np.sort(-rows, axis=1)[:, :k])
+    assert np.array_equal(np.take_along_axis(rows, index.numpy(), 1), values.numpy())
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+def test_similarities_take_one_tile_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_TILE", 2**12)
+    monkeypatch.setattr(knn, "_COLUMNS", 2**8)
+    for count in (1, 100, 256, 5000):
+        size, tile = knn._tile(torch.zeros(count, 2))
+        assert size == min(512, 2**12 // min(count, 2**8))
+        assert tile.numel() == size * min(count, 2**8) <= 2**12
 
 
 def test_knn_votes_by_similarity_not_by_number() -> None:
