@@ -276,14 +276,15 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
         train_images, _choose_images(train_images, size.labelled, np.random.default_rng(seed))
     )
     where = torch.device(device)
+    encoder = encoder.to(where)
     accuracy: list[float] = []
     finetune(
-        encoder.to(where),
+        encoder,
         Datasets(labelled, val, note),
         config,
         model.tuning,
         where,
-        choose_autocast(config.train.precision, where),
+        choose_autocast(config.train.precision, where, encoder),
         on_epoch=lambda result: accuracy.append(result.top1),
     )
     return accuracy

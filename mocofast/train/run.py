@@ -106,7 +106,9 @@ class _Run:
         datasets = _load_on_rank_0_first(config, rank)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = _new_state(config, datasets, device, rank, world_size)
-        self.autocast = choose_autocast(config.train.precision, device)
+        self.autocast = choose_autocast(
+            _precision(config, device, saved), device, self.state.model.encoder_q
+        )
         self.monitor = KNNMonitor.of(datasets, config, device)
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -140,7 +142,7 @@ class _Run:
         interrupted = False
         began, first_step, saved_at = time.perf_counter(), state.step, -1
         try:
-            if state.step == 0:
+            if state.step == 0 and self.config.knn.start:
                 state.before = state.after = self._evaluate()
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
                 state.window.restart_clock()
@@ -272,7 +274,7 @@ class _Run:
         if self.monitor is None:
             return {}
         state = self.state
-        values = self.monitor.evaluate(state.model.encoder_q)
+        values = self.monitor.evaluate(state.model.encoder_q, self.autocast)
         if self.folder is not None:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
@@ -289,6 +291,7 @@ class _Run:
             return
         name, skipped = self.state.source.name, content["data"]["skipped"]
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
+        content["precision"] = "bf16" if self.autocast._enabled else "fp32"
         self.writer.save(content)
 
     def _announce(self, note: str, reason_for_mode: str, resumed_step: int | None) -> None:
@@ -340,6 +343,20 @@ class _Run:
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
         self.folder.finish(self.state.before, self.state.after)
+
+
+def _precision(config: Config, device: torch.device, saved: dict[str, Any] | None) -> str:
+    """Returns the value of `train.precision` for `choose_autocast`.
+
+    A continued run on a CPU stays in fp32, so that it equals a run that was never interrupted.
+    (Runs of mocofast 0.1 took fp32 on every CPU, and did not write their precision.)
+
+    saved: the checkpoint to continue from.
+    """
+    precision = config.train.precision
+    if saved is not None and precision == "auto" and device.type == "cpu":
+        return "auto" if saved.get("precision") == "bf16" else "fp32"
+    return precision
 
 
 def _load_on_rank_0_first(config: Config, rank: int) -> Datasets:
