@@ -24,7 +24,7 @@ def fake_cpu(monkeypatch: pytest.MonkeyPatch, *, amx: bool, avx512: bool, onednn
 
 
 def encoder(arch: str, size: int = 32) -> nn.Module:
-    with torch.device("meta"):  # without memory for the weights
+    with torch.device("meta"):  # the weights take no memory
         return build_encoder(arch, size)(num_classes=16)
 
 
@@ -54,6 +54,7 @@ def test_auto_takes_bf16_where_cpu_and_network_gain(
     arch: str, gains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = encoder(arch, 224 if arch == "vit_small" else 32)
+    monkeypatch.setattr(device, "wrong_in_bf16", lambda encoder, size: "")
     assert gains_from_bf16(network) is gains
     for instructions in ("AMX", ""):
         monkeypatch.setattr(device, "cpu_bf16", lambda found=instructions: found)
@@ -61,6 +62,20 @@ def test_auto_takes_bf16_where_cpu_and_network_gain(
         assert choose_autocast("bf16", CPU, network)._enabled
         assert not choose_autocast("fp32", CPU, network)._enabled
         assert not choose_autocast("auto", CPU)._enabled
+
+
+def test_bf16_is_not_taken_where_gradients_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpu_bf16", lambda: "AMX")
+    network = build_encoder("resnet18")(num_classes=8).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert device.wrong_in_bf16(network, 16) == "layer4.0.conv1"
+    assert device.wrong_in_bf16(network, 32) == ""
+    assert not choose_autocast("auto", CPU, network, 16)._enabled
+    assert choose_autocast("auto", CPU, network, 32)._enabled
+    assert all(part.training for part in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(part._forward_pre_hooks for part in network.modules())
+    assert device.wrong_in_bf16(nn.Linear(3, 3), 16) == ""
 
 
 def test_a_continued_run_keeps_its_precision_on_a_cpu() -> None:

@@ -99,7 +99,8 @@ def linear_probe(
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
     # The reference protocol stays in float32: its figures stand beside published figures.
     is_fast = options.protocol == "fast"
-    autocast = choose_autocast(config.train.precision if is_fast else "fp32", device, encoder)
+    precision = config.train.precision if is_fast else "fp32"
+    autocast = choose_autocast(precision, device, encoder, config.augment.size)
     with _unchanged(encoder):
         val = _features(encoder, datasets.val, config, device, autocast)
         if is_fast:

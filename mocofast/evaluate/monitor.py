@@ -61,7 +61,8 @@ class KNNMonitor:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
         if autocast is None:
-            autocast = choose_autocast(self.config.train.precision, self.device, encoder)
+            precision, size = self.config.train.precision, self.config.augment.size
+            autocast = choose_autocast(precision, self.device, encoder, size)
         bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
         queries, query_labels = self._features(encoder, self.val, autocast, "queries")
         knn = self.config.knn

@@ -19,7 +19,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch, BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader, count_workers
 from mocofast.data.sources import Datasets, load_datasets
-from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.device import choose_autocast, choose_device, choose_threads, wrong_in_bf16
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.build import build_method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
@@ -106,9 +106,17 @@ class _Run:
         datasets = _load_on_rank_0_first(config, rank)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = _new_state(config, datasets, device, rank, world_size)
-        self.autocast = choose_autocast(
-            _precision(config, device, saved), device, self.state.model.encoder_q
-        )
+        encoder, size = self.state.model.encoder_q, config.augment.size
+        self.autocast = choose_autocast(_precision(config, device, saved), device, encoder, size)
+        if (
+            device.type == "cpu"
+            and self.autocast._enabled
+            and (wrong := wrong_in_bf16(encoder, size))
+        ):
+            raise ConfigError(
+                f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
+                f"augment.size {size}; take fp32, or larger views"
+            )
         self.monitor = KNNMonitor.of(datasets, config, device)
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
