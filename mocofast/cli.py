@@ -184,9 +184,8 @@ def finetune(argv: Sequence[str]) -> int:
     _log_to_screen()
     print(datasets.lines())
     encoder = model.encoder_q.to(device)
-    result = protocol.finetune(
-        encoder, datasets, config, options, device, choose_autocast(config.train.precision, device)
-    )
+    autocast = choose_autocast(config.train.precision, device, encoder, config.augment.size)
+    result = protocol.finetune(encoder, datasets, config, options, device, autocast)
     if arguments.out:
         save_atomically(encoder.state_dict(), Path(arguments.out))
     print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")

@@ -322,7 +322,10 @@ class TrainConfig:
         valid=at_least(1),
     )
     precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs that have bf16, else fp32", ("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 autocast on GPUs that have bf16, and for large convolutional networks on "
+        "CPUs that have bf16, else fp32",
+        ("auto", "fp32", "bf16"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "seed of weights, data order, views and shuffles")
@@ -364,9 +367,10 @@ class KNNConfig:
 
     every: int = option(
         10,
-        "epochs between kNN evaluations; 0 means only at the start and the end",
+        "epochs between kNN evaluations; 0 means only at the start (see start) and the end",
         valid=at_least(0),
     )
+    start: bool = option(True, "also evaluate the untrained encoder, before the first step")
     k: int = option(200, "neighbours that vote", valid=at_least(1))
     temperature: float = option(0.1, "a vote weighs exp(similarity / temperature)", valid=above(0))
     features: str = option(
@@ -376,6 +380,12 @@ class KNNConfig:
         50000,
         "largest number of training images that vote; of a larger set, a fixed random subset votes",
         valid=at_least(1),
+    )
+    queries: int = option(
+        0,
+        "largest number of held-out images that are classified; of a larger set, a fixed random "
+        "subset is classified; 0 classifies all",
+        valid=at_least(0),
     )
     shots: int = option(
         0,

@@ -118,15 +118,24 @@ def _device() -> Rows:
 
 
 def _precision() -> Rows:
-    from mocofast.device import choose_autocast
+    from mocofast.device import choose_autocast, cpu_bf16
 
     device = _auto_device()
-    if choose_autocast("auto", device)._enabled:
+    if device.type == "cpu" and (instructions := cpu_bf16()):
+        yield (
+            "bf16 or fp32",
+            f"this CPU has {instructions}: bf16 autocast for large convolutional networks "
+            "(ResNet-18 and larger), fp32 for small networks and ViTs",
+        )
+    elif choose_autocast("auto", device)._enabled:
         yield "bf16", "autocast, because this GPU supports bf16"
     elif device.type == "cuda":
         yield "fp32", "this GPU does not support bf16 (compute capability below 8.0)"
     else:
-        yield "fp32", "bf16 matrix products are very slow on most CPUs"
+        yield (
+            "fp32",
+            "this CPU has no instructions for bf16 (AMX or AVX512-BF16), and is slow without",
+        )
 
 
 def _engine() -> Rows:

@@ -274,14 +274,15 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
     datasets = load_datasets(config.data)
     chosen = _choose_images(datasets.train, size.labelled, np.random.default_rng(seed))
     where = torch.device(device)
+    encoder = encoder.to(where)
     accuracy: list[float] = []
     finetune(
-        encoder.to(where),
+        encoder,
         datasets._replace(train=Subset(datasets.train, chosen)),
         config,
         model.tuning,
         where,
-        choose_autocast(config.train.precision, where),
+        choose_autocast(config.train.precision, where, encoder, config.augment.size),
         on_epoch=lambda result: accuracy.append(result.top1),
     )
     return accuracy

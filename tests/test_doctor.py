@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mocofast import doctor
+from mocofast import device, doctor
 from mocofast.doctor import Finding
 
 PARTS = [
@@ -44,9 +44,18 @@ def test_without_a_gpu_every_part_falls_back_and_says_why() -> None:
     findings = found()
     assert findings["GPU"].use == "none"
     assert findings["device"].use == "cpu"
-    assert findings["precision"].use == "fp32"
     assert findings["fused ops"].use == "blocked PyTorch"
     assert "gloo" in findings["torch.distributed"].why
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+def test_the_precision_of_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpu_bf16", lambda: "AMX")
+    assert found()["precision"].use == "bf16 or fp32"
+    assert "this CPU has AMX: bf16 autocast" in found()["precision"].why
+    monkeypatch.setattr(device, "cpu_bf16", lambda: "")
+    assert found()["precision"].use == "fp32"
+    assert "no instructions for bf16" in found()["precision"].why
 
 
 def test_a_machine_with_two_gpus_is_described_with_the_command_that_uses_both(

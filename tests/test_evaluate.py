@@ -24,10 +24,11 @@ from mocofast.config import Config
 from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import ArraySource, Datasets, load_datasets
-from mocofast.evaluate import knn, linear
+from mocofast.evaluate import features, knn, linear
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_position
 from mocofast.evaluate.linear import LinearConfig, fit_logistic, linear_probe
+from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.models import encoders
 from mocofast.models.pixels import pixel_statistics
 from mocofast.settings import ConfigError
@@ -125,12 +126,44 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         331, 7, 8, seed=5
     )  # a prime: the last tile is short both ways
     whole = knn_accuracy(train, labels, val, own, 20)
-    nearest = knn._nearest(val, train, 20)
-    monkeypatch.setattr(knn, "_ROWS", 17)
-    monkeypatch.setattr(knn, "_COLUMNS", 13)  # smaller than k
-    assert knn_accuracy(train, labels, val, own, 20) == whole
-    tiled = knn._nearest(val, train, 20)
-    assert torch.equal(tiled[1], nearest[1])
+    nearest = (val @ train.T).topk(20)
+    for columns, k in ((13, 20), (57, 20), (57, 1)):  # columns fewer than k, and many more
+        monkeypatch.setattr(knn, "_ROWS", 17)
+        monkeypatch.setattr(knn, "_COLUMNS", columns)
+        assert knn_accuracy(train, labels, val, own, 20) == whole
+        size, tile = knn._tile(train)
+        found = [knn._nearest(rows, train, k, tile) for rows in val.split(size)]
+        assert size == 17
+        assert torch.equal(torch.cat([index for _, index in found]), nearest.indices[:, :k])
+        similarity = torch.cat([similarity for similarity, _ in found])
+        torch.testing.assert_close(similarity, nearest.values[:, :k])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    columns=st.integers(1, 700),
+    k=st.integers(1, 40),
+    distinct=st.integers(1, 50),
+    seed=st.integers(0, 10**6),
+)
+def test_the_largest_values_equal_a_sort(columns: int, k: int, distinct: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Half of the rows have many equal values.
+    rows = np.concatenate([rng.normal(size=(3, columns)), rng.integers(0, distinct, (3, columns))])
+    k = min(k, columns)
+    values, index = knn._largest(torch.from_numpy(rows), k)
+    assert np.array_equal(values.numpy(), -np.sort(-rows, axis=1)[:, :k])
+    assert np.array_equal(np.take_along_axis(rows, index.numpy(), 1), values.numpy())
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+def test_similarities_take_one_tile_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_TILE", 2**12)
+    monkeypatch.setattr(knn, "_COLUMNS", 2**8)
+    for count in (1, 100, 256, 5000):
+        size, tile = knn._tile(torch.zeros(count, 2))
+        assert size == min(512, 2**12 // min(count, 2**8))
+        assert tile.numel() == size * min(count, 2**8) <= 2**12
 
 
 def test_knn_votes_by_similarity_not_by_number() -> None:
@@ -266,6 +299,93 @@ def test_features_equal_a_plain_forward_in_eval_mode(kind: str, dim: int) -> Non
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, labels)
     assert not features.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["backbone", "output"])
+def test_batches_computed_at_the_same_time_give_equal_bits(kind: str) -> None:
+    encoder = tiny_encoder().train()
+    images, labels = images_of(97)
+    plain = extract(encoder, batches_of(images, labels, 5), CPU, kind, MEAN, STD)
+    threads = torch.get_num_threads()
+    found = extract(encoder, batches_of(images, labels, 5), CPU, kind, MEAN, STD, at_once=3)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain))
+    assert encoder.training
+    assert torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="batches must carry labels"):
+        extract(encoder, batches_of(images, None, 5), CPU, kind, MEAN, STD, at_once=3)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_features_in_autocast_are_those_of_a_forward_in_bf16(at_once: int) -> None:
+    encoder = tiny_encoder().eval()
+    images, labels = images_of(24)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    found, _ = extract(
+        encoder,
+        batches_of(images, labels, 24),
+        CPU,
+        "output",
+        MEAN,
+        STD,
+        autocast=autocast,
+        at_once=at_once,
+    )
+    exact, _ = extract(encoder, batches_of(images, labels, 24), CPU, "output", MEAN, STD)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = encoder((images - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
+    assert expected.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.float())
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
+def test_batches_at_once_take_the_cores_that_one_batch_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(features, "count_workers", lambda asked: 8 if asked == -1 else asked)
+    for threads, workers, expected in ((4, -1, 2), (8, -1, 1), (1, -1, 4), (2, 3, 3), (4, 0, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert features.batches_at_once(workers, CPU) == expected
+    assert features.batches_at_once(-1, torch.device("cuda")) == 1
+
+
+def test_the_monitor_classifies_a_fixed_random_part_of_the_queries() -> None:
+    datasets, config = bright_datasets()
+    assert datasets.val is not None
+    assert datasets.val.labels is not None
+    monitor = KNNMonitor.of(datasets, config, CPU)
+    assert monitor is not None
+    whole = monitor.evaluate(tiny_encoder())
+    assert len(monitor.val) == 60
+    for queries in (60, 10**6):
+        config.knn.queries = queries
+        again = KNNMonitor.of(datasets, config, CPU)
+        assert again is not None
+        assert again.evaluate(tiny_encoder()) == whole
+    config.knn.queries = 17
+    capped, same = (KNNMonitor.of(datasets, config, CPU) for _ in range(2))
+    assert capped is not None
+    assert same is not None
+    assert len(capped.val) == 17
+    names = [capped.val.name(i) for i in range(17)]
+    assert names == [same.val.name(i) for i in range(17)]
+    assert names != [datasets.val.name(i) for i in range(17)]
+    assert len(set(names)) == 17
+    # Independently: the accuracy of plain features over the chosen images.
+    chosen = [int(name.rpartition(" ")[2]) for name in names]
+    parts = []
+    for source in (datasets.train, datasets.val):
+        assert isinstance(source, ArraySource)
+        pixels = torch.from_numpy(source.images).permute(0, 3, 1, 2)
+        statistics = pixel_statistics(config.augment)
+        with torch.no_grad():
+            parts.append(embed(tiny_encoder().eval(), pixels, *statistics, "backbone"))
+            parts.append(torch.from_numpy(np.asarray(source.labels)))
+    train, labels, val, own = parts
+    expected = knn_accuracy(train, labels, val[chosen], own[chosen])
+    assert capped.evaluate(tiny_encoder())["knn_top1"] == expected.top1
 
 
 def test_every_submodule_gets_its_own_mode_back_even_after_an_error() -> None:

@@ -54,11 +54,16 @@ def test_images_are_found_recursively_sorted_and_by_extension_in_any_case(tmp_pa
         "z.ppm",
         "ü/ß.bmp",
         "two words.jpg",
+        "b-/sorts/before/b.jpg",  # "-" comes before "/"
+        "dots.in.a.name.jpg",
+        "two..jpg",
     ]
     put(tmp_path, *wanted, ".hidden.jpg", ".cache/x.jpg", "b/.thumb/y.png")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "animation.gif").write_bytes(b"GIF89a")  # DALI reads no GIF
     (tmp_path / "folder.jpg").mkdir()
+    for name in ("jpg", "nodot", "ends.with.", "jpg.txt"):
+        (tmp_path / name).write_text("no image")
     assert find_images(tmp_path) == sorted(wanted)
 
 
@@ -195,6 +200,45 @@ def test_a_holdout_never_takes_a_whole_class_and_rounds_up_to_one() -> None:
     assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
     kept, held = stratified_holdout(labels, 0.99, seed=0)
     assert np.bincount(labels[kept], minlength=3).tolist() == [1, 1, 1]
+
+
+def holdout_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`stratified_holdout`, one class at a time, as the first runs held images out."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
+        chosen.append(members[:count])
+    held_out = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_holdout_takes_the_images_that_a_loop_over_classes_takes(
+    share: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shuffled = rng.integers(0, 37, 1009) * 3  # numbers with gaps, in no order
+    for labels in (shuffled, np.sort(shuffled), np.array([5]), np.arange(6)[::-1]):
+        for ours, theirs in zip(
+            stratified_holdout(labels, share, seed), holdout_by_class(labels, share, seed)
+        ):
+            assert ours.dtype == theirs.dtype
+            assert np.array_equal(ours, theirs)
+
+
+def test_a_subset_of_a_folder_equals_a_subset_of_any_source(tmp_path: Path) -> None:
+    names = [f"{kind}/{i}.jpg" for kind in ("a", "bcd") for i in range(9)]
+    whole = folder(put(tmp_path, *names), holdout=0.0).train
+    assert isinstance(whole, FolderSource)
+    index = np.array([0, 3, 9, 17])
+    own, any_source = whole.subset(index), Subset(whole, index)
+    assert shown(own) == shown(any_source) == [shown(whole)[i] for i in index]
+    assert own.fingerprint() == any_source.fingerprint() != whole.fingerprint()
+    assert [own.load(i) for i in range(4)] == [any_source.load(i) for i in range(4)]
+    assert len(whole) == 18
 
 
 def test_the_fingerprint_follows_names_and_labels_but_not_the_place(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def options(**values: object) -> list[str]:
 SHORT = options(train__log_every=3, model__queue_size=300, knn__every=1, data__workers=1)
 
 
+COMPARED = ("step", "loss", "knn_top1", "knn_top5")  # entries of a line that have no times
 PRETRAIN = [sys.executable, "-m", "mocofast", "pretrain", "digits", *SHORT]
 
 
@@ -65,6 +66,25 @@ def test_a_run_leaves_everything_it_promises(digits_run: tuple[Path, str]) -> No
     assert "before: kNN accuracy 0." in out
     assert "after:  kNN accuracy 0." in out
     assert f"written to {folder}" in out
+
+
+def test_a_run_that_does_not_evaluate_at_its_start_trains_the_same(
+    digits_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, _ = digits_run
+    own = options(train__dir=tmp_path / "run", train__max_steps=17, knn__start="false")
+    out = runs.mocofast("pretrain", "digits", *SHORT, *own).stdout
+    found, expected = (
+        [
+            {name: value for name, value in json.loads(line).items() if name in COMPARED}
+            for line in (place / "metrics.jsonl").read_text().splitlines()
+        ]
+        for place in (tmp_path / "run", folder)
+    )
+    assert expected[0]["step"] == 0
+    assert found == expected[1:]
+    assert "before: " not in out
+    assert "after:  kNN accuracy 0." in out
 
 
 def test_the_configuration_in_the_run_folder_runs_again_to_the_same_metrics(

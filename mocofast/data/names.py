@@ -27,13 +27,15 @@ def stratified_holdout(
     image of every class with two or more images is held out.
     """
     rng = np.random.default_rng(seed)
-    chosen: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    is_held_out = np.zeros(len(labels), dtype=bool)
+    # The images of a class are consecutive in `by_class`, and ascending.
+    by_class = np.argsort(labels, kind="stable")
+    bounds = np.flatnonzero(np.diff(labels[by_class])) + 1
+    for begin, end in zip([0, *bounds], [*bounds, len(labels)]):
+        members = rng.permutation(by_class[begin:end])
         count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
-        chosen.append(members[:count])
-    held_out = np.sort(np.concatenate(chosen))
-    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+        is_held_out[members[:count]] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def checked_labels(

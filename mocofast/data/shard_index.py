@@ -14,7 +14,7 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import ALL, Patterns
 from mocofast.data.shard_samples import MemberReader, Members, choose_samples
+from mocofast.data.tar_members import TarMembers
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ def _scan(path: Path) -> Members:
     """Reads all headers of a tar file."""
     reader = MemberReader()
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
+        with TarMembers(path) as tar:
+            for member in tar:
                 is_link = member.islnk() or member.issym()
                 if is_link or member.isreg():
                     reader.add(
@@ -160,7 +161,7 @@ def _scan(path: Path) -> Members:
                         member.offset_data,
                         member.size,
                         member.linkname if is_link else None,
-                        partial(_content, tar, member),
+                        partial(tar.read, member),
                     )
     except (tarfile.TarError, EOFError) as error:
         with path.open("rb") as file:
@@ -169,15 +170,3 @@ def _scan(path: Path) -> Members:
             f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}{packed}"
         ) from error
     return reader.finish()
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        yield member
-        # tarfile keeps all headers: a gigabyte for a shard of a million samples.
-        tar.members.clear()  # type: ignore[attr-defined]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
 
 from mocofast.config import Config
 from mocofast.data.interface import Source
-from mocofast.data.loaders import eval_batches
+from mocofast.data.loaders import count_workers, eval_batches
+from mocofast.data.threads import Threads
 from mocofast.models import encoders, pixels
 
 EVALUATION_BATCH = 256  # images
+MOST_AT_ONCE = 4  # batches that a CPU computes at the same time: each holds its activations
 
 
 def image_batches(
@@ -28,6 +32,21 @@ def image_batches(
     return eval_batches(source, size, EVALUATION_BATCH, data.workers, device, data.channels)
 
 
+def batches_at_once(workers: int, device: torch.device) -> int:
+    """Returns how many batches `extract` computes at the same time: enough for all free cores.
+
+    workers: value of `data.workers`.
+
+    PyTorch computes a batch on the threads of `torch.get_num_threads`, which leave cores for the
+    loader in training. Another batch on the other cores gives equal bits, and no thread waits for
+    a thread of the other batch.
+    """
+    if device.type != "cpu":
+        return 1
+    free = min(count_workers(workers), count_workers(-1) // torch.get_num_threads())
+    return max(1, min(free, MOST_AT_ONCE))
+
+
 def extract(
     encoder: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor | None, Tensor]],
@@ -35,6 +54,8 @@ def extract(
     kind: str,
     mean: Tensor,
     std: Tensor,
+    autocast: torch.autocast | None = None,
+    at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns features (N, D) float32 and labels (N,) int64 of all images, on the CPU.
 
@@ -44,23 +65,56 @@ def extract(
     kind: "backbone" (pooled features before the head) or "output" (embedding after the head).
         Features are not L2-normalised.
     mean, std: (C,) or (1,), of pixels on the 0..255 scale, see `pixel_statistics`.
+    autocast: of the forward passes. None: no autocast.
+    at_once: batches that are computed at the same time, each on as many threads as one batch alone.
     Raises ValueError for an unknown kind, no batches, or a batch without labels.
     """
     if kind not in ("backbone", "output"):
         raise ValueError(f"kind must be 'backbone' or 'output': got {kind!r}")
     mean, std = mean.to(device), std.to(device)
-    features, all_labels = [], []
-    with evaluating(encoder), torch.no_grad():
-        for images, labels, _ in batches:
-            if labels is None:
-                raise ValueError("batches must carry labels: the images have none")
-            features.append(
-                embed(encoder, images.to(device, non_blocking=True), mean, std, kind).cpu()
-            )
-            all_labels.append(labels.cpu())
-    if not features:
+    if autocast is None:
+        autocast = torch.autocast(device.type, enabled=False)
+    threads = torch.get_num_threads()
+    free: SimpleQueue[nn.Module] = SimpleQueue()  # encoders that compute no batch
+
+    def compute(batch: tuple[Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels, _ = batch
+        if labels is None:
+            raise ValueError("batches must carry labels: the images have none")
+        encoder = free.get()
+        try:
+            with torch.no_grad(), copy.copy(autocast):
+                found = embed(encoder, images.to(device, non_blocking=True), mean, std, kind)
+            return found.cpu(), labels.cpu()
+        finally:
+            free.put(encoder)
+
+    def compute_in_thread(batch: tuple[Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor]:
+        torch.set_num_threads(threads)  # of this thread, which would start with all cores
+        return compute(batch)
+
+    with evaluating(encoder):
+        free.put(encoder)
+        if at_once == 1:
+            results = [compute(batch) for batch in batches]
+        else:
+            for _ in range(at_once - 1):
+                free.put(_replica(encoder))
+            with Threads(at_once, "mocofast-features") as pool:
+                results = list(pool.map(compute_in_thread, batches, at_once))
+    if not results:
         raise ValueError("batches must hold at least one batch: got none")
+    features, all_labels = zip(*results)
     return torch.cat(features), torch.cat(all_labels)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """Copies the modules, and shares their tensors: threads may run copies at the same time.
+
+    (Hooks, as `encoders.features` sets them, belong to one copy.)
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:

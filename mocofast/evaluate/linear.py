@@ -25,7 +25,14 @@ from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, opt
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
-from mocofast.evaluate.features import embed, evaluating, extract, image_batches
+from mocofast.device import choose_autocast
+from mocofast.evaluate.features import (
+    batches_at_once,
+    embed,
+    evaluating,
+    extract,
+    image_batches,
+)
 from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
@@ -79,8 +86,8 @@ def linear_probe(
     encoder: on `device`. Weights, statistics and modes are the same afterwards, which is checked
         (RuntimeError otherwise).
     datasets: labelled train and validation images (ConfigError otherwise).
-    config: the run's configuration. View size, pixel statistics, flips, loader, workers and seed
-        are used.
+    config: the run's configuration. View size, pixel statistics, flips, loader, workers, precision
+        and seed are used.
     """
     datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
@@ -91,10 +98,14 @@ def linear_probe(
         )
     if options.protocol not in ("fast", "reference"):
         raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
+    # The reference protocol stays in float32: its figures stand beside published figures.
+    is_fast = options.protocol == "fast"
+    precision = config.train.precision if is_fast else "fp32"
+    autocast = choose_autocast(precision, device, encoder, config.augment.size)
     with _unchanged(encoder):
-        val = _features(encoder, datasets.val, config, device)
-        if options.protocol == "fast":
-            train = _features(encoder, datasets.train, config, device)
+        val = _features(encoder, datasets.val, config, device, autocast)
+        if is_fast:
+            train = _features(encoder, datasets.train, config, device, autocast)
             return _fast(*train, *val, len(datasets.train.classes), config.train.seed)
         return _reference(encoder, datasets, *val, config, options, device)
 
@@ -275,12 +286,19 @@ def _reference(
 
 
 def _features(
-    encoder: nn.Module, source: Source, config: Config, device: torch.device
+    encoder: nn.Module,
+    source: Source,
+    config: Config,
+    device: torch.device,
+    autocast: torch.autocast,
 ) -> tuple[Tensor, Tensor]:
     """Returns features (N, D) and labels (N,) of all images, on `device`."""
     batches = image_batches(source, config, device)
     statistics = pixel_statistics(config.augment)
-    features, labels = extract(encoder, batches, device, "backbone", *statistics)
+    at_once = batches_at_once(config.data.workers, device)
+    features, labels = extract(
+        encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
+    )
     return features.to(device), labels.to(device)
 
 

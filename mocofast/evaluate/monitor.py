@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mocofast.config import Config
 from mocofast.data.interface import Source
 from mocofast.data.sources import Datasets, Subset, labelled
+from mocofast.device import choose_autocast
 from mocofast.distributed import gather_objects, rank_and_world_size
-from mocofast.evaluate.features import extract, image_batches
+from mocofast.evaluate.features import (
+    EVALUATION_BATCH,
+    batches_at_once,
+    extract,
+    image_batches,
+)
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
 from mocofast.models.pixels import pixel_statistics
 
@@ -19,17 +28,16 @@ from mocofast.models.pixels import pixel_statistics
 class KNNMonitor:
     """Evaluates an encoder on labelled train and validation images.
 
-    The bank holds at most `config.knn.bank` train images, sampled with the run's seed.
-    Every rank extracts the features of its slice of the images.
+    The bank holds at most `config.knn.bank` train images. At most `config.knn.queries` validation
+    images are classified. Both are sampled with the run's seed. Every rank extracts the features
+    of its slice of the images.
     """
 
     def __init__(self, train: Source, val: Source, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        if len(train) > config.knn.bank:
-            chosen = np.random.default_rng(config.train.seed).permutation(len(train))[
-                : config.knn.bank
-            ]
-            train = Subset(train, np.sort(chosen))
+        seed, knn = config.train.seed, config.knn
+        train = _at_most(knn.bank, train, np.random.default_rng(seed))
+        val = _at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
         self.train, self.val = train, val
 
     @classmethod
@@ -39,8 +47,12 @@ class KNNMonitor:
             return None
         return cls(labelled(datasets.train), datasets.val, config, device)
 
-    def evaluate(self, encoder: nn.Module) -> dict[str, float]:
+    def evaluate(
+        self, encoder: nn.Module, autocast: torch.autocast | None = None
+    ) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
+
+        autocast: of the forward passes. None: as `train.precision` chooses.
 
         Copies rank 0's running statistics of BatchNorm to all ranks first: the checkpoint, which
         rank 0 writes, has the same statistics.
@@ -48,8 +60,11 @@ class KNNMonitor:
         if rank_and_world_size()[1] > 1:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
-        bank, bank_labels = self._features(encoder, self.train)
-        queries, query_labels = self._features(encoder, self.val)
+        if autocast is None:
+            precision, size = self.config.train.precision, self.config.augment.size
+            autocast = choose_autocast(precision, self.device, encoder, size)
+        bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
+        queries, query_labels = self._features(encoder, self.val, autocast, "queries")
         knn = self.config.knn
         result = knn_accuracy(bank, bank_labels, queries, query_labels, knn.k, knn.temperature)
         values = {"knn_top1": result.top1, "knn_top5": result.top5}
@@ -59,13 +74,41 @@ class KNNMonitor:
             ).mean
         return values
 
-    def _features(self, encoder: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
-        """Returns features (N, D) and labels (N,) of all images, on this rank's device."""
+    def _features(
+        self, encoder: nn.Module, source: Source, autocast: torch.autocast, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """Returns features (N, D) and labels (N,) of all images, on this rank's device.
+
+        name: of the progress bar, which rank 0 shows on a terminal.
+        """
         rank, world_size = rank_and_world_size()
         if world_size > 1:
             source = Subset(source, np.arange(rank, len(source), world_size))
-        batches = image_batches(source, self.config, self.device)
+        batches = tqdm(
+            image_batches(source, self.config, self.device),
+            desc=f"kNN {name}",
+            total=-(-len(source) // EVALUATION_BATCH),
+            unit="batch",
+            leave=False,
+            disable=rank > 0 or not sys.stderr.isatty(),
+        )
         statistics = pixel_statistics(self.config.augment)
-        extracted = extract(encoder, batches, self.device, self.config.knn.features, *statistics)
+        at_once = batches_at_once(self.config.data.workers, self.device)
+        extracted = extract(
+            encoder,
+            batches,
+            self.device,
+            self.config.knn.features,
+            *statistics,
+            autocast=autocast,
+            at_once=at_once,
+        )
         features, labels = (torch.cat(tensors) for tensors in zip(*gather_objects(extracted)))
         return features.to(self.device), labels.to(self.device)
+
+
+def _at_most(count: int, source: Source, rng: np.random.Generator) -> Source:
+    """Returns `source`, or `count` random samples of a larger source."""
+    if len(source) <= count:
+        return source
+    return Subset(source, np.sort(rng.permutation(len(source))[:count]))

@@ -21,7 +21,7 @@ from mocofast.data.loaders import build_loader, count_workers, pixels_of
 from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.device import choose_autocast, choose_device, choose_threads, wrong_in_bf16
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.build import build_method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
@@ -108,7 +108,17 @@ class _Run:
         datasets = _load_on_rank_0_first(config, rank)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = _new_state(config, datasets, device, rank, world_size)
-        self.autocast = choose_autocast(config.train.precision, device)
+        encoder, size = self.state.model.encoder_q, config.augment.size
+        self.autocast = choose_autocast(_precision(config, device, saved), device, encoder, size)
+        if (
+            device.type == "cpu"
+            and self.autocast._enabled
+            and (wrong := wrong_in_bf16(encoder, size))
+        ):
+            raise ConfigError(
+                f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
+                f"augment.size {size}; take fp32, or larger views"
+            )
         self.monitor = KNNMonitor.of(datasets, config, device)
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -142,7 +152,7 @@ class _Run:
         interrupted = False
         began, first_step, saved_at = time.perf_counter(), state.step, -1
         try:
-            if state.step == 0:
+            if state.step == 0 and self.config.knn.start:
                 state.before = state.after = self._evaluate()
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
                 state.window.restart_clock()
@@ -274,7 +284,7 @@ class _Run:
         if self.monitor is None:
             return {}
         state = self.state
-        values = self.monitor.evaluate(state.model.encoder_q)
+        values = self.monitor.evaluate(state.model.encoder_q, self.autocast)
         if self.folder is not None:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
@@ -291,6 +301,7 @@ class _Run:
             return
         name, skipped = self.state.source.name, content["data"]["skipped"]
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
+        content["precision"] = "bf16" if self.autocast._enabled else "fp32"
         self.writer.save(content)
 
     def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
@@ -348,6 +359,20 @@ class _Run:
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
         self.folder.finish(self.state.before, self.state.after)
+
+
+def _precision(config: Config, device: torch.device, saved: dict[str, Any] | None) -> str:
+    """Returns the value of `train.precision` for `choose_autocast`.
+
+    A continued run on a CPU stays in fp32, so that it equals a run that was never interrupted.
+    (Runs of mocofast 0.1 took fp32 on every CPU, and did not write their precision.)
+
+    saved: the checkpoint to continue from.
+    """
+    precision = config.train.precision
+    if saved is not None and precision == "auto" and device.type == "cpu":
+        return "auto" if saved.get("precision") == "bf16" else "fp32"
+    return precision
 
 
 def _load_on_rank_0_first(config: Config, rank: int) -> Datasets:

@@ -188,6 +188,7 @@ class RunFolder:
         plot_curves(self.metrics_path, curves)
         if before:
             log.info("before: %s", self._describe_evaluation(before))
+        if after:
             log.info("after:  %s", self._describe_evaluation(after))
         log.info(
             "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
