@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch, for CPUs and devices without Triton: InfoNCE, EMA and enqueue.
+"""InfoNCE in plain PyTorch, for CPUs and devices without Triton.
 
 One pass over the negatives gives the loss and the gradient, as attention whose keys and values
 are the queue (He et al. 2020, arXiv:1911.05722, eq. 1, differentiated). With unit vectors
@@ -92,8 +92,8 @@ def infonce_forward(
         and isinstance(inverse_t, float)
         and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
     )
-    h, query_norm = _rows(query, normalize)  # (N, C)
-    key, key_norm = _rows(positive, normalize)  # (N, C)
+    h, query_norm = unit_rows(query, normalize)  # (N, C)
+    key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
 
@@ -227,7 +227,7 @@ def infonce_grad_negatives(
     Further arguments: as for `infonce_forward`.
     """
     inverse_t = _inverse(temperature)
-    h, _ = _rows(query, normalize)
+    h, _ = unit_rows(query, normalize)
     scaled = h * (inverse_t * LOG2E)
     shift = lse * LOG2E
     weighted = h * (grad_loss.float() * inverse_t)[:, None]
@@ -242,72 +242,10 @@ def infonce_grad_negatives(
             result[start : start + len(block)].add_(product(probabilities, weighted[rows].t()))
     if normalize_negatives:
         for columns in _ranges(len(result), blocks.columns):
-            unit, norm = _rows(negatives[columns], True)
+            unit, norm = unit_rows(negatives[columns], True)
             along = (result[columns] * unit).sum(1, keepdim=True)
             result[columns] = _through_normalize(result[columns], along, unit, norm)
     return result
-
-
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
-    """Writes key i at row (pointer + i) % K of the queue, then advances the pointer by B, modulo K.
-
-    queue: (K, C), a ring buffer.
-    pointer: (1,) int64. No host synchronisation.
-    keys: (B, C). Where B > K, only the last K keys are written, at the rows of the formula.
-    normalize: divide keys by their L2 norms first.
-    """
-    size, count = len(queue), len(keys)
-    kept = min(count, size)
-    values, _ = _rows(keys[count - kept :], normalize)
-    index = (pointer + torch.arange(count - kept, count, device=queue.device)) % size
-    queue.index_copy_(0, index, values.to(queue.dtype))
-    pointer.add_(count).remainder_(size)
-
-
-def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """Computes t = m t + (1 - m) s in place for all targets t and sources s.
-
-    targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
-        listed twice (tied weights) is updated once.
-    momentum: m, a float or a tensor ().
-    """
-    if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
-        momentum = float(momentum)
-    step = 1.0 - momentum
-    if isinstance(step, float) and _are_distinct_float32(targets, sources):
-        torch._foreach_lerp_(targets, sources, step)
-        return
-    # Sort out integers, other types and tied tensors.
-    plain_targets, plain_sources = [], []
-    seen = set()
-    for target, source in zip(targets, sources):
-        identity = (target.data_ptr(), target.shape, target.stride(), target.dtype)
-        if identity in seen and target.numel():
-            continue
-        seen.add(identity)
-        if not target.is_floating_point():
-            target.copy_(source)
-        elif target.dtype == source.dtype == torch.float32:
-            plain_targets.append(target)
-            plain_sources.append(source)
-        else:
-            wide = torch.promote_types(
-                torch.promote_types(target.dtype, source.dtype), torch.float32
-            )
-            target.copy_(target.to(wide).lerp_(source.to(wide), step))
-    if not plain_targets:
-        return
-    if isinstance(step, float):
-        torch._foreach_lerp_(plain_targets, plain_sources, step)
-    else:
-        for target, source in zip(plain_targets, plain_sources):
-            target.lerp_(source, step)
-
-
-def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Returns whether all tensors are float32 and no target is listed twice: the usual case."""
-    pointers = {x.data_ptr() for x in targets}
-    return len(pointers) == len(targets) and {x.dtype for x in targets + sources} == {torch.float32}
 
 
 class _Blocks:
@@ -365,7 +303,7 @@ def _clamped_norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(EPS)
 
 
-def _rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def unit_rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Returns vectors (M, C) in float32, and their norms (M, 1) or None.
 
     normalize: divide the vectors by the norms.
