@@ -18,6 +18,10 @@ from torch import Tensor
 WORKERS = os.cpu_count() or 1  # threads of the pool
 
 
+def never(*_: object) -> bool:
+    return False
+
+
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -74,7 +78,7 @@ def test_neither_the_caller_nor_a_new_thread_changes_its_number_of_threads() -> 
     assert (torch.get_num_threads(), seen) == (2, [2])
 
 
-@cpu_threads.one_fork
+@cpu_threads.one_fork(unless=never)
 def numbers_of_threads(x: Tensor) -> list[tuple[str, int]]:
     """Returns name and number of threads of the thread that computes an item, for 4 items."""
     merged: list[tuple[str, int]] = []
@@ -95,7 +99,7 @@ def test_every_thread_of_the_pool_computes_alone() -> None:
     assert set(names) == {threading.current_thread().name}
 
 
-@cpu_threads.one_fork
+@cpu_threads.one_fork(unless=never)
 def delayed(delays: Tensor, computed: list[int]) -> list[int]:
     """Returns the order in which the items were merged. Item i takes delays[i] seconds."""
     order: list[int] = []
@@ -122,7 +126,7 @@ def test_a_slow_item_is_merged_first_and_few_results_wait_for_it() -> None:
     assert computed.index(0) == 2 * cpu_threads.AHEAD - 1
 
 
-@cpu_threads.one_fork
+@cpu_threads.one_fork(unless=never)
 def failing(x: Tensor, where: str) -> None:
     def compute(item: int) -> int:
         if where == "compute" and item == 3:

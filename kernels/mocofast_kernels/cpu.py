@@ -44,11 +44,14 @@ LOG2E = 1.0 / math.log(2.0)
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
 LOGITS = 2**19  # per block: 2 MB
+# N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
+# oneDNN, and PyTorch keeps the operations of a small problem on one thread.
+SMALL = 2**20
 FLAGS = 2**17  # logits compared at a time
 LEAST_LOGITS = 2**16  # per block, where large blocks would leave a thread without work
 # x @ weight.T by oneDNN, as torch.compile calls it. None in a build without oneDNN.
 _ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
     if torch.backends.mkldnn.is_available()
     else None
 )
@@ -66,7 +69,12 @@ class InfoNCEForward(NamedTuple):
     grad_scale: Tensor | None  # (N,) float32: d loss_i / d (1/T)
 
 
-@cpu_threads.one_fork
+def _is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Takes the arguments of the functions below. rows: (N, ...)."""
+    return len(rows) * negatives.numel() <= SMALL
+
+
+@cpu_threads.one_fork(unless=_is_small)
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -247,7 +255,7 @@ def _joined(blocks: list[_Sums]) -> _Sums:
     return _Sums(*fields)
 
 
-@cpu_threads.one_fork
+@cpu_threads.one_fork(unless=_is_small)
 def infonce_grad_negatives(
     grad_loss: Tensor,
     query: Tensor,
@@ -323,7 +331,12 @@ class _Blocks:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weight.T, float32, from the faster library. x: (M, C). weight: (P, C)."""
-    if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled:
+    if (
+        _ONEDNN_LINEAR is not None
+        and len(x) * weight.numel() > SMALL
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.enabled
+    ):
         result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
         return result
     return torch.mm(x, weight.t())

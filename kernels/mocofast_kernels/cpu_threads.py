@@ -26,39 +26,46 @@ AHEAD = 4  # blocks per thread whose results may wait for a slower thread
 _here = threading.local()  # count: threads for the blocks, while a function of `one_fork` runs
 
 
-def one_fork(function: Callable[P, Result]) -> Callable[P, Result]:
+def one_fork(
+    unless: Callable[..., bool],
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Makes a function run on a thread of the pool, where every operation stays on one thread.
 
     `in_order` inside the function uses as many threads as PyTorch has in the calling thread.
 
-    function: the first argument is a tensor.
+    unless: takes the arguments of a call. True: the work is less than a change of threads costs.
 
-    On one thread, on other devices, in a thread of the pool, and where operations are watched (a
-    dispatch mode of PyTorch is active), the function runs in the calling thread.
+    A call runs in the calling thread where `unless` says so, where PyTorch has one thread, on other
+    devices, in a thread of the pool, and where operations are watched (a dispatch mode of PyTorch
+    is active). The first argument of the function is a tensor.
     """
 
-    @functools.wraps(function)
-    def forked(*args: P.args, **kwargs: P.kwargs) -> Result:
-        threads = torch.get_num_threads()
-        if (
-            threads == 1
-            or args[0].device.type != "cpu"  # type: ignore[attr-defined]
-            or torch._C._len_torch_dispatch_stack()
-            or hasattr(_here, "count")
-        ):
-            return function(*args, **kwargs)
+    def forking(function: Callable[P, Result]) -> Callable[P, Result]:
+        @functools.wraps(function)
+        def forked(*args: P.args, **kwargs: P.kwargs) -> Result:
+            threads = torch.get_num_threads()
+            if (
+                threads == 1
+                or unless(*args, **kwargs)
+                or args[0].device.type != "cpu"  # type: ignore[attr-defined]
+                or torch._C._len_torch_dispatch_stack()
+                or hasattr(_here, "count")
+            ):
+                return function(*args, **kwargs)
 
-        def run() -> Result:
-            _here.count = threads
-            try:
-                with torch.no_grad():
-                    return function(*args, **kwargs)
-            finally:
-                del _here.count
+            def run() -> Result:
+                _here.count = threads
+                try:
+                    with torch.no_grad():
+                        return function(*args, **kwargs)
+                finally:
+                    del _here.count
 
-        return _threads().submit(run).result()
+            return _threads().submit(run).result()
 
-    return forked
+        return forked
+
+    return forking
 
 
 def count() -> int:
