@@ -39,6 +39,7 @@ class ModelConfig:
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
 
     if TYPE_CHECKING:
+
         # The options of the method.
         def __getattr__(self, name: str) -> Any: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,37 @@ def test_kernels_reports_both_sides_and_appends_its_row(
     )
     assert row["torch"] == torch.__version__
     assert row["device"]
+
+
+def test_kernels_beside_busy_processes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n", "8", "--k", "64", "--c", "4", "--repeats", "2", "--device", "cpu"]
+    assert main(["kernels", *options, "--no-compile", "--busy", "2"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1])["busy"] == 2
+    assert "beside 2 busy processes" in text
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_busy_neighbours_work_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    def ticks(process: subprocess.Popen[bytes]) -> int:
+        """Returns the CPU time of a process in user mode, in ticks of 10 ms."""
+        return int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with timing.busy_neighbours(2):
+        end = time.monotonic() + 60
+        while min(map(ticks, started)) < 10 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert min(map(ticks, started)) >= 10
+        assert len(started) == 2
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_ema_counts_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_bench import eager_formulas
-from mocofast_kernels import cpu
+from mocofast_kernels import cpu, cpu_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -264,8 +264,8 @@ class Recorder:
         return cpu.infonce_forward(*arguments, **options)
 
     infonce_grad_negatives = staticmethod(cpu.infonce_grad_negatives)
-    enqueue_ = staticmethod(cpu.enqueue_)
-    ema_update_ = staticmethod(cpu.ema_update_)
+    enqueue_ = staticmethod(cpu_memory.enqueue_)
+    ema_update_ = staticmethod(cpu_memory.ema_update_)
 
 
 @pytest.mark.parametrize(

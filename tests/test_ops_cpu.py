@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_bench import eager_formulas
-from mocofast_kernels import cpu
+from mocofast_kernels import cpu, cpu_memory
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -281,7 +281,7 @@ def test_ema_matches_float64_for_every_dtype_and_stride() -> None:
     sources = [features(10 + i, *t.shape).to(t.dtype) for i, t in enumerate(targets)]
     sources[3] = sources[3].bfloat16()  # mixed: a bfloat16 source of a float32 average
     wanted = [0.99 * t.double() + 0.01 * s.double() for t, s in zip(targets, sources)]
-    cpu.ema_update_(targets, sources, 0.99)
+    cpu_memory.ema_update_(targets, sources, 0.99)
     for target, want in zip(targets, wanted):
         # One rounding to the dtype of the target (half a unit in the last place), a few in float32.
         # Averaging in bfloat16 would round several times.
@@ -293,7 +293,9 @@ def test_ema_matches_float64_for_every_dtype_and_stride() -> None:
 def test_ema_copies_integers_and_updates_tied_tensors_once() -> None:
     weight = torch.ones(3)
     count = torch.tensor(4)
-    cpu.ema_update_([weight, count, weight], [torch.zeros(3), torch.tensor(9), torch.zeros(3)], 0.5)
+    cpu_memory.ema_update_(
+        [weight, count, weight], [torch.zeros(3), torch.tensor(9), torch.zeros(3)], 0.5
+    )
     assert torch.equal(weight, torch.full((3,), 0.5))
     assert int(count) == 9
 
@@ -302,15 +304,15 @@ def test_ema_of_weights_in_channels_last_and_tied_ones() -> None:
     weight = features(0, 5, 4, 3, 3).to(memory_format=torch.channels_last)
     source = features(1, 5, 4, 3, 3)  # NCHW: paired by index, not by place in memory
     want = 0.9 * weight + 0.1 * source
-    cpu.ema_update_([weight, weight], [source, source], 0.9)
+    cpu_memory.ema_update_([weight, weight], [source, source], 0.9)
     torch.testing.assert_close(weight, want, rtol=4 * EPS, atol=EPS)
 
 
 def test_ema_takes_its_momentum_from_a_tensor() -> None:
     by_float, by_tensor = [features(0, 5), features(1, 5)], [features(0, 5), features(1, 5)]
     sources = [features(2, 5), features(3, 5)]
-    cpu.ema_update_(by_float, sources, 0.5)
-    cpu.ema_update_(by_tensor, sources, torch.tensor(0.5))
+    cpu_memory.ema_update_(by_float, sources, 0.5)
+    cpu_memory.ema_update_(by_tensor, sources, torch.tensor(0.5))
     for a, b in zip(by_float, by_tensor):
         assert torch.equal(a, b)
 
@@ -331,7 +333,7 @@ def test_the_queue_holds_the_last_keys_after_any_wrap_around(
     at = start % size
     for i, count in enumerate(batches):
         keys = features(i, count, 3)
-        cpu.enqueue_(queue, pointer, keys, normalize=True)
+        cpu_memory.enqueue_(queue, pointer, keys, normalize=True)
         for key in keys:
             rows[at] = (key / key.norm()).to(dtype)
             at = (at + 1) % size
@@ -350,12 +352,12 @@ def test_the_eager_formulas_agree() -> None:
     expected = info_nce_oracle(query, positive, negatives, 0.2).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     ours, theirs = [features(3, 4)], [features(3, 4)]
-    cpu.ema_update_(ours, [query[0]], 0.9)
+    cpu_memory.ema_update_(ours, [query[0]], 0.9)
     eager_formulas.ema_update_(theirs, [query[0]], 0.9)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     queues = [torch.zeros(18, 4), torch.zeros(18, 4)]
     pointers = [torch.tensor([9]), torch.tensor([9])]
-    cpu.enqueue_(queues[0], pointers[0], query, normalize=True)
+    cpu_memory.enqueue_(queues[0], pointers[0], query, normalize=True)
     eager_formulas.enqueue_(queues[1], pointers[1], query)
     torch.testing.assert_close(queues[0], queues[1])
     assert torch.equal(pointers[0], pointers[1])

@@ -7,6 +7,8 @@ The packages are cut-cross-entropy, Liger-Kernel and lightly.
 The floor is 4 N K C operations at the matrix rate measured in the same run. Every call takes
 the next set of inputs, and all sets together exceed the last-level cache. On a GPU, sides
 that never wait for the device are also timed as CUDA graphs, without the cost of launches.
+
+On a CPU, `--busy N` runs N busy processes beside all sides, as other users of a machine do.
 """
 
 from __future__ import annotations
@@ -55,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         help="dtype of all inputs (default: %(default)s)",
     )
     parser.add_argument(
+        "--busy",
+        type=positive,
+        metavar="N",
+        default=0,
+        help="processes that keep cores busy beside the measurement (default: %(default)s)",
+    )
+    parser.add_argument(
         "--no-compile", action="store_true", help="leave out sides that need torch.compile"
     )
 
@@ -64,7 +73,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     sizes = (arguments.n, arguments.k, arguments.c)
     peers = all_peers(dtype, compiling=not arguments.no_compile)
-    row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
+    with timing.busy_neighbours(arguments.busy):
+        row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
+    row["busy"] = arguments.busy
     for name in row["milliseconds"]:
         if not name.endswith(GRAPH):
             (row["extra_bytes"][name],) = memory_of_all(name, [sizes], dtype, device)
@@ -140,6 +151,8 @@ def print_table(row: dict[str, Any]) -> None:
     eager = row["milliseconds"]["eager"]
     print(f"InfoNCE forward and backward, N {row['n']}, K {row['k']}, C {row['c']}, {row['dtype']}")
     print(f"{row['device']}; matrix rate {row['matrix_gflops']:.0f} GFLOP/s; floor {floor:.3f} ms")
+    if row["busy"]:
+        print(f"beside {row['busy']} busy processes, on {row['threads']} threads")
     print(
         f"{'':28}{'ms':>10}{'quartiles':>20}{'x eager':>9}{'of floor':>10}"
         f"{'extra MB':>10}{'of eager':>10}"

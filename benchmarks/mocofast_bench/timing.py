@@ -5,16 +5,19 @@ Candidates are interleaved and warmed up first. Results are medians and quartile
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
+import os
 import platform
 import random
 import re
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,6 +29,13 @@ import torch
 COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
 # Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
 MINIMUM_SAMPLE = 2e-3
+
+BUSY = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
 
 Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
@@ -106,6 +116,20 @@ def _summary(values: list[float]) -> Timing:
         return Timing(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, low, high)
+
+
+@contextlib.contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Runs `count` processes that only keep a core busy, until the block ends.
+
+    The processes also end when this process ends, however it ends.
+    """
+    command = [sys.executable, "-S", "-c", BUSY, str(os.getpid())]
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            neighbour = stack.enter_context(subprocess.Popen(command))
+            stack.callback(neighbour.kill)
+        yield
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch, for CPUs and devices without Triton: InfoNCE, EMA and enqueue.
+"""InfoNCE in plain PyTorch, for CPUs and devices without Triton.
 
 One pass over the negatives gives the loss and the gradient, as attention whose keys and values
 are the queue (He et al. 2020, arXiv:1911.05722, eq. 1, differentiated). With unit vectors
@@ -16,7 +16,11 @@ What made the CPU fast, in order of effect (docs/log.md has the numbers):
   with AVX-512;
 - no N x K array: a block of logits stays in the cache and is overwritten by the exponentials;
 - `exp2`, four times as fast as `exp` in float32, with log2(e) / T multiplied into the query;
-- no maximum and no shift where the logits are bounded, and few operations for small problems.
+- no maximum and no shift where the logits are bounded, and few operations for small problems;
+- a thread computes whole blocks alone (`cpu_threads`): threads that divide every operation wait
+  for each other 6 times a block, and beside a busy process the call then took 8 times as long.
+
+A thread needs up to 4 MB for a block of logits and its sums.
 
 Everything is computed in float32, whatever `dot_dtype` asks: bfloat16 products are hundreds of
 times slower on CPUs without bfloat16 instructions. Runs are bit-equal on the same machine with
@@ -26,11 +30,13 @@ the same number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mocofast_kernels import cpu_threads
 
 EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
 LOG2E = 1.0 / math.log(2.0)
@@ -38,9 +44,14 @@ LOG2E = 1.0 / math.log(2.0)
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
 LOGITS = 2**19  # per block: 2 MB
+# N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
+# oneDNN, and PyTorch keeps the operations of a small problem on one thread.
+SMALL = 2**20
+FLAGS = 2**17  # logits compared at a time
+LEAST_LOGITS = 2**16  # per block, where large blocks would leave a thread without work
 # x @ weight.T by oneDNN, as torch.compile calls it. None in a build without oneDNN.
 _ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
     if torch.backends.mkldnn.is_available()
     else None
 )
@@ -58,6 +69,12 @@ class InfoNCEForward(NamedTuple):
     grad_scale: Tensor | None  # (N,) float32: d loss_i / d (1/T)
 
 
+def _is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Takes the arguments of the functions below. rows: (N, ...)."""
+    return len(rows) * negatives.numel() <= SMALL
+
+
+@cpu_threads.one_fork(unless=_is_small)
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -92,20 +109,29 @@ def infonce_forward(
         and isinstance(inverse_t, float)
         and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
     )
-    h, query_norm = _rows(query, normalize)  # (N, C)
-    key, key_norm = _rows(positive, normalize)  # (N, C)
+    h, query_norm = unit_rows(query, normalize)  # (N, C)
+    key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
 
     # Sums over the negatives, for blocks of queries.
     blocks = _Blocks(negatives, normalize_negatives, len(h))
-    options = (exclude_period, unshifted, return_rank, compute_grad)
-    total, output, maximum, positive_rank = _joined(
-        [
-            _sums(blocks, scaled[rows], logit_positive[rows], rows.start, *options)
-            for rows in blocks.rows
-        ]
-    )
+    options = (exclude_period, unshifted, compute_grad)
+    scratch = _Scratch() if return_rank else None
+    sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
+
+    def compute(block: tuple[slice, slice]) -> _Sums:
+        rows, columns = block
+        first = rows.start, columns.start
+        return _sums(blocks[columns], scaled[rows], logit_positive[rows], first, *options, scratch)
+
+    def merge(block: tuple[slice, slice], part: _Sums) -> None:
+        first = block[0].start
+        sums[first] = _merged(sums[first], part) if first in sums else part
+
+    pairs = [(rows, columns) for rows in blocks.rows for columns in blocks.columns]
+    cpu_threads.in_order(compute, pairs, merge)
+    total, output, maximum, positive_rank = _joined(list(sums.values()))
 
     # Loss = softplus(log(sum) - positive logit). A row without negatives: softplus(-inf) = 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
@@ -144,58 +170,81 @@ class _Sums(NamedTuple):
 
 
 def _sums(
-    blocks: _Blocks,
+    block: Tensor,
     scaled: Tensor,
     logit_positive: Tensor,
-    first: int,
+    first: tuple[int, int],
     exclude_period: int,
     unshifted: bool,
-    return_rank: bool,
     compute_grad: bool,
+    scratch: _Scratch | None,
 ) -> _Sums:
-    """Returns the sums for a block of queries.
+    """Returns the sums over a block of negatives for a block of queries.
 
+    block: (B, C) negatives.
     scaled: (R, C) queries times log2(e) / T.
     logit_positive: (R, 1).
-    first: number of the block's first query.
+    first: numbers of the first query and of the first negative.
     unshifted: the logits are bounded, so no maximum is subtracted.
-
-    The sums start from the first block of negatives, without an addition to zeros: small
-    problems need few operations.
+    scratch: memory to count the logits above the positive's logit. None: do not count.
     """
-    total = output = maximum = above = flags = None
-    for start, block in blocks:
-        logits = product(scaled, block)  # (R, B)
-        if exclude_period:
-            _fill_excluded(logits, first, start, exclude_period)
-        if return_rank:
-            # Float32 flags are several times as fast as booleans, and exact: a block has fewer
-            # than 2**24 negatives.
-            flags = (
-                torch.empty_like(logits)
-                if flags is None
-                else flags.view(-1)[: logits.numel()].view_as(logits)
-            )
-            wins = torch.gt(logits, logit_positive, out=flags).sum(1).int()
-            above = wins if above is None else above.add_(wins)
-        if not unshifted:
-            before = logit_positive if maximum is None else maximum
-            maximum = torch.maximum(before, logits.amax(1, keepdim=True))
-            logits.sub_(maximum)
-            if total is not None:
-                rescale = torch.exp2(before - maximum)
-                total.mul_(rescale)
-                if output is not None:
-                    output.mul_(rescale)
-        weights = logits.exp2_()
-        sums = weights.sum(1, keepdim=True)
-        total = sums if total is None else total.add_(sums)
-        if compute_grad:
-            summand = product(weights, block.t())
-            output = summand if output is None else output.add_(summand)
-        del logits, weights  # free the memory before the next block
-    assert total is not None  # there is at least one negative
+    output = maximum = above = None
+    logits = product(scaled, block)  # (R, B)
+    if exclude_period:
+        _fill_excluded(logits, *first, exclude_period)
+    if scratch is not None:
+        above = scratch.count_above(logits, logit_positive)
+    if not unshifted:
+        maximum = torch.maximum(logit_positive, logits.amax(1, keepdim=True))
+        logits.sub_(maximum)
+    weights = logits.exp2_()
+    total = weights.sum(1, keepdim=True)
+    if compute_grad:
+        output = product(weights, block.t())
     return _Sums(total, output, maximum, above)
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses for all of its blocks: the system takes back what is freed."""
+
+    flags: Tensor | None = None
+
+    def count_above(self, logits: Tensor, logit_positive: Tensor) -> Tensor:
+        """Returns the number of logits (R, B) above logit_positive (R, 1), (R,) int32.
+
+        Float32 flags are several times as fast as booleans, and exact: a block has fewer than
+        2**24 negatives.
+        """
+        counts = []
+        for rows in _ranges(len(logits), max(1, FLAGS // logits.shape[1])):
+            part = logits[rows]
+            if self.flags is None or self.flags.numel() < part.numel():
+                self.flags = torch.empty(part.numel(), device=part.device)
+            flags = self.flags[: part.numel()].view_as(part)
+            counts.append(torch.gt(part, logit_positive[rows], out=flags).sum(1).int())
+        return counts[0] if len(counts) == 1 else torch.cat(counts)
+
+
+def _merged(sums: _Sums, part: _Sums) -> _Sums:
+    """Returns the sums over the negatives of `sums` and `part`. Overwrites `sums` and `part`."""
+    maximum = None
+    if sums.maximum is not None and part.maximum is not None:
+        maximum = torch.maximum(sums.maximum, part.maximum)
+        _shift(sums, sums.maximum - maximum)
+        _shift(part, part.maximum - maximum)
+    sums.total.add_(part.total)
+    for own, other in ((sums.output, part.output), (sums.above, part.above)):
+        if own is not None and other is not None:
+            own.add_(other)
+    return sums._replace(maximum=maximum)
+
+
+def _shift(sums: _Sums, difference: Tensor) -> None:
+    """Multiplies the weights of `sums` by exp2(difference). difference: (R, 1)."""
+    factor = torch.exp2(difference)
+    sums.total.mul_(factor)
+    if sums.output is not None:
+        sums.output.mul_(factor)
 
 
 def _joined(blocks: list[_Sums]) -> _Sums:
@@ -206,6 +255,7 @@ def _joined(blocks: list[_Sums]) -> _Sums:
     return _Sums(*fields)
 
 
+@cpu_threads.one_fork(unless=_is_small)
 def infonce_grad_negatives(
     grad_loss: Tensor,
     query: Tensor,
@@ -227,94 +277,35 @@ def infonce_grad_negatives(
     Further arguments: as for `infonce_forward`.
     """
     inverse_t = _inverse(temperature)
-    h, _ = _rows(query, normalize)
+    h, _ = unit_rows(query, normalize)
     scaled = h * (inverse_t * LOG2E)
     shift = lse * LOG2E
     weighted = h * (grad_loss.float() * inverse_t)[:, None]
     result = torch.zeros(negatives.shape, device=h.device)
     blocks = _Blocks(negatives, normalize_negatives, len(h))
-    for rows in blocks.rows:
-        for start, block in blocks:
+
+    def compute(columns: slice) -> None:
+        block, part = blocks[columns], result[columns]
+        for rows in blocks.rows:
             logits = product(block, scaled[rows])  # transposed, (B, R)
             if exclude_period:
-                _fill_excluded(logits.t(), rows.start, start, exclude_period)
+                _fill_excluded(logits.t(), rows.start, columns.start, exclude_period)
             probabilities = logits.sub_(shift[rows]).exp2_()
-            result[start : start + len(block)].add_(product(probabilities, weighted[rows].t()))
-    if normalize_negatives:
-        for columns in _ranges(len(result), blocks.columns):
-            unit, norm = _rows(negatives[columns], True)
-            along = (result[columns] * unit).sum(1, keepdim=True)
-            result[columns] = _through_normalize(result[columns], along, unit, norm)
+            part.add_(product(probabilities, weighted[rows].t()))
+        if normalize_negatives:
+            norm = _clamped_norm(negatives[columns].float())
+            along = (part * block).sum(1, keepdim=True)
+            part.copy_(_through_normalize(part, along, block, norm))
+
+    cpu_threads.in_order(compute, blocks.columns, lambda columns, part: None)
     return result
 
 
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
-    """Writes key i at row (pointer + i) % K of the queue, then advances the pointer by B, modulo K.
-
-    queue: (K, C), a ring buffer.
-    pointer: (1,) int64. No host synchronisation.
-    keys: (B, C). Where B > K, only the last K keys are written, at the rows of the formula.
-    normalize: divide keys by their L2 norms first.
-    """
-    size, count = len(queue), len(keys)
-    kept = min(count, size)
-    values, _ = _rows(keys[count - kept :], normalize)
-    index = (pointer + torch.arange(count - kept, count, device=queue.device)) % size
-    queue.index_copy_(0, index, values.to(queue.dtype))
-    pointer.add_(count).remainder_(size)
-
-
-def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """Computes t = m t + (1 - m) s in place for all targets t and sources s.
-
-    targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
-        listed twice (tied weights) is updated once.
-    momentum: m, a float or a tensor ().
-    """
-    if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
-        momentum = float(momentum)
-    step = 1.0 - momentum
-    if isinstance(step, float) and _are_distinct_float32(targets, sources):
-        torch._foreach_lerp_(targets, sources, step)
-        return
-    # Sort out integers, other types and tied tensors.
-    plain_targets, plain_sources = [], []
-    seen = set()
-    for target, source in zip(targets, sources):
-        identity = (target.data_ptr(), target.shape, target.stride(), target.dtype)
-        if identity in seen and target.numel():
-            continue
-        seen.add(identity)
-        if not target.is_floating_point():
-            target.copy_(source)
-        elif target.dtype == source.dtype == torch.float32:
-            plain_targets.append(target)
-            plain_sources.append(source)
-        else:
-            wide = torch.promote_types(
-                torch.promote_types(target.dtype, source.dtype), torch.float32
-            )
-            target.copy_(target.to(wide).lerp_(source.to(wide), step))
-    if not plain_targets:
-        return
-    if isinstance(step, float):
-        torch._foreach_lerp_(plain_targets, plain_sources, step)
-    else:
-        for target, source in zip(plain_targets, plain_sources):
-            target.lerp_(source, step)
-
-
-def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Returns whether all tensors are float32 and no target is listed twice: the usual case."""
-    pointers = {x.data_ptr() for x in targets}
-    return len(pointers) == len(targets) and {x.dtype for x in targets + sources} == {torch.float32}
-
-
 class _Blocks:
-    """Divides queries and negatives into blocks, and yields the negatives block by block.
+    """Divides queries and negatives into blocks.
 
     rows: slices of the queries.
-    columns: number of negatives in a block.
+    columns: slices of the negatives.
     """
 
     def __init__(self, negatives: Tensor, normalize: bool, count: int) -> None:
@@ -322,28 +313,30 @@ class _Blocks:
         size, dim = negatives.shape
         self.negatives, self.normalize = negatives, normalize
         self.rows = _ranges(count, ROWS)
-        self.columns = min(size, max(256, LOGITS // max(min(ROWS, count), dim)))
-        # float32 negatives that need no normalisation are read in place.
-        in_place = negatives.dtype == torch.float32 and negatives.is_contiguous() and not normalize
-        self.copy = None if in_place else torch.empty(self.columns, dim, device=negatives.device)
+        width = max(min(ROWS, count), dim)
+        columns = LOGITS // width
+        if (threads := cpu_threads.count()) > 1:  # small blocks where threads would be without work
+            shared = -(-size * len(self.rows) // (2 * threads))
+            columns = min(columns, max(shared, LEAST_LOGITS // width))
+        self.columns = _ranges(size, min(size, max(256, columns)))
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields the number of a block's first negative, and the block, (B, C) float32, contiguous.
+    def __getitem__(self, columns: slice) -> Tensor:
+        """Returns a block of negatives, (B, C) float32, contiguous, normalised if asked for.
 
-        A block must be used before the next block is taken.
+        float32 negatives that need no normalisation are not copied.
         """
-        for columns in _ranges(len(self.negatives), self.columns):
-            block = self.negatives[columns]
-            if self.copy is not None:
-                block = self.copy[: len(block)].copy_(block)
-            if self.normalize:
-                block.div_(_clamped_norm(block))
-            yield columns.start, block
+        block = self.negatives[columns].to(torch.float32, memory_format=torch.contiguous_format)
+        return block / _clamped_norm(block) if self.normalize else block
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weight.T, float32, from the faster library. x: (M, C). weight: (P, C)."""
-    if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled:
+    if (
+        _ONEDNN_LINEAR is not None
+        and len(x) * weight.numel() > SMALL
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.enabled
+    ):
         result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
         return result
     return torch.mm(x, weight.t())
@@ -365,7 +358,7 @@ def _clamped_norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(EPS)
 
 
-def _rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def unit_rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Returns vectors (M, C) in float32, and their norms (M, 1) or None.
 
     normalize: divide the vectors by the norms.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu
+from mocofast_kernels import cpu_memory
 
 SMALL = 2**15  # elements: PyTorch keeps elementwise operations on fewer elements on one thread
 CHUNK = 2**20  # elements whose scaled gradients LARS holds at a time, at least a whole tensor
@@ -182,7 +182,7 @@ def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
     if averaged:
         targets = [row.target for row in averaged]
         sources = [row.param for row in averaged]
-        cpu.ema_update_(targets, sources, momentum)  # type: ignore[arg-type]
+        cpu_memory.ema_update_(targets, sources, momentum)  # type: ignore[arg-type]
     copies = [(row.shadow, row.param) for row in rows if row.shadow is not None]
     for row in rows:
         if row.target_shadow is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import cpu, cpu_optim
+from mocofast_kernels import cpu, cpu_memory, cpu_optim
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
 
@@ -24,7 +24,7 @@ BATCH_NORM_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
 class Backend(NamedTuple):
     """The kernels of a device type.
 
-    The first seven are documented in `mocofast_kernels.cpu` and `mocofast_kernels.cpu_optim`, the
+    The first seven are documented in `mocofast_kernels.cpu`, `.cpu_memory` and `.cpu_optim`, the
     last three in `mocofast_kernels.ghost_bn` and `mocofast_kernels.augment`. None: the device has
     no fused kernel, and the caller composes PyTorch operators.
     """
@@ -64,8 +64,8 @@ def backend_for(device_type: str) -> Backend:
     return Backend(
         cpu.infonce_forward,
         cpu.infonce_grad_negatives,
-        cpu.enqueue_,
-        cpu.ema_update_,
+        cpu_memory.enqueue_,
+        cpu_memory.ema_update_,
         cpu_optim.sgd_,
         cpu_optim.lars_,
         cpu_optim.adamw_,

@@ -1,0 +1,182 @@
+"""Spreads the blocks of an op over threads that never wait for each other inside an operation.
+
+PyTorch divides every operation over its threads, and all threads meet at the end of the operation.
+Beside a busy process one thread waits for a core, and the other threads burn time in the meantime.
+Here a thread takes whole blocks and computes a block alone. The threads meet once, at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+Item = TypeVar("Item")
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+AHEAD = 4  # blocks per thread whose results may wait for a slower thread
+
+_here = threading.local()  # count: threads for the blocks, while a function of `one_fork` runs
+
+
+def one_fork(
+    unless: Callable[..., bool],
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Makes a function run on a thread of the pool, where every operation stays on one thread.
+
+    `in_order` inside the function uses as many threads as PyTorch has in the calling thread.
+
+    unless: takes the arguments of a call. True: the work is less than a change of threads costs.
+
+    A call runs in the calling thread where `unless` says so, where PyTorch has one thread, on other
+    devices, in a thread of the pool, and where operations are watched (a dispatch mode of PyTorch
+    is active). The first argument of the function is a tensor.
+    """
+
+    def forking(function: Callable[P, Result]) -> Callable[P, Result]:
+        @functools.wraps(function)
+        def forked(*args: P.args, **kwargs: P.kwargs) -> Result:
+            threads = torch.get_num_threads()
+            if (
+                threads == 1
+                or unless(*args, **kwargs)
+                or args[0].device.type != "cpu"  # type: ignore[attr-defined]
+                or torch._C._len_torch_dispatch_stack()
+                or hasattr(_here, "count")
+            ):
+                return function(*args, **kwargs)
+
+            def run() -> Result:
+                _here.count = threads
+                try:
+                    with torch.no_grad():
+                        return function(*args, **kwargs)
+                finally:
+                    del _here.count
+
+            return _threads().submit(run).result()
+
+        return forked
+
+    return forking
+
+
+def count() -> int:
+    """Returns the number of threads that `in_order` uses here."""
+    return getattr(_here, "count", 1)
+
+
+def in_order(
+    compute: Callable[[Item], Part], items: Sequence[Item], merge: Callable[[Item, Part], None]
+) -> None:
+    """Calls merge(item, compute(item)) for all items, merge in the order of the items.
+
+    compute: runs on several threads at a time, inside `one_fork`. Otherwise in the calling thread.
+    merge: runs on one thread at a time. The order makes sums bit-equal for any number of threads.
+    """
+    threads = min(count(), len(items))
+    if threads == 1:
+        for item in items:
+            merge(item, compute(item))
+        return
+    run = _Run(compute, items, merge, AHEAD * threads)
+    pool = _threads()
+    helpers = [pool.submit(run.help) for _ in range(threads - 1)]
+    run.help()
+    for helper in helpers:  # helpers that never got a thread
+        helper.cancel()
+    run.wait()
+
+
+class _Run:
+    """The state of a call of `in_order`, shared by its threads."""
+
+    def __init__(
+        self,
+        compute: Callable[[Any], Any],
+        items: Sequence[Any],
+        merge: Callable[[Any, Any], None],
+        ahead: int,
+    ) -> None:
+        self.compute, self.items, self.merge, self.ahead = compute, items, merge, ahead
+        self.changed = threading.Condition()  # guards all fields below
+        self.taken = self.merged = self.active = 0
+        self.merging = False
+        self.parts: dict[int, Any] = {}  # computed, not merged
+        self.error: BaseException | None = None
+
+    def help(self) -> None:
+        """Computes and merges until no item is left."""
+        with torch.no_grad():
+            while (number := self._take()) is not None:
+                try:
+                    self._merge(number, self.compute(self.items[number]))
+                except BaseException as error:
+                    with self.changed:
+                        self.error = self.error or error
+                finally:
+                    with self.changed:
+                        self.active -= 1
+                        self.changed.notify_all()
+
+    def wait(self) -> None:
+        """Waits for the other threads. Raises the error of a thread."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.active)
+        if self.error is not None:
+            raise self.error
+
+    def _take(self) -> int | None:
+        with self.changed:
+            # The first item that is not merged is being computed by a thread, which goes on.
+            self.changed.wait_for(
+                lambda: self.error is not None or self.taken - self.merged < self.ahead
+            )
+            if self.error is not None or self.taken == len(self.items):
+                return None
+            self.taken += 1
+            self.active += 1
+            return self.taken - 1
+
+    def _merge(self, number: int, part: Any) -> None:
+        """Merges the part and all parts behind it, unless a thread is merging already."""
+        with self.changed:
+            self.parts[number] = part
+            if self.merging:
+                return
+            self.merging = True
+        while True:
+            with self.changed:
+                if self.merged not in self.parts:
+                    self.merging = False
+                    return
+                part = self.parts.pop(self.merged)
+            self.merge(self.items[self.merged], part)
+            with self.changed:
+                self.merged += 1
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Returns the pool of single-threaded threads, made at the first call."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "mocofast-ops", _compute_alone)
+
+
+def _compute_alone() -> None:
+    """Sets the thread's own number of threads to 1, and no other thread's."""
+    default = torch.get_num_threads()  # a thread's first call sets the number to the default
+    torch.set_num_threads(1)  # also sets the default of new threads
+    restoring = threading.Thread(target=torch.set_num_threads, args=(default,))
+    restoring.start()
+    restoring.join()
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)

@@ -1,0 +1,173 @@
+"""Blocks of an op on threads of their own: values, order, errors, forks and numbers of threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from mocofast_kernels import cpu, cpu_threads
+from torch import Tensor
+
+WORKERS = os.cpu_count() or 1  # threads of the pool
+
+
+def never(*_: object) -> bool:
+    return False
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def features(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(threads: int, temperature: float) -> list[Tensor]:
+    """Returns all fields of a forward pass, and the negatives' gradient."""
+    torch.set_num_threads(threads)
+    query, positive, negatives = features(0, 40, 24), features(1, 40, 24), features(2, 5000, 24)
+    sides = {"normalize": True, "normalize_negatives": True, "exclude_period": 40}
+    result = cpu.infonce_forward(
+        query,
+        positive,
+        negatives,
+        temperature,
+        **sides,
+        return_rank=True,
+        compute_grad=True,
+        only_query=False,
+        dot_dtype=torch.float32,
+    )
+    grad = cpu.infonce_grad_negatives(
+        torch.ones(40), query, negatives, result.lse, temperature, **sides, dot_dtype=torch.float32
+    )
+    return [*result, grad]
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2])  # with and without a maximum
+def test_results_are_bit_equal_for_any_number_of_threads(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "ROWS", 16)
+    monkeypatch.setattr(cpu, "LOGITS", 2**13)
+    one = gradients(1, temperature)
+    for threads in (2, 3):
+        for got, want in zip(gradients(threads, temperature), one):
+            assert torch.equal(got, want)
+
+
+def test_neither_the_caller_nor_a_new_thread_changes_its_number_of_threads() -> None:
+    cpu_threads._threads.cache_clear()  # the next call makes new threads
+    gradients(2, 0.2)
+    seen: list[int] = []
+    other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert (torch.get_num_threads(), seen) == (2, [2])
+
+
+@cpu_threads.one_fork(unless=never)
+def numbers_of_threads(x: Tensor) -> list[tuple[str, int]]:
+    """Returns name and number of threads of the thread that computes an item, for 4 items."""
+    merged: list[tuple[str, int]] = []
+
+    def compute(item: int) -> tuple[str, int]:
+        return threading.current_thread().name, torch.get_num_threads()
+
+    cpu_threads.in_order(compute, range(4), lambda _, part: merged.append(part))
+    return merged
+
+
+def test_every_thread_of_the_pool_computes_alone() -> None:
+    names, numbers = zip(*numbers_of_threads(torch.zeros(1)))
+    assert set(numbers) == {1}
+    assert threading.current_thread().name not in names
+    torch.set_num_threads(1)
+    names, _ = zip(*numbers_of_threads(torch.zeros(1)))
+    assert set(names) == {threading.current_thread().name}
+
+
+@cpu_threads.one_fork(unless=never)
+def delayed(delays: Tensor, computed: list[int]) -> list[int]:
+    """Returns the order in which the items were merged. Item i takes delays[i] seconds."""
+    order: list[int] = []
+
+    def compute(item: int) -> int:
+        time.sleep(float(delays[item]))
+        computed.append(item)
+        return -item
+
+    def merge(item: int, part: int) -> None:
+        assert part == -item
+        order.append(item)
+
+    cpu_threads.in_order(compute, range(len(delays)), merge)
+    return order
+
+
+@pytest.mark.skipif(WORKERS < 2, reason="needs two threads")
+def test_a_slow_item_is_merged_first_and_few_results_wait_for_it() -> None:
+    delays = torch.zeros(30)
+    delays[0] = 0.3
+    computed: list[int] = []
+    assert delayed(delays, computed) == list(range(30))
+    assert computed.index(0) == 2 * cpu_threads.AHEAD - 1
+
+
+@cpu_threads.one_fork(unless=never)
+def failing(x: Tensor, where: str) -> None:
+    def compute(item: int) -> int:
+        if where == "compute" and item == 3:
+            raise ZeroDivisionError("item 3")
+        return item
+
+    def merge(item: int, part: int) -> None:
+        if where == "merge" and item == 3:
+            raise ZeroDivisionError("item 3")
+
+    cpu_threads.in_order(compute, range(50), merge)
+
+
+@pytest.mark.parametrize("where", ["compute", "merge"])
+def test_an_error_of_a_thread_reaches_the_caller_and_the_next_call_works(where: str) -> None:
+    with pytest.raises(ZeroDivisionError, match="item 3"):
+        failing(torch.zeros(1), where)
+    assert len(numbers_of_threads(torch.zeros(1))) == 4
+
+
+def test_several_callers_at_a_time_get_their_own_results() -> None:
+    want = gradients(2, 0.2)
+    with ThreadPoolExecutor(4) as callers:
+        for result in callers.map(lambda _: gradients(2, 0.2), range(8)):
+            for got, expected in zip(result, want):
+                assert torch.equal(got, expected)
+
+
+def _child(connection: multiprocessing.connection.Connection) -> None:
+    connection.send(len(numbers_of_threads(torch.zeros(1))))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_process_makes_threads_of_its_own() -> None:
+    numbers_of_threads(torch.zeros(1))
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(there,))
+    child.start()
+    try:
+        assert here.poll(60), "the forked process waits for threads that it does not have"
+        assert here.recv() == 4
+    finally:
+        child.kill()
+        child.join()
