@@ -184,7 +184,7 @@ def finetune(argv: Sequence[str]) -> int:
     _log_to_screen()
     print(datasets.lines())
     encoder = model.encoder_q.to(device)
-    autocast = choose_autocast(config.train.precision, device, encoder, config.augment.size)
+    autocast = choose_autocast(config.train.precision, device)
     result = protocol.finetune(encoder, datasets, config, options, device, autocast)
     if arguments.out:
         save_atomically(encoder.state_dict(), Path(arguments.out))

@@ -39,7 +39,6 @@ class ModelConfig:
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
 
     if TYPE_CHECKING:
-
         # The options of the method.
         def __getattr__(self, name: str) -> Any: ...
 
@@ -324,8 +323,7 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "auto: bf16 autocast on GPUs that have bf16, and for large convolutional networks on "
-        "CPUs that have bf16, else fp32",
+        "auto: bf16 autocast on GPUs that have bf16, else fp32",
         ("auto", "fp32", "bf16"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")

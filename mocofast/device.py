@@ -7,9 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# ResNet-18 has 11 million weights in convolutions, resnet_tiny 72,000, vit_base 590,000.
-CONVOLUTION_WEIGHTS = 1_000_000
-
 
 def choose_device(name: str) -> torch.device:
     """Returns the device of `train.device`.
@@ -34,24 +31,12 @@ def choose_threads(cores: int) -> int:
     return max(1, cores // 2)
 
 
-def choose_autocast(
-    precision: str, device: torch.device, encoder: nn.Module | None = None, size: int = 0
-) -> torch.autocast:
+def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
     """Returns the autocast of `train.precision`: bf16, fp32 (disabled) or auto.
 
-    encoder: the network of the run.
-    size: side of its images, in pixels.
-
-    auto, GPUs: bf16 where the GPU supports it.
-    auto, CPUs: bf16 where the CPU has instructions for it (`cpu_bf16`) and `encoder` gains
-        (`gains_from_bf16`) and trains correctly (`wrong_in_bf16`). Without an encoder: fp32.
+    auto: bf16 on a GPU that supports it, else fp32. On a CPU bf16 must be asked for.
     """
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "auto" and encoder is not None and cpu_bf16():
-        bf16 = gains_from_bf16(encoder) and not wrong_in_bf16(encoder, size)
-    else:
-        bf16 = False
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = precision == "bf16" or (precision == "auto" and bf16)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -68,16 +53,6 @@ def cpu_bf16() -> str:
         if getattr(torch.cpu, query, lambda: False)():
             return name
     return ""
-
-
-def gains_from_bf16(encoder: nn.Module) -> bool:
-    """Returns whether a CPU's step is clearly faster in bf16: many weights in convolutions.
-
-    On a CPU with AVX512-BF16 a step of ResNet-18 is 1.8 times faster, and a step of resnet_tiny
-    1.1 times. A ViT at 224 pixels was .7 times as fast on a CPU with AMX.
-    """
-    convolutions = (part for part in encoder.modules() if isinstance(part, nn.Conv2d))
-    return sum(part.weight.numel() for part in convolutions) >= CONVOLUTION_WEIGHTS
 
 
 def wrong_in_bf16(encoder: nn.Module, size: int) -> str:

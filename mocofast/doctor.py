@@ -123,9 +123,9 @@ def _precision() -> Rows:
     device = _auto_device()
     if device.type == "cpu" and (instructions := cpu_bf16()):
         yield (
-            "bf16 or fp32",
-            f"this CPU has {instructions}: bf16 autocast for large convolutional networks "
-            "(ResNet-18 and larger), fp32 for small networks and ViTs",
+            "fp32",
+            f"this CPU has {instructions}: --train.precision bf16 may be faster for large "
+            "convolutional networks (ResNet-18 and larger)",
         )
     elif choose_autocast("auto", device)._enabled:
         yield "bf16", "autocast, because this GPU supports bf16"

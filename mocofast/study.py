@@ -282,7 +282,7 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
         config,
         model.tuning,
         where,
-        choose_autocast(config.train.precision, where, encoder, config.augment.size),
+        choose_autocast(config.train.precision, where),
         on_epoch=lambda result: accuracy.append(result.top1),
     )
     return accuracy

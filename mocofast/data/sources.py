@@ -72,9 +72,7 @@ class FolderSource:
         return part
 
     def fingerprint(self) -> str:
-        """Returns a hash of relative names and labels. The folder may move, its content
-        may not change.
-        """
+        """Returns a hash of relative names and labels, not of the folder's place."""
         return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
 
 
@@ -186,7 +184,7 @@ def labelled(source: Source) -> Source:
 
 def _part(source: Source, index: np.ndarray) -> Source:
     """Returns some samples of a source. index: (n,) int64, ascending."""
-    if isinstance(source, ShardSource):
+    if isinstance(source, (FolderSource, ShardSource)):
         return source.subset(index)
     return Subset(source, index)
 
@@ -202,23 +200,19 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         lie in two or more folders, see `mocofast.data.layout.classes_of`.
     data.source=zip: a zip archive of image files, arranged like a folder.
     data.source=list: a CSV or parquet file (`mocofast.data.lists`).
-    data.source=shards: tar files (`mocofast.data.shards`): a folder of shards, which
-        may have train/ and val/ too, a pattern, or URLs. The labels are the labels in
-        the shards.
+    data.source=shards: a folder of tar files (`mocofast.data.shards`), a pattern, or URLs.
     data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn, the same in
         all `data.channels`. The same 20% of every class are held out for any seed.
     data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded
         only if absent. The val set is the test set. With several processes, one process
         must call this function first, so that only one process downloads.
-
-    data.source=package.module: the module's own `load_datasets(data, seed)`, which returns
-        Datasets.
+    data.source=package.module: the result of the module's own `load_datasets(data, seed)`.
 
     If labelled images have no evaluation folder, the share `data.holdout` of every class is
     held out for the val set, or of the groups of `data.group`. The images are chosen by `seed`.
 
-    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the
-    option. Decodes no image: loaders find and skip bad files.
+    Raises ConfigError, FileNotFoundError or NotADirectoryError with the name of the option.
+    Decodes no image: loaders find and skip bad files.
     """
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout must be in [0, 1), got {data.holdout}")

@@ -101,7 +101,7 @@ def linear_probe(
     # The reference protocol stays in float32: its figures stand beside published figures.
     is_fast = options.protocol == "fast"
     precision = config.train.precision if is_fast else "fp32"
-    autocast = choose_autocast(precision, device, encoder, config.augment.size)
+    autocast = choose_autocast(precision, device)
     with _unchanged(encoder):
         val = _features(encoder, datasets.val, config, device, autocast)
         if is_fast:

@@ -61,8 +61,7 @@ class KNNMonitor:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
         if autocast is None:
-            precision, size = self.config.train.precision, self.config.augment.size
-            autocast = choose_autocast(precision, self.device, encoder, size)
+            autocast = choose_autocast(self.config.train.precision, self.device)
         bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
         queries, query_labels = self._features(encoder, self.val, autocast, "queries")
         knn = self.config.knn

@@ -16,21 +16,20 @@ from tqdm import tqdm
 
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import Batch, BatchSlice, Loader, view_augments
-from mocofast.data.loaders import build_loader, count_workers, pixels_of
+from mocofast.data.interface import Batch
+from mocofast.data.loaders import count_workers, pixels_of
 from mocofast.data.look import look
 from mocofast.data.remarks import remarks
-from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import choose_autocast, choose_device, choose_threads, wrong_in_bf16
+from mocofast.data.sources import Datasets
+from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.evaluate.monitor import KNNMonitor
-from mocofast.methods.build import build_method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
-from mocofast.train.checkpoint import LAST, CheckpointWriter, RunState
+from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
+from mocofast.train.checkpoint import LAST, CheckpointWriter
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
-from mocofast.train.metrics import LOSS, PendingWindow, Window, duration, memory_gib
-from mocofast.train.optimizer import optimizer_of
+from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import RunFolder, StepLine, choose_folder
@@ -105,20 +104,11 @@ class _Run:
             )
 
         # Data, model and optimiser.
-        datasets = _load_on_rank_0_first(config, rank)
+        datasets = load_on_rank_0_first(config, rank)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
-        self.state = _new_state(config, datasets, device, rank, world_size)
-        encoder, size = self.state.model.encoder_q, config.augment.size
-        self.autocast = choose_autocast(_precision(config, device, saved), device, encoder, size)
-        if (
-            device.type == "cpu"
-            and self.autocast._enabled
-            and (wrong := wrong_in_bf16(encoder, size))
-        ):
-            raise ConfigError(
-                f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
-                f"augment.size {size}; take fp32, or larger views"
-            )
+        self.state = new_state(config, datasets, device, rank, world_size)
+        self.autocast = choose_autocast(config.train.precision, device)
+        check_gradients(self.autocast, self.state.model.encoder_q, config.augment.size)
         self.monitor = KNNMonitor.of(datasets, config, device)
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -301,7 +291,6 @@ class _Run:
             return
         name, skipped = self.state.source.name, content["data"]["skipped"]
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
-        content["precision"] = "bf16" if self.autocast._enabled else "fp32"
         self.writer.save(content)
 
     def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
@@ -359,51 +348,3 @@ class _Run:
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
         self.folder.finish(self.state.before, self.state.after)
-
-
-def _precision(config: Config, device: torch.device, saved: dict[str, Any] | None) -> str:
-    """Returns the value of `train.precision` for `choose_autocast`.
-
-    A continued run on a CPU stays in fp32, so that it equals a run that was never interrupted.
-    (Runs of mocofast 0.1 took fp32 on every CPU, and did not write their precision.)
-
-    saved: the checkpoint to continue from.
-    """
-    precision = config.train.precision
-    if saved is not None and precision == "auto" and device.type == "cpu":
-        return "auto" if saved.get("precision") == "bf16" else "fp32"
-    return precision
-
-
-def _load_on_rank_0_first(config: Config, rank: int) -> Datasets:
-    """Loads the datasets. The other ranks wait, because rank 0 may have to download the images."""
-    if rank:
-        distributed.barrier()
-    datasets = load_datasets(config.data, config.train.seed)
-    if rank == 0:
-        distributed.barrier()
-    return datasets
-
-
-def _new_state(
-    config: Config, datasets: Datasets, device: torch.device, rank: int, world_size: int
-) -> RunState:
-    """Builds model, optimiser and loader of a run from its start."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # almost every batch has the same shape
-    torch.manual_seed(config.train.seed)
-    source = datasets.train
-    model = build_method(config, len(source), len(source.classes)).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if "labels" in model.batch_fields:
-        source = labelled(source)
-    loader: Loader = build_loader(
-        source,
-        config.data,
-        view_augments(config.augment, model.num_views),
-        BatchSlice(config.data.batch_size, rank, world_size, config.data.drop_last),
-        config.train.seed,
-        device,
-    )
-    optimizer = optimizer_of(model, config.optim)
-    return RunState(config, model, optimizer, loader, source, Window(device), device)

@@ -1,0 +1,65 @@
+"""Builds the parts of a run: datasets, model, optimiser, loader."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mocofast import distributed
+from mocofast.config import Config, ConfigError
+from mocofast.data.interface import BatchSlice, Loader, view_augments
+from mocofast.data.loaders import build_loader
+from mocofast.data.sources import Datasets, labelled, load_datasets
+from mocofast.device import wrong_in_bf16
+from mocofast.methods.build import build_method
+from mocofast.train.checkpoint import RunState
+from mocofast.train.metrics import Window
+from mocofast.train.optimizer import optimizer_of
+
+
+def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
+    """Loads the datasets. The other ranks wait, because rank 0 may have to download the images."""
+    if rank:
+        distributed.barrier()
+    datasets = load_datasets(config.data, config.train.seed)
+    if rank == 0:
+        distributed.barrier()
+    return datasets
+
+
+def new_state(
+    config: Config, datasets: Datasets, device: torch.device, rank: int, world_size: int
+) -> RunState:
+    """Builds model, optimiser and loader of a run from its start."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # almost every batch has the same shape
+    torch.manual_seed(config.train.seed)
+    source = datasets.train
+    model = build_method(config, len(source), len(source.classes)).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if "labels" in model.batch_fields:
+        source = labelled(source)
+    loader: Loader = build_loader(
+        source,
+        config.data,
+        view_augments(config.augment, model.num_views),
+        BatchSlice(config.data.batch_size, rank, world_size, config.data.drop_last),
+        config.train.seed,
+        device,
+    )
+    optimizer = optimizer_of(model, config.optim)
+    return RunState(config, model, optimizer, loader, source, Window(device), device)
+
+
+def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: int) -> None:
+    """Raises ConfigError if a CPU computes wrong gradients of the encoder in bf16.
+
+    size: side of the images, in pixels.
+    """
+    if autocast.device != "cpu" or not autocast._enabled:
+        return
+    if wrong := wrong_in_bf16(encoder, size):
+        raise ConfigError(
+            f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
+            f"augment.size {size}; take fp32, or larger views"
+        )
