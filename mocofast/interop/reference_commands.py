@@ -227,6 +227,7 @@ def _moco(flags: Mapping[str, Any]) -> Config:
 
 def _moco_v3(flags: Mapping[str, Any]) -> Config:
     config = Config()
+    settings.apply(config, {"model.method": "moco_v3"})
     m, o = config.model, config.optim
     if flags["arch"].startswith("vit_conv"):
         raise ConfigError(
@@ -238,12 +239,7 @@ def _moco_v3(flags: Mapping[str, Any]) -> Config:
             f"-a {flags['arch']}: the patch projection of mocofast's ViTs is frozen; "
             "expected --stop-grad-conv1"
         )
-    m.method, m.arch, m.dim, m.hidden_dim = (
-        "moco_v3",
-        flags["arch"],
-        flags["moco_dim"],
-        flags["moco_mlp_dim"],
-    )
+    m.arch, m.dim, m.hidden_dim = flags["arch"], flags["moco_dim"], flags["moco_mlp_dim"]
     m.momentum, m.temperature, m.sync_bn = flags["moco_m"], flags["moco_t"], True
     m.momentum_schedule = "cosine" if flags["moco_m_cos"] else "constant"
     config.data.batch_size, config.train.epochs = flags["batch_size"], flags["epochs"]

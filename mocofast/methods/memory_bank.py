@@ -20,14 +20,14 @@ from mocofast.config import Config, ConfigError, between, option
 from mocofast.distributed import SharedGenerator, all_gather, indices_to_device, rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
-from mocofast.methods.options import StoredKeysOptions
+from mocofast.methods.options import HeadOptions, StoredKeysOptions, TemperatureOptions
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops.losses import info_nce
 
 
 @dataclass
-class Options(StoredKeysOptions):
+class Options(HeadOptions, TemperatureOptions, StoredKeysOptions):
     """Options of the memory bank."""
 
     momentum: float = option(

@@ -23,7 +23,12 @@ from mocofast.config import Config, ConfigError, at_least, option
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.momentum import MomentumMethod
-from mocofast.methods.options import MomentumOptions, StoredKeysOptions
+from mocofast.methods.options import (
+    HeadOptions,
+    MomentumOptions,
+    StoredKeysOptions,
+    TemperatureOptions,
+)
 from mocofast.models.batch_norm import split_batch_norm
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
@@ -37,7 +42,7 @@ QUEUE_DTYPES = {
 
 
 @dataclass
-class Options(MomentumOptions, StoredKeysOptions):
+class Options(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOptions):
     """Options of MoCo."""
 
     shuffle_bn: bool = option(

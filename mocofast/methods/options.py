@@ -31,7 +31,7 @@ class TemperatureOptions(ModelConfig):
 
 
 @dataclass
-class StoredKeysOptions(TemperatureOptions):
+class StoredKeysOptions(ModelConfig):
     """Options of a method whose negatives are stored keys."""
 
     queue_size: int = option(
@@ -42,6 +42,12 @@ class StoredKeysOptions(TemperatureOptions):
     queue_dtype: str = option(
         "float32", "type of the stored keys", ("float32", "bfloat16", "float16")
     )
+
+
+@dataclass
+class HeadOptions(ModelConfig):
+    """Options of a method with MoCo's projection head."""
+
     mlp: bool = option(False, "two-layer projection head (MoCo v2) instead of a linear head")
 
 
