@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from mocofast.config import Config, above, option
+from mocofast.config import Config
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import ProjectorOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
+from mocofast.option import above, option
 
 
 @dataclass

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mocofast.data_config import LOADERS as LOADERS
+from mocofast.data_config import OWN_IMAGES as OWN_IMAGES
+from mocofast.data_config import SOURCES as SOURCES
+from mocofast.data_config import AugmentConfig, DataConfig
 from mocofast.errors import ConfigError
-from mocofast.option import Valid, above, at_least, between, option
+from mocofast.option import Valid, above, at_least, option
 from mocofast.plugins import is_plugin, load_plugin
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
@@ -81,199 +84,6 @@ def method_options(name: str) -> type[ModelConfig]:
     """Returns the options of a method: its module's `Options`."""
     options: type[ModelConfig] = method_module(name).Options
     return options
-
-
-_RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
-OWN_IMAGES = ("folder", "shards", "list", "zip")  # data.path names the user's images
-SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
-LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
-
-
-@dataclass
-class DataConfig:
-    """The source of the images, and the loader that decodes them."""
-
-    source: str = option(
-        "folder",
-        "folder (of images, recursive), tar shards, list (CSV or parquet, a row for every image), "
-        "zip archive, embedded digits, torchvision's CIFAR, or the dotted name of a module with "
-        "load_datasets",
-        SOURCES,
-        plugins=True,
-    )
-    path: str = option(
-        "",
-        "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
-        "or a list, a zip archive, or the folder of CIFAR",
-    )
-    train: tuple[str, ...] = option(
-        (),
-        "folders of training images, or values of a list's column split; "
-        "empty finds train/, training/ and unlabeled/",
-    )
-    val: str = option(
-        "",
-        "folder of evaluation images below data.path, or a value of a list's column split; "
-        "empty finds val/, valid/, validation/, dev/, test/ or testing/ beside train/",
-    )
-    include: tuple[str, ...] = option(
-        (),
-        "use only files whose path below data.path (in shards: name) matches one of these "
-        "patterns, such as 'images/*' or '*.tif'; * also matches /",
-    )
-    exclude: tuple[str, ...] = option(
-        (),
-        "leave out files and folders whose path matches one of these patterns, such as '*/masks'",
-    )
-    labels: str = option(
-        "auto",
-        "auto: by folders, or as the shards or the list say; none; or a list with columns path "
-        "and label, FILE.csv or FILE.csv:COLUMN (source=list: the column)",
-    )
-    group: str = option(
-        "",
-        "images that stay together in the hold-out, such as a patient's: the level of the folders "
-        "that are groups (1 is the first), or the column of a list",
-    )
-    channels: int = option(
-        3,
-        "channels of an image; other numbers than 3 keep 16 bits, and read .npy files too",
-        valid=between(1, 64),
-    )
-    shuffle_window: int = option(
-        0,
-        "source=shards: number of shards whose samples are shuffled together; 0 shuffles all",
-        valid=at_least(0),
-    )
-    range: str = option(
-        "auto",
-        "the numbers of a file that mean black and white: auto, dtype (all that the type of number "
-        "holds), min,max (0,4095), divide:N (divide:10000) or percentile:a,b of every image "
-        "(percentile:1,99); a pair, or an N, per channel is allowed; auto keeps 8 and 16 unsigned "
-        "bits, and takes the lowest and highest value of an image of other numbers",
-        valid=Valid(
-            lambda value: re.fullmatch(_RANGE, value) is not None,
-            "auto, dtype, min,max, divide:N or percentile:a,b",
-        ),
-    )
-    loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
-    batch_size: int = option(
-        256,
-        "images per optimiser step, over all ranks and accumulation steps",
-        valid=at_least(1),
-    )
-    workers: int = option(
-        -1, "loader threads or processes per rank; -1 takes all cores, 0 loads in the main process"
-    )
-    prefetch: int = option(
-        2,
-        "batches decoded ahead, and as many finished batches waiting (torchvision: per worker)",
-        valid=at_least(1),
-    )
-    hw_decoder_load: float = option(
-        0.65,
-        "DALI on a GPU with a JPEG decoder: the decoder's share of the images, 0 to 1",
-        valid=between(0, 1, "a share, 0 to 1"),
-    )
-    preallocate: tuple[int, int] = option(
-        (0, 0),
-        "DALI on a GPU: width and height of an image to reserve memory for at the start",
-        valid=at_least(0),
-    )
-    drop_last: bool = option(True, "leave out the last batch of an epoch if it is smaller")
-    holdout: float = option(
-        0.1,
-        "share of a labelled set without a val/ or test/ folder that is kept for kNN, 0 to 1",
-        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
-    )
-
-
-_PROBABILITY = between(0, 1, "a probability, 0 to 1")
-_AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
-_PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
-
-
-@dataclass
-class AugmentConfig:
-    """Random views. The defaults are MoCo v1's. The recipes hold the differences of v2."""
-
-    size: int = option(224, "side of a view, in pixels", valid=at_least(1))
-    crop_scale: tuple[float, float] = option(
-        (0.2, 1.0),
-        "area of the random crop, as a share of the image",
-        valid=Valid(
-            lambda value: 0 < value[0] <= value[1] <= 1,
-            "two shares, 0 < smallest <= largest <= 1",
-        ),
-    )
-    rotate: float = option(0.0, "largest random rotation in either direction, in degrees")
-    flip: float = option(0.5, "probability of a horizontal flip", valid=_PROBABILITY)
-    jitter: tuple[float, float, float, float] = option(
-        (0.4, 0.4, 0.4, 0.4),
-        "strength of brightness, contrast, saturation and hue jitter",
-        valid=Valid(
-            lambda value: min(value) >= 0 and value[3] <= 0.5, "at least 0; hue at most 0.5"
-        ),
-    )
-    jitter_p: float = option(1.0, "probability of colour jitter", valid=_PROBABILITY)
-    gray: float = option(0.2, "probability of grayscale", valid=_PROBABILITY)
-    gray_first: bool = option(
-        True, "grayscale before the colour jitter (MoCo v1) instead of after it (v2)"
-    )
-    blur: float = option(0.0, "probability of Gaussian blur", valid=_PROBABILITY)
-    blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0),
-        "standard deviation of the blur, in pixels",
-        valid=Valid(lambda value: 0 < value[0] <= value[1], "0 < smallest <= largest"),
-    )
-    solarize: float = option(
-        0.0, "probability of inverting all values of 128 and more", valid=_PROBABILITY
-    )
-    blur_2: float = option(
-        -1.0,
-        "probability of blur in the second view; -1: as in the first",
-        valid=_PROBABILITY_OR_SAME,
-    )
-    solarize_2: float = option(
-        -1.0,
-        "probability of solarize in the second view; -1: as in the first",
-        valid=_PROBABILITY_OR_SAME,
-    )
-    vertical_flip: float = option(0.0, "probability of a vertical flip", valid=_PROBABILITY)
-    quarter_turns: float = option(
-        0.0, "probability of 0 to 3 turns by 90 degrees, all equally likely", valid=_PROBABILITY
-    )
-    channel_jitter: tuple[float, float] = option(
-        (0.0, 0.0),
-        "strength of brightness and contrast jitter with own factors for every channel",
-        valid=at_least(0),
-    )
-    hed: float = option(
-        0.0,
-        "strength s of jitter of haematoxylin, eosin and DAB on slides: a factor in [1 - s, 1 + s] "
-        "and an optical density in [-s, s] for every stain",
-        valid=between(0, 1),
-    )
-    noise: float = option(
-        0.0,
-        "largest standard deviation of Gaussian noise, as a share of the range of pixels",
-        valid=between(0, 1),
-    )
-    color_ops: str = option(
-        "on",
-        "hue, saturation, grayscale, solarize and hed: on, as asked (an error unless data.channels "
-        "is 3), or auto, which turns all five off unless data.channels is 3",
-        ("on", "auto"),
-    )
-    mean: tuple[float, ...] = option(
-        (0.485, 0.456, 0.406),
-        "channel means that normalise pixels in [0, 1]" + _AS_CHANNELS,
-    )
-    std: tuple[float, ...] = option(
-        (0.229, 0.224, 0.225),
-        "channel standard deviations that normalise pixels in [0, 1]" + _AS_CHANNELS,
-        valid=above(0),
-    )
 
 
 @dataclass
@@ -409,3 +219,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
+
+    def __post_init__(self) -> None:
+        """Gives a plain ModelConfig the options of its method."""
+        if type(self.model) is ModelConfig:
+            self.model = method_options(self.model.method)(**vars(self.model))

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mocofast import settings
-from mocofast.config import ModelConfig, is_plugin, method_options
+from mocofast.config import ModelConfig, method_options
+from mocofast.plugins import is_plugin
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,11 +22,11 @@ from mocofast.config import (
     Config,
     ConfigError,
     ModelConfig,
-    Valid,
     check_options,
-    is_plugin,
     method_options,
 )
+from mocofast.option import Valid
+from mocofast.plugins import is_plugin
 
 log = logging.getLogger("mocofast")
 

@@ -192,7 +192,8 @@ def test_each_operation_happens_as_often_as_asked_and_independently() -> None:
 def test_what_is_switched_off_never_happens() -> None:
     still = AugmentConfig(jitter=(0, 0, 0, 0), gray=0, blur=0, flip=0, rotate=0)
     for p in sampled(still, count=200):
-        assert p[4:] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+        assert p[4:14] == (0.0, (), 1.0, 1.0, 1.0, 0.0, False, 0.0, False, False)
+        assert not any(p[14:])  # operators for images that are no photos
 
 
 def test_solarize_switched_off_takes_no_random_number_so_that_old_streams_stay() -> None:

@@ -15,11 +15,12 @@ import yaml
 from mocofast_bench.processes import on_ranks
 from sklearn.datasets import load_digits
 
-from mocofast.config import Config, ConfigError, load_plugin
+from mocofast.config import Config, ConfigError
 from mocofast.data.sources import load_datasets
 from mocofast.methods.build import build_method
 from mocofast.methods.momentum import MomentumMethod
 from mocofast.models.encoders import build_encoder
+from mocofast.plugins import load_plugin
 from mocofast.settings import apply, load_recipe
 from tests import runs
 
@@ -126,7 +127,7 @@ def test_modules_of_the_page_train(package: Path, options: tuple[str, ...], show
 def test_options_of_a_module_that_a_yaml_file_names(package: Path) -> None:
     (package / "package" / "weighted.py").write_text(
         "from dataclasses import dataclass\n"
-        "from mocofast.config import option\n"
+        "from mocofast.option import option\n"
         "from mocofast.methods.moco import Options as MoCoOptions, build\n\n\n"
         "@dataclass\n"
         "class Options(MoCoOptions):\n"

@@ -23,7 +23,7 @@ FLOORS = [
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
     {"mocofast.errors", "mocofast.option"},
-    {"mocofast.plugins"},
+    {"mocofast.data_config", "mocofast.plugins"},
     {
         "mocofast.config",
         "mocofast.device",

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from mocofast.config import ConfigError, DataConfig, option
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
@@ -34,6 +34,7 @@ from mocofast.data.shards import META
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
+from mocofast.option import option
 
 AHEAD = 4  # images per thread that are prepared ahead of the writer
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocofast.config import SOURCES, ConfigError, DataConfig, is_plugin, load_plugin
+from mocofast.config import SOURCES, ConfigError, DataConfig
 from mocofast.data.arrays import NPY, float_levels
 from mocofast.data.finding import Disk, Names
 from mocofast.data.folders import no_image, open_folder
@@ -25,6 +25,7 @@ from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
 from mocofast.data.zips import ZipArchive, ZipSource
 from mocofast.errors import list_choices
+from mocofast.plugins import is_plugin, load_plugin
 
 DIGITS_HOLDOUT = 0.2
 
@@ -374,9 +375,8 @@ def _hold_out(
 ) -> Datasets:
     """Holds a share of labelled images out for the val set.
 
-    remark: for the note, after the summary.
+    remark: for the note, after the summary. remarks: of the result.
     groups: (N,) int64. Images of a group stay together.
-    remarks: of the result.
     """
     if source.labels is None:
         return Datasets(source, None, f"{len(source)} images without labels: no kNN", remarks)

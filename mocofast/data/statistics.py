@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mocofast.config import ConfigError, DataConfig, option
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data.arrays import PixelFormat, is_npy, read_numbers
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, no_image_decodes
@@ -22,6 +22,7 @@ from mocofast.data.remarks import Numbers, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
+from mocofast.option import option
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mocofast.config import Config, ConfigError, OptimConfig, option
+from mocofast.config import Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
@@ -27,6 +27,7 @@ from mocofast.models.encoders import features, head_name
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.optim.build import build_optimizer
 from mocofast.optim.schedule import learning_rate, set_learning_rate
+from mocofast.option import option
 
 log = logging.getLogger("mocofast")
 

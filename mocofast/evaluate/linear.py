@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig, option
+from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
@@ -36,6 +36,7 @@ from mocofast.evaluate.features import (
 from mocofast.evaluate.knn import label_position
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
+from mocofast.option import option
 
 log = logging.getLogger("mocofast")
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError, between, option
+from mocofast.config import Config, ConfigError
 from mocofast.distributed import SharedGenerator, all_gather, indices_to_device, rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
@@ -24,6 +24,7 @@ from mocofast.methods.options import HeadOptions, StoredKeysOptions, Temperature
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops.losses import info_nce
+from mocofast.option import between, option
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError, at_least, option
+from mocofast.config import Config, ConfigError
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.momentum import MomentumMethod
@@ -33,6 +33,7 @@ from mocofast.models.batch_norm import split_batch_norm
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
 from mocofast.ops import enqueue_, info_nce
+from mocofast.option import at_least, option
 
 QUEUE_DTYPES = {
     "float32": torch.float32,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mocofast.config import ModelConfig, above, at_least, between, option
+from mocofast.config import ModelConfig
+from mocofast.option import above, at_least, between, option
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from mocofast.config import Config, above, at_least, option
+from mocofast.config import Config
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
@@ -22,6 +22,7 @@ from mocofast.methods.options import ProjectorOptions, TemperatureOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import nt_xent
+from mocofast.option import above, at_least, option
 
 
 @dataclass

@@ -17,13 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, above, at_least, option
+from mocofast.config import Config
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import ProjectorOptions, TemperatureOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
+from mocofast.option import above, at_least, option
 
 
 @dataclass

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mocofast.config import AugmentConfig, ConfigError, is_plugin, load_plugin
+from mocofast.config import AugmentConfig, ConfigError
 from mocofast.models.vit import SIZES, conv_of, vision_transformer
+from mocofast.plugins import is_plugin, load_plugin
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
