@@ -25,7 +25,7 @@ _MASKS = re.compile(
     r"|segmentation.*|gt|seg"
 )
 # Names of folders that hold a part of a set.
-SPLITS = frozenset(
+SET_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
     | {"unlabeled", "unlabelled"}
 )
@@ -71,7 +71,7 @@ class Found(NamedTuple):
     excluded: number of images that the patterns leave out.
     unreadable: folders that cannot be listed, {path: reason}.
     masks: images below a folder named like masks, {path of the folder: number}.
-    splits: images below a folder named like a split, {path of the folder: number}.
+    sets: images below a folder named like a set (train, valid, ...), {path of the folder: number}.
     """
 
     names: list[str]
@@ -79,7 +79,7 @@ class Found(NamedTuple):
     excluded: int
     unreadable: dict[str, str]
     masks: dict[str, int]
-    splits: dict[str, int]
+    sets: dict[str, int]
 
     def plus(self, other: Found) -> Found:
         """Returns the files of two folders together."""
@@ -89,7 +89,7 @@ class Found(NamedTuple):
             self.excluded + other.excluded,
             {**self.unreadable, **other.unreadable},
             {**self.masks, **other.masks},
-            {**self.splits, **other.splits},
+            {**self.sets, **other.sets},
         )
 
     def left_out(self) -> str:
@@ -262,7 +262,7 @@ class Names:
 
 
 def _note_folder(found: Found, prefix: str, name: str, images: int) -> None:
-    """Counts the images of a folder that is named like masks or like a split."""
+    """Counts the images of a folder that is named like masks or like a set."""
     if not images:
         return
     lower = name.lower()
@@ -271,8 +271,8 @@ def _note_folder(found: Found, prefix: str, name: str, images: int) -> None:
         for folder in inside:  # a folder of masks in a folder of masks counts once
             del found.masks[folder]
         found.masks[prefix + name] = found.masks.get(prefix + name, 0) + images
-    elif lower in SPLITS:
-        found.splits[prefix + name] = found.splits.get(prefix + name, 0) + images
+    elif lower in SET_NAMES:
+        found.sets[prefix + name] = found.sets.get(prefix + name, 0) + images
 
 
 def is_mask_name(name: str) -> bool:

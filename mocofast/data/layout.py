@@ -11,7 +11,7 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.finding import (
-    SPLITS,
+    SET_NAMES,
     Disk,
     Found,
     Patterns,
@@ -22,7 +22,7 @@ from mocofast.data.finding import (
 from mocofast.data.folders import no_image
 from mocofast.data.names import EXTENSIONS
 
-# Names of splits in lower case. Of several folders the first name wins.
+# Names of sets in lower case. Of several folders the first name wins.
 TRAIN = ("train", "training")
 UNLABELLED = ("unlabeled", "unlabelled")
 EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
@@ -30,7 +30,7 @@ EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
 _YEAR = re.compile(r"[-_]?(19|20)\d\d$")
 
 
-class Splits(NamedTuple):
+class SetFolders(NamedTuple):
     """The folders of a set, as prefixes of names ("train/"), "" for the root."""
 
     train: tuple[str, ...]  # folders of training images
@@ -58,45 +58,45 @@ def arrange(tree: Tree, data: DataConfig, place: str) -> Layout:
     data: `train`, `val`, `include`, `exclude`, `labels` and `group` are used.
     place: the name of the tree, for errors.
 
-    Training and evaluation images lie in folders that `split_folders` chooses. The class
+    Training and evaluation images lie in folders that `set_folders` chooses. The class
     is the first folder below, behind folders that hold a single folder. All images lie in
     a class, and there are two classes or more, otherwise images are unlabelled.
 
     Raises ConfigError for a folder that is not there, and without images.
     """
-    splits = split_folders(tree, data)
+    sets = set_folders(tree, data)
     patterns = Patterns(data.include, data.exclude)
-    parts = [tree.find(folder, patterns) for folder in splits.train]
+    parts = [tree.find(folder, patterns) for folder in sets.train]
     found = parts[0]
     for part in parts[1:]:
         found = found.plus(part)
-    if splits.train == ("",) and splits.val is not None:  # all but the evaluation images
-        outside = [name for name in found.names if not name.startswith(splits.val)]
+    if sets.train == ("",) and sets.val is not None:  # all but the evaluation images
+        outside = [name for name in found.names if not name.startswith(sets.val)]
         found = found._replace(names=outside)
     if not found.names:
-        raise no_image("/".join((place, *splits.train[0].split("/")[:-1])), found)
+        raise no_image("/".join((place, *sets.train[0].split("/")[:-1])), found)
     remarks = [line for line in (found.left_out(),) if line] + found.warnings()
-    if splits.beside:
-        used = ", ".join(filter(None, (*splits.train, splits.val)))
-        remarks.append(f"{shortened(splits.beside)} beside {used} not used")
+    if sets.beside:
+        used = ", ".join(filter(None, (*sets.train, sets.val)))
+        remarks.append(f"{shortened(sets.beside)} beside {used} not used")
     classes: tuple[str, ...] = ()
     labels = None
     if data.labels == "auto":
-        classes, labels = _classes_of_parts(found.names, splits.train)
-    remarks += _doubts(found, classes, splits, patterns)
-    groups = None if not data.group else groups_of(found.names, splits.train, data.group)
+        classes, labels = _classes_of_parts(found.names, sets.train)
+    remarks += _doubts(found, classes, sets, patterns)
+    groups = None if not data.group else groups_of(found.names, sets.train, data.group)
     layout = Layout(found.names, labels, classes, groups, [], None, "", "", remarks)
-    if splits.val is None:
+    if sets.val is None:
         return layout
     if data.labels not in ("auto", "none"):  # labels come from a list
-        names = tree.find(splits.val, patterns).names
-        return layout._replace(val=names, val_folder=splits.val)
+        names = tree.find(sets.val, patterns).names
+        return layout._replace(val=names, val_folder=sets.val)
     if labels is None:
         return layout
-    return _with_evaluation(layout, tree.find(splits.val, patterns), splits)
+    return _with_evaluation(layout, tree.find(sets.val, patterns), sets)
 
 
-def split_folders(tree: Tree, data: DataConfig) -> Splits:
+def set_folders(tree: Tree, data: DataConfig) -> SetFolders:
     """Returns the folders of training and evaluation images.
 
     TRAIN beside one of EVALUATION, in any case of letters, or TRAIN alone. A folder of
@@ -106,17 +106,17 @@ def split_folders(tree: Tree, data: DataConfig) -> Splits:
     `data.train` and `data.val` take precedence.
     """
     folders, images = tree.entries("")
-    prefix, splits = "", _choose(folders)
-    while splits is None and not images and len(folders) == 1 and folders[0].lower() not in SPLITS:
+    prefix, sets = "", _choose(folders)
+    while sets is None and not images and len(folders) == 1 and folders[0].lower() not in SET_NAMES:
         prefix += f"{folders[0]}/"
         try:
             folders, images = tree.entries(prefix)
         except OSError:  # a folder that cannot be read, which `Tree.find` reports
             break
-        splits = _choose(folders)
-    splits = splits or Splits((), None)
-    train = tuple(prefix + folder for folder in splits.train)
-    val = None if splits.val is None else prefix + splits.val
+        sets = _choose(folders)
+    sets = sets or SetFolders((), None)
+    train = tuple(prefix + folder for folder in sets.train)
+    val = None if sets.val is None else prefix + sets.val
     if data.train:
         train = tuple(_given(tree, "train", folder, prefix, folders) for folder in data.train)
     if data.val:
@@ -126,15 +126,15 @@ def split_folders(tree: Tree, data: DataConfig) -> Splits:
     val = None if val in train else val
     used = {*train, val}
     beside = tuple(f"{name}/" for name in folders if f"{prefix}{name}/" not in used)
-    return Splits(train or ("",), val, beside if train and set(train) != {""} else ())
+    return SetFolders(train or ("",), val, beside if train and set(train) != {""} else ())
 
 
-def _choose(folders: Sequence[str]) -> Splits | None:
-    """Returns the splits among the names of folders, or None if there are none."""
+def _choose(folders: Sequence[str]) -> SetFolders | None:
+    """Returns the sets among the names of folders, or None if there are none."""
     train, more, val = (_first(folders, names) for names in (TRAIN, UNLABELLED, EVALUATION))
     parts = tuple(part for part in (train, more) if part)
     if parts and (val or (train and len(folders) == len(parts))):
-        return Splits(parts, val)
+        return SetFolders(parts, val)
     return None
 
 
@@ -255,18 +255,18 @@ def grouped_holdout(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _doubts(
-    found: Found, classes: tuple[str, ...], splits: Splits, patterns: Patterns
+    found: Found, classes: tuple[str, ...], sets: SetFolders, patterns: Patterns
 ) -> list[str]:
     """Returns warnings about folders that may be no classes."""
     lines = []
-    named = [name for name in classes if name.lower() in SPLITS]
+    named = [name for name in classes if name.lower() in SET_NAMES]
     if named:
         first = named[0] if named[0].lower() not in EVALUATION else "FOLDER"
         lines.append(
             f"{shortened(named)} among the classes: if they are parts of the set, "
             f"--data.train {first} --data.val FOLDER name the parts"
         )
-    below = {path.rpartition("/")[2] for path in found.splits} - set(classes)
+    below = {path.rpartition("/")[2] for path in found.sets} - set(classes)
     if below and not patterns:
         lines.append(
             f"folders named {shortened(sorted(below))} lie below the root, and images of all are "
@@ -280,30 +280,30 @@ def _doubts(
     return lines
 
 
-def _with_evaluation(layout: Layout, found: Found, splits: Splits) -> Layout:
+def _with_evaluation(layout: Layout, found: Found, sets: SetFolders) -> Layout:
     """Adds the evaluation images that have a class of the training images."""
-    assert splits.val is not None
-    train = " and ".join(splits.train) or "data.path"
-    layout = layout._replace(val_folder=splits.val)
+    assert sets.val is not None
+    train = " and ".join(sets.train) or "data.path"
+    layout = layout._replace(val_folder=sets.val)
     position = {name: i for i, name in enumerate(layout.classes)}
-    folders = _class_folders([name[len(splits.val) :] for name in found.names], layout.classes)
+    folders = _class_folders([name[len(sets.val) :] for name in found.names], layout.classes)
     known = [i for i, folder in enumerate(folders) if folder in position]
     unknown = sorted({folder for folder in folders if folder} - position.keys())
     if not known and unknown:
         remark = (
-            f"no folder of {splits.val} ({shortened(unknown)}) is among those of {train}"
+            f"no folder of {sets.val} ({shortened(unknown)}) is among those of {train}"
             f" ({shortened(layout.classes)}): folders are not taken for classes"
         )
         remarks = [line for line in layout.remarks if "--data.labels none" not in line]
         return layout._replace(labels=None, classes=(), remarks=[*remarks, remark])
     if not known:
         nothing = "has no class folders" if found.names else "has no images"
-        return layout._replace(why=f"{splits.val} {nothing}")
+        return layout._replace(why=f"{sets.val} {nothing}")
     remarks = layout.remarks
     if len(known) < len(folders):
         words = f"that {train} lacks ({shortened(unknown)})" if unknown else "without a class"
         count = counted(len(folders) - len(known), "image")
-        remarks = [*remarks, f"{count} of {splits.val} not evaluated: of classes {words}"]
+        remarks = [*remarks, f"{count} of {sets.val} not evaluated: of classes {words}"]
     labels = np.array([position[folders[i]] for i in known], dtype=np.int64)
     return layout._replace(val=[found.names[i] for i in known], val_labels=labels, remarks=remarks)
 
@@ -326,4 +326,4 @@ def has_evaluation_folder(root: Path) -> bool:
     """Returns whether a folder of images has evaluation images beside its training images."""
     if not root.is_dir():
         return False
-    return split_folders(Disk(root, EXTENSIONS), DataConfig()).val is not None
+    return set_folders(Disk(root, EXTENSIONS), DataConfig()).val is not None

@@ -10,7 +10,7 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.finding import Disk, Patterns, counted, shortened
-from mocofast.data.layout import Splits, split_folders
+from mocofast.data.layout import SetFolders, set_folders
 from mocofast.data.shard_samples import Numbering
 from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards, packed_shards
 
@@ -33,33 +33,33 @@ def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
     """
     root = Path(path).expanduser()
     patterns = Patterns(data.include, data.exclude)
-    splits = Splits(data.train or ("",), data.val or None)
+    sets = SetFolders(data.train or ("",), data.val or None)
     if not is_url(path) and root.is_dir() and not _names_shards((*data.train, data.val)):
-        splits = split_folders(Disk(root, {".tar"}), data)
+        sets = set_folders(Disk(root, {".tar"}), data)
     if data.group:
         raise ConfigError("data.group: shards have no folders or columns that are groups")
     if data.labels not in ("auto", "none"):
         raise ConfigError(
             f"data.labels: shards hold their labels, expected auto or none, got {data.labels!r}"
         )
-    shards = [shard for part in splits.train for shard in find_shards(path, part)]
+    shards = [shard for part in sets.train for shard in find_shards(path, part)]
     unlabelled = Numbering((), {}) if data.labels == "none" else None
     train = open_shards(shards, data.shuffle_window, unlabelled, patterns)
-    remarks = (*packed_shards(path, splits.train[0]), *train.remarks)
-    if splits.beside:
-        remarks = (*remarks, f"{shortened(splits.beside)} not used")
-    if train.labels is None or splits.val is None:
+    remarks = (*packed_shards(path, sets.train[0]), *train.remarks)
+    if sets.beside:
+        remarks = (*remarks, f"{shortened(sets.beside)} not used")
+    if train.labels is None or sets.val is None:
         return ShardSets(train, None, "", "", remarks)
-    val = open_shards(find_shards(path, splits.val), numbering=train.numbering, patterns=patterns)
+    val = open_shards(find_shards(path, sets.val), numbering=train.numbering, patterns=patterns)
     assert val.labels is not None
     known = np.flatnonzero(val.labels >= 0)
     if not len(known):
-        return ShardSets(train, None, "", f" ({splits.val} has no labels)", remarks)
+        return ShardSets(train, None, "", f" ({sets.val} has no labels)", remarks)
     if len(known) < len(val):
         count = counted(len(val) - len(known), "image")
-        remarks = (*remarks, f"{count} of {splits.val} not evaluated: no class of the training")
+        remarks = (*remarks, f"{count} of {sets.val} not evaluated: no class of the training")
         val = val.subset(known)
-    return ShardSets(train, val, splits.val, "", remarks)
+    return ShardSets(train, val, sets.val, "", remarks)
 
 
 def _names_shards(parts: Sequence[str]) -> bool:

@@ -196,7 +196,7 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     data: the options of DataConfig that say what is read. Loaders use the others.
     seed: seed of the held-out share.
 
-    data.source=folder: image files below `path`. `mocofast.data.layout.split_folders`
+    data.source=folder: image files below `path`. `mocofast.data.layout.set_folders`
         tells the folders of the train and the val set. Images are labelled if all images
         lie in two or more folders, see `mocofast.data.layout.classes_of`.
     data.source=zip: a zip archive of image files, arranged like a folder.
