@@ -15,9 +15,9 @@ from mocofast.data.decoding import decode
 from mocofast.data.finding import counted, shortened
 from mocofast.data.interface import Source
 from mocofast.data.ranges import range_of
+from mocofast.data.remarks import images_to_look_at
 from mocofast.errors import describe_error
 
-IMAGES = 32  # of every set
 SECONDS = 5.0  # for every set: large images take long
 FEW_LEVELS = 20  # of 256
 CLIPPED = 0.5  # share of the values of an image that are the smallest or the largest
@@ -77,14 +77,8 @@ def look(
 
 def _look_at(source: Source, pixels: PixelFormat | None) -> list[Seen]:
     """Returns what images of a source look like."""
-    if not len(source) or isinstance(first := source.load(0), np.ndarray):
-        return []
-    count = min(IMAGES, len(source))
-    # Files are taken from everywhere. Of an archive the first images are taken, because an image
-    # can mean the download of a shard.
-    step = len(source) / count if isinstance(first, str) else 1
     begin, seen = time.monotonic(), []
-    for index in (int(i * step) for i in range(count)):
+    for index in images_to_look_at(source):
         seen.append(_seen(source, index, pixels))
         if time.monotonic() - begin > SECONDS:
             break

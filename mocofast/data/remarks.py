@@ -58,21 +58,28 @@ def suggested_range(seen: Numbers) -> str:
     return f"{low},{high}" if low != high else "auto"
 
 
-def remarks(source: Source, channels: int = 3) -> list[str]:
-    """Returns lines on up to LOOKED_AT images. Bad images are left to the loader.
+def images_to_look_at(source: Source) -> list[int]:
+    """Returns the indices of up to LOOKED_AT images. None for images in memory.
 
-    channels: of an image, as `data.channels`.
-
-    Files of a folder are taken from everywhere. Of shards the first images are taken,
+    Files of a folder are taken from everywhere. Of an archive the first images are taken,
     because an image can mean the download of a shard.
     """
     if not len(source) or isinstance(first := source.load(0), np.ndarray):
         return []
     count = min(LOOKED_AT, len(source))
     step = len(source) / count if isinstance(first, str) else 1
+    return [int(i * step) for i in range(count)]
+
+
+def remarks(source: Source, channels: int = 3) -> list[str]:
+    """Returns lines on up to LOOKED_AT images. Bad images are left to the loader.
+
+    channels: of an image, as `data.channels`.
+    """
+    indices = images_to_look_at(source)
     left_out: dict[str, list[str]] = {}  # {remark: names}
     deep: list[int] = []
-    for index in (int(i * step) for i in range(count)):
+    for index in indices:
         item = source.load(index)
         if isinstance(item, np.ndarray):
             continue
@@ -85,7 +92,7 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
         if header.deep:
             deep.append(index)
     lines = [
-        f"{len(names)} of {count} images looked at show {remark}, for example {names[0]}"
+        f"{len(names)} of {len(indices)} images looked at show {remark}, for example {names[0]}"
         for remark, names in left_out.items()
     ]
     return lines + (_on_numbers(source, deep[:MEASURED]) if range_of(source).kind == "auto" else [])

@@ -14,11 +14,9 @@ from torch import Tensor
 from mocofast.methods.base import MethodOutput
 
 LOSS = "loss"
+RATES = ("images_per_second", "data_wait")  # entries of a line that the method does not compute
 # Entries of metrics.jsonl that are no metrics of the method.
-RESERVED = {
-    *(LOSS, "step", "epoch", "lr", "chance_loss", "memory_gib"),
-    *("images_per_second", "data_wait"),
-}
+RESERVED = {LOSS, "step", "epoch", "lr", "chance_loss", "memory_gib", *RATES}
 
 
 class StepMetrics(NamedTuple):

@@ -19,11 +19,9 @@ from tqdm import tqdm
 from mocofast import files, settings
 from mocofast.config import Config
 from mocofast.plots import plot_curves
-from mocofast.train.metrics import LOSS, duration
+from mocofast.train.metrics import LOSS, RATES, duration
 
 log = logging.getLogger("mocofast")
-
-RATES = ("images_per_second", "data_wait")  # entries of a line that the method does not compute
 
 
 class StepLine(NamedTuple):
