@@ -1,8 +1,10 @@
-"""Extensions and labels of images: splits off a held-out share, and identifies a set of images."""
+"""Extensions and labels of images, a held-out share, and the hash of a set of images."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,3 +65,29 @@ def digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) 
     hashed.update(b"" if labels is None else labels.tobytes())
     hashed.update("\0".join(classes).encode(errors="surrogateescape"))
     return hashed.hexdigest()
+
+
+class NamedImages:
+    """Names, labels and classes of image files: what sources of files share."""
+
+    def __init__(
+        self, names: Sequence[str], labels: np.ndarray | None, classes: tuple[str, ...]
+    ) -> None:
+        """names: N paths. labels: (N,) integers that index `classes`, or None."""
+        # One array of bytes instead of N Python strings. Reading a string writes its
+        # reference count, so every forked worker would end up with a copy of a list of
+        # millions.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.labels = checked_labels(labels, len(names), classes)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Returns the path of an image, relative to the folder or archive."""
+        return os.fsdecode(self._names[index])
+
+    def fingerprint(self) -> str:
+        """Returns a hash of names and labels, not of the place of the folder or archive."""
+        return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)

@@ -19,7 +19,13 @@ from mocofast.data.folders import no_image, open_folder
 from mocofast.data.interface import Source
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
-from mocofast.data.names import EXTENSIONS, checked_labels, digest, stratified_holdout
+from mocofast.data.names import (
+    EXTENSIONS,
+    NamedImages,
+    checked_labels,
+    digest,
+    stratified_holdout,
+)
 from mocofast.data.ranges import range_of, set_range
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
@@ -30,7 +36,7 @@ from mocofast.plugins import is_plugin, load_plugin
 DIGITS_HOLDOUT = 0.2
 
 
-class FolderSource:
+class FolderSource(NamedImages):
     """Image files below one folder. `load` returns a path."""
 
     def __init__(
@@ -46,20 +52,8 @@ class FolderSource:
         names: N paths relative to `root`.
         labels: (N,) integers that index `classes`, or None.
         """
+        super().__init__(names, labels, classes)
         self.root = str(root)
-        # One array of bytes instead of N Python strings. Reading a string writes its
-        # reference count, so every forked worker would end up with a copy of a list of
-        # millions.
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        self.labels = checked_labels(labels, len(names), classes)
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """Returns the path of an image relative to the root."""
-        return os.fsdecode(self._names[index])
 
     def load(self, index: int) -> str:
         """Returns the path of an image."""
@@ -71,10 +65,6 @@ class FolderSource:
         part._names = self._names[index]
         part.labels = None if self.labels is None else self.labels[index]
         return part
-
-    def fingerprint(self) -> str:
-        """Returns a hash of relative names and labels, not of the folder's place."""
-        return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
 
 
 class ArraySource:

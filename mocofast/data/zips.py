@@ -14,7 +14,7 @@ import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.finding import counted, listed
-from mocofast.data.names import checked_labels, digest
+from mocofast.data.names import NamedImages
 
 _HEADER = struct.Struct("<4s22xHH")  # of a file: signature, lengths of name and extra field
 
@@ -51,7 +51,7 @@ class ZipArchive:
         self.infos = {info.filename: info for info in infos if info.compress_type in readable}
 
 
-class ZipSource:
+class ZipSource(NamedImages):
     """Images of a zip archive. `load` returns the content of an image file."""
 
     def __init__(
@@ -62,22 +62,13 @@ class ZipSource:
         classes: tuple[str, ...] = (),
     ) -> None:
         """names: N paths in the archive. labels: (N,) integers that index `classes`, or None."""
+        super().__init__(names, labels, classes)
         self.path = archive.path
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         infos = [archive.infos[name] for name in names]
         self._places = np.array(  # (N, 4)
             [(i.header_offset, i.compress_size, i.file_size, i.compress_type) for i in infos],
             dtype=np.int64,
         ).reshape(-1, 4)
-        self.labels = checked_labels(labels, len(names), classes)
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """Returns the path of an image in the archive."""
-        return os.fsdecode(self._names[index])
 
     def load(self, index: int) -> bytes:
         """Returns the content of an image file.
@@ -100,7 +91,3 @@ class ZipSource:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
         except zlib.error:
             return b""
-
-    def fingerprint(self) -> str:
-        """Returns a hash of names and labels, equal to the hash of a folder of the images."""
-        return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
