@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast.data.decoding import image_size, open_image, read_pixels
+from mocofast.data.names import checked_labels, digest
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels, type_bounds
 from mocofast.data.tiff import read_tags
 
@@ -124,6 +125,58 @@ def float_levels(pixels: np.ndarray) -> np.ndarray:
     if not (low >= 0 and high <= 1):
         raise ValueError(f"floats must be from 0 to 1, found {low:.6g} to {high:.6g}")
     return to_levels(Pixels(pixels, 0.0, 1.0), ValueRange("dtype"), np.dtype(np.uint16))
+
+
+class ArraySource:
+    """Images in memory. `load` returns pixels (H, W, C), uint8 or uint16."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        classes: tuple[str, ...],
+        prefix: str = "image",
+    ) -> None:
+        """Raises ValueError for images or labels of a wrong shape or type.
+
+        images: (N, H, W, C), uint8, uint16, or floats from 0 to 1, which become uint16.
+        labels: (N,) integers that index `classes`, or None.
+        prefix: the start of every image's name.
+        """
+        known = images.dtype in (np.uint8, np.uint16) or images.dtype.kind == "f"
+        if images.ndim != 4 or not known:
+            raise ValueError(
+                "images must be (N, H, W, C) uint8, uint16, or floats from 0 to 1, "
+                f"got {images.shape} {images.dtype}"
+            )
+        if images.dtype.kind == "f":
+            scaled = np.empty(images.shape, np.uint16)
+            for index, image in enumerate(images):
+                scaled[index] = float_levels(image)
+            images = scaled
+        self.images = images
+        self.labels = checked_labels(labels, len(images), classes)
+        self.classes = classes
+        self.prefix = prefix
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """Returns the prefix and the index."""
+        return f"{self.prefix} {index}"
+
+    def load(self, index: int) -> np.ndarray:
+        """Returns the pixels of an image."""
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        """Returns a hash of pixels and labels."""
+        depth = "" if self.images.dtype == np.uint8 else str(self.images.dtype)
+        shape = repr(self.images.shape).encode() + depth.encode()
+        return digest(
+            shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
+        )
 
 
 def as_tensor(image: np.ndarray) -> Tensor:

@@ -1,14 +1,17 @@
-"""Opens folders of images, and says what to do with a file or a folder that cannot be used."""
+"""Folders of images, and what to do with a file or a folder that cannot be used."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
+
+import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.finding import Disk, Found
-from mocofast.data.names import EXTENSIONS
+from mocofast.data.names import EXTENSIONS, NamedImages
 
 # What to do with a file that is named as data.path, by the end of its name.
 CONTAINERS = {
@@ -26,6 +29,37 @@ CONTAINERS = {
     ".7z": "; unpack it to a folder",
     ".rar": "; unpack it to a folder",
 }
+
+
+class FolderSource(NamedImages):
+    """Image files below one folder. `load` returns a path."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        """Takes the names of the files. Opens no file.
+
+        root: the folder.
+        names: N paths relative to `root`.
+        labels: (N,) integers that index `classes`, or None.
+        """
+        super().__init__(names, labels, classes)
+        self.root = str(root)
+
+    def load(self, index: int) -> str:
+        """Returns the path of an image."""
+        return os.path.join(self.root, self.name(index))
+
+    def subset(self, index: np.ndarray) -> FolderSource:
+        """Returns a source of some images. index: (n,) int64."""
+        part = copy.copy(self)
+        part._names = self._names[index]
+        part.labels = None if self.labels is None else self.labels[index]
+        return part
 
 
 def open_folder(folder: str | Path, extensions: Set[str] = EXTENSIONS) -> Disk:

@@ -4,25 +4,24 @@ their train and val sets.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocofast.config import SOURCES, ConfigError, DataConfig
-from mocofast.data.arrays import NPY, float_levels
+from mocofast.data.arrays import NPY
+from mocofast.data.arrays import ArraySource as ArraySource
 from mocofast.data.finding import Disk, Names
+from mocofast.data.folders import FolderSource as FolderSource
 from mocofast.data.folders import no_image, open_folder
 from mocofast.data.interface import Source
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
 from mocofast.data.names import (
     EXTENSIONS,
-    NamedImages,
-    checked_labels,
     digest,
     stratified_holdout,
 )
@@ -34,89 +33,6 @@ from mocofast.errors import list_choices
 from mocofast.plugins import is_plugin, load_plugin
 
 DIGITS_HOLDOUT = 0.2
-
-
-class FolderSource(NamedImages):
-    """Image files below one folder. `load` returns a path."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        names: Sequence[str],
-        labels: np.ndarray | None = None,
-        classes: tuple[str, ...] = (),
-    ) -> None:
-        """Takes the names of the files. Opens no file.
-
-        root: the folder.
-        names: N paths relative to `root`.
-        labels: (N,) integers that index `classes`, or None.
-        """
-        super().__init__(names, labels, classes)
-        self.root = str(root)
-
-    def load(self, index: int) -> str:
-        """Returns the path of an image."""
-        return os.path.join(self.root, self.name(index))
-
-    def subset(self, index: np.ndarray) -> FolderSource:
-        """Returns a source of some images. index: (n,) int64."""
-        part = copy.copy(self)
-        part._names = self._names[index]
-        part.labels = None if self.labels is None else self.labels[index]
-        return part
-
-
-class ArraySource:
-    """Images in memory. `load` returns pixels (H, W, C), uint8 or uint16."""
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray | None,
-        classes: tuple[str, ...],
-        prefix: str = "image",
-    ) -> None:
-        """Raises ValueError for images or labels of a wrong shape or type.
-
-        images: (N, H, W, C), uint8, uint16, or floats from 0 to 1, which become uint16.
-        labels: (N,) integers that index `classes`, or None.
-        prefix: the start of every image's name.
-        """
-        known = images.dtype in (np.uint8, np.uint16) or images.dtype.kind == "f"
-        if images.ndim != 4 or not known:
-            raise ValueError(
-                "images must be (N, H, W, C) uint8, uint16, or floats from 0 to 1, "
-                f"got {images.shape} {images.dtype}"
-            )
-        if images.dtype.kind == "f":
-            scaled = np.empty(images.shape, np.uint16)
-            for index, image in enumerate(images):
-                scaled[index] = float_levels(image)
-            images = scaled
-        self.images = images
-        self.labels = checked_labels(labels, len(images), classes)
-        self.classes = classes
-        self.prefix = prefix
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """Returns the prefix and the index."""
-        return f"{self.prefix} {index}"
-
-    def load(self, index: int) -> np.ndarray:
-        """Returns the pixels of an image."""
-        return self.images[index]
-
-    def fingerprint(self) -> str:
-        """Returns a hash of pixels and labels."""
-        depth = "" if self.images.dtype == np.uint8 else str(self.images.dtype)
-        shape = repr(self.images.shape).encode() + depth.encode()
-        return digest(
-            shape + np.ascontiguousarray(self.images).tobytes(), self.labels, self.classes
-        )
 
 
 class Subset:
