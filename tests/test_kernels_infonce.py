@@ -7,8 +7,11 @@ in float32.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -18,11 +21,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import normalize as unit
 
+from tests import runs
 from tests.oracle import info_nce_oracle, rank_bounds
 from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
 
+from mocofast_kernels import configs, infonce, infonce_backward
 from mocofast_kernels.configs import forward_tile, split_count
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.infonce import infonce_forward
@@ -288,6 +293,81 @@ def test_the_same_holds_beyond_every_block_of_rows_columns_and_negatives() -> No
     # Chunks of scores, programs that share a row (600 = 9 x 64 + 24 = 512 + 88), the longest row.
     _check(Problem(5, 150, 600, 0.1, BF16, True, False, 0, ("contiguous",) * 3, 2, 0))
     _check(Problem(5, 70, 1024, 0.1, FP16, True, True, 0, ("contiguous",) * 3, None, 0))
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype", "layout"),
+    [(1025, FP32, "transposed"), (1152, BF16, "contiguous"), (2048, FP16, "rows apart")],
+)
+def test_the_same_holds_for_rows_of_more_than_1024_columns(
+    C: int, dtype: torch.dtype, layout: str
+) -> None:
+    _check(Problem(3, 70, C, 0.1, dtype, True, True, 3, (layout,) * 3, 2, 0))
+    _check(Problem(3, 70, C, 0.1, dtype, False, False, 0, (layout,) * 3, None, 0))
+
+
+def test_a_row_may_have_8192_columns_and_no_more() -> None:
+    _check(Problem(2, 20, 8192, 0.1, BF16, True, True, 0, ("contiguous",) * 3, None, 0))
+    with pytest.raises(AssertionError):
+        _forward(*_inputs(2, 20, 8193, FP32), 0.1, FP32)
+
+
+def test_offsets_of_columns_stay_within_32_bits() -> None:
+    # Columns 2^21 elements apart: column 1,024 of a row starts at 2^31 elements.
+    def laid_out(columns: int) -> Tensor:
+        return torch.empty_strided((2, columns), (1, 2**21), device="meta")
+
+    assert narrow(laid_out(1000)).stride() == (1, 2**21)
+    assert narrow(laid_out(1025)).stride() == (1025, 1)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_half_types_take_the_blocked_path_on_gpus_without_matrix_units(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    configs.has_matrix_units.cache_clear()
+    device = torch.device("cuda", 7)
+    assert configs.has_matrix_units(device, BF16) == (capability >= (8, 0))
+    assert configs.has_matrix_units(device, FP32)
+    configs.has_matrix_units.cache_clear()
+    inputs = _inputs(5, 40, 24, FP16)
+    here = _forward(*inputs, 0.1, FP16)
+    for module in (infonce, infonce_backward):
+        monkeypatch.setattr(module, "has_matrix_units", lambda device, dtype: False)
+    with mock.patch.object(infonce, "_sweep_kernel", None):  # the kernel cannot be launched
+        there = _forward(*inputs, 0.1, FP16)
+        grad_negatives = infonce_grad_negatives(
+            torch.ones(5, device=DEVICE),
+            inputs[0],
+            inputs[2],
+            there.lse,
+            0.1,
+            normalize=True,
+            normalize_negatives=True,
+            exclude_period=0,
+            dot_dtype=FP16,
+        )
+    torch.testing.assert_close(there.loss, here.loss, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(there.grad_query, here.grad_query, rtol=2e-2, atol=2e-3)
+    assert grad_negatives.isfinite().all()
+
+
+def test_float32_products_follow_either_of_pytorch_s_settings() -> None:
+    code = """
+import torch
+from mocofast_kernels.rows import precision_of
+def check(expected):
+    assert precision_of(torch.float32) == expected and precision_of(torch.bfloat16) == "ieee"
+check("ieee")
+torch.set_float32_matmul_precision("high"); check("tf32")
+torch.set_float32_matmul_precision("highest"); check("ieee")
+torch.backends.cuda.matmul.fp32_precision = "tf32"; check("tf32")
+torch.backends.cuda.matmul.fp32_precision = "ieee"; check("ieee")
+torch.backends.cuda.matmul.fp32_precision = "none"; check("ieee")
+torch.backends.fp32_precision = "tf32"; check("tf32")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=runs.environment())
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])

@@ -310,6 +310,43 @@ def test_tables_are_kept_and_a_few_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache.plan([row], 1) is not plan
 
 
+class _Stream:
+    """Stands for a CUDA stream: remembers the events that it waited for."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited = number, []
+
+    def wait_event(self, event: Any) -> None:
+        self.waited.append(event)
+
+
+def test_tables_of_a_captured_graph_stay_and_other_streams_wait_for_an_upload(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capturing, current, recorded = False, _Stream(1), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: recorded.append(stream))
+    monkeypatch.setattr(tables, "_uploaded", lambda made: tables._Upload(1, "done"))  # type: ignore[arg-type]
+    cache = tables.TableCache(8)
+    row, other = ([torch.ones(9, device=DEVICE)] for _ in range(2))
+    plan, evicted = cache.plan([row], 1), cache.plan([other], 1)
+    assert cache.plan([row], 1) is plan and not current.waited and not recorded
+    # Another stream waits for the upload, and holds the memory of the table.
+    current = _Stream(2)
+    assert cache.plan([row], 1) is plan
+    assert current.waited == ["done"] and recorded == [current] * 4
+    # A capture keeps the table, whatever tensors come later.
+    capturing = True
+    assert cache.plan([row], 1) is plan and len(current.waited) == 1
+    capturing = False
+    later = [[torch.ones(1, device=DEVICE)] for _ in range(tables.PLANS)]
+    for tensors in later:
+        cache.plan([tensors], 1)
+    assert cache.plan([row], 1) is plan
+    assert cache.plan([other], 1) is not evicted
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_step_follows_the_rate_and_equals_an_eager_one(kind: str) -> None:

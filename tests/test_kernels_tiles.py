@@ -129,7 +129,7 @@ def test_a_table_changes_the_launch_and_not_the_result(
         ({"kernel": "backward"}, "unknown kernel"),
         ({"dot": "fp8"}, "unknown kernel"),
         ({"C": True}, "C must be of type int"),
-        ({"C": 1025}, "C must be in 1 to 1024"),
+        ({"C": 8193}, "C must be in 1 to 8192"),
         ({"plain": 1}, "plain must be of type bool"),
     ],
 )
@@ -165,7 +165,14 @@ def test_a_table_of_another_architecture_or_a_named_one_that_is_missing_is_refus
         tiles.tile_of(PRODUCTS, CPU)
 
 
-@pytest.mark.parametrize("C", [1, 24, 101, 128, 256, 512, 1024])
+def test_small_shared_memory_takes_smaller_tiles_for_the_queue() -> None:
+    queue = Products("forward", 128, "16bit")
+    assert tiles.rule(queue).stream == 128
+    # 40 KB of tiles: two programs fit into the 100 KB of an RTX 3090, 4090 or 5090.
+    assert tiles.rule(queue, 100 * 1024).stream == 64
+
+
+@pytest.mark.parametrize("C", [1, 24, 101, 128, 256, 512, 1024, 8192])
 @pytest.mark.parametrize("dot", ["16bit", "tf32", "ieee"])
 def test_every_candidate_is_one_that_a_table_may_hold(C: int, dot: str) -> None:
     for kernel in ("forward", "negatives"):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, block_of
+from mocofast_kernels.configs import ALL_REGISTERS, block_of
 
 # Largest side of a view without and with rotation, limited by the registers of 8 warps.
 LARGEST, LARGEST_ROTATED = 64, 32
@@ -372,7 +372,7 @@ def augment(
             BLOCK=block,
             num_warps=8 if rotate or block > 32 else 4,
             num_stages=1,
-            maxnreg=REGISTERS,
+            **ALL_REGISTERS,
             enable_fp_fusion=False,
         )
     return out

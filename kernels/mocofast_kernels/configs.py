@@ -14,9 +14,13 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Registers that a thread may have: all of them. Without a limit, ptxas fits more programs on a
-# multiprocessor in a few of these kernels and spills 2 to 24 words.
-REGISTERS = 255
+# Launch options that let a thread have all 255 registers. Without this limit, ptxas fits more
+# programs on a multiprocessor in a few of these kernels and spills 2 to 24 words. The compiler for
+# AMD's GPUs has no such option.
+ALL_REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
+LONGEST = 8192  # columns of a row: a row in float32 fills 32 KB, which a program holds in registers
+# Bytes of shared memory of a multiprocessor, from which two programs with tiles of 128 rows fit.
+LARGE_SHARED = 160 * 1024
 
 
 class Tile(NamedTuple):
@@ -40,7 +44,9 @@ def block_of(C: int) -> int:
     return max(16, triton.next_power_of_2(C))
 
 
-def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> Tile:
+def forward_tile(
+    C: int, dot: str, aligned: bool, plain: bool, online: bool, shared: int = LARGE_SHARED
+) -> Tile:
     """Returns the tile of the forward sweep: queries stay, negatives stream.
 
     dot: "16bit", "tf32" or "ieee".
@@ -48,6 +54,7 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
     plain: negatives are operands as stored (aligned, of dot's type, not to be normalised).
         Plain negatives go to shared memory past the registers.
     online: the sweep keeps a running maximum.
+    shared: bytes of shared memory of a multiprocessor.
 
     The binding limit is 255 registers a thread. They hold stay x out_c sums, stay x stream
     scores and, unless plain, stream x block_c negatives. Unaligned rows also take many
@@ -74,7 +81,7 @@ def forward_tile(C: int, dot: str, aligned: bool, plain: bool, online: bool) -> 
     if plain and c == C and not online:
         # MoCo's queue: two programs share a multiprocessor, so exponentials of the first overlap
         # with products of the second.
-        return Tile(64, 128, c, c, 4, 2)
+        return Tile(64, 128 if shared >= LARGE_SHARED else 64, c, c, 4, 2)
     return Tile(128, 64, c, c, 8, 3 if plain else 2)
 
 
@@ -102,6 +109,31 @@ def processors(device: torch.device) -> int:
         if device.type == "cuda"
         else 3
     )
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Returns the bytes of shared memory of a multiprocessor, `LARGE_SHARED` without a GPU."""
+    if device.type != "cuda":
+        return LARGE_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@functools.cache
+def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether Triton multiplies matrices of this type by matrix units.
+
+    For float16 and bfloat16 on NVIDIA GPUs before Ampere (T4, V100), Triton compiles products to
+    single multiply-adds: 9,479 spills and two minutes of compiling for MoCo's queue.
+    """
+    if device.type != "cuda" or torch.version.hip or dtype == torch.float32:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def row_warps(C: int) -> int:
+    """Returns the warps of a program that holds a whole row: 4 up to 1,024 columns, 16 at most."""
+    return min(16, max(4, block_of(C) // 256))
 
 
 def kernel_slots(device: torch.device, warps: int = 4) -> int:

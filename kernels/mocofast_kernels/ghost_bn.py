@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, kernel_slots
+from mocofast_kernels.configs import ALL_REGISTERS, kernel_slots
 from mocofast_kernels.ghost_bn_kernels import (
     _backward_sums_kernel,
     _combine_statistics_kernel,
@@ -245,7 +245,7 @@ def ghost_bn_backward(
         )
         # Second pass: the gradients of x, weight and bias.
         # Without this limit ptxas spills two words of the ReLU's mask to fit one more program.
-        limit = {"maxnreg": REGISTERS} if relu and output is None else {}
+        limit = ALL_REGISTERS if relu and output is None else {}
         _grad_input_kernel[(blocks * cut.write_chunks,)](
             rectified,
             x,

@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, Tile, block_of, kernel_slots, split_count
+from mocofast_kernels import cpu
+from mocofast_kernels.configs import (
+    ALL_REGISTERS,
+    LONGEST,
+    Tile,
+    block_of,
+    has_matrix_units,
+    kernel_slots,
+    row_warps,
+    split_count,
+)
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.infonce_sweep import LOG2_E, _sweep_kernel, inverse_temperature
 from mocofast_kernels.rows import (
@@ -182,7 +192,7 @@ def infonce_forward(
 ) -> InfoNCEForward:
     """Returns the loss of every row, the gradients and the positive's rank, from a single sweep.
 
-    query, positive: (N, C), float32, bfloat16 or float16, any strides, C up to 1024.
+    query, positive: (N, C), float32, bfloat16 or float16, any strides, C up to 8192.
     negatives: (K, C), types and strides as query.
     temperature: float > 0, or a tensor () on the same device, read on the device.
     normalize: divide query and positive by max(|x|, 1e-12) inside the kernel.
@@ -199,11 +209,27 @@ def infonce_forward(
     positive's rank. With compute_grad, float32: the gradients of the loss by query and by
     positive (N, C), the second through the positive's score alone, and by 1 / T (N,).
     Fields not asked for are None. Does not synchronise with the host.
+
+    GPUs without matrix units for dot_dtype take the blocked PyTorch path of `mocofast_kernels.cpu`.
     """
     # Choose the variant of the kernel and the tile.
     N, C = query.shape
     K = negatives.shape[0]
-    assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= 1024, (N, K, C)
+    assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= LONGEST, (N, K, C)
+    if not has_matrix_units(query.device, dot_dtype):
+        return cpu.infonce_forward(
+            query,
+            positive,
+            negatives,
+            temperature,
+            normalize=normalize,
+            normalize_negatives=normalize_negatives,
+            exclude_period=exclude_period,
+            return_rank=return_rank,
+            compute_grad=compute_grad,
+            only_query=only_query,
+            dot_dtype=dot_dtype,
+        )
     query, positive, negatives = narrow(query), narrow(positive), narrow(negatives)
     is_pointer = isinstance(temperature, Tensor)
     products = forward_products(
@@ -273,7 +299,7 @@ def infonce_forward(
             OUT_C=tile.out_c,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=REGISTERS,
+            **ALL_REGISTERS,
         )
 
         # Add the splits and finish.
@@ -309,6 +335,7 @@ def infonce_forward(
             SPLITS=triton.next_power_of_2(splits),
             BLOCK_SPLITS=max(1, 4096 // block_of(C)),
             BLOCK_C=block_of(C),
-            maxnreg=REGISTERS,
+            num_warps=row_warps(C),
+            **ALL_REGISTERS,
         )
     return InfoNCEForward(loss, lse, positive_rank, grad_query, grad_positive, grad_scale)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, Tile
+from mocofast_kernels import cpu
+from mocofast_kernels.configs import ALL_REGISTERS, LONGEST, Tile, has_matrix_units
 from mocofast_kernels.infonce_sweep import LOG2_E, inverse_temperature
 from mocofast_kernels.rows import (
     dot_kind,
@@ -121,7 +122,19 @@ def infonce_grad_negatives(
     N, C = query.shape
     K = negatives.shape[0]
     shapes = grad_loss.shape, lse.shape, negatives.shape
-    assert shapes == ((N,), (N,), (K, C)) and 1 <= C <= 1024, (N, K, C)
+    assert shapes == ((N,), (N,), (K, C)) and 1 <= C <= LONGEST, (N, K, C)
+    if not has_matrix_units(query.device, dot_dtype):
+        return cpu.infonce_grad_negatives(
+            grad_loss,
+            query,
+            negatives,
+            lse,
+            temperature,
+            normalize=normalize,
+            normalize_negatives=normalize_negatives,
+            exclude_period=exclude_period,
+            dot_dtype=dot_dtype,
+        )
     grad_loss = grad_loss.float().contiguous()
     tile = tile or tile_of(Products("negatives", C, dot_kind(dot_dtype)), query.device)
     with torch.cuda.device_of(query):
@@ -153,7 +166,7 @@ def infonce_grad_negatives(
             OUT_C=tile.out_c,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=REGISTERS,
+            **ALL_REGISTERS,
         )
         if dot_dtype == torch.float16:
             grad *= peak / LIFT

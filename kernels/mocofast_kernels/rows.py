@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import REGISTERS, block_of
+from mocofast_kernels.configs import ALL_REGISTERS, block_of, row_warps
 
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 
@@ -161,9 +161,18 @@ def rows_per_program(C: int) -> int:
 
 def precision_of(dot_dtype: torch.dtype) -> str:
     """Returns how tl.dot multiplies: "ieee", or "tf32" where PyTorch may use tf32 for float32."""
-    if dot_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    return "tf32" if dot_dtype == torch.float32 and _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """Returns whether PyTorch may multiply float32 matrices on a GPU as tf32.
+
+    PyTorch raises an error where the older function is asked after the newer setting was written.
+    """
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":  # not set for products: the setting of all operations holds
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return setting == "tf32"
 
 
 def dot_kind(dot_dtype: torch.dtype) -> str:
@@ -179,7 +188,8 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def narrow(x: Tensor) -> Tensor:
     """Returns x, or a contiguous copy where offsets in a tile (at most 2^8 rows) exceed 32 bits."""
-    return x.contiguous() if max(x.stride()) >= 2**22 else x
+    rows, columns = x.stride()
+    return x.contiguous() if 2**8 * rows + x.shape[1] * columns >= 2**31 else x
 
 
 def prepare_rows(
@@ -210,7 +220,8 @@ def prepare_rows(
         PRECISION=precision_of(dot_dtype),
         BLOCK_N=block_n,
         BLOCK_C=block_of(C),
-        maxnreg=REGISTERS,
+        num_warps=row_warps(C),
+        **ALL_REGISTERS,
     )
     return operand, score
 
@@ -224,5 +235,5 @@ def project_rows_(grad: Tensor, x: Tensor) -> None:
     N, C = x.shape
     block_n = rows_per_program(C)
     _project_rows_kernel[(triton.cdiv(N, block_n),)](
-        grad, x, N, *x.stride(), C=C, BLOCK_N=block_n, BLOCK_C=block_of(C)
+        grad, x, N, *x.stride(), C=C, BLOCK_N=block_n, BLOCK_C=block_of(C), num_warps=row_warps(C)
     )

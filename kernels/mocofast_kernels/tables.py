@@ -4,6 +4,7 @@ A row holds tensors updated together, element by element: a parameter, the gradi
 the buffers. Rows of equal types go into one table.
 
 Cache key: address, dtype, shape and stride of every tensor. New storage gives a new table.
+A table that a CUDA graph captured is kept for ever: the graph reads the table at every replay.
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ class TablePlan(NamedTuple):
     tables: list[AddressTable]
     # Places of rows that no table can hold: other types, different strides, gaps.
     singly: list[int]
+    upload: _Upload | None = None  # None on a CPU
+
+
+class _Upload(NamedTuple):
+    """The copy of a plan's tables to a GPU."""
+
+    stream: int  # CUDA stream that copies
+    done: torch.cuda.Event
 
 
 class TableCache:
@@ -77,6 +86,7 @@ class TableCache:
         """block: elements updated by a program."""
         self._block = block
         self._plans: OrderedDict[tuple[Hashable, ...], TablePlan] = OrderedDict()
+        self._captured: dict[tuple[Hashable, ...], TablePlan] = {}
 
     def plan(self, rows: Sequence[TensorRow], elementwise: int) -> TablePlan:
         """Returns the plan for the rows, from the cache if possible.
@@ -86,17 +96,22 @@ class TableCache:
         elementwise: number of columns updated element by element. Later columns (a
             counter) may have any layout.
 
-        A new set of rows uploads tables, without waiting for the upload. Raises RuntimeError
-        where this upload falls into the capture of a CUDA graph.
+        A new set of rows uploads tables, and the host does not wait for the upload. Other CUDA
+        streams wait for the upload. Raises RuntimeError where the upload falls into the capture of
+        a CUDA graph.
         """
         key = tuple(
             None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
             for row in rows
             for t in row
         )
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
+        plan = self._captured.get(key) or self._plans.get(key)
+        if plan is not None:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+            if plan.upload is not None and self._use(plan, plan.upload):
+                self._captured[key] = plan
+            return plan
         groups: dict[tuple[Hashable, ...], list[int]] = {}
         singly = []
         seen = set()
@@ -123,10 +138,28 @@ class TableCache:
             else:
                 singly.append(place)
         tables = [self._table(rows, places, bool(wide)) for (wide, *_), places in groups.items()]
-        plan = self._plans[key] = TablePlan(tables, singly)
+        plan = self._plans[key] = TablePlan(tables, singly, _uploaded(tables))
         if len(self._plans) > PLANS:
             self._plans.popitem(last=False)
         return plan
+
+    @staticmethod
+    def _use(plan: TablePlan, upload: _Upload) -> bool:
+        """Makes the current stream wait for the tables. Returns whether a graph is captured.
+
+        A capture cannot wait for events outside the graph. `torch.cuda.graph` waits for the whole
+        device before the capture starts.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        device = plan.tables[0].addresses.device
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream != upload.stream:
+            stream.wait_event(upload.done)
+            for table in plan.tables:
+                for values in (table.addresses, table.sizes, table.owners, table.starts):
+                    values.record_stream(stream)  # the memory is in use until the stream is done
+        return False
 
     def _table(self, rows: Sequence[TensorRow], places: list[int], wide: bool) -> AddressTable:
         chosen = [rows[place] for place in places]
@@ -147,6 +180,17 @@ class TableCache:
             _upload(starts.int(), device),
             wide,
         )
+
+
+def _uploaded(tables: list[AddressTable]) -> _Upload | None:
+    """Records the uploads so far on the current stream of the tables' GPU."""
+    if not tables or tables[0].addresses.device.type != "cuda":
+        return None
+    device = tables[0].addresses.device
+    stream = torch.cuda.current_stream(device)
+    done = torch.cuda.Event()
+    done.record(stream)
+    return _Upload(stream.cuda_stream, done)
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from mocofast_kernels.configs import Tile, backward_tile, block_of, forward_tile
+from mocofast_kernels.configs import (
+    LARGE_SHARED,
+    LONGEST,
+    Tile,
+    backward_tile,
+    block_of,
+    forward_tile,
+    shared_memory,
+)
 
 VARIABLE = "MOCOFAST_TILES"
 FORMAT = 1
@@ -36,10 +44,15 @@ class Products(NamedTuple):
 TileTable = dict[Products, Tile]
 
 
-def rule(products: Products) -> Tile:
-    """Returns the tile chosen by the rule, without a table."""
-    kernel, C, dot, *flags = products
-    return forward_tile(C, dot, *flags) if kernel == "forward" else backward_tile(C, dot)
+def rule(products: Products, shared: int = LARGE_SHARED) -> Tile:
+    """Returns the tile chosen by the rule, without a table.
+
+    shared: bytes of shared memory of a multiprocessor.
+    """
+    kernel, C, dot, aligned, plain, online = products
+    if kernel == "forward":
+        return forward_tile(C, dot, aligned, plain, online, shared)
+    return backward_tile(C, dot)
 
 
 def tile_of(products: Products, device: torch.device) -> Tile:
@@ -48,7 +61,7 @@ def tile_of(products: Products, device: torch.device) -> Tile:
     Raises ValueError for an unusable table.
     """
     tile = table(device).get(products)
-    return rule(products) if tile is None else tile
+    return rule(products, shared_memory(device)) if tile is None else tile
 
 
 def path_of(device: torch.device) -> Path | None:
@@ -129,8 +142,8 @@ def check(products: Products, tile: Tile) -> None:
     kernels, dots = ("forward", "negatives"), ("16bit", "tf32", "ieee")
     if products.kernel not in kernels or products.dot not in dots:
         raise ValueError(f"unknown kernel or kind of product: {products}")
-    if not 1 <= products.C <= 1024:
-        raise ValueError(f"C must be in 1 to 1024: got {products.C}")
+    if not 1 <= products.C <= LONGEST:
+        raise ValueError(f"C must be in 1 to {LONGEST}: got {products.C}")
     # Sides of a matrix product are powers of two from 16. Offsets of 32 bits allow 256 rows.
     longest = block_of(products.C)
     limits = {
