@@ -6,7 +6,7 @@ The packages are ``mocofast``, ``mocofast_kernels`` and ``mocofast_bench``.
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
@@ -37,6 +37,17 @@ BENCH = [
     "timm>=1",
 ]
 
+# Loaded by ctypes, not imported: needs a C compiler, but no header of Python. Without a compiler
+# the installation succeeds, and PyTorch's operators make the views.
+PHOTOMETRIC = Extension(
+    "mocofast.data._photometric",
+    ["mocofast/data/photometric.c"],
+    depends=["mocofast/data/photometric_body.h"],
+    # photometric.c says which options keep the views exact.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
+    optional=True,
+)
+
 setup(
     name="mocofast",
     version=VERSION,
@@ -63,6 +74,7 @@ setup(
         "mocofast_kernels": ["py.typed"],
         "mocofast_bench": ["py.typed"],
     },
+    ext_modules=[PHOTOMETRIC],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -17,6 +17,7 @@ import pytest
 import mocofast
 
 ROOT = Path(__file__).parent.parent
+LIBRARY = "mocofast/data/_photometric"  # compiled, optional
 FILES = ("README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "Makefile")
 
 
@@ -73,7 +74,11 @@ def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing
     paths = {
         path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")
     }
-    assert files == {path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")}
+    libraries = {name for name in files if name.startswith(LIBRARY)}
+    assert len(libraries) == (1 if shutil.which("cc") else 0)
+    assert files - libraries == {
+        path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")
+    }
     assert {
         "mocofast/recipes/digits.yaml",
         *(f"{package}/py.typed" for _, package in packages),
@@ -96,12 +101,28 @@ def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipF
         f"{folders[top]}/{top}/{rest}" if top in folders else f"{top}/{rest}"
         for top, _, rest in parts
     }
-    assert {name for name in shipped if ".dist-info/" not in name} <= files
+    built = (".dist-info/", LIBRARY)
+    assert {name for name in shipped if not any(part in name for part in built)} <= files
+    sources = [path.name for path in (checkout / "mocofast/data").glob("photometric*.[ch]")]
+    assert len(sources) == 2
+    assert {f"mocofast/data/{name}" for name in sources} <= files
     assert {"setup.py", "pyproject.toml", *FILES} <= files
     for folder in ("tests", "benchmarks"):
         assert {
             path.relative_to(checkout).as_posix() for path in (checkout / folder).rglob("*.py")
         } <= files
+
+
+def test_a_machine_without_a_compiler_installs_all_but_the_library(
+    checkout: Path, wheel: zipfile.ZipFile
+) -> None:
+    del wheel  # its build must not run at the same time
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out-none"]
+    env = {**os.environ, "CC": "/nowhere/cc"}
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    done = subprocess.run(build, cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    assert "_photometric" in done.stdout + done.stderr  # says what is missing
+    assert not list((checkout / "out-none").rglob("_photometric*"))
 
 
 def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfile.ZipFile) -> None:

@@ -36,11 +36,11 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat, resized_crop
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
+from mocofast.data.photometric import make_views
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
 from mocofast.data.ranges import range_of
 from mocofast.data.threads import single_threaded_pool
-from mocofast.data.view_ops import apply_view_ops
 from mocofast.errors import describe_error
 
 # Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
@@ -382,7 +382,7 @@ class _Batches:
             part = slice(start, start + chunk)
             for view, image, p in zip(views[part], images[part], params[part]):
                 view.copy_(resized_crop(image, p.top, p.left, p.height, p.width, side))
-            apply_view_ops(views[part], params[part], augment, views[part])
+            make_views(views[part], params[part], augment, views[part])
 
         list(self._pool.map(work, range(0, len(images), chunk)))
         return views.permute(0, 3, 1, 2)
@@ -396,5 +396,5 @@ def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentC
     chunk = max(1, CHUNK_PIXELS["cuda"] // augment.size**2)
     for start in range(0, len(crops), chunk):
         part = slice(start, start + chunk)
-        apply_view_ops(crops[part], params[part], augment, views[part])
+        make_views(crops[part], params[part], augment, views[part])
     return views.permute(0, 3, 1, 2)

@@ -29,10 +29,11 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
 from mocofast.data.sampling import Views, per_view, sample_views
 from mocofast.data.sources import ArraySource
-from mocofast.data.view_ops import apply_view_ops, box_radius
+from mocofast.data.view_ops import box_radius
 from mocofast.errors import describe_error
 from mocofast.ops import backend
 
@@ -271,7 +272,7 @@ def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
         chosen = rows_of(images, index[rows].to(images.device))
         crops = crop_and_resize(chosen, boxes.to(images.device), size)
-        apply_view_ops(crops, params[rows], augment, out[rows])
+        make_views(crops, params[rows], augment, out[rows])
     return out
 
 

@@ -44,8 +44,9 @@ from mocofast.data.interface import (
     source_order,
     to_device,
 )
+from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
-from mocofast.data.view_ops import apply_late_ops, apply_view_ops, has_late_ops
+from mocofast.data.view_ops import apply_late_ops, has_late_ops
 from mocofast.errors import describe_error
 
 
@@ -76,7 +77,7 @@ def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: Augment
     """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
     box = (params.top, params.left, params.height, params.width)
     view = resized_crop(as_tensor(image), *box, augment.size)[None].contiguous()
-    apply_view_ops(view, [params], augment, view)
+    make_views(view, [params], augment, view)
     return view[0]
 
 

@@ -279,15 +279,11 @@ def apply_late_ops(
         _on_rows(x, [i for i, p in enumerate(params) if p.turns == turns], partial(turn_, turns))
     if not any(p.key for p in params):  # all views of a batch have a key, or none
         return
-    # The 32 bits of a key as a signed number.
-    words = torch.tensor([p.key for p in params]).to(torch.uint32).view(torch.int32)
-    keys = words.to(x.device, non_blocking=True)
+    keys = signed_keys(params, x.device)
     if any(augment.channel_jitter):
-        adjusters = (adjust_brightness_, adjust_channel_contrast_)
-        for stream, (adjust_, strength) in enumerate(zip(adjusters, augment.channel_jitter)):
-            uniform = uniform_numbers(keys, stream, x.shape[1])  # (n, C)
-            factor = (1 + strength * (2 * uniform - 1)).clamp_(min=0)
-            adjust_(x, factor[:, :, None, None], top)
+        brightness, contrast = channel_factors(params, augment, x.shape[1], x.device)
+        adjust_brightness_(x, brightness[:, :, None, None], top)
+        adjust_channel_contrast_(x, contrast[:, :, None, None], top)
     if augment.hed:
         # (n, 6): three factors, three densities
         uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
@@ -296,6 +292,24 @@ def apply_late_ops(
         normal = normal_numbers(keys, 2, x[0].numel())
         sigma = torch.tensor([p.noise * top for p in params], device=x.device)
         x.addcmul_(normal.view_as(x), sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
+
+
+def signed_keys(params: Sequence[ViewParams], device: torch.device) -> Tensor:
+    """Returns the 32 bits of every key as a signed number, (n,) int32."""
+    words = torch.tensor([p.key for p in params]).to(torch.uint32).view(torch.int32)
+    return words.to(device, non_blocking=True)
+
+
+def channel_factors(
+    params: Sequence[ViewParams], augment: AugmentConfig, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns the factors of brightness and of contrast, (n, channels) float32 on `device`."""
+    keys = signed_keys(params, device)
+    brightness, contrast = (
+        (1 + strength * (2 * uniform_numbers(keys, stream, channels) - 1)).clamp_(min=0)
+        for stream, strength in enumerate(augment.channel_jitter)
+    )
+    return brightness, contrast
 
 
 def vertical_flip_(x: Tensor) -> None:

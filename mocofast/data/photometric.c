@@ -1,0 +1,226 @@
+/* The operators of view_ops.py on a CPU, compiled: jitter, grayscale, blur, solarize and flips.
+ *
+ * photometric.py loads this library by ctypes, which holds no lock of Python during a call. The
+ * library needs no header of Python.
+ *
+ * Views equal the views of PyTorch's operators to the bit. Hence the options of the compiler:
+ *   -ffp-contract=off   needed. The compiler must not join a product and a sum. PyTorch joins
+ *                       some, where a CPU can: MULTIPLY_ADD in photometric_body.h names every
+ *                       such place.
+ *   -fno-trapping-math, -fno-math-errno   exact, and 15% faster.
+ * Other parts of -ffast-math: -fassociative-math changes nearly every view, because the compiler
+ * removes the two sums of `round`. -ffinite-math-only, -freciprocal-math and -fno-signed-zeros
+ * changed no view and gained nothing: minima, maxima and roundings are written so that the loops
+ * become vector instructions without these options.
+ *
+ * A set of instructions is chosen at run time: the file is compiled for plain CPUs, no
+ * -march option, and holds the same functions for AVX2 beside. AVX-512 gains 4% (docs/log.md).
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define restrict __restrict
+#define __builtin_fmaf fmaf
+#endif
+
+/* Weights of red, green and blue: view_ops.LUMA. */
+#define LUMA_R (19595.f / 65536)
+#define LUMA_G (38470.f / 65536)
+#define LUMA_B (7471.f / 65536)
+
+/* The floats that describe a view. photometric.py writes the same order. Behind the fields stand
+ * C factors of brightness and C factors of contrast, if `channel_jitter` is set. */
+enum {
+  ORDER, /* four operators: 0 brightness, 1 contrast, 2 saturation, 3 hue, or -1 for none */
+  BRIGHTNESS = 4,
+  CONTRAST,
+  SATURATION,
+  HUE,
+  GRAY,
+  RADIUS,
+  REACH,
+  SOLARIZE,
+  FLIP,
+  VERTICAL_FLIP,
+  TURNS,
+  FIELDS
+};
+
+/* Returns the mean of a plane, (side, side) float32, as PyTorch sums it. */
+typedef float (*mean_function)(const float *plane, int side);
+
+struct images {
+  int side;     /* S */
+  int channels; /* C */
+  int top;      /* the largest level: 255 or 65535 */
+  int gray_first;
+  mean_function mean;
+};
+
+#define FUSED 0
+#define NAME(x) plain_##x
+#include "photometric_body.h"
+
+#define FUSED 1
+#define NAME(x) fused_##x
+#include "photometric_body.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define FUSED 1
+#define NAME(x) avx2_##x
+#include "photometric_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+typedef void (*chain_function)(const struct images *, float *, float *, const float *);
+typedef void (*jitter_function)(const struct images *, float *, const float *);
+
+struct variant {
+  chain_function chain;
+  jitter_function channel_jitter;
+};
+
+/* The numbers are those of photometric.VARIANTS. */
+static const struct variant variants[] = {
+    {plain_chain, plain_channel_jitter},
+    {fused_chain, fused_channel_jitter},
+#ifdef X86
+    {avx2_chain, avx2_channel_jitter},
+#endif
+};
+
+/* Returns 1 where this CPU has the instructions of a variant. */
+EXPORT int photometric_runs(int variant) {
+  if (variant < 2) return variant >= 0;
+#ifdef X86
+  if (variant == 2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return 0;
+}
+
+/* Copies an image, (S, S, C), to planes, (C, S, S) float32. */
+static void load(const struct images *images, const void *image, float *planes) {
+  int64_t count = (int64_t)images->side * images->side;
+  int channels = images->channels;
+  const uint8_t *bytes = image;
+  const uint16_t *words = image;
+  if (images->top == 255 && channels == 3) {
+    float *restrict r = planes, *restrict g = planes + count, *restrict b = planes + 2 * count;
+    for (int64_t i = 0; i < count; i++) {
+      r[i] = bytes[3 * i];
+      g[i] = bytes[3 * i + 1];
+      b[i] = bytes[3 * i + 2];
+    }
+    return;
+  }
+  for (int c = 0; c < channels; c++, planes += count) {
+    if (images->top == 255)
+      for (int64_t i = 0; i < count; i++) planes[i] = bytes[i * channels + c];
+    else
+      for (int64_t i = 0; i < count; i++) planes[i] = words[i * channels + c];
+  }
+}
+
+/* Copies a row of three planes to a row of an image. step: from a pixel to the next. */
+static inline void store_rgb(uint8_t *restrict out, const float *restrict r,
+                             const float *restrict g, const float *restrict b, int side,
+                             int64_t step) {
+  for (int x = 0; x < side; x++, out += 3) {
+    out[0] = (uint8_t)(int32_t)r[x * step];
+    out[1] = (uint8_t)(int32_t)g[x * step];
+    out[2] = (uint8_t)(int32_t)b[x * step];
+  }
+}
+
+/* Copies planes to an image, flipped and turned. flip, vertical_flip: 0 or 1. */
+static void store(const struct images *images, const float *planes, void *image, int flip,
+                  int vertical_flip, int turns) {
+  int side = images->side, channels = images->channels;
+  int64_t count = (int64_t)side * side, last = side - 1;
+  /* The place of the pixel (0, 0), and the steps to the next row and the next column, after the
+   * flips. */
+  int64_t row = vertical_flip ? -side : side, column = flip ? -1 : 1;
+  int64_t start = (vertical_flip ? last * side : 0) + (flip ? last : 0);
+  for (; turns > 0; turns--) { /* counter-clockwise: the last column becomes the first row */
+    int64_t old_row = row;
+    start += last * column;
+    row = -column;
+    column = old_row;
+  }
+  for (int y = 0; y < side; y++) {
+    const float *from = planes + start + y * row;
+    if (images->top == 255 && channels == 3) {
+      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * side;
+      const float *g = from + count, *b = from + 2 * count;
+      if (column == 1)
+        store_rgb(out, from, g, b, side, 1);
+      else if (column == -1)
+        store_rgb(out, from, g, b, side, -1);
+      else
+        store_rgb(out, from, g, b, side, column);
+      continue;
+    }
+    for (int c = 0; c < channels; c++, from += count) {
+      int64_t at = (int64_t)y * side * channels + c;
+      if (images->top == 255)
+        for (int x = 0; x < side; x++)
+          ((uint8_t *)image)[at + (int64_t)x * channels] = (uint8_t)(int32_t)from[x * column];
+      else
+        for (int x = 0; x < side; x++)
+          ((uint16_t *)image)[at + (int64_t)x * channels] = (uint16_t)(int32_t)from[x * column];
+    }
+  }
+}
+
+/* Makes n views.
+ *
+ * in, out: (n, S, S, C), uint8 for a top of 255, uint16 for a top of 65535. May be the same.
+ * views: n times `fields` floats.
+ * channel_jitter: 1 if the factors of channels stand behind the fields.
+ * scratch: C S S + 2 S (S + 2 R) floats, R the largest reach.
+ * mean: for sums beyond 2^24, which float32 does not hold. */
+EXPORT void photometric_views(int variant, const void *in, void *out, int64_t n, int side,
+                              int channels, int top, const float *views, int64_t fields,
+                              int gray_first, int channel_jitter, float *scratch,
+                              mean_function mean) {
+  struct images images = {side, channels, top, gray_first, mean};
+  const struct variant *chosen = &variants[variant];
+  int64_t count = (int64_t)side * side * channels, bytes = count * (top == 255 ? 1 : 2);
+  for (int64_t i = 0; i < n; i++, views += fields) {
+    char *made = (char *)out + i * bytes;
+    load(&images, (const char *)in + i * bytes, scratch);
+    chosen->chain(&images, scratch, scratch + count, views);
+    store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0, (int)views[TURNS]);
+    if (!channel_jitter) continue;
+    load(&images, made, scratch);
+    chosen->channel_jitter(&images, scratch, views);
+    store(&images, scratch, made, 0, 0, 0);
+  }
+}
+
+/* The linker of Windows wants this name in a library that setuptools builds. Not called. */
+EXPORT void *PyInit__photometric(void) { return 0; }

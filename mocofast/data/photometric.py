@@ -1,0 +1,248 @@
+"""Makes views from crops: by the compiled operators of photometric.c where they can serve,
+otherwise by PyTorch's operators (`view_ops`).
+
+The views are equal to the bit. PyTorch's operators round a product and a sum together where
+the CPU can (AVX2, AVX-512, ARM), and apart elsewhere. `compiled` finds out which, and compares a
+few views when the library is loaded. Where a view differs, PyTorch's operators make all views.
+
+The library has jitter, grayscale, blur, solarize, flips, quarter turns and jitter by channel.
+Rotation, jitter of stains and noise are PyTorch's in every case: their sines, powers and
+logarithms are approximations of PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocofast.config import AugmentConfig
+from mocofast.data import view_ops
+from mocofast.data.interface import ViewParams, sample_view
+from mocofast.errors import describe_error
+
+LIBRARY = "mocofast.data._photometric"
+INSTALL = "install a C compiler, then pip install --force-reinstall --no-deps mocofast"
+# Sets of instructions, by their numbers in photometric.c. All but the first round a product and
+# a sum together.
+VARIANTS = ("plain", "fused", "AVX2")
+FIELDS = 15  # floats of a view in photometric.c, without factors of channels
+_NO_ORDER = (-1, -1, -1, -1)
+# Views that are compared when the library is loaded, and the side of a view
+_COMPARED, _SIDE = 12, 33
+
+_Mean = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int)
+_Views = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    _Mean,
+)
+
+
+def make_views(
+    crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+) -> None:
+    """Does what `view_ops.apply_view_ops` does, faster where the library can serve.
+
+    crops, out: (n, S, S, C), uint8 or uint16 on one device. `out` may be `crops`.
+    params: the parameters of n views.
+    """
+    library = compiled()[0] if crops.device.type == "cpu" else None
+    if library is None:
+        view_ops.apply_view_ops(crops, params, augment, out)
+        return
+    if any(p.angle for p in params):
+        alone = [p._replace(**{**_NOTHING, "angle": p.angle}) for p in params]
+        rotated = torch.empty_like(crops)
+        view_ops.apply_view_ops(crops, alone, augment, rotated)
+        crops = rotated
+    library.make(crops, params, augment, out)
+    if any(p.key for p in params) and (augment.hed or augment.noise):
+        alone = [p._replace(**{**_NOTHING, "key": p.key, "noise": p.noise}) for p in params]
+        last = AugmentConfig(hed=augment.hed, noise=augment.noise)
+        view_ops.apply_view_ops(out, alone, last, out)
+
+
+# The fields of ViewParams after the crop that leave a view as it is.
+_NOTHING: dict[str, Any] = {
+    "angle": 0.0,
+    "order": (),
+    "gray": False,
+    "sigma": 0.0,
+    "solarize": False,
+    "flip": False,
+    "vertical_flip": False,
+    "turns": 0,
+    "key": 0,
+    "noise": 0.0,
+}
+
+
+class Photometric:
+    """The compiled operators, with one set of instructions."""
+
+    def __init__(self, library: ctypes.CDLL, variant: int) -> None:
+        """library: photometric.c, compiled. variant: number in VARIANTS."""
+        self.variant = variant
+        self._views = _Views(("photometric_views", library))
+        self._scratch = threading.local()  # a buffer for every thread
+
+    def make(
+        self, crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+    ) -> None:
+        """Applies all operators but rotation, jitter of stains and noise. Takes the arguments of
+        `make_views`. Holds no lock of Python while the views are made.
+        """
+        source = crops.contiguous()
+        made = out if out.is_contiguous() else torch.empty_like(source)
+        n, side, _, channels = source.shape
+        radii = [view_ops.box_radius(p.sigma) for p in params]
+        # (n, FIELDS) float32, in the order of photometric.c
+        table = np.array(
+            [
+                (
+                    *(p.order or _NO_ORDER),
+                    p.brightness,
+                    p.contrast,
+                    p.saturation,
+                    p.hue,
+                    p.gray,
+                    radius,
+                    math.ceil(radius),
+                    p.solarize,
+                    p.flip,
+                    p.vertical_flip,
+                    p.turns,
+                )
+                for p, radius in zip(params, radii)
+            ],
+            dtype=np.float32,
+        ).reshape(n, FIELDS)
+        by_channel = any(augment.channel_jitter) and any(p.key for p in params)
+        if by_channel:
+            factors = view_ops.channel_factors(params, augment, channels, source.device)
+            table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
+        reach = math.ceil(max(radii, default=0))
+        scratch = self._buffer(channels * side**2 + 2 * side * (side + 2 * reach))
+        top = 255 if source.dtype == torch.uint8 else 65535
+        self._views(
+            self.variant,
+            source.data_ptr(),
+            made.data_ptr(),
+            n,
+            side,
+            channels,
+            top,
+            table.ctypes.data,
+            table.shape[1],
+            augment.gray_first,
+            by_channel,
+            scratch.ctypes.data,
+            _mean_by_pytorch,
+        )
+        if made is not out:
+            out.copy_(made)
+
+    def _buffer(self, size: int) -> np.ndarray:
+        """Returns at least `size` floats, the same memory in every call of a thread."""
+        buffer: np.ndarray | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._scratch.buffer = np.empty(size, dtype=np.float32)
+        return buffer
+
+
+@_Mean
+def _mean_by_pytorch(plane: ctypes._Pointer, side: int) -> float:
+    """Returns the mean of (side, side) float32: PyTorch's, where float32 does not hold the sum."""
+    values = torch.from_numpy(np.ctypeslib.as_array(plane, (1, 1, side, side)))
+    return values.mean((2, 3)).item()
+
+
+@cache
+def compiled() -> tuple[Photometric | None, str]:
+    """Returns the compiled operators and their instructions, or None and the reason."""
+    found = importlib.util.find_spec(LIBRARY)
+    if found is None or found.origin is None:
+        return None, f"not compiled: {INSTALL}"
+    try:
+        library = ctypes.CDLL(found.origin)
+        together = rounds_together()
+        for variant in (2, 1) if together else (0,):
+            if library.photometric_runs(variant):
+                operators = Photometric(library, variant)
+                if differs(operators):
+                    return None, f"{VARIANTS[variant]}: views differ from PyTorch's"
+                return operators, VARIANTS[variant]
+    except (
+        Exception
+    ) as error:  # another platform, a missing function, or PyTorch rounds in two ways
+        return None, describe_error(error)
+    return None, "this CPU has no instructions for PyTorch's rounding"
+
+
+def rounds_together() -> bool:
+    """Returns whether PyTorch rounds a product and a sum together, as a fused multiply-add.
+
+    Raises RuntimeError if PyTorch does for some operators or sizes only.
+    """
+    factor = 7471 / 65536
+    found = set()
+    for count in (7, 64, 1023):  # a tail, whole vectors, and a long row with a tail
+        x = torch.arange(40001, 40001 + count, dtype=torch.float32).view(1, 1, count)
+        y = x.flip(2) * (1 / 3)
+        exact = y.double() + x.double() * torch.tensor(factor).double()
+        together, apart = exact.float(), y + x * factor
+        differ = together != apart
+        for got in (
+            y.add(x, alpha=factor),
+            torch.addcmul(y, x, torch.full((1, 1, 1), factor)),
+            torch.addcmul(y, x.expand(2, 1, count)[1:], torch.full((1, 1, 1), factor)),
+        ):
+            found.add((bool((got == together).all()), bool((got == apart).all())))
+        if not differ.any():
+            found.discard((True, True))
+    if found not in ({(True, False)}, {(False, True)}):
+        raise RuntimeError("PyTorch rounds products and sums in two ways")
+    return found == {(True, False)}
+
+
+def differs(operators: Photometric) -> bool:
+    """Returns whether a view differs from PyTorch's view. Compares views of 8 and of 16 bits."""
+    options: dict[str, Any] = {
+        "blur": 0.7,
+        "solarize": 0.3,
+        "vertical_flip": 0.5,
+        "channel_jitter": (0.2, 0.2),
+    }
+    for channels, dtype in ((3, np.uint8), (3, np.uint16), (2, np.uint16)):
+        augment = AugmentConfig(size=_SIDE, gray=0.2 if channels == 3 else 0.0, **options)
+        rng = np.random.default_rng(channels)
+        shape = (_COMPARED, _SIDE, _SIDE, channels)
+        numbers = rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype)
+        crops = torch.from_numpy(numbers)
+        params = [sample_view(augment, (_SIDE, _SIDE), 1, 0, i, 0) for i in range(_COMPARED)]
+        expected, got = torch.empty_like(crops), torch.empty_like(crops)
+        view_ops.apply_view_ops(crops, params, augment, expected)
+        operators.make(crops, params, augment, got)
+        if not np.array_equal(expected.numpy(), got.numpy()):
+            return True
+    return False

@@ -1,0 +1,205 @@
+/* The operators of photometric.c. The file is included once for every set of instructions.
+ *
+ * NAME(x): gives a function the name of its set.
+ * FUSED: 1 where PyTorch's operators round a product and a sum once (fused multiply-add).
+ *
+ * A plane is (S, S) float32 with integers from 0 to `top`. Every function computes what the
+ * function of the same name in view_ops.py computes, in the same order of roundings.
+ */
+
+#if FUSED
+#define MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+
+static inline float NAME(minimum)(float a, float b) { return a < b ? a : b; }
+static inline float NAME(maximum)(float a, float b) { return a > b ? a : b; }
+/* Values are never negative: to cut the fraction is to round down. */
+static inline float NAME(floor)(float x) { return (float)(int32_t)x; }
+/* Rounds half to even: the sum has no bits for a fraction. */
+static inline float NAME(round)(float x) { return (x + 12582912.f) - 12582912.f; }
+
+static inline float NAME(luma)(float r, float g, float b) {
+  float sum = MULTIPLY_ADD(b, LUMA_B, MULTIPLY_ADD(g, LUMA_G, r * LUMA_R));
+  return NAME(floor)(sum + 0.5f);
+}
+
+static inline float NAME(blend)(float x, float other, float factor, float top) {
+  float mixed = (x - other) * factor + other;
+  return NAME(floor)(NAME(minimum)(NAME(maximum)(mixed, 0.f), top));
+}
+
+static void NAME(brightness)(float *x, int64_t count, float factor, float top) {
+  for (int64_t i = 0; i < count; i++) x[i] = NAME(floor)(NAME(minimum)(x[i] * factor, top));
+}
+
+/* Returns the mean of a plane, rounded. */
+static float NAME(mean)(const struct images *images, const float *plane) {
+  int64_t count = (int64_t)images->side * images->side;
+  if ((double)images->top * count > 16777216.) /* PyTorch rounds the sums, in an order of its own */
+    return NAME(floor)(images->mean(plane, images->side) + 0.5f);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum += (int32_t)plane[i];
+  return NAME(floor)((float)sum / (float)count + 0.5f);
+}
+
+static void NAME(contrast_plane)(const struct images *images, float *x, float mean, float factor) {
+  int64_t count = (int64_t)images->side * images->side;
+  float top = (float)images->top;
+  for (int64_t i = 0; i < count; i++) x[i] = NAME(blend)(x[i], mean, factor, top);
+}
+
+static void NAME(contrast)(const struct images *images, float *x, float *scratch, float factor) {
+  int64_t count = (int64_t)images->side * images->side;
+  if (images->channels != 3) {
+    for (int c = 0; c < images->channels; c++)
+      NAME(contrast_plane)(images, x + c * count, NAME(mean)(images, x + c * count), factor);
+    return;
+  }
+  const float *r = x, *g = x + count, *b = x + 2 * count;
+  for (int64_t i = 0; i < count; i++) scratch[i] = NAME(luma)(r[i], g[i], b[i]);
+  float mean = NAME(mean)(images, scratch);
+  for (int c = 0; c < 3; c++) NAME(contrast_plane)(images, x + c * count, mean, factor);
+}
+
+static void NAME(saturation)(float *restrict r, float *restrict g, float *restrict b,
+                             int64_t count, float factor, float top) {
+  for (int64_t i = 0; i < count; i++) {
+    float gray = NAME(luma)(r[i], g[i], b[i]);
+    r[i] = NAME(blend)(r[i], gray, factor, top);
+    g[i] = NAME(blend)(g[i], gray, factor, top);
+    b[i] = NAME(blend)(b[i], gray, factor, top);
+  }
+}
+
+/* Returns the value of a channel, not rounded. offset: the turn to the pure hue of the channel. */
+static inline float NAME(hue_channel)(float hue, float chroma, float base, float offset) {
+  float near = fabsf(fabsf(MULTIPLY_ADD(chroma, offset, hue)) - 3 * chroma);
+  return NAME(minimum)(NAME(maximum)(near, chroma), 2 * chroma) + base;
+}
+
+static void NAME(hue)(float *restrict r, float *restrict g, float *restrict b, int64_t count,
+                      float shift) {
+  static const float pure[3] = {0, 2, -2};
+  float offset[3];
+  for (int c = 0; c < 3; c++) {
+    float turn = fmodf(shift * 6 - pure[c] + 3, 6);
+    offset[c] = (turn < 0 ? turn + 6 : turn) - 3;
+  }
+  float to_r = offset[0], to_g = offset[1], to_b = offset[2];
+  for (int64_t i = 0; i < count; i++) {
+    float low = NAME(minimum)(g[i], b[i]), smallest = NAME(minimum)(low, r[i]);
+    float largest = NAME(maximum)(NAME(maximum)(g[i], b[i]), r[i]);
+    float chroma = largest - smallest, difference = g[i] - b[i];
+    float hue = copysignf(fabsf(difference) + largest - r[i] + 2 * (low - smallest), difference);
+    float base = smallest - chroma;
+    r[i] = NAME(round)(NAME(hue_channel)(hue, chroma, base, to_r));
+    g[i] = NAME(round)(NAME(hue_channel)(hue, chroma, base, to_g));
+    b[i] = NAME(round)(NAME(hue_channel)(hue, chroma, base, to_b));
+  }
+}
+
+static void NAME(grayscale)(float *restrict r, float *restrict g, float *restrict b,
+                            int64_t count) {
+  for (int64_t i = 0; i < count; i++) r[i] = g[i] = b[i] = NAME(luma)(r[i], g[i], b[i]);
+}
+
+/* Computes a row or a column of boxes.
+ * from: the first pixel of the first box. step: from a pixel of a box to the next pixel. */
+static inline void NAME(box)(float *restrict to, const float *restrict from, int side,
+                             int64_t step, int reach, float inner, float outer) {
+  if (reach == 1) {
+    for (int x = 0; x < side; x++)
+      to[x] = NAME(round)(MULTIPLY_ADD(from[x + step], inner, (from[x] + from[x + 2 * step]) * outer));
+  } else if (reach == 2) {
+    for (int x = 0; x < side; x++) {
+      float body = from[x + step] + from[x + 2 * step] + from[x + 3 * step];
+      to[x] = NAME(round)(MULTIPLY_ADD(body, inner, (from[x] + from[x + 4 * step]) * outer));
+    }
+  } else {
+    for (int x = 0; x < side; x++) {
+      float body = from[x + step];
+      for (int i = 2; i < 2 * reach; i++) body += from[x + i * step];
+      float ends = from[x] + from[x + 2 * reach * step];
+      to[x] = NAME(round)(MULTIPLY_ADD(body, inner, ends * outer));
+    }
+  }
+}
+
+/* Blurs a plane: three boxes along rows, then three along columns.
+ * scratch: 2 (S + 2 reach) S floats. */
+static void NAME(blur)(float *plane, int side, float radius, int reach, float *scratch) {
+  float inner = 1 / (2 * radius + 1), outer = (1 - (float)(2 * reach - 1) * inner) / 2;
+  int64_t wide = side + 2 * (int64_t)reach;
+  size_t row = sizeof(float) * side;
+  float *from = scratch, *to = scratch + wide;
+  for (int y = 0; y < side; y++) {
+    memcpy(from + reach, plane + (int64_t)y * side, row);
+    for (int pass = 0; pass < 3; pass++) {
+      for (int i = 0; i < reach; i++) {
+        from[i] = from[reach];
+        from[reach + side + i] = from[reach + side - 1];
+      }
+      float *out = pass < 2 ? to + reach : plane + (int64_t)y * side;
+      NAME(box)(out, from, side, 1, reach, inner, outer);
+      float *swap = from;
+      from = to;
+      to = swap;
+    }
+  }
+  from = scratch, to = scratch + wide * side;
+  memcpy(from + (int64_t)reach * side, plane, row * side);
+  for (int pass = 0; pass < 3; pass++) {
+    for (int i = 0; i < reach; i++) {
+      memcpy(from + (int64_t)i * side, from + (int64_t)reach * side, row);
+      memcpy(from + (int64_t)(reach + side + i) * side,
+             from + (int64_t)(reach + side - 1) * side, row);
+    }
+    float *out = pass < 2 ? to + (int64_t)reach * side : plane;
+    for (int64_t y = 0; y < side; y++)
+      NAME(box)(out + y * side, from + y * side, side, side, reach, inner, outer);
+    float *swap = from;
+    from = to;
+    to = swap;
+  }
+}
+
+/* Inverts the upper half of the levels. */
+static void NAME(solarize)(float *x, int64_t count, float top) {
+  float half = (top + 1) / 2;
+  for (int64_t i = 0; i < count; i++) x[i] = x[i] < half ? x[i] : top - x[i];
+}
+
+static void NAME(chain)(const struct images *images, float *x, float *scratch, const float *view) {
+  int64_t count = (int64_t)images->side * images->side, values = count * images->channels;
+  float top = (float)images->top, *r = x, *g = x + count, *b = x + 2 * count;
+  int is_colour = images->channels == 3, gray = view[GRAY] != 0 && is_colour;
+  if (gray && images->gray_first) NAME(grayscale)(r, g, b, count);
+  for (int slot = 0; slot < 4; slot++) {
+    int operator = (int)view[ORDER + slot];
+    if (operator == 0) NAME(brightness)(x, values, view[BRIGHTNESS], top);
+    if (operator == 1) NAME(contrast)(images, x, scratch, view[CONTRAST]);
+    if (operator == 2 && is_colour) NAME(saturation)(r, g, b, count, view[SATURATION], top);
+    if (operator == 3 && is_colour) NAME(hue)(r, g, b, count, view[HUE]);
+  }
+  if (gray && !images->gray_first) NAME(grayscale)(r, g, b, count);
+  for (int c = 0; c < images->channels && view[REACH] > 0; c++)
+    NAME(blur)(x + c * count, images->side, view[RADIUS], (int)view[REACH], scratch);
+  if (view[SOLARIZE]) NAME(solarize)(x, values, top);
+}
+
+/* view: as for `chain`. Brightness, then contrast, with own factors for every channel. */
+static void NAME(channel_jitter)(const struct images *images, float *x, const float *view) {
+  int64_t count = (int64_t)images->side * images->side;
+  const float *factor = view + FIELDS;
+  for (int c = 0; c < images->channels; c++, x += count, factor++) {
+    NAME(brightness)(x, count, factor[0], (float)images->top);
+    float mean = NAME(mean)(images, x);
+    NAME(contrast_plane)(images, x, mean, factor[images->channels]);
+  }
+}
+
+#undef MULTIPLY_ADD
+#undef NAME
+#undef FUSED
