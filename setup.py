@@ -27,6 +27,7 @@ TEST = [
     "timm>=1",
     *IMAGES,
     "pyarrow>=15",
+    "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
@@ -93,7 +94,7 @@ setup(
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "images": IMAGES,
-        "parquet": ["pyarrow>=15"],  # lists of images, --data.source list
+        "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

@@ -104,7 +104,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", "folder")
-        own = ("train", "val", "include", "exclude", "labels", "group")
+        own = ("train", "val", "include", "exclude", "labels", "column", "group")
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
     settings.apply(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mocofast.data_config import LOADERS as LOADERS
 from mocofast.data_config import OWN_IMAGES as OWN_IMAGES
 from mocofast.data_config import SOURCES as SOURCES
+from mocofast.data_config import TABLES as TABLES
 from mocofast.data_config import AugmentConfig, DataConfig
 from mocofast.errors import ConfigError
 from mocofast.option import Valid, above, at_least, option

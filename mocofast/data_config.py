@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from mocofast.option import Valid, above, at_least, between, option
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
-OWN_IMAGES = ("folder", "shards", "list", "zip")  # data.path names the user's images
+TABLES = ("parquet", "hf")  # names of one source
+OWN_IMAGES = ("folder", "shards", "list", "zip", *TABLES)  # data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
 LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders builds them
 
@@ -20,24 +21,24 @@ class DataConfig:
     source: str = option(
         "folder",
         "folder (of images, recursive), tar shards, list (CSV or parquet, a row for every image), "
-        "zip archive, embedded digits, torchvision's CIFAR, or the dotted name of a module with "
-        "load_datasets",
+        "zip archive, parquet files with image bytes, hf (a folder of datasets.save_to_disk), "
+        "embedded digits, torchvision's CIFAR, or the dotted name of a module with load_datasets",
         SOURCES,
         plugins=True,
     )
     path: str = option(
         "",
         "folder of images or of *.tar shards; shards also as a pattern or URL, x-{000..099}.tar; "
-        "or a list, a zip archive, or the folder of CIFAR",
+        "or a list, a zip archive, tables (a file, a pattern or a folder), or the folder of CIFAR",
     )
     train: tuple[str, ...] = option(
         (),
-        "folders of training images, or values of a list's column split; "
+        "folders of training images, or sets of a list or a table; "
         "empty finds train/, training/ and unlabeled/",
     )
     val: str = option(
         "",
-        "folder of evaluation images below data.path, or a value of a list's column split; "
+        "folder of evaluation images below data.path, or a set of a list or a table; "
         "empty finds val/, valid/, validation/, dev/, test/ or testing/ beside train/",
     )
     include: tuple[str, ...] = option(
@@ -52,7 +53,10 @@ class DataConfig:
     labels: str = option(
         "auto",
         "auto: by folders, or as the shards or the list say; none; or a list with columns path "
-        "and label, FILE.csv or FILE.csv:COLUMN (source=list: the column)",
+        "and label, FILE.csv or FILE.csv:COLUMN (source=list, parquet, hf: the column)",
+    )
+    column: str = option(
+        "", "source=parquet, hf: the column of images; empty finds image, img, jpg, ..."
     )
     group: str = option(
         "",

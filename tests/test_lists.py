@@ -134,7 +134,9 @@ def test_a_parquet_list_is_a_csv_list(tmp_path: Path) -> None:
     assert datasets.train.labels.tolist() == [0, -1, 1, 0]
     images = pa.table({"image": [{"bytes": b"", "path": "x"}], "label": [0]})
     parquet.write_table(images, tmp_path / "bytes.parquet")
-    with pytest.raises(ConfigError, match=r"no column of paths \(label\), .* \(image\); write"):
+    with pytest.raises(
+        ConfigError, match=r"no column of paths \(label\); --data.source parquet .* \(image\)"
+    ):
         from_list(tmp_path / "bytes.parquet")
 
 

@@ -21,7 +21,7 @@ CONTAINERS = {
     ".zip": "; --data.source zip reads .zip",
     ".csv": "; --data.source list reads .csv",
     ".tsv": "; --data.source list reads .tsv",
-    ".parquet": "; --data.source list reads .parquet with a column of paths",
+    ".parquet": "; --data.source list reads .parquet with paths, and parquet with images",
     ".h5": "; write the images of HDF5 files as PNG or TIFF, for example with h5py and PIL",
     ".hdf5": "; write the images of HDF5 files as PNG or TIFF, for example with h5py and PIL",
     ".npz": "; write the images of .npz files as PNG or TIFF, for example with numpy and PIL",

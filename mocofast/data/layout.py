@@ -222,7 +222,7 @@ def groups_of(names: Sequence[str], folders: Sequence[str], level: str) -> np.nd
     if not level.isdecimal() or not int(level):
         raise ConfigError(
             "data.group: expected the level of the folders that are groups, from 1, or the column "
-            f"of a list (data.source=list), got {level!r}"
+            f"of a list or a table (data.source=list, parquet, hf), got {level!r}"
         )
     groups = []
     for name in names:

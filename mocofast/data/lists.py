@@ -116,8 +116,8 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
     if len(simple) < len(schema.names) and not {name.lower() for name in simple} & set(PATH):
         bytes_of = shortened(name for name in schema.names if name not in simple)
         raise ConfigError(
-            f"data.path: {str(path)!r} has no column of paths ({shortened(simple)}), and images "
-            f"in a table are not read ({bytes_of}); write the images as files"
+            f"data.path: {str(path)!r} has no column of paths ({shortened(simple)}); "
+            f"--data.source parquet reads columns of image bytes ({bytes_of})"
         )
     return {
         name: ["" if value is None else str(value) for value in table[name].to_pylist()]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from mocofast.config import ConfigError, DataConfig
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
+from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import AUTO, ValueRange, range_of
 from mocofast.data.shard_index import local_index
 from mocofast.data.shards import META
@@ -37,6 +39,13 @@ from mocofast.errors import describe_error
 from mocofast.option import option
 
 AHEAD = 4  # images per thread that are prepared ahead of the writer
+
+# The extensions of formats that are copied unchanged.
+_EXTENSION = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp"} | {
+    "PPM": ".ppm",
+    "TIFF": ".tif",
+    "JPEG2000": ".jp2",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     parts: dict[str, Source] = {"": datasets.train}  # {folder: images}
     if datasets.val is not None:
         parts = {part.name(0).partition("/")[0]: part for part in (datasets.train, datasets.val)}
-        if len(parts) == 1:  # in a wrapper folder
+        # In a wrapper folder, or in tables.
+        if len(parts) == 1 or isinstance(datasets.train, PackedSource):
             parts = {"train": datasets.train, "val": datasets.val}
     meta: dict[str, Any] = {
         "size": options.size,
@@ -119,21 +129,24 @@ def _check(options: PrepareConfig) -> None:
 
 
 def compact(
-    path: str, size: int, quality: int, value_range: ValueRange = AUTO
+    file: str | bytes, size: int, quality: int, value_range: ValueRange = AUTO
 ) -> tuple[str, bytes]:
     """Returns (extension, content) of the stored image. Raises PIL's exceptions for a bad file.
 
-    path: the original image file.
+    file: the path or the content of the original image file.
     size, quality: as in PrepareConfig.
     value_range: the numbers that mean black and white.
     """
-    content = Path(path).read_bytes()
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
     image = decode(content, value_range)
     short = min(image.size)
     buffer = io.BytesIO()
     if short <= size:
-        if value_range.of_type and read_header(content).plain:
-            return Path(path).suffix.lower(), content
+        header = read_header(content)
+        if value_range.of_type and header.plain:
+            if isinstance(file, bytes):
+                return _EXTENSION[header.format], content
+            return Path(file).suffix.lower(), content
         image.save(buffer, "PNG")
         return ".png", buffer.getvalue()
     width, height = (round(side * size / short) for side in image.size)
@@ -156,8 +169,9 @@ def _write(
 
     def work(index: int) -> tuple[str, bytes] | str:
         try:
-            path = str(source.load(index))
-            return compact(path, options.size, options.quality, range_of(source))
+            file = source.load(index)
+            assert not isinstance(file, np.ndarray)
+            return compact(file, options.size, options.quality, range_of(source))
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 
@@ -175,7 +189,10 @@ def _write(
             # A key ends at the first dot. Names that differ only by a dot or an extension
             # get a number.
             name = source.name(index).removeprefix(f"{part}/" if part else "")
-            key = name.rpartition(".")[0].replace(".", "_")
+            stem = name.rpartition(".")[0]
+            if isinstance(source, PackedSource):  # the names are FILE:ROW PATH
+                stem = os.path.splitext(name.replace(":", "/").replace(" ", "/"))[0]
+            key = stem.replace(".", "_")
             if key in keys:
                 key = f"{key}-{index}"
             keys.add(key)

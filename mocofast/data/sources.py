@@ -1,17 +1,18 @@
-"""Sources of images (a folder, a list, a zip archive, tar shards, the embedded digits, CIFAR), and
-their train and val sets.
+"""Sources of images (a folder, a list, a zip archive, tables, tar shards, the embedded digits,
+CIFAR), and their train and val sets.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocofast.config import SOURCES, ConfigError, DataConfig
+from mocofast.config import SOURCES, TABLES, ConfigError, DataConfig
 from mocofast.data.arrays import NPY
 from mocofast.data.arrays import ArraySource as ArraySource
 from mocofast.data.finding import Disk, Names
@@ -25,9 +26,11 @@ from mocofast.data.names import (
     digest,
     stratified_holdout,
 )
+from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import range_of, set_range
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
+from mocofast.data.table_sets import holds_tables, open_tables
 from mocofast.data.zips import ZipArchive, ZipSource
 from mocofast.errors import list_choices
 from mocofast.plugins import is_plugin, load_plugin
@@ -91,7 +94,7 @@ def labelled(source: Source) -> Source:
 
 def _part(source: Source, index: np.ndarray) -> Source:
     """Returns some samples of a source. index: (n,) int64, ascending."""
-    if isinstance(source, (FolderSource, ShardSource)):
+    if isinstance(source, (FolderSource, ShardSource, PackedSource)):
         return source.subset(index)
     return Subset(source, index)
 
@@ -107,6 +110,8 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         lie in two or more folders, see `mocofast.data.layout.classes_of`.
     data.source=zip: a zip archive of image files, arranged like a folder.
     data.source=list: a CSV or parquet file (`mocofast.data.lists`).
+    data.source=parquet, hf: tables with image bytes (`mocofast.data.table_sets`). A table, and a
+        folder of tables without images, is found under data.source=folder too.
     data.source=shards: a folder of tar files (`mocofast.data.shards`), a pattern, or URLs.
     data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn, the same in
         all `data.channels`. The same 20% of every class are held out for any seed.
@@ -164,6 +169,8 @@ def _open_folder(folder: str | Path, channels: int) -> Disk:
 
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
     root = Path(_path(data)).expanduser()
+    if holds_tables(root):
+        return _load_tables(data, seed)
     layout = arrange(_open_folder(root, data.channels), data, str(root))
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
@@ -184,7 +191,7 @@ _Make = Callable[[list[str], "np.ndarray | None", tuple[str, ...]], Source]
 
 def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
     """Returns the train and the val set of a layout. make: makes a source of names."""
-    if data.source != "list" and data.labels not in ("auto", "none"):
+    if data.source in ("folder", "zip") and data.labels not in ("auto", "none"):
         layout = labels_of_list(layout, data.labels)
     remarks = tuple(layout.remarks)
     train = make(layout.train, layout.labels, layout.classes)
@@ -203,6 +210,11 @@ def _load_list(data: DataConfig, seed: int) -> Datasets:
     layout = arrange_list(images, data)
     root = images.path.parent
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
+
+
+def _load_tables(data: DataConfig, seed: int) -> Datasets:
+    tables = open_tables(_path(data), data)
+    return _sets(tables.layout, replace(data, source=TABLES[0]), seed, tables.source)
 
 
 def _load_shards(data: DataConfig, seed: int) -> Datasets:
@@ -257,6 +269,8 @@ _LOAD: dict[str, Callable[[DataConfig, int], Datasets]] = {
     "shards": _load_shards,
     "list": _load_list,
     "zip": _load_zip,
+    "parquet": _load_tables,
+    "hf": _load_tables,
     "digits": _load_digits,
     "cifar10": _load_cifar,
     "cifar100": _load_cifar,

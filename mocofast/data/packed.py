@@ -1,0 +1,50 @@
+"""Images that lie in a few large files, as a source that can be read in any order."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mocofast.data.names import NamedImages
+
+
+class PackedSource(NamedImages):
+    """Images at known places of large files. `load` returns the content of an image file."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        places: np.ndarray,
+        names: Sequence[str],
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] = (),
+    ) -> None:
+        """Takes the places of the images. Opens no file.
+
+        files: the large files.
+        places: (N, 3) int64: the number of the file, offset and length in bytes.
+        names: N names. labels: (N,) integers that index `classes`, or None.
+        """
+        super().__init__(names, labels, classes)
+        self._files, self._places = tuple(files), places
+
+    def load(self, index: int) -> bytes:
+        """Returns the content of an image file. Raises OSError if the large file has changed."""
+        number, offset, size = self._places[index].tolist()
+        # Reads at a position: threads and forked workers share no place in the file.
+        with self._files[number].open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, offset)
+        if len(content) < size:
+            raise OSError(f"{self._files[number]} ends within {self.name(index)}: it changed")
+        return content
+
+    def subset(self, index: np.ndarray) -> PackedSource:
+        """Returns a source of some images. index: (n,) int64."""
+        part = copy.copy(self)
+        part._names, part._places = self._names[index], self._places[index]
+        part.labels = None if self.labels is None else self.labels[index]
+        return part
