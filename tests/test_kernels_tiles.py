@@ -20,7 +20,7 @@ from mocofast_bench import autotune
 from mocofast_bench.autotune import candidates
 from mocofast_bench.commands import main
 from mocofast_kernels import infonce, tiles
-from mocofast_kernels.configs import Tile
+from mocofast_kernels.configs import Architecture, Tile
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.tiles import Products
 
@@ -169,7 +169,8 @@ def test_small_shared_memory_takes_smaller_tiles_for_the_queue() -> None:
     queue = Products("forward", 128, "16bit")
     assert tiles.rule(queue).stream == 128
     # 40 KB of tiles: two programs fit into the 100 KB of an RTX 3090, 4090 or 5090.
-    assert tiles.rule(queue, 100 * 1024).stream == 64
+    assert tiles.rule(queue, Architecture(100 * 1024)).stream == 64
+    assert tiles.rule(queue, Architecture(hopper=True)).stages == 3
 
 
 @pytest.mark.parametrize("C", [1, 24, 101, 128, 256, 512, 1024, 8192])

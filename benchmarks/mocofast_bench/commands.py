@@ -25,6 +25,7 @@ from mocofast_bench import (
     optim,
     step,
     sweep,
+    targets,
     train,
 )
 
@@ -41,6 +42,7 @@ BENCHMARKS = {
 RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings
 COMPILING = {
     "static": (machine_code, "machine code of the kernels and predicted times (needs no GPU)"),
+    "targets": (targets, "registers and shared memory on every kind of GPU (needs no GPU)"),
     "autotune": (autotune, "choose the tiles of the kernels for this GPU"),
 }
 

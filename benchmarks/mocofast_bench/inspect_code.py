@@ -24,7 +24,8 @@ from unittest import mock
 
 import torch
 import triton
-from mocofast_kernels import configs, tables
+from mocofast_kernels import configs, tables, tiles
+from mocofast_kernels.configs import Architecture
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -136,8 +137,16 @@ def _specialise(
     return Launch(kernel, signature, constants, tuple(divisible), options, grid, given)
 
 
-def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list[Launch]:
-    """Returns the launches of `call` on a GPU with `processors` multiprocessors."""
+def record(
+    call: Callable[[], object],
+    processors: int = PROCESSORS[90],
+    gpu: Architecture = Architecture(),  # noqa: B008 (immutable)
+) -> list[Launch]:
+    """Returns the launches of `call` on a GPU.
+
+    processors: multiprocessors of the GPU.
+    gpu: properties that decide the tiles.
+    """
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -146,6 +155,7 @@ def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "processors", return_value=processors),
+        mock.patch.object(tiles, "architecture", return_value=gpu),
         # Tables stay on the CPU: the sizes in the tables are counted later.
         mock.patch.object(tables, "_upload", lambda values, _: values),
     ):
@@ -153,12 +163,22 @@ def record(call: Callable[[], object], processors: int = PROCESSORS[90]) -> list
     return launches
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Compiles the kernel. capability: compute capability x 10, for example 80 for 8.0."""
+def compile_launch(launch: Launch, capability: int | str) -> Any:
+    """Compiles the kernel.
+
+    capability: compute capability x 10, for example 80 for 8.0, or the name of an architecture of
+        AMD's GPUs, for example "gfx942".
+    """
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    options = dict(launch.options)
+    if isinstance(capability, int):
+        target = GPUTarget("cuda", capability, 32)
+    else:
+        target = GPUTarget("hip", capability, 64)
+        options.pop("maxnreg", None)  # as on a machine with such a GPU
+    return triton.compile(source, target=target, options=options)
 
 
 def inspect(case: str, launch: Launch, capability: int) -> Report:
@@ -311,7 +331,9 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
         for capability in capabilities:
-            for launch in record(case.call, PROCESSORS[capability]):
+            for launch in record(
+                case.call, PROCESSORS[capability], Architecture(hopper=capability == 90)
+            ):
                 identity = (launch.identity, capability)
                 first = identity not in known
                 if first:

@@ -62,6 +62,8 @@ TYPES = (
 # Every row of the tile tables: full blocks, partly filled blocks, several chunks, unaligned rows.
 COLUMNS = (16, 32, 64, 101, 120, 128, 200, 256, 300, 512, 768, 1024)
 
+LONG = (1152, 8192)  # CLIP's image features, and the longest row
+
 
 class Variant(NamedTuple):
     """A variant of the forward sweep, named after the caller."""
@@ -262,6 +264,10 @@ def cases() -> Iterator[Case]:
             yield Case(name, partial(forward(C, types, variant).run, None), types.matmul_precision)
         name = f"backward, C={C}, {types.name}"
         yield Case(name, partial(grad_negatives(C, types).run, None), types.matmul_precision)
+    for C, types in itertools.product(LONG, (TYPES[0], TYPES[-1])):
+        name = f"forward, C={C}, {types.name}, in-batch"
+        yield Case(name, partial(forward(C, types, VARIANTS[-1]).run, None))
+        yield Case(f"backward, C={C}, {types.name}", partial(grad_negatives(C, types).run, None))
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     # EMA and optimisers, with numbers from the host or from the device.

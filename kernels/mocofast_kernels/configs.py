@@ -19,8 +19,13 @@ import triton
 # AMD's GPUs has no such option.
 ALL_REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
 LONGEST = 8192  # columns of a row: a row in float32 fills 32 KB, which a program holds in registers
-# Bytes of shared memory of a multiprocessor, from which two programs with tiles of 128 rows fit.
-LARGE_SHARED = 160 * 1024
+
+
+class Architecture(NamedTuple):
+    """Properties of a GPU that decide a tile."""
+
+    shared: int = 164 * 1024  # bytes of shared memory of a multiprocessor
+    hopper: bool = False  # compute capability 9.0
 
 
 class Tile(NamedTuple):
@@ -45,7 +50,12 @@ def block_of(C: int) -> int:
 
 
 def forward_tile(
-    C: int, dot: str, aligned: bool, plain: bool, online: bool, shared: int = LARGE_SHARED
+    C: int,
+    dot: str,
+    aligned: bool,
+    plain: bool,
+    online: bool,
+    gpu: Architecture = Architecture(),  # noqa: B008 (immutable)
 ) -> Tile:
     """Returns the tile of the forward sweep: queries stay, negatives stream.
 
@@ -54,7 +64,7 @@ def forward_tile(
     plain: negatives are operands as stored (aligned, of dot's type, not to be normalised).
         Plain negatives go to shared memory past the registers.
     online: the sweep keeps a running maximum.
-    shared: bytes of shared memory of a multiprocessor.
+    gpu: the GPU. The default has the shared memory of an A100.
 
     The binding limit is 255 registers a thread. They hold stay x out_c sums, stay x stream
     scores and, unless plain, stream x block_c negatives. Unaligned rows also take many
@@ -80,8 +90,11 @@ def forward_tile(
         return Tile(64, 64, c, c, 8 if online else 4, 2)
     if plain and c == C and not online:
         # MoCo's queue: two programs share a multiprocessor, so exponentials of the first overlap
-        # with products of the second.
-        return Tile(64, 128 if shared >= LARGE_SHARED else 64, c, c, 4, 2)
+        # with products of the second. Two tiles of 128 rows do not fit into the 100 KB of an
+        # RTX 3090 or 4090. On Hopper, 2 stages make a round wait for the copy that the round before
+        # issued last (DEPBAR.LE SB0, 0x0), 3 stages for the copy before (0x1), and 112 KB still
+        # fit twice.
+        return Tile(64, 128 if gpu.shared >= 160 * 1024 else 64, c, c, 4, 3 if gpu.hopper else 2)
     return Tile(128, 64, c, c, 8, 3 if plain else 2)
 
 
@@ -112,11 +125,13 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Returns the bytes of shared memory of a multiprocessor, `LARGE_SHARED` without a GPU."""
+def architecture(device: torch.device) -> Architecture:
+    """Returns the properties of a GPU, or the defaults for other devices."""
     if device.type != "cuda":
-        return LARGE_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        return Architecture()
+    properties = torch.cuda.get_device_properties(device)
+    hopper = not torch.version.hip and (properties.major, properties.minor) == (9, 0)
+    return Architecture(properties.shared_memory_per_multiprocessor, hopper)
 
 
 @functools.cache

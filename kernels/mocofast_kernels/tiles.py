@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 from mocofast_kernels.configs import (
-    LARGE_SHARED,
     LONGEST,
+    Architecture,
     Tile,
+    architecture,
     backward_tile,
     block_of,
     forward_tile,
-    shared_memory,
 )
 
 VARIABLE = "MOCOFAST_TILES"
@@ -44,14 +44,11 @@ class Products(NamedTuple):
 TileTable = dict[Products, Tile]
 
 
-def rule(products: Products, shared: int = LARGE_SHARED) -> Tile:
-    """Returns the tile chosen by the rule, without a table.
-
-    shared: bytes of shared memory of a multiprocessor.
-    """
+def rule(products: Products, gpu: Architecture = Architecture()) -> Tile:  # noqa: B008
+    """Returns the tile chosen by the rule, without a table."""
     kernel, C, dot, aligned, plain, online = products
     if kernel == "forward":
-        return forward_tile(C, dot, aligned, plain, online, shared)
+        return forward_tile(C, dot, aligned, plain, online, gpu)
     return backward_tile(C, dot)
 
 
@@ -61,7 +58,7 @@ def tile_of(products: Products, device: torch.device) -> Tile:
     Raises ValueError for an unusable table.
     """
     tile = table(device).get(products)
-    return rule(products, shared_memory(device)) if tile is None else tile
+    return rule(products, architecture(device)) if tile is None else tile
 
 
 def path_of(device: torch.device) -> Path | None:
