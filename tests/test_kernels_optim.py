@@ -327,7 +327,8 @@ def test_tables_of_a_captured_graph_stay_and_other_streams_wait_for_an_upload(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: recorded.append(stream))
-    monkeypatch.setattr(tables, "_uploaded", lambda made: tables._Upload(1, "done"))  # type: ignore[arg-type]
+    upload = tables._Upload(1, "done")  # type: ignore[arg-type]
+    monkeypatch.setattr(tables, "_uploaded", lambda made: upload)
     cache = tables.TableCache(8)
     row, other = ([torch.ones(9, device=DEVICE)] for _ in range(2))
     plan, evicted = cache.plan([row], 1), cache.plan([other], 1)
