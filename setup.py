@@ -27,6 +27,7 @@ TEST = [
     "timm>=1",
     *IMAGES,
     "pyarrow>=15",
+    "fsspec>=2024.2",
     "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
@@ -95,6 +96,7 @@ setup(
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "images": IMAGES,
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
+        "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

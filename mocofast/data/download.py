@@ -1,5 +1,5 @@
-"""Downloads files from HTTP servers: complete or not at all, once for all processes of
-a machine.
+"""Downloads files from HTTP servers and from storages that fsspec knows: complete or not at all,
+once for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -7,17 +7,56 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+
+from mocofast.errors import describe_error
 
 ATTEMPTS = 6
 FIRST_PAUSE = 0.5  # seconds before the second attempt. The pause doubles with every attempt
 TIMEOUT = 60.0  # seconds without a byte
 # Status codes after which an attempt may succeed later.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+PIECE = 8 << 20  # bytes that are read from a storage at a time
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+class NotStored(FileNotFoundError):
+    """There is no file at a URL."""
+
+
+def is_url(path: str) -> bool:
+    """Returns whether a path starts with http://, s3:// or another scheme."""
+    return _URL.match(path) is not None
+
+
+def is_http(url: str) -> bool:
+    """Returns whether a URL is of an HTTP server."""
+    return url.lower().startswith(("http://", "https://"))
+
+
+def storage(url: str) -> tuple[Any, str]:
+    """Returns fsspec's file system of a URL, and the path there.
+
+    Raises OSError that names the URL if a library is missing, or the scheme is unknown.
+    """
+    try:
+        import fsspec
+    except ImportError as error:
+        raise OSError(f"{url} needs fsspec ({error}); pip install 'mocofast[remote]'") from error
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    # ImportError without a library such as s3fs, ValueError for an unknown scheme.
+    except Exception as error:
+        raise OSError(f"cannot open {url}: {describe_error(error)}") from error
+    return system, str(path)
 
 
 def cache_folder() -> Path:
@@ -50,6 +89,7 @@ def download(url: str, path: Path) -> bool:
             except (OSError, http.client.HTTPException) as error:
                 failures += 1
                 refused = isinstance(error, HTTPError) and error.code not in TRANSIENT
+                refused = refused or isinstance(error, (NotStored, PermissionError))
                 if refused or failures == ATTEMPTS:
                     part.unlink(missing_ok=True)
                     if isinstance(error, OSError):
@@ -76,6 +116,9 @@ def _append(url: str, part: Path, validator: str) -> None:
         server has another version.
     Raises _Broken if the transfer ends early.
     """
+    if not is_http(url):
+        _append_stored(url, part, validator)
+        return
     have = part.stat().st_size if validator else 0
     headers = {"Range": f"bytes={have}-", "If-Range": validator} if have else {}
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
@@ -92,3 +135,29 @@ def _append(url: str, part: Path, validator: str) -> None:
             got = file.tell() - begin
     if expected is not None and got != int(expected):
         raise _Broken(f"{url}: ended after {got} of {expected} bytes", found)
+
+
+def _append_stored(url: str, part: Path, validator: str) -> None:
+    """Does the same for a file of a storage, in pieces."""
+    system, path = storage(url)
+    found = ""
+    try:
+        if not system.isfile(path):
+            raise NotStored(f"{url}: no such file")
+        found, expected = str(system.ukey(path)), int(system.size(path))
+        with part.open("r+b") as file:
+            have = file.seek(0, os.SEEK_END) if validator == found else 0
+            file.seek(have)
+            file.truncate()
+            while have < expected:
+                content = system.cat_file(path, start=have, end=min(expected, have + PIECE))
+                if not content:
+                    raise OSError(f"ended after {have} of {expected} bytes")
+                file.write(content)
+                have += len(content)
+    except (NotStored, PermissionError):
+        raise
+    except FileNotFoundError as error:
+        raise NotStored(f"{url}: {error}") from error
+    except Exception as error:  # the libraries of storages raise exceptions of their own
+        raise _Broken(f"{url}: {describe_error(error)}", found) from error

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data import remote
+from mocofast.data.download import is_url
 from mocofast.data.finding import Names, Patterns, counted, shortened
 from mocofast.data.folders import no_image
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout, groups_of
 from mocofast.data.names import EXTENSIONS
+from mocofast.data.remote import joined, local_copy, parent
 
 PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
 LABEL = ("label", "class", "target", "category", "label_name", "class_name")
@@ -35,6 +38,9 @@ class ImageList:
         Raises FileNotFoundError or ConfigError.
         """
         self.path, self._option = Path(path).expanduser(), option
+        self.folder = str(self.path.parent)  # of the list: a path, or a URL
+        if is_url(str(path)):
+            self.path, self.folder = local_copy(str(path)), parent(str(path))
         if not self.path.is_file():
             raise FileNotFoundError(f"{option}: there is no list {str(self.path)!r}")
         read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
@@ -77,15 +83,19 @@ class ImageList:
                 f"({shortened(self.columns)}); expected a column named {PATH[0]}"
             )
         paths = [path.replace("\\", "/").removeprefix("./") for path in paths]
-        folder = self.path.parent
-        exists = exists or (lambda path: (folder / path).is_file())
+        folder = self.folder
+        if is_url(folder):
+            exists = exists or (lambda path: remote.exists(joined(folder, path)))
+        exists = exists or (lambda path: Path(folder, path).is_file())
         for path in paths[:FIRST]:
+            if is_url(path):
+                return paths
             parts = path.split("/")
             for depth in range(len(parts)):
                 if exists("/".join(parts[depth:])):
                     start = "".join(f"{part}/" for part in parts[:depth])
                     return [path.removeprefix(start) for path in paths]
-        place = str(folder) if self._option == "data.path" else "data.path"
+        place = folder if self._option == "data.path" else "data.path"
         raise FileNotFoundError(
             f"{self._option}: {paths[0]!r} of {str(self.path)!r} is not below {place}"
         )

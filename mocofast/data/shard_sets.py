@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data.download import is_http, is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import SetFolders, set_folders
+from mocofast.data.remote import tree_below
 from mocofast.data.shard_samples import Numbering
-from mocofast.data.shards import ShardSource, find_shards, is_url, open_shards, packed_shards
+from mocofast.data.shards import ShardSource, find_shards, open_shards, packed_shards
 
 
 class ShardSets(NamedTuple):
@@ -36,6 +38,8 @@ def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
     sets = SetFolders(data.train or ("",), data.val or None)
     if not is_url(path) and root.is_dir() and not _names_shards((*data.train, data.val)):
         sets = set_folders(Disk(root, {".tar"}), data)
+    elif is_url(path) and not is_http(path) and not _names_shards((path, *data.train, data.val)):
+        sets = set_folders(tree_below(path, frozenset({".tar"})), data)
     if data.group:
         raise ConfigError("data.group: shards have no folders or columns that are groups")
     if data.labels not in ("auto", "none"):

@@ -33,10 +33,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import numpy as np
 
 from mocofast.config import ConfigError
-from mocofast.data.download import cache_folder, download
+from mocofast.data.download import NotStored, cache_folder, download, is_http, is_url
 from mocofast.data.finding import ALL, Disk, Patterns, listed
 from mocofast.data.interface import epoch_order
 from mocofast.data.names import checked_labels, digest
+from mocofast.data.remote import joined, matching, names_below
 from mocofast.data.shard_index import (
     INDEX,
     UNREADABLE,
@@ -209,11 +210,6 @@ class ShardSource:
             log.warning("downloading ahead ended: %s", error)
 
 
-def is_url(path: str) -> bool:
-    """Returns whether a path starts with http:// or https://."""
-    return path.startswith(("http://", "https://"))
-
-
 def find_shards(path: str, folder: str = "") -> list[TarShard]:
     """Returns the shards of `data.path`.
 
@@ -225,7 +221,7 @@ def find_shards(path: str, folder: str = "") -> list[TarShard]:
     Raises ConfigError or FileNotFoundError if there is no shard.
     """
     if is_url(path):
-        return _remote(expand_braces(path))
+        return _stored(path, folder)
     root = Path(path).expanduser()
     if (root / folder).is_dir():
         found = Disk(root, {".tar"}).find(folder)
@@ -251,7 +247,7 @@ def packed_shards(path: str, folder: str = "") -> list[str]:
     """Returns a line about packed shards in a folder, or none. path, folder: see `find_shards`."""
     root = Path(path).expanduser() / folder
     kinds = Disk(root, {".tar"}).find("").kinds if not is_url(path) and root.is_dir() else {}
-    packed = Counter({kind: kinds[kind] for kind in PACKED if kinds[kind]})
+    packed = Counter({kind: kinds[kind] for kind in PACKED if kinds.get(kind)})
     return [f"packed shards are left out: {listed(packed)}; gunzip unpacks .tar.gz"] * bool(packed)
 
 
@@ -271,8 +267,26 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + option + end for option in options for end in rest]
 
 
-def _remote(urls: Sequence[str]) -> list[TarShard]:
+def _stored(path: str, folder: str) -> list[TarShard]:
+    """Returns the shards of a URL. path, folder: see `find_shards`."""
+    if is_http(path):
+        return _remote(expand_braces(path))
+    parts = expand_braces(joined(path, folder) if folder else path)
+    urls = [url for part in parts for url in matching(part)]
+    names: list[str] | None = None
+    if urls == parts and len(urls) == 1 and not urls[0].endswith(".tar"):
+        names = [name for name in names_below(parts[0]) if name.endswith(".tar")]
+        urls = [joined(parts[0], name) for name in names]
+        names = [f"{folder}{name}" for name in names]
+    if not urls:
+        raise ConfigError(f"data.path: no *.tar file at {path}")
+    return _remote(urls, names)
+
+
+def _remote(urls: Sequence[str], names: Sequence[str] | None = None) -> list[TarShard]:
     """Returns the shards at URLs, with places in the cache folder.
+
+    names: of the shards. None takes the last part of the URLs.
 
     Where URLs differ in the query only, the parameters that differ are a part of the name.
     Other queries are not: signatures change from day to day.
@@ -282,7 +296,7 @@ def _remote(urls: Sequence[str]) -> list[TarShard]:
         parts = urlsplit(url)
         queries.setdefault(f"{parts.netloc}{parts.path}", []).append(dict(parse_qsl(parts.query)))
     shards = []
-    for url in urls:
+    for number, url in enumerate(urls):
         parts = urlsplit(url)
         folder, _, name = parts.path.rpartition("/")
         place = f"{parts.netloc}{folder}"
@@ -293,6 +307,7 @@ def _remote(urls: Sequence[str]) -> list[TarShard]:
             name = f"{name}?{urlencode(sorted(differ.items()))}"
         hashed = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
         file = name.replace("/", "_")
+        name = name if names is None else names[number]
         shards.append(TarShard(name, cache_folder() / "shards" / hashed / file, url))
     return shards
 
@@ -366,7 +381,11 @@ def _whole_index(shard: TarShard, old: bool) -> Index:
             parts = urlsplit(shard.url)
             download(parts._replace(path=parts.path + INDEX).geturl(), place)
             return read_index(place, old=old)
-        except (HTTPError, *UNREADABLE):  # the server has no index, or one of another version
+        except (
+            HTTPError,
+            NotStored,
+            *UNREADABLE,
+        ):  # no index, or one of another version
             place.unlink(missing_ok=True)
         try:
             download(shard.url, shard.path)

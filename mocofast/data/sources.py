@@ -15,6 +15,7 @@ import numpy as np
 from mocofast.config import SOURCES, TABLES, ConfigError, DataConfig
 from mocofast.data.arrays import NPY
 from mocofast.data.arrays import ArraySource as ArraySource
+from mocofast.data.download import is_url
 from mocofast.data.finding import Disk, Names
 from mocofast.data.folders import FolderSource as FolderSource
 from mocofast.data.folders import no_image, open_folder
@@ -28,9 +29,11 @@ from mocofast.data.names import (
 )
 from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import range_of, set_range
+from mocofast.data.remote import RemoteSource, local_copy, names_below
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
 from mocofast.data.table_sets import holds_tables, open_tables
+from mocofast.data.tables import ENDINGS
 from mocofast.data.zips import ZipArchive, ZipSource
 from mocofast.errors import list_choices
 from mocofast.plugins import is_plugin, load_plugin
@@ -168,15 +171,32 @@ def _open_folder(folder: str | Path, channels: int) -> Disk:
 
 
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
-    root = Path(_path(data)).expanduser()
+    path = _path(data)
+    if is_url(path):
+        return _load_url(path, data, seed)
+    root = Path(path).expanduser()
     if holds_tables(root):
         return _load_tables(data, seed)
     layout = arrange(_open_folder(root, data.channels), data, str(root))
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
 
+def _load_url(path: str, data: DataConfig, seed: int) -> Datasets:
+    """Loads the images below the URL of a folder."""
+    if path.lower().endswith(ENDINGS):
+        return _load_tables(data, seed)
+    names = names_below(path)
+    extensions = EXTENSIONS if data.channels == 3 else EXTENSIONS | {NPY}
+    ends = {os.path.splitext(name)[1].lower() for name in names}
+    if not ends & extensions and ends & set(ENDINGS):
+        return _load_tables(data, seed)
+    layout = arrange(Names(names, extensions), data, path)
+    return _sets(layout, data, seed, lambda *columns: RemoteSource(path, *columns))
+
+
 def _load_zip(data: DataConfig, seed: int) -> Datasets:
-    path = Path(_path(data)).expanduser()
+    given = _path(data)
+    path = local_copy(given) if is_url(given) else Path(given).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"data.path: there is no zip file {str(path)!r}")
     archive = ZipArchive(path)
@@ -208,6 +228,9 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
 def _load_list(data: DataConfig, seed: int) -> Datasets:
     images = ImageList(_path(data))
     layout = arrange_list(images, data)
+    if is_url(images.folder):
+        folder = images.folder
+        return _sets(layout, data, seed, lambda *columns: RemoteSource(folder, *columns))
     root = images.path.parent
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data.download import is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout
 from mocofast.data.lists import LABEL, SPLIT, number_column
 from mocofast.data.names import EXTENSIONS
 from mocofast.data.packed import PackedSource
+from mocofast.data.remote import joined, local_copy, matching, names_below
 from mocofast.data.shards import expand_braces
 from mocofast.data.tables import (
     ENDINGS,
@@ -79,6 +81,8 @@ def find_tables(path: str) -> list[tuple[str, Path]]:
     Of a folder of `datasets.save_to_disk`, files that its state does not name are left out.
     Raises FileNotFoundError or ConfigError if there is no table.
     """
+    if is_url(path):
+        return _stored_tables(path)
     root = Path(path).expanduser()
     if root.is_dir():
         names = Disk(root, set(ENDINGS)).find("").names
@@ -97,6 +101,20 @@ def find_tables(path: str) -> list[tuple[str, Path]]:
                 f"got {str(file)!r}"
             )
     return [(file.name, file) for file in files]
+
+
+def _stored_tables(path: str) -> list[tuple[str, Path]]:
+    """Returns copies of the table files of a URL, as `find_tables` does."""
+    urls = [url for part in expand_braces(path) for url in matching(part)]
+    if urls == [path] and not path.lower().endswith(ENDINGS):
+        names = [name for name in names_below(path) if name.lower().endswith(ENDINGS)]
+        names = [name for name in names if not name.rpartition("/")[2].startswith("cache-")]
+        urls = [joined(path, name) for name in names]
+    else:
+        names = [url.rpartition("/")[2] for url in urls]
+    if not urls:
+        raise ConfigError(f"data.path: no {' or '.join(ENDINGS)} file at {path}")
+    return [(name, local_copy(url)) for name, url in zip(names, urls)]
 
 
 def _is_used(file: Path) -> bool:
