@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mocofast.config import ConfigError
 from mocofast.models.encoders import build_encoder
-from mocofast.models.vit import SIZES, sincos_position_embedding
+from mocofast.models.vit import SIZES, SelfAttention, sincos_position_embedding
 from tests.timm_names import timms
 
 
@@ -102,3 +103,66 @@ def test_torchvisions_vits_take_the_images_size_and_embed_images_apart() -> None
     encoder = build_encoder("vit_b_32", 32)(num_classes=3).eval()
     a, b = encoder(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert not torch.allclose(a, b, atol=1e-4)  # torchvision's head of zeros would give zeros
+
+
+def with_torchvisions_attention(ours: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """Returns a copy with torch.nn.MultiheadAttention, as torchvision makes it."""
+    model = copy.deepcopy(ours)
+    for block in model.encoder.layers:
+        own = block.self_attention
+        width, heads = own.out_proj.in_features, own.num_heads
+        block.self_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+    model.to(ours.class_token.dtype).load_state_dict(ours.state_dict())
+    return model
+
+
+def loss_and_gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(images).square().mean()
+    return [loss, *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("arch", ["vit_tiny_cifar", "vit_b_32"])
+def test_packed_attention_computes_what_torchvisions_attention_computes(
+    arch: str, training: bool
+) -> None:
+    torch.manual_seed(0)
+    ours = build_encoder(arch, 32)(num_classes=5)
+    del ours.encoder.layers[2:]
+    ours = ours.double().train(training)
+    theirs = with_torchvisions_attention(ours).train(training)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    expected = loss_and_gradients(theirs, images)
+    for got, want in zip(loss_and_gradients(ours, images), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+    # In float32 every sum is rounded in another order.
+    for got, want in zip(loss_and_gradients(ours.float(), images.float()), expected, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
+    with torch.no_grad():  # torch.nn.MultiheadAttention then takes another path
+        torch.testing.assert_close(ours.double()(images), theirs(images), rtol=1e-10, atol=1e-12)
+
+
+def test_packed_attention_drops_weights_in_training_alone() -> None:
+    theirs = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True).double()
+    ours = SelfAttention(theirs)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    found = {}
+    for training in (True, False):
+        for name, attention in (("ours", ours), ("theirs", theirs)):
+            torch.manual_seed(4)  # seeds the dropout
+            attention.train(training)
+            found[name, training] = attention(x, x, x, need_weights=False)[0]
+        torch.testing.assert_close(found["ours", training], found["theirs", training])
+    assert not torch.allclose(found["ours", True], found["ours", False])
+
+
+def test_a_vit_is_compiled_in_one_graph() -> None:
+    model = tiny()
+    del model.encoder.layers[1:]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        loss_and_gradients(compiled, images), loss_and_gradients(model, images)
+    )

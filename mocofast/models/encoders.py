@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.models.vit import SIZES, conv_of, vision_transformer
+from mocofast.models.vit import SIZES, conv_of, use_packed_attention, vision_transformer
 from mocofast.plugins import is_plugin, load_plugin
 
 # Families of torchvision whose models end in .fc or .heads.
@@ -96,6 +96,7 @@ def _torchvision_vit(name: str, image_size: int, num_classes: int, channels: int
         nn.init.zeros_(encoder.conv_proj.bias)
     # torchvision's zeros are for classifiers. Here all embeddings would be zero.
     encoder.heads.head.reset_parameters()
+    use_packed_attention(encoder)
     return encoder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,6 +24,47 @@ SIZES = {
     "vit_tiny_cifar": ViTSize(4, 6, 3, 192),  # half of DeiT's ViT-Ti, for images of 32 pixels
     "vit_micro_cifar": ViTSize(4, 4, 4, 64),  # for a CPU
 }
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
+
+    Computes what torch.nn.MultiheadAttention computes, with its parameters, to rounding. Query, key
+    and value are views of one product. MultiheadAttention copies the product into three tensors.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        """Takes over the parameters of `attention`: batch first, one width, biases.
+
+        The names in state dicts stay the same.
+        """
+        super().__init__()
+        self.num_heads, self.dropout = attention.num_heads, attention.dropout
+        self.in_proj_weight = attention.in_proj_weight  # (3 D, D)
+        self.in_proj_bias = attention.in_proj_bias  # (3 D,)
+        self.out_proj = attention.out_proj
+
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        """Returns the output (N, L, D) for tokens x (N, L, D), and None in the place of weights.
+
+        key, value: x, as torchvision's blocks pass. Not read.
+        need_weights: False.
+        """
+        count, length, width = x.shape
+        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (N, L, 3 D)
+        packed = packed.view(count, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()  # (N, heads, L, D / heads)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).reshape(count, length, width)), None
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Replaces the attention of every block of a torchvision VisionTransformer."""
+    for block in model.encoder.layers:  # type: ignore[union-attr, attr-defined]
+        block.self_attention = SelfAttention(block.self_attention)
 
 
 def conv_of(old: nn.Conv2d, channels: int) -> nn.Conv2d:
@@ -73,6 +115,7 @@ def vision_transformer(
     model.conv_proj.requires_grad_(False)
     position = sincos_position_embedding(image_size // patch, width)
     model.encoder.pos_embedding = nn.Parameter(position, requires_grad=False)
+    use_packed_attention(model)
     return model
 
 

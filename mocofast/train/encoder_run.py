@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from mocofast.models.vit import SelfAttention
+
 Normalize = Callable[[Tensor], Tensor]
 # Runs an encoder on images, with given tensors in the place of some weights.
 RunWith = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -25,6 +27,7 @@ _CONVERTED = (
     nn.Linear,
     NonDynamicallyQuantizableLinear,
     nn.MultiheadAttention,
+    SelfAttention,
 )
 _WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 
