@@ -5,7 +5,16 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from mocofast_kernels.cpu_products import cpu_bf16
 from torch import Tensor, nn
+
+__all__ = [
+    "choose_autocast",
+    "choose_device",
+    "choose_threads",
+    "cpu_bf16",
+    "wrong_in_bf16",
+]
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,20 +48,6 @@ def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = precision == "bf16" or (precision == "auto" and bf16)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def cpu_bf16() -> str:
-    """Returns the name of the CPU's instructions for products of bf16, "" if there are none.
-
-    A CPU without such instructions computes in bf16 many times slower than in fp32.
-    """
-    if not torch.backends.mkldnn.is_available():  # the library that uses the instructions
-        return ""
-    queries = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    for name, query in queries.items():
-        if getattr(torch.cpu, query, lambda: False)():
-            return name
-    return ""
 
 
 def wrong_in_bf16(encoder: nn.Module, size: int) -> str:

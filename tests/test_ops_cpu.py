@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_bench import eager_formulas
-from mocofast_kernels import cpu, cpu_memory
+from mocofast_kernels import cpu, cpu_memory, cpu_products
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -214,6 +214,73 @@ def test_any_size_type_and_stride_gives_the_float64_loss_and_negatives_gradient(
     # The bound of a negative's gradient: 1 / (T |n|) times the weights.
     bound = float(weights.abs().sum()) / temperature / negatives.double().norm(dim=1, keepdim=True)
     assert bool(((got - want).abs() <= slack * bound).all())
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.2])
+@pytest.mark.parametrize("exclude_period", [0, 3000])
+def test_bfloat16_operands_are_as_exact_as_their_rounding(
+    exclude_period: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "cpu_bf16", lambda: "AVX512-BF16")
+    count, size, dim = 30, 3000, 40
+    query, positive = features(0, count, dim), features(1, count, dim)
+    negatives, weights = features(2, size, dim), features(3, count)
+    options = {"exclude_period": exclude_period, "dot_dtype": torch.bfloat16}
+    result = forward(query, positive, negatives, temperature, **options)
+    in_float32 = forward(query, positive, negatives, temperature, exclude_period=exclude_period)
+    assert not torch.equal(result.loss, in_float32.loss)  # the operands were rounded
+
+    q, n = query.double().requires_grad_(), negatives.double().requires_grad_()
+    units, keys = F.normalize(q), F.normalize(positive.double())
+    logits = units @ F.normalize(n).T
+    if exclude_period:
+        own = torch.arange(count)[:, None] % exclude_period == torch.arange(size) % exclude_period
+        logits = logits.masked_fill(own, -math.inf)
+    logits = torch.cat([(units * keys).sum(1, keepdim=True), logits], 1) / temperature
+    loss = F.cross_entropy(logits, torch.zeros(count, dtype=torch.long), reduction="none")
+    grad_query, grad_negatives = torch.autograd.grad((loss * weights).sum(), (q, n))
+    # A unit vector's operands and the rounded logit are off by 2^-9 each: at most 2^-7 / T.
+    slack = 2**-7 / temperature
+    assert (result.loss - loss).abs().max() <= slack
+    # Errors of single logits differ in sign, so the gradients are closer than the bound.
+    got = result.grad_query * weights[:, None]
+    assert (got - grad_query).norm() <= 0.2 * slack * grad_query.norm()
+    got = cpu.infonce_grad_negatives(
+        weights,
+        query,
+        negatives,
+        result.lse,
+        temperature,
+        normalize=True,
+        normalize_negatives=True,
+        **options,
+    )
+    assert (got - grad_negatives).norm() <= 0.5 * slack * grad_negatives.norm()
+    if not exclude_period:
+        low, high = rank_bounds(query, positive, negatives, 2**-7, True, True)
+        assert bool(((low <= result.rank) & (result.rank <= high)).all())
+
+
+@pytest.mark.parametrize(
+    ("instructions", "rows", "changes"),
+    [
+        ("", 40, {}),  # a CPU without instructions for bfloat16
+        ("AMX", 10, {}),  # a small problem
+        ("AMX", 40, {"normalize": False}),  # logits without a bound
+        ("AMX", 40, {"temperature": 0.01}),
+        ("AMX", 40, {"dot_dtype": torch.float16}),
+    ],
+)
+def test_float32_takes_the_place_of_bfloat16(
+    instructions: str, rows: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "cpu_bf16", lambda: instructions)
+    inputs = features(0, rows, 20), features(1, rows, 20), features(2, 4000, 20)
+    options = {"temperature": 0.2, "dot_dtype": torch.bfloat16} | changes
+    result = forward(*inputs, **options)
+    expected = forward(*inputs, **options | {"dot_dtype": torch.float32})
+    for got, want in zip(result, expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_nearly_perfect_match_keeps_the_digits_of_its_small_loss() -> None:

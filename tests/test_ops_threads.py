@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mocofast_kernels import cpu, cpu_threads
+from mocofast_kernels import cpu, cpu_products, cpu_threads
 from torch import Tensor
 
 WORKERS = os.cpu_count() or 1  # threads of the pool
@@ -34,7 +34,9 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(threads: int, temperature: float) -> list[Tensor]:
+def gradients(
+    threads: int, temperature: float, dot_dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Returns all fields of a forward pass, and the negatives' gradient."""
     torch.set_num_threads(threads)
     query, positive, negatives = features(0, 40, 24), features(1, 40, 24), features(2, 5000, 24)
@@ -48,23 +50,25 @@ def gradients(threads: int, temperature: float) -> list[Tensor]:
         return_rank=True,
         compute_grad=True,
         only_query=False,
-        dot_dtype=torch.float32,
+        dot_dtype=dot_dtype,
     )
     grad = cpu.infonce_grad_negatives(
-        torch.ones(40), query, negatives, result.lse, temperature, **sides, dot_dtype=torch.float32
+        torch.ones(40), query, negatives, result.lse, temperature, **sides, dot_dtype=dot_dtype
     )
     return [*result, grad]
 
 
+@pytest.mark.parametrize("dot_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.005, 0.2])  # with and without a maximum
 def test_results_are_bit_equal_for_any_number_of_threads(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, dot_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu_products, "cpu_bf16", lambda: "AMX")
     monkeypatch.setattr(cpu, "ROWS", 16)
     monkeypatch.setattr(cpu, "LOGITS", 2**13)
-    one = gradients(1, temperature)
+    one = gradients(1, temperature, dot_dtype)
     for threads in (2, 3):
-        for got, want in zip(gradients(threads, temperature), one):
+        for got, want in zip(gradients(threads, temperature, dot_dtype), one):
             assert torch.equal(got, want)
 
 

@@ -22,21 +22,21 @@ What made the CPU fast, in order of effect (docs/log.md has the numbers):
 
 A thread needs up to 4 MB for a block of logits and its sums.
 
-Everything is computed in float32, whatever `dot_dtype` asks: bfloat16 products are hundreds of
-times slower on CPUs without bfloat16 instructions. Runs are bit-equal on the same machine with
-the same number of threads.
+Where `dot_dtype` asks for bfloat16, a large problem of unit vectors multiplies bfloat16 operands on
+a CPU with instructions for bfloat16, in half of the time (`cpu_products`). All sums, exponentials
+and results are float32. Runs are bit-equal on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_threads
+from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
 
 EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
 LOG2E = 1.0 / math.log(2.0)
@@ -44,17 +44,7 @@ LOG2E = 1.0 / math.log(2.0)
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
 LOGITS = 2**19  # per block: 2 MB
-# N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
-# oneDNN, and PyTorch keeps the operations of a small problem on one thread.
-SMALL = 2**20
-FLAGS = 2**17  # logits compared at a time
 LEAST_LOGITS = 2**16  # per block, where large blocks would leave a thread without work
-# x @ weight.T by oneDNN, as torch.compile calls it. None in a build without oneDNN.
-_ONEDNN_LINEAR = (
-    getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
 
 
 class InfoNCEForward(NamedTuple):
@@ -100,30 +90,28 @@ def infonce_forward(
     return_rank: count the negatives that score above the positive.
     compute_grad: compute gradients.
     only_query: compute the gradient of the query alone.
-    dot_dtype: ignored (float32 always).
+    dot_dtype: type of the operands of products over the negatives. float32 takes the place of
+        float16 always, and of bfloat16 where `operand_dtype` says float32.
     """
     # Operands. Logits of unit vectors are bounded, so they need no maximum unless T is small.
     inverse_t = _inverse(temperature)
-    unshifted = (
-        normalize
-        and isinstance(inverse_t, float)
-        and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
-    )
+    unshifted = normalize and _is_unshifted(inverse_t)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
 
     # Sums over the negatives, for blocks of queries.
-    blocks = _Blocks(negatives, normalize_negatives, len(h))
-    options = (exclude_period, unshifted, compute_grad)
-    scratch = _Scratch() if return_rank else None
+    operand = operand_dtype(dot_dtype, unshifted, h, negatives)
+    blocks = _Blocks(negatives, normalize_negatives, len(h), operand)
+    queries = scaled.to(operand)
+    options = (exclude_period, unshifted, compute_grad, return_rank, Scratch())
     sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
 
     def compute(block: tuple[slice, slice]) -> _Sums:
         rows, columns = block
         first = rows.start, columns.start
-        return _sums(blocks[columns], scaled[rows], logit_positive[rows], first, *options, scratch)
+        return _sums(blocks[columns], queries[rows], logit_positive[rows], first, *options)
 
     def merge(block: tuple[slice, slice], part: _Sums) -> None:
         first = block[0].start
@@ -177,22 +165,23 @@ def _sums(
     exclude_period: int,
     unshifted: bool,
     compute_grad: bool,
-    scratch: _Scratch | None,
+    return_rank: bool,
+    scratch: Scratch,
 ) -> _Sums:
     """Returns the sums over a block of negatives for a block of queries.
 
     block: (B, C) negatives.
-    scaled: (R, C) queries times log2(e) / T.
+    scaled: (R, C) queries times log2(e) / T, in the dtype of the negatives.
     logit_positive: (R, 1).
     first: numbers of the first query and of the first negative.
     unshifted: the logits are bounded, so no maximum is subtracted.
-    scratch: memory to count the logits above the positive's logit. None: do not count.
+    return_rank: count the logits above the positive's logit.
     """
     output = maximum = above = None
-    logits = product(scaled, block)  # (R, B)
+    logits = scratch.product(scaled, block)  # (R, B)
     if exclude_period:
         _fill_excluded(logits, *first, exclude_period)
-    if scratch is not None:
+    if return_rank:
         above = scratch.count_above(logits, logit_positive)
     if not unshifted:
         maximum = torch.maximum(logit_positive, logits.amax(1, keepdim=True))
@@ -200,29 +189,8 @@ def _sums(
     weights = logits.exp2_()
     total = weights.sum(1, keepdim=True)
     if compute_grad:
-        output = product(weights, block.t())
+        output = product(scratch.operand(weights, block.dtype), block.t())
     return _Sums(total, output, maximum, above)
-
-
-class _Scratch(threading.local):
-    """Memory that a thread uses for all of its blocks: the system takes back what is freed."""
-
-    flags: Tensor | None = None
-
-    def count_above(self, logits: Tensor, logit_positive: Tensor) -> Tensor:
-        """Returns the number of logits (R, B) above logit_positive (R, 1), (R,) int32.
-
-        Float32 flags are several times as fast as booleans, and exact: a block has fewer than
-        2**24 negatives.
-        """
-        counts = []
-        for rows in _ranges(len(logits), max(1, FLAGS // logits.shape[1])):
-            part = logits[rows]
-            if self.flags is None or self.flags.numel() < part.numel():
-                self.flags = torch.empty(part.numel(), device=part.device)
-            flags = self.flags[: part.numel()].view_as(part)
-            counts.append(torch.gt(part, logit_positive[rows], out=flags).sum(1).int())
-        return counts[0] if len(counts) == 1 else torch.cat(counts)
 
 
 def _merged(sums: _Sums, part: _Sums) -> _Sums:
@@ -282,16 +250,20 @@ def infonce_grad_negatives(
     shift = lse * LOG2E
     weighted = h * (grad_loss.float() * inverse_t)[:, None]
     result = torch.zeros(negatives.shape, device=h.device)
-    blocks = _Blocks(negatives, normalize_negatives, len(h))
+    unshifted = normalize and _is_unshifted(inverse_t)
+    operand = operand_dtype(dot_dtype, unshifted, h, negatives)
+    blocks = _Blocks(negatives, normalize_negatives, len(h), operand)
+    queries, factors = scaled.to(operand), weighted.to(operand)
+    scratch = Scratch()
 
     def compute(columns: slice) -> None:
         block, part = blocks[columns], result[columns]
         for rows in blocks.rows:
-            logits = product(block, scaled[rows])  # transposed, (B, R)
+            logits = scratch.product(block, queries[rows])  # transposed, (B, R)
             if exclude_period:
                 _fill_excluded(logits.t(), rows.start, columns.start, exclude_period)
             probabilities = logits.sub_(shift[rows]).exp2_()
-            part.add_(product(probabilities, weighted[rows].t()))
+            part.add_(product(scratch.operand(probabilities, operand), factors[rows].t()))
         if normalize_negatives:
             norm = _clamped_norm(negatives[columns].float())
             along = (part * block).sum(1, keepdim=True)
@@ -308,10 +280,10 @@ class _Blocks:
     columns: slices of the negatives.
     """
 
-    def __init__(self, negatives: Tensor, normalize: bool, count: int) -> None:
-        """negatives: (K, C). count: number of queries."""
+    def __init__(self, negatives: Tensor, normalize: bool, count: int, dtype: torch.dtype) -> None:
+        """negatives: (K, C). count: number of queries. dtype: of the blocks."""
         size, dim = negatives.shape
-        self.negatives, self.normalize = negatives, normalize
+        self.negatives, self.normalize, self.dtype = negatives, normalize, dtype
         self.rows = _ranges(count, ROWS)
         width = max(min(ROWS, count), dim)
         columns = LOGITS // width
@@ -321,25 +293,13 @@ class _Blocks:
         self.columns = _ranges(size, min(size, max(256, columns)))
 
     def __getitem__(self, columns: slice) -> Tensor:
-        """Returns a block of negatives, (B, C) float32, contiguous, normalised if asked for.
+        """Returns a block of negatives, (B, C) dtype, contiguous, normalised if asked for.
 
-        float32 negatives that need no normalisation are not copied.
+        Negatives of the dtype that need no normalisation are not copied.
         """
-        block = self.negatives[columns].to(torch.float32, memory_format=torch.contiguous_format)
-        return block / _clamped_norm(block) if self.normalize else block
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.T, float32, from the faster library. x: (M, C). weight: (P, C)."""
-    if (
-        _ONEDNN_LINEAR is not None
-        and len(x) * weight.numel() > SMALL
-        and x.device.type == "cpu"
-        and torch.backends.mkldnn.enabled
-    ):
-        result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
-        return result
-    return torch.mm(x, weight.t())
+        dtype = torch.float32 if self.normalize else self.dtype
+        block = self.negatives[columns].to(dtype, memory_format=torch.contiguous_format)
+        return (block / _clamped_norm(block)).to(self.dtype) if self.normalize else block
 
 
 def _ranges(size: int, step: int) -> list[slice]:
@@ -352,6 +312,11 @@ def _inverse(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
         return temperature.float().reciprocal()
     return 1.0 / float(temperature)
+
+
+def _is_unshifted(inverse_t: float | Tensor) -> bool:
+    """Says whether exponentials of the logits of unit vectors need no shift."""
+    return isinstance(inverse_t, float) and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
 
 
 def _clamped_norm(rows: Tensor) -> Tensor:
