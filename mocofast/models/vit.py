@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
 
 def use_packed_attention(model: nn.Module) -> None:
     """Replaces the attention of every block of a torchvision VisionTransformer."""
-    for block in model.encoder.layers:  # type: ignore[union-attr, attr-defined]
+    for block in model.encoder.layers:  # type: ignore[union-attr]
         block.self_attention = SelfAttention(block.self_attention)
 
 
