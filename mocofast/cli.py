@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mocofast import settings
+from mocofast import front, interrupts, settings
 from mocofast.config import (
     Config,
     ConfigError,
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
-    from mocofast.train.interrupt import EXIT_INTERRUPTED
-    from mocofast.train.resume import configure
-    from mocofast.train.run import train
-
     parser = Parser(
         prog="mocofast pretrain",
         usage="mocofast pretrain [RECIPE] [--resume auto|PATH] [--profile] "
@@ -52,7 +47,7 @@ def pretrain(argv: Sequence[str]) -> int:
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
             "Defaults in [brackets] are MoCo v1's. A recipe changes some defaults.\n"
-            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM, with a checkpoint."
+            f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint."
         ),
     )
     parser.add_argument(
@@ -76,8 +71,12 @@ def pretrain(argv: Sequence[str]) -> int:
     add_method_settings(parser, argv)
     add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
     arguments = parser.parse(argv)
+    from mocofast.train.resume import configure
+    from mocofast.train.run import train
+
     config = configure(arguments.recipe, arguments.resume, given_settings(arguments))
-    return EXIT_INTERRUPTED if train(config, arguments.resume, arguments.profile).interrupted else 0
+    result = train(config, arguments.resume, arguments.profile)
+    return interrupts.EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def _evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
@@ -300,7 +299,6 @@ def study(argv: Sequence[str]) -> int:
     """what pretraining gives where labels are few: four classes, a ResNet and a ViT"""
     from mocofast import study as module
     from mocofast.device import choose_device
-    from mocofast.train.interrupt import EXIT_INTERRUPTED
 
     parser = Parser(prog="mocofast study", description=module.__doc__)
     parser.add_argument("name", choices=("four-class",), help="which study: four-class")
@@ -328,7 +326,7 @@ def study(argv: Sequence[str]) -> int:
         module.four_class(given.path, out, module.SIZES[given.setting], choose_device(given.device))
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {out}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupts.EXIT_INTERRUPTED
     print(
         f"{(out / 'table.md').read_text(encoding='utf-8')}"
         f"written to {out}: results.json, table.md, curves.png"
@@ -356,33 +354,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns its exit status.
-
-    0: done. 2: arguments that cannot be used. 75: interrupted, a checkpoint was written.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items())
-    usage = (
-        f"usage: mocofast COMMAND [...]\n\n{lines}\n\nmocofast COMMAND --help lists its options."
-    )
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if argv else 2
-    name, *rest = argv
-    if name == "--version":
-        from mocofast import __version__
-
-        print(f"mocofast {__version__}")
-        return 0
-    if name not in COMMANDS:
-        print(
-            f"mocofast: unknown command {name!r}{settings.nearest(name, COMMANDS)}\n\n{usage}",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        return COMMANDS[name](rest)
-    except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
-            print(f"mocofast {name}: {error}", file=sys.stderr)
-        return 2
+    """Runs a command. Returns its exit status, see `mocofast.front.run`."""
+    return front.run(COMMANDS, sys.argv[1:] if argv is None else argv)

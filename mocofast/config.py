@@ -1,6 +1,6 @@
 """The options of a run: default, meaning and valid values, in one place.
 
-The options of a method stand beside the method, as `Options` of its module.
+The options of the methods stand in mocofast/methods/options.py, which needs no PyTorch.
 The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
 The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from the options.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mocofast.data_config import LOADERS as LOADERS
 from mocofast.data_config import OWN_IMAGES as OWN_IMAGES
@@ -83,6 +83,9 @@ def check_options(model: ModelConfig) -> None:
 
 def method_options(name: str) -> type[ModelConfig]:
     """Returns the options of a method: its module's `Options`."""
+    if name in METHODS:  # without the module, whose import of PyTorch takes seconds
+        known = importlib.import_module("mocofast.methods.options").OPTIONS
+        return cast(type[ModelConfig], known[name])
     options: type[ModelConfig] = method_module(name).Options
     return options
 

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and locks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -26,3 +32,20 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(file: IO[str], *, wait: bool) -> bool:
+    """Locks an open file until it is closed, or its process ends. Returns False if it is locked.
+
+    wait: wait for the lock, instead of returning False.
+    Locks nothing, and returns True, on systems and file systems without such locks.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True

@@ -22,7 +22,7 @@ FLOORS = [
     {"mocofast_kernels"},
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
-    {"mocofast.errors", "mocofast.option"},
+    {"mocofast.errors", "mocofast.interrupts", "mocofast.option"},
     {"mocofast.data_config", "mocofast.plugins"},
     {
         "mocofast.config",
@@ -36,7 +36,7 @@ FLOORS = [
     {"mocofast.evaluate", "mocofast.methods"},
     {"mocofast.train"},
     {"mocofast.interop"},
-    {"mocofast_bench", "mocofast.doctor", "mocofast.parser", "mocofast.study"},
+    {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},
     {"mocofast.cli"},
     {"mocofast.__main__"},
 ]

@@ -4,7 +4,6 @@ once for all processes of a machine.
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from mocofast import files
 from mocofast.errors import describe_error
 
 ATTEMPTS = 6
@@ -75,7 +75,7 @@ def download(url: str, path: Path) -> bool:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock, wait=True)
         if path.exists():
             return False
         part = Path(f"{path}.part")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -18,6 +18,10 @@ from mocofast.models import encoders, pixels
 
 EVALUATION_BATCH = 256  # images
 MOST_AT_ONCE = 4  # batches that a CPU computes at the same time: each holds its activations
+
+
+class EvaluationStopped(Exception):
+    """A signal ended an evaluation early."""
 
 
 def image_batches(
@@ -125,6 +129,28 @@ def embed(encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, kind: s
     images = pixels.prepare_images(images, mean, std)
     out = encoders.features(encoder, images) if kind == "backbone" else encoder(images)
     return out.float()
+
+
+@contextmanager
+def stoppable(encoder: nn.Module, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block, `encoder` raises EvaluationStopped soon after `stopped` returns True.
+
+    A batch of large images takes minutes on a CPU, so layers ask, not batches. (Hooks leave the
+    results as they are. On attention they would select other operators.)
+    """
+
+    def check(*_: object) -> None:
+        if stopped():
+            raise EvaluationStopped
+
+    asking = (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
+    parts = [part for part in encoder.modules() if isinstance(part, asking)]
+    handles = [part.register_forward_pre_hook(check) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,9 +19,11 @@ from mocofast.device import choose_autocast
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     EVALUATION_BATCH,
+    EvaluationStopped,
     batches_at_once,
     extract,
     image_batches,
+    stoppable,
 )
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
 from mocofast.models.pixels import pixel_statistics
@@ -48,11 +52,16 @@ class KNNMonitor:
         return cls(labelled(datasets.train), datasets.val, config, device)
 
     def evaluate(
-        self, encoder: nn.Module, autocast: torch.autocast | None = None
+        self,
+        encoder: nn.Module,
+        autocast: torch.autocast | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
 
         autocast: of the forward passes. None: as `train.precision` chooses.
+        stopped: returns whether to end early. If it does on a rank, all ranks raise
+            EvaluationStopped.
 
         Copies rank 0's running statistics of BatchNorm to all ranks first: the checkpoint, which
         rank 0 writes, has the same statistics.
@@ -62,8 +71,9 @@ class KNNMonitor:
                 dist.broadcast(buffer, 0)
         if autocast is None:
             autocast = choose_autocast(self.config.train.precision, self.device)
-        bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
-        queries, query_labels = self._features(encoder, self.val, autocast, "queries")
+        with stoppable(encoder, stopped):
+            bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
+            queries, query_labels = self._features(encoder, self.val, autocast, "queries")
         knn = self.config.knn
         result = knn_accuracy(bank, bank_labels, queries, query_labels, knn.k, knn.temperature)
         values = {"knn_top1": result.top1, "knn_top5": result.top5}
@@ -93,16 +103,21 @@ class KNNMonitor:
         )
         statistics = pixel_statistics(self.config.augment)
         at_once = batches_at_once(self.config.data.workers, self.device)
-        extracted = extract(
-            encoder,
-            batches,
-            self.device,
-            self.config.knn.features,
-            *statistics,
-            autocast=autocast,
-            at_once=at_once,
-        )
-        features, labels = (torch.cat(tensors) for tensors in zip(*gather_objects(extracted)))
+        extracted: tuple[Tensor, Tensor] | None = None
+        with contextlib.suppress(EvaluationStopped), batches:
+            extracted = extract(
+                encoder,
+                batches,
+                self.device,
+                self.config.knn.features,
+                *statistics,
+                autocast=autocast,
+                at_once=at_once,
+            )
+        of_ranks = gather_objects(extracted)
+        if None in of_ranks:
+            raise EvaluationStopped
+        features, labels = (torch.cat(tensors) for tensors in zip(*of_ranks))
         return features.to(self.device), labels.to(self.device)
 
 

@@ -25,7 +25,7 @@ from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.evaluate.linear import LinearConfig, linear_probe
 from mocofast.interop.reference_checkpoints import load_pretrained
-from mocofast.train.interrupt import EXIT_INTERRUPTED
+from mocofast.interrupts import EXIT_INTERRUPTED
 from mocofast.train.resume import configure
 from mocofast.train.run import train
 

@@ -7,7 +7,6 @@ same image. The target network is a moving average of the encoder. There are no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch.nn.functional as F
@@ -16,15 +15,10 @@ from torch import Tensor, nn
 from mocofast.config import Config
 from mocofast.methods.base import MethodOutput
 from mocofast.methods.heads import mlp_head, set_head
-from mocofast.methods.options import MomentumOptions, ProjectorOptions
+from mocofast.methods.options import BYOLOptions as Options
 from mocofast.methods.predicting import PredictingMethod
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
-
-
-@dataclass
-class Options(MomentumOptions, ProjectorOptions):
-    """Options of BYOL."""
 
 
 class BYOL(PredictingMethod):

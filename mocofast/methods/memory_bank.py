@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,20 +19,10 @@ from mocofast.config import Config, ConfigError
 from mocofast.distributed import SharedGenerator, all_gather, indices_to_device, rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
-from mocofast.methods.options import HeadOptions, StoredKeysOptions, TemperatureOptions
+from mocofast.methods.options import MemoryBankOptions as Options
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops.losses import info_nce
-from mocofast.option import between, option
-
-
-@dataclass
-class Options(HeadOptions, TemperatureOptions, StoredKeysOptions):
-    """Options of the memory bank."""
-
-    momentum: float = option(
-        0.5, "m of the moving average of a slot in the memory bank", valid=between(0, 1)
-    )
 
 
 class MemoryBank(Method):

@@ -12,59 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError
+from mocofast.config import Config
 from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.momentum import MomentumMethod
-from mocofast.methods.options import (
-    HeadOptions,
-    MomentumOptions,
-    StoredKeysOptions,
-    TemperatureOptions,
-)
+from mocofast.methods.options import MoCoOptions as Options
 from mocofast.models.batch_norm import split_batch_norm
 from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
 from mocofast.ops import enqueue_, info_nce
-from mocofast.option import at_least, option
 
 QUEUE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@dataclass
-class Options(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOptions):
-    """Options of MoCo."""
-
-    shuffle_bn: bool = option(
-        True, "shuffle the keys' images over ranks or BatchNorm splits, so that BN cannot leak"
-    )
-    bn_splits: int = option(
-        1,
-        "BatchNorm statistics over this many splits of the batch, which stand for GPUs",
-        valid=at_least(1),
-    )
-    symmetric: bool = option(
-        False, "both views are queries and keys; the loss is the sum (MoCo v2+)"
-    )
-
-    def validate(self) -> None:
-        """Raises ConfigError if BatchNorm is both synchronised and split."""
-        super().validate()
-        if self.sync_bn and self.bn_splits > 1:
-            raise ConfigError(
-                "model.sync_bn: expected false where model.bn_splits is above 1, got True"
-            )
 
 
 class MoCo(MomentumMethod):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,16 +19,11 @@ from mocofast.config import Config
 from mocofast.distributed import all_gather, rank_and_world_size
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.heads import mlp_head, set_head
-from mocofast.methods.options import MomentumOptions, ProjectorOptions, TemperatureOptions
+from mocofast.methods.options import MoCoV3Options as Options
 from mocofast.methods.predicting import PredictingMethod
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import info_nce
-
-
-@dataclass
-class Options(MomentumOptions, ProjectorOptions, TemperatureOptions):
-    """Options of MoCo v3."""
 
 
 class MoCoV3(PredictingMethod):

@@ -1,10 +1,13 @@
-"""Options that several methods share. `Options` of a method extends some of these classes."""
+"""The options of the methods, without PyTorch: `--help` and the check of a command line read them.
+
+First the options that several methods share, then a class for every method.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mocofast.config import ModelConfig
+from mocofast.config import ConfigError, ModelConfig
 from mocofast.option import above, at_least, between, option
 
 
@@ -59,3 +62,84 @@ class ProjectorOptions(ModelConfig):
     hidden_dim: int = option(
         4096, "width of the hidden layers of projector and predictor", valid=at_least(1)
     )
+
+
+@dataclass
+class MoCoOptions(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOptions):
+    """Options of MoCo."""
+
+    shuffle_bn: bool = option(
+        True, "shuffle the keys' images over ranks or BatchNorm splits, so that BN cannot leak"
+    )
+    bn_splits: int = option(
+        1,
+        "BatchNorm statistics over this many splits of the batch, which stand for GPUs",
+        valid=at_least(1),
+    )
+    symmetric: bool = option(
+        False, "both views are queries and keys; the loss is the sum (MoCo v2+)"
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError if BatchNorm is both synchronised and split."""
+        super().validate()
+        if self.sync_bn and self.bn_splits > 1:
+            raise ConfigError(
+                "model.sync_bn: expected false where model.bn_splits is above 1, got True"
+            )
+
+
+@dataclass
+class MoCoV3Options(MomentumOptions, ProjectorOptions, TemperatureOptions):
+    """Options of MoCo v3."""
+
+
+@dataclass
+class BYOLOptions(MomentumOptions, ProjectorOptions):
+    """Options of BYOL."""
+
+
+@dataclass
+class SimCLROptions(ProjectorOptions, TemperatureOptions):
+    """Options of SimCLR."""
+
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
+    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
+
+
+@dataclass
+class MemoryBankOptions(HeadOptions, TemperatureOptions, StoredKeysOptions):
+    """Options of the memory bank."""
+
+    momentum: float = option(
+        0.5, "m of the moving average of a slot in the memory bank", valid=between(0, 1)
+    )
+
+
+@dataclass
+class SwAVOptions(ProjectorOptions, TemperatureOptions):
+    """Options of SwAV."""
+
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
+    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
+    prototypes: int = option(3000, "number of prototypes", valid=at_least(2))
+    epsilon: float = option(0.05, "smoothness of the assignments to prototypes", valid=above(0))
+    freeze_prototypes: int = option(
+        313, "optimiser steps at the start that leave the prototypes unchanged", valid=at_least(0)
+    )
+
+
+@dataclass
+class SupervisedOptions(ModelConfig):
+    """Options of supervised training: only the options of every method."""
+
+
+OPTIONS: dict[str, type[ModelConfig]] = {
+    "moco": MoCoOptions,
+    "moco_v3": MoCoV3Options,
+    "byol": BYOLOptions,
+    "simclr": SimCLROptions,
+    "memory_bank": MemoryBankOptions,
+    "swav": SwAVOptions,
+    "supervised": SupervisedOptions,
+}

@@ -7,7 +7,6 @@ view of the same image among all views. One encoder is trained end to end on bot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,19 +17,10 @@ from mocofast.config import Config
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
-from mocofast.methods.options import ProjectorOptions, TemperatureOptions
+from mocofast.methods.options import SimCLROptions as Options
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import nt_xent
-from mocofast.option import above, at_least, option
-
-
-@dataclass
-class Options(ProjectorOptions, TemperatureOptions):
-    """Options of SimCLR."""
-
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
-    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
 
 
 class SimCLR(Method):

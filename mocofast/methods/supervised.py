@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mocofast.config import Config, ConfigError, ModelConfig
+from mocofast.config import Config, ConfigError
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.models.encoders import build_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
-
-
-@dataclass
-class Options(ModelConfig):
-    """Options of supervised training: only the options of every method."""
 
 
 class Supervised(Method):

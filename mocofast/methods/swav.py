@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,23 +20,9 @@ from mocofast.config import Config
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
-from mocofast.methods.options import ProjectorOptions, TemperatureOptions
+from mocofast.methods.options import SwAVOptions as Options
 from mocofast.models.encoders import build_encoder
 from mocofast.models.pixels import pixel_statistics
-from mocofast.option import above, at_least, option
-
-
-@dataclass
-class Options(ProjectorOptions, TemperatureOptions):
-    """Options of SwAV."""
-
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", valid=at_least(1))
-    temperature: float = option(0.1, "softmax temperature of the loss", valid=above(0))
-    prototypes: int = option(3000, "number of prototypes", valid=at_least(2))
-    epsilon: float = option(0.05, "smoothness of the assignments to prototypes", valid=above(0))
-    freeze_prototypes: int = option(
-        313, "optimiser steps at the start that leave the prototypes unchanged", valid=at_least(0)
-    )
 
 
 class SwAV(Method):

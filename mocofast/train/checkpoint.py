@@ -5,7 +5,8 @@ reads the file:
     format, version, config (nested dictionaries), sizes (numbers of images and classes)
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
-    data (fingerprint of the images, skipped files), before, after (kNN figures)
+    data (fingerprint of the images, skipped files)
+    before, after (kNN figures), measured_at, evaluation_due
 
 A checkpoint is written atomically, in the background. Older checkpoints are pruned.
 """
@@ -40,6 +41,8 @@ class RunState:
     step: optimiser steps done. epoch: epochs done. step_in_epoch: steps done in the present epoch.
     before, after: kNN figures of the random encoder and of the last evaluation, empty without
         labels.
+    evaluation_due: a signal ended the evaluation of this step early.
+    measured_at: the step of `after`. None: not known.
     """
 
     config: Config
@@ -54,6 +57,8 @@ class RunState:
     step_in_epoch: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    evaluation_due: bool = False
+    measured_at: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,6 +90,8 @@ class RunState:
             "sizes": self.sizes,
             "before": self.before,
             "after": self.after,
+            "evaluation_due": self.evaluation_due,
+            "measured_at": self.measured_at,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -104,6 +111,9 @@ class RunState:
         self.step, self.epoch = saved["step"], saved["epoch"]
         self.step_in_epoch = saved["step_in_epoch"]
         self.before, self.after = saved["before"], saved["after"]
+        # Checkpoints of earlier versions lack the two.
+        self.evaluation_due = saved.get("evaluation_due", False)
+        self.measured_at = saved.get("measured_at")
         self.loader.skipped.update(saved["data"]["skipped"])
         # The number of ranks may have changed: a new rank takes the sums of another rank.
         rank, _ = distributed.rank_and_world_size()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from typing import Any, NamedTuple
@@ -12,6 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocofast.methods.base import MethodOutput
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
 
 LOSS = "loss"
 RATES = ("images_per_second", "data_wait")  # entries of a line that the method does not compute
@@ -179,9 +183,14 @@ class Window:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Returns the peak memory of this process in GiB: on a GPU allocated, on a CPU resident."""
+    """Returns the peak memory of this process in GiB: on a GPU allocated, on a CPU resident.
+
+    0 where the system does not say (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS: bytes, Linux: KiB
 

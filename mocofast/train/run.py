@@ -22,6 +22,7 @@ from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
@@ -71,7 +72,9 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         device = torch.device("cuda", local_rank)
     try:
         with StopRequest() as stop:
-            return _Run(config, resume, device, rank, world_size, profile).train(stop)
+            run = _Run(config, resume, device, rank, world_size, profile)
+            with stop.after_steps():
+                return run.train(stop)
     finally:
         distributed.shutdown()
 
@@ -139,11 +142,10 @@ class _Run:
         """Trains to the end, to train.max_steps, or until a signal. Always leaves a checkpoint."""
         state = self.state
         last_step = min(self.config.train.max_steps or self.total_steps, self.total_steps)
-        interrupted = False
         began, first_step, saved_at = time.perf_counter(), state.step, -1
         try:
-            if state.step == 0 and self.config.knn.start:
-                state.before = state.after = self._evaluate()
+            untrained = state.step == 0 and self.config.knn.start
+            interrupted = (untrained or state.evaluation_due) and not self._evaluate(stop)
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
                 state.window.restart_clock()
                 while state.step < last_step and not interrupted:
@@ -155,8 +157,8 @@ class _Run:
                         seconds_per_step = (time.perf_counter() - began) / (state.step - first_step)
                         self._end_window(bar, seconds_per_step * (self.total_steps - state.step))
                     epoch_ended = state.step_in_epoch == self.steps_per_epoch
-                    if epoch_ended:
-                        self._end_epoch()
+                    if epoch_ended and not self._end_epoch(stop):
+                        interrupted = True
                     if self._checkpoint_due(epoch_ended) or interrupted:
                         self._save()
                         saved_at = state.step
@@ -220,8 +222,8 @@ class _Run:
             self.profiler = None
         self.state.window.leave_out(time.perf_counter() - ended)
 
-    def _end_epoch(self) -> None:
-        """Ends the epoch. Evaluates if an evaluation is due."""
+    def _end_epoch(self, stop: StopRequest) -> bool:
+        """Ends the epoch. Evaluates if an evaluation is due. Returns False if `stop` ended it."""
         self._write_pending()  # before the evaluation, which takes long
         assert self.batches is not None
         for _ in self.batches:  # lets the loader end its epoch
@@ -231,7 +233,8 @@ class _Run:
         every = self.config.knn.every
         last = self.state.epoch == self.config.train.epochs
         if last or (every and self.state.epoch % every == 0):
-            self.state.after = self._evaluate()
+            return self._evaluate(stop)
+        return True
 
     def _log_due(self) -> bool:
         step = self.state.step
@@ -269,19 +272,31 @@ class _Run:
         if self.folder is not None:
             self.folder.write_steps(line._replace(values=values), bar)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Runs the kNN monitor. Returns its figures, empty without labels."""
-        if self.monitor is None:
-            return {}
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Runs the kNN monitor, if there are labels. Returns False if `stop` ended it early.
+
+        A continued run then evaluates first.
+        """
         state = self.state
-        values = self.monitor.evaluate(state.model.encoder_q, self.autocast)
+        if self.monitor is None:
+            return True
+        state.evaluation_due = True
+        try:
+            encoder = state.model.encoder_q
+            state.after = self.monitor.evaluate(encoder, self.autocast, stop.requested)
+        except EvaluationStopped:
+            log.info("evaluation stopped; a continued run evaluates first")
+            return False
+        state.evaluation_due, state.measured_at = False, state.step
+        if state.step == 0:
+            state.before = state.after
         if self.folder is not None:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
-                state.step, state.step / self.steps_per_epoch, values, when
+                state.step, state.step / self.steps_per_epoch, state.after, when
             )
         state.window.restart_clock()
-        return values
+        return True
 
     def _save(self) -> None:
         """Writes a checkpoint. All ranks call it together."""
@@ -347,4 +362,6 @@ class _Run:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
-        self.folder.finish(self.state.before, self.state.after)
+        measured_at = self.state.measured_at
+        when = "" if measured_at is None else f" (measured at step {measured_at})"
+        self.folder.finish(self.state.before, self.state.after, when)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm import tqdm
 
-from mocofast import files, settings
+from mocofast import files, interrupts, settings
 from mocofast.config import Config
 from mocofast.plots import plot_curves
 from mocofast.train.metrics import LOSS, RATES, duration
@@ -45,8 +46,12 @@ class _ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "on_screen", True):
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # the reader has left, or the disk behind the output is full
+                interrupts.drop_output()
+                print("standard output is closed; train.log has all lines", file=sys.stderr)
 
 
 class RunFolder:
@@ -177,28 +182,35 @@ class RunFolder:
 
     # ---- the end ----
 
-    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    def finish(
+        self, before: Mapping[str, float], after: Mapping[str, float], when: str = ""
+    ) -> None:
         """Plots the curves, and logs the kNN figures, the files and the next commands.
 
         before, after: kNN figures of the random encoder and of the trained encoder, or empty.
+        when: says when `after` was measured. May be empty.
         """
         curves = self.path / "curves.png"
         plot_curves(self.metrics_path, curves)
         if before:
             log.info("before: %s", self._describe_evaluation(before))
         if after:
-            log.info("after:  %s", self._describe_evaluation(after))
+            log.info("after:  %s%s", self._describe_evaluation(after), when)
         log.info(
             "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
             "TensorBoard events, checkpoints/last.pt",
             self.path,
         )
-        log.info(
-            "next: look at %s; mocofast linear %s; mocofast export %s --format torchvision FILE",
-            curves,
-            self.path,
-            self.path,
-        )
+        run = shlex.quote(str(self.path))
+        backbone = shlex.quote(str(self.path / "backbone.pt"))
+        log.info("next: look at %s", curves)
+        if after:
+            log.info("next: mocofast linear %s", run)
+        log.info("next: mocofast export %s --format torchvision %s", run, backbone)
+        if not after:
+            log.info(
+                "with labelled images: mocofast linear %s --data.path FOLDER_OF_CLASS_FOLDERS", run
+            )
 
     def close(self) -> None:
         """Flushes and closes every file."""

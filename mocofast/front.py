@@ -1,0 +1,101 @@
+"""What all commands share: usage, signals, exit statuses, closed output, torchrun's report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mocofast import interrupts, settings
+from mocofast.errors import ConfigError
+
+Commands = Mapping[str, Callable[[Sequence[str]], int]]
+
+EXAMPLES = """\
+examples:
+  mocofast pretrain                          the embedded digits: minutes on two CPU cores
+  mocofast pretrain PHOTOS                   a folder of images; settings fit folder and machine
+  mocofast pretrain moco_v2_r50_200ep --data.path PHOTOS --train.epochs 100"""
+
+
+def _usage(commands: Commands) -> str:
+    lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in commands.items())
+    return (
+        f"usage: mocofast COMMAND [...]\n\n{EXAMPLES}\n\ncommands:\n{lines}\n\n"
+        "mocofast COMMAND --help lists the options of a command.\n"
+        "mocofast --help-all lists the options of all commands."
+    )
+
+
+def run(commands: Commands, argv: Sequence[str]) -> int:
+    """Runs a command. Returns its exit status.
+
+    commands: {name: function of the words after the name, which returns a status}.
+    argv: the words after "mocofast".
+
+    0: done. 2: arguments that cannot be used. 75: a signal ended a run, which continues later.
+    128 + the signal's number: a signal ended another command. 141: the reader of the output left.
+    """
+    if "MPLBACKEND" in os.environ:
+        # Notebooks name a backend of their own. No command opens a window.
+        os.environ["MPLBACKEND"] = "agg"
+    argv = list(argv)
+    with interrupts.watching():
+        try:
+            try:
+                return _run(commands, argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # as in `mocofast ... | head`
+            interrupts.drop_output()
+            return 128 + 13  # SIGPIPE
+        except KeyboardInterrupt as stop:
+            command = argv[0] if argv else ""
+            started = command == "pretrain"
+            where = ": stopped before the first step" if started else ": stopped"
+            print(f"mocofast {command}{where}", file=sys.stderr)
+            number = getattr(stop, "number", interrupts.EXIT_CTRL_C - 128)
+            return interrupts.EXIT_INTERRUPTED if started else 128 + number
+
+
+def _run(commands: Commands, argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(commands))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name == "--version":
+        from mocofast import __version__
+
+        print(f"mocofast {__version__}")
+        return 0
+    if name == "--help-all":
+        for command in commands.values():
+            with contextlib.suppress(SystemExit):
+                command(["--help"])
+            print()
+        return 0
+    if name not in commands:
+        hint = settings.nearest(name, commands)
+        usage = _usage(commands)
+        print(f"mocofast: unknown command {name!r}{hint}\n\n{usage}", file=sys.stderr)
+        return 2
+    try:
+        return commands[name](["--help" if word == "--help-all" else word for word in rest])
+    except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
+        message = f"mocofast {name}: {error}"
+        if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
+            print(message, file=sys.stderr)
+        _tell_torchrun(message)
+        return 2
+
+
+def _tell_torchrun(message: str) -> None:
+    """Writes the file of a failed rank, from which torchrun ends its own report."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")

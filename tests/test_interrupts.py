@@ -1,0 +1,255 @@
+"""Signals, closed outputs and systems without Unix modules: every command ends cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mocofast import cli, settings
+from mocofast.evaluate.features import EvaluationStopped
+from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.train.run import train
+from tests import runs
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Starts `python -m mocofast ARGS`. Its standard error goes to standard output."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "mocofast", *arguments],
+        env=runs.environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=runs.ROOT,
+    )
+
+
+def read_until(process: subprocess.Popen[str], said: str) -> str:
+    """Reads lines of a process up to a line with `said`."""
+    assert process.stdout is not None
+    out = ""
+    for line in process.stdout:
+        out += line
+        if said in line:
+            return out
+    raise AssertionError(f"never said {said!r}:\n{out}")
+
+
+# A network that takes minutes for its first evaluation of 300 images on a CPU.
+SLOW = ("--model.arch", "resnet152", "--augment.size", "224", "--data.workers", "0")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_images(tmp_path_factory.mktemp("photos"), 300)
+
+
+@pytest.mark.parametrize(
+    ("number", "presses", "status"),
+    [
+        (signal.SIGINT, 1, 75),
+        (signal.SIGTERM, 1, 75),
+        (signal.SIGUSR1, 1, 75),
+        (signal.SIGINT, 2, 130),
+    ],
+)
+def test_a_signal_inside_an_evaluation_is_answered_and_obeyed(
+    tmp_path: Path, images: Path, number: int, presses: int, status: int
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ("pretrain", "digits", "--data.path", str(images), "--train.dir", str(folder))
+    process = start(*arguments, "--data.source", "folder", *SLOW)
+    read_until(process, "writing to")
+    time.sleep(2)  # the evaluation is under way
+    for _ in range(presses):
+        sent = time.monotonic()
+        process.send_signal(number)
+        out = read_until(process, "at once")
+        assert time.monotonic() - sent < 2  # a second, and a second for a busy machine
+    if status == 75:
+        assert "stopping after this step; Ctrl-C again ends at once" in out
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == status, rest
+    assert "Traceback" not in rest
+    assert (folder / "checkpoints" / "last.pt").exists() == (status == 75)
+
+
+def test_a_signal_outside_the_steps_ends_the_command() -> None:
+    script = (
+        "import sys, time\nfrom mocofast import cli, front\n"
+        "def wait(argv):\n    print('begun', flush=True); time.sleep(60)\n"
+        "sys.exit(front.run({'pretrain': wait, 'knn': wait}, sys.argv[1:]))"
+    )
+    for name, status in (("pretrain", 75), ("knn", 130)):
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", script, name],
+            env=runs.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        read_until(waiting, "begun")
+        waiting.send_signal(signal.SIGINT)
+        _, err = waiting.communicate(timeout=10)
+        assert waiting.returncode == status
+        assert f"mocofast {name}: stopped" in err and "Traceback" not in err
+
+
+def test_a_run_that_stopped_in_an_evaluation_continues_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, resume: str = "") -> Any:
+        config = settings.load_recipe("digits")
+        settings.apply(
+            config,
+            {"train.dir": str(tmp_path / name), "train.epochs": 2, "knn.every": 1}
+            | {"train.log_every": 4},
+        )
+        return train(config, resume)
+
+    assert not run("whole").interrupted
+    evaluate: Callable[..., dict[str, float]] = KNNMonitor.evaluate
+    calls = []
+
+    def stop_the_second(*arguments: Any) -> dict[str, float]:
+        calls.append(0)
+        if len(calls) == 2:
+            raise EvaluationStopped
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(KNNMonitor, "evaluate", stop_the_second)
+    stopped = run("parts")
+    assert stopped.interrupted and stopped.step == 11
+    assert not run("parts", "auto").interrupted
+    runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("arguments", [("pretrain", "--help"), ("--help",), ("doctor",)])
+def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "mocofast", *arguments],
+        env=runs.environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # argparse ignores a closed output
+
+
+def test_a_run_goes_on_without_its_reader(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = ("pretrain", "--train.max_steps", "2", "--train.dir", str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-m", "mocofast", *arguments],
+        env=runs.environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == "standard output is closed; train.log has all lines\n"
+    assert done.returncode == 0
+    assert "step 2" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_every_module_imports_without_the_modules_of_unix() -> None:
+    code = (
+        "import sys, importlib, pkgutil\n"
+        "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios', 'triton', 'nvidia.dali'):\n"
+        "    sys.modules[name] = None\n"
+        "import mocofast\n"
+        "for module in pkgutil.walk_packages(mocofast.__path__, 'mocofast.'):\n"
+        "    if not module.name.endswith(('__main__', 'dali_loader', 'dali_pipeline')):\n"
+        "        importlib.import_module(module.name)\n"
+        "from mocofast.train.metrics import memory_gib\n"
+        "import torch\n"
+        "assert memory_gib(torch.device('cpu')) == 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_notebooks_backend_of_matplotlib_is_no_obstacle(tmp_path: Path) -> None:
+    process = start(
+        *("pretrain", "--train.max_steps", "1", "--train.dir", str(tmp_path / "run")),
+        MPLBACKEND="module://no_such_module.backend_inline",
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_torchrun_repeats_our_message(tmp_path: Path) -> None:
+    error = tmp_path / "error.json"
+    process = start("pretrain", "digit", TORCHELASTIC_ERROR_FILE=str(error))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    message = json.loads(error.read_text())["message"]["message"]
+    assert "did you mean 'digits'" in message and message in out
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_commands_of_the_next_lines_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], labelled: bool
+) -> None:
+    folder = runs.make_images(tmp_path / "photos of mine", 60)
+    if not labelled:
+        folder = folder / "class0"
+    process = start(
+        *("pretrain", "digits", "--data.path", str(folder), "--data.source", "folder"),
+        *("--model.arch", "resnet18", "--augment.size", "32", "--data.batch_size", "16"),
+        *("--train.max_steps", "1", "--train.dir", str(tmp_path / "a run")),
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    commands = [line.split(": ", 1)[1] for line in out.splitlines() if line.startswith("next: ")]
+    commands = [command for command in commands if command.startswith("mocofast")]
+    assert len(commands) == (2 if labelled else 1), out
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    assert (tmp_path / "a run" / "backbone.pt").exists()
+    assert labelled == ("(measured at step 0)" in out)
+
+
+def test_help_is_short_and_needs_no_pytorch() -> None:
+    script = (
+        "import sys\nfrom mocofast import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()"
+    )
+    for arguments in (["--help"], ["pretrain", "--help"], ["pretrain", "--optim.lrr", "1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env=runs.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        if arguments == ["--help"]:
+            assert len(done.stdout.splitlines()) <= 30
+            assert done.stdout.count("  mocofast pretrain") == 3
