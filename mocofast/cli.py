@@ -39,10 +39,11 @@ def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
     parser = Parser(
         prog="mocofast pretrain",
-        usage="mocofast pretrain [RECIPE] [--resume auto|PATH] [--profile] "
+        usage="mocofast pretrain [RECIPE] [IMAGES] [--resume auto|PATH] [--profile] "
         "[--GROUP.OPTION VALUE ...]",
         description=(
             "Pretrains with momentum contrast.\n"
+            "mocofast pretrain PHOTOS: settings fit the folder of images and the machine.\n"
             "Without arguments: the digits, minutes on two CPU cores.\n"
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
@@ -51,7 +52,11 @@ def pretrain(argv: Sequence[str]) -> int:
         ),
     )
     parser.add_argument(
-        "recipe", nargs="?", help=f"name of a recipe, or a .yaml file [{settings.DEFAULT_RECIPE}]"
+        "words",
+        nargs="*",
+        metavar="RECIPE|IMAGES",
+        help="name of a recipe, or a .yaml file; a folder of images, a zip archive, a list or "
+        f"shards, as --data.path [{settings.DEFAULT_RECIPE}, or auto with images]",
     )
     parser.add_argument(
         "--resume",
@@ -71,11 +76,16 @@ def pretrain(argv: Sequence[str]) -> int:
     add_method_settings(parser, argv)
     add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
     arguments = parser.parse(argv)
-    from mocofast.train.resume import configure
+    from mocofast.train import configure
     from mocofast.train.run import train
 
-    config = configure(arguments.recipe, arguments.resume, given_settings(arguments))
-    result = train(config, arguments.resume, arguments.profile)
+    recipe, images = configure.split_words(arguments.words)
+    given = given_settings(arguments)
+    config = configure.configure(recipe, arguments.resume, given, images)
+    # A config.yaml of an earlier run holds the choices already.
+    fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
+    kept = [*given] if fits else None
+    result = train(config, arguments.resume, arguments.profile, kept)
     return interrupts.EXIT_INTERRUPTED if result.interrupted else 0
 
 

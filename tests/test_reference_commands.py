@@ -20,7 +20,7 @@ from mocofast.evaluate.linear import LinearConfig
 from mocofast.interop import reference_commands
 from mocofast.interop.reference_checkpoints import load_pretrained
 from mocofast.models.encoders import features
-from mocofast.train.resume import configure
+from mocofast.train.configure import configure
 from tests import runs
 from tests.timm_names import timms
 

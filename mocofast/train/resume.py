@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,6 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "knn.",
 )
-
-
-def configure(recipe: str | None, resume: str, options: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a run.
-
-    recipe: RECIPE of the command line. None takes the configuration of the run to continue, or the
-        default recipe for a new run.
-    resume: the value of --resume. A run that is continued from its own folder stays there.
-    options: the values of --group.option.
-    """
-    place = options.get("train.dir", "") if resume == "auto" else resume
-    if recipe:
-        config = settings.load_recipe(recipe)
-    elif place and (resume != "auto" or (Path(place) / "checkpoints").is_dir()):
-        config = settings.from_dict(load_checkpoint(place)["config"])
-    else:
-        config = settings.load_recipe(settings.DEFAULT_RECIPE)
-    if place and resume != "auto":
-        path = Path(place)
-        if path.is_dir():
-            config.train.dir = str(path)
-        elif path.parent.name == "checkpoints":
-            config.train.dir = str(path.parent.parent)
-    settings.apply(config, options)
-    settings.validate(config)
-    return config
 
 
 def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:

@@ -7,14 +7,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from mocofast import distributed
+from mocofast import distributed, settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
 from mocofast.data.loaders import count_workers, pixels_of
@@ -26,6 +26,8 @@ from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
+from mocofast.train import estimate
+from mocofast.train.auto import Choice, fit
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
 from mocofast.train.checkpoint import LAST, CheckpointWriter
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
@@ -54,7 +56,12 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def train(config: Config, resume: str = "", profile: bool = False) -> Result:
+def train(
+    config: Config,
+    resume: str = "",
+    profile: bool = False,
+    kept: Collection[str] | None = None,
+) -> Result:
     """Runs a configuration from its start, or from a checkpoint.
 
     config: for example `mocofast.settings.load_recipe("digits")`.
@@ -62,6 +69,8 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         is none), or the path of a checkpoint or run folder.
     profile: rank 0 also times a few steps and writes mocofast.train.profile.FILES into the run
         folder. The results of the run stay the same.
+    kept: None trains the configuration as it is. Otherwise a new run fits options to the images
+        and the machine, as recipe `auto` says, all but the options named here.
     Raises ConfigError for a configuration that cannot be used.
     """
     device = choose_device(config.train.device)
@@ -72,7 +81,7 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         device = torch.device("cuda", local_rank)
     try:
         with StopRequest() as stop:
-            run = _Run(config, resume, device, rank, world_size, profile)
+            run = _Run(config, resume, device, rank, world_size, profile, kept)
             with stop.after_steps():
                 return run.train(stop)
     finally:
@@ -93,6 +102,7 @@ class _Run:
         rank: int,
         world_size: int,
         profile: bool,
+        kept: Collection[str] | None,
     ) -> None:
         self.config, self.device, self.world_size = config, device, world_size
         chosen = choose_folder(config, bool(resume)) if rank == 0 else None
@@ -108,6 +118,12 @@ class _Run:
 
         # Data, model and optimiser.
         datasets = load_on_rank_0_first(config, rank)
+        self.choices: list[Choice] = []
+        if kept is not None and saved is None:
+            own = fit(config, datasets.train, kept, device, world_size) if rank == 0 else []
+            self.choices = distributed.from_main(own)
+            settings.apply(config, {choice.option: choice.value for choice in self.choices})
+            settings.validate(config)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = new_state(config, datasets, device, rank, world_size)
         self.autocast = choose_autocast(config.train.precision, device)
@@ -321,12 +337,16 @@ class _Run:
             state.model.describe(),
         )
         log.info("data: %s", datasets.note)
+        for option, value, why in self.choices:
+            log.info("chose --%s %s: %s", option, settings.shown(value), why)
         lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
         if resumed_step is None:
             pixels = pixels_of(datasets.train, c.data.channels)
             lines += look(datasets.train, datasets.val, c.augment.size, pixels)
         for line in lines:
             log.warning("data: %s", line)
+        for line in estimate.warnings(c, len(state.source), self.steps_per_epoch):
+            log.warning("%s", line)
         log.info(
             "device %s x %d, %s; loader %s: %s",
             self.device,
@@ -339,6 +359,12 @@ class _Run:
         if self.monitor is None:
             log.info("no kNN monitor")
         log.info("writing to %s", self.path)
+        if resumed_step is None and self.total_steps:
+            size, channels = c.augment.size, c.data.channels
+            encoder = state.model.encoder_q
+            each = estimate.seconds_per_image(encoder, size, channels, self.device, self.autocast)
+            own = c.data.batch_size // self.world_size
+            log.info(estimate.time_of_run(each, c, own, self.steps_per_epoch, self.total_steps))
         if resumed_step is not None:
             log.info(
                 "continuing at step %d, epoch %d + %d steps",

@@ -1,0 +1,197 @@
+"""What a command line means: the recipe, the images, and options that would have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mocofast import settings
+from mocofast.config import OWN_IMAGES, Config, ConfigError
+from mocofast.train.checkpoint import load_checkpoint
+from mocofast.train.run_folder import choose_folder
+
+AUTO = "auto"  # the recipe for images without a named recipe
+_LISTS = (".csv", ".tsv", ".parquet")
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, str]:
+    """Returns the recipe, or None, and the place of the images, or "".
+
+    words: the arguments without a name, a recipe and a place at most, in any order.
+    Raises ConfigError for a word that is neither, with the way out.
+    """
+    recipe, place = None, ""
+    for word in words:
+        is_recipe = word in settings.recipes() or word.endswith((".yaml", ".yml"))
+        if is_recipe and recipe is None:
+            recipe = word
+        elif not is_recipe and _is_place(word) and not place:
+            place = word
+        elif is_recipe or _is_place(word):
+            raise ConfigError(f"expected a recipe and a folder of images, got also {word!r}")
+        elif "/" in word or word.startswith(("~", ".")):
+            raise FileNotFoundError(f"data.path: there is no folder or file {word!r}")
+        else:
+            raise ConfigError(
+                f"unknown recipe {word!r}{settings.nearest(word, settings.recipes())} (there are: "
+                f"{', '.join(settings.recipes())}); and there is no folder of images of this name"
+            )
+    return recipe, place
+
+
+def _is_place(word: str) -> bool:
+    return "{" in word or "://" in word or Path(word).expanduser().exists()
+
+
+def source_of(place: str) -> str:
+    """Returns the data.source that reads a place: folder, shards, list or zip."""
+    path = Path(place).expanduser()
+    if "{" in place or "://" in place or path.suffix == ".tar":
+        return "shards"
+    if path.is_dir():
+        folders = [path, *(path / name for name in ("train", "training"))]
+        return "shards" if any(next(f.glob("*.tar"), None) for f in folders) else "folder"
+    if path.suffix.lower() == ".zip":
+        return "zip"
+    return "list" if path.suffix.lower() in _LISTS else "folder"
+
+
+def configure(
+    recipe: str | None,
+    resume: str,
+    options: Mapping[str, Any],
+    images: str = "",
+    *,
+    check: bool = True,
+) -> Config:
+    """Returns the configuration of a run.
+
+    recipe: RECIPE of the command line. None takes the configuration of the run to continue, or the
+        recipe `auto` for images that are given, or the default recipe.
+    resume: the value of --resume. A run that is continued from its own folder stays there.
+    options: the values of --group.option.
+    images: the folder of images that stands without a name on the command line, or "".
+    check: raise ConfigError for an option without effect.
+    """
+    options = dict(options)
+    if images:
+        given = options.setdefault("data.path", images)
+        if given != images:
+            raise ConfigError(f"data.path: both {images!r} and {given!r} are given")
+    path = options.get("data.path", "")
+    config, place = _base(recipe, resume, options)
+    if place:
+        config.train.dir = place
+    if path and "data.source" not in options and (source := _source_for(config, path)):
+        options["data.source"] = source
+    before = settings.to_dict(config)
+    settings.apply(config, options)
+    if check:
+        check_effects(config, options, before)
+    settings.validate(config)
+    return config
+
+
+def _base(recipe: str | None, resume: str, options: Mapping[str, Any]) -> tuple[Config, str]:
+    """Returns the configuration before the options, and the run folder to continue, or ""."""
+    to_continue = options.get("train.dir", "") if resume == "auto" else resume
+    automatic = recipe == AUTO or (recipe is None and "data.path" in options)
+    if resume == "auto" and automatic and not to_continue:
+        to_continue = str(choose_folder(Config(recipe=AUTO), True))
+    if recipe and not (automatic and to_continue):
+        config = settings.load_recipe(recipe)
+    elif to_continue and (resume != "auto" or (Path(to_continue) / "checkpoints").is_dir()):
+        config = settings.from_dict(load_checkpoint(to_continue)["config"])
+    else:
+        config = settings.load_recipe(AUTO if automatic else settings.DEFAULT_RECIPE)
+    if to_continue and resume != "auto":
+        path = Path(to_continue)
+        if path.is_dir():
+            return config, str(path)
+        if path.parent.name == "checkpoints":
+            return config, str(path.parent.parent)
+    return config, ""
+
+
+def _source_for(config: Config, path: str) -> str:
+    """Returns the data.source for a path that is given, or "" to keep the recipe's."""
+    source = config.data.source
+    if source in _CIFAR:
+        root = Path(path).expanduser()
+        # A folder with other content than CIFAR's files is a folder of images.
+        holds_cifar = (root / _CIFAR[source]).exists() or any(root.glob("cifar-*"))
+        others = root.is_dir() and any(root.iterdir()) and not holds_cifar
+        return source_of(path) if others or root.is_file() else ""
+    return source_of(path) if source in ("folder", "digits") else ""
+
+
+def _of_embedded(config: Config) -> str:
+    source = config.data.source
+    return f"with data.source={source}" if source in ("digits", *_CIFAR) else ""
+
+
+# Options, and a function that returns why they have no effect, or "".
+_EFFECTS: tuple[tuple[Collection[str], Callable[[Config], str]], ...] = (
+    (
+        ("data.path",),
+        lambda c: (
+            "with data.source=digits: the digits are embedded; leave --data.source out"
+            if c.data.source == "digits"
+            else ""
+        ),
+    ),
+    (
+        [f"data.{n}" for n in ("train", "val", "include", "exclude", "labels", "group", "holdout")],
+        _of_embedded,
+    ),
+    (
+        ("data.shuffle_window",),
+        lambda c: (
+            f"with data.source={c.data.source}; it is for shards"
+            if c.data.source in OWN_IMAGES and c.data.source != "shards"
+            else _of_embedded(c)
+        ),
+    ),
+    (
+        ("optim.milestones", "optim.gamma"),
+        lambda c: (
+            f"with optim.schedule={c.optim.schedule}; --optim.schedule step uses it"
+            if c.optim.schedule != "step"
+            else ""
+        ),
+    ),
+    (
+        ("optim.betas",),
+        lambda c: f"with optim.name={c.optim.name}" if c.optim.name != "adamw" else "",
+    ),
+    (("optim.momentum",), lambda c: "with optim.name=adamw" if c.optim.name == "adamw" else ""),
+    (
+        ("augment.blur_sigma",),
+        lambda c: "with augment.blur 0" if max(c.augment.blur, c.augment.blur_2) <= 0 else "",
+    ),
+    (("augment.jitter",), lambda c: "with augment.jitter_p 0" if not c.augment.jitter_p else ""),
+    (("augment.jitter_p",), lambda c: "with augment.jitter 0" if not any(c.augment.jitter) else ""),
+)
+
+
+def check_effects(config: Config, options: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a given option that changes nothing, and says why.
+
+    options: the given options. before: the configuration without the options, as dictionaries.
+    """
+    for name in options:
+        group, key = name.split(".")
+        if not hasattr(getattr(config, group), key):
+            owners = ", ".join(settings.model_options().get(name, ()))
+            raise ConfigError(
+                f"{name}: no effect with model.method={config.model.method}; it is an option of "
+                f"{owners}"
+            )
+    now = settings.to_dict(config)
+    for names, why in _EFFECTS:
+        for name in options.keys() & set(names):
+            group, key = name.split(".")
+            if now[group][key] != before[group].get(key) and (reason := why(config)):
+                raise ConfigError(f"{name}: no effect {reason}")

@@ -1,0 +1,95 @@
+"""Before a run starts: how long it will take, and settings that do not fit the set."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from torch import nn
+
+from mocofast.config import Config
+from mocofast.data.finding import counted
+from mocofast.train.metrics import duration
+
+IMAGES = 8  # of the measurement. A CPU is as fast with 8 images as with 256, to 20 %
+LEFT_OUT = 0.05  # share of the images that may be left out of an epoch without a word
+
+
+def seconds_per_image(
+    encoder: nn.Module,
+    size: int,
+    channels: int,
+    device: torch.device,
+    autocast: torch.autocast | None = None,
+) -> float:
+    """Measures the seconds of training on an image: query encoder and momentum encoder.
+
+    encoder: copied, and moved to `device`. Neither the encoder nor the random state changes.
+    size, channels: of a view.
+    """
+    encoder = copy.deepcopy(encoder).to(device).train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        images = torch.rand(IMAGES, channels, size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        best = float("inf")
+        for _ in range(3):
+            begin = time.perf_counter()
+            with copy.copy(autocast) or torch.autocast(device.type, enabled=False):
+                encoder(images).float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - begin)
+            if best > 1:  # a second, third measurement would delay the start
+                break
+    return best * 4 / 3 / IMAGES  # the momentum encoder's forward pass is a third of the above
+
+
+def time_of_run(each: float, config: Config, images: int, steps: int, total_steps: int) -> str:
+    """Returns a line on the time of a run.
+
+    each: seconds an image, of one rank. images: of one rank in a step. steps: in an epoch.
+    """
+    left = min(config.train.max_steps or total_steps, total_steps)
+    step = each * images
+    return (
+        f"time: about {duration(step * left)} of computation on this machine: {left:,} steps of "
+        f"{step:.3g} s, an epoch in {duration(step * steps)}. Loading and evaluation come on top"
+    )
+
+
+def warnings(config: Config, count: int, steps: int) -> list[str]:
+    """Returns a line for every setting that does not fit the set.
+
+    count: number of training images. steps: in an epoch.
+    """
+    lines = []
+    batch, epochs = config.data.batch_size, config.train.epochs
+    if steps == 1 and epochs > 1:
+        lines.append(
+            f"an epoch is 1 step: data.batch_size {batch} and {counted(count, 'image')}. "
+            f"--data.batch_size {max(2, count // 8)} makes about 8 steps"
+        )
+    left_out = count - steps * batch
+    if left_out > LEFT_OUT * count and config.data.drop_last:
+        lines.append(
+            f"{counted(left_out, 'image')} of {count:,} are left out of every epoch, other images "
+            f"in every epoch: data.batch_size {batch} does not divide {count:,}. A smaller batch, "
+            "or --data.drop_last false, uses more"
+        )
+    keys = getattr(config.model, "queue_size", 0) if config.model.method == "moco" else 0
+    trained = min(epochs * steps, config.train.max_steps or epochs * steps) * batch
+    trained *= 2 if getattr(config.model, "symmetric", False) else 1
+    fitting = f"--model.queue_size {max(batch, count // 2)} fits, and the recipe auto chooses"
+    if keys > trained:
+        lines.append(
+            f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
+            f"keys, so random vectors stay among the negatives. {fitting}"
+        )
+    if keys > count:
+        lines.append(
+            f"the queue is larger than the set: model.queue_size {keys:,}, and "
+            f"{counted(count, 'image')}, so every query meets older keys of its own image, about "
+            f"{keys / count:.0f}, as negatives. {fitting}"
+        )
+    return lines

@@ -1,0 +1,191 @@
+"""The images of a command line are used, the recipe `auto` fits, and odd settings are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mocofast import settings
+from mocofast.config import Config, ConfigError
+from mocofast.data.sources import ArraySource
+from mocofast.train import configure, estimate
+from mocofast.train.auto import fit
+from tests import runs
+from tests.test_cli import call
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_images(tmp_path_factory.mktemp("photos"), 150)
+
+
+@pytest.mark.parametrize("words", [("PATH",), ("--data.path", "PATH"), ("digits", "PATH")])
+def test_a_path_is_used_with_or_without_a_recipe(
+    words: tuple[str, ...],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(images) if word == "PATH" else word for word in words]
+    folder = tmp_path / "run"
+    options = ("--train.max_steps", "1", "--data.workers", "0", "--train.dir", str(folder))
+    status, out, err = call(capsys, "pretrain", *given, *options)
+    assert status == 0, err
+    assert "150 images of 2 classes" in out
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["data"]["source"] == "folder" and saved["data"]["path"] == str(images)
+    assert saved["recipe"] == ("digits" if words[0] == "digits" else "auto")
+    if words[0] == "digits":
+        assert "chose" not in out
+        return
+    assert out.count("chose --") == 9
+    assert (saved["model"]["arch"], saved["augment"]["size"]) == ("resnet18_cifar", 24) or (
+        saved["model"]["arch"] == "resnet_tiny"  # on a slow machine
+    )
+    assert "time: about" in out
+    # The run continues without choosing again, and config.yaml runs again with the same options.
+    status, out, err = call(
+        *(capsys, "pretrain", *given, "--resume", "auto", "--train.dir", str(folder)),
+        *("--train.max_steps", "2"),
+    )
+    assert status == 0, err
+    assert "continuing at step 1" in out and "chose" not in out
+    again = ("--train.dir", str(tmp_path / "again"), "--train.max_steps", "1")
+    status, out, err = call(capsys, "pretrain", str(folder / "config.yaml"), *again)
+    assert status == 0 and "chose" not in out, err
+
+
+def choices(count: int, side: int, seconds: float = 1e-4, device: str = "cpu") -> dict[str, object]:
+    """Returns what `fit` chooses for `count` images of `side` pixels."""
+    source = ArraySource(np.zeros((count, side, side, 3), np.uint8), None, ())
+    config = settings.load_recipe("auto")
+    found = fit(config, source, (), torch.device(device), 1, lambda arch, size: seconds)
+    settings.apply(config, {choice.option: choice.value for choice in found})
+    config.data.path = "anywhere"
+    settings.validate(config)
+    steps = count // config.data.batch_size
+    assert estimate.warnings(config, count, steps) == []
+    return {choice.option: choice.value for choice in found}
+
+
+@pytest.mark.parametrize("count", [4, 10, 57, 500, 5000, 60_000])
+@pytest.mark.parametrize("side", [8, 28])
+def test_choices_fit_sets_of_any_size(count: int, side: int) -> None:
+    chosen = choices(count, side)
+    assert chosen["augment.size"] == (8 if side == 8 else 24)
+    assert chosen["data.batch_size"] <= max(2, count / 8)  # type: ignore[operator]
+    assert chosen["model.queue_size"] <= max(2, count / 2)  # type: ignore[operator]
+
+
+def test_epochs_and_encoder_fit_the_time_that_the_machine_needs() -> None:
+    fast, slow = choices(5000, 32, 1e-4), choices(5000, 32, 1e-1)
+    assert fast["train.epochs"] == 200 and slow["train.epochs"] == 10
+    assert (fast["model.arch"], slow["model.arch"]) == ("resnet18_cifar", "resnet_tiny")
+    large = choices(200, 300, device="cuda")
+    assert (large["model.arch"], large["augment.size"]) == ("resnet18", 224)
+
+
+def test_given_options_stay() -> None:
+    config = settings.load_recipe("auto")
+    settings.apply(config, {"data.batch_size": 4, "model.arch": "resnet_tiny"})
+    source = ArraySource(np.zeros((80, 32, 32, 3), np.uint8), None, ())
+    kept = ("data.batch_size", "model.arch")
+    found = {choice.option: choice for choice in fit(config, source, kept, CPU, 1)}
+    assert not found.keys() & set(kept)
+    assert found["optim.lr"].value == 0.06 * 4 / 256
+    assert "20 steps an epoch" in found["model.momentum"].why
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data.batch_size": 256, "model.queue_size": 64}, ["an epoch is 1 step", "244 images of"]),
+        ({"data.batch_size": 50, "train.epochs": 2}, ["never fills", "larger than the set"]),
+        ({"data.batch_size": 50, "model.queue_size": 500}, []),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(options: dict[str, object], said: list[str]) -> None:
+    config = settings.load_recipe("moco_v2_r50_200ep")
+    settings.apply(config, options)
+    lines = estimate.warnings(config, 500, 500 // config.data.batch_size)
+    assert len(lines) == len(said)
+    assert all(text in line for text, line in zip(said, lines))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data.source", "digits", "--data.path", "."), "data.path: no effect with data.source"),
+        (("digits", "--data.holdout", "0.3"), "data.holdout: no effect with data.source=digits"),
+        (("--optim.gamma", "0.5"), "optim.gamma: no effect with optim.schedule=cosine"),
+        (("--model.method", "byol", "--model.queue_size", "8"), "it is an option of moco"),
+        (("--augment.blur_sigma", "1,2"), "augment.blur_sigma: no effect with augment.blur 0"),
+        (("./photos",), "there is no folder or file './photos'"),
+        (("photos",), "there is no folder of images of this name"),
+        (("digits", "auto"), "got also 'auto'"),
+        ((".", "--data.path", "/"), "both"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, "pretrain", *words)
+    assert status == 2
+    assert said in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_source_follows_from_the_path(tmp_path: Path) -> None:
+    for name, source in (("a.zip", "zip"), ("b.csv", "list"), ("c.parquet", "list")):
+        (tmp_path / name).touch()
+        assert configure.source_of(str(tmp_path / name)) == source
+    assert configure.source_of(str(tmp_path)) == "folder"
+    (tmp_path / "x.tar").touch()
+    assert configure.source_of(str(tmp_path)) == "shards"
+    assert configure.source_of("https://host/x-{000..099}.tar") == "shards"
+
+
+def test_a_folder_of_images_is_not_taken_for_a_folder_of_cifar(images: Path) -> None:
+    given = {"data.path": str(images)}
+    assert configure.configure("cifar10_r18", "", given).data.source == "folder"
+    assert configure.configure("cifar10_r18", "", {"data.path": "/new"}).data.source == "cifar10"
+
+
+def test_measuring_changes_neither_the_encoder_nor_the_random_state() -> None:
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout()
+    )
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    assert 0 < estimate.seconds_per_image(encoder, 8, 3, CPU) < 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_the_time_is_of_the_steps_that_run() -> None:
+    config = Config()
+    config.train.max_steps = 10
+    line = estimate.time_of_run(0.01, config, 100, 5, 1000)
+    assert "0:10 of computation" in line and "10 steps of 1 s, an epoch in 0:05" in line
+
+
+def test_words_are_a_recipe_and_a_place_in_any_order(tmp_path: Path) -> None:
+    place = str(tmp_path)
+    assert configure.split_words([place, "digits"]) == ("digits", place)
+    assert configure.split_words([]) == (None, "")
+    with pytest.raises(ConfigError, match="got also"):
+        configure.split_words([place, place])
