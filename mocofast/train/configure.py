@@ -8,6 +8,8 @@ from typing import Any
 
 from mocofast import settings
 from mocofast.config import OWN_IMAGES, Config, ConfigError
+from mocofast.data.table_sets import holds_tables
+from mocofast.data_config import TABLES
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.run_folder import choose_folder
 
@@ -46,10 +48,12 @@ def _is_place(word: str) -> bool:
 
 
 def source_of(place: str) -> str:
-    """Returns the data.source that reads a place: folder, shards, list or zip."""
+    """Returns the data.source that reads a place: folder, shards, parquet, list or zip."""
     path = Path(place).expanduser()
     if "{" in place or "://" in place or path.suffix == ".tar":
         return "shards"
+    if path.exists() and holds_tables(path):
+        return TABLES[0]
     if path.is_dir():
         folders = [path, *(path / name for name in ("train", "training"))]
         return "shards" if any(next(f.glob("*.tar"), None) for f in folders) else "folder"
