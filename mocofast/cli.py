@@ -261,15 +261,17 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """what this machine has, which path each part takes, and why"""
+    """what this machine has, which path each part takes, and why; or the files of a run"""
+    parser = Parser(
+        prog="mocofast doctor",
+        description="Shows what this machine has, and which path each part takes.\n"
+        "With a run folder: checks the folder's files. Exit status 1 if a file is damaged.",
+    )
+    parser.add_argument("run", nargs="?", help="a run folder to check")
+    run = parser.parse(argv).run
     from mocofast.doctor import main
 
-    Parser(
-        prog="mocofast doctor",
-        description="Shows what this machine has, and which path each part takes.",
-    ).parse(argv)
-    main()
-    return 0
+    return main(run)
 
 
 def main_moco(argv: Sequence[str]) -> int:

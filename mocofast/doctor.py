@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from mocofast.errors import describe_error
+from mocofast.errors import ConfigError, describe_error
 
 GIB = 2**30
 
@@ -53,9 +53,51 @@ def table(findings: list[Finding], width: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Prints the table."""
-    print(table(report(), shutil.get_terminal_size((120, 24)).columns))
+def main(run: str | None = None) -> int:
+    """Prints the table. Returns an exit status, 1 if a file is damaged.
+
+    run: a run folder to check instead of the machine.
+    """
+    findings = report() if run is None else report_on_run(Path(run))
+    print(table(findings, shutil.get_terminal_size((120, 24)).columns))
+    return 1 if any(finding.use == DAMAGED for finding in findings) else 0
+
+
+DAMAGED = "damaged"
+
+
+def report_on_run(folder: Path) -> list[Finding]:
+    """Returns a finding for every checkpoint, and for the other files of a run folder.
+
+    Raises NotADirectoryError if there is no such folder, ConfigError if it is no run folder.
+    """
+    from mocofast.train.checkpoint import load_checkpoint
+    from mocofast.train.run_folder import whole_lines
+
+    if not folder.is_dir():
+        raise NotADirectoryError(f"there is no run folder {str(folder)!r}")
+    findings = []
+    for file in sorted((folder / "checkpoints").glob("*.pt")):
+        try:
+            state = load_checkpoint(file)
+        except ConfigError as error:
+            findings.append(Finding(file.name, DAMAGED, str(error)))
+        else:
+            where = f"step {state['step']}, epoch {state['epoch']} + {state['step_in_epoch']} steps"
+            findings.append(Finding(file.name, "whole", where))
+    if not findings:
+        raise ConfigError(f"{folder} has no checkpoints, so it is no run folder")
+    if not (folder / "checkpoints" / "last.pt").exists():
+        why = "--resume takes the newest whole step file"
+        findings.append(Finding("last.pt", "missing", why))
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        if (folder / name).exists():
+            lines, bad = whole_lines(folder / name)
+            why = f"{bad} lines cannot be read; --resume sets the lines aside" if bad else ""
+            findings.append(
+                Finding(name, DAMAGED if bad else "whole", why or f"{len(lines)} lines")
+            )
+    return findings
 
 
 # Probes import their modules themselves: a failing import then is a single finding. Probes call the

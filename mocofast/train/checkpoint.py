@@ -13,8 +13,10 @@ A checkpoint is written atomically, in the background. Older checkpoints are pru
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.train.metrics import Window
+
+log = logging.getLogger("mocofast")
 
 FORMAT = 2
 LAST = "last.pt"
@@ -204,39 +208,85 @@ class CheckpointWriter:
                     os.replace(link, last)
                 except OSError:  # a file system without hard links
                     save_atomically(state, last)
-                for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
-                    old.unlink()
+                for old in step_files(self.folder)[self.keep :]:
+                    old.unlink(missing_ok=True)
             else:
                 save_atomically(state, last)
         except BaseException as error:
             self._error = error
 
 
+def step_files(folder: Path) -> list[Path]:
+    """Returns the step files of a folder of checkpoints, the last written first.
+
+    (After a run went back to an older checkpoint, larger numbers are older files.)
+    """
+    written = [(file.stat().st_mtime_ns, file.name, file) for file in folder.glob("step_*.pt")]
+    return [file for *_, file in sorted(written, reverse=True)]
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
-    path: the file, or a run folder, whose checkpoints/last.pt is read.
+    path: the file, or a run folder. Of a run folder checkpoints/last.pt is read, or the newest
+        step file that is whole. The log names files that are missing or damaged.
     Raises FileNotFoundError if there is no file, ConfigError (a ValueError) if the file is no
-    mocofast checkpoint.
+    mocofast checkpoint, or damaged.
     """
-    return checked(*read_file(path))
+    path = Path(path)
+    if not path.is_dir():
+        return checked(*read_file(path))
+    folder = path / "checkpoints"
+    last, errors = folder / LAST, []
+    for file in (last, *step_files(folder)):
+        try:
+            state = checked(*read_file(file))
+        except (FileNotFoundError, ConfigError) as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            log.warning("%s; taking %s, of step %d", "; ".join(errors), file, state["step"])
+        return state
+    if len(errors) == 1 and not last.exists():
+        raise FileNotFoundError(f"no checkpoint at {last}")
+    raise ConfigError(f"no checkpoint of {path} can be read: {'; '.join(errors)}")
 
 
 def read_file(path: str | Path) -> tuple[Any, Path]:
     """Reads a file of torch.save, ours or foreign, onto the CPU.
 
-    Returns the content and the path of the file. `path` and errors as for `load_checkpoint`, which
-    also checks the content.
+    path: the file, or a run folder, whose checkpoints/last.pt is read.
+    Returns the content and the path of the file.
+    Raises FileNotFoundError if there is no file, ConfigError if the file is damaged or of another
+    kind.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoints" / LAST
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if damage := find_damage(path):
+        raise ConfigError(f"{path}: damaged ({damage})")
     try:
         return torch.load(path, map_location="cpu", weights_only=True), path
     except Exception as error:
         raise ConfigError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
+
+
+def find_damage(path: Path) -> str:
+    """Returns what is wrong with a file of torch.save, "" for nothing.
+
+    The file is a zip archive, whose checksums (CRC-32) torch.load does not compare. Files of
+    other kinds have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # zipfile raises many exceptions on a damaged directory
+        return describe_error(error)
+    return f"wrong checksum of {bad}" if bad else ""
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -29,13 +30,14 @@ from mocofast.step_parts import step_part
 from mocofast.train import estimate
 from mocofast.train.auto import Choice, fit
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
-from mocofast.train.checkpoint import LAST, CheckpointWriter
+from mocofast.train.checkpoint import CheckpointWriter
+from mocofast.train.claim import claim_on_rank_0
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.resume import check_same_run, find_checkpoint
-from mocofast.train.run_folder import RunFolder, StepLine, choose_folder
+from mocofast.train.run_folder import RunFolder, StepLine
 
 log = logging.getLogger("mocofast")
 
@@ -80,8 +82,9 @@ def train(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     try:
-        with StopRequest() as stop:
-            run = _Run(config, resume, device, rank, world_size, profile, kept)
+        with StopRequest() as stop, contextlib.ExitStack() as held:
+            folder = claim_on_rank_0(held, config, bool(resume), rank)
+            run = _Run(config, resume, folder, device, rank, world_size, profile, kept)
             with stop.after_steps():
                 return run.train(stop)
     finally:
@@ -98,19 +101,18 @@ class _Run:
         self,
         config: Config,
         resume: str,
+        path: Path,
         device: torch.device,
         rank: int,
         world_size: int,
         profile: bool,
         kept: Collection[str] | None,
     ) -> None:
-        self.config, self.device, self.world_size = config, device, world_size
-        chosen = choose_folder(config, bool(resume)) if rank == 0 else None
-        self.path: Path = distributed.from_main(chosen)
+        self.config, self.device, self.world_size, self.path = config, device, world_size, path
         saved = find_checkpoint(self.path, resume)
         if saved is not None:
             check_same_run(config, saved)
-        elif (self.path / "checkpoints" / LAST).exists():
+        elif any((self.path / "checkpoints").glob("*.pt")):
             raise ConfigError(
                 f"train.dir: {self.path} holds a run already. --resume auto continues this run, "
                 "another --train.dir starts a new run"

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ class RunFolder:
         if not resumed:
             self._skipped_path.unlink(missing_ok=True)
         elif self._skipped_path.exists():
-            lines = self._skipped_path.read_text(encoding="utf-8").splitlines()
+            lines = self._repaired(self._skipped_path, "file")
             self._skipped = {json.loads(line)["file"] for line in lines}
 
     def _open_metrics(self, resumed_step: int | None) -> None:
@@ -111,8 +112,27 @@ class RunFolder:
     def _lines_until(self, step: int) -> list[str]:
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = self._repaired(self.metrics_path, "step")
+        return [line for line in lines if json.loads(line)["step"] <= step]
+
+    def _repaired(self, path: Path, needed: str) -> list[str]:
+        """Returns the whole lines of a file. Lines that cannot be read move to PATH.damaged.
+
+        needed: an entry of every line.
+        """
+        lines, bad = whole_lines(path, needed)
+        if bad:
+            damaged = path.with_name(f"{path.name}.damaged")
+            shutil.copyfile(path, damaged)
+            with files.atomic_write(path) as rewritten:
+                rewritten.write_text("".join(lines), encoding="utf-8")
+            log.warning(
+                "%d lines of %s cannot be read and are left out; %s is the file as it was",
+                bad,
+                path,
+                damaged,
+            )
+        return lines
 
     # ---- metrics ----
 
@@ -228,6 +248,26 @@ class RunFolder:
                 f"{values['few_shot_top1']:.4f}"
             )
         return text
+
+
+def whole_lines(path: Path, needed: str = "") -> tuple[list[str], int]:
+    """Returns the lines of a file of JSON objects, with line ends, and the number of bad lines.
+
+    needed: an entry of every line, or "".
+    A killed process leaves a torn last line, a damaged disk anything.
+    """
+    lines, bad = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            is_whole = isinstance(entry, dict) and (not needed or needed in entry)
+        except (ValueError, RecursionError):
+            is_whole = False
+        if is_whole and line.endswith(b"\n"):
+            lines.append(line.decode("utf-8"))
+        else:
+            bad += 1
+    return lines, bad
 
 
 def describe_metric(name: str, value: float) -> str:

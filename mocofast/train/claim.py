@@ -1,0 +1,96 @@
+"""Claims a run folder: two runs never share a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from mocofast import distributed, files
+from mocofast.config import Config, ConfigError
+from mocofast.train.run_folder import choose_folder
+
+LOCK = ".lock"
+
+
+def claim_on_rank_0(held: contextlib.ExitStack, config: Config, resuming: bool, rank: int) -> Path:
+    """Returns the run folder on all ranks. `held` keeps the claim, on rank 0.
+
+    All ranks raise ConfigError together if another run holds the folder.
+    """
+    found: Path | ConfigError | None = None
+    if rank == 0:
+        try:
+            found = held.enter_context(claimed_folder(config, resuming))
+        except ConfigError as error:
+            found = error
+    found = distributed.from_main(found)
+    if isinstance(found, ConfigError):
+        raise found
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def claimed_folder(config: Config, resuming: bool) -> Iterator[Path]:
+    """Yields the run folder of a configuration, locked until the block or the process ends.
+
+    resuming: take the newest existing run of the recipe. Otherwise, without `train.dir`, take a
+        name that is free.
+    A folder that is still empty at the end is removed.
+    Raises ConfigError if another run holds the folder. (The system drops the lock of a process
+    that dies, so no lock is ever stale.)
+    """
+    path, made = choose_folder(config, resuming), []
+    while True:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+            break
+        except FileExistsError:
+            if config.train.dir or resuming:
+                break
+            path = choose_folder(config, resuming)  # another run was faster
+    if not path.is_dir():
+        raise ConfigError(f"train.dir: {path} is a file")
+    held = _lock(path)
+    try:
+        yield path
+    finally:
+        if made and [entry.name for entry in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+            for folder in made:
+                with contextlib.suppress(OSError):  # another run uses the folder
+                    folder.rmdir()
+        held.close()
+
+
+def _lock(folder: Path) -> contextlib.ExitStack:
+    """Locks a folder. Close the result to unlock the folder."""
+    held = contextlib.ExitStack()
+    path = folder / LOCK
+    while True:
+        try:
+            file = held.enter_context(path.open("a+", encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"train.dir: {folder} cannot be written ({error})") from error
+        if not files.lock(file, wait=False):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            held.close()
+            raise ConfigError(
+                f"train.dir: {folder} is in use by {owner}; another --train.dir starts a run of "
+                "its own"
+            )
+        # A run that was refused may have removed the file between our two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        held.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return held
