@@ -44,7 +44,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
     parser = Parser(
         prog="mocofast pretrain",
-        usage="mocofast pretrain [RECIPE] [--resume auto|PATH] [--profile] "
+        usage="mocofast pretrain [RECIPE] [--resume auto|PATH] [--cooldown EPOCHS] [--profile] "
         "[--GROUP.OPTION VALUE ...]",
         description=(
             "Pretrains with momentum contrast.\n"
@@ -66,6 +66,15 @@ def pretrain(argv: Sequence[str]) -> int:
         "PATH: continue this run folder or checkpoint",
     )
     parser.add_argument(
+        "--cooldown",
+        metavar="EPOCHS",
+        type=int,
+        default=0,
+        help="with --resume PATH of a run with optim.schedule wsd: branch from the checkpoint into "
+        "a folder of its own, lower the learning rate to 0 over EPOCHS, and end. The run itself "
+        "stays as it is, and can be continued",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
@@ -76,7 +85,8 @@ def pretrain(argv: Sequence[str]) -> int:
     add_method_settings(parser, argv)
     add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
     arguments = parser.parse(argv)
-    config = configure(arguments.recipe, arguments.resume, given_settings(arguments))
+    given = given_settings(arguments)
+    config = configure(arguments.recipe, arguments.resume, given, arguments.cooldown)
     return EXIT_INTERRUPTED if train(config, arguments.resume, arguments.profile).interrupted else 0
 
 

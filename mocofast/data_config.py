@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from mocofast.option import Valid, above, at_least, between, option
 
@@ -116,6 +117,31 @@ class DataConfig:
     )
 
 
+def stages(values: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
+    """Reads a schedule by epochs, ("0:16", "10:24"), as {first epoch: numbers}.
+
+    Raises ValueError unless every value is an epoch and numbers, and epochs rise from 0.
+    """
+    rows = [value.split(":") for value in values]
+    found = {int(epoch): tuple(map(float, numbers)) for epoch, *numbers in rows}
+    if len(found) < len(rows) or list(found) != sorted(found) or min(found, default=0) != 0:
+        raise ValueError(f"expected epochs that rise from 0: got {', '.join(values)}")
+    return found
+
+
+def _staged(count: int, holds: Callable[[tuple[float, ...]], bool], expected: str) -> Valid:
+    """Returns the condition that a value is a schedule of `count` numbers that satisfy `holds`."""
+
+    def valid(values: tuple[str, ...]) -> bool:
+        try:
+            found = stages(values).values()
+        except ValueError:
+            return False
+        return all(len(numbers) == count and holds(numbers) for numbers in found)
+
+    return Valid(valid, f"{expected}, with epochs that rise from 0")
+
+
 _PROBABILITY = between(0, 1, "a probability, 0 to 1")
 _AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
 _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
@@ -125,13 +151,35 @@ _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a pr
 class AugmentConfig:
     """Random views. The defaults are MoCo v1's. The recipes hold the differences of v2."""
 
-    size: int = option(224, "side of a view, in pixels", valid=at_least(1))
+    size: int = option(
+        224, "side of a view in training and evaluation, in pixels", valid=at_least(1)
+    )
+    sizes: tuple[str, ...] = option(
+        (),
+        "sides of the views in training by epoch: 0:96,100:160,150:224 makes views of 96 pixels "
+        "from epoch 0 on, and of 160 from epoch 100 on; empty means size",
+        valid=_staged(
+            1,
+            lambda value: value[0] >= 1 and value[0] == int(value[0]),
+            "EPOCH:SIZE,... such as 0:96,100:224 (in YAML with quotes)",
+        ),
+    )
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0),
         "area of the random crop, as a share of the image",
         valid=Valid(
             lambda value: 0 < value[0] <= value[1] <= 1,
             "two shares, 0 < smallest <= largest <= 1",
+        ),
+    )
+    crop_scales: tuple[str, ...] = option(
+        (),
+        "area of the random crop by epoch: 0:0.5:1,100:0.2:1 takes shares of 0.5 to 1 from epoch 0 "
+        "on, and of 0.2 to 1 from epoch 100 on; empty means crop_scale",
+        valid=_staged(
+            2,
+            lambda value: 0 < value[0] <= value[1] <= 1,
+            "EPOCH:SMALLEST:LARGEST,... such as 0:0.5:1,100:0.2:1 (in YAML with quotes)",
         ),
     )
     rotate: float = option(0.0, "largest random rotation in either direction, in degrees")
@@ -202,3 +250,21 @@ class AugmentConfig:
         "channel standard deviations that normalise pixels in [0, 1]" + _AS_CHANNELS,
         valid=above(0),
     )
+
+    def at(self, epoch: int) -> AugmentConfig:
+        """Returns the augmentation of an epoch, whose size and crop_scale follow no schedule."""
+        if not self.sizes and not self.crop_scales:
+            return self
+        size = _last(self.sizes, epoch, (self.size,))
+        low, high = _last(self.crop_scales, epoch, self.crop_scale)
+        return replace(self, size=int(size[0]), crop_scale=(low, high), sizes=(), crop_scales=())
+
+    def training_sizes(self) -> tuple[int, ...]:
+        """Returns the sides of all views of a training, in pixels, in the order of the epochs."""
+        return tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
+
+
+def _last(values: tuple[str, ...], epoch: int, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Returns the numbers of the last stage that begins at `epoch` or before."""
+    found = {first: numbers for first, numbers in stages(values).items() if first <= epoch}
+    return found[max(found)] if found else default

@@ -54,7 +54,7 @@ class DaliLoader:
     of bad files.
 
     All images look as `decoding.decode` returns them, to 1 of 255. A jump to any position
-    but the next starts a new pipeline.
+    but the next starts a new pipeline, and on a GPU another size of the views, too.
     """
 
     name = "dali"
@@ -186,7 +186,7 @@ class _Batches:
         data: DataConfig,
         pixels: PixelFormat | None,
     ) -> None:
-        self._source, self._augments, self._data = source, augments, data
+        self._source, self._data = source, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._pixels = pixels
         self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
@@ -198,6 +198,7 @@ class _Batches:
         # The next batch to decode, whose files are being read
         self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
+        self._sizes: list[int] = []  # sides of the crops that the pipeline makes on a GPU
         # Plans of the batches inside DALI, oldest first
         self._unfinished: deque[BatchPlan] = deque()
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
@@ -220,15 +221,12 @@ class _Batches:
         if self._stream is None:
             images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
             views = tuple(
-                self._views_from_images(images, params, augment)
-                for params, augment in zip(plan.params, self._augments)
+                self._views_from_images(images, *way) for way in zip(plan.params, plan.augments)
             )
         else:
+            crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             with torch.cuda.stream(self._stream):
-                views = tuple(
-                    _views_from_crops(torch.from_dlpack(crops.as_tensor()), params, augment)
-                    for crops, params, augment in zip(outputs, plan.params, self._augments)
-                )
+                views = tuple(map(_views_from_crops, crops, plan.params, plan.augments))
             # DALI may write to `outputs` again as soon as they go out of scope.
             self._stream.synchronize()
         self._next_out = self.planner.after(plan.epoch, plan.step)
@@ -244,13 +242,15 @@ class _Batches:
     # DALI
 
     def _run_pipeline(self) -> tuple[BatchPlan, tuple[Any, ...]]:
-        """Returns the next plan and DALI's outputs. Replaces bad samples until all
-        samples decode.
-        """
+        """Returns the next plan and DALI's outputs. Replaces bad samples until all decode."""
+        augments = self.planner.augments_at(self._next_out[0])
+        if self._stream is not None and (sizes := [a.size for a in augments]) != self._sizes:
+            self._forget_pipeline()  # its crops have the size of the epoch before
+            self._sizes = sizes
         while True:
             if self._pipeline is None:
                 self._next_plan = self._next_out
-                self._pipeline = self._build()
+                self._pipeline = self._build(augments)
             try:
                 outputs = self._pipeline.run()  # waits for the host, so any stream may read
             except RuntimeError:
@@ -265,10 +265,10 @@ class _Batches:
                 continue
             return self._unfinished.popleft(), outputs
 
-    def _build(self) -> Pipeline:
+    def _build(self, augments: tuple[AugmentConfig, ...]) -> Pipeline:
         pipeline = decode_and_crop(
             self._feed,
-            self._augments,
+            augments,
             self._stream is not None,
             np.ndarray if self._in_memory else bytes,
             self._data,
@@ -286,9 +286,7 @@ class _Batches:
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
-        """Returns the input of the next batch. DALI calls this function when it has
-        room for a batch.
-        """
+        """Returns the input of the next batch. DALI calls it when there is room for a batch."""
         while True:
             plan, reads = self._ahead or self._read_next()
             self._ahead = None

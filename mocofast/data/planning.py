@@ -33,6 +33,7 @@ class BatchPlan(NamedTuple):
     step: int
     samples: np.ndarray  # (B,) int64: the samples to decode, after substitution of bad samples
     params: list[list[ViewParams]]  # the parameters of B views, for every view
+    augments: tuple[AugmentConfig, ...]  # the augmentation of every view
 
 
 class BatchPlanner:
@@ -75,11 +76,16 @@ class BatchPlanner:
         list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers in parallel
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
         sizes = self.sizes[samples]
+        augments = self.augments_at(epoch)
         params = [
             per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
-            for view, augment in enumerate(self._augments)
+            for view, augment in enumerate(augments)
         ]
-        return BatchPlan(epoch, step, samples, params)
+        return BatchPlan(epoch, step, samples, params, augments)
+
+    def augments_at(self, epoch: int) -> tuple[AugmentConfig, ...]:
+        """Returns the augmentation of every view in an epoch."""
+        return tuple(augment.at(epoch) for augment in self._augments)
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """Returns the (epoch, step) of the next batch."""

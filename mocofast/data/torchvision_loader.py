@@ -160,6 +160,7 @@ class _Samples(Dataset[Sample]):
             size = image.height, image.width
         views = []
         for view, augment in enumerate(self.augments):
+            augment = augment.at(epoch)
             params = sample_view(augment, size, self.seed, epoch, slot, view)
             views.append(np.asarray(apply(image, params, augment)))
         return views

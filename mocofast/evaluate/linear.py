@@ -118,7 +118,7 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     Probabilities of vertical flips and of quarter turns are the run's, too.
     """
     off = dict.fromkeys(("rotate", "gray", "blur", "solarize", "hed", "noise"), 0.0)
-    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0)}
+    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0), "sizes": (), "crop_scales": ()}
     return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
 
 

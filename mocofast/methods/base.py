@@ -71,6 +71,7 @@ class Method(nn.Module):
     num_views = 2
     batch_fields: tuple[str, ...] = ()
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
+    filling_steps = 0  # first steps of a run, which fill the queue and train nothing
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None

@@ -58,6 +58,13 @@ class Options(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOption
         False, "both views are queries and keys; the loss is the sum (MoCo v2+)"
     )
 
+    queue_warmup: int = option(
+        0,
+        "first steps of a run that only fill the queue with keys, and train nothing; MoCo's "
+        "authors start from random keys (0)",
+        valid=at_least(0),
+    )
+
     def validate(self) -> None:
         """Raises ConfigError if BatchNorm is both synchronised and split."""
         super().validate()
@@ -285,4 +292,5 @@ def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = 
         pixel_std=std,
     )
     model.schedule_momentum(m.momentum_schedule)
+    model.filling_steps = m.queue_warmup
     return model

@@ -6,6 +6,7 @@ reads the file:
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
     data (fingerprint of the images, skipped files), before, after (kNN figures)
+    best, since_best (highest knn_top1, evaluations since then)
 
 A checkpoint is written atomically, in the background. Older checkpoints are pruned.
 """
@@ -40,6 +41,7 @@ class RunState:
     step: optimiser steps done. epoch: epochs done. step_in_epoch: steps done in the present epoch.
     before, after: kNN figures of the random encoder and of the last evaluation, empty without
         labels.
+    best: highest knn_top1 after an epoch. since_best: evaluations after the best evaluation.
     """
 
     config: Config
@@ -54,6 +56,8 @@ class RunState:
     step_in_epoch: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    best: float = 0.0
+    since_best: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,6 +89,8 @@ class RunState:
             "sizes": self.sizes,
             "before": self.before,
             "after": self.after,
+            "best": self.best,
+            "since_best": self.since_best,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -104,6 +110,8 @@ class RunState:
         self.step, self.epoch = saved["step"], saved["epoch"]
         self.step_in_epoch = saved["step_in_epoch"]
         self.before, self.after = saved["before"], saved["after"]
+        # Earlier checkpoints have no best value. The next evaluation is then the first to count.
+        self.best, self.since_best = saved.get("best", 0.0), saved.get("since_best", 0)
         self.loader.skipped.update(saved["data"]["skipped"])
         # The number of ranks may have changed: a new rank takes the sums of another rank.
         rank, _ = distributed.rank_and_world_size()

@@ -108,8 +108,11 @@ class _Run:
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = new_state(config, datasets, device, rank, world_size)
         self.autocast = choose_autocast(config.train.precision, device)
-        check_gradients(self.autocast, self.state.model.encoder_q, config.augment.size)
+        for size in sorted({config.augment.size, *config.augment.training_sizes()}):
+            check_gradients(self.autocast, self.state.model.encoder_q, size)
         self.monitor = KNNMonitor.of(datasets, config, device)
+        if config.knn.patience and self.monitor is None:
+            raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
@@ -146,7 +149,7 @@ class _Run:
                 state.before = state.after = self._evaluate()
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
                 state.window.restart_clock()
-                while state.step < last_step and not interrupted:
+                while state.step < last_step and not interrupted and not self._plateaued():
                     self._step()
                     bar.update()
                     self._write_pending()
@@ -196,7 +199,7 @@ class _Run:
             name: getattr(batch, name).to(self.device, non_blocking=True)
             for name in state.model.batch_fields
         }
-        metrics = self.engine.step(views, fields)
+        metrics = self.engine.step(views, fields, state.step >= state.model.filling_steps)
         state.step += 1
         state.step_in_epoch += 1
         state.window.add(metrics, len(views[0]) * self.world_size, waited)
@@ -232,6 +235,13 @@ class _Run:
         last = self.state.epoch == self.config.train.epochs
         if last or (every and self.state.epoch % every == 0):
             self.state.after = self._evaluate()
+            top1 = self.state.after.get("knn_top1", 0.0)
+            self.state.since_best = 0 if top1 > self.state.best else self.state.since_best + 1
+            self.state.best = max(self.state.best, top1)
+
+    def _plateaued(self) -> bool:
+        patience = self.config.knn.patience
+        return 0 < patience <= self.state.since_best
 
     def _log_due(self) -> bool:
         step = self.state.step
@@ -343,6 +353,12 @@ class _Run:
         self.writer.wait()
         ended = "trained" if self.state.step >= self.total_steps else "stopped"
         log.info("%s at step %d after %s", ended, self.state.step, duration(seconds))
+        if self._plateaued():
+            log.info(
+                "kNN plateau: %d evaluations without a better accuracy than %.4f (knn.patience)",
+                self.state.since_best,
+                self.state.best,
+            )
         if interrupted:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:
