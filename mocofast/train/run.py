@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,8 @@ class _Run:
         self.engine = Engine(mode, model, optimizer, self.autocast, config.train.accumulate, images)
         self.profiler: StepProfiler | None = None
         if profile and rank == 0:
-            self.profiler = StepProfiler(model, optimizer, self.autocast, config)
+            now = replace(config, augment=config.augment.at(self.state.epoch))
+            self.profiler = StepProfiler(model, optimizer, self.autocast, now)
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         if rank == 0:
