@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mocofast.option import Valid, above, at_least, between, option
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
+_FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
 TABLES = ("parquet", "hf")  # names of one source
 OWN_IMAGES = ("folder", "shards", "list", "zip", *TABLES)  # data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
@@ -16,7 +18,33 @@ LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders bui
 
 
 @dataclass
-class DataConfig:
+class ReadingOptions:
+    """How files that are no photos are read."""
+
+    reader: str = option(
+        "auto",
+        "who reads the files: auto by their content, or a function of yours, "
+        "package.module:function, which takes a path or bytes and returns an array (H, W, C)",
+        valid=Valid(
+            lambda value: value == "auto" or re.fullmatch(_FUNCTION, value) is not None,
+            "auto or package.module:function",
+        ),
+    )
+    bands: tuple[int, ...] = option(
+        (),
+        "channels of a file that are read, from 1, in this order, such as 4,3,2; empty reads the "
+        "first data.channels",
+        valid=Valid(lambda value: min(value, default=1) >= 1, "numbers of channels, from 1"),
+    )
+
+
+def reading_values(options: ReadingOptions) -> dict[str, Any]:
+    """Returns the values of ReadingOptions, {name: value}, of options with more values."""
+    return {field.name: getattr(options, field.name) for field in fields(ReadingOptions)}
+
+
+@dataclass
+class _SourceOptions:
     """The source of the images, and the loader that decodes them."""
 
     source: str = option(
@@ -115,6 +143,11 @@ class DataConfig:
         "share of a labelled set without a val/ or test/ folder that is kept for kNN, 0 to 1",
         valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
     )
+
+
+@dataclass
+class DataConfig(ReadingOptions, _SourceOptions):
+    """The source of the images, how files are read, and the loader that decodes them."""
 
 
 def stages(values: tuple[str, ...]) -> dict[int, tuple[float, ...]]:

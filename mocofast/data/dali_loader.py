@@ -36,6 +36,7 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat, resized_crop
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
+from mocofast.data.items import Item
 from mocofast.data.photometric import make_views
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
@@ -319,11 +320,10 @@ class _Batches:
                 return np.ascontiguousarray(self._pixels.load(item))
             if isinstance(item, np.ndarray):
                 return item
-            if in_python or self.planner.in_python[index]:
+            if in_python or isinstance(item, Item) or self.planner.in_python[index]:
                 return decode_to_ppm(item, self._range, self.planner.sizes[index])
-            if isinstance(item, bytes):
-                return np.frombuffer(item, dtype=np.uint8)
-            return np.fromfile(item, dtype=np.uint8)
+            read: Any = np.frombuffer if isinstance(item, bytes) else np.fromfile
+            return cast("np.ndarray", read(item, dtype=np.uint8))
         except Exception as error:  # decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

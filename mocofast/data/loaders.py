@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
-from mocofast.data.arrays import NPY, PixelFormat
+from mocofast.data.arrays import PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
 from mocofast.data.interface import BatchSlice, Loader, Source
+from mocofast.data.items import Item
+from mocofast.data.numpy_files import MAGIC, NPY
 from mocofast.data.ranges import range_of
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
@@ -89,7 +91,8 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
     Raises ConfigError for arrays in memory with another number of channels.
     """
     deep = PixelFormat(channels, np.dtype(np.uint16), range_of(source))
-    if isinstance(source, ShardSource) or not len(source):
+    photos = isinstance(source, ShardSource) and source.photos
+    if photos or not len(source):
         return None if channels == 3 else deep
     first = source.load(0)
     if isinstance(first, np.ndarray):
@@ -103,8 +106,24 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
             if channels == 3 and first.dtype == np.uint8
             else PixelFormat(channels, first.dtype)
         )
-    is_rgb = channels == 3 and not (isinstance(first, str) and first.lower().endswith(NPY))
-    return None if is_rgb else deep
+    return None if channels == 3 and not _loses_levels(first) else deep
+
+
+def _loses_levels(first: str | bytes | Item) -> bool:
+    """Returns whether a set of three channels keeps 16 bits: arrays of more than 8 bits do.
+
+    first: the first image of the set. Arrays come from .npy files and from data.reader.
+    """
+    if isinstance(first, str):
+        return first.lower().endswith(NPY)
+    if isinstance(first, bytes):
+        return first.startswith(MAGIC)
+    if not first.reading.function:
+        return False
+    try:
+        return first.extent(3).deep
+    except Exception:  # a bad file, which the loader skips and names
+        return True
 
 
 def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:

@@ -14,6 +14,34 @@ EXTENSIONS = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
 
+ARRAYS = frozenset({".npy"})
+# Files of fields beside photography. They are images where a set has no image of EXTENSIONS.
+FIELDS = frozenset({".npy", ".npz"})
+
+
+class _Every(frozenset[str]):
+    """Contains every extension."""
+
+    def __contains__(self, extension: object) -> bool:
+        return True
+
+
+EVERY = _Every()  # for functions of the user, which may read any file
+
+
+def extensions_to_try(reader: str, channels: int) -> tuple[frozenset[str], ...]:
+    """Returns sets of extensions. A set of images has the first extensions that occur.
+
+    reader, channels: values of data.reader and data.channels.
+
+    A function of the user may read any file.
+    """
+    if reader != "auto":
+        return (EVERY,)
+    if channels != 3:
+        return (EXTENSIONS | ARRAYS, FIELDS)
+    return (EXTENSIONS, ARRAYS, FIELDS)
+
 
 def stratified_holdout(
     labels: np.ndarray, share: float, seed: int

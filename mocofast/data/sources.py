@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import SOURCES, TABLES, ConfigError, DataConfig
-from mocofast.data.arrays import NPY
 from mocofast.data.arrays import ArraySource as ArraySource
 from mocofast.data.download import is_url
-from mocofast.data.finding import Disk, Names
+from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource as FolderSource
-from mocofast.data.folders import no_image, open_folder
+from mocofast.data.folders import choose_tree, no_image, open_folder
 from mocofast.data.interface import Source
+from mocofast.data.items import Item
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
 from mocofast.data.names import (
-    EXTENSIONS,
     digest,
     stratified_holdout,
 )
 from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import range_of, set_range
+from mocofast.data.reading import ReadSource, read_as_asked
 from mocofast.data.remote import RemoteSource, local_copy, names_below
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
@@ -62,7 +62,7 @@ class Subset:
         """Returns the name of the sample in the whole source."""
         return self._source.name(int(self._index[index]))
 
-    def load(self, index: int) -> str | bytes | np.ndarray:
+    def load(self, index: int) -> str | bytes | np.ndarray | Item:
         """Returns what the whole source returns for the sample."""
         return self._source.load(int(self._index[index]))
 
@@ -97,7 +97,7 @@ def labelled(source: Source) -> Source:
 
 def _part(source: Source, index: np.ndarray) -> Source:
     """Returns some samples of a source. index: (n,) int64, ascending."""
-    if isinstance(source, (FolderSource, ShardSource, PackedSource)):
+    if isinstance(source, (FolderSource, ShardSource, PackedSource, ReadSource)):
         return source.subset(index)
     return Subset(source, index)
 
@@ -141,7 +141,9 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     for part in (datasets.train, datasets.val):
         if part is not None:
             set_range(part, data.range)
-    return datasets
+    train = read_as_asked(datasets.train, data)
+    val = None if datasets.val is None else read_as_asked(datasets.val, data)
+    return datasets._replace(train=train, val=val)
 
 
 def find_images(folder: str | Path, channels: int = 3) -> list[str]:
@@ -149,25 +151,17 @@ def find_images(folder: str | Path, channels: int = 3) -> list[str]:
 
     channels: value of data.channels.
 
-    An image is a file with an extension of EXTENSIONS, in any case. A .npy file is an image too,
-    unless `channels` is 3 and the folder has images of other kinds. Hidden files and
+    An image is a file with an extension of EXTENSIONS, in any case. Files of FIELDS are images in
+    a folder without images of EXTENSIONS, and .npy files if `channels` is not 3. Hidden files and
     folders are skipped. Symbolic links are followed (a link back to a folder above it
     only once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or
     ConfigError (a ValueError) if there is no image.
     """
-    found = _open_folder(folder, channels).find("")
+    data = DataConfig(channels=channels)
+    found = choose_tree(lambda extensions: open_folder(folder, extensions), data).find("")
     if not found.names:
         raise no_image(str(folder), found)
     return found.names
-
-
-def _open_folder(folder: str | Path, channels: int) -> Disk:
-    """Returns a folder of images, as `find_images` finds the images."""
-    extensions = EXTENSIONS if channels == 3 else EXTENSIONS | {NPY}
-    opened = open_folder(folder, extensions)
-    if channels == 3 and not opened.find("").names:
-        return open_folder(folder, frozenset({NPY}))
-    return opened
 
 
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
@@ -177,7 +171,8 @@ def _load_folder(data: DataConfig, seed: int) -> Datasets:
     root = Path(path).expanduser()
     if holds_tables(root):
         return _load_tables(data, seed)
-    layout = arrange(_open_folder(root, data.channels), data, str(root))
+    tree = choose_tree(lambda extensions: open_folder(root, extensions), data)
+    layout = arrange(tree, data, str(root))
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
 
@@ -186,11 +181,11 @@ def _load_url(path: str, data: DataConfig, seed: int) -> Datasets:
     if path.lower().endswith(ENDINGS):
         return _load_tables(data, seed)
     names = names_below(path)
-    extensions = EXTENSIONS if data.channels == 3 else EXTENSIONS | {NPY}
+    tree = choose_tree(lambda extensions: Names(names, extensions), data)
     ends = {os.path.splitext(name)[1].lower() for name in names}
-    if not ends & extensions and ends & set(ENDINGS):
+    if ends & set(ENDINGS) and data.reader == "auto" and not tree.find("").names:
         return _load_tables(data, seed)
-    layout = arrange(Names(names, extensions), data, path)
+    layout = arrange(tree, data, path)
     return _sets(layout, data, seed, lambda *columns: RemoteSource(path, *columns))
 
 
@@ -200,7 +195,8 @@ def _load_zip(data: DataConfig, seed: int) -> Datasets:
     if not path.is_file():
         raise FileNotFoundError(f"data.path: there is no zip file {str(path)!r}")
     archive = ZipArchive(path)
-    layout = arrange(Names(archive.infos, EXTENSIONS), data, str(path))
+    tree = choose_tree(lambda extensions: Names(archive.infos, extensions), data)
+    layout = arrange(tree, data, str(path))
     layout = layout._replace(remarks=[*archive.remarks, *layout.remarks])
     return _sets(layout, data, seed, lambda *columns: ZipSource(archive, *columns))
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from mocofast.data.items import ALL, first_channels
 from mocofast.data.ranges import Pixels, type_bounds
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
@@ -217,7 +218,7 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice
     axes, shape: of the file, in tifffile's letters: Y, X, S (samples of a pixel), C
         (channels), and other letters for pages (Z depth, T time, Q and I unknown).
     alpha: number of channels of transparency at the end. These are never read.
-    wanted: number of channels that the encoder takes.
+    wanted: number of channels that the encoder takes, or ALL.
 
     Channels: all if their number is `wanted` or 1, otherwise the first `wanted`. Of 2
     channels where 3 are wanted: the first.
@@ -225,17 +226,13 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice
     channel, the pages are the channels.
     """
     if "C" not in axes and "S" not in axes and len(axes) == 3:
-        axes = "".join("C" if a in "QI" and n == wanted else a for a, n in zip(axes, shape))
+        fits = {wanted} if wanted != ALL else set(shape)
+        axes = "".join("C" if a in "QI" and n in fits else a for a, n in zip(axes, shape))
     sizes = dict(zip(axes, shape))
     count = sizes.get("S", 1) * sizes.get("C", 1) - alpha
     pages = [letter for letter in axes if letter not in "YXSC"]
-    remarks = []
-    stop = count if count in (1, wanted) else min(count, wanted)
-    if count == 2 and wanted == 3:
-        stop = 1
-    if stop < count:
-        first = "channel 1" if stop == 1 else f"channels 1 to {stop}"
-        remarks.append(f"{first} of {count} (data.channels={count} reads all)")
+    stop, remark = first_channels(count, wanted)
+    remarks = [remark] if remark else []
     for letter in pages:
         if sizes[letter] > 1:
             remarks.append(f"page {sizes[letter] // 2 + 1} of {sizes[letter]} (axis {letter})")
