@@ -36,6 +36,31 @@ class ReadingOptions:
         "first data.channels",
         valid=Valid(lambda value: min(value, default=1) >= 1, "numbers of channels, from 1"),
     )
+    slices: str = option(
+        "auto",
+        "images that a volume, stack or film gives: middle (one image), all, or BEGIN:END or "
+        "BEGIN:END:STEP, from 0; auto takes all slices of NIfTI, and the middle of other files",
+        valid=Valid(
+            lambda value: re.fullmatch(r"auto|all|middle|\d*:\d*(:[1-9]\d*)?", value) is not None,
+            "auto, all, middle, BEGIN:END or BEGIN:END:STEP",
+        ),
+    )
+    plane: str = option("axial", "slices of NIfTI volumes", ("axial", "coronal", "sagittal"))
+    window: int = option(
+        0,
+        "side of the windows, in pixels, that large images are cut into (GeoTIFF, slides); 0 reads "
+        "whole images",
+        valid=at_least(0),
+    )
+    stride: int = option(0, "pixels between windows; 0: as data.window", valid=at_least(0))
+    level: int = option(
+        0, "level of whole slides, 0 has most pixels; windows are of this level", valid=at_least(0)
+    )
+    cover: float = option(
+        0.1,
+        "least share of a window that shows tissue (slides) or values (scenes with nodata), 0 to 1",
+        valid=between(0, 1, "a share, 0 to 1"),
+    )
 
 
 def reading_values(options: ReadingOptions) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mocofast.config import ConfigError
+from mocofast.data.names import extension_of
 from mocofast.errors import describe_error
 
 SHOWN = 5  # kinds, folders or names that a line lists
@@ -169,7 +170,7 @@ class Disk:
                 if entry.is_dir():
                     folders.append(name)
                 elif not images:
-                    images = name[name.rfind(".") :].lower() in self._extensions
+                    images = extension_of(name) in self._extensions
         return sorted(folders), images
 
     def find(self, folder: str, patterns: Patterns = ALL) -> Found:
@@ -194,8 +195,7 @@ class Disk:
                         continue
                     if entry.is_dir():
                         folders.append(name)
-                    # A name without a dot gives its last letter, which is no extension.
-                    elif name[name.rfind(".") :].lower() in self._extensions:
+                    elif extension_of(name) in self._extensions:
                         names.append(prefix + name)
                     else:
                         found.kinds[os.path.splitext(name)[1].lower()] += 1
@@ -258,7 +258,7 @@ class Names:
         return found._replace(excluded=excluded)
 
     def _is_image(self, path: str) -> bool:
-        return os.path.splitext(path)[1].lower() in self._extensions
+        return extension_of(path) in self._extensions
 
 
 def _note_folder(found: Found, prefix: str, name: str, images: int) -> None:

@@ -90,7 +90,7 @@ def choose_tree(make: Callable[[frozenset[str]], TreeT], data: DataConfig) -> Tr
     make: returns the tree of images with some extensions.
     data: `reader`, `channels`, `include` and `exclude` are used.
     """
-    first, *more = extensions_to_try(data.reader, data.channels)
+    first, *more = extensions_to_try(data.reader, data.channels, data.include)
     tree = make(first)
     if not more:
         return tree

@@ -57,7 +57,9 @@ class Item(NamedTuple):
 
     file: str | bytes
     reading: Any  # has methods `extent(item, wanted)` and `pixels(item, wanted)`
-    part: tuple[int, ...] = ()  # of the file. () is the whole file
+    # () the whole file, (n,) a slice, (top, left, height, width) a window
+    part: tuple[int, ...] = ()
+    name: str = ""  # of the file
 
     def extent(self, wanted: int) -> Extent:
         """Returns the size of the image. wanted: number of channels that the encoder takes."""

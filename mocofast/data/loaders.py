@@ -118,7 +118,7 @@ def _loses_levels(first: str | bytes | Item) -> bool:
         return first.lower().endswith(NPY)
     if isinstance(first, bytes):
         return first.startswith(MAGIC)
-    if not first.reading.function:
+    if not getattr(first.reading, "function", None):
         return False
     try:
         return first.extent(3).deep

@@ -38,7 +38,11 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(pixels: Pixels) -> Numbers | None:
-    """Returns the lowest and the highest number of an image. None if all are missing."""
+    """Returns the lowest and the highest number of an image. None if all are missing, or if the
+    file states what is black and white.
+    """
+    if pixels.stated:
+        return None
     missing = missing_values(pixels)
     values = pixels.values if missing is None else pixels.values[~missing]
     if not values.size:

@@ -24,7 +24,7 @@ import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, shortened
-from mocofast.data.names import EXTENSIONS
+from mocofast.data.names import EXTENSIONS, extension_of
 
 LABELS = (".cls", ".json")
 LONGEST_LABEL = 200  # characters. A longer text is no label
@@ -66,7 +66,7 @@ class MemberReader:
         """
         base = name.rfind("/") + 1
         dot = name.rfind(".", base)
-        extension = name[dot:].lower() if dot >= 0 else ""
+        extension = extension_of(name)
         if name.startswith(".", base):
             self._left_out["hidden files"] += 1
         elif extension in self._extensions and extension not in LABELS:

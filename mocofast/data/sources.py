@@ -141,9 +141,10 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     for part in (datasets.train, datasets.val):
         if part is not None:
             set_range(part, data.range)
-    train = read_as_asked(datasets.train, data)
-    val = None if datasets.val is None else read_as_asked(datasets.val, data)
-    return datasets._replace(train=train, val=val)
+    # After the split: slices of a volume, or windows of a scene, are in one set.
+    train, remarks = read_as_asked(datasets.train, data)
+    val, _ = (None, []) if datasets.val is None else read_as_asked(datasets.val, data)
+    return datasets._replace(train=train, val=val, remarks=(*datasets.remarks, *remarks))
 
 
 def find_images(folder: str | Path, channels: int = 3) -> list[str]:
