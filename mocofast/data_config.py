@@ -117,6 +117,11 @@ class _SourceOptions:
         "images that stay together in the hold-out, such as a patient's: the level of the folders "
         "that are groups (1 is the first), or the column of a list",
     )
+    pairs: str = option(
+        "",
+        "views of a sample from two files, such as two dates of a place: folder pairs files that "
+        "follow one another in a folder, or a list FILE.csv with columns path and path_2",
+    )
     channels: int = option(
         3,
         "channels of an image; other numbers than 3 keep 16 bits, and read .npy files too",

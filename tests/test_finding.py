@@ -72,7 +72,7 @@ def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path) -> None:
     assert line == (
         "32 files of other kinds ignored: 20 .heic, 6 .gif, 1 without extension, 1 .a, 1 .b "
         "and 3 more; convert .gif, .heic to PNG or JPEG to use them "
-        "(pip install pillow-heif: PIL then opens .heic)"
+        "(pip install pillow-heif, and --data.include '*.heic,*.jpg' reads .heic)"
     )
 
 

@@ -28,6 +28,7 @@ from mocofast.data.interface import (
     no_image_decodes,
     source_order,
     to_device,
+    view_sources,
 )
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
@@ -136,6 +137,31 @@ def load_images(
     return LoadedImages(images, shown, skipped)
 
 
+def load_views(
+    source: Source, device: torch.device, pixels: PixelFormat | None = None
+) -> LoadedImages:
+    """Decodes the images of all views of a source. Arguments, errors: as for `load_images`.
+
+    Of pairs of files all first files come first, then all second files. A pair with a bad file
+    is a bad sample.
+    """
+    sources = view_sources(source)
+    if len(sources) == 1:
+        return load_images(source, device, pixels)
+    loaded = [load_images(part, device, pixels) for part in sources]
+    shapes = {part.images.shape[1:] for part in loaded}
+    if len(shapes) > 1:
+        raise ConfigError(f"data.loader=device needs images of one size, got {sorted(shapes)}")
+    skipped = {index: reason for part in loaded for index, reason in part.skipped.items()}
+    shown = np.arange(len(source))
+    for index in skipped:
+        found = first_good(index, len(source), lambda sample: sample not in skipped)
+        if found is None:
+            raise no_image_decodes(source, skipped)
+        shown[index] = found
+    return LoadedImages(np.concatenate([part.images for part in loaded]), shown, skipped)
+
+
 class DeviceLoader:
     """A `mocofast.data.interface.Loader` without workers."""
 
@@ -162,12 +188,15 @@ class DeviceLoader:
             raise ConfigError(f"data.loader=device cannot serve: {why}")
         self.reason = ""
         self.steps_per_epoch = batch_slice.steps(len(source))
-        loaded = load_images(source, device, pixels)
+        loaded = load_views(source, device, pixels)
         self.skipped = loaded.skipped
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._device = seed, device
         self._images = torch.from_numpy(np.ascontiguousarray(loaded.images)).to(device)
         self._shown = torch.from_numpy(loaded.shown)
+        # Where the images of every view begin
+        files = len(view_sources(source))
+        self._begin = [view % files * len(source) for view in range(len(augments))]
         # None: PyTorch makes the views.
         self._kernel = None
         if not why_not_kernel(self._images.dtype, augments):
@@ -216,8 +245,8 @@ class DeviceLoader:
         """
         index = torch.cat(steps)
         views = (
-            compose(self._images, index, params, augment)
-            for params, augment in zip(sampled, augments)
+            compose(self._images, index + begin, params, augment)
+            for params, augment, begin in zip(sampled, augments, self._begin)
         )
         return zip(*(view.split([len(step) for step in steps]) for view in views))
 
@@ -226,26 +255,25 @@ class DeviceLoader:
     ) -> Iterator[tuple[Tensor, ...]]:
         """As `_composed`, by the kernel: one launch per step for all views of one size."""
         assert self._kernel is not None
-        # Group the views by size, and copy the parameters of a group to the device at once.
-        groups: dict[int, list[int]] = {}
+        # Group the views by size and file. Copy the parameters of a group to the device at once.
+        groups: dict[tuple[int, int], list[int]] = {}
         for view, augment in enumerate(augments):
-            groups.setdefault(augment.size, []).append(view)
+            groups.setdefault((augment.size, self._begin[view]), []).append(view)
         tables = [parameter_table(params, augment) for params, augment in zip(sampled, augments)]
         stacked = {
-            size: to_device(torch.stack([tables[view] for view in views]), self._device)
-            for size, views in groups.items()
+            group: to_device(torch.stack([tables[view] for view in views]), self._device)
+            for group, views in groups.items()
         }
         index, begin = to_device(torch.cat(steps), self._device), 0
         # Launch the kernel per step and group.
         for step in steps:
             rows = slice(begin, begin := begin + len(step))
             made: dict[int, Tensor] = {}
-            for size, views in groups.items():
+            for (size, first), views in groups.items():
                 rotate = any(augments[view].rotate for view in views)
-                params = stacked[size][:, rows]
-                made |= zip(
-                    views, self._kernel(self._images, index[rows], params, size, rotate=rotate)
-                )
+                params = stacked[size, first][:, rows]
+                chosen = index[rows] + first if first else index[rows]
+                made |= zip(views, self._kernel(self._images, chosen, params, size, rotate=rotate))
             yield tuple(made[view] for view in range(len(augments)))
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mocofast.config import ConfigError
-from mocofast.data.names import extension_of
+from mocofast.data.names import FIELDS, extension_of
 from mocofast.errors import describe_error
 
 SHOWN = 5  # kinds, folders or names that a line lists
@@ -101,9 +101,12 @@ class Found(NamedTuple):
             parts.append(f"{counted(count, 'file')} of other kinds ignored: {listed(self.kinds)}")
             pictures = sorted(self.kinds.keys() & _PICTURES)
             if pictures:
-                heif = " (pip install pillow-heif: PIL then opens .heic)"
+                heif = " (pip install pillow-heif, and --data.include '*.heic,*.jpg' reads .heic)"
                 convert = f"convert {', '.join(pictures)} to PNG or JPEG to use them"
                 parts.append(convert + heif * bool({".heic", ".heif"} & set(pictures)))
+            fields = sorted(self.kinds.keys() & FIELDS - _PICTURES)
+            if fields:
+                parts.append(f"--data.include '*{fields[0]}' reads {fields[0]}")
             packed = [kind for kind in (".gz", ".tgz") if kind in self.kinds]
             if packed:
                 parts.append("gunzip unpacks .tar.gz, and data.source=shards reads .tar")

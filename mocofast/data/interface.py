@@ -172,6 +172,14 @@ def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
     return epoch_order(len(source), seed, epoch)
 
 
+def view_sources(source: Source) -> tuple[Source, ...]:
+    """Returns the sources of the files of a sample: `source`, or two for pairs of files.
+
+    View v shows a file of source v, modulo the number of sources.
+    """
+    return getattr(source, "views", (source,))
+
+
 def first_good(slot: int, count: int, is_good: Callable[[int], bool]) -> int | None:
     """Returns the sample that fills a slot of a batch: the first good sample from `slot` on.
 

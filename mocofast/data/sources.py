@@ -27,6 +27,7 @@ from mocofast.data.names import (
     stratified_holdout,
 )
 from mocofast.data.packed import PackedSource
+from mocofast.data.pairs import PairSource, find_pairs, first_files
 from mocofast.data.ranges import range_of, set_range
 from mocofast.data.reading import ReadSource, read_as_asked
 from mocofast.data.remote import RemoteSource, local_copy, names_below
@@ -99,6 +100,8 @@ def _part(source: Source, index: np.ndarray) -> Source:
     """Returns some samples of a source. index: (n,) int64, ascending."""
     if isinstance(source, (FolderSource, ShardSource, PackedSource, ReadSource)):
         return source.subset(index)
+    if isinstance(source, PairSource):
+        return source.subset(index, _part)
     return Subset(source, index)
 
 
@@ -137,14 +140,44 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
+    if data.pairs:
+        return _load_pairs(data, seed)
     datasets = _LOAD[data.source](data, seed)
-    for part in (datasets.train, datasets.val):
-        if part is not None:
-            set_range(part, data.range)
     # After the split: slices of a volume, or windows of a scene, are in one set.
-    train, remarks = read_as_asked(datasets.train, data)
-    val, _ = (None, []) if datasets.val is None else read_as_asked(datasets.val, data)
+    train, remarks = _as_asked(datasets.train, data)
+    val = None if datasets.val is None else _as_asked(datasets.val, data)[0]
     return datasets._replace(train=train, val=val, remarks=(*datasets.remarks, *remarks))
+
+
+def _as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
+    """Returns a source with the range and the readers of `data`, and remarks."""
+    set_range(source, data.range)
+    return read_as_asked(source, data)
+
+
+def _load_pairs(data: DataConfig, seed: int) -> Datasets:
+    """Returns samples of two files. The evaluation sees the first file of every pair."""
+    if data.group:
+        raise ConfigError("data.group: data.pairs keeps the files of pairs together, and no groups")
+    files = _LOAD[data.source](replace(data, holdout=0.0), seed)
+    found = find_pairs(files.train, data if files.val is None else replace(data, holdout=0.0), seed)
+    first, second = (_as_asked(_part(files.train, rows), data)[0] for rows in found.train)
+    train = PairSource(first, second)
+    if any(len(view) != len(rows) for view, rows in zip(train.views, found.train)):
+        raise ConfigError(
+            "data.pairs: files that give several images (data.window, data.slices) make no pairs; "
+            "--data.slices middle takes one slice of a volume"
+        )
+    val = files.val
+    if val is not None and data.pairs == "folder":
+        val = _part(val, first_files(val))
+    elif val is None and len(found.held_out):
+        val = _part(files.train, found.held_out)
+    knn = "no kNN" if val is None else f"kNN on {len(val)} first files"
+    note = f"{len(train)} pairs of files of {len(train.classes)} classes; {knn}"
+    remarks = (*files.remarks, *found.remarks)
+    val = None if val is None else _as_asked(val, data)[0]
+    return Datasets(train, val, note, remarks)
 
 
 def find_images(folder: str | Path, channels: int = 3) -> list[str]:

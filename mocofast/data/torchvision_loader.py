@@ -43,6 +43,7 @@ from mocofast.data.interface import (
     sample_view,
     source_order,
     to_device,
+    view_sources,
 )
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
@@ -129,16 +130,17 @@ class _Samples(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, slot = key
         skipped: dict[int, str] = {}
-        images: dict[int, Image.Image | np.ndarray] = {}
+        images: dict[int, list[Image.Image | np.ndarray]] = {}  # a file for every source
 
         def is_good(index: int) -> bool:
             if index not in self.bad:
-                item = self.source.load(index)
+                items = [source.load(index) for source in view_sources(self.source)]
                 try:
                     if self.pixels is not None:
-                        images[index] = self.pixels.load(item)
+                        images[index] = [self.pixels.load(item) for item in items]
                     else:
-                        images[index] = decode(item, range_of(self.source))
+                        value_range = range_of(self.source)
+                        images[index] = [decode(item, value_range) for item in items]
                     return True
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
                 # struct.error, ...).
@@ -152,14 +154,17 @@ class _Samples(Dataset[Sample]):
             return Sample([], slot, skipped)
         return Sample(self._views(images[shown], epoch, slot), shown, skipped)
 
-    def _views(self, image: Image.Image | np.ndarray, epoch: int, slot: int) -> list[np.ndarray]:
-        apply: Any = apply_view
-        if isinstance(image, np.ndarray):
-            size, apply = image.shape[:2], apply_view_to_levels
-        else:
-            size = image.height, image.width
+    def _views(
+        self, images: list[Image.Image | np.ndarray], epoch: int, slot: int
+    ) -> list[np.ndarray]:
         views = []
         for view, augment in enumerate(self.augments):
+            apply: Any = apply_view
+            image = images[view % len(images)]
+            if isinstance(image, np.ndarray):
+                size, apply = image.shape[:2], apply_view_to_levels
+            else:
+                size = image.height, image.width
             augment = augment.at(epoch)
             params = sample_view(augment, size, self.seed, epoch, slot, view)
             views.append(np.asarray(apply(image, params, augment)))
