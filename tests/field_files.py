@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.kinds import C8, GRAY, STACK, H, W, gray, levels, stretched
+from tests import kinds
+from tests.kinds import C8, G8, GRAY, STACK, Kind, gray, levels, stretched
 
 X12 = levels(GRAY, 4095).astype(np.uint16)  # an X-ray of 12 bits
 CT = levels(-900 + 1800 * GRAY, 1).astype(np.int16)  # Hounsfield units
@@ -192,4 +193,55 @@ def slide(path: Path, levels: list[np.ndarray]) -> None:
             out.write(level, tile=(32, 32), **options)
 
 
-SIZE = (H, W)
+def _numpy(save: Any, pixels: np.ndarray) -> Any:
+    return lambda path: save(path, pixels)
+
+
+def _volume(path: Path) -> None:
+    """Writes a volume whose axial slice in the middle is G8."""
+    middle = G8[::-1, ::-1].T
+    nifti(path, np.stack([middle // 2, middle, middle // 3], axis=2), "LPS")
+
+
+def _heic(path: Path) -> None:
+    import pillow_heif
+    from PIL import Image
+
+    pillow_heif.from_pillow(Image.fromarray(C8)).save(path, quality=-1)
+
+
+def _avif(path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(C8).save(path, quality=100, subsampling="4:4:4")
+
+
+_GROUPS = {
+    "DICOM, gray": ("x12.dcm", "inverted.dcm", "ct-signed.dcm", "overlay.dcm"),
+    "DICOM, window": ("window.dcm", "inverted-window.dcm", "ct.dcm", "padding.dcm"),
+    "DICOM, table or sigmoid": ("table.dcm", "sigmoid.dcm"),
+    "DICOM, several frames": ("frames.dcm",),
+    "DICOM, colours": ("rgb.dcm",),
+    "DICOM, compressed": ("rle.dcm", "jpeg2000.dcm"),
+}
+FIELD_KINDS = (
+    *(
+        Kind(group, name, *DICOM[name], 1, "frame 4 of 7" if name == "frames.dcm" else "")
+        for group, names in _GROUPS.items()
+        for name in names
+    ),
+    Kind("NIfTI", "volume.nii", _volume, gray(G8.astype(float)), 0, "axial slice 2 of 3"),
+    Kind("NIfTI", "volume.nii.gz", _volume, gray(G8.astype(float)), 0, "axial slice 2 of 3"),
+    Kind("HEIC", "rgb.heic", _heic, C8.astype(float), 8),  # the colours have half the size
+    Kind("AVIF", "rgb.avif", _avif, C8.astype(float), 4),
+    Kind("numpy", "rgb.npy", _numpy(np.save, C8), C8.astype(float), 0),
+    Kind("numpy", "gray.npy", _numpy(np.save, GRAY), gray(GRAY * 255), 1),
+    Kind("numpy", "rgb.npz", _numpy(np.savez, np.moveaxis(C8, 2, 0)), C8.astype(float), 0),
+)
+EVERY_KIND = (*kinds.KINDS, *FIELD_KINDS)
+
+
+def write_all(folder: Path) -> None:
+    """Writes a file of every kind of EVERY_KIND."""
+    for kind in EVERY_KIND:
+        kind.write(folder / kind.name)
