@@ -159,7 +159,8 @@ def test_volumes_of_four_dimensions_and_scaled_numbers(tmp_path: Path) -> None:
     item = source.load(2)
     for channel in range(4):
         expected = field_files.slice_of(four[..., channel], "axial", 2)
-        np.testing.assert_array_equal(item.pixels(4).values[..., channel], expected)  # type: ignore[union-attr]
+        got = item.pixels(4).values[..., channel]  # type: ignore[union-attr]
+        np.testing.assert_array_equal(got, expected)
     assert "volume 3 of 4" in read_header(str(tmp_path / "a.nii"), 1).remark
     expected = field_files.slice_of(four[..., 2], "axial", 4)
     np.testing.assert_array_equal(read_numbers(str(tmp_path / "a.nii"), 1).values[..., 0], expected)

@@ -332,6 +332,6 @@ def test_a_grouped_holdout_is_near_its_share_and_keeps_a_group() -> None:
 
 
 def test_find_images_says_what_else_is_there(tmp_path: Path) -> None:
-    (tmp_path / "a.avif").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"1 file of other kinds ignored: 1 \.avif; convert"):
+    (tmp_path / "a.gif").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"1 file of other kinds ignored: 1 \.gif; convert"):
         find_images(tmp_path)

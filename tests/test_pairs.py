@@ -68,7 +68,8 @@ def test_the_views_of_a_pair_are_of_two_files(name: str, places: Path) -> None:
         assert source.name(i).startswith("ab"[label])
     [(images, _, index)] = eval_batches(source, SIDE, 99, 0)
     for image, i in zip(images.permute(0, 2, 3, 1).numpy(), index.tolist()):
-        np.testing.assert_array_equal(image, np.asarray(Image.open(source.views[0].load(i))))  # type: ignore[arg-type]
+        first = Image.open(source.views[0].load(i))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(image, np.asarray(first))
 
 
 @pytest.mark.parametrize("name", ["torchvision", "device"])
@@ -129,8 +130,9 @@ def test_what_cannot_be_paired_is_an_error(places: Path) -> None:
         ({"group": "1"}, "data.group: data.pairs keeps"),
         ({"include": ("*2020*",)}, "data.pairs: 'folder' gives no pair of 9 files"),
     ):
+        options = {"path": str(places), "pairs": "folder", **change}
         with pytest.raises(ConfigError, match=said):
-            load_datasets(DataConfig(path=str(places), pairs="folder", **change))  # type: ignore[arg-type]
+            load_datasets(DataConfig(**options))  # type: ignore[arg-type]
 
 
 def test_a_run_on_pairs_resumes_exactly(

@@ -32,6 +32,10 @@ LONGEST_LABEL = 200  # characters. A longer text is no label
 SPARSE = 10_000
 
 
+class NoImageError(ConfigError):
+    """Shards hold no image."""
+
+
 class Members(NamedTuple):
     """The m images of one shard, in the order of the shard, and what was left out."""
 

@@ -14,9 +14,8 @@ from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import SetFolders, set_folders
 from mocofast.data.names import EVERY, EXTENSIONS, FIELDS
 from mocofast.data.remote import tree_below
-from mocofast.data.shard_samples import Numbering
+from mocofast.data.shard_samples import NoImageError, Numbering
 from mocofast.data.shards import (
-    NoImageError,
     ShardSource,
     TarShard,
     find_shards,

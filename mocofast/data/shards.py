@@ -47,17 +47,13 @@ from mocofast.data.shard_index import (
     local_index,
     read_index,
 )
-from mocofast.data.shard_samples import Numbering, left_out_lines, number_labels
+from mocofast.data.shard_samples import NoImageError, Numbering, left_out_lines, number_labels
 
 log = logging.getLogger(__name__)
 
 META = "meta.json"  # in the folder of shards. The entry "classes" names the labels
 PACKED = (".gz", ".tgz", ".zip", ".zst")
 AT_ONCE = 8  # shards indexed in parallel: on a network disk every header is a wait
-
-
-class NoImageError(ConfigError):
-    """Shards hold no image."""
 
 
 @dataclass(frozen=True)
@@ -392,11 +388,7 @@ def _whole_index(shard: TarShard, extensions: Set[str], old: bool) -> Index:
             parts = urlsplit(shard.url)
             download(parts._replace(path=parts.path + end).geturl(), place)
             return read_index(place, old=old)
-        except (
-            HTTPError,
-            NotStored,
-            *UNREADABLE,
-        ):  # no index, or one of another version
+        except (HTTPError, NotStored, *UNREADABLE):  # none, or of another version
             place.unlink(missing_ok=True)
         try:
             download(shard.url, shard.path)
