@@ -114,7 +114,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", "folder")
-        own = ("train", "val", "include", "exclude", "labels", "column", "group")
+        own = ("train", "val", "include", "exclude", "labels", "column", "group", "pairs")
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
     settings.apply(

@@ -73,24 +73,36 @@ DICOM: dict[str, tuple[Any, np.ndarray]] = {
         stretched(X12, 1499.5, 2499.5),
     ),
     "inverted-window.dcm": (
-        lambda p: dicom(p, X12, 12, PhotometricInterpretation="MONOCHROME1",
-                        WindowCenter=2000, WindowWidth=1001),
+        lambda p: dicom(
+            p, X12, 12, PhotometricInterpretation="MONOCHROME1", WindowCenter=2000, WindowWidth=1001
+        ),
         255.0 - stretched(X12, 1499.5, 2499.5),
     ),
     "ct.dcm": (
-        lambda p: dicom(p, (CT + 1024).astype(np.uint16), 12, RescaleSlope=1,
-                        RescaleIntercept=-1024, WindowCenter=[40, 600], WindowWidth=[400, 1500]),
+        lambda p: dicom(
+            p,
+            (CT + 1024).astype(np.uint16),
+            12,
+            RescaleSlope=1,
+            RescaleIntercept=-1024,
+            WindowCenter=[40, 600],
+            WindowWidth=[400, 1500],
+        ),
         stretched(CT, 40 - 0.5 - 399 / 2, 40 - 0.5 + 399 / 2),
     ),
     "ct-signed.dcm": (lambda p: dicom(p, CT, 12), stretched(CT, -2048, 2047)),
     # Bits above BitsStored hold an overlay.
-    "overlay.dcm": (
-        lambda p: dicom(p, X12 | np.uint16(0x9000), 12), stretched(X12, 0, 4095)
-    ),
+    "overlay.dcm": (lambda p: dicom(p, X12 | np.uint16(0x9000), 12), stretched(X12, 0, 4095)),
     "padding.dcm": (
-        lambda p: dicom(p, np.where(GRAY > 0.6, -2000, CT).astype(np.int16), RescaleSlope=1,
-                        RescaleIntercept=0, PixelPaddingValue=-2000, WindowCenter=0,
-                        WindowWidth=2001),
+        lambda p: dicom(
+            p,
+            np.where(GRAY > 0.6, -2000, CT).astype(np.int16),
+            RescaleSlope=1,
+            RescaleIntercept=0,
+            PixelPaddingValue=-2000,
+            WindowCenter=0,
+            WindowWidth=2001,
+        ),
         np.where(gray(GRAY) > 0.6, 0, stretched(CT, -1000.5, 999.5)),
     ),
     "table.dcm": (
@@ -103,13 +115,12 @@ DICOM: dict[str, tuple[Any, np.ndarray]] = {
     ),
     "frames.dcm": (lambda p: dicom(p, STACK), gray(STACK[3].astype(float))),
     "rgb.dcm": (lambda p: dicom(p, C8), C8.astype(float)),
-    "rle.dcm": (
-        lambda p: dicom(p, X12, 12, syntax="1.2.840.10008.1.2.5"), stretched(X12, 0, 4095)
-    ),
+    "rle.dcm": (lambda p: dicom(p, X12, 12, syntax="1.2.840.10008.1.2.5"), stretched(X12, 0, 4095)),
     "jpeg2000.dcm": (
-        lambda p: dicom(p, X12, 12, syntax="1.2.840.10008.1.2.4.90"), stretched(X12, 0, 4095)
+        lambda p: dicom(p, X12, 12, syntax="1.2.840.10008.1.2.4.90"),
+        stretched(X12, 0, 4095),
     ),
-}  # fmt: skip
+}
 
 
 def nifti(path: Path, volume: np.ndarray, codes: str = "RAS", **header: Any) -> None:
@@ -176,7 +187,7 @@ def geotiff(path: Path, pixels: np.ndarray, **options: Any) -> None:
         compress="deflate",
         **options,
     ) as out:
-        out.write(np.moveaxis(pixels, 2, 0))  # fmt: skip
+        out.write(np.moveaxis(pixels, 2, 0))
 
 
 def slide(path: Path, levels: list[np.ndarray]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -295,11 +295,13 @@ def _is_slide(name: str) -> bool:
 
 
 def _may_be_nifti(source: Source) -> bool:
-    """Returns whether some names end like names of NIfTI files, or hide the end."""
+    """Returns whether some names end like names of NIfTI files. Of shards, whose names have no
+    ends, the first sample decides.
+    """
     if not len(source) or os.path.splitext(source.name(0))[1].lower() in EXTENSIONS:
         return False
-    if not getattr(source, "photos", True):  # names in shards have no ends
-        return True
+    if not getattr(source, "photos", True):
+        return isinstance(reader_of(cast("bytes", source.load(0))), Nifti)
     return any(
         source.name(index).lower().endswith((".nii", ".nii.gz")) for index in range(len(source))
     )
