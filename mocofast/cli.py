@@ -106,6 +106,7 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> P
 
 def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
+    from mocofast.data.remarks import remarks
     from mocofast.data.sources import load_datasets
     from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
@@ -122,7 +123,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
         {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
     )
     settings.validate(config)
-    return model, config, load_datasets(config.data, config.train.seed)
+    datasets = load_datasets(config.data, config.train.seed)
+    lines = (*datasets.remarks, *remarks(datasets.train, config.data.channels))
+    return model, config, datasets._replace(remarks=lines)
 
 
 def knn(argv: Sequence[str]) -> int:

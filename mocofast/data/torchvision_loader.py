@@ -47,7 +47,7 @@ from mocofast.data.interface import (
 )
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
-from mocofast.data.view_ops import apply_late_ops, has_late_ops
+from mocofast.data.view_ops import apply_late_ops, has_late_ops, moved, only_moves
 from mocofast.errors import describe_error
 
 
@@ -77,7 +77,10 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
 def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: AugmentConfig) -> Tensor:
     """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
     box = (params.top, params.left, params.height, params.width)
-    view = resized_crop(as_tensor(image), *box, augment.size)[None].contiguous()
+    crop = resized_crop(as_tensor(image), *box, augment.size)
+    if only_moves(params):
+        return moved(crop, params)
+    view = crop[None].contiguous()
     make_views(view, [params], augment, view)
     return view[0]
 
