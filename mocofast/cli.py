@@ -106,8 +106,7 @@ def _evaluation_parser(name: str, description: str, group: str, kind: type) -> P
 
 def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
-    from mocofast.data.remarks import remarks
-    from mocofast.data.sources import load_datasets
+    from mocofast.data.sources import load_datasets, with_remarks
     from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
     model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
@@ -124,8 +123,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     )
     settings.validate(config)
     datasets = load_datasets(config.data, config.train.seed)
-    lines = (*datasets.remarks, *remarks(datasets.train, config.data.channels))
-    return model, config, datasets._replace(remarks=lines)
+    return model, config, with_remarks(datasets, config.data.channels)
 
 
 def knn(argv: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ from mocofast.data.packed import PackedSource
 from mocofast.data.pairs import PairSource, find_pairs, first_files
 from mocofast.data.ranges import range_of, set_range
 from mocofast.data.reading import ReadSource, read_as_asked
+from mocofast.data.remarks import remarks
 from mocofast.data.remote import RemoteSource, local_copy, names_below
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
@@ -87,6 +88,12 @@ class Datasets(NamedTuple):
     def lines(self) -> str:
         """Returns the note and the remarks, a line for every remark."""
         return "\n".join((self.note, *self.remarks))
+
+
+def with_remarks(datasets: Datasets, channels: int) -> Datasets:
+    """Returns the sets with remarks on a few images. channels: as `data.channels`."""
+    lines = remarks(datasets.train, channels)
+    return datasets._replace(remarks=(*datasets.remarks, *lines))
 
 
 def labelled(source: Source) -> Source:
