@@ -30,24 +30,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
-from torch import Tensor
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import PixelFormat, resized_crop
+from mocofast.data.arrays import PixelFormat
+from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
+from mocofast.data.interface import Batch, BatchSlice, Source, labels_of
 from mocofast.data.items import Item
-from mocofast.data.photometric import make_views
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
 from mocofast.data.ranges import range_of
 from mocofast.data.threads import single_threaded_pool
 from mocofast.errors import describe_error
-
-# Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
-# of the call should stay in the L2 cache: 40 views of 224 pixels take twice as long per
-# view as 1 view. On a GPU more pixels spread the cost of kernel launches.
-CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
 
 
 class DaliLoader:
@@ -222,12 +216,13 @@ class _Batches:
         if self._stream is None:
             images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
             views = tuple(
-                self._views_from_images(images, *way) for way in zip(plan.params, plan.augments)
+                views_from_images(images, params, augment, self._pool)
+                for params, augment in zip(plan.params, plan.augments)
             )
         else:
             crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             with torch.cuda.stream(self._stream):
-                views = tuple(map(_views_from_crops, crops, plan.params, plan.augments))
+                views = tuple(map(views_from_crops, crops, plan.params, plan.augments))
             # DALI may write to `outputs` again as soon as they go out of scope.
             self._stream.synchronize()
         self._next_out = self.planner.after(plan.epoch, plan.step)
@@ -361,38 +356,3 @@ class _Batches:
             if reason := unlike_header((height, width), self.planner.sizes[index]):
                 self.planner.skipped[index] = reason
         return not self.planner.skipped.keys().isdisjoint(samples)
-
-    # Views
-
-    def _views_from_images(
-        self, images: list[Tensor], params: list[ViewParams], augment: AugmentConfig
-    ) -> Tensor:
-        """Crops, resizes and augments images on the CPU, with all threads.
-
-        images: B images, (H, W, C), uint8 or uint16.
-        Returns views (B, C, S, S), channels-last.
-        """
-        side = augment.size
-        views = torch.empty((len(images), side, side, images[0].shape[2]), dtype=images[0].dtype)
-        chunk = max(1, CHUNK_PIXELS["cpu"] // side**2)
-
-        def work(start: int) -> None:
-            part = slice(start, start + chunk)
-            for view, image, p in zip(views[part], images[part], params[part]):
-                view.copy_(resized_crop(image, p.top, p.left, p.height, p.width, side))
-            make_views(views[part], params[part], augment, views[part])
-
-        list(self._pool.map(work, range(0, len(images), chunk)))
-        return views.permute(0, 3, 1, 2)
-
-
-def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, C) on a GPU. Returns views (B, C, S, S), channels-last,
-    in new memory.
-    """
-    views = torch.empty_like(crops)
-    chunk = max(1, CHUNK_PIXELS["cuda"] // augment.size**2)
-    for start in range(0, len(crops), chunk):
-        part = slice(start, start + chunk)
-        make_views(crops[part], params[part], augment, views[part])
-    return views.permute(0, 3, 1, 2)
