@@ -26,7 +26,7 @@ class MethodOutput(NamedTuple):
     metrics: {name: () float32}, means over the images. The loop averages every metric over steps
         and ranks. The log line, metrics.jsonl, TensorBoard and the curves show it by its name.
         A method names the same metrics at every step.
-    rank: (N,) int32 or None: how many wrong candidates score above the right one.
+    rank: (N,) int32 or None: how many wrong candidates score above the right one, or as high.
     """
 
     loss: Tensor
