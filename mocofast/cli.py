@@ -22,6 +22,7 @@ from mocofast.config import (
     KNNConfig,
     ModelConfig,
 )
+from mocofast.errors import DivergedError
 from mocofast.parser import (
     Parser,
     add_flags,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
+    from mocofast.train.divergence import EXIT_DIVERGED
     from mocofast.train.interrupt import EXIT_INTERRUPTED
     from mocofast.train.resume import configure
     from mocofast.train.run import train
@@ -52,7 +54,8 @@ def pretrain(argv: Sequence[str]) -> int:
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
             "Defaults in [brackets] are MoCo v1's. A recipe changes some defaults.\n"
-            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM, with a checkpoint."
+            f"Exit status {EXIT_INTERRUPTED}: stopped by Ctrl-C or SIGTERM, with a checkpoint. "
+            f"{EXIT_DIVERGED}: diverged, loss or weights are not finite."
         ),
     )
     parser.add_argument(
@@ -370,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns its exit status.
 
     0: done. 2: arguments that cannot be used. 75: interrupted, a checkpoint was written.
+    76: diverged, the last finite checkpoint stays.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items())
@@ -393,6 +397,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name](rest)
+    except DivergedError as error:
+        from mocofast.train.divergence import EXIT_DIVERGED
+
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mocofast {name}: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
     except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
         if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
             print(f"mocofast {name}: {error}", file=sys.stderr)

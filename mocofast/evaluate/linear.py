@@ -28,6 +28,7 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.device import choose_autocast
 from mocofast.evaluate.features import (
     batches_at_once,
+    check_finite,
     embed,
     evaluating,
     extract,
@@ -300,6 +301,7 @@ def _features(
     features, labels = extract(
         encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
     )
+    check_finite(features)
     return features.to(device), labels.to(device)
 
 

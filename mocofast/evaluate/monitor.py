@@ -18,6 +18,7 @@ from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     EVALUATION_BATCH,
     batches_at_once,
+    check_finite,
     extract,
     image_batches,
 )
@@ -103,6 +104,7 @@ class KNNMonitor:
             at_once=at_once,
         )
         features, labels = (torch.cat(tensors) for tensors in zip(*gather_objects(extracted)))
+        check_finite(features)
         return features.to(self.device), labels.to(self.device)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,4 +253,21 @@ def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     config = settings.from_dict(state["config"])
     model = build_method(config, **state.get("sizes", {}))
     model.load_state_dict(state["model"])
+    check_finite(model.state_dict(), "checkpoint")
     return model, config
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raises ConfigError, naming a tensor, if weights are NaN or infinite.
+
+    what: the file, for the message.
+    """
+    wrong = [
+        name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
+    ]
+    if wrong:
+        others = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
+        raise ConfigError(
+            f"{what}: {wrong[0]}{others} hold NaN or infinity, so the run had diverged; "
+            "take an earlier checkpoint, or train again with a lower --optim.lr"
+        )

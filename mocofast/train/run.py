@@ -23,11 +23,13 @@ from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.errors import DivergedError
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
 from mocofast.train.checkpoint import LAST, CheckpointWriter
+from mocofast.train.divergence import check_loss, check_weights, way_out
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
@@ -62,7 +64,8 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         is none), or the path of a checkpoint or run folder.
     profile: rank 0 also times a few steps and writes mocofast.train.profile.FILES into the run
         folder. The results of the run stay the same.
-    Raises ConfigError for a configuration that cannot be used.
+    Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
+    weight is no finite number. The last finite checkpoint then stays.
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
@@ -129,6 +132,8 @@ class _Run:
         model, optimizer = self.state.model, self.state.optimizer
         images = config.data.batch_size // world_size // config.train.accumulate
         self.engine = Engine(mode, model, optimizer, self.autocast, config.train.accumulate, images)
+        self.rate = 0.0  # the learning rate of the last step
+        self.evaluated_at = self.state.step  # the step of the last evaluation
         self.profiler: StepProfiler | None = None
         if profile and rank == 0:
             now = replace(config, augment=config.augment.at(self.state.epoch))
@@ -150,7 +155,7 @@ class _Run:
             if state.step == 0 and self.config.knn.start:
                 state.before = state.after = self._evaluate()
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
-                state.window.restart_clock()
+                state.window.start_clock()
                 while state.step < last_step and not interrupted and not self._plateaued():
                     self._step()
                     bar.update()
@@ -171,9 +176,17 @@ class _Run:
                 self._save()
             if state.window.steps:
                 # The averages so far. The window keeps the sums for a continued run.
-                loss = state.window.start_means().wait()[LOSS]
-                log.info("loss %.3f over the last %d steps", loss, state.window.steps)
+                values = state.window.start_means().wait()
+                log.info("loss %.3f over the last %d steps", values[LOSS], state.window.steps)
+                check_loss(values, f"the last {state.window.steps} steps", self.rate)
+            if state.step > first_step and not interrupted and self.evaluated_at != state.step:
+                # train.max_steps ended the run between two evaluations.
+                state.after = self._evaluate(write=False)
             self._finish(interrupted, time.perf_counter() - began)
+        except DivergedError as error:
+            if self.writer is not None:
+                self.writer.wait()
+            raise DivergedError(f"{error}. {way_out(self.path)}") from None
         finally:
             state.loader.close()
             if self.writer is not None:
@@ -236,6 +249,7 @@ class _Run:
         every = self.config.knn.every
         last = self.state.epoch == self.config.train.epochs
         if last or (every and self.state.epoch % every == 0):
+            self._check_weights()  # NaN has no neighbours
             self.state.after = self._evaluate()
             top1 = self.state.after.get("knn_top1", 0.0)
             self.state.since_best = 0 if top1 > self.state.best else self.state.since_best + 1
@@ -280,24 +294,38 @@ class _Run:
         values = window.wait()
         if self.folder is not None:
             self.folder.write_steps(line._replace(values=values), bar)
+        check_loss(values, f"the steps up to {line.step}", line.lr)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Runs the kNN monitor. Returns its figures, empty without labels."""
+    def _check_weights(self) -> None:
+        """Raises DivergedError if weights are not finite. All ranks call it together."""
+        model = self.state.model
+        tensors = [*model.parameters(), *model.buffers()]
+        check_weights(tensors, self.state.step, self.rate)
+
+    def _evaluate(self, write: bool = True) -> dict[str, float]:
+        """Runs the kNN monitor. Returns its figures, empty without labels.
+
+        write: write the figures. A run that train.max_steps stopped does not, because the
+            continued run writes the metrics of a run that never stopped.
+        """
+        self.evaluated_at = self.state.step
         if self.monitor is None:
             return {}
         state = self.state
+        pause = state.window.pause()
         values = self.monitor.evaluate(state.model.encoder_q, self.autocast)
-        if self.folder is not None:
+        if self.folder is not None and write:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
                 state.step, state.step / self.steps_per_epoch, values, when
             )
-        state.window.restart_clock()
+        state.window.end_pause(pause)
         return values
 
     def _save(self) -> None:
         """Writes a checkpoint. All ranks call it together."""
         self._write_pending()  # before the checkpoint, which takes long
+        self._check_weights()  # a checkpoint takes the place of an older one
         content = self.state.collect()
         if content is None or self.writer is None or self.folder is None:
             return
@@ -365,4 +393,5 @@ class _Run:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
-        self.folder.finish(self.state.before, self.state.after)
+        latest = self.evaluated_at == self.state.step
+        self.folder.finish(self.state.before, self.state.after, latest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -112,8 +113,16 @@ class RunFolder:
     # ---- metrics ----
 
     def write(self, **metrics: Any) -> None:
-        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars.
+
+        NaN and infinity become null, and no scalars.
+        """
+        # JSON knows neither NaN nor infinity.
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, metrics["step"])
@@ -177,17 +186,21 @@ class RunFolder:
 
     # ---- the end ----
 
-    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    def finish(
+        self, before: Mapping[str, float], after: Mapping[str, float], latest: bool = True
+    ) -> None:
         """Plots the curves, and logs the kNN figures, the files and the next commands.
 
         before, after: kNN figures of the random encoder and of the trained encoder, or empty.
+        latest: `after` is of the last step. False: of an earlier step.
         """
         curves = self.path / "curves.png"
         plot_curves(self.metrics_path, curves)
         if before:
             log.info("before: %s", self._describe_evaluation(before))
         if after:
-            log.info("after:  %s", self._describe_evaluation(after))
+            when = "" if latest else " (an earlier step, see metrics.jsonl)"
+            log.info("after:  %s%s", self._describe_evaluation(after), when)
         log.info(
             "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
             "TensorBoard events, checkpoints/last.pt",
