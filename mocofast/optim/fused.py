@@ -367,7 +367,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
 def _local_row(row: ParameterRow) -> ParameterRow:
     """Returns the row with this rank's parts of sharded tensors."""
     parts: list[Any] = [None if t is None else local_tensor("params", t) for t in row[:5]]
-    return ParameterRow(*parts, tuple(local_tensor("state", t) for t in row.state))
+    return ParameterRow._make([*parts, tuple(local_tensor("state", t) for t in row.state)])
 
 
 def _check_options(kind: type, group: dict[str, Any]) -> None:
