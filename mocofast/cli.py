@@ -6,23 +6,20 @@ name and one default.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mocofast import settings
 from mocofast.config import (
-    Config,
     ConfigError,
-    DataConfig,
     KNNConfig,
     ModelConfig,
 )
 from mocofast.errors import DivergedError
+from mocofast.evaluation_arguments import evaluation_parser, load
 from mocofast.parser import (
     Parser,
     add_flags,
@@ -31,10 +28,6 @@ from mocofast.parser import (
     given_settings,
     group_options,
 )
-
-if TYPE_CHECKING:
-    from mocofast.data.sources import Datasets
-    from mocofast.methods.base import Method
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -93,50 +86,14 @@ def pretrain(argv: Sequence[str]) -> int:
     return EXIT_INTERRUPTED if train(config, arguments.resume, arguments.profile).interrupted else 0
 
 
-def _evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
-    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
-
-    group, kind: a further group of options, and its dataclass.
-    """
-    parser = Parser(prog=f"mocofast {name}", description=description)
-    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
-    add_settings(parser, {"data": DataConfig, group: kind})
-    return parser
-
-
-def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
-    """Returns the model, its run's configuration with the given data options, and the images."""
-    from mocofast.data.sources import load_datasets, with_remarks
-    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
-
-    model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
-    given = given_settings(arguments)
-    if "data.path" in given:
-        # Options that belong to the images of the run, not to the given images.
-        given.setdefault("data.source", "folder")
-        own = ("train", "val", "include", "exclude", "labels", "column", "group", "pairs")
-        for name in own:
-            given.setdefault(f"data.{name}", getattr(DataConfig, name))
-    settings.apply(
-        config,
-        {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
-    )
-    settings.validate(config)
-    datasets = load_datasets(config.data, config.train.seed)
-    return model, config, with_remarks(datasets, config.data.channels)
-
-
 def knn(argv: Sequence[str]) -> int:
     """k-nearest-neighbour accuracy of a checkpoint"""
     from mocofast.device import choose_device
     from mocofast.evaluate.monitor import KNNMonitor
 
     description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
-    arguments = _evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
-    model, config, datasets = _load(arguments)
+    arguments = evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     monitor = KNNMonitor.of(datasets, config, device)
     if monitor is None:
@@ -161,9 +118,9 @@ def linear(argv: Sequence[str]) -> int:
     description = (
         "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     )
-    arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
+    arguments = evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
     options = group_options(LinearConfig, "linear", arguments)
-    model, config, datasets = _load(arguments)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
     print(datasets.lines())
@@ -185,7 +142,7 @@ def finetune(argv: Sequence[str]) -> int:
         "Trains a checkpoint's query encoder and a new linear head on labelled images, "
         "and validates it."
     )
-    parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
+    parser = evaluation_parser("finetune", description, "finetune", FinetuneConfig)
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -193,7 +150,7 @@ def finetune(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse(argv)
     options = group_options(FinetuneConfig, "finetune", arguments)
-    model, config, datasets = _load(arguments)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
     print(datasets.lines())
