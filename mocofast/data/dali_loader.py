@@ -38,8 +38,9 @@ from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.interface import Batch, BatchSlice, Source, labels_of
 from mocofast.data.items import Item
 from mocofast.data.planning import BatchPlan, BatchPlanner
-from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
+from mocofast.data.probing import decode_to_ppm, to_ppm, undecodable, unlike_header
 from mocofast.data.ranges import range_of
+from mocofast.data.scaled import decode_scaled
 from mocofast.data.threads import single_threaded_pool
 from mocofast.errors import describe_error
 
@@ -68,7 +69,7 @@ class DaliLoader:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of DALI's threads. On a CPU as many threads more make the views.
-        data: of these options `prefetch`, `hw_decoder_load` and `preallocate` are used.
+        data: of these options `prefetch`, `decode`, `hw_decoder_load` and `preallocate` are used.
         pixels: how images are read that are not 8-bit RGB. DALI does not decode these images.
         """
         self.reason = ""
@@ -189,7 +190,10 @@ class _Batches:
         self._pool = single_threaded_pool(self._threads)
         # Other threads than the makers of views, for which reading would wait.
         self._readers = ThreadPoolExecutor(self._threads, "mocofast-read")
-        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._readers, pixels)
+        scaled = data.decode == "scaled"
+        self.planner = BatchPlanner(
+            source, augments, batch_slice, seed, self._readers, pixels, scaled
+        )
         # The next batch to decode, whose files are being read
         self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
@@ -305,16 +309,26 @@ class _Batches:
         """Plans the next batch, and starts to read its files."""
         plan = self.planner.plan(*self._next_plan)
         self._next_plan = self.planner.after(plan.epoch, plan.step)
-        return plan, [self._readers.submit(self._item, i) for i in plan.samples.tolist()]
+        samples = zip(plan.samples.tolist(), plan.factors)
+        return plan, [self._readers.submit(self._item, i, factor) for i, factor in samples]
 
-    def _item(self, index: int, in_python: bool = False) -> np.ndarray | str:
-        """Returns pixels, the content of a file as uint8, or why the file is bad."""
+    def _item(self, index: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
+        """Returns pixels, the content of a file as uint8, or why the file is bad.
+
+        factor: the image is decoded at 1 / factor of its size, in Python unless the factor is 1.
+        """
         item = self._source.load(index)
         try:
             if self._pixels is not None:
                 return np.ascontiguousarray(self._pixels.load(item))
             if isinstance(item, np.ndarray):
                 return item
+            if factor > 1:
+                decoded = decode_scaled(cast("str | bytes", item), lambda size: factor)
+                if decoded is None:
+                    raise OSError("not a JPEG file any more")
+                reason = unlike_header(decoded[1], self.planner.sizes[index])
+                return reason or to_ppm(np.asarray(decoded[0]))
             if in_python or isinstance(item, Item) or self.planner.in_python[index]:
                 return decode_to_ppm(item, self._range, self.planner.sizes[index])
             read: Any = np.frombuffer if isinstance(item, bytes) else np.fromfile
@@ -351,8 +365,11 @@ class _Batches:
 
         The crop of such an image may lie outside of the image. Returns False if there are none.
         """
-        samples = self._unfinished[0].samples.tolist()
-        for (height, width, _), index in zip(shapes, samples):
-            if reason := unlike_header((height, width), self.planner.sizes[index]):
+        plan = self._unfinished[0]
+        samples = plan.samples.tolist()
+        for (height, width, _), index, factor in zip(shapes, samples, plan.factors):
+            # A scaled image was compared by `_item`.
+            stated = self.planner.sizes[index]
+            if factor == 1 and (reason := unlike_header((height, width), stated)):
                 self.planner.skipped[index] = reason
         return not self.planner.skipped.keys().isdisjoint(samples)

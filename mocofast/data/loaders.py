@@ -16,6 +16,7 @@ from mocofast.data.interface import BatchSlice, Loader, Source, view_sources
 from mocofast.data.items import Item
 from mocofast.data.numpy_files import MAGIC, NPY
 from mocofast.data.ranges import range_of
+from mocofast.data.scaled import check_scaled
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
@@ -46,6 +47,9 @@ def build_loader(
     pixels = pixels_of(source, data.channels)
     augments = tuple(checked_augment(augment, data.channels) for augment in augments)
     choice, reason = choose_loader(source, data.loader, device, augments, pixels)
+    if data.decode == "scaled":
+        of_type = range_of(source).of_type
+        check_scaled(choice, device.type == "cuda", pixels is None, of_type)
     workers = count_workers(data.workers)
     loader: Loader
     if choice == "device":

@@ -96,9 +96,12 @@ def decode_to_ppm(file: File, value_range: ValueRange, stated: np.ndarray) -> np
     Raises what `decoding.decode` raises.
     """
     pixels = np.asarray(decode(file, value_range))
+    return unlike_header(pixels.shape[:2], stated) or to_ppm(pixels)
+
+
+def to_ppm(pixels: np.ndarray) -> np.ndarray:
+    """Returns the content of a PPM file as uint8. pixels: (H, W, 3) uint8."""
     height, width, _ = pixels.shape
-    if reason := unlike_header((height, width), stated):
-        return reason
     head = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), dtype=np.uint8)
     return np.concatenate([head, pixels.ravel()])
 
