@@ -17,6 +17,14 @@ LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels onl
 
 # Kinds of TIFF that PIL reads wrongly or not at all (docs/formats.md), and the codecs of these.
 IMAGES = ["tifffile>=2024.8", "imagecodecs>=2024.6"]
+# Files of fields beside photography (docs/formats.md), {extra: packages}.
+FIELDS = {
+    "dicom": ["pydicom>=3", "python-gdcm>=3.0.24"],  # gdcm decodes the JPEG family
+    "nifti": ["nibabel>=5"],
+    "heic": ["pillow-heif>=0.18"],
+    "geo": ["rasterio>=1.3"],
+    "slides": ["tiffslide>=2.4", *IMAGES],
+}
 # setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
     "pytest>=8",
@@ -29,6 +37,7 @@ TEST = [
     "pyarrow>=15",
     "fsspec>=2024.2",
     "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads
+    *sorted({package for packages in FIELDS.values() for package in packages} - {*IMAGES}),
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
 BENCH = [
@@ -95,6 +104,7 @@ setup(
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "images": IMAGES,
+        **FIELDS,
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "test": TEST,

@@ -3,6 +3,9 @@
 #   OUT=results benchmarks/gpu_run.sh [PART ...]
 # Parts (default: all), each under 10 minutes. A part can be started again:
 #   env gpu_tests kernel_tests checkers kernels step loops data train accuracy autotune sweep
+# Ten minutes with a new GPU: `gpu_run.sh quick` (9.5 minutes), then `gpu_run.sh second` (4 minutes).
+# With DRY=1 both do the same on a CPU at tiny sizes, which shows that the commands are sound.
+# CLOCK: seconds for the part, instead of 570 and 240.
 # OUT: folder for rows.jsonl (rows of benchmarks), a log for every part, and the runs.
 # MOCOFAST_DATA: folder with the archives of images.
 # PYTHONPATH may name a folder with DALI and the peers of the kernels (extra `bench`).
@@ -100,6 +103,90 @@ part_accuracy() {
 
 part_autotune() {
 	timeout 580 $mocofast bench autotune --c 64 128 256 --out "$OUT/tiles.json"
+}
+
+# --- quick and second: many short parts against a clock ---
+
+clock_start() { # SECONDS: starts the clock of `within`
+	SECONDS=0
+	clock=$1
+	missing=()
+}
+
+within() { # NAME SECONDS COMMAND ...: runs a command, no longer than the clock allows
+	local name=$1 limit=$2 left=$((clock - SECONDS))
+	shift 2
+	((left < limit)) && limit=$left
+	if ((limit < 5)); then
+		missing+=("$name (no time left)")
+		return 0
+	fi
+	echo "-- $name, $limit s at most, $SECONDS s on the clock"
+	timeout -k 5 "$limit" "$@" 2>&1 | tee "$OUT/${name// /_}.log"
+	local status=${PIPESTATUS[0]}
+	((status == 0)) || missing+=("$name (status $status)")
+}
+
+clock_end() {
+	if ((${#missing[@]})); then
+		printf 'missing:'
+		printf ' %s;' "${missing[@]}"
+		printf ' %s s\n' "$SECONDS"
+		return 1
+	fi
+	echo "missing: nothing; $SECONDS s"
+}
+
+part_quick() {
+	local tests=(-m "not gpu and not slow" tests/test_kernels_*.py tests/test_ops*.py)
+	local n=(256 4096) many=(-n 12) gpu=(-m gpu -n 6 tests) bench=($mocofast bench)
+	local wide=(--k 65536 --c 128 --repeats 10) repeats=(--repeats 10) norm=()
+	local small=(--recipe moco_v2_r50_200ep --arch resnet18_cifar --size 32 --batch 256)
+	local large=(--recipe moco_v2_r50_200ep --batch 128) queue=(--queue 65536)
+	if [ -n "${DRY:-}" ]; then
+		tests=(tests/test_kernels_ema.py -k "tied or near_one") many=()
+		gpu=(-m gpu tests/test_kernels_ema.py)
+		n=(16 32) wide=(--k 32768 --c 32 --repeats 2 --no-compile) repeats=(--repeats 2) norm=(--n 8 --layer 6)
+		small=(--arch resnet_tiny --size 16 --batch 8 --modes) large=("${small[@]}") queue=(--queue 64)
+	fi
+	clock_start "${CLOCK:-570}"
+	within "environment" 30 $mocofast doctor
+	within "kernel tests" 200 $python -m pytest -q -p no:cacheprovider "${many[@]}" "${tests[@]}"
+	within "kernels bf16" 60 "${bench[@]}" kernels --n "${n[0]}" --dtype bfloat16 "${wide[@]}" --save "$rows"
+	within "kernels bf16 4096" 60 "${bench[@]}" kernels --n "${n[1]}" --dtype bfloat16 "${wide[@]}" \
+		--save "$rows"
+	within "kernels fp32" 60 "${bench[@]}" kernels --n "${n[0]}" "${wide[@]}" --save "$rows"
+	within "ema" 40 "${bench[@]}" ema "${repeats[@]}" --save "$rows"
+	within "optim" 60 "${bench[@]}" optim "${repeats[@]}" --save "$rows"
+	within "norm" 60 "${bench[@]}" norm "${repeats[@]}" "${norm[@]}" --save "$rows"
+	within "step small" 120 "${bench[@]}" step "${small[@]}" "${queue[@]}" --repeats 3 --save "$rows"
+	within "step ResNet-50" 150 "${bench[@]}" step "${large[@]}" "${queue[@]}" --repeats 3 \
+		--save "$rows"
+	within "gpu tests" 200 $python -m pytest -q -p no:cacheprovider "${gpu[@]}"
+	clock_end
+}
+
+part_second() {
+	local tune=($mocofast bench autotune --c 128 --types bf16 --kinds queue --candidates 20)
+	local photos device=(--device cuda) loaders=(--repeats 5)
+	if [ -n "${DRY:-}" ]; then
+		tune+=(--static --candidates 2)
+		photos=$OUT/images device=(--device cpu) loaders=(--repeats 1 --batches 1 --batch-size 4)
+		$python -c "
+import sys
+from PIL import Image
+from pathlib import Path
+folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)
+for i in range(8):
+    Image.linear_gradient('L').rotate(10 * i).convert('RGB').save(folder / f'{i}.jpg')
+" "$photos"
+	else
+		photos=$(unpack imagenet-sample-500.tar)
+	fi
+	clock_start "${CLOCK:-240}"
+	within "autotune" 120 "${tune[@]}" --out "$OUT/tiles.json"
+	within "loaders" 120 $mocofast bench data "$photos" "${device[@]}" "${loaders[@]}" --save "$rows"
+	clock_end
 }
 
 all="env gpu_tests kernel_tests checkers kernels step loops data train accuracy autotune sweep"

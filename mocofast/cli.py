@@ -6,21 +6,18 @@ name and one default.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mocofast import front, interrupts, settings
 from mocofast.config import (
-    Config,
     ConfigError,
-    DataConfig,
     KNNConfig,
     ModelConfig,
 )
+from mocofast.evaluation_arguments import evaluation_parser, load
 from mocofast.parser import (
     Parser,
     add_flags,
@@ -30,16 +27,13 @@ from mocofast.parser import (
     group_options,
 )
 
-if TYPE_CHECKING:
-    from mocofast.data.sources import Datasets
-    from mocofast.methods.base import Method
-
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
     parser = Parser(
         prog="mocofast pretrain",
-        usage="mocofast pretrain [RECIPE] [IMAGES] [--resume auto|PATH] [--profile] "
+        usage="mocofast pretrain [RECIPE] [IMAGES] [--resume auto|PATH] [--cooldown EPOCHS] "
+        "[--profile] "
         "[--GROUP.OPTION VALUE ...]",
         description=(
             "Pretrains with momentum contrast.\n"
@@ -48,7 +42,8 @@ def pretrain(argv: Sequence[str]) -> int:
             "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
             f"Recipes: {', '.join(settings.recipes())}.\n"
             "Defaults in [brackets] are MoCo v1's. A recipe changes some defaults.\n"
-            f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint."
+            f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint. "
+            f"{interrupts.EXIT_DIVERGED}: diverged, loss or weights are not finite."
         ),
     )
     parser.add_argument(
@@ -66,6 +61,15 @@ def pretrain(argv: Sequence[str]) -> int:
         "PATH: continue this run folder or checkpoint",
     )
     parser.add_argument(
+        "--cooldown",
+        metavar="EPOCHS",
+        type=int,
+        default=0,
+        help="with --resume PATH of a run with optim.schedule wsd: branch from the checkpoint into "
+        "a folder of its own, lower the learning rate to 0 over EPOCHS, and end. The run itself "
+        "stays as it is, and can be continued",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
@@ -80,48 +84,13 @@ def pretrain(argv: Sequence[str]) -> int:
     from mocofast.train.run import train
 
     recipe, images = configure.split_words(arguments.words)
-    given = given_settings(arguments)
-    config = configure.configure(recipe, arguments.resume, given, images)
+    given, cooldown = given_settings(arguments), arguments.cooldown
+    config = configure.configure(recipe, arguments.resume, given, images, cooldown)
     # A config.yaml of an earlier run holds the choices already.
     fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
     kept = [*given] if fits else None
     result = train(config, arguments.resume, arguments.profile, kept)
     return interrupts.EXIT_INTERRUPTED if result.interrupted else 0
-
-
-def _evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
-    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
-
-    group, kind: a further group of options, and its dataclass.
-    """
-    parser = Parser(prog=f"mocofast {name}", description=description)
-    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
-    add_settings(parser, {"data": DataConfig, group: kind})
-    return parser
-
-
-def _load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
-    """Returns the model, its run's configuration with the given data options, and the images."""
-    from mocofast.data.sources import load_datasets
-    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
-
-    model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
-    given = given_settings(arguments)
-    if "data.path" in given:
-        # Options that belong to the images of the run, not to the given images.
-        given.setdefault("data.source", "folder")
-        own = ("train", "val", "include", "exclude", "labels", "column", "group")
-        for name in own:
-            given.setdefault(f"data.{name}", getattr(DataConfig, name))
-    settings.apply(
-        config,
-        {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
-    )
-    settings.validate(config)
-    return model, config, load_datasets(config.data, config.train.seed)
 
 
 def knn(argv: Sequence[str]) -> int:
@@ -130,8 +99,8 @@ def knn(argv: Sequence[str]) -> int:
     from mocofast.evaluate.monitor import KNNMonitor
 
     description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
-    arguments = _evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
-    model, config, datasets = _load(arguments)
+    arguments = evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     monitor = KNNMonitor.of(datasets, config, device)
     if monitor is None:
@@ -156,9 +125,9 @@ def linear(argv: Sequence[str]) -> int:
     description = (
         "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
     )
-    arguments = _evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
+    arguments = evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
     options = group_options(LinearConfig, "linear", arguments)
-    model, config, datasets = _load(arguments)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
     print(datasets.lines())
@@ -180,7 +149,7 @@ def finetune(argv: Sequence[str]) -> int:
         "Trains a checkpoint's query encoder and a new linear head on labelled images, "
         "and validates it."
     )
-    parser = _evaluation_parser("finetune", description, "finetune", FinetuneConfig)
+    parser = evaluation_parser("finetune", description, "finetune", FinetuneConfig)
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -188,7 +157,7 @@ def finetune(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse(argv)
     options = group_options(FinetuneConfig, "finetune", arguments)
-    model, config, datasets = _load(arguments)
+    model, config, datasets = load(arguments)
     device = choose_device(arguments.device)
     _log_to_screen()
     print(datasets.lines())

@@ -41,6 +41,11 @@ class ModelConfig:
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
+    token_dropout: float = option(
+        0.0,
+        "share of a ViT's patches that training leaves out, other patches for every image and step",
+        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+    )
 
     if TYPE_CHECKING:
         # The options of the method.
@@ -114,13 +119,24 @@ class OptimConfig:
         valid=Valid(lambda value: 0 <= min(value) <= max(value) < 1, "two shares, 0 to below 1"),
     )
     weight_decay: float = option(1e-4, "weight decay: L2 with sgd and lars, decoupled with adamw")
-    schedule: str = option("step", "how the learning rate falls", ("constant", "step", "cosine"))
+    schedule: str = option(
+        "step",
+        "how the learning rate falls; wsd (warm-up, stable, decay) keeps the peak until the last "
+        "cooldown_epochs",
+        ("constant", "step", "cosine", "wsd"),
+    )
     milestones: tuple[int, ...] = option(
         (120, 160), "epochs at which schedule=step multiplies the learning rate by gamma"
     )
     gamma: float = option(0.1, "factor of schedule=step")
     warmup_epochs: float = option(
         0.0, "epochs in which the learning rate rises linearly from 0", valid=at_least(0)
+    )
+    cooldown_epochs: float = option(
+        0.0,
+        "epochs at the end in which schedule=wsd lowers the learning rate to 0, step by step; 0 "
+        "keeps the peak, for a run from which pretrain --resume RUN --cooldown N branches",
+        valid=at_least(0),
     )
     per: str = option("epoch", "how often the learning rate is set", ("epoch", "step"))
 
@@ -203,6 +219,12 @@ class KNNConfig:
     shots: int = option(
         0,
         "also 1-nearest-neighbour accuracy with this many labelled images a class; 0 means none",
+    )
+    patience: int = option(
+        0,
+        "end the training after this many evaluations in a row without a new best knn_top1; 0 "
+        "trains every epoch",
+        valid=at_least(0),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mocofast.option import Valid, above, at_least, between, option
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
+_FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
 TABLES = ("parquet", "hf")  # names of one source
 OWN_IMAGES = ("folder", "shards", "list", "zip", *TABLES)  # data.path names the user's images
 SOURCES = (*OWN_IMAGES, "digits", "cifar10", "cifar100")  # mocofast.data.sources loads them
@@ -15,7 +18,58 @@ LOADERS = ("auto", "device", "dali", "torchvision")  # mocofast.data.loaders bui
 
 
 @dataclass
-class DataConfig:
+class ReadingOptions:
+    """How files that are no photos are read."""
+
+    reader: str = option(
+        "auto",
+        "who reads the files: auto by their content, or a function of yours, "
+        "package.module:function, which takes a path or bytes and returns an array (H, W, C)",
+        valid=Valid(
+            lambda value: value == "auto" or re.fullmatch(_FUNCTION, value) is not None,
+            "auto or package.module:function",
+        ),
+    )
+    bands: tuple[int, ...] = option(
+        (),
+        "channels of a file that are read, from 1, in this order, such as 4,3,2; empty reads the "
+        "first data.channels",
+        valid=Valid(lambda value: min(value, default=1) >= 1, "numbers of channels, from 1"),
+    )
+    slices: str = option(
+        "auto",
+        "images that a volume, stack or film gives: middle (one image), all, or BEGIN:END or "
+        "BEGIN:END:STEP, from 0; auto takes all slices of NIfTI, and the middle of other files",
+        valid=Valid(
+            lambda value: re.fullmatch(r"auto|all|middle|\d*:\d*(:[1-9]\d*)?", value) is not None,
+            "auto, all, middle, BEGIN:END or BEGIN:END:STEP",
+        ),
+    )
+    plane: str = option("axial", "slices of NIfTI volumes", ("axial", "coronal", "sagittal"))
+    window: int = option(
+        0,
+        "side of the windows, in pixels, that large images are cut into (GeoTIFF, slides); 0 reads "
+        "whole images",
+        valid=at_least(0),
+    )
+    stride: int = option(0, "pixels between windows; 0: as data.window", valid=at_least(0))
+    level: int = option(
+        0, "level of whole slides, 0 has most pixels; windows are of this level", valid=at_least(0)
+    )
+    cover: float = option(
+        0.1,
+        "least share of a window that shows tissue (slides) or values (scenes with nodata), 0 to 1",
+        valid=between(0, 1, "a share, 0 to 1"),
+    )
+
+
+def reading_values(options: ReadingOptions) -> dict[str, Any]:
+    """Returns the values of ReadingOptions, {name: value}, of options with more values."""
+    return {field.name: getattr(options, field.name) for field in fields(ReadingOptions)}
+
+
+@dataclass
+class _SourceOptions:
     """The source of the images, and the loader that decodes them."""
 
     source: str = option(
@@ -63,6 +117,11 @@ class DataConfig:
         "images that stay together in the hold-out, such as a patient's: the level of the folders "
         "that are groups (1 is the first), or the column of a list",
     )
+    pairs: str = option(
+        "",
+        "views of a sample from two files, such as two dates of a place: folder pairs files that "
+        "follow one another in a folder, or a list FILE.csv with columns path and path_2",
+    )
     channels: int = option(
         3,
         "channels of an image; other numbers than 3 keep 16 bits, and read .npy files too",
@@ -83,6 +142,13 @@ class DataConfig:
             lambda value: re.fullmatch(_RANGE, value) is not None,
             "auto, dtype, min,max, divide:N or percentile:a,b",
         ),
+    )
+    decode: str = option(
+        "full",
+        "full, or scaled: decode a JPEG at 1/2, 1/4 or 1/8 of its size where every view is at most "
+        "as large as its crop there; less CPU time on large photos, slightly different pixels "
+        "(needs views made on a CPU)",
+        ("full", "scaled"),
     )
     loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(
@@ -116,6 +182,36 @@ class DataConfig:
     )
 
 
+@dataclass
+class DataConfig(ReadingOptions, _SourceOptions):
+    """The source of the images, how files are read, and the loader that decodes them."""
+
+
+def stages(values: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
+    """Reads a schedule by epochs, ("0:16", "10:24"), as {first epoch: numbers}.
+
+    Raises ValueError unless every value is an epoch and numbers, and epochs rise from 0.
+    """
+    rows = [value.split(":") for value in values]
+    found = {int(epoch): tuple(map(float, numbers)) for epoch, *numbers in rows}
+    if len(found) < len(rows) or list(found) != sorted(found) or min(found, default=0) != 0:
+        raise ValueError(f"expected epochs that rise from 0: got {', '.join(values)}")
+    return found
+
+
+def _staged(count: int, holds: Callable[[tuple[float, ...]], bool], expected: str) -> Valid:
+    """Returns the condition that a value is a schedule of `count` numbers that satisfy `holds`."""
+
+    def valid(values: tuple[str, ...]) -> bool:
+        try:
+            found = stages(values).values()
+        except ValueError:
+            return False
+        return all(len(numbers) == count and holds(numbers) for numbers in found)
+
+    return Valid(valid, f"{expected}, with epochs that rise from 0")
+
+
 _PROBABILITY = between(0, 1, "a probability, 0 to 1")
 _AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
 _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
@@ -125,13 +221,35 @@ _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a pr
 class AugmentConfig:
     """Random views. The defaults are MoCo v1's. The recipes hold the differences of v2."""
 
-    size: int = option(224, "side of a view, in pixels", valid=at_least(1))
+    size: int = option(
+        224, "side of a view in training and evaluation, in pixels", valid=at_least(1)
+    )
+    sizes: tuple[str, ...] = option(
+        (),
+        "sides of the views in training by epoch: 0:96,100:160,150:224 makes views of 96 pixels "
+        "from epoch 0 on, and of 160 from epoch 100 on; empty means size",
+        valid=_staged(
+            1,
+            lambda value: value[0] >= 1 and value[0] == int(value[0]),
+            "EPOCH:SIZE,... such as 0:96,100:224 (in YAML with quotes)",
+        ),
+    )
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0),
         "area of the random crop, as a share of the image",
         valid=Valid(
             lambda value: 0 < value[0] <= value[1] <= 1,
             "two shares, 0 < smallest <= largest <= 1",
+        ),
+    )
+    crop_scales: tuple[str, ...] = option(
+        (),
+        "area of the random crop by epoch: 0:0.5:1,100:0.2:1 takes shares of 0.5 to 1 from epoch 0 "
+        "on, and of 0.2 to 1 from epoch 100 on; empty means crop_scale",
+        valid=_staged(
+            2,
+            lambda value: 0 < value[0] <= value[1] <= 1,
+            "EPOCH:SMALLEST:LARGEST,... such as 0:0.5:1,100:0.2:1 (in YAML with quotes)",
         ),
     )
     rotate: float = option(0.0, "largest random rotation in either direction, in degrees")
@@ -202,3 +320,21 @@ class AugmentConfig:
         "channel standard deviations that normalise pixels in [0, 1]" + _AS_CHANNELS,
         valid=above(0),
     )
+
+    def at(self, epoch: int) -> AugmentConfig:
+        """Returns the augmentation of an epoch, whose size and crop_scale follow no schedule."""
+        if not self.sizes and not self.crop_scales:
+            return self
+        size = _last(self.sizes, epoch, (self.size,))
+        low, high = _last(self.crop_scales, epoch, self.crop_scale)
+        return replace(self, size=int(size[0]), crop_scale=(low, high), sizes=(), crop_scales=())
+
+    def training_sizes(self) -> tuple[int, ...]:
+        """Returns the sides of all views of a training, in pixels, in the order of the epochs."""
+        return tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
+
+
+def _last(values: tuple[str, ...], epoch: int, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Returns the numbers of the last stage that begins at `epoch` or before."""
+    found = {first: numbers for first, numbers in stages(values).items() if first <= epoch}
+    return found[max(found)] if found else default

@@ -1,4 +1,4 @@
-"""The error of a configuration, and words for messages and records of errors."""
+"""The errors of configurations and of runs that diverge, and words for messages of errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 class ConfigError(ValueError):
     """A recipe, option or value cannot be used. The message names it and says what was expected."""
+
+
+class DivergedError(RuntimeError):
+    """A run has lost its weights: loss or weights are not finite. The message says what to do."""
 
 
 def describe_error(error: BaseException) -> str:

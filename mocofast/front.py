@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mocofast import interrupts, settings
-from mocofast.errors import ConfigError
+from mocofast.errors import ConfigError, DivergedError
 
 Commands = Mapping[str, Callable[[Sequence[str]], int]]
 
@@ -38,6 +38,7 @@ def run(commands: Commands, argv: Sequence[str]) -> int:
     argv: the words after "mocofast".
 
     0: done. 2: arguments that cannot be used. 75: a signal ended a run, which continues later.
+    76: a run diverged, and its last finite checkpoint stays.
     128 + the signal's number: a signal ended another command. 141: the reader of the output left.
     """
     if "MPLBACKEND" in os.environ:
@@ -85,12 +86,20 @@ def _run(commands: Commands, argv: list[str]) -> int:
         return 2
     try:
         return commands[name](["--help" if word == "--help-all" else word for word in rest])
+    except DivergedError as error:
+        _report(name, error)
+        return interrupts.EXIT_DIVERGED
     except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
-        message = f"mocofast {name}: {error}"
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
-            print(message, file=sys.stderr)
-        _tell_torchrun(message)
+        _report(name, error)
         return 2
+
+
+def _report(name: str, error: Exception) -> None:
+    """Prints an error on rank 0, because every rank meets the same error."""
+    message = f"mocofast {name}: {error}"
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    _tell_torchrun(message)
 
 
 def _tell_torchrun(message: str) -> None:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which schedulers can act on
+EXIT_DIVERGED = 76  # a run whose loss or weights are not finite
 EXIT_CTRL_C = 128 + signal.SIGINT  # the status that shells give a command that Ctrl-C ended
 # Schedulers warn by SIGTERM, SIGUSR1 or SIGUSR2. A closed terminal sends SIGHUP.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")

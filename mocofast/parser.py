@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mocofast import settings
-from mocofast.config import ModelConfig, method_options
+from mocofast.config import ConfigError, ModelConfig, method_options
 from mocofast.plugins import is_plugin
 
 
@@ -75,10 +76,25 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds the options of a dataclass without a group, as flags: --shard-mb for shard_mb."""
     for setting in settings.settings("", kind):
         flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
-        shown = f"{setting.help} [{setting.default}]"
+        text = settings.shown(setting.default)
+        shown = f"{setting.help} [{text}]".replace("%", "%%")
+        kind_of = functools.partial(_checked, setting) if setting.valid else setting.type
         parser.add_argument(
-            flag, type=setting.type, default=setting.default, metavar="VALUE", help=shown
+            flag, type=kind_of, default=setting.default, metavar="VALUE", help=shown
         )
+
+
+def _checked(setting: settings.Setting, text: str) -> Any:
+    """Returns the value of a flag. Raises ArgumentTypeError if the value is not valid."""
+    assert setting.valid is not None
+    name = setting.name.removeprefix(".")
+    try:
+        value = settings.coerce(setting, text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not setting.valid.holds(value):
+        raise argparse.ArgumentTypeError(f"{name}: expected {setting.valid.expected}, got {text!r}")
+    return value
 
 
 def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

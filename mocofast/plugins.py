@@ -1,8 +1,9 @@
-"""Loads modules of the user that stand behind an option."""
+"""Loads modules and functions of the user that stand behind an option."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from mocofast.errors import ConfigError
@@ -30,3 +31,16 @@ def load_plugin(option: str, name: str, *attributes: str) -> Any:
     if missing:
         raise ConfigError(f"{option}: the module {name!r} does not define {', '.join(missing)}")
     return module
+
+
+def load_function(option: str, name: str) -> Callable[..., Any]:
+    """Imports a function that stands behind an option.
+
+    option: for error messages. name: package.module:function.
+    Raises ConfigError if there is no such module or function.
+    """
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(load_plugin(option, module, attribute), attribute)
+    if not callable(found):
+        raise ConfigError(f"{option}: {name!r} is no function, but of type {type(found).__name__}")
+    return found

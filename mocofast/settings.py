@@ -92,6 +92,8 @@ def coerce(setting: Setting, value: Any) -> Any:
         kinds = typing.get_args(setting.type)
         count = "" if Ellipsis in kinds else f"{len(setting.default)} " if kinds else ""
         expected = f"{count}values like {setting.default}" if kinds else setting.type.__name__
+        if setting.default == () and setting.valid:
+            expected = setting.valid.expected
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
     plugin = setting.plugins and is_plugin(result)
     if setting.choices and result not in setting.choices and not plugin:
@@ -289,8 +291,22 @@ def validate(config: Config) -> None:
             "data.batch_size", "a multiple of train.accumulate", config.data.batch_size
         )
     _check_statistics(config)
+    _check_schedules(config)
     if config.data.source in OWN_IMAGES and not config.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
+
+
+def _check_schedules(config: Config) -> None:
+    """Checks that the cool-down fits into the run, and that a plateau can be seen."""
+    o, epochs = config.optim, config.train.epochs
+    if o.schedule == "wsd" and o.warmup_epochs + o.cooldown_epochs > epochs:
+        raise _unexpected(
+            "optim.cooldown_epochs",
+            f"at most train.epochs less optim.warmup_epochs, {epochs - o.warmup_epochs:g}",
+            o.cooldown_epochs,
+        )
+    if config.knn.patience and not config.knn.every:
+        raise _unexpected("knn.every", "at least 1 where knn.patience is above 0", 0)
 
 
 def _check_statistics(config: Config) -> None:

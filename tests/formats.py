@@ -23,11 +23,24 @@ from mocofast.data.loaders import build_loader
 from mocofast.data.probing import accepts
 from mocofast.data.sources import FolderSource
 from mocofast.data.torchvision_loader import apply_view
-from tests.kinds import KINDS, H, Kind, W, write_all
+from tests.field_files import EVERY_KIND, write_all
+from tests.kinds import H, Kind, W
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 LOADERS = ("torchvision", "dali", "device")
-LIBRARIES = ("pillow", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "tifffile", "imagecodecs")
+LIBRARIES = (
+    "pillow",
+    "nvidia-dali-cuda130",
+    "nvidia-nvimgcodec-cu13",
+    "tifffile",
+    "imagecodecs",
+    "pydicom",
+    "pylibjpeg-openjpeg",
+    "python-gdcm",
+    "nibabel",
+    "pillow-heif",
+)
+OPTIONAL = ("tifffile", "imagecodecs", "pydicom", "nibabel", "pillow_heif")
 PLAIN = AugmentConfig(size=32, jitter_p=0.0, gray=0.0, flip=0.0)
 SEED = 3
 
@@ -64,18 +77,31 @@ SEES = {
     "TIFF, more channels": "the first three channels, and a remark in the log",
     "OME-TIFF": "the first three channels, and a remark in the log",
     "ImageJ stack": "the first three channels, and a remark in the log",
+    "DICOM, gray": "all stored bits from black to white. MONOCHROME1 is inverted",
+    "DICOM, window": "the VOI window from black to white, of slope and intercept. Padding is black",
+    "DICOM, table or sigmoid": "what the table or the sigmoid gives",
+    "DICOM, several frames": "the frame in the middle, and a remark in the log "
+    "(`--data.slices all`: every frame)",
+    "DICOM, colours": "the pixels",
+    "DICOM, compressed": "as the other kinds. Other transfer syntaxes where a plug-in decodes them",
+    "NIfTI": "every axial slice, upright (`--data.slices`, `--data.plane`), from the lowest to the "
+    "highest value",
+    "HEIC": "the pixels",
+    "AVIF": "the pixels",
+    "numpy": "the array. Floats as in TIFF",
     "TIFF, stack of pages": "the page in the middle, and a remark in the log",
 }
 HEAD = """# Kinds of image files
 
 What an encoder sees of a file with `--data.range auto`. Every loader, the evaluation and
 `mocofast prepare` see the same. `python -m tests.formats` writes this page from the files that
-the tests make with PIL, tifffile and imagecodecs.
+the tests make with PIL, tifffile, imagecodecs, pydicom, nibabel and pillow-heif.
 
 - *DALI loader*: who decodes the files in the DALI loader. Files of the Python reader, and
   damaged files, never reach DALI's decoder.
-- *needs*: kinds that are read with `pip install 'mocofast[images]'`. Without the libraries the
-  files are skipped, and named with this command.
+- *needs*: the library without which the files are skipped, and named with a command: `pip install
+  'mocofast[images]'` for tifffile and imagecodecs, and the extras `dicom` (pydicom), `nifti`
+  (nibabel) and `heic` (pillow-heif).
 - *differs*: largest difference of a view from a view of the picture that the file was made
   from, of 255: torchvision loader / DALI loader / device loader. JPEG loses by design.
 
@@ -86,12 +112,18 @@ missing values: they become the mean of their channel. `mocofast stats PATH` mea
 prints the options. Other ranges than `auto` and `dtype` are read by the Python reader. RGB of
 16 bits in PNG, and JPEG 2000, need imagecodecs then.
 
+Windows of large GeoTIFF scenes (`--data.window`, extra `geo`) and of whole slides (extra
+`slides`) are read by rasterio and tiffslide, in every loader by the Python reader. All remaining
+kinds are read by a function of yours (`--data.reader`), see [sets.md](sets.md).
+
 | kind | files tried | the encoder sees | DALI loader | needs | differs |
 |---|---|---|---|---|---|
 """
 
 
-def loader_differences(name: str, folder: Path, kinds: Sequence[Kind] = KINDS) -> dict[str, int]:
+def loader_differences(
+    name: str, folder: Path, kinds: Sequence[Kind] = EVERY_KIND
+) -> dict[str, int]:
     """Returns the largest difference of a loader's views from the views of the pictures.
 
     name: of the loader.
@@ -122,7 +154,7 @@ def page(folder: Path) -> str:
     write_all(folder)
     measured = [loader_differences(name, folder) for name in LOADERS]
     groups: dict[str, list[Kind]] = {}
-    for kind in KINDS:
+    for kind in EVERY_KIND:
         groups.setdefault(kind.group, []).append(kind)
     lines = []
     for group, kinds in groups.items():
@@ -140,10 +172,10 @@ def page(folder: Path) -> str:
 def _needs(kind: Kind, folder: Path) -> str:
     """Returns the library without which a kind is skipped, "" if none."""
     try:
-        with mock.patch.dict(sys.modules, tifffile=None, imagecodecs=None):
+        with mock.patch.dict(sys.modules, dict.fromkeys(OPTIONAL)):
             decode(str(folder / kind.name))
     except ImportError as error:
-        return "tifffile" if "tifffile" in str(error) else "imagecodecs"
+        return next(name for name in OPTIONAL if name.replace("_", "-") in str(error))
     return ""
 
 

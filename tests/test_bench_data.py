@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mocofast_bench import data, loops, timing, tune
+from mocofast_bench import band_peers, data, loops, timing, tune
 from mocofast_bench.commands import main
 from mocofast_bench.reference_loop import ReferenceLoader
 from mocofast_bench.tensor_pairs import TensorPairs
@@ -170,3 +170,31 @@ def test_options_of_the_gpu_decoder_are_tuned_on_a_gpu_alone(folder: Path) -> No
     # (width, height)
     assert tune._stages("dali", 4, source, torch.device("cuda"))[-1][1] == [(30, 40)]
     assert tune._stages("torchvision", 1, source, torch.device("cuda"))[0] == ("workers", [1])
+
+
+def test_images_of_13_bands_are_compared_with_the_peers_that_are_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tifffile")
+    count = 2 * (loops.WARM_UP_BATCHES + BATCHES)
+    words = [*options(tmp_path), "--make-geotiff", str(count), "--batches", str(BATCHES)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    row = json.loads(out.splitlines()[-1])
+    assert (row["images"], row["channels"], row["source"]) == (16, 13, "folder")
+    assert {"torchvision", *row["absent"]} <= {*row["pairs_per_second"], *row["absent"]}
+    assert {"torchgeo", "lightly-train"} <= {*row["pairs_per_second"], *row["absent"]}
+    for name, reason in row["absent"].items():
+        assert f"{name} left out: {reason}" in out
+    assert row["pairs_per_second"]["torchvision"] > 0
+    assert "reference" not in row["pairs_per_second"]
+
+
+def test_the_bands_are_a_geotiff_of_13_bands_of_16_bits(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    band_peers.write_geotiffs(tmp_path, 2)
+    with tifffile.TiffFile(tmp_path / "00001.tif") as file:
+        assert file.is_geotiff
+        pixels = file.asarray()
+    assert (pixels.shape, pixels.dtype) == ((264, 264, 13), np.uint16)
+    assert 4000 < pixels.mean() < 6000

@@ -27,14 +27,17 @@ from mocofast.data.ranges import Pixels, parse_range, range_of, set_range, to_ui
 from mocofast.data.sources import FolderSource, find_images, load_datasets
 from mocofast.data.torchvision_loader import apply_view
 from tests import kinds, runs
+from tests.field_files import EVERY_KIND as KINDS
+from tests.field_files import write_all
 from tests.formats import PAGE, PLAIN, SEED, loader_differences, page
-from tests.kinds import KINDS, H, Kind, W
+from tests.kinds import H, Kind, W
 from tests.pictures import shard_datasets
 
 tifffile = pytest.importorskip(
     "tifffile", reason="tifffile is not installed: pip install 'mocofast[images]'"
 )
-pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+for library in ("imagecodecs", "pydicom", "nibabel", "pillow_heif"):
+    pytest.importorskip(library, reason=f"{library} is not installed: see the extras in setup.py")
 
 CPU = torch.device("cpu")
 
@@ -43,7 +46,7 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes a file of every kind."""
     out = tmp_path_factory.mktemp("kinds")
-    kinds.write_all(out)
+    write_all(out)
     return out
 
 

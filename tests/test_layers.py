@@ -37,6 +37,7 @@ FLOORS = [
     {"mocofast.train"},
     {"mocofast.interop"},
     {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},
+    {"mocofast.evaluation_arguments"},
     {"mocofast.cli"},
     {"mocofast.__main__"},
 ]

@@ -81,6 +81,27 @@ def test_a_partly_labelled_zip_trains_resumes_and_is_evaluated_on_its_labels(
     )
 
 
+def test_evaluation_says_what_pretraining_says_about_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 1000 << i % 2, (20, 20), dtype=np.uint16)
+        path = tmp_path / "set" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    run = str(tmp_path / "run")
+    data = ("--data.source", "folder", "--data.path", str(tmp_path / "set"))
+    out = mocofast(
+        capsys,
+        *("pretrain", "digits", *SMALL, *data, "--data.holdout", "0.4"),
+        *("--train.dir", run, "--train.max_steps", "1", "--data.batch_size", "4"),
+    )
+    advice = next(line for line in out.splitlines() if "--data.range 0,2047" in line)
+    options = ("--finetune.epochs", "1", "--finetune.batch_size", "6")
+    for command in (("linear", run), ("finetune", run, *options), ("knn", run, "--knn.k", "3")):
+        assert advice.removeprefix("data: ") in mocofast(capsys, *command)
+
+
 def test_supervised_training_takes_labelled_images_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], partly_labelled: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from mocofast.config import AugmentConfig
 from mocofast.data import view_ops
 from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.torchvision_loader import apply_view
+from mocofast.data.view_ops import apply_view_ops, moved, only_moves
 from tests.pictures import differences, neutral
 
 SIDE = 37  # odd and prime
@@ -222,3 +224,18 @@ def applied(batch: list[Image.Image], params: list[ViewParams], augment: Augment
     out = torch.zeros_like(crops)
     view_ops.apply_view_ops(crops, params, augment, out)
     return out
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_views_that_only_move_are_moved_as_integers(dtype: torch.dtype) -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 7, 5))).to(dtype)
+    for flip, vertical, turns in itertools.product((False, True), (False, True), range(4)):
+        p = neutral(7)._replace(flip=flip, vertical_flip=vertical, turns=turns)
+        expected = torch.empty_like(pixels)[None]
+        apply_view_ops(pixels[None], [p], AugmentConfig(), expected)
+        assert only_moves(p)
+        assert torch.equal(moved(pixels, p), expected[0])
+    for name, value in (("sigma", 1.0), ("order", (0,)), ("gray", True), ("angle", 3.0)):
+        assert not only_moves(neutral(7)._replace(**{name: value}))
+    assert not only_moves(neutral(7)._replace(key=1))
+    assert not only_moves(neutral(7)._replace(solarize=True))

@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
     )
     parser.add_argument(
+        "--candidates",
+        type=positive,
+        metavar="N",
+        help="tiles to time for a call, nearest to the rule's tile first (default: all, about 25)",
+    )
+    parser.add_argument(
         "--static", action="store_true", help="rank by machine code and a model (needs no GPU)"
     )
     parser.add_argument(
@@ -84,10 +90,10 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     require_compiler(parser)
     if not arguments.static and not torch.cuda.is_available():
         parser.error("there is no GPU to time on. --static ranks by machine code and a model")
-    if max(arguments.c) > 1024:
-        parser.error(f"--c must be at most 1024: got {max(arguments.c)}")
-    from mocofast_kernels import tiles
+    from mocofast_kernels import configs, tiles
 
+    if max(arguments.c) > configs.LONGEST:
+        parser.error(f"--c must be at most {configs.LONGEST}: got {max(arguments.c)}")
     from mocofast_bench import inspected_calls
 
     # The device, and the score: predicted times of a model, or times on the GPU.
@@ -95,11 +101,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     capability: int | None
     if arguments.static:
         device, capability = torch.device("meta"), arguments.capability
-        name = GPUS[arguments.capability].name
+        name, gpu = GPUS[arguments.capability].name, configs.Architecture(hopper=capability == 90)
         score, out = partial(_predict_times, capability), arguments.out
     else:
         device = torch.device("cuda", torch.cuda.current_device())
-        name = torch.cuda.get_device_name()
+        name, gpu = torch.cuda.get_device_name(), configs.architecture(device)
         capability = tiles.capability_of(device)
         assert capability is not None
         score, out = partial(_time_tiles, arguments.repeats), arguments.out or tiles.path_of(device)
@@ -111,9 +117,10 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         types = known[types_name]
         torch.set_float32_matmul_precision(types.matmul_precision)
         problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
-        rule = tiles.rule(problem.products)
+        rule = tiles.rule(problem.products, gpu)
         others = candidates(problem.products, nearest.shared - RESERVED)
-        tried = [rule, *(tile for tile in others if tile != rule)]
+        tried = nearest_first(rule, [rule, *(tile for tile in others if tile != rule)])
+        tried = tried[: arguments.candidates]
         times = score(problem, tried)
         ranked = sorted(times, key=lambda tile: times[tile])
         print(
@@ -129,10 +136,21 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "microseconds": round(1e6 * times[ranked[0]], 2),
             "rule_microseconds": round(1e6 * times.get(rule, math.nan), 2),
         }
+        if out is not None:  # after every problem: a later problem may be interrupted
+            with files.atomic_write(out) as file:
+                tiles.dump(file, name, capability, list(rows.values()))
     if out is not None:
-        with files.atomic_write(out) as file:
-            tiles.dump(file, name, capability, list(rows.values()))
         print(f"\nWritten: {out}")
+
+
+def nearest_first(rule: Tile, tiles: list[Tile]) -> list[Tile]:
+    """Returns the tiles by how many halvings and doublings lead from the rule's tile to them."""
+
+    def distance(tile: Tile) -> float:
+        sizes = sum(abs(math.log2(a / b)) for a, b in zip(tile[:5], rule[:5]))
+        return sizes + abs(tile.stages - rule.stages)
+
+    return sorted(tiles, key=distance)
 
 
 def _problem(kind: str, C: int, types: Types, device: str, n: int, k: int) -> Problem:

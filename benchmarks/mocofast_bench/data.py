@@ -4,6 +4,10 @@ dali, torchvision: the loaders of mocofast.
 reference: facebookresearch/moco's loader, a PyTorch DataLoader with PIL images.
 v2 tensors: the reference's loader with torchvision's v2 transforms on tensors.
 
+With --channels other than 3 the loaders are compared with torchgeo's and LightlyTrain's
+(`band_peers`), on random crops and flips alone. --make-geotiff N first writes N images of 13
+channels of 16 bits.
+
 Every round starts every loader anew and closes the loader at the end: no loader works ahead
 while another loader is timed. Batches that a loader prepared before the clock starts are
 not counted.
@@ -17,6 +21,8 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +30,11 @@ import torch
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.interface import BatchSlice, Loader, Source, view_augments
 from mocofast.data.loaders import build_loader, count_workers, dali_missing
-from mocofast.data.sources import FolderSource, find_images
+from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.settings import ConfigError, load_recipe
 from mocofast_bench import timing, tune
+from mocofast_bench.band_peers import BANDS, band_loaders, write_geotiffs
 from mocofast_bench.loops import WARM_UP_BATCHES, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader
 from mocofast_bench.tensor_pairs import TensorPairs
@@ -38,7 +45,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Adds the folder and the options of loaders."""
-    parser.add_argument("path", help="folder of images")
+    parser.add_argument("path", help="folder of images, or another place that --source reads")
+    parser.add_argument("--source", default="folder", help="as data.source (default: %(default)s)")
+    parser.add_argument(
+        "--channels", type=positive, default=3, help="as data.channels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--make-geotiff",
+        type=positive,
+        metavar="N",
+        help="first write N GeoTIFF of 264 x 264 x 13 uint16 to the folder",
+    )
     parser.add_argument(
         "--recipe",
         default="moco_v2_r50_200ep",
@@ -84,7 +101,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return tune.run(arguments, device)
     workers = count_workers(arguments.workers)
     augment = load_recipe(arguments.recipe).augment
-    source = FolderSource(arguments.path, find_images(arguments.path))
+    channels = arguments.channels
+    if arguments.make_geotiff:
+        write_geotiffs(Path(arguments.path), arguments.make_geotiff)
+        channels = BANDS
+    if channels != 3:
+        augment = AugmentConfig(
+            size=augment.size,
+            crop_scale=augment.crop_scale,
+            jitter=(0.0, 0.0, 0.0, 0.0),
+            gray=0.0,
+            vertical_flip=0.5,
+        )
+    data = DataConfig(
+        source=arguments.source,
+        path=arguments.path,
+        channels=channels,
+        workers=workers,
+        holdout=0.0,
+        labels="none",
+    )
+    source = load_datasets(data).train
     batch = arguments.batch_size
     available = BatchSlice(batch).steps(len(source))
     if available < WARM_UP_BATCHES + arguments.batches:
@@ -94,7 +131,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     # Measure: memory of every loader first, then times in turns.
-    loops = loader_loops(source, augment, batch, workers, device)
+    loops, absent = loader_loops(source, augment, batch, data, device)
+    bases = [name for name in loops if name not in ("dali", "torchvision")]
     memory = {name: memory_of(loop, batch, device) for name, loop in loops.items()}
     rounds = measure_in_turns(loops, arguments.repeats, arguments.batches, batch, device)
     middle = medians(rounds)
@@ -102,13 +140,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Print the table.
     print(f"{len(source)} images, {arguments.recipe}, {augment.size} px, batches of {batch}")
     print(f"{timing.device_name(device)}; {workers} workers; {arguments.repeats} rounds")
+    for name, reason in absent.items():
+        print(f"{name} left out: {reason}")
+    against = "".join(f"{f'x {base}':>16}" for base in bases)
     print(
-        f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{'x reference':>13}{'x v2 tensors':>14}"
+        f"{'':14}{'pairs/s':>10}{'lowest, highest':>18}{against}"
         f"{'first batch s':>15}{'cores':>7}{'extra MB':>10}"
     )
     for name, (_, first, _, cores) in middle.items():
         rates = [result.images_per_second for result in rounds[name]]
-        ratios = f"{rate[name] / rate['reference']:13.2f}{rate[name] / rate['v2 tensors']:14.2f}"
+        ratios = "".join(f"{rate[name] / rate[base]:16.2f}" for base in bases)
         extra = "" if (taken := memory[name]) is None else f"{taken / 1e6:.0f}"
         print(
             f"{name:14}{rate[name]:10.1f}{f'{min(rates):.0f}, {max(rates):.0f}':>18}{ratios}"
@@ -119,13 +160,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **timing.environment(device),
         "images": len(source),
         "recipe": arguments.recipe,
+        "source": arguments.source,
+        "channels": channels,
         "size": augment.size,
         "batch_size": batch,
         "batches": arguments.batches,
         "workers": workers,
         "repeats": arguments.repeats,
         "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},
-        "speedup": {name: round(value / rate["reference"], 3) for name, value in rate.items()},
+        # against the first peer: facebookresearch/moco's loader, or torchgeo's
+        "speedup": {
+            name: round(value / rate[bases[0]], 3) for name, value in rate.items() if bases
+        },
+        "absent": absent,
         "time_to_first_batch": {
             name: round(median.time_to_first_step, 4) for name, median in middle.items()
         },
@@ -150,23 +197,39 @@ def plot(row: dict[str, Any]) -> Figure:
 
 
 def loader_loops(
-    source: Source, augment: AugmentConfig, batch_size: int, workers: int, device: torch.device
-) -> dict[str, TimedLoop]:
-    """Returns the compared loops, {name: loop}. The loops do nothing with the batches."""
+    source: Source, augment: AugmentConfig, batch_size: int, data: DataConfig, device: torch.device
+) -> tuple[dict[str, TimedLoop], dict[str, str]]:
+    """Returns the compared loops, {name: loop}, and why peers are left out.
+
+    The loops do nothing with the batches.
+    """
+    workers = data.workers
 
     def loader(name: str) -> Callable[[], Loader]:
-        data = DataConfig(loader=name, workers=workers)
+        own = replace(data, loader=name)
         return lambda: build_loader(
-            source, data, view_augments(augment, 2), BatchSlice(batch_size), 0, device
+            source, own, view_augments(augment, 2), BatchSlice(batch_size), 0, device
         )
 
     starts: dict[str, Callable[[], Any]] = {
         **({} if dali_missing() else {"dali": loader("dali")}),
         "torchvision": loader("torchvision"),
+    }
+    if data.channels != 3:
+        files = [source.load(i) for i in range(len(source))] if len(source) else []
+        if not all(isinstance(file, str) for file in files):
+            absent = "peers read files of a folder or a list alone"
+            peers, why = dict[str, Any](), {"torchgeo": absent, "lightly-train": absent}
+        else:
+            paths = [str(file) for file in files]
+            peers, why = band_loaders(paths, augment, batch_size, workers)
+        starts |= peers
+        return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}, why
+    starts |= {
         "reference": lambda: ReferenceLoader(source, augment, batch_size, workers),
         "v2 tensors": lambda: ReferenceLoader(source, augment, batch_size, workers, TensorPairs),
     }
-    return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}
+    return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}, {}
 
 
 def memory_of(loop: TimedLoop, batch_size: int, device: torch.device) -> int | None:

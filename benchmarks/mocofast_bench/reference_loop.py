@@ -27,6 +27,7 @@ from torchvision import transforms
 from mocofast.config import AugmentConfig, OptimConfig
 from mocofast.data.decoding import open_image
 from mocofast.data.interface import Source
+from mocofast.data.items import Item
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.moco import MoCo
 from mocofast.models.batch_norm import SplitBatchNorm2d
@@ -303,6 +304,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(item, np.ndarray):
             image = Image.fromarray(item)
         else:
+            assert not isinstance(item, Item)
             with open_image(item) as file:
                 image = file.convert("RGB")
         return self._transform(image), self._transform(image)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_threads
+from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
 
 EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
@@ -52,7 +52,9 @@ class InfoNCEForward(NamedTuple):
 
     loss: Tensor  # (N,) float32
     lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
-    rank: Tensor | None  # (N,) int32: how many negatives score above the positive
+    # (N,) int32: how many negatives score as high as the positive, or higher: all where the loss is
+    # NaN
+    rank: Tensor | None
     grad_query: Tensor | None  # (N, C) float32: d loss_i / d query_i
     # (N, C) float32: d loss_i / d positive_i, through the positive logit only
     grad_positive: Tensor | None
@@ -87,7 +89,7 @@ def infonce_forward(
     normalize: divide query and positive by their L2 norms over C first.
     normalize_negatives: divide the negatives likewise.
     exclude_period: P > 0 leaves negative j out of row i where j % P == i % P.
-    return_rank: count the negatives that score above the positive.
+    return_rank: count the negatives that score as high as the positive, to rounding, or higher.
     compute_grad: compute gradients.
     only_query: compute the gradient of the query alone.
     dot_dtype: type of the operands of products over the negatives. float32 takes the place of
@@ -105,13 +107,16 @@ def infonce_forward(
     operand = operand_dtype(dot_dtype, unshifted, h, negatives)
     blocks = _Blocks(negatives, normalize_negatives, len(h), operand)
     queries = scaled.to(operand)
-    options = (exclude_period, unshifted, compute_grad, return_rank, Scratch())
+    tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
+    options = (exclude_period, unshifted, compute_grad, Scratch())
     sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
 
     def compute(block: tuple[slice, slice]) -> _Sums:
         rows, columns = block
         first = rows.start, columns.start
-        return _sums(blocks[columns], queries[rows], logit_positive[rows], first, *options)
+        own_tie = None if tie is None else tie[rows]
+        own = queries[rows], logit_positive[rows], own_tie, first
+        return _sums(blocks[columns], *own, *options)
 
     def merge(block: tuple[slice, slice], part: _Sums) -> None:
         first = block[0].start
@@ -126,6 +131,8 @@ def infonce_forward(
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)
     loss = torch.nn.functional.softplus(difference)
+    if positive_rank is not None:
+        cpu_ranks.without_nan(positive_rank, loss.squeeze(1), len(negatives), exclude_period)
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
     if output is None:
         return InfoNCEForward(loss.squeeze(1), lse, positive_rank, None, None, None)
@@ -154,18 +161,18 @@ class _Sums(NamedTuple):
     total: Tensor  # (R, 1) sum of w
     output: Tensor | None  # (R, C) sum of w x negative
     maximum: Tensor | None  # (R, 1), or None where nothing is subtracted
-    above: Tensor | None  # (R,) int32: logits above the positive's logit
+    above: Tensor | None  # (R,) int32: logits that reach the positive's logit
 
 
 def _sums(
     block: Tensor,
     scaled: Tensor,
     logit_positive: Tensor,
+    tie: Tensor | None,
     first: tuple[int, int],
     exclude_period: int,
     unshifted: bool,
     compute_grad: bool,
-    return_rank: bool,
     scratch: Scratch,
 ) -> _Sums:
     """Returns the sums over a block of negatives for a block of queries.
@@ -173,16 +180,16 @@ def _sums(
     block: (B, C) negatives.
     scaled: (R, C) queries times log2(e) / T, in the dtype of the negatives.
     logit_positive: (R, 1).
+    tie: (R, 1), the least logit that ties with the positive's logit. None: count no logits.
     first: numbers of the first query and of the first negative.
     unshifted: the logits are bounded, so no maximum is subtracted.
-    return_rank: count the logits above the positive's logit.
     """
     output = maximum = above = None
     logits = scratch.product(scaled, block)  # (R, B)
     if exclude_period:
         _fill_excluded(logits, *first, exclude_period)
-    if return_rank:
-        above = scratch.count_above(logits, logit_positive)
+    if tie is not None:
+        above = scratch.count_reaching(logits, tie)
     if not unshifted:
         maximum = torch.maximum(logit_positive, logits.amax(1, keepdim=True))
         logits.sub_(maximum)

@@ -41,7 +41,9 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     plain_targets, plain_sources = [], []
     seen = set()
     for target, source in zip(targets, sources):
-        identity = (target.data_ptr(), target.shape, target.stride(), target.dtype)
+        # A tensor without an address (of a wrapper, say) is tied to itself alone.
+        address = target.data_ptr() or -id(target)
+        identity = (address, target.shape, target.stride(), target.dtype)
         if identity in seen and target.numel():
             continue
         seen.add(identity)

@@ -62,19 +62,19 @@ class Scratch(threading.local):
             return x
         return self._buffer((len(x), x.shape[1]), dtype).copy_(x)
 
-    def count_above(self, logits: Tensor, logit_positive: Tensor) -> Tensor:
-        """Returns the number of logits (R, B) above logit_positive (R, 1), (R,) int32.
+    def count_reaching(self, logits: Tensor, tie: Tensor) -> Tensor:
+        """Returns the number of logits (R, B) that reach `tie` (R, 1), (R,) int32.
 
         Float32 flags are several times as fast as booleans, and exact: a block has fewer than
         2**24 negatives.
         """
         counts = []
         step = max(1, FLAGS // logits.shape[1])
-        for part, bound in zip(logits.split(step), logit_positive.split(step)):
+        for part, bound in zip(logits.split(step), tie.split(step)):
             if self._flags is None or self._flags.numel() < part.numel():
                 self._flags = torch.empty(part.numel(), device=part.device)
             flags = self._flags[: part.numel()].view_as(part)
-            counts.append(torch.gt(part, bound, out=flags).sum(1).int())
+            counts.append(torch.ge(part, bound, out=flags).sum(1).int())
         return counts[0] if len(counts) == 1 else torch.cat(counts)
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ from mocofast_kernels.configs import (
     split_count,
 )
 from mocofast_kernels.cpu import InfoNCEForward
+from mocofast_kernels.cpu_ranks import worst_rank
 from mocofast_kernels.infonce_sweep import LOG2_E, _sweep_kernel, inverse_temperature
 from mocofast_kernels.rows import (
     dot_kind,
@@ -63,6 +64,7 @@ def _combine_kernel(
     grad_scale,  # (N,)
     N,
     splits,
+    worst_rank,  # where the loss is NaN
     query_stride_n,
     query_stride_c,
     positive_stride_n,
@@ -108,9 +110,6 @@ def _combine_kernel(
         maximum = tl.max(shifts)
         total *= tl.exp2(shifts - maximum)
     total = tl.sum(total)
-    if RANK:
-        counts = tl.load(positive_ranks + split * N + row, mask=inside, other=0)
-        tl.store(positive_rank + row, tl.sum(counts))
 
     # With d = log(sum over negatives) - s_+/T, the loss is log(1 + e^d), computed without
     # cancellation: an easy positive's loss of 1e-9 keeps its digits.
@@ -119,6 +118,9 @@ def _combine_kernel(
     u = 1.0 + x
     log1p = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
     value = tl.maximum(d, 0.0) + log1p
+    if RANK:  # a comparison with NaN counted nobody
+        counts = tl.load(positive_ranks + split * N + row, mask=inside, other=0)
+        tl.store(positive_rank + row, tl.where(value == value, tl.sum(counts), worst_rank))
     tl.store(loss + row, value)
     tl.store(lse + row, value + positive_score * scale)
 
@@ -198,7 +200,7 @@ def infonce_forward(
     normalize: divide query and positive by max(|x|, 1e-12) inside the kernel.
     normalize_negatives: divide the negatives likewise.
     exclude_period: P > 0 leaves negative j out of row i where j % P == i % P.
-    return_rank: count the negatives that score above the positive.
+    return_rank: count the negatives that score as high as the positive, to rounding, or higher.
     compute_grad: compute the gradients.
     dot_dtype: dtype of the operands of matrix products. Sums are float32 always.
     only_query: accepted for the CPU's sake. All gradients are by-products of the same kernel.
@@ -324,6 +326,7 @@ def infonce_forward(
             grad_scale,
             N,
             splits,
+            worst_rank(K, exclude_period),
             *query.stride(),
             *positive.stride(),
             C=C,

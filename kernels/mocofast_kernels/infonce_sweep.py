@@ -9,7 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mocofast_kernels.rows import inverse_norm, load_rows, round_operand, unit_rows
+from mocofast_kernels.rows import (
+    inverse_norm,
+    load_rows,
+    positive_scores_of,
+    round_operand,
+    unit_rows,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 loses what lies below 2^-24 of the largest probability. A factor 2^10 on all weights
@@ -30,13 +36,13 @@ def inverse_temperature(temperature, IS_POINTER: tl.constexpr):
 def _sweep_step(
     maximum,  # (BLOCK_N,) running maximum of the logits, log2 units
     total,  # (BLOCK_N,) running sum of the weights
-    positive_rank,  # (BLOCK_N,) int32: negatives so far that score above the positive
+    positive_rank,  # (BLOCK_N,) int32: negatives so far that reach the positive's score
     out,  # (BLOCK_N, OUT_C) running sum of weight x negative
     query_block,  # (BLOCK_N, C) operand, or None where a row is longer than BLOCK_C
     query,
     query_rows,
     query_limit,
-    positive_score,  # (BLOCK_N,)
+    tie,  # (BLOCK_N,) least score that ties with the positive's
     scale,  # log2(e) / T
     negatives,  # pointer to the first row of the tile
     remaining,  # rows that the tile has
@@ -101,14 +107,14 @@ def _sweep_step(
                 values = values.to(tl.float32) * row_scale
             values = round_operand(values, DOT, PRECISION)
 
-    # Mask, and count negatives above the positive.
+    # Mask, and count the negatives that reach the positive's score.
     if TAIL:
         scores = tl.where(rows[None, :] < remaining, scores, float("-inf"))
     if EXCLUDE:
         scores = tl.where((rows % period)[None, :] == residue[:, None], float("-inf"), scores)
     if RANK:
-        above = tl.where(scores > positive_score[:, None], 1.0, 0.0)
-        positive_rank += tl.sum(above, axis=1).to(tl.int32)
+        reached = tl.where(scores >= tie[:, None], 1.0, 0.0)
+        positive_rank += tl.sum(reached, axis=1).to(tl.int32)
     # Weights 2^(logit - shift), and their sums.
     if ONLINE:
         # The maximum starts from the positive's finite score. So a tile whose negatives are all
@@ -133,7 +139,7 @@ def _sweep_kernel(
     positive,  # (N, C)
     negatives,  # (K, C)
     temperature,
-    positive_scores,  # (N,) if PREPARED
+    positive_scores,  # (2, N) if PREPARED
     maxima,  # (splits, N) if ONLINE
     totals,  # (splits, N)
     positive_ranks,  # (splits, N) int32 if RANK
@@ -177,11 +183,14 @@ def _sweep_kernel(
     query += first.to(tl.int64) * query_stride_n
 
     # Positive scores, from rounded operands as the negatives' scores are: a negative that
-    # equals the positive ties.
+    # equals the positive ties, in every type.
     positive_score = tl.zeros([BLOCK_N], dtype=tl.float32)
+    tie = positive_score
     if ONLINE or RANK:
         if PREPARED:  # computed by `prepare_rows`
-            positive_score = tl.load(positive_scores + first + rows, mask=rows < limit, other=0.0)
+            place = positive_scores + first + rows
+            positive_score = tl.load(place, mask=rows < limit, other=0.0)
+            tie = tl.load(place + N, mask=rows < limit, other=0.0)
         else:
             positive += first.to(tl.int64) * positive_stride_n
             k = load_rows(
@@ -192,7 +201,8 @@ def _sweep_kernel(
                 k = unit_rows(k)  # (BLOCK_N, C), as q
                 q = unit_rows(q)
             k = round_operand(k, DOT, PRECISION).to(tl.float32)
-            positive_score = tl.sum(round_operand(q, DOT, PRECISION).to(tl.float32) * k, axis=1)
+            q = round_operand(q, DOT, PRECISION).to(tl.float32)
+            positive_score, tie = positive_scores_of(q, k)
     # Queries stay in registers where a whole row fits.
     if C <= BLOCK_C:
         query_block = load_rows(
@@ -235,7 +245,7 @@ def _sweep_kernel(
             query,
             rows,
             limit,
-            positive_score,
+            tie,
             scale,
             negatives,
             BLOCK_K,
@@ -278,7 +288,7 @@ def _sweep_kernel(
                 query,
                 rows,
                 limit,
-                positive_score,
+                tie,
                 scale,
                 negatives,
                 K - start,

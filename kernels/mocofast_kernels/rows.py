@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels.configs import ALL_REGISTERS, block_of, row_warps
+from mocofast_kernels.cpu_ranks import TIE as TIE_SHARE
 
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
+TIE = tl.constexpr(TIE_SHARE)
 
 
 @triton.jit
@@ -59,6 +61,17 @@ def unit_rows(x):
 
 
 @triton.jit
+def positive_scores_of(q, k):
+    """Returns the score of every query and key, and the least score that ties with it.
+
+    q, k: (R, C) float32, rounded as operands.
+    """
+    terms = q * k
+    score = tl.sum(terms, axis=1)
+    return score, score - TIE * tl.sum(tl.abs(terms), axis=1)
+
+
+@triton.jit
 def through_unit(gradient, x):
     """Returns the gradient of x from the gradient g of u = x / max(|x|, eps), row by row.
 
@@ -90,7 +103,7 @@ def _prepare_rows_kernel(
     query,  # (N, C)
     positive,  # (N, C), or None
     operand,  # (N, C) of dtype DOT, contiguous
-    score,  # (N,), or None
+    score,  # (2, N), or None: scores, and the least scores that tie with them
     N,
     query_stride_n,
     query_stride_c,
@@ -125,7 +138,9 @@ def _prepare_rows_kernel(
         if NORMALIZE:
             k = unit_rows(k)
         k = round_operand(k, DOT, PRECISION).to(tl.float32)
-        tl.store(score + first + rows, tl.sum(q.to(tl.float32) * k, axis=1), mask=rows < limit)
+        own, tie = positive_scores_of(q.to(tl.float32), k)
+        tl.store(score + first + rows, own, mask=rows < limit)
+        tl.store(score + N + first + rows, tie, mask=rows < limit)
 
 
 @triton.jit
@@ -200,11 +215,14 @@ def prepare_rows(
     query, positive: (N, C), any strides.
     normalize: divide query and positive by max(|x|, 1e-12) first.
 
-    The scores are (N,) float32, computed from rounded operands. Without positive: None.
+    The scores are (2, N) float32, computed from rounded operands, the least scores that tie with
+    them in the second row. Without positive: None.
     """
     N, C = query.shape
     operand = torch.empty((N, C), dtype=dot_dtype, device=query.device)
-    score = None if positive is None else torch.empty(N, dtype=torch.float32, device=query.device)
+    score = None
+    if positive is not None:
+        score = torch.empty((2, N), dtype=torch.float32, device=query.device)
     block_n = rows_per_program(C)
     _prepare_rows_kernel[(triton.cdiv(N, block_n),)](
         query,

@@ -1,7 +1,7 @@
 """Images of any number of channels, of 8 or 16 bits: reads, scales, crops and resizes pixels.
 
-The loaders use this module where an image is not 8-bit RGB. Files are .npy arrays, and all files
-that `mocofast.data.decoding` reads.
+The loaders use this module where an image is not 8-bit RGB. Files are all files that
+`mocofast.data.decoding` reads.
 
 Levels are integers: uint8 (0..255) or uint16 (0..65535). The largest level stands for the value 1.
 A set has one type of levels: uint16 unless all images are arrays of uint8 in memory. Values of 8
@@ -10,23 +10,21 @@ bits become levels of 16 bits exactly, times 257.
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mocofast.data.decoding import image_size, open_image, read_pixels
+from mocofast.data.decoding import File, Given, item_of, open_image, read_header, read_pixels
+from mocofast.data.items import Item
 from mocofast.data.names import checked_labels, digest
-from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels, type_bounds
+from mocofast.data.numpy_files import channels_last, sizes
+from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels
 from mocofast.data.tiff import read_tags
 
-NPY = ".npy"
-_MAGIC = b"\x93NUMPY"
 # PIL's modes with transparency, by the number of channels.
 _WITH_ALPHA = {2: "LA", 4: "RGBA"}
 
@@ -38,10 +36,10 @@ class PixelFormat(NamedTuple):
     dtype: np.dtype  # of the levels: uint8 or uint16
     value_range: ValueRange = AUTO  # the numbers of files that mean the lowest and highest level
 
-    def load(self, item: str | bytes | np.ndarray) -> np.ndarray:
+    def load(self, item: Given) -> np.ndarray:
         """Returns levels (H, W, channels).
 
-        item: the path of a file, the content of a file, or an array of levels.
+        item: a file, or an array of levels.
 
         Raises ValueError for pixels that do not fit, and what numpy and PIL raise on a bad file.
         """
@@ -49,40 +47,31 @@ class PixelFormat(NamedTuple):
             return channels_last(item, self.channels)
         return to_levels(read_numbers(item, self.channels), self.value_range, self.dtype)
 
-    def size(self, item: str | bytes | np.ndarray) -> tuple[int, int]:
-        """Returns (height, width). Reads only the header of a file."""
+    def size(self, item: Given) -> tuple[int, int]:
+        """Returns (height, width). Reads only the header of a file, where the format has one."""
         if isinstance(item, np.ndarray):
-            shape: tuple[int, ...] = item.shape
-        elif (found := _npy_shape(item)) is not None:
-            shape = found
-        else:
-            return image_size(item)
-        height, width, _ = _last(shape, self.channels)
-        return height, width
+            return sizes(item.shape, self.channels)[:2]
+        return read_header(item, self.channels)[:2]
 
 
-def read_numbers(file: str | bytes, channels: int) -> Pixels:
+def read_numbers(file: File, channels: int) -> Pixels:
     """Returns the numbers of a file, (H, W, channels).
 
-    file: a path or a content: an .npy array, or any file of `decoding.read_pixels`.
+    file: any file of `decoding.read_pixels`.
     channels: RGB becomes gray for 1, and gray becomes RGB for 3. Transparency is read for 2 and
         4 channels alone.
 
     Raises ValueError where the file has another number of channels, and what numpy,
     `decoding.read_pixels` and PIL raise.
     """
-    if is_npy(file):
-        # Pickled objects could run code.
-        opened = io.BytesIO(file) if isinstance(file, bytes) else file
-        values = channels_last(np.load(opened, allow_pickle=False), channels)
-        if values.dtype.kind not in "buif":
-            raise ValueError(f"numbers of type {values.dtype} have no order")
-        values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        return Pixels(values, *type_bounds(values.dtype))
-    if channels in _WITH_ALPHA and (with_alpha := _with_alpha(file, channels)) is not None:
-        return with_alpha
-    # Gray is made of all colours, not of the first channel.
-    pixels = read_pixels(file, max(3, channels))
+    if (found := item_of(file)) is not None:
+        pixels = found.pixels(channels)
+    else:
+        assert not isinstance(file, Item)
+        if channels in _WITH_ALPHA and (with_alpha := _with_alpha(file, channels)) is not None:
+            return with_alpha
+        # Gray is made of all colours, not of the first channel.
+        pixels = read_pixels(file, max(3, channels))
     values = pixels.values
     if channels == 1 and values.shape[2] == 3 and values.dtype == np.uint8:
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
@@ -101,19 +90,6 @@ def _with_alpha(file: str | bytes, channels: int) -> Pixels | None:
         if image.mode != _WITH_ALPHA[channels]:
             return None
         return Pixels(np.asarray(image), 0.0, 255.0)
-
-
-def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Returns pixels as (H, W, channels).
-
-    pixels: (H, W, channels), (channels, H, W), or (H, W) for one channel.
-
-    Raises ValueError for another shape.
-    """
-    height, width, _ = _last(pixels.shape, channels)
-    if pixels.shape[-1] != channels and pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    return pixels.reshape(height, width, channels)
 
 
 def float_levels(pixels: np.ndarray) -> np.ndarray:
@@ -212,40 +188,3 @@ def central_view(image: np.ndarray, size: int) -> np.ndarray:
     side = side if small else max(1, round(side * size / round(size * 256 / 224)))
     box = (height - side) // 2, (width - side) // 2, side, side
     return resized_crop(as_tensor(image), *box, size).numpy()
-
-
-def is_npy(file: str | bytes) -> bool:
-    """True for a path or a content of an .npy file."""
-    if isinstance(file, bytes):
-        return file.startswith(_MAGIC)
-    with open(file, "rb") as opened:
-        return opened.read(len(_MAGIC)) == _MAGIC
-
-
-def _npy_shape(file: str | bytes) -> tuple[int, ...] | None:
-    """Returns the shape in the header of an .npy file, or None for a file of another kind."""
-    if not is_npy(file):
-        return None
-    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
-        version = npy.read_magic(opened)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape: tuple[int, ...] = read(opened)[0]
-        return shape
-
-
-def _last(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
-    """Returns (H, W, channels) of pixels. Raises ValueError if the shape does not fit."""
-    if len(shape) == 2 and channels == 1:
-        found = (*shape, 1)
-    elif len(shape) == 3 and shape[2] == channels:
-        found = shape
-    elif len(shape) == 3 and shape[0] == channels:
-        found = (*shape[1:], channels)
-    else:
-        raise ValueError(
-            f"pixels must be (H, W, {channels}) or ({channels}, H, W) for "
-            f"data.channels={channels}, found {shape}"
-        )
-    if 0 in found:
-        raise ValueError(f"pixels must not be empty, found {shape}")
-    return found

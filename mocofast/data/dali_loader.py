@@ -30,23 +30,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
-from torch import Tensor
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import PixelFormat, resized_crop
+from mocofast.data.arrays import PixelFormat
+from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.interface import Batch, BatchSlice, Source, ViewParams, labels_of
-from mocofast.data.photometric import make_views
+from mocofast.data.interface import Batch, BatchSlice, Source, labels_of
+from mocofast.data.items import Item
 from mocofast.data.planning import BatchPlan, BatchPlanner
-from mocofast.data.probing import decode_to_ppm, undecodable, unlike_header
+from mocofast.data.probing import decode_to_ppm, to_ppm, undecodable, unlike_header
 from mocofast.data.ranges import range_of
+from mocofast.data.scaled import decode_scaled
 from mocofast.data.threads import single_threaded_pool
 from mocofast.errors import describe_error
-
-# Pixels of the views that `view_ops` handles in one call. On a CPU the dozen float planes
-# of the call should stay in the L2 cache: 40 views of 224 pixels take twice as long per
-# view as 1 view. On a GPU more pixels spread the cost of kernel launches.
-CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
 
 
 class DaliLoader:
@@ -54,7 +50,7 @@ class DaliLoader:
     of bad files.
 
     All images look as `decoding.decode` returns them, to 1 of 255. A jump to any position
-    but the next starts a new pipeline.
+    but the next starts a new pipeline, and on a GPU another size of the views, too.
     """
 
     name = "dali"
@@ -73,7 +69,7 @@ class DaliLoader:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of DALI's threads. On a CPU as many threads more make the views.
-        data: of these options `prefetch`, `hw_decoder_load` and `preallocate` are used.
+        data: of these options `prefetch`, `decode`, `hw_decoder_load` and `preallocate` are used.
         pixels: how images are read that are not 8-bit RGB. DALI does not decode these images.
         """
         self.reason = ""
@@ -186,7 +182,7 @@ class _Batches:
         data: DataConfig,
         pixels: PixelFormat | None,
     ) -> None:
-        self._source, self._augments, self._data = source, augments, data
+        self._source, self._data = source, data
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._pixels = pixels
         self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
@@ -194,10 +190,14 @@ class _Batches:
         self._pool = single_threaded_pool(self._threads)
         # Other threads than the makers of views, for which reading would wait.
         self._readers = ThreadPoolExecutor(self._threads, "mocofast-read")
-        self.planner = BatchPlanner(source, augments, batch_slice, seed, self._readers, pixels)
+        scaled = data.decode == "scaled"
+        self.planner = BatchPlanner(
+            source, augments, batch_slice, seed, self._readers, pixels, scaled
+        )
         # The next batch to decode, whose files are being read
         self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
+        self._sizes: list[int] = []  # sides of the crops that the pipeline makes on a GPU
         # Plans of the batches inside DALI, oldest first
         self._unfinished: deque[BatchPlan] = deque()
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
@@ -220,15 +220,13 @@ class _Batches:
         if self._stream is None:
             images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
             views = tuple(
-                self._views_from_images(images, params, augment)
-                for params, augment in zip(plan.params, self._augments)
+                views_from_images(images, params, augment, self._pool)
+                for params, augment in zip(plan.params, plan.augments)
             )
         else:
+            crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             with torch.cuda.stream(self._stream):
-                views = tuple(
-                    _views_from_crops(torch.from_dlpack(crops.as_tensor()), params, augment)
-                    for crops, params, augment in zip(outputs, plan.params, self._augments)
-                )
+                views = tuple(map(views_from_crops, crops, plan.params, plan.augments))
             # DALI may write to `outputs` again as soon as they go out of scope.
             self._stream.synchronize()
         self._next_out = self.planner.after(plan.epoch, plan.step)
@@ -244,13 +242,15 @@ class _Batches:
     # DALI
 
     def _run_pipeline(self) -> tuple[BatchPlan, tuple[Any, ...]]:
-        """Returns the next plan and DALI's outputs. Replaces bad samples until all
-        samples decode.
-        """
+        """Returns the next plan and DALI's outputs. Replaces bad samples until all decode."""
+        augments = self.planner.augments_at(self._next_out[0])
+        if self._stream is not None and (sizes := [a.size for a in augments]) != self._sizes:
+            self._forget_pipeline()  # its crops have the size of the epoch before
+            self._sizes = sizes
         while True:
             if self._pipeline is None:
                 self._next_plan = self._next_out
-                self._pipeline = self._build()
+                self._pipeline = self._build(augments)
             try:
                 outputs = self._pipeline.run()  # waits for the host, so any stream may read
             except RuntimeError:
@@ -265,10 +265,10 @@ class _Batches:
                 continue
             return self._unfinished.popleft(), outputs
 
-    def _build(self) -> Pipeline:
+    def _build(self, augments: tuple[AugmentConfig, ...]) -> Pipeline:
         pipeline = decode_and_crop(
             self._feed,
-            self._augments,
+            augments,
             self._stream is not None,
             np.ndarray if self._in_memory else bytes,
             self._data,
@@ -286,9 +286,7 @@ class _Batches:
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
-        """Returns the input of the next batch. DALI calls this function when it has
-        room for a batch.
-        """
+        """Returns the input of the next batch. DALI calls it when there is room for a batch."""
         while True:
             plan, reads = self._ahead or self._read_next()
             self._ahead = None
@@ -311,21 +309,30 @@ class _Batches:
         """Plans the next batch, and starts to read its files."""
         plan = self.planner.plan(*self._next_plan)
         self._next_plan = self.planner.after(plan.epoch, plan.step)
-        return plan, [self._readers.submit(self._item, i) for i in plan.samples.tolist()]
+        samples = zip(plan.samples.tolist(), plan.factors)
+        return plan, [self._readers.submit(self._item, i, factor) for i, factor in samples]
 
-    def _item(self, index: int, in_python: bool = False) -> np.ndarray | str:
-        """Returns pixels, the content of a file as uint8, or why the file is bad."""
+    def _item(self, index: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
+        """Returns pixels, the content of a file as uint8, or why the file is bad.
+
+        factor: the image is decoded at 1 / factor of its size, in Python unless the factor is 1.
+        """
         item = self._source.load(index)
         try:
             if self._pixels is not None:
                 return np.ascontiguousarray(self._pixels.load(item))
             if isinstance(item, np.ndarray):
                 return item
-            if in_python or self.planner.in_python[index]:
+            if factor > 1:
+                decoded = decode_scaled(cast("str | bytes", item), lambda size: factor)
+                if decoded is None:
+                    raise OSError("not a JPEG file any more")
+                reason = unlike_header(decoded[1], self.planner.sizes[index])
+                return reason or to_ppm(np.asarray(decoded[0]))
+            if in_python or isinstance(item, Item) or self.planner.in_python[index]:
                 return decode_to_ppm(item, self._range, self.planner.sizes[index])
-            if isinstance(item, bytes):
-                return np.frombuffer(item, dtype=np.uint8)
-            return np.fromfile(item, dtype=np.uint8)
+            read: Any = np.frombuffer if isinstance(item, bytes) else np.fromfile
+            return cast("np.ndarray", read(item, dtype=np.uint8))
         except Exception as error:  # decoders raise nearly any exception on corrupt files
             return describe_error(error)
 
@@ -358,43 +365,11 @@ class _Batches:
 
         The crop of such an image may lie outside of the image. Returns False if there are none.
         """
-        samples = self._unfinished[0].samples.tolist()
-        for (height, width, _), index in zip(shapes, samples):
-            if reason := unlike_header((height, width), self.planner.sizes[index]):
+        plan = self._unfinished[0]
+        samples = plan.samples.tolist()
+        for (height, width, _), index, factor in zip(shapes, samples, plan.factors):
+            # A scaled image was compared by `_item`.
+            stated = self.planner.sizes[index]
+            if factor == 1 and (reason := unlike_header((height, width), stated)):
                 self.planner.skipped[index] = reason
         return not self.planner.skipped.keys().isdisjoint(samples)
-
-    # Views
-
-    def _views_from_images(
-        self, images: list[Tensor], params: list[ViewParams], augment: AugmentConfig
-    ) -> Tensor:
-        """Crops, resizes and augments images on the CPU, with all threads.
-
-        images: B images, (H, W, C), uint8 or uint16.
-        Returns views (B, C, S, S), channels-last.
-        """
-        side = augment.size
-        views = torch.empty((len(images), side, side, images[0].shape[2]), dtype=images[0].dtype)
-        chunk = max(1, CHUNK_PIXELS["cpu"] // side**2)
-
-        def work(start: int) -> None:
-            part = slice(start, start + chunk)
-            for view, image, p in zip(views[part], images[part], params[part]):
-                view.copy_(resized_crop(image, p.top, p.left, p.height, p.width, side))
-            make_views(views[part], params[part], augment, views[part])
-
-        list(self._pool.map(work, range(0, len(images), chunk)))
-        return views.permute(0, 3, 1, 2)
-
-
-def _views_from_crops(crops: Tensor, params: list[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, C) on a GPU. Returns views (B, C, S, S), channels-last,
-    in new memory.
-    """
-    views = torch.empty_like(crops)
-    chunk = max(1, CHUNK_PIXELS["cuda"] // augment.size**2)
-    for start in range(0, len(crops), chunk):
-        part = slice(start, start + chunk)
-        make_views(crops[part], params[part], augment, views[part])
-    return views.permute(0, 3, 1, 2)

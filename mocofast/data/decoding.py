@@ -1,12 +1,12 @@
 """Image files: what their headers say, and their pixels, as every loader, the evaluation
 and `mocofast prepare` see the files.
 
-Every function takes a file as its path or as its content.
+Every function takes a file as its path, as its content, or as an `items.Item`.
 
 PIL decodes the formats of photos. EXIF orientation is never applied, the orientation of
 TIFF always, as PIL does. The numbers of other files (signed, float, many channels or
 pages) are read by `read_pixels` and scaled to 8 bits by `mocofast.data.ranges`.
-docs/formats.md shows every kind.
+Other files are read by the readers of `mocofast.data.kinds`. docs/formats.md shows every kind.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from mocofast.data.items import Extent, FileReader, Item
+from mocofast.data.kinds import reader_of
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
     BLACK_IS_ZERO,
@@ -35,6 +37,9 @@ from mocofast.data.tiff import (
     remark_of,
     tiff_pixels,
 )
+
+File: TypeAlias = "str | bytes | Item"
+Given: TypeAlias = "File | np.ndarray"  # a file, or pixels (H, W, C)
 
 
 @contextmanager
@@ -63,7 +68,30 @@ class Header(NamedTuple):
     remark: str = ""  # what is left out: "channels 1 to 3 of 13"
 
 
-def read_header(file: str | bytes, wanted: int = 3) -> Header:
+class _Read:
+    """How a file of `kinds` is read: as a whole."""
+
+    def __init__(self, reader: FileReader) -> None:
+        self._reader = reader
+
+    def extent(self, item: Item, wanted: int) -> Extent:
+        """Returns the size of the image."""
+        return self._reader.extent(item.file, wanted)
+
+    def pixels(self, item: Item, wanted: int) -> Pixels:
+        """Returns the numbers of the image."""
+        return self._reader.pixels(item.file, wanted)
+
+
+def item_of(file: File) -> Item | None:
+    """Returns the file with its reader, or None for photos and TIFF. Raises OSError."""
+    if isinstance(file, Item):
+        return file
+    reader = reader_of(file)
+    return None if reader is None else Item(file, _Read(reader))
+
+
+def read_header(file: File, wanted: int = 3) -> Header:
     """Reads the header of an image file. Decodes no pixels.
 
     wanted: number of channels that the encoder takes.
@@ -72,6 +100,10 @@ def read_header(file: str | bytes, wanted: int = 3) -> Header:
     PIL where the header cannot be read, and PIL.Image.DecompressionBombError above
     twice PIL.Image.MAX_IMAGE_PIXELS.
     """
+    if (found := item_of(file)) is not None:
+        size = found.extent(wanted)
+        return Header(size.height, size.width, size.format, False, size.deep, size.remark)
+    assert not isinstance(file, Item)
     tags = read_tags(file)
     if tags is None:
         with open_image(file) as image:
@@ -88,15 +120,15 @@ def read_header(file: str | bytes, wanted: int = 3) -> Header:
     )
 
 
-def image_size(file: str | bytes) -> tuple[int, int]:
+def image_size(file: File) -> tuple[int, int]:
     """Returns (height, width) from the header of an image file. Raises as `read_header`."""
     return read_header(file)[:2]
 
 
-def decode(item: str | bytes | np.ndarray, value_range: ValueRange = AUTO) -> Image.Image:
+def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
     """Returns an RGB image.
 
-    item: the path of a file, the content of a file, or pixels (H, W, 3) uint8.
+    item: a file, or pixels (H, W, 3) uint8.
     value_range: the numbers that mean black and white (`ranges.to_uint8`).
 
     Transparency is dropped: the colour under transparent pixels shows. Grey of more than
@@ -106,6 +138,9 @@ def decode(item: str | bytes | np.ndarray, value_range: ValueRange = AUTO) -> Im
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
+    if (found := item_of(item)) is not None:
+        return _rgb(to_uint8(found.pixels(3), value_range))
+    assert not isinstance(item, Item)
     tags = read_tags(item)
     if tags is not None:
         _check_bomb(tags)
@@ -123,7 +158,7 @@ def decode(item: str | bytes | np.ndarray, value_range: ValueRange = AUTO) -> Im
     return _rgb(to_uint8(read_pixels(item), value_range))
 
 
-def read_pixels(file: str | bytes, wanted: int = 3) -> Pixels:
+def read_pixels(file: File, wanted: int = 3) -> Pixels:
     """Returns the numbers of an image file, not scaled: (H, W, C) of the file's type.
 
     wanted: number of channels that the encoder takes. C is `wanted` if the file has as
@@ -132,6 +167,9 @@ def read_pixels(file: str | bytes, wanted: int = 3) -> Pixels:
     Colour models other than gray and RGB become RGB of 8 bits. Raises as `decode`, and
     ImportError with a pip command if a library is missing.
     """
+    if (found := item_of(file)) is not None:
+        return found.pixels(wanted)
+    assert not isinstance(file, Item)
     tags = read_tags(file)
     if tags is not None:
         _check_bomb(tags)
@@ -159,6 +197,8 @@ def read_pixels(file: str | bytes, wanted: int = 3) -> Pixels:
 
 def _rgb(pixels: np.ndarray) -> Image.Image:
     """Returns pixels (H, W, 3) or (H, W, 1) uint8 as an RGB image."""
+    if pixels.shape[2] not in (1, 3):
+        raise ValueError(f"has {pixels.shape[2]} channels, not data.channels=3")
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
 
 

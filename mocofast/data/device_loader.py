@@ -28,6 +28,7 @@ from mocofast.data.interface import (
     no_image_decodes,
     source_order,
     to_device,
+    view_sources,
 )
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
@@ -53,9 +54,9 @@ def why_not_device_loader(
     """Returns why the device loader cannot serve, or "" if it can. Decodes no image."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
-        if augment.size > largest:
+        if (size := max(augment.training_sizes())) > largest:
             kind = "rotated views" if augment.rotate else "views"
-            return f"it makes {kind} of up to {largest} pixels, not {augment.size}"
+            return f"it makes {kind} of up to {largest} pixels, not {size}"
     return _too_large(source.images.nbytes, device) if isinstance(source, ArraySource) else ""
 
 
@@ -136,6 +137,31 @@ def load_images(
     return LoadedImages(images, shown, skipped)
 
 
+def load_views(
+    source: Source, device: torch.device, pixels: PixelFormat | None = None
+) -> LoadedImages:
+    """Decodes the images of all views of a source. Arguments, errors: as for `load_images`.
+
+    Of pairs of files all first files come first, then all second files. A pair with a bad file
+    is a bad sample.
+    """
+    sources = view_sources(source)
+    if len(sources) == 1:
+        return load_images(source, device, pixels)
+    loaded = [load_images(part, device, pixels) for part in sources]
+    shapes = {part.images.shape[1:] for part in loaded}
+    if len(shapes) > 1:
+        raise ConfigError(f"data.loader=device needs images of one size, got {sorted(shapes)}")
+    skipped = {index: reason for part in loaded for index, reason in part.skipped.items()}
+    shown = np.arange(len(source))
+    for index in skipped:
+        found = first_good(index, len(source), lambda sample: sample not in skipped)
+        if found is None:
+            raise no_image_decodes(source, skipped)
+        shown[index] = found
+    return LoadedImages(np.concatenate([part.images for part in loaded]), shown, skipped)
+
+
 class DeviceLoader:
     """A `mocofast.data.interface.Loader` without workers."""
 
@@ -162,12 +188,15 @@ class DeviceLoader:
             raise ConfigError(f"data.loader=device cannot serve: {why}")
         self.reason = ""
         self.steps_per_epoch = batch_slice.steps(len(source))
-        loaded = load_images(source, device, pixels)
+        loaded = load_views(source, device, pixels)
         self.skipped = loaded.skipped
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._device = seed, device
         self._images = torch.from_numpy(np.ascontiguousarray(loaded.images)).to(device)
         self._shown = torch.from_numpy(loaded.shown)
+        # Where the images of every view begin
+        files = len(view_sources(source))
+        self._begin = [view % files * len(source) for view in range(len(augments))]
         # None: PyTorch makes the views.
         self._kernel = None
         if not why_not_kernel(self._images.dtype, augments):
@@ -185,8 +214,9 @@ class DeviceLoader:
     def _iterate(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         size = np.array(self._images.shape[1:3])
         order = source_order(self._source, self._seed, epoch)
+        augments = tuple(augment.at(epoch) for augment in self._augments)
         make = self._composed if self._kernel is None else self._fused
-        chunk = max(1, SAMPLED_AT_ONCE // (len(self._augments) * self._slice.per_rank))
+        chunk = max(1, SAMPLED_AT_ONCE // (len(augments) * self._slice.per_rank))
         for first in range(start, self.steps_per_epoch, chunk):
             # Sample the parameters of `chunk` steps at once.
             last = min(first + chunk, self.steps_per_epoch)
@@ -194,59 +224,57 @@ class DeviceLoader:
             index = np.concatenate(slots)
             sampled = [
                 sample_views(augment, size, self._seed, epoch, index, view)
-                for view, augment in enumerate(self._augments)
+                for view, augment in enumerate(augments)
             ]
             # Make the views step by step.
             steps = self._shown[torch.from_numpy(index)].split([len(slot) for slot in slots])
-            for shown, views in zip(steps, make(steps, sampled)):
+            for shown, views in zip(steps, make(steps, sampled, augments)):
                 batch = tuple(view.permute(0, 3, 1, 2) for view in views)
                 yield Batch(batch, shown, labels_of(self._source, shown))
 
     def _composed(
-        self, steps: tuple[Tensor, ...], sampled: list[Views]
+        self, steps: tuple[Tensor, ...], sampled: list[Views], augments: tuple[AugmentConfig, ...]
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yields the views of every step, (B, S, S, C) per view, made by PyTorch.
 
         steps: the images of every step, (B,) int64.
         sampled: the parameters of every view, for the images of all steps.
+        augments: the augmentation of every view.
 
         PyTorch makes the views of all steps together, which is faster.
         """
         index = torch.cat(steps)
         views = (
-            compose(self._images, index, params, augment)
-            for params, augment in zip(sampled, self._augments)
+            compose(self._images, index + begin, params, augment)
+            for params, augment, begin in zip(sampled, augments, self._begin)
         )
         return zip(*(view.split([len(step) for step in steps]) for view in views))
 
     def _fused(
-        self, steps: tuple[Tensor, ...], sampled: list[Views]
+        self, steps: tuple[Tensor, ...], sampled: list[Views], augments: tuple[AugmentConfig, ...]
     ) -> Iterator[tuple[Tensor, ...]]:
         """As `_composed`, by the kernel: one launch per step for all views of one size."""
         assert self._kernel is not None
-        # Group the views by size, and copy the parameters of a group to the device at once.
-        groups: dict[int, list[int]] = {}
-        for view, augment in enumerate(self._augments):
-            groups.setdefault(augment.size, []).append(view)
-        tables = [
-            parameter_table(params, augment) for params, augment in zip(sampled, self._augments)
-        ]
+        # Group the views by size and file. Copy the parameters of a group to the device at once.
+        groups: dict[tuple[int, int], list[int]] = {}
+        for view, augment in enumerate(augments):
+            groups.setdefault((augment.size, self._begin[view]), []).append(view)
+        tables = [parameter_table(params, augment) for params, augment in zip(sampled, augments)]
         stacked = {
-            size: to_device(torch.stack([tables[view] for view in views]), self._device)
-            for size, views in groups.items()
+            group: to_device(torch.stack([tables[view] for view in views]), self._device)
+            for group, views in groups.items()
         }
         index, begin = to_device(torch.cat(steps), self._device), 0
         # Launch the kernel per step and group.
         for step in steps:
             rows = slice(begin, begin := begin + len(step))
             made: dict[int, Tensor] = {}
-            for size, views in groups.items():
-                rotate = any(self._augments[view].rotate for view in views)
-                params = stacked[size][:, rows]
-                made |= zip(
-                    views, self._kernel(self._images, index[rows], params, size, rotate=rotate)
-                )
-            yield tuple(made[view] for view in range(len(self._augments)))
+            for (size, first), views in groups.items():
+                rotate = any(augments[view].rotate for view in views)
+                params = stacked[size, first][:, rows]
+                chosen = index[rows] + first if first else index[rows]
+                made |= zip(views, self._kernel(self._images, chosen, params, size, rotate=rotate))
+            yield tuple(made[view] for view in range(len(augments)))
 
     def close(self) -> None:
         """Ends the iterator of the last `epoch`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mocofast.config import ConfigError
+from mocofast.data.names import FIELDS, extension_of
 from mocofast.errors import describe_error
 
 SHOWN = 5  # kinds, folders or names that a line lists
@@ -100,9 +101,12 @@ class Found(NamedTuple):
             parts.append(f"{counted(count, 'file')} of other kinds ignored: {listed(self.kinds)}")
             pictures = sorted(self.kinds.keys() & _PICTURES)
             if pictures:
-                heif = " (pip install pillow-heif: PIL then opens .heic)"
+                heif = " (pip install pillow-heif, and --data.include '*.heic,*.jpg' reads .heic)"
                 convert = f"convert {', '.join(pictures)} to PNG or JPEG to use them"
                 parts.append(convert + heif * bool({".heic", ".heif"} & set(pictures)))
+            fields = sorted(self.kinds.keys() & FIELDS - _PICTURES)
+            if fields:
+                parts.append(f"--data.include '*{fields[0]}' reads {fields[0]}")
             packed = [kind for kind in (".gz", ".tgz") if kind in self.kinds]
             if packed:
                 parts.append("gunzip unpacks .tar.gz, and data.source=shards reads .tar")
@@ -169,7 +173,7 @@ class Disk:
                 if entry.is_dir():
                     folders.append(name)
                 elif not images:
-                    images = name[name.rfind(".") :].lower() in self._extensions
+                    images = extension_of(name) in self._extensions
         return sorted(folders), images
 
     def find(self, folder: str, patterns: Patterns = ALL) -> Found:
@@ -194,8 +198,7 @@ class Disk:
                         continue
                     if entry.is_dir():
                         folders.append(name)
-                    # A name without a dot gives its last letter, which is no extension.
-                    elif name[name.rfind(".") :].lower() in self._extensions:
+                    elif extension_of(name) in self._extensions:
                         names.append(prefix + name)
                     else:
                         found.kinds[os.path.splitext(name)[1].lower()] += 1
@@ -258,7 +261,7 @@ class Names:
         return found._replace(excluded=excluded)
 
     def _is_image(self, path: str) -> bool:
-        return os.path.splitext(path)[1].lower() in self._extensions
+        return extension_of(path) in self._extensions
 
 
 def _note_folder(found: Found, prefix: str, name: str, images: int) -> None:

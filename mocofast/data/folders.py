@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from mocofast.config import ConfigError
-from mocofast.data.finding import Disk, Found
-from mocofast.data.names import EXTENSIONS, NamedImages
+from mocofast.config import ConfigError, DataConfig
+from mocofast.data.finding import Disk, Found, Patterns, Tree
+from mocofast.data.names import EXTENSIONS, NamedImages, extensions_to_try
+
+TreeT = TypeVar("TreeT", bound=Tree)
 
 # What to do with a file that is named as data.path, by the end of its name.
 CONTAINERS = {
@@ -79,6 +82,26 @@ def open_folder(folder: str | Path, extensions: Set[str] = EXTENSIONS) -> Disk:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ConfigError(f"data.path: {str(folder)!r} cannot be read (permission denied)")
     return Disk(folder, extensions)
+
+
+def choose_tree(make: Callable[[frozenset[str]], TreeT], data: DataConfig) -> TreeT:
+    """Returns the tree of images of the first extensions that occur.
+
+    make: returns the tree of images with some extensions.
+    data: `reader`, `channels`, `include` and `exclude` are used.
+    """
+    first, *more = extensions_to_try(data.reader, data.channels, data.include)
+    tree = make(first)
+    if not more:
+        return tree
+    patterns = Patterns(data.include, data.exclude)
+    if tree.find("", patterns).names:
+        return tree
+    for extensions in more:
+        other = make(extensions)
+        if other.find("", patterns).names:
+            return other
+    return tree
 
 
 def no_image(folder: str, found: Found) -> ConfigError:

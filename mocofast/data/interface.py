@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
+from mocofast.data.items import Item
 
 CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
 CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop
@@ -65,9 +66,9 @@ class Source(Protocol):
         """Returns the name of a sample for log lines."""
         ...
 
-    def load(self, index: int) -> str | bytes | np.ndarray:
-        """Returns the path of a file, the content of a file, or pixels (H, W, C), uint8 or
-        uint16.
+    def load(self, index: int) -> str | bytes | np.ndarray | Item:
+        """Returns the path of a file, the content of a file, pixels (H, W, C), uint8 or
+        uint16, or an Item, which has a reader of its own.
         """
         ...
 
@@ -169,6 +170,14 @@ def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
     if isinstance(source, Ordered):
         return source.order(seed, epoch)
     return epoch_order(len(source), seed, epoch)
+
+
+def view_sources(source: Source) -> tuple[Source, ...]:
+    """Returns the sources of the files of a sample: `source`, or two for pairs of files.
+
+    View v shows a file of source v, modulo the number of sources.
+    """
+    return getattr(source, "views", (source,))
 
 
 def first_good(slot: int, count: int, is_good: Callable[[int], bool]) -> int | None:

@@ -17,9 +17,8 @@ from mocofast.config import ConfigError, DataConfig
 from mocofast.data import remote
 from mocofast.data.download import is_url
 from mocofast.data.finding import Names, Patterns, counted, shortened
-from mocofast.data.folders import no_image
+from mocofast.data.folders import choose_tree, no_image
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout, groups_of
-from mocofast.data.names import EXTENSIONS
 from mocofast.data.remote import joined, local_copy, parent
 
 PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
@@ -204,7 +203,8 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
     data: `train`, `val`, `include`, `exclude`, `labels` and `group` are used.
     """
     paths = images.paths()
-    names = Names(paths, EXTENSIONS).find("", Patterns(data.include, data.exclude))
+    tree = choose_tree(lambda extensions: Names(paths, extensions), data)
+    names = tree.find("", Patterns(data.include, data.exclude))
     usable = set(names.names)
     remarks = [line for line in (names.left_out(),) if line] + names.warnings()
     count = len(paths)

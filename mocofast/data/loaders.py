@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
-from mocofast.data.arrays import NPY, PixelFormat
+from mocofast.data.arrays import PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
-from mocofast.data.interface import BatchSlice, Loader, Source
+from mocofast.data.interface import BatchSlice, Loader, Source, view_sources
+from mocofast.data.items import Item
+from mocofast.data.numpy_files import MAGIC, NPY
 from mocofast.data.ranges import range_of
+from mocofast.data.scaled import check_scaled
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
@@ -44,6 +47,9 @@ def build_loader(
     pixels = pixels_of(source, data.channels)
     augments = tuple(checked_augment(augment, data.channels) for augment in augments)
     choice, reason = choose_loader(source, data.loader, device, augments, pixels)
+    if data.decode == "scaled":
+        of_type = range_of(source).of_type
+        check_scaled(choice, device.type == "cuda", pixels is None, of_type)
     workers = count_workers(data.workers)
     loader: Loader
     if choice == "device":
@@ -89,7 +95,8 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
     Raises ConfigError for arrays in memory with another number of channels.
     """
     deep = PixelFormat(channels, np.dtype(np.uint16), range_of(source))
-    if isinstance(source, ShardSource) or not len(source):
+    photos = isinstance(source, ShardSource) and source.photos
+    if photos or not len(source):
         return None if channels == 3 else deep
     first = source.load(0)
     if isinstance(first, np.ndarray):
@@ -103,8 +110,24 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
             if channels == 3 and first.dtype == np.uint8
             else PixelFormat(channels, first.dtype)
         )
-    is_rgb = channels == 3 and not (isinstance(first, str) and first.lower().endswith(NPY))
-    return None if is_rgb else deep
+    return None if channels == 3 and not _loses_levels(first) else deep
+
+
+def _loses_levels(first: str | bytes | Item) -> bool:
+    """Returns whether a set of three channels keeps 16 bits: arrays of more than 8 bits do.
+
+    first: the first image of the set. Arrays come from .npy files and from data.reader.
+    """
+    if isinstance(first, str):
+        return first.lower().endswith(NPY)
+    if isinstance(first, bytes):
+        return first.startswith(MAGIC)
+    if not getattr(first.reading, "function", None):
+        return False
+    try:
+        return first.extent(3).deep
+    except Exception:  # a bad file, which the loader skips and names
+        return True
 
 
 def checked_augment(augment: AugmentConfig, channels: int) -> AugmentConfig:
@@ -155,6 +178,13 @@ def choose_loader(
         raise ConfigError(f"data.loader must be {list_choices(LOADERS)}, got {asked!r}")
     if asked in ("device", "torchvision"):  # DeviceLoader raises if it cannot serve
         return asked, "asked for"
+    if len(view_sources(source)) > 1:
+        if asked == "dali":
+            raise ConfigError(
+                "data.loader=dali makes all views of one file, and data.pairs takes two; "
+                "--data.loader torchvision serves"
+            )
+        return "torchvision", "views of two files"
     in_memory = isinstance(source, ArraySource)
     # Images in memory need no decoding.
     if asked == "auto" and in_memory:

@@ -14,6 +14,57 @@ EXTENSIONS = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
 
+ARRAYS = frozenset({".npy"})
+# Files of fields beside photography. They are images where a set has no image of EXTENSIONS.
+FIELDS = frozenset(
+    {".npy", ".npz", ".dcm", ".dicom", ".nii", ".nii.gz", ".heic", ".heif", ".avif"}
+    | {".svs", ".ndpi", ".scn", ".bif"}
+)
+
+# Extensions with two dots. mocofast's indices of shards are no images.
+_DOUBLE = {".gz": ".nii", ".npz": ".index"}
+
+
+class _Every(frozenset[str]):
+    """Contains every extension."""
+
+    def __contains__(self, extension: object) -> bool:
+        return True
+
+
+EVERY = _Every()  # for functions of the user, which may read any file
+
+
+def extension_of(name: str) -> str:
+    """Returns the extension of a name, in lower case, with a dot. "" for none."""
+    dot = name.rfind(".", name.rfind("/") + 1)
+    if dot < 0:
+        return ""
+    extension = name[dot:].lower()
+    if extension in _DOUBLE and name[:dot].lower().endswith(first := _DOUBLE[extension]):
+        return first + extension
+    return extension
+
+
+def extensions_to_try(
+    reader: str, channels: int, include: Sequence[str] = ()
+) -> tuple[frozenset[str], ...]:
+    """Returns sets of extensions. A set of images has the first extensions that occur.
+
+    reader, channels, include: values of data.reader, data.channels and data.include.
+
+    A function of the user may read any file. Extensions of FIELDS that `include` names are those
+    of images.
+    """
+    if reader != "auto":
+        return (EVERY,)
+    named = {end for end in FIELDS if any(text.lower().endswith(end) for text in include)}
+    if named:
+        return (EXTENSIONS | named,)
+    if channels != 3:
+        return (EXTENSIONS | ARRAYS, FIELDS)
+    return (EXTENSIONS, ARRAYS, FIELDS)
+
 
 def stratified_holdout(
     labels: np.ndarray, share: float, seed: int

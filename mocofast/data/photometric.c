@@ -198,12 +198,13 @@ static void store(const struct images *images, const float *planes, void *image,
 
 /* Makes n views.
  *
- * in, out: (n, S, S, C), uint8 for a top of 255, uint16 for a top of 65535. May be the same.
+ * in: n images, (S, S, C), uint8 for a top of 255, uint16 for a top of 65535.
+ * out: (n, S, S, C) of the same type. The images of `in` may lie there, in the same order.
  * views: n times `fields` floats.
  * channel_jitter: 1 if the factors of channels stand behind the fields.
  * scratch: C S S + 2 S (S + 2 R) floats, R the largest reach.
  * mean: for sums beyond 2^24, which float32 does not hold. */
-EXPORT void photometric_views(int variant, const void *in, void *out, int64_t n, int side,
+EXPORT void photometric_views(int variant, const void *const *in, void *out, int64_t n, int side,
                               int channels, int top, const float *views, int64_t fields,
                               int gray_first, int channel_jitter, float *scratch,
                               mean_function mean) {
@@ -212,7 +213,7 @@ EXPORT void photometric_views(int variant, const void *in, void *out, int64_t n,
   int64_t count = (int64_t)side * side * channels, bytes = count * (top == 255 ? 1 : 2);
   for (int64_t i = 0; i < n; i++, views += fields) {
     char *made = (char *)out + i * bytes;
-    load(&images, (const char *)in + i * bytes, scratch);
+    load(&images, in[i], scratch);
     chosen->chain(&images, scratch, scratch + count, views);
     store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0, (int)views[TURNS]);
     if (!channel_jitter) continue;

@@ -59,22 +59,30 @@ _Views = ctypes.CFUNCTYPE(
 
 
 def make_views(
-    crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+    crops: Tensor | list[Tensor],
+    params: Sequence[ViewParams],
+    augment: AugmentConfig,
+    out: Tensor,
 ) -> None:
     """Does what `view_ops.apply_view_ops` does, faster where the library can serve.
 
-    crops, out: (n, S, S, C), uint8 or uint16 on one device. `out` may be `crops`.
+    crops: (n, S, S, C) or a list of n crops (S, S, C), uint8 or uint16.
     params: the parameters of n views.
+    out: (n, S, S, C) of the same type, on the same device. May be `crops`.
     """
-    library = compiled()[0] if crops.device.type == "cpu" else None
+    library = compiled()[0] if out.device.type == "cpu" else None
+    rotated = any(p.angle for p in params)
+    if isinstance(crops, list) and (library is None or rotated):
+        crops = torch.stack(crops)
     if library is None:
+        assert isinstance(crops, Tensor)
         view_ops.apply_view_ops(crops, params, augment, out)
         return
-    if any(p.angle for p in params):
+    if rotated:
+        assert isinstance(crops, Tensor)
         alone = [p._replace(**{**_NOTHING, "angle": p.angle}) for p in params]
-        rotated = torch.empty_like(crops)
-        view_ops.apply_view_ops(crops, alone, augment, rotated)
-        crops = rotated
+        upright, crops = crops, torch.empty_like(crops)
+        view_ops.apply_view_ops(upright, alone, augment, crops)
     library.make(crops, params, augment, out)
     if any(p.key for p in params) and (augment.hed or augment.noise):
         alone = [p._replace(**{**_NOTHING, "key": p.key, "noise": p.noise}) for p in params]
@@ -107,14 +115,19 @@ class Photometric:
         self._scratch = threading.local()  # a buffer for every thread
 
     def make(
-        self, crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+        self,
+        crops: Tensor | list[Tensor],
+        params: Sequence[ViewParams],
+        augment: AugmentConfig,
+        out: Tensor,
     ) -> None:
         """Applies all operators but rotation, jitter of stains and noise. Takes the arguments of
         `make_views`. Holds no lock of Python while the views are made.
         """
-        source = crops.contiguous()
-        made = out if out.is_contiguous() else torch.empty_like(source)
-        n, side, _, channels = source.shape
+        images = [crop.contiguous() for crop in crops]
+        places = np.array([image.data_ptr() for image in images], dtype=np.uintp)
+        made = out if out.is_contiguous() else out.contiguous()
+        n, side, _, channels = out.shape
         radii = [view_ops.box_radius(p.sigma) for p in params]
         # (n, FIELDS) float32, in the order of photometric.c
         table = np.array(
@@ -139,14 +152,14 @@ class Photometric:
         ).reshape(n, FIELDS)
         by_channel = any(augment.channel_jitter) and any(p.key for p in params)
         if by_channel:
-            factors = view_ops.channel_factors(params, augment, channels, source.device)
+            factors = view_ops.channel_factors(params, augment, channels, out.device)
             table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
         reach = math.ceil(max(radii, default=0))
         scratch = self._buffer(channels * side**2 + 2 * side * (side + 2 * reach))
-        top = 255 if source.dtype == torch.uint8 else 65535
+        top = 255 if out.dtype == torch.uint8 else 65535
         self._views(
             self.variant,
-            source.data_ptr(),
+            places.ctypes.data,
             made.data_ptr(),
             n,
             side,

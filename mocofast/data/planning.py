@@ -23,6 +23,7 @@ from mocofast.data.interface import (
 from mocofast.data.probing import accepts
 from mocofast.data.ranges import range_of
 from mocofast.data.sampling import per_view, sample_views
+from mocofast.data.scaled import SCALABLE, scaled_factor, scaled_params
 from mocofast.errors import describe_error
 
 
@@ -32,7 +33,10 @@ class BatchPlan(NamedTuple):
     epoch: int
     step: int
     samples: np.ndarray  # (B,) int64: the samples to decode, after substitution of bad samples
-    params: list[list[ViewParams]]  # the parameters of B views, for every view
+    # The parameters of B views, for every view. Crops are in pixels of the decoded image
+    params: list[list[ViewParams]]
+    augments: tuple[AugmentConfig, ...]  # the augmentation of every view
+    factors: list[int]  # (B,): images are decoded at 1 / factor of their size (`scaled`)
 
 
 class BatchPlanner:
@@ -48,13 +52,15 @@ class BatchPlanner:
         seed: int,
         pool: ThreadPoolExecutor,
         pixels: PixelFormat | None = None,
+        scaled: bool = False,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         pool: threads that read headers.
         pixels: how images are read that are not 8-bit RGB.
+        scaled: data.decode is scaled.
         """
-        self._pixels = pixels
+        self._pixels, self._scaled = pixels, scaled
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
         # (height, width) of every image, 0 if not known yet
@@ -62,6 +68,7 @@ class BatchPlanner:
         # True for files that are decoded in Python: DALI reads their kind otherwise, or may end
         # the process. Known where the size is known
         self.in_python = np.zeros(len(source), dtype=bool)
+        self._scalable = np.zeros(len(source), dtype=bool)  # True for JPEG files
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._pool = seed, pool
         self._dali_range = range_of(source).of_type  # DALI knows no other range
@@ -75,11 +82,23 @@ class BatchPlanner:
         list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers in parallel
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
         sizes = self.sizes[samples]
+        augments = self.augments_at(epoch)
         params = [
             per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
-            for view, augment in enumerate(self._augments)
+            for view, augment in enumerate(augments)
         ]
-        return BatchPlan(epoch, step, samples, params)
+        factors = [1] * len(samples)
+        if self._scaled:
+            for i in np.flatnonzero(self._scalable[samples]).tolist():
+                size: tuple[int, int] = tuple(sizes[i].tolist())
+                factors[i] = scaled_factor([view[i] for view in params], augments)
+                for view in params:
+                    view[i] = scaled_params(view[i], size, factors[i])
+        return BatchPlan(epoch, step, samples, params, augments, factors)
+
+    def augments_at(self, epoch: int) -> tuple[AugmentConfig, ...]:
+        """Returns the augmentation of every view in an epoch."""
+        return tuple(augment.at(epoch) for augment in self._augments)
 
     def after(self, epoch: int, step: int) -> tuple[int, int]:
         """Returns the (epoch, step) of the next batch."""
@@ -106,6 +125,8 @@ class BatchPlanner:
                     return True
                 header = read_header(item)
                 self.in_python[index] = not (self._dali_range and accepts(item, header))
+                is_file = isinstance(item, (str, bytes))
+                self._scalable[index] = is_file and header.format in SCALABLE
                 self.sizes[index] = header.height, header.width
             except Exception as error:  # PIL raises nearly any exception on corrupt headers
                 self.skipped[index] = describe_error(error)

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig
-from mocofast.data.decoding import decode, read_header
+from mocofast.data.decoding import File, decode, read_header
 from mocofast.data.interface import Source, epoch_order
 from mocofast.data.loaders import count_workers
 from mocofast.data.packed import PackedSource
@@ -35,6 +35,7 @@ from mocofast.data.shard_index import local_index
 from mocofast.data.shards import META
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
+from mocofast.data_config import ReadingOptions, reading_values
 from mocofast.errors import describe_error
 from mocofast.option import option
 
@@ -48,8 +49,8 @@ _EXTENSION = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP
 }
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
+@dataclass
+class PrepareConfig(ReadingOptions):
     """The options of `mocofast prepare`."""
 
     size: int = option(256, "short side of the stored images, in pixels; larger images are shrunk")
@@ -83,7 +84,8 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     ):
         if path.exists():
             raise ConfigError(f"{str(path)!r} {remark}; nothing is overwritten")
-    datasets = load_datasets(DataConfig(path=source, holdout=0.0, range=options.range))
+    data = DataConfig(path=source, holdout=0.0, range=options.range, **reading_values(options))
+    datasets = load_datasets(data)
     parts: dict[str, Source] = {"": datasets.train}  # {folder: images}
     if datasets.val is not None:
         parts = {part.name(0).partition("/")[0]: part for part in (datasets.train, datasets.val)}
@@ -129,22 +131,22 @@ def _check(options: PrepareConfig) -> None:
 
 
 def compact(
-    file: str | bytes, size: int, quality: int, value_range: ValueRange = AUTO
+    file: File, size: int, quality: int, value_range: ValueRange = AUTO
 ) -> tuple[str, bytes]:
     """Returns (extension, content) of the stored image. Raises PIL's exceptions for a bad file.
 
-    file: the path or the content of the original image file.
+    file: the original image file.
     size, quality: as in PrepareConfig.
     value_range: the numbers that mean black and white.
     """
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    content = Path(file).read_bytes() if isinstance(file, str) else file
     image = decode(content, value_range)
     short = min(image.size)
     buffer = io.BytesIO()
     if short <= size:
         header = read_header(content)
-        if value_range.of_type and header.plain:
-            if isinstance(file, bytes):
+        if value_range.of_type and header.plain and isinstance(content, bytes):
+            if not isinstance(file, str):
                 return _EXTENSION[header.format], content
             return Path(file).suffix.lower(), content
         image.save(buffer, "PNG")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mocofast.data.decoding import Header, decode, open_image
+from mocofast.data.decoding import File, Header, decode, open_image
 from mocofast.data.ranges import ValueRange
 from mocofast.errors import describe_error
 
@@ -27,7 +27,7 @@ FORMATS = {
 PROBED_AT_ONCE = 64  # number of decoded images that `undecodable` holds in memory
 
 
-def accepts(file: str | bytes, header: Header) -> bool:
+def accepts(file: File, header: Header) -> bool:
     """True for a file that DALI may decode: the kind is plain, and nvImageCodec reads the
     same header as PIL.
 
@@ -86,9 +86,7 @@ def unlike_header(size: tuple[int, int], stated: np.ndarray) -> str:
     return "" if size == header else f"decodes to {size}, but its header states {header}"
 
 
-def decode_to_ppm(
-    file: str | bytes, value_range: ValueRange, stated: np.ndarray
-) -> np.ndarray | str:
+def decode_to_ppm(file: File, value_range: ValueRange, stated: np.ndarray) -> np.ndarray | str:
     """Decodes a file in Python. Returns the content of a PPM file as uint8, which DALI
     decodes without loss, or why the file is bad.
 
@@ -98,9 +96,12 @@ def decode_to_ppm(
     Raises what `decoding.decode` raises.
     """
     pixels = np.asarray(decode(file, value_range))
+    return unlike_header(pixels.shape[:2], stated) or to_ppm(pixels)
+
+
+def to_ppm(pixels: np.ndarray) -> np.ndarray:
+    """Returns the content of a PPM file as uint8. pixels: (H, W, 3) uint8."""
     height, width, _ = pixels.shape
-    if reason := unlike_header((height, width), stated):
-        return reason
     head = np.frombuffer(f"P6\n{width} {height}\n255\n".encode(), dtype=np.uint8)
     return np.concatenate([head, pixels.ravel()])
 

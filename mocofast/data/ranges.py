@@ -27,6 +27,7 @@ class Pixels(NamedTuple):
     low: float  # the number that means black, by the file's type of number
     high: float  # the number that means white
     nodata: float | None = None  # the number that marks missing values
+    stated: bool = False  # the file states `low` and `high`
 
 
 class ValueRange(NamedTuple):
@@ -96,7 +97,8 @@ def to_levels(pixels: Pixels, value_range: ValueRange, dtype: np.dtype) -> np.nd
     Missing values (NaN, infinity, nodata) become the mean of the present values of their
     channel. Raises ConfigError if the range has pairs for another number of channels.
 
-    auto: 8 and 16 unsigned bits, and 8 signed bits: the range of the type. Other numbers:
+    auto: the range that the file states (the window of DICOM). 8 and 16 unsigned bits, and
+        8 signed bits: the range of the type. Other numbers:
         [0, 1] if all values lie there, else [0, 255] if all values lie there, else the
         lowest and the highest value of the image.
     dtype: the range of the type. Floats: [0, 1].
@@ -173,7 +175,7 @@ def _bounds(
                 f"data.range: got ranges for {len(pairs)} channels, but the image has {channels}"
             )
         return pairs * channels if len(pairs) == 1 else pairs
-    if kind == "dtype" or (kind == "auto" and has_own_range(values.dtype)):
+    if kind == "dtype" or (kind == "auto" and (pixels.stated or has_own_range(values.dtype))):
         return [(pixels.low, pixels.high)] * channels
     if kind == "percentile":
         return [

@@ -11,6 +11,7 @@ import numpy as np
 
 from mocofast.data.decoding import read_header, read_pixels
 from mocofast.data.interface import Source
+from mocofast.data.items import Item
 from mocofast.data.ranges import Pixels, has_own_range, missing_values, range_of
 
 LOOKED_AT = 32  # images
@@ -37,7 +38,11 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(pixels: Pixels) -> Numbers | None:
-    """Returns the lowest and the highest number of an image. None if all are missing."""
+    """Returns the lowest and the highest number of an image. None if all are missing, or if the
+    file states what is black and white.
+    """
+    if pixels.stated:
+        return None
     missing = missing_values(pixels)
     values = pixels.values if missing is None else pixels.values[~missing]
     if not values.size:
@@ -67,7 +72,8 @@ def images_to_look_at(source: Source) -> list[int]:
     if not len(source) or isinstance(first := source.load(0), np.ndarray):
         return []
     count = min(LOOKED_AT, len(source))
-    step = len(source) / count if isinstance(first, str) else 1
+    file = first.file if isinstance(first, Item) else first
+    step = len(source) / count if isinstance(file, str) else 1
     return [int(i * step) for i in range(count)]
 
 

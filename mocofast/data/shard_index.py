@@ -14,7 +14,7 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +25,15 @@ from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import ALL, Patterns
+from mocofast.data.names import EXTENSIONS, FIELDS
 from mocofast.data.shard_samples import MemberReader, Members, choose_samples
 from mocofast.data.tar_members import TarMembers
 
 log = logging.getLogger(__name__)
 
 INDEX = ".index.npz"  # appended to the name of a shard
+FIELDS_INDEX = ".fields.index.npz"  # of a shard whose images have extensions of FIELDS
+FILES_INDEX = ".files.index.npz"  # of a shard whose files are read by a function of the user
 INDEX_VERSION = 2
 UNREADABLE = (ValueError, KeyError, zipfile.BadZipFile)  # errors of `read_index` for a bad file
 
@@ -73,22 +76,30 @@ def index_of(shard_size: int, members: Members, patterns: Patterns = ALL) -> Ind
     )
 
 
-def local_index(path: Path) -> Index:
+def index_name(extensions: Set[str]) -> str:
+    """Returns the end of the name of the index of images with some extensions."""
+    return {EXTENSIONS: INDEX, FIELDS: FIELDS_INDEX}.get(frozenset(extensions), FILES_INDEX)
+
+
+def local_index(path: Path, extensions: Set[str] = EXTENSIONS) -> Index:
     """Returns the index of a tar file. Reads the kept index, or makes and keeps a new one.
+
+    extensions: of images: EXTENSIONS, FIELDS or EVERY.
 
     Raises ConfigError for a broken tar file.
     """
     stat = path.stat()
     stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
     hashed = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
-    places = (Path(f"{path}{INDEX}"), cache_folder() / "indices" / f"{hashed}{INDEX}")
+    end = index_name(extensions)
+    places = (Path(f"{path}{end}"), cache_folder() / "indices" / f"{hashed}{end}")
     for place in places:
         try:
             return read_index(place, stamp)
         except (OSError, *UNREADABLE):  # no index, the index of another shard, or a broken index
             continue
     log.info("indexing %s", path)
-    index = index_of(stat.st_size, _scan(path))
+    index = index_of(stat.st_size, _scan(path, extensions))
     for place in places:
         try:
             _write(place, stamp, index)
@@ -148,9 +159,9 @@ def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
         np.savez(file, **columns)
 
 
-def _scan(path: Path) -> Members:
+def _scan(path: Path, extensions: Set[str]) -> Members:
     """Reads all headers of a tar file."""
-    reader = MemberReader()
+    reader = MemberReader(extensions)
     try:
         with TarMembers(path) as tar:
             for member in tar:

@@ -17,18 +17,23 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, shortened
-from mocofast.data.names import EXTENSIONS
+from mocofast.data.names import EXTENSIONS, extension_of
 
+LABELS = (".cls", ".json")
 LONGEST_LABEL = 200  # characters. A longer text is no label
 # Integer labels from SPARSE on become names of classes if fewer than a tenth of the numbers occur.
 SPARSE = 10_000
+
+
+class NoImageError(ConfigError):
+    """Shards hold no image."""
 
 
 class Members(NamedTuple):
@@ -45,7 +50,9 @@ class Members(NamedTuple):
 class MemberReader:
     """Takes the members of a shard in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, extensions: Set[str] = EXTENSIONS) -> None:
+        """extensions: of images, in lower case."""
+        self._extensions = extensions
         self._images: dict[str, tuple[int, int] | str] = {}  # (offset, size), or a link's target
         # Labels by the name without extension: (preference, text)
         self._labels: dict[str, tuple[int, str]] = {}
@@ -63,15 +70,15 @@ class MemberReader:
         """
         base = name.rfind("/") + 1
         dot = name.rfind(".", base)
-        extension = name[dot:].lower() if dot >= 0 else ""
+        extension = extension_of(name)
         if name.startswith(".", base):
             self._left_out["hidden files"] += 1
-        elif extension in EXTENSIONS:
+        elif extension in self._extensions and extension not in LABELS:
             if name in self._images:
                 self._left_out["images whose name occurs twice"] += 1
             else:
                 self._images[name] = (offset, size) if link is None else link
-        elif extension not in (".cls", ".json"):
+        elif extension not in LABELS:
             self._kinds[extension] += 1
         elif link is not None:
             self._label_links.append((name, link))

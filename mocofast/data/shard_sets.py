@@ -12,9 +12,16 @@ from mocofast.config import ConfigError, DataConfig
 from mocofast.data.download import is_http, is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import SetFolders, set_folders
+from mocofast.data.names import EVERY, EXTENSIONS, FIELDS
 from mocofast.data.remote import tree_below
-from mocofast.data.shard_samples import Numbering
-from mocofast.data.shards import ShardSource, find_shards, open_shards, packed_shards
+from mocofast.data.shard_samples import NoImageError, Numbering
+from mocofast.data.shards import (
+    ShardSource,
+    TarShard,
+    find_shards,
+    open_shards,
+    packed_shards,
+)
 
 
 class ShardSets(NamedTuple):
@@ -48,13 +55,14 @@ def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
         )
     shards = [shard for part in sets.train for shard in find_shards(path, part)]
     unlabelled = Numbering((), {}) if data.labels == "none" else None
-    train = open_shards(shards, data.shuffle_window, unlabelled, patterns)
+    train, extensions = _open_first(shards, data, unlabelled, patterns)
     remarks = (*packed_shards(path, sets.train[0]), *train.remarks)
     if sets.beside:
         remarks = (*remarks, f"{shortened(sets.beside)} not used")
     if train.labels is None or sets.val is None:
         return ShardSets(train, None, "", "", remarks)
-    val = open_shards(find_shards(path, sets.val), numbering=train.numbering, patterns=patterns)
+    val_shards = find_shards(path, sets.val)
+    val = open_shards(val_shards, 0, train.numbering, patterns, extensions)
     assert val.labels is not None
     known = np.flatnonzero(val.labels >= 0)
     if not len(known):
@@ -64,6 +72,23 @@ def open_shard_sets(path: str, data: DataConfig) -> ShardSets:
         remarks = (*remarks, f"{count} of {sets.val} not evaluated: no class of the training")
         val = val.subset(known)
     return ShardSets(train, val, sets.val, "", remarks)
+
+
+def _open_first(
+    shards: Sequence[TarShard], data: DataConfig, numbering: Numbering | None, patterns: Patterns
+) -> tuple[ShardSource, frozenset[str]]:
+    """Returns the samples of shards, and the extensions of the images: the first that occur."""
+    tries = (EVERY,) if data.reader != "auto" else (EXTENSIONS, FIELDS)
+    error: NoImageError | None = None
+    for extensions in tries:
+        try:
+            return open_shards(
+                shards, data.shuffle_window, numbering, patterns, extensions
+            ), extensions
+        except NoImageError as found:
+            error = error or found
+    assert error is not None
+    raise error
 
 
 def _names_shards(parts: Sequence[str]) -> bool:

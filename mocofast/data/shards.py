@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +36,18 @@ from mocofast.config import ConfigError
 from mocofast.data.download import NotStored, cache_folder, download, is_http, is_url
 from mocofast.data.finding import ALL, Disk, Patterns, listed
 from mocofast.data.interface import epoch_order
-from mocofast.data.names import checked_labels, digest
+from mocofast.data.names import EXTENSIONS, checked_labels, digest
 from mocofast.data.remote import joined, matching, names_below
 from mocofast.data.shard_index import (
     INDEX,
     UNREADABLE,
     Index,
+    index_name,
     index_of,
     local_index,
     read_index,
 )
-from mocofast.data.shard_samples import Numbering, left_out_lines, number_labels
+from mocofast.data.shard_samples import NoImageError, Numbering, left_out_lines, number_labels
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class ShardSource:
     """Samples of tar shards. `load` returns the content of an image file."""
 
     remarks: tuple[str, ...] = ()  # lines that say what was left out
+    photos = True  # False for samples of FIELDS
 
     def __init__(
         self,
@@ -317,6 +319,7 @@ def open_shards(
     window: int = 0,
     numbering: Numbering | None = None,
     patterns: Patterns = ALL,
+    extensions: Set[str] = EXTENSIONS,
 ) -> ShardSource:
     """Returns a source of all samples of `shards`, in the order of the shards.
 
@@ -324,16 +327,18 @@ def open_shards(
     numbering: of the labels. If None, the names come from META beside the first
         shard or in the folder above, or are the labels (`number_labels`).
     patterns: choose among the names of members.
+    extensions: of images: EXTENSIONS, FIELDS or EVERY.
 
     The samples are unlabelled if fewer than two labels occur.
-    Raises ConfigError for an unusable shard, and OSError if a shard cannot be read.
+    Raises NoImageError without a sample, ConfigError for an unusable shard, and OSError if a
+    shard cannot be read.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        indices = list(pool.map(lambda shard: _index(shard, patterns), shards))
+        indices = list(pool.map(lambda shard: _index(shard, patterns, extensions), shards))
     left_out = [json.loads(index.left_out) for index in indices]
     remarks = left_out_lines(left_out)
     if not any(len(index.keys) for index in indices):
-        raise ConfigError(
+        raise NoImageError(
             f"data.path: no image in {len(shards)} shards, {shards[0].name} the first"
             + "".join(f"; {line}" for line in remarks)
         )
@@ -344,6 +349,7 @@ def open_shards(
         numbering = number_labels(texts, _class_names(shards[0]), where)
     source = ShardSource(shards, indices, numbering, window)
     source.remarks = tuple(remarks)
+    source.photos = extensions == EXTENSIONS
     return source
 
 
@@ -368,27 +374,24 @@ def _class_names(shard: TarShard) -> tuple[str, ...]:
     return ()
 
 
-def _index(shard: TarShard, patterns: Patterns) -> Index:
+def _index(shard: TarShard, patterns: Patterns, extensions: Set[str]) -> Index:
     """Returns the index of a shard. Downloads a remote shard if the server has no usable index."""
-    index = _whole_index(shard, old=not patterns)
+    index = _whole_index(shard, extensions, old=not patterns)
     return index_of(index.shard_size, index.members, patterns) if patterns else index
 
 
-def _whole_index(shard: TarShard, old: bool) -> Index:
+def _whole_index(shard: TarShard, extensions: Set[str], old: bool) -> Index:
     if shard.url:
-        place = Path(f"{shard.path}{INDEX}")
+        end = index_name(extensions)
+        place = Path(f"{shard.path}{end}")
         try:
             parts = urlsplit(shard.url)
-            download(parts._replace(path=parts.path + INDEX).geturl(), place)
+            download(parts._replace(path=parts.path + end).geturl(), place)
             return read_index(place, old=old)
-        except (
-            HTTPError,
-            NotStored,
-            *UNREADABLE,
-        ):  # no index, or one of another version
+        except (HTTPError, NotStored, *UNREADABLE):  # none, or of another version
             place.unlink(missing_ok=True)
         try:
             download(shard.url, shard.path)
         except OSError as error:
             raise ConfigError(f"data.path: cannot fetch {shard.url}: {error}") from error
-    return local_index(shard.path)
+    return local_index(shard.path, extensions)

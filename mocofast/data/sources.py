@@ -13,22 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.config import SOURCES, TABLES, ConfigError, DataConfig
-from mocofast.data.arrays import NPY
 from mocofast.data.arrays import ArraySource as ArraySource
 from mocofast.data.download import is_url
-from mocofast.data.finding import Disk, Names
+from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource as FolderSource
-from mocofast.data.folders import no_image, open_folder
+from mocofast.data.folders import choose_tree, no_image, open_folder
 from mocofast.data.interface import Source
+from mocofast.data.items import Item
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
 from mocofast.data.names import (
-    EXTENSIONS,
     digest,
     stratified_holdout,
 )
 from mocofast.data.packed import PackedSource
+from mocofast.data.pairs import PairSource, find_pairs, first_files
 from mocofast.data.ranges import range_of, set_range
+from mocofast.data.reading import ReadSource, read_as_asked
+from mocofast.data.remarks import remarks
 from mocofast.data.remote import RemoteSource, local_copy, names_below
 from mocofast.data.shard_sets import open_shard_sets
 from mocofast.data.shards import ShardSource
@@ -62,7 +64,7 @@ class Subset:
         """Returns the name of the sample in the whole source."""
         return self._source.name(int(self._index[index]))
 
-    def load(self, index: int) -> str | bytes | np.ndarray:
+    def load(self, index: int) -> str | bytes | np.ndarray | Item:
         """Returns what the whole source returns for the sample."""
         return self._source.load(int(self._index[index]))
 
@@ -88,6 +90,12 @@ class Datasets(NamedTuple):
         return "\n".join((self.note, *self.remarks))
 
 
+def with_remarks(datasets: Datasets, channels: int) -> Datasets:
+    """Returns the sets with remarks on a few images. channels: as `data.channels`."""
+    lines = remarks(datasets.train, channels)
+    return datasets._replace(remarks=(*datasets.remarks, *lines))
+
+
 def labelled(source: Source) -> Source:
     """Returns the labelled samples of a source with labels."""
     if source.labels is None or not len(source) or source.labels.min() >= 0:
@@ -97,8 +105,10 @@ def labelled(source: Source) -> Source:
 
 def _part(source: Source, index: np.ndarray) -> Source:
     """Returns some samples of a source. index: (n,) int64, ascending."""
-    if isinstance(source, (FolderSource, ShardSource, PackedSource)):
+    if isinstance(source, (FolderSource, ShardSource, PackedSource, ReadSource)):
         return source.subset(index)
+    if isinstance(source, PairSource):
+        return source.subset(index, _part)
     return Subset(source, index)
 
 
@@ -137,11 +147,44 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
+    if data.pairs:
+        return _load_pairs(data, seed)
     datasets = _LOAD[data.source](data, seed)
-    for part in (datasets.train, datasets.val):
-        if part is not None:
-            set_range(part, data.range)
-    return datasets
+    # After the split: slices of a volume, or windows of a scene, are in one set.
+    train, remarks = _as_asked(datasets.train, data)
+    val = None if datasets.val is None else _as_asked(datasets.val, data)[0]
+    return datasets._replace(train=train, val=val, remarks=(*datasets.remarks, *remarks))
+
+
+def _as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
+    """Returns a source with the range and the readers of `data`, and remarks."""
+    set_range(source, data.range)
+    return read_as_asked(source, data)
+
+
+def _load_pairs(data: DataConfig, seed: int) -> Datasets:
+    """Returns samples of two files. The evaluation sees the first file of every pair."""
+    if data.group:
+        raise ConfigError("data.group: data.pairs keeps the files of pairs together, and no groups")
+    files = _LOAD[data.source](replace(data, holdout=0.0), seed)
+    found = find_pairs(files.train, data if files.val is None else replace(data, holdout=0.0), seed)
+    first, second = (_as_asked(_part(files.train, rows), data)[0] for rows in found.train)
+    train = PairSource(first, second)
+    if any(len(view) != len(rows) for view, rows in zip(train.views, found.train)):
+        raise ConfigError(
+            "data.pairs: files that give several images (data.window, data.slices) make no pairs; "
+            "--data.slices middle takes one slice of a volume"
+        )
+    val = files.val
+    if val is not None and data.pairs == "folder":
+        val = _part(val, first_files(val))
+    elif val is None and len(found.held_out):
+        val = _part(files.train, found.held_out)
+    knn = "no kNN" if val is None else f"kNN on {len(val)} first files"
+    note = f"{len(train)} pairs of files of {len(train.classes)} classes; {knn}"
+    remarks = (*files.remarks, *found.remarks)
+    val = None if val is None else _as_asked(val, data)[0]
+    return Datasets(train, val, note, remarks)
 
 
 def find_images(folder: str | Path, channels: int = 3) -> list[str]:
@@ -149,25 +192,17 @@ def find_images(folder: str | Path, channels: int = 3) -> list[str]:
 
     channels: value of data.channels.
 
-    An image is a file with an extension of EXTENSIONS, in any case. A .npy file is an image too,
-    unless `channels` is 3 and the folder has images of other kinds. Hidden files and
+    An image is a file with an extension of EXTENSIONS, in any case. Files of FIELDS are images in
+    a folder without images of EXTENSIONS, and .npy files if `channels` is not 3. Hidden files and
     folders are skipped. Symbolic links are followed (a link back to a folder above it
     only once). No file is decoded. Raises FileNotFoundError, NotADirectoryError, or
     ConfigError (a ValueError) if there is no image.
     """
-    found = _open_folder(folder, channels).find("")
+    data = DataConfig(channels=channels)
+    found = choose_tree(lambda extensions: open_folder(folder, extensions), data).find("")
     if not found.names:
         raise no_image(str(folder), found)
     return found.names
-
-
-def _open_folder(folder: str | Path, channels: int) -> Disk:
-    """Returns a folder of images, as `find_images` finds the images."""
-    extensions = EXTENSIONS if channels == 3 else EXTENSIONS | {NPY}
-    opened = open_folder(folder, extensions)
-    if channels == 3 and not opened.find("").names:
-        return open_folder(folder, frozenset({NPY}))
-    return opened
 
 
 def _load_folder(data: DataConfig, seed: int) -> Datasets:
@@ -177,7 +212,8 @@ def _load_folder(data: DataConfig, seed: int) -> Datasets:
     root = Path(path).expanduser()
     if holds_tables(root):
         return _load_tables(data, seed)
-    layout = arrange(_open_folder(root, data.channels), data, str(root))
+    tree = choose_tree(lambda extensions: open_folder(root, extensions), data)
+    layout = arrange(tree, data, str(root))
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
 
@@ -186,11 +222,11 @@ def _load_url(path: str, data: DataConfig, seed: int) -> Datasets:
     if path.lower().endswith(ENDINGS):
         return _load_tables(data, seed)
     names = names_below(path)
-    extensions = EXTENSIONS if data.channels == 3 else EXTENSIONS | {NPY}
+    tree = choose_tree(lambda extensions: Names(names, extensions), data)
     ends = {os.path.splitext(name)[1].lower() for name in names}
-    if not ends & extensions and ends & set(ENDINGS):
+    if ends & set(ENDINGS) and data.reader == "auto" and not tree.find("").names:
         return _load_tables(data, seed)
-    layout = arrange(Names(names, extensions), data, path)
+    layout = arrange(tree, data, path)
     return _sets(layout, data, seed, lambda *columns: RemoteSource(path, *columns))
 
 
@@ -200,7 +236,8 @@ def _load_zip(data: DataConfig, seed: int) -> Datasets:
     if not path.is_file():
         raise FileNotFoundError(f"data.path: there is no zip file {str(path)!r}")
     archive = ZipArchive(path)
-    layout = arrange(Names(archive.infos, EXTENSIONS), data, str(path))
+    tree = choose_tree(lambda extensions: Names(archive.infos, extensions), data)
+    layout = arrange(tree, data, str(path))
     layout = layout._replace(remarks=[*archive.remarks, *layout.remarks])
     return _sets(layout, data, seed, lambda *columns: ZipSource(archive, *columns))
 

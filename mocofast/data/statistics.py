@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig
-from mocofast.data.arrays import PixelFormat, is_npy, read_numbers
+from mocofast.data.arrays import PixelFormat, read_numbers
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, no_image_decodes
 from mocofast.data.loaders import count_workers, pixels_of
@@ -21,12 +21,13 @@ from mocofast.data.ranges import ValueRange, parse_range, type_bounds
 from mocofast.data.remarks import Numbers, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
+from mocofast.data_config import ReadingOptions, reading_values
 from mocofast.errors import describe_error
 from mocofast.option import option
 
 
-@dataclass(frozen=True)
-class StatsConfig:
+@dataclass
+class StatsConfig(ReadingOptions):
     """The options of `mocofast stats`."""
 
     images: int = option(1000, "number of images to measure, from everywhere in the set; 0 is all")
@@ -77,6 +78,7 @@ def measure(path: str, options: StatsConfig) -> Statistics:
         raise ConfigError(f"--images: expected at least 0, got {options.images}")
     channels = options.channels
     kind = {"source": options.source, "channels": channels, "range": options.range}
+    kind |= reading_values(options)
     data = DataConfig(path=path, holdout=0.0, **kind)  # type: ignore[arg-type]
     source = load_datasets(data).train
     count = min(options.images or len(source), len(source))
@@ -126,7 +128,7 @@ def _numbers(source: Source, index: int, channels: int) -> Numbers | None:
     try:
         if isinstance(item, np.ndarray):
             return Numbers(item.dtype, 0.0, type_bounds(item.dtype)[1], type_bounds(item.dtype)[1])
-        if not is_npy(item) and not read_header(item).deep:
+        if not read_header(item, channels).deep:
             return Numbers(np.dtype(np.uint8), 0.0, 255.0, 255.0)
         return numbers_of(read_numbers(item, channels))
     except Exception:  # `_moments` meets the error again

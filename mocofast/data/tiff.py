@@ -7,6 +7,7 @@ the encoder takes, `choose` says which are read.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from mocofast.data.items import ALL, WHOLE, first_channels
 from mocofast.data.ranges import Pixels, type_bounds
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
@@ -211,13 +213,14 @@ class Choice(NamedTuple):
     remark: str  # words for the log, "" if the whole file is read
 
 
-def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice:
+def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int, part: int = WHOLE) -> Choice:
     """Chooses channels and a page.
 
     axes, shape: of the file, in tifffile's letters: Y, X, S (samples of a pixel), C
         (channels), and other letters for pages (Z depth, T time, Q and I unknown).
     alpha: number of channels of transparency at the end. These are never read.
-    wanted: number of channels that the encoder takes.
+    wanted: number of channels that the encoder takes, or ALL.
+    part: number of the page, from 0, over all axes of pages. WHOLE is the page in the middle.
 
     Channels: all if their number is `wanted` or 1, otherwise the first `wanted`. Of 2
     channels where 3 are wanted: the first.
@@ -225,17 +228,19 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice
     channel, the pages are the channels.
     """
     if "C" not in axes and "S" not in axes and len(axes) == 3:
-        axes = "".join("C" if a in "QI" and n == wanted else a for a, n in zip(axes, shape))
+        fits = {wanted} if wanted != ALL else set(shape)
+        axes = "".join("C" if a in "QI" and n in fits else a for a, n in zip(axes, shape))
     sizes = dict(zip(axes, shape))
     count = sizes.get("S", 1) * sizes.get("C", 1) - alpha
     pages = [letter for letter in axes if letter not in "YXSC"]
-    remarks = []
-    stop = count if count in (1, wanted) else min(count, wanted)
-    if count == 2 and wanted == 3:
-        stop = 1
-    if stop < count:
-        first = "channel 1" if stop == 1 else f"channels 1 to {stop}"
-        remarks.append(f"{first} of {count} (data.channels={count} reads all)")
+    stop, remark = first_channels(count, wanted)
+    remarks = [remark] if remark else []
+    counts = [sizes[letter] for letter in pages]
+    if part != WHOLE:
+        if part >= math.prod(counts):
+            raise ValueError(f"has {math.prod(counts)} pages, not page {part + 1}")
+        place = tuple(int(i) for i in np.unravel_index(part, counts)) if counts else ()
+        return Choice(place, axes, slice(0, stop), remark)
     for letter in pages:
         if sizes[letter] > 1:
             remarks.append(f"page {sizes[letter] // 2 + 1} of {sizes[letter]} (axis {letter})")
@@ -243,11 +248,22 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int) -> Choice
     return Choice(middle, axes, slice(0, stop), ", ".join(remarks))
 
 
-def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3) -> Pixels:
+def count_pages(file: str | bytes, tags: Tags, wanted: int) -> int:
+    """Returns the number of pages that are no channels. Arguments: as for `tiff_pixels`."""
+    if not tags.stack:
+        return 1
+    with _tifffile().TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
+        axes, shape = tiff.series[0].axes, tiff.series[0].shape
+    axes = choose(axes, shape, tags.alpha, wanted).axes
+    return math.prod(size for letter, size in zip(axes, shape) if letter not in "YXSC")
+
+
+def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3, part: int = WHOLE) -> Pixels:
     """Returns the numbers of a TIFF file.
 
     tags: of the file.
     wanted: number of channels that the encoder takes.
+    part: number of the page, or WHOLE.
 
     The orientation is applied, as PIL does. Raises ImportError without tifffile or a codec,
     ValueError for numbers without an order (complex), and tifffile's exceptions.
@@ -258,7 +274,7 @@ def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3) -> Pixels:
         axes, shape = series.axes, series.shape
         if not {"Y", "X"} <= set(axes):
             raise ValueError(f"axes {axes} {shape} are no image")
-        choice = choose(axes, shape, tags.alpha, wanted)
+        choice = choose(axes, shape, tags.alpha, wanted, part)
         values, letters = _read_planes(series, choice)
     # (..., Y, X, ...) -> (Y, X, channels)
     if "S" not in letters:

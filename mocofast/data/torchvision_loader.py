@@ -43,10 +43,13 @@ from mocofast.data.interface import (
     sample_view,
     source_order,
     to_device,
+    view_sources,
 )
+from mocofast.data.items import Item
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
-from mocofast.data.view_ops import apply_late_ops, has_late_ops
+from mocofast.data.scaled import decode_scaled, scaled_factor, scaled_params
+from mocofast.data.view_ops import apply_late_ops, has_late_ops, moved, only_moves
 from mocofast.errors import describe_error
 
 
@@ -76,7 +79,10 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
 def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: AugmentConfig) -> Tensor:
     """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
     box = (params.top, params.left, params.height, params.width)
-    view = resized_crop(as_tensor(image), *box, augment.size)[None].contiguous()
+    crop = resized_crop(as_tensor(image), *box, augment.size)
+    if only_moves(params):
+        return moved(crop, params)
+    view = crop[None].contiguous()
     make_views(view, [params], augment, view)
     return view[0]
 
@@ -110,6 +116,14 @@ class Sample(NamedTuple):
     skipped: dict[int, str]  # bad samples met on the way: {index: reason}
 
 
+class _Decoded(NamedTuple):
+    """An image file, decoded."""
+
+    image: Image.Image | np.ndarray
+    size: tuple[int, int]  # (height, width) of the image in full
+    factor: int = 1  # the image is at 1 / factor of its size
+
+
 class _Samples(Dataset[Sample]):
     """Makes the views of one slot. Keys are (epoch, slot)."""
 
@@ -119,9 +133,11 @@ class _Samples(Dataset[Sample]):
         augments: tuple[AugmentConfig, ...],
         seed: int,
         pixels: PixelFormat | None = None,
+        scaled: bool = False,
     ) -> None:
         self.source = source
         self.pixels = pixels
+        self.scaled = scaled
         self.augments = augments
         self.seed = seed
         self.bad: dict[int, str] = {}  # bad samples that need not be decoded again: {index: reason}
@@ -129,16 +145,16 @@ class _Samples(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, slot = key
         skipped: dict[int, str] = {}
-        images: dict[int, Image.Image | np.ndarray] = {}
+        decoded: dict[int, list[_Decoded]] = {}  # a file for every source
 
         def is_good(index: int) -> bool:
             if index not in self.bad:
-                item = self.source.load(index)
+                items = [source.load(index) for source in view_sources(self.source)]
                 try:
-                    if self.pixels is not None:
-                        images[index] = self.pixels.load(item)
-                    else:
-                        images[index] = decode(item, range_of(self.source))
+                    decoded[index] = [
+                        self._decode(item, epoch, slot, slice(first, None, len(items)))
+                        for first, item in enumerate(items)
+                    ]
                     return True
                 # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
                 # struct.error, ...).
@@ -150,18 +166,46 @@ class _Samples(Dataset[Sample]):
         shown = first_good(slot, len(self.source), is_good)
         if shown is None:
             return Sample([], slot, skipped)
-        return Sample(self._views(images[shown], epoch, slot), shown, skipped)
+        return Sample(self._views(decoded[shown], epoch, slot), shown, skipped)
 
-    def _views(self, image: Image.Image | np.ndarray, epoch: int, slot: int) -> list[np.ndarray]:
-        apply: Any = apply_view
-        if isinstance(image, np.ndarray):
-            size, apply = image.shape[:2], apply_view_to_levels
-        else:
-            size = image.height, image.width
+    def _decode(
+        self, item: str | bytes | np.ndarray | Item, epoch: int, slot: int, views: slice
+    ) -> _Decoded:
+        """Decodes a file. views: the views that show the file."""
+        if self.pixels is not None:
+            levels = self.pixels.load(item)
+            return _Decoded(levels, levels.shape[:2])
+        if self.scaled and isinstance(item, (str, bytes)):
+
+            def choose(size: tuple[int, int]) -> int:
+                params, augments = self._params(size, epoch, slot)
+                return scaled_factor(params[views], augments[views])
+
+            if found := decode_scaled(item, choose):
+                return _Decoded(*found)
+        image = decode(item, range_of(self.source))
+        return _Decoded(image, (image.height, image.width))
+
+    def _params(
+        self, size: tuple[int, int], epoch: int, slot: int
+    ) -> tuple[list[ViewParams], list[AugmentConfig]]:
+        """Returns parameters and augmentation of every view. size: of the image, in full."""
+        augments = [augment.at(epoch) for augment in self.augments]
+        sampled = (
+            sample_view(augment, size, self.seed, epoch, slot, view)
+            for view, augment in enumerate(augments)
+        )
+        return list(sampled), augments
+
+    def _views(self, files: list[_Decoded], epoch: int, slot: int) -> list[np.ndarray]:
         views = []
-        for view, augment in enumerate(self.augments):
-            params = sample_view(augment, size, self.seed, epoch, slot, view)
-            views.append(np.asarray(apply(image, params, augment)))
+        sampled = [self._params(file.size, epoch, slot) for file in files]
+        for view in range(len(self.augments)):
+            image, size, factor = files[view % len(files)]
+            params, augments = sampled[view % len(files)]
+            apply: Any = apply_view_to_levels if isinstance(image, np.ndarray) else apply_view
+            scaled = scaled_params(params[view], size, factor)
+            views.append(np.asarray(apply(image, scaled, augments[view])))
         return views
 
 
@@ -231,7 +275,7 @@ class TorchvisionLoader:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         workers: number of processes. 0 loads in the calling process.
-        data: of these options only `prefetch` is used.
+        data: of these options `prefetch` and `decode` are used.
         pixels: how images are read that are not 8-bit RGB. PyTorch's operators make the views.
         """
         self.reason = ""
@@ -239,8 +283,9 @@ class TorchvisionLoader:
         self.skipped: dict[int, str] = {}
         self._source, self._device = source, device
         self._workers = workers
-        self._prefetch = (data or DataConfig()).prefetch if workers else None
-        self._samples = _Samples(source, augments, seed, pixels)
+        data = data or DataConfig()
+        self._prefetch = data.prefetch if workers else None
+        self._samples = _Samples(source, augments, seed, pixels, data.decode == "scaled")
         self._steps = _Steps(source, batch_slice, seed)
         self._batches: DataLoader[Any] | None = None
         self._running: Generator[Batch, None, None] | None = None

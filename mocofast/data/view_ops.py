@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -264,6 +265,19 @@ def flip_(x: Tensor) -> None:
 def has_late_ops(p: ViewParams) -> bool:
     """Returns whether a view has an operator of `apply_late_ops`."""
     return bool(p.vertical_flip or p.turns or p.key)
+
+
+def only_moves(p: ViewParams) -> bool:
+    """Returns whether flips and turns are all operators of a view after the crop."""
+    changes = p.order or p.gray or p.solarize or p.key
+    return not (changes or p.angle or p.sigma or p.noise)
+
+
+def moved(view: Tensor, p: ViewParams) -> Tensor:
+    """Returns a view on a CPU, (S, S, C), after the flips and turns of `p`."""
+    # PyTorch does not flip uint16.
+    pixels = view.numpy()[:: -1 if p.vertical_flip else 1, :: -1 if p.flip else 1]
+    return torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, p.turns)))
 
 
 def apply_late_ops(

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor, nn
 
-from mocofast.config import Config
+from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
@@ -110,6 +110,16 @@ def extract(
         raise ValueError("batches must hold at least one batch: got none")
     features, all_labels = zip(*results)
     return torch.cat(features), torch.cat(all_labels)
+
+
+def check_finite(features: Tensor) -> None:
+    """Raises ConfigError if a row of features (N, D) holds NaN or infinity: no accuracy then."""
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        raise ConfigError(
+            f"checkpoint: the encoder gives NaN or infinity for {int((~finite).sum())} of "
+            f"{len(features)} images, so there is no accuracy of its features"
+        )
 
 
 def _replica(module: nn.Module) -> nn.Module:

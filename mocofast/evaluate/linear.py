@@ -28,6 +28,7 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.device import choose_autocast
 from mocofast.evaluate.features import (
     batches_at_once,
+    check_finite,
     embed,
     evaluating,
     extract,
@@ -118,7 +119,7 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     Probabilities of vertical flips and of quarter turns are the run's, too.
     """
     off = dict.fromkeys(("rotate", "gray", "blur", "solarize", "hed", "noise"), 0.0)
-    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0)}
+    still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0), "sizes": (), "crop_scales": ()}
     return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
 
 
@@ -300,6 +301,7 @@ def _features(
     features, labels = extract(
         encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
     )
+    check_finite(features)
     return features.to(device), labels.to(device)
 
 

@@ -21,6 +21,7 @@ from mocofast.evaluate.features import (
     EVALUATION_BATCH,
     EvaluationStopped,
     batches_at_once,
+    check_finite,
     extract,
     image_batches,
     stoppable,
@@ -118,6 +119,7 @@ class KNNMonitor:
         if None in of_ranks:
             raise EvaluationStopped
         features, labels = (torch.cat(tensors) for tensors in zip(*of_ranks))
+        check_finite(features)
         return features.to(self.device), labels.to(self.device)
 
 

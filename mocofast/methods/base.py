@@ -26,7 +26,7 @@ class MethodOutput(NamedTuple):
     metrics: {name: () float32}, means over the images. The loop averages every metric over steps
         and ranks. The log line, metrics.jsonl, TensorBoard and the curves show it by its name.
         A method names the same metrics at every step.
-    rank: (N,) int32 or None: how many wrong candidates score above the right one.
+    rank: (N,) int32 or None: how many wrong candidates score above the right one, or as high.
     """
 
     loss: Tensor
@@ -71,6 +71,7 @@ class Method(nn.Module):
     num_views = 2
     batch_fields: tuple[str, ...] = ()
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
+    filling_steps = 0  # first steps of a run, which fill the queue and train nothing
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None

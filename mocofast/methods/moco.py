@@ -253,4 +253,5 @@ def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = 
         pixel_std=std,
     )
     model.schedule_momentum(m.momentum_schedule)
+    model.filling_steps = m.queue_warmup
     return model

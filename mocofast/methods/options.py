@@ -79,6 +79,12 @@ class MoCoOptions(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOp
     symmetric: bool = option(
         False, "both views are queries and keys; the loss is the sum (MoCo v2+)"
     )
+    queue_warmup: int = option(
+        0,
+        "first steps of a run that only fill the queue with keys, and train nothing; MoCo's "
+        "authors start from random keys (0)",
+        valid=at_least(0),
+    )
 
     def validate(self) -> None:
         """Raises ConfigError if BatchNorm is both synchronised and split."""

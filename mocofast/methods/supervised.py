@@ -53,12 +53,14 @@ class Supervised(Method):
     ) -> MethodOutput:
         """Computes the cross entropy of images (N, C, S, S) and labels (N,) int64.
 
-        `rank` of the output: how many classes score above the right class.
+        `rank` of the output: how many other classes score above the right class, or
+        as high.
         update_keys, enqueue: ignored.
         """
         self.check_views(images=images)
         logits = self.encode("encoder_q", images).float()  # (N, classes)
-        positive_rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+        # The right class loses a tie, and everything where a logit is NaN.
+        positive_rank = (~(logits < logits.gather(1, labels[:, None]))).sum(1) - 1
         return ranking_output(F.cross_entropy(logits, labels), positive_rank.int())
 
 

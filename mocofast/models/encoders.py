@@ -28,7 +28,8 @@ def build_encoder(
         images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. The dotted name of a
         module of yours: the module's `build_encoder(image_size)` returns the constructor. For other
         numbers of channels than 3, it is `build_encoder(image_size, channels=...)`.
-    image_size: side of the images in pixels. A ViT takes only images of this size.
+    image_size: side of the images in pixels. A ViT is made for images of this size, and takes
+        images of other sizes, which are made of whole patches, too.
     channels: of the images. The first convolution is made for other numbers than 3, initialised as
         the library does.
     Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
@@ -88,12 +89,15 @@ def _torchvision_resnet(name: str, num_classes: int, channels: int) -> nn.Module
 def _torchvision_vit(name: str, image_size: int, num_classes: int, channels: int) -> nn.Module:
     from torchvision.models import get_model
 
+    from mocofast.models.flexible_vit import FlexibleViT
+
     encoder = get_model(name, image_size=image_size, num_classes=num_classes)
     if channels != 3:
         encoder.conv_proj = conv_of(encoder.conv_proj, channels)
         fan_in = encoder.conv_proj.weight[0].numel()
         nn.init.trunc_normal_(encoder.conv_proj.weight, std=fan_in**-0.5)
         nn.init.zeros_(encoder.conv_proj.bias)
+    encoder.__class__ = FlexibleViT  # torchvision's function builds no other class
     # torchvision's zeros are for classifiers. Here all embeddings would be zero.
     encoder.heads.head.reset_parameters()
     use_packed_attention(encoder)

@@ -92,12 +92,10 @@ def vision_transformer(
     image_size: side of the images in pixels, a multiple of the patch size.
     channels: of the images.
     """
-    from torchvision.models import VisionTransformer
+    from mocofast.models.flexible_vit import FlexibleViT
 
     patch, layers, heads, width = SIZES[name]
-    model = VisionTransformer(
-        image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes
-    )
+    model = FlexibleViT(image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes)
     if channels != 3:
         model.conv_proj = conv_of(model.conv_proj, channels)
     for module in model.modules():

@@ -77,7 +77,9 @@ def info_nce(
         checked on the CPU only, because a check on CUDA would make the host wait.
     reduction: "mean" or "sum" returns (), "none" returns (N,).
     normalize: divides all inputs by their L2 norms over C, inside the kernel.
-    return_rank: also returns how many negatives score above the positive, (N,) int32.
+    return_rank: also returns how many negatives score above the positive, (N,) int32. The
+        positive loses a tie: a negative whose score is equal, to rounding, counts, so equal
+        features give no hit. A query whose loss is NaN has all negatives above.
         Top-k accuracy is the mean of (rank < k).
     negatives_normalized: promises unit vectors as negatives, as in a queue, and saves their
         normalisation. Longer vectors may then overflow to inf.
@@ -175,7 +177,8 @@ def nt_xent(
         views of all ranks.
     temperature: as in `info_nce`.
     reduction: over 2N views, those of z_a first. "mean" or "sum" returns (), "none" (2N,).
-    return_rank: also returns how many negatives score above the positive, (2N,) int32.
+    return_rank: also returns how many negatives score above the positive, (2N,) int32, with
+        ties as in `info_nce`.
     own_rows: slice(start, stop) of length N, the images that the loss is taken over. Their
         negatives come from all M images. None: all rows.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mocofast.ops import autograd
 from mocofast.ops.checks import check_matrix, check_same, check_width, described
+from mocofast.ops.local import check_sharded_alike, is_plain, local_tensor
 
 
 @torch.no_grad()
@@ -26,6 +27,9 @@ def ema_update_(
     sources: a tensor for each target, of equal shape, on the same device.
     momentum: m in [0, 1], a float or a 0-d floating tensor.
 
+    Sharded models (FSDP2): DTensors are averaged in place, every rank its own part. A target and
+    its source have equal placements.
+
     Raises ValueError or TypeError, naming the argument, before anything is modified.
     """
     targets, sources = list(targets), list(sources)
@@ -33,6 +37,8 @@ def ema_update_(
         raise ValueError(
             f"sources must be as many as targets: got {len(sources)} and {len(targets)}"
         )
+    if not torch.compiler.is_compiling() and not is_plain(targets + sources):
+        targets, sources = _local_pairs(targets, sources)
     # Group pairs by device. The common case, a single device, has a faster check.
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     if (common := _device_of_plain_pairs(targets, sources)) is not None:
@@ -129,6 +135,16 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
         and all(x.is_contiguous() or 0 not in x.stride() for x in targets)
     )
     return devices.pop() if plain else None
+
+
+def _local_pairs(targets: list[Any], sources: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Returns this rank's parts of all tensors."""
+    for i, (target, source) in enumerate(zip(targets, sources)):
+        check_sharded_alike(f"sources[{i}]", source, f"targets[{i}]", target)
+    return (
+        [local_tensor(f"targets[{i}]", x) for i, x in enumerate(targets)],
+        [local_tensor(f"sources[{i}]", x) for i, x in enumerate(sources)],
+    )
 
 
 def _check_pair(i: int, target: Any, source: Any) -> None:

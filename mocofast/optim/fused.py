@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels.cpu_optim import ParameterRow
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocofast.ops import backend
 from mocofast.ops.backend import Backend
+from mocofast.ops.local import check_sharded_alike, is_dtensor, is_plain, local_tensor
 
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
@@ -111,16 +112,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Adds parameters, as torch.optim.Optimizer does, with neither average nor copies.
 
         Raises ValueError, with nothing added, for an unsupported option and for parameters that
-        share memory.
+        share memory, and TypeError for wrappers of tensors other than DTensors.
         """
         _check_options(type(self), param_group)
         super().add_param_group(param_group)
-        places = [
-            (p.device, p.data_ptr())
-            for group in self.param_groups
-            for p in group["params"]
-            if p.data_ptr()
-        ]
+        try:
+            self._check_kinds(self.param_groups[-1]["params"])
+            places = [
+                (p.device, address)
+                for group in self.param_groups
+                for p in group["params"]
+                if (address := local_tensor("params", p).data_ptr())
+            ]
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
         if len(places) != len(set(places)):
             self.param_groups.pop()
             raise ValueError(
@@ -155,13 +161,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 companions = self._companions_of(p)
                 state = () if p.grad is None else self._state(p, group)
-                rows.setdefault(p.device, []).append(ParameterRow(p, p.grad, *companions, state))
+                row = ParameterRow(p, p.grad, *companions, state)
+                if type(p) is not nn.Parameter:
+                    row = _local_row(row)
+                rows.setdefault(p.device, []).append(row)
             for device, device_rows in rows.items():
                 self._update(backend.backend_for(device.type), device_rows, group)
         return loss
 
     def _companions_of(self, p: Tensor) -> _Companions:
         return self._companions.get(p, _Companions())
+
+    def _check_kinds(self, params: Sequence[Tensor]) -> None:
+        """Raises TypeError for parameters whose memory a step cannot reach."""
+        for p in params:
+            local_tensor("params", p)
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Returns the state of a parameter that has a gradient. Creates a missing state."""
@@ -273,6 +287,14 @@ class FusedLARS(FusedOptimizer):
         super().__init__(params, numbers)
         self._register_companions(ema, shadows)
 
+    def _check_kinds(self, params: Sequence[Tensor]) -> None:
+        if any(map(is_dtensor, params)):
+            raise TypeError(
+                "params: FusedLARS scales a parameter by its norm, of which a rank of a sharded "
+                "model (DTensor) holds a part; FusedSGD and FusedAdamW take sharded models"
+            )
+        super()._check_kinds(params)
+
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         return self._momentum_buffer(p, group, "mu")
 
@@ -342,6 +364,12 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
         )
 
 
+def _local_row(row: ParameterRow) -> ParameterRow:
+    """Returns the row with this rank's parts of sharded tensors."""
+    parts: list[Any] = [None if t is None else local_tensor("params", t) for t in row[:5]]
+    return ParameterRow._make([*parts, tuple(local_tensor("state", t) for t in row.state)])
+
+
 def _check_options(kind: type, group: dict[str, Any]) -> None:
     for name, value in UNSUPPORTED.items():
         if group.get(name, value) != value:
@@ -359,4 +387,6 @@ def _checked_tensors(name: str, tensors: list[Tensor], params: list[Tensor]) -> 
                 f"{name}, tensor {i} must be floating, of shape {tuple(p.shape)} on {p.device}: "
                 f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
             )
+        if not is_plain((tensor, p)):
+            check_sharded_alike(f"{name}, tensor {i}", tensor, "its parameter", p)
     return tensors

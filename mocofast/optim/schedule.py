@@ -27,7 +27,8 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     """Returns the learning rate of an optimiser step. A resumed run needs nothing but the step.
 
     config: `optim.per` = "epoch" keeps the rate constant over an epoch, as facebookresearch/moco
-        does. "step" changes the rate at every step. Warm-up changes the rate at every step always.
+        does. "step" changes the rate at every step. Warm-up and the cool-down of "wsd" change the
+        rate at every step always.
     step: number of the optimiser step, from 0.
     steps_per_epoch: optimiser steps per epoch.
     epochs: length of the run.
@@ -45,7 +46,18 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         return config.lr * config.gamma ** sum(
             epoch >= milestone for milestone in config.milestones
         )
+    if config.schedule == "wsd" and exact > (start := cooldown_start(config, epochs)):
+        return config.lr * (1 - math.sqrt((exact - start) / config.cooldown_epochs))
     return config.lr
+
+
+def cooldown_start(config: OptimConfig, epochs: int) -> float:
+    """Returns the epoch at which schedule=wsd begins to lower the rate.
+
+    The rate then falls as 1 - sqrt(share of the cool-down done), to 0 at the end of the run
+    (Hagele et al. 2024, arXiv:2405.18392, section 3).
+    """
+    return epochs - config.cooldown_epochs
 
 
 def cosine_momentum(momentum: float, step: int, total_steps: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mocofast import distributed, settings
 from mocofast.config import Config
 from mocofast.data.decoding import image_size
 from mocofast.data.interface import Source
@@ -29,6 +30,22 @@ class Choice(NamedTuple):
     option: str
     value: Any
     why: str
+
+
+def fit_on_all_ranks(
+    config: Config,
+    source: Source,
+    kept: Collection[str],
+    device: torch.device,
+    world_size: int,
+) -> list[Choice]:
+    """Fits `config` in place, equally on all ranks. Arguments and result as for `fit`."""
+    is_first = distributed.is_main()  # the ranks would measure different times
+    own = fit(config, source, kept, device, world_size) if is_first else []
+    choices: list[Choice] = distributed.from_main(own)
+    settings.apply(config, {choice.option: choice.value for choice in choices})
+    settings.validate(config)
+    return choices
 
 
 def fit(

@@ -12,6 +12,7 @@ from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
 from mocofast.device import wrong_in_bf16
 from mocofast.methods.build import build_method
+from mocofast.models.encoders import build_encoder
 from mocofast.train.checkpoint import RunState
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
@@ -35,6 +36,8 @@ def new_state(
         torch.backends.cudnn.benchmark = True  # almost every batch has the same shape
     torch.manual_seed(config.train.seed)
     source = datasets.train
+    for size in config.augment.training_sizes():
+        build_encoder(config.model.arch, size, config.data.channels)  # refuses parts of patches
     model = build_method(config, len(source), len(source.classes)).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if "labels" in model.batch_fields:
@@ -47,8 +50,26 @@ def new_state(
         config.train.seed,
         device,
     )
+    _drop_tokens(model, config)
     optimizer = optimizer_of(model, config.optim)
     return RunState(config, model, optimizer, loader, source, Window(device), device)
+
+
+def _drop_tokens(model: nn.Module, config: Config) -> None:
+    """Turns token dropout on in all ViTs of a method, if it is asked for."""
+    share = config.model.token_dropout
+    if not share:
+        return
+    from mocofast.models.flexible_vit import FlexibleViT
+
+    vits = [module for module in model.modules() if isinstance(module, FlexibleViT)]
+    if not vits:
+        raise ConfigError(
+            "model.token_dropout: expected 0, because only ViTs of model.arch (vit_*) have tokens, "
+            f"and {config.model.arch} is no such ViT"
+        )
+    for number, vit in enumerate(vits):
+        vit.drop_tokens(share, 1000003 * config.train.seed + number)
 
 
 def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: int) -> None:

@@ -7,6 +7,7 @@ reads the file:
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
     data (fingerprint of the images, skipped files)
     before, after (kNN figures), measured_at, evaluation_due
+    best, since_best (highest knn_top1, evaluations since then)
 
 A checkpoint is written atomically, in the background. Older checkpoints are pruned.
 """
@@ -17,6 +18,7 @@ import logging
 import os
 import threading
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ class RunState:
         labels.
     evaluation_due: a signal ended the evaluation of this step early.
     measured_at: the step of `after`. None: not known.
+    best: highest knn_top1 after an epoch. since_best: evaluations after the best evaluation.
     """
 
     config: Config
@@ -63,6 +66,8 @@ class RunState:
     after: dict[str, float] = field(default_factory=dict)
     evaluation_due: bool = False
     measured_at: int | None = None
+    best: float = 0.0
+    since_best: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -96,6 +101,8 @@ class RunState:
             "after": self.after,
             "evaluation_due": self.evaluation_due,
             "measured_at": self.measured_at,
+            "best": self.best,
+            "since_best": self.since_best,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -118,6 +125,8 @@ class RunState:
         # Checkpoints of earlier versions lack the two.
         self.evaluation_due = saved.get("evaluation_due", False)
         self.measured_at = saved.get("measured_at")
+        # Earlier checkpoints have no best value. The next evaluation is then the first to count.
+        self.best, self.since_best = saved.get("best", 0.0), saved.get("since_best", 0)
         self.loader.skipped.update(saved["data"]["skipped"])
         # The number of ranks may have changed: a new rank takes the sums of another rank.
         rank, _ = distributed.rank_and_world_size()
@@ -304,4 +313,21 @@ def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     config = settings.from_dict(state["config"])
     model = build_method(config, **state.get("sizes", {}))
     model.load_state_dict(state["model"])
+    check_finite(model.state_dict(), "checkpoint")
     return model, config
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raises ConfigError, naming a tensor, if weights are NaN or infinite.
+
+    what: the file, for the message.
+    """
+    wrong = [
+        name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
+    ]
+    if wrong:
+        others = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
+        raise ConfigError(
+            f"{what}: {wrong[0]}{others} hold NaN or infinity, so the run had diverged; "
+            "take an earlier checkpoint, or train again with a lower --optim.lr"
+        )

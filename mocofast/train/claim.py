@@ -68,6 +68,15 @@ def claimed_folder(config: Config, resuming: bool) -> Iterator[Path]:
         held.close()
 
 
+def check_unused(folder: Path) -> None:
+    """Raises ConfigError if a folder holds the checkpoints of a run."""
+    if any((folder / "checkpoints").glob("*.pt")):
+        raise ConfigError(
+            f"train.dir: {folder} holds a run already. --resume auto continues this run, "
+            "another --train.dir starts a new run"
+        )
+
+
 def _lock(folder: Path) -> contextlib.ExitStack:
     """Locks a folder. Close the result to unlock the folder."""
     held = contextlib.ExitStack()

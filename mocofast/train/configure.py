@@ -10,7 +10,7 @@ from mocofast import settings
 from mocofast.config import OWN_IMAGES, Config, ConfigError
 from mocofast.data.table_sets import holds_tables
 from mocofast.data_config import TABLES
-from mocofast.train.checkpoint import load_checkpoint
+from mocofast.train.checkpoint import LAST, load_checkpoint
 from mocofast.train.run_folder import choose_folder
 
 AUTO = "auto"  # the recipe for images without a named recipe
@@ -67,6 +67,7 @@ def configure(
     resume: str,
     options: Mapping[str, Any],
     images: str = "",
+    cooldown: int = 0,
     *,
     check: bool = True,
 ) -> Config:
@@ -77,8 +78,11 @@ def configure(
     resume: the value of --resume. A run that is continued from its own folder stays there.
     options: the values of --group.option.
     images: the folder of images that stands without a name on the command line, or "".
+    cooldown: the value of --cooldown: epochs of a branch (see `_branch`). 0: no branch.
     check: raise ConfigError for an option without effect.
     """
+    if cooldown:
+        return _branch(recipe, resume, options, cooldown)
     options = dict(options)
     if images:
         given = options.setdefault("data.path", images)
@@ -96,6 +100,53 @@ def configure(
         check_effects(config, options, before)
     settings.validate(config)
     return config
+
+
+def _branch(recipe: str | None, resume: str, options: Mapping[str, Any], cooldown: int) -> Config:
+    """Returns the configuration of a branch of a run: a decay of the rate to 0, and the end.
+
+    The branch starts at the checkpoint, and decays over `cooldown` epochs after the checkpoint's
+    epoch. Its folder stands beside the run's folder, which stays as it is.
+    """
+    if cooldown < 1:
+        raise ConfigError(f"--cooldown: expected at least 1 epoch, got {cooldown}")
+    if recipe or resume in ("", "auto"):
+        raise ConfigError(
+            "--cooldown branches from a run: expected --resume RUN or a checkpoint of a run, "
+            "without a recipe"
+        )
+    for name in {"train.epochs", "optim.schedule", "optim.cooldown_epochs"} & options.keys():
+        raise ConfigError(f"{name}: --cooldown sets this option; leave it out")
+    state = load_checkpoint(resume)
+    trunk = configure(None, resume, {})
+    if trunk.optim.schedule != "wsd":
+        raise ConfigError(
+            "--cooldown: expected a run with optim.schedule wsd, whose rate stays at its peak; "
+            f"{resume} has {trunk.optim.schedule}"
+        )
+    if getattr(trunk.model, "momentum_schedule", "constant") != "constant":
+        raise ConfigError(
+            "--cooldown: expected a run with model.momentum_schedule constant; another schedule "
+            "depends on the length of the run"
+        )
+    epoch = state["epoch"] + (state["step_in_epoch"] > 0)
+    folder = Path(trunk.train.dir)
+    branch = {
+        "train.epochs": epoch + cooldown,
+        "train.dir": str(folder.with_name(f"{folder.name}-epoch{epoch}-cooldown{cooldown}")),
+        "train.max_steps": 0,
+        "knn.patience": 0,  # a plateau may be what ended the run
+        "optim.cooldown_epochs": float(cooldown),
+        **options,
+    }
+    settings.apply(trunk, branch)
+    settings.validate(trunk)
+    if (Path(trunk.train.dir) / "checkpoints" / LAST).exists():
+        raise ConfigError(
+            f"train.dir: {trunk.train.dir} holds a run already. --resume {trunk.train.dir} "
+            "without --cooldown continues this run, another --train.dir starts a new branch"
+        )
+    return trunk
 
 
 def _base(recipe: str | None, resume: str, options: Mapping[str, Any]) -> tuple[Config, str]:

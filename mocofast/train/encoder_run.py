@@ -69,9 +69,15 @@ def encoder_run(
     backend: torch.compile's backend, or None.
     in_place: add the gradient of a shadow to an existing gradient of the weight directly.
     """
-    eager = compiled = _call_of_its_own(name, encoder, normalize)
-    if backend is not None:
-        compiled = torch.compile(eager, backend=backend, dynamic=False)
+    eager = _call_of_its_own(name, encoder, normalize)
+    compiled: dict[torch.Size, RunWith] = {}  # by the shape of a batch
+
+    def compiled_for(shape: torch.Size) -> RunWith:
+        assert backend is not None
+        if shape not in compiled:
+            call = _call_of_its_own(name, encoder, normalize)
+            compiled[shape] = torch.compile(call, backend=backend, dynamic=False)
+        return compiled[shape]
 
     def run(images: Tensor) -> Tensor:
         tracked = torch.is_grad_enabled()
@@ -81,7 +87,9 @@ def encoder_run(
             else shadow
             for path, (weight, shadow) in shadows.items()
         }
-        return (eager if len(images) % images_per_batch else compiled)(weights, images)
+        partial = len(images) % images_per_batch
+        call = eager if backend is None or partial else compiled_for(images.shape)
+        return call(weights, images)
 
     return run
 
@@ -90,7 +98,8 @@ def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize) -> Run
     """Returns a function that calls the encoder, with a code object of its own.
 
     torch.compile keeps its results by code object, and a limited number of results. With one code
-    object the encoders of all engines of a process would share the limit, and then run uncompiled.
+    object the encoders of all engines of a process, and views of all sizes, would share the limit,
+    and then run uncompiled.
     """
 
     def run(weights: dict[str, Tensor], images: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 eager: op by op.
 compile: torch.compile compiles every encoder together with the normalisation of its images.
+    Views of every size that a run makes are compiled once.
 graph: as compile, and the whole step (all micro-batches, average over ranks, optimiser, momentum
     encoder, queue) is one CUDA graph with one launch. Work that needs the host (MoCo's shuffle,
-    scheduled numbers) is done before the step, into fixed buffers.
+    scheduled numbers) is done before the step, into fixed buffers. Another size of the views
+    makes another graph.
 All modes give the same trajectory, to rounding.
 
 Under bf16 autocast, in every mode, encoders read bf16 shadows of their weights. The optimiser
@@ -118,6 +120,10 @@ class Engine:
         self._accumulate, self._images = accumulate, images
         self._device = next(method.parameters()).device
         self._model: nn.Module = method
+        # ViTs that leave out patches.
+        self._dropping: list[Any] = [
+            module for module in method.modules() if getattr(module, "token_dropout", 0)
+        ]
         self._gradients = FlatGradients(method.parameters()) if mode == "graph" else None
         if rank_and_world_size()[1] > 1:
             self._join_ranks()
@@ -138,6 +144,8 @@ class Engine:
 
         step: number of the step, from 0.
         """
+        for encoder in self._dropping:
+            encoder.begin_step(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for name, schedule in self.method.schedules.items():
@@ -145,22 +153,28 @@ class Engine:
         self.optimizer.ema_momentum = self.method.momentum
 
     def step(
-        self, views: tuple[Tensor, ...], fields: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        views: tuple[Tensor, ...],
+        fields: Mapping[str, Tensor] = MappingProxyType({}),
+        update: bool = True,
     ) -> StepMetrics:
         """Makes one optimiser step on this rank's slice of a batch (see `train_step`).
 
+        update: False only fills the queue.
         Returns the metrics. The next step may overwrite them.
         """
         fixed = self._gradients is not None
         batch = _Batch(views, dict(fields), self._step_inputs(views) if fixed else [])
-        if not fixed or len(views[0]) != self._images * self._accumulate:
-            return self._train(batch)
-        # Copy everything that the step reads into the fixed buffers.
-        if self._buffers is None:
-            self._buffers = batch.empty_like()
+        if not fixed or not update or len(views[0]) != self._images * self._accumulate:
+            return self._train(batch, update)
+        # Copy everything that the step reads into the fixed buffers. Views of another size need
+        # other buffers and another capture.
+        if self._buffers is None or self._buffers.views[0].shape != views[0].shape:
+            self._graph = self._metrics = None  # before the new buffers, to free the memory
+            self._warmed, self._buffers = 0, batch.empty_like()
             small = views[0][:, 0].numel() <= TWO_STREAMS * self._accumulate
-            if self._stream is not None and small:
-                self.method.second_stream = torch.cuda.Stream()
+            two = self._stream is not None and small
+            self.method.second_stream = torch.cuda.Stream() if two else None
         for buffer, tensor in zip(self._buffers.tensors(), batch.tensors()):
             buffer.copy_(tensor, non_blocking=True)
         self._numbers.to_device()
@@ -225,7 +239,7 @@ class Engine:
                 for micro_batch in zip(*(view.chunk(self._accumulate) for view in views))
             ]
 
-    def _train(self, batch: _Batch) -> StepMetrics:
+    def _train(self, batch: _Batch, update: bool = True) -> StepMetrics:
         return train_step(
             self._model,
             batch.views,
@@ -235,6 +249,7 @@ class Engine:
             batch.fields,
             step_inputs=batch.step_inputs,
             gradients=self._gradients,
+            update=update,
         )
 
     def _train_on_buffers(self) -> StepMetrics:

@@ -48,25 +48,45 @@ def step_metrics(output: MethodOutput, share: float = 1.0) -> StepMetrics:
     return StepMetrics((LOSS, *output.metrics), values * share)
 
 
+class Moment:
+    """The moment at which a device ends the work launched so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_host = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Waits for the work launched before this moment, and for nothing later."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Returns the seconds that the device took. Both moments must have passed."""
+        if self._event is None or earlier._event is None:
+            return self.on_host - earlier.on_host
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
 class PendingMeans:
     """Means that the device still computes."""
 
     def __init__(self, names: tuple[str, ...], means: Tensor) -> None:
         self._names, self._means = names, means
-        self._copied: torch.cuda.Event | None = None
+        self.moment = Moment(means.device)
         if means.is_cuda:
             on_host = torch.empty(len(names), pin_memory=True)
             self._means = on_host.copy_(means, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self.moment = Moment(means.device)
 
     def wait(self) -> dict[str, float]:
         """Waits for the work launched before the means, and for nothing later.
 
         Returns {metric: mean}.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
+        self.moment.wait()
         return dict(zip(self._names, self._means.tolist()))
 
 
@@ -76,7 +96,8 @@ class PendingWindow(NamedTuple):
     means: PendingMeans
     images: int  # over all ranks
     waited: float  # seconds spent waiting for data
-    window: Window
+    began: Moment
+    left_out: float  # seconds between `began` and the end that belong to no step
 
     def wait(self) -> dict[str, float]:
         """Returns the means, images_per_second, and data_wait (share of the time spent waiting).
@@ -84,8 +105,14 @@ class PendingWindow(NamedTuple):
         Call it after launching the next step, so that the GPU stays busy while the host waits.
         """
         values = self.means.wait()
-        seconds = self.window.lap()
-        rates = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
+        ended = self.means.moment
+        # The device may end the steps long after the host has launched them. Data are waited for
+        # by the host.
+        on_device, on_host = (
+            max(seconds - self.left_out, 1e-9)
+            for seconds in (ended.since(self.began), ended.on_host - self.began.on_host)
+        )
+        rates = {"images_per_second": self.images / on_device, "data_wait": self.waited / on_host}
         return {**values, **rates}
 
 
@@ -98,8 +125,8 @@ class Window:
         self._sums = torch.zeros(1, device=device)
         self._continued = False  # the sums come from a checkpoint
         self.steps = self._images = 0
-        self._began = time.perf_counter()
-        self._waited = 0.0
+        self._began = Moment(device)
+        self._waited = self._left_out = 0.0
 
     def state(self) -> dict[str, Any]:
         """Returns the sums for a checkpoint, so that a continued run logs the same averages."""
@@ -156,30 +183,30 @@ class Window:
 
     def flush(self) -> PendingWindow:
         """Ends this window and starts the next window. All ranks call it together."""
-        ended = PendingWindow(self.start_means(), self._images, self._waited, self)
+        means = self.start_means()
+        ended = PendingWindow(means, self._images, self._waited, self._began, self._left_out)
         self._sums = torch.zeros_like(self._sums)
         self.steps = self._images = 0
-        self._waited = 0.0
+        self._began, self._waited, self._left_out = means.moment, 0.0, 0.0
         return ended
 
-    def lap(self) -> float:
-        """Returns the seconds since the last call.
-
-        A window is timed from reading to reading of the means. At the end of a window the host has
-        only launched the last steps, and the device still runs them.
-        """
-        now = time.perf_counter()
-        seconds = now - self._began
-        self._began = now
-        return seconds
+    def start_clock(self) -> None:
+        """Lets the window begin now. Call it before the first step."""
+        self._began, self._left_out = Moment(self._device), 0.0
 
     def leave_out(self, seconds: float) -> None:
         """Leaves `seconds` out of the time that counts for rates."""
-        self._began += seconds
+        self._left_out += seconds
 
-    def restart_clock(self) -> None:
-        """Leaves the time since the last step (an evaluation, for example) out of the rates."""
-        self._began, self._waited = time.perf_counter(), 0.0
+    def pause(self) -> Moment:
+        """Returns the moment at which a pause (an evaluation, for example) begins."""
+        return Moment(self._device)
+
+    def end_pause(self, began: Moment) -> None:
+        """Leaves the time since `began` out of the rates. Waits for the device."""
+        ended = Moment(self._device)
+        ended.wait()
+        self.leave_out(ended.since(began))
 
 
 def memory_gib(device: torch.device) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
+from mocofast.optim.schedule import cooldown_start
 from mocofast.train.checkpoint import load_checkpoint
 
 # Options that may change in a continued run: they change neither the model nor the data stream.
@@ -38,13 +40,26 @@ def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
         return None
 
 
+def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:
+    """Returns True where the steps until the checkpoint do not depend on the length of the run."""
+    done = state["epoch"] + (state["step_in_epoch"] > 0)
+    return (
+        config.optim.schedule == "wsd"
+        and getattr(config.model, "momentum_schedule", "constant") == "constant"
+        and done <= cooldown_start(config.optim, config.train.epochs)
+    )
+
+
 def check_same_run(config: Config, state: dict[str, Any]) -> None:
     """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run."""
     now, then = settings.to_dict(config), state["config"]
+    free: tuple[str, ...] = FREE_TO_CHANGE
+    if _before_cooldown(config, state) and _before_cooldown(settings.from_dict(then), state):
+        free += ("train.epochs", "optim.cooldown_epochs")
     for group in settings.groups(config.model.method):
         for key, value in now[group].items():
             name = f"{group}.{key}"
-            if not name.startswith(FREE_TO_CHANGE) and value != then[group].get(key, value):
+            if not name.startswith(free) and value != then[group].get(key, value):
                 raise ConfigError(
                     f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
                     "To change this option, start a new run (another --train.dir, no --resume)"

@@ -9,29 +9,30 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from mocofast import distributed, settings
+from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.data.loaders import count_workers, pixels_of
-from mocofast.data.look import look
-from mocofast.data.remarks import remarks
+from mocofast.data.loaders import count_workers
 from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
-from mocofast.train import estimate
-from mocofast.train.auto import Choice, fit
+from mocofast.train.announce import announce_images, announce_time, describe_device
+from mocofast.train.auto import Choice, fit_on_all_ranks
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
 from mocofast.train.checkpoint import CheckpointWriter
-from mocofast.train.claim import claim_on_rank_0
+from mocofast.train.claim import check_unused, claim_on_rank_0
+from mocofast.train.divergence import check_loss, check_weights, way_out
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
@@ -73,7 +74,8 @@ def train(
         folder. The results of the run stay the same.
     kept: None trains the configuration as it is. Otherwise a new run fits options to the images
         and the machine, as recipe `auto` says, all but the options named here.
-    Raises ConfigError for a configuration that cannot be used.
+    Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
+    weight is no finite number. The last finite checkpoint then stays.
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
@@ -92,10 +94,7 @@ def train(
 
 
 class _Run:
-    """The objects of one run, and its loop.
-
-    folder and writer exist on rank 0 alone.
-    """
+    """The objects of one run, and its loop. folder and writer exist on rank 0 alone."""
 
     def __init__(
         self,
@@ -112,25 +111,22 @@ class _Run:
         saved = find_checkpoint(self.path, resume)
         if saved is not None:
             check_same_run(config, saved)
-        elif any((self.path / "checkpoints").glob("*.pt")):
-            raise ConfigError(
-                f"train.dir: {self.path} holds a run already. --resume auto continues this run, "
-                "another --train.dir starts a new run"
-            )
+        else:
+            check_unused(self.path)
 
         # Data, model and optimiser.
         datasets = load_on_rank_0_first(config, rank)
         self.choices: list[Choice] = []
         if kept is not None and saved is None:
-            own = fit(config, datasets.train, kept, device, world_size) if rank == 0 else []
-            self.choices = distributed.from_main(own)
-            settings.apply(config, {choice.option: choice.value for choice in self.choices})
-            settings.validate(config)
+            self.choices = fit_on_all_ranks(config, datasets.train, kept, device, world_size)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = new_state(config, datasets, device, rank, world_size)
         self.autocast = choose_autocast(config.train.precision, device)
-        check_gradients(self.autocast, self.state.model.encoder_q, config.augment.size)
+        for size in sorted({config.augment.size, *config.augment.training_sizes()}):
+            check_gradients(self.autocast, self.state.model.encoder_q, size)
         self.monitor = KNNMonitor.of(datasets, config, device)
+        if config.knn.patience and self.monitor is None:
+            raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
@@ -146,9 +142,12 @@ class _Run:
         model, optimizer = self.state.model, self.state.optimizer
         images = config.data.batch_size // world_size // config.train.accumulate
         self.engine = Engine(mode, model, optimizer, self.autocast, config.train.accumulate, images)
+        self.rate = 0.0  # the learning rate of the last step
+        self.evaluated_at = self.state.step  # the step of the last evaluation
         self.profiler: StepProfiler | None = None
         if profile and rank == 0:
-            self.profiler = StepProfiler(model, optimizer, self.autocast, config)
+            now = replace(config, augment=config.augment.at(self.state.epoch))
+            self.profiler = StepProfiler(model, optimizer, self.autocast, now)
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         if rank == 0:
@@ -165,8 +164,8 @@ class _Run:
             untrained = state.step == 0 and self.config.knn.start
             interrupted = (untrained or state.evaluation_due) and not self._evaluate(stop)
             with self._progress_bar(last_step) as bar, garbage_collection_paused():
-                state.window.restart_clock()
-                while state.step < last_step and not interrupted:
+                state.window.start_clock()
+                while state.step < last_step and not interrupted and not self._plateaued():
                     self._step()
                     bar.update()
                     self._write_pending()
@@ -186,9 +185,17 @@ class _Run:
                 self._save()
             if state.window.steps:
                 # The averages so far. The window keeps the sums for a continued run.
-                loss = state.window.start_means().wait()[LOSS]
-                log.info("loss %.3f over the last %d steps", loss, state.window.steps)
+                values = state.window.start_means().wait()
+                log.info("loss %.3f over the last %d steps", values[LOSS], state.window.steps)
+                check_loss(values, f"the last {state.window.steps} steps", self.rate)
+            if state.step > first_step and not interrupted and self.evaluated_at != state.step:
+                # train.max_steps ended the run between two evaluations.
+                interrupted = not self._evaluate(stop, write=False)
             self._finish(interrupted, time.perf_counter() - began)
+        except DivergedError as error:
+            if self.writer is not None:
+                self.writer.wait()
+            raise DivergedError(f"{error}. {way_out(self.path)}") from None
         finally:
             state.loader.close()
             if self.writer is not None:
@@ -216,7 +223,7 @@ class _Run:
             name: getattr(batch, name).to(self.device, non_blocking=True)
             for name in state.model.batch_fields
         }
-        metrics = self.engine.step(views, fields)
+        metrics = self.engine.step(views, fields, state.step >= state.model.filling_steps)
         state.step += 1
         state.step_in_epoch += 1
         state.window.add(metrics, len(views[0]) * self.world_size, waited)
@@ -251,8 +258,13 @@ class _Run:
         every = self.config.knn.every
         last = self.state.epoch == self.config.train.epochs
         if last or (every and self.state.epoch % every == 0):
+            self._check_weights()  # NaN has no neighbours
             return self._evaluate(stop)
         return True
+
+    def _plateaued(self) -> bool:
+        patience = self.config.knn.patience
+        return 0 < patience <= self.state.since_best
 
     def _log_due(self) -> bool:
         step = self.state.step
@@ -289,16 +301,26 @@ class _Run:
         values = window.wait()
         if self.folder is not None:
             self.folder.write_steps(line._replace(values=values), bar)
+        check_loss(values, f"the steps up to {line.step}", line.lr)
 
-    def _evaluate(self, stop: StopRequest) -> bool:
+    def _check_weights(self) -> None:
+        """Raises DivergedError if weights are not finite. All ranks call it together."""
+        model = self.state.model
+        tensors = [*model.parameters(), *model.buffers()]
+        check_weights(tensors, self.state.step, self.rate)
+
+    def _evaluate(self, stop: StopRequest, write: bool = True) -> bool:
         """Runs the kNN monitor, if there are labels. Returns False if `stop` ended it early.
 
         A continued run then evaluates first.
+        write: write the figures. A run that train.max_steps stopped does not, because the
+            continued run writes the metrics of a run that never stopped.
         """
         state = self.state
+        self.evaluated_at = state.step
         if self.monitor is None:
             return True
-        state.evaluation_due = True
+        state.evaluation_due, pause = write, state.window.pause()
         try:
             encoder = state.model.encoder_q
             state.after = self.monitor.evaluate(encoder, self.autocast, stop.requested)
@@ -308,17 +330,22 @@ class _Run:
         state.evaluation_due, state.measured_at = False, state.step
         if state.step == 0:
             state.before = state.after
-        if self.folder is not None:
+        elif write:
+            top1 = state.after.get("knn_top1", 0.0)
+            state.since_best = 0 if top1 > state.best else state.since_best + 1
+            state.best = max(state.best, top1)
+        if self.folder is not None and write:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
                 state.step, state.step / self.steps_per_epoch, state.after, when
             )
-        state.window.restart_clock()
+        state.window.end_pause(pause)
         return True
 
     def _save(self) -> None:
         """Writes a checkpoint. All ranks call it together."""
         self._write_pending()  # before the checkpoint, which takes long
+        self._check_weights()  # a checkpoint takes the place of an older one
         content = self.state.collect()
         if content is None or self.writer is None or self.folder is None:
             return
@@ -328,46 +355,16 @@ class _Run:
 
     def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
         """Logs recipe, data, device, loader, engine and run folder."""
-        c, state = self.config, self.state
-        log.info(
-            "recipe %s: %s, %d images in %d steps an epoch, %d epochs, %s",
-            c.recipe,
-            c.model.arch,
-            len(state.source),
-            self.steps_per_epoch,
-            c.train.epochs,
-            state.model.describe(),
-        )
-        log.info("data: %s", datasets.note)
-        for option, value, why in self.choices:
-            log.info("chose --%s %s: %s", option, settings.shown(value), why)
-        lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
-        if resumed_step is None:
-            pixels = pixels_of(datasets.train, c.data.channels)
-            lines += look(datasets.train, datasets.val, c.augment.size, pixels)
-        for line in lines:
-            log.warning("data: %s", line)
-        for line in estimate.warnings(c, len(state.source), self.steps_per_epoch):
-            log.warning("%s", line)
-        log.info(
-            "device %s x %d, %s; loader %s: %s",
-            self.device,
-            self.world_size,
-            "bf16 autocast" if self.autocast._enabled else "fp32",
-            state.loader.name,
-            state.loader.reason,
-        )
+        state = self.state
+        announce_images(state, datasets, self.choices, resumed_step is None)
+        log.info(describe_device(state, self.autocast, self.world_size))
         log.info("engine %s: %s", self.engine.mode, reason_for_mode)
         if self.monitor is None:
             log.info("no kNN monitor")
         log.info("writing to %s", self.path)
-        if resumed_step is None and self.total_steps:
-            size, channels = c.augment.size, c.data.channels
-            encoder = state.model.encoder_q
-            each = estimate.seconds_per_image(encoder, size, channels, self.device, self.autocast)
-            own = c.data.batch_size // self.world_size
-            log.info(estimate.time_of_run(each, c, own, self.steps_per_epoch, self.total_steps))
-        if resumed_step is not None:
+        if resumed_step is None:
+            announce_time(state, self.autocast, self.world_size)
+        else:
             log.info(
                 "continuing at step %d, epoch %d + %d steps",
                 state.step,
@@ -386,6 +383,12 @@ class _Run:
         self.writer.wait()
         ended = "trained" if self.state.step >= self.total_steps else "stopped"
         log.info("%s at step %d after %s", ended, self.state.step, duration(seconds))
+        if self._plateaued():
+            log.info(
+                "kNN plateau: %d evaluations without a better accuracy than %.4f (knn.patience)",
+                self.state.since_best,
+                self.state.best,
+            )
         if interrupted:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:

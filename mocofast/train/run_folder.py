@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shlex
 import shutil
@@ -137,8 +138,16 @@ class RunFolder:
     # ---- metrics ----
 
     def write(self, **metrics: Any) -> None:
-        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars.
+
+        NaN and infinity become null, and no scalars.
+        """
+        # JSON knows neither NaN nor infinity.
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, metrics["step"])

@@ -28,6 +28,7 @@ def train_step(
     *,
     step_inputs: Sequence[tuple[Tensor, ...]] = (),
     gradients: FlatGradients | None = None,
+    update: bool = True,
 ) -> StepMetrics:
     """Trains on this rank's slice of a batch. Returns the metrics without waiting for the device.
 
@@ -43,6 +44,8 @@ def train_step(
     step_inputs: the results of the method's `prepare_step`, one per micro-batch, if done already.
     gradients: buffers that keep the gradients and average them over ranks, instead of
         DistributedDataParallel.
+    update: False only lets the method see the views (a queue is filled), without gradients and
+        without a step of the optimiser.
     """
     # Micro-batches of the views and of the fields.
     averages_itself = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
@@ -62,23 +65,29 @@ def train_step(
         if step_inputs and step_inputs[i]:
             inputs["step_inputs"] = step_inputs[i]
         # DistributedDataParallel reduces the gradients once, with the last micro-batch.
-        wait = isinstance(model, DistributedDataParallel) and not last
+        wait = isinstance(model, DistributedDataParallel) and not (last and update)
         with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             with autocast, step_part("loss"):  # the encoders are parts of their own
                 output = model(
-                    *micro_batch, update_keys=averages_itself and i == 0, enqueue=last, **inputs
+                    *micro_batch,
+                    update_keys=averages_itself and update and i == 0,
+                    enqueue=last,
+                    **inputs,
                 )
-            with step_part("backward"):
-                (output.loss * share).backward()
+            if update:
+                with step_part("backward"):
+                    (output.loss * share).backward()
         own = step_metrics(output, share)
         metrics = own if metrics is None else own._replace(values=metrics.values + own.values)
 
     # Average over ranks and update.
+    assert metrics is not None
+    if not update:
+        return metrics
     if gradients is not None:
         gradients.average_()
     with step_part("optimiser and EMA"):
         optimizer.step()
-    assert metrics is not None
     return metrics
 
 

@@ -1,0 +1,107 @@
+"""Files of numpy: .npy arrays, and the first image of .npz archives.
+
+An array is (H, W, C), (C, H, W), or (H, W) for one channel.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.lib import format as npy
+
+from mocofast.data.items import ALL, WHOLE, Extent, native, opened
+from mocofast.data.ranges import Pixels, type_bounds
+
+NPY = ".npy"
+MAGIC = b"\x93NUMPY"
+# Names of the image in an .npz archive with several arrays. Otherwise the first array is read.
+IMAGE_NAMES = ("image", "img", "x", "data", "arr_0")
+
+
+def extent(file: str | bytes, wanted: int, part: int = WHOLE) -> Extent:
+    """Returns the size of an array. Arguments: as `items.FileReader`."""
+    with _member(file) as (member, remark):
+        version = npy.read_magic(member)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(member)
+    height, width, _ = sizes(shape, _channels(shape, wanted))
+    return Extent(height, width, dtype != np.uint8, remark, "NPY")
+
+
+def pixels(file: str | bytes, wanted: int, part: int = WHOLE) -> Pixels:
+    """Returns the numbers of an array. Arguments: as `items.FileReader`."""
+    with _member(file) as (member, _):
+        # Pickled objects could run code.
+        values = native(npy.read_array(member, allow_pickle=False))
+    values = channels_last(values, _channels(values.shape, wanted))
+    return Pixels(values, *type_bounds(values.dtype))
+
+
+def count(file: str | bytes) -> int:
+    """Returns 1."""
+    return 1
+
+
+def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Returns pixels as (H, W, channels).
+
+    pixels: (H, W, channels), (channels, H, W), or (H, W) for one channel.
+
+    Raises ValueError for another shape.
+    """
+    height, width, _ = sizes(pixels.shape, channels)
+    if pixels.shape[-1] != channels and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    return pixels.reshape(height, width, channels)
+
+
+def sizes(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
+    """Returns (H, W, C) of pixels. Raises ValueError if the shape does not fit."""
+    if len(shape) == 2 and channels == 1:
+        found = (*shape, 1)
+    elif len(shape) == 3 and shape[2] == channels:
+        found = shape
+    elif len(shape) == 3 and shape[0] == channels:
+        found = (*shape[1:], channels)
+    else:
+        raise ValueError(
+            f"pixels must be (H, W, {channels}) or ({channels}, H, W) for "
+            f"data.channels={channels}, found {shape}"
+        )
+    if 0 in found:
+        raise ValueError(f"pixels must not be empty, found {shape}")
+    return found
+
+
+def _channels(shape: tuple[int, ...], wanted: int) -> int:
+    """Returns the number of channels of an array: (H, W) is gray where RGB is wanted, too.
+
+    Where all channels are wanted, the shorter of the first and the last side counts them.
+    """
+    if len(shape) == 2 and wanted in (3, ALL):
+        return 1
+    return min(shape[0], shape[-1]) if wanted == ALL else wanted
+
+
+@contextmanager
+def _member(file: str | bytes) -> Iterator[tuple[BinaryIO, str]]:
+    """Opens the array of a file. Yields the opened array, and a remark on arrays left out."""
+    with opened(file) as outer:
+        start = outer.read(len(MAGIC))
+        outer.seek(0)
+        if start == MAGIC:
+            yield outer, ""
+            return
+        with zipfile.ZipFile(outer) as archive:
+            names = [name for name in archive.namelist() if name.endswith(NPY)]
+            if not names:
+                raise ValueError("an archive without an array")
+            known = (f"{name}{NPY}" for name in IMAGE_NAMES)
+            name = next((name for name in known if name in names), names[0])
+            remark = "" if len(names) == 1 else f"array {name[:-4]} of {len(names)} arrays"
+            with archive.open(name) as inner:
+                yield cast("BinaryIO", inner), remark

@@ -1,0 +1,50 @@
+"""Command lines of evaluation: options, and the model of a checkpoint with the images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mocofast import settings
+from mocofast.config import Config, DataConfig
+from mocofast.parser import Parser, add_settings, given_settings
+
+if TYPE_CHECKING:
+    from mocofast.data.sources import Datasets
+    from mocofast.methods.base import Method
+
+
+def evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
+    """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
+
+    group, kind: a further group of options, and its dataclass.
+    """
+    parser = Parser(prog=f"mocofast {name}", description=description)
+    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
+    parser.add_argument(
+        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
+    )
+    add_settings(parser, {"data": DataConfig, group: kind})
+    return parser
+
+
+def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
+    """Returns the model, its run's configuration with the given data options, and the images."""
+    from mocofast.data.sources import load_datasets, with_remarks
+    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
+
+    model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
+    given = given_settings(arguments)
+    if "data.path" in given:
+        # Options that belong to the images of the run, not to the given images.
+        given.setdefault("data.source", "folder")
+        own = ("train", "val", "include", "exclude", "labels", "column", "group", "pairs")
+        for name in own:
+            given.setdefault(f"data.{name}", getattr(DataConfig, name))
+    settings.apply(
+        config,
+        {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
+    )
+    settings.validate(config)
+    datasets = load_datasets(config.data, config.train.seed)
+    return model, config, with_remarks(datasets, config.data.channels)

@@ -1,0 +1,68 @@
+"""The lines of a run before its first step: what trains on what, how, and for how long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from mocofast import settings
+from mocofast.data.loaders import pixels_of
+from mocofast.data.look import look
+from mocofast.data.remarks import remarks
+from mocofast.data.sources import Datasets
+from mocofast.train import estimate
+from mocofast.train.auto import Choice
+from mocofast.train.checkpoint import RunState
+
+log = logging.getLogger("mocofast")
+
+
+def announce_images(
+    state: RunState, datasets: Datasets, choices: Sequence[Choice], is_new: bool
+) -> None:
+    """Logs recipe, data, choices, and what does not fit.
+
+    choices: of the recipe `auto`. is_new: the run does not continue from a checkpoint.
+    """
+    c, steps = state.config, state.loader.steps_per_epoch
+    log.info(
+        "recipe %s: %s, %d images in %d steps an epoch, %d epochs, %s",
+        c.recipe,
+        c.model.arch,
+        len(state.source),
+        steps,
+        c.train.epochs,
+        state.model.describe(),
+    )
+    log.info("data: %s", datasets.note)
+    for option, value, why in choices:
+        log.info("chose --%s %s: %s", option, settings.shown(value), why)
+    lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
+    if is_new:
+        pixels = pixels_of(datasets.train, c.data.channels)
+        lines += look(datasets.train, datasets.val, c.augment.size, pixels)
+    for line in lines:
+        log.warning("data: %s", line)
+    for line in estimate.warnings(c, len(state.source), steps):
+        log.warning("%s", line)
+
+
+def announce_time(state: RunState, autocast: torch.autocast, world_size: int) -> None:
+    """Measures and logs how long a new run will take."""
+    c, steps = state.config, state.loader.steps_per_epoch
+    if not c.train.epochs:
+        return
+    each = estimate.seconds_per_image(
+        state.model.encoder_q, c.augment.size, c.data.channels, state.device, autocast
+    )
+    own = c.data.batch_size // world_size
+    log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
+
+
+def describe_device(state: RunState, autocast: torch.autocast, world_size: int) -> str:
+    """Returns the line on devices, precision and loader."""
+    precision = "bf16 autocast" if autocast._enabled else "fp32"
+    loader = f"loader {state.loader.name}: {state.loader.reason}"
+    return f"device {state.device} x {world_size}, {precision}; {loader}"

@@ -1,0 +1,63 @@
+"""Notices a run whose loss or weights are not finite, and says how to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mocofast import distributed
+from mocofast.errors import DivergedError
+from mocofast.train.metrics import LOSS
+
+
+def check_loss(values: Mapping[str, float], steps: str, rate: float) -> None:
+    """Raises DivergedError if the loss of a log line, which all ranks share, is not finite.
+
+    values: means of the metrics. steps: the steps of the means, in words. rate: the learning rate
+        at the last step.
+    """
+    if not math.isfinite(values[LOSS]):
+        raise DivergedError(
+            f"the run diverged: the loss is {values[LOSS]} in {steps}, at learning rate {rate:.4g}"
+        )
+
+
+def check_weights(tensors: Iterable[Tensor], step: int, rate: float) -> None:
+    """Raises DivergedError on all ranks if a floating tensor of any rank is not finite.
+
+    Waits for the device. A collective call.
+    tensors: parameters and buffers. Further arguments: as for `check_loss`.
+    """
+    if not all(distributed.gather_objects(are_finite(tensors))):
+        raise DivergedError(
+            f"the run diverged: weights are not finite after step {step}, "
+            f"at learning rate {rate:.4g}"
+        )
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether all values of the floating tensors, on one device, are finite."""
+    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    if not floating:
+        return True
+    # The largest magnitude of a tensor is NaN or infinite if a value is.
+    largest = torch._foreach_norm(floating, math.inf)
+    return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+
+
+def way_out(folder: Path) -> str:
+    """Names the last checkpoint of a run folder, whose weights are finite, and what to change."""
+    kept = list((folder / "checkpoints").glob("*.pt"))
+    checkpoint = "There is no checkpoint yet"
+    if kept:
+        newest = max(kept, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        checkpoint = f"The last finite checkpoint is kept: {newest}"
+    return (
+        f"{checkpoint}. Start a new run with a lower --optim.lr, or with a warm-up "
+        "(--optim.warmup_epochs)"
+    )

@@ -1,0 +1,95 @@
+"""Ranks of positives where scores are equal or not a number: no hit, in every dtype and kernel."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mocofast import ops
+from mocofast.methods.supervised import Supervised
+from mocofast.models.encoders import TinyResNet
+from mocofast.ops import backend
+from tests import triton_device  # noqa: F401  # before triton
+
+
+def take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the ops run Triton's kernels, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    kernels = backend._triton_backend()
+    monkeypatch.setattr(backend, "backend_for", lambda _: kernels)
+
+
+def tied_problem(kind: str, dtype: torch.dtype, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns query (5, C), positive (5, C) and negatives (37, C) whose scores all tie."""
+    generator = torch.Generator().manual_seed(C)
+    query, key = torch.randn(2, C, generator=generator)
+    lengths = torch.rand(37, 1, generator=generator) + 0.5
+    if kind == "equal":
+        lengths = torch.ones_like(lengths)
+    elif kind == "unit":  # as in a queue, rounded once more than the positive
+        key = F.normalize(key, dim=0)
+        lengths = torch.ones_like(lengths)
+    rows = (key * lengths).to(dtype)
+    return query.expand(5, C).to(dtype), rows[:5].clone(), rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("C", [3, 64, 200])
+def test_the_positive_loses_ties_in_every_dtype(
+    device: str, dtype: torch.dtype, normalize: bool, C: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "triton":
+        take_triton(monkeypatch)
+    kinds = ("equal", "unit", "lengths") if normalize and dtype == torch.float32 else ("equal",)
+    for kind in kinds:
+        query, positive, negatives = tied_problem(kind, dtype, C)
+        loss, rank = ops.info_nce(
+            query, positive, negatives, normalize=normalize, temperature=0.5, return_rank=True
+        )
+        assert loss.isfinite().all()
+        assert rank.tolist() == [37] * 5
+    # A negative that is a little lower is not above: 2e-5, in float32.
+    if dtype == torch.float32:
+        lower = F.normalize(positive[:1].double(), dim=1) - 2e-5 * F.normalize(query[:1].double())
+        query = F.normalize(query.double()).float()
+        positive = F.normalize(positive.double()).float()
+        _, rank = ops.info_nce(query, positive, lower.float(), normalize=False, return_rank=True)
+        assert rank.tolist() == [0] * 5
+    # In-batch: every other row ties.
+    same = query[:1].expand(5, C).contiguous()
+    assert ops.info_nce(same, same, return_rank=True)[1].tolist() == [4] * 5
+    assert ops.nt_xent(same, same, return_rank=True)[1].tolist() == [8] * 10
+
+
+@pytest.mark.parametrize("device", ["cpu", "triton"])
+def test_a_nan_is_never_a_hit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "triton":
+        take_triton(monkeypatch)
+    torch.manual_seed(0)
+    query, positive, negatives = (torch.randn(n, 8) for n in (4, 4, 90))
+    query[1, 3] = math.nan
+    loss, rank = ops.info_nce(query, positive, negatives, return_rank=True)
+    assert loss.isnan()
+    assert [r == 90 for r in rank.tolist()] == [False, True, False, False]
+    _, rank = ops.info_nce(torch.randn(4, 8), positive, negatives * math.nan, return_rank=True)
+    assert rank.tolist() == [90] * 4
+    query[:] = math.nan
+    assert ops.info_nce(query, positive, return_rank=True)[1].tolist() == [3] * 4
+
+
+def test_equal_logits_are_no_hit_of_a_classifier() -> None:
+    model = Supervised(TinyResNet, classes=4)
+    for p in model.encoder_q.fc.parameters():
+        nn.init.zeros_(p)
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
+    output = model(images, labels=labels)
+    assert output.rank is not None and output.rank.tolist() == [3] * 6
+    assert float(output.metrics["acc1"]) == 0
+    output = model(images * math.nan, labels=labels)
+    assert output.rank is not None and output.rank.tolist() == [3] * 6

@@ -1,0 +1,135 @@
+"""EMA and fused optimisers on models sharded by FSDP2, on two gloo ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from mocofast_bench.processes import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import VisionTransformer
+
+from mocofast import ops
+from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD
+
+WORLD, STEPS = 2, 4
+
+
+def small_vit() -> nn.Module:
+    torch.manual_seed(0)
+    vit = VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=40)
+    vit.heads = nn.Linear(24, 7)  # 7 rows: ranks hold parts of unequal sizes
+    return vit
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for block in model.encoder.layers:  # type: ignore[union-attr]
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def trained(rank: int, kind: str, shard: bool, fused_average: bool) -> dict[str, Any]:
+    """Trains a ViT with a moving average. Returns the whole weights of both."""
+    torch.manual_seed(0)
+    query = small_vit()
+    key = copy.deepcopy(query).requires_grad_(False)
+    run: nn.Module = query
+    if shard:
+        run, key = sharded(query), sharded(key)
+    else:
+        run = DistributedDataParallel(query)
+    queries, keys = list(query.parameters()), list(key.parameters())
+    options: dict[str, Any] = {"ema": (keys, 0.9)} if fused_average else {}
+    optimizer: torch.optim.Optimizer
+    if kind == "sgd":
+        optimizer = FusedSGD(queries, lr=0.1, momentum=0.9, weight_decay=0.01, **options)
+    else:
+        # AdamW would scale up the rounding of a gradient that is 0: the bias of attention's keys.
+        optimizer = FusedAdamW(queries, lr=0.01, eps=1e-3, **options)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        images = torch.randn(WORLD * 2, 3, 16, 16, generator=generator).chunk(WORLD)[rank]
+        optimizer.zero_grad(set_to_none=True)
+        run(images).square().mean().backward()
+        optimizer.step()
+        if not fused_average:
+            ops.ema_update_(keys, queries, 0.9)
+        if shard and step == 1:  # a forward pass unshards, and reshards afterwards
+            key(images)
+            key.unshard()  # type: ignore[operator]
+            key.reshard()  # type: ignore[operator]
+    return {"query": whole(query), "key": whole(key)}
+
+
+def all_cases(rank: int) -> dict[str, Any]:
+    cases: dict[str, Any] = {
+        f"{kind}, {average}": [
+            trained(rank, kind, shard, average == "fused") for shard in (True, False)
+        ]
+        for kind in ("sgd", "adamw")
+        for average in ("fused", "apart")
+    }
+    mesh = init_device_mesh("cpu", (WORLD,))
+    here = [
+        DTensor.from_local(torch.ones(2, 3), mesh, [placement])
+        for placement in (Shard(0), Replicate())
+    ]
+    try:
+        ops.ema_update_([here[0]], [DTensor.from_local(torch.ones(4, 3), mesh, [Replicate()])], 0.5)
+    except ValueError as error:
+        cases["other placements"] = str(error)
+    try:
+        FusedLARS([nn.Parameter(here[0])], lr=0.1)
+    except TypeError as error:
+        cases["lars"] = str(error)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return on_ranks(all_cases, WORLD)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("average", ["fused", "apart"])
+def test_fsdp2_with_a_moving_average_equals_ddp(
+    results: list[dict[str, Any]], kind: str, average: str
+) -> None:
+    start = whole(small_vit())
+    for found in results:
+        ours, expected = found[f"{kind}, {average}"]
+        for side in ("query", "key"):
+            assert ours[side].keys() == expected[side].keys()
+            for name, value in expected[side].items():
+                torch.testing.assert_close(ours[side][name], value, rtol=0, atol=1e-6)
+        moved = [name for name, value in expected["key"].items() if (value != start[name]).any()]
+        assert len(moved) > 25  # the comparison is not of weights that stand still
+
+
+def test_other_placements_and_lars_are_refused(results: list[dict[str, Any]]) -> None:
+    assert results[0]["other placements"].startswith("sources[0] must be sharded as targets[0]")
+    assert "FusedSGD and FusedAdamW take sharded models" in results[0]["lars"]
+
+
+def test_other_wrappers_are_refused_by_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    target, source = TwoTensor(torch.ones(2), torch.ones(2)), torch.zeros(2)
+    with pytest.raises(TypeError, match=r"targets\[0\] is a TwoTensor"):
+        ops.ema_update_([target], [source], 0.5)
+    with pytest.raises(TypeError, match="params is a TwoTensor"):
+        FusedSGD([nn.Parameter(target)], lr=0.1)
+    assert source.tolist() == [0, 0]
