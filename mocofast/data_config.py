@@ -23,11 +23,12 @@ class ReadingOptions:
 
     reader: str = option(
         "auto",
-        "who reads the files: auto by their content, or a function of yours, "
-        "package.module:function, which takes a path or bytes and returns an array (H, W, C)",
+        "who reads the files: auto (files with known extensions, by their content), any (files of "
+        "all names, by their content), or a function of yours, package.module:function, which "
+        "takes a path or bytes and returns an array (H, W, C)",
         valid=Valid(
-            lambda value: value == "auto" or re.fullmatch(_FUNCTION, value) is not None,
-            "auto or package.module:function",
+            lambda value: value in ("auto", "any") or re.fullmatch(_FUNCTION, value) is not None,
+            "auto, any or package.module:function",
         ),
     )
     bands: tuple[int, ...] = option(

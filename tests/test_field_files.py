@@ -129,6 +129,17 @@ def test_all_frames_and_pages_are_images_where_asked(tmp_path: Path) -> None:
     assert remarks(whole) == ["1 of 1 images looked at show frame 4 of 7, for example a.dcm"]
 
 
+def test_files_without_an_extension_are_read_where_asked(tmp_path: Path) -> None:
+    field_files.dicom(tmp_path / "IM0001", X12[:40, :40], 12)
+    Image.fromarray(C8[:40, :40]).save(tmp_path / "photo.png")
+    assert len(load_datasets(DataConfig(path=str(tmp_path))).train) == 1
+    for name in LOADERS:
+        found = shown(DataConfig(path=str(tmp_path), reader="any"), name, 40)
+        expected = np.floor(X12[:40, :40] / 4095.0 * 255 + 0.5)[..., None]
+        assert np.abs(found["IM0001"] - expected).max() <= 1
+        assert np.abs(found["photo.png"].astype(int) - C8[:40, :40]).max() <= 1
+
+
 # NIfTI
 
 
