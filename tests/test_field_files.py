@@ -101,13 +101,21 @@ def test_dicom_without_pydicom_or_a_decoder_names_the_command(tmp_path: Path) ->
     without = mock.patch.dict(sys.modules, pydicom=None)
     with without, pytest.raises(ImportError, match=r"pip install 'mocofast\[dicom\]'"):
         decode(str(tmp_path / "x12.dcm"))
-    file = tmp_path / "jpeg-ls.dcm"
+    file = tmp_path / "a.dcm"
     DICOM["jpeg2000.dcm"][0](file)
-    syntax = b"1.2.840.10008.1.2.4.90"
-    content = file.read_bytes()
-    # MPEG2: no plug-in decodes it.
-    file.write_bytes(content.replace(syntax, b"1.2.840.10008.1.2.4.100"[:22], 1))
-    with pytest.raises(Exception, match=r"DICOM|Unable|transfer|syntax"):
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"\xff\x51", b"\xff\x00", 1))  # of the header of JPEG 2000
+    with pytest.raises(ValueError, match=r"DICOM of JPEG 2000 .* is not decoded"):
+        decode(str(file))
+    # JPEG-LS without a decoder
+    file.write_bytes(whole.replace(b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.4.80", 1))
+    from pydicom.pixels.decoders import JPEGLSLosslessDecoder
+
+    none = mock.patch.object(JPEGLSLosslessDecoder, "_available", {})
+    with (
+        none,
+        pytest.raises(ImportError, match=r"JPEG-LS .*pyjpegls.*pip install 'mocofast\[dicom\]'"),
+    ):
         decode(str(file))
 
 

@@ -73,11 +73,12 @@ def _stored(dataset: Any, frame: int) -> np.ndarray:
         return pixel_array(dataset, index=frame, raw=False)
     except (NotImplementedError, RuntimeError, AttributeError) as error:
         syntax = dataset.file_meta.get("TransferSyntaxUID", "")
-        if getattr(syntax, "is_compressed", False):
-            raise ImportError(
-                f"DICOM of {syntax.name} is not decoded ({error}); {INSTALL} installs decoders"
-            ) from error
-        raise
+        if not getattr(syntax, "is_compressed", False):
+            raise
+        words = f"DICOM of {syntax.name} is not decoded ({' '.join(str(error).split())})"
+        if "missing dependencies" in str(error):
+            raise ImportError(f"{words}; {INSTALL} installs decoders") from error
+        raise ValueError(words) from error
 
 
 def _color(dataset: Any, stored: np.ndarray) -> Pixels:
