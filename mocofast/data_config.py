@@ -151,6 +151,13 @@ class _SourceOptions:
         "(needs views made on a CPU)",
         ("full", "scaled"),
     )
+    depth: int = option(
+        8,
+        "bits of a level where data.channels is 3: 8 scales deeper files to 8 bits when they are "
+        "decoded, 16 keeps their levels up to the view and beyond; views of 8 and 16 bits differ "
+        "by rounding",
+        valid=Valid(lambda value: value in (8, 16), "8 or 16"),
+    )
     loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(
         256,
