@@ -23,11 +23,12 @@ class ReadingOptions:
 
     reader: str = option(
         "auto",
-        "who reads the files: auto by their content, or a function of yours, "
-        "package.module:function, which takes a path or bytes and returns an array (H, W, C)",
+        "who reads the files: auto (files with known extensions, by their content), any (files of "
+        "all names, by their content), or a function of yours, package.module:function, which "
+        "takes a path or bytes and returns an array (H, W, C)",
         valid=Valid(
-            lambda value: value == "auto" or re.fullmatch(_FUNCTION, value) is not None,
-            "auto or package.module:function",
+            lambda value: value in ("auto", "any") or re.fullmatch(_FUNCTION, value) is not None,
+            "auto, any or package.module:function",
         ),
     )
     bands: tuple[int, ...] = option(
@@ -149,6 +150,13 @@ class _SourceOptions:
         "as large as its crop there; less CPU time on large photos, slightly different pixels "
         "(needs views made on a CPU)",
         ("full", "scaled"),
+    )
+    depth: int = option(
+        8,
+        "bits of a level where data.channels is 3: 8 scales deeper files to 8 bits when they are "
+        "decoded, 16 keeps their levels up to the view and beyond; views of 8 and 16 bits differ "
+        "by rounding",
+        valid=Valid(lambda value: value in (8, 16), "8 or 16"),
     )
     loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(

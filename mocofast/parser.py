@@ -77,8 +77,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
     for setting in settings.settings("", kind):
         flag = f"--{setting.name.split('.')[1].replace('_', '-')}"
         text = settings.shown(setting.default)
-        shown = f"{setting.help} [{text}]".replace("%", "%%")
-        kind_of = functools.partial(_checked, setting) if setting.valid else setting.type
+        values = f" ({' | '.join(setting.choices)})" if setting.choices else ""
+        shown = f"{setting.help}{values} [{text}]".replace("%", "%%")
+        checked = setting.valid or setting.choices
+        kind_of = functools.partial(_checked, setting) if checked else setting.type
         parser.add_argument(
             flag, type=kind_of, default=setting.default, metavar="VALUE", help=shown
         )
@@ -86,14 +88,13 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def _checked(setting: settings.Setting, text: str) -> Any:
     """Returns the value of a flag. Raises ArgumentTypeError if the value is not valid."""
-    assert setting.valid is not None
-    name = setting.name.removeprefix(".")
     try:
         value = settings.coerce(setting, text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not setting.valid.holds(value):
-        raise argparse.ArgumentTypeError(f"{name}: expected {setting.valid.expected}, got {text!r}")
+        reason = str(error).removeprefix(f"{setting.name}: ")
+        raise argparse.ArgumentTypeError(reason) from error
+    if setting.valid and not setting.valid.holds(value):
+        raise argparse.ArgumentTypeError(f"expected {setting.valid.expected}, got {text!r}")
     return value
 
 

@@ -91,6 +91,11 @@ DICOM: dict[str, tuple[Any, np.ndarray]] = {
         stretched(CT, 40 - 0.5 - 399 / 2, 40 - 0.5 + 399 / 2),
     ),
     "ct-signed.dcm": (lambda p: dicom(p, CT, 12), stretched(CT, -2048, 2047)),
+    "ct16.dcm": (
+        lambda p: dicom(p, CT, RescaleSlope=1, RescaleIntercept=0),
+        stretched(CT, CT.min(), CT.max()),
+    ),
+    "gray16.dcm": (lambda p: dicom(p, X12 * np.uint16(9)), stretched(X12 * 9.0, 0, 65535)),
     # Bits above BitsStored hold an overlay.
     "overlay.dcm": (lambda p: dicom(p, X12 | np.uint16(0x9000), 12), stretched(X12, 0, 4095)),
     "padding.dcm": (
@@ -231,6 +236,7 @@ _GROUPS = {
     "DICOM, gray": ("x12.dcm", "inverted.dcm", "ct-signed.dcm", "overlay.dcm"),
     "DICOM, window": ("window.dcm", "inverted-window.dcm", "ct.dcm", "padding.dcm"),
     "DICOM, table or sigmoid": ("table.dcm", "sigmoid.dcm"),
+    "DICOM, 16 bits without a window": ("ct16.dcm", "gray16.dcm"),
     "DICOM, several frames": ("frames.dcm",),
     "DICOM, colours": ("rgb.dcm",),
     "DICOM, compressed": ("rle.dcm", "jpeg2000.dcm"),

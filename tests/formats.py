@@ -80,6 +80,8 @@ SEES = {
     "DICOM, gray": "all stored bits from black to white. MONOCHROME1 is inverted",
     "DICOM, window": "the VOI window from black to white, of slope and intercept. Padding is black",
     "DICOM, table or sigmoid": "what the table or the sigmoid gives",
+    "DICOM, 16 bits without a window": "unsigned: 0 to 65535. Others: the lowest to the highest "
+    "value of the image",
     "DICOM, several frames": "the frame in the middle, and a remark in the log "
     "(`--data.slices all`: every frame)",
     "DICOM, colours": "the pixels",

@@ -101,13 +101,21 @@ def test_dicom_without_pydicom_or_a_decoder_names_the_command(tmp_path: Path) ->
     without = mock.patch.dict(sys.modules, pydicom=None)
     with without, pytest.raises(ImportError, match=r"pip install 'mocofast\[dicom\]'"):
         decode(str(tmp_path / "x12.dcm"))
-    file = tmp_path / "jpeg-ls.dcm"
+    file = tmp_path / "a.dcm"
     DICOM["jpeg2000.dcm"][0](file)
-    syntax = b"1.2.840.10008.1.2.4.90"
-    content = file.read_bytes()
-    # MPEG2: no plug-in decodes it.
-    file.write_bytes(content.replace(syntax, b"1.2.840.10008.1.2.4.100"[:22], 1))
-    with pytest.raises(Exception, match=r"DICOM|Unable|transfer|syntax"):
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"\xff\x51", b"\xff\x00", 1))  # of the header of JPEG 2000
+    with pytest.raises(ValueError, match=r"DICOM of JPEG 2000 .* is not decoded"):
+        decode(str(file))
+    # JPEG-LS without a decoder
+    file.write_bytes(whole.replace(b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.4.80", 1))
+    from pydicom.pixels.decoders import JPEGLSLosslessDecoder
+
+    none = mock.patch.object(JPEGLSLosslessDecoder, "_available", {})
+    with (
+        none,
+        pytest.raises(ImportError, match=r"JPEG-LS .*pyjpegls.*pip install 'mocofast\[dicom\]'"),
+    ):
         decode(str(file))
 
 
@@ -127,6 +135,17 @@ def test_all_frames_and_pages_are_images_where_asked(tmp_path: Path) -> None:
     assert [some.name(i) for i in range(len(some))] == ["a.dcm[1]", "a.dcm[3]", "a.dcm[5]"]
     whole = load_datasets(DataConfig(path=str(tmp_path), include=("*.dcm",))).train
     assert remarks(whole) == ["1 of 1 images looked at show frame 4 of 7, for example a.dcm"]
+
+
+def test_files_without_an_extension_are_read_where_asked(tmp_path: Path) -> None:
+    field_files.dicom(tmp_path / "IM0001", X12[:40, :40], 12)
+    Image.fromarray(C8[:40, :40]).save(tmp_path / "photo.png")
+    assert len(load_datasets(DataConfig(path=str(tmp_path))).train) == 1
+    for name in LOADERS:
+        found = shown(DataConfig(path=str(tmp_path), reader="any"), name, 40)
+        expected = np.floor(X12[:40, :40] / 4095.0 * 255 + 0.5)[..., None]
+        assert np.abs(found["IM0001"] - expected).max() <= 1
+        assert np.abs(found["photo.png"].astype(int) - C8[:40, :40]).max() <= 1
 
 
 # NIfTI

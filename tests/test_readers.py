@@ -209,6 +209,22 @@ def test_prepare_and_stats_call_the_function(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(decode(stored.load(i))), expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--plane", "up"), "--plane: expected one of axial, coronal, sagittal, got 'up'"),
+        (("--bands", "0"), "--bands: expected numbers of channels, from 1, got '0'"),
+        (("--reader", "my_files"), "--reader: expected auto, any or package.module:function"),
+    ],
+)
+def test_flags_of_stats_are_checked(
+    words: tuple[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["stats", str(tmp_path), *words])
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_with_a_function_resumes_exactly_from_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,9 @@
 
 Numbers become what the files mean: BitsStored and the sign, slope and intercept (or the table)
 of the modality, for example Hounsfield units. MONOCHROME1 (white is the smallest number) is
-inverted. Where a VOI window (or table) is stated, the window is black to white. Colours become
-RGB of 8 bits. Of several frames the frame in the middle is read.
+inverted. Where a VOI window (or table) is stated, the window is black to white. Without a window
+all stored bits are, or for 16 bits the range of a TIFF of the same numbers. Of several frames
+the frame in the middle is read.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ def _stored(dataset: Any, frame: int) -> np.ndarray:
         return pixel_array(dataset, index=frame, raw=False)
     except (NotImplementedError, RuntimeError, AttributeError) as error:
         syntax = dataset.file_meta.get("TransferSyntaxUID", "")
-        if getattr(syntax, "is_compressed", False):
-            raise ImportError(
-                f"DICOM of {syntax.name} is not decoded ({error}); {INSTALL} installs decoders"
-            ) from error
-        raise
+        if not getattr(syntax, "is_compressed", False):
+            raise
+        words = f"DICOM of {syntax.name} is not decoded ({' '.join(str(error).split())})"
+        if "missing dependencies" in str(error):
+            raise ImportError(f"{words}; {INSTALL} installs decoders") from error
+        raise ValueError(words) from error
 
 
 def _color(dataset: Any, stored: np.ndarray) -> Pixels:
@@ -107,6 +109,9 @@ def _gray(dataset: Any, stored: np.ndarray, part: int) -> Pixels:
         ends = (first, last)
     low, high = ends
     window = _window(frame)
+    # 16 bits without a window are rarely in full use: `data.range` auto treats the numbers as
+    # those of a TIFF file.
+    stated = window is not None or "VOILUTSequence" in frame or _bits(dataset, stored) < 16
     if "VOILUTSequence" in frame or (window is not None and window[2]):
         whole = values if "VOILUTSequence" not in frame else np.rint(values).astype(np.int64)
         values = apply_voi_lut(whole, frame, prefer_lut=True)
@@ -118,8 +123,14 @@ def _gray(dataset: Any, stored: np.ndarray, part: int) -> Pixels:
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         values = sum(ends) - values
         low, high = sum(ends) - high, sum(ends) - low
-    values[padding] = low
-    return Pixels(values.astype(np.float32)[..., None], low, high, stated=True)
+    unsigned = not stated and stored.dtype == np.uint16 and ends == (0.0, 65535.0)
+    values[padding] = low if stated or unsigned else values[~padding].min(initial=high)
+    kind = np.uint16 if unsigned else np.float32
+    return Pixels(values.astype(kind)[..., None], low, high, stated=stated)
+
+
+def _bits(dataset: Any, stored: np.ndarray) -> int:
+    return int(dataset.get("BitsStored", 8 * stored.dtype.itemsize))
 
 
 def _used_bits(dataset: Any, stored: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
@@ -127,7 +138,7 @@ def _used_bits(dataset: Any, stored: np.ndarray) -> tuple[np.ndarray, tuple[floa
     if stored.dtype.kind == "f":
         return stored, (float(stored.min()), float(stored.max()))
     room = 8 * stored.dtype.itemsize
-    bits = int(dataset.get("BitsStored", room))
+    bits = _bits(dataset, stored)
     signed = stored.dtype.kind == "i"
     if bits < room:
         # To the left end, and back with the sign.

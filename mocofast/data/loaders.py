@@ -96,8 +96,9 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
     """
     deep = PixelFormat(channels, np.dtype(np.uint16), range_of(source))
     photos = isinstance(source, ShardSource) and source.photos
+    eight = channels == 3 and deep.value_range.depth == 8
     if photos or not len(source):
-        return None if channels == 3 else deep
+        return None if eight else deep
     first = source.load(0)
     if isinstance(first, np.ndarray):
         if first.shape[2] != channels:
@@ -110,7 +111,7 @@ def pixels_of(source: Source, channels: int) -> PixelFormat | None:
             if channels == 3 and first.dtype == np.uint8
             else PixelFormat(channels, first.dtype)
         )
-    return None if channels == 3 and not _loses_levels(first) else deep
+    return None if eight and not _loses_levels(first) else deep
 
 
 def _loses_levels(first: str | bytes | Item) -> bool:

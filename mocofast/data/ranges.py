@@ -35,6 +35,7 @@ class ValueRange(NamedTuple):
 
     kind: str  # auto, dtype, bounds or percentile
     numbers: tuple[float, ...] = ()  # bounds: (low, high) or a pair per channel. percentile: (a, b)
+    depth: int = 8  # bits of a level of three channels, as data.depth
 
     @property
     def of_type(self) -> bool:
@@ -74,9 +75,9 @@ def parse_range(text: str) -> ValueRange:
     return ValueRange("percentile" if kind == "percentile" else "bounds", numbers)
 
 
-def set_range(source: object, text: str) -> None:
-    """Sets the range of a source's files. text: as for `parse_range`."""
-    source.value_range = parse_range(text)  # type: ignore[attr-defined]
+def set_range(source: object, text: str, depth: int = 8) -> None:
+    """Sets the range and the depth of a source's files. text: as for `parse_range`."""
+    source.value_range = parse_range(text)._replace(depth=depth)  # type: ignore[attr-defined]
 
 
 def range_of(source: object) -> ValueRange:

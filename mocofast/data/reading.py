@@ -42,7 +42,7 @@ class Reading:
         """Raises ConfigError if there is no function `options.reader`."""
         self.options, self.channels = options, options.channels
         self.function: Callable[..., Any] | None = None
-        if options.reader != "auto":
+        if options.reader not in ("auto", "any"):
             self.function = load_function("data.reader", options.reader)
 
     def extent(self, item: Item, wanted: int) -> Extent:
@@ -267,7 +267,7 @@ def read_as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
             f"data.bands: {len(data.bands)} bands for data.channels={data.channels}; "
             f"--data.channels {len(data.bands)} fits"
         )
-    asked = [name for name in ("reader", "slices") if getattr(data, name) != "auto"]
+    asked = [name for name in ("reader", "slices") if getattr(data, name) not in ("auto", "any")]
     asked += [name for name in ("bands", "window") if getattr(data, name)]
     several = bool(data.window) or data.slices not in ("auto", "middle") or _may_be_nifti(source)
     if not len(source) or not (asked or several):

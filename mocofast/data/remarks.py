@@ -101,10 +101,12 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
         f"{len(names)} of {len(indices)} images looked at show {remark}, for example {names[0]}"
         for remark, names in left_out.items()
     ]
-    return lines + (_on_numbers(source, deep[:MEASURED]) if range_of(source).kind == "auto" else [])
+    return lines + (
+        _on_numbers(source, deep[:MEASURED], channels) if range_of(source).kind == "auto" else []
+    )
 
 
-def _on_numbers(source: Source, indices: list[int]) -> list[str]:
+def _on_numbers(source: Source, indices: list[int], channels: int) -> list[str]:
     """Returns a line for every type of number that `data.range` should describe."""
     seen: dict[np.dtype, tuple[Numbers, str]] = {}  # {type: (numbers, name of the first image)}
     for index in indices:
@@ -128,8 +130,10 @@ def _on_numbers(source: Source, indices: list[int]) -> list[str]:
             effect = f"fill at most {levels} of 256 levels"
         else:
             effect = "are scaled by the lowest and the highest value of every image"
+        eight = channels == 3 and range_of(source).depth == 8
+        deeper = ", and --data.depth 16 keeps levels beyond 256" * eight
         lines.append(
             f"{numbers.dtype} numbers from {numbers.low:.6g} to {numbers.high:.6g} ({name}) "
-            f"{effect}; --data.range {suggestion} gives all images one scale"
+            f"{effect}; --data.range {suggestion} gives all images one scale{deeper}"
         )
     return lines

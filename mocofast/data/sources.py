@@ -158,7 +158,7 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
 
 def _as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
     """Returns a source with the range and the readers of `data`, and remarks."""
-    set_range(source, data.range)
+    set_range(source, data.range, data.depth)
     return read_as_asked(source, data)
 
 

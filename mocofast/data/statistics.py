@@ -17,13 +17,22 @@ from mocofast.data.arrays import PixelFormat, read_numbers
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, no_image_decodes
 from mocofast.data.loaders import count_workers, pixels_of
-from mocofast.data.ranges import ValueRange, parse_range, type_bounds
+from mocofast.data.ranges import (
+    Pixels,
+    ValueRange,
+    missing_values,
+    parse_range,
+    present,
+    type_bounds,
+)
 from mocofast.data.remarks import Numbers, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import ReadingOptions, reading_values
 from mocofast.errors import describe_error
 from mocofast.option import option
+
+VALUES = 2000  # numbers of a channel of an image whose percentiles are taken
 
 
 @dataclass
@@ -33,6 +42,11 @@ class StatsConfig(ReadingOptions):
     images: int = option(1000, "number of images to measure, from everywhere in the set; 0 is all")
     range: str = option(
         "auto", "as data.range; auto measures the numbers, and suggests a range where one is needed"
+    )
+    percentiles: tuple[float, float] = option(
+        (0.0, 0.0),
+        "such as 1,99: the range is from one percentile of the set's numbers to the other, a pair "
+        "a channel; 0,0 leaves the range as above",
     )
     channels: int = option(3, "channels of an image, as data.channels")
     source: str = option("folder", "as data.source")
@@ -76,6 +90,9 @@ def measure(path: str, options: StatsConfig) -> Statistics:
     """
     if options.images < 0:
         raise ConfigError(f"--images: expected at least 0, got {options.images}")
+    low, high = options.percentiles
+    if any(options.percentiles) and not 0 <= low < high <= 100:
+        raise ConfigError(f"--percentiles: expected 0 <= low < high <= 100, got {low},{high}")
     channels = options.channels
     kind = {"source": options.source, "channels": channels, "range": options.range}
     kind |= reading_values(options)
@@ -92,6 +109,9 @@ def measure(path: str, options: StatsConfig) -> Statistics:
                     before = seen.get(numbers.dtype, numbers)
                     seen[numbers.dtype] = before.joined(numbers)
         chosen = _common_range(list(seen.values())) or options.range
+        if any(options.percentiles):
+            values = pool.map(lambda i: _values(source, i, channels), indices, 4 * pool.count)
+            chosen = _percentile_range([v for v in values if v is not None], options.percentiles)
         value_range = parse_range(chosen)
         skipped: dict[int, str] = {}
         moments = []
@@ -133,6 +153,35 @@ def _numbers(source: Source, index: int, channels: int) -> Numbers | None:
         return numbers_of(read_numbers(item, channels))
     except Exception:  # `_moments` meets the error again
         return None
+
+
+def _values(source: Source, index: int, channels: int) -> list[np.ndarray] | None:
+    """Returns up to VALUES present numbers of every channel of a file, None for a bad file."""
+    try:
+        item = source.load(index)
+        pixels = (
+            Pixels(item, *type_bounds(item.dtype))
+            if isinstance(item, np.ndarray)
+            else read_numbers(item, channels)
+        )
+        missing = missing_values(pixels)
+    except Exception:  # `_moments` meets the error again
+        return None
+    every = [present(pixels, missing, channel) for channel in range(pixels.values.shape[2])]
+    # Evenly spread over the image, with a step that no side of an image is a multiple of.
+    return [v[:: max(1, len(v) // VALUES) | 1].astype(np.float32) for v in every]
+
+
+def _percentile_range(values: list[list[np.ndarray]], percentiles: tuple[float, float]) -> str:
+    """Returns the value of `data.range` from percentiles of all images, a pair per channel."""
+    pairs = []
+    for channel in zip(*values):
+        joined = np.concatenate(channel)
+        low, high = np.percentile(joined, percentiles) if joined.size else (0.0, 1.0)
+        pairs.append((low, high if high > low else low + 1))
+    if all(pair == pairs[0] for pair in pairs):
+        pairs = pairs[:1]
+    return ",".join(f"{bound:.6g}" for pair in pairs for bound in pair) or "auto"
 
 
 def _moments(
