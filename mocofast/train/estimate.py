@@ -80,7 +80,7 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
     keys = getattr(config.model, "queue_size", 0) if config.model.method == "moco" else 0
     trained = min(epochs * steps, config.train.max_steps or epochs * steps) * batch
     trained *= 2 if getattr(config.model, "symmetric", False) else 1
-    fitting = f"--model.queue_size {max(batch, count // 2)} fits. (The recipe auto fits the queue by itself)"
+    fitting = f"--model.queue_size {max(batch, count // 2)} fits"
     if keys > trained:
         lines.append(
             f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
