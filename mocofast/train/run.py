@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.errors import DivergedError
 from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
@@ -34,29 +35,21 @@ from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
+from mocofast.train.result import Result as Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import RunFolder, StepLine, choose_folder
 
 log = logging.getLogger("mocofast")
 
 
-class Result(NamedTuple):
-    """How a run ended.
-
-    folder: the run folder.
-    step: optimiser steps done.
-    interrupted: a signal ended the run; its checkpoint holds the state.
-    before, after: kNN figures of the random and of the trained encoder, empty without labels.
-    """
-
-    folder: Path
-    step: int
-    interrupted: bool
-    before: dict[str, float]
-    after: dict[str, float]
-
-
-def train(config: Config, resume: str = "", profile: bool = False) -> Result:
+def train(
+    config: Config,
+    resume: str = "",
+    profile: bool = False,
+    *,
+    initialise: Callable[[Method], list[str]] | None = None,
+    extend: bool = False,
+) -> Result:
     """Runs a configuration from its start, or from a checkpoint.
 
     config: for example `mocofast.settings.load_recipe("digits")`.
@@ -64,6 +57,9 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         is none), or the path of a checkpoint or run folder.
     profile: rank 0 also times a few steps and writes mocofast.train.profile.FILES into the run
         folder. The results of the run stay the same.
+    initialise: gives the method of a new run its first weights, and returns lines for the log (see
+        mocofast.interop.initial). A continued run has its own weights.
+    extend: a continued run may have other options of `optim`, and other `train.epochs`.
     Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
     weight is no finite number. The last finite checkpoint then stays.
     """
@@ -75,7 +71,8 @@ def train(config: Config, resume: str = "", profile: bool = False) -> Result:
         device = torch.device("cuda", local_rank)
     try:
         with StopRequest() as stop:
-            return _Run(config, resume, device, rank, world_size, profile).train(stop)
+            run = _Run(config, resume, device, rank, world_size, profile, initialise, extend)
+            return run.train(stop)
     finally:
         distributed.shutdown()
 
@@ -94,13 +91,15 @@ class _Run:
         rank: int,
         world_size: int,
         profile: bool,
+        initialise: Callable[[Method], list[str]] | None,
+        extend: bool,
     ) -> None:
         self.config, self.device, self.world_size = config, device, world_size
         chosen = choose_folder(config, bool(resume)) if rank == 0 else None
         self.path: Path = distributed.from_main(chosen)
         saved = find_checkpoint(self.path, resume)
         if saved is not None:
-            check_same_run(config, saved)
+            check_same_run(config, saved, extend)
         elif (self.path / "checkpoints" / LAST).exists():
             raise ConfigError(
                 f"train.dir: {self.path} holds a run already. --resume auto continues this run, "
@@ -120,8 +119,11 @@ class _Run:
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
+        self.first_lines: list[str] = []
         if saved is not None:
             self.state.restore(saved)
+        elif initialise is not None:
+            self.first_lines = initialise(self.state.model)
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
         resumed_step = self.state.step if saved else None
@@ -298,8 +300,7 @@ class _Run:
 
     def _check_weights(self) -> None:
         """Raises DivergedError if weights are not finite. All ranks call it together."""
-        model = self.state.model
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [*self.state.model.parameters(), *self.state.model.buffers()]
         check_weights(tensors, self.state.step, self.rate)
 
     def _evaluate(self, write: bool = True) -> dict[str, float]:
@@ -361,6 +362,8 @@ class _Run:
             state.loader.reason,
         )
         log.info("engine %s: %s", self.engine.mode, reason_for_mode)
+        for line in self.first_lines:
+            log.info(line)
         if self.monitor is None:
             log.info("no kNN monitor")
         log.info("writing to %s", self.path)
@@ -393,5 +396,5 @@ class _Run:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
-        latest = self.evaluated_at == self.state.step
-        self.folder.finish(self.state.before, self.state.after, latest)
+        state = self.state
+        self.folder.finish(state.before, state.after, self.evaluated_at == state.step)
