@@ -28,7 +28,7 @@ from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
-from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
+from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state, queue_remarks
 from mocofast.train.checkpoint import LAST, CheckpointWriter
 from mocofast.train.divergence import check_loss, check_weights, way_out
 from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
@@ -226,8 +226,7 @@ class _Run:
     def _next_batch(self) -> Batch:
         if self.batches is None:
             self.batches = self.state.loader.epoch(self.state.epoch, self.state.step_in_epoch)
-        batch = next(self.batches, None)
-        if batch is None:
+        if (batch := next(self.batches, None)) is None:
             raise RuntimeError(f"loader: fewer than {self.steps_per_epoch} batches in an epoch")
         return batch
 
@@ -348,6 +347,7 @@ class _Run:
         )
         log.info("data: %s", datasets.note)
         lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
+        lines += queue_remarks(state.model, len(state.source))
         if resumed_step is None:
             pixels = pixels_of(datasets.train, c.data.channels)
             lines += look(datasets.train, datasets.val, c.augment.size, pixels)
