@@ -73,7 +73,9 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
         if arch is None:
             names = described_names(sorted(weights))
             raise ConfigError(
-                f"no known encoder among the entries {names}; name it by --model.arch"
+                f"no known encoder among the entries {names}; expected the names of "
+                "facebookresearch/moco (encoder_q.*), moco-v3 (base_encoder.*) or another project "
+                "of docs/checkpoints.md, or the encoder's name (--model.arch, main_lincls: -a)"
             )
         return Found(dict(part), arch, 3, 0, layout)
     side = _image_side(part, first)
