@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mocofast import front, interrupts, settings
@@ -17,7 +18,7 @@ from mocofast.config import (
     KNNConfig,
     ModelConfig,
 )
-from mocofast.evaluation_arguments import evaluation_parser, load
+from mocofast.evaluation_arguments import add_arch, evaluation_parser, load
 from mocofast.parser import (
     Parser,
     add_flags,
@@ -32,8 +33,8 @@ def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
     parser = Parser(
         prog="mocofast pretrain",
-        usage="mocofast pretrain [RECIPE] [IMAGES] [--resume auto|PATH] [--cooldown EPOCHS] "
-        "[--profile] "
+        usage="mocofast pretrain [RECIPE] [IMAGES] [--init FILE] [--resume auto|PATH] [--extend] "
+        "[--cooldown EPOCHS] [--profile] "
         "[--GROUP.OPTION VALUE ...]",
         description=(
             "Pretrains with momentum contrast.\n"
@@ -70,6 +71,18 @@ def pretrain(argv: Sequence[str]) -> int:
         "stays as it is, and can be continued",
     )
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="with --resume: continue with other --optim options, and more --train.epochs",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="FILE",
+        default="",
+        help="start a new run from the weights of a file: a run folder, or a checkpoint of any "
+        "known project (docs/checkpoints.md)",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
@@ -86,10 +99,23 @@ def pretrain(argv: Sequence[str]) -> int:
     recipe, images = configure.split_words(arguments.words)
     given, cooldown = given_settings(arguments), arguments.cooldown
     config = configure.configure(recipe, arguments.resume, given, images, cooldown)
+    if arguments.extend and not arguments.resume:
+        raise ConfigError("--extend: continues a run, which --resume PATH names")
+    initialise = None
+    if arguments.init:
+        from mocofast.interop.initial import initialise as load_into
+
+        initialise = partial(load_into, path=arguments.init, arch=config.model.arch)
     # A config.yaml of an earlier run holds the choices already.
     fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
-    kept = [*given] if fits else None
-    result = train(config, arguments.resume, arguments.profile, kept)
+    result = train(
+        config,
+        arguments.resume,
+        arguments.profile,
+        [*given] if fits else None,
+        initialise=initialise,
+        extend=arguments.extend,
+    )
     return interrupts.EXIT_INTERRUPTED if result.interrupted else 0
 
 
@@ -173,18 +199,22 @@ def finetune(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """a checkpoint's encoder for torchvision, timm, detectron2 or facebookresearch/moco"""
     from mocofast.interop import export as formats
-    from mocofast.train.checkpoint import load_checkpoint
+    from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 
     parser = Parser(
         prog="mocofast export", description="Writes a checkpoint's query encoder in another format."
     )
-    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
+    parser.add_argument(
+        "checkpoint", help="a run folder, or a checkpoint file of any known project"
+    )
     parser.add_argument(
         "--format", metavar="FORMAT", required=True, help=" | ".join(formats.FORMATS)
     )
     parser.add_argument("out", help="the file to write; a name in .safetensors selects safetensors")
+    add_arch(parser)
     arguments = parser.parse(argv)
-    print(formats.export(load_checkpoint(arguments.checkpoint), arguments.format, arguments.out))
+    checkpoint = as_checkpoint(load_any(arguments.checkpoint, arguments.arch))
+    print(formats.export(checkpoint, arguments.format, arguments.out))
     return 0
 
 

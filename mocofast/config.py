@@ -18,7 +18,7 @@ from mocofast.data_config import SOURCES as SOURCES
 from mocofast.data_config import TABLES as TABLES
 from mocofast.data_config import AugmentConfig, DataConfig
 from mocofast.errors import ConfigError
-from mocofast.option import Valid, above, at_least, option
+from mocofast.option import Valid, above, at_least, between, option
 from mocofast.plugins import is_plugin, load_plugin
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
@@ -36,8 +36,9 @@ class ModelConfig:
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
-        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; resnet_tiny; or the "
-        "dotted name of a module with build_encoder",
+        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; resnet_tiny; timm/NAME, "
+        "with timm's weights timm/NAME:pretrained; package.module:function, which takes "
+        "num_classes; or the dotted name of a module with build_encoder",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
@@ -139,6 +140,11 @@ class OptimConfig:
         valid=at_least(0),
     )
     per: str = option("epoch", "how often the learning rate is set", ("epoch", "step"))
+    clip_norm: float = option(
+        0.0,
+        "largest L2 norm of all gradients together, to which longer ones are scaled; 0: no limit",
+        valid=at_least(0),
+    )
 
 
 @dataclass
@@ -157,7 +163,11 @@ class TrainConfig:
         ("auto", "fp32", "bf16"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = option(0, "seed of weights, data order, views and shuffles")
+    seed: int = option(
+        0,
+        "seed of weights, data order, views and shuffles",
+        valid=between(0, 2**63 - 1, "0 to 2^63 - 1"),
+    )
     log_every: int = option(
         50, "steps between log lines; metrics are averaged over these steps", valid=at_least(1)
     )

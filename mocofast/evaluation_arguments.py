@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mocofast import settings
-from mocofast.config import Config, DataConfig
+from mocofast.config import AugmentConfig, Config, DataConfig
 from mocofast.parser import Parser, add_settings, given_settings
 
 if TYPE_CHECKING:
@@ -20,20 +20,35 @@ def evaluation_parser(name: str, description: str, group: str, kind: type) -> Pa
     group, kind: a further group of options, and its dataclass.
     """
     parser = Parser(prog=f"mocofast {name}", description=description)
-    parser.add_argument("checkpoint", help="a run folder, or a checkpoint file")
+    parser.add_argument(
+        "checkpoint", help="a run folder, or a checkpoint file of any known project"
+    )
     parser.add_argument(
         "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
     )
-    add_settings(parser, {"data": DataConfig, group: kind})
+    add_arch(parser)
+    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig, group: kind})
     return parser
+
+
+def add_arch(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names the encoder of a file."""
+    parser.add_argument(
+        "--model.arch",
+        metavar="NAME",
+        dest="arch",
+        help="the encoder of a file of another project, where its weights do not show it",
+    )
 
 
 def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
     from mocofast.data.sources import load_datasets, with_remarks
-    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
+    from mocofast.interop.reference_checkpoints import load_any
 
-    model, config = model_from_checkpoint(load_checkpoint(arguments.checkpoint))
+    model, config, layout, *_ = load_any(arguments.checkpoint, arguments.arch)
+    if layout != "mocofast":
+        print(f"{arguments.checkpoint}: {config.model.arch}, the layout of {layout}")
     given = given_settings(arguments)
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.

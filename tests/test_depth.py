@@ -60,6 +60,7 @@ def test_views_have_the_levels_of_the_depth(deep: Path, name: str, depth: int) -
     top = 2**depth - 1
     batch = next(build_loader(source, data, (WHOLE,), BatchSlice(6), 0, CPU).epoch(0))
     assert batch.views[0].dtype == (torch.uint8 if depth == 8 else torch.uint16)
+    assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
     for view, index in zip(batch.views[0], batch.index.tolist()):
         expected = np.floor(numbers(index) / 4095 * top + 0.5)
         assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mocofast import cli
+from mocofast import cli, ops
 from mocofast.config import ConfigError
 from mocofast.evaluate.features import check_finite
 from mocofast.evaluate.knn import knn_accuracy
@@ -154,3 +154,38 @@ def test_rates_are_of_the_steps_of_the_window(monkeypatch: pytest.MonkeyPatch) -
             window.end_pause(began)
     assert [values["data_wait"] for values in found] == [0.75] * 5
     assert [values["images_per_second"] for values in found] == [8.0] * 5
+
+
+def test_a_run_on_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    import signal
+    import threading
+
+    handler, found = signal.getsignal(signal.SIGINT), []
+    thread = threading.Thread(
+        target=lambda: found.append(pretrain(tmp_path / "run", "--train.max_steps", "1"))
+    )
+    thread.start()
+    thread.join()
+    assert found == [0] and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_queue_larger_than_the_set_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--train.max_steps", "1", "--knn.start", "false")
+    assert pretrain(tmp_path / "small", *options) == 0
+    assert "larger than the set" not in capsys.readouterr().out
+    assert pretrain(tmp_path / "large", *options, "--model.queue_size", "65536") == 0
+    out = capsys.readouterr().out
+    assert out.count("the queue of 65536 keys is larger than the set of") == 1
+    assert pretrain(tmp_path / "seed", "--train.seed", "-1") == 2
+    assert "train.seed" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_without_negatives_is_an_error() -> None:
+    one = torch.randn(1, 4)
+    with pytest.raises(ValueError, match="positive_key must have 2 rows"):
+        ops.info_nce(one, one)
+    with pytest.raises(ValueError, match="z_a must have 2 rows"):
+        ops.nt_xent(one, one)
+    assert ops.info_nce(one, one, torch.randn(1, 4)).isfinite()

@@ -100,7 +100,9 @@ def test_mlp_head_of_a_vit_goes_into_its_heads() -> None:
 
 
 def test_encoder_without_a_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="ending in fc, head, heads; Sequential has none"):
+    with pytest.raises(
+        ValueError, match="ending in fc, head, heads, classifier; Sequential has none"
+    ):
         MoCo(lambda num_classes: nn.Sequential(nn.Linear(4, num_classes)))
     encoder = TinyResNet(3)
     encoder.fc = nn.Identity()  # type: ignore[assignment]

@@ -191,14 +191,6 @@ def test_rank_counts_the_negatives_above_the_positive() -> None:
     assert rank.tolist() == [0, 0]
 
 
-def test_one_pair_alone_has_no_negatives_and_no_loss() -> None:
-    query = features(0, 1, 4).requires_grad_()
-    loss = ops.info_nce(query, features(1, 1, 4))
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert not query.grad.any()
-
-
 def test_nothing_is_kept_for_backward_without_gradients() -> None:
     query = features(0, 3, 4).requires_grad_()
     with torch.no_grad():

@@ -336,3 +336,30 @@ def test_momentum_of_the_key_encoder_rises_to_one_as_in_moco_v3() -> None:
     values = [cosine_momentum(0.99, step, 100) for step in (0, 25, 50, 100)]
     # Half of the way to 1 after half of the run. cos(pi / 4) = 0.70710678 after a quarter.
     assert values == pytest.approx([0.99, 1 - 0.01 * 1.70710678 / 2, 0.995, 1.0], abs=1e-10)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_limit_scales_longer_gradients_before_the_step(accumulate: int) -> None:
+    """One step at rate 1 without momentum: the weights move by the clipped gradient."""
+    from mocofast.config import OptimConfig
+    from mocofast.device import choose_autocast
+    from mocofast.methods.moco import MoCo
+    from mocofast.models.encoders import TinyResNet
+    from mocofast.train.optimizer import optimizer_of
+    from mocofast.train.step import train_step
+
+    moved = {}
+    for limit in (0.0, 1e-3, 1e6):
+        torch.manual_seed(0)
+        model = MoCo(TinyResNet, dim=8, queue_size=16)
+        config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=limit)
+        before = torch.cat([p.detach().flatten().clone() for p in model.encoder_q.parameters()])
+        views = (torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))
+        cpu = choose_autocast("fp32", torch.device("cpu"))
+        train_step(model, views, optimizer_of(model, config), accumulate, cpu)
+        after = torch.cat([p.detach().flatten() for p in model.encoder_q.parameters()])
+        moved[limit] = (before - after).double()
+    assert torch.equal(moved[0.0], moved[1e6])
+    assert abs(float(moved[1e-3].norm()) - 1e-3) < 1e-6
+    cosine = torch.nn.functional.cosine_similarity(moved[0.0], moved[1e-3], dim=0)
+    assert float(cosine) > 0.999

@@ -277,6 +277,15 @@ def test_tables_are_found_under_source_folder_unless_there_are_images(tmp_path: 
     save_photos(tmp_path / "photos", 3)
     pq.write_table(pa.table({"file_name": ["000.jpg"]}), tmp_path / "photos/metadata.parquet")
     assert isinstance(of(tmp_path / "photos", source="folder").train, FolderSource)
+    (tmp_path / "photos/0").mkdir()
+    (tmp_path / "photos/000.jpg").rename(tmp_path / "photos/0/000.jpg")
+    for i in (1, 2):
+        (tmp_path / f"photos/00{i}.jpg").unlink()
+    (tmp_path / "photos/broken.arrow").write_bytes(b"no table")
+    assert isinstance(of(tmp_path / "photos", source="folder").train, FolderSource)
+    (tmp_path / "photos/0/000.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"no image below .*tables are for data\.source=parquet"):
+        of(tmp_path / "photos", source="folder")
     with pytest.raises(NotADirectoryError, match="source list reads"):
         of(tmp_path / "photos/metadata.parquet", source="folder")
 

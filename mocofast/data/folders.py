@@ -108,6 +108,8 @@ def no_image(folder: str, found: Found) -> ConfigError:
     """Returns the error for a folder without an image. found: the files of the folder."""
     kinds = " ".join(sorted(EXTENSIONS))
     tars = "; its *.tar are for data.source=shards" if found.kinds[".tar"] else ""
+    tables = "; its tables are for data.source=parquet"
+    tars += tables if found.kinds[".parquet"] or found.kinds[".arrow"] else ""
     lines = "".join(f"; {line}" for line in (found.left_out(), *found.warnings()) if line)
     return ConfigError(
         f"data.path: no image below {folder!r} (extensions looked for: {kinds}){tars}{lines}"

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +69,10 @@ def holds_tables(path: Path) -> bool:
         if endings.keys() & EXTENSIONS:
             return False
         found = [Path(folder, endings[end]) for end in ENDINGS if end in endings]
-        if any(image_columns(read_schema(file)) for file in found):
-            return True
+        # A broken table, or one without pyarrow to read it, may lie beside folders of images.
+        with suppress(ConfigError):
+            if any(image_columns(read_schema(file)) for file in found):
+                return True
     return False
 
 

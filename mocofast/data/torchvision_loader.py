@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +76,9 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
     return _late_ops(image, params, augment) if has_late_ops(params) else image
 
 
-def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: AugmentConfig) -> Tensor:
+def apply_view_to_levels(
+    image: np.ndarray, params: ViewParams, augment: AugmentConfig
+) -> np.ndarray:
     """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
     box = (params.top, params.left, params.height, params.width)
     crop = resized_crop(as_tensor(image), *box, augment.size)
@@ -84,7 +86,7 @@ def apply_view_to_levels(image: np.ndarray, params: ViewParams, augment: Augment
         return moved(crop, params)
     view = crop[None].contiguous()
     make_views(view, [params], augment, view)
-    return view[0]
+    return view[0].numpy()
 
 
 def _late_ops(image: Image.Image, params: ViewParams, augment: AugmentConfig) -> Image.Image:
@@ -228,10 +230,16 @@ class _Steps(Sampler[list[tuple[int, int]]]):
 def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]]:
     """Returns views (B, S, S, C), the samples shown (B,), and the bad samples {index: reason}."""
     views = tuple(
-        torch.from_numpy(np.stack(view)) for view in zip(*(sample.views for sample in samples))
+        torch.from_numpy(_stacked(view)) for view in zip(*(sample.views for sample in samples))
     )
     skipped = {index: reason for sample in samples for index, reason in sample.skipped.items()}
     return views, torch.tensor([sample.shown for sample in samples]), skipped
+
+
+def _stacked(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns B views (S, S, C) as (B, S, S, C) in C order, which `np.stack` alone may not keep."""
+    out = np.empty((len(views), *views[0].shape), views[0].dtype)
+    return np.stack(views, out=out)
 
 
 def leave_signals_to_main(worker: int) -> None:

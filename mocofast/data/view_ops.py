@@ -273,11 +273,14 @@ def only_moves(p: ViewParams) -> bool:
     return not (changes or p.angle or p.sigma or p.noise)
 
 
-def moved(view: Tensor, p: ViewParams) -> Tensor:
-    """Returns a view on a CPU, (S, S, C), after the flips and turns of `p`."""
+def moved(view: Tensor, p: ViewParams) -> np.ndarray:
+    """Returns a view on a CPU, (S, S, C), after the flips and turns of `p`.
+
+    The result shares the memory of `view`: the batch is the first copy.
+    """
     # PyTorch does not flip uint16.
     pixels = view.numpy()[:: -1 if p.vertical_flip else 1, :: -1 if p.flip else 1]
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, p.turns)))
+    return np.rot90(pixels, p.turns)
 
 
 def apply_late_ops(

@@ -23,7 +23,8 @@ from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
 from mocofast.models.batch_norm import SplitBatchNorm2d
-from mocofast.models.encoders import features, head_name
+from mocofast.models.encoders import features
+from mocofast.models.heads import replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.optim.build import build_optimizer
 from mocofast.optim.schedule import learning_rate, set_learning_rate
@@ -137,7 +138,7 @@ def _replace_head(encoder: nn.Module, classes: int, config: Config, device: torc
     channels, size = config.data.channels, config.augment.size
     with evaluating(encoder), torch.no_grad():
         width = features(encoder, torch.zeros(1, channels, size, size, device=device)).shape[1]
-    setattr(encoder, head_name(encoder), nn.Linear(width, classes).to(device))
+    replace_head(encoder, nn.Linear(width, classes).to(device))
 
 
 @torch.no_grad()

@@ -72,6 +72,11 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
     if format == "reference":
+        if not checkpoint.get("is_complete", True):
+            raise ConfigError(
+                "format: reference needs both encoders and the queue, and the file holds one "
+                "encoder; torchvision or safetensors works"
+            )
         if not isinstance(model, MoCo):
             raise ConfigError(
                 "format: reference is facebookresearch/moco's, "

@@ -1,72 +1,119 @@
-"""Loads checkpoint files of facebookresearch/moco and facebookresearch/moco-v3 as models."""
+"""Loads checkpoint files of mocofast and of other projects as models.
+
+docs/checkpoints.md lists the layouts that are known.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
-from mocofast.interop.weights import PREFIX, backbone_state_dict, load_reference_state_dict
+from mocofast.interop.layouts import Found, find_encoder
+from mocofast.interop.reading import described_names, is_ours, read_any, tensors_of
+from mocofast.interop.weights import load_reference_state_dict
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
-from mocofast.train.checkpoint import checked, model_from_checkpoint, read_file
+from mocofast.models.encoders import head_name
+from mocofast.train.checkpoint import FORMAT, check_finite, checked, model_from_checkpoint
 
-# From timm's names of a ViT's parameters (moco-v3 uses timm) to torchvision's names.
-_TIMM = (
-    (r"^cls_token$", "class_token"),
-    (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^patch_embed\.proj\.", "conv_proj."),
-    (r"^norm\.", "encoder.ln."),
-    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
-    (r"\.norm(\d)\.", r".ln_\1."),
-    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-    (r"\.attn\.proj\.", ".self_attention.out_proj."),
-    (r"\.mlp\.fc1\.", ".mlp.0."),
-    (r"\.mlp\.fc2\.", ".mlp.3."),
-)
+# Entries of encoders that no feature depends on.
+_UNUSED = ("mask_token",)
+_HEADS = ("fc.", "head.", "heads.", "classifier.", "dino_head.", "projection_head.")
+
+
+class Loaded(NamedTuple):
+    """The model of a file.
+
+    method: on the CPU. Of files with an encoder alone, everything else in it is untrained.
+    config: the configuration of the run, or defaults that fit the encoder.
+    layout: the project: "mocofast", "facebookresearch/moco" for example.
+    is_complete: the file holds all parts of the method.
+    content: the content of the file.
+    """
+
+    method: Method
+    config: Config
+    layout: str
+    is_complete: bool
+    content: Any
 
 
 def load_pretrained(path: str, arch: str | None) -> tuple[Method, Config, bool]:
     """Returns the model of a checkpoint (on the CPU), its configuration, and whether it is ours.
 
-    path: a run folder or checkpoint of mocofast, or a checkpoint of facebookresearch/moco or
-        facebookresearch/moco-v3. For moco-v3, only the query encoder without head is loaded.
-    arch: the expected encoder. None: the encoder that the file names.
-    Raises FileNotFoundError, and ConfigError for an unknown file or an unexpected encoder.
+    path, arch, errors: as for `load_any`.
     """
-    content, file = read_file(path)
-    if not isinstance(content, dict) or "state_dict" not in content:
+    try:
+        loaded = load_any(path, arch)
+    except WrongArch as error:
+        raise ConfigError(f"-a {arch}: {error}") from error
+    return loaded.method, loaded.config, loaded.layout == "mocofast"
+
+
+class WrongArch(ConfigError):
+    """The file names another encoder than the caller expects."""
+
+
+def load_any(path: str, arch: str | None = None) -> Loaded:
+    """Loads a checkpoint of any known layout.
+
+    path: a run folder or checkpoint of mocofast, or a file of another project (torch.save or
+        safetensors): complete checkpoints of facebookresearch/moco, and encoders of all others.
+    arch: the expected encoder. None: the encoder that the file names, or that its weights show.
+    Raises FileNotFoundError, and ConfigError for an unknown file, an unexpected encoder, and for
+    weights that are NaN or infinite.
+    """
+    content, file = read_any(path)
+    if is_ours(content) or (isinstance(content, Mapping) and "format" in content):
         model, config = model_from_checkpoint(checked(content, file))
         _check(arch, config.model.arch, path)
-        return model, config, True
-    _check(arch, content.get("arch", arch), path)
-    arch = arch or content.get("arch", Config().model.arch)
-    weights = {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}
+        return Loaded(model, config, "mocofast", True, content)
+    named = content.get("arch") if isinstance(content, Mapping) else None
+    named = named if isinstance(named, str) else None
+    _check(arch, named, path)
     try:
-        if any(name.startswith("base_encoder.") for name in weights):
-            return *_moco_v3(weights, arch), False
-        return *_moco(weights, arch), False
+        weights = tensors_of(content)
+        check_finite(weights, path)
+        if "queue" in weights and any(name.startswith("encoder_k.") for name in weights):
+            queue = weights["queue"]
+            if queue.dim() == 2 and weights.keys() >= {"queue_ptr"}:
+                return Loaded(
+                    *_moco(weights, arch or named), "facebookresearch/moco", True, content
+                )
+        found = find_encoder(weights, arch or _known(named))
+        return Loaded(*_encoder(found), found.layout, False, content)
+    except ConfigError as error:
+        if str(error).startswith(path):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def _known(named: str | None) -> str | None:
+    """Returns the name of an encoder in a file if it is one of ours: other projects name freely."""
+    from torchvision.models import list_models
+
+    return named if named in list_models() or named in ("vit_small", "vit_base") else None
+
+
 def _check(expected: str | None, found: str | None, path: str) -> None:
-    if expected and found != expected:
-        raise ConfigError(f"-a {expected}: the encoder of {path} is {found}")
+    if expected and found and found != expected:
+        raise WrongArch(f"the encoder of {path} is {found}")
 
 
-def _moco(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
-    if "queue" not in weights:
-        raise ConfigError(
-            "expected the names of facebookresearch/moco (encoder_q.*, queue) "
-            "or moco-v3 (base_encoder.*)"
-        )
-    config = settings.load_recipe("moco_v1_r50")
-    config.model.arch, config.model.mlp = arch, "encoder_q.fc.2.weight" in weights
+def _moco(weights: dict[str, Tensor], arch: str | None) -> tuple[Method, Config]:
+    """Returns MoCo with both encoders and the queue of facebookresearch/moco."""
+    found = find_encoder(weights, arch)
+    config = _config(found)
+    config.model.mlp = "encoder_q.fc.2.weight" in weights
     config.model.dim, config.model.queue_size = weights["queue"].shape
     model = build_method(config)
     assert isinstance(model, MoCo)
@@ -74,30 +121,71 @@ def _moco(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
     return model, config
 
 
-def _moco_v3(weights: dict[str, Tensor], arch: str) -> tuple[Method, Config]:
-    config = settings.load_recipe("moco_v3_r50")
-    config.model.arch = arch
+def _config(found: Found) -> Config:
+    """Returns MoCo v1's configuration for an encoder."""
+    config = settings.load_recipe("moco_v3_r50" if "moco-v3" in found.layout else "moco_v1_r50")
+    config.model.arch = found.arch
+    size = found.image_size or (32 if found.arch.endswith(("_cifar", "_tiny")) else 224)
+    config.augment.size = size
+    if found.channels != 3:
+        config.data.channels = found.channels
+        plain = {"mean": (0.0,), "std": (1.0,), "color_ops": "auto"}
+        config.augment = replace(config.augment, **plain)  # type: ignore[arg-type]
+    return config
+
+
+def _encoder(found: Found) -> tuple[Method, Config]:
+    """Returns a method whose query encoder has the weights, without a trained head."""
+    config = _config(found)
+    if config.model.method == "moco":
+        config.model.queue_size = 256  # random, never read
     model = build_method(config)
-    # The weights of the query encoder's backbone, under torchvision's names.
-    given = {}
-    for name, value in weights.items():
-        part, _, rest = name.partition(".")
-        if part == "base_encoder" and not rest.startswith(("fc.", "head.")):
-            for pattern, ours in _TIMM if arch.startswith("vit_") else ():
-                rest = re.sub(pattern, ours, rest)
-            given[rest] = value
-    wanted = backbone_state_dict(model)
+    load_backbone(model.encoder_q, found.weights, found.arch)
+    return model, config
+
+
+def load_backbone(encoder: torch.nn.Module, weights: Mapping[str, Tensor], arch: str) -> None:
+    """Loads the weights of an encoder without head.
+
+    weights: under the encoder's own names. A head among them is left out.
+    Raises ConfigError naming at most five entries that are missing, unknown or of another shape,
+    and their number. After an error nothing is loaded.
+    """
+    prefix = f"{head_name(encoder)}."
+    wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(prefix)}
+    given = {
+        name: value
+        for name, value in weights.items()
+        if name in wanted or not (name.startswith((prefix, *_HEADS)) or name in _UNUSED)
+    }
+    for name in wanted.keys() - given.keys():
+        if name.endswith("num_batches_tracked"):
+            given[name] = wanted[name]
     wrong = sorted(
         name for name in given.keys() | wanted.keys() if _shape(given, name) != _shape(wanted, name)
     )
     if wrong:
         raise ConfigError(
-            f"not the weights of {arch}: missing, unknown or of another shape: "
-            f"{', '.join(wrong[:5])}"
+            f"not the weights of {arch}: {len(wrong)} entries are missing, unknown or of another "
+            f"shape: {described_names(wrong)}"
         )
-    model.encoder_q.load_state_dict(given, strict=False)
-    return model, config
+    encoder.load_state_dict(given, strict=False)
 
 
-def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
+def as_checkpoint(loaded: Loaded) -> dict[str, Any]:
+    """Returns a model as the content of a checkpoint of mocofast, for `export`."""
+    if loaded.layout == "mocofast":
+        content: dict[str, Any] = loaded.content
+        return content
+    epoch = loaded.content.get("epoch", 0) if isinstance(loaded.content, Mapping) else 0
+    return {
+        "format": FORMAT,
+        "config": settings.to_dict(loaded.config),
+        "model": loaded.method.state_dict(),
+        "epoch": epoch,
+        "is_complete": loaded.is_complete,
+    }
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mocofast.models.encoders import head_name
+from mocofast.models.heads import head_name, replace_head
 
 
 def mlp_head(
@@ -50,4 +50,5 @@ def set_head(encoder: nn.Module, *widths: int, last_norm: bool = False, bias: bo
     )
     if linear is None:
         raise ValueError(f"encoder: expected a linear layer in its .{name}, and there is none")
-    setattr(encoder, name, mlp_head([linear.in_features, *widths], last_norm=last_norm, bias=bias))
+    head = mlp_head([linear.in_features, *widths], last_norm=last_norm, bias=bias)
+    replace_head(encoder, head)

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError
+from mocofast.models.heads import head_name as head_name
+from mocofast.models.heads import pooled
+from mocofast.models.libraries import TIMM, checked_outputs, function_encoder, timm_encoder
 from mocofast.models.vit import SIZES, conv_of, use_packed_attention, vision_transformer
 from mocofast.plugins import is_plugin, load_plugin
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
-HEADS = ("fc", "head", "heads")
 
 
 def build_encoder(
@@ -28,6 +30,8 @@ def build_encoder(
         images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. The dotted name of a
         module of yours: the module's `build_encoder(image_size)` returns the constructor. For other
         numbers of channels than 3, it is `build_encoder(image_size, channels=...)`.
+        "timm/NAME": a model of timm. "package.module:function": a function of yours, called with
+        num_classes, and with image_size and channels where it names these arguments.
     image_size: side of the images in pixels. A ViT is made for images of this size, and takes
         images of other sizes, which are made of whole patches, too.
     channels: of the images. The first convolution is made for other numbers than 3, initialised as
@@ -35,6 +39,12 @@ def build_encoder(
     Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
     an image size that is not a multiple of the patch size.
     """
+    if arch.startswith(TIMM):
+        build = timm_encoder(arch.removeprefix(TIMM), image_size, channels)
+        return checked_outputs(arch, build, image_size, channels)
+    if ":" in arch:
+        build = function_encoder(arch, image_size, channels)
+        return checked_outputs(arch, build, image_size, channels)
     if is_plugin(arch):
         return _plugin_encoder(arch, image_size, channels)
     from torchvision.models import list_models
@@ -158,17 +168,6 @@ class _BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
-def head_name(encoder: nn.Module) -> str:
-    """Returns the name of the head: `fc`, `head` or `heads`. Raises ValueError if none."""
-    for name in HEADS:
-        if isinstance(getattr(encoder, name, None), nn.Module):
-            return name
-    raise ValueError(
-        f"encoder: expected a module ending in {', '.join(HEADS)}; "
-        f"{type(encoder).__name__} has none"
-    )
-
-
 def add_mlp_head(encoder: nn.Module) -> None:
     """Puts Linear(d, d) and ReLU before the last linear layer: MoCo v2's head (arXiv:2003.04297).
 
@@ -189,7 +188,7 @@ def add_mlp_head(encoder: nn.Module) -> None:
 
 
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Returns pooled features (N, D) of images (N, C, S, S): the inputs of the encoder's head."""
+    """Returns features (N, D) of images (N, C, S, S): the inputs of the encoder's head, pooled."""
     found: list[Tensor] = []
     head = encoder.get_submodule(head_name(encoder))
     handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
@@ -197,4 +196,4 @@ def features(encoder: nn.Module, images: Tensor) -> Tensor:
         encoder(images)
     finally:
         handle.remove()
-    return found[0]
+    return pooled(found[0], channels_last=isinstance(head, nn.Linear))

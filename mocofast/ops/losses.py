@@ -111,6 +111,11 @@ def info_nce(
         check_matrix("negative_keys", negative_keys, "(K, C)")
         check_width("negative_keys", negative_keys, "query", query)
         check_same("negative_keys", negative_keys.device, "device of query", query.device)
+    elif len(positive_key) == 1:
+        raise ValueError(
+            "positive_key must have 2 rows or more without negative_keys, whose other rows are the "
+            "negatives: got 1 row, and a loss of 0 that teaches nothing"
+        )
     temperature = checked_temperature(temperature, query.device)
     check_reduction(reduction)
 
@@ -200,6 +205,10 @@ def nt_xent(
     check_matrix("z_b", z_b, "(N, C)" if own_rows is None else "(M, C)")
     check_same("z_b", z_b.shape, "shape of z_a", z_a.shape)
     check_same("z_b", z_b.device, "device of z_a", z_a.device)
+    if len(z_a) == 1:
+        raise ValueError(
+            "z_a must have 2 rows or more, whose other rows are the negatives: got 1 row"
+        )
     if own_rows is not None:
         check_rows("own_rows", own_rows, "z_a", len(z_a))
     temperature = checked_temperature(temperature, z_a.device)

@@ -20,9 +20,15 @@ def build_optimizer(
     ema: (targets, momentum), with a target for every trainable parameter.
     """
     trainable = [p for p in parameters if p.requires_grad]
+    optimizer: FusedOptimizer
     if config.name == "adamw":
-        return FusedAdamW(
+        optimizer = FusedAdamW(
             trainable, config.lr, config.betas, weight_decay=config.weight_decay, ema=ema
         )
-    kind = {"sgd": FusedSGD, "lars": FusedLARS}[config.name]
-    return kind(trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema)
+    else:
+        kind = {"sgd": FusedSGD, "lars": FusedLARS}[config.name]
+        optimizer = kind(
+            trainable, config.lr, config.momentum, weight_decay=config.weight_decay, ema=ema
+        )
+    optimizer.clip_norm = config.clip_norm
+    return optimizer

@@ -57,12 +57,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     ema_momentum: m of the average, a float or a tensor () on the device of the parameters. May be
         set before any step, as the schedule of MoCo v3 does.
+    clip_norm: the training loop scales longer gradients to this L2 norm. 0: no limit.
 
     The state dict holds neither ema_momentum nor targets and shadows. The state dict of the model
     holds the targets.
     """
 
     ema_momentum: float | Tensor
+    clip_norm = 0.0
     _companions: dict[Tensor, _Companions]
 
     @property

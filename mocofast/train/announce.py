@@ -14,6 +14,7 @@ from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
 from mocofast.train import estimate
 from mocofast.train.auto import Choice
+from mocofast.train.build import queue_remarks
 from mocofast.train.checkpoint import RunState
 
 log = logging.getLogger("mocofast")
@@ -40,6 +41,7 @@ def announce_images(
     for option, value, why in choices:
         log.info("chose --%s %s: %s", option, settings.shown(value), why)
     lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
+    lines += queue_remarks(state.model, len(state.source))
     if is_new:
         pixels = pixels_of(datasets.train, c.data.channels)
         lines += look(datasets.train, datasets.val, c.augment.size, pixels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
@@ -11,6 +11,7 @@ from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
 from mocofast.device import wrong_in_bf16
+from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
 from mocofast.train.checkpoint import RunState
@@ -70,6 +71,22 @@ def _drop_tokens(model: nn.Module, config: Config) -> None:
         )
     for number, vit in enumerate(vits):
         vit.drop_tokens(share, 1000003 * config.train.seed + number)
+
+
+def queue_remarks(method: Method, images: int) -> list[str]:
+    """Returns a line about a queue of more keys than images, whose keys are of many epochs.
+
+    images: number in the training set.
+    """
+    keys = len(queue) if isinstance(queue := getattr(method, "queue", None), Tensor) else 0
+    if keys <= images:
+        return []
+    fitting = max(1, images // 2)
+    return [
+        f"the queue of {keys} keys is larger than the set of {images} images, and holds the keys "
+        f"of {keys / images:.3g} epochs: an image meets its own old keys as negatives. Prefer a "
+        f"queue smaller than the set, --model.queue_size {fitting} for example"
+    ]
 
 
 def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: int) -> None:

@@ -86,10 +86,4 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
             f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
             f"keys, so random vectors stay among the negatives. {fitting}"
         )
-    if keys > count:
-        lines.append(
-            f"the queue is larger than the set: model.queue_size {keys:,}, and "
-            f"{counted(count, 'image')}, so every query meets older keys of its own image, about "
-            f"{keys / count:.0f}, as negatives. {fitting}"
-        )
     return lines

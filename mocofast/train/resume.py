@@ -16,6 +16,9 @@ FREE_TO_CHANGE = (
     "data.path",
     "data.workers",
     "data.loader",
+    "data.prefetch",
+    "data.hw_decoder_load",
+    "data.preallocate",
     "train.device",
     "train.max_steps",
     "train.dir",
@@ -40,6 +43,10 @@ def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
         return None
 
 
+# Options that may also change where a run is extended.
+FREE_TO_EXTEND = ("optim.", "train.epochs")
+
+
 def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:
     """Returns True where the steps until the checkpoint do not depend on the length of the run."""
     done = state["epoch"] + (state["step_in_epoch"] > 0)
@@ -50,17 +57,24 @@ def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:
     )
 
 
-def check_same_run(config: Config, state: dict[str, Any]) -> None:
-    """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run."""
+def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) -> None:
+    """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run.
+
+    extend: options of FREE_TO_EXTEND may differ.
+    """
     now, then = settings.to_dict(config), state["config"]
     free: tuple[str, ...] = FREE_TO_CHANGE
+    if extend:
+        free += FREE_TO_EXTEND
     if _before_cooldown(config, state) and _before_cooldown(settings.from_dict(then), state):
         free += ("train.epochs", "optim.cooldown_epochs")
     for group in settings.groups(config.model.method):
         for key, value in now[group].items():
             name = f"{group}.{key}"
             if not name.startswith(free) and value != then[group].get(key, value):
+                may_extend = name.startswith(FREE_TO_EXTEND)
                 raise ConfigError(
                     f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
-                    "To change this option, start a new run (another --train.dir, no --resume)"
+                    + ("--extend continues with the new value. " * may_extend)
+                    + "To change this option, start a new run (another --train.dir, no --resume)"
                 )

@@ -8,10 +8,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from mocofast.device import choose_autocast, choose_device, choose_threads
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.step_parts import step_part
 from mocofast.train.announce import announce_images, announce_time, describe_device
@@ -37,26 +38,11 @@ from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
+from mocofast.train.result import Result as Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import RunFolder, StepLine
 
 log = logging.getLogger("mocofast")
-
-
-class Result(NamedTuple):
-    """How a run ended.
-
-    folder: the run folder.
-    step: optimiser steps done.
-    interrupted: a signal ended the run; its checkpoint holds the state.
-    before, after: kNN figures of the random and of the trained encoder, empty without labels.
-    """
-
-    folder: Path
-    step: int
-    interrupted: bool
-    before: dict[str, float]
-    after: dict[str, float]
 
 
 def train(
@@ -64,6 +50,9 @@ def train(
     resume: str = "",
     profile: bool = False,
     kept: Collection[str] | None = None,
+    *,
+    initialise: Callable[[Method], list[str]] | None = None,
+    extend: bool = False,
 ) -> Result:
     """Runs a configuration from its start, or from a checkpoint.
 
@@ -74,6 +63,9 @@ def train(
         folder. The results of the run stay the same.
     kept: None trains the configuration as it is. Otherwise a new run fits options to the images
         and the machine, as recipe `auto` says, all but the options named here.
+    initialise: gives the method of a new run its first weights, and returns lines for the log (see
+        mocofast.interop.initial). A continued run has its own weights.
+    extend: a continued run may have other options of `optim`, and other `train.epochs`.
     Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
     weight is no finite number. The last finite checkpoint then stays.
     """
@@ -86,7 +78,8 @@ def train(
     try:
         with StopRequest() as stop, contextlib.ExitStack() as held:
             folder = claim_on_rank_0(held, config, bool(resume), rank)
-            run = _Run(config, resume, folder, device, rank, world_size, profile, kept)
+            options = (profile, kept, initialise, extend)
+            run = _Run(config, resume, folder, device, rank, world_size, *options)
             with stop.after_steps():
                 return run.train(stop)
     finally:
@@ -106,11 +99,13 @@ class _Run:
         world_size: int,
         profile: bool,
         kept: Collection[str] | None,
+        initialise: Callable[[Method], list[str]] | None,
+        extend: bool,
     ) -> None:
         self.config, self.device, self.world_size, self.path = config, device, world_size, path
         saved = find_checkpoint(self.path, resume)
         if saved is not None:
-            check_same_run(config, saved)
+            check_same_run(config, saved, extend)
         else:
             check_unused(self.path)
 
@@ -130,8 +125,11 @@ class _Run:
         self.steps_per_epoch = self.state.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
+        self.first_lines: list[str] = []
         if saved is not None:
             self.state.restore(saved)
+        elif initialise is not None:
+            self.first_lines = initialise(self.state.model)
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
         resumed_step = self.state.step if saved else None
@@ -233,8 +231,7 @@ class _Run:
     def _next_batch(self) -> Batch:
         if self.batches is None:
             self.batches = self.state.loader.epoch(self.state.epoch, self.state.step_in_epoch)
-        batch = next(self.batches, None)
-        if batch is None:
+        if (batch := next(self.batches, None)) is None:
             raise RuntimeError(f"loader: fewer than {self.steps_per_epoch} batches in an epoch")
         return batch
 
@@ -305,8 +302,7 @@ class _Run:
 
     def _check_weights(self) -> None:
         """Raises DivergedError if weights are not finite. All ranks call it together."""
-        model = self.state.model
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [*self.state.model.parameters(), *self.state.model.buffers()]
         check_weights(tensors, self.state.step, self.rate)
 
     def _evaluate(self, stop: StopRequest, write: bool = True) -> bool:
@@ -359,6 +355,8 @@ class _Run:
         announce_images(state, datasets, self.choices, resumed_step is None)
         log.info(describe_device(state, self.autocast, self.world_size))
         log.info("engine %s: %s", self.engine.mode, reason_for_mode)
+        for line in self.first_lines:
+            log.info(line)
         if self.monitor is None:
             log.info("no kNN monitor")
         log.info("writing to %s", self.path)

@@ -87,6 +87,9 @@ def train_step(
     if gradients is not None:
         gradients.average_()
     with step_part("optimiser and EMA"):
+        if clip_norm := getattr(optimizer, "clip_norm", 0.0):
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, clip_norm)
         optimizer.step()
     return metrics
 

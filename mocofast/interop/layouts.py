@@ -1,0 +1,176 @@
+"""Finds the encoder in weights of other projects, and its architecture.
+
+docs/checkpoints.md lists the layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mocofast.config import ConfigError
+from mocofast.interop.reading import described_names
+
+# Prefixes of the encoder that is evaluated, in the order of search, with the project's name.
+ENCODERS = (
+    ("encoder_q.", "facebookresearch/moco"),
+    ("base_encoder.", "facebookresearch/moco-v3"),
+    ("trunk._feature_blocks.", "VISSL"),
+    ("_feature_blocks.", "VISSL"),
+    ("trunk.", "VISSL"),
+    ("backbone.", "a backbone (lightly, solo-learn, mmselfsup, DINO)"),
+    ("student_backbone.", "lightly"),
+    ("encoder.", "an encoder (solo-learn, torchgeo)"),
+    ("query_encoder.", "a query encoder"),
+)
+# Children of nn.Sequential(*list(resnet.children())[:-1]), as lightly's examples write it.
+SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# (blocks of the four stages, bottleneck, width of the first bottleneck / 64, groups): name.
+_RESNETS: dict[tuple[tuple[int, ...], bool, int, int], str] = {
+    ((2, 2, 2, 2), False, 1, 1): "resnet18",
+    ((3, 4, 6, 3), False, 1, 1): "resnet34",
+    ((3, 4, 6, 3), True, 1, 1): "resnet50",
+    ((3, 4, 23, 3), True, 1, 1): "resnet101",
+    ((3, 8, 36, 3), True, 1, 1): "resnet152",
+    ((3, 4, 6, 3), True, 2, 1): "wide_resnet50_2",
+    ((3, 4, 23, 3), True, 2, 1): "wide_resnet101_2",
+    ((3, 4, 6, 3), True, 2, 32): "resnext50_32x4d",
+    ((3, 4, 23, 3), True, 4, 32): "resnext101_32x8d",
+    ((3, 4, 23, 3), True, 4, 64): "resnext101_64x4d",
+}
+# (width, layers): size. The number of heads, which no weight shows, is that of DeiT's ViTs.
+_VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+_VITS[(1280, 32)] = "huge"
+
+
+class Found(NamedTuple):
+    """An encoder in a file."""
+
+    weights: dict[str, Tensor]  # of the backbone, under the encoder's own names
+    arch: str  # model.arch
+    channels: int
+    image_size: int  # 0: any
+    layout: str  # the project
+
+
+def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
+    """Returns the encoder in the flat weights of a file.
+
+    arch: `model.arch` of the encoder. None: told from names and shapes.
+    Raises ConfigError if no encoder is known.
+    """
+    part, layout = _part(weights)
+    if all(name.split(".")[0].isdigit() for name in part) and "0.weight" in part:
+        part = {
+            ".".join((SEQUENTIAL.get(name.split(".")[0], ""), *name.split(".")[1:])): value
+            for name, value in part.items()
+        }
+    first = next((part[n] for n in _FIRST if n in part), None)
+    if first is None or first.dim() != 4:
+        if arch is None:
+            names = described_names(sorted(weights))
+            raise ConfigError(
+                f"no known encoder among the entries {names}; expected the names of "
+                "facebookresearch/moco (encoder_q.*), moco-v3 (base_encoder.*) or another project "
+                "of docs/checkpoints.md, or the encoder's name (--model.arch, main_lincls: -a)"
+            )
+        return Found(dict(part), arch, 3, 0, layout)
+    side = _image_side(part, first)
+    found = arch or (
+        _resnet_of(part, first) if "layer1.0.conv1.weight" in part else _vit_of(part, first, layout)
+    )
+    if "patch_embed.proj.weight" in part and not found.startswith("timm/"):
+        part = torchvision_names(part)
+    return Found(dict(part), found, first.shape[1], side, layout)
+
+
+_FIRST = ("conv1.weight", "patch_embed.proj.weight", "conv_proj.weight", "conv1.0.weight")
+
+
+def _part(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Returns the entries of the evaluated encoder, without their prefix, and the project."""
+    if any(name in weights for name in ("class_token", "cls_token", *_FIRST)):
+        return dict(weights), "torchvision or timm"
+    for prefix, layout in ENCODERS:
+        part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+        if part:
+            inner, further = _part(part)
+            return inner, layout if further == "torchvision or timm" else further
+    return dict(weights), "torchvision or timm"
+
+
+def _image_side(part: Mapping[str, Tensor], first: Tensor) -> int:
+    position = part.get("pos_embed", part.get("encoder.pos_embedding"))
+    if position is None:
+        return 0
+    return round((position.shape[1] - 1) ** 0.5) * first.shape[-1]
+
+
+def _resnet_of(part: Mapping[str, Tensor], first: Tensor) -> str:
+    blocks = tuple(
+        len({n.split(".")[1] for n in part if n.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    if first.shape[-1] == 3 and first.shape[0] == 16:
+        return "resnet_tiny"
+    second = part["layer1.0.conv2.weight"]
+    groups = second.shape[0] // second.shape[1]
+    key = blocks, "layer1.0.conv3.weight" in part, second.shape[0] // 64, groups
+    name = _RESNETS.get(key)
+    if name is None:
+        raise ConfigError(
+            f"a ResNet of {blocks} blocks that no name is known for; name it by --model.arch"
+        )
+    return f"{name}_cifar" if first.shape[-1] == 3 else name
+
+
+def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
+    pattern = r"blocks\.(\d+)\." if "cls_token" in part else r"encoder\.layers\.encoder_layer_(\d+)"
+    layers = len({m[1] for name in part if (m := re.match(pattern, name))})
+    width, patch = first.shape[0], first.shape[-1]
+    size = _VITS.get((width, layers))
+    if layout == "facebookresearch/moco-v3" and size in ("small", "base") and patch == 16:
+        return f"vit_{size}"  # with 12 heads
+    is_torchvision = "class_token" in part or size in ("base", "large", "huge")
+    scaled = "blocks.0.ls1.gamma" in part
+    if size and is_torchvision and not scaled and patch in (14, 16, 32):
+        name = f"vit_{size[0]}_{patch}"
+        if name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"):
+            return name
+    if size and scaled and patch == 14:
+        registers = "_reg4" if "register_tokens" in part or "reg_token" in part else ""
+        return f"timm/vit_{size}_patch14{registers}_dinov2"
+    if size:
+        return f"timm/vit_{size}_patch{patch}_224"
+    raise ConfigError(
+        f"a ViT of width {width} and {layers} layers that no name is known for; name it by "
+        "--model.arch timm/NAME"
+    )
+
+
+# From timm's names of a ViT's parameters (moco-v3, DINO) to torchvision's names.
+_TIMM = (
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.norm(\d)\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+)
+
+
+def torchvision_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights of a ViT under torchvision's names. weights: under timm's names."""
+    found = {}
+    for name, value in weights.items():
+        for pattern, ours in _TIMM:
+            name = re.sub(pattern, ours, name)
+        found[name] = value
+    return found

@@ -1,0 +1,101 @@
+"""Reads files of weights, whatever project wrote them, as flat dictionaries of tensors."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mocofast.config import ConfigError
+from mocofast.errors import describe_error
+from mocofast.train.checkpoint import FORMAT, LAST
+
+# Entries under which projects keep their weights, in the order of search. DINO evaluates the
+# teacher. mmselfsup, Lightning and facebookresearch/moco: state_dict. VISSL: classy_state_dict.
+CONTAINERS = (
+    *("classy_state_dict", "base_model", "state_dict", "model_state_dict", "teacher", "model"),
+    *("network", "net", "module", "weights", "trunk", "student"),
+)
+# Wrappers that put their name before every entry, in any order: DistributedDataParallel,
+# torch.compile, Lightning modules and trainers.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.", "method.", "_forward_module.")
+
+
+def read_any(path: str | Path) -> tuple[Any, Path]:
+    """Reads a file onto the CPU. Returns its content and its path.
+
+    path: a file of torch.save or of safetensors, or a run folder.
+    Runs no code of the file: of classes beside tensors, argparse.Namespace alone is allowed.
+    Raises FileNotFoundError, and ConfigError for a file that cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoints" / LAST
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), path
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True), path
+    except Exception as error:
+        text = describe_error(error)
+        if blocked := re.search(r"GLOBAL ([\w.]+)", text):
+            raise ConfigError(
+                f"{path}: holds {blocked[1]}, an object whose loading runs code of the file. If "
+                'you trust the file, save its weights alone: python -c "import torch; '
+                f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
+                "torch.save({'state_dict': c['state_dict']}, 'weights.pt')\""
+            ) from error
+        first = text.splitlines()[0][:300]
+        raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
+
+
+def is_ours(content: Any) -> bool:
+    """Returns whether the content is a checkpoint of mocofast."""
+    return isinstance(content, Mapping) and content.get("format") == FORMAT and "config" in content
+
+
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """Returns the flat dictionary of weights in the content of a file, without wrappers' names.
+
+    Raises ConfigError if there is none.
+    """
+    weights = _find(content)
+    if not weights:
+        entries = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
+        raise ConfigError(f"no weights found: expected a dictionary of tensors, got {entries}")
+    return without_wrappers(weights)
+
+
+def _find(content: Any, depth: int = 0) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping) or depth > 5:
+        return {}
+    own = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    for name in CONTAINERS:
+        found = _find(content.get(name), depth + 1)
+        if found and len(found) >= len(own):
+            return found
+    return own
+
+
+def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Removes wrappers' names, as long as a wrapper's name stands before every entry."""
+    found = dict(weights)
+    while True:
+        wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in found)), None)
+        if wrapper is None:
+            return found
+        found = {name.removeprefix(wrapper): value for name, value in found.items()}
+
+
+def described_names(names: list[str]) -> str:
+    """Returns at most five names, and the number of the rest."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{rest}"

@@ -1,0 +1,128 @@
+"""Encoders that other code builds: models of timm, and functions of the user."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mocofast.errors import ConfigError
+
+TIMM = "timm/"
+
+
+def timm_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+    """Returns the constructor of a model of timm, untrained.
+
+    name: for example "convnext_tiny". With "NAME:pretrained", timm's weights of the model, from the
+        disk or downloaded by timm.
+    image_size: side of the images in pixels, passed to models that need it (ViTs).
+    Raises ConfigError if timm is missing, or has no model of the name.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(
+            f"model.arch: {TIMM}{name} needs timm, which is not installed: pip install timm"
+        ) from error
+    name, _, weights = name.partition(":")
+    if weights not in ("", "pretrained"):
+        raise ConfigError(
+            f"model.arch: expected {TIMM}NAME or {TIMM}NAME:pretrained, got {TIMM}{name}:{weights}"
+        )
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
+        raise ConfigError(
+            f"model.arch: timm has no model {name!r}; the nearest one is {TIMM}{close[0]}"
+        )
+    options: dict[str, Any] = {"in_chans": channels, "pretrained": bool(weights)}
+
+    def build(num_classes: int) -> nn.Module:
+        try:
+            return timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+        return timm.create_model(name, num_classes=num_classes, **options)
+
+    return build
+
+
+def function_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+    """Returns the constructor that a function of the user is.
+
+    name: "package.module:function". The function takes num_classes, and, where it names these
+        arguments, image_size and channels. It returns a module with a head.
+    Raises ConfigError if there is no such function, or if it cannot take the images' channels.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"model.arch: there is no module {module_name!r} ({error})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"model.arch: {module_name!r} has no function {function_name!r}")
+    parameters = inspect.signature(function).parameters
+    given = {
+        key: value
+        for key, value in (("image_size", image_size), ("channels", channels))
+        if key in parameters
+    }
+    if channels != 3 and "channels" not in parameters:
+        raise ConfigError(
+            f"data.channels: {channels} channels need an argument `channels` of model.arch {name!r}"
+        )
+
+    def build(num_classes: int) -> nn.Module:
+        encoder = function(num_classes=num_classes, **given)
+        if not isinstance(encoder, nn.Module):
+            raise ConfigError(
+                f"model.arch: {name!r} must return a torch.nn.Module, got {type(encoder).__name__}"
+            )
+        return encoder
+
+    return build
+
+
+def checked_outputs(
+    arch: str, build: Callable[..., nn.Module], image_size: int, channels: int
+) -> Callable[..., nn.Module]:
+    """Returns `build`, whose encoders are tried on an image before they are returned.
+
+    Raises ConfigError for an encoder that cannot take the images, or whose output is no tensor
+    (N, num_classes), a tuple for example.
+    """
+
+    def checked(num_classes: int) -> nn.Module:
+        encoder = build(num_classes=num_classes)
+        state = torch.get_rng_state()
+        modes = [(part, part.training) for part in encoder.modules()]
+        try:
+            with torch.no_grad():
+                out = encoder.eval()(torch.zeros(2, channels, image_size, image_size))
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raise ConfigError(
+                f"model.arch: {arch} cannot take images of {image_size} x {image_size} pixels "
+                f"and {channels} channels (augment.size, data.channels): {error}"
+            ) from error
+        finally:
+            for part, training in modes:
+                part.training = training
+            torch.set_rng_state(state)
+        if not isinstance(out, torch.Tensor) or out.shape != (2, num_classes):
+            got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ConfigError(
+                f"model.arch: {arch} must return a tensor (images, {num_classes}), and returns "
+                f"{got}; wrap it in a function of yours, --model.arch package.module:function"
+            )
+        return encoder
+
+    return checked

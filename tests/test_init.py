@@ -1,0 +1,112 @@
+"""Warm starts from files (--init), and runs that are continued with other options (--extend)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from mocofast import MoCo, cli
+from mocofast.config import ConfigError
+from mocofast.interop import to_reference_state_dict
+from mocofast.interop.initial import initialise
+from mocofast.models.encoders import TinyResNet
+from mocofast.train.checkpoint import load_checkpoint
+
+SHORT = ("--train.device", "cpu", "--data.workers", "0", "--knn.start", "false")
+
+
+def pretrain(folder: Path, *options: str) -> int:
+    words = ["pretrain", "digits", *SHORT, "--model.queue_size", "300", "--train.dir", str(folder)]
+    return cli.main([*words, *options])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert pretrain(folder, "--train.max_steps", "3") == 0
+    return folder
+
+
+def test_a_new_run_starts_from_the_weights_of_another_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # At rate 0 the weights stay. The queue has moved on.
+    options = ("--init", str(run), "--optim.lr", "0", "--train.max_steps", "1")
+    assert pretrain(tmp_path / "next", *options) == 0
+    assert "taken" not in (out := capsys.readouterr().out)
+    assert f"weights of {run}: encoder, head, momentum encoder, queue" in out
+    old, new = (load_checkpoint(f)["model"] for f in (run, tmp_path / "next"))
+    assert torch.equal(old["encoder_q.conv1.weight"], new["encoder_q.conv1.weight"])
+    assert not torch.equal(old["encoder_q.conv1.weight"], old["encoder_k.conv1.weight"])
+    changed = (old["queue"] != new["queue"]).any(1)
+    assert 0 < int(changed.sum()) < len(changed)
+
+
+def test_other_heads_queues_and_files_are_said(run: Path) -> None:
+    torch.manual_seed(0)
+    model = MoCo(TinyResNet, dim=7, queue_size=50)
+    (line,) = initialise(model, str(run), "resnet_tiny")
+    assert line.endswith("encoder, momentum encoder; new: head, queue")
+    saved = load_checkpoint(run)["model"]
+    for side in ("encoder_q", "encoder_k"):
+        name = f"{side}.layer2.conv1.weight"
+        assert torch.equal(model.state_dict()[name], saved[name])
+
+
+def test_a_query_encoder_alone_starts_both_encoders(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=16)
+    path = tmp_path / "published.pth"
+    state = {f"module.encoder_q.{n}": v for n, v in theirs.state_dict().items()}
+    torch.save({"arch": "resnet18", "state_dict": state}, path)
+    model = MoCo(torchvision.models.resnet18, dim=16, queue_size=50)
+    (line,) = initialise(model, str(path), "resnet18")
+    assert line.endswith("encoder, head; new: queue")
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(model.encoder_q.state_dict()[name], value)
+        assert torch.equal(model.encoder_k.state_dict()[name], value)
+    # A complete file gives the queue, too.
+    other = MoCo(torchvision.models.resnet18, dim=16, queue_size=50)
+    torch.save({"state_dict": to_reference_state_dict(other)}, path)
+    assert "queue" in initialise(model, str(path), "resnet18")[0]
+    assert torch.equal(model.queue, other.queue)
+
+
+def test_files_of_other_encoders_are_refused_before_anything_changes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MoCo(torchvision.models.resnet18, dim=16, queue_size=50)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"--init .*: not the weights of resnet18") as error:
+        initialise(model, str(run), "resnet18")
+    assert len(str(error.value)) < 600
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert pretrain(tmp_path / "none", "--init", str(tmp_path / "no file")) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_finished_run_is_extended_by_epochs_at_another_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ("--train.epochs", "1", "--train.log_every", "5", "--data.holdout", "0.5")
+    assert pretrain(folder, *options) == 0
+    steps = load_checkpoint(folder)["step"]
+    further = ["pretrain", "--resume", str(folder), "--train.epochs", "2", "--optim.lr", "0.001"]
+    assert cli.main(further) == 2
+    assert "--extend continues with the new value" in capsys.readouterr().err
+    assert cli.main([*further, "--extend"]) == 0
+    saved = load_checkpoint(folder)
+    assert (saved["step"], saved["epoch"]) == (2 * steps, 2)
+    assert saved["config"]["optim"]["lr"] == 0.001
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line][-1] == 2 * steps
+    # Options that cannot change the trajectory need no --extend. Others stay refused.
+    assert cli.main(["pretrain", "--resume", str(folder), "--data.prefetch", "3"]) == 0
+    assert cli.main([*further, "--extend", "--model.dim", "5"]) == 2
+    assert cli.main(["pretrain", "digits", "--extend"]) == 2
