@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from mocofast import cli
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.interface import Batch, BatchSlice
+from mocofast.data.loaders import build_loader
+from mocofast.data.sources import load_datasets
 from mocofast.interop.export import export
 from tests import runs
 from tests.field_files import dicom, geotiff
@@ -135,6 +139,33 @@ def test_a_field_trains_resumes_exactly_and_is_evaluated_and_exported(
     with torch.no_grad():
         features = run(export(checkpoint, "torchvision", file).how_to_load)(images)
     assert torch.equal(features, query_features(checkpoint, images))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_two_ranks_see_the_batches_of_one_process(name: str, folders: dict[str, Path]) -> None:
+    field = FIELDS[name]
+    values = dict(zip(field.options[::2], field.options[1::2]))
+    data = DataConfig(
+        path=str(folders[name]),
+        channels=field.channels,
+        workers=0,
+        loader="torchvision",
+        window=int(values.get("--data.window", 0)),
+        range=values.get("--data.range", "auto"),
+    )
+    augment = AugmentConfig(size=16, color_ops="auto")
+
+    def batch(rank: int, ranks: int) -> Batch:
+        source = load_datasets(data, seed=1).train  # every process finds the images itself
+        loader = build_loader(
+            source, data, (augment, augment), BatchSlice(8, rank, ranks), 5, torch.device("cpu")
+        )
+        return next(iter(loader.epoch(1, start=1)))
+
+    whole, parts = batch(0, 1), [batch(rank, 2) for rank in range(2)]
+    assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+    for view, *halves in zip(whole.views, *(part.views for part in parts)):
+        assert torch.equal(view, torch.cat(halves))
 
 
 @pytest.mark.slow

@@ -137,7 +137,6 @@ def test_a_folder_that_cannot_be_read_is_left_out_and_named(
     ("name", "way"),
     [
         ("x.zip", "--data.source zip"),
-        ("x.parquet", "--data.source list"),
         ("x.CSV", "--data.source list"),
         ("x.h5", "h5py"),
         ("x.tgz", "gunzip"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from mocofast_kernels.cpu import InfoNCEForward
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mocofast.ops import backend
 from mocofast.ops.first_derivative import first_derivative
@@ -65,10 +66,27 @@ def info_nce(
             query, positive, negatives, tensor, scalar, *options, needs_forward_grad
         )
         return _reduced(loss, reduction), positive_rank if return_rank else None
+    if needs_forward_grad or needs_negatives_grad or device_type != "cpu":
+        _refuse_transforms(query, positive, negatives, tensor)
     if needs_forward_grad or needs_negatives_grad:
         return _InfoNCE.apply(query, positive, negatives, tensor, scalar, options, reduction)
     forward = _forward(query, positive, negatives, temperature, options, compute_grad=False)
     return _reduced(forward.loss, reduction), forward.rank
+
+
+def _refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raises RuntimeError under transforms of torch.func, and for dual numbers (forward mode).
+
+    The gradient is computed by kernels, which carry neither.
+    """
+    dual = forward_ad._current_level >= 0 and any(  # unpack_dual fails outside a level
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    )
+    if dual or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "info_nce, nt_xent and clip_loss have no transforms of torch.func and no forward mode: "
+            "take the gradient by loss.backward() or torch.autograd.grad"
+        )
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
