@@ -384,6 +384,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    # Read when PyTorch loads. Benchmarks of ops measure what a user of the ops gets.
+    if (
+        name != "bench" or rest[:1] in (["train"], ["step"])
+    ) and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return COMMANDS[name](rest)
     except DivergedError as error:

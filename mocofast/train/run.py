@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ from tqdm import tqdm
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.data.loaders import count_workers, pixels_of
+from mocofast.data.loaders import pixels_of
 from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
-from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.device import choose_autocast, choose_device
 from mocofast.errors import DivergedError
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.base import Method
@@ -38,6 +37,7 @@ from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result as Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import RunFolder, StepLine, choose_folder
+from mocofast.train.threads import set_threads
 
 log = logging.getLogger("mocofast")
 
@@ -65,8 +65,6 @@ def train(
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, too
-        torch.set_num_threads(choose_threads(count_workers(-1)))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     try:
@@ -110,6 +108,7 @@ class _Run:
         datasets = load_on_rank_0_first(config, rank)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = new_state(config, datasets, device, rank, world_size)
+        set_threads(self.state.model.encoder_q, config, device, world_size, saved)
         self.autocast = choose_autocast(config.train.precision, device)
         for size in sorted({config.augment.size, *config.augment.training_sizes()}):
             check_gradients(self.autocast, self.state.model.encoder_q, size)
