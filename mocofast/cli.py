@@ -14,11 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mocofast import settings
-from mocofast.config import (
-    ConfigError,
-    KNNConfig,
-    ModelConfig,
-)
+from mocofast.config import ConfigError, KNNConfig, ModelConfig
 from mocofast.errors import DivergedError
 from mocofast.evaluation_arguments import add_arch, evaluation_parser, load
 from mocofast.parser import (
@@ -385,9 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     # Read when PyTorch loads. Benchmarks of ops measure what a user of the ops gets.
-    if (
-        name != "bench" or rest[:1] in (["train"], ["step"])
-    ) and "GOMP_SPINCOUNT" not in os.environ:
+    as_users = name != "bench" or rest[:1] in (["train"], ["step"])
+    if as_users and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return COMMANDS[name](rest)
