@@ -46,6 +46,7 @@ BENCH = [
     f"liger-kernel>=0.8; {LINUX}",
     "lightly>=1.6",
     "timm>=1",
+    "albumentations>=2.0.8",
 ]
 
 # Loaded by ctypes, not imported: needs a C compiler, but no header of Python. Without a compiler

@@ -13,11 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from mocofast import front, interrupts, settings
-from mocofast.config import (
-    ConfigError,
-    KNNConfig,
-    ModelConfig,
-)
+from mocofast.config import ConfigError, KNNConfig, ModelConfig
 from mocofast.evaluation_arguments import add_arch, evaluation_parser, load
 from mocofast.parser import (
     Parser,

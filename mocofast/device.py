@@ -28,16 +28,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_threads(cores: int) -> int:
-    """Returns the number of threads for computation on a CPU: half of `cores`, at least 1.
-
-    The other half decodes and augments images. Threads that share a core wait for each other in
-    every parallel region: on two busy cores the demo took 7.5 minutes with two threads, and
-    1 minute with one thread.
+def choose_threads(cores: int, sleeping: bool, large: bool) -> int:
+    """Returns the number of threads for computation on a CPU.
 
     cores: cores that this process may use.
+    sleeping: OpenMP's threads sleep while they wait. Otherwise half of the cores compute, and the
+        other half decodes and augments images: threads that share a core would burn the core.
+    large: the network has work for more than one thread. Asked for if threads sleep.
     """
-    return max(1, cores // 2)
+    if not sleeping:
+        return max(1, cores // 2)
+    return cores if large else 1
 
 
 def choose_autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mocofast_bench import band_peers, data, loops, timing, tune
+from mocofast_bench.albumentations_pairs import why_not
 from mocofast_bench.commands import main
 from mocofast_bench.reference_loop import ReferenceLoader
 from mocofast_bench.tensor_pairs import TensorPairs
@@ -50,7 +51,8 @@ def test_the_row_has_the_rate_of_every_loader_relative_to_the_references(
     rates = row["pairs_per_second"]
     assert set(rates) == {"torchvision", "reference", "v2 tensors"} | (
         set() if dali_missing() else {"dali"}
-    )
+    ) | (set() if why_not() else {"albumentations"})
+    assert row["decode"] == "full"
     for name, rate in rates.items():
         assert rate > 0
         assert row["speedup"][name] == pytest.approx(rate / rates["reference"], rel=0.01)

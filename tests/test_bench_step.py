@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from mocofast_bench import loops, step, train, training_steps
+from mocofast_bench import loops, neighbours, step, train, training_steps
 from mocofast_bench.commands import BENCHMARKS, main
 
 from mocofast.config import Config, ConfigError
@@ -241,3 +242,29 @@ def test_all_runs_every_benchmark_but_the_sweep_with_its_defaults(
     assert ran["train"]["path"] == path
     assert all(arguments["device"] == "cpu" for arguments in ran.values())
     assert (ran["kernels"]["n"], ran["step"]["recipe"]) == (256, None)
+    ran.clear()
+    assert main(["all", "--quick", "--device", "cpu", *(["--path", path] if path else [])]) == 0
+    assert (ran["kernels"]["no_compile"], list(ran["step"]["modes"])) == (True, [])
+    assert ran["train"]["path"] == path and ran["ema"]["repeats"] < 20
+
+
+def test_a_busy_machine_is_told_from_a_quiet_machine() -> None:
+    before = neighbours.Usage(wall=10.0, busy=5.0, own=1.0, stolen=0.5)
+    cores = os.cpu_count() or 1
+    after = neighbours.Usage(wall=20.0, busy=5.0 + 8.0 * cores, own=1.0 + 6.0 * cores, stolen=0.5)
+    assert neighbours.between(before, after) == pytest.approx((0.2, 0.0))
+    row = {"sgd": {"milliseconds": {"a": 10.0}, "quartiles": {"a": [9.0, 13.0]}}}
+    assert neighbours.spread(row) == pytest.approx(0.4)
+    assert len(neighbours.warnings(neighbours.Neighbours(0.2, 0.1), row)) == 3
+    quiet = {"milliseconds": {"a": 10.0}, "quartiles": {"a": [9.9, 10.1]}}
+    assert neighbours.warnings(neighbours.Neighbours(0.01, 0.0), quiet) == []
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_the_work_of_this_process_is_its_own() -> None:
+    before = neighbours.usage()
+    spin([])
+    after = neighbours.usage()
+    assert before is not None and after is not None
+    assert after.own - before.own == pytest.approx(SPIN, abs=0.03)
+    assert after.busy >= before.busy and after.wall > before.wall

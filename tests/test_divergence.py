@@ -186,6 +186,4 @@ def test_a_batch_of_one_without_negatives_is_an_error() -> None:
     one = torch.randn(1, 4)
     with pytest.raises(ValueError, match="positive_key must have 2 rows"):
         ops.info_nce(one, one)
-    with pytest.raises(ValueError, match="z_a must have 2 rows"):
-        ops.nt_xent(one, one)
     assert ops.info_nce(one, one, torch.randn(1, 4)).isfinite()

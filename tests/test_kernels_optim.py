@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mocofast_kernels import cpu_optim
+from mocofast_kernels import cpu_optim, cpu_parts
 from mocofast_kernels.cpu_optim import ParameterRow
 from torch import Tensor
 
@@ -168,7 +168,7 @@ def test_a_step_equals_its_formulas(
     ema_momentum: float,
     seed: int,
 ) -> None:
-    """A single thread takes PyTorch's fused steps on CPUs. More threads take foreach operations."""
+    """CPUs with several threads change to a thread that computes alone."""
     rows = _rows(
         kind,
         shapes,
@@ -203,7 +203,7 @@ def test_tensors_of_one_row_may_lie_and_be_stored_differently(backend: Any, kind
     # The strides of a 1x1 convolution can be written in two ways. The layouts count as equal, so no
     # copies are made.
     one = torch.randn(16, 8, 1, 1, device=device)
-    assert one.stride() != rows[1].param.stride() and cpu_optim.same_layout([one, rows[1].param])
+    assert one.stride() != rows[1].param.stride() and cpu_parts.same_layout([one, rows[1].param])
     rows[1] = rows[1]._replace(grad=one)
     rows[2] = rows[2]._replace(state=(rows[2].state[0].bfloat16(), *rows[2].state[1:]))
     rows[3] = copied(rows[3:4], torch.float64)[0]
@@ -381,3 +381,28 @@ def test_a_steady_step_never_waits_for_the_gpu(kind: str) -> None:
         _run(optim, kind, rows, _options(kind))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_parts_on_threads_compute_the_bits_of_whole_tensors(
+    kind: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = ((5000,), (13,), (70, 97), (24, 16, 3, 3), (0,), (3, 5), (1,))
+    whole, divided = (
+        _rows(kind, shapes, torch.float32, 4, "cpu", layout=layout, missing=True) for _ in range(2)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for _ in range(2):
+            _run(cpu_optim, kind, whole, _options(kind))
+        monkeypatch.setattr(cpu_parts, "LARGEST", 640)
+        monkeypatch.setattr(cpu_parts, "LEAST", 128)
+        torch.set_num_threads(3)
+        for _ in range(2):
+            _run(cpu_optim, kind, divided, _options(kind))
+    finally:
+        torch.set_num_threads(before)
+    for want, got in zip(values(whole), values(divided)):
+        assert all(torch.equal(got[name], want[name]) for name in want)

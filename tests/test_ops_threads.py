@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mocofast_kernels import cpu, cpu_products, cpu_threads
+from mocofast_kernels import cpu, cpu_memory, cpu_parts, cpu_products, cpu_threads
 from torch import Tensor
 
 WORKERS = os.cpu_count() or 1  # threads of the pool
@@ -70,6 +70,28 @@ def test_results_are_bit_equal_for_any_number_of_threads(
     for threads in (2, 3):
         for got, want in zip(gradients(threads, temperature, dot_dtype), one):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.25])
+def test_averages_are_those_of_lerp_to_the_bit_for_any_number_of_threads(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_parts, "LARGEST", 1000)
+    monkeypatch.setattr(cpu_parts, "LEAST", 100)
+    monkeypatch.setattr(cpu_memory, "SMALL", 0)
+    shapes = [(5000,), (7,), (33, 17), (12, 8, 3, 3)]
+    sources = [features(i, *shape) for i, shape in enumerate(shapes)]
+    before = [features(10 + i, *shape) for i, shape in enumerate(shapes)]
+    before[-1] = before[-1].contiguous(memory_format=torch.channels_last)
+    want = [target.lerp(source, 1 - momentum) for target, source in zip(before, sources)]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        targets = [target.clone() for target in before]
+        cpu_memory.ema_update_(targets, sources, momentum)
+        assert all(torch.equal(got, expected) for got, expected in zip(targets, want))
+    tied = before[0].clone()
+    cpu_memory.ema_update_([tied, tied], [sources[0], sources[0]], momentum)
+    assert torch.equal(tied, want[0])
 
 
 def test_neither_the_caller_nor_a_new_thread_changes_its_number_of_threads() -> None:

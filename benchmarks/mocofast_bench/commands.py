@@ -21,6 +21,7 @@ from mocofast_bench import (
     ema,
     kernels,
     machine_code,
+    neighbours,
     norm,
     optim,
     step,
@@ -38,6 +39,16 @@ BENCHMARKS = {
     "data": (data, "pairs of views per second from a folder of images"),
     "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
     "train": (train, "training end to end beside the reference's loop and loader"),
+}
+# `bench all --quick`: enough rounds for quartiles. Compiling takes minutes.
+QUICK = {
+    "kernels": ["--repeats", "9", "--no-compile"],
+    "ema": ["--repeats", "12"],
+    "optim": ["--repeats", "7"],
+    "norm": ["--repeats", "7"],
+    "data": ["--repeats", "3"],
+    "step": ["--repeats", "5", "--modes"],
+    "train": ["--repeats", "3"],
 }
 RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings
 COMPILING = {
@@ -87,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--path",
         help="folder of images (default: `data` is left out and `train` uses the digits)",
     )
+    every.add_argument(
+        "--quick",
+        action="store_true",
+        help="few rounds, without torch.compile and other engine modes: 5 minutes on two cores",
+    )
     # `bench --static` is an older spelling of `bench static`.
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--static"]:
@@ -102,12 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = [name, "--device", arguments.device]
         if arguments.save is not None:
             own += ["--save", str(arguments.save)]
+        if arguments.quick:
+            own += QUICK[name]
         if name in ("data", "train") and arguments.path is not None:
             own.append(arguments.path)
         elif name == "data":
             print("\ndata is left out: it needs a folder of images (--path DIR)")
             continue
-        print(f"\nmocofast bench {' '.join(own)}")
+        print(f"\nmocofast bench {' '.join(own)}", flush=True)
         _run(module, parser.parse_args(own))
     return 0
 
@@ -131,9 +149,16 @@ def _add(
 
 
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
+    before = neighbours.usage()
     row = module.run(arguments)
+    after = neighbours.usage()
+    others = neighbours.between(before, after) if before and after else None
+    if others is not None:
+        row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}
+    for warning in neighbours.warnings(others, row):
+        print(f"BUSY MACHINE, measure again: {warning}")
     line = json.dumps(row)
-    print(line)
+    print(line, flush=True)
     # Save before plotting: plotting may fail, and the measurement took minutes.
     if arguments.save is not None:
         with arguments.save.open("a", encoding="utf-8") as file:

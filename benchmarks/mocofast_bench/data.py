@@ -3,6 +3,7 @@
 dali, torchvision: the loaders of mocofast.
 reference: facebookresearch/moco's loader, a PyTorch DataLoader with PIL images.
 v2 tensors: the reference's loader with torchvision's v2 transforms on tensors.
+albumentations: a PyTorch DataLoader with Albumentations on OpenCV images, if installed.
 
 With --channels other than 3 the loaders are compared with torchgeo's and LightlyTrain's
 (`band_peers`), on random crops and flips alone. --make-geotiff N first writes N images of 13
@@ -33,7 +34,7 @@ from mocofast.data.loaders import build_loader, count_workers, dali_missing
 from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.settings import ConfigError, load_recipe
-from mocofast_bench import timing, tune
+from mocofast_bench import albumentations_pairs, timing, tune
 from mocofast_bench.band_peers import BANDS, band_loaders, write_geotiffs
 from mocofast_bench.loops import WARM_UP_BATCHES, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader
@@ -60,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--recipe",
         default="moco_v2_r50_200ep",
         help="recipe that gives the augmentation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--decode",
+        choices=("full", "scaled"),
+        default="full",
+        help="as data.decode, of mocofast's loaders (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="pairs in a batch (default: %(default)s)"
@@ -118,6 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         path=arguments.path,
         channels=channels,
         workers=workers,
+        decode=arguments.decode,
         holdout=0.0,
         labels="none",
     )
@@ -162,6 +170,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "recipe": arguments.recipe,
         "source": arguments.source,
         "channels": channels,
+        "decode": arguments.decode,
         "size": augment.size,
         "batch_size": batch,
         "batches": arguments.batches,
@@ -229,7 +238,16 @@ def loader_loops(
         "reference": lambda: ReferenceLoader(source, augment, batch_size, workers),
         "v2 tensors": lambda: ReferenceLoader(source, augment, batch_size, workers, TensorPairs),
     }
-    return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}, {}
+    why = {}
+    if reason := albumentations_pairs.why_not():
+        why["albumentations"] = reason
+    elif isinstance(source.load(0), str):
+        starts["albumentations"] = lambda: ReferenceLoader(
+            source, augment, batch_size, workers, albumentations_pairs.AlbumentationsPairs
+        )
+    else:
+        why["albumentations"] = "reads files of a folder or a list alone"
+    return {name: TimedLoop(start, lambda batch: None) for name, start in starts.items()}, why
 
 
 def memory_of(loop: TimedLoop, batch_size: int, device: torch.device) -> int | None:

@@ -22,7 +22,10 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"  # of the repository
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (32, 256)  # images per GPU: the reference's batch, and a batch that fills a large GPU
 JPEG_BYTES = 1.1e5  # of an average ImageNet file
-PIL_PAIRS_PER_CORE = 50.0  # MoCo v2 views a second, as measured (docs/log.md)
+# MoCo v2 views a second, as measured on one core of an AMD EPYC (docs/log.md): the PIL DataLoader,
+# and the DALI loader with compiled operators.
+PIL_PAIRS_PER_CORE = 80.0
+OUR_PAIRS_PER_CORE = 299.0
 SIDES = ("mocofast", "reference")
 
 
@@ -249,11 +252,12 @@ def times_table(base: Workload, cluster: Cluster) -> str:
 def feeding_table(base: Workload, cluster: Cluster) -> str:
     """Returns the table of what a cluster needs to feed the encoders with images."""
     rate = cluster.images_per_second
-    heads = ["JPEG read, all", "PIL, v2 views: cores per GPU"]
+    heads = ["JPEG read, all", "PIL, v2 views: cores per GPU", "mocofast: cores per GPU"]
     lines = []
     for ranks in RANKS:
         gathered = 2 * 4 * ranks * 32 * base.pixels  # bytes: gathered tensors and torch.cat
-        cells = [f"{format_bytes(ranks * rate * JPEG_BYTES)}/s", f"{rate / PIL_PAIRS_PER_CORE:.0f}"]
+        cells = [f"{format_bytes(ranks * rate * JPEG_BYTES)}/s"]
+        cells += [f"{rate / pairs:.0f}" for pairs in (PIL_PAIRS_PER_CORE, OUR_PAIRS_PER_CORE)]
         lines.append([str(ranks), *cells, format_bytes(gathered)])
     title = f"Needed to feed {rate:,.0f} images per second and GPU:"
     return _table(title, [*heads, "GPU memory of the reference's gather, 32 per GPU"], lines)

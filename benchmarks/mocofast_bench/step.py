@@ -22,9 +22,17 @@ from mocofast.device import choose_device
 from mocofast.settings import apply, load_recipe, validate
 from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
+from mocofast.train.threads import set_threads
 from mocofast_bench import timing
 from mocofast_bench.timing import Call
-from mocofast_bench.training_steps import MODES, STEPS, encoders_only, our_engine, pixel_views
+from mocofast_bench.training_steps import (
+    MODES,
+    STEPS,
+    encoders_only,
+    fresh_model,
+    our_engine,
+    pixel_views,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,14 +116,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config.data.path = config.data.path or "."  # validate() asks for a path, nothing is read
     validate(config)
     torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
+    set_threads(fresh_model(config, device).encoder_q, config, device)
 
     # Build the sides.
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
     left_out = {f"engine {m}" for m in MODES if m == mode or m not in arguments.modes}
     steps, skipped = build_sides(config, device, left_out)
     # Measure: every side alone, then all sides in turns, then waits and the parts of our step.
+    threads = torch.get_num_threads()
     alone = {
-        name: timing.in_fresh_process(measure_alone, name, config, str(device)) for name in steps
+        name: timing.in_fresh_process(measure_alone, name, config, str(device), threads)
+        for name in steps
     }
     steps["encoders only"] = encoders_only(config, device)
     with FlopCounterMode(display=False) as counter:
@@ -259,8 +270,9 @@ class Alone(NamedTuple):
     cores: float  # CPU time of a step / elapsed time
 
 
-def measure_alone(name: str, config: Config, device: str) -> Alone:
+def measure_alone(name: str, config: Config, device: str, threads: int) -> Alone:
     """Measures the side `name`. To be called in a fresh process."""
+    torch.set_num_threads(threads)
     where = torch.device(device)
     step = STEPS[name](config, where)
     began = time.perf_counter()

@@ -26,6 +26,7 @@ from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.settings import DEFAULT_RECIPE, validate
+from mocofast.train.threads import set_threads
 from mocofast_bench import timing
 from mocofast_bench.loops import LoopRates, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = config.data.batch_size
     BatchSlice(batch).steps(len(source))  # raises here, not in a worker, if images are too few
     torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
+    set_threads(fresh_model(config, device).encoder_q, config, device)
 
     # Measure: memory of every side first, then times in turns.
     memory = {

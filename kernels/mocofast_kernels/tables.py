@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.cpu_optim import same_layout
+from mocofast_kernels.cpu_parts import same_layout
 
 PLANS = 16  # sets of rows that a cache remembers
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

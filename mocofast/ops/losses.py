@@ -205,10 +205,6 @@ def nt_xent(
     check_matrix("z_b", z_b, "(N, C)" if own_rows is None else "(M, C)")
     check_same("z_b", z_b.shape, "shape of z_a", z_a.shape)
     check_same("z_b", z_b.device, "device of z_a", z_a.device)
-    if len(z_a) == 1:
-        raise ValueError(
-            "z_a must have 2 rows or more, whose other rows are the negatives: got 1 row"
-        )
     if own_rows is not None:
         check_rows("own_rows", own_rows, "z_a", len(z_a))
     temperature = checked_temperature(temperature, z_a.device)

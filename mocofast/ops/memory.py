@@ -127,10 +127,11 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     both = targets + sources
     if not all(issubclass(kind, Tensor) for kind in set(map(type, both))):
         return None
-    devices = {x.device for x in both}
+    kinds = {(x.device, x.dtype) for x in both}
+    devices = {device for device, _ in kinds}
     plain = (
         len(devices) == 1
-        and all(dtype.is_floating_point for dtype in {x.dtype for x in both})
+        and all(dtype.is_floating_point for _, dtype in kinds)
         and [x.shape for x in targets] == [x.shape for x in sources]
         and all(x.is_contiguous() or 0 not in x.stride() for x in targets)
     )

@@ -5,6 +5,7 @@ reads the file:
     format, version, config (nested dictionaries), sizes (numbers of images and classes)
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
+    threads (that computed on a CPU)
     data (fingerprint of the images, skipped files)
     before, after (kNN figures), measured_at, evaluation_due
     best, since_best (highest knn_top1, evaluations since then)
@@ -97,6 +98,7 @@ class RunState:
             "method_random_state": self.model.random_state(),
             "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
             "sizes": self.sizes,
+            "threads": torch.get_num_threads(),
             "before": self.before,
             "after": self.after,
             "evaluation_due": self.evaluation_due,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -19,9 +18,8 @@ from tqdm import tqdm
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.data.loaders import count_workers
 from mocofast.data.sources import Datasets
-from mocofast.device import choose_autocast, choose_device, choose_threads
+from mocofast.device import choose_autocast, choose_device
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
@@ -41,6 +39,7 @@ from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result as Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import RunFolder, StepLine
+from mocofast.train.threads import set_threads
 
 log = logging.getLogger("mocofast")
 
@@ -71,8 +70,6 @@ def train(
     """
     device = choose_device(config.train.device)
     rank, world_size, local_rank = distributed.init_from_environment(device)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, too
-        torch.set_num_threads(choose_threads(count_workers(-1)))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     try:
@@ -116,6 +113,7 @@ class _Run:
             self.choices = fit_on_all_ranks(config, datasets.train, kept, device, world_size)
         mode, reason = choose_mode(config.engine.mode, device, world_size)
         self.state = new_state(config, datasets, device, rank, world_size)
+        set_threads(self.state.model.encoder_q, config, device, world_size, saved)
         self.autocast = choose_autocast(config.train.precision, device)
         for size in sorted({config.augment.size, *config.augment.training_sizes()}):
             check_gradients(self.autocast, self.state.model.encoder_q, size)

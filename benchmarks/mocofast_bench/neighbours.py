@@ -1,0 +1,82 @@
+"""Tells whether other work on the machine makes a measurement meaningless."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OTHERS = 0.05  # share of all cores that other processes may use
+STOLEN = 0.02  # share of all cores that the host may give to other machines
+SPREAD = 0.25  # median of (third quartile - first quartile) / median, over all sides
+
+
+class Usage(NamedTuple):
+    """Time since the start of the machine, in seconds of one core."""
+
+    wall: float
+    busy: float  # all processes
+    own: float  # this process and the children that have ended
+    stolen: float  # taken by the host of a virtual machine
+
+
+class Neighbours(NamedTuple):
+    """Shares of all cores that were not ours during a measurement."""
+
+    others: float
+    stolen: float
+
+
+def usage() -> Usage | None:
+    """Returns the usage of the machine. None where the system does not tell."""
+    try:
+        text = Path("/proc/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, soft, stolen = (int(n) / tick for n in text.split()[1:9])
+    own = sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+    return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
+
+
+def between(before: Usage, after: Usage) -> Neighbours:
+    """Returns the shares of others between two moments."""
+    time_of_cores = max(1e-9, after.wall - before.wall) * (os.cpu_count() or 1)
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return Neighbours(
+        max(0.0, others) / time_of_cores, max(0.0, after.stolen - before.stolen) / time_of_cores
+    )
+
+
+def spread(row: Mapping[str, Any]) -> float:
+    """Returns the median spread of the sides of a row, 0 for a row without quartiles.
+
+    row: with "milliseconds" and "quartiles", {side: ...}, at any depth.
+    """
+    found = sorted(_spreads(row))
+    return found[len(found) // 2] if found else 0.0
+
+
+def _spreads(row: Mapping[str, Any]) -> list[float]:
+    times, quartiles = row.get("milliseconds"), row.get("quartiles")
+    if isinstance(times, Mapping) and isinstance(quartiles, Mapping):
+        return [(high - low) / times[side] for side, (low, high) in quartiles.items()]
+    return [x for value in row.values() if isinstance(value, Mapping) for x in _spreads(value)]
+
+
+def warnings(neighbours: Neighbours | None, row: Mapping[str, Any]) -> list[str]:
+    """Returns why the row may be meaningless, [] for a quiet machine."""
+    found = []
+    if neighbours is not None and neighbours.others > OTHERS:
+        found.append(f"other processes used {neighbours.others:.0%} of the cores")
+    if neighbours is not None and neighbours.stolen > STOLEN:
+        found.append(f"the host took {neighbours.stolen:.0%} of the cores (steal)")
+    if (wide := spread(row)) > SPREAD:
+        found.append(f"the quartiles of a side lie {wide:.0%} of its median apart")
+    return found

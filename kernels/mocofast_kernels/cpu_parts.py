@@ -1,0 +1,85 @@
+"""Divides the tensors of an elementwise update into parts, which threads take one at a time.
+
+A part fits the last-level cache, so a second operation on the part finds the values of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mocofast_kernels import cpu_threads
+
+LARGEST = 2**20  # elements of a part. Smaller parts spend their time on starting operations
+LEAST = 2**16  # elements of a part, where larger parts would leave threads without work
+ALIGNED = 64  # elements. Slices that start at a multiple round as the whole tensor would
+
+Item = TypeVar("Item")
+
+
+def part_size(elements: int) -> int:
+    """Returns the elements of a part, for a number of elements in all."""
+    shared = -(-elements // (4 * cpu_threads.count()))
+    size = LARGEST if cpu_threads.count() == 1 else min(LARGEST, max(LEAST, shared))
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def in_parts(items: Iterable[Item], elements: Callable[[Item], int], size: int) -> list[list[Item]]:
+    """Returns the items in lists of about `size` elements, in order.
+
+    elements: returns the number of elements of an item.
+    """
+    parts: list[list[Item]] = []
+    room = 0
+    for item in items:
+        count = elements(item)
+        if not parts or count > room:
+            parts.append([])
+            room = size
+        parts[-1].append(item)
+        room -= count
+    return parts
+
+
+def slices(tensors: Sequence[Tensor | None], size: int) -> list[tuple[Tensor | None, ...]]:
+    """Returns slices of tensors of equal shape: tuples of flat views, of `size` elements at most.
+
+    Tensors whose elements lie in different orders are returned whole. None stays None.
+    """
+    present = [t for t in tensors if t is not None]
+    count = present[0].numel()
+    if count <= size or not same_layout(present):
+        return [tuple(tensors)]
+    return [
+        tuple(
+            None
+            if t is None
+            else t.as_strided((min(size, count - start),), (1,), t.storage_offset() + start)
+            for t in tensors
+        )
+        for start in range(0, count, size)
+    ]
+
+
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Returns whether tensors of equal shape fill memory without gaps, in the same order.
+
+    The order may be contiguous, channels-last or transposed.
+    """
+    first, *others = tensors
+    shape, stride = first.shape, first.stride()
+    for t in others:
+        if t.shape != shape or (t.stride() != stride and _order(t) != _order(first)):
+            return False
+    return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(first))
+
+
+def _order(t: Tensor) -> list[int]:
+    """Returns the strides of dimensions larger than 1.
+
+    The stride of a dimension of size 1 says nothing: 1x1 convolutions have two ways to write it.
+    """
+    return [stride for size, stride in zip(t.shape, t.stride()) if size != 1]

@@ -1,0 +1,65 @@
+"""Chooses the number of threads that compute on a CPU.
+
+Threads that share a core with another process wait for one another at the end of every operator.
+By default OpenMP's threads burn a core while they wait: on two busy cores the demo took 7.5 minutes
+with two threads, and 1 minute with one thread. Threads that sleep while they wait leave the core
+to the others. The `mocofast` command asks for sleeping threads before PyTorch loads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mocofast.config import Config
+from mocofast.data.loaders import count_workers
+from mocofast.device import choose_threads
+from mocofast.evaluate.features import evaluating
+
+# Operations of a forward pass on the batch: about 20 ms of a core. The operators of less work are
+# so short that a second thread wakes too late.
+WORTH = 2e9
+
+
+def set_threads(
+    encoder: nn.Module,
+    config: Config,
+    device: torch.device,
+    world_size: int = 1,
+    saved: Mapping[str, Any] | None = None,
+) -> None:
+    """Sets PyTorch's number of threads for a run on a CPU. Leaves a user's OMP_NUM_THREADS alone.
+
+    encoder: the query encoder, on `device`.
+    saved: content of the checkpoint to continue. The number stays, since sums of another number
+        of threads differ by rounding. Older checkpoints hold no number: half of the cores.
+    """
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:  # torchrun sets it, too
+        return
+    if saved is not None and "threads" in saved:
+        torch.set_num_threads(saved["threads"])
+        return
+    sleeping = saved is None and world_size == 1 and waits_asleep()
+    large = sleeping and operations(encoder, config) >= WORTH
+    torch.set_num_threads(choose_threads(count_workers(-1), sleeping, large))
+
+
+def operations(encoder: nn.Module, config: Config) -> int:
+    """Returns the operations of a forward pass on a batch of the run. Computes one empty image."""
+    size = config.augment.size
+    image = torch.zeros(1, config.data.channels, size, size)
+    with evaluating(encoder), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(image)
+    total: int = counter.get_total_flops()
+    return config.data.batch_size * total
+
+
+def waits_asleep() -> bool:
+    """Returns whether the environment asks OpenMP for threads that sleep while they wait."""
+    policy, spins = os.environ.get("OMP_WAIT_POLICY", ""), os.environ.get("GOMP_SPINCOUNT")
+    return spins == "0" or (spins is None and policy.lower() == "passive")
