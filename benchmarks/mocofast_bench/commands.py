@@ -24,6 +24,7 @@ from mocofast_bench import (
     neighbours,
     norm,
     optim,
+    speedrun,
     step,
     sweep,
     targets,
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "data": (data, "pairs of views per second from a folder of images"),
     "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
     "train": (train, "training end to end beside the reference's loop and loader"),
+    "speedrun": (speedrun, "CPU seconds to the plain recipe's kNN, with a search of recipes"),
 }
 # `bench all --quick`: enough rounds for quartiles. Compiling takes minutes.
 QUICK = {
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # `all`: every benchmark in turn.
     for name, (module, _) in BENCHMARKS.items():
-        if name == "sweep":  # takes minutes and needs a folder for its plots
+        if name in ("sweep", "speedrun"):  # take minutes to hours
             continue
         own = [name, "--device", arguments.device]
         if arguments.save is not None:

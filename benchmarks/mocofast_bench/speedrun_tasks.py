@@ -1,0 +1,102 @@
+"""The tasks of `mocofast bench speedrun`: recipes, images, and the knobs of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mocofast import settings
+from mocofast.config import Config
+
+
+@dataclass(frozen=True)
+class Task:
+    """An encoder and a set of images.
+
+    plain, fast: recipes. fast = "": no recipe has been found yet.
+    both: options of both sides: encoder, images, kNN.
+    shortened: options of the plain side that fit its recipe to the set.
+    budget: options of every run of the search.
+    knobs: values that the search combines.
+    """
+
+    plain: str
+    fast: str
+    both: Mapping[str, Any] = field(default_factory=dict)
+    shortened: Mapping[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
+    knobs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def config(self, side: str, path: str = "") -> Config:
+        """Returns the configuration of a side, "plain" or "fast".
+
+        path: folder of the images, for a task on image files.
+        """
+        config = settings.load_recipe(self.plain if side == "plain" else self.fast)
+        options = {**self.both, **(self.shortened if side == "plain" else {})}
+        if path:
+            options |= {"data.source": "folder", "data.path": path}
+        options |= {"knn.start": False, "train.device": "cpu", "train.precision": "fp32"}
+        settings.apply(config, options)
+        config.knn.every = max(1, config.train.epochs // 10)
+        config.checkpoint.every_epochs = config.train.epochs
+        return config
+
+
+# A ResNet-18 with ImageNet's stem takes a twelfth of the time of CIFAR's stem at 32 pixels.
+TASKS = {
+    "digits": Task(
+        "digits",
+        "digits_fast",
+        budget={"train.epochs": 25},
+        knobs={
+            "optim.lr": (0.03, 0.06, 0.12, 0.25, 0.5),
+            "data.batch_size": (32, 64, 128),
+            "model.queue_size": (256, 1024),
+            "model.momentum": (0.9, 0.97, 0.99),
+            "model.temperature": (0.1, 0.2),
+            "augment.crop_scale": ((0.4, 1.0), (0.6, 1.0)),
+            "augment.sizes": ((), ("0:6", "15:8")),
+        },
+    ),
+    "cifar10": Task(
+        "cifar10_r18",
+        "",
+        both={"model.arch": "resnet18", "knn.k": 20, "data.loader": "device"},
+        shortened={"train.epochs": 20, "data.batch_size": 128, "optim.lr": 0.03},
+        budget={"train.epochs": 5},
+        knobs={
+            "optim.lr": (0.03, 0.06, 0.12),
+            "data.batch_size": (64, 128),
+            "model.queue_size": (512, 2048),
+            "model.momentum": (0.9, 0.97, 0.99),
+            "model.temperature": (0.1, 0.2),
+            "augment.crop_scale": ((0.08, 1.0), (0.3, 1.0)),
+            "augment.sizes": ((), ("0:24", "3:32")),
+        },
+    ),
+    "vit": Task(
+        "cifar10_moco_v3",
+        "",
+        both={
+            "model.arch": "vit_tiny_cifar",
+            "model.hidden_dim": 1024,
+            "optim.name": "adamw",
+            "optim.lr_per": 0,
+            "optim.weight_decay": 0.1,
+            "knn.k": 20,
+            "data.loader": "device",
+        },
+        shortened={"train.epochs": 20, "data.batch_size": 128, "optim.lr": 0.0003},
+        budget={"train.epochs": 5},
+        knobs={
+            "optim.lr": (0.0003, 0.001, 0.003),
+            "data.batch_size": (64, 128),
+            "model.momentum": (0.97, 0.99),
+            "model.token_dropout": (0.0, 0.5),
+            "augment.crop_scale": ((0.08, 1.0), (0.3, 1.0)),
+            "augment.sizes": ((), ("0:16", "3:32")),
+        },
+    ),
+}

@@ -1,0 +1,119 @@
+"""`mocofast bench speedrun`: counted FLOPs, the log that continues, the search, WSD branches."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mocofast_bench import speedrun
+from mocofast_bench.commands import main
+from mocofast_bench.speedrun_runs import flops
+from mocofast_bench.speedrun_tasks import TASKS
+
+from mocofast import settings
+from mocofast.config import ConfigError
+from mocofast.data.sources import load_datasets
+from mocofast.models import encoders
+from mocofast.train.build import new_state
+from tests.runs import PlainEncoder
+
+SHORT = {"data.batch_size": 512, "train.epochs": 2, "model.queue_size": 512}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the digits' task two epochs of two steps of a small encoder."""
+    monkeypatch.setattr(encoders, "TinyResNet", PlainEncoder)
+    task = replace(TASKS["digits"], fast="digits", both=SHORT, budget={"train.epochs": 1})
+    monkeypatch.setitem(TASKS, "digits", task)
+
+
+def rows(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_flops_are_those_of_the_layers_for_every_size() -> None:
+    config = TASKS["digits"].config("plain")
+    settings.apply(config, {"augment.sizes": ("0:4", "1:8")})
+
+    def step(side: int) -> int:
+        conv = 2 * 27 * 8 * (side // 2) ** 2  # 3x3, 3 to 8 channels, stride 2
+        head = 2 * 8 * 64
+        # Both encoders forward. Backward: weights of the convolution, inputs and weights of fc.
+        encoders_ = 512 * (2 * (conv + head) + conv + 2 * head)
+        return encoders_ + 4 * 512 * 512 * 64  # scores against 512 keys, and their gradient
+
+    assert flops(config) == 2 * (step(4) + step(8))
+
+
+def test_the_sides_run_once_and_a_second_command_reads_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["speedrun", "digits", "--sides", "plain,reference", "--seeds", "1"]
+    command += ["--out", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    assert main(command) == 0
+    first = rows(tmp_path)
+    assert [row["name"] for row in first] == ["plain", "reference"]
+    for row in first:
+        assert row["epoch"] == [1, 2]
+        assert 0 < row["cpu"][0] < row["cpu"][1]  # type: ignore[index]
+        assert all(0 < knn <= 1 for knn in row["knn"])  # type: ignore[attr-defined]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert rows(tmp_path) == first
+    table = capsys.readouterr().out
+    assert f"{100 * first[1]['knn'][-1]:.2f}" in table  # type: ignore[index]
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_search_takes_other_seeds_and_prints_the_best_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["speedrun", "digits", "--search", "3", "--out", str(tmp_path)]) == 0
+    done = rows(tmp_path)
+    assert [row["seed"] for row in done] == [100, 100, 100, 101, 102]
+    best = max(done[:3], key=lambda row: row["knn"])  # type: ignore[arg-type, return-value]
+    assert {row["name"] for row in done[3:]} == {best["name"]}
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert f"search {result['options']}" == best["name"]
+
+
+def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speedrun, "BUDGETS", (10, 20))
+    command = ["speedrun", "digits", "--wsd", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    wsd, short, long = rows(tmp_path)
+    assert (short["name"], long["name"], short["epochs"]) == ("cosine 10", "cosine 20", 10)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for budget, branch, cosine in zip(("10", "20"), wsd["knn"], (short, long)):  # type: ignore[call-overload]
+        assert result["points"][budget] == pytest.approx(
+            100 * (branch - cosine["knn"][-1]), abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_and_every_knob_can_be_trained(name: str) -> None:
+    task = TASKS[name]
+    config = task.config("plain")
+    settings.validate(config)
+    for values in itertools.islice(itertools.product(*task.knobs.values()), 0, None, 7):
+        settings.apply(config, {**task.budget, **dict(zip(task.knobs, values))})
+        settings.validate(config)
+    images = load_datasets(settings.load_recipe("digits").data, 0)
+    config.data.loader = "auto"
+    assert new_state(config, images, torch.device("cpu"), 0, 1).model.encoder_q is not None
+
+
+def test_sides_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for command, message in (
+        (["digits", "--sides", "slow"], "--sides"),
+        (["cifar10"], "no fast recipe"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(["speedrun", *command, "--out", str(tmp_path)])
