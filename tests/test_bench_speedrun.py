@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
     wsd, short, long = rows(tmp_path)
     assert (short["name"], long["name"], short["epochs"]) == ("cosine 10", "cosine 20", 10)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for budget, branch, cosine in zip(("10", "20"), wsd["knn"], (short, long)):  # type: ignore[call-overload]
+    branches: Any = wsd["knn"]
+    for budget, branch, cosine in zip(("10", "20"), branches, (short, long)):
         assert result["points"][budget] == pytest.approx(
             100 * (branch - cosine["knn"][-1]), abs=1e-3
         )

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from mocofast import settings
 from mocofast.config import ConfigError
 from mocofast.train import run as training
-from mocofast.train.resume import configure
+from mocofast.train.configure import configure
 from mocofast_bench import timing
 from mocofast_bench.speedrun_runs import CPU, Curve, clocked, measured, ours, reference
 from mocofast_bench.speedrun_tasks import TASKS, Task

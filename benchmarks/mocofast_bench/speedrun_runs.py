@@ -60,11 +60,14 @@ def clocked() -> Iterator[Curve]:
         """The monitor of a run, which also reads the clock."""
 
         def evaluate(
-            self, encoder: nn.Module, autocast: torch.autocast | None = None
+            self,
+            encoder: nn.Module,
+            autocast: torch.autocast | None = None,
+            stopped: Callable[[], bool] = lambda: False,
         ) -> dict[str, float]:
             nonlocal left_out
             entered = cpu_seconds()
-            values = super().evaluate(encoder, autocast)
+            values = super().evaluate(encoder, autocast, stopped)
             curve.cpu.append(entered - began - left_out)
             curve.knn.append(values["knn_top1"])
             left_out += cpu_seconds() - entered
