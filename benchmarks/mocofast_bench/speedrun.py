@@ -217,7 +217,7 @@ def _branches(task: Task, path: str, seed: int) -> dict[str, Any]:
     for budget, cooldown in cooldowns.items():
         saved = folder / "trunk" / "checkpoints" / f"step_{steps * ends[budget]:08d}.pt"
         with clocked() as curve:
-            training.train(configure(None, str(saved), {}, cooldown), str(saved))
+            training.train(configure(None, str(saved), {}, cooldown=cooldown), str(saved))
         cpu.append(curve.cpu[-1])
         knn.append(curve.knn[-1])
     shutil.rmtree(folder)
