@@ -159,7 +159,7 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "auto: bf16 autocast on GPUs that have bf16, else fp32",
+        "auto: bf16 autocast on GPUs that have bf16, fp32 on CPUs (bf16 needs AMX or AVX512-BF16)",
         ("auto", "fp32", "bf16"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")

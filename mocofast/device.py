@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from mocofast_kernels.cpu_products import cpu_bf16
 from torch import Tensor, nn
+
+from mocofast.plugins import is_plugin
+
+if TYPE_CHECKING:
+    from mocofast.config import Config
 
 __all__ = [
     "choose_autocast",
     "choose_device",
     "choose_threads",
     "cpu_bf16",
+    "precision_note",
     "wrong_in_bf16",
 ]
 
@@ -87,3 +94,24 @@ def wrong_in_bf16(encoder: nn.Module, size: int) -> str:
         for part, training in modes:
             part.training = training
     return found[0] if found else ""
+
+
+def precision_note(autocast: torch.autocast, config: Config, encoder: nn.Module) -> str:
+    """Returns the precision of a run, for the log, with a hint where bf16 would be faster.
+
+    config: of the run.
+    encoder: of the run, on its device.
+
+    The hint is for encoders of the library whose steps were measured to be faster in bf16 on a CPU
+    with instructions for bf16, and whose gradients are right.
+    """
+    if autocast._enabled:
+        return "bf16 autocast"
+    arch = config.model.arch
+    measured = arch != "resnet_tiny" and not is_plugin(arch)
+    if config.train.precision != "auto" or autocast.device != "cpu" or not measured:
+        return "fp32"
+    instructions = cpu_bf16()
+    if not instructions or wrong_in_bf16(encoder, config.augment.size):
+        return "fp32"
+    return f"fp32 (--train.precision bf16 is faster: this CPU has {instructions})"

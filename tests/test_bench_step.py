@@ -57,6 +57,27 @@ def test_step_times_every_side_on_the_same_problem(step_row: dict[str, Any]) -> 
     assert step_row["over_encoders_only"] == pytest.approx(ours / floor, rel=0.01)
 
 
+def test_in_bf16_a_cpus_step_stands_beside_our_step_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    monkeypatch.setattr(step.timing, "in_fresh_process", lambda measure, *args: measure(*args))
+    used: list[tuple[str, bool]] = []
+
+    class Recorded(training_steps.Engine):
+        def __init__(self, mode: str, model: Any, optimizer: Any, autocast: Any, *rest: Any):
+            used.append((mode, autocast._enabled))
+            super().__init__(mode, model, optimizer, autocast, *rest)
+
+    monkeypatch.setattr(training_steps, "Engine", Recorded)
+    main(["step", *TINY, "--modes", "--precision", "bf16"])
+    row = last_row(capsys.readouterr().out)
+    assert row["precision"] == "bf16"
+    assert row["speedup"].keys() == {"mocofast", "mocofast fp32", "reference", "strong"}
+    # Two steps in turns, two alone, and the profile of our step.
+    assert used == [("eager", low) for low in (True, False, True, False, True)]
+
+
 def test_step_names_the_side_it_skips_and_why(step_row: dict[str, Any]) -> None:
     assert set(step_row["skipped"]) == {"engine graph", "lightly"}
     assert "needs a GPU" in step_row["skipped"]["engine graph"]

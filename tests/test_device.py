@@ -8,8 +8,9 @@ from torch import nn
 
 from mocofast import device
 from mocofast.config import ConfigError
-from mocofast.device import choose_autocast, cpu_bf16
+from mocofast.device import choose_autocast, cpu_bf16, precision_note
 from mocofast.models.encoders import build_encoder
+from mocofast.settings import apply, load_recipe
 from mocofast.train.build import check_gradients
 
 CPU = torch.device("cpu")
@@ -56,3 +57,24 @@ def test_bf16_is_refused_where_gradients_would_be_wrong() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(part._forward_pre_hooks for part in network.modules())
     assert device.wrong_in_bf16(nn.Linear(3, 3), 16) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "precision", "amx", "note"),
+    [
+        ("resnet18", 32, "auto", True, "fp32 (--train.precision bf16 is faster: this CPU has AMX)"),
+        ("resnet18", 32, "auto", False, "fp32"),
+        ("resnet18", 32, "fp32", True, "fp32"),
+        ("resnet18", 32, "bf16", True, "bf16 autocast"),
+        ("resnet18", 16, "auto", True, "fp32"),  # bf16 would be refused
+        ("resnet_tiny", 16, "auto", True, "fp32"),  # bf16 gains nothing
+    ],
+)
+def test_the_log_of_a_run_names_the_precision_and_what_would_be_faster(
+    arch: str, size: int, precision: str, amx: bool, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_cpu(monkeypatch, amx=amx, avx512=False, onednn=True)
+    encoder = build_encoder(arch, size)(num_classes=8)
+    config = load_recipe("digits")
+    apply(config, {"model.arch": arch, "augment.size": size, "train.precision": precision})
+    assert precision_note(choose_autocast(precision, CPU), config, encoder) == note

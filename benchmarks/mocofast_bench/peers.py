@@ -156,13 +156,14 @@ def lightly(sizes: Sizes, dtype: torch.dtype) -> Loss:
 
 
 OURS = {"mocofast": Peer(mocofast), "with rank": Peer(with_rank)}
+OURS_IN_FLOAT32 = "mocofast float32"  # beside 16-bit inputs
 BASELINE = {"eager": Peer(eager)}
 
 
 def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
     """Returns {name: peer}.
 
-    dtype: dtype of the benchmark. Eager peers run in a second dtype too.
+    dtype: dtype of the benchmark. Eager peers run in a second dtype too, and our loss in float32.
     compiling: include peers with torch.compile.
     """
     other = torch.float32 if dtype != torch.float32 else torch.bfloat16
@@ -172,6 +173,7 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
         slow = "the comparison between types is for"
     peers = {
         **OURS,
+        **({OURS_IN_FLOAT32: Peer(mocofast, other)} if dtype != torch.float32 else {}),
         **BASELINE,
         f"eager {suffix}": Peer(eager, other, gpu_reason=slow),
         "torch.compile": Peer(compiled, compiles=True),

@@ -4,6 +4,8 @@ All sides have the same encoder, weights and images. The floor, "encoders only",
 forward and backward pass of the query encoder and the forward pass of the key encoder, in
 our step's precision, on prepared images. The parts of our step are shown as in `mocofast
 pretrain --profile`.
+
+`--precision bf16` on a CPU also times our step in fp32. The reference's step stays in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.config import Config, ConfigError
-from mocofast.device import choose_device
+from mocofast.device import choose_autocast, choose_device
 from mocofast.settings import apply, load_recipe, validate
 from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
@@ -26,6 +28,7 @@ from mocofast.train.threads import set_threads
 from mocofast_bench import timing
 from mocofast_bench.timing import Call
 from mocofast_bench.training_steps import (
+    IN_FLOAT32,
     MODES,
     STEPS,
     encoders_only,
@@ -55,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         choices=MODES,
         default=MODES,
         help="engine modes to time beside the mode of training (default: all, takes minutes)",
+    )
+    parser.add_argument(
+        "--precision",
+        dest="train.precision",
+        choices=("auto", "fp32", "bf16"),
+        help="precision of our step, of the strong step and of lightly's (default: the recipe's)",
     )
     parser.set_defaults(repeats=5)
 
@@ -121,6 +130,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Build the sides.
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
     left_out = {f"engine {m}" for m in MODES if m == mode or m not in arguments.modes}
+    autocast = choose_autocast(config.train.precision, device)
+    if device.type != "cpu" or not autocast._enabled:
+        left_out.add(IN_FLOAT32)
     steps, skipped = build_sides(config, device, left_out)
     # Measure: every side alone, then all sides in turns, then waits and the parts of our step.
     threads = torch.get_num_threads()
@@ -144,6 +156,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **timing.environment(device),
         "recipe": config.recipe,
         "engine": mode,
+        "precision": "bf16" if autocast._enabled else "fp32",
         "arch": config.model.arch,
         "size": config.augment.size,
         "batch_size": batch,
@@ -208,7 +221,7 @@ def print_table(row: dict[str, Any], head: str, why: str) -> None:
         f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, "
         f"queue {row['queue_size']}, {head} head"
     )
-    print(f"{row['device']}; encoders {row['encoder_flops'] / 1e9:.1f} GFLOP")
+    print(f"{row['device']}; {row['precision']}; encoders {row['encoder_flops'] / 1e9:.1f} GFLOP")
     print(f"mocofast: engine {row['engine']}, {why}")
     print(
         f"{'':16}{'images/s':>10}{'ms':>10}{'quartiles':>20}{'ours is x':>11}"

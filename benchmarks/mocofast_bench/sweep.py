@@ -18,7 +18,7 @@ import torch
 from mocofast.device import choose_device
 from mocofast_bench import timing
 from mocofast_bench.kernels import DTYPES, GRAPH, measure_problem, memory_of_all
-from mocofast_bench.peers import Sizes, all_peers
+from mocofast_bench.peers import OURS_IN_FLOAT32, Sizes, all_peers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
     middle, axes = choose_problems(arguments, device)
     peers = all_peers(dtype, compiling=not arguments.no_compile)
-    del peers["with rank"]
+    peers = {
+        name: peer for name, peer in peers.items() if name not in ("with rank", OURS_IN_FLOAT32)
+    }
     cases = sorted({case for values in axes.values() for case in values}, key=lambda c: c[0] * c[1])
     arguments.folder.mkdir(parents=True, exist_ok=True)
     where = (

@@ -72,16 +72,19 @@ def normalise_images(model: MoCo, images: Tensor) -> Tensor:
     return prepare_images(images, model.pixel_mean, model.pixel_std)
 
 
-def our_engine(config: Config, device: torch.device, mode: str | None = None) -> Engine:
+def our_engine(
+    config: Config, device: torch.device, mode: str | None = None, precision: str | None = None
+) -> Engine:
     """Returns the engine of training.
 
     mode: engine mode. None: the mode of the configuration.
+    precision: value of `train.precision`. None: the value of the configuration.
 
     Raises ConfigError for a mode without support on this device.
     """
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model = fresh_model(config, device)
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = choose_autocast(precision or config.train.precision, device)
     micro_batches = config.train.accumulate
     return Engine(
         mode,
@@ -93,9 +96,11 @@ def our_engine(config: Config, device: torch.device, mode: str | None = None) ->
     )
 
 
-def mocofast(config: Config, device: torch.device, mode: str | None = None) -> Call:
-    """Returns our step. mode: as in `our_engine`."""
-    engine, views = our_engine(config, device, mode), pixel_views(config, device)
+def mocofast(
+    config: Config, device: torch.device, mode: str | None = None, precision: str | None = None
+) -> Call:
+    """Returns our step. mode, precision: as in `our_engine`."""
+    engine, views = our_engine(config, device, mode, precision), pixel_views(config, device)
     return lambda: engine.step(views)
 
 
@@ -155,8 +160,10 @@ def lightly(config: Config, device: torch.device) -> Call:
 
 
 MODES = ("eager", "compile", "graph")
+IN_FLOAT32 = "mocofast fp32"
 STEPS: dict[str, Callable[[Config, torch.device], Call]] = {
     "mocofast": mocofast,
+    IN_FLOAT32: functools.partial(mocofast, precision="fp32"),
     **{f"engine {mode}": functools.partial(mocofast, mode=mode) for mode in MODES},
     "reference": reference,
     "strong": strong,

@@ -12,6 +12,7 @@ from mocofast.data.loaders import pixels_of
 from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
+from mocofast.device import precision_note
 from mocofast.train import estimate
 from mocofast.train.auto import Choice
 from mocofast.train.build import queue_remarks
@@ -65,6 +66,6 @@ def announce_time(state: RunState, autocast: torch.autocast, world_size: int) ->
 
 def describe_device(state: RunState, autocast: torch.autocast, world_size: int) -> str:
     """Returns the line on devices, precision and loader."""
-    precision = "bf16 autocast" if autocast._enabled else "fp32"
+    precision = precision_note(autocast, state.config, state.model.encoder_q)
     loader = f"loader {state.loader.name}: {state.loader.reason}"
     return f"device {state.device} x {world_size}, {precision}; {loader}"
