@@ -29,7 +29,7 @@ SHORT = {"data.batch_size": 512, "train.epochs": 2, "model.queue_size": 512}
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the digits' task two epochs of two steps of a small encoder."""
     monkeypatch.setattr(encoders, "TinyResNet", PlainEncoder)
-    task = replace(TASKS["digits"], fast="digits", both=SHORT, budget={"train.epochs": 1})
+    task = replace(TASKS["digits"], both=SHORT, budget={"train.epochs": 1})
     monkeypatch.setitem(TASKS, "digits", task)
 
 
@@ -38,7 +38,7 @@ def rows(out: Path) -> list[dict[str, object]]:
 
 
 def test_flops_are_those_of_the_layers_for_every_size() -> None:
-    config = TASKS["digits"].config("plain")
+    config = TASKS["digits"].config()
     settings.apply(config, {"augment.sizes": ("0:4", "1:8")})
 
     def step(side: int) -> int:
@@ -54,11 +54,11 @@ def test_flops_are_those_of_the_layers_for_every_size() -> None:
 def test_the_sides_run_once_and_a_second_command_reads_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["speedrun", "digits", "--sides", "plain,reference", "--seeds", "1"]
+    command = ["speedrun", "digits", "--fast", "digits", "--seeds", "1"]
     command += ["--out", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
     assert main(command) == 0
     first = rows(tmp_path)
-    assert [row["name"] for row in first] == ["plain", "reference"]
+    assert [row["name"] for row in first] == ["plain", "reference", "fast digits"]
     for row in first:
         assert row["epoch"] == [1, 2]
         assert 0 < row["cpu"][0] < row["cpu"][1]  # type: ignore[index]
@@ -102,7 +102,7 @@ def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_and_every_knob_can_be_trained(name: str) -> None:
     task = TASKS[name]
-    config = task.config("plain")
+    config = task.config()
     settings.validate(config)
     for values in itertools.islice(itertools.product(*task.knobs.values()), 0, None, 7):
         settings.apply(config, {**task.budget, **dict(zip(task.knobs, values))})
@@ -115,7 +115,7 @@ def test_every_task_and_every_knob_can_be_trained(name: str) -> None:
 def test_sides_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for command, message in (
         (["digits", "--sides", "slow"], "--sides"),
-        (["cifar10"], "no fast recipe"),
+        (["digits", "--sides", "plain,fast"], "needs --fast"),
     ):
         with pytest.raises(ConfigError, match=message):
             main(["speedrun", *command, "--out", str(tmp_path)])

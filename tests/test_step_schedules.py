@@ -30,7 +30,7 @@ from mocofast.optim.schedule import learning_rate
 from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 from mocofast.train.engine import Engine
 from mocofast.train.optimizer import optimizer_of
-from tests.runs import assert_same_run, make_images, metrics, weights
+from tests.runs import assert_same_run, make_images, metrics, torchrun, weights
 
 CPU = torch.device("cpu")
 # Two steps an epoch of digits.
@@ -38,7 +38,8 @@ SHORT = "--data.batch_size 512 --train.log_every 1 --knn.start false --checkpoin
 VIT = (
     "--model.arch vit_micro_cifar --augment.size 16 --augment.sizes 0:8,2:16 "
     "--augment.crop_scales 0:0.6:1,1:0.3:0.9 --model.token_dropout 0.4 --model.queue_warmup 2 "
-    "--model.queue_size 1000 --optim.schedule wsd --optim.cooldown_epochs 2 --train.epochs 4"
+    "--model.queue_size 1000 --model.shuffle_bn false --optim.schedule wsd "
+    "--optim.cooldown_epochs 2 --train.epochs 4"
 )
 
 
@@ -309,6 +310,17 @@ def test_a_run_that_stops_at_any_step_continues_exactly(
     folder = pretrain(tmp_path / "run", VIT, f"--train.max_steps {step}")
     pretrain(folder, VIT, "--resume auto --train.max_steps 0")
     assert_same_run(folder, whole)
+
+
+def test_two_ranks_train_as_one_process(whole: Path, tmp_path: Path) -> None:
+    """Filling without gradients, tokens and sizes: every rank takes its part of each choice."""
+    options = [*SHORT.split(), *VIT.split(), "--train.dir", str(tmp_path), "--train.max_steps", "6"]
+    torchrun(2, "pretrain", *options)
+    losses = [
+        [line["loss"] for line in metrics(folder) if "loss" in line][:6]
+        for folder in (tmp_path, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_tokens_stay_out_of_checkpoints_and_evaluations(whole: Path) -> None:

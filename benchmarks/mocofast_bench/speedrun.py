@@ -1,6 +1,6 @@
 """CPU seconds and FLOPs until an encoder is as good as the plain recipe's.
 
-Sides: the plain recipe, our fast recipe, and the plain recipe in the reference's loop and loader.
+Sides: the plain recipe, a fast recipe, and the plain recipe in the reference's loop and loader.
 All sides train the same encoder on the same images, and the same kNN judges the encoder.
 `docs/speedrun.md` has the rules. Every run appends a line to OUT/log.jsonl, and a run whose line is
 there is not repeated, so an interrupted command continues.
@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--out", type=Path, default=Path("runs/speedrun"), help="folder of the log (%(default)s)"
     )
     parser.add_argument(
-        "--sides", default=",".join(SIDES), help="sides to train (default: %(default)s)"
+        "--sides", default="", help="sides to train (default: plain,reference, and fast if given)"
+    )
+    parser.add_argument(
+        "--fast", metavar="RECIPE", default="", help="recipe of the fast side, or a .yaml file"
     )
     parser.add_argument(
         "--seeds", type=positive, default=5, help="runs of every side (default: %(default)s)"
@@ -64,23 +67,27 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains what is missing in the log, prints the table and returns the row."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    task, sides = TASKS[arguments.task], arguments.sides.split(",")
+    task = TASKS[arguments.task]
+    sides = (arguments.sides or "plain,reference" + ",fast" * bool(arguments.fast)).split(",")
     for side in sides:
         if side not in SIDES:
             raise ConfigError(f"--sides: expected some of {', '.join(SIDES)}, got {side!r}")
-    if "fast" in sides and not task.fast and not (arguments.search or arguments.wsd):
-        raise ConfigError(f"--sides: {arguments.task} has no fast recipe yet; --search N finds one")
+    if "fast" in sides and not arguments.fast:
+        raise ConfigError("--sides: fast needs --fast RECIPE; --search N finds options of a recipe")
     log = _Log(arguments.out / "log.jsonl", arguments.task)
     if arguments.search:
         return _search(task, arguments, log)
     if arguments.wsd:
         return _wsd(task, arguments, log)
+    names = {side: side for side in sides}
+    if "fast" in sides:
+        names["fast"] = f"fast {task.config(arguments.path, arguments.fast).recipe}"
     for seed, side in itertools.product(range(arguments.seeds), sides):
-        config = task.config("fast" if side == "fast" else "plain", arguments.path)
+        config = task.config(arguments.path, arguments.fast if side == "fast" else "")
         config.train.seed = seed
         loop = reference if side == "reference" else ours
-        log.run(side, seed, partial(measured, config, loop))
-    return _table(arguments.task, sides, arguments.seeds, log)
+        log.run(names[side], seed, partial(measured, config, loop))
+    return _table(arguments.task, list(names.values()), arguments.seeds, log)
 
 
 class _Log:
@@ -127,7 +134,7 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
     combinations = combinations[: arguments.search]
 
     def score(changes: Mapping[str, Any], seed: int) -> float:
-        config = task.config("plain", arguments.path)
+        config = task.config(arguments.path)
         settings.apply(config, {**task.budget, **changes})
         config.train.seed = seed
         config.knn.every = config.train.epochs
@@ -166,7 +173,7 @@ def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]
         for budget, knn in zip(BUDGETS, branches["knn"]):
             gaps[budget].append(100 * knn)
     for budget, seed in itertools.product(BUDGETS, range(arguments.seeds)):
-        config = task.config("plain", arguments.path)
+        config = task.config(arguments.path)
         # The plain side is a cosine run already.
         name = "plain" if budget == config.train.epochs else f"cosine {budget}"
         if name != "plain":
@@ -196,7 +203,7 @@ def _branches(task: Task, path: str, seed: int) -> dict[str, Any]:
     The trunk's time counts with the first budget.
     """
     folder = Path(tempfile.mkdtemp())
-    config = task.config("plain", path)
+    config = task.config(path)
     cooldowns = {budget: budget // 10 for budget in BUDGETS}
     ends = {budget: budget - cooldown for budget, cooldown in cooldowns.items()}
     settings.apply(
@@ -229,9 +236,9 @@ def _branches(task: Task, path: str, seed: int) -> dict[str, Any]:
 
 
 def _table(name: str, sides: list[str], seeds: int, log: _Log) -> dict[str, Any]:
-    """Prints the sides, and returns the row. The plain recipe's figures are the units."""
+    """Prints the sides, and returns the row. The first side is the unit of CPU time."""
     rows = {side: log.of(side, seeds) for side in sides}
-    print(f"{name}\n{'':10}{'seeds':>6}{'kNN':>8}{'sd':>7}{'CPU s':>8}{'x less':>8}{'GFLOP':>10}")
+    print(f"{name}\n{'':20}{'seeds':>6}{'kNN':>8}{'sd':>7}{'CPU s':>8}{'share':>8}{'GFLOP':>10}")
     figures: dict[str, dict[str, float]] = {}
     for side, results in rows.items():
         knn = [result["knn"][-1] for result in results]
@@ -242,11 +249,11 @@ def _table(name: str, sides: list[str], seeds: int, log: _Log) -> dict[str, Any]
             "cpu": round(fmean(result["cpu"][-1] for result in results), 2),
             "flops": fmean(result["flops"] for result in results),
         }
-    fast = figures.get("fast", next(iter(figures.values())))
+    unit = figures[sides[0]]["cpu"]
     for side, f in figures.items():
         print(
-            f"{side:10}{f['seeds']:6.0f}{100 * f['knn']:8.2f}{100 * f['sd']:7.2f}{f['cpu']:8.1f}"
-            f"{f['cpu'] / fast['cpu']:8.2f}{f['flops'] / 1e9:10.0f}"
+            f"{side:20}{f['seeds']:6.0f}{100 * f['knn']:8.2f}{100 * f['sd']:7.2f}{f['cpu']:8.1f}"
+            f"{f['cpu'] / unit:8.2f}{f['flops'] / 1e9:10.0f}"
         )
     return {
         "benchmark": "speedrun",
@@ -271,7 +278,8 @@ def plot(row: dict[str, Any]) -> Figure:
             label = side if i == 0 else None
             knn = [100 * value for value in curve["knn"]]
             axes.plot(curve["cpu"], knn, color=f"C{number}", alpha=0.7, label=label)
-    axes.axhline(100 * row["sides"]["plain"]["knn"], color="gray", ls=":", lw=1)
+    first = next(iter(row["sides"].values()))
+    axes.axhline(100 * first["knn"], color="gray", ls=":", lw=1)
     axes.set(xscale="log", xlabel="CPU seconds of training", ylabel="kNN top-1, %")
     axes.set_title(row["task"])
     axes.legend()

@@ -14,7 +14,7 @@ from mocofast.config import Config
 class Task:
     """An encoder and a set of images.
 
-    plain, fast: recipes. fast = "": no recipe has been found yet.
+    plain: the recipe to beat.
     both: options of both sides: encoder, images, kNN.
     shortened: options of the plain side that fit its recipe to the set.
     budget: options of every run of the search.
@@ -22,19 +22,19 @@ class Task:
     """
 
     plain: str
-    fast: str
     both: Mapping[str, Any] = field(default_factory=dict)
     shortened: Mapping[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def config(self, side: str, path: str = "") -> Config:
-        """Returns the configuration of a side, "plain" or "fast".
+    def config(self, path: str = "", fast: str = "") -> Config:
+        """Returns the configuration of the plain side, or of a fast recipe.
 
         path: folder of the images, for a task on image files.
+        fast: a recipe, or a .yaml file.
         """
-        config = settings.load_recipe(self.plain if side == "plain" else self.fast)
-        options = {**self.both, **(self.shortened if side == "plain" else {})}
+        config = settings.load_recipe(fast or self.plain)
+        options = {**self.both, **({} if fast else self.shortened)}
         if path:
             options |= {"data.source": "folder", "data.path": path}
         options |= {"knn.start": False, "train.device": "cpu", "train.precision": "fp32"}
@@ -48,7 +48,6 @@ class Task:
 TASKS = {
     "digits": Task(
         "digits",
-        "digits_fast",
         budget={"train.epochs": 25},
         knobs={
             "optim.lr": (0.03, 0.06, 0.12, 0.25, 0.5),
@@ -62,7 +61,6 @@ TASKS = {
     ),
     "cifar10": Task(
         "cifar10_r18",
-        "",
         both={"model.arch": "resnet18", "knn.k": 20, "data.loader": "device"},
         shortened={"train.epochs": 20, "data.batch_size": 128, "optim.lr": 0.03},
         budget={"train.epochs": 5},
@@ -78,7 +76,6 @@ TASKS = {
     ),
     "vit": Task(
         "cifar10_moco_v3",
-        "",
         both={
             "model.arch": "vit_tiny_cifar",
             "model.hidden_dim": 1024,
