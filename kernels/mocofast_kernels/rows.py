@@ -184,6 +184,8 @@ def _allows_tf32() -> bool:
 
     PyTorch raises an error where the older function is asked after the newer setting was written.
     """
+    if torch.version.hip:  # Triton has no tf32 for AMD's GPUs
+        return False
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":  # not set for products: the setting of all operations holds
         setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
