@@ -4,8 +4,8 @@ Shows registers and spills of a thread, and the shared memory of a program besid
 program may use on the GPU.
 
 The calls are those of `mocofast bench static`. For float16 and bfloat16 products, GPUs before
-Ampere (sm_75) take the blocked PyTorch path, so they have no row. AMD's GPUs
-have no rows of tf32 products: the kernels multiply float32 there.
+Ampere (sm_75) take the blocked PyTorch path, so they have no row. sm_75 and AMD's GPUs have no rows
+of tf32 products: the kernels multiply float32 there.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def launches(only: str, targets: list[Target]) -> Iterator[tuple[str, Target, La
             half = re.search(r"^(forward|backward).*(bf16|fp16)", case.name)
             if target.name == "sm_75" and half:
                 continue
-            if target.capability is None and case.matmul_precision != "highest":
+            if (target.capability or 0) < 80 and case.matmul_precision != "highest":
                 continue
             gpu = Architecture(target.shared, hopper=target.name == "sm_90")
             for launch in inspect_code.record(case.call, target.processors, gpu):

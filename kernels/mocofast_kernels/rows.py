@@ -184,7 +184,10 @@ def _allows_tf32() -> bool:
 
     PyTorch raises an error where the older function is asked after the newer setting was written.
     """
-    if torch.version.hip:  # Triton has no tf32 for AMD's GPUs
+    # Triton has no tf32 for AMD's GPUs, and GPUs before Ampere have none.
+    if torch.version.hip or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    ):
         return False
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":  # not set for products: the setting of all operations holds
