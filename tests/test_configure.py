@@ -12,6 +12,7 @@ import yaml
 from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.sources import ArraySource
+from mocofast.models import sync_batch_norm
 from mocofast.train import configure, estimate
 from mocofast.train.auto import fit
 from tests import runs
@@ -174,6 +175,14 @@ def test_measuring_changes_neither_the_encoder_nor_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_measuring_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_batch_norm, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(sync_batch_norm, "all_gather", lambda values: pytest.fail("gathered"))
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), sync_batch_norm.SyncBatchNorm(4))
+    assert estimate.seconds_per_image(encoder, 8, 3, CPU) > 0
+    assert encoder[1].training
 
 
 def test_the_time_is_of_the_steps_that_run() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mocofast.config import Config
 from mocofast.data.finding import counted
+from mocofast.models.sync_batch_norm import SyncBatchNorm
 from mocofast.train.metrics import duration
 
 IMAGES = 8  # of the measurement. A CPU is as fast with 8 images as with 256, to 20 %
@@ -29,6 +30,9 @@ def seconds_per_image(
     size, channels: of a view.
     """
     encoder = copy.deepcopy(encoder).to(device).train()
+    for module in encoder.modules():
+        if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
+            module.eval()  # in train mode the layer would wait for ranks that do not measure
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         images = torch.rand(IMAGES, channels, size, size, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
