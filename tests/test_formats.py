@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,8 +318,8 @@ def test_only_files_whose_header_both_parsers_accept_reach_dalis_decoder(
     fed: list[bytes] = []
     item = dali_loader._Batches._item
 
-    def spy(self: dali_loader._Batches, index: int) -> np.ndarray | str:
-        found = item(self, index)
+    def spy(self: dali_loader._Batches, index: int, *rest: Any) -> np.ndarray | str:
+        found = item(self, index, *rest)
         if isinstance(found, np.ndarray):
             fed.append(found.tobytes())
         return found

@@ -94,7 +94,7 @@ def test_a_finished_run_is_extended_by_epochs_at_another_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    options = ("--train.epochs", "1", "--train.log_every", "5", "--data.holdout", "0.5")
+    options = ("--train.epochs", "1", "--train.log_every", "5")
     assert pretrain(folder, *options) == 0
     steps = load_checkpoint(folder)["step"]
     further = ["pretrain", "--resume", str(folder), "--train.epochs", "2", "--optim.lr", "0.001"]

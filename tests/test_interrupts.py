@@ -69,7 +69,7 @@ def test_a_signal_inside_an_evaluation_is_answered_and_obeyed(
     folder = tmp_path / "run"
     arguments = ("pretrain", "digits", "--data.path", str(images), "--train.dir", str(folder))
     process = start(*arguments, "--data.source", "folder", *SLOW)
-    read_until(process, "writing to")
+    read_until(process, "time: about")
     time.sleep(2)  # the evaluation is under way
     for _ in range(presses):
         sent = time.monotonic()
@@ -231,7 +231,7 @@ def test_the_commands_of_the_next_lines_run(
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
     assert (tmp_path / "a run" / "backbone.pt").exists()
-    assert labelled == ("(measured at step 0)" in out)
+    assert labelled == ("(measured at step 1)" in out)
 
 
 def test_help_is_short_and_needs_no_pytorch() -> None:

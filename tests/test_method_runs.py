@@ -28,24 +28,26 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-SHORT = words(
-    "--model.hidden_dim 128 --model.momentum_schedule cosine --train.epochs 8 "
-    "--train.log_every 11 --knn.shots 0 --data.workers 0"
-)
+SHORT = words("--train.epochs 8 --train.log_every 11 --knn.shots 0 --data.workers 0")
+PREDICTING = words("--model.hidden_dim 128 --model.momentum_schedule cosine")
+HEAD = words("--model.hidden_dim 128")
 METHODS = {
-    "moco_v3": words("--model.method moco_v3 --model.temperature 0.2"),
-    "byol": words("--model.method byol --optim.lr 0.06"),
+    "moco_v3": (*PREDICTING, *words("--model.method moco_v3 --model.temperature 0.2")),
+    "byol": (*PREDICTING, *words("--model.method byol --optim.lr 0.06")),
     "moco, symmetric": words("--model.symmetric true --model.queue_size 128 --train.epochs 12"),
-    "simclr": words("--model.method simclr"),
+    "simclr": (*HEAD, *words("--model.method simclr")),
     # Twice the epochs: the slots are random at first, and are updated once an epoch.
     "memory_bank": words(
         "--model.method memory_bank --model.momentum 0.5 --model.queue_size 512 "
         "--model.mlp true --train.epochs 16"
     ),
     # Few images need sharp assignments: a small epsilon.
-    "swav": words(
-        "--model.method swav --model.prototypes 100 --model.freeze_prototypes 11 "
-        "--model.temperature 0.1 --model.epsilon 0.02"
+    "swav": (
+        *HEAD,
+        *words(
+            "--model.method swav --model.prototypes 100 --model.freeze_prototypes 11 "
+            "--model.temperature 0.1 --model.epsilon 0.02"
+        ),
     ),
     "supervised": words("--model.method supervised"),
 }
@@ -284,12 +286,13 @@ def test_recipes_without_a_momentum_encoder_are_the_published_settings(recipe: s
 SGD = words("--optim.name sgd --optim.lr_per 0 --optim.lr 0.12 --optim.warmup_epochs 0")
 # recipe: options for a short run, of 60 steps of 128 images
 CIFAR10 = {
-    "cifar10_moco_v3": (),
-    "cifar10_byol": (),
+    "cifar10_moco_v3": HEAD,
+    "cifar10_byol": HEAD,
     "cifar10_r18_symmetric": words("--model.queue_size 256 --model.bn_splits 2"),
-    "cifar10_simclr": SGD,
+    "cifar10_simclr": (*SGD, *HEAD),
     "cifar10_swav": (
         *SGD,
+        *HEAD,
         *words("--model.prototypes 64 --model.epsilon 0.02 --model.freeze_prototypes 5"),
     ),
     "cifar10_instdisc": words(
@@ -318,7 +321,7 @@ def test_recipes_learn_real_images_in_one_and_two_processes(
                 (images / part / folder.name / path.name).symlink_to(path)
     options = words(
         "--data.source folder --data.batch_size 128 --data.workers 1 --augment.size 16 "
-        "--model.arch resnet_tiny --model.hidden_dim 128 --optim.lr 0.2 "
+        "--model.arch resnet_tiny --optim.lr 0.2 "
         "--train.epochs 12 --train.log_every 5 "
         "--knn.every 12 --knn.k 20 --knn.features backbone"
     )

@@ -7,7 +7,6 @@ Fingerprints, names and labels do not depend on the cache.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import shortened
@@ -249,7 +249,7 @@ def _unpack_once(path: Path, column: str, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     table = Path(f"{place}.parquet")
     with Path(f"{place}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock, wait=True)
         if table.exists():
             return
         images, part = Path(f"{place}.images"), Path(f"{place}.images.part")
