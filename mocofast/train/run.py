@@ -77,8 +77,11 @@ def train(
             folder = claim_on_rank_0(held, config, bool(resume), rank)
             options = (profile, kept, initialise, extend)
             run = _Run(config, resume, folder, device, rank, world_size, *options)
-            with stop.after_steps():
-                return run.train(stop)
+            try:
+                with stop.after_steps():
+                    return run.train(stop)
+            finally:
+                del run  # DistributedDataParallel must not outlive the process group
     finally:
         distributed.shutdown()
 
