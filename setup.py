@@ -36,6 +36,8 @@ TEST = [
     *IMAGES,
     "pyarrow>=15",
     "fsspec>=2024.2",
+    "pylibjpeg>=2",  # tests write DICOM files of JPEG 2000
+    "pylibjpeg-openjpeg>=2.2",
     "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads
     *sorted({package for packages in FIELDS.values() for package in packages} - {*IMAGES}),
 ]
