@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mocofast_kernels import cpu, cpu_memory, cpu_parts, cpu_products, cpu_threads
+from mocofast_kernels import cpu, cpu_memory, cpu_products, cpu_threads
 from torch import Tensor
 
 WORKERS = os.cpu_count() or 1  # threads of the pool
@@ -74,11 +74,8 @@ def test_results_are_bit_equal_for_any_number_of_threads(
 
 @pytest.mark.parametrize("momentum", [0.99, 0.25])
 def test_averages_are_those_of_lerp_to_the_bit_for_any_number_of_threads(
-    momentum: float, monkeypatch: pytest.MonkeyPatch
+    momentum: float,
 ) -> None:
-    monkeypatch.setattr(cpu_parts, "LARGEST", 1000)
-    monkeypatch.setattr(cpu_parts, "LEAST", 100)
-    monkeypatch.setattr(cpu_memory, "SMALL", 0)
     shapes = [(5000,), (7,), (33, 17), (12, 8, 3, 3)]
     sources = [features(i, *shape) for i, shape in enumerate(shapes)]
     before = [features(10 + i, *shape) for i, shape in enumerate(shapes)]

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_threads
 from mocofast_kernels.cpu import unit_rows
-from mocofast_kernels.cpu_parts import in_parts, part_size, slices
-
-SMALL = 2**17  # elements in all: a change of threads would cost more than the average
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
@@ -38,38 +31,6 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
         listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
     """
-    if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
-        momentum = float(momentum)
-    if targets:
-        _fork(targets[0], targets, sources, momentum)
-
-
-def _is_small(first: Tensor, targets: list[Tensor], *_: object) -> bool:
-    return sum(map(Tensor.numel, targets)) <= SMALL
-
-
-@cpu_threads.one_fork(unless=_is_small)
-def _fork(
-    first: Tensor, targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor
-) -> None:
-    threads = cpu_threads.count()
-    if threads == 1 or len(set(map(Tensor.data_ptr, targets))) < len(targets):
-        average_(targets, sources, momentum)  # a target that is listed twice needs the whole list
-        return
-    size = part_size(sum(map(Tensor.numel, targets)))
-    pairs: list[Sequence[Any]] = []  # (target, source)
-    for pair in zip(targets, sources):
-        pairs += slices(pair, size) if pair[0].numel() > size else [pair]
-
-    def average(part: list[Sequence[Any]]) -> None:
-        average_([target for target, _ in part], [source for _, source in part], momentum)
-
-    parts = in_parts(pairs, lambda pair: int(pair[0].numel()), size)
-    cpu_threads.in_order(average, parts, lambda part, result: None)
-
-
-def average_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """Computes the same as `ema_update_`, in the calling thread."""
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum

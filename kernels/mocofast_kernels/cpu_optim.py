@@ -209,7 +209,7 @@ def _average(rows: Sequence[ParameterRow], momentum: float | Tensor) -> None:
     if averaged:
         targets = [row.target for row in averaged]
         sources = [row.param for row in averaged]
-        cpu_memory.average_(targets, sources, momentum)  # type: ignore[arg-type]
+        cpu_memory.ema_update_(targets, sources, momentum)  # type: ignore[arg-type]
     copies = [(row.shadow, row.param) for row in rows if row.shadow is not None]
     for row in rows:
         if row.target_shadow is not None:
