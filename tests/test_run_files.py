@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
+from mocofast.interop.initial import initialise
+from mocofast.interop.reference_checkpoints import load_any
+from mocofast.methods.build import build_method
 from mocofast.train.checkpoint import CheckpointWriter, load_checkpoint
 from mocofast.train.claim import LOCK, claimed_folder
 from mocofast.train.run import train
@@ -62,6 +66,26 @@ def flip(path: Path, rng: random.Random) -> None:
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.unlink()
     path.write_bytes(content)
+
+
+def test_every_command_compares_checksums_and_takes_the_older_checkpoint(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = folder / "checkpoints" / "last.pt"
+    whole = load_checkpoint(last)
+    content = bytearray(last.read_bytes())
+    with zipfile.ZipFile(last) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    # The names and the padding of this entry's header take less than half of the entry.
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    last.unlink()
+    last.write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        load_any(str(last))
+    with pytest.raises(ConfigError, match="damaged"):
+        initialise(build_method(settings.from_dict(whole["config"])), str(last), "resnet_tiny")
+    assert load_any(str(folder)).content["step"] == 3  # of the step file
+    assert "step_00000003.pt" in caplog.text
 
 
 def test_flipped_bits_never_load_as_other_values(folder: Path) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mocofast.config import ConfigError
 from mocofast.errors import describe_error
-from mocofast.train.checkpoint import FORMAT, LAST
+from mocofast.train.checkpoint import FORMAT, LAST, load_checkpoint, read_file
 
 # Entries under which projects keep their weights, in the order of search. DINO evaluates the
 # teacher. mmselfsup, Lightning and facebookresearch/moco: state_dict. VISSL: classy_state_dict.
@@ -30,31 +27,20 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.", "method.", "_
 def read_any(path: str | Path) -> tuple[Any, Path]:
     """Reads a file onto the CPU. Returns its content and its path.
 
-    path: a file of torch.save or of safetensors, or a run folder.
-    Runs no code of the file: of classes beside tensors, argparse.Namespace alone is allowed.
+    path: a file of torch.save or of safetensors, or a run folder, as `load_checkpoint` reads it.
     Raises FileNotFoundError, and ConfigError for a file that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoints" / LAST
+        return load_checkpoint(path), path / "checkpoints" / LAST
+    if path.suffix != ".safetensors":
+        return read_file(path), path
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path), path
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True), path
+        return load_file(path), path
     except Exception as error:
-        text = describe_error(error)
-        if blocked := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ConfigError(
-                f"{path}: holds {blocked[1]}, an object whose loading runs code of the file. If "
-                'you trust the file, save its weights alone: python -c "import torch; '
-                f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-                "torch.save({'state_dict': c['state_dict']}, 'weights.pt')\""
-            ) from error
-        first = text.splitlines()[0][:300]
-        raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
+        raise ConfigError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
 
 
 def is_ours(content: Any) -> bool:

@@ -15,8 +15,10 @@ A checkpoint is written atomically, in the background. Older checkpoints are pru
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -227,12 +229,14 @@ class CheckpointWriter:
             self._error = error
 
 
-def step_files(folder: Path) -> list[Path]:
+def step_files(folder: Path, pattern: str = "step_*.pt") -> list[Path]:
     """Returns the step files of a folder of checkpoints, the last written first.
+
+    pattern: of other files.
 
     (After a run went back to an older checkpoint, larger numbers are older files.)
     """
-    written = [(file.stat().st_mtime_ns, file.name, file) for file in folder.glob("step_*.pt")]
+    written = [(file.stat().st_mtime_ns, file.name, file) for file in folder.glob(pattern)]
     return [file for *_, file in sorted(written, reverse=True)]
 
 
@@ -246,12 +250,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_dir():
-        return checked(*read_file(path))
+        return checked(read_file(path), path)
     folder = path / "checkpoints"
     last, errors = folder / LAST, []
     for file in (last, *step_files(folder)):
         try:
-            state = checked(*read_file(file))
+            state = checked(read_file(file), file)
         except (FileNotFoundError, ConfigError) as error:
             errors.append(str(error))
             continue
@@ -263,25 +267,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"no checkpoint of {path} can be read: {'; '.join(errors)}")
 
 
-def read_file(path: str | Path) -> tuple[Any, Path]:
-    """Reads a file of torch.save, ours or foreign, onto the CPU.
+def read_file(path: Path) -> Any:
+    """Returns the content of a file of torch.save, ours or foreign, on the CPU.
 
-    path: the file, or a run folder, whose checkpoints/last.pt is read.
-    Returns the content and the path of the file.
+    Runs no code of the file: of classes beside tensors, argparse.Namespace alone is allowed.
     Raises FileNotFoundError if there is no file, ConfigError if the file is damaged or of another
     kind.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoints" / LAST
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if damage := find_damage(path):
         raise ConfigError(f"{path}: damaged ({damage})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), path
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ConfigError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
+        text = describe_error(error)
+        if blocked := re.search(r"GLOBAL ([\w.]+)", text):
+            raise ConfigError(
+                f"{path}: not a readable checkpoint: holds {blocked[1]}, an object whose "
+                "loading runs code of the file. If "
+                'you trust the file, save its weights alone: python -c "import torch; '
+                f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
+                "torch.save({'state_dict': c['state_dict']}, 'weights.pt')\""
+            ) from error
+        first = text.splitlines()[0][:300]
+        raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
 
 
 def find_damage(path: Path) -> str:

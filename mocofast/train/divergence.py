@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mocofast import distributed
 from mocofast.errors import DivergedError
+from mocofast.train.checkpoint import step_files
 from mocofast.train.metrics import LOSS
 
 
@@ -52,11 +53,10 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
 
 def way_out(folder: Path) -> str:
     """Names the last checkpoint of a run folder, whose weights are finite, and what to change."""
-    kept = list((folder / "checkpoints").glob("*.pt"))
+    kept = step_files(folder / "checkpoints", "*.pt")
     checkpoint = "There is no checkpoint yet"
     if kept:
-        newest = max(kept, key=lambda path: (path.stat().st_mtime_ns, path.name))
-        checkpoint = f"The last finite checkpoint is kept: {newest}"
+        checkpoint = f"The last finite checkpoint is kept: {kept[0]}"
     return (
         f"{checkpoint}. Start a new run with a lower --optim.lr, or with a warm-up "
         "(--optim.warmup_epochs)"
