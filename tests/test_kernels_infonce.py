@@ -27,7 +27,7 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
 
-from mocofast_kernels import configs, infonce, infonce_backward
+from mocofast_kernels import configs, infonce
 from mocofast_kernels.configs import forward_tile, split_count
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.infonce import infonce_forward
@@ -333,8 +333,7 @@ def test_half_types_take_the_blocked_path_on_gpus_without_matrix_units(
     configs.has_matrix_units.cache_clear()
     inputs = _inputs(5, 40, 24, FP16)
     here = _forward(*inputs, 0.1, FP16)
-    for module in (infonce, infonce_backward):
-        monkeypatch.setattr(module, "has_matrix_units", lambda device, dtype: False)
+    monkeypatch.setattr(configs, "has_matrix_units", lambda device, dtype: False)
     with mock.patch.object(infonce, "_sweep_kernel", None):  # the kernel cannot be launched
         there = _forward(*inputs, 0.1, FP16)
         grad_negatives = infonce_grad_negatives(
@@ -358,7 +357,9 @@ def test_float32_products_follow_either_of_pytorch_s_settings() -> None:
 import torch
 from mocofast_kernels.rows import precision_of
 def check(expected):
-    assert precision_of(torch.float32) == expected and precision_of(torch.bfloat16) == "ieee"
+    cpu = torch.device("cpu")
+    assert precision_of(torch.float32, cpu) == expected
+    assert precision_of(torch.bfloat16, cpu) == "ieee"
 check("ieee")
 torch.set_float32_matmul_precision("high"); check("tf32")
 torch.set_float32_matmul_precision("highest"); check("ieee")

@@ -143,7 +143,8 @@ def grad_negatives(C: int, types: Types, device: str = "meta", n: int = N, k: in
         exclude_period=n,
         dot_dtype=types.dot,
     )
-    return Problem(Products("negatives", C, dot_kind(types.dot)), lambda tile: run(tile=tile))
+    kind = dot_kind(types.dot, torch.device(device))
+    return Problem(Products("negatives", C, kind), lambda tile: run(tile=tile))
 
 
 def _enqueue(C: int, types: Types) -> Callable[[], object]:

@@ -78,7 +78,7 @@ def infonce_forward(
     exclude_period: int,
     return_rank: bool,
     compute_grad: bool,
-    only_query: bool,
+    only_query: bool = False,
     dot_dtype: torch.dtype,
 ) -> InfoNCEForward:
     """Returns the InfoNCE loss of every row and the gradients, from a sweep over the negatives.

@@ -24,7 +24,6 @@ from mocofast_kernels.configs import (
     LONGEST,
     Tile,
     block_of,
-    has_matrix_units,
     kernel_slots,
     row_warps,
     split_count,
@@ -33,6 +32,7 @@ from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.cpu_ranks import worst_rank
 from mocofast_kernels.infonce_sweep import LOG2_E, _sweep_kernel, inverse_temperature
 from mocofast_kernels.rows import (
+    blocked_without_matrix_units,
     dot_kind,
     load_rows,
     narrow,
@@ -173,9 +173,10 @@ def forward_products(
     # already (the queue).
     online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
     online = online or dot_dtype == torch.float16
-    return Products("forward", C, dot_kind(dot_dtype), aligned, plain, online)
+    return Products("forward", C, dot_kind(dot_dtype, negatives.device), aligned, plain, online)
 
 
+@blocked_without_matrix_units(cpu.infonce_forward)
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -218,20 +219,6 @@ def infonce_forward(
     N, C = query.shape
     K = negatives.shape[0]
     assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= LONGEST, (N, K, C)
-    if not has_matrix_units(query.device, dot_dtype):
-        return cpu.infonce_forward(
-            query,
-            positive,
-            negatives,
-            temperature,
-            normalize=normalize,
-            normalize_negatives=normalize_negatives,
-            exclude_period=exclude_period,
-            return_rank=return_rank,
-            compute_grad=compute_grad,
-            only_query=only_query,
-            dot_dtype=dot_dtype,
-        )
     query, positive, negatives = narrow(query), narrow(positive), narrow(negatives)
     is_pointer = isinstance(temperature, Tensor)
     products = forward_products(
@@ -290,7 +277,7 @@ def infonce_forward(
             NORMALIZE=normalize,
             NORMALIZE_NEGATIVES=normalize_negatives,
             DOT=triton_dtype(dot_dtype),
-            PRECISION=precision_of(dot_dtype),
+            PRECISION=precision_of(dot_dtype, query.device),
             EXCLUDE=exclude_period > 0,
             ONLINE=online,
             RANK=return_rank,

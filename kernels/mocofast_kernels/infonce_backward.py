@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels import cpu
-from mocofast_kernels.configs import ALL_REGISTERS, LONGEST, Tile, has_matrix_units
+from mocofast_kernels.configs import ALL_REGISTERS, LONGEST, Tile
 from mocofast_kernels.infonce_sweep import LOG2_E, inverse_temperature
 from mocofast_kernels.rows import (
+    blocked_without_matrix_units,
     dot_kind,
     load_rows,
     narrow,
@@ -96,6 +97,7 @@ def _grad_negatives_kernel(
     )
 
 
+@blocked_without_matrix_units(cpu.infonce_grad_negatives)
 def infonce_grad_negatives(
     grad_loss: Tensor,
     query: Tensor,
@@ -123,20 +125,9 @@ def infonce_grad_negatives(
     K = negatives.shape[0]
     shapes = grad_loss.shape, lse.shape, negatives.shape
     assert shapes == ((N,), (N,), (K, C)) and 1 <= C <= LONGEST, (N, K, C)
-    if not has_matrix_units(query.device, dot_dtype):
-        return cpu.infonce_grad_negatives(
-            grad_loss,
-            query,
-            negatives,
-            lse,
-            temperature,
-            normalize=normalize,
-            normalize_negatives=normalize_negatives,
-            exclude_period=exclude_period,
-            dot_dtype=dot_dtype,
-        )
     grad_loss = grad_loss.float().contiguous()
-    tile = tile or tile_of(Products("negatives", C, dot_kind(dot_dtype)), query.device)
+    kind = dot_kind(dot_dtype, query.device)
+    tile = tile or tile_of(Products("negatives", C, kind), query.device)
     with torch.cuda.device_of(query):
         if dot_dtype == torch.float16:
             peak = grad_loss.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * LIFT)
@@ -158,7 +149,7 @@ def infonce_grad_negatives(
             C=C,
             TEMPERATURE_IS_POINTER=isinstance(temperature, Tensor),
             DOT=triton_dtype(dot_dtype),
-            PRECISION=precision_of(dot_dtype),
+            PRECISION=precision_of(dot_dtype, query.device),
             EXCLUDE=exclude_period > 0,
             STAY=tile.stay,
             STREAM=tile.stream,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mocofast_kernels import configs
 from mocofast_kernels.configs import ALL_REGISTERS, block_of, row_warps
 from mocofast_kernels.cpu_ranks import TIE as TIE_SHARE
 
+LAUNCHES = ("num_splits", "tile")  # arguments of launches alone
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 TIE = tl.constexpr(TIE_SHARE)
 
@@ -174,20 +180,45 @@ def rows_per_program(C: int) -> int:
     return max(1, 4096 // block_of(C))
 
 
-def precision_of(dot_dtype: torch.dtype) -> str:
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def blocked_without_matrix_units(
+    blocked: Callable[..., Result],
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Makes a launching function call `blocked` on GPUs without matrix units for `dot_dtype`.
+
+    blocked: the same computation in PyTorch (`mocofast_kernels.cpu`), without options of launches.
+    """
+
+    def choosing(launch: Callable[P, Result]) -> Callable[P, Result]:
+        @functools.wraps(launch)
+        def chosen(*args: P.args, **kwargs: P.kwargs) -> Result:
+            first: Any = args[0]
+            dot_dtype: Any = kwargs["dot_dtype"]
+            if configs.has_matrix_units(first.device, dot_dtype):
+                return launch(*args, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name not in LAUNCHES}
+            return blocked(*args, **own)
+
+        return chosen
+
+    return choosing
+
+
+def precision_of(dot_dtype: torch.dtype, device: torch.device) -> str:
     """Returns how tl.dot multiplies: "ieee", or "tf32" where PyTorch may use tf32 for float32."""
-    return "tf32" if dot_dtype == torch.float32 and _allows_tf32() else "ieee"
+    return "tf32" if dot_dtype == torch.float32 and _allows_tf32(device) else "ieee"
 
 
-def _allows_tf32() -> bool:
+def _allows_tf32(device: torch.device) -> bool:
     """Returns whether PyTorch may multiply float32 matrices on a GPU as tf32.
 
     PyTorch raises an error where the older function is asked after the newer setting was written.
     """
-    # Triton has no tf32 for AMD's GPUs, and GPUs before Ampere have none.
-    if torch.version.hip or (
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-    ):
+    # Triton has no tf32 for AMD's GPUs. GPUs of NVIDIA have tf32 since they have bfloat16.
+    if torch.version.hip or not configs.has_matrix_units(device, torch.bfloat16):
         return False
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":  # not set for products: the setting of all operations holds
@@ -195,9 +226,9 @@ def _allows_tf32() -> bool:
     return setting == "tf32"
 
 
-def dot_kind(dot_dtype: torch.dtype) -> str:
+def dot_kind(dot_dtype: torch.dtype, device: torch.device) -> str:
     """Returns the kind of product that a tile is chosen for: "16bit", "tf32" or "ieee"."""
-    return precision_of(dot_dtype) if dot_dtype == torch.float32 else "16bit"
+    return precision_of(dot_dtype, device) if dot_dtype == torch.float32 else "16bit"
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -240,7 +271,7 @@ def prepare_rows(
         C=C,
         NORMALIZE=normalize,
         DOT=triton_dtype(dot_dtype),
-        PRECISION=precision_of(dot_dtype),
+        PRECISION=precision_of(dot_dtype, query.device),
         BLOCK_N=block_n,
         BLOCK_C=block_of(C),
         num_warps=row_warps(C),
