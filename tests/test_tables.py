@@ -240,6 +240,13 @@ def test_sets_are_told_by_files_by_a_column_and_by_options(tmp_path: Path) -> No
     }
 
 
+def test_a_column_without_known_sets_makes_all_rows_training_images(tmp_path: Path) -> None:
+    column = pa.array(["north", "south", None, "north", "", "south"])
+    pq.write_table(hub_table(range(6), split=column), tmp_path / "x.parquet")
+    datasets = of(tmp_path / "x.parquet", holdout=0.0)
+    assert len(datasets.train) == 6 and datasets.val is None
+
+
 def test_a_folder_saved_by_datasets_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
     hf = pytest.importorskip("datasets")
     photos = save_photos(tmp_path / "photos", 12)

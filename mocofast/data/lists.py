@@ -255,7 +255,18 @@ def _splits_of_list(
         if data.train or data.val:
             images.column("split", "data.train" if data.train else "data.val")  # raises
         return rows, none, ""
-    split = np.array([cells[row].lower() for row in rows])
+    train, val, remark = sets_of_column([cells[row] for row in rows], data)
+    return rows[train], rows[val], remark
+
+
+def sets_of_column(cells: Sequence[str], data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the places of training and of evaluation images, and a remark on the rest.
+
+    cells: the sets of n images, as a column of SPLIT names the sets.
+    data: `train` and `val` are used.
+    Raises ConfigError for a set without an image.
+    """
+    split = np.array([cell.lower() for cell in cells])
     there = sorted(set(split.tolist()))
     train = [name.lower() for name in data.train]
     train = train or [name for name in (*TRAIN, *UNLABELLED) if name in there]
@@ -263,9 +274,9 @@ def _splits_of_list(
     for option, names in (("train", train), ("val", [val] if val else [])):
         for name in set(names) - set(there):
             raise ConfigError(f"data.{option}: no row of split {name!r} ({shortened(there)})")
+    held = split == val if val else np.zeros(len(split), dtype=bool)
     if not train:
-        return rows[split != val] if val else rows, rows[split == val] if val else none, ""
-    used = {*train, val}
-    beside = [name or '""' for name in there if name not in used]
+        return np.flatnonzero(~held), np.flatnonzero(held), ""
+    beside = [name or '""' for name in there if name not in {*train, val}]
     remark = f"rows of split {shortened(beside)} not used" if beside else ""
-    return rows[np.isin(split, train)], rows[split == val] if val else none, remark
+    return np.flatnonzero(np.isin(split, train)), np.flatnonzero(held), remark

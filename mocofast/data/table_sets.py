@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import glob
 import json
@@ -20,7 +21,7 @@ from mocofast.config import ConfigError, DataConfig
 from mocofast.data.download import is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout
-from mocofast.data.lists import LABEL, SPLIT, number_column
+from mocofast.data.lists import LABEL, SPLIT, number_column, sets_of_column
 from mocofast.data.names import EXTENSIONS
 from mocofast.data.packed import PackedSource
 from mocofast.data.remote import joined, local_copy, matching, names_below
@@ -251,23 +252,15 @@ class _Rows:
             else:
                 name = "" if data.labels == "none" else _column(table, data.labels, "labels")
             self.classes = self.classes or (class_names(table.columns.schema, name) if name else ())
-            for key, column in (
-                ("label", name),
-                ("split", _find(table, SPLIT)),
-                ("group", _column(table, data.group, "group") if data.group else ""),
-            ):
-                cells = table.texts(column) if column else None
-                if cells is not None:
-                    cells = [cells[row] for row in keep]
-                    before = getattr(self, key) or [""] * (len(self.names) - len(keep))
-                    setattr(self, key, before + cells)
-                elif getattr(self, key) is not None:
-                    setattr(self, key, getattr(self, key) + [""] * len(keep))
+            group = _column(table, data.group, "group") if data.group else ""
+            kept = table, keep, len(self.names)
+            self.label = _extended(self.label, name, *kept)
+            self.split = _extended(self.split, _find(table, SPLIT), *kept)
+            self.group = _extended(self.group, group, *kept)
 
     def part(self, rows: np.ndarray) -> _Rows:
         """Returns some of the images. rows: (n,) int64."""
-        part = _Rows.__new__(_Rows)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         for key in ("names", "places", "split", "label", "group"):
             values = getattr(self, key)
             if values is not None:
@@ -294,6 +287,23 @@ class _Rows:
                 f"--data.column {others[0]} makes the other choice"
             )
         return lines
+
+
+def _extended(
+    before: list[str] | None, column: str, table: Table, rows: list[int], total: int
+) -> list[str] | None:
+    """Returns the cells of the tables so far, with the cells of one more table.
+
+    before: the cells of earlier tables. None: no earlier table has the column.
+    column: of `table`, "" where the table lacks the column.
+    rows: of `table` that are used. total: number of rows of all tables so far.
+    """
+    if not column:
+        return None if before is None else before + [""] * len(rows)
+    cells = table.texts(column)
+    if before is None:
+        before = [""] * (total - len(rows))
+    return before + [cells[row] for row in rows]
 
 
 def _find(table: Table, names: Sequence[str]) -> str:
@@ -323,20 +333,7 @@ def _sets_of_rows(rows: _Rows, data: DataConfig) -> tuple[np.ndarray, np.ndarray
                     f"data.{option}: neither a name of a table nor a column {SPLIT[0]} names sets"
                 )
         return None
-    split = np.array([word.lower() for word in rows.split])
-    there = sorted(set(split.tolist()))
-    train = [word.lower() for word in data.train]
-    train = train or [word for word in (*TRAIN, *UNLABELLED) if word in there]
-    val = data.val.lower() or next((word for word in EVALUATION if word in there), "")
-    for option, words in (("train", train), ("val", [val] if val else [])):
-        for word in set(words) - set(there):
-            raise ConfigError(f"data.{option}: no row of split {word!r} ({shortened(there)})")
-    if not train:
-        return np.flatnonzero(split != val), np.flatnonzero(split == val), ""
-    beside = [word or '""' for word in there if word not in {*train, val}]
-    remark = f"rows of split {shortened(beside)} not used" if beside else ""
-    held = np.flatnonzero(split == val) if val else np.empty(0, dtype=np.int64)
-    return np.flatnonzero(np.isin(split, train)), held, remark
+    return sets_of_column(rows.split, data)
 
 
 def _labelled(rows: _Rows, evaluation: _Rows, val_folder: str, remarks: list[str]) -> Layout:
