@@ -6,6 +6,7 @@ also matches `/`. A pattern that matches a folder matches all files below the fo
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -153,6 +154,10 @@ class Tree(Protocol):
         """Returns the files below a folder. `names` are relative to the root of the tree."""
         ...
 
+    def holds_image(self, patterns: Patterns = ALL) -> bool:
+        """Returns whether there is an image. Looks no further than the first one."""
+        ...
+
 
 class Disk:
     """The tree below a folder of a disk. Hidden files and folders are skipped. Symbolic links are
@@ -181,6 +186,29 @@ class Disk:
         excluded = self._scan(str(self.root / folder), folder, frozenset(), patterns, found)
         found.names.sort()
         return found._replace(excluded=excluded)
+
+    def holds_image(self, patterns: Patterns = ALL) -> bool:
+        return self._holds_image("", frozenset(), patterns)
+
+    def _holds_image(self, prefix: str, above: frozenset[str], patterns: Patterns) -> bool:
+        real = os.path.realpath(self.root / prefix)
+        if real in above:
+            return False
+        folders = []
+        # A folder that cannot be read holds none. `find` names the folder.
+        with contextlib.suppress(OSError), os.scandir(real) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    continue
+                if entry.is_dir():
+                    folders.append(name)
+                elif extension_of(name) in self._extensions and patterns.keeps(prefix + name):
+                    return True
+        return any(
+            self._holds_image(f"{prefix}{name}/", above | {real}, patterns)
+            for name in sorted(folders)
+        )
 
     def _scan(
         self, folder: str, prefix: str, above: frozenset[str], patterns: Patterns, found: Found
@@ -237,6 +265,9 @@ class Names:
         folders = {path.partition("/")[0] for path in below if "/" in path}
         images = any(self._is_image(path) for path in below if "/" not in path)
         return sorted(folders), images
+
+    def holds_image(self, patterns: Patterns = ALL) -> bool:
+        return any(self._is_image(path) and patterns.keeps(path) for path in self._paths)
 
     def find(self, folder: str, patterns: Patterns = ALL) -> Found:
         found = Found([], Counter(), 0, {}, {}, {})

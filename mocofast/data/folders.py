@@ -95,11 +95,11 @@ def choose_tree(make: Callable[[frozenset[str]], TreeT], data: DataConfig) -> Tr
     if not more:
         return tree
     patterns = Patterns(data.include, data.exclude)
-    if tree.find("", patterns).names:
+    if tree.holds_image(patterns):
         return tree
     for extensions in more:
         other = make(extensions)
-        if other.find("", patterns).names:
+        if other.holds_image(patterns):
             return other
     return tree
 

@@ -224,7 +224,7 @@ def _load_url(path: str, data: DataConfig, seed: int) -> Datasets:
     names = names_below(path)
     tree = choose_tree(lambda extensions: Names(names, extensions), data)
     ends = {os.path.splitext(name)[1].lower() for name in names}
-    if ends & set(ENDINGS) and data.reader == "auto" and not tree.find("").names:
+    if ends & set(ENDINGS) and data.reader == "auto" and not tree.holds_image():
         return _load_tables(data, seed)
     layout = arrange(tree, data, path)
     return _sets(layout, data, seed, lambda *columns: RemoteSource(path, *columns))
