@@ -134,8 +134,8 @@ def test_a_run_that_stopped_in_an_evaluation_continues_exactly(
     runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("arguments", [("pretrain", "--help"), ("--help",), ("doctor",)])
-def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
+def without_reader(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose standard output nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -147,23 +147,19 @@ def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
         check=False,
     )
     os.close(writing)
+    return done
+
+
+@pytest.mark.parametrize("arguments", [("pretrain", "--help"), ("--help",), ("doctor",)])
+def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
+    done = without_reader(*arguments)
     assert done.stderr == ""
     assert done.returncode in (0, 141)  # argparse ignores a closed output
 
 
 def test_a_run_goes_on_without_its_reader(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    arguments = ("pretrain", "--train.max_steps", "2", "--train.dir", str(tmp_path / "run"))
-    done = subprocess.run(
-        [sys.executable, "-m", "mocofast", *arguments],
-        env=runs.environment(),
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    os.close(writing)
+    arguments = ("--train.max_steps", "2", "--train.dir", str(tmp_path / "run"))
+    done = without_reader("pretrain", *arguments)
     assert done.stderr == "standard output is closed; train.log has all lines\n"
     assert done.returncode == 0
     assert "step 2" in (tmp_path / "run" / "train.log").read_text()

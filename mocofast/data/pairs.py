@@ -6,7 +6,6 @@ than two take turns. The evaluation sees the first files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -49,10 +48,8 @@ class PairSource:
 
     def subset(self, index: np.ndarray, part: Part) -> PairSource:
         """Returns a source of some samples. index: (n,) int64."""
-        found = copy.copy(self)
         first, second = (part(view, index) for view in self.views)
-        found.__init__(first, second)  # type: ignore[misc]
-        return found
+        return PairSource(first, second)
 
     def fingerprint(self) -> str:
         """Returns a hash of the fingerprints of both views."""

@@ -152,7 +152,8 @@ class Photometric:
         ).reshape(n, FIELDS)
         by_channel = any(augment.channel_jitter) and any(p.key for p in params)
         if by_channel:
-            factors = view_ops.channel_factors(params, augment, channels, out.device)
+            keys = view_ops.signed_keys(params, out.device)
+            factors = view_ops.channel_factors(keys, augment, channels)
             table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
         reach = math.ceil(max(radii, default=0))
         scratch = self._buffer(channels * side**2 + 2 * side * (side + 2 * reach))
@@ -205,9 +206,8 @@ def compiled() -> tuple[Photometric | None, str]:
                 if differs(operators):
                     return None, f"{VARIANTS[variant]}: views differ from PyTorch's"
                 return operators, VARIANTS[variant]
-    except (
-        Exception
-    ) as error:  # another platform, a missing function, or PyTorch rounds in two ways
+    # Another platform, a missing function, or PyTorch rounds in two ways.
+    except Exception as error:
         return None, describe_error(error)
     return None, "this CPU has no instructions for PyTorch's rounding"
 

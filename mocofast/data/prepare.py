@@ -42,7 +42,12 @@ from mocofast.option import option
 AHEAD = 4  # images per thread that are prepared ahead of the writer
 
 # The extensions of formats that are copied unchanged.
-_EXTENSION = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp"} | {
+_EXTENSION = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "BMP": ".bmp",
+    "WEBP": ".webp",
     "PPM": ".ppm",
     "TIFF": ".tif",
     "JPEG2000": ".jp2",

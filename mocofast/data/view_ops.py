@@ -298,7 +298,7 @@ def apply_late_ops(
         return
     keys = signed_keys(params, x.device)
     if any(augment.channel_jitter):
-        brightness, contrast = channel_factors(params, augment, x.shape[1], x.device)
+        brightness, contrast = channel_factors(keys, augment, x.shape[1])
         adjust_brightness_(x, brightness[:, :, None, None], top)
         adjust_channel_contrast_(x, contrast[:, :, None, None], top)
     if augment.hed:
@@ -317,11 +317,11 @@ def signed_keys(params: Sequence[ViewParams], device: torch.device) -> Tensor:
     return words.to(device, non_blocking=True)
 
 
-def channel_factors(
-    params: Sequence[ViewParams], augment: AugmentConfig, channels: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Returns the factors of brightness and of contrast, (n, channels) float32 on `device`."""
-    keys = signed_keys(params, device)
+def channel_factors(keys: Tensor, augment: AugmentConfig, channels: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors of brightness and of contrast, (n, channels) float32.
+
+    keys: (n,) int32, the result of `signed_keys`.
+    """
     brightness, contrast = (
         (1 + strength * (2 * uniform_numbers(keys, stream, channels) - 1)).clamp_(min=0)
         for stream, strength in enumerate(augment.channel_jitter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ def fit(
         "augment.size", view_size(side, largest), f"{why}; at most {largest} pixels on {where}"
     )
 
+    @functools.cache
     def measured(arch: str) -> float:
         encoder = build_encoder(arch, size, config.data.channels)(num_classes=config.model.dim)
         return seconds_per_image(encoder, size, config.data.channels, device)
