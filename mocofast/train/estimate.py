@@ -33,6 +33,7 @@ def seconds_per_image(
     size, channels: of a view.
     """
     encoder = copy.deepcopy(encoder).to(device).train()
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in encoder.modules():
         if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
             module.eval()  # in train mode the layer would wait for ranks that do not measure
