@@ -42,7 +42,7 @@ def announce_images(
     for option, value, why in choices:
         log.info("chose --%s %s: %s", option, settings.shown(value), why)
     lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]
-    lines += queue_remarks(state.model, len(state.source))
+    lines += queue_remarks(state.model, len(state.source), c.data.batch_size)
     if is_new:
         pixels = pixels_of(datasets.train, c.data.channels)
         lines += look(datasets.train, datasets.val, c.augment.size, pixels)

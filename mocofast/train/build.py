@@ -15,6 +15,7 @@ from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
 from mocofast.train.checkpoint import RunState
+from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
 
@@ -73,19 +74,18 @@ def _drop_tokens(model: nn.Module, config: Config) -> None:
         vit.drop_tokens(share, 1000003 * config.train.seed + number)
 
 
-def queue_remarks(method: Method, images: int) -> list[str]:
+def queue_remarks(method: Method, images: int, batch: int) -> list[str]:
     """Returns a line about a queue of more keys than images, whose keys are of many epochs.
 
-    images: number in the training set.
+    images: number in the training set. batch: images in a step.
     """
     keys = len(queue) if isinstance(queue := getattr(method, "queue", None), Tensor) else 0
     if keys <= images:
         return []
-    fitting = max(1, images // 2)
     return [
         f"the queue of {keys} keys is larger than the set of {images} images, and holds the keys "
         f"of {keys / images:.3g} epochs: an image meets its own old keys as negatives. Prefer a "
-        f"queue smaller than the set, --model.queue_size {fitting} for example"
+        f"queue smaller than the set, --model.queue_size {fitting_queue(images, batch)} for example"
     ]
 
 

@@ -69,6 +69,11 @@ def time_of_run(each: float, config: Config, images: int, steps: int, total_step
     )
 
 
+def fitting_queue(count: int, batch: int) -> int:
+    """Returns a number of keys for a set of `count` images: few keys are of a query's own image."""
+    return max(batch, count // 2)
+
+
 def warnings(config: Config, count: int, steps: int) -> list[str]:
     """Returns a line for every setting that does not fit the set.
 
@@ -91,7 +96,7 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
     keys = getattr(config.model, "queue_size", 0) if config.model.method == "moco" else 0
     trained = min(epochs * steps, config.train.max_steps or epochs * steps) * batch
     trained *= 2 if getattr(config.model, "symmetric", False) else 1
-    fitting = f"--model.queue_size {max(batch, count // 2)} fits"
+    fitting = f"--model.queue_size {fitting_queue(count, batch)} fits"
     if keys > trained:
         lines.append(
             f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
