@@ -177,7 +177,7 @@ import sys
 from PIL import Image
 from pathlib import Path
 folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)
-for i in range(8):
+for i in range(32):
     Image.linear_gradient('L').rotate(10 * i).convert('RGB').save(folder / f'{i}.jpg')
 " "$photos"
 	else

@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_run.sh"
 def _dry(out: Path, part: str, **variables: str) -> list[str]:
     environment = {**runs.environment(), "DRY": "1", "OUT": str(out), "PYTHON": sys.executable}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"], **variables}
+    environment.pop("TRITON_INTERPRET", None)  # autotune compiles
     result = subprocess.run(
         ["bash", str(SCRIPT), part], env=environment, capture_output=True, text=True, check=True
     )
