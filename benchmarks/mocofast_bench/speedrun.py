@@ -270,6 +270,7 @@ def _table(name: str, sides: list[str], seeds: int, log: _Log) -> dict[str, Any]
 def plot(row: dict[str, Any]) -> Figure:
     """Returns kNN over CPU seconds: a line for every run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -281,6 +282,9 @@ def plot(row: dict[str, Any]) -> Figure:
     first = next(iter(row["sides"].values()))
     axes.axhline(100 * first["knn"], color="gray", ls=":", lw=1)
     axes.set(xscale="log", xlabel="CPU seconds of training", ylabel="kNN top-1, %")
+    seconds = FuncFormatter(lambda value, _: f"{value:g}")  # 20 instead of 2 x 10^1
+    axes.xaxis.set_major_formatter(seconds)
+    axes.xaxis.set_minor_formatter(seconds)
     axes.set_title(row["task"])
     axes.legend()
     return figure
