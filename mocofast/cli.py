@@ -6,22 +6,21 @@ name and one default.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from mocofast import front, interrupts, settings
-from mocofast.config import ConfigError, KNNConfig, ModelConfig
-from mocofast.evaluation_arguments import add_arch, evaluation_parser, load
+from mocofast.config import ConfigError, ModelConfig
+from mocofast.evaluation_arguments import add_arch
+from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
 from mocofast.parser import (
     Parser,
     add_flags,
     add_method_settings,
     add_settings,
     given_settings,
-    group_options,
 )
 
 
@@ -113,83 +112,6 @@ def pretrain(argv: Sequence[str]) -> int:
         extend=arguments.extend,
     )
     return interrupts.EXIT_INTERRUPTED if result.interrupted else 0
-
-
-def knn(argv: Sequence[str]) -> int:
-    """k-nearest-neighbour accuracy of a checkpoint"""
-    from mocofast.device import choose_device
-    from mocofast.evaluate.monitor import KNNMonitor
-
-    description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
-    arguments = evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    monitor = KNNMonitor.of(datasets, config, device)
-    if monitor is None:
-        raise ConfigError(
-            f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}"
-        )
-    print(datasets.lines())
-    for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
-        print(f"{name} {value:.4f}")
-    return 0
-
-
-def _log_to_screen() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-
-
-def linear(argv: Sequence[str]) -> int:
-    """accuracy of a linear classifier on a checkpoint's frozen features"""
-    from mocofast.device import choose_device
-    from mocofast.evaluate.linear import LinearConfig, linear_probe
-
-    description = (
-        "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
-    )
-    arguments = evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
-    options = group_options(LinearConfig, "linear", arguments)
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    _log_to_screen()
-    print(datasets.lines())
-    result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
-    for name, value in result._asdict().items():
-        if value is not None:
-            print(f"{'linear_' if name.startswith('top') else ''}{name} {value:.4g}")
-    return 0
-
-
-def finetune(argv: Sequence[str]) -> int:
-    """accuracy of a checkpoint's encoder after training all of it on labels"""
-    from mocofast.device import choose_autocast, choose_device
-    from mocofast.evaluate import finetune as protocol
-    from mocofast.evaluate.finetune import FinetuneConfig
-    from mocofast.train.checkpoint import save_atomically
-
-    description = (
-        "Trains a checkpoint's query encoder and a new linear head on labelled images, "
-        "and validates it."
-    )
-    parser = evaluation_parser("finetune", description, "finetune", FinetuneConfig)
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="write the trained classifier's state dict, in torchvision's names",
-    )
-    arguments = parser.parse(argv)
-    options = group_options(FinetuneConfig, "finetune", arguments)
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    _log_to_screen()
-    print(datasets.lines())
-    encoder = model.encoder_q.to(device)
-    autocast = choose_autocast(config.train.precision, device)
-    result = protocol.finetune(encoder, datasets, config, options, device, autocast)
-    if arguments.out:
-        save_atomically(encoder.state_dict(), Path(arguments.out))
-    print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")
-    return 0
 
 
 def export(argv: Sequence[str]) -> int:
@@ -298,7 +220,7 @@ def main_lincls(argv: Sequence[str]) -> int:
     )
     reference_commands.add_flags(parser, linear=True)
     given = vars(parser.parse(argv))
-    _log_to_screen()
+    log_to_screen()
     return reference_commands.main_lincls(given)
 
 

@@ -107,8 +107,10 @@ class _SourceOptions:
     )
     labels: str = option(
         "auto",
-        "auto: by folders, or as the shards or the list say; none; or a list with columns path "
-        "and label, FILE.csv or FILE.csv:COLUMN (source=list, parquet, hf: the column)",
+        "auto: by folders, or as the shards or the list say; none; a list with columns path "
+        "and label, FILE.csv or FILE.csv:COLUMN (source=list, parquet, hf: the column); or few of "
+        "the training labels: a share of every class, such as 0.01, or FILE.txt with names of "
+        "images. Images without a label stay in the set",
     )
     column: str = option(
         "", "source=parquet, hf: the column of images; empty finds image, img, jpg, ..."

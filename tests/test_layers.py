@@ -38,6 +38,7 @@ FLOORS = [
     {"mocofast.interop"},
     {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},
     {"mocofast.evaluation_arguments"},
+    {"mocofast.evaluation_commands"},
     {"mocofast.cli"},
     {"mocofast.__main__"},
 ]

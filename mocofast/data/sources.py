@@ -20,6 +20,7 @@ from mocofast.data.folders import FolderSource as FolderSource
 from mocofast.data.folders import choose_tree, no_image, open_folder
 from mocofast.data.interface import Source
 from mocofast.data.items import Item
+from mocofast.data.label_share import asks_for_few, keep_labels
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
 from mocofast.data.names import (
@@ -147,9 +148,15 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         return own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
+    few = data.labels if asks_for_few(data.labels) else ""
+    if data.pairs and few:
+        raise ConfigError(f"data.labels: data.pairs takes no share of the labels, got {few}")
     if data.pairs:
         return _load_pairs(data, seed)
-    datasets = _LOAD[data.source](data, seed)
+    datasets = _LOAD[data.source](replace(data, labels="auto") if few else data, seed)
+    if few:
+        fewer, line = keep_labels(datasets.train, few, seed)
+        datasets = datasets._replace(train=fewer, remarks=(*datasets.remarks, line))
     # After the split: slices of a volume, or windows of a scene, are in one set.
     train, remarks = _as_asked(datasets.train, data)
     val = None if datasets.val is None else _as_asked(datasets.val, data)[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,28 +21,15 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
+from mocofast.evaluate.options import FinetuneConfig as FinetuneConfig
 from mocofast.models.batch_norm import SplitBatchNorm2d
 from mocofast.models.encoders import features
 from mocofast.models.heads import replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.optim.build import build_optimizer
 from mocofast.optim.schedule import learning_rate, set_learning_rate
-from mocofast.option import option
 
 log = logging.getLogger("mocofast")
-
-
-@dataclass
-class FinetuneConfig:
-    """Fine-tuning of the whole encoder."""
-
-    epochs: int = option(50, "passes over the training images")
-    optimizer: str = option(
-        "sgd", "sgd (momentum 0.9) or adamw (better for ViTs)", ("sgd", "adamw")
-    )
-    lr: float = option(0.01, "learning rate at the start, cosine schedule")
-    weight_decay: float = option(1e-4, "weight decay (sgd: L2, adamw: decoupled)")
-    batch_size: int = option(256, "images per step, at most the number of training images")
 
 
 class FinetuneResult(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,36 +35,15 @@ from mocofast.evaluate.features import (
     image_batches,
 )
 from mocofast.evaluate.knn import label_position
+from mocofast.evaluate.options import LinearConfig as LinearConfig
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
-from mocofast.option import option
 
 log = logging.getLogger("mocofast")
 
 _ROWS = 65536  # rows of logits in memory at a time
 # L2 strengths for standardised features, strongest first. A fit starts from the previous solution.
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-
-
-@dataclass
-class LinearConfig:
-    """The linear probe. Options except `protocol` are for the reference protocol."""
-
-    protocol: str = option(
-        "fast",
-        "fast: logistic regression on features extracted once; "
-        "reference: facebookresearch/moco's 100 epochs of SGD",
-        ("fast", "reference"),
-    )
-    epochs: int = option(100, "passes over the training images")
-    lr: float = option(30.0, "learning rate of SGD with momentum 0.9 and no weight decay")
-    batch_size: int = option(256, "images per step")
-    milestones: tuple[int, ...] = option(
-        (60, 80), "epochs at which the learning rate falls to a tenth, for schedule=step"
-    )
-    schedule: str = option(
-        "step", "learning rate schedule; cosine: MoCo v3's, by epoch", ("step", "cosine")
-    )
 
 
 class LinearResult(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 from mocofast import settings
 from mocofast.config import OWN_IMAGES, Config, ConfigError
+from mocofast.data.label_share import asks_for_few
 from mocofast.data.table_sets import holds_tables
 from mocofast.data_config import TABLES
 from mocofast.train.checkpoint import LAST, load_checkpoint
@@ -198,9 +199,10 @@ _EFFECTS: tuple[tuple[Collection[str], Callable[[Config], str]], ...] = (
         ),
     ),
     (
-        [f"data.{n}" for n in ("train", "val", "include", "exclude", "labels", "group", "holdout")],
+        [f"data.{n}" for n in ("train", "val", "include", "exclude", "group", "holdout")],
         _of_embedded,
     ),
+    (("data.labels",), lambda c: "" if asks_for_few(c.data.labels) else _of_embedded(c)),
     (
         ("data.shuffle_window",),
         lambda c: (
