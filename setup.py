@@ -39,6 +39,7 @@ TEST = [
     "pylibjpeg>=2",  # tests write DICOM files of JPEG 2000
     "pylibjpeg-openjpeg>=2.2",
     "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads
+    "pycocotools>=2.0.8",
     *sorted({package for packages in FIELDS.values() for package in packages} - {*IMAGES}),
 ]
 # The peers in `mocofast bench`. Liger-Kernel requires Triton on every system, hence the marker.
@@ -108,6 +109,7 @@ setup(
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "images": IMAGES,
         **FIELDS,
+        "detect": ["pycocotools>=2.0.8"],  # mocofast detect
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "test": TEST,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mocofast import front, interrupts, settings
 from mocofast.config import ConfigError, ModelConfig
+from mocofast.detection.commands import detect, segment
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
 from mocofast.parser import (
@@ -270,6 +271,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         knn,
         linear,
         finetune,
+        detect,
+        segment,
         export,
         prepare,
         stats,

@@ -56,7 +56,7 @@ def run(commands: Commands, argv: Sequence[str]) -> int:
             return 128 + 13  # SIGPIPE
         except KeyboardInterrupt as stop:
             command = argv[0] if argv else ""
-            started = command == "pretrain"
+            started = command in ("pretrain", "detect", "segment")
             where = ": stopped before the first step" if started else ": stopped"
             print(f"mocofast {command}{where}", file=sys.stderr)
             number = getattr(stop, "number", interrupts.EXIT_CTRL_C - 128)

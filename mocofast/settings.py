@@ -198,8 +198,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as plain dictionaries, lists and numbers."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a configuration, a dataclass of groups, as plain dictionaries, lists and numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

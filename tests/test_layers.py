@@ -37,7 +37,7 @@ FLOORS = [
     {"mocofast.train"},
     {"mocofast.interop"},
     {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},
-    {"mocofast.evaluation_arguments"},
+    {"mocofast.detection", "mocofast.evaluation_arguments"},
     {"mocofast.evaluation_commands"},
     {"mocofast.cli"},
     {"mocofast.__main__"},

@@ -21,7 +21,7 @@ import os
 import re
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,22 +240,26 @@ def step_files(folder: Path, pattern: str = "step_*.pt") -> list[Path]:
     return [file for *_, file in sorted(written, reverse=True)]
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, check: Callable[[Any, Path], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
     path: the file, or a run folder. Of a run folder checkpoints/last.pt is read, or the newest
         step file that is whole. The log names files that are missing or damaged.
+    check: returns the content of a file, or raises ConfigError for another kind of checkpoint.
+        None: `checked`.
     Raises FileNotFoundError if there is no file, ConfigError (a ValueError) if the file is no
     mocofast checkpoint, or damaged.
     """
-    path = Path(path)
+    path, check = Path(path), check or checked
     if not path.is_dir():
-        return checked(read_file(path), path)
+        return check(read_file(path), path)
     folder = path / "checkpoints"
     last, errors = folder / LAST, []
     for file in (last, *step_files(folder)):
         try:
-            state = checked(read_file(file), file)
+            state = check(read_file(file), file)
         except (FileNotFoundError, ConfigError) as error:
             errors.append(str(error))
             continue

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mocofast import distributed, files
-from mocofast.config import Config, ConfigError
-from mocofast.train.run_folder import choose_folder
+from mocofast.config import ConfigError
+from mocofast.train.run_folder import FolderOptions, choose_folder
 
 LOCK = ".lock"
 
 
-def claim_on_rank_0(held: contextlib.ExitStack, config: Config, resuming: bool, rank: int) -> Path:
+def claim_on_rank_0(
+    held: contextlib.ExitStack, config: FolderOptions, resuming: bool, rank: int
+) -> Path:
     """Returns the run folder on all ranks. `held` keeps the claim, on rank 0.
 
     All ranks raise ConfigError together if another run holds the folder.
@@ -34,7 +36,7 @@ def claim_on_rank_0(held: contextlib.ExitStack, config: Config, resuming: bool, 
 
 
 @contextlib.contextmanager
-def claimed_folder(config: Config, resuming: bool) -> Iterator[Path]:
+def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
     """Yields the run folder of a configuration, locked until the block or the process ends.
 
     resuming: take the newest existing run of the recipe. Otherwise, without `train.dir`, take a

@@ -38,7 +38,7 @@ from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result as Result
 from mocofast.train.resume import check_same_run, find_checkpoint
-from mocofast.train.run_folder import RunFolder, StepLine
+from mocofast.train.run_folder import PretrainingFolder, StepLine
 from mocofast.train.threads import set_threads
 
 log = logging.getLogger("mocofast")
@@ -134,7 +134,7 @@ class _Run:
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
         resumed_step = self.state.step if saved else None
-        self.folder = RunFolder(self.path, config, resumed_step) if rank == 0 else None
+        self.folder = PretrainingFolder(self.path, config, resumed_step) if rank == 0 else None
         self.writer = None
         if rank == 0:
             self.writer = CheckpointWriter(self.path / "checkpoints", config.checkpoint.keep)

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import yaml
 from tqdm import tqdm
@@ -25,6 +25,24 @@ from mocofast.plots import plot_curves
 from mocofast.train.metrics import LOSS, RATES, duration
 
 log = logging.getLogger("mocofast")
+
+
+class LoopOptions(Protocol):
+    """The options of a loop that its folder needs."""
+
+    @property
+    def dir(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+
+
+class FolderOptions(Protocol):
+    """The configuration of a run, of pretraining or of another task."""
+
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def train(self) -> LoopOptions: ...
 
 
 class StepLine(NamedTuple):
@@ -57,18 +75,24 @@ class _ScreenHandler(logging.Handler):
 
 
 class RunFolder:
-    """The files of one run. Rank 0 alone has a RunFolder."""
+    """The files of one run. Rank 0 alone has a RunFolder.
 
-    def __init__(self, path: Path, config: Config, resumed_step: int | None) -> None:
+    command: words of the command line that take config.yaml.
+    """
+
+    command = "mocofast pretrain"
+
+    def __init__(self, path: Path, config: FolderOptions, resumed_step: int | None) -> None:
         """Opens the files.
 
+        config: a dataclass of groups of options, which config.yaml holds.
         resumed_step: the step to continue from, or None for a new run. Metrics of later steps are
             dropped, because the continued run writes them again.
         """
         self.path, self._config = path, config
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(
-            f"# mocofast pretrain {path / 'config.yaml'}\n"
+            f"# {self.command} {path / 'config.yaml'}\n"
             + yaml.safe_dump(settings.to_dict(config), sort_keys=False),
             encoding="utf-8",
         )
@@ -184,12 +208,12 @@ class RunFolder:
     def write_evaluation(
         self, step: int, epoch: float, values: Mapping[str, float], when: str
     ) -> None:
-        """Writes the figures of the kNN monitor.
+        """Writes the figures of an evaluation.
 
         when: for example "after epoch 3".
         """
         self.write(step=step, epoch=epoch, **values)
-        log.info("%s: %s", when, self._describe_evaluation(values))
+        log.info("%s: %s", when, self.describe(values))
 
     def write_skipped(self, skipped: Mapping[str, str]) -> None:
         """Names files that could not be decoded, in the log and in skipped.jsonl, each file once.
@@ -209,7 +233,25 @@ class RunFolder:
             with open(self._skipped_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")
 
-    # ---- the end ----
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Returns the figures of an evaluation in words."""
+        return "  ".join(describe_metric(name, value) for name, value in values.items())
+
+    def close(self) -> None:
+        """Flushes and closes every file."""
+        self._metrics.close()
+        self._board.close()
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class PretrainingFolder(RunFolder):
+    """The files of a pretraining run."""
+
+    def __init__(self, path: Path, config: Config, resumed_step: int | None) -> None:
+        super().__init__(path, config, resumed_step)
+        self._shots = config.knn.shots
 
     def finish(
         self, before: Mapping[str, float], after: Mapping[str, float], when: str = ""
@@ -222,9 +264,9 @@ class RunFolder:
         curves = self.path / "curves.png"
         plot_curves(self.metrics_path, curves)
         if before:
-            log.info("before: %s", self._describe_evaluation(before))
+            log.info("before: %s", self.describe(before))
         if after:
-            log.info("after:  %s%s", self._describe_evaluation(after), when)
+            log.info("after:  %s%s", self.describe(after), when)
         log.info(
             "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
             "TensorBoard events, checkpoints/last.pt",
@@ -241,19 +283,12 @@ class RunFolder:
                 "with labelled images: mocofast linear %s --data.path FOLDER_OF_CLASS_FOLDERS", run
             )
 
-    def close(self) -> None:
-        """Flushes and closes every file."""
-        self._metrics.close()
-        self._board.close()
-        for handler in self._handlers:
-            log.removeHandler(handler)
-            handler.close()
-
-    def _describe_evaluation(self, values: Mapping[str, float]) -> str:
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Returns the figures of the kNN monitor in words."""
         text = f"kNN accuracy {values['knn_top1']:.4f}"
         if "few_shot_top1" in values:
             text += (
-                f"; 1-nearest neighbour with {self._config.knn.shots} labels a class "
+                f"; 1-nearest neighbour with {self._shots} labels a class "
                 f"{values['few_shot_top1']:.4f}"
             )
         return text
@@ -285,7 +320,7 @@ def describe_metric(name: str, value: float) -> str:
     return f"acc@{accuracy[1]} {value:.1%}" if accuracy else f"{name} {value:.4g}"
 
 
-def choose_folder(config: Config, resuming: bool) -> Path:
+def choose_folder(config: FolderOptions, resuming: bool) -> Path:
     """Chooses the run folder: `train.dir`, or a folder in runs/ named after the recipe.
 
     resuming: take the newest existing run of the recipe. Otherwise take a name that is free.

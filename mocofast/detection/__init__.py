@@ -1,0 +1,1 @@
+"""Detection and segmentation: trains torchvision's models on the encoder of a checkpoint."""
