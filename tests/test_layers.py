@@ -34,6 +34,8 @@ FLOORS = [
     {"mocofast.distributed", "mocofast.ops", "mocofast.settings"},
     {"mocofast.data", "mocofast.models", "mocofast.optim"},
     {"mocofast.evaluate", "mocofast.methods"},
+    {"mocofast.health"},
+    {"mocofast.report"},
     {"mocofast.train"},
     {"mocofast.interop"},
     {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},

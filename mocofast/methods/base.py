@@ -27,21 +27,27 @@ class MethodOutput(NamedTuple):
         and ranks. The log line, metrics.jsonl, TensorBoard and the curves show it by its name.
         A method names the same metrics at every step.
     rank: (N,) int32 or None: how many wrong candidates score above the right one, or as high.
+    pair: the two embeddings that the loss compares, (N, C) per view or (N, C) and its target, in
+        the order of the images. `mocofast.health` looks at them at log lines. None: not told.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = MappingProxyType({})
     rank: Tensor | None = None
+    pair: tuple[Tensor, Tensor] | None = None
 
 
-def ranking_output(loss: Tensor, positive_rank: Tensor) -> MethodOutput:
+def ranking_output(
+    loss: Tensor, positive_rank: Tensor, pair: tuple[Tensor, Tensor] | None = None
+) -> MethodOutput:
     """Returns the output of a method that ranks candidates, with the metrics acc1 and acc5.
 
     positive_rank: (N,) int: how many wrong candidates score above the right one.
+    pair: as in MethodOutput.
     acc1, acc5: shares of the images whose right candidate is the first, or among the first five.
     """
     metrics = {f"acc{k}": (positive_rank < k).float().mean() for k in (1, 5)}
-    return MethodOutput(loss, metrics, positive_rank)
+    return MethodOutput(loss, metrics, positive_rank, pair)
 
 
 class Method(nn.Module):

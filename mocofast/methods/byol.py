@@ -66,7 +66,7 @@ class BYOL(PredictingMethod):
         (p_1, p_2), (z_1, z_2) = self.outputs(im_1, im_2, update_keys=update_keys)
         cosines = F.cosine_similarity(p_1.float(), z_2.float())
         cosines = cosines + F.cosine_similarity(p_2.float(), z_1.float())
-        return MethodOutput(4 - 2 * cosines.mean())
+        return MethodOutput(4 - 2 * cosines.mean(), pair=(p_1, z_2))
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> BYOL:

@@ -105,9 +105,10 @@ class MemoryBank(Method):
         v = self.encode("encoder_q", images)  # (N, C), normalised inside info_nce
         batch = all_gather(index) if self.training else index  # (W*N,)
         (numbers,) = step_inputs or self.prepare_step(images)
+        slots = self.bank[index]  # (N, C)
         loss, positive_rank = info_nce(
             v,
-            self.bank[index],
+            slots,
             self.bank[self._slots(numbers, batch)],
             temperature=self.temperature,
             negatives_normalized=True,
@@ -118,7 +119,7 @@ class MemoryBank(Method):
             if enqueue:
                 self._update(*(torch.cat(tensors) for tensors in zip(*self._pending)))
                 self._pending.clear()
-        return ranking_output(loss, positive_rank)
+        return ranking_output(loss, positive_rank, (v, slots))
 
     def random_state(self) -> Tensor | None:
         """Returns the state of the sampling of negatives, or None before the first sample."""

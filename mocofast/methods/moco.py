@@ -158,17 +158,17 @@ class MoCo(MomentumMethod):
         if self.training and update_keys:
             self.update_momentum_encoder()
         # Read the queue before the new keys enter: a positive is never among its own negatives.
-        loss, positive_rank, keys = self._contrast(im_q, im_k, step_inputs[:2])
+        loss, positive_rank, keys, pair = self._contrast(im_q, im_k, step_inputs[:2])
         if self.symmetric:
-            swapped, swapped_positive_rank, first_keys = self._contrast(im_k, im_q, step_inputs[2:])
-            loss, positive_rank = loss + swapped, torch.cat([positive_rank, swapped_positive_rank])
+            swapped, swapped_rank, first_keys, _ = self._contrast(im_k, im_q, step_inputs[2:])
+            loss, positive_rank = loss + swapped, torch.cat([positive_rank, swapped_rank])
             keys = torch.cat([first_keys, keys])  # the demo enqueues the first view's keys first
         if self.training:
             self._pending.append(keys)
             if enqueue:
                 enqueue_(self.queue, self.queue_ptr, torch.cat(self._pending), normalize=False)
                 self._pending.clear()
-        return ranking_output(loss, positive_rank)
+        return ranking_output(loss, positive_rank, pair)
 
     def prepare_step(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Shuffles the keys' images over ranks or splits (see BatchShuffle).
@@ -189,10 +189,10 @@ class MoCo(MomentumMethod):
 
     def _contrast(
         self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns loss (), positive ranks (N,), and the keys to enqueue.
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Returns loss (), positive ranks (N,), the keys to enqueue, and queries and keys (N, C).
 
-        In train mode the keys of all W ranks, (W*N, C). In eval mode this rank's keys, (N, C).
+        To enqueue: in train mode the keys of all W ranks, (W*N, C), in eval mode this rank's keys.
         """
         with torch.no_grad(), self.side_stream() as join:
             if self.training:
@@ -209,7 +209,7 @@ class MoCo(MomentumMethod):
             negatives_normalized=True,
             return_rank=True,
         )
-        return loss, positive_rank, keys
+        return loss, positive_rank, keys, (q, k)
 
     def random_state(self) -> Tensor | None:
         """Returns the state of the shuffle, or None before the first shuffle."""

@@ -89,7 +89,7 @@ class MoCoV3(PredictingMethod):
         loss_1, positive_rank_1 = self._contrast(q_1, k_2)
         loss_2, positive_rank_2 = self._contrast(q_2, k_1)
         loss = 2 * self.temperature * (loss_1 + loss_2)
-        return ranking_output(loss, torch.cat([positive_rank_1, positive_rank_2]))
+        return ranking_output(loss, torch.cat([positive_rank_1, positive_rank_2]), (q_1, k_2))
 
     def _contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the key of every query among the keys of all ranks.

@@ -66,7 +66,7 @@ class SimCLR(Method):
         """
         self.check_views(im_a=im_a, im_b=im_b)
         z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # both (N, C)
-        own_rows = None
+        own_rows, pair = None, (z_a, z_b)
         rank, world_size = rank_and_world_size()
         if self.training and world_size > 1:
             own_rows = slice(rank * len(z_a), (rank + 1) * len(z_a))
@@ -74,7 +74,7 @@ class SimCLR(Method):
         loss, positive_rank = nt_xent(
             z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=own_rows
         )
-        return ranking_output(loss, positive_rank)
+        return ranking_output(loss, positive_rank, pair)
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:

@@ -97,7 +97,8 @@ class SwAV(Method):
         loss = (loss_a + loss_b) / 2
         if self.training and enqueue:
             self.steps += 1
-        return MethodOutput(loss)
+        z_a, z_b = z.chunk(2)
+        return MethodOutput(loss, pair=(z_a, z_b))
 
     def _unit_prototypes(self) -> Tensor:
         """Returns unit prototypes (K, C).

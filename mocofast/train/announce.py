@@ -21,6 +21,34 @@ from mocofast.train.checkpoint import RunState
 log = logging.getLogger("mocofast")
 
 
+def announce(
+    state: RunState,
+    datasets: Datasets,
+    choices: Sequence[Choice],
+    autocast: torch.autocast,
+    world_size: int,
+    lines: Sequence[str],
+    resumed_step: int | None,
+) -> None:
+    """Logs recipe, data, device, loader, and how long the run will take.
+
+    choices: of the recipe `auto`. lines: further lines. resumed_step: None for a new run.
+    """
+    announce_images(state, datasets, choices, resumed_step is None)
+    log.info(describe_device(state, autocast, world_size))
+    for line in lines:
+        log.info(line)
+    if resumed_step is None:
+        announce_time(state, autocast, world_size)
+    else:
+        log.info(
+            "continuing at step %d, epoch %d + %d steps",
+            state.step,
+            state.epoch,
+            state.step_in_epoch,
+        )
+
+
 def announce_images(
     state: RunState, datasets: Datasets, choices: Sequence[Choice], is_new: bool
 ) -> None:

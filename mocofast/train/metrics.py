@@ -28,10 +28,12 @@ class StepMetrics(NamedTuple):
 
     names: "loss", then the metrics that the method names.
     values: (len(names),) float32, means over the images of this rank.
+    pair: of the last micro-batch, as in MethodOutput, without gradients.
     """
 
     names: tuple[str, ...]
     values: Tensor
+    pair: tuple[Tensor, Tensor] | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -45,7 +47,8 @@ def step_metrics(output: MethodOutput, share: float = 1.0) -> StepMetrics:
     share: weight of a micro-batch in its step. The values are multiplied by it.
     """
     values = torch.stack([x.detach() for x in (output.loss, *output.metrics.values())]).float()
-    return StepMetrics((LOSS, *output.metrics), values * share)
+    pair = output.pair and (output.pair[0].detach(), output.pair[1].detach())
+    return StepMetrics((LOSS, *output.metrics), values * share, pair)
 
 
 class Moment:

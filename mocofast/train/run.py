@@ -18,15 +18,16 @@ from tqdm import tqdm
 from mocofast import distributed
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast, choose_device
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.health.watch import Watch
 from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
+from mocofast.report.pictures import write_views
 from mocofast.step_parts import step_part
-from mocofast.train.announce import announce_images, announce_time, describe_device
+from mocofast.train.announce import announce
 from mocofast.train.auto import Choice, fit_on_all_ranks
 from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
 from mocofast.train.checkpoint import CheckpointWriter
@@ -150,7 +151,11 @@ class _Run:
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         if rank == 0:
-            self._announce(datasets, reason, resumed_step)
+            lines = [f"engine {mode}: {reason}", *self.first_lines]
+            lines += ["no kNN monitor"] * (self.monitor is None) + [f"writing to {self.path}"]
+            seen = (self.state, datasets, self.choices, self.autocast, world_size)
+            announce(*seen, lines, resumed_step)
+        self.watch = Watch(self.path, config, model, datasets, resumed_step) if rank == 0 else None
 
     # ---- the loop ----
 
@@ -192,8 +197,9 @@ class _Run:
                 interrupted = not self._evaluate(stop, write=False)
             self._finish(interrupted, time.perf_counter() - began)
         except DivergedError as error:
-            if self.writer is not None:
+            if self.writer is not None and self.watch is not None:
                 self.writer.wait()
+                self.watch.conclude(state.before, state.after)
             raise DivergedError(f"{error}. {way_out(self.path)}") from None
         finally:
             state.loader.close()
@@ -213,6 +219,9 @@ class _Run:
             batch = self._next_batch()
             views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
         waited = time.perf_counter() - asked
+        if state.step == 0 and self.folder is not None:
+            write_views(views, self.path / "views.png")
+            state.window.leave_out(time.perf_counter() - asked - waited)
 
         self.rate = learning_rate(
             self.schedule, state.step, self.steps_per_epoch, self.config.train.epochs
@@ -226,6 +235,8 @@ class _Run:
         state.step += 1
         state.step_in_epoch += 1
         state.window.add(metrics, len(views[0]) * self.world_size, waited)
+        if self.watch is not None and self._log_due():
+            self.watch.look(views, metrics.pair)
         if self.profiler is not None:
             self._end_profiled_step(self.profiler)
 
@@ -299,6 +310,8 @@ class _Run:
         values = window.wait()
         if self.folder is not None:
             self.folder.write_steps(line._replace(values=values), bar)
+        if self.watch is not None:
+            self.watch.write(line.step, {**values, "chance_loss": line.chance_loss, "lr": line.lr})
         check_loss(values, f"the steps up to {line.step}", line.lr)
 
     def _check_weights(self) -> None:
@@ -350,27 +363,6 @@ class _Run:
         self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
         self.writer.save(content)
 
-    def _announce(self, datasets: Datasets, reason_for_mode: str, resumed_step: int | None) -> None:
-        """Logs recipe, data, device, loader, engine and run folder."""
-        state = self.state
-        announce_images(state, datasets, self.choices, resumed_step is None)
-        log.info(describe_device(state, self.autocast, self.world_size))
-        log.info("engine %s: %s", self.engine.mode, reason_for_mode)
-        for line in self.first_lines:
-            log.info(line)
-        if self.monitor is None:
-            log.info("no kNN monitor")
-        log.info("writing to %s", self.path)
-        if resumed_step is None:
-            announce_time(state, self.autocast, self.world_size)
-        else:
-            log.info(
-                "continuing at step %d, epoch %d + %d steps",
-                state.step,
-                state.epoch,
-                state.step_in_epoch,
-            )
-
     def _progress_bar(self, last_step: int) -> tqdm[Any]:
         hidden = self.folder is None or not sys.stderr.isatty()
         return tqdm(total=last_step, initial=self.state.step, unit="step", disable=hidden)
@@ -392,6 +384,8 @@ class _Run:
             log.info("to continue: mocofast pretrain --resume %s", self.path)
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
+        if self.watch is not None:
+            self.watch.conclude(self.state.before, self.state.after)
         measured_at = self.state.measured_at
         when = "" if measured_at is None else f" (measured at step {measured_at})"
         self.folder.finish(self.state.before, self.state.after, when)

@@ -268,8 +268,8 @@ class PretrainingFolder(RunFolder):
         if after:
             log.info("after:  %s%s", self.describe(after), when)
         log.info(
-            "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, "
-            "TensorBoard events, checkpoints/last.pt",
+            "written to %s: config.yaml, metrics.jsonl, signals.jsonl, train.log, curves.png, "
+            "views.png, TensorBoard events, checkpoints/last.pt",
             self.path,
         )
         run = shlex.quote(str(self.path))

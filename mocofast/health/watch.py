@@ -1,0 +1,116 @@
+"""Watches a run: writes signals.jsonl, warns in the log, and says the verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mocofast import files
+from mocofast.config import Config
+from mocofast.data.sources import Datasets
+from mocofast.health.facts import facts_of
+from mocofast.health.signals import Snapshot
+from mocofast.health.verdict import Evidence, diagnose, verdict
+from mocofast.methods.base import Method
+
+log = logging.getLogger("mocofast")
+
+FILE = "signals.jsonl"
+SETTLED = 5  # log lines with the same finding, before the log warns
+LOOKED_BACK = 500  # log lines that a verdict looks at
+LEAK_EVERY = 8  # log lines between tests for a leak of BatchNorm
+
+
+class Watch:
+    """The signals of one run, on rank 0. The first line of signals.jsonl holds the facts.
+
+    folder: of the run. resumed_step: the step to continue from, None for a new run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        method: Method,
+        datasets: Datasets,
+        resumed_step: int | None,
+    ) -> None:
+        self._path, self._config, self._method = folder / FILE, config, method
+        self.facts = facts_of(method, datasets)
+        # Lines after the step of the checkpoint are written again.
+        known = [] if resumed_step is None else read_signals(folder)[1]
+        self._lines = [line for line in known if line["step"] <= (resumed_step or 0)]
+        content: list[dict[str, Any]] = [{"facts": self.facts}, *self._lines]
+        with files.atomic_write(self._path) as rewritten:
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in content), "utf-8")
+        self._may_leak = not getattr(config.model, "shuffle_bn", True)
+        self._looks = 0
+        self._snapshot: Snapshot | None = None
+        self._earlier: tuple[int, Snapshot] | None = None
+        self._seen: dict[str, int] = {}  # {name of a finding: lines in a row}
+
+    def look(self, views: Sequence[Tensor], pair: tuple[Tensor, Tensor] | None) -> None:
+        """Starts to copy what the last step left. Call it before the next step."""
+        leak = self._looks % LEAK_EVERY == LEAK_EVERY // 4 and self._may_leak
+        self._snapshot = Snapshot(self._method, views, pair, leak)
+        self._looks += 1
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+        """Writes the line of `step`, when the copies have arrived. Returns the signals.
+
+        values: the averages of the log line.
+        """
+        if self._snapshot is None:
+            return {}
+        steps = step - self._earlier[0] if self._earlier else 0
+        signals = self._snapshot.signals(self._earlier[1] if self._earlier else None, steps)
+        self._earlier, self._snapshot = (step, self._snapshot), None
+        line = {"step": step, **values, **signals}
+        # JSON knows neither NaN nor infinity.
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
+        self._lines.append(line)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._warn()
+        return signals
+
+    def _warn(self) -> None:
+        """Warns once of a finding that has stayed for some lines."""
+        found = {f.name: f for f in diagnose(self._evidence({}, {}))}
+        self._seen = {name: self._seen.get(name, 0) + 1 for name in found}
+        for name, count in self._seen.items():
+            if count == SETTLED:
+                log.warning("health: %s", found[name])
+
+    def conclude(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Says the verdict in the log. before, after: figures of the kNN monitor, or empty."""
+        log.info("verdict: %s", verdict(self._evidence(before, after)))
+
+    def _evidence(self, before: Mapping[str, float], after: Mapping[str, float]) -> Evidence:
+        return Evidence(self._config, self.facts, self._lines[-LOOKED_BACK:], before, after)
+
+
+def read_signals(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the facts and the lines of a run folder's signals.jsonl. Leaves torn lines out."""
+    facts: dict[str, Any] = {}
+    lines = []
+    path = folder / FILE
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            facts |= line.get("facts", {})
+            if isinstance(line.get("step"), int):
+                lines.append(line)
+    return facts, lines

@@ -1,0 +1,165 @@
+"""Signals equal independent formulas, and verdicts name what they were made for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mocofast import settings
+from mocofast.config import Config
+from mocofast.data.sources import ArraySource
+from mocofast.health.facts import count_copies
+from mocofast.health.leak import leak_test
+from mocofast.health.signals import drift, of_embeddings, of_views, sample_of
+from mocofast.health.verdict import Evidence, diagnose, verdict
+from mocofast.health.watch import read_signals
+from mocofast.methods.build import build_method
+from tests.test_run_files import run
+
+
+def test_signals_of_embeddings_equal_numpy() -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 40, 16)) + 0.5
+    found = of_embeddings(torch.tensor(3 * q), torch.tensor(k))
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
+    p = np.linalg.svd(q, compute_uv=False)
+    p /= p.sum()
+    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
+    expected = {
+        "embedding_std": q.std(0).mean() * math.sqrt(16),
+        "effective_rank": np.exp(-(p * np.log(p)).sum()),
+        "alignment": np.mean([((a - b) ** 2).sum() for a, b in zip(q, k)]),
+        "uniformity": np.log(np.mean([np.exp(-2 * ((q[i] - q[j]) ** 2).sum()) for i, j in pairs])),
+        "positive_similarity": np.mean((q * k).sum(1)),
+        "negative_similarity": np.mean([q[i] @ k[j] for i, j in pairs]),
+    }
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert of_embeddings(torch.full((4, 2), math.nan), torch.ones(4, 2)) == {}
+
+
+def test_signals_of_views_tell_easy_and_flat_views_apart() -> None:
+    noise = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.full((3, 1, 1), 127.5), torch.full((3, 1, 1), 73.6)
+    same = of_views(noise, noise, mean, std)
+    assert (same["same_views"], same["easy_views"], same["flat_views"]) == (1, 1, 0)
+    assert same["pixel_mean"] == pytest.approx(0, abs=0.02)
+    assert same["pixel_std"] == pytest.approx(1, abs=0.02)
+    other = of_views(noise, noise.flip(0), mean, std)
+    assert (other["same_views"], other["easy_views"]) == (0, 0)
+    gray = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
+    assert of_views(gray, None, mean, std)["flat_views"] == 1
+    # Deep pixels have the same scale.
+    deep = of_views((noise.int() * 257).to(torch.uint16), None, mean, std)
+    assert deep["pixel_std"] == pytest.approx(same["pixel_std"], abs=1e-4)
+
+
+def test_drift_is_the_distance_of_old_and_new_keys_in_deviations() -> None:
+    q = torch.nn.functional.normalize(torch.randn(32, 8), dim=1)
+    assert drift(q, q, q) == 0
+    assert drift(q, q.mean(0, keepdim=True), -q.mean(0, keepdim=True)) > 1
+
+
+def test_samples_of_weights_belong_together() -> None:
+    method = build_method(settings.load_recipe("digits"))
+    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert torch.equal(sample_of(method.encoder_q), sample_of(method.encoder_k))
+    before = sample_of(method.encoder_q)
+    with torch.no_grad():
+        for p in method.encoder_q.parameters():
+            p.mul_(2)
+    torch.testing.assert_close(sample_of(method.encoder_q), 2 * before)
+
+
+def test_the_leak_test_leaves_the_method_alone() -> None:
+    config = settings.load_recipe("digits")
+    settings.apply(config, {"model.bn_splits": 4})
+    method = build_method(config)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    views = torch.randint(0, 256, (2, 32, 3, 8, 8), dtype=torch.uint8)
+    found = leak_test(method, views)
+    assert found.keys() == {"acc1_as_trained", "acc1_shuffled"}
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert leak_test(build_method(settings.load_recipe("digits")), views) == {}
+
+
+def test_copies_are_counted(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    images[20:] = images[:10]
+    assert count_copies(ArraySource(images, None, ())) == (30, 10)
+
+
+def evidence(config: Config | None = None, **line: Any) -> Evidence:
+    """Returns ten equal log lines of a healthy run, with the given changes."""
+    healthy = {
+        **{"loss": 5.0, "chance_loss": 6.9, "pixel_mean": 0.1, "pixel_std": 0.9},
+        **{"flat_views": 0.0, "same_views": 0.0, "easy_views": 0.1, "embedding_std": 0.9},
+        **{"effective_rank": 20.0, "weight_change": 1e-3, "key_change": 5e-4, "queue_drift": 0.1},
+    }
+    facts = {"images": 1438, "queue": 1024, "held_out": 359, "chance_knn": 0.1}
+    lines = [{"step": 10 * i, **healthy, **line} for i in range(1, 11)]
+    config = config or settings.load_recipe("digits")
+    return Evidence(config, facts, lines, {"knn_top1": 0.88}, {"knn_top1": 0.97})
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("diverged", {"loss": None}),
+        ("normalisation", {"pixel_std": 200.0}),
+        ("constant images", {"flat_views": 0.9, "pixel_std": 0.0}),
+        ("augmentation off", {"same_views": 1.0, "easy_views": 1.0}),
+        ("frozen key encoder", {"key_change": 0.0}),
+        ("stale queue", {"queue_drift": 2.0}),
+        ("BatchNorm leak", {"acc1_as_trained": 0.9, "acc1_shuffled": 0.1}),
+        ("collapse", {"embedding_std": 0.01, "effective_rank": 1.1}),
+    ],
+)
+def test_a_verdict_names_the_fault(name: str, line: dict[str, Any]) -> None:
+    found = diagnose(evidence(**line))
+    assert found[0].name == name
+    assert verdict(evidence(**line)).startswith(found[0].title)
+
+
+def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
+    assert verdict(evidence()).startswith("healthy")
+    young = evidence()._replace(lines=evidence().lines[:2])
+    assert verdict(young).startswith("too early")
+
+
+def test_facts_name_the_fault() -> None:
+    healthy = evidence()
+    for name, facts in (
+        ("queue beyond the set", {"queue": 4096}),
+        ("duplicate images", {"looked_at": 1438, "copies": 1400}),
+    ):
+        found = diagnose(healthy._replace(facts={**healthy.facts, **facts}))
+        assert [finding.name for finding in found] == [name]
+    shuffled = healthy._replace(before={"knn_top1": 0.11}, after={"knn_top1": 0.12})
+    assert [finding.name for finding in diagnose(shuffled)] == ["labels"]
+
+
+def test_a_run_writes_views_signals_and_a_verdict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path / "whole", 5)
+    assert (tmp_path / "whole" / "views.png").exists()
+    facts, lines = read_signals(tmp_path / "whole")
+    assert facts["images"] == 1438 and [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert {"effective_rank", "gradient_norm", "key_change"} <= lines[-1].keys()
+    assert "verdict: " in (tmp_path / "whole" / "train.log").read_text()
+    # A continued run has the same lines, but for changes since a line that it has not seen.
+    run(tmp_path / "parts", 3)
+    run(tmp_path / "parts", 5, "auto")
+    _, parts = read_signals(tmp_path / "parts")
+    assert [line["step"] for line in parts] == [1, 2, 3, 4, 5]
+    assert parts[-1]["effective_rank"] == lines[-1]["effective_rank"]
+    with (tmp_path / "parts" / "signals.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6})[:5])
+    assert len(read_signals(tmp_path / "parts")[1]) == 5
