@@ -14,8 +14,9 @@ import pytest
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.finding import Patterns
 from mocofast.data.shard_index import INDEX, local_index, read_index
+from mocofast.data.shard_places import find_shards
 from mocofast.data.shard_samples import choose_samples, number_labels
-from mocofast.data.shards import ShardSource, find_shards, open_shards
+from mocofast.data.shards import ShardSource, open_shards
 from mocofast.data.sources import load_datasets
 from tests.pictures import jpeg
 

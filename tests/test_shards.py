@@ -22,11 +22,13 @@ from PIL import Image
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data import download, shard_index
+from mocofast.data.braces import expand_braces
 from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import BatchSlice, Loader, epoch_order
 from mocofast.data.loaders import build_loader, choose_loader, dali_missing
 from mocofast.data.shard_index import INDEX, local_index
-from mocofast.data.shards import ShardSource, expand_braces, find_shards, open_shards
+from mocofast.data.shard_places import find_shards
+from mocofast.data.shards import ShardSource, open_shards
 from mocofast.data.sources import FolderSource, load_datasets
 from tests.pictures import assert_same_batches, jpeg, shard_datasets
 

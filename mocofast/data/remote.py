@@ -6,30 +6,39 @@ needed. So a batch depends on no network, and an epoch reads local files only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import numpy as np
 
 from mocofast.config import ConfigError
+from mocofast.data.decoding import decode, read_header
 from mocofast.data.download import (
-    TIMEOUT,
+    InvalidContent,
     NotStored,
+    ask,
     cache_folder,
+    check_no_page,
     download,
     is_http,
     is_url,
+    named_version,
     storage,
 )
 from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource
 from mocofast.errors import describe_error
+
+log = logging.getLogger(__name__)
 
 
 def parent(url: str) -> str:
@@ -80,14 +89,34 @@ def version(url: str) -> str:
     """Returns the server's name for the present content of a file, "" for no file."""
     if is_http(url):
         try:
-            with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
-                return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "?"
+            with contextlib.closing(ask(Request(url, method="HEAD"))) as answer:
+                length = answer.headers.get("Content-Length", "")
+                names = named_version(answer.headers).split("\n")
+                return next(filter(None, names), f"?{length}")
         except OSError:
             return ""
     system, path = _storage(url)
     if not _answer(url, lambda: system.isfile(path)):
         return ""
     return str(_answer(url, lambda: system.ukey(path)))
+
+
+def other_version(url: str, known: str) -> bool:
+    """Returns whether the server has another content than the `named_version` of a copy.
+
+    False without an answer: copies serve without a network, too.
+    """
+    try:
+        if is_http(url):
+            with contextlib.closing(ask(Request(url, method="HEAD"))) as answer:
+                present = named_version(answer.headers)
+        else:
+            present = f"{version(url)}\n"
+    except (OSError, ConfigError):
+        return False
+    # Some servers name ETag in one kind of answer alone.
+    pairs = zip(known.split("\n"), present.split("\n"))
+    return next((a != b for a, b in pairs if a and b), False)
 
 
 def local_copy(url: str) -> Path:
@@ -102,7 +131,7 @@ def local_copy(url: str) -> Path:
     hashed = hashlib.blake2b(f"{url} {content}".encode(), digest_size=12).hexdigest()
     path = cache_folder() / "files" / hashed / Path(urlsplit(url).path).name
     try:
-        download(url, path)
+        download(url, path, _check_container)
     except OSError as error:
         raise OSError(f"data.path: cannot fetch {url}: {error}") from error
     return path
@@ -151,15 +180,45 @@ class RemoteSource(FolderSource):
         path = self._cache / hashed[:2] / f"{hashed[2:]}{ending}"
         if not path.exists():
             try:
-                download(url, path)
+                download(url, path, _check_image)
             except NotStored:
                 pass
+            except InvalidContent as error:
+                log.warning("%s", error)
             except HTTPError as error:
                 if error.code not in (404, 410):
                     raise OSError(f"cannot fetch {url}: {error}") from error
             except OSError as error:
                 raise OSError(f"cannot fetch {url}: {error}") from error
         return str(path)
+
+
+def _check_container(path: Path, length_known: bool) -> None:
+    """A `download.Check` for zip archives, parquet files and lists."""
+    check_no_page(path, length_known)
+    kind = path.name.lower().removesuffix(".part")
+    if kind.endswith(".zip") and not zipfile.is_zipfile(path):
+        raise ValueError("no zip archive, or a part of one")
+    if kind.endswith(".parquet"):
+        with path.open("rb") as file:
+            ends = file.read(4), file.seek(-min(4, path.stat().st_size), 2), file.read(4)
+        if (ends[0], ends[2]) != (b"PAR1", b"PAR1"):
+            raise ValueError("no parquet file, or a part of one")
+
+
+def _check_image(path: Path, length_known: bool) -> None:
+    """A `download.Check` for images. An image of unknown length is decoded: it may be cut off."""
+    check_no_page(path, length_known)
+    if length_known:
+        return
+    try:
+        read_header(str(path))
+    except Exception:  # perhaps a file for a function of the user
+        return
+    try:
+        decode(str(path))
+    except Exception as error:  # decoders raise nearly any exception
+        raise ValueError(f"no whole image ({describe_error(error)})") from error
 
 
 def tree_below(url: str, extensions: frozenset[str]) -> Names:

@@ -8,6 +8,7 @@ if the size or the modification time of the shard changes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -20,22 +21,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
 from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import ALL, Patterns
 from mocofast.data.names import EXTENSIONS, FIELDS
-from mocofast.data.shard_samples import MemberReader, Members, choose_samples
+from mocofast.data.shard_samples import MemberReader, Members, choose_samples, is_left_out
 from mocofast.data.tar_members import TarMembers
+from mocofast.errors import describe_error
 
 log = logging.getLogger(__name__)
 
 INDEX = ".index.npz"  # appended to the name of a shard
 FIELDS_INDEX = ".fields.index.npz"  # of a shard whose images have extensions of FIELDS
 FILES_INDEX = ".files.index.npz"  # of a shard whose files are read by a function of the user
-INDEX_VERSION = 2
-UNREADABLE = (ValueError, KeyError, zipfile.BadZipFile)  # errors of `read_index` for a bad file
+# Version 3 has the columns of version 2. It was made from a shard with a whole end.
+INDEX_VERSION = 3
+SERVED_VERSIONS = (2, INDEX_VERSION)  # of an index on a server
+LONGEST_NAME = 4096  # bytes of a member's name
+# What Python's tarfile raises for a damaged or hostile file.
+_NO_TAR = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
+
+
+class UnreadableIndex(ValueError):
+    """The file of an index is damaged, of another version, or does not fit its shard."""
 
 
 class Index(NamedTuple):
@@ -96,7 +114,10 @@ def local_index(path: Path, extensions: Set[str] = EXTENSIONS) -> Index:
     for place in places:
         try:
             return read_index(place, stamp)
-        except (OSError, *UNREADABLE):  # no index, the index of another shard, or a broken index
+        except (
+            OSError,
+            UnreadableIndex,
+        ):  # no index, the index of another shard, or a broken index
             continue
     log.info("indexing %s", path)
     index = index_of(stat.st_size, _scan(path, extensions))
@@ -114,19 +135,82 @@ def read_index(place: Path, stamp: np.ndarray | None = None, old: bool = False) 
 
     stamp: version, size and modification time (in ns) of the shard. None accepts any shard.
     old: accept an index of version 1.
-    Raises OSError if the file cannot be read, or an error of UNREADABLE for a bad or
+    Raises OSError if the file cannot be read, UnreadableIndex for a bad or
     outdated file.
     """
-    with np.load(place, allow_pickle=False) as kept:
-        found = kept["stamp"]
-        if old and found[0] == 1:
-            return _read_first_version(kept)
-        if found[0] != INDEX_VERSION or (stamp is not None and not np.array_equal(found, stamp)):
-            raise ValueError("an index of another version or file")
-        text = {name: str(kept[name]) for name in ("left_out", "member_left_out")}
-        columns = {name: kept[name] for name in Members._fields[:-1]}
-        members = Members(**columns, left_out=json.loads(text["member_left_out"]))
-        return Index(int(found[1]), kept["keys"], kept["chosen"], text["left_out"], members)
+    try:
+        return _read_index(place, stamp, old)
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise nearly any exception for damaged files
+        raise UnreadableIndex(describe_error(error)) from error
+
+
+def _read_index(place: Path, stamp: np.ndarray | None, old: bool) -> Index:
+    kept = _arrays(place)
+    found = kept["stamp"]
+    if found.shape != (3,) or found.dtype.kind != "i":
+        raise ValueError("an index without the size of its shard")
+    if old and found[0] == 1:
+        return _checked(_read_first_version(kept))
+    versions = SERVED_VERSIONS if stamp is None else (INDEX_VERSION,)
+    if found[0] not in versions or (stamp is not None and not np.array_equal(found, stamp)):
+        raise ValueError("an index of another version or file")
+    text = {name: str(kept[name]) for name in ("left_out", "member_left_out")}
+    columns = {name: kept[name] for name in Members._fields[:-1]}
+    members = Members(**columns, left_out=json.loads(text["member_left_out"]))
+    return _checked(Index(int(found[1]), kept["keys"], kept["chosen"], text["left_out"], members))
+
+
+def _arrays(place: Path) -> dict[str, np.ndarray]:
+    """Reads an .npz file of arrays that are not compressed. Takes no more memory than the file."""
+    arrays = {}
+    with zipfile.ZipFile(place) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            with archive.open(info) as member:
+                content = io.BytesIO(member.read())
+            version = npy.read_magic(content)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(content)
+            if dtype.hasobject or dtype.kind not in "iSU" or len(shape) > 1:
+                raise ValueError(f"{info.filename} holds {dtype} {shape}")
+            # An array of another size than its header states raises ValueError.
+            values = np.frombuffer(content.read(), dtype) if dtype.itemsize else np.empty(0, dtype)
+            arrays[info.filename.removesuffix(".npy")] = values.reshape(shape)
+    return arrays
+
+
+def _checked(index: Index) -> Index:
+    """Returns an index whose numbers fit one another and the shard. Raises ValueError for another.
+
+    A file in a cache or on a server may be damaged, or made to do harm.
+    """
+    members, count = index.members, len(index.members.names)
+    columns = (members.offsets, members.sizes, members.labels, index.chosen)
+    fits = (
+        all(column.dtype == np.int64 and column.ndim == 1 for column in columns)
+        and all(a.dtype.kind == "S" and a.ndim == 1 for a in (members.names, index.keys))
+        and members.label_names.dtype.kind == "S"
+        and len(members.offsets) == len(members.sizes) == len(members.labels) == count
+        and len(index.keys) == len(index.chosen)
+        and _within(index.chosen, 0, count)
+        and _within(members.labels, -1, len(members.label_names))
+        and _within(members.offsets, 0, index.shard_size + 1)
+        and _within(members.sizes, 0, index.shard_size + 1)
+        and _within(members.offsets + members.sizes, 0, index.shard_size + 1)
+        and is_left_out(json.loads(index.left_out))
+        and is_left_out(members.left_out)
+    )
+    if not fits:
+        raise ValueError("an index whose columns do not fit one another or the shard")
+    return index
+
+
+def _within(values: np.ndarray, low: int, high: int) -> bool:
+    """Returns whether all values are in [low, high)."""
+    return not len(values) or bool(low <= values.min() and values.max() < high)
 
 
 def _read_first_version(kept: Mapping[str, np.ndarray]) -> Index:
@@ -162,11 +246,18 @@ def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
 def _scan(path: Path, extensions: Set[str]) -> Members:
     """Reads all headers of a tar file."""
     reader = MemberReader(extensions)
+    length = path.stat().st_size
     try:
         with TarMembers(path) as tar:
             for member in tar:
                 is_link = member.islnk() or member.issym()
-                if is_link or member.isreg():
+                if len(member.name) > LONGEST_NAME:
+                    reader.leave_out(f"members with names of more than {LONGEST_NAME:,} characters")
+                elif getattr(member, "sparse", None):
+                    reader.leave_out("sparse files")
+                elif is_link or member.isreg():
+                    if not 0 <= member.size <= length - member.offset_data and not is_link:
+                        raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
                     reader.add(
                         member.name,
                         member.offset_data,
@@ -174,10 +265,12 @@ def _scan(path: Path, extensions: Set[str]) -> Members:
                         member.linkname if is_link else None,
                         partial(tar.read, member),
                     )
-    except (tarfile.TarError, EOFError) as error:
+            tar.check_end()
+    except _NO_TAR as error:
         with path.open("rb") as file:
             packed = "; gunzip unpacks the file" if file.read(2) == b"\x1f\x8b" else ""
         raise ConfigError(
-            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}{packed}"
+            f"data.path: {str(path)!r} is not a whole, uncompressed tar file: {error}{packed}; "
+            "copy or make the file again"
         ) from error
     return reader.finish()

@@ -27,7 +27,8 @@ from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, 
 from mocofast.data.names import EXTENSIONS, extension_of
 
 LABELS = (".cls", ".json")
-LONGEST_LABEL = 200  # characters. A longer text is no label
+LONGEST_LABEL = 200  # characters. A longer text or number is no label
+LARGEST_LABEL_FILE = 16 << 20  # bytes. Larger files hold no label
 # Integer labels from SPARSE on become names of classes if fewer than a tenth of the numbers occur.
 SPARSE = 10_000
 
@@ -82,8 +83,14 @@ class MemberReader:
             self._kinds[extension] += 1
         elif link is not None:
             self._label_links.append((name, link))
+        elif size > LARGEST_LABEL_FILE:
+            self.leave_out(f"label files of more than {LARGEST_LABEL_FILE >> 20} MiB")
         elif label := _label(extension, content()):
             self._add_label(name[:dot], label)
+
+    def leave_out(self, reason: str) -> None:
+        """Counts a member that is left out. reason: words such as "sparse files"."""
+        self._left_out[reason] += 1
 
     def _add_label(self, stem: str, label: tuple[int, str]) -> None:
         known = self._labels.get(stem)
@@ -168,7 +175,7 @@ def _label(extension: str, content: bytes) -> tuple[int, str] | None:
     try:
         value = json.loads(content)["label"] if is_json else content.decode().strip()
         str(value).encode()  # JSON may hold half a character
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
@@ -177,7 +184,9 @@ def _label(extension: str, content: bytes) -> tuple[int, str] | None:
     except ValueError:
         text = str(value).strip()
         return (2 + is_json, text) if text and len(text) <= LONGEST_LABEL else None
-    return (int(is_json), str(number)) if number >= 0 else None
+    if not 0 <= number < 10**LONGEST_LABEL:
+        return None
+    return int(is_json), str(number)
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -235,6 +244,21 @@ def choose_samples(
 
 def _is_mask(name: str) -> bool:
     return any(is_mask_name(word) for word in key_of(name)[1].lower().split(".")[:-1])
+
+
+def is_left_out(value: Any) -> bool:
+    """Returns whether a value has the form of `Members.left_out`. A damaged file has another."""
+    if not isinstance(value, dict):
+        return False
+    kinds, twin = value.get("kinds", {}), value.get("twin", ["", ""])
+    if not isinstance(kinds, dict) or not isinstance(twin, list):
+        return False
+    counts = [*kinds.values(), *(n for key, n in value.items() if key not in ("kinds", "twin"))]
+    return (
+        all(type(count) is int for count in counts)
+        and len(twin) == 2
+        and all(isinstance(name, str) for name in twin)
+    )
 
 
 def left_out_lines(left_out: Sequence[dict[str, Any]]) -> list[str]:

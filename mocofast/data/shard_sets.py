@@ -14,14 +14,9 @@ from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import SetFolders, set_folders
 from mocofast.data.names import EVERY, EXTENSIONS, FIELDS
 from mocofast.data.remote import tree_below
+from mocofast.data.shard_places import TarShard, find_shards, packed_shards
 from mocofast.data.shard_samples import NoImageError, Numbering
-from mocofast.data.shards import (
-    ShardSource,
-    TarShard,
-    find_shards,
-    open_shards,
-    packed_shards,
-)
+from mocofast.data.shards import ShardSource, open_shards
 
 
 class ShardSets(NamedTuple):

@@ -14,57 +14,46 @@ make the indices.
 from __future__ import annotations
 
 import copy
-import glob
-import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from mocofast.config import ConfigError
-from mocofast.data.download import NotStored, cache_folder, download, is_http, is_url
-from mocofast.data.finding import ALL, Disk, Patterns, listed
+from mocofast.data.download import (
+    InvalidContent,
+    NotStored,
+    download,
+)
+from mocofast.data.finding import ALL, Patterns
 from mocofast.data.interface import epoch_order
 from mocofast.data.names import EXTENSIONS, checked_labels, digest
-from mocofast.data.remote import joined, matching, names_below
 from mocofast.data.shard_index import (
     INDEX,
-    UNREADABLE,
     Index,
+    UnreadableIndex,
     index_name,
     index_of,
     local_index,
     read_index,
 )
+from mocofast.data.shard_places import TarShard, drop_outdated
 from mocofast.data.shard_samples import NoImageError, Numbering, left_out_lines, number_labels
+from mocofast.data.tar_members import check_tar
 
 log = logging.getLogger(__name__)
 
 META = "meta.json"  # in the folder of shards. The entry "classes" names the labels
-PACKED = (".gz", ".tgz", ".zip", ".zst")
+LARGEST_INDEX = 8 << 30  # bytes. A million samples have an index of some 100 MB
 AT_ONCE = 8  # shards indexed in parallel: on a network disk every header is a wait
-
-
-@dataclass(frozen=True)
-class TarShard:
-    """One tar file."""
-
-    name: (
-        str  # for logs and the fingerprint: the path below the folder, or the last part of the path
-    )
-    path: Path  # the local file, which may not be downloaded yet
-    url: str = ""  # "" for a local shard
 
 
 class ShardSource:
@@ -181,15 +170,17 @@ class ShardSource:
 
     def _fetch(self, number: int) -> None:
         """Downloads a shard if it is remote and missing. Raises OSError if this fails."""
-        shard = self._shards[number]
-        if not shard.url or shard.path.exists():
+        shard, expected = self._shards[number], self._shard_sizes[number]
+        if not shard.url or _size(shard.path) == expected:
             return
         begin = time.monotonic()
         try:
-            fetched = download(shard.url, shard.path)
+            # A copy of another size is not the shard of the index.
+            keep = lambda: _size(shard.path) == expected  # noqa: E731
+            fetched = download(shard.url, shard.path, check_tar, keep)
         except OSError as error:
             raise OSError(f"cannot fetch {shard.url}: {error}") from error
-        found, expected = shard.path.stat().st_size, self._shard_sizes[number]
+        found = shard.path.stat().st_size
         if found != expected:
             shard.path.unlink()
             raise OSError(
@@ -210,108 +201,6 @@ class ShardSource:
                 self._fetch(number)
         except OSError as error:  # `load` tries again, and raises
             log.warning("downloading ahead ended: %s", error)
-
-
-def find_shards(path: str, folder: str = "") -> list[TarShard]:
-    """Returns the shards of `data.path`.
-
-    path: a folder with *.tar files at any depth, or a file, a glob pattern or a URL.
-        Braces in files, patterns and URLs are expanded: x-{000..012}.tar, {a,b}.tar.
-    folder: a subfolder of the folder, for example "train/", or a file or pattern in
-        the folder.
-
-    Raises ConfigError or FileNotFoundError if there is no shard.
-    """
-    if is_url(path):
-        return _stored(path, folder)
-    root = Path(path).expanduser()
-    if (root / folder).is_dir():
-        found = Disk(root, {".tar"}).find(folder)
-        if not found.names:
-            packed = {kind: found.kinds[kind] for kind in PACKED if found.kinds[kind]}
-            raise ConfigError(
-                f"data.path: no *.tar file below {str(root / folder)!r}"
-                + (f" ({listed(Counter(packed))}: gunzip unpacks .tar.gz)" if packed else "")
-            )
-        return [TarShard(name, root / name) for name in found.names]
-    pattern = str(root / folder) if folder else str(root)
-    files = [
-        Path(match)
-        for part in expand_braces(pattern)
-        for match in sorted(glob.glob(part)) or [part]
-    ]
-    for missing in (file for file in files if not file.is_file()):
-        raise FileNotFoundError(f"data.path: there is no shard {str(missing)!r}")
-    return [TarShard(file.name, file) for file in files]
-
-
-def packed_shards(path: str, folder: str = "") -> list[str]:
-    """Returns a line about packed shards in a folder, or none. path, folder: see `find_shards`."""
-    root = Path(path).expanduser() / folder
-    kinds = Disk(root, {".tar"}).find("").kinds if not is_url(path) and root.is_dir() else {}
-    packed = Counter({kind: kinds[kind] for kind in PACKED if kinds.get(kind)})
-    return [f"packed shards are left out: {listed(packed)}; gunzip unpacks .tar.gz"] * bool(packed)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expands braces: x{08..10}-{a,b} gives x08-a, x08-b, x09-a, ...
-
-    Numbers are as wide as the first number.
-    """
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    options = match[1].split(",")
-    if numbers is not None:
-        options = [f"{i:0{len(numbers[1])}}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
-    rest = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + option + end for option in options for end in rest]
-
-
-def _stored(path: str, folder: str) -> list[TarShard]:
-    """Returns the shards of a URL. path, folder: see `find_shards`."""
-    if is_http(path):
-        return _remote(expand_braces(path))
-    parts = expand_braces(joined(path, folder) if folder else path)
-    urls = [url for part in parts for url in matching(part)]
-    names: list[str] | None = None
-    if urls == parts and len(urls) == 1 and not urls[0].endswith(".tar"):
-        names = [name for name in names_below(parts[0]) if name.endswith(".tar")]
-        urls = [joined(parts[0], name) for name in names]
-        names = [f"{folder}{name}" for name in names]
-    if not urls:
-        raise ConfigError(f"data.path: no *.tar file at {path}")
-    return _remote(urls, names)
-
-
-def _remote(urls: Sequence[str], names: Sequence[str] | None = None) -> list[TarShard]:
-    """Returns the shards at URLs, with places in the cache folder.
-
-    names: of the shards. None takes the last part of the URLs.
-
-    Where URLs differ in the query only, the parameters that differ are a part of the name.
-    Other queries are not: signatures change from day to day.
-    """
-    queries: dict[str, list[dict[str, str]]] = {}
-    for url in urls:
-        parts = urlsplit(url)
-        queries.setdefault(f"{parts.netloc}{parts.path}", []).append(dict(parse_qsl(parts.query)))
-    shards = []
-    for number, url in enumerate(urls):
-        parts = urlsplit(url)
-        folder, _, name = parts.path.rpartition("/")
-        place = f"{parts.netloc}{folder}"
-        others = queries[f"{parts.netloc}{parts.path}"]
-        own = dict(parse_qsl(parts.query))
-        differ = {k: v for k, v in own.items() if any(other.get(k) != v for other in others)}
-        if differ:
-            name = f"{name}?{urlencode(sorted(differ.items()))}"
-        hashed = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
-        file = name.replace("/", "_")
-        name = name if names is None else names[number]
-        shards.append(TarShard(name, cache_folder() / "shards" / hashed / file, url))
-    return shards
 
 
 def open_shards(
@@ -369,7 +258,7 @@ def _class_names(shard: TarShard) -> tuple[str, ...]:
         try:
             meta = json.loads((folder / META).read_text(encoding="utf-8"))
             return tuple(str(name) for name in meta["classes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return ()
 
@@ -381,17 +270,34 @@ def _index(shard: TarShard, patterns: Patterns, extensions: Set[str]) -> Index:
 
 
 def _whole_index(shard: TarShard, extensions: Set[str], old: bool) -> Index:
-    if shard.url:
-        end = index_name(extensions)
-        place = Path(f"{shard.path}{end}")
+    if not shard.url:
+        return local_index(shard.path, extensions)
+    end = index_name(extensions)
+    place = Path(f"{shard.path}{end}")
+    drop_outdated(shard, place)
+    try:
+        parts = urlsplit(shard.url)
+        download(parts._replace(path=parts.path + end).geturl(), place, largest=LARGEST_INDEX)
+        return read_index(place, old=old)
+    except (HTTPError, NotStored, InvalidContent, UnreadableIndex):  # none, or of another version
+        place.unlink(missing_ok=True)
+    for again in (False, True):
         try:
-            parts = urlsplit(shard.url)
-            download(parts._replace(path=parts.path + end).geturl(), place)
-            return read_index(place, old=old)
-        except (HTTPError, NotStored, *UNREADABLE):  # none, or of another version
-            place.unlink(missing_ok=True)
-        try:
-            download(shard.url, shard.path)
+            download(shard.url, shard.path, check_tar)
         except OSError as error:
             raise ConfigError(f"data.path: cannot fetch {shard.url}: {error}") from error
-    return local_index(shard.path, extensions)
+        try:
+            return local_index(shard.path, extensions)
+        except ConfigError:  # a copy that is damaged, or was kept by an older version
+            shard.path.unlink(missing_ok=True)
+            if again:
+                raise
+    raise AssertionError
+
+
+def _size(path: Path) -> int:
+    """Returns the size of a file in bytes, -1 for none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1

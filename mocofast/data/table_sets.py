@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data.braces import expand_braces
 from mocofast.data.download import is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout
@@ -25,7 +26,6 @@ from mocofast.data.lists import LABEL, SPLIT, number_column, sets_of_column
 from mocofast.data.names import EXTENSIONS
 from mocofast.data.packed import PackedSource
 from mocofast.data.remote import joined, local_copy, matching, names_below
-from mocofast.data.shards import expand_braces
 from mocofast.data.tables import (
     ENDINGS,
     Table,

@@ -18,10 +18,28 @@ _AT_ONCE = 1024  # headers whose checksums are verified together
 # Bytes of a read after a file of more than _LARGE bytes (the next header, and often a small label
 # file behind it), and after a smaller file (many headers).
 _SMALL, _LARGE = 4096, 32768
+_AT_END = 1 << 20  # bytes behind the end of an archive that are read at once
+_LONGEST_PAX = 1 << 20  # bytes of a PAX header that is read here
 _FILE_TYPES = b"0\0"
 _PAX_TYPE = ord("x")
 # Parts of the keywords of a PAX header that change the name, the size or the kind of a member.
 _PAX_CHANGES = (b"path=", b"size=", b"GNU.sparse")
+
+
+def check_tar(path: Path, length_known: bool) -> None:
+    """Raises ValueError unless a file begins with a header of tar and ends with a block of zeros.
+
+    length_known: is not used. The block of zeros shows whether the file is whole.
+    """
+    with path.open("rb") as file:
+        try:
+            tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ValueError(f"no tar file ({error})") from error
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - BLOCK))
+        if size % BLOCK or any(file.read(BLOCK)):
+            raise ValueError(f"a tar file that is cut off after {size:,} bytes")
 
 
 class PlainFile:
@@ -80,6 +98,27 @@ class TarMembers:
             ):
                 yield from files
 
+    def check_end(self) -> None:
+        """Raises tarfile.ReadError unless the members end with the archive's end: blocks of zeros
+        up to the end of the file. Call it after the last member.
+
+        `tarfile` takes a damaged header, a header of zeros and the end of the file for the end of
+        the archive, and leaves out all later members without an error.
+        """
+        position = self._tar.offset
+        block = os.pread(self._file, BLOCK, position)
+        if not block:
+            raise tarfile.ReadError(f"cut off: no end of the archive at byte {position:,}")
+        if any(block) or len(block) < BLOCK:
+            raise tarfile.ReadError(f"damaged or cut-off header at byte {position:,}")
+        while rest := os.pread(self._file, _AT_END, position):
+            if any(rest):
+                raise tarfile.ReadError(
+                    f"members behind byte {position:,}: a header of zeros, or several archives in "
+                    "one file"
+                )
+            position += len(rest)
+
     def read(self, member: tarfile.TarInfo | PlainFile) -> bytes:
         """Returns the content of a regular file. Raises tarfile.TarError for a cut-off file."""
         if isinstance(member, tarfile.TarInfo):
@@ -120,6 +159,8 @@ class TarMembers:
                 content = window[at + BLOCK : at + BLOCK + size]
                 small = content if len(content) == size else None
             if kind == _PAX_TYPE:
+                if size > _LONGEST_PAX:
+                    break
                 if small is None:
                     small = os.pread(self._file, size, position + BLOCK)
                 if len(small) < size or any(change in small for change in _PAX_CHANGES):
