@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -32,11 +32,10 @@ def _work(calls: queue.SimpleQueue[Any], results: queue.SimpleQueue[Any]) -> Non
     while (call := calls.get()) is not None:
         function, arguments = call
         try:
-            result = function(*arguments), None
+            results.put((function(*arguments), None))
         except BaseException as error:
-            result = None, error
-        results.put(result)
-        del call, function, arguments, result  # a waiting helper holds no image
+            results.put((None, error))
+        del call, function, arguments  # a waiting helper holds no image
 
 
 _owned = threading.local()  # `helper` of every thread
@@ -62,4 +61,4 @@ def within(seconds: float, function: Callable[..., T], *arguments: Any) -> T:
         raise
     if error is not None:
         raise error
-    return result  # type: ignore[no-any-return]
+    return cast("T", result)
