@@ -14,6 +14,7 @@ from pathlib import Path
 from mocofast import front, interrupts, settings
 from mocofast.config import ConfigError, ModelConfig
 from mocofast.detection.commands import detect, segment
+from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
 from mocofast.parser import (
@@ -151,7 +152,7 @@ def prepare(argv: Sequence[str]) -> int:
     for remark in meta["remarks"]:
         print(remark)
     for name, reason in meta["skipped"].items():
-        print(f"left out: {name}: {reason}")
+        print(f"left out: {printable(name)}: {printable(reason)}")
     print(
         f"{sum(meta['images'].values())} images in {out}; "
         f"mocofast pretrain --data.source shards --data.path {out}"

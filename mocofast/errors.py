@@ -13,6 +13,25 @@ class DivergedError(RuntimeError):
     """A run has lost its weights: loss or weights are not finite. The message says what to do."""
 
 
+class UnreachableError(OSError):
+    """Images cannot be read at present: a server or a storage does not answer as it should."""
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters, and bytes that are no text, as escapes like \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    # Python's names of files hold a byte that is no text as U+DC80 to U+DCFF.
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def describe_error(error: BaseException) -> str:
     """Returns the name of the error's class and the error's message: "OSError: disk full"."""
     return f"{type(error).__name__}: {error}"

@@ -10,12 +10,15 @@ from pathlib import Path
 from mocofast.config import ConfigError, KNNConfig
 from mocofast.evaluate.options import FinetuneConfig, LinearConfig
 from mocofast.evaluation_arguments import evaluation_parser, load
+from mocofast.log_format import PrintableFormatter
 from mocofast.parser import group_options
 
 
 def log_to_screen() -> None:
     """Prints the lines of the log."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def knn(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mocofast import interrupts, settings
-from mocofast.errors import ConfigError, DivergedError
+from mocofast.errors import ConfigError, DivergedError, UnreachableError, printable
 
 Commands = Mapping[str, Callable[[Sequence[str]], int]]
 
@@ -93,14 +93,14 @@ def _run(commands: Commands, argv: list[str]) -> int:
     except DivergedError as error:
         _report(name, error)
         return interrupts.EXIT_DIVERGED
-    except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
+    except (ConfigError, FileNotFoundError, NotADirectoryError, UnreachableError) as error:
         _report(name, error)
         return 2
 
 
 def _report(name: str, error: Exception) -> None:
     """Prints an error on rank 0, because every rank meets the same error."""
-    message = f"mocofast {name}: {error}"
+    message = "\n".join(map(printable, f"mocofast {name}: {error}".split("\n")))
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     _tell_torchrun(message)

@@ -23,7 +23,7 @@ FLOORS = [
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
     {"mocofast.errors", "mocofast.interrupts", "mocofast.option"},
-    {"mocofast.data_config", "mocofast.plugins"},
+    {"mocofast.data_config", "mocofast.log_format", "mocofast.plugins"},
     {
         "mocofast.config",
         "mocofast.device",

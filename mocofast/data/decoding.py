@@ -11,7 +11,6 @@ Other files are read by the readers of `mocofast.data.kinds`. docs/formats.md sh
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from mocofast.data.items import Extent, FileReader, Item
+from mocofast.data.items import Extent, FileReader, Item, opened
 from mocofast.data.kinds import reader_of
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
@@ -49,8 +48,7 @@ def open_image(file: str | bytes) -> Iterator[Image.Image]:
     PIL warns of many pixels, of odd EXIF data and of palettes with transparency. The
     loaders can use such images. Raises what PIL.Image.open raises.
     """
-    opened = io.BytesIO(file) if isinstance(file, bytes) else file
-    with no_pil_warnings(), Image.open(opened) as image:
+    with opened(file) as content, no_pil_warnings(), Image.open(content) as image:
         yield image
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from mocofast.config import ConfigError
 from mocofast.data.names import FIELDS, extension_of
-from mocofast.errors import describe_error
+from mocofast.errors import describe_error, printable
 
 SHOWN = 5  # kinds, folders or names that a line lists
 
@@ -159,6 +159,26 @@ class Tree(Protocol):
         ...
 
 
+_FILE, _FOLDER, _SPECIAL = "file", "folder", "pipe, socket or device"
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Returns the kind of an entry of a folder. Of a link: the kind of its target.
+
+    A link that leads nowhere, or to itself, counts as a file: the loader skips and names it.
+    """
+    try:
+        if entry.is_file():
+            return _FILE
+        if entry.is_dir():
+            return _FOLDER
+        if entry.is_symlink():
+            os.stat(entry.path)  # raises for a link that leads nowhere
+    except OSError:
+        return _FILE
+    return _SPECIAL  # to read one may wait for ever
+
+
 class Disk:
     """The tree below a folder of a disk. Hidden files and folders are skipped. Symbolic links are
     followed (a link back to a folder above only once).
@@ -175,9 +195,10 @@ class Disk:
                 name = entry.name
                 if name[0] == ".":
                     continue
-                if entry.is_dir():
+                kind = _kind(entry)
+                if kind == _FOLDER:
                     folders.append(name)
-                elif not images:
+                elif not images and kind == _FILE:
                     images = extension_of(name) in self._extensions
         return sorted(folders), images
 
@@ -201,9 +222,14 @@ class Disk:
                 name = entry.name
                 if name[0] == ".":
                     continue
-                if entry.is_dir():
+                kind = _kind(entry)
+                if kind == _FOLDER:
                     folders.append(name)
-                elif extension_of(name) in self._extensions and patterns.keeps(prefix + name):
+                elif (
+                    kind == _FILE
+                    and extension_of(name) in self._extensions
+                    and patterns.keeps(prefix + name)
+                ):
                     return True
         return any(
             self._holds_image(f"{prefix}{name}/", above | {real}, patterns)
@@ -224,8 +250,11 @@ class Disk:
                     name = entry.name
                     if name[0] == ".":
                         continue
-                    if entry.is_dir():
+                    kind = _kind(entry)
+                    if kind == _FOLDER:
                         folders.append(name)
+                    elif kind != _FILE:
+                        found.kinds[kind] += 1
                     elif extension_of(name) in self._extensions:
                         names.append(prefix + name)
                     else:
@@ -322,7 +351,7 @@ def counted(count: int, noun: str) -> str:
 def shortened(names: Iterable[str]) -> str:
     """Returns the first names, and how many more there are."""
     # Names of files may hold bytes that are no text.
-    every = [name.encode(errors="backslashreplace").decode() for name in names]
+    every = [printable(name) for name in names]
     rest = len(every) - SHOWN
     return ", ".join(every[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

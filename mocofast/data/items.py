@@ -7,6 +7,8 @@ tells how many images a file holds (slices, frames).
 from __future__ import annotations
 
 import io
+import os
+import stat
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -73,8 +75,21 @@ class Item(NamedTuple):
 
 
 def opened(file: str | bytes) -> BinaryIO:
-    """Returns a file, opened for reading."""
-    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
+    """Returns a file, opened for reading. Raises OSError for a pipe, a socket or a device: to open
+    or read one may wait for ever.
+    """
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    content = open(file, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(content.fileno()).st_mode):
+        content.close()
+        raise OSError(f"{file!r} is a pipe, socket or device, not a regular file")
+    return content
+
+
+def _without_waiting(file: str, flags: int) -> int:
+    """Opens a file. The open of a pipe without a writer does not wait."""
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def first_channels(count: int, wanted: int) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from mocofast.data.finding import counted, shortened
 from mocofast.data.interface import Source
 from mocofast.data.ranges import range_of
 from mocofast.data.remarks import images_to_look_at
-from mocofast.errors import describe_error
+from mocofast.errors import describe_error, printable
 
 SECONDS = 5.0  # for every set: large images take long
 FEW_LEVELS = 20  # of 256
@@ -52,7 +52,7 @@ def look(
     if bad:
         lines.append(
             f"{len(bad)} of {counted(len(seen), 'image')} looked at cannot be decoded: "
-            f"{bad[0].name} ({bad[0].error})"
+            f"{printable(bad[0].name)} ({printable(bad[0].error)})"
         )
     large = [image for image in good if image.size[0] * image.size[1] >= SMALLEST]
     constant = [image for image in large if image.levels == 1]

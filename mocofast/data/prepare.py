@@ -28,6 +28,7 @@ from tqdm import tqdm
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.decoding import File, decode, read_header
 from mocofast.data.interface import Source, epoch_order
+from mocofast.data.items import opened
 from mocofast.data.loaders import count_workers
 from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import AUTO, ValueRange, range_of
@@ -144,7 +145,10 @@ def compact(
     size, quality: as in PrepareConfig.
     value_range: the numbers that mean black and white.
     """
-    content = Path(file).read_bytes() if isinstance(file, str) else file
+    content = file
+    if isinstance(file, str):
+        with opened(file) as whole:
+            content = whole.read()
     image = decode(content, value_range)
     short = min(image.size)
     buffer = io.BytesIO()

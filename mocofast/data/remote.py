@@ -36,7 +36,7 @@ from mocofast.data.download import (
 )
 from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource
-from mocofast.errors import describe_error
+from mocofast.errors import UnreachableError, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def local_copy(url: str) -> Path:
     try:
         download(url, path, _check_container)
     except OSError as error:
-        raise OSError(f"data.path: cannot fetch {url}: {error}") from error
+        raise UnreachableError(f"data.path: cannot fetch {url}: {error}") from error
     return path
 
 
@@ -149,7 +149,7 @@ def _answer(url: str, ask: Any) -> Any:
     try:
         return ask()
     except Exception as error:  # the libraries of storages raise exceptions of their own
-        raise OSError(f"data.path: cannot reach {url}: {describe_error(error)}") from error
+        raise UnreachableError(f"data.path: cannot reach {url}: {describe_error(error)}") from error
 
 
 class RemoteSource(FolderSource):
@@ -187,9 +187,9 @@ class RemoteSource(FolderSource):
                 log.warning("%s", error)
             except HTTPError as error:
                 if error.code not in (404, 410):
-                    raise OSError(f"cannot fetch {url}: {error}") from error
+                    raise UnreachableError(f"cannot fetch {url}: {error}") from error
             except OSError as error:
-                raise OSError(f"cannot fetch {url}: {error}") from error
+                raise UnreachableError(f"cannot fetch {url}: {error}") from error
         return str(path)
 
 

@@ -48,6 +48,7 @@ from mocofast.data.shard_index import (
 from mocofast.data.shard_places import TarShard, drop_outdated
 from mocofast.data.shard_samples import NoImageError, Numbering, left_out_lines, number_labels
 from mocofast.data.tar_members import check_tar
+from mocofast.errors import UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class ShardSource:
             keep = lambda: _size(shard.path) == expected  # noqa: E731
             fetched = download(shard.url, shard.path, check_tar, keep)
         except OSError as error:
-            raise OSError(f"cannot fetch {shard.url}: {error}") from error
+            raise UnreachableError(f"cannot fetch {shard.url}: {error}") from error
         found = shard.path.stat().st_size
         if found != expected:
             shard.path.unlink()

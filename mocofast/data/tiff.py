@@ -12,13 +12,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from mocofast.data.items import ALL, WHOLE, first_channels
+from mocofast.data.items import ALL, WHOLE, first_channels, opened
 from mocofast.data.ranges import Pixels, type_bounds
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
@@ -95,12 +94,11 @@ def read_tags(file: str | bytes) -> Tags | None:
 
     Raises nearly any exception for a damaged file.
     """
-    opened = io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb")  # noqa: SIM115
-    with opened:
-        if opened.read(4) not in MAGIC:
+    with opened(file) as content:
+        if content.read(4) not in MAGIC:
             return None
         with no_pil_warnings():
-            return _read_tags(opened)
+            return _read_tags(content)
 
 
 def _read_tags(file: BinaryIO) -> Tags:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from mocofast import files, interrupts, settings
 from mocofast.config import Config
+from mocofast.errors import printable
+from mocofast.log_format import PrintableFormatter
 from mocofast.plots import plot_curves
 from mocofast.train.metrics import LOSS, RATES, duration
 
@@ -109,8 +111,8 @@ class RunFolder:
             logging.FileHandler(path, encoding="utf-8"),
             _ScreenHandler(),
         ]
-        self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._handlers[1].setFormatter(logging.Formatter("%(message)s"))
+        self._handlers[0].setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handlers[1].setFormatter(PrintableFormatter("%(message)s"))
         log.setLevel(logging.INFO)
         log.propagate = False
         for handler in self._handlers:
@@ -227,8 +229,8 @@ class RunFolder:
             log.warning(
                 "skipped unreadable file %d, and took another image instead: %s: %s",
                 len(self._skipped),
-                name,
-                reason,
+                printable(name),
+                printable(reason),
             )
             with open(self._skipped_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")
