@@ -36,9 +36,10 @@ class ModelConfig:
     arch: str = option(
         "resnet50",
         "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
-        "MoCo v3's vit_small and vit_base; vit_tiny_cifar, for 32 pixels; resnet_tiny; timm/NAME, "
-        "with timm's weights timm/NAME:pretrained; package.module:function, which takes "
-        "num_classes; or the dotted name of a module with build_encoder",
+        "MoCo v3's vit_small, vit_base, vit_large and vit_huge; vit_tiny_cifar, for 32 pixels; "
+        "resnet_tiny; timm/NAME, with timm's weights timm/NAME:pretrained; "
+        "package.module:function, which takes num_classes; or the dotted name of a module with "
+        "build_encoder",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")
@@ -46,6 +47,19 @@ class ModelConfig:
         0.0,
         "share of a ViT's patches that training leaves out, other patches for every image and step",
         valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+    )
+
+    drop_path: float = option(
+        0.0,
+        "largest rate of stochastic depth in residual branches, of ViTs and of models of timm; "
+        "momentum encoders use all branches",
+        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+    )
+    layer_scale: float = option(
+        0.0,
+        "first value of LayerScale, a learned factor of every channel of a residual branch, of "
+        "ViTs and of models of timm; 0: none",
+        valid=at_least(0),
     )
 
     if TYPE_CHECKING:

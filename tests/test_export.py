@@ -79,6 +79,10 @@ def run(snippet: str) -> nn.Module:
         ("torchvision", ".pt", "resnet18_cifar"),
         ("timm", ".pt", "resnet50"),
         ("timm", ".safetensors", "resnet18_cifar"),
+        ("timm", ".pt", "vit_b_32"),
+        ("timm", ".pt", "timm/convnext_atto"),
+        ("safetensors", ".safetensors", "timm/vit_tiny_patch16_224"),
+        ("safetensors", ".safetensors", "torchvision.models:mobilenet_v3_small"),
     ],
 )
 def test_the_printed_lines_load_the_query_encoder_with_equal_features(
@@ -86,9 +90,10 @@ def test_the_printed_lines_load_the_query_encoder_with_equal_features(
 ) -> None:
     if format == "timm":
         pytest.importorskip("timm")
-    checkpoint = trained(arch, mlp=True)
+    size = 224 if arch == "vit_b_32" else 64
+    checkpoint = trained(arch, {"augment.size": size}, mlp=True)
     written = export(checkpoint, format, tmp_path / f"backbone{suffix}")
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = run(written.how_to_load)(images)
     # Only pooling may differ in rounding. Measured difference: 0 (torchvision), 1e-6 (timm).
@@ -124,6 +129,47 @@ def test_other_encoders_load_through_the_printed_lines_too(arch: str, tmp_path: 
     with torch.no_grad():
         features = model(images)
     torch.testing.assert_close(features, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
+
+
+def test_vits_with_layer_scale_get_timms_names(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    options = {"augment.size": 32, "model.layer_scale": 0.3, "model.drop_path": 0.1}
+    checkpoint = trained("vit_tiny_cifar", options)
+    images = torch.randn(2, 3, 32, 32)
+    expected = query_features(checkpoint, images)
+    for format, suffix in (("timm", ".pt"), ("safetensors", ".safetensors")):
+        written = export(checkpoint, format, tmp_path / f"vit{suffix}")
+        with torch.no_grad():
+            found = run(written.how_to_load)(images)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    names = torch.load(tmp_path / "vit.pt", weights_only=True).keys()
+    assert {"cls_token", "blocks.5.ls2.gamma", "patch_embed.proj.bias"} <= names
+
+
+# Options of detectron2 (its config/defaults.py and modeling/backbone/resnet.py).
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("resnet50", {"DEPTH": 50}),
+        ("resnet101", {"DEPTH": 101}),
+        ("resnet34", {"DEPTH": 34, "RES2_OUT_CHANNELS": 64}),
+        ("resnext101_32x8d", {"DEPTH": 101, "NUM_GROUPS": 32, "WIDTH_PER_GROUP": 8}),
+        ("wide_resnet50_2", {"DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 128}),
+    ],
+)
+def test_the_options_of_detectron2_describe_the_network(
+    arch: str, options: dict[str, int], tmp_path: Path
+) -> None:
+    from mocofast.interop.loading_lines import how_to_load
+
+    with torch.device("meta"):
+        encoder = encoders.build_encoder(arch)(num_classes=8)
+    config = Config()
+    config.model.arch = arch
+    line = how_to_load("detectron2", config, encoder, tmp_path / "backbone.pkl")
+    found = dict(re.findall(r"MODEL\.RESNETS\.(\w+) (\d+)", line))
+    assert found == {name: str(value) for name, value in options.items()}
+    assert "STRIDE_IN_1X1 False" in line
 
 
 def test_split_batch_norm_exports_as_ordinary_batch_norm(tmp_path: Path) -> None:
@@ -290,7 +336,7 @@ def test_a_failed_write_leaves_the_old_file(
             "resnet_tiny",
             "timm",
             "x.pt",
-            "format: timm is for the ResNet family, got model.arch resnet_tiny",
+            "format: timm is for ResNets, ViTs and models of timm, got model.arch resnet_tiny",
         ),
         (
             "resnet18_cifar",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mocofast import MoCo
-from mocofast.config import ConfigError
+from mocofast.config import Config, ConfigError
 from mocofast.evaluate.features import evaluating
 from mocofast.interop import backbone_state_dict
 from mocofast.models.encoders import build_encoder, features, head_name
@@ -121,3 +121,87 @@ def test_tokens_and_maps_are_pooled() -> None:
     assert torch.equal(pooled(maps[..., 0], channels_last=True), maps[..., 0].mean(1))
     with pytest.raises(ValueError, match="features"):
         pooled(torch.zeros(2), channels_last=False)
+
+
+def test_distilled_models_average_both_heads(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    name = "deit_tiny_distilled_patch16_224"
+    model = MoCo(build_encoder(f"timm/{name}", 32), dim=8, queue_size=16)
+    encoder, images = model.encoder_q.eval(), torch.randn(2, 3, 32, 32)
+    theirs = timm.create_model(name, num_classes=0, img_size=32).eval()
+    theirs.load_state_dict(backbone_state_dict(model))  # strict: without any head
+    with torch.no_grad():
+        torch.testing.assert_close(features(encoder, images), theirs(images), rtol=0, atol=1e-6)
+        replace_head(encoder, nn.Linear(192, 3))
+        assert encoder(images).shape == (2, 3)
+
+
+def test_heads_of_several_widths_are_trained_and_replaced_each() -> None:
+    pytest.importorskip("timm")
+    from mocofast.evaluate.finetune import _replace_head
+
+    config = Config()
+    config.augment.size = 240
+    model = MoCo(build_encoder("timm/crossvit_tiny_240", 240), dim=8, queue_size=16, mlp=True)
+    encoder, images = model.encoder_q, torch.randn(1, 3, 240, 240)
+    with evaluating(encoder), torch.no_grad():
+        assert features(encoder, images).shape == (1, 96 + 192)
+        _replace_head(encoder, 3, config, torch.device("cpu"))
+        assert encoder(images).shape == (1, 3)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_cifar", "timm/vit_tiny_patch16_224"])
+def test_drop_path_drops_branches_of_the_query_encoder_alone(arch: str) -> None:
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = MoCo(build_encoder(arch, 32, drop_path=0.5, layer_scale=0.5), dim=8, queue_size=16)
+    gammas = [p for n, p in model.encoder_q.named_parameters() if n.endswith("gamma")]
+    assert len(gammas) == 2 * (6 if arch == "vit_tiny_cifar" else 12)
+    assert all((gamma == 0.5).all() for gamma in gammas)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(model.encoder_q(images), model.encoder_q(images))
+        assert torch.equal(model.encoder_k(images), model.encoder_k(images))
+        model.eval()
+        torch.testing.assert_close(model.encoder_q(images), model.encoder_k(images))
+
+
+def test_layer_scale_of_ones_changes_nothing_and_zeros_leave_the_embedding() -> None:
+    torch.manual_seed(0)
+    plain = build_encoder("vit_micro_cifar", 32)(num_classes=5)
+    torch.manual_seed(0)
+    scaled = build_encoder("vit_micro_cifar", 32, layer_scale=1.0)(num_classes=5)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plain(images), scaled(images))
+    with torch.no_grad():
+        for name, parameter in scaled.named_parameters():
+            if name.endswith("gamma"):
+                parameter.zero_()
+        token = (scaled.class_token + scaled.encoder.pos_embedding[:, :1])[:, 0]
+        expected = scaled.heads(scaled.encoder.ln(token)).expand(2, -1)
+        torch.testing.assert_close(scaled(images), expected)
+
+
+def test_options_of_residual_branches_are_refused_where_there_are_none() -> None:
+    for options, said in (({"drop_path": 0.1}, "drop_path"), ({"layer_scale": 0.1}, "layer_scale")):
+        with pytest.raises(ConfigError, match=rf"model.{said}: expected 0 for model.arch resnet18"):
+            build_encoder("resnet18", **options)
+    pytest.importorskip("timm")
+    with pytest.raises(ConfigError, match=r"model.layer_scale: timm/resnet18 has no such option"):
+        build_encoder("timm/resnet18", 32, layer_scale=0.1)(num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "layers"), [("vit_large", 1024, 24), ("vit_huge", 1280, 32)]
+)
+def test_large_vits_have_moco_v3s_embedding_and_a_frozen_patch_projection(
+    arch: str, width: int, layers: int
+) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(arch)(num_classes=8)
+    assert len(encoder.encoder.layers) == layers and encoder.hidden_dim == width
+    assert not encoder.conv_proj.weight.requires_grad
+    assert not encoder.encoder.pos_embedding.requires_grad
+    assert encoder.encoder.pos_embedding.shape == (1, 1 + (224 // encoder.patch_size) ** 2, width)

@@ -23,8 +23,8 @@ from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.linear import plain_view
 from mocofast.evaluate.options import FinetuneConfig as FinetuneConfig
 from mocofast.models.batch_norm import SplitBatchNorm2d
-from mocofast.models.encoders import features
-from mocofast.models.heads import replace_head
+from mocofast.models.encoders import head_inputs
+from mocofast.models.heads import head_names, put
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.optim.build import build_optimizer
 from mocofast.optim.schedule import learning_rate, set_learning_rate
@@ -120,11 +120,12 @@ def finetune(
 
 
 def _replace_head(encoder: nn.Module, classes: int, config: Config, device: torch.device) -> None:
-    """Replaces the head of `encoder` by a linear layer. config: gives the shape of the images."""
+    """Replaces every head of `encoder` by a linear layer. config: gives the shape of the images."""
     channels, size = config.data.channels, config.augment.size
     with evaluating(encoder), torch.no_grad():
-        width = features(encoder, torch.zeros(1, channels, size, size, device=device)).shape[1]
-    replace_head(encoder, nn.Linear(width, classes).to(device))
+        inputs = head_inputs(encoder, torch.zeros(1, channels, size, size, device=device))
+    for name, x in zip(head_names(encoder), inputs):
+        put(encoder, name, nn.Linear(x.shape[1], classes).to(device))
 
 
 @torch.no_grad()

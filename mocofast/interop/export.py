@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.models import list_models
 
 from mocofast import files
-from mocofast.config import Config, ConfigError
+from mocofast.config import ConfigError
+from mocofast.interop.layouts import timm_names
+from mocofast.interop.loading_lines import how_to_load
 from mocofast.interop.weights import backbone_state_dict, to_reference_state_dict
 from mocofast.methods.moco import MoCo
-from mocofast.models.vit import SIZES
+from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
 
@@ -49,7 +49,7 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     format:
         torchvision: the query encoder without head, a dict of tensors under torchvision's names.
             Written with torch.save, or as safetensors if `out` ends in .safetensors.
-        timm: as torchvision, for the ResNet family, where timm and torchvision use the same names.
+        timm: as torchvision, under timm's names: ResNets, ViTs, and models of timm.
         safetensors: as torchvision, `out` has to end in .safetensors.
         detectron2: a pickle under the names of detectron2's ResNet backbone (for R50: R50-C4).
         reference: a checkpoint of facebookresearch/moco (encoders, queue, optimiser), from which
@@ -88,6 +88,8 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     else:
         # Contiguous, because safetensors does not support channels-last.
         backbone = {name: value.contiguous() for name, value in backbone_state_dict(model).items()}
+        if format == "timm" and config.model.arch.startswith("vit_"):
+            backbone = timm_names(backbone)
         count = len(backbone)
         if format == "detectron2":
             _write(out, lambda file: file.write_bytes(pickle.dumps(_detectron2(backbone))))
@@ -98,7 +100,7 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
             _write(out, lambda file: torch.save(backbone, file))
     both, encoder = "both encoders and the queue", "the query encoder without its head"
     content = both if format == "reference" else encoder
-    return Exported(out, count, content, _how_to_load(format, config, out))
+    return Exported(out, count, content, how_to_load(format, config, model.encoder_q, out))
 
 
 def _reference(model: MoCo, arch: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,86 +132,17 @@ def _detectron2(backbone: dict[str, Tensor]) -> dict[str, Any]:
 def _check_arch(format: str, arch: str) -> None:
     plain = arch.removesuffix("_cifar")
     is_resnet = re.fullmatch(r"(wide_resnet|resnext|resnet)\d\w*", plain) is not None
-    if format == "timm" and not is_resnet:
+    if format == "timm" and not (is_resnet or arch.startswith((TIMM, "vit_"))):
         raise ConfigError(
-            f"format: timm is for the ResNet family, got model.arch {arch}; torchvision works"
+            "format: timm is for ResNets, ViTs and models of timm, "
+            f"got model.arch {arch}; safetensors works"
         )
+    if format == "torchvision" and arch.startswith(TIMM):
+        raise ConfigError(f"format: torchvision has no {arch}; timm and safetensors work")
     if format == "detectron2" and (not is_resnet or plain != arch):
         raise ConfigError(
             f"format: detectron2 is for ResNets with their 7x7 stem, got model.arch {arch}"
         )
-
-
-def _how_to_load(format: str, config: Config, out: Path) -> str:
-    """Returns Python lines, or a command of the other project, that load `out`."""
-    arch, path, mean, std = config.model.arch, str(out), config.augment.mean, config.augment.std
-    channels = config.data.channels
-    mean, std = (part * channels if len(part) == 1 else part for part in (mean, std))
-    is_rgb = channels == 3
-    if format == "reference" and is_rgb and arch in list_models(module=torchvision.models):
-        m = config.model
-        mlp = " --mlp" if m.mlp else ""
-        return (
-            f"python main_moco.py --arch {arch} --resume {path} "
-            f"--moco-dim {m.dim} --moco-k {m.queue_size}{mlp} ..."
-            "    # facebookresearch/moco"
-        )
-    if format == "reference":  # main_moco.py cannot build this encoder
-        return (
-            f"import torch, mocofast.interop\n"
-            f"mocofast.interop.load_reference_state_dict(model, torch.load({path!r}))"
-            "    # model: a mocofast.MoCo"
-        )
-    if format == "detectron2":
-        bytes_mean, bytes_std = ([round(255 * value, 3) for value in part] for part in (mean, std))
-        return (
-            f"MODEL.WEIGHTS {path} {'INPUT.FORMAT RGB ' if is_rgb else ''}"
-            f"MODEL.PIXEL_MEAN {bytes_mean} MODEL.PIXEL_STD {bytes_std} "
-            "MODEL.RESNETS.STRIDE_IN_1X1 False    # options of detectron2"
-        )
-    plain = arch.removesuffix("_cifar")
-    if format == "timm":
-        inputs = "" if is_rgb else f", in_chans={channels}"
-        library, make = "timm", f'model = timm.create_model("{plain}", num_classes=0{inputs})'
-    elif arch == "resnet_tiny" or arch in SIZES:
-        inputs = "" if is_rgb else f", {channels}"
-        made = f'mocofast.models.encoders.build_encoder("{arch}", {config.augment.size}{inputs})'
-        library, make = "mocofast.models.encoders", f"model = {made}(num_classes=1)"
-    else:
-        size = f"image_size={config.augment.size}" if arch.startswith("vit_") else ""
-        library, make = "torchvision", f"model = torchvision.models.{plain}({size})"
-    lines = [f"import torch, {library}", make]
-    if format != "timm":
-        lines[-1] += f"; model.{'heads' if arch.startswith('vit_') else 'fc'} = torch.nn.Identity()"
-    if plain != arch and arch not in SIZES:
-        lines += [
-            f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False); "
-            "model.maxpool = torch.nn.Identity()"
-        ]
-    elif library == "torchvision" and not is_rgb and "." not in arch:
-        lines += [_first_convolution(arch, channels)]
-    if out.suffix == ".safetensors":
-        lines[0] += ", safetensors.torch"
-        lines += [f"model.load_state_dict(safetensors.torch.load_file({path!r}))"]
-    else:
-        lines += [f"model.load_state_dict(torch.load({path!r}))"]
-    images = "RGB" if is_rgb else f"{channels} channels"
-    range_ = "from 0 to 1" + ("" if is_rgb else " (uint8 / 255, uint16 / 65535)")
-    lines += [f"# images: {images} {range_}, normalised with mean {list(mean)} and std {list(std)}"]
-    return "\n".join(lines)
-
-
-def _first_convolution(arch: str, channels: int) -> str:
-    """Returns a Python line that gives torchvision's model another first convolution."""
-    from mocofast.models.encoders import build_encoder
-
-    with torch.device("meta"):
-        encoder = build_encoder(arch, channels=channels)(num_classes=1)
-    name = "conv_proj" if arch.startswith("vit_") else "conv1"
-    conv = encoder.get_submodule(name)
-    assert isinstance(conv, torch.nn.Conv2d)
-    sizes = f"{conv.out_channels}, {conv.kernel_size}, {conv.stride}, {conv.padding}"
-    return f"model.{name} = torch.nn.Conv2d({channels}, {sizes}, bias={conv.bias is not None})"
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:

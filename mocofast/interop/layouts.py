@@ -174,3 +174,32 @@ def torchvision_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, ours, name)
         found[name] = value
     return found
+
+
+_TORCHVISION = (
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_", "blocks."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"\.dropout\.1\.gamma$", ".ls1.gamma"),
+    (r"\.mlp\.5\.gamma$", ".ls2.gamma"),
+)
+
+
+def timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights of a ViT under timm's names, which are moco-v3's and DINO's, too.
+
+    weights: under torchvision's names.
+    """
+    found = {}
+    for name, value in weights.items():
+        for pattern, theirs in _TORCHVISION:
+            name = re.sub(pattern, theirs, name)
+        found[name] = value
+    return found

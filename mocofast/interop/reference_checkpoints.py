@@ -20,7 +20,8 @@ from mocofast.interop.weights import load_reference_state_dict
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
-from mocofast.models.encoders import head_name
+from mocofast.models.heads import head_names
+from mocofast.models.vit import SIZES
 from mocofast.train.checkpoint import FORMAT, check_finite, checked, model_from_checkpoint
 
 # Entries of encoders that no feature depends on.
@@ -101,7 +102,7 @@ def _known(named: str | None) -> str | None:
     """Returns the name of an encoder in a file if it is one of ours: other projects name freely."""
     from torchvision.models import list_models
 
-    return named if named in list_models() or named in ("vit_small", "vit_base") else None
+    return named if named in list_models() or named in SIZES else None
 
 
 def _check(expected: str | None, found: str | None, path: str) -> None:
@@ -151,12 +152,12 @@ def load_backbone(encoder: torch.nn.Module, weights: Mapping[str, Tensor], arch:
     Raises ConfigError naming at most five entries that are missing, unknown or of another shape,
     and their number. After an error nothing is loaded.
     """
-    prefix = f"{head_name(encoder)}."
-    wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(prefix)}
+    prefixes = tuple(f"{name}." for name in head_names(encoder))
+    wanted = {n: t for n, t in encoder.state_dict().items() if not n.startswith(prefixes)}
     given = {
         name: value
         for name, value in weights.items()
-        if name in wanted or not (name.startswith((prefix, *_HEADS)) or name in _UNUSED)
+        if name in wanted or not (name.startswith((*prefixes, *_HEADS)) or name in _UNUSED)
     }
     for name in wanted.keys() - given.keys():
         if name.endswith("num_batches_tracked"):

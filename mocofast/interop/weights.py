@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mocofast.methods.base import Method
 from mocofast.methods.moco import MoCo
-from mocofast.models.encoders import head_name
+from mocofast.models.heads import head_names
 
 PREFIX = "module."
 
@@ -64,9 +64,9 @@ def backbone_state_dict(model: Method, head: bool = False) -> dict[str, Tensor]:
     head: whether to include the head (`fc.*` or `heads.*`), which gives embeddings, not classes.
     """
     encoder = model.encoder_q
-    prefix = f"{head_name(encoder)}."
+    prefixes = tuple(f"{name}." for name in head_names(encoder))
     return {
         name: value
         for name, value in encoder.state_dict().items()
-        if head or not name.startswith(prefix)
+        if head or not name.startswith(prefixes)
     }

@@ -17,7 +17,7 @@ from mocofast.methods.base import MethodOutput
 from mocofast.methods.heads import mlp_head, set_head
 from mocofast.methods.options import BYOLOptions as Options
 from mocofast.methods.predicting import PredictingMethod
-from mocofast.models.encoders import build_encoder
+from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
 
 
@@ -73,7 +73,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> BYOL:
     """Returns BYOL with the options of `config.model`."""
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
-    encoder = build_encoder(m.arch, config.augment.size, config.data.channels)
+    encoder = configured_encoder(config)
     model = BYOL(encoder, m.dim, m.hidden_dim, m.momentum, pixel_mean=mean, pixel_std=std)
     model.schedule_momentum(m.momentum_schedule)
     return model

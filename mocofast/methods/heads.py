@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mocofast.models.heads import head_name, replace_head
+from mocofast.models.heads import head_names, put
 
 
 def mlp_head(
@@ -44,11 +44,11 @@ def set_head(encoder: nn.Module, *widths: int, last_norm: bool = False, bias: bo
 
     Raises ValueError if the head has no linear layer, whose width tells the number of features.
     """
-    name = head_name(encoder)
-    linear = next(
-        (m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Linear)), None
-    )
-    if linear is None:
-        raise ValueError(f"encoder: expected a linear layer in its .{name}, and there is none")
-    head = mlp_head([linear.in_features, *widths], last_norm=last_norm, bias=bias)
-    replace_head(encoder, head)
+    for name in head_names(encoder):
+        linear = next(
+            (m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Linear)), None
+        )
+        if linear is None:
+            raise ValueError(f"encoder: expected a linear layer in its .{name}, and there is none")
+        head = mlp_head([linear.in_features, *widths], last_norm=last_norm, bias=bias)
+        put(encoder, name, head)

@@ -20,7 +20,7 @@ from mocofast.distributed import SharedGenerator, all_gather, indices_to_device,
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
 from mocofast.methods.options import MemoryBankOptions as Options
-from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
+from mocofast.models.encoders import add_mlp_head, configured_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops.losses import info_nce
 
@@ -175,7 +175,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> MemoryBank:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return MemoryBank(
-        build_encoder(m.arch, config.augment.size, config.data.channels),
+        configured_encoder(config),
         images,
         m.dim,
         m.queue_size,

@@ -24,7 +24,7 @@ from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.momentum import MomentumMethod
 from mocofast.methods.options import MoCoOptions as Options
 from mocofast.models.batch_norm import split_batch_norm
-from mocofast.models.encoders import add_mlp_head, build_encoder, head_name
+from mocofast.models.encoders import add_mlp_head, configured_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
 from mocofast.ops import enqueue_, info_nce
 
@@ -239,7 +239,7 @@ def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = 
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     model = kind(
-        build_encoder(m.arch, config.augment.size, config.data.channels),
+        configured_encoder(config),
         m.dim,
         m.queue_size,
         m.momentum,

@@ -21,7 +21,7 @@ from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.heads import mlp_head, set_head
 from mocofast.methods.options import MoCoV3Options as Options
 from mocofast.methods.predicting import PredictingMethod
-from mocofast.models.encoders import build_encoder
+from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import info_nce
 
@@ -118,7 +118,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> MoCoV3:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     is_vit = m.arch.startswith("vit_")
-    build_base = build_encoder(m.arch, config.augment.size, config.data.channels)
+    build_base = configured_encoder(config)
 
     def base_encoder(num_classes: int) -> nn.Module:
         encoder = build_base(num_classes=num_classes)

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from mocofast.methods.base import Method
+from mocofast.models.vit import without_drop_path
 from mocofast.ops import ema_update_
 from mocofast.optim.schedule import cosine_momentum
 
@@ -27,6 +28,7 @@ class MomentumMethod(Method):
         self.momentum = momentum
         self.encoder_k = copy.deepcopy(self.encoder_q)
         self.encoder_k.requires_grad_(False)
+        without_drop_path(self.encoder_k)
 
     def schedule_momentum(self, name: str) -> None:
         """Lets m follow a schedule from its present value: "constant" or "cosine" (to 1).

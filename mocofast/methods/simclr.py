@@ -18,7 +18,7 @@ from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import SimCLROptions as Options
-from mocofast.models.encoders import build_encoder
+from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.ops import nt_xent
 
@@ -82,7 +82,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SimCLR(
-        build_encoder(m.arch, config.augment.size, config.data.channels),
+        configured_encoder(config),
         m.dim,
         m.hidden_dim,
         m.temperature,

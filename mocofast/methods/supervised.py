@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError
 from mocofast.methods.base import Method, MethodOutput, ranking_output
-from mocofast.models.encoders import build_encoder, head_name
+from mocofast.models.encoders import configured_encoder, head_name
 from mocofast.models.pixels import pixel_statistics
 
 
@@ -72,7 +72,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> Supervised:
         )
     mean, std = pixel_statistics(config.augment)
     return Supervised(
-        build_encoder(config.model.arch, config.augment.size, config.data.channels),
+        configured_encoder(config),
         classes,
         pixel_mean=mean,
         pixel_std=std,

@@ -21,7 +21,7 @@ from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import SwAVOptions as Options
-from mocofast.models.encoders import build_encoder
+from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
 
 
@@ -141,7 +141,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> SwAV:
     m = cast(Options, config.model)
     mean, std = pixel_statistics(config.augment)
     return SwAV(
-        build_encoder(m.arch, config.augment.size, config.data.channels),
+        configured_encoder(config),
         m.dim,
         m.hidden_dim,
         m.prototypes,

@@ -7,21 +7,46 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from mocofast.config import AugmentConfig, ConfigError
+from mocofast.config import AugmentConfig, Config, ConfigError
 from mocofast.models.heads import head_name as head_name
-from mocofast.models.heads import pooled
+from mocofast.models.heads import head_names, pooled, put
+from mocofast.models.heads import replace_head as replace_head
 from mocofast.models.libraries import TIMM, checked_outputs, function_encoder, timm_encoder
-from mocofast.models.vit import SIZES, conv_of, use_packed_attention, vision_transformer
+from mocofast.models.vit import (
+    SIZES,
+    conv_of,
+    use_packed_attention,
+    vision_transformer,
+    with_residual_options,
+)
 from mocofast.plugins import is_plugin, load_plugin
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
 
 
+def configured_encoder(config: Config) -> Callable[..., nn.Module]:
+    """Returns `build_encoder` with the options of a configuration."""
+    m = config.model
+    return build_encoder(
+        m.arch,
+        config.augment.size,
+        config.data.channels,
+        drop_path=m.drop_path,
+        layer_scale=m.layer_scale,
+    )
+
+
 def build_encoder(
-    arch: str, image_size: int = AugmentConfig.size, channels: int = 3
+    arch: str,
+    image_size: int = AugmentConfig.size,
+    channels: int = 3,
+    *,
+    drop_path: float = 0.0,
+    layer_scale: float = 0.0,
 ) -> Callable[..., nn.Module]:
     """Returns the constructor `f(num_classes=...)` of an encoder.
 
@@ -36,12 +61,18 @@ def build_encoder(
         images of other sizes, which are made of whole patches, too.
     channels: of the images. The first convolution is made for other numbers than 3, initialised as
         the library does.
+    drop_path, layer_scale: options of ViTs and of models of timm, see `ModelConfig`.
     Raises ConfigError (a ValueError) for an unknown name (naming the nearest known name), and for
     an image size that is not a multiple of the patch size.
     """
     if arch.startswith(TIMM):
-        build = timm_encoder(arch.removeprefix(TIMM), image_size, channels)
+        build = timm_encoder(arch.removeprefix(TIMM), image_size, channels, drop_path, layer_scale)
         return checked_outputs(arch, build, image_size, channels)
+    if (drop_path or layer_scale) and not arch.startswith("vit_"):
+        raise ConfigError(
+            f"model.{'drop_path' if drop_path else 'layer_scale'}: expected 0 for model.arch "
+            f"{arch}; ViTs (vit_*) and models of timm take other values"
+        )
     if ":" in arch:
         build = function_encoder(arch, image_size, channels)
         return checked_outputs(arch, build, image_size, channels)
@@ -57,7 +88,12 @@ def build_encoder(
                 f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}"
             )
         make = vision_transformer if arch in SIZES else _torchvision_vit
-        return functools.partial(make, arch, image_size, channels=channels)
+        plain = functools.partial(make, arch, image_size, channels=channels)
+        if not drop_path and not layer_scale:
+            return plain
+        return lambda num_classes: with_residual_options(
+            plain(num_classes=num_classes), drop_path, layer_scale
+        )
     if arch in names:
         return functools.partial(_torchvision_resnet, arch, channels=channels)
     cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
@@ -173,27 +209,42 @@ def add_mlp_head(encoder: nn.Module) -> None:
 
     Raises ValueError if the head has no linear layer.
     """
-    head = head_name(encoder)
-    linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    inside = [name for name in linears if name == head or name.startswith(f"{head}.")]
-    if not inside:
-        raise ValueError(
-            f"mlp: expected a linear layer in the encoder's .{head}, and there is none"
-        )
-    parent_name, _, name = inside[-1].rpartition(".")
-    parent = encoder.get_submodule(parent_name)
-    last: nn.Linear = getattr(parent, name)
-    width = last.in_features
-    setattr(parent, name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+    for head in head_names(encoder):
+        linears = {n: m for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+        inside = [name for name in linears if name == head or name.startswith(f"{head}.")]
+        if not inside:
+            raise ValueError(
+                f"mlp: expected a linear layer in the encoder's .{head}, and there is none"
+            )
+        last = linears[inside[-1]]
+        width = last.in_features
+        put(encoder, inside[-1], nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
 
 
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Returns features (N, D) of images (N, C, S, S): the inputs of the encoder's head, pooled."""
-    found: list[Tensor] = []
-    head = encoder.get_submodule(head_name(encoder))
-    handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    """Returns features (N, D) of images (N, C, S, S): the inputs of the encoder's head, pooled.
+
+    With several heads (models of timm), the mean of their inputs (distilled models), or all inputs
+    one after another where the widths differ (CrossViT).
+    """
+    inputs = head_inputs(encoder, images)
+    widths = {x.shape[1] for x in inputs}
+    if len(widths) > 1:
+        return torch.cat(inputs, dim=1)
+    return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(0)
+
+
+def head_inputs(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Returns the pooled inputs (N, D) of every head of `head_names`, of images (N, C, S, S)."""
+    found: dict[int, Tensor] = {}
+    heads = [encoder.get_submodule(name) for name in head_names(encoder)]
+    handles = [
+        head.register_forward_pre_hook(lambda _, given, i=i: found.update({i: given[0]}))
+        for i, head in enumerate(heads)
+    ]
     try:
         encoder(images)
     finally:
-        handle.remove()
-    return pooled(found[0], channels_last=isinstance(head, nn.Linear))
+        for handle in handles:
+            handle.remove()
+    return [pooled(found[i], isinstance(head, nn.Linear)) for i, head in enumerate(heads)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,13 +34,29 @@ def head_name(encoder: nn.Module) -> str:
 def _names_of_timm(encoder: nn.Module) -> tuple[str, ...]:
     settings: Any = getattr(encoder, "pretrained_cfg", None)
     name = settings.get("classifier") if isinstance(settings, dict) else None
-    return (name,) if isinstance(name, str) else ()
+    names = (name,) if isinstance(name, str) else tuple(name or ())
+    # A BatchNorm with its linear layer is one head: without classes timm has neither.
+    return tuple(re.sub(r"\.(linear|l)$", "", name) for name in names)
+
+
+def head_names(encoder: nn.Module) -> tuple[str, ...]:
+    """Returns the paths of all heads, first `head_name`: distilled models of timm have two."""
+    first, *others = head_name(encoder), *_names_of_timm(encoder)
+    return (first, *(name for name in others if name != first))
 
 
 def replace_head(encoder: nn.Module, head: nn.Module) -> None:
-    """Puts `head` in the place of the encoder's head."""
-    parent, _, name = head_name(encoder).rpartition(".")
-    setattr(encoder.get_submodule(parent), name, head)
+    """Puts `head` in the place of the encoder's head, and copies in the place of further heads."""
+    first, *others = head_names(encoder)
+    put(encoder, first, head)
+    for path in others:
+        put(encoder, path, copy.deepcopy(head))
+
+
+def put(encoder: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the submodule `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(encoder.get_submodule(parent), name, module)
 
 
 def pooled(features: Tensor, channels_last: bool) -> Tensor:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mocofast.errors import ConfigError
+from mocofast.errors import ConfigError, describe_error
+
+log = logging.getLogger("mocofast")
 
 TIMM = "timm/"
 
 
-def timm_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+def timm_encoder(
+    name: str, image_size: int, channels: int, drop_path: float = 0.0, layer_scale: float = 0.0
+) -> Callable[..., nn.Module]:
     """Returns the constructor of a model of timm, untrained.
 
     name: for example "convnext_tiny". With "NAME:pretrained", timm's weights of the model, from the
         disk or downloaded by timm.
     image_size: side of the images in pixels, passed to models that need it (ViTs).
+    drop_path: largest rate of stochastic depth. layer_scale: first value of LayerScale. 0: none.
     Raises ConfigError if timm is missing, or has no model of the name.
     """
     try:
@@ -40,17 +47,54 @@ def timm_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.
         raise ConfigError(
             f"model.arch: timm has no model {name!r}; the nearest one is {TIMM}{close[0]}"
         )
-    options: dict[str, Any] = {"in_chans": channels, "pretrained": bool(weights)}
+    pretrained = bool(weights)
 
     def build(num_classes: int) -> nn.Module:
+        arguments = timm_arguments(name, image_size, channels)
+        if drop_path:
+            arguments = {**arguments, "drop_path_rate": drop_path}
+        if layer_scale:
+            arguments = {**arguments, "init_values": layer_scale}
         try:
-            return timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
+            return timm.create_model(
+                name, num_classes=num_classes, pretrained=pretrained, **arguments
+            )
         except TypeError as error:
-            if "img_size" not in str(error):
+            for key, option in (("drop_path_rate", "drop_path"), ("init_values", "layer_scale")):
+                if key in str(error):
+                    raise ConfigError(
+                        f"model.{option}: {TIMM}{name} has no such option; expected 0"
+                    ) from error
+            raise
+        except (ValueError, AssertionError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
                 raise
-        return timm.create_model(name, num_classes=num_classes, **options)
+            raise ConfigError(
+                f"model.arch: {TIMM}{name} cannot take images of {image_size} pixels "
+                f"(augment.size): {describe_error(error)}"
+            ) from error
 
     return build
+
+
+@functools.cache
+def timm_arguments(name: str, image_size: int, channels: int) -> dict[str, Any]:
+    """Returns the arguments of timm.create_model beside num_classes and pretrained.
+
+    Models that need the size of the images (ViTs) take img_size. Others refuse the argument.
+    """
+    import timm
+
+    arguments: dict[str, Any] = {"in_chans": channels}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, img_size=image_size, **arguments)
+    except TypeError as error:
+        if "img_size" in str(error):
+            return arguments
+    except Exception as error:  # the construction with numbers tells it, if it fails, too
+        log.debug("%s on meta tensors: %s", name, error)
+    return {**arguments, "img_size": image_size}
 
 
 def function_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:

@@ -21,6 +21,8 @@ class ViTSize(NamedTuple):
 SIZES = {
     "vit_small": ViTSize(16, 12, 12, 384),  # DeiT's ViT-S has 6 heads
     "vit_base": ViTSize(16, 12, 12, 768),
+    "vit_large": ViTSize(16, 24, 16, 1024),
+    "vit_huge": ViTSize(14, 32, 16, 1280),
     "vit_tiny_cifar": ViTSize(4, 6, 3, 192),  # half of DeiT's ViT-Ti, for images of 32 pixels
     "vit_micro_cifar": ViTSize(4, 4, 4, 64),  # for a CPU
 }
@@ -115,6 +117,51 @@ def vision_transformer(
     model.encoder.pos_embedding = nn.Parameter(position, requires_grad=False)
     use_packed_attention(model)
     return model
+
+
+class LayerScale(nn.Module):
+    """Scales every channel of a residual branch (Touvron et al. 2021, arXiv:2103.17239).
+
+    x: (..., width). gamma: (width,), learned, from `value`.
+    """
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def with_residual_options(model: nn.Module, drop_path: float, layer_scale: float) -> nn.Module:
+    """Adds LayerScale and stochastic depth to the residual branches of a torchvision ViT, in place.
+
+    drop_path: rate of the last block. Rates rise linearly from 0 in the first block, as in timm.
+    layer_scale: first value of LayerScale. 0: none.
+    """
+    from torchvision.ops import StochasticDepth
+
+    blocks = list(model.encoder.layers)  # type: ignore[union-attr, arg-type]
+    for number, block in enumerate(blocks):
+        rate = drop_path * number / max(1, len(blocks) - 1)
+        for branch in ("dropout", "mlp"):
+            old = getattr(block, branch)
+            parts = list(old) if isinstance(old, nn.Sequential) else [old]
+            if layer_scale:
+                parts.append(LayerScale(block.ln_1.weight.numel(), layer_scale))
+            if drop_path:
+                parts.append(StochasticDepth(rate, "row"))
+            setattr(block, branch, nn.Sequential(*parts))
+    return model
+
+
+def without_drop_path(model: nn.Module) -> None:
+    """Turns stochastic depth off, in place: momentum encoders use all blocks."""
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0  # type: ignore[assignment]
+        elif type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0  # type: ignore[assignment]
 
 
 def sincos_position_embedding(side: int, dim: int, temperature: float = 10000.0) -> Tensor:
