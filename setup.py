@@ -85,7 +85,7 @@ setup(
         "mocofast_bench": "benchmarks/mocofast_bench",
     },
     package_data={
-        "mocofast": ["py.typed", "recipes/*.yaml"],
+        "mocofast": ["py.typed", "recipes/*.yaml", "report/page.css", "report/page.js"],
         "mocofast_kernels": ["py.typed"],
         "mocofast_bench": ["py.typed"],
     },

@@ -24,6 +24,7 @@ from mocofast.parser import (
     add_settings,
     given_settings,
 )
+from mocofast.report_commands import report, views
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -274,6 +275,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         finetune,
         detect,
         segment,
+        report,
+        views,
         export,
         prepare,
         stats,

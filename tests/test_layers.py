@@ -41,6 +41,7 @@ FLOORS = [
     {"mocofast_bench", "mocofast.doctor", "mocofast.front", "mocofast.parser", "mocofast.study"},
     {"mocofast.detection", "mocofast.evaluation_arguments"},
     {"mocofast.evaluation_commands"},
+    {"mocofast.report_commands"},
     {"mocofast.cli"},
     {"mocofast.__main__"},
 ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mocofast import __version__
 from mocofast.data.interface import Source
+from mocofast.data.loaders import count_workers
 from mocofast.data.sources import Datasets
 from mocofast.methods.base import Method
 
@@ -20,12 +25,13 @@ SECONDS = 1.0  # for the look at copies
 
 
 def facts_of(method: Method, datasets: Datasets) -> dict[str, Any]:
-    """Returns the facts.
+    """Returns the facts. All can be written as JSON.
 
     images: number in the training set. queue: keys in the queue, 0 without one.
     looked_at, copies: images looked at, and how many of them are exact copies of an earlier image.
     held_out, chance_knn: number of evaluation images, and the share of their largest class, if
         there are labels.
+    machine: processor or GPU, and versions, {part: text}.
     """
     queue = getattr(method, "queue", None)
     looked_at, copies = count_copies(datasets.train)
@@ -34,6 +40,7 @@ def facts_of(method: Method, datasets: Datasets) -> dict[str, Any]:
         "queue": len(queue) if isinstance(queue, Tensor) else 0,
         "looked_at": looked_at,
         "copies": copies,
+        "machine": machine_of(next(method.parameters()).device),
     }
     if datasets.val is not None and datasets.val.labels is not None and len(datasets.val):
         labels = datasets.val.labels[datasets.val.labels >= 0]
@@ -41,6 +48,20 @@ def facts_of(method: Method, datasets: Datasets) -> dict[str, Any]:
             facts["held_out"] = len(labels)
             facts["chance_knn"] = int(np.bincount(labels).max()) / len(labels)
     return facts
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """Returns what computes, and the versions of what a run depends on."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    parts = {"processor": f"{name}, {count_workers(-1)} cores", "system": platform.platform()}
+    if device.type == "cuda":
+        parts["GPU"] = torch.cuda.get_device_name(device)
+    versions = {"mocofast": __version__, "Python": platform.python_version()}
+    versions |= {"PyTorch": torch.__version__, "NumPy": np.__version__}
+    return {**parts, **versions}
 
 
 def count_copies(source: Source, seconds: float = SECONDS) -> tuple[int, int]:

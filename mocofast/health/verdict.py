@@ -201,13 +201,21 @@ def _stale_queue(e: Evidence) -> Finding | None:
 
 
 def _leak(e: Evidence) -> Finding | None:
-    plain, shuffled = e.recent("acc1_as_trained"), e.recent("acc1_shuffled")
-    if plain is None or shuffled is None or plain - shuffled <= 0.15:
+    tests = [line for line in e.lines[len(e.lines) // 3 :] if "acc1_shuffled" in line]
+    if not tests:
+        return None
+    plain, shuffled = (
+        statistics.fmean(line[name] or 0.0 for line in tests)
+        for name in ("acc1_as_trained", "acc1_shuffled")
+    )
+    # Three deviations of a difference of shares of this many images.
+    noise = 3 * math.sqrt((plain + shuffled) / (len(tests) * e.config.data.batch_size))
+    if plain - shuffled <= max(noise, 0.02) or plain < 2 * shuffled:
         return None
     return Finding(
         "BatchNorm leak",
         "BatchNorm betrays the positive",
-        f"the encoder finds {plain:.0%} of the positives, and {shuffled:.0%} when the keys' images "
+        f"the encoder finds {plain:.1%} of the positives, and {shuffled:.1%} when the keys' images "
         "are shuffled over the splits of BatchNorm",
         "Set --model.shuffle_bn true (in MoCo v3 and SimCLR: --model.sync_bn true)",
     )

@@ -24,7 +24,7 @@ log = logging.getLogger("mocofast")
 FILE = "signals.jsonl"
 SETTLED = 5  # log lines with the same finding, before the log warns
 LOOKED_BACK = 500  # log lines that a verdict looks at
-LEAK_EVERY = 8  # log lines between tests for a leak of BatchNorm
+LEAK_EVERY = 4  # log lines between tests for a leak of BatchNorm
 
 
 class Watch:

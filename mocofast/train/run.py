@@ -25,6 +25,7 @@ from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.health.watch import Watch
 from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
+from mocofast.report.at_end import write_at_end
 from mocofast.report.pictures import write_views
 from mocofast.step_parts import step_part
 from mocofast.train.announce import announce
@@ -386,6 +387,9 @@ class _Run:
             log.info("no profile: it takes %d steps from the start", STEPS)
         if self.watch is not None:
             self.watch.conclude(self.state.before, self.state.after)
+        if not interrupted:
+            encoder, source = self.state.model.encoder_q, self.state.source
+            write_at_end(self.path, source, self.config, encoder, self.device)
         measured_at = self.state.measured_at
         when = "" if measured_at is None else f" (measured at step {measured_at})"
         self.folder.finish(self.state.before, self.state.after, when)

@@ -1,0 +1,33 @@
+"""The evidence of a run, read from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from mocofast import settings
+from mocofast.config import ConfigError
+from mocofast.health.verdict import Evidence
+from mocofast.health.watch import LOOKED_BACK, read_signals
+from mocofast.plots import read_metrics
+
+
+def evidence_of(folder: Path) -> Evidence:
+    """Returns the evidence of a run folder, which may lack files, for `diagnose` and `verdict`.
+
+    Raises ConfigError if the folder has no config.yaml that can be read.
+    """
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = settings.from_dict(values)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder} is no run folder: its config.yaml: {reason}") from None
+    facts, lines = read_signals(folder)
+    path = folder / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    measured = [record for record in records if record.get("knn_top1") is not None]
+    before = measured[0] if measured and measured[0]["step"] == 0 else {}
+    after = measured[-1] if measured and measured[-1]["step"] else {}
+    return Evidence(config, facts, lines[-LOOKED_BACK:], before, after)

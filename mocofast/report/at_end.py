@@ -1,0 +1,37 @@
+"""The page that every run writes at its end: made in a second or two, from what is in memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mocofast.config import Config, ConfigError
+from mocofast.data.interface import Source
+from mocofast.report.gallery import initial_encoder, make_gallery
+from mocofast.report.page import load_run, write_page
+
+log = logging.getLogger("mocofast")
+
+IMAGES, SECONDS = 300, 1.0  # `mocofast report` takes more of both, and t-SNE
+PAGE = "report.html"
+
+
+def write_at_end(
+    folder: Path, source: Source, config: Config, encoder: nn.Module, device: torch.device
+) -> None:
+    """Writes report.html into a run folder. Warns where it cannot: the run matters more.
+
+    source: the training images. encoder: as trained, on `device`.
+    """
+    try:
+        first = initial_encoder(config, len(source), len(source.classes)).to(device)
+        encoders = {"before": first, "after": encoder}
+        gallery = make_gallery(source, config, encoders, device, SECONDS, most=IMAGES, tsne=False)
+        write_page([load_run(folder, gallery, "" if gallery else "No images.")], folder / PAGE)
+    except (OSError, ValueError, RuntimeError, ConfigError) as error:
+        log.warning("no %s: %s", PAGE, str(error).splitlines()[0])
+    else:
+        log.info("next: open %s in a browser", folder / PAGE)

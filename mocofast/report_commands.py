@@ -1,0 +1,158 @@
+"""The commands that show pictures: `mocofast report` and `mocofast views`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mocofast import settings
+from mocofast.config import AugmentConfig, ConfigError, DataConfig
+from mocofast.parser import Parser, add_settings, given_settings
+
+if TYPE_CHECKING:
+    from mocofast.report.page import Run
+
+SECONDS = 12.0  # for the embeddings of all runs together
+MEGABYTES = 3.6  # of thumbnails of all runs together, in base64
+
+
+def report(argv: Sequence[str]) -> int:
+    """a page about one run or several: verdict, curves, views, neighbours, a map"""
+    parser = Parser(
+        prog="mocofast report",
+        description="Writes one HTML file that opens from the disk, without a network: the verdict "
+        "first, curves, view pairs, nearest neighbours before and after, a map of the embeddings, "
+        "settings and machine. Several runs stand side by side.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--out", metavar="FILE", default="", help="the file to write [RUN/report.html of the first]"
+    )
+    parser.add_argument(
+        "--data.path",
+        metavar="PATH",
+        dest="path",
+        default="",
+        help="where the images are now, if they have moved",
+    )
+    parser.add_argument(
+        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
+    )
+    given = parser.parse(argv)
+    from mocofast.device import choose_device
+    from mocofast.report.page import write_page
+
+    folders = [Path(name) for name in given.runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"there is no run folder {str(folder)!r}")
+    device = choose_device(given.device)
+    out = Path(given.out) if given.out else folders[0] / "report.html"
+    if not out.parent.is_dir():
+        raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
+    runs = [_run(folder, given.path, str(device), len(folders)) for folder in folders]
+    write_page(runs, out)
+    from mocofast.health.verdict import verdict
+
+    for run in runs:
+        print(f"{run.name}: {verdict(run.evidence)}")
+        if run.note:
+            print(f"{run.name}: {run.note}")
+    print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _run(folder: Path, path: str, device_name: str, runs: int) -> Run:
+    """Returns a run with its gallery, or with the reason why there is none.
+
+    path: of the images, or "" for the path of the run. runs: that share the time and the bytes.
+    """
+    import torch
+
+    from mocofast.data.sources import load_datasets
+    from mocofast.report.gallery import initial_encoder, make_gallery
+    from mocofast.report.page import load_run
+    from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
+
+    known = load_run(folder)
+    device = torch.device(device_name)
+    try:
+        state = load_checkpoint(folder)
+        model, config = model_from_checkpoint(state)
+        if path:
+            config.data.path = path
+        datasets = load_datasets(config.data, config.train.seed)
+        sizes = state.get("sizes", {})
+        first = initial_encoder(config, sizes.get("images", 0), sizes.get("classes", 0))
+        gallery = make_gallery(
+            datasets.train,
+            config,
+            {"before": first.to(device), "after": model.encoder_q.to(device)},
+            device,
+            SECONDS / runs,
+            kilobytes=int(1000 * MEGABYTES / runs),
+        )
+    except (ConfigError, OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_run(folder, note=f"no neighbours and no map: {reason}")
+    note = "" if gallery else "no neighbours and no map: fewer than two images can be read"
+    return known._replace(gallery=gallery, note=note)
+
+
+def views(argv: Sequence[str]) -> int:
+    """what augmentations make of images, before anything is trained: a picture"""
+    parser = Parser(
+        prog="mocofast views",
+        description="Writes a picture of view pairs, as the encoder would see them. Trains nothing."
+        "\nWithout --recipe the settings fit the images, as `mocofast pretrain PATH` fits them.",
+    )
+    parser.add_argument("path", nargs="?", metavar="PATH", help="the images, as data.path")
+    parser.add_argument("--recipe", metavar="NAME", help="a recipe, a .yaml file, or a run folder")
+    parser.add_argument(
+        "--out", metavar="FILE", default="views.png", help="the picture to write [views.png]"
+    )
+    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig})
+    given = parser.parse(argv)
+    import torch
+
+    from mocofast.data.interface import BatchSlice, view_augments
+    from mocofast.data.loaders import build_loader
+    from mocofast.data.sources import load_datasets
+    from mocofast.report.pictures import COLUMNS, write_views
+    from mocofast.train import auto, configure
+
+    out = Path(given.out)
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out: expected a name in .png, got {given.out!r}")
+    if not out.absolute().parent.is_dir():
+        raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
+    recipe, options = given.recipe, given_settings(given)
+    if recipe and (Path(recipe) / "config.yaml").is_file():
+        recipe = os.path.join(recipe, "config.yaml")
+    config = configure.configure(recipe, "", options, given.path or "", check=False)
+    datasets = load_datasets(config.data, config.train.seed)
+    device = torch.device("cpu")
+    if config.recipe == configure.AUTO and "augment.size" not in options:
+        side = auto.short_side(datasets.train, config.data.channels)
+        largest = auto.LARGEST_VIEW["cuda" if torch.cuda.is_available() else "cpu"]
+        config.augment.size = auto.view_size(side, largest)
+    settings.validate(config)
+    count = min(COLUMNS, len(datasets.train))
+    loader = build_loader(
+        datasets.train,
+        config.data,
+        view_augments(config.augment, 2),
+        BatchSlice(count),
+        config.train.seed,
+        device,
+    )
+    try:
+        batch = next(iter(loader.epoch(0)))
+    finally:
+        loader.close()
+    write_views(batch.views, out)
+    print(datasets.lines())
+    print(f"written: {out}, {count} images, views of {config.augment.size} pixels")
+    return 0
