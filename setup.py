@@ -112,6 +112,7 @@ setup(
         "detect": ["pycocotools>=2.0.8"],  # mocofast detect
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
+        "ray": ["ray[train]>=2.40"],  # mocofast launch ray
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.

@@ -6,12 +6,20 @@ from mocofast.lazy import lazy_members
 
 if TYPE_CHECKING:
     from mocofast import interop, ops, optim
+    from mocofast.api import Trained, load, pretrain
     from mocofast.methods.moco import MoCo
 
-__all__ = ["MoCo", "__version__", "interop", "ops", "optim"]
+__all__ = ["MoCo", "Trained", "__version__", "interop", "load", "ops", "optim", "pretrain"]
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__ = lazy_members(
-    __name__, {"methods.moco": ("MoCo",), "interop": (), "ops": (), "optim": ()}
+    __name__,
+    {
+        "api": ("Trained", "load", "pretrain"),
+        "methods.moco": ("MoCo",),
+        "interop": (),
+        "ops": (),
+        "optim": (),
+    },
 )

@@ -27,8 +27,8 @@ from mocofast.parser import (
 from mocofast.report_commands import report, views
 
 
-def pretrain(argv: Sequence[str]) -> int:
-    """train an encoder without labels"""
+def _pretrain_parser(argv: Sequence[str]) -> Parser:
+    """Returns the parser of `mocofast pretrain`. argv: the words to parse, for their method."""
     parser = Parser(
         prog="mocofast pretrain",
         usage="mocofast pretrain [RECIPE] [IMAGES] [--init FILE] [--resume auto|PATH] [--extend] "
@@ -90,7 +90,12 @@ def pretrain(argv: Sequence[str]) -> int:
     add_settings(parser, {"model": ModelConfig})
     add_method_settings(parser, argv)
     add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
-    arguments = parser.parse(argv)
+    return parser
+
+
+def pretrain(argv: Sequence[str]) -> int:
+    """train an encoder without labels"""
+    arguments = _pretrain_parser(argv).parse(argv)
     from mocofast.train import configure
     from mocofast.train.run import train
 
@@ -173,6 +178,39 @@ def stats(argv: Sequence[str]) -> int:
     return 0
 
 
+def launch(argv: Sequence[str]) -> int:
+    """pretraining on the machines of SLURM, Kubernetes, SkyPilot or Ray"""
+    from mocofast.launch import job
+    from mocofast.launch.request import LaunchConfig
+
+    parser = Parser(
+        prog="mocofast launch",
+        usage="mocofast launch slurm|k8s|sky|ray [RECIPE] [IMAGES] [--nodes N] [--gpus N] "
+        "[--dry-run] [...] [--GROUP.OPTION VALUE ...]",
+        description="Writes the job of a cluster engine, and submits the job. The run continues "
+        "after a failure,\na pre-emption, or the end of a job's time. docs/cluster.md has examples."
+        "\nRECIPE, IMAGES and --GROUP.OPTION are those of `mocofast pretrain`.",
+    )
+    parser.add_argument("engine", choices=tuple(job.ENGINES), help="the engine of the cluster")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the file and the command. Submit nothing"
+    )
+    add_flags(parser, LaunchConfig)
+    own, words = parser.parse_known_args(argv)
+    given = vars(own)
+    engine, dry_run = given.pop("engine"), given.pop("dry_run")
+    training = _pretrain_parser(words)
+    training.prog = "mocofast launch"
+    run = training.parse(words)
+    if run.resume or run.cooldown or run.profile or run.init:
+        raise ConfigError("launch: starts or continues a run, by --resume auto alone")
+    from mocofast.train import configure
+
+    recipe, images = configure.split_words(run.words)
+    config = configure.configure(recipe, "", given_settings(run), images)
+    return job.launch(engine, job.checked(LaunchConfig(**given), words, config), dry_run)
+
+
 def bench(argv: Sequence[str]) -> int:
     """time the kernels and loaders beside eager PyTorch"""
     from mocofast_bench.commands import main
@@ -188,10 +226,21 @@ def doctor(argv: Sequence[str]) -> int:
         "With a run folder: checks the folder's files. Exit status 1 if a file is damaged.",
     )
     parser.add_argument("run", nargs="?", help="a run folder to check")
-    run = parser.parse(argv).run
+    parser.add_argument(
+        "--network",
+        action="store_true",
+        help="measure between the ranks: torchrun --nproc-per-node 2 -m mocofast doctor --network",
+    )
+    given = parser.parse(argv)
+    if given.network:
+        from mocofast.network import measure
+
+        for line in measure():
+            print(line)
+        return 0
     from mocofast.doctor import main
 
-    return main(run)
+    return main(given.run)
 
 
 def main_moco(argv: Sequence[str]) -> int:
@@ -280,6 +329,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         export,
         prepare,
         stats,
+        launch,
         study,
         bench,
         doctor,

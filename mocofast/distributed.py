@@ -59,10 +59,17 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        try:
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device)
+            else:
+                dist.init_process_group("gloo")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"network: the processes cannot reach one another ({str(error).splitlines()[0]}). "
+                "If the name of a host resolves to an address that the others cannot reach, name "
+                "the interface: GLOO_SOCKET_IFNAME=eth0 on CPUs, NCCL_SOCKET_IFNAME=eth0 on GPUs"
+            ) from error
     return rank, world_size, local_rank
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import MoCo, distributed
+from mocofast.errors import ConfigError
 from mocofast.methods.base import MethodOutput
 from mocofast.models.encoders import TinyResNet
 from tests.eager_moco import (
@@ -286,3 +287,13 @@ def test_one_process_shuffles_by_the_default_generators_permutations() -> None:
 def test_more_processes_than_gpus_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="needs cuda:0, and there are 0 GPUs"):
         distributed.init_from_environment("cuda")
+
+
+def test_ranks_that_cannot_meet_name_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(backend: str) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [...] remote=[127.0.0.1]:9643\nmore")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"9643\). .* GLOO_SOCKET_IFNAME=eth0 on CPUs"):
+        distributed.init_from_environment("cpu")

@@ -325,10 +325,14 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
 
 
 def insert_tables(text: str, content: str) -> str:
-    """Returns the document with `content` between the markers."""
-    return re.sub(
-        r"(?s)(<!-- tables -->\n).*(\n<!-- end -->)", lambda m: m[1] + content + m[2], text
-    )
+    """Returns the document with `content` between the markers.
+
+    Raises ValueError if the markers are missing.
+    """
+    between = re.compile(r"(?s)(?<=<!-- tables -->\n).*?(?=<!-- end -->)")
+    if not between.search(text):
+        raise ValueError("the document lacks the lines <!-- tables --> and <!-- end -->")
+    return between.sub(lambda _: f"{content}\n", text)
 
 
 def main() -> int:

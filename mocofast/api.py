@@ -1,0 +1,197 @@
+"""Pretraining and its results from Python: `mocofast.pretrain` and `mocofast.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mocofast.config import Config, ConfigError, DataConfig
+from mocofast.data.arrays import ArraySource
+from mocofast.data.folders import FolderSource
+from mocofast.data.interface import Source
+from mocofast.data.loaders import count_workers, eval_batches
+from mocofast.data.ranges import set_range
+from mocofast.data.reading import read_as_asked
+from mocofast.data.sources import find_images
+from mocofast.device import choose_device
+from mocofast.evaluate.features import EVALUATION_BATCH, embed, evaluating
+from mocofast.interop.reference_checkpoints import load_any
+from mocofast.models.pixels import pixel_statistics
+from mocofast.train import configure
+from mocofast.train.run import train
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Trained:
+    """A trained encoder, and how to use it.
+
+    encoder: the query encoder, on the CPU until `to` moves it. Its head gives the embedding.
+    config: options of the run. For a file of another project: those that the file shows.
+    path: the run folder or file.
+    before, after: kNN figures of the random and of the trained encoder, {name: value}. Empty
+        without labels, and for a loaded encoder.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        config: Config,
+        path: Path,
+        before: Mapping[str, float] | None = None,
+        after: Mapping[str, float] | None = None,
+    ) -> None:
+        self.encoder, self.config, self.path = encoder, config, path
+        self.before, self.after = dict(before or {}), dict(after or {})
+
+    def __repr__(self) -> str:
+        """Returns the place and the kind of the encoder."""
+        return f"Trained({self.config.model.arch}, {self.config.augment.size} px, {self.path})"
+
+    def to(self, device: torch.device | str) -> Trained:
+        """Moves the encoder to a device. Returns this object."""
+        self.encoder.to(choose_device(str(device)))
+        return self
+
+    def embed(
+        self,
+        images: str | Path | np.ndarray | Tensor | Sequence[str | Path | Image],
+        *,
+        output: str = "backbone",
+    ) -> Tensor:
+        """Returns features of images, (N, D) float32 on the CPU, not normalised.
+
+        images: a file, or a folder, whose images are taken in order of their names; a list of
+            files or of PIL images; an array (N, H, W, C) or a tensor (N, C, H, W), uint8, uint16 or
+            floats from 0 to 1. Every image is resized and cut as the evaluation of the run does.
+        output: "backbone", the pooled features before the head, or "output", the embedding that
+            the loss compares.
+        Raises FileNotFoundError for a missing file, and ValueError for an image that cannot be
+            decoded, or for no image.
+        """
+        config = self.config
+        source = _source(images, config.data)
+        if not len(source):
+            raise ValueError(f"images: there is no image in {images!r}")
+        device = next(self.encoder.parameters()).device
+        mean, std = (x.to(device) for x in pixel_statistics(config.augment))
+        batches = eval_batches(
+            source,
+            config.augment.size,
+            EVALUATION_BATCH,
+            count_workers(config.data.workers),
+            device,
+            config.data.channels,
+        )
+        rows = []
+        with evaluating(self.encoder), torch.no_grad():
+            for pixels, _, _ in batches:
+                rows.append(embed(self.encoder, pixels, mean, std, output).cpu())
+        for index, reason in batches.skipped.items():
+            raise ValueError(f"images: {source.name(index)} cannot be decoded ({reason})")
+        return torch.cat(rows)
+
+
+def pretrain(path: str | Path | None = None, recipe: str | None = None, **options: Any) -> Trained:
+    """Trains an encoder without labels, as the command `mocofast pretrain` does.
+
+    path: images: a folder, a list, an archive or shards. None: the embedded digits, or the images
+        that the recipe names.
+    recipe: the name of a recipe, or a YAML file. None: `auto` fits the settings to the images and
+        the machine, and `digits` is for the digits.
+    options: groups of options, as in a recipe: `optim={"lr": 0.06}, train={"epochs": 20}`.
+
+    Writes a run folder. In the main thread Ctrl-C ends the run with a checkpoint, and the call
+    returns what was trained until then.
+    Raises ConfigError for a recipe or an option that cannot be used, and DivergedError if the loss
+    is not finite.
+    """
+    flat: dict[str, Any] = {}
+    for group, values in options.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f'{group}: expected a group of options, such as optim={{"lr": 0.06}}, '
+                f"got {values!r}"
+            )
+        flat.update({f"{group}.{name}": value for name, value in values.items()})
+    config = configure.configure(recipe, "", flat, "" if path is None else str(path))
+    fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
+    result = train(config, kept=[*flat] if fits else None)
+    trained = load(result.folder)
+    trained.before, trained.after = result.before, result.after
+    return trained
+
+
+def load(path: str | Path, arch: str | None = None) -> Trained:
+    """Loads the query encoder of a run folder, or of a checkpoint of any known project.
+
+    path: a run folder or a file, see docs/checkpoints.md.
+    arch: the encoder of a file of another project, where its weights do not show it.
+    Raises FileNotFoundError, and ConfigError for an unknown or damaged file.
+    """
+    model, config, *_ = load_any(str(path), arch)
+    return Trained(model.encoder_q.eval(), config, Path(path))
+
+
+class _Pictures:
+    """PIL images as a source of pixels."""
+
+    labels = None
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, images: Sequence[Image], channels: int) -> None:
+        self._images, self._channels = images, channels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def load(self, index: int) -> np.ndarray:
+        image = self._images[index]
+        pixels = np.asarray(image.convert("RGB") if self._channels == 3 else image)
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError("pictures in memory belong to no run")
+
+
+def _source(images: Any, data: DataConfig) -> Source:
+    """Returns images as a source, read as the run reads images. See `Trained.embed`."""
+    source = _plain_source(images, data.channels)
+    set_range(source, data.range, data.depth)
+    return read_as_asked(source, data)[0]
+
+
+def _plain_source(images: Any, channels: int) -> Source:
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
+        images = images.detach().cpu().permute(0, 2, 3, 1).numpy()
+    if isinstance(images, np.ndarray):
+        return ArraySource(images, None, ())
+    if isinstance(images, (str, Path)):
+        path = Path(images).expanduser()
+        if path.is_dir():
+            return FolderSource(path, find_images(path, channels))
+        images = [path]
+    if not isinstance(images, Sequence):
+        raise TypeError(
+            f"images: expected a path, a list, an array or a tensor, got {type(images).__name__}"
+        )
+    if all(isinstance(image, (str, Path)) for image in images):
+        paths = [str(Path(image).expanduser()) for image in images]
+        for path in paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"images: there is no file {path!r}")
+        return FolderSource("", paths)
+    if all(hasattr(image, "convert") for image in images):
+        return _Pictures(images, channels)
+    raise TypeError("images: expected paths alone, or PIL images alone")

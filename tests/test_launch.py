@@ -1,0 +1,227 @@
+"""Jobs of cluster engines: their files, a submission, and runs that stop, continue and end."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mocofast import cli, settings
+from mocofast.launch.job import ENGINES
+
+GOLDEN = Path(__file__).parent / "launch"  # one file an engine, looked at by a person
+WORDS = (
+    *("moco_v2_r50_200ep", "--data.path", "/data/image net", "--nodes", "4"),
+    *("--image", "example.org/mocofast:1", "--volume", "data:/data", "--memory", "512Gi"),
+    *("--setup", "source env/bin/activate", "--flags", "--partition=gpu --qos=low"),
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Runs a command in this process. Returns exit status, stdout and stderr."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """Writes a program of bash that takes the place of a command of an engine."""
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{text}", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_files_of_engines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.chdir("/")
+    status, out, _ = call(capsys, "launch", engine, *WORDS, "--dry-run")
+    assert status == 0
+    assert out == (GOLDEN / f"job{ENGINES[engine].suffix}.txt").read_text(encoding="utf-8")
+
+
+def test_documents_hold_what_engines_read(capsys: pytest.CaptureFixture[str]) -> None:
+    job = yaml.safe_load(call(capsys, "launch", "k8s", *WORDS, "--dry-run")[1])
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert {name: replica["replicas"] for name, replica in replicas.items()} == {
+        "Master": 1,
+        "Worker": 3,
+    }
+    container = replicas["Worker"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"cpu": 64, "nvidia.com/gpu": 8, "memory": "512Gi"}
+    assert (
+        subprocess.run(["bash", "-n", "-c", container["command"][2]], check=False).returncode == 0
+    )
+    task = yaml.safe_load(call(capsys, "launch", "sky", *WORDS, "--dry-run")[1])
+    assert task["num_nodes"] == 4
+    assert task["resources"]["memory"] == "512+"
+    assert subprocess.run(["bash", "-n", "-c", task["run"]], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("lsf",), "lsf"),
+        (("slurm", "digit"), "did you mean 'digits'"),
+        (("slurm", "digits", "--optim.lrr", "1"), "did you mean '--optim.lr'"),
+        (("slurm", "digits", "--node", "1"), "--node"),
+        (("slurm", "digits", "--nodes", "0"), "at least 1"),
+        (("slurm", "digits", "--nodes", "3", "--gpus", "1"), "not divisible among 3"),
+        (("slurm", "digits", "--gpus", "1", "--processes", "2"), "--processes"),
+        (("slurm", "digits", "--name", "A_b"), "--name"),
+        (("slurm", "digits", "--resume", "runs/x"), "--resume auto alone"),
+        (("k8s", "digits"), "--image"),
+        (("k8s", "digits", "--image", "x", "--volume", "data"), "CLAIM:FOLDER"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
+    status, out, error = call(capsys, "launch", *words, "--dry-run")
+    assert status == 2
+    assert said in error
+    assert out == ""
+
+
+def test_submits_with_the_command_of_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, error = call(capsys, "launch", "k8s", "digits", "--image", "x")
+    assert status == 2 and "digits.k8s.yaml is written" in error
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program(tmp_path, "kubectl", 'echo "$@" > said; exit 3')
+    assert call(capsys, "launch", "k8s", "digits", "--image", "x")[0] == 3
+    assert (tmp_path / "said").read_text() == "apply -f digits.k8s.yaml\n"
+    Path("digits.k8s.yaml").write_text("of a person")
+    status, _, error = call(capsys, "launch", "k8s", "digits", "--image", "x")
+    assert status == 2 and "did not write" in error
+    assert Path("digits.k8s.yaml").read_text() == "of a person"
+
+
+RUN = ("digits", "--gpus", "0", "--processes", "2", "--cpus", "1", "--train.epochs", "3")
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """Returns the metrics of a run without its times."""
+    times = ("images_per_second", "data_wait", "memory_gib", "seconds")
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    return [{k: v for k, v in line.items() if not k.startswith(times)} for line in found]
+
+
+def test_a_slurm_job_is_warned_requeued_and_ends_as_if_never_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SLURM's commands are short programs here. Ranks, signals and statuses are real."""
+    monkeypatch.chdir(tmp_path)
+    python = f'exec {sys.executable} "$@"'
+    program(tmp_path, "python", python)
+    program(tmp_path, "scontrol", 'case $1 in show) echo 127.0.0.1;; *) echo "$@" >> asked;; esac')
+    # Starts the ranks. The first job warns the ranks, as SLURM does before the end of its time.
+    program(
+        tmp_path,
+        "srun",
+        r"""while [ "$1" != bash ]; do shift; done
+pids=()
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" > "rank-$rank.log" 2>&1 & pids+=($!)
+done
+if [ ! -e warned ]; then
+    touch warned
+    until [ -s runs/job/metrics.jsonl ] && grep -q '"loss"' runs/job/metrics.jsonl; do
+        kill -0 "${pids[0]}" || break
+        sleep .05
+    done
+    kill -USR1 "${pids[@]}"
+fi
+highest=0
+for pid in "${pids[@]}"; do
+    wait "$pid"; status=$?
+    [ $status -gt $highest ] && highest=$status
+done
+exit $highest
+""",
+    )
+    job = (
+        "export SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here SLURM_NTASKS=2 OMP_NUM_THREADS=1\n"
+        'bash "$1"; echo $? >> statuses'
+    )
+    program(tmp_path, "sbatch", job)
+    root = Path(cli.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}:{root / 'benchmarks'}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = (*RUN, "--train.log_every", "1", "--knn.start", "false")
+    for _ in range(2):  # the second call is the job that `scontrol requeue` asks for
+        assert call(capsys, "launch", "slurm", *options, "--name", "job")[0] == 0
+    log = (tmp_path / "rank-0.log").read_text()
+    assert (tmp_path / "statuses").read_text() == "75\n0\n", log
+    assert (tmp_path / "asked").read_text().startswith("requeue ")
+    assert "continuing at step" in log
+    words = ["pretrain", "digits", *options[7:], "--train.dir", "runs/whole"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    whole = subprocess.run(
+        [*torchrun, "2", "-m", "mocofast", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert lines(tmp_path / "runs/job") == lines(tmp_path / "runs/whole")
+
+
+@pytest.mark.slow
+def test_ray_starts_the_ranks_again_after_a_death(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    root = Path(cli.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}:{root / 'benchmarks'}:{tmp_path}")
+    # Rank 1 dies in its second epoch, once.
+    words = ["launch", "ray", *RUN, "--name", "job", "--restarts", "2"]
+    plugin = tmp_path / "dying_encoder.py"
+    plugin.write_text(
+        "import os, pathlib\n"
+        "from mocofast.models.encoders import TinyResNet as build\n"
+        "def encoder(**options):\n"
+        "    model = build(**options)\n"
+        "    calls = [0]\n"
+        "    def count(*_):\n"
+        "        calls[0] += 1\n"
+        "        mark = pathlib.Path(__file__).with_name('died')\n"
+        "        if calls[0] > 40 and os.environ.get('RANK') == '1' and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            os._exit(9)\n"
+        "    model.register_forward_pre_hook(count)\n"
+        "    return model\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mocofast", *words, "--model.arch", "dying_encoder:encoder"],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died").exists()
+    assert lines(tmp_path / "runs/job")[-1]["epoch"] == 3
+    assert "continuing at step" in (tmp_path / "runs/job/train.log").read_text()
+
+
+def test_recipes_of_clusters_have_names_for_every_engine() -> None:
+    from mocofast.launch.job import checked
+    from mocofast.launch.request import LaunchConfig
+
+    for recipe in settings.recipes():
+        config = settings.load_recipe(recipe)
+        assert "_" not in checked(LaunchConfig(gpus=1), [], config).options.name
