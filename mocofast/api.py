@@ -142,7 +142,7 @@ def load(path: str | Path, arch: str | None = None) -> Trained:
 class _Pictures:
     """PIL images as a source of pixels."""
 
-    labels = None
+    labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
 
     def __init__(self, images: Sequence[Image], channels: int) -> None:
@@ -188,9 +188,9 @@ def _plain_source(images: Any, channels: int) -> Source:
         )
     if all(isinstance(image, (str, Path)) for image in images):
         paths = [str(Path(image).expanduser()) for image in images]
-        for path in paths:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"images: there is no file {path!r}")
+        for file in paths:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"images: there is no file {file!r}")
         return FolderSource("", paths)
     if all(hasattr(image, "convert") for image in images):
         return _Pictures(images, channels)
