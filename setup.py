@@ -56,8 +56,11 @@ BENCH = [
 # the installation succeeds, and PyTorch's operators make the views.
 PHOTOMETRIC = Extension(
     "mocofast.data._photometric",
-    ["mocofast/data/photometric.c"],
-    depends=["mocofast/data/photometric_body.h"],
+    ["mocofast/data/photometric.c", "mocofast/data/resize.c"],
+    depends=[
+        f"mocofast/data/{name}.h"
+        for name in ("photometric_body", "resize_body", "resize_avx2", "resize_weights")
+    ],
     # photometric.c says which options keep the views exact.
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
     optional=True,

@@ -264,6 +264,17 @@ def _view_operators() -> Rows:
         yield "compiled", f"for views on a CPU, {why}; equal to PyTorch's operators to the bit"
 
 
+def _crops() -> Rows:
+    from mocofast.data.resize import compiled
+
+    for bits, dtype, slower in ((8, torch.uint8, 2), (16, torch.uint16, 8)):
+        functions, why = compiled(dtype)
+        if functions is None:
+            yield "PyTorch", f"resizes {bits} bits on a CPU, {slower} times slower; {why}"
+        else:
+            yield "compiled", f"resizes {bits} bits on a CPU, {why}; equal to PyTorch's to the bit"
+
+
 def _nvimgcodec() -> Rows:
     if _missing("nvidia.nvimgcodec"):
         yield "not installed", "would find damaged files for the DALI loader; installed with DALI"
@@ -320,6 +331,7 @@ _PROBES: dict[str, Callable[[], Rows]] = {
     "DALI": _dali,
     "data loader": _loader,
     "view operators": _view_operators,
+    "crops": _crops,
     "nvImageCodec": _nvimgcodec,
     "torch.distributed": _distributed,
 }

@@ -17,8 +17,8 @@ from mocofast.doctor import Finding
 
 PARTS = [
     *("mocofast", "Python", "torch", "GPU", "CPU", "memory", "device", "precision", "engine"),
-    *("Triton", "fused ops", "DALI", "data loader", "view operators", "nvImageCodec"),
-    "torch.distributed",
+    *("Triton", "fused ops", "DALI", "data loader", "view operators", "crops"),
+    *("nvImageCodec", "torch.distributed"),
 ]
 
 

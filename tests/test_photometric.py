@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig
-from mocofast.data import photometric, view_ops
+from mocofast.data import library as library_of_views
+from mocofast.data import view_ops
 from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.photometric import FIELDS, Photometric, compiled, make_views
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "mocofast/data/photometric.c"
+SOURCES = [SOURCE, SOURCE.with_name("resize.c")]
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # setup.py's
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 
@@ -35,7 +37,7 @@ needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no C compiler")
 
 def build(folder: Path, compiler: str, flags: list[str]) -> Path:
     path = folder / f"_photometric_{compiler}.so"
-    command = [compiler, *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(path), "-lm"]
+    command = [compiler, *flags, "-shared", "-fPIC", *map(str, SOURCES), "-o", str(path), "-lm"]
     subprocess.run(command, check=True)
     return path
 
@@ -61,7 +63,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def variants() -> list[int]:
     """Returns the variants that round as PyTorch does here."""
-    return [2, 1] if photometric.rounds_together() else [0]
+    return [2, 1] if library_of_views.rounds_together() else [0]
 
 
 def pictures(side: int, channels: int, dtype: type, count: int) -> Tensor:
@@ -110,7 +112,7 @@ def test_views_equal_pytorchs_to_the_bit(
             operators = Photometric(ctypes.CDLL(str(library)), variant)
             got = torch.empty_like(crops)
             operators.make(crops, params, augment, got)
-            assert equal(got, expected), photometric.VARIANTS[variant]
+            assert equal(got, expected), library_of_views.VARIANTS[variant]
 
 
 def test_rotation_stains_and_noise_join_the_compiled_operators(library: Path, loads: Any) -> None:
@@ -147,11 +149,14 @@ def test_every_way_in_which_pytorch_rounds_has_its_compiled_operators(
 ) -> None:
     """The tests above cover the way of this CPU's own instructions."""
     code = (
-        "import ctypes, sys; from mocofast.data import photometric as p\n"
+        "import ctypes, sys, torch\n"
+        "from mocofast.data import library as of_views, photometric as p, resize\n"
         "library = ctypes.CDLL(sys.argv[1])\n"
-        "for variant in (2, 1) if p.rounds_together() else (0,):\n"
+        "for variant in (2, 1) if of_views.rounds_together() else (0,):\n"
         "    if library.photometric_runs(variant):\n"
-        "        assert not p.differs(p.Photometric(library, variant)), p.VARIANTS[variant]\n"
+        "        assert not p.differs(p.Photometric(library, variant)), variant\n"
+        "        for dtype in (torch.uint8, torch.uint16):\n"
+        "            assert not resize.differs(resize.Resize(library, variant), dtype), variant\n"
     )
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from mocofast.data.decoding import File, Given, item_of, open_image, read_header, read_pixels
 from mocofast.data.items import Item
 from mocofast.data.names import checked_labels, digest
 from mocofast.data.numpy_files import channels_last, sizes
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels
+from mocofast.data.resize import resized_crop
 from mocofast.data.tiff import read_tags
 
 # PIL's modes with transparency, by the number of channels.
@@ -158,21 +158,6 @@ class ArraySource:
 def as_tensor(image: np.ndarray) -> Tensor:
     """Returns an array as a tensor. Copies an array that cannot be written."""
     return torch.from_numpy(image if image.flags.writeable else image.copy())
-
-
-def resized_crop(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
-    """Returns a crop of an image, resized to (size, size, C): antialiased and bilinear.
-
-    image: (H, W, C), uint8 or uint16.
-    """
-    crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    shape, dtype = (size, size), image.dtype
-    if dtype == torch.uint8:
-        resized = F.interpolate(crop, shape, mode="bilinear", antialias=True)
-    else:
-        resized = F.interpolate(crop.float(), shape, mode="bilinear", antialias=True)
-        resized = resized.round_().clamp_(0, 65535).to(dtype)
-    return resized[0].permute(1, 2, 0)
 
 
 def central_view(image: np.ndarray, size: int) -> np.ndarray:

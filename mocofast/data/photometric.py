@@ -2,8 +2,9 @@
 otherwise by PyTorch's operators (`view_ops`).
 
 The views are equal to the bit. PyTorch's operators round a product and a sum together where
-the CPU can (AVX2, AVX-512, ARM), and apart elsewhere. `compiled` finds out which, and compares a
-few views when the library is loaded. Where a view differs, PyTorch's operators make all views.
+the CPU can (AVX2, AVX-512, ARM), and apart elsewhere. `library` finds out which, and `compiled`
+compares a few views when the library is loaded. Where a view differs, PyTorch's operators make
+all views.
 
 The library has jitter, grayscale, blur, solarize, flips, quarter turns and jitter by channel.
 Rotation, jitter of stains and noise are PyTorch's in every case: their sines, powers and
@@ -13,7 +14,6 @@ logarithms are approximations of PyTorch's own.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import threading
 from collections.abc import Sequence
@@ -27,13 +27,8 @@ from torch import Tensor
 from mocofast.config import AugmentConfig
 from mocofast.data import view_ops
 from mocofast.data.interface import ViewParams, sample_view
-from mocofast.errors import describe_error
+from mocofast.data.library import compared
 
-LIBRARY = "mocofast.data._photometric"
-INSTALL = "install a C compiler, then pip install --force-reinstall --no-deps mocofast"
-# Sets of instructions, by their numbers in photometric.c. All but the first round a product and
-# a sum together.
-VARIANTS = ("plain", "fused", "AVX2")
 FIELDS = 15  # floats of a view in photometric.c, without factors of channels
 _NO_ORDER = (-1, -1, -1, -1)
 # Views that are compared when the library is loaded, and the side of a view
@@ -59,27 +54,22 @@ _Views = ctypes.CFUNCTYPE(
 
 
 def make_views(
-    crops: Tensor | list[Tensor],
+    crops: Tensor,
     params: Sequence[ViewParams],
     augment: AugmentConfig,
     out: Tensor,
 ) -> None:
     """Does what `view_ops.apply_view_ops` does, faster where the library can serve.
 
-    crops: (n, S, S, C) or a list of n crops (S, S, C), uint8 or uint16.
+    crops: (n, S, S, C), uint8 or uint16.
     params: the parameters of n views.
     out: (n, S, S, C) of the same type, on the same device. May be `crops`.
     """
     library = compiled()[0] if out.device.type == "cpu" else None
-    rotated = any(p.angle for p in params)
-    if isinstance(crops, list) and (library is None or rotated):
-        crops = torch.stack(crops)
     if library is None:
-        assert isinstance(crops, Tensor)
         view_ops.apply_view_ops(crops, params, augment, out)
         return
-    if rotated:
-        assert isinstance(crops, Tensor)
+    if any(p.angle for p in params):
         alone = [p._replace(**{**_NOTHING, "angle": p.angle}) for p in params]
         upright, crops = crops, torch.empty_like(crops)
         view_ops.apply_view_ops(upright, alone, augment, crops)
@@ -109,14 +99,14 @@ class Photometric:
     """The compiled operators, with one set of instructions."""
 
     def __init__(self, library: ctypes.CDLL, variant: int) -> None:
-        """library: photometric.c, compiled. variant: number in VARIANTS."""
+        """library: photometric.c, compiled. variant: number in `library.VARIANTS`."""
         self.variant = variant
         self._views = _Views(("photometric_views", library))
         self._scratch = threading.local()  # a buffer for every thread
 
     def make(
         self,
-        crops: Tensor | list[Tensor],
+        crops: Tensor,
         params: Sequence[ViewParams],
         augment: AugmentConfig,
         out: Tensor,
@@ -194,48 +184,7 @@ def _mean_by_pytorch(plane: ctypes._Pointer, side: int) -> float:
 @cache
 def compiled() -> tuple[Photometric | None, str]:
     """Returns the compiled operators and their instructions, or None and the reason."""
-    found = importlib.util.find_spec(LIBRARY)
-    if found is None or found.origin is None:
-        return None, f"not compiled: {INSTALL}"
-    try:
-        library = ctypes.CDLL(found.origin)
-        together = rounds_together()
-        for variant in (2, 1) if together else (0,):
-            if library.photometric_runs(variant):
-                operators = Photometric(library, variant)
-                if differs(operators):
-                    return None, f"{VARIANTS[variant]}: views differ from PyTorch's"
-                return operators, VARIANTS[variant]
-    # Another platform, a missing function, or PyTorch rounds in two ways.
-    except Exception as error:
-        return None, describe_error(error)
-    return None, "this CPU has no instructions for PyTorch's rounding"
-
-
-def rounds_together() -> bool:
-    """Returns whether PyTorch rounds a product and a sum together, as a fused multiply-add.
-
-    Raises RuntimeError if PyTorch does for some operators or sizes only.
-    """
-    factor = 7471 / 65536
-    found = set()
-    for count in (7, 64, 1023):  # a tail, whole vectors, and a long row with a tail
-        x = torch.arange(40001, 40001 + count, dtype=torch.float32).view(1, 1, count)
-        y = x.flip(2) * (1 / 3)
-        exact = y.double() + x.double() * torch.tensor(factor).double()
-        together, apart = exact.float(), y + x * factor
-        differ = together != apart
-        for got in (
-            y.add(x, alpha=factor),
-            torch.addcmul(y, x, torch.full((1, 1, 1), factor)),
-            torch.addcmul(y, x.expand(2, 1, count)[1:], torch.full((1, 1, 1), factor)),
-        ):
-            found.add((bool((got == together).all()), bool((got == apart).all())))
-        if not differ.any():
-            found.discard((True, True))
-    if found not in ({(True, False)}, {(False, True)}):
-        raise RuntimeError("PyTorch rounds products and sums in two ways")
-    return found == {(True, False)}
+    return compared(Photometric, differs, "views")
 
 
 def differs(operators: Photometric) -> bool:

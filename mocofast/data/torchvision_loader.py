@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
-from mocofast.data.arrays import PixelFormat, as_tensor, resized_crop
+from mocofast.data.arrays import PixelFormat, as_tensor
 from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
@@ -48,6 +48,7 @@ from mocofast.data.interface import (
 from mocofast.data.items import Item
 from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
+from mocofast.data.resize import resized_crop
 from mocofast.data.scaled import decode_scaled, scaled_factor, scaled_params
 from mocofast.data.view_ops import apply_late_ops, has_late_ops, moved, only_moves
 from mocofast.errors import describe_error
@@ -84,7 +85,7 @@ def apply_view_to_levels(
     crop = resized_crop(as_tensor(image), *box, augment.size)
     if only_moves(params):
         return moved(crop, params)
-    view = crop[None].contiguous()
+    view = crop[None]
     make_views(view, [params], augment, view)
     return view[0].numpy()
 

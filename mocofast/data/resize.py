@@ -1,0 +1,148 @@
+"""Cuts crops and resizes them: by the compiled functions of resize.c where they can serve,
+otherwise by PyTorch's operator.
+
+The crops are equal to the bit. `compiled` compares a few crops of every type when the library is
+loaded. Where a crop differs, PyTorch's operator resizes all crops of the type.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mocofast.data.library import compared
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+_Crops = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+)
+
+
+def resized_crops(images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor) -> None:
+    """Cuts a crop of every image and resizes it, antialiased and bilinear.
+
+    images: n images on the CPU, (H, W, C), uint8 or uint16.
+    boxes: the crop of every image.
+    out: (n, S, S, C) of the same type, in C order.
+    """
+    resize, _ = compiled(out.dtype)
+    if resize is not None:
+        resize.crops(images, boxes, out)
+        return
+    for image, box, made in zip(images, boxes, out):
+        made.copy_(resized_by_pytorch(image, box, out.shape[1]))
+
+
+def resized_crop(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
+    """Returns a crop of an image, resized to (size, size, C). See `resized_crops`."""
+    out = torch.empty((1, size, size, image.shape[2]), dtype=image.dtype)
+    resized_crops([image], [(top, left, height, width)], out)
+    return out[0]
+
+
+def resized_by_pytorch(image: Tensor, box: Box, size: int) -> Tensor:
+    """Does what `resized_crop` does, by PyTorch's operator. uint16 is rounded half to even."""
+    top, left, height, width = box
+    crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    shape, dtype = (size, size), image.dtype
+    if dtype == torch.uint8:
+        resized = F.interpolate(crop, shape, mode="bilinear", antialias=True)
+    else:
+        resized = F.interpolate(crop.float(), shape, mode="bilinear", antialias=True)
+        resized = resized.round_().clamp_(0, 65535).to(dtype)
+    return resized[0].permute(1, 2, 0)
+
+
+class Resize:
+    """The compiled functions, with one set of instructions."""
+
+    def __init__(self, library: ctypes.CDLL, variant: int) -> None:
+        """library: resize.c, compiled. variant: number in `library.VARIANTS`."""
+        self.variant = variant
+        self._crops = _Crops(("resize_crops", library))
+
+    def crops(self, images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor) -> None:
+        """Does what `resized_crops` does. Reads the crops in place, and holds no lock of Python
+        while they are resized. Raises MemoryError.
+        """
+        n, side, _, channels = out.shape
+        size = out.itemsize
+        # The channels of a pixel, and the pixels of a row, must lie side by side.
+        images = [
+            image if image.stride()[1:] == (channels, 1) else image.contiguous() for image in images
+        ]
+        # (5, n): place of the first pixel, bytes of a row, height, width
+        table = np.array(
+            [
+                (
+                    image.data_ptr() + size * (top * image.stride(0) + left * channels),
+                    size * image.stride(0),
+                    height,
+                    width,
+                )
+                for image, (top, left, height, width) in zip(images, boxes)
+            ],
+            dtype=np.int64,
+        ).T.copy()
+        assert out.is_contiguous() and table.shape == (4, n)
+        places, rows, heights, widths = (column.ctypes.data for column in table)
+        top = 255 if out.dtype == torch.uint8 else 65535
+        if not self._crops(
+            self.variant,
+            n,
+            places,
+            rows,
+            heights,
+            widths,
+            side,
+            channels,
+            top,
+            out.data_ptr(),
+        ):
+            raise MemoryError("not enough memory to resize a crop")
+
+
+@cache
+def compiled(dtype: torch.dtype) -> tuple[Resize | None, str]:
+    """Returns the compiled functions and their instructions, or None and the reason.
+
+    dtype: uint8 or uint16.
+    """
+    return compared(Resize, lambda resize: differs(resize, dtype), "crops")
+
+
+# Crops that are compared when the library is loaded: height, width, size. Between 2 and 14 taps.
+_COMPARED = ((5, 9, 16), (24, 16, 16), (40, 33, 16), (60, 100, 16))
+
+
+def differs(resize: Resize, dtype: torch.dtype) -> bool:
+    """Returns whether a crop differs from PyTorch's crop."""
+    rng = np.random.default_rng(0)
+    top = int(torch.iinfo(dtype).max)
+    for channels in (1, 3, 5, 13):
+        for height, width, size in _COMPARED:
+            levels = rng.integers(0, top + 1, (height + 1, width + 2, channels))
+            image = torch.from_numpy(levels.astype(np.uint8 if top == 255 else np.uint16))
+            box = (1, 2, height, width)
+            out = torch.empty((1, size, size, channels), dtype=dtype)
+            resize.crops([image], [box], out)
+            if not np.array_equal(out[0].numpy(), resized_by_pytorch(image, box, size).numpy()):
+                return True
+    return False
