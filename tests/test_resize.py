@@ -51,7 +51,7 @@ def picture(rng: np.random.Generator, shape: tuple[int, ...], dtype: type) -> Te
 
 def made(resize: Resize, image: Tensor, box: Box, size: int) -> np.ndarray:
     out = torch.empty((1, size, size, image.shape[2]), dtype=image.dtype)
-    resize.crops([image], [box], out)
+    resize.crops([image], [box], out, [(False, False)])
     return out[0].numpy()
 
 
@@ -120,7 +120,7 @@ def test_memory_behind_a_crop_is_not_read_or_written(functions: list[Resize]) ->
     image = picture(rng, (31, 40, 3), np.uint8)
     for function in functions:
         whole = torch.from_numpy(out.reshape(1, 24, 24, 3))
-        function.crops([image], [(0, 0, 31, 40)], whole)
+        function.crops([image], [(0, 0, 31, 40)], whole, [(False, False)])
         assert np.array_equal(out.reshape(24, 24, 3), resized_by_pytorch(image, (0, 0, 31, 40), 24))
 
 
@@ -148,12 +148,14 @@ def test_several_crops_in_one_call_and_without_a_library(
     rng = np.random.default_rng(0)
     images = [picture(rng, (side, side + 9, 3), np.uint8) for side in (20, 31, 64)]
     boxes = [(1, 2, 15, 18), (0, 0, 31, 40), (30, 5, 20, 50)]
+    flips = [(True, False), (False, True), (True, True)]
     outs = []
     for found in (*functions, None):
         monkeypatch.setattr(resize, "compiled", lambda dtype, found=found: (found, ""))
         outs.append(torch.empty((3, 24, 24, 3), dtype=torch.uint8))
-        resize.resized_crops(images, boxes, outs[-1])
-        assert torch.equal(resized_crop(images[1], *boxes[1], 24), outs[-1][1])
+        resize.resized_crops(images, boxes, outs[-1], flips)
+        assert torch.equal(resized_crop(images[1], *boxes[1], 24), outs[-1][1].flip(0))
+        assert torch.equal(resized_crop(images[2], *boxes[2], 24), outs[-1][2].flip(0, 1))
     assert all(torch.equal(out, outs[-1]) for out in outs)
 
 
@@ -161,7 +163,8 @@ def test_other_threads_run_while_crops_are_resized(functions: list[Resize]) -> N
     image = picture(np.random.default_rng(0), (1000, 1000, 3), np.uint8)
     out = torch.empty((60, 224, 224, 3), dtype=torch.uint8)
     work = threading.Thread(
-        target=functions[0].crops, args=([image] * 60, [(0, 0, 1000, 1000)] * 60, out)
+        target=functions[0].crops,
+        args=([image] * 60, [(0, 0, 1000, 1000)] * 60, out, [(False, False)] * 60),
     )
     work.start()
     turns = 0

@@ -17,13 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mocofast.data.decoding import File, Given, item_of, open_image, read_header, read_pixels
+from mocofast.data.decoding import File, Given, kind_of, open_image, pixels_of, read_header
 from mocofast.data.items import Item
 from mocofast.data.names import checked_labels, digest
 from mocofast.data.numpy_files import channels_last, sizes
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels
 from mocofast.data.resize import resized_crop
-from mocofast.data.tiff import read_tags
 
 # PIL's modes with transparency, by the number of channels.
 _WITH_ALPHA = {2: "LA", 4: "RGBA"}
@@ -64,14 +63,16 @@ def read_numbers(file: File, channels: int) -> Pixels:
     Raises ValueError where the file has another number of channels, and what numpy,
     `decoding.read_pixels` and PIL raise.
     """
-    if (found := item_of(file)) is not None:
-        pixels = found.pixels(channels)
+    kind = kind_of(file)
+    if isinstance(kind, Item):
+        pixels = kind.pixels(channels)
     else:
         assert not isinstance(file, Item)
-        if channels in _WITH_ALPHA and (with_alpha := _with_alpha(file, channels)) is not None:
+        photo_with_alpha = kind is None and channels in _WITH_ALPHA
+        if photo_with_alpha and (with_alpha := _with_alpha(file, channels)) is not None:
             return with_alpha
         # Gray is made of all colours, not of the first channel.
-        pixels = read_pixels(file, max(3, channels))
+        pixels = pixels_of(file, kind, max(3, channels))
     values = pixels.values
     if channels == 1 and values.shape[2] == 3 and values.dtype == np.uint8:
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
@@ -83,9 +84,7 @@ def read_numbers(file: File, channels: int) -> Pixels:
 
 
 def _with_alpha(file: str | bytes, channels: int) -> Pixels | None:
-    """Returns colours and transparency of a file of PIL, or None for a file of another kind."""
-    if read_tags(file) is not None:  # TIFF
-        return None
+    """Returns colours and transparency of a photo, or None where it has other channels."""
     with open_image(file) as image:
         if image.mode != _WITH_ALPHA[channels]:
             return None

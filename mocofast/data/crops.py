@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +13,32 @@ from mocofast.config import AugmentConfig
 from mocofast.data.interface import ViewParams
 from mocofast.data.photometric import make_views
 from mocofast.data.resize import resized_crops
+from mocofast.data.view_ops import only_moves
 
 # Pixels of the views that are made in one call. On a CPU the dozen float planes of the call
 # should stay in the L2 cache: 40 views of 224 pixels take twice as long per view as 1 view,
 # with PyTorch's operators. On a GPU more pixels spread the cost of kernel launches.
 CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
+
+
+def make_from_images(
+    images: Sequence[Tensor], params: Sequence[ViewParams], augment: AugmentConfig, out: Tensor
+) -> None:
+    """Crops, resizes and augments n images on the CPU.
+
+    images: (H, W, C), uint8 or uint16.
+    params: the parameters of n views.
+    out: (n, S, S, C) of the same type, in C order.
+    """
+    boxes = [(p.top, p.left, p.height, p.width) for p in params]
+    if not all(map(only_moves, params)):
+        resized_crops(images, boxes, out)
+        make_views(out, params, augment, out)
+        return
+    resized_crops(images, boxes, out, [(p.flip, p.vertical_flip) for p in params])
+    for view, p in zip(out.numpy(), params):
+        if p.turns:
+            view[:] = np.rot90(view, p.turns).copy()
 
 
 def views_from_images(
@@ -39,10 +61,7 @@ def views_from_images(
 
     def work(start: int) -> None:
         part = slice(start, start + chunk)
-        chosen = params[part]
-        boxes = [(p.top, p.left, p.height, p.width) for p in chosen]
-        resized_crops(images[part], boxes, views[part])
-        make_views(views[part], chosen, augment, views[part])
+        make_from_images(images[part], params[part], augment, views[part])
 
     list(pool.map(work, range(0, len(images), chunk)))
     return views.permute(0, 3, 1, 2)

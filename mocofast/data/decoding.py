@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from mocofast.data.items import Extent, FileReader, Item, opened
-from mocofast.data.kinds import reader_of
+from mocofast.data.kinds import head_of, reader_for
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
     BLACK_IS_ZERO,
     INSTALL,
+    MAGIC,
     RGB,
     Tags,
     no_pil_warnings,
@@ -81,12 +82,21 @@ class _Read:
         return self._reader.pixels(item.file, wanted)
 
 
-def item_of(file: File) -> Item | None:
-    """Returns the file with its reader, or None for photos and TIFF. Raises OSError."""
+# A file with its reader, the tags of a TIFF, or None for a photo.
+Kind: TypeAlias = "Item | Tags | None"
+
+
+def kind_of(file: File) -> Kind:
+    """Returns how a file is read. Opens a file once, and TIFF twice.
+
+    Raises OSError, and nearly any exception for a damaged TIFF.
+    """
     if isinstance(file, Item):
         return file
-    reader = reader_of(file)
-    return None if reader is None else Item(file, _Read(reader))
+    head = head_of(file)
+    if (reader := reader_for(head)) is not None:
+        return Item(file, _Read(reader))
+    return read_tags(file) if head.startswith(MAGIC) else None
 
 
 def read_header(file: File, wanted: int = 3) -> Header:
@@ -98,11 +108,11 @@ def read_header(file: File, wanted: int = 3) -> Header:
     PIL where the header cannot be read, and PIL.Image.DecompressionBombError above
     twice PIL.Image.MAX_IMAGE_PIXELS.
     """
-    if (found := item_of(file)) is not None:
-        size = found.extent(wanted)
+    tags = kind_of(file)
+    if isinstance(tags, Item):
+        size = tags.extent(wanted)
         return Header(size.height, size.width, size.format, False, size.deep, size.remark)
     assert not isinstance(file, Item)
-    tags = read_tags(file)
     if tags is None:
         with open_image(file) as image:
             deep = image.mode[0] in "IF" or _wide_color(image)
@@ -136,10 +146,10 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    if (found := item_of(item)) is not None:
-        return _rgb(to_uint8(found.pixels(3), value_range))
+    tags = kind_of(item)
+    if isinstance(tags, Item):
+        return _rgb(to_uint8(tags.pixels(3), value_range))
     assert not isinstance(item, Item)
-    tags = read_tags(item)
     if tags is not None:
         _check_bomb(tags)
     if value_range.of_type and (tags is None or pil_reads(tags)):
@@ -153,7 +163,7 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
                 scaled = ((wide * 255 + 32767) // 65535).astype(np.uint8)
                 return Image.fromarray(scaled).convert("RGB")
             return image.convert("RGB")
-    return _rgb(to_uint8(read_pixels(item), value_range))
+    return _rgb(to_uint8(pixels_of(item, tags, 3), value_range))
 
 
 def read_pixels(file: File, wanted: int = 3) -> Pixels:
@@ -165,10 +175,14 @@ def read_pixels(file: File, wanted: int = 3) -> Pixels:
     Colour models other than gray and RGB become RGB of 8 bits. Raises as `decode`, and
     ImportError with a pip command if a library is missing.
     """
-    if (found := item_of(file)) is not None:
-        return found.pixels(wanted)
+    return pixels_of(file, kind_of(file), wanted)
+
+
+def pixels_of(file: File, tags: Kind, wanted: int) -> Pixels:
+    """Does what `read_pixels` does. tags: the result of `kind_of`."""
+    if isinstance(tags, Item):
+        return tags.pixels(wanted)
     assert not isinstance(file, Item)
-    tags = read_tags(file)
     if tags is not None:
         _check_bomb(tags)
         several = tags.channels > 1 and tags.photometric in (BLACK_IS_ZERO, RGB)

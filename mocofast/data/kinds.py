@@ -16,11 +16,19 @@ _HEAD = 352  # bytes that tell the kind
 
 def reader_of(file: str | bytes) -> FileReader | None:
     """Returns the reader of a file, or None for photos and TIFF. Raises OSError."""
+    return reader_for(head_of(file))
+
+
+def head_of(file: str | bytes) -> bytes:
+    """Returns the first bytes of a file, which tell its kind. Raises OSError."""
     if isinstance(file, bytes):
-        head = file[:_HEAD]
-    else:
-        with opened(file) as start:
-            head = start.read(_HEAD)
+        return file[:_HEAD]
+    with opened(file) as start:
+        return start.read(_HEAD)
+
+
+def reader_for(head: bytes) -> FileReader | None:
+    """Returns the reader of a file with this head, or None for photos and TIFF."""
     if head.startswith(numpy_files.MAGIC) or _is_npz(head):
         return numpy_files
     if dicom.is_dicom(head):

@@ -148,6 +148,8 @@ def missing_values(pixels: Pixels) -> np.ndarray | None:
     values = pixels.values
     kind = values.dtype.kind
     marks = [] if pixels.nodata is None else [pixels.nodata]
+    if kind in "ub" and not marks:
+        return None
     missing = np.zeros(values.shape, dtype=bool)
     if kind == "f":
         missing |= ~np.isfinite(values)

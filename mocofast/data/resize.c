@@ -42,7 +42,7 @@
 struct crop {
   const char *pixels; /* the first pixel */
   int64_t row;        /* bytes from a row to the next */
-  int height, width, channels, side;
+  int height, width, channels, side, upside_down;
 };
 
 /* Where the pixels of an axis come from. Weights behind the taps of a pixel are 0. */
@@ -105,6 +105,22 @@ static inline uint8_t clipped(int32_t sum, int bits) {
   return (uint8_t)(sum < 255 ? sum : 255);
 }
 
+/* Exchanges left and right: the pixels of an axis in reverse order. */
+static void reverse(struct axis *axis, int side, int top) {
+  size_t size = axis->most * (top == 255 ? sizeof(int16_t) : sizeof(float));
+  char *weights = top == 255 ? (char *)axis->words : (char *)axis->floats;
+  for (int low = 0, high = side - 1; low < high; low++, high--) {
+    int32_t start = axis->start[low], count = axis->count[low];
+    axis->start[low] = axis->start[high], axis->count[low] = axis->count[high];
+    axis->start[high] = start, axis->count[high] = count;
+    for (size_t i = 0; i < size; i++) {
+      char swap = weights[low * size + i];
+      weights[low * size + i] = weights[high * size + i];
+      weights[high * size + i] = swap;
+    }
+  }
+}
+
 /* Returns a row of a crop, or the last row for numbers behind it. */
 static inline const char *row_of(const struct crop *crop, int y) {
   return crop->pixels + (y < crop->height ? y : crop->height - 1) * crop->row;
@@ -160,21 +176,24 @@ static const struct variant variants[] = {
 #endif
 };
 
-/* Resizes n crops.
+/* Resizes n crops, and flips them.
  *
  * pixels: the first pixel of every crop. rows: bytes from a row to the next, for every crop.
  * heights, widths: of the crops. The channels of a pixel, and the pixels of a row, lie side by
  * side.
+ * flips: two bytes for every crop: 1 exchanges left and right, and top and bottom.
  * out: (n, S, S, C), uint8 for a top of 255, uint16 for a top of 65535.
  * Returns 1, or 0 where there is not enough memory. */
 EXPORT int resize_crops(int variant, int64_t n, const void *const *pixels, const int64_t *rows,
-                        const int64_t *heights, const int64_t *widths, int side, int channels,
-                        int top, void *out) {
+                        const int64_t *heights, const int64_t *widths, const uint8_t *flips,
+                        int side, int channels, int top, void *out) {
   int64_t values = (int64_t)side * side * channels;
   for (int64_t i = 0; i < n; i++) {
-    struct crop crop = {pixels[i], rows[i], (int)heights[i], (int)widths[i], channels, side};
+    struct crop crop = {pixels[i], rows[i], (int)heights[i], (int)widths[i],
+                        channels,  side,    flips[2 * i + 1]};
     struct axis across = {0}, down = {0};
     int done = set_axis(&across, crop.width, side, top) && set_axis(&down, crop.height, side, top);
+    if (done && flips[2 * i]) reverse(&across, side, top);
     if (done && top == 255)
       done = variants[variant].bytes(&crop, &across, &down, (uint8_t *)out + i * values);
     else if (done)

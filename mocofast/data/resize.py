@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from mocofast.data.library import compared
 
 Box = tuple[int, int, int, int]  # top, left, height, width
+Flips = tuple[bool, bool]  # exchange left and right, top and bottom
 
 _Crops = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_int,
     ctypes.c_int64,
+    ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_void_p,
@@ -35,19 +37,25 @@ _Crops = ctypes.CFUNCTYPE(
 )
 
 
-def resized_crops(images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor) -> None:
+def resized_crops(
+    images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor, flips: Sequence[Flips] = ()
+) -> None:
     """Cuts a crop of every image and resizes it, antialiased and bilinear.
 
     images: n images on the CPU, (H, W, C), uint8 or uint16.
     boxes: the crop of every image.
     out: (n, S, S, C) of the same type, in C order.
+    flips: how every crop is flipped. Empty: no crop.
     """
+    flips = flips or [(False, False)] * len(out)
     resize, _ = compiled(out.dtype)
     if resize is not None:
-        resize.crops(images, boxes, out)
+        resize.crops(images, boxes, out, flips)
         return
-    for image, box, made in zip(images, boxes, out):
-        made.copy_(resized_by_pytorch(image, box, out.shape[1]))
+    for image, box, (across, down), made in zip(images, boxes, flips, out.numpy()):
+        # PyTorch does not flip uint16.
+        crop = resized_by_pytorch(image, box, out.shape[1]).numpy()
+        made[:] = crop[:: -1 if down else 1, :: -1 if across else 1]
 
 
 def resized_crop(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
@@ -78,7 +86,9 @@ class Resize:
         self.variant = variant
         self._crops = _Crops(("resize_crops", library))
 
-    def crops(self, images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor) -> None:
+    def crops(
+        self, images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor, flips: Sequence[Flips]
+    ) -> None:
         """Does what `resized_crops` does. Reads the crops in place, and holds no lock of Python
         while they are resized. Raises MemoryError.
         """
@@ -88,7 +98,7 @@ class Resize:
         images = [
             image if image.stride()[1:] == (channels, 1) else image.contiguous() for image in images
         ]
-        # (5, n): place of the first pixel, bytes of a row, height, width
+        # (4, n): place of the first pixel, bytes of a row, height, width
         table = np.array(
             [
                 (
@@ -103,6 +113,7 @@ class Resize:
         ).T.copy()
         assert out.is_contiguous() and table.shape == (4, n)
         places, rows, heights, widths = (column.ctypes.data for column in table)
+        flags = np.array(flips, dtype=np.uint8).reshape(n, 2)
         top = 255 if out.dtype == torch.uint8 else 65535
         if not self._crops(
             self.variant,
@@ -111,6 +122,7 @@ class Resize:
             rows,
             heights,
             widths,
+            flags.ctypes.data,
             side,
             channels,
             top,
@@ -142,7 +154,9 @@ def differs(resize: Resize, dtype: torch.dtype) -> bool:
             image = torch.from_numpy(levels.astype(np.uint8 if top == 255 else np.uint16))
             box = (1, 2, height, width)
             out = torch.empty((1, size, size, channels), dtype=dtype)
-            resize.crops([image], [box], out)
-            if not np.array_equal(out[0].numpy(), resized_by_pytorch(image, box, size).numpy()):
+            resize.crops([image], [box], out, [(True, True)])
+            if not np.array_equal(
+                out[0].numpy()[::-1, ::-1], resized_by_pytorch(image, box, size).numpy()
+            ):
                 return True
     return False

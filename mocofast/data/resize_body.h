@@ -107,7 +107,8 @@ static int NAME(resize_words)(const struct crop *crop, const struct axis *across
         NAME(rows_of_words)(crop, across, from, to);
       }
       for (int j = 0; j < down->count[y]; j++) rows[j] = ring + row * ((start + j) % size);
-      NAME(column_of_words)(down, y, rows, out + (int64_t)y * made, made);
+      int64_t at = crop->upside_down ? crop->side - 1 - y : y;
+      NAME(column_of_words)(down, y, rows, out + at * made, made);
     }
   }
   int done = ring && rows;
@@ -143,7 +144,8 @@ static int NAME(resize_bytes)(const struct crop *crop, const struct axis *across
       }
       /* One more than the taps: the weight behind the last tap is 0. */
       for (int j = 0; j <= down->count[y]; j++) rows[j] = ring + row * ((start + j) % size);
-      NAME(column_of_bytes)(down, y, rows, out + (int64_t)y * made, made);
+      int64_t at = crop->upside_down ? crop->side - 1 - y : y;
+      NAME(column_of_bytes)(down, y, rows, out + at * made, made);
     }
   }
   int done = ring && rows;

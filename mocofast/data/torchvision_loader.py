@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat, as_tensor
+from mocofast.data.crops import make_from_images
 from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
@@ -46,11 +47,9 @@ from mocofast.data.interface import (
     view_sources,
 )
 from mocofast.data.items import Item
-from mocofast.data.photometric import make_views
 from mocofast.data.ranges import range_of
-from mocofast.data.resize import resized_crop
 from mocofast.data.scaled import decode_scaled, scaled_factor, scaled_params
-from mocofast.data.view_ops import apply_late_ops, has_late_ops, moved, only_moves
+from mocofast.data.view_ops import apply_late_ops, has_late_ops
 from mocofast.errors import describe_error
 
 
@@ -80,13 +79,10 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
 def apply_view_to_levels(
     image: np.ndarray, params: ViewParams, augment: AugmentConfig
 ) -> np.ndarray:
-    """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16, by `view_ops`."""
-    box = (params.top, params.left, params.height, params.width)
-    crop = resized_crop(as_tensor(image), *box, augment.size)
-    if only_moves(params):
-        return moved(crop, params)
-    view = crop[None]
-    make_views(view, [params], augment, view)
+    """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16."""
+    shape = (1, augment.size, augment.size, image.shape[2])
+    view = torch.from_numpy(np.empty(shape, image.dtype))
+    make_from_images([as_tensor(image)], [params], augment, view)
     return view[0].numpy()
 
 

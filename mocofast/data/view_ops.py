@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -271,16 +270,6 @@ def only_moves(p: ViewParams) -> bool:
     """Returns whether flips and turns are all operators of a view after the crop."""
     changes = p.order or p.gray or p.solarize or p.key
     return not (changes or p.angle or p.sigma or p.noise)
-
-
-def moved(view: Tensor, p: ViewParams) -> np.ndarray:
-    """Returns a view on a CPU, (S, S, C), after the flips and turns of `p`.
-
-    The result shares the memory of `view`: the batch is the first copy.
-    """
-    # PyTorch does not flip uint16.
-    pixels = view.numpy()[:: -1 if p.vertical_flip else 1, :: -1 if p.flip else 1]
-    return np.rot90(pixels, p.turns)
 
 
 def apply_late_ops(
