@@ -189,6 +189,23 @@ class TrainConfig:
         0, "stop after this many optimiser steps in all; 0 trains every epoch", valid=at_least(0)
     )
     dir: str = option("", "run folder; empty makes runs/RECIPE")
+    deterministic: bool = option(
+        False,
+        "only operations that give the same bits in every run; on GPUs slower, and an error names "
+        "an operation that has no such form",
+    )
+    skip_nonfinite: int = option(
+        0,
+        "how often a run whose loss is not finite goes back to its last checkpoint and leaves out "
+        "the batch of this step and of the step before; 0: the run stops",
+        valid=at_least(0),
+    )
+    hang_after: float = option(
+        300.0,
+        "seconds without progress after which ranks end, and name the rank that hangs; a single "
+        "process only logs where it stands; 0 turns it off",
+        valid=at_least(0),
+    )
 
 
 @dataclass
@@ -212,6 +229,9 @@ class CheckpointConfig:
         0, "also a checkpoint every this many steps; 0 means none", valid=at_least(0)
     )
     keep: int = option(2, "number of step_*.pt files to keep, besides last.pt", valid=at_least(0))
+    make_room: bool = option(
+        False, "where the disk is full, remove all step_*.pt files but the newest, and try again"
+    )
 
 
 @dataclass

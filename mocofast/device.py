@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ __all__ = [
     "choose_threads",
     "cpu_bf16",
     "precision_note",
+    "same_bits",
     "wrong_in_bf16",
 ]
 
@@ -115,3 +119,21 @@ def precision_note(autocast: torch.autocast, config: Config, encoder: nn.Module)
     if not instructions or wrong_in_bf16(encoder, config.augment.size):
         return "fp32"
     return f"fp32 (--train.precision bf16 is faster: this CPU has {instructions})"
+
+
+@contextlib.contextmanager
+def same_bits(wanted: bool) -> Iterator[None]:
+    """Inside the block PyTorch takes only operations that give the same bits in every run.
+
+    wanted: False changes nothing. An operation without such a form raises RuntimeError.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

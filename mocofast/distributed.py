@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mocofast import rendezvous
 from mocofast.config import ConfigError
 from mocofast.step_parts import step_part
 
@@ -60,17 +61,32 @@ def init_from_environment(device: torch.device | str) -> tuple[int, int, int]:
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         try:
-            if device.type == "cuda":
-                dist.init_process_group("nccl", device_id=device)
-            else:
-                dist.init_process_group("gloo")
-        except RuntimeError as error:
+            store, rank, world_size = rendezvous.meet()
+            on_cuda = device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if on_cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=rendezvous.MINUTES,
+                device_id=device if on_cuda else None,
+            )
+        except (RuntimeError, TimeoutError) as error:
             raise ConfigError(
                 f"network: the processes cannot reach one another ({str(error).splitlines()[0]}). "
                 "If the name of a host resolves to an address that the others cannot reach, name "
                 "the interface: GLOO_SOCKET_IFNAME=eth0 on CPUs, NCCL_SOCKET_IFNAME=eth0 on GPUs"
             ) from error
+        _stores.append(store)
     return rank, world_size, local_rank
+
+
+_stores: list[dist.PrefixStore] = []  # of the process group
+
+
+def own_store() -> dist.Store | None:
+    """Returns a connection of its own to the ranks' store. None without a group of this module."""
+    return _stores[0].clone() if _stores else None  # type: ignore[attr-defined]
 
 
 def barrier() -> None:
@@ -88,6 +104,7 @@ def shutdown() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    _stores.clear()
 
 
 def from_main(value: Any) -> Any:

@@ -10,7 +10,14 @@ class ConfigError(ValueError):
 
 
 class DivergedError(RuntimeError):
-    """A run has lost its weights: loss or weights are not finite. The message says what to do."""
+    """A run has lost its weights: loss or weights are not finite. The message says what to do.
+
+    step: the first step, counted from 1, whose loss is not finite, or None if no loss is known.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class UnreachableError(OSError):

@@ -77,7 +77,7 @@ def finetune(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     from mocofast.device import choose_autocast, choose_device
     from mocofast.evaluate import finetune as protocol
-    from mocofast.train.checkpoint import save_atomically
+    from mocofast.train.checkpoint_writer import save_atomically
 
     options = group_options(FinetuneConfig, "finetune", arguments)
     model, config, datasets = load(arguments)

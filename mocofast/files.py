@@ -1,17 +1,23 @@
-"""Atomic writing of files, and locks."""
+"""Atomic writing of files, files that only grow, and locks."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from mocofast.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("mocofast")
 
 
 @contextmanager
@@ -19,19 +25,55 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     """Writes atomically: yields a temporary path, which is then fsynced and renamed to `path`.
 
     `path` always holds the complete old content or the complete new content, also after a crash of
-    the process or the machine. After an exception the temporary file is removed.
+    the process or the machine. After an exception the temporary file is removed. A link stays, and
+    the file that it names is written.
 
     writer: name of the writer, part of the temporary path. Concurrent writers need different names.
         The next writer of the same name overwrites what a killed process has left.
+    Raises ConfigError if something else than a regular file has the name (a device, a pipe).
     """
+    path = regular_target(path)
     temporary = path.with_name(f"{path.name}.{writer}.tmp" if writer else f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a link would lead elsewhere
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def regular_target(path: Path) -> Path:
+    """Returns the file that a path names, after all links. The file need not exist.
+
+    Raises ConfigError if `path` is no regular file, because a rename would replace it.
+    """
+    try:
+        target = path.resolve()
+        is_other = target.is_symlink() or (target.exists() and not target.is_file())
+    except (OSError, RuntimeError):  # a link to itself
+        is_other = True
+    if is_other:
+        raise ConfigError(
+            f"{path}: expected the name of a file to write, and this is a folder, a device, a "
+            "pipe, or a link to itself"
+        )
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the names of a folder to the disk, so that a rename outlives a crash of the machine.
+
+    Does nothing on systems and file systems that cannot.
+    """
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def lock(file: IO[str], *, wait: bool) -> bool:
@@ -49,3 +91,54 @@ def lock(file: IO[str], *, wait: bool) -> bool:
     except OSError:  # a network file system without locks
         return True
     return True
+
+
+class LineFile:
+    """Appends lines to a file. Lines that the system refuses (a full disk) wait for the next write.
+
+    The file holds whole lines only. The log names the file once a refusal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._waiting: list[bytes] = []
+        self._end = path.stat().st_size if path.exists() else 0  # of the whole lines
+        self._refused = False
+
+    def write(self, line: str) -> None:
+        """Appends a line, which ends with a line end."""
+        self._waiting.append(line.encode())
+        self._flush()
+
+    def close(self) -> None:
+        """Tries the waiting lines once more. Closes the file."""
+        if self._waiting:
+            self._flush()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _flush(self) -> None:
+        content = b"".join(self._waiting)
+        try:
+            if self._file is None:
+                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+            if self._refused:
+                self._file.truncate(self._end)  # a part of a line may be there
+            rest = content
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if not self._refused:
+                log.warning("%s", refusal(self._path, error))
+            self._refused = True
+            return
+        self._end += len(content)
+        self._waiting.clear()
+        self._refused = False
+
+
+def refusal(path: Path, error: OSError) -> str:
+    """Returns a sentence about a file that the system refuses to write."""
+    return f"{path} cannot be written ({error.strerror or error}); the run goes on"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,9 @@ from mocofast import interrupts, settings
 from mocofast.errors import ConfigError, DivergedError, UnreachableError, printable
 
 Commands = Mapping[str, Callable[[Sequence[str]], int]]
+
+# A full disk, a quota or a largest size of files, a disk that fails or may not be written.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 EXAMPLES = """\
 examples:
@@ -38,6 +42,7 @@ def run(commands: Commands, argv: Sequence[str]) -> int:
     argv: the words after "mocofast".
 
     0: done. 2: arguments that cannot be used. 75: a signal ended a run, which continues later.
+    74: the system refuses a write (disk full). 77: a rank hung.
     76: a run diverged, and its last finite checkpoint stays.
     128 + the signal's number: a signal ended another command. 141: the reader of the output left.
     """
@@ -96,6 +101,11 @@ def _run(commands: Commands, argv: list[str]) -> int:
     except (ConfigError, FileNotFoundError, NotADirectoryError, UnreachableError) as error:
         _report(name, error)
         return 2
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        _report(name, error)
+        return interrupts.EXIT_SYSTEM
 
 
 def _report(name: str, error: Exception) -> None:

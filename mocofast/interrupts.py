@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+EXIT_SYSTEM = 74  # EX_IOERR of sysexits.h: the system refuses a write, for example on a full disk
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again", which schedulers can act on
 EXIT_DIVERGED = 76  # a run whose loss or weights are not finite
+EXIT_HUNG = 77  # ranks that waited for a rank which hangs
 EXIT_CTRL_C = 128 + signal.SIGINT  # the status that shells give a command that Ctrl-C ended
 # Schedulers warn by SIGTERM, SIGUSR1 or SIGUSR2. A closed terminal sends SIGHUP.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")

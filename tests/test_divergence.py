@@ -15,7 +15,8 @@ from mocofast.config import ConfigError
 from mocofast.evaluate.features import check_finite
 from mocofast.evaluate.knn import knn_accuracy
 from mocofast.interrupts import EXIT_DIVERGED, EXIT_INTERRUPTED
-from mocofast.train.checkpoint import load_checkpoint, save_atomically
+from mocofast.train.checkpoint import load_checkpoint
+from mocofast.train.checkpoint_writer import save_atomically
 from mocofast.train.divergence import are_finite
 from mocofast.train.metrics import Moment, StepMetrics, Window
 

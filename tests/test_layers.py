@@ -29,6 +29,7 @@ FLOORS = [
         "mocofast.device",
         "mocofast.files",
         "mocofast.plots",
+        "mocofast.rendezvous",
         "mocofast.step_parts",
     },
     {"mocofast.distributed", "mocofast.ops", "mocofast.settings"},

@@ -18,7 +18,8 @@ from mocofast.config import Config, ConfigError
 from mocofast.interop.initial import initialise
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.methods.build import build_method
-from mocofast.train.checkpoint import CheckpointWriter, load_checkpoint
+from mocofast.train.checkpoint import load_checkpoint
+from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import LOCK, claimed_folder
 from mocofast.train.run import train
 from tests.test_cli import call

@@ -19,6 +19,7 @@ from mocofast.data.sources import load_datasets
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.moco import build
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
+from mocofast.train import loop
 from mocofast.train import run as training
 from mocofast.train.build import new_state
 from mocofast.train.engine import Engine
@@ -73,11 +74,11 @@ def clocked() -> Iterator[Curve]:
             left_out += cpu_seconds() - entered
             return values
 
-    original, training.KNNMonitor = training.KNNMonitor, Clocked  # type: ignore[misc]
+    original, loop.KNNMonitor = loop.KNNMonitor, Clocked  # type: ignore[misc]
     try:
         yield curve
     finally:
-        training.KNNMonitor = original  # type: ignore[misc]
+        loop.KNNMonitor = original  # type: ignore[misc]
 
 
 def ours(config: Config) -> Curve:

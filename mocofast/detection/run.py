@@ -27,14 +27,11 @@ from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_
 from mocofast.device import choose_autocast
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
-from mocofast.train.checkpoint import (
-    CheckpointWriter,
-    load_checkpoint,
-    random_state,
-    set_random_state,
-)
+from mocofast.train.checkpoint import load_checkpoint, random_state, set_random_state
+from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0
 from mocofast.train.divergence import check_loss, check_weights, way_out
+from mocofast.train.heartbeat import Heartbeat, stop_launcher
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, StepMetrics, Window, duration, memory_gib
 from mocofast.train.run_folder import RunFolder, StepLine
@@ -122,9 +119,13 @@ def train(config: TaskConfig, device: torch.device, saved: dict[str, Any] | None
     with StopRequest() as stop, contextlib.ExitStack() as held:
         rank, _ = distributed.rank_and_world_size()
         folder = claim_on_rank_0(held, config, saved is not None, rank)
+        held.enter_context(Heartbeat(0.0))
         run = _Run(config, folder, device, saved)
         with stop.after_steps():
-            return run.train(stop)
+            outcome = run.train(stop)
+    if outcome.interrupted:
+        stop_launcher()
+    return outcome
 
 
 class _Run:

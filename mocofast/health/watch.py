@@ -49,6 +49,7 @@ class Watch:
         content: list[dict[str, Any]] = [{"facts": self.facts}, *self._lines]
         with files.atomic_write(self._path) as rewritten:
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in content), "utf-8")
+        self._file = files.LineFile(self._path)
         self._may_leak = not getattr(config.model, "shuffle_bn", True)
         self._looks = 0
         self._snapshot: Snapshot | None = None
@@ -78,8 +79,7 @@ class Watch:
             for name, value in line.items()
         }
         self._lines.append(line)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._warn()
         return signals
 
@@ -92,7 +92,11 @@ class Watch:
                 log.warning("health: %s", found[name])
 
     def conclude(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Says the verdict in the log. before, after: figures of the kNN monitor, or empty."""
+        """Says the verdict in the log, after the last line.
+
+        before, after: figures of the kNN monitor, or empty.
+        """
+        self._file.close()
         log.info("verdict: %s", verdict(self._evidence(before, after)))
 
     def _evidence(self, before: Mapping[str, float], after: Mapping[str, float]) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from mocofast.files import refusal
+
+log = logging.getLogger("mocofast")
 
 COLUMNS = 8  # pairs on a sheet
 SIDES = (64, 128)  # smallest and largest side of a view on a sheet, in pixels
@@ -43,6 +48,8 @@ def scaled(pixels: np.ndarray, side: int) -> Image.Image:
 def write_views(views: Sequence[Tensor], path: Path) -> None:
     """Writes the views of a few images as a PNG file: a column for an image, a row for a view.
 
+    A file that the system refuses is only said in the log.
+
     views: every view (N, C, S, S), as the loader gives them, before the normalisation.
     """
     size = views[0].shape[-1]
@@ -56,4 +63,7 @@ def write_views(views: Sequence[Tensor], path: Path) -> None:
         for column, pixels in enumerate(as_rgb(view[:count])):
             place = (GAP + column * (side + GAP), TEXT + GAP + row * (side + GAP))
             sheet.paste(scaled(pixels, side), place)
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except OSError as error:
+        log.warning("%s", refusal(path, error))

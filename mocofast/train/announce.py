@@ -41,12 +41,7 @@ def announce(
     if resumed_step is None:
         announce_time(state, autocast, world_size)
     else:
-        log.info(
-            "continuing at step %d, epoch %d + %d steps",
-            state.step,
-            state.epoch,
-            state.step_in_epoch,
-        )
+        announce_continuation(state, world_size)
 
 
 def announce_images(
@@ -90,6 +85,20 @@ def announce_time(state: RunState, autocast: torch.autocast, world_size: int) ->
     )
     own = c.data.batch_size // world_size
     log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
+
+
+def announce_continuation(state: RunState, world_size: int) -> None:
+    """Logs where a continued run begins, and that its ranks have changed."""
+    log.info(
+        "continuing at step %d, epoch %d + %d steps", state.step, state.epoch, state.step_in_epoch
+    )
+    if state.ranks_before != world_size:
+        log.warning(
+            "the checkpoint is of %d ranks, and the run goes on with %d: a rank has another share "
+            "of a batch, so BatchNorm and the order of sums differ from a run that keeps its ranks",
+            state.ranks_before,
+            world_size,
+        )
 
 
 def describe_device(state: RunState, autocast: torch.autocast, world_size: int) -> str:

@@ -14,6 +14,7 @@ from mocofast.device import wrong_in_bf16
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
+from mocofast.rendezvous import wait_for
 from mocofast.train.checkpoint import RunState
 from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
@@ -22,12 +23,14 @@ from mocofast.train.optimizer import optimizer_of
 
 def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
     """Loads the datasets. The other ranks wait, because rank 0 may have to download the images."""
-    if rank:
-        distributed.barrier()
-    datasets = load_datasets(config.data, config.train.seed)
-    if rank == 0:
-        distributed.barrier()
-    return datasets
+    store = distributed.own_store()
+    if rank and store is not None:
+        wait_for(store, "rank 0 has loaded")  # a download may take longer than a collective waits
+    try:
+        return load_datasets(config.data, config.train.seed)
+    finally:
+        if rank == 0 and store is not None:
+            store.set("rank 0 has loaded", "")
 
 
 def new_state(
@@ -35,7 +38,8 @@ def new_state(
 ) -> RunState:
     """Builds model, optimiser and loader of a run from its start."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # almost every batch has the same shape
+        # Almost every batch has the same shape. The fastest algorithm differs between runs.
+        torch.backends.cudnn.benchmark = not config.train.deterministic
     torch.manual_seed(config.train.seed)
     source = datasets.train
     for size in config.augment.training_sizes():

@@ -8,18 +8,17 @@ reads the file:
     threads (that computed on a CPU)
     data (fingerprint of the images, skipped files)
     before, after (kNN figures), measured_at, evaluation_due
+    left_out (steps whose batch the model does not see)
     best, since_best (highest knn_top1, evaluations since then)
 
-A checkpoint is written atomically, in the background. Older checkpoints are pruned.
+mocofast.train.checkpoint_writer writes the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mocofast import __version__, distributed, files, settings
+from mocofast import __version__, distributed, settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Source
 from mocofast.errors import describe_error
@@ -53,6 +52,8 @@ class RunState:
     evaluation_due: a signal ended the evaluation of this step early.
     measured_at: the step of `after`. None: not known.
     best: highest knn_top1 after an epoch. since_best: evaluations after the best evaluation.
+    left_out: steps, counted from 1, whose batch the model does not see (train.skip_nonfinite).
+    ranks_before: number of ranks that wrote the checkpoint to continue from.
     """
 
     config: Config
@@ -71,15 +72,22 @@ class RunState:
     measured_at: int | None = None
     best: float = 0.0
     since_best: int = 0
+    left_out: tuple[int, ...] = ()
+    ranks_before: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
         """Numbers of images and classes, which some methods are built for."""
         return {"images": len(self.source), "classes": len(self.source.classes)}
 
-    def collect(self) -> dict[str, Any] | None:
-        """Returns the content of a checkpoint on rank 0, elsewhere None. A collective call."""
-        gather = distributed.gather_objects
+    def collect(self, alone: bool = False) -> dict[str, Any] | None:
+        """Returns the content of a checkpoint on rank 0, elsewhere None. A collective call.
+
+        alone: the call is of this rank alone, and the content has no parts of other ranks.
+        """
+        gather: Callable[[Any], list[Any]] = distributed.gather_objects
+        if alone:
+            gather = lambda own: [own]  # noqa: E731
         random_states, windows = gather(random_state(self.device)), gather(self.window.state())
         skipped: dict[int, str] = {}
         for own in gather(dict(self.loader.skipped)):
@@ -107,6 +115,7 @@ class RunState:
             "measured_at": self.measured_at,
             "best": self.best,
             "since_best": self.since_best,
+            "left_out": list(self.left_out),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -131,10 +140,12 @@ class RunState:
         self.measured_at = saved.get("measured_at")
         # Earlier checkpoints have no best value. The next evaluation is then the first to count.
         self.best, self.since_best = saved.get("best", 0.0), saved.get("since_best", 0)
+        self.left_out = tuple(saved.get("left_out", ()))
         self.loader.skipped.update(saved["data"]["skipped"])
         # The number of ranks may have changed: a new rank takes the sums of another rank.
         rank, _ = distributed.rank_and_world_size()
         windows, random_states = saved["windows"], saved["random_states"]
+        self.ranks_before = len(random_states)
         self.window.load_state(windows[rank % len(windows)])
         if rank < len(random_states):
             set_random_state(random_states[rank], self.device)
@@ -158,77 +169,6 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Saves by torch.save. `path` has the old content or the new content, never a part."""
-    with files.atomic_write(path) as file:
-        torch.save(state, file)
-
-
-def _snapshot(value: Any) -> Any:
-    """Returns a copy on the CPU, which later steps cannot change."""
-    if isinstance(value, torch.Tensor):
-        # clone() keeps strides, so channels-last weights stay channels-last.
-        return value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
-    if isinstance(value, dict):
-        return {key: _snapshot(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_snapshot(item) for item in value)
-    return value
-
-
-class CheckpointWriter:
-    """Writes `folder`/step_NNNNNNNN.pt and last.pt on a thread. Keeps the newest step files.
-
-    keep: number of step files to keep.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Copies the state now and writes the copy in the background.
-
-        Raises the error of an earlier write.
-        """
-        self.wait()
-        self._thread = threading.Thread(
-            target=self._write, args=(_snapshot(state),), name="checkpoint"
-        )
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Waits for the write in the background. Raises the error of the write."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _write(self, state: dict[str, Any]) -> None:
-        try:
-            last = self.folder / LAST
-            if self.keep:
-                numbered = self.folder / f"step_{state['step']:08d}.pt"
-                save_atomically(state, numbered)
-                link = last.with_name(LAST + ".tmp")
-                link.unlink(missing_ok=True)
-                try:
-                    os.link(numbered, link)
-                    os.replace(link, last)
-                except OSError:  # a file system without hard links
-                    save_atomically(state, last)
-                for old in step_files(self.folder)[self.keep :]:
-                    old.unlink(missing_ok=True)
-            else:
-                save_atomically(state, last)
-        except BaseException as error:
-            self._error = error
-
-
 def step_files(folder: Path, pattern: str = "step_*.pt") -> list[Path]:
     """Returns the step files of a folder of checkpoints, the last written first.
 
@@ -238,6 +178,11 @@ def step_files(folder: Path, pattern: str = "step_*.pt") -> list[Path]:
     """
     written = [(file.stat().st_mtime_ns, file.name, file) for file in folder.glob(pattern)]
     return [file for *_, file in sorted(written, reverse=True)]
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Returns whether a run folder holds checkpoints."""
+    return any((run / "checkpoints").glob("*.pt"))
 
 
 def load_checkpoint(

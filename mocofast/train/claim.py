@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mocofast import distributed, files
 from mocofast.config import ConfigError
+from mocofast.train.checkpoint import has_checkpoint
 from mocofast.train.run_folder import FolderOptions, choose_folder
 
 LOCK = ".lock"
@@ -72,7 +73,7 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
 
 def check_unused(folder: Path) -> None:
     """Raises ConfigError if a folder holds the checkpoints of a run."""
-    if any((folder / "checkpoints").glob("*.pt")):
+    if has_checkpoint(folder):
         raise ConfigError(
             f"train.dir: {folder} holds a run already. --resume auto continues this run, "
             "another --train.dir starts a new run"

@@ -15,15 +15,18 @@ from mocofast.train.checkpoint import step_files
 from mocofast.train.metrics import LOSS
 
 
-def check_loss(values: Mapping[str, float], steps: str, rate: float) -> None:
+def check_loss(
+    values: Mapping[str, float], steps: str, rate: float, step: int | None = None
+) -> None:
     """Raises DivergedError if the loss of a log line, which all ranks share, is not finite.
 
     values: means of the metrics. steps: the steps of the means, in words. rate: the learning rate
-        at the last step.
+        at the last step. step: the first step whose loss is not finite, if it is known.
     """
     if not math.isfinite(values[LOSS]):
         raise DivergedError(
-            f"the run diverged: the loss is {values[LOSS]} in {steps}, at learning rate {rate:.4g}"
+            f"the run diverged: the loss is {values[LOSS]} in {steps}, at learning rate {rate:.4g}",
+            step,
         )
 
 

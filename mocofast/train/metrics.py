@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, NamedTuple
@@ -74,13 +75,16 @@ class Moment:
 
 
 class PendingMeans:
-    """Means that the device still computes."""
+    """Means that the device still computes, and the losses of single steps.
 
-    def __init__(self, names: tuple[str, ...], means: Tensor) -> None:
-        self._names, self._means = names, means
+    means: (M + L,) float32, of the metrics `names` and of the losses of `steps`.
+    """
+
+    def __init__(self, names: tuple[str, ...], means: Tensor, steps: tuple[int, ...] = ()) -> None:
+        self._names, self._means, self._steps = names, means, steps
         self.moment = Moment(means.device)
         if means.is_cuda:
-            on_host = torch.empty(len(names), pin_memory=True)
+            on_host = torch.empty(len(means), pin_memory=True)
             self._means = on_host.copy_(means, non_blocking=True)
             self.moment = Moment(means.device)
 
@@ -91,6 +95,12 @@ class PendingMeans:
         """
         self.moment.wait()
         return dict(zip(self._names, self._means.tolist()))
+
+    def first_wrong(self) -> int | None:
+        """Returns the first step whose loss is not finite, or None. Call it after `wait`."""
+        losses = self._means.tolist()[len(self._names) :]
+        wrong = (step for step, loss in zip(self._steps, losses) if not math.isfinite(loss))
+        return next(wrong, None)
 
 
 class PendingWindow(NamedTuple):
@@ -128,6 +138,7 @@ class Window:
         self._sums = torch.zeros(1, device=device)
         self._continued = False  # the sums come from a checkpoint
         self.steps = self._images = 0
+        self._losses: list[tuple[int, Tensor]] = []  # of single steps, () float32
         self._began = Moment(device)
         self._waited = self._left_out = 0.0
 
@@ -144,10 +155,10 @@ class Window:
         self._sums = torch.tensor(list(sums.values()), device=self._device)
         self.steps, self._continued = state["steps"], True
 
-    def add(self, metrics: StepMetrics, images: int, waited: float) -> None:
+    def add(self, metrics: StepMetrics, images: int, waited: float, step: int = 0) -> None:
         """Adds a step.
 
-        images: number over all ranks. waited: seconds spent waiting for data.
+        images: number over all ranks. waited: seconds spent waiting for data. step: its number.
         Raises ValueError if the method names other metrics than at the steps before.
         """
         if metrics.names != self._names and (not self.steps or self._continued):
@@ -159,6 +170,8 @@ class Window:
             )
         self._continued = False
         self._sums += metrics.values
+        # A captured step writes its metrics to the same address every time.
+        self._losses.append((step, metrics.loss.clone()))
         self.steps += 1
         self._images += images
         self._waited += waited
@@ -178,11 +191,14 @@ class Window:
 
     def start_means(self) -> PendingMeans:
         """Starts computing the means over steps and ranks. All ranks call it together."""
+        steps = tuple(step for step, _ in self._losses)
         means = self._sums / self.steps
+        if steps:
+            means = torch.cat([means, torch.stack([loss for _, loss in self._losses])])
         if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
-        return PendingMeans(self._names, means)
+        return PendingMeans(self._names, means, steps)
 
     def flush(self) -> PendingWindow:
         """Ends this window and starts the next window. All ranks call it together."""
@@ -190,6 +206,7 @@ class Window:
         ended = PendingWindow(means, self._images, self._waited, self._began, self._left_out)
         self._sums = torch.zeros_like(self._sums)
         self.steps = self._images = 0
+        self._losses = []
         self._began, self._waited, self._left_out = means.moment, 0.0, 0.0
         return ended
 

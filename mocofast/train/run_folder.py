@@ -24,6 +24,7 @@ from mocofast.config import Config
 from mocofast.errors import printable
 from mocofast.log_format import PrintableFormatter
 from mocofast.plots import plot_curves
+from mocofast.train.log_files import Board, LogFile
 from mocofast.train.metrics import LOSS, RATES, duration
 
 log = logging.getLogger("mocofast")
@@ -93,22 +94,20 @@ class RunFolder:
         """
         self.path, self._config = path, config
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(
-            f"# {self.command} {path / 'config.yaml'}\n"
-            + yaml.safe_dump(settings.to_dict(config), sort_keys=False),
-            encoding="utf-8",
-        )
+        with files.atomic_write(path / "config.yaml") as written:
+            written.write_text(
+                f"# {self.command} {path / 'config.yaml'}\n"
+                + yaml.safe_dump(settings.to_dict(config), sort_keys=False),
+                encoding="utf-8",
+            )
         self._log_to(path / "train.log")
         self._open_skipped(resumed_step is not None)
         self._open_metrics(resumed_step)
-        from torch.utils.tensorboard import SummaryWriter  # the import takes a second
-
-        purge_step = None if resumed_step is None else resumed_step + 1
-        self._board = SummaryWriter(str(path), purge_step=purge_step)
+        self._board = Board(path, None if resumed_step is None else resumed_step + 1)
 
     def _log_to(self, path: Path) -> None:
         self._handlers: list[logging.Handler] = [
-            logging.FileHandler(path, encoding="utf-8"),
+            LogFile(path, encoding="utf-8"),
             _ScreenHandler(),
         ]
         self._handlers[0].setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
@@ -127,6 +126,7 @@ class RunFolder:
         elif self._skipped_path.exists():
             lines = self._repaired(self._skipped_path, "file")
             self._skipped = {json.loads(line)["file"] for line in lines}
+        self._skipped_file = files.LineFile(self._skipped_path)
 
     def _open_metrics(self, resumed_step: int | None) -> None:
         """Opens metrics.jsonl after the lines up to `resumed_step`."""
@@ -134,7 +134,7 @@ class RunFolder:
         kept = self._lines_until(resumed_step) if resumed_step is not None else []
         with files.atomic_write(self.metrics_path) as rewritten:
             rewritten.write_text("".join(kept), encoding="utf-8")
-        self._metrics = open(self.metrics_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._metrics = files.LineFile(self.metrics_path)
 
     def _lines_until(self, step: int) -> list[str]:
         if not self.metrics_path.exists():
@@ -176,7 +176,7 @@ class RunFolder:
         self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, metrics["step"])
+                self._board.add(name, value, metrics["step"])
 
     def write_steps(self, line: StepLine, bar: tqdm[Any]) -> None:
         """Writes the metrics of the last steps to files, log and progress bar."""
@@ -232,8 +232,7 @@ class RunFolder:
                 printable(name),
                 printable(reason),
             )
-            with open(self._skipped_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+            self._skipped_file.write(json.dumps({"file": name, "reason": reason}) + "\n")
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Returns the figures of an evaluation in words."""
@@ -242,6 +241,7 @@ class RunFolder:
     def close(self) -> None:
         """Flushes and closes every file."""
         self._metrics.close()
+        self._skipped_file.close()
         self._board.close()
         for handler in self._handlers:
             log.removeHandler(handler)
@@ -264,7 +264,10 @@ class PretrainingFolder(RunFolder):
         when: says when `after` was measured. May be empty.
         """
         curves = self.path / "curves.png"
-        plot_curves(self.metrics_path, curves)
+        try:
+            plot_curves(self.metrics_path, curves)
+        except OSError as error:
+            log.warning("%s", files.refusal(curves, error))
         if before:
             log.info("before: %s", self.describe(before))
         if after:

@@ -1,0 +1,392 @@
+"""The objects of a run, and its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mocofast.config import Config, ConfigError
+from mocofast.data.interface import Batch
+from mocofast.device import choose_autocast
+from mocofast.errors import DivergedError
+from mocofast.evaluate.features import EvaluationStopped
+from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.health.watch import Watch
+from mocofast.methods.base import Method
+from mocofast.optim.schedule import learning_rate, scaled_by_batch
+from mocofast.report.at_end import write_at_end
+from mocofast.report.pictures import write_views
+from mocofast.step_parts import step_part
+from mocofast.train import evidence
+from mocofast.train.announce import announce
+from mocofast.train.auto import Choice, fit_on_all_ranks
+from mocofast.train.build import check_gradients, load_on_rank_0_first, new_state
+from mocofast.train.checkpoint_writer import CheckpointWriter
+from mocofast.train.claim import check_unused
+from mocofast.train.divergence import check_loss, check_weights, way_out
+from mocofast.train.engine import Engine, choose_mode, garbage_collection_paused
+from mocofast.train.heartbeat import Heartbeat
+from mocofast.train.interrupt import StopRequest
+from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
+from mocofast.train.profile import STEPS, StepProfiler
+from mocofast.train.result import Result
+from mocofast.train.resume import check_same_run, find_checkpoint
+from mocofast.train.run_folder import PretrainingFolder, StepLine
+from mocofast.train.threads import set_threads
+
+log = logging.getLogger("mocofast")
+
+
+class Run:
+    """The objects of one run, and its loop. folder and writer exist on rank 0 alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        resume: str,
+        path: Path,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        profile: bool,
+        kept: Collection[str] | None,
+        initialise: Callable[[Method], list[str]] | None,
+        extend: bool,
+        heart: Heartbeat,
+    ) -> None:
+        self.heart = heart
+        self.config, self.device, self.world_size, self.path = config, device, world_size, path
+        saved = find_checkpoint(self.path, resume)
+        if saved is not None:
+            check_same_run(config, saved, extend)
+        else:
+            check_unused(self.path)
+
+        # Data, model and optimiser.
+        datasets = load_on_rank_0_first(config, rank)
+        self.choices: list[Choice] = []
+        if kept is not None and saved is None:
+            self.choices = fit_on_all_ranks(config, datasets.train, kept, device, world_size)
+        mode, reason = choose_mode(config.engine.mode, device, world_size)
+        self.state = new_state(config, datasets, device, rank, world_size)
+        set_threads(self.state.model.encoder_q, config, device, world_size, saved)
+        self.autocast = choose_autocast(config.train.precision, device)
+        for size in sorted({config.augment.size, *config.augment.training_sizes()}):
+            check_gradients(self.autocast, self.state.model.encoder_q, size)
+        self.monitor = KNNMonitor.of(datasets, config, device)
+        if config.knn.patience and self.monitor is None:
+            raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
+        self.steps_per_epoch = self.state.loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
+        self.first_lines: list[str] = []
+        if saved is not None:
+            self.state.restore(saved)
+        elif initialise is not None:
+            self.first_lines = initialise(self.state.model)
+
+        # All checks are done, so a run that is refused leaves no files behind. Now open the files.
+        resumed_step = self.state.step if saved else None
+        self.folder = PretrainingFolder(self.path, config, resumed_step) if rank == 0 else None
+        self.writer = None
+        if rank == 0:
+            files, place = config.checkpoint, self.path / "checkpoints"
+            self.writer = CheckpointWriter(place, files.keep, files.make_room)
+        model, optimizer = self.state.model, self.state.optimizer
+        images = config.data.batch_size // world_size // config.train.accumulate
+        self.engine = Engine(mode, model, optimizer, self.autocast, config.train.accumulate, images)
+        self.rate = 0.0  # the learning rate of the last step
+        self.evaluated_at = self.state.step  # the step of the last evaluation
+        self.profiler: StepProfiler | None = None
+        if profile and rank == 0:
+            now = replace(config, augment=config.augment.at(self.state.epoch))
+            self.profiler = StepProfiler(model, optimizer, self.autocast, now)
+        self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
+        self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
+        if rank == 0:
+            lines = [f"engine {mode}: {reason}", *self.first_lines]
+            lines += ["no kNN monitor"] * (self.monitor is None) + [f"writing to {self.path}"]
+            seen = (self.state, datasets, self.choices, self.autocast, world_size)
+            announce(*seen, lines, resumed_step)
+        self.watch = Watch(self.path, config, model, datasets, resumed_step) if rank == 0 else None
+
+    # ---- the loop ----
+
+    def train(self, stop: StopRequest) -> Result:
+        """Trains to the end, to train.max_steps, or until a signal. Always leaves a checkpoint."""
+        state = self.state
+        last_step = min(self.config.train.max_steps or self.total_steps, self.total_steps)
+        began, first_step, saved_at = time.perf_counter(), state.step, -1
+        try:
+            untrained = state.step == 0 and self.config.knn.start
+            interrupted = (untrained or state.evaluation_due) and not self._evaluate(stop)
+            with self._progress_bar(last_step) as bar, garbage_collection_paused():
+                state.window.start_clock()
+                while state.step < last_step and not interrupted and not self._plateaued():
+                    # The first step compiles, and loads kernels.
+                    with self._patience_for_the_first_step(first_step):
+                        self._step()
+                    bar.update()
+                    self._write_pending()
+                    interrupted = stop.agreed()
+                    if self._log_due():
+                        seconds_per_step = (time.perf_counter() - began) / (state.step - first_step)
+                        self._end_window(bar, seconds_per_step * (self.total_steps - state.step))
+                    epoch_ended = state.step_in_epoch == self.steps_per_epoch
+                    if epoch_ended and not self._end_epoch(stop):
+                        interrupted = True
+                    if self._checkpoint_due(epoch_ended) or interrupted:
+                        self._save()
+                        saved_at = state.step
+                        gc.collect()
+                self._write_pending()
+            if saved_at != state.step:
+                self._save()
+            if state.window.steps:
+                # The averages so far. The window keeps the sums for a continued run.
+                means = state.window.start_means()
+                values, count = means.wait(), state.window.steps
+                log.info("loss %.3f over the last %d steps", values[LOSS], count)
+                check_loss(values, f"the last {count} steps", self.rate, means.first_wrong())
+            if state.step > first_step and not interrupted and self.evaluated_at != state.step:
+                # train.max_steps ended the run between two evaluations.
+                interrupted = not self._evaluate(stop, write=False)
+            self._finish(interrupted, time.perf_counter() - began)
+        except DivergedError as error:
+            if self.writer is not None and self.watch is not None:
+                self.writer.wait()
+                self.watch.conclude(state.before, state.after)
+            said = evidence.save_batches(state, error.step, self.path)
+            log.warning("%s. %s", error, said.text)
+            if len(state.left_out) < 2 * self.config.train.skip_nonfinite:
+                raise evidence.GoBack(said.steps) from None
+            raise DivergedError(f"{error}. {said.text}. {way_out(self.path)}") from None
+        except Exception as error:
+            if self.writer is not None:
+                evidence.save_state(state, error, self.path)
+            raise
+        finally:
+            state.loader.close()
+            if self.writer is not None:
+                self.writer.wait()
+            if self.folder is not None:
+                self.folder.close()
+        return Result(self.path, state.step, interrupted, state.before, state.after)
+
+    def _step(self) -> None:
+        """Makes one optimiser step on the next batch."""
+        state = self.state
+        self.heart.at(f"the data of step {state.step + 1}")
+        if self.profiler is not None:
+            self.profiler.begin()
+        asked = time.perf_counter()
+        with step_part("data wait"):
+            batch = self._next_batch()
+            views = tuple(view.to(self.device, non_blocking=True) for view in batch.views)
+        waited = time.perf_counter() - asked
+        if state.step == 0 and self.folder is not None:
+            write_views(views, self.path / "views.png")
+            state.window.leave_out(time.perf_counter() - asked - waited)
+        self.heart.at(f"step {state.step + 1}")
+
+        self.rate = learning_rate(
+            self.schedule, state.step, self.steps_per_epoch, self.config.train.epochs
+        )
+        self.engine.set_scheduled(state.step, self.total_steps, self.rate)
+        fields = {
+            name: getattr(batch, name).to(self.device, non_blocking=True)
+            for name in state.model.batch_fields
+        }
+        learns = state.step >= state.model.filling_steps
+        state.step += 1
+        state.step_in_epoch += 1
+        if state.step in state.left_out:
+            log.info("step %d leaves its batch out", state.step)
+        else:
+            metrics = self.engine.step(views, fields, learns)
+            state.window.add(metrics, len(views[0]) * self.world_size, waited, state.step)
+            if self.watch is not None and self._log_due():
+                self.watch.look(views, metrics.pair)
+        if self.profiler is not None:
+            self._end_profiled_step(self.profiler)
+
+    def _patience_for_the_first_step(
+        self, first_step: int
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.state.step > first_step:
+            return contextlib.nullcontext()
+        return self.heart.patient("the first step")
+
+    def _next_batch(self) -> Batch:
+        if self.batches is None:
+            self.batches = self.state.loader.epoch(self.state.epoch, self.state.step_in_epoch)
+        if (batch := next(self.batches, None)) is None:
+            raise RuntimeError(f"loader: fewer than {self.steps_per_epoch} batches in an epoch")
+        return batch
+
+    def _end_profiled_step(self, profiler: StepProfiler) -> None:
+        """Ends the profile's step. Leaves the profiler's own work out of the rates."""
+        ended = time.perf_counter()
+        if profiler.end():
+            profiler.write(self.path)
+            log.info("profile of a step: %s", self.path / "profile.png")
+            self.profiler = None
+        self.state.window.leave_out(time.perf_counter() - ended)
+
+    def _end_epoch(self, stop: StopRequest) -> bool:
+        """Ends the epoch. Evaluates if an evaluation is due. Returns False if `stop` ended it."""
+        self._write_pending()  # before the evaluation, which takes long
+        assert self.batches is not None
+        for _ in self.batches:  # lets the loader end its epoch
+            raise RuntimeError(f"loader: more than {self.steps_per_epoch} batches in an epoch")
+        self.batches = None
+        self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+        every = self.config.knn.every
+        last = self.state.epoch == self.config.train.epochs
+        if last or (every and self.state.epoch % every == 0):
+            self._check_weights()  # NaN has no neighbours
+            return self._evaluate(stop)
+        return True
+
+    def _plateaued(self) -> bool:
+        patience = self.config.knn.patience
+        return 0 < patience <= self.state.since_best
+
+    def _log_due(self) -> bool:
+        step = self.state.step
+        return step % self.config.train.log_every == 0 or step == self.total_steps
+
+    def _checkpoint_due(self, epoch_ended: bool) -> bool:
+        c, state = self.config.checkpoint, self.state
+        by_epoch = epoch_ended and state.epoch % c.every_epochs == 0
+        by_step = c.every_steps and state.step % c.every_steps == 0
+        return bool(by_epoch or by_step)
+
+    # ---- output ----
+
+    def _end_window(self, bar: tqdm[Any], remaining: float) -> None:
+        """Ends the window. `_write_pending` writes the line after the next step's launch."""
+        state = self.state
+        if not state.window.steps:  # all were left out
+            return
+        line = StepLine(
+            state.step,
+            state.step / self.steps_per_epoch,
+            self.rate,
+            state.model.chance_loss,
+            memory_gib(self.device),
+            remaining,
+            {},
+        )
+        self.pending = (line, state.window.flush(), bar)
+
+    def _write_pending(self) -> None:
+        """Writes the line of the window that ended before the last launch, if there is one."""
+        if self.pending is None:
+            return
+        line, window, bar = self.pending
+        self.pending = None
+        values = window.wait()
+        if self.folder is not None:
+            self.folder.write_steps(line._replace(values=values), bar)
+        if self.watch is not None:
+            self.watch.write(line.step, {**values, "chance_loss": line.chance_loss, "lr": line.lr})
+        first_wrong = window.means.first_wrong()
+        check_loss(values, f"the steps up to {line.step}", line.lr, first_wrong)
+
+    def _check_weights(self) -> None:
+        """Raises DivergedError if weights are not finite. All ranks call it together."""
+        tensors = [*self.state.model.parameters(), *self.state.model.buffers()]
+        check_weights(tensors, self.state.step, self.rate)
+
+    def _evaluate(self, stop: StopRequest, write: bool = True) -> bool:
+        """Runs the kNN monitor, if there are labels. Returns False if `stop` ended it early.
+
+        A continued run then evaluates first.
+        write: write the figures. A run that train.max_steps stopped does not, because the
+            continued run writes the metrics of a run that never stopped.
+        """
+        state = self.state
+        self.evaluated_at = state.step
+        if self.monitor is None:
+            return True
+        state.evaluation_due, pause = write, state.window.pause()
+        self.heart.at(f"the evaluation after step {state.step}")
+
+        def stopped() -> bool:
+            self.heart.alive()
+            return stop.requested()
+
+        try:
+            encoder = state.model.encoder_q
+            state.after = self.monitor.evaluate(encoder, self.autocast, stopped)
+        except EvaluationStopped:
+            log.info("evaluation stopped; a continued run evaluates first")
+            return False
+        state.evaluation_due, state.measured_at = False, state.step
+        if state.step == 0:
+            state.before = state.after
+        elif write:
+            top1 = state.after.get("knn_top1", 0.0)
+            state.since_best = 0 if top1 > state.best else state.since_best + 1
+            state.best = max(state.best, top1)
+        if self.folder is not None and write:
+            when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
+            self.folder.write_evaluation(
+                state.step, state.step / self.steps_per_epoch, state.after, when
+            )
+        state.window.end_pause(pause)
+        return True
+
+    def _save(self) -> None:
+        """Writes a checkpoint. All ranks call it together."""
+        self.heart.at(f"the checkpoint of step {self.state.step}")
+        self._write_pending()  # before the checkpoint, which takes long
+        self._check_weights()  # a checkpoint takes the place of an older one
+        content = self.state.collect()
+        if content is None or self.writer is None or self.folder is None:
+            return
+        name, skipped = self.state.source.name, content["data"]["skipped"]
+        self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
+        with self.heart.patient("the copy of the checkpoint, or the write of the last"):
+            self.writer.save(content)
+
+    def _progress_bar(self, last_step: int) -> tqdm[Any]:
+        hidden = self.folder is None or not sys.stderr.isatty()
+        return tqdm(total=last_step, initial=self.state.step, unit="step", disable=hidden)
+
+    def _finish(self, interrupted: bool, seconds: float) -> None:
+        """Logs how the run ended, and finishes the files. seconds: duration of the run."""
+        if self.folder is None or self.writer is None:
+            return
+        self.writer.wait()
+        ended = "trained" if self.state.step >= self.total_steps else "stopped"
+        log.info("%s at step %d after %s", ended, self.state.step, duration(seconds))
+        if self._plateaued():
+            log.info(
+                "kNN plateau: %d evaluations without a better accuracy than %.4f (knn.patience)",
+                self.state.since_best,
+                self.state.best,
+            )
+        if interrupted:
+            log.info("to continue: mocofast pretrain --resume %s", self.path)
+        if self.profiler is not None:
+            log.info("no profile: it takes %d steps from the start", STEPS)
+        if self.watch is not None:
+            self.watch.conclude(self.state.before, self.state.after)
+        if not interrupted:
+            encoder, source = self.state.model.encoder_q, self.state.source
+            write_at_end(self.path, source, self.config, encoder, self.device)
+        measured_at = self.state.measured_at
+        when = "" if measured_at is None else f" (measured at step {measured_at})"
+        self.folder.finish(self.state.before, self.state.after, when)

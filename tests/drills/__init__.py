@@ -1,0 +1,1 @@
+"""Drills: real runs that meet a fault. Every drill is a program; `make drills` runs all."""
