@@ -3,6 +3,7 @@
 # make test          sets up, then runs the tests. MOCOFAST_DATA=DIR names a folder of real images.
 # make check         checks format, lint and types, and runs the tests, as CI does.
 # make test-newest   runs the tests with the newest versions of all packages, in .venv-newest.
+# make drills        kills and spoils runs for an hour, and prints what they survived.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
 
 EXTRAS ?= cuda13,dev
@@ -17,7 +18,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-newest lint check format
+.PHONY: setup demo test test-newest drills lint check format
 
 setup: $(READY)
 
@@ -52,3 +53,9 @@ check: lint test
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Trains hundreds of short runs that meet a fault, and prints what they survived. An hour.
+drills: $(READY)
+	$(BIN)/python -m tests.drills.kills --count 100
+	$(BIN)/python -m tests.drills.kills --count 50 --ranks 2
+	$(BIN)/python -m tests.drills.ranks

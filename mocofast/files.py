@@ -124,8 +124,6 @@ class LineFile:
         try:
             if self._file is None:
                 self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-            if self._refused:
-                self._file.truncate(self._end)  # a part of a line may be there
             rest = content
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -133,6 +131,9 @@ class LineFile:
             if not self._refused:
                 log.warning("%s", refusal(self._path, error))
             self._refused = True
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._end)  # without the part of a line
             return
         self._end += len(content)
         self._waiting.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ class Board:
 
         self._path = path
         self._writer: Any = None
+        self._hook = threading.excepthook
+        threading.excepthook = self._without_traceback
         with self._surviving():
-            self._writer = SummaryWriter(str(path), purge_step=purge_step)
+            # A short queue would block for ever after its thread has ended.
+            self._writer = SummaryWriter(str(path), purge_step=purge_step, max_queue=10_000)
 
     def add(self, name: str, value: float, step: int) -> None:
         """Adds a scalar."""
@@ -54,6 +58,13 @@ class Board:
         if self._writer is not None:
             with self._surviving():
                 self._writer.close()
+        threading.excepthook = self._hook
+
+    def _without_traceback(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises the error again where the next scalar is added."""
+        of_events = type(args.thread).__module__.startswith("tensorboard")
+        if not (of_events and isinstance(args.exc_value, OSError)):
+            self._hook(args)
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
