@@ -13,7 +13,7 @@ from mocofast_bench.processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mocofast import MoCo, distributed
+from mocofast import MoCo, distributed, rendezvous
 from mocofast.errors import ConfigError
 from mocofast.methods.base import MethodOutput
 from mocofast.models.encoders import TinyResNet
@@ -290,10 +290,11 @@ def test_more_processes_than_gpus_is_an_error_that_says_so() -> None:
 
 
 def test_ranks_that_cannot_meet_name_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(backend: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("Gloo connectFullMesh failed with [...] remote=[127.0.0.1]:9643\nmore")
 
     monkeypatch.setattr(dist, "init_process_group", refuse)
+    monkeypatch.setattr(rendezvous, "meet", lambda: (dist.HashStore(), 0, 2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"9643\). .* GLOO_SOCKET_IFNAME=eth0 on CPUs"):
         distributed.init_from_environment("cpu")
