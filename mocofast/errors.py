@@ -21,7 +21,7 @@ class DivergedError(RuntimeError):
 
 
 class UnreachableError(OSError):
-    """Images cannot be read at present: a server or a storage does not answer as it should."""
+    """Images cannot be read at present: a server or a storage gives no proper answer."""
 
 
 def printable(text: str) -> str:

@@ -19,26 +19,29 @@ Damaged entropy data of JPEG files decode to garbage without an error. PIL mostl
 
 from __future__ import annotations
 
-import queue
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
+from torch import Tensor
 
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat
 from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.interface import Batch, BatchSlice, Source, labels_of
+from mocofast.data.deadline import Readers
+from mocofast.data.interface import Batch, BatchSlice, Source, labels_of, read_seconds
 from mocofast.data.items import Item
+from mocofast.data.journal import Journal
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import decode_to_ppm, to_ppm, undecodable, unlike_header
+from mocofast.data.producer import Producer
 from mocofast.data.ranges import range_of
 from mocofast.data.scaled import decode_scaled
 from mocofast.data.threads import single_threaded_pool
@@ -77,8 +80,8 @@ class DaliLoader:
         batches = _Batches(source, augments, batch_slice, seed, device, workers, data, pixels)
         self.steps_per_epoch = batches.planner.steps
         self.skipped = batches.planner.skipped
-        self._device = device
-        self._producer = _Producer(batches, data.prefetch)
+        self._device, self._batches = device, batches
+        self._producer = Producer(batches, data.prefetch)
         # (epoch, step) of the producer's next batch. None if unknown
         self._position: tuple[int, int] | None = None
         self._after = batches.planner.after
@@ -86,6 +89,10 @@ class DaliLoader:
         # Called at the latest when the interpreter exits: a thread inside DALI must have
         # ended by then.
         self.close = weakref.finalize(self, self._producer.close)
+
+    def keep_journal(self, path: Path) -> None:
+        """Keeps a `Journal` of the samples that are being decoded, until `close`."""
+        self._batches.journal = Journal(path, self._batches.source.fingerprint())
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator
@@ -115,59 +122,6 @@ class DaliLoader:
             yield batch
 
 
-class _Producer:
-    """A thread that keeps `ahead` batches ready, also across epochs."""
-
-    def __init__(self, batches: _Batches, ahead: int) -> None:
-        self._batches = batches
-        self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(ahead)
-
-    def start(self, epoch: int, step: int) -> None:
-        """Starts to make batches at a position. Drops the batches that are ready."""
-        self.stop()
-        self._batches.seek(epoch, step)
-        self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="mocofast-dali", daemon=True)
-        self._thread.start()
-
-    def get(self) -> Batch:
-        """Returns the next batch. Raises the error of the thread."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """Ends the thread. Waits at most for the batch in the making."""
-        if self._thread is None:
-            return
-        self._stopped.set()
-        while self._thread.is_alive():
-            self._drain()  # the thread may wait for room in the queue
-            self._thread.join(0.01)
-        self._drain()
-        self._thread = None
-
-    def close(self) -> None:
-        """Ends the thread and the pipeline."""
-        self.stop()
-        self._batches.close()
-
-    def _drain(self) -> None:
-        while not self._ready.empty():
-            self._ready.get()
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(self._batches.next())
-            except BaseException as error:  # `get` raises the error in the training loop
-                self._ready.put(error)
-                return
-
-
 class _Batches:
     """Makes batches in order, from any position. Only one thread at a time may call `next`."""
 
@@ -182,14 +136,15 @@ class _Batches:
         data: DataConfig,
         pixels: PixelFormat | None,
     ) -> None:
-        self._source, self._data = source, data
+        self.source, self._data = source, data
+        self.journal: Journal | None = None
         self._batch_size, self._threads = batch_slice.per_rank, max(1, workers)
         self._pixels = pixels
         self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
         self._range = range_of(source)
         self._pool = single_threaded_pool(self._threads)
         # Other threads than the makers of views, for which reading would wait.
-        self._readers = ThreadPoolExecutor(self._threads, "mocofast-read")
+        self._readers = Readers(self._threads, read_seconds(source), "mocofast-read")
         scaled = data.decode == "scaled"
         self.planner = BatchPlanner(
             source, augments, batch_slice, seed, self._readers, pixels, scaled
@@ -198,6 +153,7 @@ class _Batches:
         self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
         self._sizes: list[int] = []  # sides of the crops that the pipeline makes on a GPU
+        self._rest: BatchPlan | None = None  # of the batch whose first parts are planned
         # Plans of the batches inside DALI, oldest first
         self._unfinished: deque[BatchPlan] = deque()
         self._next_out = (0, 0)  # (epoch, step) of the next batch that `next` returns
@@ -212,32 +168,52 @@ class _Batches:
 
     def next(self) -> Batch:
         """Returns the next batch. Raises ValueError if no sample of the source can be decoded."""
-        try:
-            plan, outputs = self._run_pipeline()
-        except BaseException:
-            self._forget_pipeline()
-            raise
+        parts: list[tuple[Tensor, ...]] = []  # the views of every part
+        shown: list[np.ndarray] = []
+        while True:
+            try:
+                plan, outputs = self._run_pipeline()
+            except BaseException:
+                self._forget_pipeline()
+                raise
+            if plan.start == 0:  # the first part, or the batch begins again after an error
+                parts, shown = [], []
+            parts.append(self._views(plan, outputs))
+            shown.append(plan.samples)
+            if plan.last:
+                break
+        with torch.cuda.stream(self._stream):  # no effect on a CPU
+            views = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+        if self._stream is not None:
+            # The training may use another stream. Also, the images may lie in memory of DALI,
+            # which DALI uses again as soon as they go out of scope.
+            self._stream.synchronize()
+        self._next_out = self.planner.after(plan.epoch, plan.step)
+        index = torch.from_numpy(np.concatenate(shown))
+        return Batch(views, index, labels_of(self.source, index))
+
+    def _views(self, plan: BatchPlan, outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Returns the views of the images of a plan. outputs: DALI's."""
         if self._stream is None:
             images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
-            views = tuple(
+            return tuple(
                 views_from_images(images, params, augment, self._pool)
                 for params, augment in zip(plan.params, plan.augments)
             )
-        else:
-            crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-            with torch.cuda.stream(self._stream):
-                views = tuple(map(views_from_crops, crops, plan.params, plan.augments))
-            # DALI may write to `outputs` again as soon as they go out of scope.
-            self._stream.synchronize()
-        self._next_out = self.planner.after(plan.epoch, plan.step)
-        index = torch.from_numpy(plan.samples)
-        return Batch(views, index, labels_of(self._source, index))
+        crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        with torch.cuda.stream(self._stream):
+            views = tuple(map(views_from_crops, crops, plan.params, plan.augments))
+        if not plan.last or plan.start:
+            self._stream.synchronize()  # before the images go out of scope
+        return views
 
     def close(self) -> None:
         """Ends the threads and the pipeline."""
-        for pool in (self._pool, self._readers):
-            pool.shutdown(cancel_futures=True)
+        self._readers.close()
+        self._pool.shutdown(cancel_futures=True)
         self._forget_pipeline()
+        if self.journal is not None:
+            self.journal.close()
 
     # DALI
 
@@ -282,7 +258,7 @@ class _Batches:
         return pipeline
 
     def _forget_pipeline(self) -> None:
-        self._pipeline = self._ahead = None
+        self._pipeline = self._ahead = self._rest = None
         self._unfinished.clear()
 
     def _feed(self) -> list[Any]:
@@ -290,12 +266,12 @@ class _Batches:
         while True:
             plan, reads = self._ahead or self._read_next()
             self._ahead = None
-            items = [read.result() for read in reads]
+            items = [self._result(read) for read in reads]
             bad = {i: item for i, item in zip(plan.samples.tolist(), items) if type(item) is str}
             if not bad:
                 break
             self.planner.skipped.update(bad)
-            self._next_plan = (plan.epoch, plan.step)
+            self._rest = self.planner.plan(plan.epoch, plan.step).rest(plan.start)
         self._unfinished.append(plan)
         self._ahead = self._read_next()
         fed: list[Any] = [items]
@@ -306,18 +282,30 @@ class _Batches:
         return fed
 
     def _read_next(self) -> tuple[BatchPlan, list[Future[np.ndarray | str]]]:
-        """Plans the next batch, and starts to read its files."""
-        plan = self.planner.plan(*self._next_plan)
-        self._next_plan = self.planner.after(plan.epoch, plan.step)
+        """Plans the next batch, or the next part of a large batch, and starts to read its files."""
+        plan, self._rest = self.planner.parts(self._rest or self.planner.plan(*self._next_plan))
+        self._next_plan = (plan.epoch, plan.step)
+        if plan.last:
+            self._next_plan = self.planner.after(plan.epoch, plan.step)
+        if self.journal is not None:
+            self.journal.note([p.samples for p in (*self._unfinished, plan)])
         samples = zip(plan.samples.tolist(), plan.factors)
         return plan, [self._readers.submit(self._item, i, factor) for i, factor in samples]
+
+    def _result(self, read: Any) -> np.ndarray | str:
+        """Returns the result of `_item`, or why it does not come in time."""
+        try:
+            item: np.ndarray | str = self._readers.result(read)
+        except TimeoutError as error:
+            return describe_error(error)
+        return item
 
     def _item(self, index: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
         """Returns pixels, the content of a file as uint8, or why the file is bad.
 
         factor: the image is decoded at 1 / factor of its size, in Python unless the factor is 1.
         """
-        item = self._source.load(index)
+        item = self.source.load(index)
         try:
             if self._pixels is not None:
                 return np.ascontiguousarray(self._pixels.load(item))
@@ -347,7 +335,7 @@ class _Batches:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
         samples = samples[~self.planner.in_python[samples]]
-        files = [cast("str | bytes", self._source.load(int(i))) for i in samples]
+        files = [cast("str | bytes", self.source.load(int(i))) for i in samples]
         bad = undecodable(files, self.planner.sizes[samples])
         for i, reason in bad.items():
             index = int(samples[i])

@@ -1,22 +1,51 @@
-"""A deadline for calls that may hang, such as reads from a network file system that has stalled."""
+"""A deadline for calls that may hang, like reads from a stalled network file system."""
 
 from __future__ import annotations
 
+import math
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, TypeVar, cast
+
+from mocofast.errors import UnreachableError, describe_error
 
 T = TypeVar("T")
 
-_Call = tuple[Callable[..., Any], tuple[Any, ...]]
+READ_SECONDS = 120.0  # for a local file, to read and to decode it
+# Calls that may hang until a storage counts as stalled as a whole.
+MOST_HANGING = 16
+
+_Asked = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class _Hanging:
+    """Counts calls that hang."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, seconds: float) -> None:
+        """Counts a call without an answer for `seconds`. Raises UnreachableError for too many."""
+        self._count += 1
+        if self._count >= MOST_HANGING:
+            raise UnreachableError(
+                f"data: {self._count} files gave no answer within {seconds:g} s each, so their "
+                "storage has stalled; a run continues with --resume auto when it answers again"
+            )
+
+
+_hanging = _Hanging()  # of `within`, in this process
 
 
 class _Helper:
     """A thread that makes calls for the thread that owns the helper."""
 
     def __init__(self) -> None:
-        self.calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         # A daemon: a call that hangs must not keep the process from its end.
         thread = threading.Thread(
@@ -41,11 +70,20 @@ def _work(calls: queue.SimpleQueue[Any], results: queue.SimpleQueue[Any]) -> Non
 _owned = threading.local()  # `helper` of every thread
 
 
+def _forget_helper() -> None:
+    """A forked process has none of the threads."""
+    _owned.helper = None
+
+
+if hasattr(os, "register_at_fork"):  # absent on Windows
+    os.register_at_fork(after_in_child=_forget_helper)
+
+
 def within(seconds: float, function: Callable[..., T], *arguments: Any) -> T:
-    """Returns function(*arguments), or raises its exception. Raises TimeoutError after `seconds`.
+    """Returns function(*arguments), or raises the exception. Raises TimeoutError after `seconds`.
 
     Another thread makes the call. A call that hangs keeps this thread, and the next call gets a
-    new one.
+    new thread. Raises UnreachableError if MOST_HANGING calls have hung.
     """
     helper: _Helper | None = getattr(_owned, "helper", None)
     if helper is None:
@@ -55,6 +93,7 @@ def within(seconds: float, function: Callable[..., T], *arguments: Any) -> T:
         result, error = helper.results.get(timeout=seconds)
     except queue.Empty:
         _owned.helper = None
+        _hanging.add(seconds)
         raise TimeoutError(f"no answer within {seconds:g} s") from None
     except BaseException:  # such as KeyboardInterrupt: a late result is not the next call's
         _owned.helper = None
@@ -62,3 +101,97 @@ def within(seconds: float, function: Callable[..., T], *arguments: Any) -> T:
     if error is not None:
         raise error
     return cast("T", result)
+
+
+def in_time(seconds: float, function: Callable[..., T], *arguments: Any) -> T | str:
+    """Returns function(*arguments), or why it gives no answer within `seconds`, which may be
+    infinite. Raises what the function raises, and UnreachableError as `within`.
+    """
+    if math.isinf(seconds):
+        return function(*arguments)
+    try:
+        return within(seconds, function, *arguments)
+    except TimeoutError as error:
+        return describe_error(error)
+
+
+class _Call(futures.Future[T]):
+    """The result of a call of Readers. `began`: when a thread took the call, or None."""
+
+    began: float | None = None
+    given_up = False
+
+
+class Readers:
+    """Threads that read files. A call that hangs keeps a thread, and a new thread comes.
+
+    The threads are daemons: a call that hangs does not keep the process from the end.
+    """
+
+    def __init__(self, count: int, seconds: float, name: str = "") -> None:
+        """count: number of threads. seconds: for every call, or infinity. name: of the threads."""
+        self.seconds, self._count, self._name = seconds, count, name
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._running: dict[int, _Call[Any]] = {}  # by thread
+        self._hanging = _Hanging()
+        for _ in range(count):
+            self._start()
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> _Call[T]:
+        """Starts a call as soon as a thread is free. `result` waits for the result."""
+        call: _Call[T] = _Call()
+        self._calls.put((call, function, arguments))
+        return call
+
+    def result(self, call: _Call[T]) -> T:
+        """Returns the result of a call, or raises the exception.
+
+        Raises TimeoutError if the call has run for `seconds`, and UnreachableError if MOST_HANGING
+        calls have.
+        """
+        while True:
+            if not call.done():
+                futures.wait([call], None if math.isinf(self.seconds) else self.seconds)
+            if call.done():
+                return call.result()
+            self._replace_hanging()
+            if call.given_up:
+                raise TimeoutError(f"no answer within {self.seconds:g} s")
+
+    def close(self) -> None:
+        """Ends the threads whose calls end. Drops calls that have not begun."""
+        while True:
+            try:
+                self._calls.get_nowait()[0].cancel()
+            except queue.Empty:
+                break
+        for _ in range(self._count):
+            self._calls.put(None)
+
+    def _start(self) -> None:
+        threading.Thread(target=self._work, name=self._name, daemon=True).start()
+
+    def _work(self) -> None:
+        me = threading.get_ident()
+        while (taken := self._calls.get()) is not None:
+            call, function, arguments = taken
+            if not call.set_running_or_notify_cancel():
+                continue
+            call.began, self._running[me] = time.monotonic(), call
+            try:
+                call.set_result(function(*arguments))
+            except BaseException as error:
+                call.set_exception(error)
+            del self._running[me]
+            if call.given_up:  # another thread has taken this thread's place
+                return
+            del taken, call, function, arguments  # a waiting thread holds no file
+
+    def _replace_hanging(self) -> None:
+        for call in list(self._running.values()):
+            began = call.began
+            if began is None or call.given_up or time.monotonic() - began < self.seconds:
+                continue
+            call.given_up = True
+            self._start()
+            self._hanging.add(self.seconds)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.data.arrays import PixelFormat
+from mocofast.data.deadline import in_time
 from mocofast.data.interface import (
     Batch,
     BatchSlice,
@@ -26,6 +27,7 @@ from mocofast.data.interface import (
     first_good,
     labels_of,
     no_image_decodes,
+    read_seconds,
     source_order,
     to_device,
     view_sources,
@@ -110,12 +112,19 @@ def load_images(
     # Decode into one array, which is made when the size of the first good image is known.
     images, skipped = np.zeros((0, 0, 0, 3), dtype=np.uint8), {}
     read = pixels.load if pixels else lambda item: np.asarray(decode(item, value_range))
-    for index in range(count):
+    seconds = read_seconds(source)
+
+    def load(index: int) -> np.ndarray | str:
         item = source.load(index)
         try:
-            image = read(item)
+            return read(item)
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
-            skipped[index] = describe_error(error)
+            return describe_error(error)
+
+    for index in range(count):
+        image = in_time(seconds, load, index)
+        if isinstance(image, str):
+            skipped[index] = image
             continue
         if not len(images):
             if why := _too_large(count * image.nbytes, device):

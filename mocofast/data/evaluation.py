@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.arrays import PixelFormat, central_view
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode
-from mocofast.data.interface import Source, labels_of, to_device
+from mocofast.data.interface import Source, labels_of, read_seconds, to_device
 from mocofast.data.ranges import range_of
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
@@ -78,7 +79,7 @@ class EvalBatches:
         self.skipped: dict[int, str] = {}
         self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
         self._threads = workers
-        self._range = range_of(source)
+        self._range, self._seconds = range_of(source), read_seconds(source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         every = range(len(self._source))
@@ -89,6 +90,9 @@ class EvalBatches:
 
     def _center(self, index: int) -> np.ndarray | str:
         """Returns pixels (size, size, C), or the reason why the image is bad."""
+        return in_time(self._seconds, self._decoded_center, index)
+
+    def _decoded_center(self, index: int) -> np.ndarray | str:
         item = self._source.load(index)
         try:
             if self._pixels is not None:

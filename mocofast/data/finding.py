@@ -165,7 +165,7 @@ _FILE, _FOLDER, _SPECIAL = "file", "folder", "pipe, socket or device"
 def _kind(entry: os.DirEntry[str]) -> str:
     """Returns the kind of an entry of a folder. Of a link: the kind of its target.
 
-    A link that leads nowhere, or to itself, counts as a file: the loader skips and names it.
+    A link that leads nowhere counts as a file: the loader skips and names the link.
     """
     try:
         if entry.is_file():

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig, ConfigError
+from mocofast.data import deadline
 from mocofast.data.items import Item
 
 CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
@@ -178,6 +179,17 @@ def view_sources(source: Source) -> tuple[Source, ...]:
     View v shows a file of source v, modulo the number of sources.
     """
     return getattr(source, "views", (source,))
+
+
+def downloads(source: Source) -> bool:
+    """Returns whether `load` may download, which takes any time. Downloads have own deadlines."""
+    inner = [getattr(source, "_source", None), *getattr(source, "views", ())]
+    return getattr(source, "downloads", False) or any(map(downloads, filter(None, inner)))
+
+
+def read_seconds(source: Source) -> float:
+    """Returns the seconds in which an image must be read and decoded: infinite for downloads."""
+    return math.inf if downloads(source) else deadline.READ_SECONDS
 
 
 def first_good(slot: int, count: int, is_good: Callable[[int], bool]) -> int | None:

@@ -75,8 +75,9 @@ class Item(NamedTuple):
 
 
 def opened(file: str | bytes) -> BinaryIO:
-    """Returns a file, opened for reading. Raises OSError for a pipe, a socket or a device: to open
-    or read one may wait for ever.
+    """Returns a file, opened for reading.
+
+    Raises OSError for a pipe, a socket or a device, which may never answer.
     """
     if isinstance(file, bytes):
         return io.BytesIO(file)

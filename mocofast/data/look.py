@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.data.arrays import PixelFormat
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode
 from mocofast.data.finding import counted, shortened
-from mocofast.data.interface import Source
+from mocofast.data.interface import Source, read_seconds
 from mocofast.data.ranges import range_of
 from mocofast.data.remarks import images_to_look_at
 from mocofast.errors import describe_error, printable
@@ -79,7 +80,10 @@ def _look_at(source: Source, pixels: PixelFormat | None) -> list[Seen]:
     """Returns what images of a source look like."""
     begin, seen = time.monotonic(), []
     for index in images_to_look_at(source):
-        seen.append(_seen(source, index, pixels))
+        found = in_time(read_seconds(source), _seen, source, index, pixels)
+        if isinstance(found, str):
+            found = Seen(source.name(index), (0, 0), 0, 0.0, found)
+        seen.append(found)
         if time.monotonic() - begin > SECONDS:
             break
     return seen

@@ -4,13 +4,13 @@ before decoding.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocofast.config import AugmentConfig
 from mocofast.data.arrays import PixelFormat
+from mocofast.data.deadline import Readers
 from mocofast.data.decoding import read_header
 from mocofast.data.interface import (
     BatchSlice,
@@ -26,9 +26,12 @@ from mocofast.data.sampling import per_view, sample_views
 from mocofast.data.scaled import SCALABLE, scaled_factor, scaled_params
 from mocofast.errors import describe_error
 
+# Pixels of the images that are decoded together: 200 MB of RGB. A larger batch is decoded in parts.
+DECODED_AT_ONCE = 1 << 26
+
 
 class BatchPlan(NamedTuple):
-    """A batch of B images before decoding."""
+    """A batch of B images before decoding, or a part of a batch."""
 
     epoch: int
     step: int
@@ -37,6 +40,26 @@ class BatchPlan(NamedTuple):
     params: list[list[ViewParams]]
     augments: tuple[AugmentConfig, ...]  # the augmentation of every view
     factors: list[int]  # (B,): images are decoded at 1 / factor of their size (`scaled`)
+    start: int = 0  # number of the first image in the whole batch
+    last: bool = True  # the batch ends with this part
+
+    def rest(self, count: int) -> BatchPlan:
+        """Returns the plan without the first `count` images."""
+        return self._replace(
+            samples=self.samples[count:],
+            params=[view[count:] for view in self.params],
+            factors=self.factors[count:],
+            start=self.start + count,
+        )
+
+    def first(self, count: int) -> BatchPlan:
+        """Returns the plan of the first `count` images, fewer than all."""
+        return self._replace(
+            samples=self.samples[:count],
+            params=[view[:count] for view in self.params],
+            factors=self.factors[:count],
+            last=False,
+        )
 
 
 class BatchPlanner:
@@ -50,13 +73,13 @@ class BatchPlanner:
         augments: tuple[AugmentConfig, ...],
         batch_slice: BatchSlice,
         seed: int,
-        pool: ThreadPoolExecutor,
+        readers: Readers,
         pixels: PixelFormat | None = None,
         scaled: bool = False,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
-        pool: threads that read headers.
+        readers: threads that read headers.
         pixels: how images are read that are not 8-bit RGB.
         scaled: data.decode is scaled.
         """
@@ -70,7 +93,7 @@ class BatchPlanner:
         self.in_python = np.zeros(len(source), dtype=bool)
         self._scalable = np.zeros(len(source), dtype=bool)  # True for JPEG files
         self._source, self._augments, self._slice = source, augments, batch_slice
-        self._seed, self._pool = seed, pool
+        self._seed, self._readers = seed, readers
         self._dali_range = range_of(source).of_type  # DALI knows no other range
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
 
@@ -79,7 +102,10 @@ class BatchPlanner:
         if self._order[0] != epoch:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
         slots = self._slice.indices(self._order[1], step)
-        list(self._pool.map(self._is_good, slots.tolist()))  # reads unknown headers in parallel
+        unknown = [slot for slot in slots.tolist() if not self._known(slot)]
+        headers = [self._readers.submit(self._is_good, slot) for slot in unknown]
+        for slot, header in zip(unknown, headers):
+            self._answer(slot, header)
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
         sizes = self.sizes[samples]
         augments = self.augments_at(epoch)
@@ -105,10 +131,37 @@ class BatchPlanner:
         return (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
 
     def _shown(self, slot: int) -> int:
-        shown = first_good(slot, len(self._source), self._is_good)
+        shown = first_good(slot, len(self._source), self._is_good_in_time)
         if shown is None:
             raise no_image_decodes(self._source, self.skipped)
         return shown
+
+    def parts(self, plan: BatchPlan) -> tuple[BatchPlan, BatchPlan | None]:
+        """Returns the images of a plan that are decoded first, together, and the rest of the plan.
+
+        The first part has at least one image, and at most DECODED_AT_ONCE pixels beside it.
+        """
+        pixels = self.sizes[plan.samples].astype(np.int64).prod(1) // np.square(plan.factors)
+        if pixels.sum() <= DECODED_AT_ONCE:
+            return plan, None
+        count = max(1, int(np.searchsorted(pixels.cumsum(), DECODED_AT_ONCE, side="right")))
+        return (plan, None) if count == len(pixels) else (plan.first(count), plan.rest(count))
+
+    def _known(self, index: int) -> bool:
+        return index in self.skipped or bool(self.sizes[index, 0])
+
+    def _is_good_in_time(self, index: int) -> bool:
+        """Returns False for a bad sample, also for a file that cannot be read in time."""
+        if not self._known(index):
+            self._answer(index, self._readers.submit(self._is_good, index))
+        return index not in self.skipped
+
+    def _answer(self, index: int, header: Any) -> None:
+        """Waits for the header of a sample, at most as long as the readers wait."""
+        try:
+            self._readers.result(header)
+        except TimeoutError as error:
+            self.skipped[index] = describe_error(error)
 
     def _is_good(self, index: int) -> bool:
         """Returns False for a bad sample. Reads the header of a new sample."""

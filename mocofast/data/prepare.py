@@ -26,8 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import File, decode, read_header
-from mocofast.data.interface import Source, epoch_order
+from mocofast.data.interface import Source, epoch_order, read_seconds
 from mocofast.data.items import opened
 from mocofast.data.loaders import count_workers
 from mocofast.data.packed import PackedSource
@@ -37,7 +38,7 @@ from mocofast.data.shards import META
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import ReadingOptions, reading_values
-from mocofast.errors import describe_error
+from mocofast.errors import UnreachableError, describe_error
 from mocofast.option import option
 
 AHEAD = 4  # images per thread that are prepared ahead of the writer
@@ -178,11 +179,18 @@ def _write(
     Returns the number of images written, and the bad files as {name: reason}.
     """
 
+    seconds = read_seconds(source)
+
+    def made(index: int) -> tuple[str, bytes]:
+        file = source.load(index)
+        assert not isinstance(file, np.ndarray)
+        return compact(file, options.size, options.quality, range_of(source))
+
     def work(index: int) -> tuple[str, bytes] | str:
         try:
-            file = source.load(index)
-            assert not isinstance(file, np.ndarray)
-            return compact(file, options.size, options.quality, range_of(source))
+            return in_time(seconds, made, index)
+        except UnreachableError:
+            raise
         except Exception as error:  # PIL's decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data import scenes
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import read_header, read_pixels
 from mocofast.data.finding import counted
-from mocofast.data.interface import Source, epoch_order, source_order
+from mocofast.data.interface import Source, epoch_order, read_seconds, source_order
 from mocofast.data.items import ALL, WHOLE, Extent, FileReader, Item, native
 from mocofast.data.kinds import reader_of
 from mocofast.data.names import EXTENSIONS, digest
@@ -192,7 +193,7 @@ class ReadSource:
         self.value_range = range_of(source)
         self.labels, self.classes = source.labels, source.classes
         if threads is not None:
-            found = list(threads.map(self._parts_of, range(len(source)), 4 * threads.count))
+            found = list(threads.map(self._parts_in_time, range(len(source)), 4 * threads.count))
             self._files = np.repeat(self._files, [len(parts) for parts in found])
             width = max((parts.shape[1] for parts in found), default=0)
             padded = [np.full((len(parts), width), WHOLE) for parts in found]
@@ -200,6 +201,13 @@ class ReadSource:
                 out[:, : parts.shape[1]] = parts
             self._parts = np.concatenate(padded) if padded else self._parts
             self.labels = None if source.labels is None else source.labels[self._files]
+
+    def _parts_in_time(self, index: int) -> np.ndarray:
+        found = in_time(read_seconds(self._source), self._parts_of, index)
+        if isinstance(found, str):
+            self._broken[index] = found
+            return np.empty((1, 0), dtype=np.int64)
+        return found
 
     def _parts_of(self, index: int) -> np.ndarray:
         file = self._source.load(index)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mocofast.data.decoding import read_header, read_pixels
-from mocofast.data.interface import Source
+from mocofast.data.deadline import in_time
+from mocofast.data.decoding import Header, read_header, read_pixels
+from mocofast.data.interface import Source, read_seconds
 from mocofast.data.items import Item
 from mocofast.data.ranges import Pixels, has_own_range, missing_values, range_of
 
@@ -85,13 +86,10 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
     indices = images_to_look_at(source)
     left_out: dict[str, list[str]] = {}  # {remark: names}
     deep: list[int] = []
+    seconds = read_seconds(source)
     for index in indices:
-        item = source.load(index)
-        if isinstance(item, np.ndarray):
-            continue
-        try:
-            header = read_header(item, max(3, channels))
-        except Exception:  # PIL raises nearly any exception on corrupt headers
+        header = in_time(seconds, _header, source, index, max(3, channels))
+        if not isinstance(header, Header):  # a bad image
             continue
         if header.remark:
             left_out.setdefault(header.remark, []).append(source.name(index))
@@ -106,16 +104,31 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
     )
 
 
+def _header(source: Source, index: int, channels: int) -> Header | None:
+    """Returns the header of an image, None for images in memory and bad images."""
+    item = source.load(index)
+    try:
+        return None if isinstance(item, np.ndarray) else read_header(item, channels)
+    except Exception:  # PIL raises nearly any exception on corrupt headers
+        return None
+
+
+def _numbers(source: Source, index: int) -> Numbers | None:
+    """Returns the numbers of an image, None as `_header`."""
+    item = source.load(index)
+    try:
+        return None if isinstance(item, np.ndarray) else numbers_of(read_pixels(item))
+    except Exception:  # PIL's decoders raise nearly any exception on corrupt files
+        return None
+
+
 def _on_numbers(source: Source, indices: list[int], channels: int) -> list[str]:
     """Returns a line for every type of number that `data.range` should describe."""
     seen: dict[np.dtype, tuple[Numbers, str]] = {}  # {type: (numbers, name of the first image)}
+    seconds = read_seconds(source)
     for index in indices:
-        item = source.load(index)
-        try:
-            found = None if isinstance(item, np.ndarray) else numbers_of(read_pixels(item))
-        except Exception:  # a bad image, or a library is missing: the loader skips and says it
-            continue
-        if found is None:
+        found = in_time(seconds, _numbers, source, index)
+        if not isinstance(found, Numbers):  # a bad image, or a library is missing
             continue
         before, name = seen.get(found.dtype, (found, source.name(index)))
         seen[found.dtype] = (before.joined(found), name)

@@ -102,7 +102,7 @@ def version(url: str) -> str:
 
 
 def other_version(url: str, known: str) -> bool:
-    """Returns whether the server has another content than the `named_version` of a copy.
+    """Returns whether the server has a different content than the `named_version` of a copy.
 
     False without an answer: copies serve without a network, too.
     """
@@ -154,6 +154,8 @@ def _answer(url: str, ask: Any) -> Any:
 
 class RemoteSource(FolderSource):
     """Image files below a URL. `load` returns the path of a copy in the cache folder."""
+
+    downloads = True
 
     def __init__(
         self,

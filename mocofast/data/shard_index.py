@@ -53,7 +53,7 @@ _NO_TAR = (
 
 
 class UnreadableIndex(ValueError):
-    """The file of an index is damaged, of another version, or does not fit its shard."""
+    """The file of an index is damaged, of a different version, or does not fit the shard."""
 
 
 class Index(NamedTuple):
@@ -183,7 +183,7 @@ def _arrays(place: Path) -> dict[str, np.ndarray]:
 
 
 def _checked(index: Index) -> Index:
-    """Returns an index whose numbers fit one another and the shard. Raises ValueError for another.
+    """Returns an index whose numbers fit together and fit the shard. Raises ValueError otherwise.
 
     A file in a cache or on a server may be damaged, or made to do harm.
     """

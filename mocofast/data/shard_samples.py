@@ -247,7 +247,7 @@ def _is_mask(name: str) -> bool:
 
 
 def is_left_out(value: Any) -> bool:
-    """Returns whether a value has the form of `Members.left_out`. A damaged file has another."""
+    """Returns whether a value has the form of `Members.left_out`. A damaged file has none."""
     if not isinstance(value, dict):
         return False
     kinds, twin = value.get("kinds", {}), value.get("twin", ["", ""])

@@ -75,6 +75,7 @@ class ShardSource:
         window: number of shards that are shuffled together, see `order`. 0 for all.
         """
         self._shards, self._window = tuple(shards), window
+        self.downloads = any(shard.url for shard in shards)
         self._shard_sizes = tuple(index.shard_size for index in indices)
         counts = [len(index.keys) for index in indices]
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # (N,)

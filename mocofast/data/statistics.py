@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.arrays import PixelFormat, read_numbers
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode, read_header
-from mocofast.data.interface import Source, no_image_decodes
+from mocofast.data.interface import Source, no_image_decodes, read_seconds
 from mocofast.data.loaders import count_workers, pixels_of
 from mocofast.data.ranges import (
     Pixels,
@@ -100,25 +101,35 @@ def measure(path: str, options: StatsConfig) -> Statistics:
     source = load_datasets(data).train
     count = min(options.images or len(source), len(source))
     indices = [i * len(source) // count for i in range(count)]
+    seconds = read_seconds(source)
     with Threads(count_workers(options.workers)) as pool:
         seen: dict[np.dtype, Numbers] = {}
         if options.range == "auto":
-            read = pool.map(lambda i: _numbers(source, i, channels), indices, 4 * pool.count)
+            read = pool.map(
+                lambda i: in_time(seconds, _numbers, source, i, channels), indices, 4 * pool.count
+            )
             for numbers in read:
-                if numbers:
+                if isinstance(numbers, Numbers):
                     before = seen.get(numbers.dtype, numbers)
                     seen[numbers.dtype] = before.joined(numbers)
         chosen = _common_range(list(seen.values())) or options.range
         if any(options.percentiles):
-            values = pool.map(lambda i: _values(source, i, channels), indices, 4 * pool.count)
-            chosen = _percentile_range([v for v in values if v is not None], options.percentiles)
+            every = pool.map(
+                lambda i: in_time(seconds, _values, source, i, channels), indices, 4 * pool.count
+            )
+            values = [found for found in every if isinstance(found, list)]
+            chosen = _percentile_range(values, options.percentiles)
         value_range = parse_range(chosen)
         skipped: dict[int, str] = {}
         moments = []
         pixels = pixels_of(source, channels)
         if pixels is not None:
             pixels = pixels._replace(value_range=value_range)
-        work = pool.map(lambda i: _moments(source, i, value_range, pixels), indices, 4 * pool.count)
+        work = pool.map(
+            lambda i: in_time(seconds, _moments, source, i, value_range, pixels),
+            indices,
+            4 * pool.count,
+        )
         for index, found in zip(indices, tqdm(work, total=count, unit="image", disable=None)):
             if isinstance(found, str):
                 skipped[index] = found

@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional as F
 from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat, as_tensor
 from mocofast.data.crops import make_from_images
+from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode
 from mocofast.data.interface import (
     Batch,
@@ -41,6 +42,7 @@ from mocofast.data.interface import (
     first_good,
     labels_of,
     no_image_decodes,
+    read_seconds,
     sample_view,
     source_order,
     to_device,
@@ -139,6 +141,7 @@ class _Samples(Dataset[Sample]):
         self.scaled = scaled
         self.augments = augments
         self.seed = seed
+        self.seconds = read_seconds(source)
         self.bad: dict[int, str] = {}  # bad samples that need not be decoded again: {index: reason}
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -148,17 +151,11 @@ class _Samples(Dataset[Sample]):
 
         def is_good(index: int) -> bool:
             if index not in self.bad:
-                items = [source.load(index) for source in view_sources(self.source)]
-                try:
-                    decoded[index] = [
-                        self._decode(item, epoch, slot, slice(first, None, len(items)))
-                        for first, item in enumerate(items)
-                    ]
+                found = in_time(self.seconds, self._files, index, epoch, slot)
+                if not isinstance(found, str):
+                    decoded[index] = found
                     return True
-                # PIL's decoders raise nearly any exception on corrupt files (SyntaxError,
-                # struct.error, ...).
-                except Exception as error:
-                    self.bad[index] = describe_error(error)
+                self.bad[index] = found
             skipped[index] = self.bad[index]
             return False
 
@@ -166,6 +163,19 @@ class _Samples(Dataset[Sample]):
         if shown is None:
             return Sample([], slot, skipped)
         return Sample(self._views(decoded[shown], epoch, slot), shown, skipped)
+
+    def _files(self, index: int, epoch: int, slot: int) -> list[_Decoded] | str:
+        """Decodes the files of a sample, or returns why one is bad. Raises what `load` raises."""
+        items = [source.load(index) for source in view_sources(self.source)]
+        try:
+            return [
+                self._decode(item, epoch, slot, slice(first, None, len(items)))
+                for first, item in enumerate(items)
+            ]
+        # PIL's decoders raise nearly any exception on corrupt files (SyntaxError, struct.error,
+        # ...).
+        except Exception as error:
+            return describe_error(error)
 
     def _decode(
         self, item: str | bytes | np.ndarray | Item, epoch: int, slot: int, views: slice

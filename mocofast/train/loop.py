@@ -42,6 +42,7 @@ from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import PretrainingFolder, StepLine
+from mocofast.train.suspects import skip_fatal_files
 from mocofast.train.threads import set_threads
 
 log = logging.getLogger("mocofast")
@@ -96,6 +97,7 @@ class Run:
             self.first_lines = initialise(self.state.model)
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
+        self.first_lines += skip_fatal_files(self.state.loader, self.state.source, self.path)
         resumed_step = self.state.step if saved else None
         self.folder = PretrainingFolder(self.path, config, resumed_step) if rank == 0 else None
         self.writer = None
