@@ -160,6 +160,11 @@ class _SourceOptions:
         "by rounding",
         valid=Valid(lambda value: value in (8, 16), "8 or 16"),
     )
+    checksum: bool = option(
+        False,
+        "checkpoints hold a checksum of all image files, and a continued run refuses files of "
+        "another content; reads every file at the start",
+    )
     loader: str = option("auto", "who decodes and augments; auto says which and why", LOADERS)
     batch_size: int = option(
         256,

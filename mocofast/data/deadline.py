@@ -158,9 +158,9 @@ class Readers:
             if call.given_up:
                 raise TimeoutError(f"no answer within {self.seconds:g} s")
 
-    def close(self) -> None:
-        """Ends the threads whose calls end. Drops calls that have not begun."""
-        while True:
+    def close(self, drop: bool = True) -> None:
+        """Ends the threads whose calls end. drop: drops calls that have not begun."""
+        while drop:
             try:
                 self._calls.get_nowait()[0].cancel()
             except queue.Empty:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +56,10 @@ class FolderSource(NamedImages):
     def load(self, index: int) -> str:
         """Returns the path of an image."""
         return os.path.join(self.root, self.name(index))
+
+    def paths(self) -> Iterator[str]:
+        """Yields the paths of all files on a disk."""
+        return map(self.load, range(len(self)))
 
     def subset(self, index: np.ndarray) -> FolderSource:
         """Returns a source of some images. index: (n,) int64."""

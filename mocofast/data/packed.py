@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,10 @@ class PackedSource(NamedImages):
         if len(content) < size:
             raise OSError(f"{self._files[number]} ends within {self.name(index)}: it changed")
         return content
+
+    def paths(self) -> Iterator[str]:
+        """Yields the paths of the large files."""
+        return map(str, self._files)
 
     def subset(self, index: np.ndarray) -> PackedSource:
         """Returns a source of some images. index: (n,) int64."""

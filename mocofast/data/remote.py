@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -167,6 +167,10 @@ class RemoteSource(FolderSource):
         """root: the URL of the folder. names: N paths below the folder, or URLs."""
         super().__init__(root, names, labels, classes)
         self._cache = cache_folder() / "images"
+
+    def paths(self) -> Iterator[str]:
+        """Yields none: the copies are of one content for ever."""
+        return iter(())
 
     def load(self, index: int) -> str:
         """Returns the path of an image. Copies the image into the cache if it is not there.

@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
@@ -93,6 +93,10 @@ class ShardSource:
     def name(self, index: int) -> str:
         """Returns the sample's name, shard.tar:key."""
         return f"{self._shards[self._shard[index]].name}:{os.fsdecode(self._keys[index])}"
+
+    def paths(self) -> Iterator[str]:
+        """Yields the paths of the local shards."""
+        return (str(shard.path) for shard in self._shards if not shard.url)
 
     def load(self, index: int) -> bytes:
         """Returns the content of the image file.

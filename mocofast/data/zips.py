@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,10 @@ class ZipSource(NamedImages):
             [(i.header_offset, i.compress_size, i.file_size, i.compress_type) for i in infos],
             dtype=np.int64,
         ).reshape(-1, 4)
+
+    def paths(self) -> Iterator[str]:
+        """Yields the path of the archive."""
+        yield str(self.path)
 
     def load(self, index: int) -> bytes:
         """Returns the content of an image file.

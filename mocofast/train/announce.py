@@ -92,6 +92,16 @@ def announce_continuation(state: RunState, world_size: int) -> None:
     log.info(
         "continuing at step %d, epoch %d + %d steps", state.step, state.epoch, state.step_in_epoch
     )
+    if state.changed == "sizes":
+        log.warning(
+            "image files have other sizes than at the checkpoint, so the run goes on with other "
+            "images of the same names"
+        )
+    elif state.changed == "times":
+        log.warning(
+            "image files have other times than at the checkpoint: a copy, or files of other "
+            "content and equal sizes (--data.checksum true tells)"
+        )
     if state.ranks_before != world_size:
         log.warning(
             "the checkpoint is of %d ranks, and the run goes on with %d: a rank has another share "

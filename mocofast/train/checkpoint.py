@@ -6,7 +6,7 @@ reads the file:
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
     threads (that computed on a CPU)
-    data (fingerprint of the images, skipped files)
+    data (fingerprint of the images, skipped files, stamp of the image files)
     before, after (kNN figures), measured_at, evaluation_due
     left_out (steps whose batch the model does not see)
     best, since_best (highest knn_top1, evaluations since then)
@@ -30,6 +30,7 @@ import torch
 from mocofast import __version__, distributed, settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Source
+from mocofast.data.stamps import Stamp, changed
 from mocofast.errors import describe_error
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
@@ -54,6 +55,7 @@ class RunState:
     best: highest knn_top1 after an epoch. since_best: evaluations after the best evaluation.
     left_out: steps, counted from 1, whose batch the model does not see (train.skip_nonfinite).
     ranks_before: number of ranks that wrote the checkpoint to continue from.
+    changed: what differs in the image files since the checkpoint, as `stamps.changed`.
     """
 
     config: Config
@@ -74,6 +76,13 @@ class RunState:
     since_best: int = 0
     left_out: tuple[int, ...] = ()
     ranks_before: int = 0
+    changed: str = ""
+
+    def __post_init__(self) -> None:
+        """Begins the stamp of the image files, on rank 0."""
+        self._stamp: Stamp | None = None
+        if distributed.rank_and_world_size()[0] == 0:
+            self._stamp = Stamp(self.source, self.config.data.checksum)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -106,7 +115,11 @@ class RunState:
             "windows": windows,
             "random_states": random_states,
             "method_random_state": self.model.random_state(),
-            "data": {"fingerprint": self.source.fingerprint(), "skipped": skipped},
+            "data": {
+                "fingerprint": self.source.fingerprint(),
+                "skipped": skipped,
+                "stamp": self._stamp.get() if self._stamp else {},
+            },
             "sizes": self.sizes,
             "threads": torch.get_num_threads(),
             "before": self.before,
@@ -128,6 +141,14 @@ class RunState:
             raise ConfigError(
                 "data.path: these are not the images of the run to continue (fingerprint "
                 f"{found}, not {expected}), so the run would see other batches"
+            )
+        before = saved["data"].get("stamp", {})  # checkpoints of earlier versions lack a stamp
+        found_now = self._stamp.get() if self._stamp else {}
+        self.changed = distributed.from_main(changed(before, found_now))
+        if self.changed == "content":
+            raise ConfigError(
+                "data.path: the content of image files has changed since the checkpoint "
+                "(data.checksum); --data.checksum false continues with these files"
             )
         self.model.load_state_dict(saved["model"])
         self.model.load_random_state(saved["method_random_state"])

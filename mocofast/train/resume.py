@@ -14,6 +14,7 @@ from mocofast.train.checkpoint import load_checkpoint
 # Options that may change in a continued run: they change neither the model nor the data stream.
 FREE_TO_CHANGE = (
     "data.path",
+    "data.checksum",
     "data.workers",
     "data.loader",
     "data.prefetch",
