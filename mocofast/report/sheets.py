@@ -53,8 +53,9 @@ def neighbours_of(gallery: Gallery, number: int) -> str:
                 cells.append(_thumb(gallery, number, i, "" if same else " other"))
             rows.append(f'<div class="row">{"".join(cells)}</div>')
         share = gallery.agreement.get(when)
-        agree = f": {share:.0%} of all neighbours have the class of their image"
-        words = f"<b>{escape(when.capitalize())} training</b>{agree if share is not None else ''}"
+        words = f"<b>{escape(when.capitalize())} training</b>"
+        if share is not None:
+            words += f": {share:.0%} of all neighbours have the class of their image"
         blocks.append(f"<figure><figcaption>{words}</figcaption>{''.join(rows)}</figure>")
     dashes = " A dashed frame marks another class." if any(gallery.classes) else ""
     return (
