@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mocofast import yaml_files
 from mocofast.config import (
     METHODS,
     OWN_IMAGES,
@@ -88,13 +89,13 @@ def coerce(setting: Setting, value: Any) -> Any:
     """
     try:
         result = _coerce(setting.type, value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         kinds = typing.get_args(setting.type)
         count = "" if Ellipsis in kinds else f"{len(setting.default)} " if kinds else ""
         expected = f"{count}values like {setting.default}" if kinds else setting.type.__name__
         if setting.default == () and setting.valid:
             expected = setting.valid.expected
-        raise ConfigError(f"{setting.name}: expected {expected}, got {value!r}") from None
+        raise ConfigError(f"{setting.name}: expected {expected}, got {value!r:.100}") from None
     plugin = setting.plugins and is_plugin(result)
     if setting.choices and result not in setting.choices and not plugin:
         raise ConfigError(
@@ -132,6 +133,8 @@ def _coerce(kind: Any, value: Any) -> Any:
         raise TypeError
     result = kind(value)
     if isinstance(result, float) and not math.isfinite(result):
+        raise ValueError
+    if isinstance(result, int) and abs(result) >= 2**63:
         raise ValueError
     return result
 
@@ -249,29 +252,23 @@ def load_recipe(name: str) -> Config:
 
     name: a shipped recipe, or a YAML file, whose name ends in .yaml or .yml.
     """
-    import yaml
-
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"no recipe file {name!r}")
-        text, title = path.read_text(encoding="utf-8"), path.stem
+        content, title = path.read_bytes(), path.stem
     elif name in recipes():
-        text, title = (
-            (resources.files("mocofast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"),
-            name,
-        )
+        shipped = resources.files("mocofast") / "recipes" / f"{name}.yaml"
+        content, title = shipped.read_bytes(), name
     else:
         raise ConfigError(
             f"unknown recipe {name!r}{nearest(name, recipes())} (there are: {', '.join(recipes())})"
         )
+    values, lines = yaml_files.read(content, name)
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not a YAML file: {error}") from None
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{name}: expected groups of options, got {type(values).__name__}")
-    return from_dict({"recipe": title, **values})
+        return from_dict({"recipe": title, **values})
+    except ConfigError as error:
+        raise yaml_files.at_line(error, name, lines) from None
 
 
 def validate(config: Config) -> None:

@@ -31,6 +31,7 @@ FLOORS = [
         "mocofast.plots",
         "mocofast.rendezvous",
         "mocofast.step_parts",
+        "mocofast.yaml_files",
     },
     {"mocofast.distributed", "mocofast.ops", "mocofast.settings"},
     {"mocofast.data", "mocofast.launch", "mocofast.models", "mocofast.optim"},

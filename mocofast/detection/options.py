@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mocofast import settings
+from mocofast import settings, yaml_files
 from mocofast.config import CheckpointConfig, ConfigError
 from mocofast.option import Valid, above, at_least, between, option
 
@@ -234,13 +234,14 @@ def apply(config: TaskConfig, values: Mapping[str, Any]) -> None:
 
 def read_yaml(task: str, path: Path) -> TaskConfig:
     """Returns the configuration of a config.yaml of the task. Raises ConfigError."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a YAML file that can be read: {error}") from None
-    return from_dict(task, content, str(path))
+        content, lines = yaml_files.read(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        return from_dict(task, content, str(path))
+    except ConfigError as error:
+        raise yaml_files.at_line(error, str(path), lines) from None
 
 
 def from_dict(task: str, content: Any, what: str) -> TaskConfig:
