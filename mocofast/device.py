@@ -22,6 +22,7 @@ __all__ = [
     "choose_device",
     "choose_threads",
     "cpu_bf16",
+    "memory_bytes",
     "precision_note",
     "same_bits",
     "wrong_in_bf16",
@@ -119,6 +120,14 @@ def precision_note(autocast: torch.autocast, config: Config, encoder: nn.Module)
     if not instructions or wrong_in_bf16(encoder, config.augment.size):
         return "fp32"
     return f"fp32 (--train.precision bf16 is faster: this CPU has {instructions})"
+
+
+def memory_bytes() -> int | None:
+    """Returns the memory of this machine, or None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
     from mocofast.data.sources import load_datasets, with_remarks
     from mocofast.interop.reference_checkpoints import load_any
+    from mocofast.train.places import check_places
 
     model, config, layout, *_ = load_any(arguments.checkpoint, arguments.arch)
     if layout != "mocofast":
@@ -56,6 +57,7 @@ def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
         own = ("train", "val", "include", "exclude", "labels", "column", "group", "pairs")
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
+    check_places(config, arguments.checkpoint, given, writes=False)
     settings.apply(
         config,
         {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},

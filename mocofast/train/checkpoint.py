@@ -17,10 +17,11 @@ mocofast.train.checkpoint_writer writes the files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ class RunState:
 
         Raises ConfigError if the checkpoint was made from other images.
         """
+        check_entries(saved, to_continue=True)
+        with fitting():
+            self._restore(saved)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         found, expected = self.source.fingerprint(), saved["data"]["fingerprint"]
         if found != expected:
             raise ConfigError(
@@ -250,7 +256,7 @@ def read_file(path: Path) -> Any:
         raise ConfigError(f"{path}: damaged ({damage})")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         text = describe_error(error)
         if blocked := re.search(r"GLOBAL ([\w.]+)", text):
@@ -263,6 +269,24 @@ def read_file(path: Path) -> Any:
             ) from error
         first = text.splitlines()[0][:300]
         raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
+    _check_tensors(content, path)
+    return content
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Raises ConfigError for a tensor larger than its file, which a stride of 0 makes possible."""
+    largest, waiting = path.stat().st_size, [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            # The element of a small tensor may stand for several: an expanded scalar.
+            if value.numel() * value.element_size() > max(largest, 2**20):
+                shape = "x".join(map(str, value.shape))
+                raise ConfigError(f"{path}: damaged (a tensor of {shape}, larger than the file)")
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
 
 
 def find_damage(path: Path) -> str:
@@ -275,10 +299,27 @@ def find_damage(path: Path) -> str:
         return ""
     try:
         with zipfile.ZipFile(path) as archive:
+            # torch.save never compresses. A small file may unpack to any size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "a compressed entry"
             bad = archive.testzip()
     except Exception as error:  # zipfile raises many exceptions on a damaged directory
         return describe_error(error)
     return f"wrong checksum of {bad}" if bad else ""
+
+
+# The entries that every checkpoint needs, and their kinds.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {"config": Mapping, "model": Mapping}
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **_ENTRIES,
+    "optimizer": Mapping,
+    "data": Mapping,
+    "before": Mapping,
+    "after": Mapping,
+    "windows": list,
+    "random_states": list,
+}
+_COUNTS = ("step", "epoch", "step_in_epoch")
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
@@ -291,11 +332,45 @@ def checked(state: Any, path: Path) -> dict[str, Any]:
     return state
 
 
+def check_entries(state: Mapping[str, Any], to_continue: bool = False) -> None:
+    """Raises ConfigError if an entry of a checkpoint is missing or of another kind.
+
+    to_continue: the state of a run is needed, too.
+    """
+    for name, kind in (_STATE if to_continue else _ENTRIES).items():
+        if not isinstance(state.get(name), kind):
+            raise ConfigError(f"checkpoint: no entry {name!r} of the kind that a run writes")
+    for name in _COUNTS if to_continue else ():
+        value = state.get(name)
+        if not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ConfigError(f"checkpoint: {name}: expected a number of steps, got {value!r:.60}")
+
+
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Inside the block, content of a checkpoint that does not fit raises ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except _MISFITS as error:
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise ConfigError(
+            f"checkpoint: the content does not fit the model ({type(error).__name__}: {first:.300})"
+        ) from error
+
+
 def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     """Returns the trained model, on the CPU, and the configuration of its run."""
-    config = settings.from_dict(state["config"])
-    model = build_method(config, **state.get("sizes", {}))
-    model.load_state_dict(state["model"])
+    check_entries(state)
+    with fitting():
+        config = settings.from_dict(state["config"])
+        sizes = {name: int(count) for name, count in state.get("sizes", {}).items()}
+        model = build_method(config, **sizes)
+        model.load_state_dict(state["model"])
     check_finite(model.state_dict(), "checkpoint")
     return model, config
 

@@ -11,7 +11,8 @@ from mocofast.config import OWN_IMAGES, Config, ConfigError
 from mocofast.data.label_share import asks_for_few
 from mocofast.data.table_sets import holds_tables
 from mocofast.data_config import TABLES
-from mocofast.train.checkpoint import LAST, load_checkpoint
+from mocofast.train.checkpoint import LAST, check_entries, fitting, load_checkpoint
+from mocofast.train.places import check_places, run_folder_of
 from mocofast.train.run_folder import choose_folder
 
 AUTO = "auto"  # the recipe for images without a named recipe
@@ -159,15 +160,16 @@ def _base(recipe: str | None, resume: str, options: Mapping[str, Any]) -> tuple[
     if recipe and not (automatic and to_continue):
         config = settings.load_recipe(recipe)
     elif to_continue and (resume != "auto" or (Path(to_continue) / "checkpoints").is_dir()):
-        config = settings.from_dict(load_checkpoint(to_continue)["config"])
+        state = load_checkpoint(to_continue)
+        check_entries(state)
+        with fitting():
+            config = settings.from_dict(state["config"])
+        if resume != "auto":
+            check_places(config, to_continue, options, writes=True)
     else:
         config = settings.load_recipe(AUTO if automatic else settings.DEFAULT_RECIPE)
     if to_continue and resume != "auto":
-        path = Path(to_continue)
-        if path.is_dir():
-            return config, str(path)
-        if path.parent.name == "checkpoints":
-            return config, str(path.parent.parent)
+        return config, str(run_folder_of(to_continue) or "")
     return config, ""
 
 

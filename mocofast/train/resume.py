@@ -9,7 +9,7 @@ from typing import Any
 from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.optim.schedule import cooldown_start
-from mocofast.train.checkpoint import load_checkpoint
+from mocofast.train.checkpoint import check_entries, fitting, load_checkpoint
 
 # Options that may change in a continued run: they change neither the model nor the data stream.
 FREE_TO_CHANGE = (
@@ -66,7 +66,10 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
 
     extend: options of FREE_TO_EXTEND may differ.
     """
+    check_entries(state, to_continue=True)
     now, then = settings.to_dict(config), state["config"]
+    with fitting():
+        settings.from_dict(then)
     free: tuple[str, ...] = FREE_TO_CHANGE
     if extend:
         free += FREE_TO_EXTEND
@@ -75,7 +78,7 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     for group in settings.groups(config.model.method):
         for key, value in now[group].items():
             name = f"{group}.{key}"
-            if not name.startswith(free) and value != then[group].get(key, value):
+            if not name.startswith(free) and value != then.get(group, {}).get(key, value):
                 may_extend = name.startswith(FREE_TO_EXTEND)
                 raise ConfigError(
                     f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
