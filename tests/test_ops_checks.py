@@ -12,6 +12,8 @@ from torch import Tensor
 from mocofast import ops
 
 GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+EMPTY = GOOD[:, None][:, :0]
+IDS = torch.arange(3)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,33 @@ GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
         (ValueError, r"positive_key .*\(3, 1\).*\(3, 4\)", (GOOD, GOOD[:, :1]), {}),
         (ValueError, r"positive_key .*device.*meta", (GOOD, GOOD.to("meta")), {}),
         (ValueError, r"negative_keys .*\(K, C\).*\(0, 4\)", (GOOD, GOOD, GOOD[:0]), {}),
-        (ValueError, r"negative_keys .*\(1, 3, 4\)", (GOOD, GOOD, GOOD[None]), {}),
+        (
+            ValueError,
+            r"negative_keys .*rows of query.*got 1, expected 3",
+            (GOOD, GOOD, GOOD[None]),
+            {},
+        ),
+        (ValueError, r"negative_keys .*\(N, M, C\).*\(3, 0, 4\)", (GOOD, GOOD, EMPTY), {}),
+        (
+            ValueError,
+            r"negative_keys .*\(K, C\).*\(1, 1, 3, 4\)",
+            (GOOD,) * 2 + (GOOD[None, None],),
+            {},
+        ),
+        (TypeError, r"query .*meta", (GOOD.double().to("meta"),) * 2, {}),
+        (TypeError, r"query_ids .*integers.*\(3,\).*None", (GOOD,) * 3, {"key_ids": IDS}),
+        (TypeError, r"key_ids .*\(3,\).*None", (GOOD,) * 3, {"query_ids": IDS}),
+        (TypeError, r"query_ids .*float32", (GOOD, GOOD), {"query_ids": GOOD[:, 0]}),
+        (
+            ValueError,
+            r"key_ids .*\(3,\).*\(2,\)",
+            (GOOD,) * 3,
+            {"query_ids": IDS, "key_ids": IDS[:2]},
+        ),
+        (ValueError, r"query_ids .*meta", (GOOD, GOOD), {"query_ids": IDS.to("meta")}),
+        (TypeError, r"exclude .*bool.*\(3, 3\).*int64", (GOOD,) * 3, {"exclude": IDS}),
+        (ValueError, r"exclude .*\(3, 3\).*\(3, 4\)", (GOOD,) * 3, {"exclude": GOOD > 0}),
+        (ValueError, r"own_rows .*dense", (GOOD[None],) * 2, {"own_rows": slice(0, 3)}),
         (ValueError, r"negative_keys .*got 3, expected 4", (GOOD, GOOD, GOOD[:, :3]), {}),
         (ValueError, r"negative_keys .*device.*meta", (GOOD, GOOD, GOOD.to("meta")), {}),
         (ValueError, r"temperature .*> 0.*got 0\.0", (GOOD, GOOD), {"temperature": 0}),
@@ -70,6 +98,10 @@ def test_info_nce_names_the_bad_argument(
         ops.info_nce(*arguments, **options)
 
 
+def _supervised(keys: Tensor) -> Tensor:
+    return ops.supervised_contrastive(GOOD, IDS, keys, IDS)
+
+
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
@@ -82,6 +114,25 @@ def test_info_nce_names_the_bad_argument(
         (ValueError, "text_features .*meta", lambda: ops.clip_loss(GOOD, GOOD.to("meta"), 1.0)),
         (ValueError, r"logit_scale .*got 0\.0", lambda: ops.clip_loss(GOOD, GOOD, 0.0)),
         (ValueError, r"logit_scale .*\(2,\)", lambda: ops.clip_loss(GOOD, GOOD, torch.ones(2))),
+        (ValueError, "z_a .*not empty", lambda: ops.nt_xent(GOOD[:0], GOOD[:0])),
+        (TypeError, "z_b .*float64", lambda: ops.nt_xent(GOOD, GOOD.double())),
+        (TypeError, "group .*'all'", lambda: ops.nt_xent(GOOD, GOOD, group="all")),
+        (TypeError, "group .*3", lambda: ops.clip_loss(GOOD, GOOD, 1.0, group=3)),
+        (ValueError, "text_features .*shape", lambda: ops.siglip_loss(GOOD, GOOD[:2], 1.0, 0.0)),
+        (ValueError, "logit_scale .*-1", lambda: ops.siglip_loss(GOOD, GOOD, -1, 0)),
+        (ValueError, "logit_bias .*nan", lambda: ops.siglip_loss(GOOD, GOOD, 1, math.nan)),
+        (ValueError, r"logit_bias .*\(2,\)", lambda: ops.siglip_loss(GOOD, GOOD, 1, torch.ones(2))),
+        (ValueError, "labels .*None", lambda: ops.supervised_contrastive(GOOD)),
+        (TypeError, "labels .*float32", lambda: ops.supervised_contrastive(GOOD, GOOD[:, 0])),
+        (ValueError, r"labels .*\(3,\).*\(2,\)", lambda: ops.supervised_contrastive(GOOD, IDS[:2])),
+        (ValueError, "features .*1", lambda: ops.supervised_contrastive(GOOD[:1], IDS[:1])),
+        (
+            ValueError,
+            "key_labels .*keys",
+            lambda: ops.supervised_contrastive(GOOD, IDS, key_labels=IDS),
+        ),
+        (TypeError, "key_labels .*None", lambda: ops.supervised_contrastive(GOOD, IDS, GOOD)),
+        (ValueError, "keys .*3, expected 4", lambda: _supervised(GOOD[:, :3])),
         (ValueError, "momentum .*got 1.5", lambda: ops.get_ema_multi_avg_fn(1.5)),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast import ops
-from mocofast.ops import autograd
+from mocofast.ops import custom_ops
 
 BACKENDS = [
     "aot_eager",
@@ -179,17 +179,18 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
         features(i, n, 3).requires_grad_() for i, n in enumerate((5, 5, 9))
     )
     temperature = torch.tensor(0.3, requires_grad=True)
-    options = (True, True, 0, True, torch.float32)
+    ids = torch.arange(5), torch.arange(9) % 7
+    options = (True, True, True, torch.float32, 0)
     for tensor in (temperature, None):
         torch.library.opcheck(
-            autograd._info_nce_op,
-            (query, positive, negatives, tensor, 0.3, *options, True),
+            custom_ops.info_nce_op,
+            (query, positive, negatives, tensor, 0.3, *options, *ids, None, True),
         )
     queue, pointer, keys = torch.zeros(7, 3), torch.tensor([5]), features(5, 4, 3)
-    torch.library.opcheck(autograd._enqueue_op, (queue, pointer, keys, True))
-    torch.library.opcheck(autograd._ema_update_op, ([queue], [torch.ones(7, 3)], None, 0.5))
+    torch.library.opcheck(custom_ops.enqueue_op, (queue, pointer, keys, True))
+    torch.library.opcheck(custom_ops.ema_update_op, ([queue], [torch.ones(7, 3)], None, 0.5))
     torch.library.opcheck(
-        autograd._grad_negatives_op,
+        custom_ops.grad_negatives_op,
         (
             features(3, 5),
             query.detach(),
@@ -199,7 +200,9 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
             0.3,
             True,
             True,
-            0,
             torch.float32,
+            0,
+            *ids,
+            None,
         ),
     )

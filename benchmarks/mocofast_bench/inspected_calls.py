@@ -75,6 +75,8 @@ class Variant(NamedTuple):
     exclude: bool  # leave out the own key among the negatives
     transposed: bool = False  # negatives with C as the slow dimension
     rank: bool = True  # return the positive ranks
+    ids: bool = False  # leave out the negatives with the query's id
+    mean: bool = True  # return the mean of the losses
 
 
 VARIANTS = (
@@ -84,6 +86,12 @@ VARIANTS = (
     Variant("queue, transposed", False, True, True, False, transposed=True),
     Variant("queue, no ranks", False, True, False, False, rank=False),
     Variant("in-batch", True, True, True, True),
+)
+# Of the default dimension alone.
+MORE_VARIANTS = (
+    Variant("queue, losses of rows", False, True, False, False, mean=False),
+    Variant("queue, ids", False, True, False, False, ids=True),
+    Variant("in-batch, ids", True, True, True, True, ids=True),
 )
 
 
@@ -112,6 +120,10 @@ def forward(
         "normalize_negatives": variant.normalize_negatives,
         "dot_dtype": types.dot,
     }
+    ids: dict[str, Tensor] = {}
+    if variant.ids:
+        ids["query_ids"] = torch.zeros(n, dtype=torch.int64, device=device)
+        ids["key_ids"] = torch.ones(k, dtype=torch.int64, device=device)
     run = partial(
         infonce_forward,
         query,
@@ -121,9 +133,11 @@ def forward(
         exclude_period=n if variant.exclude else 0,
         return_rank=variant.rank,
         compute_grad=variant.compute_grad,
+        mean=variant.mean,
+        **ids,
         **flags,
     )
-    products = forward_products(negatives, temperature, **flags)
+    products = forward_products(negatives, temperature, ids=variant.ids, **flags)
     return Problem(products, lambda tile: run(tile=tile))
 
 
@@ -260,7 +274,7 @@ def cases() -> Iterator[Case]:
     """Yields all cases: all rows of the tile tables in all variants, and all small kernels."""
     # InfoNCE, then the queue.
     for C, types in itertools.product(COLUMNS, TYPES):
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, *(MORE_VARIANTS if C == 128 else ())):
             name = f"forward, C={C}, {types.name}, {variant.name}"
             yield Case(name, partial(forward(C, types, variant).run, None), types.matmul_precision)
         name = f"backward, C={C}, {types.name}"

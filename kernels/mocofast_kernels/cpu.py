@@ -37,8 +37,16 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
+from mocofast_kernels.cpu_vectors import (
+    clamped_norm,
+    gradient_dtype,
+    softplus,
+    through_normalize,
+    unit_rows,
+    wide,
+)
+from mocofast_kernels.exclusion import Exclusion
 
-EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
 LOG2E = 1.0 / math.log(2.0)
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) are normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
@@ -48,7 +56,12 @@ LEAST_LOGITS = 2**16  # per block, where large blocks would leave a thread witho
 
 
 class InfoNCEForward(NamedTuple):
-    """Result of a forward pass. Fields may be None unless asked for."""
+    """Result of a forward pass. Fields may be None unless asked for.
+
+    float32 is float64 for a query of float64. With `mean`: loss () is the mean over rows, all
+    gradients are gradients of the mean, and grad_query and grad_positive have the dtype that
+    `gradient_dtype` gives for query and positive.
+    """
 
     loss: Tensor  # (N,) float32
     lse: Tensor | None  # (N,) float32: log-sum-exp of s / T over the positive and the negatives
@@ -61,12 +74,12 @@ class InfoNCEForward(NamedTuple):
     grad_scale: Tensor | None  # (N,) float32: d loss_i / d (1/T)
 
 
-def _is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> bool:
+def is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> bool:
     """Takes the arguments of the functions below. rows: (N, ...)."""
     return len(rows) * negatives.numel() <= SMALL
 
 
-@cpu_threads.one_fork(unless=_is_small)
+@cpu_threads.one_fork(unless=is_small)
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -80,10 +93,14 @@ def infonce_forward(
     compute_grad: bool,
     only_query: bool = False,
     dot_dtype: torch.dtype,
+    mean: bool = False,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> InfoNCEForward:
     """Returns the InfoNCE loss of every row and the gradients, from a sweep over the negatives.
 
-    query, positive: (N, C), float32, bfloat16 or float16, any strides.
+    query, positive: (N, C), float32, bfloat16 or float16, any strides, or all float64.
     negatives: (K, C), types and strides as query.
     temperature: float, or a tensor ().
     normalize: divide query and positive by their L2 norms over C first.
@@ -94,7 +111,10 @@ def infonce_forward(
     only_query: compute the gradient of the query alone.
     dot_dtype: type of the operands of products over the negatives. float32 takes the place of
         float16 always, and of bfloat16 where `operand_dtype` says float32.
+    mean: return the mean of the losses and its gradients.
+    query_ids, key_ids, mask: leave out negatives, as `Exclusion` says.
     """
+    excluded = Exclusion(exclude_period, query_ids, key_ids, mask)
     # Operands. Logits of unit vectors are bounded, so they need no maximum unless T is small.
     inverse_t = _inverse(temperature)
     unshifted = normalize and _is_unshifted(inverse_t)
@@ -105,17 +125,16 @@ def infonce_forward(
 
     # Sums over the negatives, for blocks of queries.
     operand = operand_dtype(dot_dtype, unshifted, h, negatives)
-    blocks = _Blocks(negatives, normalize_negatives, len(h), operand)
+    blocks = Blocks(negatives, normalize_negatives, len(h), operand)
     queries = scaled.to(operand)
     tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
-    options = (exclude_period, unshifted, compute_grad, Scratch())
+    options = (excluded, unshifted, compute_grad, Scratch())
     sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
 
     def compute(block: tuple[slice, slice]) -> _Sums:
         rows, columns = block
-        first = rows.start, columns.start
         own_tie = None if tie is None else tie[rows]
-        own = queries[rows], logit_positive[rows], own_tie, first
+        own = queries[rows], logit_positive[rows], own_tie, block
         return _sums(blocks[columns], *own, *options)
 
     def merge(block: tuple[slice, slice], part: _Sums) -> None:
@@ -130,29 +149,35 @@ def infonce_forward(
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
     if maximum is not None:
         difference.add_(maximum, alpha=1 / LOG2E)
-    loss = torch.nn.functional.softplus(difference)
+    loss = softplus(difference)
     if positive_rank is not None:
         cpu_ranks.without_nan(positive_rank, loss.squeeze(1), len(negatives), exclude_period)
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
+    loss = loss.squeeze(1)
+    returned_loss = loss.mean() if mean else loss
     if output is None:
-        return InfoNCEForward(loss.squeeze(1), lse, positive_rank, None, None, None)
+        return InfoNCEForward(returned_loss, lse, positive_rank, None, None, None)
 
     # Gradients. The clamp avoids 0 / 0 for a row without negatives, and keeps NaN.
-    if exclude_period or maximum is not None:
+    if excluded or maximum is not None:
         total.clamp_min_(torch.finfo(torch.float32).tiny)
-    weight = torch.sigmoid(difference).mul_(-inverse_t)
+    rows = len(loss) if mean else 1
+    weight = torch.sigmoid(difference).mul_(-inverse_t / rows)
     grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
     along = (grad * h).sum(1, keepdim=True)
     grad_positive = grad_scale = None
     if not only_query:
         grad_scale = (along / inverse_t).squeeze(1)
         grad_key = h * weight
-        grad_positive = _through_normalize(
+        grad_positive = through_normalize(
             grad_key, (grad_key * key).sum(1, keepdim=True), key, key_norm
         )
-    grad_query = _through_normalize(grad, along, h, query_norm)
-    loss = loss.squeeze(1)
-    return InfoNCEForward(loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
+    grad_query = through_normalize(grad, along, h, query_norm)
+    if mean:
+        grad_query = grad_query.to(gradient_dtype(query.dtype))
+        if grad_positive is not None:
+            grad_positive = grad_positive.to(gradient_dtype(positive.dtype))
+    return InfoNCEForward(returned_loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
 
 
 class _Sums(NamedTuple):
@@ -169,8 +194,8 @@ def _sums(
     scaled: Tensor,
     logit_positive: Tensor,
     tie: Tensor | None,
-    first: tuple[int, int],
-    exclude_period: int,
+    place: tuple[slice, slice],
+    excluded: Exclusion,
     unshifted: bool,
     compute_grad: bool,
     scratch: Scratch,
@@ -181,13 +206,13 @@ def _sums(
     scaled: (R, C) queries times log2(e) / T, in the dtype of the negatives.
     logit_positive: (R, 1).
     tie: (R, 1), the least logit that ties with the positive's logit. None: count no logits.
-    first: numbers of the first query and of the first negative.
+    place: the numbers of these queries and negatives among all.
     unshifted: the logits are bounded, so no maximum is subtracted.
     """
     output = maximum = above = None
     logits = scratch.product(scaled, block)  # (R, B)
-    if exclude_period:
-        _fill_excluded(logits, *first, exclude_period)
+    if excluded:
+        excluded.fill(logits, *place)
     if tie is not None:
         above = scratch.count_reaching(logits, tie)
     if not unshifted:
@@ -230,7 +255,7 @@ def _joined(blocks: list[_Sums]) -> _Sums:
     return _Sums(*fields)
 
 
-@cpu_threads.one_fork(unless=_is_small)
+@cpu_threads.one_fork(unless=is_small)
 def infonce_grad_negatives(
     grad_loss: Tensor,
     query: Tensor,
@@ -242,6 +267,9 @@ def infonce_grad_negatives(
     normalize_negatives: bool,
     exclude_period: int,
     dot_dtype: torch.dtype,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
 
@@ -251,15 +279,16 @@ def infonce_grad_negatives(
     lse: (N,) float32, from `infonce_forward` with equal arguments.
     Further arguments: as for `infonce_forward`.
     """
+    excluded = Exclusion(exclude_period, query_ids, key_ids, mask)
     inverse_t = _inverse(temperature)
     h, _ = unit_rows(query, normalize)
     scaled = h * (inverse_t * LOG2E)
     shift = lse * LOG2E
-    weighted = h * (grad_loss.float() * inverse_t)[:, None]
-    result = torch.zeros(negatives.shape, device=h.device)
+    weighted = h * (wide(grad_loss) * inverse_t)[:, None]
+    result = torch.zeros(negatives.shape, dtype=h.dtype, device=h.device)
     unshifted = normalize and _is_unshifted(inverse_t)
     operand = operand_dtype(dot_dtype, unshifted, h, negatives)
-    blocks = _Blocks(negatives, normalize_negatives, len(h), operand)
+    blocks = Blocks(negatives, normalize_negatives, len(h), operand)
     queries, factors = scaled.to(operand), weighted.to(operand)
     scratch = Scratch()
 
@@ -267,20 +296,20 @@ def infonce_grad_negatives(
         block, part = blocks[columns], result[columns]
         for rows in blocks.rows:
             logits = scratch.product(block, queries[rows])  # transposed, (B, R)
-            if exclude_period:
-                _fill_excluded(logits.t(), rows.start, columns.start, exclude_period)
+            if excluded:
+                excluded.fill(logits.t(), rows, columns)
             probabilities = logits.sub_(shift[rows]).exp2_()
             part.add_(product(scratch.operand(probabilities, operand), factors[rows].t()))
         if normalize_negatives:
-            norm = _clamped_norm(negatives[columns].float())
+            norm = clamped_norm(wide(negatives[columns]))
             along = (part * block).sum(1, keepdim=True)
-            part.copy_(_through_normalize(part, along, block, norm))
+            part.copy_(through_normalize(part, along, block, norm))
 
     cpu_threads.in_order(compute, blocks.columns, lambda columns, part: None)
     return result
 
 
-class _Blocks:
+class Blocks:
     """Divides queries and negatives into blocks.
 
     rows: slices of the queries.
@@ -304,9 +333,9 @@ class _Blocks:
 
         Negatives of the dtype that need no normalisation are not copied.
         """
-        dtype = torch.float32 if self.normalize else self.dtype
+        dtype = torch.promote_types(self.dtype, torch.float32) if self.normalize else self.dtype
         block = self.negatives[columns].to(dtype, memory_format=torch.contiguous_format)
-        return (block / _clamped_norm(block)).to(self.dtype) if self.normalize else block
+        return (block / clamped_norm(block)).to(self.dtype) if self.normalize else block
 
 
 def _ranges(size: int, step: int) -> list[slice]:
@@ -324,42 +353,3 @@ def _inverse(temperature: float | Tensor) -> float | Tensor:
 def _is_unshifted(inverse_t: float | Tensor) -> bool:
     """Says whether exponentials of the logits of unit vectors need no shift."""
     return isinstance(inverse_t, float) and inverse_t <= UNSHIFTED_MAX_INVERSE_TEMPERATURE
-
-
-def _clamped_norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(EPS)
-
-
-def unit_rows(vectors: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns vectors (M, C) in float32, and their norms (M, 1) or None.
-
-    normalize: divide the vectors by the norms.
-    """
-    vectors = vectors.float()
-    if not normalize:
-        return vectors, None
-    norm = _clamped_norm(vectors)
-    return vectors / norm, norm
-
-
-def _through_normalize(grad: Tensor, along: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
-    """Returns the gradient by a vector from the gradient by unit = vector / norm.
-
-    grad, unit: (M, C).
-    along: (M, 1), grad . unit. Overwritten.
-    norm: (M, 1), or None for vectors used as given.
-    """
-    if norm is None:
-        return grad
-    # Up to EPS the divisor is a constant, so the gradient has no component along the vector.
-    along.div_(torch.threshold(norm, EPS, math.inf))
-    return grad.div(norm).addcmul_(unit, along, value=-1)
-
-
-def _fill_excluded(logits: Tensor, row: int, column: int, period: int) -> None:
-    """Writes -inf to logits (R, B) at i, j where (row + i) % period == (column + j) % period."""
-    count, width = logits.shape
-    first = (row - column) % period - ((count - 1) // period + 1) * period
-    for offset in range(first, width, period):
-        if offset > -count:
-            logits.diagonal(offset).fill_(-math.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mocofast_kernels.cpu import unit_rows
+from mocofast_kernels.cpu_vectors import unit_rows
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
+from mocofast_kernels.cpu_vectors import wide
+
 # N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
 # oneDNN, and PyTorch keeps the operations of a small problem on one thread.
 SMALL = 2**20
@@ -22,8 +24,9 @@ _ONEDNN_LINEAR = (
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weight.T, float32, from the faster library. x: (M, C). weight: (P, C).
 
-    x, weight: float32, or bfloat16. oneDNN sums products of bfloat16 in float32, and rounds the
-    sums to bfloat16 before they are converted. No operator of PyTorch 2.11 leaves out the rounding.
+    x, weight: float32, or bfloat16, or float64 with a result in float64. oneDNN sums products of
+    bfloat16 in float32, and rounds the sums to bfloat16 before they are converted. No operator of
+    PyTorch 2.11 leaves out the rounding.
     """
     if (
         _ONEDNN_LINEAR is not None
@@ -34,7 +37,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     ):
         result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
         return result
-    return torch.mm(x, weight.t()).float()
+    return wide(torch.mm(x, weight.t()))
 
 
 class Scratch(threading.local):
@@ -48,8 +51,8 @@ class Scratch(threading.local):
         self._flags: Tensor | None = None
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Returns `product(x, weight)`, (M, P) float32, which the caller may overwrite."""
-        if x.dtype == torch.float32:
+        """Returns `product(x, weight)`, (M, P), which the caller may overwrite."""
+        if x.dtype != torch.bfloat16:
             return product(x, weight)
         shape = len(x), len(weight)
         rounded = self._buffer(shape, x.dtype)
@@ -103,12 +106,12 @@ def cpu_bf16() -> str:
 def operand_dtype(
     dot_dtype: torch.dtype, bounded: bool, query: Tensor, negatives: Tensor
 ) -> torch.dtype:
-    """Returns the dtype of the operands of InfoNCE's products: bfloat16 or float32.
+    """Returns the dtype of the operands of InfoNCE's products: bfloat16, or the query's.
 
     dot_dtype: the dtype that is asked for.
     bounded: query and negatives are unit vectors and 1 / T is bounded. Rounded logits then differ
         by at most 2^-7 / T. Logits without a bound stay float32.
-    query: (N, C). negatives: (K, C).
+    query: (N, C), float32 or float64. negatives: (K, C).
 
     bfloat16 where asked for, on a CPU with instructions for bfloat16, unless the problem is small.
     """
@@ -119,4 +122,4 @@ def operand_dtype(
         and query.device.type == "cpu"
         and cpu_bf16()
     )
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast else query.dtype

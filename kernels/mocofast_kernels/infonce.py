@@ -8,7 +8,8 @@ the incoming gradient, so the negatives may be overwritten before `backward`.
 
 `mocofast_kernels.infonce_sweep` sweeps, a program for a block of queries and a split of the
 negatives. `_combine_kernel` adds the splits row by row, brings the positive in and finishes.
-There are no atomics: equal inputs give equal bits.
+No sum depends on the order in which programs run: equal inputs give equal bits. The mean of the
+losses, and the gradients of the mean in the dtypes of the inputs, come from the same two launches.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mocofast_kernels.configs import (
 )
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.cpu_ranks import worst_rank
+from mocofast_kernels.cpu_vectors import gradient_dtype
 from mocofast_kernels.infonce_sweep import LOG2_E, _sweep_kernel, inverse_temperature
 from mocofast_kernels.rows import (
     blocked_without_matrix_units,
@@ -62,6 +64,8 @@ def _combine_kernel(
     grad_query,  # (N, C)
     grad_positive,  # (N, C)
     grad_scale,  # (N,)
+    mean_loss,  # (), or None: the mean over rows. All gradients are then gradients of the mean
+    arrived,  # () int32 with the value 0, or None: programs that stored the loss of a row
     N,
     splits,
     worst_rank,  # where the loss is NaN
@@ -78,6 +82,7 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     """Finishes a row: adds the splits and brings the positive in.
 
@@ -140,6 +145,8 @@ def _combine_kernel(
         mean /= tl.where(total == 0.0, 1.0, total)  # a row without negatives has the total 0
         # d loss / d q = share (mean - key) / T, and d loss / d key = -share q / T.
         share = 1.0 / (1.0 + tl.exp(-d))  # the negatives' share of the softmax
+        if mean_loss is not None:
+            share /= N
         away = share * (mean - key)
         tl.store(grad_scale + row, tl.sum(h * away))
         to_query = scale * away
@@ -148,8 +155,23 @@ def _combine_kernel(
             to_query = through_unit(to_query, q)
             to_positive = through_unit(to_positive, k)
         within = (columns < C)[None, :]
-        tl.store(grad_query + row * C + columns[None, :], to_query, mask=within)
-        tl.store(grad_positive + row * C + columns[None, :], to_positive, mask=within)
+        place = row * C + columns[None, :]
+        tl.store(grad_query + place, to_query.to(grad_query.dtype.element_ty), mask=within)
+        tl.store(grad_positive + place, to_positive.to(grad_positive.dtype.element_ty), mask=within)
+
+    # The program that comes last adds the losses of all rows, in the order of rows: equal inputs
+    # give equal bits. Its loads bypass the first-level cache, which may hold older numbers.
+    if mean_loss is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == N - 1:
+            rows = tl.arange(0, BLOCK_ROWS)
+            losses = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+            for start in range(0, N, BLOCK_ROWS):
+                within_rows = start + rows < N
+                losses += tl.load(
+                    loss + start + rows, mask=within_rows, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(mean_loss, tl.sum(losses) / N)
 
 
 def forward_products(
@@ -159,14 +181,16 @@ def forward_products(
     normalize: bool,
     normalize_negatives: bool,
     dot_dtype: torch.dtype,
+    ids: bool = False,
 ) -> Products:
     """Returns the properties that decide the tile of `infonce_forward`.
 
-    Arguments: as for `infonce_forward`.
+    ids: ids are compared. Further arguments: as for `infonce_forward`.
     """
     C = negatives.shape[1]
     aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
-    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives
+    # Ids take registers, so the sweep gets the tile of negatives that pass through registers.
+    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives and not ids
     # Scores of unit vectors lie in [-1, 1], so the largest logit is known: 1/T. Probabilities
     # relative to this logit reach down to e^(-2/T), which float32 and bfloat16 hold, and float16
     # does not. With normalize and without normalize_negatives, the negatives are unit vectors
@@ -190,6 +214,10 @@ def infonce_forward(
     compute_grad: bool,
     dot_dtype: torch.dtype,
     only_query: bool = False,
+    mean: bool = False,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
     num_splits: int | None = None,
     tile: Tile | None = None,
 ) -> InfoNCEForward:
@@ -205,6 +233,10 @@ def infonce_forward(
     compute_grad: compute the gradients.
     dot_dtype: dtype of the operands of matrix products. Sums are float32 always.
     only_query: accepted for the CPU's sake. All gradients are by-products of the same kernel.
+    mean: return the mean of the losses and its gradients, as `InfoNCEForward` says.
+    query_ids: (N,) int64. key_ids: (K,) int64. Negative j is left out of row i where the ids are
+        equal.
+    mask: (N, K) bool, True leaves a negative out. With a mask the blocked PyTorch path runs.
     num_splits: number of groups of negatives, swept in parallel. None fills the GPU.
     tile: a tile that passes `tiles.check`. None takes the tile from the table or the rule.
 
@@ -227,6 +259,7 @@ def infonce_forward(
         normalize=normalize,
         normalize_negatives=normalize_negatives,
         dot_dtype=dot_dtype,
+        ids=key_ids is not None,
     )
     online = products.online
     tile = tile or tile_of(products, query.device)
@@ -248,6 +281,7 @@ def infonce_forward(
         totals, maxima = empty(splits, N), empty(splits, N) if online else None
         positive_ranks = empty(splits, N, dtype=torch.int32) if return_rank else None
         outs = empty(splits, N, C) if compute_grad else None
+        arrived = empty(dtype=torch.int32) if mean else None
         operand, positive_scores = query, None
         # Longer rows do not fit the registers while they are normalised. Chunks of rows are
         # read again for every tile.
@@ -264,6 +298,9 @@ def infonce_forward(
             totals,
             positive_ranks,
             outs,
+            query_ids,
+            key_ids,
+            arrived,
             N,
             K,
             tiles_per_split,
@@ -294,9 +331,12 @@ def infonce_forward(
         # Add the splits and finish.
         loss, lse = empty(N), empty(N)
         positive_rank = empty(N, dtype=torch.int32) if return_rank else None
-        grad_query, grad_positive, grad_scale = (
-            (empty(N, C), empty(N, C), empty(N)) if compute_grad else (None, None, None)
-        )
+        mean_loss = empty() if mean else None
+        grad_query = grad_positive = grad_scale = None
+        if compute_grad:
+            kinds = [gradient_dtype(x.dtype) if mean else torch.float32 for x in (query, positive)]
+            grad_query, grad_positive = (empty(N, C, dtype=kind) for kind in kinds)
+            grad_scale = empty(N)
         _combine_kernel[(N,)](
             query,
             positive,
@@ -311,6 +351,8 @@ def infonce_forward(
             grad_query,
             grad_positive,
             grad_scale,
+            mean_loss,
+            arrived,
             N,
             splits,
             worst_rank(K, exclude_period),
@@ -325,7 +367,10 @@ def infonce_forward(
             SPLITS=triton.next_power_of_2(splits),
             BLOCK_SPLITS=max(1, 4096 // block_of(C)),
             BLOCK_C=block_of(C),
+            BLOCK_ROWS=1024,
             num_warps=row_warps(C),
             **ALL_REGISTERS,
         )
+    if mean_loss is not None:
+        loss = mean_loss
     return InfoNCEForward(loss, lse, positive_rank, grad_query, grad_positive, grad_scale)

@@ -39,6 +39,8 @@ def _grad_negatives_kernel(
     lse,  # (N,)
     grad_loss,  # (N,)
     temperature,
+    query_ids,  # (N,) int64, or None
+    key_ids,  # (K,) int64, or None
     grad,  # (K, C)
     N,
     K,
@@ -62,6 +64,8 @@ def _grad_negatives_kernel(
     residue = own
     if EXCLUDE:
         residue = (first + own) % period
+    if key_ids is not None:
+        own_ids = tl.load(key_ids + first + own, mask=own < limit, other=0)
     out = tl.zeros([STAY, OUT_C], dtype=tl.float32)
     own_block = None  # read again for every block of queries
     if C <= BLOCK_C:
@@ -87,6 +91,9 @@ def _grad_negatives_kernel(
         weights = tl.exp2((scores * scale - row_lse[None, :]) * LOG2_E) * incoming[None, :]
         if EXCLUDE:
             weights = tl.where(residue[:, None] == ((start + rows) % period)[None, :], 0.0, weights)
+        if key_ids is not None:
+            ids = tl.load(query_ids + start + rows, mask=inside, other=0)
+            weights = tl.where(own_ids[:, None] == ids[None, :], 0.0, weights)
         out = tl.dot(round_operand(weights, DOT, PRECISION), values, out, input_precision=PRECISION)
         operand += STREAM * C
     columns = out_column + tl.arange(0, OUT_C)
@@ -109,6 +116,9 @@ def infonce_grad_negatives(
     normalize_negatives: bool,
     exclude_period: int,
     dot_dtype: torch.dtype,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Returns the gradient of sum_i grad_loss_i loss_i by the negatives, (K, C) float32.
@@ -142,6 +152,8 @@ def infonce_grad_negatives(
             lse,
             grad_loss,
             temperature,
+            query_ids,
+            key_ids,
             grad,
             N,
             K,

@@ -49,6 +49,8 @@ def _sweep_step(
     out_column,  # first column of `out`
     residue,  # (BLOCK_N,) place in the tile, modulo period, of the excluded negatives
     period,
+    own_ids,  # (BLOCK_N,) ids of the queries, or None
+    key_ids,  # pointer to the id of the first row of the tile, or None
     query_stride_n: tl.constexpr,
     query_stride_c: tl.constexpr,
     stride_k: tl.constexpr,
@@ -112,6 +114,12 @@ def _sweep_step(
         scores = tl.where(rows[None, :] < remaining, scores, float("-inf"))
     if EXCLUDE:
         scores = tl.where((rows % period)[None, :] == residue[:, None], float("-inf"), scores)
+    if key_ids is not None:
+        if TAIL:
+            ids = tl.load(key_ids + rows, mask=rows < remaining, other=0)
+        else:
+            ids = tl.load(key_ids + rows)
+        scores = tl.where(own_ids[:, None] == ids[None, :], float("-inf"), scores)
     if RANK:
         reached = tl.where(scores >= tie[:, None], 1.0, 0.0)
         positive_rank += tl.sum(reached, axis=1).to(tl.int32)
@@ -144,6 +152,9 @@ def _sweep_kernel(
     totals,  # (splits, N)
     positive_ranks,  # (splits, N) int32 if RANK
     outs,  # (splits, N, C) if GRAD
+    query_ids,  # (N,) int64, or None
+    key_ids,  # (K,) int64, or None: negatives with the query's id are left out
+    arrived,  # () int32, or None: becomes 0, for the combination to count in
     N,
     K,
     tiles_per_split,
@@ -181,6 +192,9 @@ def _sweep_kernel(
     limit = N - first
     scale = inverse_temperature(temperature, TEMPERATURE_IS_POINTER) * LOG2_E
     query += first.to(tl.int64) * query_stride_n
+    if arrived is not None:  # noqa: SIM102 (known while compiling)
+        if (first == 0) & (split == 0) & (out_column == 0):
+            tl.store(arrived, 0)
 
     # Positive scores, from rounded operands as the negatives' scores are: a negative that
     # equals the positive ties, in every type.
@@ -226,6 +240,10 @@ def _sweep_kernel(
     tile = split * tiles_per_split
     full_tiles = tl.minimum(tiles_per_split, K // BLOCK_K - tile)
     negatives += tile.to(tl.int64) * BLOCK_K * stride_k
+    own_ids = None
+    if key_ids is not None:
+        own_ids = tl.load(query_ids + first + rows, mask=rows < limit, other=0)
+        key_ids += tile * BLOCK_K
     TAIL_K: tl.constexpr = min(BLOCK_K, 32)
     HALF: tl.constexpr = tl.float16 == DOT
     query_residue = rows
@@ -252,6 +270,8 @@ def _sweep_kernel(
             out_column,
             residue,
             period,
+            own_ids,
+            key_ids,
             query_stride_n,
             query_stride_c,
             stride_k,
@@ -270,6 +290,8 @@ def _sweep_kernel(
             OUT_C,
         )
         negatives += BLOCK_K * stride_k
+        if key_ids is not None:
+            key_ids += BLOCK_K
         tile += 1
     # The rest of the last tile, outside the loop, so that whole tiles pay for no mask. Its
     # tiles are narrow, which takes few registers.
@@ -295,6 +317,8 @@ def _sweep_kernel(
                 out_column,
                 residue,
                 period,
+                own_ids,
+                key_ids,
                 query_stride_n,
                 query_stride_c,
                 stride_k,
@@ -313,6 +337,8 @@ def _sweep_kernel(
                 OUT_C,
             )
             negatives += TAIL_K * stride_k
+            if key_ids is not None:
+                key_ids += TAIL_K
 
     # Write the split's sums, without the factor 2^HALF_LIFT.
     if HALF:

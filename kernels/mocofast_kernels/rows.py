@@ -189,6 +189,8 @@ def blocked_without_matrix_units(
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Makes a launching function call `blocked` on GPUs without matrix units for `dot_dtype`.
 
+    It also calls `blocked` where there is a mask of excluded negatives, which no kernel reads.
+
     blocked: the same computation in PyTorch (`mocofast_kernels.cpu`), without options of launches.
     """
 
@@ -197,7 +199,8 @@ def blocked_without_matrix_units(
         def chosen(*args: P.args, **kwargs: P.kwargs) -> Result:
             first: Any = args[0]
             dot_dtype: Any = kwargs["dot_dtype"]
-            if configs.has_matrix_units(first.device, dot_dtype):
+            no_mask = kwargs.get("mask") is None
+            if no_mask and configs.has_matrix_units(first.device, dot_dtype):
                 return launch(*args, **kwargs)
             own = {name: value for name, value in kwargs.items() if name not in LAUNCHES}
             return blocked(*args, **own)

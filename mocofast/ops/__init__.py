@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from mocofast.lazy import lazy_members
 
 if TYPE_CHECKING:
+    from mocofast.ops.batch_losses import clip_loss, nt_xent, siglip_loss
     from mocofast.ops.batch_norm import ghost_batch_norm
-    from mocofast.ops.losses import clip_loss, info_nce, nt_xent
+    from mocofast.ops.known_gradients import unit_gradient
+    from mocofast.ops.losses import info_nce
     from mocofast.ops.memory import ema_update_, enqueue_, get_ema_multi_avg_fn
+    from mocofast.ops.supervised import supervised_contrastive
 
 __all__ = [
     "clip_loss",
@@ -21,13 +24,19 @@ __all__ = [
     "ghost_batch_norm",
     "info_nce",
     "nt_xent",
+    "siglip_loss",
+    "supervised_contrastive",
+    "unit_gradient",
 ]
 
 __getattr__, __dir__ = lazy_members(
     __name__,
     {
         "batch_norm": ("ghost_batch_norm",),
-        "losses": ("clip_loss", "info_nce", "nt_xent"),
+        "batch_losses": ("clip_loss", "nt_xent", "siglip_loss"),
+        "losses": ("info_nce",),
         "memory": ("ema_update_", "enqueue_", "get_ema_multi_avg_fn"),
+        "supervised": ("supervised_contrastive",),
+        "known_gradients": ("unit_gradient",),
     },
 )

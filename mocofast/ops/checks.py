@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FEATURES = (*FLOATS, torch.float64)  # of the losses, float64 on CPUs alone
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -31,6 +33,56 @@ def check_matrix(name: str, value: Any, shape: str) -> None:
         raise ValueError(f"{expected}: got {described(value)}")
 
 
+def check_features(name: str, value: Any, shape: str, query: Tensor | None = None) -> None:
+    """Raises unless `value` holds features for a loss: like `check_matrix`, or float64 on a CPU.
+
+    shape: "(N, C)" or "(N, L, C)", say: the number of dimensions is checked.
+    query: the first features. Device, and whether the type is float64, must agree.
+    """
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"{name} must be float32, bfloat16 or float16 on {value.device.type}: got "
+                f"{described(value)}. Losses of float64 run on CPUs"
+            )
+    elif not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be a float32, bfloat16, float16 or (on a CPU) float64 tensor of shape "
+            f"{shape}, not empty: got {described(value)}"
+        )
+    if value.dim() != shape.count(",") + 1 or 0 in value.shape:
+        raise ValueError(f"{name} must have the shape {shape}, not empty: got {described(value)}")
+    if query is not None:
+        check_same(name, value.device, "device of the first features", query.device)
+        if (value.dtype == torch.float64) != (query.dtype == torch.float64):
+            raise TypeError(
+                f"{name} must be float64 exactly where the first features are: got {value.dtype} "
+                f"beside {query.dtype}"
+            )
+
+
+def checked_ids(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    """Returns ids as int64, contiguous. Raises unless `value` holds integers of the shape."""
+    expected = f"{name} must be a tensor of integers of shape {tuple(shape)}"
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        raise TypeError(f"{expected}: got {described(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{expected}: got {described(value)}")
+    check_same(name, value.device, "device of the features", device)
+    return value.to(torch.int64).contiguous()
+
+
+def checked_mask(name: str, value: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns the mask. Raises unless `value` is a bool tensor of the shape."""
+    expected = f"{name} must be a bool tensor of shape {shape}"
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{expected}: got {described(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{expected}: got {described(value)}")
+    check_same(name, value.device, "device of the features", device)
+    return value
+
+
 def check_same(name: str, got: Any, what: str, expected: Any) -> None:
     """Raises unless a property of the argument `name` equals the expected value of `what`."""
     if got != expected:
@@ -40,8 +92,8 @@ def check_same(name: str, got: Any, what: str, expected: Any) -> None:
 
 
 def check_width(name: str, value: Tensor, of: str, expected: Tensor) -> None:
-    """Raises unless two matrices agree in C, their second dimension."""
-    check_same(name, value.shape[1], f"second dimension of {of}", expected.shape[1])
+    """Raises unless two tensors agree in C, their last dimension."""
+    check_same(name, value.shape[-1], f"last dimension of {of}", expected.shape[-1])
 
 
 def check_rows(name: str, value: Any, of: str, count: int) -> None:
@@ -70,12 +122,23 @@ def _plain(value: Any) -> Any:
 def checked_temperature(
     value: Any, device: torch.device, name: str = "temperature"
 ) -> float | Tensor:
-    """Returns a float or the 0-d tensor itself.
+    """Returns a float or the 0-d tensor itself. Raises unless the value is a finite number > 0."""
+    return _checked_scalar(value, device, name, "a finite float > 0", 0)
 
-    Raises unless the value is a finite number > 0. The value of a CUDA tensor is not read, because
-    reading makes the host wait.
+
+def checked_number(value: Any, device: torch.device, name: str) -> float | Tensor:
+    """Returns a float or the 0-d tensor itself. Raises unless the value is a finite number."""
+    return _checked_scalar(value, device, name, "a finite float", -math.inf)
+
+
+def _checked_scalar(
+    value: Any, device: torch.device, name: str, kind: str, least: float
+) -> float | Tensor:
+    """Raises unless value > least, and finite.
+
+    The value of a CUDA tensor is not read, because reading makes the host wait.
     """
-    expected = f"{name} must be a finite float > 0 or a 0-d floating tensor"
+    expected = f"{name} must be {kind} or a 0-d floating tensor"
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{expected}: got {described(value)}")
@@ -89,6 +152,6 @@ def checked_temperature(
         value = number = float(value)
     else:
         raise TypeError(f"{expected}: got {value!r}")
-    if not 0 < number < math.inf:
+    if not least < number < math.inf:
         raise ValueError(f"{expected}: got {number}")
     return value

@@ -1,4 +1,4 @@
-"""Contrastive losses on fused kernels.
+"""InfoNCE on fused kernels.
 
 CUDA tensors go to Triton kernels, all other tensors to blocked PyTorch operators. Every argument is
 checked here, before anything runs.
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
+from mocofast_kernels.exclusion import Exclusion
 from torch import Tensor
 
-from mocofast.ops import autograd
+from mocofast.ops import autograd, own_negatives
 from mocofast.ops.checks import (
-    check_matrix,
+    check_features,
     check_reduction,
     check_rows,
     check_same,
     check_width,
+    checked_ids,
+    checked_mask,
     checked_temperature,
 )
+from mocofast.ops.sweep import reduced
 
 
 @overload
@@ -34,6 +37,9 @@ def info_nce(
     return_rank: Literal[False] = False,
     negatives_normalized: bool = False,
     own_rows: slice | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -49,6 +55,9 @@ def info_nce(
     return_rank: Literal[True],
     negatives_normalized: bool = False,
     own_rows: slice | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -63,22 +72,29 @@ def info_nce(
     return_rank: bool = False,
     negatives_normalized: bool = False,
     own_rows: slice | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE: cross entropy of one positive against K negatives for every query.
 
     loss_i = -log(exp(q_i.k_i / T) / (exp(q_i.k_i / T) + sum_j exp(q_i.n_j / T)))
     (van den Oord et al. 2018, arXiv:1807.03748, eq. 4; in MoCo: arXiv:1911.05722, eq. 1)
 
-    query: (N, C), float32, bfloat16 or float16, any strides. Inputs may differ in dtype.
-    positive_key: (N, C). With own_rows: (M, C), the keys of all ranks.
+    query: (N, C), float32, bfloat16 or float16, any strides. Inputs may differ in dtype. On a CPU
+        all inputs may also be float64. Dense features (N, L, C) have a loss at every one of the L
+        places (DenseCL, arXiv:2011.09157): N x L queries.
+    positive_key: shape of query. With own_rows: (M, C), the keys of all ranks.
     negative_keys: (K, C). None takes in-batch negatives: query i meets every row of
-        positive_key, its own positive excepted.
+        positive_key, its own positive excepted. (N, M, C): every row n has M negatives of its own
+        (hard negatives), which all places of a dense query share. This form computes in float32
+        and keeps N x M logits for backward (N x L x M of dense features).
     temperature: T > 0, a float or a 0-d tensor. A tensor may require a gradient. Its value is
         checked on the CPU only, because a check on CUDA would make the host wait.
-    reduction: "mean" or "sum" returns (), "none" returns (N,).
+    reduction: "mean" or "sum" returns (), "none" returns (N,), of dense features (N, L).
     normalize: divides all inputs by their L2 norms over C, inside the kernel.
-    return_rank: also returns how many negatives score above the positive, (N,) int32. The
-        positive loses a tie: a negative whose score is equal, to rounding, counts, so equal
+    return_rank: also returns how many negatives score above the positive, (N,) or (N, L) int32.
+        The positive loses a tie: a negative whose score is equal, to rounding, counts, so equal
         features give no hit. A query whose loss is NaN has all negatives above.
         Top-k accuracy is the mean of (rank < k).
     negatives_normalized: promises unit vectors as negatives, as in a queue, and saves their
@@ -86,10 +102,17 @@ def info_nce(
     own_rows: slice(start, stop) of length N, for in-batch negatives of several ranks. The
         positive of query i is positive_key[start + i], as in MoCo v3's
         `labels = arange(N) + N * rank`. None: all rows.
+    query_ids, key_ids: integers, (N,) or (N, L), and (K,) or (N, M): a negative with the id of the
+        query is left out, for example an earlier key of the same image in the queue. No (N, K)
+        tensor is made. For in-batch negatives key_ids are those of positive_key, and may be left
+        out where they equal query_ids. On CUDA the sweep compares the ids.
+    exclude: True where a negative is left out, a bool tensor (N, K), of dense features (N, L, K),
+        of own negatives the same with M. On CUDA the blocked PyTorch path runs instead of the
+        kernel. Prefer ids.
 
-    Returns the float32 loss, or (loss, rank). Gradients reach all inputs that require a
-    gradient, in their own dtypes. No (N, K) tensor is kept for backward. The negatives may be
-    overwritten before backward, unless they require a gradient.
+    Returns the float32 loss (float64 for float64 inputs), or (loss, rank). Gradients reach all
+    inputs that require a gradient, in their own dtypes. No (N, K) tensor is kept for backward. The
+    negatives may be overwritten before backward, unless they require a gradient.
     Raises ValueError or TypeError, naming the argument. A second derivative raises RuntimeError.
 
     MoCo v3 on every rank (the keys carry no gradient):
@@ -100,208 +123,104 @@ def info_nce(
         loss = info_nce(q, keys, temperature=0.2, own_rows=own_rows)
     """
     # All arguments are checked before anything runs.
-    check_matrix("query", query, "(N, C)")
-    check_matrix("positive_key", positive_key, "(N, C)" if own_rows is None else "(M, C)")
+    dense = isinstance(query, Tensor) and query.dim() == 3
+    shape = "(N, L, C)" if dense else "(N, C)"
+    check_features("query", query, shape)
+    _check_keys(query, positive_key, negative_keys, own_rows, shape)
+    temperature = checked_temperature(temperature, query.device)
+    check_reduction(reduction)
+    rows, has_own = query.shape[:-1], negative_keys is not None and negative_keys.dim() == 3
+    negatives = positive_key if negative_keys is None else negative_keys
+    columns = negatives.shape[1] if has_own else negatives.shape[:-1].numel()
+    if query_ids is not None or key_ids is not None:
+        in_batch = negative_keys is None and own_rows is None
+        key_ids = query_ids if key_ids is None and in_batch else key_ids
+        expected = negatives.shape[:-1]
+        query_ids = checked_ids("query_ids", query_ids, rows, query.device)
+        key_ids = checked_ids("key_ids", key_ids, expected, query.device)
+    if exclude is not None:
+        exclude = checked_mask("exclude", exclude, (*rows, columns), query.device)
+
+    normalize_negatives = normalize and not negatives_normalized
+    if has_own:
+        loss, rank = own_negatives.info_nce(
+            query,
+            positive_key,
+            negatives,
+            temperature,
+            normalize=normalize,
+            normalize_negatives=normalize_negatives,
+            ids=None if query_ids is None or key_ids is None else (query_ids, key_ids),
+            mask=exclude,
+            return_rank=return_rank,
+        )
+        loss = reduced(loss, reduction)
+        return loss if rank is None else (loss, rank)
+    # In-batch: a period of M leaves key i out of the negatives of query i.
+    query, positive_key, negatives = (x.flatten(0, -2) for x in (query, positive_key, negatives))
+    query_ids, key_ids = (None if ids is None else ids.flatten() for ids in (query_ids, key_ids))
+    exclude = None if exclude is None else exclude.reshape(-1, columns)
+    period = 0
+    if negative_keys is None:
+        if own_rows is not None and own_rows.start:  # the rotation of `own_rows_first`
+            key_ids = None if key_ids is None else key_ids.roll(-own_rows.start)
+            exclude = None if exclude is None else exclude.roll(-own_rows.start, 1)
+        positive_key, negatives = own_rows_first(positive_key, own_rows)
+        period = len(negatives)
+    # One sweep over the negatives: loss, and positive rank (N,) or None.
+    loss, rank = autograd.info_nce(
+        query,
+        positive_key,
+        negatives,
+        temperature,
+        normalize=normalize,
+        normalize_negatives=normalize_negatives,
+        excluded=Exclusion(period, query_ids, key_ids, exclude),
+        return_rank=return_rank,
+        reduction=reduction,
+    )
+    if dense:
+        loss = loss.view(rows) if reduction == "none" else loss
+        rank = None if rank is None else rank.view(rows)
+    return loss if rank is None else (loss, rank)
+
+
+def _check_keys(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    own_rows: slice | None,
+    shape: str,
+) -> None:
+    """Raises unless the keys fit the query. shape: of the query, in words."""
+    if own_rows is not None and (negative_keys is not None or query.dim() == 3):
+        raise ValueError(
+            "own_rows selects in-batch positives of queries (N, C): pass no negative_keys and no "
+            "dense query beside own_rows"
+        )
+    check_features("positive_key", positive_key, shape if own_rows is None else "(M, C)", query)
     if own_rows is None:
         check_same("positive_key", positive_key.shape, "shape of query", query.shape)
     else:
-        _check_own_keys(query, positive_key, negative_keys, own_rows)
-    check_same("positive_key", positive_key.device, "device of query", query.device)
+        check_width("positive_key", positive_key, "query", query)
+        check_rows("own_rows", own_rows, "positive_key", len(positive_key))
+        check_same("own_rows", own_rows.stop - own_rows.start, "number of queries", len(query))
     if negative_keys is not None:
-        check_matrix("negative_keys", negative_keys, "(K, C)")
+        has_own = isinstance(negative_keys, Tensor) and negative_keys.dim() == 3
+        check_features("negative_keys", negative_keys, "(N, M, C)" if has_own else "(K, C)", query)
         check_width("negative_keys", negative_keys, "query", query)
-        check_same("negative_keys", negative_keys.device, "device of query", query.device)
-    elif len(positive_key) == 1:
+        if has_own:
+            check_same("negative_keys", len(negative_keys), "number of rows of query", len(query))
+    elif positive_key.shape[:-1].numel() == 1:
         raise ValueError(
             "positive_key must have 2 rows or more without negative_keys, whose other rows are the "
             "negatives: got 1 row, and a loss of 0 that teaches nothing"
         )
-    temperature = checked_temperature(temperature, query.device)
-    check_reduction(reduction)
-
-    # In-batch: a period of M leaves key i out of the negatives of query i.
-    if negative_keys is None:
-        positive_key, negative_keys = _own_rows_first(positive_key, own_rows)
-        exclude_period = len(negative_keys)
-    else:
-        exclude_period = 0
-    # One sweep over the negatives: loss, and positive rank (N,) or None.
-    loss, positive_rank = autograd.info_nce(
-        query,
-        positive_key,
-        negative_keys,
-        temperature,
-        normalize=normalize,
-        normalize_negatives=normalize and not negatives_normalized,
-        exclude_period=exclude_period,
-        return_rank=return_rank,
-        reduction=reduction,
-    )
-    return loss if positive_rank is None else (loss, positive_rank)
 
 
-@overload
-def nt_xent(
-    z_a: Tensor,
-    z_b: Tensor,
-    *,
-    temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    return_rank: Literal[False] = False,
-    own_rows: slice | None = None,
-) -> Tensor: ...
-
-
-@overload
-def nt_xent(
-    z_a: Tensor,
-    z_b: Tensor,
-    *,
-    temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    return_rank: Literal[True],
-    own_rows: slice | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def nt_xent(
-    z_a: Tensor,
-    z_b: Tensor,
-    *,
-    temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    return_rank: bool = False,
-    own_rows: slice | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """NT-Xent, the loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, eq. 1).
-
-    The positive of a view is the second view of the same image. All 2N - 2 views of other
-    images are negatives.
-
-    z_a, z_b: (N, C), two views of N images, normalised inside. With own_rows: (M, C), the
-        views of all ranks.
-    temperature: as in `info_nce`.
-    reduction: over 2N views, those of z_a first. "mean" or "sum" returns (), "none" (2N,).
-    return_rank: also returns how many negatives score above the positive, (2N,) int32, with
-        ties as in `info_nce`.
-    own_rows: slice(start, stop) of length N, the images that the loss is taken over. Their
-        negatives come from all M images. None: all rows.
-
-    Returns the float32 loss, or (loss, rank). Dtypes, gradients and errors as in `info_nce`.
-
-    SimCLR on every rank (the gathered views must carry gradients to their ranks):
-
-        from torch.distributed.nn.functional import all_gather
-
-        own_rows = slice(rank * len(z_a), (rank + 1) * len(z_a))
-        all_a, all_b = torch.cat(all_gather(z_a)), torch.cat(all_gather(z_b))  # (W*N, C)
-        loss = nt_xent(all_a, all_b, own_rows=own_rows)
-
-    DistributedDataParallel averages gradients over ranks. Parameters then get the gradient of
-    the mean loss over the whole batch.
-    """
-    # All arguments are checked before anything runs.
-    check_matrix("z_a", z_a, "(N, C)" if own_rows is None else "(M, C)")
-    check_matrix("z_b", z_b, "(N, C)" if own_rows is None else "(M, C)")
-    check_same("z_b", z_b.shape, "shape of z_a", z_a.shape)
-    check_same("z_b", z_b.device, "device of z_a", z_a.device)
-    if own_rows is not None:
-        check_rows("own_rows", own_rows, "z_a", len(z_a))
-    temperature = checked_temperature(temperature, z_a.device)
-    check_reduction(reduction)
-
-    # Rows. The period M leaves out both views of the image: the positive has a term of its own.
-    own_a, all_a = _own_rows_first(z_a, own_rows)  # (N, C), (M, C)
-    own_b, all_b = _own_rows_first(z_b, own_rows)
-    views = torch.cat([all_a, all_b])  # (2M, C)
-    if len(own_a) == len(all_a):
-        calls = [(views, torch.cat([own_b, own_a]))]
-    else:
-        # Two calls, because query i must be row i of the period of M images.
-        calls = [(own_a, own_b), (own_b, own_a)]
-    # (loss, positive_rank) of every call.
-    results = [
-        autograd.info_nce(
-            query,
-            positive,
-            views,
-            temperature,
-            normalize=True,
-            normalize_negatives=True,
-            exclude_period=len(all_a),
-            return_rank=return_rank,
-            reduction=reduction,
-        )
-        for query, positive in calls
-    ]
-    loss = _joined([loss for loss, _ in results], reduction)
-    positive_ranks = [ranks for _, ranks in results if ranks is not None]
-    return (loss, _joined(positive_ranks, "none")) if positive_ranks else loss
-
-
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
-    """CLIP's symmetric loss (Radford et al. 2021, arXiv:2103.00020, fig. 3).
-
-    Takes the mean of two cross entropies: images against texts, and texts against images.
-
-    image_features, text_features: (N, C), not normalised here. CLIP normalises before the loss.
-    logit_scale: factor of the dot products, 1 / T (not its logarithm), a float or a 0-d tensor.
-
-    Returns the float32 loss, (). Dtypes, gradients and errors as in `info_nce`.
-    """
-    check_matrix("image_features", image_features, "(N, C)")
-    check_matrix("text_features", text_features, "(N, C)")
-    check_same(
-        "text_features", text_features.shape, "shape of image_features", image_features.shape
-    )
-    check_same(
-        "text_features", text_features.device, "device of image_features", image_features.device
-    )
-    scale = checked_temperature(logit_scale, image_features.device, "logit_scale")
-    pairs = ((image_features, text_features), (text_features, image_features))
-    losses = [
-        autograd.info_nce(
-            query,
-            key,
-            key,
-            1.0 / scale,
-            normalize=False,
-            normalize_negatives=False,
-            exclude_period=len(query),
-            return_rank=False,
-            reduction="mean",
-        )[0]
-        for query, key in pairs
-    ]
-    return (losses[0] + losses[1]) / 2
-
-
-def _check_own_keys(
-    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, own_rows: slice
-) -> None:
-    """Raises unless own_rows selects a row of positive_key for every query."""
-    if negative_keys is not None:
-        raise ValueError(
-            "own_rows selects in-batch positives: pass no negative_keys beside own_rows"
-        )
-    check_width("positive_key", positive_key, "query", query)
-    check_rows("own_rows", own_rows, "positive_key", len(positive_key))
-    check_same("own_rows", own_rows.stop - own_rows.start, "number of queries", len(query))
-
-
-def _own_rows_first(gathered: Tensor, own_rows: slice | None) -> tuple[Tensor, Tensor]:
+def own_rows_first(gathered: Tensor, own_rows: slice | None) -> tuple[Tensor, Tensor]:
     """Returns the own rows (N, C), and all rows (M, C) with the own rows rotated to the front."""
     if own_rows is None or own_rows.stop - own_rows.start == len(gathered):
         return gathered, gathered
     own = gathered[own_rows]
     return own, gathered.roll(-own_rows.start, 0) if own_rows.start else gathered
-
-
-def _joined(values: list[Tensor], reduction: str) -> Tensor:
-    """Joins the losses or ranks of views a and views b, already reduced over N rows."""
-    if len(values) == 1:
-        return values[0]
-    if reduction == "none":
-        return torch.cat(values)
-    total = values[0] + values[1]
-    return total / 2 if reduction == "mean" else total

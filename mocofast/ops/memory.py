@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocofast.ops import autograd
+from mocofast.ops import custom_ops
 from mocofast.ops.checks import check_matrix, check_same, check_width, described
 from mocofast.ops.local import check_sharded_alike, is_plain, local_tensor
 
@@ -53,7 +53,7 @@ def ema_update_(
     for device in groups:
         momentum = _checked_momentum(momentum, device)
     for group in groups.values():
-        autograd.ema_update_(*group, momentum)
+        custom_ops.ema_update_(*group, momentum)
 
 
 def get_ema_multi_avg_fn(
@@ -93,7 +93,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     if pointer.shape != (1,):
         raise ValueError(f"pointer must be an int64 tensor of shape (1,): got {described(pointer)}")
     check_same("pointer", pointer.device, "device of queue", queue.device)
-    autograd.enqueue_(queue, pointer, keys, normalize)
+    custom_ops.enqueue_(queue, pointer, keys, normalize)
 
 
 def _checked_momentum(value: Any, device: torch.device) -> float | Tensor:
