@@ -55,6 +55,21 @@ def test_moco_s_own_configurations_do_not_spill_and_use_the_matrix_unit() -> Non
     assert hopper["shared"] * 2 <= 227 * 1024
 
 
+def test_a_step_of_info_nce_has_two_launches() -> None:
+    """The mean, its gradient, and the cast to bfloat16 are parts of the second launch.
+
+    In float32 without tf32 a row is too long for a tile, and a launch more prepares the queries.
+    """
+    result = runs.compiled("tests.count_launches")
+    assert result.returncode == 0, result.stderr
+    ours = ["_sweep_kernel", "_combine_kernel"]
+    assert json.loads(result.stdout) == {
+        f"torch.{dtype}, {way}": [*prepared, *ours, *others]
+        for dtype, prepared in (("float32", ["_prepare_rows_kernel"]), ("bfloat16", []))
+        for way, others in (("unit_gradient", []), ("backward()", ["ones_like", "mul"]))
+    }
+
+
 def test_every_kind_of_launch_compiles_for_hopper() -> None:
     only = (
         r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.oracle import info_nce_oracle
 from tests.triton_device import DEVICE
@@ -53,6 +54,56 @@ def test_info_nce_gives_every_gradient(in_batch: bool, reduction: str) -> None:
         torch.autograd.grad(expected, leaves, incoming.double()),
     ):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [7, 1100])  # 1,100: the mean takes two rounds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_and_its_gradients_are_those_of_the_losses_of_rows(
+    dtype: torch.dtype, count: int
+) -> None:
+    """Also with a gradient from above, which a product brings in."""
+    inputs = [features(i, n, 8).to(dtype).requires_grad_() for i, n in enumerate((count, count, 5))]
+    temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True)
+    leaves = [*inputs, temperature]
+    losses = ops.info_nce(*inputs, temperature=temperature, reduction="none")
+    want = torch.autograd.grad(losses.mean(), leaves)
+    loss = ops.info_nce(*inputs, temperature=temperature)
+    torch.testing.assert_close(loss, losses.mean(), rtol=1e-6, atol=1e-6)
+    for factor in (None, 3.0):
+        loss = ops.info_nce(*inputs, temperature=temperature)
+        if factor is None:
+            got = torch.autograd.grad(loss, leaves, ops.unit_gradient(loss.device))
+        else:
+            got = torch.autograd.grad(loss * factor, leaves)
+        for a, b, leaf in zip(got, want, leaves):
+            assert a.dtype == leaf.dtype
+            rounding = 2 * torch.finfo(leaf.dtype).eps
+            torch.testing.assert_close(a, b * (factor or 1), rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("dim", [20, 300])
+def test_negatives_with_the_id_of_the_query_are_left_out(in_batch: bool, dim: int) -> None:
+    count = 67 if in_batch else 7
+    inputs = [
+        features(i, n, dim).requires_grad_()
+        for i, n in enumerate((count, count) if in_batch else (7, 7, 293))
+    ]
+    query_ids = torch.arange(count, device=DEVICE) % 6 + 2**40
+    key_ids = query_ids if in_batch else torch.arange(293, device=DEVICE) % 7 + 2**40
+    left_out = query_ids[:, None] == key_ids
+    own = torch.eye(count, len(key_ids), dtype=torch.bool, device=DEVICE)
+    results = []
+    for options in ({"query_ids": query_ids, "key_ids": key_ids}, {"exclude": left_out}):
+        loss, rank = ops.info_nce(*inputs, return_rank=True, reduction="none", **options)
+        results.append((rank, loss, *torch.autograd.grad(loss, inputs, features(5, count))))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    q, k, n = (F.normalize(x.detach().double()) for x in (*inputs[:2], inputs[-1]))
+    scores = (q @ n.T).masked_fill(left_out | own if in_batch else left_out, -torch.inf)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), scores], 1) / 0.1
+    exact = logits.logsumexp(1) - logits[:, 0]
+    torch.testing.assert_close(results[0][1].double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_nt_xent_and_clip_agree_with_the_pytorch_path(monkeypatch: pytest.MonkeyPatch) -> None:

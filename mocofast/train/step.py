@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.distributed import rank_and_world_size
+from mocofast.ops import unit_gradient
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.step_parts import step_part
 from mocofast.train.metrics import StepMetrics, step_metrics
@@ -76,7 +77,7 @@ def train_step(
                 )
             if update:
                 with step_part("backward"):
-                    (output.loss * share).backward()
+                    _backward(output.loss, share)
         own = step_metrics(output, share)
         metrics = own if metrics is None else own._replace(values=metrics.values + own.values)
 
@@ -92,6 +93,14 @@ def train_step(
             nn.utils.clip_grad_norm_(trained, clip_norm)
         optimizer.step()
     return metrics
+
+
+def _backward(loss: Tensor, share: float) -> None:
+    """Runs the backward pass of share x loss. The whole share launches nothing for the factor."""
+    if share == 1 and loss.dtype == torch.float32 and loss.dim() == 0:
+        loss.backward(gradient=unit_gradient(loss.device))
+    else:
+        (loss * share).backward()
 
 
 class FlatGradients:
