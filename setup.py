@@ -48,6 +48,7 @@ BENCH = [
     f"cut-cross-entropy>=25.1; {LINUX}",
     f"liger-kernel>=0.8; {LINUX}",
     "lightly>=1.6",
+    f"inf-cl>=1.2.1; {LINUX}",
     "timm>=1",
     "albumentations>=2.0.8",
 ]

@@ -198,25 +198,34 @@ def test_optim_reports_every_optimiser_and_counts_its_bytes(
     assert row["adamw"]["bytes"] == 40 * weights
     assert 0.997 * 36 * weights < row["lars"]["bytes"] < 36 * weights
     for name in ("sgd", "lars", "adamw"):
-        ours, theirs = row[name]["milliseconds"].values()
+        ours, theirs, other = row[name]["milliseconds"].values()
+        assert other > 0 and not row[name]["skipped"]
         assert row[name]["speedup"] == pytest.approx(theirs / ours, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
-def test_both_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sides_of_an_optimiser_do_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains two tensors at a large learning rate: the weights change."""
     monkeypatch.setattr(optim, "LR", 0.1)
     monkeypatch.setattr(optim, "weight_shapes", lambda: [(7, 5), (11,)])
-    pair = optim.weights(CPU), optim.weights(CPU)
-    start = [p.detach().clone() for p in pair[0].params]
-    optimizer, others = optim.BENCHMARKS[name](*pair)
-    for step in (optimizer.step, *others.values()):
+    made: list[optim.Weights] = []
+    build = optim.weights
+    monkeypatch.setattr(optim, "weights", lambda device: made.append(build(device)) or made[-1])
+    optimizer, others, skipped = optim.build_sides(name, CPU)
+    assert len(others) == 2 and not skipped
+    own, start = made[-1], [p.detach().clone() for p in made[-1].params]
+    for step in (optimizer.step, *(step for _, step in others.values())):
         for _ in range(3):
             step()
-    for ours, theirs in zip(*([*w.params, *w.targets, *w.shadows[0], *w.shadows[1]] for w in pair)):
-        # float32 rounding, values below 1.
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert all((p - before).abs().max() > 1e-5 for p, before in zip(pair[0].params, start))
+    for side, (weights, _) in others.items():
+        pairs = zip(
+            *([*w.params, *w.targets, *w.shadows[0], *w.shadows[1]] for w in (own, weights))
+        )
+        for ours, theirs in pairs:
+            # float32 rounding, values below 1. timm's divisor is larger by the decay's share.
+            rtol, atol = (1e-5, 1e-6) if "timm" not in side else (1e-3, 1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    assert all((p - before).abs().max() > 1e-5 for p, before in zip(own.params, start))
 
 
 def test_a_row_is_saved_before_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

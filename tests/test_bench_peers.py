@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from mocofast_bench import ema, kernels, peers, sweep, timing
+from mocofast_bench import batch, ema, kernels, peers, sweep, timing
 from mocofast_bench.commands import main
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.oracle import info_nce_oracle
 
@@ -44,6 +45,8 @@ def loss_and_gradient(peer: peers.Peer) -> tuple[Tensor, Tensor]:
 def test_a_peer_has_our_loss_and_gradient(name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
+    if name == "linear_cross_entropy" and not hasattr(F, name):
+        pytest.skip("needs torch 2.13")
     # Runs the formula without compiling, which takes a minute.
     with torch.compiler.set_stance("force_eager"):
         loss_and_gradient(peers.all_peers(torch.float32)[name])
@@ -72,6 +75,7 @@ def test_all_peers_agree_on_a_gpu(dtype: torch.dtype) -> None:
     _, skipped = peers.prepare_calls(peers.all_peers(dtype), sizes, dtype, cuda, 1)
     absent = {name for name, package in PACKAGES.items() if find_spec(package) is None}
     float32_only = {"cut-cross-entropy"} if dtype == torch.float32 else set()
+    absent |= {"linear_cross_entropy"} if not hasattr(F, "linear_cross_entropy") else set()
     assert set(skipped) <= absent | float32_only, skipped
     query, positive, negatives = peers.input_sets(sizes, dtype, cuda, 1)[0]
     exact = info_nce_oracle(query, positive, negatives, peers.TEMPERATURE).mean()
@@ -93,8 +97,10 @@ def test_peers_that_cannot_run_are_named_with_a_reason(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lightly.loss", None)
     everyone = peers.all_peers(torch.float32, compiling=False)
     steps, skipped = peers.prepare_calls(everyone, SIZES, torch.float32, CPU, 1)
-    assert set(steps) == {"mocofast", "with rank", "eager"}
-    assert set(skipped) == {"eager bfloat16", "cut-cross-entropy", "Liger", "lightly"}
+    assert set(steps) - {"linear_cross_entropy"} == {"mocofast", "with rank", "eager"}
+    by_version = {"linear_cross_entropy"} - set(steps)
+    assert set(skipped) == {"eager bfloat16", "cut-cross-entropy", "Liger", "lightly", *by_version}
+    assert not by_version or "2.13" in skipped["linear_cross_entropy"]
     assert "GPU" in skipped["Liger"] and "GPU" in skipped["eager bfloat16"]
     assert "lightly.loss" in skipped["lightly"]
 
@@ -108,6 +114,16 @@ def test_an_error_of_our_own_is_not_hidden_as_a_peer_left_out() -> None:
     assert peers.prepare_calls({"other": peers.Peer(broken)}, SIZES, torch.float32, CPU, 1)[1] == {
         "other": "RuntimeError: broken"
     }
+
+
+def test_pytorchs_linear_cross_entropy_gives_our_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the documented formula in its place, as in releases before 2.13."""
+
+    def documented(x: Tensor, weight: Tensor, target: Tensor, *, reduction: str) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
+
+    monkeypatch.setattr(F, "linear_cross_entropy", documented, raising=False)
+    loss_and_gradient(peers.all_peers(torch.float32)["linear_cross_entropy"])
 
 
 def test_cut_cross_entropys_kernels_say_that_they_take_no_float32() -> None:
@@ -134,6 +150,45 @@ def test_inputs_rotate_through_more_than_the_cache() -> None:
     count = peers.sets_past_the_cache(large, torch.float32, CPU)
     assert (count - 1) * 4 * (2 * 256 + 65536) * 128 >= timing.cache_size(CPU) > 2**18
     assert peers.sets_past_the_cache(SIZES, torch.float32, CPU) == peers.MAX_SETS
+
+
+def test_sides_of_the_losses_of_a_batch_agree_and_the_others_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["batch", "--n", "20", "--c", "8", "--repeats", "1", "--device", "cpu"]
+    assert main(options) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "GPUs only" in row["skipped"]["clip, inf-cl"]
+    assert {"clip, mocofast", "clip, eager", "siglip, mocofast"} <= row["milliseconds"].keys()
+    if not hasattr(F, "linear_cross_entropy"):
+        assert "2.13" in row["skipped"]["clip, linear_cross_entropy"]
+
+        def documented(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight), target)
+
+        monkeypatch.setattr(F, "linear_cross_entropy", documented, raising=False)
+    image, text = batch.pairs(20, 8, torch.float32, CPU)
+    for sides in batch.SIDES.values():
+        results = []
+        for name, build in sides.items():
+            if name != "inf-cl":
+                loss = build(CPU)(image, text)
+                results.append((loss, *torch.autograd.grad(loss, (image, text))))
+        for result in results[1:]:
+            for got, want in zip(result, results[0]):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_inf_cl_agrees_on_a_gpu() -> None:
+    pytest.importorskip("inf_cl")
+    image, text = batch.pairs(256, 128, torch.float32, torch.device("cuda"))
+    results = []
+    for name in ("eager", "inf-cl"):
+        loss = batch.SIDES["clip"][name](image.device)(image, text)
+        results.append((loss, *torch.autograd.grad(loss, (image, text))))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)
 
 
 def test_every_side_of_the_ema_averages_alike() -> None:

@@ -17,6 +17,7 @@ from types import ModuleType
 
 from mocofast_bench import (
     autotune,
+    batch,
     data,
     ema,
     kernels,
@@ -33,6 +34,7 @@ from mocofast_bench import (
 
 BENCHMARKS = {
     "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
+    "batch": (batch, "CLIP's and SigLIP's losses over the pairs of a batch"),
     "sweep": (sweep, "InfoNCE over many sizes of the problem, with plots"),
     "ema": (ema, "EMA of a ResNet-50's weights"),
     "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies"),

@@ -1,7 +1,9 @@
 """Times optimiser steps with the EMA of the momentum encoder, on a ResNet-50's weights.
 
-SGD and AdamW, with bfloat16 copies of query and key encoder, stand beside PyTorch's fused steps
-followed by torch._foreach_lerp_ and casts. LARS stands beside MoCo v3's loops over tensors.
+SGD and AdamW, with bfloat16 copies of query and key encoder, stand beside PyTorch's fused and
+foreach steps followed by torch._foreach_lerp_ and casts. LARS stands beside MoCo v3's loops over
+tensors, and beside timm's LARS followed by torch._foreach_lerp_. timm divides by the sum of the
+norms of gradient and decay, and not by the norm of their sum: nearly equal steps.
 
 The floor is the memory traffic of a step at the copy bandwidth measured in the same run. A
 step reads and writes every tensor once. LARS reads weights and gradients twice, for the
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mocofast.device import choose_device
+from mocofast.errors import describe_error
 from mocofast.optim.fused import FusedAdamW, FusedLARS, FusedOptimizer, FusedSGD
 from mocofast_bench import timing
 from mocofast_bench.sizes import weight_shapes
@@ -26,8 +29,6 @@ from mocofast_bench.timing import Call
 MOMENTUM = 0.99  # of the EMA
 LR = 1e-6  # small: weights hardly change over thousands of steps
 DECAY = 1e-4  # weight decay
-
-Pair = tuple[FusedOptimizer, dict[str, Call]]  # our optimiser, and {name: step} of the other side
 
 
 class Weights(NamedTuple):
@@ -64,10 +65,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    optimizer, others = BENCHMARKS[name](weights(device), weights(device))
-    steps: dict[str, Call] = {"mocofast": optimizer.step, **others}
+    optimizer, others, skipped = build_sides(name, device)
+    steps: dict[str, Call] = {
+        "mocofast": optimizer.step,
+        **{side: s for side, (_, s) in others.items()},
+    }
     if device.type == "cuda":
-        steps |= {f"{side}, graph": capture_graph(step) for side, step in steps.items()}
+        for side, step in list(steps.items()):
+            try:
+                steps[f"{side}, graph"] = capture_graph(step)
+            except RuntimeError as error:  # not every optimiser can be captured
+                skipped[f"{side}, graph"] = describe_error(error).splitlines()[0]
     times, bandwidth = timing.interleaved_with_copy(steps, repeats, device)
     size = optimizer.traffic() + norm_traffic(optimizer)
     floor = size / bandwidth
@@ -81,7 +89,10 @@ def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
         speed = times[theirs].median / time.median
         share = floor / time.median
         print(f"{side:24}{1e3 * time.median:10.3f}{quartiles:>20}{speed:9.2f}{share:10.0%}")
+    for side, reason in skipped.items():
+        print(f"{side} is left out: {reason}")
     return {
+        "skipped": skipped,
         "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
         "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
         "bytes": size,
@@ -122,64 +133,102 @@ def weights(device: torch.device) -> Weights:
     return Weights(params, random_tensors(0.1), (first, second))
 
 
-def sgd(w: Weights, v: Weights) -> Pair:
-    """Returns SGD with momentum and weight decay.
-
-    w: weights of our optimiser.
-    v: weights of the second side.
-    """
-    ours = FusedSGD(
-        w.params, LR, 0.9, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
+def _ours(name: str, w: Weights) -> FusedOptimizer:
+    """Returns our optimiser. LARS has no shadows, as in MoCo v3."""
+    options: dict[str, Any] = {"weight_decay": DECAY, "ema": (w.targets, MOMENTUM)}
+    if name == "lars":
+        return FusedLARS(w.params, LR, **options)
+    options["shadows"] = w.shadows
+    return (
+        FusedAdamW(w.params, LR, **options)
+        if name == "adamw"
+        else FusedSGD(w.params, LR, 0.9, **options)
     )
-    theirs = torch.optim.SGD(v.params, LR, momentum=0.9, weight_decay=DECAY, fused=True)
-    return ours, {"fused, lerp, casts": _then_average(theirs, v)}
 
 
-def adamw(w: Weights, v: Weights) -> Pair:
-    """Returns AdamW. w, v: as in `sgd`."""
-    ours = FusedAdamW(
-        w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM), shadows=w.shadows
-    )
-    capturable = v.targets[0].is_cuda
-    theirs = torch.optim.AdamW(v.params, LR, weight_decay=DECAY, fused=True, capturable=capturable)
-    return ours, {"fused, lerp, casts": _then_average(theirs, v)}
+def _torch(name: str, w: Weights, kind: str) -> Call:
+    """Returns PyTorch's step, then average and casts. kind: "fused" or "foreach"."""
+    options: dict[str, Any] = {"weight_decay": DECAY, kind: True}
+    if name == "sgd":
+        return _then_average(torch.optim.SGD(w.params, LR, momentum=0.9, **options), w)
+    options["capturable"] = w.targets[0].is_cuda
+    return _then_average(torch.optim.AdamW(w.params, LR, **options), w)
 
 
-def lars(w: Weights, v: Weights) -> Pair:
-    """Returns LARS without shadows: MoCo v3 has no shadows. w, v: as in `sgd`."""
-    ours = FusedLARS(w.params, LR, weight_decay=DECAY, ema=(w.targets, MOMENTUM))
-    buffers = [torch.zeros_like(p) for p in v.params]
-    return ours, {"loops": lambda: lars_loops(v, buffers)}
+def _timm_lars(w: Weights) -> Call:
+    """Returns the step of timm's LARS, with adapted rates for matrices alone, then the average."""
+    from timm.optim import Lars
+
+    groups = [
+        {"params": [p for p in w.params if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in w.params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return _then_average(Lars(groups, LR, momentum=0.9), w, casts=False)
 
 
-def _then_average(optimizer: torch.optim.Optimizer, w: Weights) -> Call:
+def _then_average(optimizer: torch.optim.Optimizer, w: Weights, casts: bool = True) -> Call:
     params = [p.detach() for p in w.params]
 
     def step() -> None:
         optimizer.step()
         torch._foreach_lerp_(w.targets, params, 1 - MOMENTUM)
-        torch._foreach_copy_(w.shadows[0], params)
-        torch._foreach_copy_(w.shadows[1], w.targets)
+        if casts:
+            torch._foreach_copy_(w.shadows[0], params)
+            torch._foreach_copy_(w.shadows[1], w.targets)
 
     return step
 
 
-@torch.no_grad()
-def lars_loops(w: Weights, buffers: list[Tensor]) -> None:
-    """Makes a LARS step, then the EMA, tensor by tensor (arXiv:2104.02057)."""
-    for param, buffer in zip(w.params, buffers):
-        update = param.grad
-        assert update is not None
-        if param.ndim > 1:
-            update = update.add(param, alpha=DECAY)
-            param_norm, update_norm = torch.norm(param), torch.norm(update)
-            one = torch.ones_like(param_norm)
-            scale = torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one)
-            update = update.mul(torch.where(param_norm > 0, scale, one))
-        buffer.mul_(0.9).add_(update)
-        param.add_(buffer, alpha=-LR)
-    for target, param in zip(w.targets, w.params):
-        target.copy_(target * MOMENTUM + param * (1.0 - MOMENTUM))
+def lars_loops(w: Weights) -> Call:
+    """Returns a LARS step, then the EMA, tensor by tensor (arXiv:2104.02057)."""
+    buffers = [torch.zeros_like(p) for p in w.params]
+
+    @torch.no_grad()
+    def step() -> None:
+        for param, buffer in zip(w.params, buffers):
+            update = param.grad
+            assert update is not None
+            if param.ndim > 1:
+                update = update.add(param, alpha=DECAY)
+                param_norm, update_norm = torch.norm(param), torch.norm(update)
+                one = torch.ones_like(param_norm)
+                scale = torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one)
+                update = update.mul(torch.where(param_norm > 0, scale, one))
+            buffer.mul_(0.9).add_(update)
+            param.add_(buffer, alpha=-LR)
+        for target, param in zip(w.targets, w.params):
+            target.copy_(target * MOMENTUM + param * (1.0 - MOMENTUM))
+
+    return step
+
+
+# {optimiser: {name: step of another side}}. The first of the others is the one to beat.
+Build = Callable[[Weights], Call]
+BENCHMARKS: dict[str, dict[str, Build]] = {
+    "sgd": {
+        "fused, lerp, casts": lambda w: _torch("sgd", w, "fused"),
+        "foreach, lerp, casts": lambda w: _torch("sgd", w, "foreach"),
+    },
+    "lars": {"loops": lars_loops, "timm, lerp": _timm_lars},
+    "adamw": {
+        "fused, lerp, casts": lambda w: _torch("adamw", w, "fused"),
+        "foreach, lerp, casts": lambda w: _torch("adamw", w, "foreach"),
+    },
+}
+
+
+def build_sides(
+    name: str, device: torch.device
+) -> tuple[FusedOptimizer, dict[str, tuple[Weights, Call]], dict[str, str]]:
+    """Returns our optimiser, {other side: its weights and step}, and {side left out: reason}."""
+    others, skipped = {}, {}
+    for side, build in BENCHMARKS[name].items():
+        own = weights(device)
+        try:
+            others[side] = own, build(own)
+        except ImportError as error:
+            skipped[side] = describe_error(error).splitlines()[0]
+    return _ours(name, weights(device)), others, skipped
 
 
 def norm_traffic(optimizer: FusedOptimizer) -> int:
@@ -192,6 +241,3 @@ def norm_traffic(optimizer: FusedOptimizer) -> int:
     return sum(
         2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p.ndim > 1
     )
-
-
-BENCHMARKS = {"sgd": sgd, "lars": lars, "adamw": adamw}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -102,15 +103,22 @@ def cut_cross_entropy_compiled(sizes: Sizes, dtype: torch.dtype) -> Loss:
 def _cut_cross_entropy(implementation: str) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
+    return _linear(partial(linear_cross_entropy, filter_eps=None, impl=implementation))
+
+
+def _linear(cross_entropy: Callable[..., Tensor]) -> Loss:
+    """Returns InfoNCE from a linear cross entropy with the negatives as classes.
+
+    cross_entropy: takes inputs (N, C), weights (K, C), targets (N,) and reduction="none".
+    """
+
     def loss(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
         scaled = F.normalize(query, dim=1) / TEMPERATURE
         wide = scaled.float()
         positive_logit = (wide * F.normalize(positive.float(), dim=1)).sum(1)
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
         # Log-sum-exp over the negatives, minus the logit of class 0, the first negative.
-        rest = linear_cross_entropy(
-            scaled, negatives, target, reduction="none", filter_eps=None, impl=implementation
-        )
+        rest = cross_entropy(scaled, negatives, target, reduction="none")
         return F.softplus(rest + wide @ negatives[0].float() - positive_logit).mean()
 
     return loss
@@ -137,6 +145,22 @@ def liger(sizes: Sizes, dtype: torch.dtype) -> Loss:
         )
 
     return loss
+
+
+def torch_linear(sizes: Sizes, dtype: torch.dtype) -> Loss:
+    """PyTorch's linear cross entropy, which computes the logits in chunks.
+
+    Raises Unavailable before PyTorch 2.13.
+    """
+    return _linear(linear_cross_entropy())
+
+
+def linear_cross_entropy() -> Callable[..., Tensor]:
+    """Returns PyTorch's linear cross entropy. Raises Unavailable before PyTorch 2.13."""
+    function: Callable[..., Tensor] | None = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise Unavailable(f"needs torch 2.13 or newer, this is {torch.__version__}")
+    return function
 
 
 def lightly(sizes: Sizes, dtype: torch.dtype) -> Loss:
@@ -183,6 +207,7 @@ def all_peers(dtype: torch.dtype, compiling: bool = True) -> dict[str, Peer]:
         ),
         "cut-cross-entropy compiled": Peer(cut_cross_entropy_compiled, compiles=True, waits=True),
         "Liger": Peer(liger, gpu_reason="its Triton kernels run on", waits=True),
+        "linear_cross_entropy": Peer(torch_linear, waits=True),
         "lightly": Peer(lightly, waits=True, writes=True),
     }
     return {name: peer for name, peer in peers.items() if compiling or not peer.compiles}

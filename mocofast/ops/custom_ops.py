@@ -42,14 +42,14 @@ def info_nce_op(
     )
     assert result.lse is not None  # because only_query is False
     # Outputs of an op cannot be None, so empty tensors stand for None.
+    none = query.new_empty(0, dtype=wide_dtype(query.dtype))
     return (
         result.loss,
         result.lse,
         query.new_empty(0, dtype=torch.int32) if result.rank is None else result.rank,
-        *(
-            query.new_empty(0, dtype=wide_dtype(query.dtype)) if grad is None else grad
-            for grad in (result.grad_query, result.grad_positive, result.grad_scale)
-        ),
+        none if result.grad_query is None else result.grad_query,
+        none.clone() if result.grad_positive is None else result.grad_positive,
+        none.clone() if result.grad_scale is None else result.grad_scale,
     )
 
 

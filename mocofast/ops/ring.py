@@ -197,7 +197,8 @@ class _RingInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_query, grad_positive, grad_scale, lse, *inputs = ctx.saved_tensors
         query, _, keys, temperature = inputs
-        ring, grads = ctx.ring, [None] * 4
+        ring: Ring = ctx.ring
+        grads: list[Tensor | None] = [None] * 4
         with torch.no_grad():
             for i, grad in enumerate((grad_query, grad_positive)):
                 if grad is not None:
