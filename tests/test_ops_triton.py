@@ -12,6 +12,8 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton")
 
+from mocofast_kernels import infonce
+
 from mocofast import ops
 from mocofast.ops import backend
 
@@ -56,12 +58,19 @@ def test_info_nce_gives_every_gradient(in_batch: bool, reduction: str) -> None:
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("count", [7, 1100])  # 1,100: the mean takes two rounds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_mean_and_its_gradients_are_those_of_the_losses_of_rows(
-    dtype: torch.dtype, count: int
+def test_the_mean_of_more_rows_than_its_sum_takes_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(infonce, "MEAN_ROWS", 4)
+    inputs = features(0, 11, 8), features(1, 11, 8), features(2, 5, 8)
+    losses = info_nce_oracle(*inputs, 0.1)
+    torch.testing.assert_close(ops.info_nce(*inputs).double(), losses.mean(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_and_its_gradients_are_those_of_the_losses_of_rows(dtype: torch.dtype) -> None:
     """Also with a gradient from above, which a product brings in."""
+    count = 7
     inputs = [features(i, n, 8).to(dtype).requires_grad_() for i, n in enumerate((count, count, 5))]
     temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True)
     leaves = [*inputs, temperature]
@@ -77,20 +86,20 @@ def test_the_mean_and_its_gradients_are_those_of_the_losses_of_rows(
             got = torch.autograd.grad(loss * factor, leaves)
         for a, b, leaf in zip(got, want, leaves):
             assert a.dtype == leaf.dtype
-            rounding = 2 * torch.finfo(leaf.dtype).eps
-            torch.testing.assert_close(a, b * (factor or 1), rtol=rounding, atol=1e-7)
+            b = b.double() * (factor or 1)
+            assert (a - b).norm() <= 2 * torch.finfo(leaf.dtype).eps * b.norm()
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("dim", [20, 300])
+@pytest.mark.parametrize("dim", [20, 140])
 def test_negatives_with_the_id_of_the_query_are_left_out(in_batch: bool, dim: int) -> None:
-    count = 67 if in_batch else 7
+    count = 37 if in_batch else 7
     inputs = [
         features(i, n, dim).requires_grad_()
-        for i, n in enumerate((count, count) if in_batch else (7, 7, 293))
+        for i, n in enumerate((count, count) if in_batch else (7, 7, 150))
     ]
     query_ids = torch.arange(count, device=DEVICE) % 6 + 2**40
-    key_ids = query_ids if in_batch else torch.arange(293, device=DEVICE) % 7 + 2**40
+    key_ids = query_ids if in_batch else torch.arange(150, device=DEVICE) % 7 + 2**40
     left_out = query_ids[:, None] == key_ids
     own = torch.eye(count, len(key_ids), dtype=torch.bool, device=DEVICE)
     results = []

@@ -46,6 +46,7 @@ from mocofast_kernels.rows import (
 )
 from mocofast_kernels.tiles import Products, tile_of
 
+MEAN_ROWS = 1024  # losses that the mean adds at a time
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -367,7 +368,7 @@ def infonce_forward(
             SPLITS=triton.next_power_of_2(splits),
             BLOCK_SPLITS=max(1, 4096 // block_of(C)),
             BLOCK_C=block_of(C),
-            BLOCK_ROWS=1024,
+            BLOCK_ROWS=MEAN_ROWS,
             num_warps=row_warps(C),
             **ALL_REGISTERS,
         )
