@@ -23,7 +23,8 @@ __all__ = ["Options", "build", "load_datasets"]
 
 def load_datasets(data: DataConfig, seed: int) -> Datasets:
     """Returns the digits with a fault. data.path: constant, duplicates or labels."""
-    train, val, *rest = load_known(DataConfig(source="digits", channels=data.channels), seed)
+    known = load_known(DataConfig(source="digits", channels=data.channels), seed)
+    train, val = known.train, known.val
     assert isinstance(train, ArraySource)
     assert isinstance(val, ArraySource)
     assert train.labels is not None and val.labels is not None
@@ -42,10 +43,9 @@ def load_datasets(data: DataConfig, seed: int) -> Datasets:
     else:
         raise ValueError(f"data.path: expected constant, duplicates or labels, got {data.path!r}")
     name = f"digits, {data.path}"
-    return Datasets(
-        ArraySource(images, labels, train.classes, name),
-        ArraySource(val.images, val_labels, val.classes, f"{name}, val"),
-        *rest,
+    return known._replace(
+        train=ArraySource(images, labels, train.classes, name),
+        val=ArraySource(val.images, val_labels, val.classes, f"{name}, val"),
     )
 
 

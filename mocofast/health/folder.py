@@ -9,7 +9,7 @@ import yaml
 from mocofast import settings
 from mocofast.config import ConfigError
 from mocofast.health.verdict import Evidence
-from mocofast.health.watch import LOOKED_BACK, read_signals
+from mocofast.health.watch import looked_at, read_signals
 from mocofast.plots import read_metrics
 
 
@@ -30,4 +30,4 @@ def evidence_of(folder: Path) -> Evidence:
     measured = [record for record in records if record.get("knn_top1") is not None]
     before = measured[0] if measured and measured[0]["step"] == 0 else {}
     after = measured[-1] if measured and measured[-1]["step"] else {}
-    return Evidence(config, facts, lines[-LOOKED_BACK:], before, after)
+    return Evidence(config, facts, looked_at(lines), before, after)

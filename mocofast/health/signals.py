@@ -26,7 +26,7 @@ The signals of a line, all of the last step before the line:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +66,6 @@ class Snapshot:
             # (Whole blocks of the same pixels in all views, so that equal views stay equal.)
             step = -(-view.shape[-1] // SIDE)
             tensors[f"view{i}"] = view[:IMAGES, :, ::step, ::step]
-        tensors["weights"] = sample_of(method.encoder_q)
-        if (keys := getattr(method, "encoder_k", None)) is not None:
-            tensors["key_weights"] = sample_of(keys)
         gradients = [p.grad for p in method.parameters() if p.grad is not None]
         if gradients:
             norms = torch._foreach_norm(gradients)
@@ -82,11 +79,12 @@ class Snapshot:
         if method.pixel_mean is not None and method.pixel_std is not None:
             tensors["mean"], tensors["std"] = method.pixel_mean, method.pixel_std
         self._tensors = {name: _start_copy(tensor) for name, tensor in tensors.items()}
+        self.weights = weights_of(method)
 
-    def signals(self, earlier: Snapshot | None, steps: int) -> dict[str, float]:
+    def signals(self, earlier: Mapping[str, Tensor], steps: int) -> dict[str, float]:
         """Returns the signals. Call it when the copies have arrived.
 
-        earlier: the snapshot of the line before. steps: since then.
+        earlier: `weights` of the line before, or of the start of the run. steps: since then.
         """
         t = self._tensors
         found = of_views(t["view0"], t.get("view1"), t.get("mean"), t.get("std"))
@@ -96,16 +94,27 @@ class Snapshot:
         found |= {name: float(t[name]) for name in numbers if name in t}
         if "oldest" in t and "query" in t:
             found["queue_drift"] = drift(t["query"], t["newest"], t["oldest"])
-        weights, norm = t["weights"], float(t["weights"].norm()) or 1.0
-        if earlier is not None and steps:
-            found["weight_change"] = float((weights - earlier._tensors["weights"]).norm()) / norm
-            found["weight_change"] /= steps
-        if "key_weights" in t:
-            found["key_distance"] = float((weights - t["key_weights"]).norm()) / norm
-            if earlier is not None and steps:
-                moved = float((t["key_weights"] - earlier._tensors["key_weights"]).norm())
-                found["key_change"] = moved / norm / steps
+        norm = float(self.weights["weight"].norm()) or 1.0
+        for name, now in self.weights.items():
+            moved = float((now - earlier[name]).norm())
+            found[f"{name}_change"] = moved / norm / max(1, steps)
+        if "key" in self.weights:
+            apart = self.weights["weight"] - self.weights["key"]
+            found["key_distance"] = float(apart.norm()) / norm
         return found
+
+
+def weights_of(method: Method) -> dict[str, Tensor]:
+    """Starts copies of a sample of weights: "weight" of the encoder, "key" of a momentum encoder.
+
+    Returns {name: (n,) float32}, on the host.
+    """
+    encoders = {"weight": method.encoder_q, "key": getattr(method, "encoder_k", None)}
+    return {
+        name: _start_copy(sample_of(encoder))
+        for name, encoder in encoders.items()
+        if encoder is not None
+    }
 
 
 def sample_of(encoder: nn.Module) -> Tensor:

@@ -124,7 +124,7 @@ def _normalisation(e: Evidence) -> Finding | None:
 
 def _constant(e: Evidence) -> Finding | None:
     flat = e.overall("flat_views")
-    if flat is None or flat <= 0.5:
+    if flat is None or flat <= 0.4:
         return None
     return Finding(
         "constant images",
@@ -188,15 +188,23 @@ def _frozen_keys(e: Evidence) -> Finding | None:
 
 
 def _stale_queue(e: Evidence) -> Finding | None:
-    drift = e.overall("queue_drift")
-    if drift is None or drift <= DRIFT:
+    """A momentum encoder that follows within a small part of a key's life in the queue."""
+    lags = [
+        line["key_distance"] / line["weight_change"]
+        for line in e.lines
+        if line.get("weight_change") and line.get("key_distance") is not None
+    ]
+    life = e.facts.get("queue", 0) / e.config.data.batch_size
+    if not lags or life < 2 or (lag := statistics.median(lags)) >= LAG * life:
         return None
+    drift = max((line.get("queue_drift") or 0.0 for line in e.lines), default=0.0)
     return Finding(
         "stale queue",
         "the keys of the queue are of different encoders",
-        f"queries are {drift:.2g} deviations nearer to (or farther from) the newest keys than the "
-        f"oldest, where 0 is meant; model.momentum is {e.config.model.momentum}",
-        "Raise --model.momentum towards 0.99 or 0.999, or lower --model.queue_size or --optim.lr",
+        f"the momentum encoder follows within {lag:.2g} steps, and a key stays in the queue for "
+        f"{life:.3g} steps; queries were up to {drift:.2g} deviations nearer to the newest keys "
+        "than to the oldest",
+        "Raise --model.momentum towards 0.99 or 0.999, or lower --model.queue_size",
     )
 
 
@@ -235,6 +243,54 @@ def _collapse(e: Evidence) -> Finding | None:
     )
 
 
+def _rate_too_high(e: Evidence) -> Finding | None:
+    """Weights that leave their start at once, and features that are lost by it."""
+    change = next((c for line in e.lines[:1] if (c := line.get("weight_change"))), 0.0)
+    if change < FIRST_CHANGE:
+        return None
+    figures = [values.get("knn_top1") for values in (e.before, e.after)]
+    forgot = None not in figures and figures[1] < figures[0] - 0.03  # type: ignore[operator]
+    lines = [line for line in e.lines if line.get("loss") and line.get("chance_loss")]
+    lost = sum(line["loss"] > 0.985 * line["chance_loss"] for line in lines)
+    flat = sum((line.get("effective_rank") or 9.0) < 2 for line in e.lines)
+    if not forgot and max(lost, flat) < len(e.lines) / 4:
+        return None
+    parts = [f"the first steps changed the weights by {change:.1%} of their norm each"]
+    parts += [f"the loss stood at chance in {lost} of {len(lines)} log lines"] * bool(lost)
+    parts += [f"embeddings had one direction in {flat} of {len(e.lines)} log lines"] * bool(flat)
+    if forgot:
+        parts.append(f"kNN accuracy fell from {figures[0]:.1%} to {figures[1]:.1%}")
+    return Finding(
+        "rate too high",
+        "the learning rate is too high",
+        ", ".join(parts),
+        f"Lower --optim.lr (now {e.config.optim.lr:g}) to a tenth, or warm up "
+        "(--optim.warmup_epochs)",
+    )
+
+
+def _rate_too_low(e: Evidence) -> Finding | None:
+    """Weights from scratch that hardly leave their start."""
+    if e.facts.get("pretrained") or e.lines[-1]["step"] < FEWEST_STEPS:
+        return None
+    if e.lines[-1].get("epoch", 0.0) < 0.8 * e.config.train.epochs:
+        return None
+    path, before = 0.0, 0
+    for line in e.lines:
+        path += (line.get("weight_change") or 0.0) * (line["step"] - before)
+        before = line["step"]
+    if path >= SHORTEST_PATH:
+        return None
+    return Finding(
+        "rate too low",
+        "the weights hardly moved",
+        f"all steps together moved them by {path:.2g} of their norm, where runs that learn from "
+        f"random weights move by {2 * SHORTEST_PATH:.2g} or more",
+        f"Raise --optim.lr (now {e.config.optim.lr:g}; the linear rule is 0.03 for 256 images with "
+        "sgd), or train longer",
+    )
+
+
 def _labels(e: Evidence) -> Finding | None:
     """Features that solve the pretext task, and labels that no neighbour can tell."""
     chance, held = e.facts.get("chance_knn"), e.facts.get("held_out", 0)
@@ -255,9 +311,12 @@ def _labels(e: Evidence) -> Finding | None:
     )
 
 
-DRIFT = 0.5
+LAG = 0.1  # of a key's life in the queue
+FIRST_CHANGE = 0.03  # of the norm of the weights, in a step
+SHORTEST_PATH = 0.5  # of the norm of the weights
+FEWEST_STEPS = 200  # before weights can have moved
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     *(_normalisation, _constant, _duplicates, _augmentation_off, _queue_too_large),
-    *(_frozen_keys, _stale_queue, _leak, _collapse, _labels),
+    *(_frozen_keys, _stale_queue, _leak, _rate_too_high, _collapse, _rate_too_low, _labels),
 )

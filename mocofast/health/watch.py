@@ -15,7 +15,7 @@ from mocofast import files
 from mocofast.config import Config
 from mocofast.data.sources import Datasets
 from mocofast.health.facts import facts_of
-from mocofast.health.signals import Snapshot
+from mocofast.health.signals import Snapshot, weights_of
 from mocofast.health.verdict import Evidence, diagnose, verdict
 from mocofast.methods.base import Method
 
@@ -23,7 +23,7 @@ log = logging.getLogger("mocofast")
 
 FILE = "signals.jsonl"
 SETTLED = 5  # log lines with the same finding, before the log warns
-LOOKED_BACK = 500  # log lines that a verdict looks at
+LOOKED_AT = 200  # log lines of the beginning and of the end, for a verdict
 LEAK_EVERY = 4  # log lines between tests for a leak of BatchNorm
 
 
@@ -31,6 +31,7 @@ class Watch:
     """The signals of one run, on rank 0. The first line of signals.jsonl holds the facts.
 
     folder: of the run. resumed_step: the step to continue from, None for a new run.
+    pretrained: the run started from the weights of a file.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Watch:
         method: Method,
         datasets: Datasets,
         resumed_step: int | None,
+        pretrained: bool,
     ) -> None:
         self._path, self._config, self._method = folder / FILE, config, method
         self.facts = facts_of(method, datasets)
         # Lines after the step of the checkpoint are written again.
-        known = [] if resumed_step is None else read_signals(folder)[1]
+        facts, known = ({}, []) if resumed_step is None else read_signals(folder)
+        self.facts["pretrained"] = facts.get("pretrained", pretrained)
         self._lines = [line for line in known if line["step"] <= (resumed_step or 0)]
         content: list[dict[str, Any]] = [{"facts": self.facts}, *self._lines]
         with files.atomic_write(self._path) as rewritten:
@@ -53,7 +56,7 @@ class Watch:
         self._may_leak = not getattr(config.model, "shuffle_bn", True)
         self._looks = 0
         self._snapshot: Snapshot | None = None
-        self._earlier: tuple[int, Snapshot] | None = None
+        self._earlier = (resumed_step or 0, weights_of(method))
         self._seen: dict[str, int] = {}  # {name of a finding: lines in a row}
 
     def look(self, views: Sequence[Tensor], pair: tuple[Tensor, Tensor] | None) -> None:
@@ -69,9 +72,9 @@ class Watch:
         """
         if self._snapshot is None:
             return {}
-        steps = step - self._earlier[0] if self._earlier else 0
-        signals = self._snapshot.signals(self._earlier[1] if self._earlier else None, steps)
-        self._earlier, self._snapshot = (step, self._snapshot), None
+        begin, weights = self._earlier
+        signals = self._snapshot.signals(weights, step - begin)
+        self._earlier, self._snapshot = (step, self._snapshot.weights), None
         line = {"step": step, **values, **signals}
         # JSON knows neither NaN nor infinity.
         line = {
@@ -100,7 +103,12 @@ class Watch:
         log.info("verdict: %s", verdict(self._evidence(before, after)))
 
     def _evidence(self, before: Mapping[str, float], after: Mapping[str, float]) -> Evidence:
-        return Evidence(self._config, self.facts, self._lines[-LOOKED_BACK:], before, after)
+        return Evidence(self._config, self.facts, looked_at(self._lines), before, after)
+
+
+def looked_at(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines that a verdict looks at: of long runs the beginning and the end."""
+    return lines if len(lines) <= 2 * LOOKED_AT else lines[:LOOKED_AT] + lines[-LOOKED_AT:]
 
 
 def read_signals(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

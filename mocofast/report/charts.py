@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 
 def line_of(
-    run: int, label: str, records: Sequence[dict[str, Any]], key: str, **style: bool
+    run: int, label: str, records: Sequence[Mapping[str, Any]], key: str, **style: bool
 ) -> Line:
     """Returns the line of records[key] over epochs. Numbers that are not finite are left out."""
     points = [

@@ -225,15 +225,9 @@ def _signals(runs: Sequence[Run]) -> str:
     for title, *keys in SIGNALS:
         lines = []
         for i, run in enumerate(runs):
-            epochs = {r["step"]: r["epoch"] for r in run.records if "epoch" in r}
-            records = [
-                {**line, "epoch": epochs[line["step"]]}
-                for line in run.evidence.lines
-                if line["step"] in epochs
-            ]
             for n, (key, words) in enumerate(keys):
                 label = f"{run.name} {words}".strip() if len(runs) > 1 else words
-                lines.append(line_of(i, label, records, key, second=n > 0))
+                lines.append(line_of(i, label, run.evidence.lines, key, second=n > 0))
         drawn.append(chart(title, lines))
     if not any(drawn):
         return "<p>The run has no signals: it was made before signals were written.</p>"

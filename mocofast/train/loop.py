@@ -115,12 +115,14 @@ class Run:
             self.profiler = StepProfiler(model, optimizer, self.autocast, now)
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
+        self.watch: Watch | None = None
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *self.first_lines]
             lines += ["no kNN monitor"] * (self.monitor is None) + [f"writing to {self.path}"]
             seen = (self.state, datasets, self.choices, self.autocast, world_size)
             announce(*seen, lines, resumed_step)
-        self.watch = Watch(self.path, config, model, datasets, resumed_step) if rank == 0 else None
+            pretrained = bool(self.first_lines)
+            self.watch = Watch(self.path, config, model, datasets, resumed_step, pretrained)
 
     # ---- the loop ----
 
@@ -302,7 +304,8 @@ class Run:
         if self.folder is not None:
             self.folder.write_steps(line._replace(values=values), bar)
         if self.watch is not None:
-            self.watch.write(line.step, {**values, "chance_loss": line.chance_loss, "lr": line.lr})
+            known = {"epoch": line.epoch, "chance_loss": line.chance_loss, "lr": line.lr}
+            self.watch.write(line.step, {**known, **values})
         first_wrong = window.means.first_wrong()
         check_loss(values, f"the steps up to {line.step}", line.lr, first_wrong)
 
