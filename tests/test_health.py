@@ -60,9 +60,11 @@ def test_signals_of_views_tell_easy_and_flat_views_apart() -> None:
 
 
 def test_drift_is_the_distance_of_old_and_new_keys_in_deviations() -> None:
-    q = torch.nn.functional.normalize(torch.randn(32, 8), dim=1)
-    assert drift(q, q, q) == 0
-    assert drift(q, q.mean(0, keepdim=True), -q.mean(0, keepdim=True)) > 1
+    ahead = torch.eye(8)[:1]
+    q = ahead + 0.1 * torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    assert drift(q, ahead, ahead) == pytest.approx(0, abs=1e-6)
+    # Similarities are near 1 and -1, and their deviation is 1.
+    assert drift(q, ahead, -ahead) == pytest.approx(2, abs=0.05)
 
 
 def test_samples_of_weights_belong_together() -> None:
@@ -100,10 +102,10 @@ def evidence(config: Config | None = None, **line: Any) -> Evidence:
     healthy = {
         **{"loss": 5.0, "chance_loss": 6.9, "pixel_mean": 0.1, "pixel_std": 0.9},
         **{"flat_views": 0.0, "same_views": 0.0, "easy_views": 0.1, "embedding_std": 0.9},
-        **{"effective_rank": 20.0, "weight_change": 1e-3, "key_change": 5e-4, "queue_drift": 0.1},
+        **{"effective_rank": 20.0, "weight_change": 2e-3, "key_change": 1e-3, "key_distance": 0.1},
     }
     facts = {"images": 1438, "queue": 1024, "held_out": 359, "chance_knn": 0.1}
-    lines = [{"step": 10 * i, **healthy, **line} for i in range(1, 11)]
+    lines = [{"step": 110 * i, "epoch": 10.0 * i, **healthy, **line} for i in range(1, 11)]
     config = config or settings.load_recipe("digits")
     return Evidence(config, facts, lines, {"knn_top1": 0.88}, {"knn_top1": 0.97})
 
@@ -116,7 +118,9 @@ def evidence(config: Config | None = None, **line: Any) -> Evidence:
         ("constant images", {"flat_views": 0.9, "pixel_std": 0.0}),
         ("augmentation off", {"same_views": 1.0, "easy_views": 1.0}),
         ("frozen key encoder", {"key_change": 0.0}),
-        ("stale queue", {"queue_drift": 2.0}),
+        ("stale queue", {"key_distance": 0.0}),
+        ("rate too high", {"weight_change": 0.05, "loss": 6.93, "effective_rank": 1.5}),
+        ("rate too low", {"weight_change": 1e-4}),
         ("BatchNorm leak", {"acc1_as_trained": 0.9, "acc1_shuffled": 0.1}),
         ("collapse", {"embedding_std": 0.01, "effective_rank": 1.1}),
     ],
