@@ -71,6 +71,8 @@ def report_on_run(folder: Path) -> list[Finding]:
 
     Raises NotADirectoryError if there is no such folder, ConfigError if it is no run folder.
     """
+    from mocofast.health.folder import evidence_of
+    from mocofast.health.verdict import diagnose, verdict
     from mocofast.train.checkpoint import load_checkpoint
     from mocofast.train.run_folder import whole_lines
 
@@ -97,6 +99,11 @@ def report_on_run(folder: Path) -> list[Finding]:
             findings.append(
                 Finding(name, DAMAGED if bad else "whole", why or f"{len(lines)} lines")
             )
+    if (folder / "signals.jsonl").exists() and not any(f.use == DAMAGED for f in findings):
+        evidence = evidence_of(folder)
+        noticed = diagnose(evidence)
+        use = noticed[0].name if noticed else "no problem"
+        findings.append(Finding("verdict", use, verdict(evidence)))
     return findings
 
 

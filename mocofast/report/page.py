@@ -283,6 +283,7 @@ def _settings(runs: Sequence[Run]) -> str:
             rows = [
                 [name, settings.shown(value), settings.shown(_value(base, name))]
                 for name, value in changed.items()
+                if name != "train.dir"
             ]
             html.append(f"<p>Options that differ from the recipe {escape(config.recipe)}:</p>")
             html.append(table(["option", "this run", "recipe"], rows, "Changed options"))
