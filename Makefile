@@ -2,6 +2,7 @@
 # make demo          sets up, then pretrains on the embedded digits: minutes on two CPU cores.
 # make test          sets up, then runs the tests. MOCOFAST_DATA=DIR names a folder of real images.
 # make check         checks format, lint and types, and runs the tests, as CI does.
+# make docs          builds the documentation site in site/, which opens without a network.
 # make test-newest   runs the tests with the newest versions of all packages, in .venv-newest.
 # make drills        kills and spoils runs for an hour, and prints what they survived.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
@@ -18,7 +19,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-newest drills lint check format
+.PHONY: setup demo test test-newest docs drills lint check format
 
 setup: $(READY)
 
@@ -42,6 +43,10 @@ test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -52,6 +52,8 @@ BENCH = [
     "timm>=1",
     "albumentations>=2.0.8",
 ]
+# The site of `make docs`. docs/reference is made from the docstrings.
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
 # Loaded by ctypes, not imported: needs a C compiler, but no header of Python. Without a compiler
 # the installation succeeds, and PyTorch's operators make the views.
@@ -117,10 +119,11 @@ setup(
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray
+        "docs": DOCS,
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.
-        "dev": [*TEST, *BENCH, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "dev": [*TEST, *BENCH, *DOCS, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
 )
