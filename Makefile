@@ -64,3 +64,6 @@ drills: $(READY)
 	$(BIN)/python -m tests.drills.kills --count 100
 	$(BIN)/python -m tests.drills.kills --count 50 --ranks 2
 	$(BIN)/python -m tests.drills.ranks
+	$(BIN)/python -m tests.drills.images --minutes 20
+	$(BIN)/python -m tests.drills.shards --minutes 5
+	$(BIN)/python -m tests.drills.http --minutes 5
