@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = settings.load_recipe("moco_v2_r50_200ep")
     values = {"model.arch": given.arch, "augment.size": given.size, "model.queue_size": 4096}
     settings.apply(config, {**values, "data.batch_size": given.batch})
-    method = build_method(config, 10_000).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method = build_method(config, 10_000)
+    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     device = torch.device("cpu")
     autocast = choose_autocast("fp32", device)
     engine = Engine("eager", method, optimizer_of(method, config.optim), autocast, 1, given.batch)

@@ -29,11 +29,16 @@ class Line(NamedTuple):
 def line_of(
     run: int, label: str, records: Sequence[Mapping[str, Any]], key: str, **style: bool
 ) -> Line:
-    """Returns the line of records[key] over epochs. Numbers that are not finite are left out."""
+    """Returns the line of records[key] over epochs.
+
+    Leaves out records without an epoch, and numbers that are not finite.
+    """
     points = [
         (float(record["epoch"]), float(value))
         for record in records
-        if isinstance(value := record.get(key), (int, float)) and math.isfinite(value)
+        if isinstance(value := record.get(key), (int, float))
+        and math.isfinite(value)
+        and "epoch" in record
     ]
     if len(points) > POINTS:  # means of parts, so that no spike decides by chance
         part = -(-len(points) // POINTS)
