@@ -5,6 +5,7 @@
 # make docs          builds the documentation site in site/, which opens without a network.
 # make test-newest   runs the tests with the newest versions of all packages, in .venv-newest.
 # make drills        kills and spoils runs for an hour, and prints what they survived.
+# make audit         compares the installed packages with known weaknesses, by pip-audit.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
 
 EXTRAS ?= cuda13,dev
@@ -19,7 +20,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-newest docs drills lint check format
+.PHONY: setup demo test test-newest docs drills audit lint check format
 
 setup: $(READY)
 
@@ -64,6 +65,12 @@ drills: $(READY)
 	$(BIN)/python -m tests.drills.kills --count 100
 	$(BIN)/python -m tests.drills.kills --count 50 --ranks 2
 	$(BIN)/python -m tests.drills.ranks
+	$(BIN)/python -m tests.drills.files
 	$(BIN)/python -m tests.drills.images --minutes 20
 	$(BIN)/python -m tests.drills.shards --minutes 5
 	$(BIN)/python -m tests.drills.http --minutes 5
+
+audit: $(READY)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --path $(wildcard .venv/lib/python3*/site-packages)
