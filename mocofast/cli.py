@@ -17,6 +17,7 @@ from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
+from mocofast.image_commands import embed, predict
 from mocofast.parser import (
     Parser,
     add_flags,
@@ -25,6 +26,7 @@ from mocofast.parser import (
     given_settings,
 )
 from mocofast.report_commands import report, views
+from mocofast.run_commands import compare, sweep
 
 
 def _pretrain_parser(argv: Sequence[str]) -> Parser:
@@ -326,6 +328,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         segment,
         report,
         views,
+        embed,
+        predict,
+        compare,
+        sweep,
         export,
         prepare,
         stats,

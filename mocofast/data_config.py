@@ -112,6 +112,12 @@ class _SourceOptions:
         "the training labels: a share of every class, such as 0.01, or FILE.txt with names of "
         "images. Images without a label stay in the set",
     )
+    target: str = option(
+        "class",
+        "what a label of a list says, for knn, linear and finetune: class, tags (several, between "
+        "; | or commas; - for none) or number",
+        ("class", "tags", "number"),
+    )
     column: str = option(
         "", "source=parquet, hf: the column of images; empty finds image, img, jpg, ..."
     )

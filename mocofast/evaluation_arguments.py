@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mocofast import settings
@@ -10,7 +12,10 @@ from mocofast.config import AugmentConfig, Config, DataConfig
 from mocofast.parser import Parser, add_settings, given_settings
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mocofast.data.sources import Datasets
+    from mocofast.interop.classifiers import Classifier
     from mocofast.methods.base import Method
 
 
@@ -43,25 +48,55 @@ def add_arch(parser: argparse.ArgumentParser) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
-    from mocofast.data.sources import load_datasets, with_remarks
     from mocofast.interop.reference_checkpoints import load_any
-    from mocofast.train.places import check_places
 
     model, config, layout, *_ = load_any(arguments.checkpoint, arguments.arch)
     if layout != "mocofast":
         print(f"{arguments.checkpoint}: {config.model.arch}, the layout of {layout}")
-    given = given_settings(arguments)
+    return model, config, own_images(config, given_settings(arguments), arguments.checkpoint)
+
+
+def load_encoder(
+    arguments: argparse.Namespace, newest: bool = False
+) -> tuple[nn.Module, Config, Classifier | None]:
+    """Returns an encoder, its configuration, and the classifier that it belongs to, or None.
+
+    newest: take the newest classifier of a run folder. Otherwise a run folder means its checkpoint.
+    """
+    from mocofast.interop.classifiers import FILE, find_classifier, load_classifier
+    from mocofast.interop.reference_checkpoints import load_any
+
+    path = Path(arguments.checkpoint)
+    if newest or path.name == FILE or (path / FILE).is_file():
+        file = find_classifier(arguments.checkpoint)
+        if file is not None:
+            classifier = load_classifier(file)
+            return classifier.encoder, classifier.config, classifier
+    model, config, *_ = load_any(arguments.checkpoint, arguments.arch)
+    return model.encoder_q, config, None
+
+
+def own_images(config: Config, given: Mapping[str, str], checkpoint: str) -> Datasets:
+    """Returns the given images, or those of the run. Applies the given options to `config`.
+
+    config: of the file `checkpoint`. given: {"group.option": text}.
+    """
+    from mocofast.data.sources import load_datasets, with_remarks
+    from mocofast.train.configure import source_of
+    from mocofast.train.places import check_places
+
+    given = dict(given)
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.
-        given.setdefault("data.source", "folder")
-        own = ("train", "val", "include", "exclude", "labels", "column", "group", "pairs")
+        given.setdefault("data.source", source_of(given["data.path"]))
+        own = ("train", "val", "include", "exclude", "labels", "target", "column", "group", "pairs")
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
-    check_places(config, arguments.checkpoint, given, writes=False)
+    check_places(config, checkpoint, given, writes=False)
     settings.apply(
         config,
         {name: value for name, value in given.items() if hasattr(config, name.split(".")[0])},
     )
     settings.validate(config)
     datasets = load_datasets(config.data, config.train.seed)
-    return model, config, with_remarks(datasets, config.data.channels)
+    return with_remarks(datasets, config.data.channels)

@@ -3,62 +3,113 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mocofast.config import ConfigError, KNNConfig
-from mocofast.evaluate.options import FinetuneConfig, LinearConfig
+from mocofast.config import KNNConfig
+from mocofast.evaluate.options import FinetuneConfig, LinearConfig, of_protocol
 from mocofast.evaluation_arguments import evaluation_parser, load
 from mocofast.log_format import PrintableFormatter
-from mocofast.parser import group_options
+from mocofast.parser import Parser, given_settings, group_options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mocofast.data.sources import Datasets
+    from mocofast.interop.classifiers import Classifier
 
 
 def log_to_screen() -> None:
-    """Prints the lines of the log."""
+    """Prints the lines of the log, on rank 0."""
+    from mocofast.distributed import is_main
+
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    level = logging.INFO if is_main() else logging.ERROR
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def knn(argv: Sequence[str]) -> int:
     """k-nearest-neighbour accuracy of a checkpoint"""
-    description = "Weighted kNN accuracy of a checkpoint's query encoder on labelled images."
-    arguments = evaluation_parser("knn", description, "knn", KNNConfig).parse(argv)
-    from mocofast.device import choose_device
-    from mocofast.evaluate.monitor import KNNMonitor
+    description = (
+        "Weighted kNN accuracy of a checkpoint's query encoder on labelled images.\n"
+        "The search is exact, and its memory does not grow with the bank: --knn.bank takes "
+        "millions."
+    )
+    parser = _with_folder(evaluation_parser("knn", description, "knn", KNNConfig))
+    arguments = parser.parse(argv)
+    from mocofast.evaluate.knn import few_shot_accuracy
+    from mocofast.evaluate.metrics import measure
+    from mocofast.evaluate.search import MOST_KEPT, search
+    from mocofast.interop.classifiers import Bank, Classifier, plain_encoder
 
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    monitor = KNNMonitor.of(datasets, config, device)
-    if monitor is None:
-        raise ConfigError(
-            f"data.path: kNN needs labelled images, some of them held out; got {datasets.note}"
-        )
-    print(datasets.lines())
-    for name, value in monitor.evaluate(model.encoder_q.to(device)).items():
-        print(f"{name} {value:.4f}")
+    with _ranks(arguments) as device:
+        model, config, datasets = load(arguments)
+        _say(datasets.lines())
+        encoder = model.encoder_q.to(device)
+        found = search(encoder, datasets, config, device)
+        figures = measure(found.scores, found.labels, found.targets, 1000, config.train.seed)
+        if config.knn.shots and found.bank is not None:
+            shots = few_shot_accuracy(*found.bank, found.queries, found.labels, config.knn.shots)
+            figures["few_shot_top1"] = shots.mean
+        classifier = None
+        if found.bank is None:
+            _say(f"the bank has more than {MOST_KEPT:,} images, so no classifier is saved")
+        elif config.knn.features == "backbone":
+            bank = Bank(*found.bank, config.knn.k, config.knn.temperature)
+            plain = plain_encoder(encoder.cpu(), config)
+            classifier = Classifier("knn", found.targets, config, plain, bank)
+        _finish("knn", arguments, datasets, figures, found.scores, found.labels, classifier)
     return 0
 
 
 def linear(argv: Sequence[str]) -> int:
     """accuracy of a linear classifier on a checkpoint's frozen features"""
     description = (
-        "Trains a linear classifier on a checkpoint's frozen query encoder and validates it."
+        "Trains a linear classifier on a checkpoint's frozen query encoder and validates it.\n"
+        "Several GPUs: torchrun --nproc-per-node N -m mocofast linear ..."
     )
-    arguments = evaluation_parser("linear", description, "linear", LinearConfig).parse(argv)
-    from mocofast.device import choose_device
-    from mocofast.evaluate.linear import linear_probe
+    parser = _with_folder(evaluation_parser("linear", description, "linear", LinearConfig))
+    arguments = parser.parse(argv)
+    import torch
+    from torch import nn
+
+    from mocofast.evaluate.linear import fit_probe
+    from mocofast.evaluate.metrics import measure
+    from mocofast.evaluate.targets import targets_of
+    from mocofast.interop.classifiers import Classifier, plain_encoder
+    from mocofast.models.heads import replace_head
 
     options = group_options(LinearConfig, "linear", arguments)
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    log_to_screen()
-    print(datasets.lines())
-    result = linear_probe(model.encoder_q.to(device), datasets, config, options, device)
-    for name, value in result._asdict().items():
-        if value is not None:
-            print(f"{'linear_' if name.startswith('top') else ''}{name} {value:.4g}")
+    with _ranks(arguments) as device:
+        model, config, datasets = load(arguments)
+        options = of_protocol(options, given_settings(arguments), config.model.arch)
+        log_to_screen()
+        _say(datasets.lines())
+        encoder = model.encoder_q.to(device)
+        probe = fit_probe(encoder, datasets, config, options, device)
+        targets = targets_of(datasets.train.classes, config.data.target)
+        seed = config.train.seed
+        figures = measure(probe.scores, probe.labels, targets, options.bootstrap, seed)
+        figures["train_top1" if targets.kind == "class" else "train"] = probe.train_top1
+        if probe.l2 is not None:
+            figures["l2"] = probe.l2
+        plain = plain_encoder(encoder.cpu(), config)
+        outputs, width = probe.weight.shape
+        head = nn.Linear(width, outputs)
+        with torch.no_grad():
+            head.weight.copy_(probe.weight)
+            head.bias.copy_(probe.bias)
+        replace_head(plain, head)
+        classifier = Classifier("linear", targets, config, plain, None)
+        _finish("linear", arguments, datasets, figures, probe.scores, probe.labels, classifier)
     return 0
 
 
@@ -66,28 +117,112 @@ def finetune(argv: Sequence[str]) -> int:
     """accuracy of a checkpoint's encoder after training all of it on labels"""
     description = (
         "Trains a checkpoint's query encoder and a new linear head on labelled images, "
-        "and validates it."
+        "and validates it.\n"
+        "Several GPUs: torchrun --nproc-per-node N -m mocofast finetune ..."
     )
-    parser = evaluation_parser("finetune", description, "finetune", FinetuneConfig)
+    parser = _with_folder(evaluation_parser("finetune", description, "finetune", FinetuneConfig))
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="write the trained classifier's state dict, in torchvision's names",
+        help="also write the trained classifier's state dict, in torchvision's names",
     )
     arguments = parser.parse(argv)
-    from mocofast.device import choose_autocast, choose_device
-    from mocofast.evaluate import finetune as protocol
+    from mocofast.device import choose_autocast
+    from mocofast.distributed import is_main, rank_and_world_size
+    from mocofast.evaluate.finetune import train_classifier
+    from mocofast.evaluate.metrics import measure
+    from mocofast.evaluate.targets import targets_of
+    from mocofast.interop.classifiers import Classifier, plain_encoder
     from mocofast.train.checkpoint_writer import save_atomically
 
     options = group_options(FinetuneConfig, "finetune", arguments)
-    model, config, datasets = load(arguments)
-    device = choose_device(arguments.device)
-    log_to_screen()
-    print(datasets.lines())
-    encoder = model.encoder_q.to(device)
-    autocast = choose_autocast(config.train.precision, device)
-    result = protocol.finetune(encoder, datasets, config, options, device, autocast)
-    if arguments.out:
-        save_atomically(encoder.state_dict(), Path(arguments.out))
-    print(f"finetune_top1 {result.top1:.4g}\nfinetune_top5 {result.top5:.4g}")
+    with _ranks(arguments) as device:
+        model, config, datasets = load(arguments)
+        log_to_screen()
+        _say(datasets.lines())
+        encoder = model.encoder_q
+        if rank_and_world_size()[1] > 1:
+            encoder = plain_encoder(encoder, config)
+        encoder = encoder.to(device)
+        autocast = choose_autocast(config.train.precision, device)
+        found = train_classifier(encoder, datasets, config, options, device, autocast)
+        if arguments.out and is_main():
+            save_atomically(encoder.state_dict(), Path(arguments.out))
+        targets = targets_of(datasets.train.classes, config.data.target)
+        figures = measure(*found, targets, options.bootstrap, config.train.seed)
+        classifier = Classifier("finetune", targets, config, encoder, None)
+        _finish("finetune", arguments, datasets, figures, *found, classifier)
     return 0
+
+
+def _with_folder(parser: Parser) -> Parser:
+    parser.add_argument(
+        "--dir",
+        metavar="FOLDER",
+        default="",
+        help="folder of results.json, classifier.pt, per_class.csv and confusion.png [a folder of "
+        "the command's name in the run folder]",
+    )
+    return parser
+
+
+@contextmanager
+def _ranks(arguments: Namespace) -> Iterator[torch.device]:
+    """Joins the ranks of torchrun inside the block. Yields the device of this rank."""
+    import torch
+
+    from mocofast import distributed
+    from mocofast.device import choose_device
+
+    device = choose_device(arguments.device)
+    _, world_size, local_rank = distributed.init_from_environment(device)
+    arguments.started = time.monotonic()
+    if device.type == "cuda" and world_size > 1:
+        device = torch.device("cuda", local_rank)
+    try:
+        yield device
+    finally:
+        distributed.shutdown()
+
+
+def _say(text: str) -> None:
+    from mocofast.distributed import is_main
+
+    if is_main():
+        print(text, flush=True)
+
+
+def _finish(
+    command: str,
+    arguments: Namespace,
+    datasets: Datasets,
+    figures: dict[str, object],
+    scores: Tensor,
+    labels: Tensor,
+    classifier: Classifier | None,
+) -> None:
+    """Prints the figures, and writes results and classifier, on rank 0."""
+    from mocofast.distributed import is_main
+    from mocofast.evaluate.results import folder_of, lines, write_results
+    from mocofast.evaluate.targets import targets_of
+    from mocofast.interop.classifiers import FILE, save_classifier
+
+    if not is_main():
+        return
+    print("\n".join(lines(command, figures)))
+    folder = Path(arguments.dir) if arguments.dir else folder_of(arguments.checkpoint, command)
+    context = {
+        "checkpoint": arguments.checkpoint,
+        "images": [datasets.note, *datasets.remarks],
+        "options": given_settings(arguments),
+        "seconds": round(time.monotonic() - arguments.started, 1),
+    }
+    kind = given_settings(arguments).get("data.target", "class")
+    targets = classifier.targets if classifier else targets_of(datasets.train.classes, kind)
+    written = write_results(folder, command, figures, context, targets, scores, labels)
+    if classifier is not None:
+        save_classifier(classifier, folder / FILE)
+        written.append(FILE)
+    print(f"written to {folder}: {', '.join(written)}")
+    if classifier is not None:
+        print(f"next: mocofast predict {shlex.quote(str(folder))} IMAGE")

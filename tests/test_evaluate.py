@@ -24,11 +24,13 @@ from mocofast.config import Config
 from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import ArraySource, Datasets, load_datasets
-from mocofast.evaluate import features, knn, linear
+from mocofast.evaluate import features, knn, linear, logistic
 from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_position
-from mocofast.evaluate.linear import LinearConfig, fit_logistic, linear_probe
+from mocofast.evaluate.linear import LinearConfig, linear_probe
+from mocofast.evaluate.logistic import fit_logistic
 from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.evaluate.targets import targets_of
 from mocofast.models import encoders
 from mocofast.models.pixels import pixel_statistics
 from mocofast.settings import ConfigError
@@ -420,7 +422,7 @@ def test_logistic_regression_equals_scikit_learns(
     l2: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, labels, val, _ = clusters(301, 5, 9, seed=13)
-    monkeypatch.setattr(linear, "_ROWS", 128)  # several blocks, the last one short
+    monkeypatch.setattr(logistic, "_ROWS", 128)  # several blocks, the last one short
     weight, bias = fit_logistic(train, labels, 5, l2)
     theirs = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, max_iter=10000)
     theirs.fit(train.double().numpy(), labels.numpy())
@@ -440,20 +442,25 @@ def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(
         -2, 2, 90
     )  # features of very different sizes, which standardising makes equal
     with caplog.at_level("INFO", "mocofast"):
-        result = linear._fast(train * scale + 7, labels, val * scale + 7, own, 5, seed=3)
+        targets = targets_of(("a", "b", "c", "d", "e"), "class")
+        probe = linear._fast(train * scale + 7, labels, val * scale + 7, own, targets, seed=3)
     swept = [cast(tuple[float, float], record.args) for record in caplog.records]
-    assert [l2 for l2, _ in swept] == list(linear._STRENGTHS)
+    assert [l2 for l2, _ in swept] == list(linear.STRENGTHS)
     best = max(accuracy for _, accuracy in swept)
-    assert result.l2 == next(l2 for l2, accuracy in swept if accuracy == best)
-    assert result.l2 is not None
+    assert probe.l2 == next(l2 for l2, accuracy in swept if accuracy == best)
+    assert probe.l2 is not None
     assert best > swept[-1][1]
     theirs = make_pipeline(
-        StandardScaler(), LogisticRegression(C=1 / (400 * result.l2), tol=1e-8, max_iter=10000)
+        StandardScaler(), LogisticRegression(C=1 / (400 * probe.l2), tol=1e-8, max_iter=10000)
     )
     theirs.fit((train * scale + 7).double().numpy(), labels.numpy())
     expected = theirs.score((val * scale + 7).double().numpy(), own.numpy())
-    # One sample may lie on the border to float32 rounding.
-    assert result.top1 == pytest.approx(expected, abs=1.001 / len(val))
+    # One sample may lie on the border: the fit ends at a small gradient.
+    top1 = linear._accuracy(probe.scores, own)[0]
+    assert top1 == pytest.approx(expected, abs=1.001 / len(val))
+    # Weights are for features as they come.
+    scores = (val * scale + 7) @ probe.weight.T + probe.bias
+    torch.testing.assert_close(scores, probe.scores, rtol=1e-4, atol=1e-3)
 
 
 def bright_datasets(seed: int = 0) -> tuple[Datasets, Config]:
@@ -478,8 +485,8 @@ def test_the_fast_probe_learns_and_chooses_its_strength_on_training_images(
         result = linear_probe(encoder, datasets, config, LinearConfig(), CPU)
     assert result.top1 > 0.9
     assert result.top5 == 1.0  # of four classes
-    assert result.l2 in linear._STRENGTHS
-    assert len(caplog.messages) == len(linear._STRENGTHS)
+    assert result.l2 in linear.STRENGTHS
+    assert len(caplog.messages) == len(linear.STRENGTHS)
     assert encoder.training
     assert linear_probe(encoder, datasets, config, LinearConfig(), CPU) == result  # reproducible
 
@@ -515,15 +522,13 @@ def test_the_reference_protocol_follows_sgd_with_its_schedule(
     encoder = tiny_encoder().train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     heads: list[tuple[Tensor, Tensor]] = []
-    accuracy = linear._accuracy
+    scores_of = linear._scores
 
-    def recorded(
-        features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[float, float]:
+    def recorded(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         heads.append((weight.detach().clone(), bias.detach().clone()))
-        return accuracy(features, labels, weight, bias)
+        return scores_of(features, weight, bias)
 
-    monkeypatch.setattr(linear, "_accuracy", recorded)
+    monkeypatch.setattr(linear, "_scores", recorded)
     result = linear_probe(encoder, datasets, config, options, CPU)
 
     encoder.eval()
@@ -599,7 +604,7 @@ def test_a_probe_without_labels_or_held_out_images_says_what_is_needed() -> None
     ):
         linear_probe(tiny_encoder(), datasets._replace(val=None), config, LinearConfig(), CPU)
     with pytest.raises(
-        ConfigError, match=r"linear.protocol: expected fast or reference, got 'quick'"
+        ConfigError, match=r"linear.protocol: expected fast, reference or moco_v3, got 'quick'"
     ):
         linear_probe(tiny_encoder(), datasets, config, LinearConfig(protocol="quick"), CPU)
 

@@ -25,6 +25,7 @@ from mocofast_bench import (
     neighbours,
     norm,
     optim,
+    probe,
     speedrun,
     step,
     sweep,
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "data": (data, "pairs of views per second from a folder of images"),
     "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
     "train": (train, "training end to end beside the reference's loop and loader"),
+    "probe": (probe, "the fit of a linear probe beside scikit-learn's LogisticRegression"),
     "speedrun": (speedrun, "CPU seconds to the plain recipe's kNN, with a search of recipes"),
 }
 # `bench all --quick`: enough rounds for quartiles. Compiling takes minutes.
@@ -53,6 +55,7 @@ QUICK = {
     "data": ["--repeats", "3"],
     "step": ["--repeats", "5", "--modes"],
     "train": ["--repeats", "3"],
+    "probe": ["--repeats", "3"],
 }
 RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings
 COMPILING = {

@@ -121,6 +121,9 @@ class BatchSlice:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = True  # leave out the last batch of an epoch where it is smaller
+    # repeat the first images of the last batch, where ranks cannot share it equally. Otherwise the
+    # images that are over are left out
+    pad: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -139,7 +142,8 @@ class BatchSlice:
         ConfigError for none.
         """
         steps = count // self.batch_size
-        if not self.drop_last and count % self.batch_size >= self.world_size:
+        least = 1 if self.pad else self.world_size
+        if not self.drop_last and count % self.batch_size >= least:
             steps += 1
         if steps == 0:
             raise ConfigError(
@@ -153,6 +157,8 @@ class BatchSlice:
         many samples.
         """
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.pad and len(whole) % self.world_size:
+            whole = np.resize(whole, -(-len(whole) // self.world_size) * self.world_size)
         per_rank = len(whole) // self.world_size
         return whole[self.rank * per_rank : (self.rank + 1) * per_rank]
 

@@ -164,10 +164,15 @@ def number_column(
     return classes, np.array([number.get(text, -1) for text in texts], dtype=np.int64)
 
 
-def labels_of_list(layout: Layout, option: str) -> Layout:
+def _all_texts(train: Sequence[str], val: Sequence[str], target: str) -> tuple[str, ...]:
+    """Returns the texts of all labels where evaluation images may have labels of their own."""
+    return () if target == "class" else number_column([*train, *val])[0]
+
+
+def labels_of_list(layout: Layout, option: str, target: str = "class") -> Layout:
     """Returns a layout with the labels of a list, by path.
 
-    option: the value of `data.labels`.
+    option, target: the values of `data.labels` and `data.target`.
     """
     file, _, column = option.partition(":")
     images = ImageList(file, "data.labels")
@@ -181,7 +186,9 @@ def labels_of_list(layout: Layout, option: str) -> Layout:
     paths = images.paths(names.__contains__)
     by_path = dict(zip(paths, texts))
     every = [by_path.get(name, "") for name in layout.train]
-    classes, labels = number_column(every)
+    held = [by_path.get(name, "") for name in layout.val]
+    classes = _all_texts(every, held, target)
+    classes, labels = number_column(every, classes)
     if labels is None:
         raise ConfigError(
             f"data.labels: {file!r} labels no two classes of the images below data.path; "
@@ -190,7 +197,7 @@ def labels_of_list(layout: Layout, option: str) -> Layout:
     missing = every.count("")
     remarks = [f"{counted(missing, 'image')} without a label in {file}"] * bool(missing)
     layout = layout._replace(labels=labels, classes=classes, remarks=[*layout.remarks, *remarks])
-    known = number_column([by_path.get(name, "") for name in layout.val], classes)[1]
+    known = number_column(held, classes)[1]
     if known is None or not (known >= 0).any():
         return layout._replace(val=[])
     val = [name for name, label in zip(layout.val, known) if label >= 0]
@@ -220,7 +227,11 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
     def column(rows: np.ndarray, cells: Sequence[str]) -> list[str]:
         return [cells[row] for row in rows]
 
-    classes, labels = number_column(column(train, texts)) if texts else ((), None)
+    classes: tuple[str, ...] = ()
+    labels = None
+    if texts:
+        classes = _all_texts(column(train, texts), column(val, texts), data.target)
+        classes, labels = number_column(column(train, texts), classes)
     groups = None
     if data.group.isdecimal():
         groups = groups_of(column(train, paths), ("",), data.group)

@@ -158,12 +158,12 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         fewer, line = keep_labels(datasets.train, few, seed)
         datasets = datasets._replace(train=fewer, remarks=(*datasets.remarks, line))
     # After the split: slices of a volume, or windows of a scene, are in one set.
-    train, remarks = _as_asked(datasets.train, data)
-    val = None if datasets.val is None else _as_asked(datasets.val, data)[0]
+    train, remarks = as_asked(datasets.train, data)
+    val = None if datasets.val is None else as_asked(datasets.val, data)[0]
     return datasets._replace(train=train, val=val, remarks=(*datasets.remarks, *remarks))
 
 
-def _as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
+def as_asked(source: Source, data: DataConfig) -> tuple[Source, list[str]]:
     """Returns a source with the range and the readers of `data`, and remarks."""
     set_range(source, data.range, data.depth)
     return read_as_asked(source, data)
@@ -175,7 +175,7 @@ def _load_pairs(data: DataConfig, seed: int) -> Datasets:
         raise ConfigError("data.group: data.pairs keeps the files of pairs together, and no groups")
     files = _LOAD[data.source](replace(data, holdout=0.0), seed)
     found = find_pairs(files.train, data if files.val is None else replace(data, holdout=0.0), seed)
-    first, second = (_as_asked(_part(files.train, rows), data)[0] for rows in found.train)
+    first, second = (as_asked(_part(files.train, rows), data)[0] for rows in found.train)
     train = PairSource(first, second)
     if any(len(view) != len(rows) for view, rows in zip(train.views, found.train)):
         raise ConfigError(
@@ -190,7 +190,7 @@ def _load_pairs(data: DataConfig, seed: int) -> Datasets:
     knn = "no kNN" if val is None else f"kNN on {len(val)} first files"
     note = f"{len(train)} pairs of files of {len(train.classes)} classes; {knn}"
     remarks = (*files.remarks, *found.remarks)
-    val = None if val is None else _as_asked(val, data)[0]
+    val = None if val is None else as_asked(val, data)[0]
     return Datasets(train, val, note, remarks)
 
 
@@ -256,7 +256,7 @@ _Make = Callable[[list[str], "np.ndarray | None", tuple[str, ...]], Source]
 def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
     """Returns the train and the val set of a layout. make: makes a source of names."""
     if data.source in ("folder", "zip") and data.labels not in ("auto", "none"):
-        layout = labels_of_list(layout, data.labels)
+        layout = labels_of_list(layout, data.labels, data.target)
     remarks = tuple(layout.remarks)
     train = make(layout.train, layout.labels, layout.classes)
     if layout.val:
@@ -369,7 +369,8 @@ def _hold_out(
         return Datasets(source, None, f"{len(source)} images without labels: no kNN", remarks)
     usable = np.flatnonzero(source.labels >= 0)
     if groups is None:
-        held_out = stratified_holdout(source.labels[usable], data.holdout, seed)[1]
+        strata = source.labels[usable] * (data.target == "class")
+        held_out = stratified_holdout(strata, data.holdout, seed)[1]
     else:
         held_out = grouped_holdout(groups[usable], data.holdout, seed)
     held_out = usable[held_out]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError
+from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
@@ -24,9 +25,7 @@ class EvaluationStopped(Exception):
     """A signal ended an evaluation early."""
 
 
-def image_batches(
-    source: Source, config: Config, device: torch.device
-) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
+def image_batches(source: Source, config: Config, device: torch.device) -> EvalBatches:
     """Returns all images of `source` once: (images, labels, index) in batches of EVALUATION_BATCH.
 
     config: gives the size of the centre crop, the channels and the number of workers.
@@ -63,6 +62,35 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Returns features (N, D) float32 and labels (N,) int64 of all images, on the CPU.
 
+    Arguments: as for `extract_batches`.
+    Raises ValueError for an unknown kind, no batches, or a batch without labels.
+    """
+    features, every = [], []
+    statistics = (mean, std)
+    for found, labels, _ in extract_batches(
+        encoder, batches, device, kind, *statistics, autocast=autocast, at_once=at_once
+    ):
+        if labels is None:
+            raise ValueError("batches must carry labels: the images have none")
+        features.append(found)
+        every.append(labels)
+    if not features:
+        raise ValueError("batches must hold at least one batch: got none")
+    return torch.cat(features), torch.cat(every)
+
+
+def extract_batches(
+    encoder: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None, Tensor]],
+    device: torch.device,
+    kind: str,
+    mean: Tensor,
+    std: Tensor,
+    autocast: torch.autocast | None = None,
+    at_once: int = 1,
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Yields features (B, D) float32, labels (B,) int64 or None, and index (B,), on the CPU.
+
     encoder: on `device`. Runs in eval mode without gradients. Its submodules get their modes back.
     batches: (images, labels, index), as `image_batches` yields, images (B, C, S, S), uint8 or
         uint16.
@@ -71,7 +99,7 @@ def extract(
     mean, std: (C,) or (1,), of pixels on the 0..255 scale, see `pixel_statistics`.
     autocast: of the forward passes. None: no autocast.
     at_once: batches that are computed at the same time, each on as many threads as one batch alone.
-    Raises ValueError for an unknown kind, no batches, or a batch without labels.
+    Raises ValueError for an unknown kind.
     """
     if kind not in ("backbone", "output"):
         raise ValueError(f"kind must be 'backbone' or 'output': got {kind!r}")
@@ -81,35 +109,33 @@ def extract(
     threads = torch.get_num_threads()
     free: SimpleQueue[nn.Module] = SimpleQueue()  # encoders that compute no batch
 
-    def compute(batch: tuple[Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels, _ = batch
-        if labels is None:
-            raise ValueError("batches must carry labels: the images have none")
+    def compute(
+        batch: tuple[Tensor, Tensor | None, Tensor],
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        images, labels, index = batch
         encoder = free.get()
         try:
             with torch.no_grad(), copy.copy(autocast):
                 found = embed(encoder, images.to(device, non_blocking=True), mean, std, kind)
-            return found.cpu(), labels.cpu()
+            return found.cpu(), None if labels is None else labels.cpu(), index
         finally:
             free.put(encoder)
 
-    def compute_in_thread(batch: tuple[Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_in_thread(
+        batch: tuple[Tensor, Tensor | None, Tensor],
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         torch.set_num_threads(threads)  # of this thread, which would start with all cores
         return compute(batch)
 
     with evaluating(encoder):
         free.put(encoder)
         if at_once == 1:
-            results = [compute(batch) for batch in batches]
-        else:
-            for _ in range(at_once - 1):
-                free.put(_replica(encoder))
-            with Threads(at_once, "mocofast-features") as pool:
-                results = list(pool.map(compute_in_thread, batches, at_once))
-    if not results:
-        raise ValueError("batches must hold at least one batch: got none")
-    features, all_labels = zip(*results)
-    return torch.cat(features), torch.cat(all_labels)
+            yield from map(compute, batches)
+            return
+        for _ in range(at_once - 1):
+            free.put(_replica(encoder))
+        with Threads(at_once, "mocofast-features") as pool:
+            yield from pool.map(compute_in_thread, batches, at_once)
 
 
 def check_finite(features: Tensor) -> None:

@@ -6,6 +6,7 @@ do not change their inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,64 @@ def knn_accuracy(
         hits += torch.stack([(voted & (position < top)).sum() for top in (1, 5)])
     top1, top5 = (hits.double() / len(val_features)).tolist()
     return KNNResult(top1, top5)
+
+
+def knn_votes(
+    bank: Iterable[tuple[Tensor, Tensor]],
+    queries: Tensor,
+    k: int,
+    temperature: float,
+    table: Tensor,
+) -> Tensor:
+    """Returns the weighted mean of the targets of the k nearest neighbours, (M, T) float64.
+
+    Of classes these are the shares of the votes of `knn_accuracy`, and NaN for a class without a
+    vote. The search is exact, and reads the bank once: its memory does not grow with the bank.
+
+    bank: parts of the bank: features (n, D), any float dtype, normalised here, and labels (n,)
+        int64. Of any total length, at least one.
+    queries: (M, D), any float dtype, normalised here, on the device of the parts.
+    table: (L, T): the targets of every label, see `mocofast.evaluate.targets`.
+    """
+    similarity, labels = nearest_labels(bank, queries, k)
+    return votes_of(similarity, labels, temperature, table)
+
+
+def nearest_labels(
+    bank: Iterable[tuple[Tensor, Tensor]], queries: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Returns similarities, descending, and labels of the k nearest neighbours: (M, k), (M, k).
+
+    bank, queries: as for `knn_votes`.
+    """
+    device = queries.device
+    queries = F.normalize(queries.float(), dim=1)
+    best = torch.empty(len(queries), 0, device=device)
+    best_labels = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for part, labels in bank:
+        part, labels = F.normalize(part.to(device).float(), dim=1), labels.to(device)
+        size, tile = _tile(part)
+        count = min(k, len(part))
+        found = [_nearest(rows, part, count, tile) for rows in queries.split(size)]
+        similarity = torch.cat([best, torch.cat([values for values, _ in found])], dim=1)
+        merged = torch.cat([best_labels, labels[torch.cat([index for _, index in found])]], dim=1)
+        best, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        best_labels = merged.gather(1, order)
+    return best, best_labels
+
+
+def votes_of(similarity: Tensor, labels: Tensor, temperature: float, table: Tensor) -> Tensor:
+    """Returns (M, T) float64, see `knn_votes`, of neighbours as `nearest_labels` returns them."""
+    weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # (M, k)
+    table = table.to(weight)
+    outputs = table.shape[1]
+    if len(table) == outputs and torch.equal(table, torch.eye(outputs).to(table)):
+        votes = torch.zeros(len(labels), outputs, dtype=torch.float64, device=labels.device)
+        votes.scatter_add_(1, labels, weight)
+        return (votes / votes.sum(1, keepdim=True)).masked_fill(votes == 0, torch.nan)
+    weight /= weight.sum(1, keepdim=True)
+    parts = zip(weight.split(_ROWS), labels.split(_ROWS))
+    return torch.cat([torch.einsum("bk,bkt->bt", w, table[own]) for w, own in parts])
 
 
 def few_shot_accuracy(

@@ -1,12 +1,14 @@
-"""Linear probe: accuracy of a linear classifier on frozen features.
+"""Linear probe: a linear classifier on frozen features.
 
 Protocol ``fast``: extracts the features of centre crops once and fits a multinomial logistic
-regression. The strength of its L2 penalty is chosen on a tenth of the training features, never on
-the validation images. Takes minutes.
+regression (tags: a logistic regression for every tag; numbers: a ridge regression). The strength of
+its L2 penalty is chosen on a tenth of the training features, never on the validation images. Takes
+minutes.
 Protocol ``reference``: facebookresearch/moco's. Trains 100 epochs of SGD with learning rate 30 on
-random crops and flips. For comparison with published numbers.
+random crops and flips. For comparison with published numbers. ``moco_v3`` is the same loop with
+MoCo v3's values (`mocofast.evaluate.options.of_protocol`).
 
-Runs in one process on one device.
+Many ranks compute features and batches of images together, with the result of one rank to rounding.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from sklearn.linear_model import Ridge
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig
@@ -26,6 +31,7 @@ from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
 from mocofast.device import choose_autocast
+from mocofast.distributed import rank_and_world_size
 from mocofast.evaluate.features import (
     batches_at_once,
     check_finite,
@@ -35,15 +41,20 @@ from mocofast.evaluate.features import (
     image_batches,
 )
 from mocofast.evaluate.knn import label_position
+from mocofast.evaluate.logistic import Features, fit_logistic
 from mocofast.evaluate.options import LinearConfig as LinearConfig
+from mocofast.evaluate.ranks import over_ranks
+from mocofast.evaluate.targets import Targets, loss_of, targets_of
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 
-_ROWS = 65536  # rows of logits in memory at a time
+_ROWS = 65536  # rows of scores in memory at a time
 # L2 strengths for standardised features, strongest first. A fit starts from the previous solution.
-_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+# Tolerances of `fit_logistic`: to choose the strength, and in the end.
+LOOSE, TIGHT = 1e-3, 3e-4
 
 
 class LinearResult(NamedTuple):
@@ -51,8 +62,19 @@ class LinearResult(NamedTuple):
 
     top1: float  # of the validation images
     top5: float
-    train_top1: float  # of the training images (`reference`: random crops of the last epoch)
-    l2: float | None  # L2 strength chosen by `fast`, None for `reference`
+    train_top1: float  # of the training images (SGD: random crops of the last epoch)
+    l2: float | None  # L2 strength chosen by `fast`, None for SGD
+
+
+class Probe(NamedTuple):
+    """A linear classifier of features, and its scores of the validation images, on one device."""
+
+    weight: Tensor  # (T, D) float32
+    bias: Tensor  # (T,) float32
+    scores: Tensor  # (M, T) float32, of the validation images
+    labels: Tensor  # (M,) int64
+    train_top1: float  # see LinearResult. Of tags and numbers: their figure, see `_figure`
+    l2: float | None
 
 
 def linear_probe(
@@ -62,13 +84,27 @@ def linear_probe(
     options: LinearConfig,
     device: torch.device,
 ) -> LinearResult:
+    """Returns the accuracies of `fit_probe`, for labels that are classes."""
+    probe = fit_probe(encoder, datasets, config, options, device)
+    top1, top5 = _accuracy(probe.scores, probe.labels)
+    return LinearResult(top1, top5, probe.train_top1, probe.l2)
+
+
+def fit_probe(
+    encoder: nn.Module,
+    datasets: Datasets,
+    config: Config,
+    options: LinearConfig,
+    device: torch.device,
+) -> Probe:
     """Trains a linear classifier on the pooled features before the encoder's head.
 
     encoder: on `device`. Weights, statistics and modes are the same afterwards, which is checked
         (RuntimeError otherwise).
     datasets: labelled train and validation images (ConfigError otherwise).
-    config: the run's configuration. View size, pixel statistics, flips, loader, workers, precision
-        and seed are used.
+    config: the run's configuration. View size, pixel statistics, flips, loader, workers, precision,
+        `data.target` and seed are used.
+    Call on every rank. All ranks get the result.
     """
     datasets = datasets._replace(train=labelled(datasets.train))
     if datasets.val is None or datasets.train.labels is None or datasets.val.labels is None:
@@ -77,18 +113,21 @@ def linear_probe(
             "folders, and val/ beside train/ or data.holdout above 0); "
             f"got {datasets.note}"
         )
-    if options.protocol not in ("fast", "reference"):
-        raise ConfigError(f"linear.protocol: expected fast or reference, got {options.protocol!r}")
-    # The reference protocol stays in float32: its figures stand beside published figures.
+    if options.protocol not in ("fast", "reference", "moco_v3"):
+        raise ConfigError(
+            f"linear.protocol: expected fast, reference or moco_v3, got {options.protocol!r}"
+        )
+    targets = targets_of(datasets.train.classes, config.data.target)
+    # The SGD protocols stay in float32: their figures stand beside published figures.
     is_fast = options.protocol == "fast"
     precision = config.train.precision if is_fast else "fp32"
     autocast = choose_autocast(precision, device)
     with _unchanged(encoder):
-        val = _features(encoder, datasets.val, config, device, autocast)
+        val = frozen_features(encoder, datasets.val, config, device, autocast)
         if is_fast:
-            train = _features(encoder, datasets.train, config, device, autocast)
-            return _fast(*train, *val, len(datasets.train.classes), config.train.seed)
-        return _reference(encoder, datasets, *val, config, options, device)
+            train = frozen_features(encoder, datasets.train, config, device, autocast)
+            return _fast(*train, *val, targets, config.train.seed)
+        return _sgd(encoder, datasets, *val, targets, config, options, device)
 
 
 def plain_view(augment: AugmentConfig) -> AugmentConfig:
@@ -102,66 +141,14 @@ def plain_view(augment: AugmentConfig) -> AugmentConfig:
     return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
 
 
-def fit_logistic(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    l2: float,
-    start: tuple[Tensor, Tensor] | None = None,
-    max_iterations: int = 200,
-) -> tuple[Tensor, Tensor]:
-    """Fits a multinomial logistic regression by L-BFGS.
-
-    Minimises mean cross-entropy + l2/2 |weight|^2. The bias has no penalty. The solution equals
-    scikit-learn's for C = 1 / (N l2). Unlike scikit-learn, computes logits in blocks of rows and on
-    any device.
-
-    features: (N, D) float32.
-    labels: (N,) int64, below num_classes.
-    start: (weight, bias) to start from. None: zeros.
-    Returns weight (num_classes, D) and bias (num_classes,).
-    """
-    if start is None:
-        start = features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
-    weight, bias = (tensor.clone() for tensor in start)
-    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iterations,
-        tolerance_grad=1e-6,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    @torch.no_grad()
-    def objective() -> float:
-        assert weight.grad is not None
-        assert bias.grad is not None
-        weight.grad.copy_(l2 * weight)
-        bias.grad.zero_()
-        loss = 0.5 * l2 * weight.double().square().sum()
-        for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):
-            log_share = F.log_softmax(x @ weight.T + bias, dim=1)
-            loss += F.nll_loss(log_share, y, reduction="sum") / len(features)
-            error = log_share.exp_()  # d loss / d logits = (softmax - one-hot) / N
-            error[torch.arange(len(y), device=y.device), y] -= 1
-            error /= len(features)
-            weight.grad.addmm_(error.T, x)
-            bias.grad += error.sum(0)
-        return loss.item()
-
-    solver.step(objective)
-    return weight, bias
-
-
 def _fast(
     features: Tensor,
     labels: Tensor,
     val_features: Tensor,
     val_labels: Tensor,
-    classes: int,
+    targets: Targets,
     seed: int,
-) -> LinearResult:
+) -> Probe:
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     order = order.to(features.device)
     features, labels = features[order], labels[order]
@@ -170,46 +157,71 @@ def _fast(
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = std.clamp_min(1e-3 * std.mean().clamp_min(1e-12))
     features.sub_(mean).div_(std)
-    val_features = (val_features - mean) / std
 
     # The strength that is best on the held-out tenth.
     held = max(1, len(features) // 10)
-    best, chosen = -1.0, _STRENGTHS[0]
+    prepared = Features.of(features)
+    best, chosen = -float("inf"), STRENGTHS[0]
     solution = None
-    for l2 in _STRENGTHS:
-        solution = fit_logistic(features[held:], labels[held:], classes, l2, solution)
-        accuracy = _accuracy(features[:held], labels[:held], *solution)[0]
+    for l2 in STRENGTHS:
+        solution = _fit(prepared.after(held), labels[held:], targets, l2, solution, LOOSE)
+        figure = _figure(features[:held], labels[:held], targets, *solution)
         log.info(
             "linear: l2 %.0e gives %.2f %% on the held-out tenth of the training images",
             l2,
-            100 * accuracy,
+            100 * figure,
         )
-        if accuracy > best:
-            best, chosen = accuracy, l2
+        if figure > best:
+            best, chosen, start = figure, l2, solution
     # The final fit on all training features.
-    solution = fit_logistic(features, labels, classes, chosen)
-    top1, top5 = _accuracy(val_features, val_labels, *solution)
-    return LinearResult(top1, top5, _accuracy(features, labels, *solution)[0], chosen)
+    weight, bias = _fit(prepared, labels, targets, chosen, start)
+    train_figure = _figure(features, labels, targets, weight, bias)
+    # For features that are not standardised.
+    weight = weight / std
+    bias = bias - weight @ mean
+    scores = _scores(val_features, weight, bias)
+    return Probe(weight, bias, scores, val_labels, train_figure, chosen)
 
 
-def _reference(
+def _fit(
+    features: Features,
+    labels: Tensor,
+    targets: Targets,
+    l2: float,
+    start: tuple[Tensor, Tensor] | None,
+    tolerance: float = TIGHT,
+) -> tuple[Tensor, Tensor]:
+    """Returns weight (T, D) and bias (T,) of the regression that suits the targets."""
+    if targets.kind == "number":
+        rows, values = (x.cpu().numpy() for x in (features.rows, targets.of(labels)))
+        ridge = Ridge(alpha=l2 * len(rows)).fit(rows, values)
+        found = (torch.from_numpy(np.atleast_1d(x)) for x in (ridge.coef_, ridge.intercept_))
+        weight, bias = (x.to(features.rows) for x in found)
+        return weight.view(1, -1), bias
+    wanted = labels if targets.kind == "class" else targets.of(labels)
+    return fit_logistic(features, wanted, len(targets.names), l2, start, tolerance=tolerance)
+
+
+def _sgd(
     encoder: nn.Module,
     datasets: Datasets,
     val_features: Tensor,
     val_labels: Tensor,
+    targets: Targets,
     config: Config,
     options: LinearConfig,
     device: torch.device,
-) -> LinearResult:
+) -> Probe:
     # Labelled images: one plain view of every image, with the batch size of the probe.
     data = replace(config.data, batch_size=options.batch_size)
-    batch_slice = BatchSlice(options.batch_size, drop_last=False)
+    rank, world_size = rank_and_world_size()
+    batch_slice = BatchSlice(options.batch_size, rank, world_size, drop_last=False, pad=True)
     views, seed = (plain_view(config.augment),), config.train.seed
     loader = build_loader(datasets.train, data, views, batch_slice, seed, device)
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
 
     # The classifier starts as in facebookresearch/moco: weights normal(0, 0.01), bias 0.
-    head = nn.Linear(val_features.shape[1], len(datasets.train.classes), device=device)
+    head = nn.Linear(val_features.shape[1], len(targets.names), device=device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.empty(head.weight.shape).normal_(0.0, 0.01, generator=generator))
@@ -231,69 +243,101 @@ def _reference(
             for epoch in range(options.epochs):
                 rate = learning_rate(schedule, epoch * steps, steps, options.epochs)
                 set_learning_rate(optimizer, rate)
-                seen, hits = 0, torch.zeros((), device=device)
-                loss_sum = torch.zeros((), device=device)
-                for batch in loader.epoch(epoch):
+                sums = torch.zeros(3, device=device)  # images, hits, loss
+                for step, batch in enumerate(loader.epoch(epoch)):
                     assert batch.labels is not None
-                    labels = batch.labels.to(device)
+                    # Images of the batch over all ranks, and of this rank without repetitions.
+                    count = min(options.batch_size, len(datasets.train) - step * options.batch_size)
+                    own = max(0, min(len(batch.labels), count - rank * len(batch.labels)))
+                    labels = batch.labels[:own].to(device)
                     # Frozen features (B, D), then one SGD step of the classifier.
                     with torch.no_grad():
-                        features = embed(encoder, batch.views[0].to(device), mean, std, "backbone")
-                    with torch.autocast(device.type, enabled=False):
-                        logits = head(features)
-                        loss = F.cross_entropy(logits, labels)
+                        images = batch.views[0][:own].to(device)
+                        features = embed(encoder, images, mean, std, "backbone") if own else None
                     optimizer.zero_grad(set_to_none=True)
+                    with torch.autocast(device.type, enabled=False):
+                        if features is None:
+                            loss = 0 * (head.weight.sum() + head.bias.sum())
+                        else:
+                            scores = head(features)
+                            loss = loss_of(targets.kind, scores, targets.of(labels)) * own / count
+                            hits = (scores.argmax(1) == labels).sum()
+                            sums += torch.stack([hits.new_tensor(own), hits, loss.detach() * count])
                     loss.backward()
+                    if world_size > 1:
+                        for parameter in head.parameters():
+                            dist.all_reduce(parameter.grad)
                     optimizer.step()
-                    # Sums for the log line.
-                    seen += len(labels)
-                    hits += (logits.argmax(1) == labels).sum()
-                    loss_sum += loss.detach() * len(labels)
                 # Validation, on features that were computed once.
-                train_top1 = hits.item() / seen
-                top1, _ = _accuracy(val_features, val_labels, head.weight, head.bias)
+                if world_size > 1:
+                    dist.all_reduce(sums)
+                seen, hit, loss_sum = sums.tolist()
+                train_top1 = hit / seen
+                figure = _figure(val_features, val_labels, targets, head.weight, head.bias)
                 log.info(
-                    "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation acc@1 %.2f %%",
+                    "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation %.2f %%",
                     epoch + 1,
                     options.epochs,
-                    loss_sum.item() / seen,
+                    loss_sum / seen,
                     100 * train_top1,
-                    100 * top1,
+                    100 * figure,
                 )
     finally:
         loader.close()
-    top1, top5 = _accuracy(val_features, val_labels, head.weight, head.bias)
-    return LinearResult(top1, top5, train_top1, None)
+    weight, bias = head.weight.detach(), head.bias.detach()
+    return Probe(weight, bias, _scores(val_features, weight, bias), val_labels, train_top1, None)
 
 
-def _features(
+def frozen_features(
     encoder: nn.Module,
     source: Source,
     config: Config,
     device: torch.device,
     autocast: torch.autocast,
 ) -> tuple[Tensor, Tensor]:
-    """Returns features (N, D) and labels (N,) of all images, on `device`."""
-    batches = image_batches(source, config, device)
+    """Returns features (N, D) and labels (N,) of all images, on `device`. Call on every rank."""
     statistics = pixel_statistics(config.augment)
     at_once = batches_at_once(config.data.workers, device)
-    features, labels = extract(
-        encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
-    )
+
+    def compute(part: Source) -> tuple[Tensor, ...]:
+        batches = image_batches(part, config, device)
+        return extract(
+            encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
+        )
+
+    features, labels = over_ranks(compute, source)
     check_finite(features)
     return features.to(device), labels.to(device)
 
 
 @torch.no_grad()
-def _accuracy(
-    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[float, float]:
+def _scores(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([x @ weight.T + bias for x in features.split(_ROWS)])
+
+
+@torch.no_grad()
+def _figure(
+    features: Tensor, labels: Tensor, targets: Targets, weight: Tensor, bias: Tensor
+) -> float:
+    """Returns what a probe is chosen by: top-1, mean average precision, or R^2."""
+    scores = _scores(features, weight, bias)
+    if targets.kind == "class":
+        return _accuracy(scores, labels)[0]
+    wanted = targets.of(labels)
+    if targets.kind == "number":
+        rest, spread = (scores - wanted).square().sum(), (wanted - wanted.mean()).square().sum()
+        return float(1 - rest / spread.clamp_min(1e-12))
+    there = wanted.any(0)
+    if not there.any() or not scores.isfinite().all():
+        return 0.0
+    columns = (values[:, there].cpu().numpy() for values in (wanted, scores))
+    return float(average_precision_score(*columns, average="macro"))
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Returns the shares of rows whose label scores highest, and among the five highest."""
-    hits = torch.zeros(2, dtype=torch.int64, device=features.device)
-    for x, y in zip(features.split(_ROWS), labels.split(_ROWS)):
-        position = label_position(x @ weight.T + bias, y)
-        hits += torch.stack([(position < top).sum() for top in (1, 5)])
-    top1, top5 = (hits.double() / len(features)).tolist()
+    position = label_position(scores, labels)
+    top1, top5 = ((position < top).double().mean().item() for top in (1, 5))
     return top1, top5
 
 

@@ -41,14 +41,14 @@ class KNNMonitor:
     def __init__(self, train: Source, val: Source, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         seed, knn = config.train.seed, config.knn
-        train = _at_most(knn.bank, train, np.random.default_rng(seed))
-        val = _at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
+        train = at_most(knn.bank, train, np.random.default_rng(seed))
+        val = at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
         self.train, self.val = train, val
 
     @classmethod
     def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:
-        """Returns a monitor of `datasets`, or None without labels or without validation images."""
-        if datasets.val is None or datasets.train.labels is None:
+        """Returns a monitor of `datasets`, or None without validation images or classes."""
+        if datasets.val is None or datasets.train.labels is None or config.data.target != "class":
             return None
         return cls(labelled(datasets.train), datasets.val, config, device)
 
@@ -123,7 +123,7 @@ class KNNMonitor:
         return features.to(self.device), labels.to(self.device)
 
 
-def _at_most(count: int, source: Source, rng: np.random.Generator) -> Source:
+def at_most(count: int, source: Source, rng: np.random.Generator) -> Source:
     """Returns `source`, or `count` random samples of a larger source."""
     if len(source) <= count:
         return source

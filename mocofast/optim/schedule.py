@@ -69,6 +69,6 @@ def cosine_momentum(momentum: float, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all parameter groups."""
+    """Sets the learning rate of all parameter groups: rate x "lr_scale" of groups that have it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -1,0 +1,198 @@
+"""Figures of a classifier on held-out images, with confidence intervals, by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from sklearn import metrics
+from torch import Tensor
+
+from mocofast.evaluate.knn import label_position
+from mocofast.evaluate.targets import Targets
+
+Interval = tuple[float, float]
+MOST_IN_MATRIX = 1000  # classes up to which results hold the confusion matrix
+
+
+def measure(
+    scores: Tensor, labels: Tensor, targets: Targets, resamples: int, seed: int
+) -> dict[str, Any]:
+    """Returns the figures of predictions, as JSON holds them.
+
+    scores: (N, T) float32 on the CPU: a higher score is a more likely class or tag. Of numbers: the
+        predicted values.
+    labels: (N,) int64, see `Targets`.
+    resamples: of the bootstrap. 0: no intervals.
+    seed: of the bootstrap.
+
+    class: top1, top5, balanced_accuracy (mean recall of the classes), auroc (one class against the
+        rest, mean over the classes that occur), per_class (precision, recall, f1, images) and
+        confusion (rows: true classes, columns: predicted classes).
+    tags: map (mean average precision over the tags that occur), auroc, per_class (average
+        precision, images).
+    number: r2, mae, rmse.
+    intervals: {figure: [low, high]}: 95 % percentile intervals over resampled images. They say
+        nothing about other seeds of the training.
+    Shares are from 0 to 1. A figure that is not defined is None.
+    """
+    scores = scores.float().cpu()
+    if targets.kind == "class":
+        found, statistics = _of_classes(scores, labels.cpu(), targets)
+    elif targets.kind == "tags":
+        found, statistics = _of_tags(scores.numpy(), targets.of(labels.cpu()).numpy(), targets)
+    else:
+        found, statistics = _of_numbers(
+            scores[:, 0].numpy(), targets.of(labels.cpu())[:, 0].numpy()
+        )
+    if resamples:
+        found["intervals"] = {
+            name: interval
+            for name, statistic in statistics.items()
+            if (interval := _interval(statistic, len(scores), resamples, seed))
+        }
+    return found
+
+
+Statistics = dict[str, Callable[[np.ndarray], float]]  # of the images with these indices
+
+
+def _of_classes(
+    scores: Tensor, labels: Tensor, targets: Targets
+) -> tuple[dict[str, Any], Statistics]:
+    position = label_position(scores, labels).numpy()
+    true, predicted = labels.numpy(), scores.nan_to_num(-torch.inf).argmax(1).numpy()
+    numbers = np.arange(len(targets.names))
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        true, predicted, labels=numbers, zero_division=0
+    )
+    hits, occurs = position == 0, support > 0
+
+    def balanced(index: np.ndarray) -> float:
+        count = np.bincount(true[index], minlength=len(numbers))
+        right = np.bincount(true[index], weights=hits[index], minlength=len(numbers))
+        return float((right[count > 0] / count[count > 0]).mean())
+
+    every = np.arange(len(true))
+    found: dict[str, Any] = {
+        "images": len(true),
+        "top1": float(hits.mean()),
+        "top5": float((position < 5).mean()),
+        "balanced_accuracy": balanced(every),
+        "auroc": _auroc(_comparable(scores.numpy()), np.eye(len(numbers), dtype=bool)[true]),
+        "per_class": [
+            {"name": name, "precision": p, "recall": r if there else None, "f1": f, "images": n}
+            for name, p, r, f, n, there in zip(
+                targets.names,
+                *(values.tolist() for values in (precision, recall, f1, support)),
+                occurs,
+            )
+        ],
+    }
+    if len(numbers) <= MOST_IN_MATRIX:
+        found["confusion"] = metrics.confusion_matrix(true, predicted, labels=numbers).tolist()
+    top1 = lambda index: float(hits[index].mean())  # noqa: E731
+    return found, {"top1": top1, "balanced_accuracy": balanced}
+
+
+def _of_tags(
+    scores: np.ndarray, true: np.ndarray, targets: Targets
+) -> tuple[dict[str, Any], Statistics]:
+    lowest = float(np.finfo(np.float32).min)
+    scores = np.nan_to_num(scores, nan=lowest, neginf=lowest)
+
+    def precisions(index: np.ndarray) -> np.ndarray:
+        there = true[index].any(0)
+        values = np.full(true.shape[1], np.nan)
+        if there.any():
+            values[there] = metrics.average_precision_score(
+                true[index][:, there], scores[index][:, there], average=None
+            )
+        return values
+
+    def mean(index: np.ndarray) -> float:
+        values = precisions(index)
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    every = np.arange(len(true))
+    by_tag = precisions(every)
+    found = {
+        "images": len(true),
+        "map": _or_none(mean(every)),
+        "auroc": _auroc(scores, true > 0),
+        "per_class": [
+            {"name": name, "average_precision": _or_none(value), "images": int(count)}
+            for name, value, count in zip(targets.names, by_tag.tolist(), true.sum(0))
+        ],
+    }
+    return found, {"map": mean}
+
+
+def _of_numbers(predicted: np.ndarray, true: np.ndarray) -> tuple[dict[str, Any], Statistics]:
+    predicted, true = predicted.astype(np.float64), true.astype(np.float64)
+    if not np.isfinite(predicted).all():
+        return {"images": len(true), "r2": None, "mae": None, "rmse": None}, {}
+
+    def r2(index: np.ndarray) -> float:
+        if len(index) < 2 or np.ptp(true[index]) == 0:
+            return float("nan")
+        return float(metrics.r2_score(true[index], predicted[index]))
+
+    def mae(index: np.ndarray) -> float:
+        return float(metrics.mean_absolute_error(true[index], predicted[index]))
+
+    every = np.arange(len(true))
+    found = {
+        "images": len(true),
+        "r2": _or_none(r2(every)),
+        "mae": mae(every),
+        "rmse": float(metrics.root_mean_squared_error(true, predicted)),
+    }
+    return found, {"r2": r2, "mae": mae}
+
+
+def _comparable(scores: np.ndarray) -> np.ndarray:
+    """Returns scores (N, C) in which classes without a score (NaN) have the lowest."""
+    finite = scores[np.isfinite(scores)]
+    usable = np.isfinite(scores).any(1)
+    if not len(finite) or not usable.all():
+        return scores
+    return np.where(np.isnan(scores), finite.min() - 1, scores)
+
+
+def _auroc(scores: np.ndarray, true: np.ndarray) -> float | None:
+    """Returns the mean area under the ROC curve over columns that hold both values."""
+    if not np.isfinite(scores).all():
+        return None
+    usable = true.any(0) & ~true.all(0)
+    areas = [metrics.roc_auc_score(true[:, i], scores[:, i]) for i in np.flatnonzero(usable)]
+    return float(np.mean(areas)) if areas else None
+
+
+def _interval(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int, seed: int
+) -> list[float] | None:
+    """Returns the 95 % percentile interval of a statistic of `count` images, by scipy."""
+    if count < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a statistic that does not vary
+        result = bootstrap(
+            (np.arange(count),),
+            statistic,
+            vectorized=False,
+            n_resamples=resamples,
+            batch=1,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = map(float, result.confidence_interval)
+    return [low, high] if np.isfinite([low, high]).all() else None
+
+
+def _or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None
