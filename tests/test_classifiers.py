@@ -130,7 +130,7 @@ def test_both_files_of_embed_hold_the_encoders_features(
 
     loaded = load_any(str(run))
     pixels = center_view(Image.open(Path(path) / found["names"][0]).convert("RGB"), 16)
-    image = torch.from_numpy(np.asarray(pixels)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
     with torch.no_grad():
         prepared = prepare_images(image, *pixel_statistics(loaded.config.augment))
         expected: Tensor = features_of(loaded.method.encoder_q.eval(), prepared)

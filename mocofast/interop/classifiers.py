@@ -17,7 +17,7 @@ from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.models.encoders import configured_encoder, features
 from mocofast.models.heads import head_names, put, replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
-from mocofast.train.checkpoint import read_file
+from mocofast.train.checkpoint import MISFITS, check_finite, read_file
 from mocofast.train.checkpoint_writer import save_atomically
 
 FORMAT = "mocofast classifier"
@@ -111,8 +111,10 @@ def load_classifier(path: Path) -> Classifier:
             width = 0 if bank is not None else weights[f"{name}.weight"].shape[1]
             put(encoder, name, nn.Linear(width, len(names)) if width else nn.Identity())
         encoder.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"{path}: not a whole classifier ({error})") from error
+    except MISFITS as error:  # ConfigError among them
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: not a whole classifier ({first:.300})") from error
+    check_finite(weights, str(path))
     targets = Targets(content["target"], names, table)
     return Classifier(content["kind"], targets, config, encoder.eval(), bank)
 

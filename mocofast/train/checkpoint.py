@@ -346,7 +346,7 @@ def check_entries(state: Mapping[str, Any], to_continue: bool = False) -> None:
             raise ConfigError(f"checkpoint: {name}: expected a number of steps, got {value!r:.60}")
 
 
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
@@ -356,7 +356,7 @@ def fitting() -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except _MISFITS as error:
+    except MISFITS as error:
         first = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(
             f"checkpoint: the content does not fit the model ({type(error).__name__}: {first:.300})"
