@@ -140,11 +140,11 @@ def test_a_diverged_run_is_called_a_problem(folder: Path) -> None:
 
 def test_lines_leave_out_what_is_no_number_and_ticks_are_round() -> None:
     records = [{"epoch": i, "loss": value} for i, value in enumerate([2.0, None, float("nan"), 1])]
-    line = line_of(0, "loss", records, "loss")
+    line = line_of(0, "", "", records, "loss")
     assert line.points == [(0.0, 2.0), (3.0, 1.0)]
     assert "from 2 to 1" in chart("Loss", [line])
     assert chart("Loss", []) == ""
-    long = line_of(0, "loss", [{"epoch": i, "loss": 1.0} for i in range(5000)], "loss")
+    long = line_of(0, "", "", [{"epoch": i, "loss": 1.0} for i in range(5000)], "loss")
     assert len(long.points) <= 240
     assert ticks(0, 1) == [0, 0.5, 1]
     assert ticks(5, 5) == [5]

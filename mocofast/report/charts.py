@@ -15,19 +15,26 @@ POINTS = 240  # of a line, at most
 class Line(NamedTuple):
     """A line of a chart.
 
-    run: number of the run, which chooses the colour. label: in words. points: (x, y) in order.
+    run: number of the run, which chooses the colour. name: of the run, "" if there is one run.
+    quantity: in words, or "" where the title says it. points: (x, y) in order.
     second: draw dashes, for a second quantity of the same run. dots: mark every point.
     """
 
     run: int
-    label: str
+    name: str
+    quantity: str
     points: list[tuple[float, float]]
     second: bool = False
     dots: bool = False
 
 
 def line_of(
-    run: int, label: str, records: Sequence[Mapping[str, Any]], key: str, **style: bool
+    run: int,
+    name: str,
+    quantity: str,
+    records: Sequence[Mapping[str, Any]],
+    key: str,
+    **style: bool,
 ) -> Line:
     """Returns the line of records[key] over epochs.
 
@@ -44,7 +51,7 @@ def line_of(
         part = -(-len(points) // POINTS)
         groups = [points[i : i + part] for i in range(0, len(points), part)]
         points = [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
-    return Line(run, label, points, **style)
+    return Line(run, name, quantity, points, **style)
 
 
 def chart(title: str, lines: Sequence[Line], *, percent: bool = False, level: float = 0.0) -> str:
@@ -92,14 +99,19 @@ def chart(title: str, lines: Sequence[Line], *, percent: bool = False, level: fl
                 f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places
             ]
     described = ". ".join(
-        (f"{line.label}{' (dashed)' if line.second else ''}: " if line.label else "")
-        + f"from {_number(line.points[0][1], percent)} to {_number(line.points[-1][1], percent)}"
+        " ".join(filter(None, (line.name, line.quantity, "(dashed)" * line.second)))
+        + f" from {_number(line.points[0][1], percent)} to {_number(line.points[-1][1], percent)}"
         for line in lines
-    )
-    chance = f". Dotted: chance, {_number(level, percent)}" if level else ""
+    ).strip()
+    quantities = {line.second: line.quantity for line in lines}
+    parts_of_caption = [f"{described}."] if len(lines) <= 2 else []
+    if len(quantities) == 2 and len(lines) > 2:
+        parts_of_caption.append(f"Solid: {quantities[False]}. Dashed: {quantities[True]}.")
+    if level:
+        parts_of_caption.append(f"Dotted: chance, {_number(level, percent)}.")
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> '
-        f"<span>{escape(described)}{chance}</span></figcaption>"
+        f"<span>{escape(' '.join(parts_of_caption))}</span></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="'
         f'{escape(title)} over epochs. {escape(described)}">{"".join(parts)}</svg></figure>'
     )

@@ -175,12 +175,13 @@ def _figures(runs: Sequence[Run]) -> str:
 def _curves(runs: Sequence[Run]) -> str:
     def lines(*keys: tuple[str, str], dots: bool = False) -> list[Any]:
         return [
-            line_of(i, f"{run.name} {words}".strip(), run.records, key, second=n > 0, dots=dots)
-            if len(runs) > 1
-            else line_of(i, words, run.records, key, second=n > 0, dots=dots)
+            line_of(i, name_of(run), words, run.records, key, second=n > 0, dots=dots)
             for i, run in enumerate(runs)
             for n, (key, words) in enumerate(keys)
         ]
+
+    def name_of(run: Run) -> str:
+        return run.name if len(runs) > 1 else ""
 
     known_chances = {record.get("chance_loss") for run in runs for record in run.records}
     chances = [float(chance) for chance in known_chances if chance is not None]
@@ -226,8 +227,8 @@ def _signals(runs: Sequence[Run]) -> str:
         lines = []
         for i, run in enumerate(runs):
             for n, (key, words) in enumerate(keys):
-                label = f"{run.name} {words}".strip() if len(runs) > 1 else words
-                lines.append(line_of(i, label, run.evidence.lines, key, second=n > 0))
+                name = run.name if len(runs) > 1 else ""
+                lines.append(line_of(i, name, words, run.evidence.lines, key, second=n > 0))
         drawn.append(chart(title, lines))
     if not any(drawn):
         return "<p>The run has no signals: it was made before signals were written.</p>"
