@@ -25,6 +25,8 @@ FIELDS = {
     "geo": ["rasterio>=1.3"],
     "slides": ["tiffslide>=2.4", *IMAGES],
 }
+# Formats of `mocofast export` (docs/checkpoints.md).
+EXPORT = ["transformers>=5", "onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.23"]
 # setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
     "pytest>=8",
@@ -33,6 +35,9 @@ TEST = [
     "hypothesis>=6",
     "setuptools>=77",
     "timm>=1",
+    "pytorch-lightning>=2.4",  # examples/lightning_loop.py
+    "accelerate>=1",  # examples/accelerate_loop.py
+    *EXPORT,
     *IMAGES,
     "pyarrow>=15",
     "fsspec>=2024.2",
@@ -116,6 +121,7 @@ setup(
         "images": IMAGES,
         **FIELDS,
         "detect": ["pycocotools>=2.0.8"],  # mocofast detect
+        "export": EXPORT,
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray

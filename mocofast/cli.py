@@ -73,7 +73,8 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="with --resume: continue with other --optim options, and more --train.epochs",
+        help="with --resume: continue with other --optim options, more --train.epochs, or more "
+        "images",
     )
     parser.add_argument(
         "--init",

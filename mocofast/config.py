@@ -173,10 +173,11 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "auto: bf16 autocast on GPUs that have bf16, fp32 on CPUs (bf16 needs AMX or AVX512-BF16)",
-        ("auto", "fp32", "bf16"),
+        "auto: bf16 autocast on GPUs that have bf16, fp16 on other GPUs (V100, T4), fp32 on CPUs "
+        "(bf16 needs AMX or AVX512-BF16); fp16 scales the loss, and skips steps that overflow",
+        ("auto", "fp32", "bf16", "fp16"),
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N, gpu or mps")
     seed: int = option(
         0,
         "seed of weights, data order, views and shuffles",
@@ -217,6 +218,11 @@ class EngineConfig:
         "eager: op by op; compile: compiled encoders; graph: also one CUDA graph per step; "
         "auto says which and why",
         ("auto", "eager", "compile", "graph"),
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "the query encoder keeps the inputs of its blocks alone, and computes the blocks again in "
+        "the backward pass: less memory, a quarter to a third more time, equal gradients",
     )
 
 
@@ -263,6 +269,7 @@ class KNNConfig:
     shots: int = option(
         0,
         "also 1-nearest-neighbour accuracy with this many labelled images a class; 0 means none",
+        valid=at_least(0),
     )
     patience: int = option(
         0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch
 from mocofast_kernels.cpu_products import cpu_bf16
 from torch import Tensor, nn
 
+from mocofast.errors import ConfigError
 from mocofast.plugins import is_plugin
 
 if TYPE_CHECKING:
@@ -22,9 +24,12 @@ __all__ = [
     "choose_device",
     "choose_threads",
     "cpu_bf16",
+    "loss_scaler",
     "memory_bytes",
     "precision_note",
     "same_bits",
+    "short_name",
+    "wide",
     "wrong_in_bf16",
 ]
 
@@ -32,12 +37,32 @@ __all__ = [
 def choose_device(name: str) -> torch.device:
     """Returns the device of `train.device`.
 
-    name: auto, or a name that torch.device accepts. auto: the current GPU, or the CPU without a
-        GPU. (Under torchrun, every process has made a different GPU the current GPU.)
+    name: auto, cpu, cuda, cuda:N, gpu (as cuda) or mps. auto: the current GPU, or the CPU without
+        a GPU. (Under torchrun, every process has made a different GPU the current GPU.)
+    Raises ConfigError for another name, and for a device that is not there.
     """
-    if name != "auto":
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|gpu|mps|cuda(:\d+)?", name) is None:
+        raise ConfigError(
+            f"train.device: expected auto, cpu, cuda, cuda:N, gpu or mps, got {name!r}"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("train.device: mps needs Apple's Metal, which is not here; cpu works")
+    if name == "mps" or name == "cpu":
         return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, count = torch.device(name.replace("gpu", "cuda")), torch.cuda.device_count()
+    if not torch.cuda.is_available() or (device.index or 0) >= count:
+        raise ConfigError(
+            f"train.device: {name} needs a GPU that PyTorch sees, and it sees {count}; "
+            "--train.device cpu works, and mocofast doctor shows what is here"
+        )
+    return device
+
+
+def wide(x: Tensor) -> Tensor:
+    """Returns x in float64: on its device, or on the CPU where the device has no float64 (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def choose_threads(cores: int, sleeping: bool, large: bool) -> int:
@@ -54,13 +79,40 @@ def choose_threads(cores: int, sleeping: bool, large: bool) -> int:
 
 
 def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Returns the autocast of `train.precision`: bf16, fp32 (disabled) or auto.
+    """Returns the autocast of `train.precision`: bf16, fp16, fp32 (disabled) or auto.
 
-    auto: bf16 on a GPU that supports it, else fp32. On a CPU bf16 must be asked for.
+    auto: bf16 on a GPU that supports it, fp16 on another GPU, else fp32. On a CPU bf16 and fp16
+    must be asked for.
     """
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = precision == "bf16" or (precision == "auto" and bf16)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp16"
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def loss_scaler(autocast: torch.autocast, mode: str) -> torch.amp.GradScaler | None:
+    """Returns the scaler of the loss that fp16 needs (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    mode: of the engine. Raises ConfigError for "graph". None for other precisions.
+    """
+    if not autocast._enabled or autocast.fast_dtype != torch.float16:
+        return None
+    if mode == "graph":
+        raise ConfigError(
+            "engine.mode: graph cannot skip a step, as fp16 must after an overflow; "
+            "--engine.mode compile works, and so does --train.precision bf16"
+        )
+    return torch.amp.GradScaler(autocast.device)
+
+
+def short_name(autocast: torch.autocast) -> str:
+    """Returns fp32, bf16 or fp16."""
+    if not autocast._enabled:
+        return "fp32"
+    return "fp16" if autocast.fast_dtype == torch.float16 else "bf16"
 
 
 def wrong_in_bf16(encoder: nn.Module, size: int) -> str:
@@ -111,7 +163,7 @@ def precision_note(autocast: torch.autocast, config: Config, encoder: nn.Module)
     with instructions for bf16, and whose gradients are right.
     """
     if autocast._enabled:
-        return "bf16 autocast"
+        return f"{short_name(autocast)} autocast"
     arch = config.model.arch
     measured = arch != "resnet_tiny" and not is_plugin(arch)
     if config.train.precision != "auto" or autocast.device != "cpu" or not measured:

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from mocofast.interop.reference_checkpoints import load_any
+
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -32,3 +34,17 @@ def test_lightlys_training_code_has_the_same_losses_with_ours_in_place_of_its_ow
     # The two sides round in another order over 28 steps of float32. With another negative,
     # temperature or normalisation the losses differ by 1e-2.
     assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_moco_trains_in_a_plain_loop_in_lightning_and_in_accelerate_alike(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("accelerate")
+    plain = example("plain_loop").train(epochs=2)
+    assert len(plain) == 28
+    assert sum(plain[-5:]) < sum(plain[14:19]) - 0.5  # the queue is full, and the loss falls
+    checkpoint = tmp_path / "lightning.ckpt"
+    theirs = example("lightning_loop").train(epochs=2, checkpoint=str(checkpoint))
+    assert theirs == plain
+    assert example("accelerate_loop").train(epochs=2, cpu=True) == plain
+    loaded = load_any(str(checkpoint))
+    assert loaded.config.model.arch == "resnet_tiny"

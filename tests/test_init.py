@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from mocofast import MoCo, cli
 from mocofast.config import ConfigError
@@ -110,3 +112,54 @@ def test_a_finished_run_is_extended_by_epochs_at_another_rate(
     assert cli.main(["pretrain", "--resume", str(folder), "--data.prefetch", "3"]) == 0
     assert cli.main([*further, "--extend", "--model.dim", "5"]) == 2
     assert cli.main(["pretrain", "digits", "--extend"]) == 2
+
+
+def photos(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"{'ab'[number % 2]}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
+
+
+def test_a_finished_run_continues_with_more_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "set", 24)
+    folder, images = tmp_path / "run", ("--data.path", str(tmp_path / "set"))
+    options = ("--data.source", "folder", "--data.holdout", "0", "--knn.every", "0")
+    options += ("--data.batch_size", "8", "--train.epochs", "2", "--train.log_every", "1")
+    assert pretrain(folder, *images, *options) == 0
+    assert load_checkpoint(folder)["step"] == 6
+    photos(tmp_path / "set", 40)
+    further = ["pretrain", "--resume", str(folder), *images, "--train.epochs", "3"]
+    assert cli.main([*further, "--optim.schedule", "constant"]) == 2
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--resume", str(folder), *images]) == 2
+    assert "--extend continues with as many images or more" in capsys.readouterr().err
+    assert cli.main([*further, "--extend"]) == 0
+    out = capsys.readouterr().out
+    assert "40 images instead of 24: step 6 counts as step 10, of epochs of 5 steps" in out
+    saved = load_checkpoint(folder)
+    assert (saved["step"], saved["epoch"], saved["sizes"]["images"]) == (15, 3, 40)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 7), *range(11, 16)]
+    # The same images again need no --extend. Fewer images would count backwards.
+    for path in list((tmp_path / "set").rglob("*.png"))[:24]:
+        path.unlink()
+    assert cli.main([*further, "--extend", "--train.epochs", "4"]) == 2
+    assert "has fewer steps than before; --init starts" in capsys.readouterr().err
+
+
+def test_a_memory_bank_has_a_slot_for_every_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "set", 16)
+    folder, images = tmp_path / "run", ("--data.path", str(tmp_path / "set"))
+    options = ("--data.source", "folder", "--data.holdout", "0", "--knn.every", "0")
+    options += ("--data.batch_size", "8", "--train.epochs", "1", "--model.method", "memory_bank")
+    assert pretrain(folder, *images, *options, "--model.queue_size", "8") == 0
+    photos(tmp_path / "set", 24)
+    further = ["pretrain", "--resume", str(folder), *images, "--train.epochs", "2", "--extend"]
+    assert cli.main(further) == 2
+    assert "memory_bank holds" in capsys.readouterr().err

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mocofast.device import wide
+
 # Similarities are computed in tiles of rows x columns. A tile has at most _TILE elements (64 MiB in
 # float32), for any number of images, and overwrites the tile before: pages of fresh memory took
 # 40 % of a product's time.
@@ -78,14 +80,15 @@ def knn_accuracy(
         rows = F.normalize(rows.to(device).float(), dim=1)
         similarity, neighbour = _nearest(rows, train, k, tile)
         # float64, and relative to the nearest neighbour: exp(1 / 0.005) would overflow float32.
-        weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
-        votes = torch.zeros(len(rows), classes, dtype=torch.float64, device=device)
-        votes.scatter_add_(1, train_labels[neighbour], weight)
-        own = own.to(device)
+        weight = (wide(similarity - similarity[:, :1]) / temperature).exp()
+        where = weight.device
+        votes = torch.zeros(len(rows), classes, dtype=torch.float64, device=where)
+        votes.scatter_add_(1, train_labels[neighbour].to(where), weight)
+        own = own.to(where)
         voted = votes.gather(1, own[:, None])[:, 0] > 0
         position = label_position(votes, own)
-        hits += torch.stack([(voted & (position < top)).sum() for top in (1, 5)])
-    top1, top5 = (hits.double() / len(val_features)).tolist()
+        hits += torch.stack([(voted & (position < top)).sum() for top in (1, 5)]).to(device)
+    top1, top5 = (wide(hits) / len(val_features)).tolist()
     return KNNResult(top1, top5)
 
 
@@ -190,7 +193,7 @@ def few_shot_accuracy(
         bank_labels = labels[chosen].to(device)
         size, tile = _tile(bank)
         nearest = torch.cat([_nearest(rows, bank, 1, tile)[1][:, 0] for rows in val.split(size)])
-        accuracies.append((bank_labels[nearest] == val_labels).double().mean())
+        accuracies.append(wide(bank_labels[nearest] == val_labels).mean())
     shares = torch.stack(accuracies)
     return FewShotResult(shares.mean().item(), shares.std().item() if repeats > 1 else 0.0)
 

@@ -30,7 +30,7 @@ from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
-from mocofast.device import choose_autocast
+from mocofast.device import choose_autocast, wide
 from mocofast.distributed import rank_and_world_size
 from mocofast.evaluate.features import (
     batches_at_once,
@@ -337,7 +337,7 @@ def _figure(
 def _accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Returns the shares of rows whose label scores highest, and among the five highest."""
     position = label_position(scores, labels)
-    top1, top5 = ((position < top).double().mean().item() for top in (1, 5))
+    top1, top5 = (wide(position < top).mean().item() for top in (1, 5))
     return top1, top5
 
 

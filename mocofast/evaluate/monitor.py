@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mocofast.config import Config
+from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.data.sources import Datasets, Subset, labelled
 from mocofast.device import choose_autocast
@@ -44,6 +44,18 @@ class KNNMonitor:
         train = at_most(knn.bank, train, np.random.default_rng(seed))
         val = at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
         self.train, self.val = train, val
+        if knn.shots:
+            self._check_shots(knn.shots)
+
+    def _check_shots(self, shots: int) -> None:
+        """Raises ConfigError for more labels a class than the smallest class has images."""
+        counts = np.bincount(self.train.labels[self.train.labels >= 0])
+        smallest = int(np.where(counts > 0, counts, len(self.train) + 1).argmin())
+        if counts[smallest] < shots:
+            raise ConfigError(
+                f"knn.shots: expected at most {counts[smallest]}, the images of class "
+                f"{self.train.classes[smallest]!r} among those that vote (knn.bank), got {shots}"
+            )
 
     @classmethod
     def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:

@@ -35,8 +35,8 @@ def _names_of_timm(encoder: nn.Module) -> tuple[str, ...]:
     settings: Any = getattr(encoder, "pretrained_cfg", None)
     name = settings.get("classifier") if isinstance(settings, dict) else None
     names = (name,) if isinstance(name, str) else tuple(name or ())
-    # A BatchNorm with its linear layer is one head: without classes timm has neither.
-    return tuple(re.sub(r"\.(linear|l)$", "", name) for name in names)
+    # A norm, a hidden layer and the last layer are one head: without classes timm has none of them.
+    return tuple(re.sub(r"\.(linear|l|fc2)$", "", name) for name in names)
 
 
 def head_names(encoder: nn.Module) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import wrong_in_bf16
+from mocofast.device import short_name, wrong_in_bf16
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
+from mocofast.models.recompute import recompute_blocks
 from mocofast.rendezvous import wait_for
 from mocofast.train.checkpoint import RunState
+from mocofast.train.checks import check_batches
 from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
@@ -57,6 +59,12 @@ def new_state(
         device,
     )
     _drop_tokens(model, config)
+    check_batches(config, model.encoder_q, len(source), world_size)
+    if config.engine.checkpoint_activations and not recompute_blocks(model.encoder_q):
+        raise ConfigError(
+            "engine.checkpoint_activations: expected false, because model.arch "
+            f"{config.model.arch} has no blocks"
+        )
     optimizer = optimizer_of(model, config.optim)
     return RunState(config, model, optimizer, loader, source, Window(device), device)
 
@@ -98,7 +106,7 @@ def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: int) -> 
 
     size: side of the images, in pixels.
     """
-    if autocast.device != "cpu" or not autocast._enabled:
+    if autocast.device != "cpu" or short_name(autocast) != "bf16":
         return
     if wrong := wrong_in_bf16(encoder, size):
         raise ConfigError(

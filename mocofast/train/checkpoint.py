@@ -10,6 +10,7 @@ reads the file:
     before, after (kNN figures), measured_at, evaluation_due
     left_out (steps whose batch the model does not see)
     best, since_best (highest knn_top1, evaluations since then)
+    scaler (of the loss, under fp16)
 
 mocofast.train.checkpoint_writer writes the files.
 """
@@ -36,6 +37,7 @@ from mocofast.errors import describe_error
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.train.extend import take_other_images
 from mocofast.train.metrics import Window
 
 log = logging.getLogger("mocofast")
@@ -85,6 +87,8 @@ class RunState:
         if distributed.rank_and_world_size()[0] == 0:
             self._stamp = Stamp(self.source, self.config.data.checksum)
 
+    scaler: torch.amp.GradScaler | None = None
+
     @property
     def sizes(self) -> dict[str, int]:
         """Numbers of images and classes, which some methods are built for."""
@@ -130,25 +134,23 @@ class RunState:
             "best": self.best,
             "since_best": self.since_best,
             "left_out": list(self.left_out),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Continues from the content of a checkpoint.
+    def restore(self, saved: dict[str, Any], extend: bool = False) -> list[str]:
+        """Continues from the content of a checkpoint. Returns lines for the log.
 
+        extend: other images are allowed, as many as before or more. The epoch and the step within
+            the epoch stay, so an epoch of more steps gives the step a larger number.
         Raises ConfigError if the checkpoint was made from other images.
         """
         check_entries(saved, to_continue=True)
         with fitting():
-            self._restore(saved)
+            return self._restore(saved, extend)
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        found, expected = self.source.fingerprint(), saved["data"]["fingerprint"]
-        if found != expected:
-            raise ConfigError(
-                "data.path: these are not the images of the run to continue (fingerprint "
-                f"{found}, not {expected}), so the run would see other batches"
-            )
-        before = saved["data"].get("stamp", {})  # checkpoints of earlier versions lack a stamp
+    def _restore(self, saved: dict[str, Any], extend: bool) -> list[str]:
+        lines = take_other_images(self, saved, extend)
+        before = {} if lines else saved["data"].get("stamp", {})  # earlier versions lack a stamp
         found_now = self._stamp.get() if self._stamp else {}
         self.changed = distributed.from_main(changed(before, found_now))
         if self.changed == "content":
@@ -168,6 +170,8 @@ class RunState:
         # Earlier checkpoints have no best value. The next evaluation is then the first to count.
         self.best, self.since_best = saved.get("best", 0.0), saved.get("since_best", 0)
         self.left_out = tuple(saved.get("left_out", ()))
+        if self.scaler is not None and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
         self.loader.skipped.update(saved["data"]["skipped"])
         # The number of ranks may have changed: a new rank takes the sums of another rank.
         rank, _ = distributed.rank_and_world_size()
@@ -176,6 +180,7 @@ class RunState:
         self.window.load_state(windows[rank % len(windows)])
         if rank < len(random_states):
             set_random_state(random_states[rank], self.device)
+        return lines
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

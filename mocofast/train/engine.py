@@ -104,6 +104,7 @@ class Engine:
     images: images per micro-batch on this rank. A smaller last batch of an epoch is neither
         compiled nor captured.
     backend: torch.compile's backend. None leaves the encoders as they are.
+    scaler: of the loss, see `mocofast.device.loss_scaler`. Not with "graph".
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class Engine:
         accumulate: int,
         images: int,
         backend: str | Callable[..., Any] | None = "inductor",
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.mode, self.method, self.optimizer, self.autocast = mode, method, optimizer, autocast
-        self._accumulate, self._images = accumulate, images
+        self._accumulate, self._images, self._scaler = accumulate, images, scaler
         self._device = next(method.parameters()).device
         self._model: nn.Module = method
         # ViTs that leave out patches.
@@ -250,6 +252,7 @@ class Engine:
             step_inputs=batch.step_inputs,
             gradients=self._gradients,
             update=update,
+            scaler=self._scaler,
         )
 
     def _train_on_buffers(self) -> StepMetrics:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.device import choose_autocast
+from mocofast.device import choose_autocast, loss_scaler
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
@@ -82,6 +82,7 @@ class Run:
         self.state = new_state(config, datasets, device, rank, world_size)
         set_threads(self.state.model.encoder_q, config, device, world_size, saved)
         self.autocast = choose_autocast(config.train.precision, device)
+        self.state.scaler = loss_scaler(self.autocast, mode)
         for size in sorted({config.augment.size, *config.augment.training_sizes()}):
             check_gradients(self.autocast, self.state.model.encoder_q, size)
         self.monitor = KNNMonitor.of(datasets, config, device)
@@ -92,7 +93,7 @@ class Run:
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
         self.first_lines: list[str] = []
         if saved is not None:
-            self.state.restore(saved)
+            self.first_lines = self.state.restore(saved, extend)
         elif initialise is not None:
             self.first_lines = initialise(self.state.model)
 
@@ -105,8 +106,9 @@ class Run:
             files, place = config.checkpoint, self.path / "checkpoints"
             self.writer = CheckpointWriter(place, files.keep, files.make_room)
         model, optimizer = self.state.model, self.state.optimizer
-        images = config.data.batch_size // world_size // config.train.accumulate
-        self.engine = Engine(mode, model, optimizer, self.autocast, config.train.accumulate, images)
+        parts, scaled = config.train.accumulate, self.state.scaler
+        images = config.data.batch_size // world_size // parts
+        self.engine = Engine(mode, model, optimizer, self.autocast, parts, images, scaler=scaled)
         self.rate = 0.0  # the learning rate of the last step
         self.evaluated_at = self.state.step  # the step of the last evaluation
         self.profiler: StepProfiler | None = None

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mocofast.config import Config
+from mocofast.device import short_name
 from mocofast.methods.base import Method
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.step_parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
@@ -254,7 +255,7 @@ class StepProfiler:
         where = f"{threads} thread{'s' * (threads > 1)} of a CPU"
         if self._device.type == "cuda":
             where = torch.cuda.get_device_name(self._device)
-        dtype = "bf16" if self._autocast._enabled else "fp32"
+        dtype = short_name(self._autocast)
         return f"{c.model.arch}, {c.augment.size} px, batch {c.data.batch_size}, {dtype}, {where}"
 
 

@@ -48,7 +48,12 @@ def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
 
 
 # Options that may also change where a run is extended.
-FREE_TO_EXTEND = ("optim.", "train.epochs")
+FREE_TO_EXTEND = (
+    "optim.",
+    "train.epochs",
+    *("data.source", "data.train", "data.val", "data.include", "data.exclude"),
+    *("data.labels", "data.group", "data.holdout"),
+)
 
 
 def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:

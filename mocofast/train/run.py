@@ -40,7 +40,8 @@ def train(
         and the machine, as recipe `auto` says, all but the options named here.
     initialise: gives the method of a new run its first weights, and returns lines for the log (see
         mocofast.interop.initial). A continued run has its own weights.
-    extend: a continued run may have other options of `optim`, and other `train.epochs`.
+    extend: a continued run may have other options of `optim`, other `train.epochs`, and as many
+        images as before or more.
     Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
     weight is no finite number. The last finite checkpoint then stays.
     """

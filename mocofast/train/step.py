@@ -30,6 +30,7 @@ def train_step(
     step_inputs: Sequence[tuple[Tensor, ...]] = (),
     gradients: FlatGradients | None = None,
     update: bool = True,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> StepMetrics:
     """Trains on this rank's slice of a batch. Returns the metrics without waiting for the device.
 
@@ -47,6 +48,7 @@ def train_step(
         DistributedDataParallel.
     update: False only lets the method see the views (a queue is filled), without gradients and
         without a step of the optimiser.
+    scaler: scales the loss, and leaves out the step, average included, where a gradient overflows.
     """
     # Micro-batches of the views and of the fields.
     averages_itself = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
@@ -77,7 +79,8 @@ def train_step(
                 )
             if update:
                 with step_part("backward"):
-                    _backward(output.loss, share)
+                    loss = output.loss if scaler is None else scaler.scale(output.loss)
+                    _backward(loss, share)
         own = step_metrics(output, share)
         metrics = own if metrics is None else own._replace(values=metrics.values + own.values)
 
@@ -90,8 +93,14 @@ def train_step(
     with step_part("optimiser and EMA"):
         if clip_norm := getattr(optimizer, "clip_norm", 0.0):
             trained = [p for group in optimizer.param_groups for p in group["params"]]
+            if scaler is not None:
+                scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained, clip_norm)
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
     return metrics
 
 

@@ -1,0 +1,101 @@
+"""Options that cannot work are refused before the first step, by name and value."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mocofast import cli
+from mocofast.config import Config, ConfigError
+from mocofast.device import choose_device, wide
+from mocofast.methods.build import build_method
+from mocofast.settings import apply
+from mocofast.train.checks import check_batches, micro_batches
+
+SHORT = ("--train.device", "cpu", "--data.workers", "0", "--model.queue_size", "300")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--train.device", "gpus"), "train.device: expected auto, cpu, cuda, cuda:N, gpu or mps"),
+        (("--train.device", "cpu:x"), "train.device: expected auto, cpu"),
+        (("--train.device", "mps"), "train.device: mps needs Apple's Metal"),
+        (("--train.seed", "-1"), r"train.seed: expected 0 to 2\^63 - 1, got -1"),
+        (("--knn.shots", "-1"), "knn.shots: expected at least 0, got -1"),
+        (("--knn.shots", "500"), r"knn.shots: expected at most \d+, the images of class"),
+        (
+            ("--data.batch_size", "66", "--model.bn_splits", "4"),
+            "model.bn_splits: a micro-batch has 66 images on a rank",
+        ),
+        (
+            ("--data.drop_last", "false", "--model.bn_splits", "4", "--data.batch_size", "64"),
+            r"model.bn_splits: the last batch of an epoch has 30 images .*drop_last true",
+        ),
+    ],
+)
+def test_options_are_refused_by_name_before_the_first_step(
+    options: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "digits", *SHORT, "--train.dir", str(tmp_path / "run"), *options]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_said() -> None:
+    for name in ("gpu", "cuda", "cuda:1"):
+        with pytest.raises(
+            ConfigError, match=rf"train.device: {name} needs a GPU .*--train.device cpu"
+        ):
+            choose_device(name)
+
+
+def test_a_batch_of_one_image_is_refused_where_batch_norm_has_one_value() -> None:
+    config = Config()
+    apply(config, {"model.arch": "resnet18", "augment.size": 32, "model.queue_size": 8})
+    apply(config, {"data.batch_size": 4, "data.drop_last": False, "model.dim": 8})
+    encoder = build_method(config).encoder_q  # the last maps have 1 x 1 pixels
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=r"data.drop_last: .* 1 image, and BatchNorm layer4.0.bn1"
+    ):
+        check_batches(config, encoder, 9, 1)
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    check_batches(config, encoder, 10, 1)
+    config.augment.size = 64  # 2 x 2 pixels
+    check_batches(config, encoder, 9, 1)
+    config.train.accumulate, config.augment.size = 4, 32
+    with pytest.raises(ConfigError, match=r"data.batch_size: a micro-batch has 1 image"):
+        check_batches(config, encoder, 8, 1)
+
+
+@pytest.mark.parametrize("images", [10, 13, 16])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_smallest_micro_batch_is_that_of_chunks(
+    images: int, accumulate: int, world_size: int
+) -> None:
+    config = Config()
+    apply(config, {"data.batch_size": 6, "train.accumulate": accumulate, "data.drop_last": False})
+    found = micro_batches(config, images, world_size)
+    rest = images % 6 // world_size
+    for option, count in (("data.batch_size", 6 // world_size), ("data.drop_last", rest)):
+        if count:
+            chunks = torch.zeros(count).chunk(accumulate)
+            assert found[option] == min(map(len, chunks))
+    assert ("data.drop_last" in found) == (rest > 0)
+
+
+def test_float64_leaves_devices_that_have_none() -> None:
+    x = torch.tensor([0.1, 2.0])
+    assert torch.equal(wide(x), x.double())
+    with FakeTensorMode():
+        assert wide(torch.empty(3, device="mps")).device.type == "cpu"
