@@ -126,7 +126,8 @@ def _index(classes: Sequence[str], images: Sequence[Target | Detections]) -> Any
             entries.append(entry)
     index = COCO()
     index.dataset = {
-        "images": [{"id": number} for number in range(len(images))],
+        # pycocotools asks for the size, and does not use it for run-length encodings.
+        "images": [{"id": i, "height": 0, "width": 0} for i in range(len(images))],
         "annotations": entries,
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
     }

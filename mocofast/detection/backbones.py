@@ -57,25 +57,26 @@ def pyramid(
 
 
 def dilate(encoder: nn.Module, channels: int, stride: int) -> None:
-    """Lowers the stride of the last stages to `stride`, by dilation (arXiv:1706.05587).
+    """Lowers the stride of the last stages to `stride`, by dilation (arXiv:1706.05587), in place.
 
+    Every stride-th value of the new maps equals the value of the old maps.
     Raises ConfigError for an encoder whose first stage has a larger stride already.
     """
     names = stages(encoder)
-    rate = 1
     strides = shapes(trunk(encoder, {n: n for n in names}), channels)
     if strides[names[0]][1] > stride:
         raise ConfigError(
             f"model.stride: expected at least {strides[names[0]][1]}, the stride of the first "
             f"stage, got {stride}"
         )
+    rate = 1
     for name in names:
-        before = rate
-        rate = max(1, strides[name][1] // stride)
-        for number, block in enumerate(getattr(encoder, name).children()):
-            for part in block.modules():
-                if isinstance(part, nn.Conv2d):
-                    _dilate(part, before if number == 0 else rate, rate > before)
+        before, rate = rate, max(1, strides[name][1] // stride)
+        for part in getattr(encoder, name).modules():
+            if isinstance(part, nn.Conv2d):
+                # A convolution with a stride reads the map before the stride.
+                strided = max(part.stride) > 1
+                _dilate(part, before if strided else rate, rate > before)
 
 
 def _dilate(convolution: nn.Conv2d, rate: int, keep_size: bool) -> None:

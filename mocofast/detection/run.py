@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
 from mocofast.config import ConfigError
 from mocofast.detection.batches import Reader, TrainingBatches
-from mocofast.detection.options import TaskConfig, TaskOptim
+from mocofast.detection.layouts import load_sets
+from mocofast.detection.optim import learning_rate, optimizer_of
+from mocofast.detection.options import TaskConfig
 from mocofast.detection.pictures import plot_curves, plot_predictions
-from mocofast.detection.sets import load_sets
 from mocofast.detection.start import Start, find_start
 from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_of
 from mocofast.device import choose_autocast
@@ -79,34 +79,6 @@ def read_saved(path: Path, task: str) -> dict[str, Any]:
 
 def _format(task: str) -> str:
     return f"mocofast {task} 1"
-
-
-def learning_rate(optim: TaskOptim, batch_size: int, step: int, steps: int) -> float:
-    """Returns the learning rate of a step, from 0, of a run of `steps` steps."""
-    peak = optim.lr * (batch_size / optim.lr_per if optim.lr_per else 1)
-    if optim.schedule == "cosine":
-        rate = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-    elif optim.schedule == "step":
-        rate = peak * 0.1 ** sum(step >= share * steps for share in optim.milestones)
-    else:
-        rate = peak
-    return rate * min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else rate
-
-
-def optimizer_of(model: nn.Module, optim: TaskOptim) -> torch.optim.SGD:
-    """Returns SGD. Weights of BatchNorm are not decayed, as in detectron2."""
-    norms = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for parameter in module.parameters()
-    }
-    weights = [p for p in model.parameters() if p not in norms]
-    groups = [
-        {"params": weights, "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD([g for g in groups if g["params"]], optim.lr, optim.momentum)
 
 
 def train(config: TaskConfig, device: torch.device, saved: dict[str, Any] | None) -> Outcome:

@@ -27,9 +27,10 @@ from mocofast.detection.batches import (
     prefetched,
     segmentation_sample,
 )
+from mocofast.detection.layouts import Sets
 from mocofast.detection.models import Segmenter, detector
 from mocofast.detection.options import DetectConfig, SegmentConfig, TaskConfig
-from mocofast.detection.sets import IGNORED, Sets, Target
+from mocofast.detection.sets import IGNORED, Target
 from mocofast.detection.start import Start
 from mocofast.evaluate.features import EvaluationStopped, evaluating
 
