@@ -113,7 +113,7 @@ class UnevenSyncBatchNorm(_BatchNorm):
         assert self.running_mean is not None and self.running_var is not None
         self.num_batches_tracked.add_(1)
         over = [dim for dim in range(input.dim()) if dim != 1]
-        wide = input.float()
+        wide = input if input.dtype == torch.float64 else input.float()
         own = wide.new_tensor([input.numel() / input.shape[1]])
         sums = all_reduce(torch.cat([wide.sum(over), own]), dist.ReduceOp.SUM)
         mean, count = sums[:-1] / sums[-1], sums[-1].detach()
@@ -121,8 +121,9 @@ class UnevenSyncBatchNorm(_BatchNorm):
         centred = wide - mean.view(view)
         variance = all_reduce(centred.square().sum(over), dist.ReduceOp.SUM) / count
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            unbiased = variance * count / (count - 1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale.view(view) + self.bias.view(view)).to(input.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -75,7 +74,10 @@ def _retinanet(
     sizes = [tuple(int(m.anchor * 2**level * o) for o in octave) for level in range(levels)]
     anchors = AnchorGenerator(tuple(sizes), (RATIOS,) * levels)
     # BatchNorm would mix the statistics of the levels, which share the head.
-    norm = partial(nn.GroupNorm, math.gcd(32, m.width))
+    groups = next(
+        g for g in (32, 16, 8, 4, 2, 1) if (m.width % g == 0 and m.width >= 8 * g) or g == 1
+    )
+    norm = partial(nn.GroupNorm, groups)
     # torchvision counts the background as class 0, although no score of it is trained.
     head = RetinaNetHead(m.width, anchors.num_anchors_per_location()[0], classes + 1, norm)
     return RetinaNet(backbone, classes + 1, anchor_generator=anchors, head=head, **shared)

@@ -1,0 +1,267 @@
+"""`mocofast detect` and `mocofast segment`: they learn, resume exactly, compare, and refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mocofast import cli
+from mocofast.detection.launch import table
+from mocofast.detection.options import KINDS, apply
+from mocofast.detection.run import train
+from tests import runs, shapes
+
+pytest.importorskip("pycocotools")
+
+CPU = torch.device("cpu")
+SMALL = (
+    *("--model.arch", "resnet_tiny", "--data.batch_size", "4", "--data.workers", "1"),
+    *("--optim.warmup_steps", "2", "--train.log_every", "1", "--train.device", "cpu"),
+)
+DETECT = (
+    *("--model.name", "retinanet", "--model.width", "16", "--model.anchor", "12"),
+    *("--data.sizes", "32", "--data.val_size", "32", *SMALL),
+)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes.write_voc(tmp_path_factory.mktemp("voc"))
+
+
+def detect(*arguments: str) -> int:
+    return cli.main(["detect", *arguments])
+
+
+def test_a_run_writes_its_files_and_its_config_runs_again(voc: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    options = ("--data.path", str(voc), *DETECT, "--train.epochs", "2", "--train.eval_every", "1")
+    assert detect("scratch", *options, "--train.dir", str(first)) == 0
+    lines = runs.metrics(first)
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
+    parts = {"loss", "classification", "bbox_regression"}
+    assert parts | {"step", "epoch", "lr", "chance_loss"} == lines[0].keys()
+    assert {"ap", "ap50", "ap75", "voc07_ap50", "ap_disc", "ap50_square"} <= lines[3].keys()
+    assert "data wait" in (first / "train.log").read_text()
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(first / name) as image:
+            assert min(image.size) > 300
+    content = yaml.safe_load((first / "config.yaml").read_text())
+    assert content["model"]["mean"] == [0.485, 0.456, 0.406] and content["recipe"] == "detect"
+    again = tmp_path / "again"
+    assert detect(str(first / "config.yaml"), "--train.dir", str(again)) == 0
+    runs.assert_same_run(again, first)
+
+
+def test_a_continued_run_equals_a_run_that_never_stopped(voc: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ("--data.path", str(voc), *DETECT, "--train.epochs", "3", "--train.eval_every", "2")
+    assert detect("scratch", *options, "--train.dir", str(whole)) == 0
+    for stop in ("2", "4", "6"):  # inside an epoch, after its end, and at an evaluation
+        words = ["scratch", *options, "--train.dir", str(parts), "--resume", "auto"]
+        assert detect(*words, "--train.max_steps", stop) == 0
+    assert detect("--resume", str(parts), "--train.max_steps", "0") == 0
+    runs.assert_same_run(parts, whole)
+    assert detect("--resume", str(parts)) == 0  # nothing is left to do
+    runs.assert_same_run(parts, whole)
+
+
+def test_a_signal_ends_a_run_with_75_and_it_continues(voc: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--data.path", str(voc), *DETECT, "--train.epochs", "12")
+    assert detect("scratch", *options, "--train.dir", str(whole)) == 0
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-u", "-m", "mocofast", "detect", "scratch", *options),
+            *("--train.dir", str(stopped)),
+        ],
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=runs.ROOT,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3 " in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, out
+    assert f"to continue: mocofast detect --resume {stopped}" in out
+    torch.set_num_threads(1)  # as the process; a continued run takes the number itself
+    assert detect("--resume", str(stopped)) == 0
+    assert runs.metrics(stopped) == runs.metrics(whole)
+
+
+def test_two_ranks_train_and_evaluate_all_images(voc: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    options = ("--data.path", str(voc), *DETECT, "--train.epochs", "1", "--train.dir", str(folder))
+    runs.torchrun(2, "detect", "scratch", *options)
+    lines = runs.metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert "evaluate on, 2 classes" in (folder / "train.log").read_text()
+    # The saved weights, measured by one process, give the figures of two.
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    torch.save({**state, "measured_at": -1}, folder / "checkpoints" / "last.pt")
+    assert detect("--resume", str(folder)) == 0
+    assert runs.metrics(folder)[-1] == lines[-1]
+
+
+def test_starts_are_compared_side_by_side(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained, folder = tmp_path / "cells", tmp_path / "compared"
+    images = ("--data.path", str(voc / "JPEGImages"), "--augment.size", "32")
+    small = ("--model.arch", "resnet_tiny", "--model.queue_size", "16", "--data.batch_size", "8")
+    runs.mocofast(
+        *("pretrain", "moco_v2_r50_200ep", *images, *small, "--augment.mean", "0.3,0.3,0.3"),
+        *("--train.epochs", "1", "--train.dir", str(pretrained), "--knn.every", "0"),
+    )
+    options = ["--data.path", str(voc), *DETECT, "--train.epochs", "1", "--train.seeds", "3,4"]
+    options[options.index("--model.arch") : options.index("--model.arch") + 2] = []
+    words = [str(pretrained), "scratch", *options, "--train.dir", str(folder)]
+    assert detect(*words) == 0
+    out = capsys.readouterr().out
+    assert "| cells | 2 | " in out and "| scratch | 2 | " in out
+    content = json.loads((folder / "comparison.json").read_text())
+    assert len(content["cells"]) == len(content["scratch"]) == 2
+    # Equal encoders and pixels, different weights. Seeds differ, too.
+    losses = {}
+    for name in ("cells-seed3", "cells-seed4", "scratch-seed3", "scratch-seed4"):
+        config = yaml.safe_load((folder / name / "config.yaml").read_text())
+        assert config["model"]["arch"] == "resnet_tiny"
+        assert config["model"]["mean"] == [0.3, 0.3, 0.3]
+        losses[name] = runs.metrics(folder / name)[0]["loss"]
+    assert len(set(losses.values())) == 4
+    assert detect(*words, "--resume", "auto") == 0  # all runs have ended
+    assert json.loads((folder / "comparison.json").read_text()) == content
+    assert cli.main(["knn", str(folder / "cells-seed3")]) == 2
+    assert "not a mocofast checkpoint" in capsys.readouterr().err
+
+
+def test_the_table_has_means_and_deviations() -> None:
+    figures = {"a": [{"ap": 0.2, "ap50": 0.5}, {"ap": 0.4, "ap50": 0.5}], "b": [{"ap": 0.125}]}
+    lines = table(figures).splitlines()
+    assert lines[0] == "| start | runs | ap | ap50 |"
+    assert lines[2:] == ["| a | 2 | 30.0 ± 14.1 | 50.0 ± 0.0 |", "| b | 1 | 12.5 |  |"]
+
+
+def outcomes(task: str, given: dict[str, Any], path: Path, steps: int) -> list[dict[str, float]]:
+    """Returns the figures after one step and after `steps` steps, from scratch."""
+    values = []
+    for count in (1, steps):
+        config = KINDS[task]()
+        config.model.init = "scratch"
+        own = {"train.dir": str(path / f"run{count}"), "train.max_steps": count}
+        shared = {"data.batch_size": 8, "model.arch": "resnet_tiny", "train.log_every": steps}
+        apply(config, {"data.path": str(path), **shared, **given, **own})
+        values.append(train(config, CPU, None).values)
+    return values
+
+
+def test_segmentation_learns_shapes(tmp_path: Path) -> None:
+    path = shapes.write_voc(tmp_path / "set", train=40, val=10, side=48)
+    given = {"data.crop": 48, "data.scale": "0.8,1.25", "model.stride": 4, "train.epochs": 12}
+    given |= {"data.classes": ",".join(shapes.CLASSES), "optim.lr_per": 0, "optim.lr": 0.1}
+    before, after = outcomes("segment", {**given, "optim.warmup_steps": 5}, path, 60)
+    assert before["miou"] < 0.35 and after["miou"] > 0.7, (before, after)
+    assert after["iou_disc"] > 0.5 and after["iou_square"] > 0.5
+    with Image.open(path / "run60" / "predictions.png") as image:
+        assert min(image.size) > 300
+
+
+def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path) -> None:
+    path = shapes.write_voc(tmp_path / "set", train=40, val=10, side=48)
+    given = {"model.name": "mask_rcnn", "model.width": 16, "model.anchor": 8, "model.rois": 32}
+    given |= {"data.sizes": "48", "data.val_size": 48, "train.epochs": 24, "optim.lr_per": 0}
+    given |= {"optim.lr": 0.05, "data.classes": ",".join(shapes.CLASSES)}
+    before, after = outcomes("detect", {**given, "optim.warmup_steps": 10}, path, 120)
+    assert before["ap50"] < 0.1 and after["ap50"] > 0.4, (before, after)
+    assert before["mask_ap50"] < 0.1 and after["mask_ap50"] > 0.4, (before, after)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "CKPT: expected scratch"),
+        (["nowhere"], "got 'nowhere'"),
+        (["scratch", "--data.path", "nowhere"], "nowhere is no folder"),
+        (["scratch", "--model.norm", "frozen"], "scratch has none; take sync"),
+        (["scratch", "--model.arch", "vit_small"], "needs a ResNet"),
+        (["scratch", "--model.arch", "resnet_tinny"], "the nearest known one is 'resnet_tiny'"),
+        (["scratch", "--model.name", "yolo"], "expected one of faster_rcnn"),
+        (["scratch", "--optim.milestones", "2"], "shares of the run"),
+        (["scratch", "scratch"], "different names"),
+        (["scratch", "--resume", "nowhere"], "which has its CKPT already"),
+        (["--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["x.yaml"], "not a YAML file"),
+        (["scratch", "--data.lr", "1"], "unknown option '--data.lr'"),
+    ],
+)
+def test_mistakes_end_with_2_and_a_line(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    path = [] if "--data.path" in words or "--resume" in words[:1] else ["--data.path", str(voc)]
+    folder = tmp_path / "run"
+    try:
+        status = detect(*words, *path, "--train.dir", str(folder))
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and said in error and len(error.splitlines()) == 1, error
+    assert not folder.exists()
+
+
+def test_a_run_is_continued_with_its_own_options_and_images_only(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = tmp_path / "run", shapes.write_voc(tmp_path / "other", seed=5)
+    options = ("--data.path", str(voc), *DETECT, "--train.dir", str(folder))
+    assert detect("scratch", *options, "--train.epochs", "1", "--train.max_steps", "1") == 0
+    assert detect("scratch", *options, "--train.epochs", "1") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert detect("--resume", str(folder), "--optim.lr", "0.5") == 2
+    assert "optim.lr: 0.5, but the run to continue has 0.02" in capsys.readouterr().err
+    assert detect("--resume", str(folder), "--data.path", str(other)) == 2
+    assert "not the images and boxes of the run" in capsys.readouterr().err
+    assert cli.main(["segment", "--resume", str(folder)]) == 2
+    assert "no checkpoint of mocofast segment" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_ends_with_76(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--data.path", str(voc), *DETECT, "--train.dir", str(tmp_path / "run"))
+    assert detect("scratch", *options, "--optim.lr", "1e30", "--train.epochs", "9") == 76
+    assert "lower --optim.lr" in capsys.readouterr().err
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_help_needs_no_pytorch() -> None:
+    code = (
+        "import sys\nfrom mocofast import cli\n"
+        "for task in ('detect', 'segment'):\n"
+        "    try: cli.main([task, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'torchvision', 'pycocotools'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("[]\n")
+    assert "faster_rcnn_c4" in done.stdout and "deeplabv3" in done.stdout
