@@ -160,6 +160,16 @@ def test_a_damaged_voc_set_is_refused(
             "a bbox of",
         ),
         (
+            '{"images": [{"id": [1], "file_name": "0.jpg", "height": 64, "width": 64}],'
+            '"categories": [], "annotations": []}',
+            "unhashable",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.jpg", "height": 64, "width": 64}],'
+            '"categories": [{"id": "7", "name": "disc"}], "annotations": []}',
+            "a category of the id '7'",
+        ),
+        (
             '{"images": [{"id": 1, "file_name": "lost.jpg", "height": 64, "width": 64}],'
             '"categories": [{"id": 7, "name": "disc"}], "annotations": []}',
             "lost.jpg is in none of",

@@ -140,7 +140,7 @@ def test_starts_are_compared_side_by_side(
     for name in ("cells-seed3", "cells-seed4", "scratch-seed3", "scratch-seed4"):
         config = yaml.safe_load((folder / name / "config.yaml").read_text())
         assert config["model"]["arch"] == "resnet_tiny"
-        assert config["model"]["mean"] == [0.3, 0.3, 0.3]
+        assert config["model"]["mean"] == [0.3, 0.3, 0.3] and config["train"]["seeds"] == []
         losses[name] = runs.metrics(folder / name)[0]["loss"]
     assert len(set(losses.values())) == 4
     assert detect(*words, "--resume", "auto") == 0  # all runs have ended
@@ -205,6 +205,7 @@ def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path) -> None:
         (["scratch", "--resume", "nowhere"], "which has its CKPT already"),
         (["--resume", "nowhere"], "no checkpoint at nowhere"),
         (["x.yaml"], "not a YAML file"),
+        (["scratch", "--data.sizes", "32", "--data.batch_size", "1"], "needs 2 images or more"),
         (["scratch", "--data.lr", "1"], "unknown option '--data.lr'"),
     ],
 )

@@ -63,11 +63,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         for image in content["images"]:
-            image["id"], str(image["file_name"]), int(image["height"]), int(image["width"])
+            hash(image["id"]), str(image["file_name"]), int(image["height"]), int(image["width"])
         for category in content["categories"]:
-            category["id"], category["name"]
+            category["name"]
+            if not isinstance(category["id"], int):
+                raise ValueError(f"a category of the id {category['id']!r}")
         for annotation in content["annotations"]:
-            annotation["image_id"], annotation["category_id"]
+            hash(annotation["image_id"]), hash(annotation["category_id"])
+            float(annotation.get("area") or 0)
             if np.array(annotation["bbox"], np.float64).shape != (4,):
                 raise ValueError(f"a bbox of {annotation['bbox']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

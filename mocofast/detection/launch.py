@@ -14,6 +14,7 @@ import torch
 
 from mocofast import distributed, files, interrupts
 from mocofast.config import ConfigError
+from mocofast.detection.folder import read_saved
 from mocofast.detection.options import (
     KINDS,
     STARTS,
@@ -23,7 +24,7 @@ from mocofast.detection.options import (
     from_dict,
     read_yaml,
 )
-from mocofast.detection.run import Outcome, read_saved, train
+from mocofast.detection.run import Outcome, train
 from mocofast.detection.start import find_start
 from mocofast.device import choose_device
 from mocofast.train.run_folder import choose_folder
@@ -133,7 +134,7 @@ def _side_by_side(
     if resume and not config.train.dir:
         raise ConfigError("--resume auto: with several runs, --train.dir has to name their folder")
     parent = Path(distributed.from_main(str(choose_folder(config, False))))
-    own: dict[str, Any] = dict(given)
+    own: dict[str, Any] = {n: v for n, v in given.items() if n != "train.seeds"}
     # All starts have the encoder and the pixels of the first checkpoint.
     for init in [init for init in inits if init not in STARTS][:1]:
         start = find_start(copy.deepcopy(_with(config, init, 0, parent).model))
@@ -167,6 +168,7 @@ def _with(config: TaskConfig, init: str, seed: int, folder: Path) -> TaskConfig:
     """Returns a copy of the configuration for a run of several."""
     one = copy.deepcopy(config)
     one.model.init, one.train.seed, one.train.dir = init, seed, str(folder)
+    one.train.seeds = ()  # config.yaml of a run is for one run
     return one
 
 

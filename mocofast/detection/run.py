@@ -7,7 +7,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +18,24 @@ from tqdm import tqdm
 from mocofast import __version__, distributed, settings
 from mocofast.config import ConfigError
 from mocofast.detection.batches import Reader, TrainingBatches
+from mocofast.detection.folder import TaskFolder, format_of
 from mocofast.detection.layouts import load_sets
 from mocofast.detection.optim import learning_rate, optimizer_of
-from mocofast.detection.options import TaskConfig
+from mocofast.detection.options import SegmentData, TaskConfig
 from mocofast.detection.pictures import plot_curves, plot_predictions
 from mocofast.detection.start import Start, find_start
 from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_of
 from mocofast.device import choose_autocast
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
-from mocofast.train.checkpoint import load_checkpoint, random_state, set_random_state
+from mocofast.train.checkpoint import random_state, set_random_state
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0
 from mocofast.train.divergence import check_loss, check_weights, way_out
 from mocofast.train.heartbeat import Heartbeat, stop_launcher
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, StepMetrics, Window, duration, memory_gib
-from mocofast.train.run_folder import RunFolder, StepLine
+from mocofast.train.run_folder import StepLine
 from mocofast.train.step import FlatGradients
 
 log = logging.getLogger("mocofast")
@@ -49,36 +50,6 @@ class Outcome(NamedTuple):
     step: int
     interrupted: bool
     values: dict[str, float]
-
-
-class TaskFolder(RunFolder):
-    """The files of a run of `mocofast detect` or `mocofast segment`."""
-
-    def __init__(self, path: Path, config: TaskConfig, resumed_step: int | None) -> None:
-        self.command = f"mocofast {config.recipe}"
-        super().__init__(path, config, resumed_step)
-
-    def describe(self, values: Mapping[str, float]) -> str:
-        """Returns the figures of an evaluation in words."""
-        return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def read_saved(path: Path, task: str) -> dict[str, Any]:
-    """Returns the content of a checkpoint of a task.
-
-    path: a file or a run folder. Raises FileNotFoundError, and ConfigError for other files.
-    """
-
-    def check(content: Any, file: Path) -> dict[str, Any]:
-        if not isinstance(content, dict) or content.get("format") != _format(task):
-            raise ConfigError(f"{file}: no checkpoint of mocofast {task}")
-        return content
-
-    return load_checkpoint(path, check)
-
-
-def _format(task: str) -> str:
-    return f"mocofast {task} 1"
 
 
 def train(config: TaskConfig, device: torch.device, saved: dict[str, Any] | None) -> Outcome:
@@ -138,17 +109,11 @@ class _Run:
             *(reader(self.sets.train), self.task.sample, batch, workers),
             *(seed, self.rank, self.world_size),
         )
-        if m.norm == "frozen" and m.init == "scratch":
-            raise ConfigError(
-                "model.norm: frozen keeps the statistics of a checkpoint, and scratch has none; "
-                "take sync"
-            )
         if self.batches.batch_size < self.world_size:
             raise ConfigError(
                 f"data.train: {len(self.sets.train)} images are fewer than {self.world_size} ranks"
             )
-        if m.norm == "sync" and m.name == "deeplabv3" and self.batches.batch_size < 2:
-            raise ConfigError("data.batch_size: the BatchNorm of deeplabv3 needs 2 images or more")
+        self._check_norms()
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.step = self.epoch = self.step_in_epoch = 0
@@ -163,6 +128,22 @@ class _Run:
             self.folder = TaskFolder(path, config, self.step if saved else None)
             self.writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep)
             self._announce(saved is not None)
+
+    def _check_norms(self) -> None:
+        """Raises ConfigError where BatchNorm has no statistics, or a single value for these."""
+        m, data = self.config.model, self.config.data
+        if m.norm == "frozen" and m.init == "scratch":
+            raise ConfigError(
+                "model.norm: frozen keeps the statistics of a checkpoint, and scratch has none; "
+                "take sync"
+            )
+        side = data.crop if isinstance(data, SegmentData) else min(data.sizes)
+        single = side <= 32 or m.name == "deeplabv3"  # which pools to 1 x 1
+        if m.norm == "sync" and single and self.batches.batch_size // self.world_size < 2:
+            raise ConfigError(
+                "data.batch_size: BatchNorm on maps of 1 x 1 needs 2 images or more a rank, got "
+                f"{self.batches.batch_size // self.world_size}; larger images need no more"
+            )
 
     # ---- the loop ----
 
@@ -286,7 +267,7 @@ class _Run:
         self.folder.write_skipped(skipped)
         self.writer.save(
             {
-                "format": _format(self.config.recipe),
+                "format": format_of(self.config.recipe),
                 "version": __version__,
                 "config": settings.to_dict(self.config),
                 "model": self.model.state_dict(),
