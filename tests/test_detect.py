@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from mocofast import cli
-from mocofast.detection.launch import table
-from mocofast.detection.options import KINDS, apply
+from mocofast.detection.launch import configure, table
+from mocofast.detection.options import KINDS, DetectConfig, apply
 from mocofast.detection.run import train
 from tests import runs, shapes
 
@@ -149,6 +149,17 @@ def test_starts_are_compared_side_by_side(
     assert "not a mocofast checkpoint" in capsys.readouterr().err
 
 
+def test_defaults_are_small_on_a_cpu_alone() -> None:
+    given = {"model.width": "32"}
+    small, inits = configure("detect", ["scratch"], given, small=True)
+    assert inits == ["scratch"] and isinstance(small, DetectConfig)
+    assert (small.model.name, small.model.width, small.data.sizes) == ("faster_rcnn", 32, (160,))
+    paper, _ = configure("detect", ["scratch"], given, small=False)
+    assert isinstance(paper, DetectConfig)
+    assert (paper.model.name, paper.model.width) == ("faster_rcnn_c4", 32)
+    assert (paper.data.val_size, paper.optim.lr_per) == (800, 16)
+
+
 def test_the_table_has_means_and_deviations() -> None:
     figures = {"a": [{"ap": 0.2, "ap50": 0.5}, {"ap": 0.4, "ap50": 0.5}], "b": [{"ap": 0.125}]}
     lines = table(figures).splitlines()
@@ -180,6 +191,7 @@ def test_segmentation_learns_shapes(tmp_path: Path) -> None:
         assert min(image.size) > 300
 
 
+@pytest.mark.slow
 def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path) -> None:
     path = shapes.write_voc(tmp_path / "set", train=40, val=10, side=48)
     given = {"model.name": "mask_rcnn", "model.width": 16, "model.anchor": 8, "model.rois": 32}

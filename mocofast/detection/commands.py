@@ -18,9 +18,8 @@ def detect(argv: Sequence[str]) -> int:
         "detect",
         argv,
         "Trains a detector on the encoder of a checkpoint, and measures its average precision.\n"
-        "Defaults: Faster R-CNN R50-C4 with the settings of MoCo's table on VOC07+12.\n"
-        "Small machines: --model.name retinanet --model.width 64 --data.sizes 160 "
-        "--data.val_size 160",
+        "Defaults in [brackets]: Faster R-CNN R50-C4 as in MoCo's table on VOC07+12.\n"
+        "On a CPU the defaults are small. The first line of the output names them.",
     )
 
 
@@ -30,7 +29,7 @@ def segment(argv: Sequence[str]) -> int:
         "segment",
         argv,
         "Trains a segmentation network on the encoder of a checkpoint, and measures its mean IoU.\n"
-        "Small machines: --data.crop 128 --data.val_size 128",
+        "On a CPU the defaults are small. The first line of the output names them.",
     )
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocofast import distributed, files, interrupts
+from mocofast import distributed, files, interrupts, settings
 from mocofast.config import ConfigError
 from mocofast.detection.folder import read_saved
 from mocofast.detection.options import (
     KINDS,
+    SMALL,
     STARTS,
     TaskConfig,
     apply,
@@ -50,7 +51,7 @@ def launch(task: str, words: Sequence[str], resume: str, given: Mapping[str, str
             if words:
                 raise ConfigError(f"--resume {resume}: continues a run, which has its CKPT already")
             return _status(_continue(task, Path(resume), given, device))
-        config, inits = _configure(task, words, given)
+        config, inits = configure(task, words, given, device.type == "cpu")
         if not inits and not resume:
             raise ConfigError("CKPT: expected scratch, imagenet, a run folder or a checkpoint")
         seeds = config.train.seeds or (config.train.seed,)
@@ -66,16 +67,24 @@ def _status(outcome: Outcome) -> int:
     return interrupts.EXIT_INTERRUPTED if outcome.interrupted else 0
 
 
-def _configure(
-    task: str, words: Sequence[str], given: Mapping[str, str]
+def configure(
+    task: str, words: Sequence[str], given: Mapping[str, str], small: bool
 ) -> tuple[TaskConfig, list[str]]:
-    """Returns the configuration, and where the encoders start."""
+    """Returns the configuration, and where the encoders start.
+
+    small: options that nobody gives are those of a CPU.
+    """
     inits, config = list(words), KINDS[task]()
     if any(Path(word).suffix in (".yaml", ".yml") for word in words):
         if len(words) > 1:
             raise ConfigError(f"CKPT: expected one YAML file alone, got {' '.join(words)}")
         config = read_yaml(task, Path(words[0]))
         inits = [config.model.init] if config.model.init else []
+    elif small and words:
+        chosen = {name: value for name, value in SMALL[task].items() if name not in given}
+        apply(config, chosen)
+        if chosen and distributed.is_main():
+            print(f"defaults on a CPU: {' '.join(settings.as_flags(chosen))}", flush=True)
     apply(config, given)
     if "model.init" in given:
         if words:

@@ -2,7 +2,7 @@
 
 The defaults are those of MoCo's tables (He et al. 2020, arXiv:1911.05722, sec. 4.2 and appendix)
 on Pascal VOC: 24,000 steps of 16 images for detection.
-Loads no PyTorch, so `--help` is quick.
+On a CPU, SMALL replaces the defaults. Loads no PyTorch, so `--help` is quick.
 """
 
 from __future__ import annotations
@@ -202,6 +202,25 @@ class SegmentConfig:
 
 
 TaskConfig = DetectConfig | SegmentConfig
+# Defaults on a CPU, where MoCo's settings would take weeks.
+SMALL: dict[str, dict[str, Any]] = {
+    "detect": {
+        "model.name": "faster_rcnn",
+        "model.width": 64,
+        "model.anchor": 8,
+        "model.rois": 128,
+        "data.sizes": (160,),
+        "data.val_size": 160,
+        "data.batch_size": 4,
+        "optim.lr_per": 4,
+    },
+    "segment": {
+        "data.crop": 160,
+        "data.val_size": 160,
+        "data.batch_size": 8,
+        "optim.lr_per": 8,
+    },
+}
 KINDS: dict[str, type] = {"detect": DetectConfig, "segment": SegmentConfig}
 
 
