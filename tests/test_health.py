@@ -126,13 +126,17 @@ def evidence(config: Config | None = None, **line: Any) -> Evidence:
     ],
 )
 def test_a_verdict_names_the_fault(name: str, line: dict[str, Any]) -> None:
-    found = diagnose(evidence(**line))
+    config = settings.load_recipe("digits")
+    config.model.momentum = 0.0
+    found = diagnose(evidence(config, **line))
     assert found[0].name == name
-    assert verdict(evidence(**line)).startswith(found[0].title)
+    assert verdict(evidence(config, **line)).startswith(found[0].title)
 
 
 def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
     assert verdict(evidence()).startswith("healthy")
+    # Single steps of a random walk make the measured lag short. The momentum says better.
+    assert diagnose(evidence(key_distance=0.0)) == []
     young = evidence()._replace(lines=evidence().lines[:2])
     assert verdict(young).startswith("too early")
 

@@ -152,6 +152,8 @@ def _augmentation_off(e: Evidence) -> Finding | None:
     same, easy = e.overall("same_views"), e.overall("easy_views")
     if same is None or easy is None or (same <= 0.5 and easy < 0.97):
         return None
+    if same <= 0.5 and e.config.data.batch_size < 16:
+        return None  # a view is found among few by chance
     return Finding(
         "augmentation off",
         "the two views of an image are too alike",
@@ -197,6 +199,10 @@ def _stale_queue(e: Evidence) -> Finding | None:
     life = e.facts.get("queue", 0) / e.config.data.batch_size
     if not lags or life < 2 or (lag := statistics.median(lags)) >= LAG * life:
         return None
+    # Steps of a random walk measure a shorter lag than the average has.
+    momentum = e.config.model.momentum
+    if momentum >= 1 or momentum / (1 - momentum) >= LAG * life:
+        return None
     drift = max((line.get("queue_drift") or 0.0 for line in e.lines), default=0.0)
     return Finding(
         "stale queue",
@@ -231,7 +237,9 @@ def _leak(e: Evidence) -> Finding | None:
 
 def _collapse(e: Evidence) -> Finding | None:
     std, rank = e.recent("embedding_std"), e.recent("effective_rank")
-    if std is None or rank is None or (std >= 0.2 and rank >= 2.5):
+    if std is None or rank is None or e.lines[-1]["step"] < FEWEST_STEPS / 2:
+        return None
+    if std >= 0.2 and rank >= min(2.5, e.config.model.dim / 8):
         return None
     return Finding(
         "collapse",
@@ -298,7 +306,7 @@ def _labels(e: Evidence) -> Finding | None:
     if chance is None or not held or None in figures:
         return None
     # Neighbours vote, so the share of the largest class is chance.
-    limit = chance + max(0.05, 4 * math.sqrt(chance * (1 - chance) / held))
+    limit = chance + max(min(0.05, chance), 4 * math.sqrt(chance * (1 - chance) / held))
     if max(figure for figure in figures if figure is not None) > limit:
         return None
     return Finding(
