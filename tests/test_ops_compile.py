@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocofast import ops
-from mocofast.ops import custom_ops
+from mocofast.ops import custom_ops, sigmoid
 
 BACKENDS = [
     "aot_eager",
@@ -95,6 +95,19 @@ def test_own_rows_among_those_of_all_ranks() -> None:
 
     inputs = [features(i, 6, 4).requires_grad_() for i in range(2)]
     assert_compiled_equals_eager(loss, inputs, "aot_eager")
+
+
+def test_sigmoid_loss_ids_and_own_negatives() -> None:
+    scale, bias = (torch.tensor(x, requires_grad=True) for x in (5.0, -3.0))
+    ids, hard = torch.arange(6) % 4, features(3, 6, 7, 4)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        total = ops.siglip_loss(x, y, scale, bias) + ops.siglip_loss(y, x, 4.0, -2.0)
+        total = total + ops.info_nce(x, y, query_ids=ids)
+        return total + ops.info_nce(x, y, hard, exclude=hard[..., 0] > 1)
+
+    inputs = [features(i, 6, 4).requires_grad_() for i in range(2)]
+    assert_compiled_equals_eager(loss, [*inputs, scale, bias], "aot_eager")
 
 
 def test_rank_and_no_gradient() -> None:
@@ -186,6 +199,10 @@ def test_the_custom_ops_pass_pytorchs_own_checks() -> None:
             custom_ops.info_nce_op,
             (query, positive, negatives, tensor, 0.3, *options, *ids, None, True),
         )
+    pair = query, positive, temperature, torch.tensor(-2.0, requires_grad=True)
+    torch.library.opcheck(sigmoid.siglip_negatives_op, pair)
+    no_gradient = [x.detach() for x in pair]
+    torch.library.opcheck(sigmoid.siglip_grad_keys_op, (*no_gradient, features(3, 5)))
     queue, pointer, keys = torch.zeros(7, 3), torch.tensor([5]), features(5, 4, 3)
     torch.library.opcheck(custom_ops.enqueue_op, (queue, pointer, keys, True))
     torch.library.opcheck(custom_ops.ema_update_op, ([queue], [torch.ones(7, 3)], None, 0.5))

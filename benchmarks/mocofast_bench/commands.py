@@ -49,6 +49,7 @@ BENCHMARKS = {
 # `bench all --quick`: enough rounds for quartiles. Compiling takes minutes.
 QUICK = {
     "kernels": ["--repeats", "9", "--no-compile"],
+    "batch": ["--repeats", "5"],
     "ema": ["--repeats", "12"],
     "optim": ["--repeats", "7"],
     "norm": ["--repeats", "7"],

@@ -76,7 +76,7 @@ class Variant(NamedTuple):
     transposed: bool = False  # negatives with C as the slow dimension
     rank: bool = True  # return the positive ranks
     ids: bool = False  # leave out the negatives with the query's id
-    mean: bool = True  # return the mean of the losses
+    mean: bool = False  # return the mean of the losses, not the losses
 
 
 VARIANTS = (
@@ -89,7 +89,7 @@ VARIANTS = (
 )
 # Of the default dimension alone.
 MORE_VARIANTS = (
-    Variant("queue, losses of rows", False, True, False, False, mean=False),
+    Variant("queue, mean", False, True, False, False, mean=True),
     Variant("queue, ids", False, True, False, False, ids=True),
     Variant("in-batch, ids", True, True, True, True, ids=True),
 )

@@ -156,9 +156,10 @@ def _combine_kernel(
             to_query = through_unit(to_query, q)
             to_positive = through_unit(to_positive, k)
         within = (columns < C)[None, :]
-        place = row * C + columns[None, :]
-        tl.store(grad_query + place, to_query.to(grad_query.dtype.element_ty), mask=within)
-        tl.store(grad_positive + place, to_positive.to(grad_positive.dtype.element_ty), mask=within)
+        query_grad = to_query.to(grad_query.dtype.element_ty)
+        positive_grad = to_positive.to(grad_positive.dtype.element_ty)
+        tl.store(grad_query + row * C + columns[None, :], query_grad, mask=within)
+        tl.store(grad_positive + row * C + columns[None, :], positive_grad, mask=within)
 
     # The program that comes last adds the losses of all rows, in the order of rows: equal inputs
     # give equal bits. Its loads bypass the first-level cache, which may hold older numbers.

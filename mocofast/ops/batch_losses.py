@@ -20,8 +20,8 @@ from mocofast.ops.checks import (
     checked_temperature,
 )
 from mocofast.ops.losses import own_rows_first
+from mocofast.ops.ring import Ring, ring_of
 from mocofast.ops.ring import info_nce as ring_loss
-from mocofast.ops.ring import ring_of
 from mocofast.ops.sweep import reduced
 
 
@@ -223,7 +223,9 @@ def siglip_loss(
     scale = checked_temperature(logit_scale, device, "logit_scale")
     bias = checked_number(logit_bias, device, "logit_bias")
     scale, bias = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scale, bias))
-    ring = ring_of(group, image_features=image_features, text_features=text_features)
+    ring = Ring(None, 0, [len(image_features)])
+    if group is not None:
+        ring = ring_of(group, image_features=image_features, text_features=text_features)
     return sigmoid.siglip(image_features, text_features, scale, bias, ring).mean()
 
 

@@ -64,6 +64,10 @@ class Ring(NamedTuple):
         assert total is not None
         return total
 
+    def excluded(self, owner: int) -> Exclusion:
+        """Returns what this rank leaves out of a block: the own rows, in the own block."""
+        return Exclusion(self.counts[self.rank] if owner == self.rank else 0)
+
     def _pass_on(self, tensor: Tensor, arriving: int) -> Callable[[], Tensor]:
         """Sends to the next rank and receives `arriving` rows. Returns a function that waits."""
         size = len(self.counts)
@@ -86,8 +90,9 @@ class Ring(NamedTuple):
         return wait
 
 
+@torch.compiler.disable
 def ring_of(group: Any, **features: Tensor) -> Ring:
-    """Returns the ring of a group, or a ring of this rank alone for None.
+    """Returns the ring of a group of ranks.
 
     features: {name of the argument: features (n, C) of this rank}, of equal shapes.
 
@@ -96,8 +101,6 @@ def ring_of(group: Any, **features: Tensor) -> Ring:
     group is no process group.
     """
     first = next(iter(features.values()))
-    if group is None:
-        return Ring(None, 0, [len(first)])
     if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns on other ranks
         raise ValueError("group must hold this rank: got a group of other ranks")
     if not isinstance(group, dist.ProcessGroup):
@@ -124,6 +127,7 @@ def ring_of(group: Any, **features: Tensor) -> Ring:
     return Ring(group, rank, [row[0] for row in rows])
 
 
+@torch.compiler.disable
 def info_nce(
     query: Tensor,
     positive: Tensor,
@@ -172,7 +176,7 @@ class _RingInfoNCE(torch.autograd.Function):
                 block,
                 scalar if temperature is None else temperature,
                 options,
-                _excluded(ring, owner),
+                ring.excluded(owner),
                 compute_grad=need_query or need_positive or need_temperature,
             )
             total = part if total is None else _merged(total, part)
@@ -213,7 +217,7 @@ class _RingInfoNCE(torch.autograd.Function):
                         lse,
                         ctx.scalar if temperature is None else temperature,
                         ctx.options,
-                        _excluded(ring, owner),
+                        ring.excluded(owner),
                     )
 
                 own = ring._replace(counts=[ctx.views * count for count in ring.counts])
@@ -225,11 +229,6 @@ class _RingInfoNCE(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = first_derivative("the loss on a ring", grads, (grad_loss, *inputs))
         return *grads, None, None, None
-
-
-def _excluded(ring: Ring, owner: int) -> Exclusion:
-    """Returns what the rows of this rank leave out of a block: the own rows, in the own block."""
-    return Exclusion(ring.counts[ring.rank] if owner == ring.rank else 0)
 
 
 def _merged(a: InfoNCEForward, b: InfoNCEForward) -> InfoNCEForward:
