@@ -79,6 +79,8 @@ def supervised_contrastive(
             others = queries if keys is None else F.normalize(others, dim=1)
         other_labels = own_labels if key_labels is None else key_labels
         positive, count = _mean_positives(queries, own_labels, others, other_labels, keys is None)
+    if device.type != "cpu":  # half types multiply on matrix units
+        queries, others = queries.to(features.dtype), others.to(features.dtype)
     # With the mean of the positives as the positive key, InfoNCE is log(1 + e^d) of the loss d.
     # By Jensen d >= log|P(i)|, so d comes back without cancellation.
     losses, _ = autograd.info_nce(
