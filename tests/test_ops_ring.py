@@ -19,6 +19,7 @@ from tests.test_ops_exclusion import Largest, features
 
 ROWS = (5, 3, 1, 4)  # of the ranks: numbers may differ
 DIM = 6
+COUNT = 700  # rows of a rank, where memory is counted
 
 
 def loss_of(name: str, x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Any:
@@ -37,9 +38,44 @@ def views(world_size: int, dtype: torch.dtype) -> list[Tensor]:
     return [F.normalize(features(seed, rows, DIM)).to(dtype) for seed in (0, 1)]
 
 
-def on_a_rank(rank: int) -> dict[str, Any]:
+def memory_on_a_rank(rank: int) -> dict[str, int]:
+    """Returns {loss: elements of the largest tensor of forward and backward}."""
+    sizes = {}
+    for name in NAMES:
+        x, y = (features(10 * rank + i, COUNT, 64).requires_grad_() for i in range(2))
+        with Largest() as largest:
+            loss, _ = loss_of(name, x, y, torch.tensor(5.0), group=dist.group.WORLD)
+            loss.backward()
+        sizes[name] = largest.size
+    return sizes
+
+
+def messages_on_a_rank(rank: int) -> list[str]:
+    """Returns the messages of calls in which the ranks disagree."""
+    group, good = dist.group.WORLD, features(0, 3, 4)
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.clip_loss(features(0, 3, 4 + rank), features(0, 3, 4 + rank), 1, group=group),
+        lambda: ops.nt_xent(*(good.to(torch.float64 if rank else torch.float32),) * 2, group=group),
+        lambda: ops.siglip_loss(good, good.clone().requires_grad_(rank > 0), 1, 0, group=group),
+        lambda: ops.nt_xent(good, good, own_rows=slice(0, 3), group=group),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError, match=r".") as error:
+            call()
+        messages.append(str(error.value))
+    single = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="group must hold this rank"):
+            ops.nt_xent(good, good, group=single)
+    else:  # a group of one rank is the plain loss
+        torch.testing.assert_close(ops.nt_xent(good, good, group=single), ops.nt_xent(good, good))
+    return messages
+
+
+def on_a_rank(rank: int) -> dict[Any, Any]:
     size = dist.get_world_size()
-    found = {}
+    found: dict[Any, Any] = {}
     for dtype in (torch.float32, torch.float64):
         for name in NAMES:
             x, y = (z.split(ROWS[:size])[rank].clone().requires_grad_() for z in views(size, dtype))
@@ -47,7 +83,21 @@ def on_a_rank(rank: int) -> dict[str, Any]:
             loss, positive_rank = loss_of(name, x, y, scale, group=dist.group.WORLD)
             loss.backward()
             found[name, dtype] = loss.detach(), positive_rank, x.grad, y.grad, scale.grad
+    found["memory"] = memory_on_a_rank(rank)
+    found["messages"] = messages_on_a_rank(rank) if size == 2 else []
     return found
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[Any, Any]]:
+    """Returns what each of two ranks found."""
+    return on_ranks(on_a_rank, 2)
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[Any, Any]]:
+    """Returns what each of four ranks found."""
+    return on_ranks(on_a_rank, 4)
 
 
 def gathered(name: str, x: Tensor, y: Tensor, scale: Tensor, rows: slice) -> tuple[Tensor, Any]:
@@ -73,8 +123,10 @@ def gathered(name: str, x: Tensor, y: Tensor, scale: Tensor, rows: slice) -> tup
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_losses_on_a_ring_are_those_over_the_gathered_features(world_size: int) -> None:
-    found = on_ranks(on_a_rank, world_size)
+def test_losses_on_a_ring_are_those_over_the_gathered_features(
+    world_size: int, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue("two" if world_size == 2 else "four")
     stops = torch.tensor(ROWS[:world_size]).cumsum(0).tolist()
     places = [slice(stop - count, stop) for count, stop in zip(ROWS, stops)]
     for name in NAMES:
@@ -97,53 +149,15 @@ def test_losses_on_a_ring_are_those_over_the_gathered_features(world_size: int) 
                     assert torch.equal(positive_rank, exact[rank][1])
 
 
-COUNT = 700
+def test_memory_grows_with_the_rows_of_a_rank_alone(two: list[Any], four: list[Any]) -> None:
+    largest = two[0]["memory"]
+    assert largest == four[0]["memory"]
+    block = (2 * COUNT) * 512  # logits of a block: 512 queries at a time
+    assert max(largest.values()) <= block < 4 * COUNT * COUNT
 
 
-def memory_on_a_rank(rank: int) -> dict[str, tuple[int, int]]:
-    """Returns {loss: elements of the largest tensor of forward and backward}."""
-    sizes = {}
-    for name in NAMES:
-        x, y = (features(10 * rank + i, COUNT, 64).requires_grad_() for i in range(2))
-        with Largest() as largest:
-            loss, _ = loss_of(name, x, y, torch.tensor(5.0), group=dist.group.WORLD)
-            loss.backward()
-        sizes[name] = largest.size
-    return sizes
-
-
-def test_memory_grows_with_the_rows_of_a_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    two, four = (on_ranks(memory_on_a_rank, size)[0] for size in (2, 4))
-    assert two == four
-    blocks = (2 * COUNT) * 512  # logits of a block: 512 queries at a time
-    assert max(four.values()) <= blocks < 4 * COUNT * COUNT
-
-
-def wrong_on_a_rank(rank: int) -> list[str]:
-    """Returns the messages of calls in which the ranks disagree."""
-    group, good = dist.group.WORLD, features(0, 3, 4)
-    calls: list[Callable[[], Any]] = [
-        lambda: ops.clip_loss(features(0, 3, 4 + rank), features(0, 3, 4 + rank), 1, group=group),
-        lambda: ops.nt_xent(*(good.to(torch.float64 if rank else torch.float32),) * 2, group=group),
-        lambda: ops.siglip_loss(good, good.clone().requires_grad_(rank > 0), 1, 0, group=group),
-        lambda: ops.nt_xent(good, good, own_rows=slice(0, 3), group=group),
-    ]
-    messages = []
-    for call in calls:
-        with pytest.raises(ValueError, match=r".") as error:
-            call()
-        messages.append(str(error.value))
-    single = dist.new_group([0])
-    if rank == 1:
-        with pytest.raises(ValueError, match="group must hold this rank"):
-            ops.nt_xent(good, good, group=single)
-    else:  # a group of one rank is the plain loss
-        torch.testing.assert_close(ops.nt_xent(good, good, group=single), ops.nt_xent(good, good))
-    return messages
-
-
-def test_ranks_that_disagree_all_raise() -> None:
-    first, second = on_ranks(wrong_on_a_rank, 2)
+def test_ranks_that_disagree_all_raise(two: list[Any]) -> None:
+    first, second = (found["messages"] for found in two)
     assert first == second
     for message, words in zip(first, ("widths", "types", "needs of a gradient", "own_rows")):
         assert words in message
