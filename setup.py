@@ -15,6 +15,17 @@ VERSION = re.search(
 
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
+# What `mocofast pretrain` and the commands after it need.
+TRAIN = [
+    "torchvision>=0.26",
+    "pillow",
+    "pyyaml",
+    "matplotlib",
+    "scikit-learn",  # maps of the report, and figures of evaluations
+    "tensorboard",
+    "tqdm",
+    "safetensors",
+]
 # Kinds of TIFF that PIL reads wrongly or not at all (docs/formats.md), and the codecs of these.
 IMAGES = ["tifffile>=2024.8", "imagecodecs>=2024.6"]
 # Files of fields beside photography (docs/formats.md), {extra: packages}.
@@ -29,6 +40,8 @@ FIELDS = {
 EXPORT = ["transformers>=5", "onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.23"]
 # setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
+    *TRAIN,
+    f"triton>=3.6; {LINUX}",  # its interpreter runs the kernels where there is no GPU
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
@@ -96,28 +109,24 @@ setup(
         "mocofast_bench": "benchmarks/mocofast_bench",
     },
     package_data={
-        "mocofast": ["py.typed", "recipes/*.yaml", "report/page.css", "report/page.js"],
+        "mocofast": [
+            "py.typed",
+            "data/digits.npz",
+            "recipes/*.yaml",
+            "report/page.css",
+            "report/page.js",
+        ],
         "mocofast_kernels": ["py.typed"],
         "mocofast_bench": ["py.typed"],
     },
     ext_modules=[PHOTOMETRIC],
-    install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",
-        f"triton>=3.6; {LINUX}",
-        "numpy",
-        "pillow",
-        "pyyaml",
-        "matplotlib",
-        "scikit-learn",  # carries the digits, the default data set
-        "tensorboard",
-        "tqdm",
-        "safetensors",
-    ],
+    # The ops alone. PyTorch's wheels with CUDA bring Triton.
+    install_requires=["torch>=2.11", "numpy"],
     extras_require={
         # DALI's wheels for CUDA 13 and CUDA 12 exclude each other. Install one of the two extras.
-        "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
-        "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "cuda13": [*TRAIN, f"nvidia-dali-cuda130>=2.4; {LINUX}"],
+        "cuda12": [*TRAIN, f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "train": TRAIN,
         "images": IMAGES,
         **FIELDS,
         "detect": ["pycocotools>=2.0.8"],  # mocofast detect

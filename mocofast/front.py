@@ -14,6 +14,9 @@ from pathlib import Path
 from mocofast import interrupts, settings
 from mocofast.errors import ConfigError, DivergedError, UnreachableError, printable
 
+# Packages of the extra `train`. The ops do without them.
+TRAINING = ("PIL", "matplotlib", "safetensors", "sklearn", "torchvision", "tqdm", "yaml")
+
 Commands = Mapping[str, Callable[[Sequence[str]], int]]
 
 # A full disk, a quota or a largest size of files, a disk that fails or may not be written.
@@ -106,6 +109,13 @@ def _run(commands: Commands, argv: list[str]) -> int:
             raise
         _report(name, error)
         return interrupts.EXIT_SYSTEM
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAINING:
+            raise
+        missing = f"needs the package {error.name}, which is not installed"
+        way_out = "pip install 'mocofast[train]' installs all packages of the commands"
+        print(f"mocofast {name}: {missing}. {way_out}", file=sys.stderr)
+        return 2
 
 
 def _report(name: str, error: Exception) -> None:

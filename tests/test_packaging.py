@@ -12,12 +12,15 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mocofast
+from mocofast import front
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "mocofast/data/_photometric"  # compiled, optional
+SHIPPED = (".py", ".yaml", ".typed", ".npz", ".css", ".js")
 FILES = ("README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "Makefile")
 
 
@@ -76,9 +79,7 @@ def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing
     }
     libraries = {name for name in files if name.startswith(LIBRARY)}
     assert len(libraries) == (1 if shutil.which("cc") else 0)
-    assert files - libraries == {
-        path.as_posix() for path in paths if path.suffix in (".py", ".yaml", ".typed")
-    }
+    assert files - libraries == {path.as_posix() for path in paths if path.suffix in SHIPPED}
     assert {
         "mocofast/recipes/digits.yaml",
         *(f"{package}/py.typed" for _, package in packages),
@@ -195,3 +196,53 @@ def test_another_package_named_kernels_stays_importable_from_the_root(tmp_path: 
         check=True,
     ).stdout
     assert out.strip() == f"somebody else {ROOT / 'kernels' / 'mocofast_kernels' / '__init__.py'}"
+
+
+def without(*names: str) -> str:
+    """Returns lines of Python that make packages look absent."""
+    return f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
+
+
+def test_the_ops_need_torch_and_numpy_alone(wheel: zipfile.ZipFile) -> None:
+    needed = Parser().parsestr(metadata(wheel, "METADATA")).get_all("Requires-Dist") or []
+    assert {re.split("[^a-z]", name)[0] for name in needed if "extra ==" not in name} == {
+        "torch",
+        "numpy",
+    }
+    ops = (
+        "import torch\nfrom mocofast import ops\n"
+        "x = torch.randn(4, 8, requires_grad=True)\n"
+        "ops.info_nce(x, torch.randn(4, 8), torch.randn(9, 8)).backward()\n"
+        "assert x.grad is not None"
+    )
+    absent = without(*front.TRAINING, "triton", "tensorboard")
+    subprocess.run([sys.executable, "-c", absent + ops], cwd=ROOT, env=environment(), check=True)
+
+
+def test_a_command_without_its_packages_says_what_to_install() -> None:
+    command = "from mocofast.cli import main; sys.exit(main(['pretrain']))"
+    done = subprocess.run(
+        [sys.executable, "-c", without("torchvision") + command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "needs the package torchvision" in done.stderr
+    assert "pip install 'mocofast[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_digits_equal_those_of_scikit_learn() -> None:
+    found = pytest.importorskip("sklearn.datasets").load_digits()
+    with np.load(ROOT / "mocofast/data/digits.npz") as digits:
+        assert np.array_equal(digits["images"], found.images)
+        assert np.array_equal(digits["labels"], found.target)
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a program that imports this checkout."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "benchmarks"))
+    return os.environ | {"PYTHONPATH": paths}

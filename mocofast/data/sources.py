@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     data.source=parquet, hf: tables with image bytes (`mocofast.data.table_sets`). A table, and a
         folder of tables without images, is found under data.source=folder too.
     data.source=shards: a folder of tar files (`mocofast.data.shards`), a pattern, or URLs.
-    data.source=digits: 1,797 grey images of 8 x 8 pixels from scikit-learn, the same in
+    data.source=digits: 1,797 grey images of 8 x 8 pixels, a part of mocofast, the same in
         all `data.channels`. The same 20% of every class are held out for any seed.
     data.source=cifar10, cifar100: torchvision's data sets, kept in `path`, downloaded
         only if absent. The val set is the test set. With several processes, one process
@@ -293,15 +294,19 @@ def _load_shards(data: DataConfig, seed: int) -> Datasets:
 
 
 def _load_digits(data: DataConfig, seed: int) -> Datasets:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
+    # "Optical Recognition of Handwritten Digits" (UCI, CC BY 4.0), the test set, as scikit-learn
+    # has it: images (N, 8, 8) uint8 from 0 to 16, labels (N,).
+    with (
+        resources.as_file(resources.files("mocofast.data") / "digits.npz") as file,
+        np.load(file) as digits,
+    ):
+        levels, labels = digits["images"], digits["labels"].astype(np.int64)
+    gray = np.rint(levels * (255 / 16)).astype(np.uint8)
     images = np.repeat(gray[..., None], data.channels, axis=3)
-    classes = tuple(str(name) for name in digits.target_names)
-    kept, held_out = stratified_holdout(digits.target, DIGITS_HOLDOUT, seed=0)
-    train = ArraySource(images[kept], digits.target[kept], classes, "digits train")
-    val = ArraySource(images[held_out], digits.target[held_out], classes, "digits val")
+    classes = tuple(str(digit) for digit in range(10))
+    kept, held_out = stratified_holdout(labels, DIGITS_HOLDOUT, seed=0)
+    train = ArraySource(images[kept], labels[kept], classes, "digits train")
+    val = ArraySource(images[held_out], labels[held_out], classes, "digits val")
     return Datasets(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
 
 
