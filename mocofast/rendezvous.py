@@ -25,19 +25,27 @@ def meet(timeout: timedelta = MINUTES) -> tuple[dist.PrefixStore, int, int]:
     Raises TimeoutError, naming the ranks that did not come.
     """
     shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore("mocofast", shared)
     deadline = time.monotonic() + timeout.total_seconds()
+    return gather(shared, rank, world_size, deadline), rank, world_size
+
+
+def gather(shared: dist.Store, rank: int, world_size: int, deadline: float) -> dist.PrefixStore:
+    """Returns the store of this start, a part of `shared`, when all ranks have come.
+
+    deadline: a time of time.monotonic(). Raises TimeoutError afterwards.
+    """
+    store = dist.PrefixStore("mocofast", shared)
     own = uuid.uuid4().hex
     if rank == 0:
         _answer(store, own, world_size, deadline)
-        return dist.PrefixStore(own, store), rank, world_size
+        return dist.PrefixStore(own, store)
     # An answer to this process's own name cannot come from an earlier start.
     store.set(f"asks/{rank}", own)
     if not wait_for(store, f"answer/{own}", deadline):
-        raise TimeoutError(f"rank {rank}: no answer of rank 0 within {timeout}")
+        raise TimeoutError(f"rank {rank}: no answer of rank 0 in time")
     start = store.get(f"answer/{own}").decode()
     store.set(f"{start}/has/{rank}", "")
-    return dist.PrefixStore(start, store), rank, world_size
+    return dist.PrefixStore(start, store)
 
 
 def _answer(store: dist.Store, start: str, world_size: int, deadline: float) -> None:

@@ -33,6 +33,7 @@ log = logging.getLogger("mocofast")
 _WATCHERS = 2  # the first ranks watch all ranks. Rank 1 notices if rank 0 hangs.
 _GRACE = 60.0  # seconds in which a run without a launcher may write its checkpoint
 _ANSWER = 10.0  # seconds in which a rank tells its stack
+_DONE = "done"  # the message of a rank that has left
 # A main thread in these files waits for other ranks.
 _WAITING = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd", "graph"))
 
@@ -63,9 +64,24 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        if self._store is not None:
+            with contextlib.suppress(dist.DistError):
+                self._store.set(f"beat/{self._rank}", _DONE)
+                if self._rank == 0 and kind is None:
+                    self._wait_for_all(self._store)
+
+    def _wait_for_all(self, store: dist.Store) -> None:
+        """Waits for ranks that still leave: without torchrun, the store ends with rank 0."""
+        deadline = time.monotonic() + _ANSWER
+        for rank in range(1, self._world_size):
+            key = f"beat/{rank}"
+            while not (store.check([key]) and store.get(key) == _DONE.encode()):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.02)
 
     def at(self, place: str) -> None:
         """Notes progress that all ranks make in the same order.
@@ -148,6 +164,8 @@ class Heartbeat:
         silent: dict[int, str] = {}
         for rank in range(self._world_size):
             message = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+            if message == _DONE.encode():
+                continue
             known, since = self._heard.get(rank, (b"", now))
             if message != known or rank not in self._heard:
                 self._heard[rank] = (message, now)

@@ -167,7 +167,8 @@ class Run:
             if state.step > first_step and not interrupted and self.evaluated_at != state.step:
                 # train.max_steps ended the run between two evaluations.
                 interrupted = not self._evaluate(stop, write=False)
-            self._finish(interrupted, time.perf_counter() - began)
+            with self.heart.patient("the end of the run"):
+                self._finish(interrupted, time.perf_counter() - began)
         except DivergedError as error:
             if self.writer is not None and self.watch is not None:
                 self.writer.wait()
