@@ -13,7 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,7 +73,7 @@ def report_on_run(folder: Path) -> list[Finding]:
     """
     from mocofast.health.folder import evidence_of
     from mocofast.health.verdict import diagnose, verdict
-    from mocofast.train.checkpoint import load_checkpoint
+    from mocofast.train.checkpoint import checked, load_checkpoint
     from mocofast.train.run_folder import whole_lines
 
     if not folder.is_dir():
@@ -81,7 +81,7 @@ def report_on_run(folder: Path) -> list[Finding]:
     findings = []
     for file in sorted((folder / "checkpoints").glob("*.pt")):
         try:
-            state = load_checkpoint(file)
+            state = load_checkpoint(file, lambda s, f: s if _of_a_task(s) else checked(s, f))
         except ConfigError as error:
             findings.append(Finding(file.name, DAMAGED, str(error)))
         else:
@@ -105,6 +105,11 @@ def report_on_run(folder: Path) -> list[Finding]:
         use = noticed[0].name if noticed else "no problem"
         findings.append(Finding("verdict", use, verdict(evidence)))
     return findings
+
+
+def _of_a_task(state: Any) -> bool:
+    """Returns whether this is a checkpoint of mocofast detect or segment, a kind of its own."""
+    return isinstance(state, dict) and str(state.get("format")).startswith("mocofast ")
 
 
 # Probes import their modules themselves: a failing import then is a single finding. Probes call the

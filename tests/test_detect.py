@@ -249,6 +249,18 @@ def test_a_run_is_continued_with_its_own_options_and_images_only(
     assert "not the images and boxes of the run" in capsys.readouterr().err
     assert cli.main(["segment", "--resume", str(folder)]) == 2
     assert "no checkpoint of mocofast segment" in capsys.readouterr().err
+    assert cli.main(["doctor", str(folder)]) == 0
+    assert "whole" in capsys.readouterr().out
+    file = folder / "checkpoints" / "last.pt"
+    state = torch.load(file, weights_only=True)
+    for wrong, said in (
+        ({"model": {**state["model"], "more": torch.ones(1)}}, "does not fit the model"),
+        ({"windows": 1}, "no entry 'windows'"),
+        ({"config": {"model": 3}}, "expected options, got 3"),
+    ):
+        torch.save({**state, **wrong}, file)
+        assert detect("--resume", str(file)) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_ends_with_76(

@@ -11,6 +11,14 @@ from mocofast.detection.options import TaskConfig
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.run_folder import RunFolder
 
+# The entries of a checkpoint, and their kinds.
+_ENTRIES: dict[str, type] = {
+    **dict.fromkeys(("config", "model", "optimizer", "values"), Mapping),
+    **dict.fromkeys(("windows", "random_states"), list),
+    **dict.fromkeys(("step", "epoch", "step_in_epoch", "measured_at", "threads"), int),
+    "fingerprint": str,
+}
+
 
 class TaskFolder(RunFolder):
     """The files of a run of `mocofast detect` or `mocofast segment`."""
@@ -33,6 +41,9 @@ def read_saved(path: Path, task: str) -> dict[str, Any]:
     def check(content: Any, file: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or content.get("format") != format_of(task):
             raise ConfigError(f"{file}: no checkpoint of mocofast {task}")
+        for name, kind in _ENTRIES.items():
+            if not isinstance(content.get(name), kind):
+                raise ConfigError(f"{file}: no entry {name!r} of the kind that a run writes")
         return content
 
     return load_checkpoint(path, check)

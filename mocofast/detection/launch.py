@@ -160,6 +160,11 @@ def _side_by_side(
             one = _with(config, init, seed, parent / f"{label}-seed{seed}")
             outcome = _start_or_continue(one, resume, own, device)
             if outcome.interrupted:
+                if distributed.is_main():
+                    print(
+                        f"to continue all runs: the same command with --train.dir {parent} "
+                        "--resume auto"
+                    )
                 return interrupts.EXIT_INTERRUPTED
             figures[label].append(outcome.values)
     if distributed.is_main():

@@ -28,7 +28,7 @@ from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_
 from mocofast.device import choose_autocast
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
-from mocofast.train.checkpoint import random_state, set_random_state
+from mocofast.train.checkpoint import fitting, random_state, set_random_state
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0
 from mocofast.train.divergence import check_loss, check_weights, way_out
@@ -122,7 +122,8 @@ class _Run:
         self.rate = 0.0
         self.rest: Iterator[list[Any]] | None = None  # the rest of the present epoch
         if saved is not None:
-            self._restore(saved)
+            with fitting():
+                self._restore(saved)
         self.folder = self.writer = None
         if self.rank == 0:
             self.folder = TaskFolder(path, config, self.step if saved else None)

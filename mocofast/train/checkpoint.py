@@ -331,8 +331,8 @@ def checked(state: Any, path: Path) -> dict[str, Any]:
     """Returns `state`, read from `path`, if it is a mocofast checkpoint. Raises ConfigError."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(
-            f"{path}: not a mocofast checkpoint of format {FORMAT} (for facebookresearch/moco's "
-            "files see mocofast.interop.load_reference_state_dict)"
+            f"{path}: not a mocofast checkpoint of format {FORMAT}, from pretraining (for "
+            "facebookresearch/moco's files see mocofast.interop.load_reference_state_dict)"
         )
     return state
 
