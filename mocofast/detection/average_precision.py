@@ -45,7 +45,7 @@ def require_pycocotools() -> None:
 
 
 def encode(mask: np.ndarray | dict[str, Any]) -> dict[str, Any]:
-    """Returns the run-length encoding of a mask (H, W) bool. An encoding stays as it is."""
+    """Returns the run-length encoding of a mask (H, W) bool. Leaves an encoding alone."""
     if isinstance(mask, dict):
         return mask
     from pycocotools import mask as coding
@@ -91,7 +91,7 @@ def coco_ap(
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Returns the mean of the precisions that exist. pycocotools writes -1 for the others."""
+    """Returns the mean of the precisions. pycocotools writes -1 for a missing precision."""
     known = precision[precision > -1]
     return float(known.mean()) if known.size else 0.0
 
@@ -141,8 +141,8 @@ def voc07_ap(
 ) -> dict[str, float]:
     """Returns voc07_ap (mean over the thresholds), voc07_ap50 and voc07_ap75 of boxes, 0 to 1.
 
-    A detection belongs to the object of its class with the largest IoU. It is right if the IoU
-    reaches the threshold, and no detection of a higher score took the object (VOC's devkit,
+    A detection belongs to the object of the same class with the largest IoU, and is right if the
+    IoU reaches the threshold, and no detection of a higher score took the object (VOC's devkit,
     VOCevaldet.m). Ignored objects count neither way. Means are over the classes with objects.
     """
     values = []
@@ -162,7 +162,7 @@ def voc07_ap(
 def _matches(
     label: int, targets: Sequence[Target], found: Sequence[Detections]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the largest IoU, the number of its object (over all images), and whether ignored.
+    """Returns the largest IoU, the number of the object (over all images), and whether ignored.
 
     (n,) each, of all detections of a class, the highest score first.
     """
@@ -192,7 +192,7 @@ def _ap_11(
 ) -> float:
     """Returns the mean of the largest precision at recalls of at least 0, .1, ..., 1.
 
-    count: number of objects of the class. limit: threshold of the IoU. Others: of `_matches`.
+    count: number of objects of the class. limit: threshold of the IoU. The rest: of `_matches`.
     """
     hit = best >= limit
     counts = ~(hit & ignored)

@@ -25,7 +25,7 @@ def stages(encoder: nn.Module) -> list[str]:
 
 
 def trunk(encoder: nn.Module, names: dict[str, str]) -> nn.Module:
-    """Returns the encoder up to its last named stage. names: {stage: name of its output}."""
+    """Returns the encoder up to the last named stage. names: {stage: name of the output}."""
     return IntermediateLayerGetter(encoder, names)
 
 
@@ -47,7 +47,7 @@ def pyramid(
 ) -> BackboneWithFPN:
     """Returns a feature pyramid (Lin et al. 2017, arXiv:1612.03144) on the stages of an encoder.
 
-    first: number of the first stage that is used, from 0. width: channels of the levels.
+    first: number of the first stage to use, from 0. width: channels of the levels.
     extra: makes further levels. norm: BatchNorm after the convolutions of the pyramid.
     """
     used = {name: str(i) for i, name in enumerate(stages(encoder)[first:])}
@@ -80,7 +80,7 @@ def dilate(encoder: nn.Module, channels: int, stride: int) -> None:
 
 
 def _dilate(convolution: nn.Conv2d, rate: int, keep_size: bool) -> None:
-    """Dilates a convolution. keep_size: its stride becomes 1."""
+    """Dilates a convolution. keep_size: the stride becomes 1."""
     if keep_size:
         convolution.stride = (1, 1)
     if convolution.kernel_size[0] > 1 and rate > 1:
@@ -133,7 +133,10 @@ class UnevenSyncBatchNorm(_BatchNorm):
 
 
 def sync_norms(module: nn.Module) -> None:
-    """Replaces every BatchNorm by one over all ranks, in place. Keeps weights and statistics."""
+    """Replaces every BatchNorm by BatchNorm over all ranks, in place.
+
+    Keeps weights and statistics.
+    """
 
     def make(old: _BatchNorm) -> UnevenSyncBatchNorm:
         return UnevenSyncBatchNorm(old.num_features, old.eps, old.momentum)

@@ -32,7 +32,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 class Reader:
-    """Reads images and their annotations. Notes files that cannot be read.
+    """Reads images and annotations. Notes unreadable files.
 
     skipped: {index: reason}. An unreadable image of training is replaced by the next image.
     """
@@ -58,7 +58,7 @@ class Reader:
         return to_tensor(pixels), found
 
     def read_or_next(self, index: int) -> tuple[Tensor, Any]:
-        """Returns image and annotations of `index`, or of the next image that can be trained on.
+        """Returns image and annotations of `index`, or of the next usable image.
 
         Raises ConfigError if there is none.
         """
@@ -138,7 +138,7 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 def detection_sample(
     image: Tensor, target: Target, generator: torch.Generator, flip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns an image and its targets as torchvision's detectors take them, maybe flipped."""
+    """Returns an image and targets as torchvision's detectors take them, maybe flipped."""
     keep = torch.from_numpy(target.trained)
     boxes = torch.from_numpy(target.boxes)[keep]
     found = {"boxes": boxes, "labels": torch.from_numpy(target.labels)[keep]}
@@ -172,7 +172,7 @@ def at_val_size(image: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tenso
 def segmentation_sample(
     image: Tensor, pixels: np.ndarray, generator: torch.Generator, data: SegmentData
 ) -> tuple[Tensor, Tensor]:
-    """Returns a random crop (C, S, S) and its labels (S, S) uint8, scaled and flipped at random.
+    """Returns a random crop (C, S, S) and labels (S, S) uint8, scaled and flipped at random.
 
     Pixels beyond the image are gray, and do not count.
     """

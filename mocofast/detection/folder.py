@@ -1,4 +1,4 @@
-"""The run folder of a task, and its checkpoints."""
+"""The run folder and the checkpoints of a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command line to one run, or to several runs side by side and their table."""
+"""From a command line to one run, or to several runs side by side and a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def launch(task: str, words: Sequence[str], resume: str, given: Mapping[str, str
 
     words: where encoders start, or a config.yaml. resume: "", auto or a path.
     given: {"group.option": text}.
-    Raises ConfigError and FileNotFoundError for a command line that cannot be used.
+    Raises ConfigError and FileNotFoundError for an unusable command line.
     """
     device = choose_device(given.get("train.device", "auto"))
     *_, local_rank = distributed.init_from_environment(device)
@@ -72,7 +72,7 @@ def configure(
 ) -> tuple[TaskConfig, list[str]]:
     """Returns the configuration, and where the encoders start.
 
-    small: options that nobody gives are those of a CPU.
+    small: the defaults are the defaults of a CPU.
     """
     inits, config = list(words), KINDS[task]()
     if any(Path(word).suffix in (".yaml", ".yml") for word in words):
@@ -101,7 +101,7 @@ def _continue(task: str, path: Path, given: Mapping[str, Any], device: torch.dev
 
 
 def _as_saved(saved: Mapping[str, Any], given: Mapping[str, str], task: str) -> TaskConfig:
-    """Returns the options of a checkpoint, with the given options that may change."""
+    """Returns the options of a checkpoint, with the given options."""
     config = from_dict(task, saved["config"], "checkpoint")
     apply(config, given)
     check_same_run(config, saved["config"])
@@ -111,7 +111,7 @@ def _as_saved(saved: Mapping[str, Any], given: Mapping[str, str], task: str) -> 
 def _start_or_continue(
     config: TaskConfig, resume: str, given: Mapping[str, Any], device: torch.device
 ) -> Outcome:
-    """Runs a configuration. resume: "auto" continues the folder of the run, if it holds a run."""
+    """Runs a configuration. resume: "auto" continues the folder of the run, if there is a run."""
     saved = None
     if resume:
         folder = choose_folder(config, True)
@@ -189,7 +189,7 @@ def _with(config: TaskConfig, init: str, seed: int, folder: Path) -> TaskConfig:
 def table(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Returns a Markdown table: mean and standard deviation over seeds.
 
-    figures: {start: figures of its runs, 0 to 1}. The table is in percent.
+    figures: {start: figures of all runs, 0 to 1}. The table is in percent.
     """
     known = [c for c in COLUMNS if any(c in run for runs in figures.values() for run in runs)]
     lines = ["| start | runs | " + " | ".join(known) + " |", "|---" * (len(known) + 2) + "|"]

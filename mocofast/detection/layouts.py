@@ -1,4 +1,4 @@
-"""Finds the layout of a folder of annotated images, and its sets."""
+"""Finds the layout and the sets of a folder of annotated images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_sets(data: SetOptions, kind: str) -> Sets:
     """Reads the annotations of a folder.
 
     kind: boxes, masks (of objects) or pixels (a class for every pixel).
-    Raises ConfigError for a folder without such annotations, and for files that cannot be read.
+    Raises ConfigError for a folder without annotations of the kind, and for unreadable files.
     """
     if not data.path:
         raise ConfigError("data.path: expected the folder of a set, got nothing (--data.path DIR)")

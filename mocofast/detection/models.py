@@ -119,7 +119,7 @@ class _C4Head(nn.Module):
     """The last stage of the encoder, then BatchNorm: MoCo's head of R50-C4.
 
     The configuration of facebookresearch/moco (detection/train_net.py) adds the BatchNorm, since
-    the features of a pretrained encoder have other scales than those of a supervised encoder.
+    the scales of pretrained features differ from the scales of supervised features.
     Input: regions (R, C, 14, 14). Output: (R, C2, 7, 7), or their means (R, C2) for boxes.
     """
 

@@ -1,4 +1,4 @@
-"""SGD and the schedule of its learning rate, counted in steps."""
+"""SGD and the schedule of the learning rate, counted in steps."""
 
 from __future__ import annotations
 

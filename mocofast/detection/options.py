@@ -1,8 +1,8 @@
 """The options of `mocofast detect` and `mocofast segment`, and how a run's options are found.
 
-The defaults are those of MoCo's tables (He et al. 2020, arXiv:1911.05722, sec. 4.2 and appendix)
-on Pascal VOC: 24,000 steps of 16 images for detection.
-On a CPU, SMALL replaces the defaults. Loads no PyTorch, so `--help` is quick.
+The defaults are the settings of MoCo's tables (He et al. 2020, arXiv:1911.05722, sec. 4.2 and
+appendix) on Pascal VOC: 24,000 steps of 16 images for detection.
+On a CPU, SMALL replaces the defaults. Loads no PyTorch: `--help` is quick.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class SegmentData(SetOptions):
 
 @dataclass
 class TaskOptim:
-    """SGD and its schedule."""
+    """SGD and the schedule."""
 
     lr: float = option(0.02, "peak learning rate of a batch of lr_per images", valid=at_least(0))
     lr_per: int = option(
@@ -232,7 +232,7 @@ def groups(kind: type) -> dict[str, type]:
 def apply(config: TaskConfig, values: Mapping[str, Any]) -> None:
     """Sets options, {"group.option": value or text}, and checks all options.
 
-    Raises ConfigError for an unknown name or a value that cannot be used.
+    Raises ConfigError for an unknown name or a bad value.
     """
     known = {
         s.name: s

@@ -19,7 +19,7 @@ _COLORS = colormaps["tab10"]
 
 
 def plot_curves(metrics: Path, keys: Sequence[str], out: Path) -> None:
-    """Writes panels over epochs: the loss, its parts, the figures of `keys`, the learning rate.
+    """Writes panels over epochs: loss, parts of the loss, figures of `keys`, learning rate.
 
     metrics: a metrics.jsonl. Without a line, no file is written.
     """
@@ -73,7 +73,7 @@ def plot_predictions(found: Sequence[Prediction], classes: Sequence[str], out: P
 
 
 def _draw_boxes(axes: Axes, objects: object, classes: Sequence[str]) -> None:
-    """Draws boxes of a Target or of Detections, of these with scores of at least SHOWN."""
+    """Draws boxes of a Target, or of Detections with scores of at least SHOWN."""
     boxes, labels = objects.boxes, objects.labels  # type: ignore[attr-defined]
     scores = None if isinstance(objects, Target) else objects.scores  # type: ignore[attr-defined]
     for i, ((x0, y0, x1, y1), label) in enumerate(zip(boxes.tolist(), labels.tolist())):

@@ -1,4 +1,4 @@
-"""Trains a detector or a segmentation network: one code path for a CPU, a GPU, and torchrun."""
+"""Trains a detector or a segmentation network: the same code for a CPU, a GPU, and torchrun."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Outcome(NamedTuple):
 
 
 def train(config: TaskConfig, device: torch.device, saved: dict[str, Any] | None) -> Outcome:
-    """Runs a configuration from its start, or from the content of a checkpoint.
+    """Runs a configuration from the start, or from the content of a checkpoint.
 
     device: of this rank. The process group exists, where there are several ranks.
-    Raises ConfigError for a configuration that cannot be used, and DivergedError if the loss or a
+    Raises ConfigError for an unusable configuration, and DivergedError if the loss or a
     weight is not finite. The last finite checkpoint then stays.
     """
     with StopRequest() as stop, contextlib.ExitStack() as held:
@@ -72,7 +72,7 @@ def train(config: TaskConfig, device: torch.device, saved: dict[str, Any] | None
 
 
 class _Run:
-    """The objects of one run, and its loop. folder and writer exist on rank 0 alone."""
+    """The objects and the loop of a run. folder and writer exist on rank 0 alone."""
 
     def __init__(
         self, config: TaskConfig, path: Path, device: torch.device, saved: dict[str, Any] | None
@@ -131,7 +131,7 @@ class _Run:
             self._announce(saved is not None)
 
     def _check_norms(self) -> None:
-        """Raises ConfigError where BatchNorm has no statistics, or a single value for these."""
+        """Raises ConfigError where BatchNorm has no statistics, or a single value."""
         m, data = self.config.model, self.config.data
         if m.norm == "frozen" and m.init == "scratch":
             raise ConfigError(
@@ -194,7 +194,7 @@ class _Run:
         return Outcome(self.path, self.step, interrupted, self.values)
 
     def _step(self) -> None:
-        """Makes one optimiser step on the next batch."""
+        """Makes an optimiser step on the next batch."""
         asked = time.perf_counter()
         if self.rest is None:
             self.rest = self.batches.epoch(self.epoch, self.step_in_epoch)
@@ -219,7 +219,7 @@ class _Run:
         self.window.add(metrics, len(batch) * self.world_size, waited)
 
     def _evaluation_due(self) -> bool:
-        """Returns whether the present step has an evaluation that was not made yet."""
+        """Returns whether the evaluation of the present step is due."""
         every = self.config.train.eval_every
         ended = self.step_in_epoch == 0 and self.step > 0
         by_epoch = ended and every > 0 and self.epoch % every == 0
@@ -287,7 +287,7 @@ class _Run:
         gc.collect()
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Continues from the content of a checkpoint. Raises ConfigError for other images."""
+        """Continues from the content of a checkpoint. Raises ConfigError for changed images."""
         found = self.sets.train.fingerprint()
         if found != saved["fingerprint"]:
             raise ConfigError(
@@ -307,7 +307,7 @@ class _Run:
             set_random_state(states[self.rank], self.device)
 
     def _skipped(self) -> dict[str, str]:
-        """Returns the files that could not be read, {path: reason}."""
+        """Returns the unreadable files, {path: reason}."""
         return {
             reader.images.name(index): reason
             for reader in (self.batches.reader, self.val)
@@ -351,7 +351,7 @@ class _Run:
             log.info("continuing at step %d", self.step)
 
     def _finish(self, interrupted: bool, seconds: float) -> None:
-        """Logs how the run ended, and draws its pictures. seconds: duration of the run."""
+        """Logs how the run ended, and draws the pictures. seconds: duration of the run."""
         if self.folder is None or self.writer is None:
             return
         self.writer.wait()

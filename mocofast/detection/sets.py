@@ -24,7 +24,7 @@ class Target(NamedTuple):
 
     boxes: (n, 4) float32. labels: (n,) int64, from 1. areas: (n,) float64, square pixels.
     ignored: (n,) bool: crowds and difficult objects, which evaluation leaves out.
-    trained: (n,) bool: objects that training shows.
+    trained: (n,) bool: objects of training.
     masks: (n, H, W) bool, or n run-length encodings of pycocotools. None: not asked for.
     """
 
@@ -37,9 +37,9 @@ class Target(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An image with its annotations.
+    """An image with annotations.
 
-    target: its boxes. masks: returns the objects with masks, read from files.
+    target: the boxes. masks: returns the objects with masks, read from files.
     pixels: returns the class of every pixel, (H, W) uint8.
     """
 
@@ -53,7 +53,7 @@ class Item(NamedTuple):
 class AnnotatedSet:
     """Images with annotations, in a fixed order.
 
-    remarks: lines about entries that were left out.
+    remarks: lines about left-out entries.
     """
 
     items: list[Item]
@@ -88,7 +88,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Returns the boxes (n, 4) float32 of masks (n, H, W) bool, none of them empty."""
+    """Returns the boxes (n, 4) float32 of masks (n, H, W) bool. No mask is empty."""
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

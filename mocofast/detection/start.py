@@ -1,4 +1,4 @@
-"""The weights that a run starts from: none, ImageNet's, or the encoder of a checkpoint."""
+"""The weights at the start of a run: none, ImageNet's, or the encoder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mocofast.settings import nearest
 
 
 class Start(NamedTuple):
-    """The encoder of a start, and its images.
+    """The encoder and the images of a start.
 
-    weights: of the encoder without head, under its own names. None: random.
+    weights: of the encoder without head, under the names of the encoder. None: random.
     """
 
     weights: dict[str, Tensor] | None
@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
 
 def find_start(options: StartOptions) -> Start:
-    """Reads the weights that `options.init` names. The options say what the file does not.
+    """Reads the weights of `options.init`. The options say what the file leaves open.
 
     Raises FileNotFoundError, and ConfigError for a file without a known encoder, and for an
     encoder or images that differ from the options.
@@ -88,7 +88,7 @@ def _imagenet(arch: str) -> dict[str, Tensor]:
 
 
 def encoder_of(start: Start) -> nn.Module:
-    """Returns the encoder with its weights. Raises ConfigError where they do not fit."""
+    """Returns the encoder with the weights. Raises ConfigError where the weights do not fit."""
     if start.channels not in (1, 3):
         raise ConfigError(
             f"model.channels: detection reads images of 1 or 3 channels, got {start.channels}"

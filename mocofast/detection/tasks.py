@@ -124,7 +124,7 @@ class SegmentationTask:
         return segmentation_sample(image, pixels, generator, self.config.data)
 
     def losses(self, model: nn.Module, batch: list[Any], device: torch.device) -> dict[str, Tensor]:
-        """Returns the loss of a batch, {name: ()}: mean cross-entropy of the pixels that count."""
+        """Returns the loss of a batch, {name: ()}: mean cross-entropy of the counted pixels."""
         images = torch.stack([image for image, _ in batch]).to(device)
         labels = torch.stack([labels for _, labels in batch]).to(device).long()
         logits = model(images)
@@ -162,7 +162,7 @@ def task_of(config: TaskConfig) -> Task:
 
 
 def confusion(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
-    """Returns (classes, classes) int64: pixels of class i that were found to be of class j."""
+    """Returns (classes, classes) int64: pixels of class i, found to be of class j."""
     counts = truth != IGNORED
     pairs = truth[counts].astype(np.int64) * classes + found[counts]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -171,7 +171,7 @@ def confusion(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
 def iou_figures(matrix: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
     """Returns miou, pixel_accuracy and iou_CLASS, 0 to 1. matrix: of `confusion`.
 
-    As VOC does, the mean is over background and classes. A class that is neither shown nor found
+    As VOC does, the mean is over background and classes. A class neither shown nor found
     does not count.
     """
     right = matrix.diagonal()
@@ -196,7 +196,7 @@ def evaluate(
     """Returns the figures of a model on all images of `reader`. All ranks call it together.
 
     stopped: asked after every image. Raises EvaluationStopped on all ranks if a rank stops.
-    An image that cannot be read is left out, and `reader.skipped` names it.
+    An unreadable image is left out, and named in `reader.skipped`.
     """
     rank, world_size = distributed.rank_and_world_size()
     classes = reader.images.classes

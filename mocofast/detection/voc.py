@@ -168,7 +168,7 @@ def _target(
 
 
 def _mask_classes(pairs: Sequence[tuple[Path, str]]) -> tuple[str, ...]:
-    """Returns VOC's classes if the set shows these, else the numbers in the masks as names."""
+    """Returns VOC's classes if the set shows all, else the numbers in the masks as names."""
     largest = 0
     for root, name in pairs:
         numbers = _read_mask(root / "SegmentationClass" / f"{name}.png")
@@ -217,7 +217,7 @@ def _read_classes(root: Path, name: str, classes: Sequence[str]) -> np.ndarray:
 
 
 def _read_objects(root: Path, name: str, classes: Sequence[str]) -> Target:
-    """Returns the objects of an image: SegmentationObject numbers them, from 1."""
+    """Returns the objects of an image, numbered from 1 by SegmentationObject."""
     numbers = _read_classes(root, name, classes)
     path = root / "SegmentationObject" / f"{name}.png"
     objects = _read_mask(path)
