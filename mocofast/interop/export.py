@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mocofast import files
 from mocofast.config import ConfigError
+from mocofast.interop.graphs import SUFFIXES, graph_lines, write_graph
+from mocofast.interop.hugging_face import check_transformers, transformers_lines, write_folder
 from mocofast.interop.layouts import timm_names
 from mocofast.interop.loading_lines import how_to_load
 from mocofast.interop.weights import backbone_state_dict, to_reference_state_dict
@@ -26,7 +28,10 @@ from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
 
-FORMATS = ("torchvision", "timm", "detectron2", "reference", "safetensors")
+FORMATS = (
+    *("torchvision", "timm", "detectron2", "reference", "safetensors"),
+    *("transformers", "onnx", "torch_export"),
+)
 
 
 class Exported(NamedTuple):
@@ -52,9 +57,12 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         timm: as torchvision, under timm's names: ResNets, ViTs, and models of timm.
         safetensors: as torchvision, `out` has to end in .safetensors.
         detectron2: a pickle under the names of detectron2's ResNet backbone (for R50: R50-C4).
+        transformers: a folder of Hugging Face transformers with a model card: ResNets and ViTs.
+        onnx: a graph of features for any number of images, `out` ends in .onnx.
+        torch_export: the same for torch.export, `out` ends in .pt2.
         reference: a checkpoint of facebookresearch/moco (encoders, queue, optimiser), from which
             training can continue there.
-    out: the file to write. Missing folders are created.
+    out: the file to write (transformers: the new folder). Missing folders are created.
     Raises ConfigError (a ValueError) for an unknown format, a suffix that does not fit the format,
     or an encoder that the format does not support.
     """
@@ -69,8 +77,22 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         raise ConfigError(f"out: expected a name ending in .safetensors, got {out}")
     if is_safetensors and format in ("detectron2", "reference"):
         raise ConfigError(f"out: format {format} has a file format of its own, got {out}")
+    suffix = SUFFIXES.get(format, out.suffix)
+    if out.suffix != suffix or (is_safetensors and format == "transformers"):
+        raise ConfigError(f"out: format {format} expects a name ending in {suffix}, got {out}")
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
+    if format == "transformers":
+        check_transformers(config.model.arch, config.model.layer_scale)
+        backbone = {n: t.contiguous() for n, t in backbone_state_dict(model).items()}
+        count = write_folder(backbone, model.encoder_q, config, checkpoint, out)
+        lines = transformers_lines(config, out)
+        return Exported(out, count, "the query encoder without its head", lines)
+    if format in SUFFIXES:
+        count = len(backbone_state_dict(model))
+        _write(out, lambda file: write_graph(format, model.encoder_q, config, file))
+        lines = graph_lines(format, config, out)
+        return Exported(out, count, "the query encoder without its head", lines)
     if format == "reference":
         if not checkpoint.get("is_complete", True):
             raise ConfigError(

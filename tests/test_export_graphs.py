@@ -1,0 +1,111 @@
+"""Exports for transformers, ONNX and torch.export give equal features in these libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mocofast.config import ConfigError
+from mocofast.data.evaluation import center_view
+from mocofast.interop.export import export
+from mocofast.models.pixels import prepare_images
+from tests.test_export import query_features, trained
+
+SMALL = {"augment.size": 32}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("resnet18", {"augment.size": 64}),
+        ("resnet50", {"augment.size": 64}),
+        ("vit_tiny_cifar", SMALL),
+    ],
+)
+def test_transformers_computes_equal_features_of_an_image(
+    arch: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    checkpoint = trained(arch, options)
+    folder = tmp_path / "out" / "model"
+    written = export(checkpoint, "transformers", folder)
+    assert {f.name for f in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+    }
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    scope: dict[str, Any] = {"image": image}
+    with torch.no_grad():
+        exec(written.how_to_load, scope)
+    size = options["augment.size"]
+    crop = torch.from_numpy(np.array(center_view(image, size))).permute(2, 0, 1)[None]
+    mean, std = (torch.tensor(checkpoint["config"]["augment"][n]) * 255 for n in ("mean", "std"))
+    ours = query_features(checkpoint, prepare_images(crop, mean, std))
+    # The model is compared to 1e-5 on one input. The processor may round resized pixels otherwise.
+    inputs = scope["inputs"]["pixel_values"]
+    torch.testing.assert_close(
+        scope["features"], query_features(checkpoint, inputs), rtol=1e-5, atol=1e-5
+    )
+    assert (inputs - prepare_images(crop, mean, std)).abs().max() < 1.5 / 255 / min(
+        checkpoint["config"]["augment"]["std"]
+    )
+    assert ours.shape == scope["features"].shape
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and "| Epochs | 7 |" in card
+    with pytest.raises(ConfigError, match="expected a new folder"):
+        export(checkpoint, "transformers", folder)
+
+
+@pytest.mark.parametrize("arch", ["resnet18_cifar", "vit_tiny_cifar", "timm/convnext_atto"])
+def test_onnxruntime_computes_equal_features_for_any_number_of_images(
+    arch: str, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    checkpoint = trained(arch, SMALL)
+    written = export(checkpoint, "onnx", tmp_path / "model.onnx")
+    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        scope: dict[str, Any] = {"images": images.numpy(), "onnxruntime": onnxruntime}
+        exec(written.how_to_load, scope)
+        expected = query_features(checkpoint, images)
+        found = torch.from_numpy(scope["features"])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet_tiny", "vit_tiny_cifar"])
+def test_an_exported_program_computes_equal_features_for_any_number_of_images(
+    arch: str, tmp_path: Path
+) -> None:
+    checkpoint = trained(arch, SMALL)
+    scope: dict[str, Any] = {}
+    exec(export(checkpoint, "torch_export", tmp_path / "model.pt2").how_to_load, scope)
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        with torch.no_grad():
+            found = scope["model"](images)
+        torch.testing.assert_close(found, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "format", "out", "message"),
+    [
+        ("resnet_tiny", "onnx", "x.pt", "out: format onnx expects a name ending in .onnx"),
+        ("resnet_tiny", "torch_export", "x", "out: format torch_export expects .* .pt2"),
+        ("resnet_tiny", "transformers", "x", "format: transformers is for resnet18 to resnet152"),
+    ],
+)
+def test_what_cannot_be_exported_says_why(
+    arch: str, format: str, out: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(trained(arch), format, tmp_path / out)
+    assert list(tmp_path.iterdir()) == []
