@@ -74,6 +74,7 @@ def test_every_kind_of_launch_compiles_for_hopper() -> None:
     only = (
         r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$"
         r"|^(backward|forward), C=200, bf16(, in-batch)?$|^enqueue, C=128|^ema, torch.bfloat16"
+        r"|^forward with (mean|ids), C=128, bf16, queue$"
     )
     reports = _reports("--capability", "90", "--only", only)
     _assert_sound(reports)

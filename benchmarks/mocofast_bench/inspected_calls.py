@@ -87,12 +87,12 @@ VARIANTS = (
     Variant("queue, no ranks", False, True, False, False, rank=False),
     Variant("in-batch", True, True, True, True),
 )
-# Of the default dimension alone.
-MORE_VARIANTS = (
-    Variant("queue, mean", False, True, False, False, mean=True),
-    Variant("queue, ids", False, True, False, False, ids=True),
-    Variant("in-batch, ids", True, True, True, True, ids=True),
-)
+# Options of the queue and of in-batch negatives, at the default dimension alone.
+WITH_OPTIONS = {
+    "forward with mean": Variant("queue", False, True, False, False, mean=True),
+    "forward with ids": Variant("queue", False, True, False, False, ids=True),
+    "forward with ids and period": Variant("in-batch", True, True, True, True, ids=True),
+}
 
 
 class Problem(NamedTuple):
@@ -274,8 +274,9 @@ def cases() -> Iterator[Case]:
     """Yields all cases: all rows of the tile tables in all variants, and all small kernels."""
     # InfoNCE, then the queue.
     for C, types in itertools.product(COLUMNS, TYPES):
-        for variant in (*VARIANTS, *(MORE_VARIANTS if C == 128 else ())):
-            name = f"forward, C={C}, {types.name}, {variant.name}"
+        variants = [("forward", variant) for variant in VARIANTS]
+        for kind, variant in [*variants, *(WITH_OPTIONS.items() if C == 128 else ())]:
+            name = f"{kind}, C={C}, {types.name}, {variant.name}"
             yield Case(name, partial(forward(C, types, variant).run, None), types.matmul_precision)
         name = f"backward, C={C}, {types.name}"
         yield Case(name, partial(grad_negatives(C, types).run, None), types.matmul_precision)

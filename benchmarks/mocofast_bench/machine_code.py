@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # {name in the summary: case}, one case of every family.
 HEADLINES = {
     "info_nce, bf16": "forward, C=128, bf16, queue",
-    "info_nce, bf16, mean": "forward, C=128, bf16, queue, mean",
-    "info_nce, bf16, ids": "forward, C=128, bf16, queue, ids",
     "info_nce, bf16, no ranks": "forward, C=128, bf16, queue, no ranks",
     "info_nce, bf16, loss only": "forward, C=128, bf16, queue, loss only",
     "info_nce, bf16, temperature tensor": "forward, C=128, bf16, queue, temperature tensor",

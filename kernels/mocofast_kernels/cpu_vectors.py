@@ -17,7 +17,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def wide(x: Tensor) -> Tensor:
     """Returns x in the dtype of sums."""
-    return x.to(wide_dtype(x.dtype))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -131,7 +131,6 @@ def info_nce(
     check_reduction(reduction)
     rows, has_own = query.shape[:-1], negative_keys is not None and negative_keys.dim() == 3
     negatives = positive_key if negative_keys is None else negative_keys
-    columns = negatives.shape[1] if has_own else negatives.shape[:-1].numel()
     if query_ids is not None or key_ids is not None:
         in_batch = negative_keys is None and own_rows is None
         key_ids = query_ids if key_ids is None and in_batch else key_ids
@@ -139,6 +138,7 @@ def info_nce(
         query_ids = checked_ids("query_ids", query_ids, rows, query.device)
         key_ids = checked_ids("key_ids", key_ids, expected, query.device)
     if exclude is not None:
+        columns = negatives.shape[1] if has_own else negatives.shape[:-1].numel()
         exclude = checked_mask("exclude", exclude, (*rows, columns), query.device)
 
     normalize_negatives = normalize and not negatives_normalized
@@ -157,9 +157,13 @@ def info_nce(
         loss = reduced(loss, reduction)
         return loss if rank is None else (loss, rank)
     # In-batch: a period of M leaves key i out of the negatives of query i.
-    query, positive_key, negatives = (x.flatten(0, -2) for x in (query, positive_key, negatives))
-    query_ids, key_ids = (None if ids is None else ids.flatten() for ids in (query_ids, key_ids))
-    exclude = None if exclude is None else exclude.reshape(-1, columns)
+    if dense:
+        query, positive_key, negatives = (
+            x.flatten(0, -2) for x in (query, positive_key, negatives)
+        )
+        query_ids = None if query_ids is None else query_ids.flatten()
+        key_ids = None if key_ids is None else key_ids.flatten()
+        exclude = None if exclude is None else exclude.flatten(0, 1)
     period = 0
     if negative_keys is None:
         if own_rows is not None and own_rows.start:  # the rotation of `own_rows_first`
