@@ -10,16 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mocofast_bench import health_drill
 
 from mocofast import settings
 from mocofast.config import Config
 from mocofast.data.sources import ArraySource
 from mocofast.health.facts import count_copies
 from mocofast.health.leak import leak_test
-from mocofast.health.signals import drift, of_embeddings, of_views, sample_of
+from mocofast.health.signals import (
+    Snapshot,
+    drift,
+    of_embeddings,
+    of_views,
+    sample_of,
+    weights_of,
+)
 from mocofast.health.verdict import Evidence, diagnose, verdict
 from mocofast.health.watch import read_signals
 from mocofast.methods.build import build_method
+from mocofast.train.engine import Engine
+from mocofast.train.optimizer import optimizer_of
 from tests.test_run_files import run
 
 
@@ -89,6 +99,38 @@ def test_the_leak_test_leaves_the_method_alone() -> None:
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert leak_test(build_method(settings.load_recipe("digits")), views) == {}
+
+
+def test_a_captured_step_leaves_the_same_signals() -> None:
+    """On a CPU, `graph` runs the step on the fixed buffers that a CUDA graph would read."""
+    config = settings.load_recipe("digits")
+    views = tuple(torch.randint(0, 256, (2, 32, 3, 8, 8), dtype=torch.uint8))
+    found = []
+    for mode in ("eager", "graph"):
+        torch.manual_seed(0)
+        method = build_method(config)
+        before = weights_of(method)
+        optimizer = optimizer_of(method, config.optim)
+        autocast = torch.autocast("cpu", enabled=False)
+        engine = Engine(mode, method, optimizer, autocast, 1, 32, backend=None)
+        engine.set_scheduled(0, 10, 0.1)
+        metrics = engine.step(views)
+        found.append(Snapshot(method, views, metrics.pair).signals(before, 1))
+    assert {"effective_rank", "queue_drift", "gradient_norm"} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_that_may_leak_is_tested_for_it(tmp_path: Path) -> None:
+    options = {"model.bn_splits": 32, "model.shuffle_bn": False}
+    run(tmp_path, 2, **options)
+    _, (first, second) = read_signals(tmp_path)
+    assert "acc1_shuffled" not in first
+    assert {"acc1_as_trained", "acc1_shuffled"} <= second.keys()
+
+
+@pytest.mark.slow
+def test_faults_are_named_and_healthy_runs_are_left_alone() -> None:
+    assert health_drill.main(["--seeds", "1"]) == 0
 
 
 def test_copies_are_counted(tmp_path: Path) -> None:
