@@ -24,7 +24,7 @@ from mocofast.data.dali_loader import DaliLoader
 from mocofast.data.interface import BatchSlice
 from mocofast.data.journal import Journal, read_journal
 from mocofast.data.sources import FolderSource
-from mocofast.data.trial import fatal_files
+from mocofast.data.trial import try_files
 from mocofast.train.suspects import FATAL, FOLDER, skip_fatal_files
 from tests.pictures import assert_same_batches, files, jpeg, save_photos
 
@@ -39,7 +39,7 @@ while len(length := files.read(8)) == 8:
         os.kill(os.getpid(), signal.SIGSEGV)
     if content.endswith({HANG!r}):
         time.sleep(60)
-    os.write(1, b".")
+    os.write(1, b"g\\n")
 """
 
 
@@ -79,8 +79,9 @@ def test_files_that_end_or_hang_a_process_are_told_from_others(
     source = FolderSource(photos_23, [f"{i:03}.jpg" for i in range(23)])
     monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", FAKE))
     monkeypatch.setattr(trial, "SECONDS", 3.0)
-    fatal = fatal_files(source, range(1, 14))
-    assert fatal == {
+    bad, python, fatal = try_files(source, range(1, 14))
+    assert (python, fatal) == ((), 3)
+    assert bad == {
         3: "it ends the process that decodes it (SIGSEGV)",
         4: "it ends the process that decodes it (SIGSEGV)",
         9: "a decoder did not end within 3 s",
@@ -91,7 +92,10 @@ def test_the_real_trial_decodes_good_and_bad_files_and_accuses_none(photos_23: P
     (photos_23 / "001.jpg").write_bytes(jpeg(3)[:-100])
     (photos_23 / "002.jpg").write_bytes(b"no image")
     (photos_23 / "003.jpg").write_bytes(b"")
-    assert fatal_files(files(photos_23), range(6)) == {}
+    bad, python, fatal = try_files(files(photos_23), range(6))
+    assert (sorted(bad), python, fatal) == ([1, 2, 3], (), 0)
+    assert "truncated" in bad[1]
+    assert "cannot identify" in bad[2]
 
 
 def test_a_loader_that_ends_by_itself_leaves_no_journal(photos_23: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -93,6 +93,10 @@ class DaliLoader:
     def keep_journal(self, path: Path) -> None:
         """Keeps a `Journal` of the samples that are being decoded, until `close`."""
         self._batches.journal = Journal(path, self._batches.source.fingerprint())
+
+    def decode_in_python(self, samples: Iterable[int]) -> None:
+        """Keeps samples from DALI's decoders. Call it before the first epoch."""
+        self._batches.planner.python_only.update(samples)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start .. steps_per_epoch - 1. Ends the iterator

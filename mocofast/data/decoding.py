@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from mocofast.data.items import Extent, FileReader, Item, opened
+from mocofast.data.items import Extent, FileReader, Item, check_pixels, opened
 from mocofast.data.kinds import head_of, reader_for
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
@@ -221,11 +221,7 @@ def _check_bomb(tags: Tags) -> None:
     """
     if tags.hollow:
         raise OSError(f"truncated: the file is too short for {tags.width} x {tags.height} pixels")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and tags.height * tags.width > 2 * limit:
-        raise Image.DecompressionBombError(
-            f"{tags.width} x {tags.height} pixels are more than {2 * limit}: a bomb?"
-        )
+    check_pixels(tags.height, tags.width)
 
 
 def _tiles(image: Image.Image) -> list[Any]:

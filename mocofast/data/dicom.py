@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mocofast.data.items import WHOLE, Extent, opened
+from mocofast.data.items import WHOLE, Extent, check_pixels, opened
 from mocofast.data.ranges import Pixels
 
 INSTALL = "pip install 'mocofast[dicom]'"
@@ -58,6 +58,7 @@ def _read(file: str | bytes, header: bool = False) -> Any:
         dataset = dcmread(content, stop_before_pixels=header)
     if "Rows" not in dataset or "Columns" not in dataset:
         raise ValueError("DICOM without an image")
+    check_pixels(int(dataset.Rows), int(dataset.Columns))
     return dataset
 
 

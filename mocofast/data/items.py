@@ -12,6 +12,7 @@ import stat
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from mocofast.data.ranges import Pixels
 
@@ -91,6 +92,15 @@ def opened(file: str | bytes) -> BinaryIO:
 def _without_waiting(file: str, flags: int) -> int:
     """Opens a file. The open of a pipe without a writer does not wait."""
     return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises PIL's DecompressionBombError above twice PIL.Image.MAX_IMAGE_PIXELS, as PIL does."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > 2 * limit:
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels are more than {2 * limit}: a bomb?"
+        )
 
 
 def first_channels(count: int, wanted: int) -> tuple[int, str]:

@@ -21,6 +21,7 @@ from mocofast.data.ranges import Pixels, type_bounds
 
 INSTALL = "pip install 'mocofast[nifti]'"
 PLANES = ("sagittal", "coronal", "axial")  # perpendicular to the axes right, anterior, superior
+LARGEST = 4 << 30  # bytes of a volume that a packed file in an archive may hold
 _GZIP = b"\x1f\x8b"
 
 
@@ -103,7 +104,7 @@ def _open(file: str | bytes) -> Any:
     if isinstance(file, str):
         image: Any = nibabel.load(file)
     else:
-        content = gzip.decompress(file) if file.startswith(_GZIP) else file
+        content = _unpacked(file) if file.startswith(_GZIP) else file
         kind: Any = nibabel.Nifti2Image if content[4:8] == b"n+2\0" else nibabel.Nifti1Image
         image = kind.from_stream(io.BytesIO(content))
     if len(image.shape) < 2:
@@ -111,6 +112,14 @@ def _open(file: str | bytes) -> Any:
     if len(image.shape) == 2:
         image = image.__class__(np.asarray(image.dataobj)[..., None], image.affine, image.header)
     return image
+
+
+def _unpacked(file: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(file)) as packed:
+        content = packed.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"unpacks to more than {LARGEST >> 30} GiB: a bomb?")
+    return content
 
 
 def _orientation(image: Any) -> tuple[list[int], list[bool]]:

@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.lib import format as npy
 
-from mocofast.data.items import ALL, WHOLE, Extent, native, opened
+from mocofast.data.items import ALL, WHOLE, Extent, check_pixels, native, opened
 from mocofast.data.ranges import Pixels, type_bounds
 
 NPY = ".npy"
@@ -25,16 +25,18 @@ IMAGE_NAMES = ("image", "img", "x", "data", "arr_0")
 def extent(file: str | bytes, wanted: int, part: int = WHOLE) -> Extent:
     """Returns the size of an array. Arguments: as `items.FileReader`."""
     with _member(file) as (member, remark):
-        version = npy.read_magic(member)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(member)
+        shape, dtype = _header(member)
     height, width, _ = sizes(shape, _channels(shape, wanted))
+    check_pixels(height, width)
     return Extent(height, width, dtype != np.uint8, remark, "NPY")
 
 
 def pixels(file: str | bytes, wanted: int, part: int = WHOLE) -> Pixels:
     """Returns the numbers of an array. Arguments: as `items.FileReader`."""
     with _member(file) as (member, _):
+        shape, _ = _header(member)
+        check_pixels(*sizes(shape, _channels(shape, wanted))[:2])  # a packed array may be a bomb
+        member.seek(0)
         # Pickled objects could run code.
         values = native(npy.read_array(member, allow_pickle=False))
     values = channels_last(values, _channels(values.shape, wanted))
@@ -75,6 +77,14 @@ def sizes(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
     if 0 in found:
         raise ValueError(f"pixels must not be empty, found {shape}")
     return found
+
+
+def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns the shape and the type of an array from its header."""
+    version = npy.read_magic(member)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(member)
+    return shape, dtype
 
 
 def _channels(shape: tuple[int, ...], wanted: int) -> int:

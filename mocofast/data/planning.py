@@ -86,6 +86,7 @@ class BatchPlanner:
         self._pixels, self._scaled = pixels, scaled
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
+        self.python_only: set[int] = set()  # samples that DALI is known to refuse
         # (height, width) of every image, 0 if not known yet
         self.sizes = np.zeros((len(source), 2), dtype=np.int32)
         # True for files that are decoded in Python: DALI reads their kind otherwise, or may end
@@ -177,7 +178,8 @@ class BatchPlanner:
                     self.sizes[index] = self._pixels.size(item)
                     return True
                 header = read_header(item)
-                self.in_python[index] = not (self._dali_range and accepts(item, header))
+                by_dali = self._dali_range and index not in self.python_only
+                self.in_python[index] = not (by_dali and accepts(item, header))
                 is_file = isinstance(item, (str, bytes))
                 self._scalable[index] = is_file and header.format in SCALABLE
                 self.sizes[index] = header.height, header.width

@@ -1,7 +1,7 @@
 """Decodes files in a separate process, which a file may end: `python -m mocofast.data.trial`.
 
 The process reads files from standard input: the length, 8 bytes, and the content. A byte answers
-every file that has been decoded or refused.
+every file that has been decoded or refused, with a reason on the same line.
 """
 
 from __future__ import annotations
@@ -12,24 +12,39 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from mocofast.data.interface import Source
 from mocofast.data.items import Item, opened
+from mocofast.errors import describe_error, printable
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "mocofast.data.trial")
+GOOD, PYTHON, BAD, FATAL = "gpbf"  # what a trial of a file shows
 SECONDS = 60.0  # for a file. The first file also waits for the start of the process
 
 
-def fatal_files(source: Source, samples: Sequence[int]) -> dict[int, str]:
-    """Returns the samples whose files end a process that decodes them, {index: reason}.
+class Verdicts(NamedTuple):
+    """What a trial of files has shown."""
 
-    Files are decoded by DALI on the CPU, or by PIL where the loader takes PIL.
+    bad: dict[
+        int, str
+    ]  # samples to skip: {index: reason}. The file ends the process, or is refused
+    python: tuple[int, ...]  # samples whose files DALI refuses and PIL decodes
+    fatal: int  # number of files that end the process
+
+
+def try_files(source: Source, samples: Sequence[int]) -> Verdicts:
+    """Decodes the files of some samples one by one, and tells good files from bad and fatal ones.
+
+    Files are decoded by DALI on the CPU, or by PIL where the loader takes PIL. Refused files count
+    too: DALI may also die some time after an error.
     Files of functions of the user, and files that cannot be read, are left out.
     """
-    fatal: dict[int, str] = {}
+    bad: dict[int, str] = {}
+    python: list[int] = []
+    fatal = 0
     child: _Child | None = None
     try:
         for index in samples:
@@ -37,14 +52,19 @@ def fatal_files(source: Source, samples: Sequence[int]) -> dict[int, str]:
             if content is None:
                 continue
             child = child or _Child()
-            if reason := child.fails(content):
-                fatal[index] = reason
+            kind, reason = child.decode(content)
+            if kind == PYTHON:
+                python.append(index)
+            elif kind != GOOD:
+                bad[index] = reason
+            if kind == FATAL:
+                fatal += 1
                 child.close()
                 child = None
     finally:
         if child is not None:
             child.close()
-    return fatal
+    return Verdicts(bad, tuple(python), fatal)
 
 
 def _content(source: Source, index: int) -> bytes | None:
@@ -66,8 +86,8 @@ class _Child:
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
 
-    def fails(self, content: bytes) -> str:
-        """Returns why the process ends or hangs on a file, or ""."""
+    def decode(self, content: bytes) -> tuple[str, str]:
+        """Returns GOOD, PYTHON, BAD or FATAL for a file, and the reason of the last two."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -76,12 +96,13 @@ class _Child:
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             if not selector.select(SECONDS):
-                return f"a decoder did not end within {SECONDS:g} s"
-        if process.stdout.read(1):
-            return ""
+                return FATAL, f"a decoder did not end within {SECONDS:g} s"
+        if answer := process.stdout.readline():
+            line = answer.decode(errors="replace").rstrip("\n")
+            return line[:1], line[1:]
         status = process.wait()
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return f"it ends the process that decodes it ({name})"
+        return FATAL, f"it ends the process that decodes it ({name})"
 
     def close(self) -> None:
         """Ends the process."""
@@ -91,33 +112,48 @@ class _Child:
 
 
 def _serve(files: BinaryIO, answers: BinaryIO) -> None:
-    from mocofast.config import DataConfig
-    from mocofast.data.dali_pipeline import decode_and_crop
+    while len(length := files.read(8)) == 8:
+        kind, reason = _decode(files.read(int.from_bytes(length, "little")))
+        answers.write(f"{kind}{printable(reason)}\n".encode())
+        answers.flush()
+
+
+def _decode(content: bytes) -> tuple[str, str]:
     from mocofast.data.decoding import decode, read_header
     from mocofast.data.probing import accepts
 
-    while len(length := files.read(8)) == 8:
-        content = files.read(int.from_bytes(length, "little"))
-        with contextlib.suppress(Exception):  # the loader skips files that are refused
-            if accepts(content, read_header(content)):
-                pipeline = decode_and_crop(
-                    lambda content=content: [[np.frombuffer(content, np.uint8)]],
-                    (),
-                    False,
-                    bytes,
-                    DataConfig(),
-                    batch_size=1,
-                    num_threads=1,
-                    device_id=None,
-                    prefetch_queue_depth=1,
-                    exec_dynamic=True,
-                )
-                pipeline.build()
-                pipeline.run()
-            else:
-                decode(content)
-        answers.write(b".")
-        answers.flush()
+    try:
+        by_dali = accepts(content, read_header(content))
+        if by_dali and _dali_decodes(content):
+            return GOOD, ""
+        decode(content)
+    except Exception as error:  # decoders raise nearly any exception
+        return BAD, describe_error(error)
+    return (PYTHON if by_dali else GOOD), ""
+
+
+def _dali_decodes(content: bytes) -> bool:
+    from mocofast.config import DataConfig
+    from mocofast.data.dali_pipeline import decode_and_crop
+
+    pipeline = decode_and_crop(
+        lambda: [[np.frombuffer(content, np.uint8)]],
+        (),
+        False,
+        bytes,
+        DataConfig(),
+        batch_size=1,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    try:
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
