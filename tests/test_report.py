@@ -103,6 +103,9 @@ def test_a_run_without_its_images_or_files_still_has_a_page(
     assert cli.main(["report", str(bare)]) == 0
     text = checked(bare / "report.html")
     assert "no neighbours and no map" in text and "No log line yet" in text
+    (bare / "metrics.jsonl").write_text('{"step": 1}\n7\n{"step": 2}\n')
+    assert cli.main(["report", str(bare)]) == 2
+    assert "metrics.jsonl is damaged" in capsys.readouterr().err
     (bare / "config.yaml").write_text("- 1")
     assert cli.main(["report", str(bare)]) == 2
     assert "is no run folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,9 +26,23 @@ def evidence_of(folder: Path) -> Evidence:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is no run folder: its config.yaml: {reason}") from None
     facts, lines = read_signals(folder)
-    path = folder / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
+    records = records_of(folder)
     measured = [record for record in records if record.get("knn_top1") is not None]
     before = measured[0] if measured and measured[0]["step"] == 0 else {}
     after = measured[-1] if measured and measured[-1]["step"] else {}
     return Evidence(config, facts, looked_at(lines), before, after)
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run folder's metrics.jsonl, sorted by step. [] without the file.
+
+    Raises ConfigError for a damaged file.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        return read_metrics(path) if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); mocofast pretrain --resume {folder} sets damaged lines "
+            "aside"
+        ) from None

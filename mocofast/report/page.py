@@ -13,9 +13,8 @@ from PIL import Image
 
 from mocofast import __version__, files, settings
 from mocofast.config import ConfigError
-from mocofast.health.folder import evidence_of
+from mocofast.health.folder import evidence_of, records_of
 from mocofast.health.verdict import Evidence, diagnose, verdict
-from mocofast.plots import read_metrics
 from mocofast.report.charts import chart, line_of
 from mocofast.report.gallery import Gallery, data_url
 from mocofast.report.sheets import map_of, neighbours_of
@@ -43,7 +42,7 @@ class Run(NamedTuple):
 def load_run(folder: Path, gallery: Gallery | None = None, note: str = "") -> Run:
     """Reads a run folder. Raises ConfigError if it is none."""
     evidence = evidence_of(folder)
-    metrics, bad = folder / "metrics.jsonl", folder / "skipped.jsonl"
+    bad = folder / "skipped.jsonl"
     skipped = []
     for line in bad.read_text(encoding="utf-8").splitlines() if bad.exists() else ():
         try:
@@ -51,10 +50,7 @@ def load_run(folder: Path, gallery: Gallery | None = None, note: str = "") -> Ru
             skipped.append((str(entry["file"]), str(entry["reason"])))
         except (ValueError, KeyError, TypeError):  # a torn line
             continue
-    try:
-        records = read_metrics(metrics) if metrics.exists() else []
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    records = records_of(folder)
     return Run(folder.resolve().name, folder, evidence, records, skipped, gallery, note)
 
 
