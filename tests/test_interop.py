@@ -131,3 +131,30 @@ def test_backbone_loads_into_torchvisions_model_apart_from_the_head(arch: str, h
     assert torch.equal(target.state_dict()[first], model.encoder_q.state_dict()[first])
     whole = backbone_state_dict(model, head=True)
     assert whole.keys() == model.encoder_q.state_dict().keys()
+
+
+def test_compiled_and_wrapped_models_exchange_weights_as_plain_models(tmp_path: Path) -> None:
+    plain = small_moco(3)
+    expected, backbone = to_reference_state_dict(plain), backbone_state_dict(plain)
+    compiled = torch.compile(small_moco(3), backend="eager")
+    inside = small_moco(3)
+    inside.encoder_q = torch.compile(inside.encoder_q, backend="eager")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small_moco(3))
+        both = torch.compile(wrapped, backend="eager")
+        for model in (compiled, inside, wrapped, both):
+            found = to_reference_state_dict(model)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            own = backbone_state_dict(model)
+            assert own.keys() == backbone.keys()
+            assert all(torch.equal(own[name], backbone[name]) for name in backbone)
+            other = to_reference_state_dict(small_moco(4))
+            load_reference_state_dict(model, other)
+            loaded = to_reference_state_dict(model)
+            assert all(torch.equal(loaded[name], other[name]) for name in other)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -138,7 +138,8 @@ def nearest_labels(
 
 def votes_of(similarity: Tensor, labels: Tensor, temperature: float, table: Tensor) -> Tensor:
     """Returns (M, T) float64, see `knn_votes`, of neighbours as `nearest_labels` returns them."""
-    weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # (M, k)
+    weight = (wide(similarity - similarity[:, :1]) / temperature).exp()  # (M, k)
+    labels = labels.to(weight.device)
     table = table.to(weight)
     outputs = table.shape[1]
     if len(table) == outputs and torch.equal(table, torch.eye(outputs).to(table)):

@@ -49,7 +49,10 @@ class KNNMonitor:
 
     def _check_shots(self, shots: int) -> None:
         """Raises ConfigError for more labels a class than the smallest class has images."""
-        counts = np.bincount(self.train.labels[self.train.labels >= 0])
+        labels = self.train.labels
+        if labels is None or not (labels >= 0).any():
+            return
+        counts = np.bincount(labels[labels >= 0])
         smallest = int(np.where(counts > 0, counts, len(self.train) + 1).argmin())
         if counts[smallest] < shots:
             raise ConfigError(

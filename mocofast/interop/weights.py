@@ -12,16 +12,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.methods.base import Method
 from mocofast.methods.moco import MoCo
 from mocofast.models.heads import head_names
 
 PREFIX = "module."
+COMPILED = "_orig_mod."
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model inside torch.compile and DistributedDataParallel, in any order."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule
+            model = model._orig_mod
+        else:
+            return model
 
 
 def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> None:
-    """Loads weights of facebookresearch/moco into `model`.
+    """Loads weights of facebookresearch/moco into `model`, compiled, wrapped by DDP, or neither.
 
     state_dict: a state dict or a whole checkpoint. The queue is converted to the model's dtype.
     Raises ValueError naming the entries that are missing, unknown or of a wrong shape. After an
@@ -46,15 +59,20 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
             )
     if problems:
         raise ValueError(f"state_dict: not that of this model: {'; '.join(problems)}")
+    model = unwrapped(model)
+    ours = {name.replace(COMPILED, ""): name for name in model.state_dict()}
+    given = {ours[name]: value for name, value in given.items()}
     model.load_state_dict({**given, "queue": given["queue"].t()})
 
 
 def to_reference_state_dict(model: MoCo) -> dict[str, Tensor]:
     """Returns the state dict of `model` in facebookresearch/moco's layout, without `module.`.
 
+    model: compiled, wrapped by DistributedDataParallel, or neither.
     As with `state_dict()`, tensors may share memory with the model.
     """
-    state = model.state_dict()
+    named = unwrapped(model).state_dict().items()
+    state = {name.replace(COMPILED, ""): value for name, value in named}
     return {**state, "queue": state["queue"].float().t().contiguous()}
 
 
@@ -63,7 +81,7 @@ def backbone_state_dict(model: Method, head: bool = False) -> dict[str, Tensor]:
 
     head: whether to include the head (`fc.*` or `heads.*`), which gives embeddings, not classes.
     """
-    encoder = model.encoder_q
+    encoder = unwrapped(unwrapped(model).encoder_q)
     prefixes = tuple(f"{name}." for name in head_names(encoder))
     return {
         name: value

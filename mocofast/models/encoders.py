@@ -224,8 +224,8 @@ def add_mlp_head(encoder: nn.Module) -> None:
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
     """Returns features (N, D) of images (N, C, S, S): the inputs of the encoder's head, pooled.
 
-    With several heads (models of timm), the mean of their inputs (distilled models), or all inputs
-    one after another where the widths differ (CrossViT).
+    With several heads (models of timm), the mean of all inputs (distilled models), or all inputs
+    in a row where widths differ (CrossViT).
     """
     inputs = head_inputs(encoder, images)
     widths = {x.shape[1] for x in inputs}

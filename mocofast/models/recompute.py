@@ -1,7 +1,7 @@
 """Activation checkpointing: the blocks of an encoder keep their inputs, and compute twice.
 
-Gradients equal those without it. BatchNorm's running statistics move once, and random choices
-(dropout, stochastic depth) are made once.
+Gradients stay equal. Running statistics of BatchNorm move once, and random choices (dropout,
+stochastic depth) are made once.
 Source: Chen et al. 2016, arXiv:1604.06174.
 """
 
@@ -31,7 +31,7 @@ def recompute_blocks(encoder: nn.Module) -> int:
     heads = {encoder.get_submodule(name) for name in head_names(encoder)}
     blocks = blocks or [m for m in encoder.children() if _holds_layers(m) and m not in heads]
     for block in blocks:
-        block.forward = _Recomputed(block, block.forward)  # type: ignore[method-assign]
+        block.forward = _Recomputed(block, block.forward)
     return len(blocks)
 
 
