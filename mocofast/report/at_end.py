@@ -21,8 +21,8 @@ PAGE = "report.html"
 
 def write_at_end(
     folder: Path, source: Source, config: Config, encoder: nn.Module, device: torch.device
-) -> None:
-    """Writes report.html into a run folder. Warns where it cannot: the run matters more.
+) -> str:
+    """Writes the page into a run folder. Returns its name, or "" after a warning why not.
 
     source: the training images. encoder: as trained, on `device`.
     """
@@ -33,5 +33,5 @@ def write_at_end(
         write_page([load_run(folder, gallery, "" if gallery else "No images.")], folder / PAGE)
     except (OSError, ValueError, RuntimeError, ConfigError) as error:
         log.warning("no %s: %s", PAGE, str(error).splitlines()[0])
-    else:
-        log.info("next: open %s in a browser", folder / PAGE)
+        return ""
+    return PAGE

@@ -392,9 +392,10 @@ class Run:
             log.info("no profile: it takes %d steps from the start", STEPS)
         if self.watch is not None:
             self.watch.conclude(self.state.before, self.state.after)
+        page = ""
         if not interrupted:
             encoder, source = self.state.model.encoder_q, self.state.source
-            write_at_end(self.path, source, self.config, encoder, self.device)
+            page = write_at_end(self.path, source, self.config, encoder, self.device)
         measured_at = self.state.measured_at
         when = "" if measured_at is None else f" (measured at step {measured_at})"
-        self.folder.finish(self.state.before, self.state.after, when)
+        self.folder.finish(self.state.before, self.state.after, when, page)

@@ -256,12 +256,17 @@ class PretrainingFolder(RunFolder):
         self._shots = config.knn.shots
 
     def finish(
-        self, before: Mapping[str, float], after: Mapping[str, float], when: str = ""
+        self,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        when: str = "",
+        page: str = "",
     ) -> None:
         """Plots the curves, and logs the kNN figures, the files and the next commands.
 
         before, after: kNN figures of the random encoder and of the trained encoder, or empty.
         when: says when `after` was measured. May be empty.
+        page: name of the report, or "" without a report.
         """
         curves = self.path / "curves.png"
         try:
@@ -274,12 +279,16 @@ class PretrainingFolder(RunFolder):
             log.info("after:  %s%s", self.describe(after), when)
         log.info(
             "written to %s: config.yaml, metrics.jsonl, signals.jsonl, train.log, curves.png, "
-            "views.png, TensorBoard events, checkpoints/last.pt",
+            "views.png, %sTensorBoard events, checkpoints/last.pt",
             self.path,
+            f"{page}, " if page else "",
         )
         run = shlex.quote(str(self.path))
         backbone = shlex.quote(str(self.path / "backbone.pt"))
-        log.info("next: look at %s", curves)
+        if page:
+            log.info("next: open %s in a browser", self.path / page)
+        else:
+            log.info("next: look at %s", curves)
         if after:
             log.info("next: mocofast linear %s", run)
         log.info("next: mocofast export %s --format torchvision %s", run, backbone)
