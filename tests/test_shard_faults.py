@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mocofast.config import ConfigError
+from mocofast.config import ConfigError, DataConfig
 from mocofast.data.braces import MOST_NAMES, expand_braces
 from mocofast.data.shard_index import INDEX, UnreadableIndex, local_index, read_index
 from mocofast.data.shard_places import find_shards
 from mocofast.data.shards import ShardSource, open_shards
+from mocofast.data.sources import load_datasets
 from tests.pictures import jpeg
 
 COUNT = 24
@@ -239,3 +240,12 @@ def test_patterns_stand_for_a_limited_number_of_names() -> None:
         with pytest.raises(ConfigError, match=r"data\.path: .* names, expected at most 100,000"):
             expand_braces(pattern)
     assert len(expand_braces("x{0..%s}" % ("9" * 5000))) == 1  # no number
+
+
+def test_numbers_of_thousands_of_digits_are_names_of_classes_in_a_list(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+    rows = "".join(f"{i}.jpg,{('9' * 5000, '1')[i % 2]}\n" for i in range(4))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    data = DataConfig(source="list", path=str(tmp_path / "list.csv"), holdout=0.0)
+    assert len(load_datasets(data).train.classes) == 2

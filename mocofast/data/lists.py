@@ -20,6 +20,7 @@ from mocofast.data.finding import Names, Patterns, counted, shortened
 from mocofast.data.folders import choose_tree, no_image
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout, groups_of
 from mocofast.data.remote import joined, local_copy, parent
+from mocofast.data.shard_samples import LONGEST_LABEL
 
 PATH = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path")
 LABEL = ("label", "class", "target", "category", "label_name", "class_name")
@@ -156,7 +157,7 @@ def number_column(
     """
     names = {text for text in texts if text}
     if not classes:
-        integers = all(name.isdecimal() for name in names)
+        integers = all(name.isdecimal() and len(name) <= LONGEST_LABEL for name in names)
         classes = tuple(sorted(names, key=int) if integers else sorted(names))
     if len(classes) < 2:
         return (), None
