@@ -14,12 +14,11 @@ from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.arrays import ArraySource
 from mocofast.data.folders import FolderSource
 from mocofast.data.interface import Source
-from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.ranges import set_range
 from mocofast.data.reading import read_as_asked
 from mocofast.data.sources import find_images
 from mocofast.device import choose_device
-from mocofast.evaluate.features import EVALUATION_BATCH, embed, evaluating
+from mocofast.evaluate.features import batches_at_once, extract_batches, image_batches
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.models.pixels import pixel_statistics
 from mocofast.train import configure
@@ -80,19 +79,16 @@ class Trained:
         if not len(source):
             raise ValueError(f"images: there is no image in {images!r}")
         device = next(self.encoder.parameters()).device
-        mean, std = (x.to(device) for x in pixel_statistics(config.augment))
-        batches = eval_batches(
-            source,
-            config.augment.size,
-            EVALUATION_BATCH,
-            count_workers(config.data.workers),
+        batches = image_batches(source, config, device)
+        found = extract_batches(
+            self.encoder,
+            batches,
             device,
-            config.data.channels,
+            output,
+            *pixel_statistics(config.augment),
+            at_once=batches_at_once(config.data.workers, device),
         )
-        rows = []
-        with evaluating(self.encoder), torch.no_grad():
-            for pixels, _, _ in batches:
-                rows.append(embed(self.encoder, pixels, mean, std, output).cpu())
+        rows = [features for features, _, _ in found]
         for index, reason in batches.skipped.items():
             raise ValueError(f"images: {source.name(index)} cannot be decoded ({reason})")
         return torch.cat(rows)
