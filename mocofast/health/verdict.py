@@ -293,7 +293,7 @@ def _rate_too_low(e: Evidence) -> Finding | None:
         "rate too low",
         "the weights hardly moved",
         f"all steps together moved them by {path:.2g} of their norm, where runs that learn from "
-        f"random weights move by {2 * SHORTEST_PATH:.2g} or more",
+        f"random weights move by more than {SHORTEST_PATH}",
         f"Raise --optim.lr (now {e.config.optim.lr:g}; the linear rule is 0.03 for 256 images with "
         "sgd), or train longer",
     )
@@ -321,7 +321,7 @@ def _labels(e: Evidence) -> Finding | None:
 
 LAG = 0.1  # of a key's life in the queue
 FIRST_CHANGE = 0.03  # of the norm of the weights, in a step
-SHORTEST_PATH = 0.5  # of the norm of the weights
+SHORTEST_PATH = 0.4  # of the norm of the weights
 FEWEST_STEPS = 200  # before weights can have moved
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
