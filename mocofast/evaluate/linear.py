@@ -54,7 +54,7 @@ _ROWS = 65536  # rows of scores in memory at a time
 # L2 strengths for standardised features, strongest first. A fit starts from the previous solution.
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # Tolerances of `fit_logistic`: to choose the strength, and in the end.
-LOOSE, TIGHT = 1e-3, 3e-4
+LOOSE, TIGHT = 1e-3, 1e-4
 
 
 class LinearResult(NamedTuple):
