@@ -114,13 +114,29 @@ def test_unasked_fields_are_none() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])  # with and without a maximum
-def test_asking_for_the_querys_gradient_alone_changes_none_of_it(temperature: float) -> None:
-    inputs = features(0, 5, 4), features(1, 5, 4), features(2, 9, 4)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# The last shape is too large for `_one_block`.
+@pytest.mark.parametrize(("count", "size", "dim"), [(5, 9, 4), (1, 300, 7), (520, 300, 16)])
+def test_asking_for_the_querys_gradient_alone_changes_none_of_it(
+    count: int, size: int, dim: int, dtype: torch.dtype, normalized: bool, temperature: float
+) -> None:
+    query, positive = features(0, count, dim), features(1, count, dim)
+    negatives = F.normalize(features(2, size, dim))
+    if count > 3:  # a vector without a direction, a short one, and NaN
+        query[0], query[1], query[2, 0] = 0, query[1] * 1e-20, math.nan
     everything, alone = (
-        forward(*inputs, temperature, only_query=only_query) for only_query in (False, True)
+        forward(
+            *(x.to(dtype) for x in (query, positive, negatives)),
+            temperature,
+            only_query=only_query,
+            normalize_negatives=not normalized,
+        )
+        for only_query in (False, True)
     )
     for name in ("loss", "rank", "grad_query"):
-        assert torch.equal(getattr(everything, name), getattr(alone, name)), name
+        pair = getattr(everything, name), getattr(alone, name)
+        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True, msg=name)
     assert alone.lse is alone.grad_positive is alone.grad_scale is None
 
 

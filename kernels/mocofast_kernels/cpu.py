@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels.cpu_one_block import is_one_block, one_block
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
 from mocofast_kernels.cpu_vectors import (
     clamped_norm,
@@ -118,13 +119,26 @@ def infonce_forward(
     # Operands. Logits of unit vectors are bounded, so they need no maximum unless T is small.
     inverse_t = _inverse(temperature)
     unshifted = normalize and _is_unshifted(inverse_t)
+    operand = operand_dtype(dot_dtype, unshifted, query, negatives)
+    if (
+        unshifted
+        and only_query
+        and compute_grad
+        and not excluded
+        and operand == torch.float32
+        and query.dtype != torch.float64
+        and is_one_block(query, negatives)
+    ):
+        assert isinstance(inverse_t, float)  # because `unshifted`
+        of_negatives = negatives, inverse_t, normalize_negatives
+        loss, rank, grad = one_block(query, positive, *of_negatives, return_rank, mean)
+        return InfoNCEForward(loss, None, rank, grad, None, None)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
     logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
 
     # Sums over the negatives, for blocks of queries.
-    operand = operand_dtype(dot_dtype, unshifted, h, negatives)
     blocks = Blocks(negatives, normalize_negatives, len(h), operand)
     queries = scaled.to(operand)
     tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None

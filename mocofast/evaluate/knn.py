@@ -80,7 +80,7 @@ def knn_accuracy(
         rows = F.normalize(rows.to(device).float(), dim=1)
         similarity, neighbour = _nearest(rows, train, k, tile)
         # float64, and relative to the nearest neighbour: exp(1 / 0.005) would overflow float32.
-        weight = (wide(similarity - similarity[:, :1]) / temperature).exp()
+        weight = (wide(similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
         where = weight.device
         votes = torch.zeros(len(rows), classes, dtype=torch.float64, device=where)
         votes.scatter_add_(1, train_labels[neighbour].to(where), weight)
@@ -223,7 +223,7 @@ def _tile(bank: Tensor) -> tuple[int, Tensor]:
 
 
 def _nearest(rows: Tensor, bank: Tensor, k: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the k largest dot products of rows and bank, descending, and their bank indices.
+    """Returns the k largest dot products of rows and bank, in any order, and their bank indices.
 
     rows: (B, D) float32.
     bank: (N, D) float32.
@@ -241,13 +241,13 @@ def _nearest(rows: Tensor, bank: Tensor, k: int, memory: Tensor) -> tuple[Tensor
             best, index = similarity, found
             continue
         similarity, found = torch.cat([best, similarity], 1), torch.cat([index, found + start], 1)
-        best, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        best, order = similarity.topk(min(k, similarity.shape[1]), dim=1, sorted=False)
         index = found.gather(1, order)
     return best, index
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the k largest values of every row, descending, and their columns.
+    """Returns the k largest values of every row, in any order, and their columns.
 
     values: (B, C). Results: (B, k) and (B, k) int64.
 
@@ -258,7 +258,7 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = values.shape[1]
     per_group = int((columns / k) ** 0.5)  # makes both sorts equally long
     if per_group < _LEAST_PER_GROUP:
-        return values.topk(k, dim=1)
+        return values.topk(k, dim=1, sorted=False)
     groups = columns // per_group
     # Group j: columns j, j + groups, j + 2 groups, ... The last columns % groups are in no group.
     grouped = values[:, : groups * per_group].unflatten(1, (per_group, groups))
@@ -268,7 +268,7 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = torch.cat(
         [(chosen + steps[:, None]).flatten(1), rest.expand(len(values), -1)], dim=1
     )
-    largest, place = values.gather(1, candidates).topk(k, dim=1)
+    largest, place = values.gather(1, candidates).topk(k, dim=1, sorted=False)
     return largest, candidates.gather(1, place)
 
 

@@ -1,0 +1,71 @@
+"""InfoNCE of small problems on a CPU: one straight function, without blocks.
+
+At 16 x 256 x 64 a third of the time went into calls between the operations (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels.cpu_products import SMALL, Scratch, product
+from mocofast_kernels.cpu_vectors import EPS, clamped_norm, gradient_dtype, softplus
+
+LOG2E = 1.0 / math.log(2.0)
+ROWS = 512  # most queries
+NUMBERS = 2**17  # most logits, and most numbers of the negatives
+
+
+def is_one_block(query: Tensor, negatives: Tensor) -> bool:
+    """Says whether a problem is small enough, and is computed by one thread."""
+    count, dim = query.shape
+    return (
+        count <= ROWS
+        and len(negatives) * max(count, dim) <= NUMBERS
+        and (cpu_threads.count() == 1 or count * negatives.numel() <= SMALL)
+    )
+
+
+def one_block(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    inverse_t: float,
+    normalize_negatives: bool,
+    return_rank: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns loss, rank and gradient of the query of `cpu.infonce_forward`, to the bit.
+
+    Serves MoCo: unit vectors, logits without a shift, products in float32, all negatives, and
+    the gradient of the query alone.
+    """
+    dtype = query.dtype
+    query, positive, block = query.float(), positive.float(), negatives.float()
+    norm = clamped_norm(query)
+    h = query / norm
+    key = positive / clamped_norm(positive)
+    scaled = h * (inverse_t * LOG2E)
+    logit_positive = (scaled * key).sum(1, keepdim=True)
+    if normalize_negatives:
+        block = block / clamped_norm(block)
+    weights = product(scaled, block)  # logits
+    rank = None
+    if return_rank:
+        rank = Scratch().count_reaching(weights, cpu_ranks.least_tie(scaled, key))
+    weights.exp2_()
+    total = weights.sum(1, keepdim=True)
+    output = product(weights, block.t())
+    difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
+    loss = softplus(difference).squeeze(1)
+    if rank is not None:
+        cpu_ranks.without_nan(rank, loss, len(negatives), 0)
+    weight = torch.sigmoid(difference).mul_(-inverse_t / (len(h) if mean else 1))
+    grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
+    # Up to EPS the divisor is a constant, as in `cpu_vectors.through_normalize`.
+    along = (grad * h).sum(1, keepdim=True).div_(torch.threshold(norm, EPS, math.inf))
+    grad.div_(norm).addcmul_(h, along, value=-1)
+    return (loss.mean(), rank, grad.to(gradient_dtype(dtype))) if mean else (loss, rank, grad)
