@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mocofast.config import KNNConfig
+from mocofast.config import ConfigError, KNNConfig
 from mocofast.evaluate.options import FinetuneConfig, LinearConfig, of_protocol
 from mocofast.evaluation_arguments import evaluation_parser, load
 from mocofast.log_format import PrintableFormatter
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mocofast.data.sources import Datasets
+    from mocofast.evaluate.targets import Targets
     from mocofast.interop.classifiers import Classifier
 
 
@@ -56,6 +57,11 @@ def knn(argv: Sequence[str]) -> int:
         encoder = model.encoder_q.to(device)
         found = search(encoder, datasets, config, device)
         figures = measure(found.scores, found.labels, found.targets, 1000, config.train.seed)
+        if config.knn.shots and found.bank is None:
+            raise ConfigError(
+                f"knn.shots: expected 0 with a bank of more than {MOST_KEPT:,} images, "
+                f"got {config.knn.shots}"
+            )
         if config.knn.shots and found.bank is not None:
             shots = few_shot_accuracy(*found.bank, found.queries, found.labels, config.knn.shots)
             figures["few_shot_top1"] = shots.mean
@@ -66,7 +72,8 @@ def knn(argv: Sequence[str]) -> int:
             bank = Bank(*found.bank, config.knn.k, config.knn.temperature)
             plain = plain_encoder(encoder.cpu(), config)
             classifier = Classifier("knn", found.targets, config, plain, bank)
-        _finish("knn", arguments, datasets, figures, found.scores, found.labels, classifier)
+        results = (found.targets, found.scores, found.labels)
+        _finish("knn", arguments, datasets, figures, *results, classifier)
     return 0
 
 
@@ -109,7 +116,8 @@ def linear(argv: Sequence[str]) -> int:
             head.bias.copy_(probe.bias)
         replace_head(plain, head)
         classifier = Classifier("linear", targets, config, plain, None)
-        _finish("linear", arguments, datasets, figures, probe.scores, probe.labels, classifier)
+        results = (targets, probe.scores, probe.labels)
+        _finish("linear", arguments, datasets, figures, *results, classifier)
     return 0
 
 
@@ -151,7 +159,7 @@ def finetune(argv: Sequence[str]) -> int:
         targets = targets_of(datasets.train.classes, config.data.target)
         figures = measure(*found, targets, options.bootstrap, config.train.seed)
         classifier = Classifier("finetune", targets, config, encoder, None)
-        _finish("finetune", arguments, datasets, figures, *found, classifier)
+        _finish("finetune", arguments, datasets, figures, targets, *found, classifier)
     return 0
 
 
@@ -197,6 +205,7 @@ def _finish(
     arguments: Namespace,
     datasets: Datasets,
     figures: dict[str, object],
+    targets: Targets,
     scores: Tensor,
     labels: Tensor,
     classifier: Classifier | None,
@@ -204,7 +213,6 @@ def _finish(
     """Prints the figures, and writes results and classifier, on rank 0."""
     from mocofast.distributed import is_main
     from mocofast.evaluate.results import folder_of, lines, write_results
-    from mocofast.evaluate.targets import targets_of
     from mocofast.interop.classifiers import FILE, save_classifier
 
     if not is_main():
@@ -217,8 +225,6 @@ def _finish(
         "options": given_settings(arguments),
         "seconds": round(time.monotonic() - arguments.started, 1),
     }
-    kind = given_settings(arguments).get("data.target", "class")
-    targets = classifier.targets if classifier else targets_of(datasets.train.classes, kind)
     written = write_results(folder, command, figures, context, targets, scores, labels)
     if classifier is not None:
         save_classifier(classifier, folder / FILE)
