@@ -36,6 +36,14 @@ def test_ranks_end_when_their_agent_is_killed(tmp_path: Path) -> None:
     assert ranks.orphans(tmp_path / "run", 20) < 60
 
 
+@pytest.mark.parametrize("whom", ["agent", "rank"])
+def test_a_signal_to_agent_or_rank_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, whom: str
+) -> None:
+    """torchrun's own status is 1. The run does not start again."""
+    assert ranks.stopped(tmp_path / "run", 20, whom) == (1, 0, 0)
+
+
 def test_spoiled_checkpoints_never_change_a_run(tmp_path: Path) -> None:
     for kind, figures in files.spoiled_checkpoints(tmp_path, 4).items():
         assert figures.good(), kind

@@ -80,6 +80,24 @@ def orphans(folder: Path, moment: int) -> float:
             os.kill(rank, signal.SIGKILL)
 
 
+def stopped(folder: Path, moment: int, whom: str) -> tuple[int, int, int]:
+    """Sends SIGTERM to "agent" or to "rank", once.
+
+    Returns the status of torchrun, how often ranks started again, and the steps that were logged
+    but are in no checkpoint.
+    """
+    log = folder.with_suffix(".log")
+    process = start(words(folder), log, torchrun(2))
+    try:
+        if not wait_for_step(folder, moment, process, PATIENCE):
+            return -1, -1, -1
+        os.kill(process.pid if whom == "agent" else workers(process.pid)[1], signal.SIGTERM)
+        status = process.wait(PATIENCE)
+    finally:
+        end(process)
+    return status, len(continued(log)), last_step(folder) - saved_step(folder)
+
+
 def main() -> int:
     count, place, rng = (
         int(sys.argv[1]) if len(sys.argv) > 1 else 6,
