@@ -20,6 +20,7 @@ from mocofast.data.interface import Source
 from mocofast.data.loaders import eval_batches
 from mocofast.data.sources import Subset
 from mocofast.device import choose_autocast
+from mocofast.errors import printable
 from mocofast.evaluate.features import embed, evaluating
 from mocofast.methods.build import build_method
 from mocofast.models.pixels import pixel_statistics
@@ -110,8 +111,8 @@ def make_gallery(
     nearest = {name: _nearest(x) for name, x in vectors.items()}
     points, method = place(list(vectors.values())[-1].numpy(), tsne)
     return Gallery(
-        [source.name(number) for number in numbers],
-        [source.classes[i] if i >= 0 else "" for i in labels]
+        [printable(source.name(number)) for number in numbers],
+        [printable(source.classes[i]) if i >= 0 else "" for i in labels]
         if labels is not None and source.classes
         else [""] * len(numbers),
         sprite,
