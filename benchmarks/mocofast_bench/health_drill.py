@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simclr": {**HEAD, "model.method": "simclr"},
     "memory_bank": {
         **{"model.method": "memory_bank", "model.momentum": 0.5, "model.queue_size": 512},
-        "model.mlp": True,
+        **{"model.mlp": True, "optim.lr": 0.03},  # at the recipe's 0.12 it collapses
     },
     "swav": {
         **{**HEAD, "model.method": "swav", "model.prototypes": 100, "model.epsilon": 0.02},
