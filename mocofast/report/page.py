@@ -57,7 +57,7 @@ def load_run(folder: Path, gallery: Gallery | None = None, note: str = "") -> Ru
 def write_page(runs: Sequence[Run], path: Path) -> None:
     """Writes the page. Several runs stand side by side, in the order given."""
     with files.atomic_write(path) as temporary:
-        temporary.write_text(page(runs), encoding="utf-8")
+        temporary.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
 
 
 def page(runs: Sequence[Run]) -> str:
