@@ -143,8 +143,8 @@ def test_compiled_and_wrapped_models_exchange_weights_as_plain_models(tmp_path: 
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        wrapped = nn.parallel.DistributedDataParallel(small_moco(3))
-        both = torch.compile(wrapped, backend="eager")
+        wrapped, other = (nn.parallel.DistributedDataParallel(small_moco(3)) for _ in range(2))
+        both = torch.compile(other, backend="eager")
         for model in (compiled, inside, wrapped, both):
             found = to_reference_state_dict(model)
             assert found.keys() == expected.keys()
@@ -152,9 +152,9 @@ def test_compiled_and_wrapped_models_exchange_weights_as_plain_models(tmp_path: 
             own = backbone_state_dict(model)
             assert own.keys() == backbone.keys()
             assert all(torch.equal(own[name], backbone[name]) for name in backbone)
-            other = to_reference_state_dict(small_moco(4))
-            load_reference_state_dict(model, other)
+            new = to_reference_state_dict(small_moco(4))
+            load_reference_state_dict(model, new)
             loaded = to_reference_state_dict(model)
-            assert all(torch.equal(loaded[name], other[name]) for name in other)
+            assert all(torch.equal(loaded[name], new[name]) for name in new)
     finally:
         torch.distributed.destroy_process_group()
