@@ -299,6 +299,13 @@ def test_float32_takes_the_place_of_bfloat16(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_inputs_of_small_problems_multiply_in_float32(dtype: torch.dtype) -> None:
+    query, negatives = features(0, 4, 8).to(dtype), features(1, 9, 8).to(dtype)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert cpu_products.operand_dtype(dtype, True, query, negatives) == expected
+
+
 def test_a_nearly_perfect_match_keeps_the_digits_of_its_small_loss() -> None:
     # loss about 1e-9: a log-sum-exp minus the positive logit would return 0 in float32.
     query = torch.tensor([[1.0, 0.0]])

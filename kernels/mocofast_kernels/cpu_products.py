@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from mocofast_kernels.cpu_vectors import wide
+from mocofast_kernels.cpu_vectors import wide, wide_dtype
 
 # N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
 # oneDNN, and PyTorch keeps the operations of a small problem on one thread.
@@ -106,12 +106,12 @@ def cpu_bf16() -> str:
 def operand_dtype(
     dot_dtype: torch.dtype, bounded: bool, query: Tensor, negatives: Tensor
 ) -> torch.dtype:
-    """Returns the dtype of the operands of InfoNCE's products: bfloat16, or the query's.
+    """Returns the dtype of the operands of InfoNCE's products: bfloat16, float32 or float64.
 
     dot_dtype: the dtype that is asked for.
     bounded: query and negatives are unit vectors and 1 / T is bounded. Rounded logits then differ
         by at most 2^-7 / T. Logits without a bound stay float32.
-    query: (N, C), float32 or float64. negatives: (K, C).
+    query: (N, C), as given. negatives: (K, C).
 
     bfloat16 where asked for, on a CPU with instructions for bfloat16, unless the problem is small.
     """
@@ -122,4 +122,4 @@ def operand_dtype(
         and query.device.type == "cpu"
         and cpu_bf16()
     )
-    return torch.bfloat16 if fast else query.dtype
+    return torch.bfloat16 if fast else wide_dtype(query.dtype)
