@@ -216,7 +216,7 @@ def test_mask_rcnn_learns_boxes_and_masks(tmp_path: Path) -> None:
         (["scratch", "scratch"], "different names"),
         (["scratch", "--resume", "nowhere"], "which has its CKPT already"),
         (["--resume", "nowhere"], "no checkpoint at nowhere"),
-        (["x.yaml"], "not a YAML file"),
+        (["x.yaml"], "x.yaml: cannot be read"),
         (["scratch", "--data.sizes", "32", "--data.batch_size", "1"], "needs 2 images or more"),
         (["scratch", "--data.lr", "1"], "unknown option '--data.lr'"),
     ],
