@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from mocofast.config import Config
 
 FEWEST_LINES = 3  # log lines before the first verdict
-# Methods for which the rule on a low rate was measured. BYOL learns with small changes of weights.
-CONTRASTIVE = ("moco", "moco_v3", "simclr", "memory_bank")
+# Methods of the rule on a low rate. BYOL and the memory bank learn with small changes of weights.
+CONTRASTIVE = ("moco", "moco_v3", "simclr")
 
 
 class Finding(NamedTuple):
