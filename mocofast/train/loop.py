@@ -133,6 +133,7 @@ class Run:
         state = self.state
         last_step = min(self.config.train.max_steps or self.total_steps, self.total_steps)
         began, first_step, saved_at = time.perf_counter(), state.step, -1
+        calm = contextlib.nullcontext()
         try:
             untrained = state.step == 0 and self.config.knn.start
             interrupted = (untrained or state.evaluation_due) and not self._evaluate(stop)
@@ -140,7 +141,7 @@ class Run:
                 state.window.start_clock()
                 while state.step < last_step and not interrupted and not self._plateaued():
                     # The first step compiles, and loads kernels.
-                    with self._patience_for_the_first_step(first_step):
+                    with self.heart.patient("the first step") if state.step == first_step else calm:
                         self._step()
                     bar.update()
                     self._write_pending()
@@ -226,13 +227,6 @@ class Run:
                 self.watch.look(views, metrics.pair)
         if self.profiler is not None:
             self._end_profiled_step(self.profiler)
-
-    def _patience_for_the_first_step(
-        self, first_step: int
-    ) -> contextlib.AbstractContextManager[None]:
-        if self.state.step > first_step:
-            return contextlib.nullcontext()
-        return self.heart.patient("the first step")
 
     def _next_batch(self) -> Batch:
         if self.batches is None:
