@@ -105,10 +105,9 @@ class Run:
         if rank == 0:
             files, place = config.checkpoint, self.path / "checkpoints"
             self.writer = CheckpointWriter(place, files.keep, files.make_room)
-        model, optimizer = self.state.model, self.state.optimizer
-        parts, scaled = config.train.accumulate, self.state.scaler
-        images = config.data.batch_size // world_size // parts
-        self.engine = Engine(mode, model, optimizer, self.autocast, parts, images, scaler=scaled)
+        model, optimizer, scaler = self.state.model, self.state.optimizer, self.state.scaler
+        run = self.autocast, (n := config.train.accumulate), config.data.batch_size // world_size // n
+        self.engine = Engine(mode, model, optimizer, *run, scaler=scaler)
         self.rate = 0.0  # the learning rate of the last step
         self.evaluated_at = self.state.step  # the step of the last evaluation
         self.profiler: StepProfiler | None = None
