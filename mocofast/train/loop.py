@@ -106,10 +106,10 @@ class Run:
             files, place = config.checkpoint, self.path / "checkpoints"
             self.writer = CheckpointWriter(place, files.keep, files.make_room)
         model, optimizer, scaler = self.state.model, self.state.optimizer, self.state.scaler
-        run = self.autocast, (n := config.train.accumulate), config.data.batch_size // world_size // n
-        self.engine = Engine(mode, model, optimizer, *run, scaler=scaler)
-        self.rate = 0.0  # the learning rate of the last step
-        self.evaluated_at = self.state.step  # the step of the last evaluation
+        parts = config.train.accumulate
+        images = config.data.batch_size // world_size // parts
+        self.engine = Engine(mode, model, optimizer, self.autocast, parts, images, scaler=scaler)
+        self.rate, self.evaluated_at = 0.0, self.state.step  # of the last step and evaluation
         self.profiler: StepProfiler | None = None
         if profile and rank == 0:
             now = replace(config, augment=config.augment.at(self.state.epoch))
