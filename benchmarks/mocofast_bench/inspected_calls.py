@@ -120,10 +120,10 @@ def forward(
         "normalize_negatives": variant.normalize_negatives,
         "dot_dtype": types.dot,
     }
-    ids: dict[str, Tensor] = {}
+    query_ids = key_ids = None
     if variant.ids:
-        ids["query_ids"] = torch.zeros(n, dtype=torch.int64, device=device)
-        ids["key_ids"] = torch.ones(k, dtype=torch.int64, device=device)
+        query_ids = torch.zeros(n, dtype=torch.int64, device=device)
+        key_ids = torch.ones(k, dtype=torch.int64, device=device)
     run = partial(
         infonce_forward,
         query,
@@ -134,7 +134,8 @@ def forward(
         return_rank=variant.rank,
         compute_grad=variant.compute_grad,
         mean=variant.mean,
-        **ids,
+        query_ids=query_ids,
+        key_ids=key_ids,
         **flags,
     )
     products = forward_products(negatives, temperature, ids=variant.ids, **flags)
