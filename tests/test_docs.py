@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocofast import cli, settings
+from mocofast import cli, ops, optim, settings
 from mocofast.config import Config
 from mocofast.interop import reference_commands
 
@@ -31,11 +31,22 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         check=False,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    assert "negative_keys" in (tmp_path / "reference/ops.html").read_text(encoding="utf-8")
+    ops_page = (tmp_path / "reference/ops.html").read_text(encoding="utf-8")
+    # An argument of a docstring is an item of a list.
+    assert "<li><code>positive_key</code>: " in re.sub(r"</?p>|\n", "", ops_page)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
     # A page that opens from disk needs no network. Only old browsers fetch the plugin's shim.
     assert [url for url in loaded if "iframe-worker" not in url] == []
+
+
+def test_the_reference_has_every_op_and_optimiser() -> None:
+    page = (ROOT / "docs/reference/ops.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: (\S+)$", page, re.M))
+    assert listed == {
+        *(f"mocofast.ops.{name}" for name in ops.__all__),
+        *(f"mocofast.optim.{name}" for name in optim.__all__),
+    }
 
 
 def flags_table() -> list[tuple[str, str]]:
