@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mocofast import settings
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.arrays import ArraySource
 from mocofast.data.folders import FolderSource
@@ -115,6 +116,9 @@ def pretrain(path: str | Path | None = None, recipe: str | None = None, **option
                 f'{group}: expected a group of options, such as optim={{"lr": 0.06}}, '
                 f"got {values!r}"
             )
+        if group not in settings.groups():
+            hint = settings.nearest(group, settings.groups())
+            raise ConfigError(f"{group}: unknown group of options{hint}")
         flat.update({f"{group}.{name}": value for name, value in values.items()})
     config = configure.configure(recipe, "", flat, "" if path is None else str(path))
     fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
@@ -180,7 +184,8 @@ def _plain_source(images: Any, channels: int) -> Source:
         images = [path]
     if not isinstance(images, Sequence):
         raise TypeError(
-            f"images: expected a path, a list, an array or a tensor, got {type(images).__name__}"
+            f"images: expected a path, a list, an array or a tensor, got {type(images).__name__} "
+            "(one PIL image: [image])"
         )
     if all(isinstance(image, (str, Path)) for image in images):
         paths = [str(Path(image).expanduser()) for image in images]

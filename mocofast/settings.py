@@ -189,7 +189,13 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
     values: {"recipe": name, group: {option: value}}.
     """
-    config = Config(recipe=str(values.get("recipe", "custom")))
+    recipe, model = values.get("recipe", "custom"), values.get("model")
+    if recipe in ("detect", "segment") and isinstance(model, Mapping) and "init" in model:
+        raise ConfigError(
+            f"the options of a run of mocofast {recipe}, whose curves.png and metrics.jsonl show "
+            "the figures; expected a run of mocofast pretrain"
+        )
+    config = Config(recipe=str(recipe))
     flat = {}
     for group, content in values.items():
         if group == "recipe":

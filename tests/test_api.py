@@ -85,6 +85,8 @@ def test_mistakes(trained: mocofast.Trained, tmp_path: Path) -> None:
         trained.embed(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'optim=\{"lr": 0.06\}'):
         mocofast.pretrain(lr=0.1)
+    with pytest.raises(ConfigError, match=r"optimm: unknown group of options.*'optim'"):
+        mocofast.pretrain(optimm={})
     with pytest.raises(ConfigError, match="unknown recipe 'digit'"):
         mocofast.pretrain(recipe="digit")
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -414,7 +414,7 @@ def test_extraction_errors_name_the_argument() -> None:
         extract(encoder, batches_of(images, labels, 4), CPU, "head", MEAN, STD)
     with pytest.raises(ValueError, match="batches must carry labels"):
         extract(encoder, batches_of(images, None, 4), CPU, "output", MEAN, STD)
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="none of the images to evaluate can be decoded"):
         extract(encoder, [], CPU, "output", MEAN, STD)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def test_published_weights_probe_and_export(resnet: nn.Module, tmp_path: Path) -
 
 
 def test_errors_are_short_and_say_what_to_do(
-    resnet: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resnet: nn.Module,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "x.pth"
     weights = dict(resnet.state_dict())
@@ -214,9 +218,14 @@ def test_errors_are_short_and_say_what_to_do(
     spoiled = {n: v.clone() for n, v in weights.items()}
     spoiled["conv1.weight"][0] = math.nan
     assert "conv1.weight hold" in error_of(spoiled)
-    torch.save({"state_dict": weights, "path": Path("x")}, path)
-    with pytest.raises(ConfigError, match="save its weights alone"):
-        load_any(str(path))
+    monkeypatch.chdir(tmp_path)
+    for content in ({"state_dict": weights, "path": Path("x")}, resnet):
+        torch.save(content, path)
+        with pytest.raises(ConfigError, match="save its weights alone") as error:
+            load_any(str(path))
+        exec(shlex.split(str(error.value).partition("python -c ")[2])[0])
+        saved = load_any("weights.pt")[0].encoder_q.state_dict()["conv1.weight"]
+        assert torch.equal(saved, weights["conv1.weight"])
     with pytest.raises(FileNotFoundError):
         load_any(str(tmp_path / "nowhere"))
     # The command line names the file, and has no traceback.

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mocofast import cli, settings
+from mocofast.detection.options import DetectConfig
 from mocofast.report.charts import chart, line_of, ticks
 from mocofast.report.gallery import Gallery, initial_encoder, place
 from mocofast.report.page import load_run, page
@@ -109,6 +111,14 @@ def test_a_run_without_its_images_or_files_still_has_a_page(
     (bare / "config.yaml").write_text("- 1")
     assert cli.main(["report", str(bare)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+    (bare / "metrics.jsonl").unlink()
+    (bare / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(DetectConfig())))
+    for command in ("report", "compare"):
+        assert cli.main([command, str(bare), str(folder)]) == 2
+        assert "the options of a run of mocofast detect" in capsys.readouterr().err
+    (bare / "config.yaml").unlink()
+    assert cli.main(["report", str(bare)]) == 2
+    assert "it has no config.yaml" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "none")]) == 2
 
 

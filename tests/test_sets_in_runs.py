@@ -123,6 +123,7 @@ def test_a_mistake_in_the_options_of_a_set_has_status_2(
         (("--data.val", "nowhere"), "data.val: no images or folders in 'nowhere'"),
         (("--data.include", "*.gif"), "32 images left out by data.include"),
         (("--data.group", "9"), "data.group: "),
+        (("--data.group", "9" * 5000), "data.group: expected the level"),
         (("--data.labels", "no.csv"), "data.labels: there is no list 'no.csv'"),
         (("--data.path", str(partly_labelled / "train/notes.txt")), "is a file"),
     ):

@@ -27,6 +27,7 @@ TRAIN = ("train", "training")
 UNLABELLED = ("unlabeled", "unlabelled")
 EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
 
+_MOST_DIGITS = 9  # of the level of a folder
 _YEAR = re.compile(r"[-_]?(19|20)\d\d$")
 
 
@@ -219,10 +220,11 @@ def groups_of(names: Sequence[str], folders: Sequence[str], level: str) -> np.nd
     folders: prefixes of the paths.
     level: number of the folder below that names the group, 1 is the first.
     """
-    if not level.isdecimal() or not int(level):
+    if not level.isdecimal() or len(level) > _MOST_DIGITS or not int(level):
+        shown = level if len(level) <= 40 else f"{level[:40]}..."
         raise ConfigError(
             "data.group: expected the level of the folders that are groups, from 1, or the column "
-            f"of a list or a table (data.source=list, parquet, hf), got {level!r}"
+            f"of a list or a table (data.source=list, parquet, hf), got {shown!r}"
         )
     groups = []
     for name in names:

@@ -63,7 +63,8 @@ def extract(
     """Returns features (N, D) float32 and labels (N,) int64 of all images, on the CPU.
 
     Arguments: as for `extract_batches`.
-    Raises ValueError for an unknown kind, no batches, or a batch without labels.
+    Raises ValueError for an unknown kind or a batch without labels, and ConfigError for no batches:
+    no image can be decoded.
     """
     features, every = [], []
     statistics = (mean, std)
@@ -75,7 +76,9 @@ def extract(
         features.append(found)
         every.append(labels)
     if not features:
-        raise ValueError("batches must hold at least one batch: got none")
+        skipped = getattr(batches, "skipped", {})
+        first = f"; the first: {next(iter(skipped.values()))}" if skipped else ""
+        raise ConfigError(f"data.path: none of the images to evaluate can be decoded{first}")
     return torch.cat(features), torch.cat(every)
 
 

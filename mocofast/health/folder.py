@@ -19,6 +19,8 @@ def evidence_of(folder: Path) -> Evidence:
 
     Raises ConfigError if the folder has no config.yaml that can be read.
     """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         config = settings.from_dict(values)

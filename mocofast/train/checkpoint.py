@@ -270,7 +270,8 @@ def read_file(path: Path) -> Any:
                 "loading runs code of the file. If "
                 'you trust the file, save its weights alone: python -c "import torch; '
                 f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-                "torch.save({'state_dict': c['state_dict']}, 'weights.pt')\""
+                "w = c.state_dict() if hasattr(c, 'state_dict') else c['state_dict']; "
+                "torch.save({'state_dict': w}, 'weights.pt')\""
             ) from error
         first = text.splitlines()[0][:300]
         raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
