@@ -31,7 +31,13 @@ def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=runs.ROOT,
+        preexec_fn=_hears_ctrl_c,
     )
+
+
+def _hears_ctrl_c() -> None:
+    """Undoes what a shell does to jobs in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(process: subprocess.Popen[str], said: str) -> str:
@@ -97,6 +103,7 @@ def test_a_signal_outside_the_steps_ends_the_command() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hears_ctrl_c,
         )
         read_until(waiting, "begun")
         waiting.send_signal(signal.SIGINT)

@@ -80,10 +80,15 @@ def sizes(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
 
 
 def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the type of an array from its header."""
+    """Returns the shape and the type of an array from its header.
+
+    Raises ValueError for an array of Python objects, which are pickled and could run code.
+    """
     version = npy.read_magic(member)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read: they could run code")
     return shape, dtype
 
 

@@ -22,6 +22,7 @@ BUDGET = {"cpu": 30 * 60, "cuda": 8 * 3600}  # seconds that the epochs may take
 LARGEST_VIEW = {"cpu": 64, "cuda": 224}  # pixels
 EPOCHS = (10, 20, 30, 50, 100, 200, 400, 800)
 MOST_KEYS = 65536  # MoCo's queue on ImageNet
+FEWEST_OF_A_PART = 16  # images: fewer make statistics of BatchNorm too noisy
 FEWEST_STEPS = 8  # an epoch: a larger batch would see too few other batches
 
 
@@ -113,6 +114,10 @@ def fit(
     if "model.queue_size" not in kept and hasattr(config.model, "queue_size"):
         keys = 2 ** int(np.log2(max(2, min(MOST_KEYS, count // 2))))
         take("model.queue_size", keys, "half of the images at most, so few keys are of the query")
+    if hasattr(config.model, "bn_splits") and world_size == 1:
+        parts = next((n for n in (8, 4, 2) if batch % n == 0 and batch // n >= FEWEST_OF_A_PART), 1)
+        why = f"{batch // parts} images share BatchNorm, or statistics would betray the positive"
+        take("model.bn_splits", parts, why)
     if hasattr(config.model, "momentum"):
         momentum = 0.99 if count < 100_000 else 0.999
         take("model.momentum", momentum, f"{count // batch:,} steps an epoch")
