@@ -47,7 +47,7 @@ def test_a_path_is_used_with_or_without_a_recipe(
     if words[0] == "digits":
         assert "chose" not in out
         return
-    assert out.count("chose --") == 9
+    assert out.count("chose --") == 10
     assert (saved["model"]["arch"], saved["augment"]["size"]) == ("resnet18_cifar", 24) or (
         saved["model"]["arch"] == "resnet_tiny"  # on a slow machine
     )
@@ -84,6 +84,10 @@ def test_choices_fit_sets_of_any_size(count: int, side: int) -> None:
     assert chosen["augment.size"] == (8 if side == 8 else 24)
     assert chosen["data.batch_size"] <= max(2, count / 8)  # type: ignore[operator]
     assert chosen["model.queue_size"] <= max(2, count / 2)  # type: ignore[operator]
+    # Shuffled BatchNorm of one process needs parts of the batch (MoCo, arXiv:1911.05722, sec. 3.3).
+    batch, parts = int(str(chosen["data.batch_size"])), int(str(chosen["model.bn_splits"]))
+    assert batch % parts == 0 and batch // parts >= min(batch, 16)
+    assert parts > 1 or batch < 32
 
 
 def test_epochs_and_encoder_fit_the_time_that_the_machine_needs() -> None:
