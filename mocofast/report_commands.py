@@ -120,7 +120,7 @@ def views(argv: Sequence[str]) -> int:
     from mocofast.data.interface import BatchSlice, view_augments
     from mocofast.data.loaders import build_loader
     from mocofast.data.sources import load_datasets
-    from mocofast.report.pictures import COLUMNS, write_views
+    from mocofast.report.pictures import COLUMNS, sheet_of
     from mocofast.train import auto, configure
 
     out = Path(given.out)
@@ -152,7 +152,7 @@ def views(argv: Sequence[str]) -> int:
         batch = next(iter(loader.epoch(0)))
     finally:
         loader.close()
-    write_views(batch.views, out)
+    sheet_of(batch.views).save(out)
     print(datasets.lines())
     print(f"written: {out}, {count} images, views of {config.augment.size} pixels")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mocofast import cli, settings
+from mocofast import cli, interrupts, settings
 from mocofast.detection.options import DetectConfig
 from mocofast.report.charts import chart, line_of, ticks
 from mocofast.report.gallery import Gallery, initial_encoder, place
@@ -201,3 +202,25 @@ def test_views_need_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         assert cli.main(["views", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_refused_file_is_an_error_without_a_traceback(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = runs.make_images(tmp_path / "photos", 3)
+    export = ("export", str(folder), "--format")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes
+    try:
+        for *words, out in (
+            ("views", str(photos), "--out", str(tmp_path / "v.png")),
+            (*export, "torchvision", str(tmp_path / "a.pt")),
+            (*export, "torchvision", str(tmp_path / "a.safetensors")),
+        ):
+            assert cli.main([*words, out]) == interrupts.EXIT_SYSTEM, out
+            captured = capsys.readouterr()
+            assert "File too large" in captured.err and "written" not in captured.out
+            assert out.endswith(".png") or not Path(out).exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.glob("*.tmp")]

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
 from mocofast import files
@@ -27,6 +26,7 @@ from mocofast.methods.moco import MoCo
 from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
+from mocofast.train.checkpoint_writer import save_atomically
 
 FORMATS = (
     *("torchvision", "timm", "detectron2", "reference", "safetensors"),
@@ -105,7 +105,7 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
                 f"got model.method {config.model.method}"
             )
         whole = _reference(model, config.model.arch, checkpoint)
-        _write(out, lambda file: torch.save(whole, file))
+        _save(out, whole)
         count = len(whole["state_dict"])
     else:
         # Contiguous, because safetensors does not support channels-last.
@@ -117,9 +117,10 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
             _write(out, lambda file: file.write_bytes(pickle.dumps(_detectron2(backbone))))
         elif is_safetensors:
             metadata = {"format": "pt", "arch": config.model.arch}
-            _write(out, lambda file: save_file(backbone, file, metadata))
+            packed = safetensors.torch.save(backbone, metadata)
+            _write(out, lambda file: file.write_bytes(packed))
         else:
-            _write(out, lambda file: torch.save(backbone, file))
+            _save(out, backbone)
     both, encoder = "both encoders and the queue", "the query encoder without its head"
     content = both if format == "reference" else encoder
     return Exported(out, count, content, how_to_load(format, config, model.encoder_q, out))
@@ -165,6 +166,11 @@ def _check_arch(format: str, arch: str) -> None:
         raise ConfigError(
             f"format: detectron2 is for ResNets with their 7x7 stem, got model.arch {arch}"
         )
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(state, path)
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:

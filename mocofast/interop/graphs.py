@@ -58,6 +58,8 @@ def write_graph(format: str, encoder: nn.Module, config: Config, file: Path) -> 
         raise ConfigError(
             f"format: {format} needs {error.name}: pip install 'mocofast[export]'"
         ) from error
+    except PermissionError:
+        raise
     except Exception as error:
         said = describe_error(error).splitlines()[0][:300]
         raise ConfigError(

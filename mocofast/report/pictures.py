@@ -46,9 +46,18 @@ def scaled(pixels: np.ndarray, side: int) -> Image.Image:
 
 
 def write_views(views: Sequence[Tensor], path: Path) -> None:
-    """Writes the views of a few images as a PNG file: a column for an image, a row for a view.
+    """Writes `sheet_of` the views as a PNG file.
 
     A file that the system refuses is only said in the log.
+    """
+    try:
+        sheet_of(views).save(path)
+    except OSError as error:
+        log.warning("%s", refusal(path, error))
+
+
+def sheet_of(views: Sequence[Tensor]) -> Image.Image:
+    """Returns a picture of the views of a few images: a column for an image, a row for a view.
 
     views: every view (N, C, S, S), as the loader gives them, before the normalisation.
     """
@@ -63,7 +72,4 @@ def write_views(views: Sequence[Tensor], path: Path) -> None:
         for column, pixels in enumerate(as_rgb(view[:count])):
             place = (GAP + column * (side + GAP), TEXT + GAP + row * (side + GAP))
             sheet.paste(scaled(pixels, side), place)
-    try:
-        sheet.save(path)
-    except OSError as error:
-        log.warning("%s", refusal(path, error))
+    return sheet
