@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -300,8 +300,8 @@ def test_a_failed_write_leaves_the_old_file(
     out = tmp_path / "r18.pt"
     out.write_text("old")
 
-    def full_disk(content: Any, file: Path) -> None:
-        file.write_text("half")
+    def full_disk(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
