@@ -6,6 +6,7 @@ name and one default.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -127,8 +128,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """a checkpoint's encoder for torchvision, timm, detectron2 or facebookresearch/moco"""
-    from mocofast.interop import export as formats
-    from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
+    from mocofast.interop.formats import FORMATS
 
     parser = Parser(
         prog="mocofast export", description="Writes a checkpoint's query encoder in another format."
@@ -136,28 +136,31 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "checkpoint", help="a run folder, or a checkpoint file of any known project"
     )
-    parser.add_argument(
-        "--format", metavar="FORMAT", required=True, help=" | ".join(formats.FORMATS)
-    )
+    parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
     parser.add_argument("out", help="the file to write; a name in .safetensors selects safetensors")
     add_arch(parser)
     arguments = parser.parse(argv)
+    from mocofast.interop import export as writing
+    from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
+
     checkpoint = as_checkpoint(load_any(arguments.checkpoint, arguments.arch))
-    print(formats.export(checkpoint, arguments.format, arguments.out))
+    print(writing.export(checkpoint, arguments.format, arguments.out))
     return 0
 
 
 def prepare(argv: Sequence[str]) -> int:
     """a compact copy of a folder of images, as tar shards"""
-    from mocofast.data import prepare as module
+    from mocofast.data.options import PrepareConfig
 
-    parser = Parser(prog="mocofast prepare", description=module.__doc__)
+    parser = Parser(prog="mocofast prepare", description=inspect.getdoc(PrepareConfig))
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
     parser.add_argument("out", help="a new folder to write, for data.source=shards")
-    add_flags(parser, module.PrepareConfig)
+    add_flags(parser, PrepareConfig)
     given = vars(parser.parse(argv))
+    from mocofast.data import prepare as module
+
     source, out = given.pop("source"), given.pop("out")
-    meta = module.prepare(source, out, module.PrepareConfig(**given))
+    meta = module.prepare(source, out, PrepareConfig(**given))
     for remark in meta["remarks"]:
         print(remark)
     for name, reason in meta["skipped"].items():
@@ -171,13 +174,15 @@ def prepare(argv: Sequence[str]) -> int:
 
 def stats(argv: Sequence[str]) -> int:
     """channel means, deviations and ranges of a set of images, as options to paste"""
+    from mocofast.data.options import StatsConfig
+
+    parser = Parser(prog="mocofast stats", description=inspect.getdoc(StatsConfig))
+    parser.add_argument("path", help="the images, as data.path")
+    add_flags(parser, StatsConfig)
+    given = vars(parser.parse(argv))
     from mocofast.data import statistics as module
 
-    parser = Parser(prog="mocofast stats", description=module.__doc__)
-    parser.add_argument("path", help="the images, as data.path")
-    add_flags(parser, module.StatsConfig)
-    given = vars(parser.parse(argv))
-    print(module.measure(given.pop("path"), module.StatsConfig(**given)).report())
+    print(module.measure(given.pop("path"), StatsConfig(**given)).report())
     return 0
 
 
@@ -248,7 +253,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 def main_moco(argv: Sequence[str]) -> int:
     """facebookresearch/moco's and moco-v3's main_moco.py, flag for flag"""
-    from mocofast.interop import reference_commands
+    from mocofast.interop import reference_flags
 
     parser = Parser(
         prog="mocofast main_moco",
@@ -258,13 +263,16 @@ def main_moco(argv: Sequence[str]) -> int:
             "All other command lines select MoCo v1 or v2."
         ),
     )
-    reference_commands.add_flags(parser, linear=False)
-    return reference_commands.main_moco(vars(parser.parse(argv)), argv)
+    reference_flags.add_flags(parser, linear=False)
+    given = vars(parser.parse(argv))
+    from mocofast.interop import reference_commands
+
+    return reference_commands.main_moco(given, argv)
 
 
 def main_lincls(argv: Sequence[str]) -> int:
     """facebookresearch/moco's and moco-v3's main_lincls.py, flag for flag"""
-    from mocofast.interop import reference_commands
+    from mocofast.interop import reference_flags
 
     parser = Parser(
         prog="mocofast main_lincls",
@@ -273,25 +281,29 @@ def main_lincls(argv: Sequence[str]) -> int:
             "The checkpoint tells whether the protocol is MoCo's or MoCo v3's."
         ),
     )
-    reference_commands.add_flags(parser, linear=True)
+    reference_flags.add_flags(parser, linear=True)
     given = vars(parser.parse(argv))
+    from mocofast.interop import reference_commands
+
     log_to_screen()
     return reference_commands.main_lincls(given)
 
 
 def study(argv: Sequence[str]) -> int:
     """what pretraining gives where labels are few: four classes, a ResNet and a ViT"""
-    from mocofast import study as module
-    from mocofast.device import choose_device
-
-    parser = Parser(prog="mocofast study", description=module.__doc__)
+    parser = Parser(
+        prog="mocofast study",
+        description="Trains a ResNet and a ViT on labels twice: from scratch, and from a MoCo "
+        "pretraining on the unlabelled images.\nExcept for the start, the two runs of a pair are "
+        "equal. docs/study.md shows a result.",
+    )
     parser.add_argument("name", choices=("four-class",), help="which study: four-class")
     parser.add_argument(
         "--data.path", metavar="DIR", dest="path", required=True, help="train/CLASS and test/CLASS"
     )
     parser.add_argument(
         "--setting",
-        choices=tuple(module.SIZES),
+        choices=("cpu", "gpu"),  # the names in mocofast.study.SIZES
         default="cpu",
         help="sizes of the study, for a CPU or for a GPU [cpu]",
     )
@@ -305,6 +317,9 @@ def study(argv: Sequence[str]) -> int:
         "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
     )
     given = parser.parse(argv)
+    from mocofast import study as module
+    from mocofast.device import choose_device
+
     out = Path(given.out or f"runs/{given.name}-{given.setting}")
     try:
         module.four_class(given.path, out, module.SIZES[given.setting], choose_device(given.device))

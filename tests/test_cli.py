@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,26 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
     done = runs.mocofast("knn", str(tmp_path / "run"), check=False)
     assert done.returncode == 2
     assert "labelled" in done.stderr
+
+
+def test_help_loads_no_pytorch() -> None:
+    """Loading PyTorch takes seconds. (`bench` loads its benchmarks, whose options it shows.)"""
+    script = (
+        "import contextlib, io, sys\nfrom mocofast import cli\n"
+        "for name in sys.argv[1:]:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        cli.main([name, '--help'])\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    names = [name for name in cli.COMMANDS if name != "bench"]
+    subprocess.run(
+        [sys.executable, "-c", script, *names], env=runs.environment(), cwd=runs.ROOT, check=True
+    )
+
+
+def test_the_settings_of_the_study_are_those_of_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mocofast.study import SIZES
+
+    assert f"--setting {{{','.join(SIZES)}}}" in call(capsys, "study", "--help")[1]

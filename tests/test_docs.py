@@ -15,7 +15,7 @@ from PIL import Image
 
 from mocofast import cli, ops, optim, settings
 from mocofast.config import Config
-from mocofast.interop import reference_commands
+from mocofast.interop import reference_commands, reference_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ PROBES = {
 
 def test_every_flag_has_a_row() -> None:
     parser = argparse.ArgumentParser()
-    reference_commands.add_flags(parser, linear=False)
+    reference_flags.add_flags(parser, linear=False)
     known = {name for action in parser._actions for name in action.option_strings}
     rows = [flag for flag, _ in flags_table()]
     actions = [a for a in parser._actions if a.option_strings and a.dest != "help"]
@@ -79,7 +79,7 @@ def test_a_flag_changes_the_named_option(tmp_path: Path, flag: str, option: str)
     if flag in ("--resume", "--gpu"):  # no option of a recipe, and a device that may be absent
         return
     parser = argparse.ArgumentParser()
-    reference_commands.add_flags(parser, linear=False)
+    reference_flags.add_flags(parser, linear=False)
     first = ["--moco-m-cos"] if flag in ("--moco-mlp-dim", "--optimizer", "--warmup-epochs") else []
     first = ["--optimizer", "lars"] if flag in ("--moco-m-cos", "--crop-min") else first
 

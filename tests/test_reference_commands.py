@@ -17,7 +17,7 @@ from torch import nn
 from mocofast import cli, settings
 from mocofast.config import Config, ConfigError
 from mocofast.evaluate.linear import LinearConfig
-from mocofast.interop import reference_commands
+from mocofast.interop import reference_commands, reference_flags
 from mocofast.interop.reference_checkpoints import load_pretrained
 from mocofast.models.encoders import features
 from mocofast.train.configure import configure
@@ -69,7 +69,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def parsed(line: str, linear: bool = False) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    reference_commands.add_flags(parser, linear)
+    reference_flags.add_flags(parser, linear)
     return vars(parser.parse_args(shlex.split(line)))
 
 

@@ -1,12 +1,7 @@
-"""`mocofast stats`: the channel means, deviations and ranges of a set of images.
-
-Prints the options to paste into a `mocofast pretrain` command. Every image has the same
-weight. MoCo trains better where the means and deviations are those of the set.
-"""
+"""Measures channel means, deviations and ranges of a set of images: see `StatsConfig`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +13,7 @@ from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import Source, no_image_decodes, read_seconds
 from mocofast.data.loaders import count_workers, pixels_of
+from mocofast.data.options import StatsConfig as StatsConfig
 from mocofast.data.ranges import (
     Pixels,
     ValueRange,
@@ -29,29 +25,10 @@ from mocofast.data.ranges import (
 from mocofast.data.remarks import Numbers, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
-from mocofast.data_config import ReadingOptions, reading_values
+from mocofast.data_config import reading_values
 from mocofast.errors import describe_error
-from mocofast.option import option
 
 VALUES = 2000  # numbers of a channel of an image whose percentiles are taken
-
-
-@dataclass
-class StatsConfig(ReadingOptions):
-    """The options of `mocofast stats`."""
-
-    images: int = option(1000, "number of images to measure, from everywhere in the set; 0 is all")
-    range: str = option(
-        "auto", "as data.range; auto measures the numbers, and suggests a range where one is needed"
-    )
-    percentiles: tuple[float, float] = option(
-        (0.0, 0.0),
-        "such as 1,99: the range is from one percentile of the set's numbers to the other, a pair "
-        "a channel; 0,0 leaves the range as above",
-    )
-    channels: int = option(3, "channels of an image, as data.channels")
-    source: str = option("folder", "as data.source")
-    workers: int = option(-1, "number of threads; -1 takes all cores")
 
 
 class Statistics(NamedTuple):

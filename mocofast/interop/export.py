@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mocofast import files
 from mocofast.config import ConfigError
+from mocofast.interop.formats import FORMATS
 from mocofast.interop.graphs import SUFFIXES, graph_lines, write_graph
 from mocofast.interop.hugging_face import check_transformers, transformers_lines, write_folder
 from mocofast.interop.layouts import timm_names
@@ -27,11 +28,6 @@ from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
 from mocofast.train.checkpoint_writer import save_atomically
-
-FORMATS = (
-    *("torchvision", "timm", "detectron2", "reference", "safetensors"),
-    *("transformers", "onnx", "torch_export"),
-)
 
 
 class Exported(NamedTuple):
