@@ -32,9 +32,8 @@ examples:
 def _usage(commands: Commands) -> str:
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in commands.items())
     return (
-        f"usage: mocofast COMMAND [...]\n\n{EXAMPLES}\n\ncommands:\n{lines}\n\n"
-        "mocofast COMMAND --help lists the options of a command.\n"
-        "mocofast --help-all lists the options of all commands."
+        f"usage: mocofast COMMAND [...]\n{EXAMPLES}\n\ncommands:\n{lines}\n\n"
+        "mocofast COMMAND --help lists the options of a command, mocofast --help-all of all."
     )
 
 
