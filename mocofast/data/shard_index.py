@@ -125,7 +125,7 @@ def local_index(path: Path, extensions: Set[str] = EXTENSIONS) -> Index:
         try:
             _write(place, stamp, index)
             break
-        except OSError:  # a read-only place
+        except (OSError, ConfigError):  # a read-only place, or a name that is taken
             continue
     return index
 
