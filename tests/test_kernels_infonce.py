@@ -306,6 +306,7 @@ def test_the_same_holds_for_rows_of_more_than_1024_columns(
     _check(Problem(3, 70, C, 0.1, dtype, False, False, 0, (layout,) * 3, None, 0))
 
 
+@pytest.mark.slow
 def test_a_row_may_have_8192_columns_and_no_more() -> None:
     _check(Problem(2, 20, 8192, 0.1, BF16, True, True, 0, ("contiguous",) * 3, None, 0))
     with pytest.raises(AssertionError):
