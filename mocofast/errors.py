@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """A recipe, option or value cannot be used. The message names it and says what was expected."""
 
 
+class NothingDecodedError(ConfigError):
+    """No image of a set can be decoded."""
+
+
 class DivergedError(RuntimeError):
     """A run has lost its weights: loss or weights are not finite. The message says what to do.
 

@@ -13,6 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from mocofast import cli
+from mocofast.config import ConfigError
+from mocofast.data.arrays import ArraySource
+from mocofast.data.interface import Source
+from mocofast.errors import NothingDecodedError
+from mocofast.evaluate import ranks as evaluation_ranks
 from mocofast.interop.classifiers import FILE, load_classifier
 from tests import runs
 from tests.test_cli import call
@@ -220,3 +225,23 @@ def test_a_sweep_runs_every_combination_once_and_continues(
     assert Image.open(picture).size[0] > 800
     assert call(capsys, "compare", pair[0], str(tmp_path))[0] == 2
     assert call(capsys, "compare", pair[0])[0] == 2
+
+
+def test_a_rank_without_a_readable_image_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of two, whose other rank has found `others`."""
+    others: list[tuple[object, str, str]] = []
+    monkeypatch.setattr(evaluation_ranks, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(evaluation_ranks, "gather_objects", lambda own: [own, *others])
+    source = ArraySource(np.zeros((4, 8, 8, 3), np.uint8), None, ())
+
+    def nothing(part: Source) -> tuple[torch.Tensor, ...]:
+        raise NothingDecodedError(f"none of {len(part)}")
+
+    others[:] = [((torch.ones(2, 3),), "", "")]
+    assert torch.equal(evaluation_ranks.over_ranks(nothing, source)[0], torch.ones(2, 3))
+    others[:] = [(None, "", "none of 2")]
+    with pytest.raises(NothingDecodedError, match="none of 2"):
+        evaluation_ranks.over_ranks(nothing, source)
+    others[:] = [(None, "out of memory", "")]
+    with pytest.raises(ConfigError, match="out of memory"):
+        evaluation_ranks.over_ranks(nothing, source)

@@ -15,6 +15,7 @@ from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
+from mocofast.errors import NothingDecodedError
 from mocofast.models import encoders, pixels
 
 EVALUATION_BATCH = 256  # images
@@ -78,7 +79,9 @@ def extract(
     if not features:
         skipped = getattr(batches, "skipped", {})
         first = f"; the first: {next(iter(skipped.values()))}" if skipped else ""
-        raise ConfigError(f"data.path: none of the images to evaluate can be decoded{first}")
+        raise NothingDecodedError(
+            f"data.path: none of the images to evaluate can be decoded{first}"
+        )
     return torch.cat(features), torch.cat(every)
 
 

@@ -21,6 +21,7 @@ from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
 from mocofast.distributed import rank_and_world_size
+from mocofast.errors import NothingDecodedError
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.layers import add_drop_path, optimizer_of
@@ -207,7 +208,7 @@ def predict(
                 scores.append(encoder(prepare_images(images, mean, std)).float().cpu())
                 every.append(labels)
         if not scores:
-            raise ConfigError("data.path: none of the images to evaluate can be decoded")
+            raise NothingDecodedError("data.path: none of the images to evaluate can be decoded")
         return torch.cat(scores), torch.cat(every)
 
     return Predictions(*over_ranks(compute, source))
