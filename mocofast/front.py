@@ -65,6 +65,8 @@ def run(commands: Commands, argv: Sequence[str]) -> int:
             command = argv[0] if argv else ""
             started = command in ("pretrain", "detect", "segment")
             where = ": stopped before the first step" if started else ": stopped"
+            if command == "sweep":
+                where += "; the same command continues"
             print(f"mocofast {command}{where}", file=sys.stderr)
             number = getattr(stop, "number", interrupts.EXIT_CTRL_C - 128)
             return interrupts.EXIT_INTERRUPTED if started else 128 + number

@@ -94,9 +94,9 @@ def test_a_signal_outside_the_steps_ends_the_command() -> None:
     script = (
         "import sys, time\nfrom mocofast import cli, front\n"
         "def wait(argv):\n    print('begun', flush=True); time.sleep(60)\n"
-        "sys.exit(front.run({'pretrain': wait, 'knn': wait}, sys.argv[1:]))"
+        "sys.exit(front.run(dict.fromkeys(('pretrain', 'knn', 'sweep'), wait), sys.argv[1:]))"
     )
-    for name, status in (("pretrain", 75), ("knn", 130)):
+    for name, status in (("pretrain", 75), ("knn", 130), ("sweep", 130)):
         waiting = subprocess.Popen(
             [sys.executable, "-c", script, name],
             env=runs.environment(),
@@ -110,6 +110,7 @@ def test_a_signal_outside_the_steps_ends_the_command() -> None:
         _, err = waiting.communicate(timeout=10)
         assert waiting.returncode == status
         assert f"mocofast {name}: stopped" in err and "Traceback" not in err
+        assert (name == "sweep") == ("the same command continues" in err)
 
 
 def test_a_run_that_stopped_in_an_evaluation_continues_exactly(
