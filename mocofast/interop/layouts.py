@@ -79,9 +79,9 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
             )
         return Found(dict(part), arch, 3, 0, layout)
     side = _image_side(part, first)
-    found = arch or (
-        _resnet_of(part, first) if "layer1.0.conv1.weight" in part else _vit_of(part, first, layout)
-    )
+    # A stage of `resnet_tiny` is one block, without a number in its name.
+    is_resnet = "layer1.0.conv1.weight" in part or "layer1.conv1.weight" in part
+    found = arch or (_resnet_of(part, first) if is_resnet else _vit_of(part, first, layout))
     if "patch_embed.proj.weight" in part and not found.startswith("timm/"):
         part = torchvision_names(part)
     return Found(dict(part), found, first.shape[1], side, layout)

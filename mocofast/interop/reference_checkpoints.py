@@ -111,10 +111,16 @@ def _check(expected: str | None, found: str | None, path: str) -> None:
 
 
 def _moco(weights: dict[str, Tensor], arch: str | None) -> tuple[Method, Config]:
-    """Returns MoCo with both encoders and the queue of facebookresearch/moco."""
+    """Returns MoCo with both encoders and the queue of facebookresearch/moco.
+
+    The queue may also be (K, dim), as `mocofast.MoCo` has it in the checkpoint of another loop.
+    """
     found = find_encoder(weights, arch)
     config = _config(found)
     config.model.mlp = "encoder_q.fc.2.weight" in weights
+    head = weights.get("encoder_q.fc.2.weight", weights.get("encoder_q.fc.weight"))
+    if head is not None and weights["queue"].shape[0] != len(head) == weights["queue"].shape[1]:
+        weights = {**weights, "queue": weights["queue"].T.contiguous()}
     config.model.dim, config.model.queue_size = weights["queue"].shape
     model = build_method(config)
     assert isinstance(model, MoCo)
