@@ -29,7 +29,6 @@ and results are float32. Runs are bit-equal on the same machine with the same nu
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_one_block import is_one_block, one_block
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
 from mocofast_kernels.cpu_vectors import (
+    LOG2E,
     clamped_norm,
     gradient_dtype,
     softplus,
@@ -48,7 +48,6 @@ from mocofast_kernels.cpu_vectors import (
 )
 from mocofast_kernels.exclusion import Exclusion
 
-LOG2E = 1.0 / math.log(2.0)
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) are normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block

@@ -5,16 +5,20 @@ At 16 x 256 x 64 a third of the time went into calls between the operations (doc
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_products import SMALL, Scratch, product
-from mocofast_kernels.cpu_vectors import EPS, clamped_norm, gradient_dtype, softplus
+from mocofast_kernels.cpu_vectors import (
+    LOG2E,
+    clamped_norm,
+    gradient_dtype,
+    softplus,
+    through_normalize,
+    unit_rows,
+)
 
-LOG2E = 1.0 / math.log(2.0)
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
 
@@ -44,10 +48,9 @@ def one_block(
     the gradient of the query alone.
     """
     dtype = query.dtype
-    query, positive, block = query.float(), positive.float(), negatives.float()
-    norm = clamped_norm(query)
-    h = query / norm
-    key = positive / clamped_norm(positive)
+    h, norm = unit_rows(query, True)
+    key, _ = unit_rows(positive, True)
+    block = negatives.float()
     scaled = h * (inverse_t * LOG2E)
     logit_positive = (scaled * key).sum(1, keepdim=True)
     if normalize_negatives:
@@ -65,7 +68,5 @@ def one_block(
         cpu_ranks.without_nan(rank, loss, len(negatives), 0)
     weight = torch.sigmoid(difference).mul_(-inverse_t / (len(h) if mean else 1))
     grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
-    # Up to EPS the divisor is a constant, as in `cpu_vectors.through_normalize`.
-    along = (grad * h).sum(1, keepdim=True).div_(torch.threshold(norm, EPS, math.inf))
-    grad.div_(norm).addcmul_(h, along, value=-1)
+    grad = through_normalize(grad, (grad * h).sum(1, keepdim=True), h, norm)
     return (loss.mean(), rank, grad.to(gradient_dtype(dtype))) if mean else (loss, rank, grad)

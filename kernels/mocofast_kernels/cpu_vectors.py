@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+LOG2E = 1.0 / math.log(2.0)
 EPS = 1e-12  # smallest divisor of a normalised vector, as in torch.nn.functional.normalize
 
 
