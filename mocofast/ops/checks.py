@@ -64,23 +64,30 @@ def check_features(name: str, value: Any, shape: str, query: Tensor | None = Non
 def checked_ids(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """Returns ids as int64, contiguous. Raises unless `value` holds integers of the shape."""
     expected = f"{name} must be a tensor of integers of shape {tuple(shape)}"
-    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{expected}: got {described(value)}")
-    if value.shape != shape:
-        raise ValueError(f"{expected}: got {described(value)}")
-    check_same(name, value.device, "device of the features", device)
+    _check_tensor(expected, name, value, INTEGERS, tuple(shape), device)
     return value.to(torch.int64).contiguous()
 
 
 def checked_mask(name: str, value: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns the mask. Raises unless `value` is a bool tensor of the shape."""
     expected = f"{name} must be a bool tensor of shape {shape}"
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+    _check_tensor(expected, name, value, (torch.bool,), shape, device)
+    return value
+
+
+def _check_tensor(
+    expected: str,
+    name: str,
+    value: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{expected}: got {described(value)}")
     if value.shape != shape:
         raise ValueError(f"{expected}: got {described(value)}")
     check_same(name, value.device, "device of the features", device)
-    return value
 
 
 def check_same(name: str, got: Any, what: str, expected: Any) -> None:
