@@ -223,7 +223,8 @@ def siglip_loss(
     scale = checked_temperature(logit_scale, device, "logit_scale")
     bias = checked_number(logit_bias, device, "logit_bias")
     scale, bias = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scale, bias))
-    ring = Ring(None, 0, [len(image_features)])
+    rows = len(image_features)
+    ring = Ring(None, 0, [rows], rows)
     if group is not None:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
     return sigmoid.siglip(image_features, text_features, scale, bias, ring).mean()

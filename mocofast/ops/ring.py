@@ -35,6 +35,7 @@ class Ring(NamedTuple):
     group: Any  # torch.distributed.ProcessGroup
     rank: int
     counts: list[int]  # rows of keys on every rank
+    period: int  # own key j is left out of row i where j % period == i % period
 
     def blocks(self, keys: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yields (rank that owns the block, block) for the blocks of all ranks, the own one first.
@@ -66,7 +67,7 @@ class Ring(NamedTuple):
 
     def excluded(self, owner: int) -> Exclusion:
         """Returns what this rank leaves out of a block: the own rows, in the own block."""
-        return Exclusion(self.counts[self.rank] if owner == self.rank else 0)
+        return Exclusion(self.period if owner == self.rank else 0)
 
     def _pass_on(self, tensor: Tensor, arriving: int) -> Callable[[], Tensor]:
         """Sends to the next rank and receives `arriving` rows. Returns a function that waits."""
@@ -124,7 +125,7 @@ def ring_of(group: Any, **features: Tensor) -> Ring:
         if any(value != values[0] for value in values):
             names = ", ".join(features)
             raise ValueError(f"{names} must have equal {what} on all ranks of group: got {values}")
-    return Ring(group, rank, [row[0] for row in rows])
+    return Ring(group, rank, [row[0] for row in rows], len(first))
 
 
 @torch.compiler.disable
@@ -141,11 +142,14 @@ def info_nce(
     """Returns losses (N,) of this rank's queries against the keys of all ranks, and positive ranks.
 
     query, positive: (N, C). keys: (K, C), the own block of negatives. Own key j is left out of row
-        i where j % P == i % P, P the number of rows of this rank in `ring`.
+        i where j % P == i % P, P the number of rows of this rank in `ring`. K is a multiple of P:
+        one view of the rows, or more.
     """
     options = Options(normalize, normalize, return_rank, sweep.dot_dtype(query, positive, keys))
     scalar, tensor = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
     sweep.refuse_transforms(query, positive, keys, tensor)
+    views = len(keys) // ring.period
+    ring = ring._replace(counts=[views * count for count in ring.counts])
     return _RingInfoNCE.apply(query, positive, keys, tensor, scalar, options, ring)
 
 
@@ -165,11 +169,9 @@ class _RingInfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         need_query, need_positive, _, need_temperature = ctx.needs_input_grad[:4]
         ctx.options, ctx.scalar, ctx.ring = options, scalar, ring
-        ctx.views = len(keys) // ring.counts[ring.rank]  # of every row of the ring
         ctx.dtypes = (query.dtype, positive.dtype, keys.dtype)
         total: InfoNCEForward | None = None
-        own = ring._replace(counts=[ctx.views * count for count in ring.counts])
-        for owner, block in own.blocks(keys):
+        for owner, block in ring.blocks(keys):
             part = sweep.forward(
                 query,
                 positive,
@@ -182,7 +184,7 @@ class _RingInfoNCE(torch.autograd.Function):
             total = part if total is None else _merged(total, part)
         assert total is not None
         if total.rank is not None:
-            worst = sum(own.counts) - len(keys) + worst_rank(len(keys), ring.counts[ring.rank])
+            worst = sum(ring.counts) - len(keys) + worst_rank(len(keys), ring.period)
             total.rank.masked_fill_(total.loss.isnan(), worst)
             ctx.mark_non_differentiable(total.rank)
         ctx.save_for_backward(
@@ -220,8 +222,7 @@ class _RingInfoNCE(torch.autograd.Function):
                         ring.excluded(owner),
                     )
 
-                own = ring._replace(counts=[ctx.views * count for count in ring.counts])
-                grads[2] = own.collect(keys, part).to(ctx.dtypes[2])
+                grads[2] = ring.collect(keys, part).to(ctx.dtypes[2])
             if grad_scale is not None:
                 grads[3] = sweep.temperature_grad(grad_loss, grad_scale, temperature).to(
                     temperature.dtype
