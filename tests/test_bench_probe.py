@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from mocofast_bench.commands import main
-
-from tests import runs
 
 
 def test_both_sides_fit_the_same_problem(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,23 +19,3 @@ def test_both_sides_fit_the_same_problem(capsys: pytest.CaptureFixture[str]) -> 
         assert 0.3 < ours["accuracy"] < 1
         assert sides["seven strengths"]["accuracy"] == pytest.approx(ours["accuracy"], abs=0.01)
     assert row["speedup"].keys() == row["seven_over_one"].keys() == row["sets"].keys()
-
-
-def test_help_of_evaluation_imports_no_torch() -> None:
-    commands = ("knn", "linear", "finetune", "embed", "predict", "compare", "sweep")
-    code = (
-        "import sys\nfrom mocofast.cli import main\n"
-        f"for name in {commands}:\n"
-        "    try:\n        main([name, '--help'])\n"
-        "    except SystemExit as end:\n        assert not end.code\n"
-        "heavy = {'torch', 'matplotlib', 'sklearn', 'scipy', 'yaml'} & sys.modules.keys()\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

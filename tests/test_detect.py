@@ -273,20 +273,8 @@ def test_a_run_that_diverges_ends_with_76(
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_help_needs_no_pytorch() -> None:
-    code = (
-        "import sys\nfrom mocofast import cli\n"
-        "for task in ('detect', 'segment'):\n"
-        "    try: cli.main([task, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "print(sorted({'torch', 'torchvision', 'pycocotools'} & sys.modules.keys()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.endswith("[]\n")
-    assert "faster_rcnn_c4" in done.stdout and "deeplabv3" in done.stdout
+def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    for task, model in (("detect", "faster_rcnn_c4"), ("segment", "deeplabv3")):
+        with pytest.raises(SystemExit):
+            cli.main([task, "--help"])
+        assert model in capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from mocofast.config import ConfigError
-from mocofast.launch.document import dump
 from mocofast.launch.request import HEADER, Request
 from mocofast.launch.torchrun import torchrun
 
@@ -22,6 +21,8 @@ def manifest(request: Request) -> str:
 
     Raises ConfigError without an image, or for a volume that is not CLAIM:FOLDER.
     """
+    from mocofast.launch.document import dump  # here, so that `--help` loads no YAML
+
     options = request.options
     if not options.image:
         raise ConfigError("--image: k8s needs a container image that has mocofast")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mocofast.launch.document import dump
 from mocofast.launch.request import EXIT_CONTINUES, HEADER, Request
 from mocofast.launch.torchrun import torchrun
 
@@ -17,6 +16,8 @@ def task(request: Request) -> str:
     The run folder must lie in storage that outlives the machines (`--train.dir` in a bucket that
     a user's `file_mounts` mount), or a replaced machine starts anew.
     """
+    from mocofast.launch.document import dump  # here, so that `--help` loads no YAML
+
     options = request.options
     resources: dict[str, Any] = {
         "cpus": f"{options.cpus * options.processes}+",
