@@ -104,7 +104,7 @@ class BatchPlanner:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
         slots = self._slice.indices(self._order[1], step)
         unknown = [slot for slot in slots.tolist() if not self._known(slot)]
-        headers = [self._readers.submit(self._is_good, slot) for slot in unknown]
+        headers = [self._readers.submit(self._read_header, slot) for slot in unknown]
         for slot, header in zip(unknown, headers):
             self._answer(slot, header)
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
@@ -132,7 +132,7 @@ class BatchPlanner:
         return (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
 
     def _shown(self, slot: int) -> int:
-        shown = first_good(slot, len(self._source), self._is_good_in_time)
+        shown = first_good(slot, len(self._source), self._is_good)
         if shown is None:
             raise no_image_decodes(self._source, self.skipped)
         return shown
@@ -151,10 +151,10 @@ class BatchPlanner:
     def _known(self, index: int) -> bool:
         return index in self.skipped or bool(self.sizes[index, 0])
 
-    def _is_good_in_time(self, index: int) -> bool:
+    def _is_good(self, index: int) -> bool:
         """Returns False for a bad sample, also for a file that cannot be read in time."""
         if not self._known(index):
-            self._answer(index, self._readers.submit(self._is_good, index))
+            self._answer(index, self._readers.submit(self._read_header, index))
         return index not in self.skipped
 
     def _answer(self, index: int, header: Any) -> None:
@@ -164,26 +164,23 @@ class BatchPlanner:
         except TimeoutError as error:
             self.skipped[index] = describe_error(error)
 
-    def _is_good(self, index: int) -> bool:
-        """Returns False for a bad sample. Reads the header of a new sample."""
-        if index in self.skipped:
-            return False
-        if not self.sizes[index, 0]:
-            item = self._source.load(index)
-            if isinstance(item, np.ndarray):
-                self.sizes[index] = item.shape[:2]
-                return True
-            try:
-                if self._pixels is not None:
-                    self.sizes[index] = self._pixels.size(item)
-                    return True
-                header = read_header(item)
-                by_dali = self._dali_range and index not in self.python_only
-                self.in_python[index] = not (by_dali and accepts(item, header))
-                is_file = isinstance(item, (str, bytes))
-                self._scalable[index] = is_file and header.format in SCALABLE
-                self.sizes[index] = header.height, header.width
-            except Exception as error:  # PIL raises nearly any exception on corrupt headers
-                self.skipped[index] = describe_error(error)
-                return False
-        return True
+    def _read_header(self, index: int) -> None:
+        """Notes the size of a new sample and who decodes the file, or why the sample is bad."""
+        if self._known(index):  # another slot of the batch shows the sample, too
+            return
+        item = self._source.load(index)
+        if isinstance(item, np.ndarray):
+            self.sizes[index] = item.shape[:2]
+            return
+        try:
+            if self._pixels is not None:
+                self.sizes[index] = self._pixels.size(item)
+                return
+            header = read_header(item)
+            by_dali = self._dali_range and index not in self.python_only
+            self.in_python[index] = not (by_dali and accepts(item, header))
+            is_file = isinstance(item, (str, bytes))
+            self._scalable[index] = is_file and header.format in SCALABLE
+            self.sizes[index] = header.height, header.width
+        except Exception as error:  # PIL raises nearly any exception on corrupt headers
+            self.skipped[index] = describe_error(error)
