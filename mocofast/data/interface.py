@@ -187,10 +187,15 @@ def view_sources(source: Source) -> tuple[Source, ...]:
     return getattr(source, "views", (source,))
 
 
+def inner_sources(source: Source) -> tuple[Source, ...]:
+    """Returns the sources from which a source takes its items: none for a source of files."""
+    inner = (getattr(source, "_source", None), *getattr(source, "views", ()))
+    return tuple(each for each in inner if each is not None)
+
+
 def downloads(source: Source) -> bool:
     """Returns whether `load` may download, which takes any time. Downloads have own deadlines."""
-    inner = [getattr(source, "_source", None), *getattr(source, "views", ())]
-    return getattr(source, "downloads", False) or any(map(downloads, filter(None, inner)))
+    return getattr(source, "downloads", False) or any(map(downloads, inner_sources(source)))
 
 
 def read_seconds(source: Source) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mocofast.data import deadline
-from mocofast.data.interface import Source
+from mocofast.data.interface import Source, inner_sources
 
 PIECE = 1 << 20  # bytes that are read at a time
 
@@ -25,9 +25,8 @@ def files_of(source: Source) -> Iterator[str]:
     paths = getattr(source, "paths", None)
     if paths is not None:
         yield from paths()
-    for inner in (getattr(source, "_source", None), *getattr(source, "views", ())):
-        if inner is not None:
-            yield from files_of(inner)
+    for inner in inner_sources(source):
+        yield from files_of(inner)
 
 
 def stamp_of(source: Source, content: bool) -> dict[str, str]:
