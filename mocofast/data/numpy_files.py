@@ -25,7 +25,7 @@ IMAGE_NAMES = ("image", "img", "x", "data", "arr_0")
 def extent(file: str | bytes, wanted: int, part: int = WHOLE) -> Extent:
     """Returns the size of an array. Arguments: as `items.FileReader`."""
     with _member(file) as (member, remark):
-        shape, dtype = _header(member)
+        shape, dtype = array_header(member)
     height, width, _ = sizes(shape, _channels(shape, wanted))
     check_pixels(height, width)
     return Extent(height, width, dtype != np.uint8, remark, "NPY")
@@ -34,7 +34,7 @@ def extent(file: str | bytes, wanted: int, part: int = WHOLE) -> Extent:
 def pixels(file: str | bytes, wanted: int, part: int = WHOLE) -> Pixels:
     """Returns the numbers of an array. Arguments: as `items.FileReader`."""
     with _member(file) as (member, _):
-        shape, _ = _header(member)
+        shape, _ = array_header(member)
         check_pixels(*sizes(shape, _channels(shape, wanted))[:2])  # a packed array may be a bomb
         member.seek(0)
         # Pickled objects could run code.
@@ -79,7 +79,7 @@ def sizes(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
     return found
 
 
-def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def array_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     """Returns the shape and the type of an array from its header.
 
     Raises ValueError for an array of Python objects, which are pickled and could run code.

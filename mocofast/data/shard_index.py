@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 
 from mocofast import files
 from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import ALL, Patterns
 from mocofast.data.names import EXTENSIONS, FIELDS
+from mocofast.data.numpy_files import array_header
 from mocofast.data.shard_samples import MemberReader, Members, choose_samples, is_left_out
 from mocofast.data.tar_members import TarMembers
 from mocofast.errors import describe_error
@@ -171,10 +171,8 @@ def _arrays(place: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"{info.filename} is compressed")
             with archive.open(info) as member:
                 content = io.BytesIO(member.read())
-            version = npy.read_magic(content)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = read(content)
-            if dtype.hasobject or dtype.kind not in "iSU" or len(shape) > 1:
+            shape, dtype = array_header(content)
+            if dtype.kind not in "iSU" or len(shape) > 1:
                 raise ValueError(f"{info.filename} holds {dtype} {shape}")
             # An array of another size than its header states raises ValueError.
             values = np.frombuffer(content.read(), dtype) if dtype.itemsize else np.empty(0, dtype)
