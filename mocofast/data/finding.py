@@ -11,7 +11,7 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -179,6 +179,14 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return _SPECIAL  # to read one may wait for ever
 
 
+def _visible(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields names and kinds of the entries of a folder, but hidden ones. Raises OSError."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] != ".":
+                yield entry.name, _kind(entry)
+
+
 class Disk:
     """The tree below a folder of a disk. Hidden files and folders are skipped. Symbolic links are
     followed (a link back to a folder above only once).
@@ -190,16 +198,11 @@ class Disk:
 
     def entries(self, folder: str) -> tuple[list[str], bool]:
         folders, images = [], False
-        with os.scandir(self.root / folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == ".":
-                    continue
-                kind = _kind(entry)
-                if kind == _FOLDER:
-                    folders.append(name)
-                elif not images and kind == _FILE:
-                    images = extension_of(name) in self._extensions
+        for name, kind in _visible(self.root / folder):
+            if kind == _FOLDER:
+                folders.append(name)
+            elif not images and kind == _FILE:
+                images = extension_of(name) in self._extensions
         return sorted(folders), images
 
     def find(self, folder: str, patterns: Patterns = ALL) -> Found:
@@ -217,12 +220,8 @@ class Disk:
             return False
         folders = []
         # A folder that cannot be read holds none. `find` names the folder.
-        with contextlib.suppress(OSError), os.scandir(real) as entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == ".":
-                    continue
-                kind = _kind(entry)
+        with contextlib.suppress(OSError):
+            for name, kind in _visible(real):
                 if kind == _FOLDER:
                     folders.append(name)
                 elif (
@@ -245,20 +244,15 @@ class Disk:
             return 0
         names, folders, excluded = [], [], 0
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == ".":
-                        continue
-                    kind = _kind(entry)
-                    if kind == _FOLDER:
-                        folders.append(name)
-                    elif kind != _FILE:
-                        found.kinds[kind] += 1
-                    elif extension_of(name) in self._extensions:
-                        names.append(prefix + name)
-                    else:
-                        found.kinds[os.path.splitext(name)[1].lower()] += 1
+            for name, kind in _visible(folder):
+                if kind == _FOLDER:
+                    folders.append(name)
+                elif kind != _FILE:
+                    found.kinds[kind] += 1
+                elif extension_of(name) in self._extensions:
+                    names.append(prefix + name)
+                else:
+                    found.kinds[os.path.splitext(name)[1].lower()] += 1
         except OSError as error:
             if not above:
                 raise ConfigError(f"data.path: {folder!r} cannot be read ({error})") from error
