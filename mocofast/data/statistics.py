@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import reading_values
 from mocofast.errors import describe_error
+
+T = TypeVar("T")
 
 VALUES = 2000  # numbers of a channel of an image whose percentiles are taken
 
@@ -80,20 +83,21 @@ def measure(path: str, options: StatsConfig) -> Statistics:
     indices = [i * len(source) // count for i in range(count)]
     seconds = read_seconds(source)
     with Threads(count_workers(options.workers)) as pool:
+
+        def of_images(work: Callable[..., T], *more: Any) -> Iterator[T | str]:
+            return pool.map(
+                lambda i: in_time(seconds, work, source, i, *more), indices, 4 * pool.count
+            )
+
         seen: dict[np.dtype, Numbers] = {}
         if options.range == "auto":
-            read = pool.map(
-                lambda i: in_time(seconds, _numbers, source, i, channels), indices, 4 * pool.count
-            )
-            for numbers in read:
+            for numbers in of_images(_numbers, channels):
                 if isinstance(numbers, Numbers):
                     before = seen.get(numbers.dtype, numbers)
                     seen[numbers.dtype] = before.joined(numbers)
         chosen = _common_range(list(seen.values())) or options.range
         if any(options.percentiles):
-            every = pool.map(
-                lambda i: in_time(seconds, _values, source, i, channels), indices, 4 * pool.count
-            )
+            every = of_images(_values, channels)
             values = [found for found in every if isinstance(found, list)]
             chosen = _percentile_range(values, options.percentiles)
         value_range = parse_range(chosen)
@@ -102,11 +106,7 @@ def measure(path: str, options: StatsConfig) -> Statistics:
         pixels = pixels_of(source, channels)
         if pixels is not None:
             pixels = pixels._replace(value_range=value_range)
-        work = pool.map(
-            lambda i: in_time(seconds, _moments, source, i, value_range, pixels),
-            indices,
-            4 * pool.count,
-        )
+        work = of_images(_moments, value_range, pixels)
         for index, found in zip(indices, tqdm(work, total=count, unit="image", disable=None)):
             if isinstance(found, str):
                 skipped[index] = found
