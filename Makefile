@@ -24,7 +24,7 @@ READY := .venv/ready
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/photometric*.[ch])
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch])
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH" \
 		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version):" \

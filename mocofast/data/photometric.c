@@ -104,7 +104,7 @@ struct variant {
   jitter_function channel_jitter;
 };
 
-/* The numbers are those of photometric.VARIANTS. */
+/* The numbers are those of library.VARIANTS. */
 static const struct variant variants[] = {
     {plain_chain, plain_channel_jitter},
     {fused_chain, fused_channel_jitter},

@@ -1,4 +1,4 @@
-/* The antialiased bilinear resize of crops on a CPU, compiled: `arrays.resized_crop`.
+/* The antialiased bilinear resize of crops on a CPU, compiled: `resize.resized_crops`.
  *
  * resize.py loads this library by ctypes, which holds no lock of Python during a call.
  *
@@ -167,7 +167,7 @@ struct variant {
   words_function words;
 };
 
-/* The numbers are those of photometric.VARIANTS. */
+/* The numbers are those of library.VARIANTS. */
 static const struct variant variants[] = {
     {plain_resize_bytes, plain_resize_words},
     {fused_resize_bytes, fused_resize_words},
