@@ -80,7 +80,13 @@ PHOTOMETRIC = Extension(
     ["mocofast/data/photometric.c", "mocofast/data/resize.c"],
     depends=[
         f"mocofast/data/{name}.h"
-        for name in ("photometric_body", "resize_body", "resize_avx2", "resize_weights")
+        for name in (
+            "compilers",
+            "photometric_body",
+            "resize_body",
+            "resize_avx2",
+            "resize_weights",
+        )
     ],
     # photometric.c says which options keep the views exact.
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],

@@ -21,20 +21,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#endif
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-#if defined(_MSC_VER) && !defined(__clang__)
-#define restrict __restrict
-#define __builtin_fmaf fmaf
-#endif
+#include "compilers.h"
 
 /* Weights of red, green and blue: view_ops.LUMA. */
 #define LUMA_R (19595.f / 65536)

@@ -15,20 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#endif
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-#if defined(_MSC_VER) && !defined(__clang__)
-#define restrict __restrict
-#define __builtin_fmaf fmaf
-#endif
+#include "compilers.h"
 
 #define ROWS 4 /* rows that are resized in one go */
 #define PAD 64 /* values behind a row that may be read and written */

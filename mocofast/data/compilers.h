@@ -1,0 +1,16 @@
+/* What photometric.c and resize.c need from every compiler. Include it after the other headers. */
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define restrict __restrict
+#define __builtin_fmaf fmaf
+#endif
