@@ -28,7 +28,7 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH" \
 		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version):" \
-		"PyTorch and its CUDA libraries are about 6 GB. This takes minutes."
+		"All packages with those of the tests are about 7 GB. This takes minutes."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[$(EXTRAS)]'

@@ -114,6 +114,10 @@ def test_given_options_stay() -> None:
     [
         ({"data.batch_size": 256, "model.queue_size": 64}, ["an epoch is 1 step", "244 images of"]),
         ({"data.batch_size": 50, "train.epochs": 2}, ["never fills"]),
+        (
+            {"data.batch_size": 50, "model.queue_size": 128, "train.max_steps": 2},
+            ["100 keys, so random vectors stay among the negatives. --model.queue_size 100 fits"],
+        ),
         ({"data.batch_size": 50, "model.queue_size": 500}, []),
     ],
 )

@@ -100,7 +100,7 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
     keys = getattr(config.model, "queue_size", 0) if config.model.method == "moco" else 0
     trained = min(epochs * steps, config.train.max_steps or epochs * steps) * batch
     trained *= 2 if getattr(config.model, "symmetric", False) else 1
-    fitting = f"--model.queue_size {fitting_queue(count, batch)} fits"
+    fitting = f"--model.queue_size {min(fitting_queue(count, batch), trained)} fits"
     if keys > trained:
         lines.append(
             f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
