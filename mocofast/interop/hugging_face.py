@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from mocofast.config import Config, ConfigError
+from mocofast.interop.layouts import Rules, renamed
 
-_RESNET = (
+_RESNET: Rules = (
     (r"^conv1\.", "embedder.embedder.convolution."),
     (r"^bn1\.", "embedder.embedder.normalization."),
     (r"^layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
@@ -24,7 +25,7 @@ _RESNET = (
     (r"\.downsample\.0\.", ".shortcut.convolution."),
     (r"\.downsample\.1\.", ".shortcut.normalization."),
 )
-_VIT = (
+_VIT: Rules = (
     (r"^class_token$", "embeddings.cls_token"),
     (r"^encoder\.pos_embedding$", "embeddings.position_embeddings"),
     (r"^conv_proj\.", "embeddings.patch_embeddings.projection."),
@@ -64,10 +65,10 @@ def write_folder(
     with torch.device("meta"):
         if config.model.arch.startswith("vit_"):
             model = ViTModel(ViTConfig(**_vit_options(encoder, config)), add_pooling_layer=False)
-            weights = _split_attention(_renamed(backbone, _VIT))
+            weights = _split_attention(renamed(backbone, _VIT))
         else:
             model = ResNetModel(ResNetConfig(**_resnet_options(encoder, config)))
-            weights = _renamed(backbone, _RESNET)
+            weights = renamed(backbone, _RESNET)
     model.load_state_dict(weights, assign=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -107,15 +108,6 @@ def transformers_lines(config: Config, out: Path) -> str:
             f"features = model(**inputs).{part}",
         ]
     )
-
-
-def _renamed(weights: Mapping[str, Tensor], rules: Any) -> dict[str, Tensor]:
-    found = {}
-    for name, value in weights.items():
-        for pattern, theirs in rules:
-            name = re.sub(pattern, theirs, name)
-        found[name] = value
-    return found
 
 
 def _split_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ docs/checkpoints.md lists the layouts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,6 +44,10 @@ _RESNETS: dict[tuple[tuple[int, ...], bool, int, int], str] = {
 # (width, layers): size. The number of heads, which no weight shows, is that of DeiT's ViTs.
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 _VITS[(1280, 32)] = "huge"
+
+
+# (pattern, replacement), as re.sub takes them.
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 class Found(NamedTuple):
@@ -151,6 +155,16 @@ def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
     )
 
 
+def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Returns weights under other names. Every rule applies to every name, in order."""
+    found = {}
+    for name, value in weights.items():
+        for pattern, other in rules:
+            name = re.sub(pattern, other, name)
+        found[name] = value
+    return found
+
+
 # From timm's names of a ViT's parameters (moco-v3, DINO) to torchvision's names.
 _TIMM = (
     (r"^cls_token$", "class_token"),
@@ -168,12 +182,7 @@ _TIMM = (
 
 def torchvision_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns weights of a ViT under torchvision's names. weights: under timm's names."""
-    found = {}
-    for name, value in weights.items():
-        for pattern, ours in _TIMM:
-            name = re.sub(pattern, ours, name)
-        found[name] = value
-    return found
+    return renamed(weights, _TIMM)
 
 
 _TORCHVISION = (
@@ -197,9 +206,4 @@ def timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     weights: under torchvision's names.
     """
-    found = {}
-    for name, value in weights.items():
-        for pattern, theirs in _TORCHVISION:
-            name = re.sub(pattern, theirs, name)
-        found[name] = value
-    return found
+    return renamed(weights, _TORCHVISION)
