@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
 from mocofast.config import Config, ConfigError
 from mocofast.interop.layouts import Rules, renamed
+from mocofast.interop.loading_lines import channel_statistics
 
 _RESNET: Rules = (
     (r"^conv1\.", "embedder.embedder.convolution."),
@@ -143,7 +143,7 @@ def _vit_options(encoder: Any, config: Config) -> dict[str, Any]:
 
 def _resnet_options(encoder: Any, config: Config) -> dict[str, Any]:
     stages = [encoder.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
-    bottleneck = isinstance(stages[0][0], Bottleneck) or hasattr(stages[0][0], "conv3")
+    bottleneck = hasattr(stages[0][0], "conv3")
     return {
         "num_channels": config.data.channels,
         "embedding_size": encoder.conv1.out_channels,
@@ -155,18 +155,12 @@ def _resnet_options(encoder: Any, config: Config) -> dict[str, Any]:
     }
 
 
-def _statistics(config: Config) -> tuple[list[float], list[float]]:
-    parts = config.augment.mean, config.augment.std
-    mean, std = (list(part * config.data.channels if len(part) == 1 else part) for part in parts)
-    return mean, std
-
-
 def _processor(config: Config) -> Any:
     """Returns the processor that makes the central crop of the evaluation."""
     from transformers import BitImageProcessor
 
     size = config.augment.size
-    mean, std = _statistics(config)
+    mean, std = channel_statistics(config)
     return BitImageProcessor(
         size={"shortest_edge": round(size * 256 / 224)},
         crop_size={"height": size, "width": size},
@@ -180,7 +174,7 @@ def _processor(config: Config) -> Any:
 def _card(config: Config, checkpoint: Mapping[str, Any], out: Path) -> str:
     """Returns the model card."""
     m, o = config.model, config.optim
-    mean, std = _statistics(config)
+    mean, std = channel_statistics(config)
     rows = {
         "Method": m.method,
         "Encoder": m.arch,

@@ -37,15 +37,16 @@ def how_to_load(format: str, config: Config, encoder: nn.Module, out: Path) -> s
 def images_line(config: Config) -> str:
     """Returns a comment that says which images the encoder takes."""
     channels = config.data.channels
-    mean, std = _statistics(config)
+    mean, std = channel_statistics(config)
     images = "RGB" if channels == 3 else f"{channels} channels"
     range_ = "from 0 to 1" + ("" if channels == 3 else " (uint8 / 255, uint16 / 65535)")
-    return f"# images: {images} {range_}, normalised with mean {list(mean)} and std {list(std)}"
+    return f"# images: {images} {range_}, normalised with mean {mean} and std {std}"
 
 
-def _statistics(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(config: Config) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of every channel, of pixels from 0 to 1."""
     parts = config.augment.mean, config.augment.std
-    mean, std = (part * config.data.channels if len(part) == 1 else part for part in parts)
+    mean, std = (list(part * config.data.channels if len(part) == 1 else part) for part in parts)
     return mean, std
 
 
@@ -72,7 +73,7 @@ def _detectron2_options(config: Config, encoder: nn.Module, path: str) -> str:
     RES2_OUT_CHANNELS is 64 for ResNet-18 and 34. WIDTH_PER_GROUP is of the 3x3 convolutions of
     res2.
     """
-    mean, std = ([round(255 * v, 3) for v in part] for part in _statistics(config))
+    mean, std = ([round(255 * v, 3) for v in part] for part in channel_statistics(config))
     stages = [encoder.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
     blocks = [len(list(stage.children())) for stage in stages]
     first = encoder.get_submodule("layer1.0")
