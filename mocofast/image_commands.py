@@ -55,9 +55,9 @@ def embed(argv: Sequence[str]) -> int:
     datasets = own_images(config, given, arguments.checkpoint)
     print(datasets.lines())
     device = choose_device(arguments.device)
-    count, width = write(
-        arguments.out, encoder.to(device), datasets, config, device, arguments.features
-    )
+    kind = arguments.features
+    images = embedding.embedded(encoder.to(device), datasets, config, device, kind)
+    count, width = write(arguments.out, images, datasets.train.classes)
     print(f"written to {arguments.out}: {count:,} features of dimension {width}")
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,6 @@ log = logging.getLogger("mocofast")
 
 _ROWS = 4096  # features of a row group of a parquet file
 
-# Writes (path, encoder, datasets, config, device, kind), returns the number and the dimension.
-Writer = Callable[[str, nn.Module, Datasets, Config, torch.device, str], tuple[int, int]]
-
 
 class Embedded(NamedTuple):
     """Features of some images of a set. B: images."""
@@ -38,6 +35,10 @@ class Embedded(NamedTuple):
     names: list[str]
     labels: np.ndarray  # (B,) int64, -1 for none
     set: str  # train or val
+
+
+# Writes (path, images, names of the classes), returns the number and the dimension.
+Writer = Callable[[str, Iterable[Embedded], Sequence[str]], tuple[int, int]]
 
 
 def writer_of(path: str) -> Writer:
@@ -84,15 +85,8 @@ def embedded(
             log.warning("left out: %s: %s", source.name(bad), reason)
 
 
-def _write_npz(
-    path: str,
-    encoder: nn.Module,
-    datasets: Datasets,
-    config: Config,
-    device: torch.device,
-    kind: str,
-) -> tuple[int, int]:
-    parts = list(embedded(encoder, datasets, config, device, kind))
+def _write_npz(path: str, images: Iterable[Embedded], classes: Sequence[str]) -> tuple[int, int]:
+    parts = list(images)
     if not parts:
         raise ConfigError("none of the images can be decoded")
     features = np.concatenate([part.features for part in parts])
@@ -103,36 +97,31 @@ def _write_npz(
             features=features,
             names=np.array([_text(name) for part in parts for name in part.names]),
             labels=np.concatenate([part.labels for part in parts]),
-            classes=np.array([_text(name) for name in datasets.train.classes], dtype=np.str_),
+            classes=np.array([_text(name) for name in classes], dtype=np.str_),
             sets=np.array(sets),
         )
     return features.shape
 
 
 def _write_parquet(
-    path: str,
-    encoder: nn.Module,
-    datasets: Datasets,
-    config: Config,
-    device: torch.device,
-    kind: str,
+    path: str, images: Iterable[Embedded], classes: Sequence[str]
 ) -> tuple[int, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    classes = [*map(_text, datasets.train.classes), None]  # label -1 is the last
+    names = [*map(_text, classes), None]  # label -1 is the last
     count = width = 0
     writer: Any = None
     waiting: list[Any] = []
     with files.atomic_write(Path(path)) as file:
         try:
-            for part in embedded(encoder, datasets, config, device, kind):
+            for part in images:
                 width = part.features.shape[1]
                 column = pa.FixedSizeListArray.from_arrays(part.features.ravel(), width)
                 table = pa.table(
                     {
                         "name": pa.array([_text(name) for name in part.names], pa.string()),
-                        "label": pa.array([classes[i] for i in part.labels], pa.string()),
+                        "label": pa.array([names[i] for i in part.labels], pa.string()),
                         "set": pa.array([part.set] * len(part.names), pa.string()),
                         "feature": column,
                     }
