@@ -12,6 +12,8 @@ from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.parser import Parser, add_settings, given_settings
 
 if TYPE_CHECKING:
+    import torch
+
     from mocofast.report.page import Run
 
 SECONDS = 12.0  # for the embeddings of all runs together
@@ -52,7 +54,7 @@ def report(argv: Sequence[str]) -> int:
     out = Path(given.out) if given.out else folders[0] / "report.html"
     if not out.parent.is_dir():
         raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
-    runs = [_run(folder, given.path, str(device), len(folders)) for folder in folders]
+    runs = [_run(folder, given.path, device, len(folders)) for folder in folders]
     write_page(runs, out)
     from mocofast.health.verdict import verdict
 
@@ -64,20 +66,17 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(folder: Path, path: str, device_name: str, runs: int) -> Run:
+def _run(folder: Path, path: str, device: torch.device, runs: int) -> Run:
     """Returns a run with its gallery, or with the reason why there is none.
 
     path: of the images, or "" for the path of the run. runs: that share the time and the bytes.
     """
-    import torch
-
     from mocofast.data.sources import load_datasets
     from mocofast.report.gallery import initial_encoder, make_gallery
     from mocofast.report.page import load_run
     from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 
     known = load_run(folder)
-    device = torch.device(device_name)
     try:
         state = load_checkpoint(folder)
         model, config = model_from_checkpoint(state)
@@ -96,7 +95,7 @@ def _run(folder: Path, path: str, device_name: str, runs: int) -> Run:
         )
     except (ConfigError, OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return load_run(folder, note=f"no neighbours and no map: {reason}")
+        return known._replace(note=f"no neighbours and no map: {reason}")
     note = "" if gallery else "no neighbours and no map: fewer than two images can be read"
     return known._replace(gallery=gallery, note=note)
 

@@ -30,7 +30,8 @@ def write_at_end(
         first = initial_encoder(config, len(source), len(source.classes)).to(device)
         encoders = {"before": first, "after": encoder}
         gallery = make_gallery(source, config, encoders, device, SECONDS, most=IMAGES, tsne=False)
-        write_page([load_run(folder, gallery, "" if gallery else "No images.")], folder / PAGE)
+        run = load_run(folder)._replace(gallery=gallery, note="" if gallery else "No images.")
+        write_page([run], folder / PAGE)
     except (OSError, ValueError, RuntimeError, ConfigError) as error:
         log.warning("no %s: %s", PAGE, str(error).splitlines()[0])
         return ""

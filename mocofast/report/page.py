@@ -39,8 +39,8 @@ class Run(NamedTuple):
     note: str = ""
 
 
-def load_run(folder: Path, gallery: Gallery | None = None, note: str = "") -> Run:
-    """Reads a run folder. Raises ConfigError if it is none."""
+def load_run(folder: Path) -> Run:
+    """Reads a run folder, without a gallery. Raises ConfigError if it is none."""
     evidence = evidence_of(folder)
     bad = folder / "skipped.jsonl"
     skipped = []
@@ -51,7 +51,7 @@ def load_run(folder: Path, gallery: Gallery | None = None, note: str = "") -> Ru
         except (ValueError, KeyError, TypeError):  # a torn line
             continue
     records = records_of(folder)
-    return Run(folder.resolve().name, folder, evidence, records, skipped, gallery, note)
+    return Run(folder.resolve().name, folder, evidence, records, skipped)
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
