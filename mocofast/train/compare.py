@@ -51,7 +51,7 @@ def read_runs(folders: list[str]) -> list[Run]:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{metrics}: damaged ({error})") from error
         config = settings.load_recipe(str(path / "config.yaml"))
-        runs.append(Run(name, config, records, figures_of(path) | _evaluations(path)))
+        runs.append(Run(name, config, records, figures_of(records) | _evaluations(path)))
     return runs
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mocofast import files, settings
 from mocofast.config import ConfigError
 from mocofast.errors import DivergedError
-from mocofast.plots import read_metrics
+from mocofast.health.folder import records_of
 
 RESULTS, TABLE, PLOT = "sweep.json", "table.md", "sweep.png"
 Trial = dict[str, str]  # {"group.option": text} of a run
@@ -99,7 +99,7 @@ def run_all(
             status = "diverged"
             say(f"{name}: {error}")
         if write:
-            figures = figures_of(folder / name)
+            figures = figures_of(records_of(folder / name))
             rows[name] = {"options": trial, "folder": name, "status": status, "figures": figures}
             folder.mkdir(parents=True, exist_ok=True)
             with files.atomic_write(path) as file:
@@ -110,10 +110,11 @@ def run_all(
     return [rows[name] for name in names if name in rows]
 
 
-def figures_of(run: Path) -> dict[str, Any]:
-    """Returns the figures of a run folder: last loss, first, last and best kNN accuracy, epochs."""
-    path = run / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
+def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the figures of a run: last loss, first, last and best kNN accuracy, epochs.
+
+    records: the lines of its metrics.jsonl.
+    """
 
     def column(name: str) -> list[float]:
         return [record[name] for record in records if record.get(name) is not None]
