@@ -330,7 +330,7 @@ def _unexpected(name: str, expected: str, value: Any) -> ConfigError:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as the command line takes it."""
-    if isinstance(value, tuple):
+    """Returns a value, of a configuration or of a YAML file, as the command line takes it."""
+    if isinstance(value, (tuple, list)):
         return ",".join(map(str, value)) or ","
     return "none" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

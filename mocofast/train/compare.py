@@ -113,7 +113,7 @@ def table(runs: list[Run]) -> str:
         values = (run.figures.get(name) for run in runs)
         rows.append([name, *("" if value is None else f"{value:.4g}" for value in values)])
     for name, by_run in differing({run.name: run.config for run in runs}).items():
-        cells = (_shown(by_run[run.name]) if run.name in by_run else "" for run in runs)
+        cells = (settings.shown(by_run[run.name]) if run.name in by_run else "" for run in runs)
         rows.append([f"--{name}", *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
     widths = [max(3, width) for width in widths]
@@ -122,10 +122,6 @@ def table(runs: list[Run]) -> str:
         pad = "-" if row[0] == "---" else " "
         lines.append("| " + " | ".join(c.ljust(w, pad) for c, w in zip(row, widths)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(value: Any) -> str:
-    return settings.shown(tuple(value) if isinstance(value, list) else value)
 
 
 def plot_runs(runs: list[Run]) -> Figure:

@@ -41,11 +41,7 @@ def read_list(path: str) -> list[Trial]:
         raise ConfigError(f"--list {path}: not a YAML file: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"--list {path}: expected a list of options, such as - optim.lr: 0.1")
-    return [{str(name): _text(value) for name, value in row.items()} for row in rows]
-
-
-def _text(value: Any) -> str:
-    return settings.shown(tuple(value) if isinstance(value, list) else value)
+    return [{str(name): settings.shown(value) for name, value in row.items()} for row in rows]
 
 
 def name_of(trial: Trial) -> str:
