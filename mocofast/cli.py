@@ -13,19 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from mocofast import front, interrupts, settings
-from mocofast.config import ConfigError, ModelConfig
+from mocofast.config import ConfigError
 from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
 from mocofast.image_commands import embed, predict
-from mocofast.parser import (
-    Parser,
-    add_flags,
-    add_method_settings,
-    add_settings,
-    given_settings,
-)
+from mocofast.parser import Parser, add_device, add_flags, add_run_settings, given_settings
 from mocofast.report_commands import report, views
 from mocofast.run_commands import compare, sweep
 
@@ -90,10 +84,7 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
         help="also time a few steps: profile.png and profile.txt in the run folder show the parts "
         "of a step and their floors, trace.json.gz opens in Perfetto. The results stay the same",
     )
-    groups = settings.groups()
-    add_settings(parser, {"model": ModelConfig})
-    add_method_settings(parser, argv)
-    add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
+    add_run_settings(parser, argv)
     return parser
 
 
@@ -313,9 +304,7 @@ def study(argv: Sequence[str]) -> int:
         default="",
         help="folder to write, or to continue [runs/four-class-SETTING]",
     )
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
+    add_device(parser)
     given = parser.parse(argv)
     from mocofast import study as module
     from mocofast.device import choose_device

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mocofast import settings
 from mocofast.config import AugmentConfig, Config, DataConfig
-from mocofast.parser import Parser, add_settings, given_settings
+from mocofast.parser import Parser, add_device, add_settings, given_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,9 +28,7 @@ def evaluation_parser(name: str, description: str, group: str, kind: type) -> Pa
     parser.add_argument(
         "checkpoint", help="a run folder, or a checkpoint file of any known project"
     )
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
+    add_device(parser)
     add_arch(parser)
     add_settings(parser, {"data": DataConfig, "augment": AugmentConfig, group: kind})
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.evaluation_arguments import add_arch, load_encoder, own_images
-from mocofast.parser import Parser, add_settings, given_settings
+from mocofast.parser import Parser, add_device, add_settings, given_settings
 
 
 def _parser(name: str, description: str) -> Parser:
@@ -19,9 +19,7 @@ def _parser(name: str, description: str) -> Parser:
         help="a run folder, a checkpoint file of any known project, or the folder of a classifier "
         "that knn, linear or finetune wrote",
     )
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
+    add_device(parser)
     add_arch(parser)
     return parser
 

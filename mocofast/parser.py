@@ -98,6 +98,21 @@ def _checked(setting: settings.Setting, text: str) -> Any:
     return value
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --device of commands that do not train."""
+    parser.add_argument(
+        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
+    )
+
+
+def add_run_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Adds all options of a pretraining run. argv: as for `add_method_settings`."""
+    groups = settings.groups()
+    add_settings(parser, {"model": ModelConfig})
+    add_method_settings(parser, argv)
+    add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
+
+
 def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Adds the options of all methods, grouped by the methods that have them.
 

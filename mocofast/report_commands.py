@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mocofast import settings
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
-from mocofast.parser import Parser, add_settings, given_settings
+from mocofast.parser import Parser, add_device, add_settings, given_settings
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,7 @@ def report(argv: Sequence[str]) -> int:
         default="",
         help="where the images are now, if they have moved",
     )
-    parser.add_argument(
-        "--device", metavar="VALUE", default="auto", help="auto, cpu, cuda or cuda:N [auto]"
-    )
+    add_device(parser)
     given = parser.parse(argv)
     from mocofast.device import choose_device
     from mocofast.report.page import write_page

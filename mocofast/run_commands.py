@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mocofast import interrupts, settings
-from mocofast.config import ConfigError, ModelConfig
-from mocofast.parser import Parser, add_method_settings, add_settings, given_settings
+from mocofast import interrupts
+from mocofast.config import ConfigError
+from mocofast.parser import Parser, add_run_settings, given_settings
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -70,10 +70,7 @@ def sweep(argv: Sequence[str]) -> int:
         default="",
         help="a YAML file with a list of options for every run",
     )
-    groups = settings.groups()
-    add_settings(parser, {"model": ModelConfig})
-    add_method_settings(parser, argv)
-    add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
+    add_run_settings(parser, argv)
     arguments = parser.parse(argv)
     if bool(arguments.grid) == bool(arguments.list):
         raise ConfigError("expected --grid or --list, one of the two")
