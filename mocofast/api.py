@@ -121,8 +121,7 @@ def pretrain(path: str | Path | None = None, recipe: str | None = None, **option
             raise ConfigError(f"{group}: unknown group of options{hint}")
         flat.update({f"{group}.{name}": value for name, value in values.items()})
     config = configure.configure(recipe, "", flat, "" if path is None else str(path))
-    fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
-    result = train(config, kept=[*flat] if fits else None)
+    result = train(config, kept=configure.kept_options(config, recipe, flat))
     trained = load(result.folder)
     trained.before, trained.after = result.before, result.after
     return trained

@@ -104,13 +104,11 @@ def pretrain(argv: Sequence[str]) -> int:
         from mocofast.interop.initial import initialise as load_into
 
         initialise = partial(load_into, path=arguments.init, arch=config.model.arch)
-    # A config.yaml of an earlier run holds the choices already.
-    fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
     result = train(
         config,
         arguments.resume,
         arguments.profile,
-        [*given] if fits else None,
+        configure.kept_options(config, recipe, given),
         initialise=initialise,
         extend=arguments.extend,
     )

@@ -102,8 +102,8 @@ def _sweep(arguments: Namespace) -> int:
 
     def run(trial: module.Trial, place: Path) -> bool:
         config, options = config_of(trial, place)
-        fits = config.recipe == configure.AUTO and recipe in (None, configure.AUTO)
-        return not train(config, "auto", False, [*options] if fits else None).interrupted
+        kept = configure.kept_options(config, recipe, options)
+        return not train(config, "auto", False, kept).interrupted
 
     base = {"words": arguments.words, "options": given}
     rows = module.run_all(folder, trials, base, run, print if main else lambda line: None, main)

@@ -104,6 +104,18 @@ def configure(
     return config
 
 
+def kept_options(
+    config: Config, recipe: str | None, options: Collection[str]
+) -> Collection[str] | None:
+    """Returns the options that `mocofast.train.run.train` keeps while it fits the others, or None.
+
+    config: of `configure`. recipe, options: as given. None for a run that fits nothing: it has
+    another recipe, or a config.yaml of an earlier run, which holds the choices already.
+    """
+    fits = config.recipe == AUTO and recipe in (None, AUTO)
+    return options if fits else None
+
+
 def _branch(recipe: str | None, resume: str, options: Mapping[str, Any], cooldown: int) -> Config:
     """Returns the configuration of a branch of a run: a decay of the rate to 0, and the end.
 
