@@ -18,7 +18,7 @@ from mocofast.data_config import SOURCES as SOURCES
 from mocofast.data_config import TABLES as TABLES
 from mocofast.data_config import AugmentConfig, DataConfig
 from mocofast.errors import ConfigError
-from mocofast.option import Valid, above, at_least, between, option
+from mocofast.option import SHARE, Valid, above, at_least, between, option
 from mocofast.plugins import is_plugin, load_plugin
 
 METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
@@ -46,14 +46,14 @@ class ModelConfig:
     token_dropout: float = option(
         0.0,
         "share of a ViT's patches that training leaves out, other patches for every image and step",
-        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+        valid=SHARE,
     )
 
     drop_path: float = option(
         0.0,
         "largest rate of stochastic depth in residual branches, of ViTs and of models of timm; "
         "momentum encoders use all branches",
-        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+        valid=SHARE,
     )
     layer_scale: float = option(
         0.0,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mocofast.option import Valid, above, at_least, between, option
+from mocofast.option import SHARE, Valid, above, at_least, between, option
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
 _FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -199,7 +199,7 @@ class _SourceOptions:
     holdout: float = option(
         0.1,
         "share of a labelled set without a val/ or test/ folder that is kept for kNN, 0 to 1",
-        valid=Valid(lambda value: 0 <= value < 1, "from 0 to below 1"),
+        valid=SHARE,
     )
 
 

@@ -33,6 +33,9 @@ def _smallest(value: Any) -> float:
     return min(value) if isinstance(value, tuple) else value
 
 
+SHARE = Valid(lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
 def option(
     default: Any,
     help: str,

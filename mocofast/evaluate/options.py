@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mocofast.errors import ConfigError
-from mocofast.option import Valid, above, at_least, between, option
+from mocofast.option import SHARE, Valid, above, at_least, between, option
 
-_SHARE = Valid(lambda value: 0 <= value < 1, "from 0 to below 1")
 _RESAMPLES = "resamples of the bootstrap behind the 95 % confidence intervals; 0 measures none"
 
 
@@ -93,7 +92,7 @@ class FinetuneConfig:
         0.0,
         "stochastic depth: probability that an image skips the last block of a ViT, less for "
         "earlier blocks (arXiv:1603.09382)",
-        valid=_SHARE,
+        valid=SHARE,
     )
     mixup: float = option(
         0.0,
