@@ -22,7 +22,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +34,7 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat
 from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.deadline import Readers
+from mocofast.data.deadline import Call, Readers
 from mocofast.data.interface import Batch, BatchSlice, Source, labels_of, read_seconds
 from mocofast.data.items import Item
 from mocofast.data.journal import Journal
@@ -154,7 +153,7 @@ class _Batches:
             source, augments, batch_slice, seed, self._readers, pixels, scaled
         )
         # The next batch to decode, whose files are being read
-        self._ahead: tuple[BatchPlan, list[Future[np.ndarray | str]]] | None = None
+        self._ahead: tuple[BatchPlan, list[Call[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
         self._sizes: list[int] = []  # sides of the crops that the pipeline makes on a GPU
         self._rest: BatchPlan | None = None  # of the batch whose first parts are planned
@@ -285,7 +284,7 @@ class _Batches:
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _read_next(self) -> tuple[BatchPlan, list[Future[np.ndarray | str]]]:
+    def _read_next(self) -> tuple[BatchPlan, list[Call[np.ndarray | str]]]:
         """Plans the next batch, or the next part of a large batch, and starts to read its files."""
         plan, self._rest = self.planner.parts(self._rest or self.planner.plan(*self._next_plan))
         self._next_plan = (plan.epoch, plan.step)
@@ -296,13 +295,12 @@ class _Batches:
         samples = zip(plan.samples.tolist(), plan.factors)
         return plan, [self._readers.submit(self._item, i, factor) for i, factor in samples]
 
-    def _result(self, read: Any) -> np.ndarray | str:
+    def _result(self, read: Call[np.ndarray | str]) -> np.ndarray | str:
         """Returns the result of `_item`, or why it does not come in time."""
         try:
-            item: np.ndarray | str = self._readers.result(read)
+            return self._readers.result(read)
         except TimeoutError as error:
             return describe_error(error)
-        return item
 
     def _item(self, index: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
         """Returns pixels, the content of a file as uint8, or why the file is bad.

@@ -115,7 +115,7 @@ def in_time(seconds: float, function: Callable[..., T], *arguments: Any) -> T | 
         return describe_error(error)
 
 
-class _Call(futures.Future[T]):
+class Call(futures.Future[T]):
     """The result of a call of Readers. `began`: when a thread took the call, or None."""
 
     began: float | None = None
@@ -132,18 +132,18 @@ class Readers:
         """count: number of threads. seconds: for every call, or infinity. name: of the threads."""
         self.seconds, self._count, self._name = seconds, count, name
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._running: dict[int, _Call[Any]] = {}  # by thread
+        self._running: dict[int, Call[Any]] = {}  # by thread
         self._hanging = _Hanging()
         for _ in range(count):
             self._start()
 
-    def submit(self, function: Callable[..., T], *arguments: Any) -> _Call[T]:
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Call[T]:
         """Starts a call as soon as a thread is free. `result` waits for the result."""
-        call: _Call[T] = _Call()
+        call: Call[T] = Call()
         self._calls.put((call, function, arguments))
         return call
 
-    def result(self, call: _Call[T]) -> T:
+    def result(self, call: Call[T]) -> T:
         """Returns the result of a call, or raises the exception.
 
         Raises TimeoutError if the call has run for `seconds`, and UnreachableError if MOST_HANGING

@@ -4,13 +4,13 @@ before decoding.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mocofast.config import AugmentConfig
 from mocofast.data.arrays import PixelFormat
-from mocofast.data.deadline import Readers
+from mocofast.data.deadline import Call, Readers
 from mocofast.data.decoding import read_header
 from mocofast.data.interface import (
     BatchSlice,
@@ -157,7 +157,7 @@ class BatchPlanner:
             self._answer(index, self._readers.submit(self._read_header, index))
         return index not in self.skipped
 
-    def _answer(self, index: int, header: Any) -> None:
+    def _answer(self, index: int, header: Call[None]) -> None:
         """Waits for the header of a sample, at most as long as the readers wait."""
         try:
             self._readers.result(header)

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -77,10 +76,9 @@ class Stamp:
     def get(self) -> dict[str, str]:
         """Returns the stamp. {} where the storage does not tell within a deadline."""
         try:
-            found: dict[str, Any] = self._readers.result(self._call)
+            return self._readers.result(self._call)
         except TimeoutError:
             return {}
-        return found
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> str:
