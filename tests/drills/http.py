@@ -6,7 +6,6 @@ bodies of answers are shards, images, indexes and pages. Headers and bodies are 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
@@ -23,7 +22,7 @@ from mocofast.data.remote import RemoteSource
 from mocofast.data.shard_places import find_shards
 from mocofast.data.shards import open_shards
 from mocofast.data.tar_members import check_tar
-from tests.drills.mutate import mutated
+from tests.drills.mutate import mutated, run_fuzzer
 from tests.drills.shards import FORMATS, contents, shard
 from tests.pictures import jpeg
 from tests.raw_server import ok, serving
@@ -105,8 +104,4 @@ def main(minutes: float, seed: int, most: int = 10**9) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    sys.exit(any("DEFECT" in name for name in main(given.minutes, given.seed)))
+    sys.exit(run_fuzzer(main, __doc__, 5.0))

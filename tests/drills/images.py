@@ -8,7 +8,6 @@ the next start must name a file and go on. Contents that end a process are not k
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
@@ -31,7 +30,7 @@ from mocofast.data.loaders import build_loader, dali_missing
 from mocofast.data.prepare import compact
 from mocofast.data.sources import FolderSource
 from mocofast.train.suspects import skip_fatal_files
-from tests.drills.mutate import mutated
+from tests.drills.mutate import mutated, run_fuzzer
 from tests.pictures import jpeg, photo
 
 GOOD, DAMAGED = 8, 24  # files of a round
@@ -205,8 +204,4 @@ def main(minutes: float, seed: int, most: int = 10**9) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    sys.exit(any(name.startswith("DEFECT") for name in main(given.minutes, given.seed)))
+    sys.exit(run_fuzzer(main, __doc__, 10.0))

@@ -1,8 +1,10 @@
-"""Mutators of the fuzzers: every function makes a damaged content from a good one and a seed."""
+"""The mutators of the fuzzers, which damage a good content by a seed, and their command line."""
 
 from __future__ import annotations
 
+import argparse
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -70,3 +72,15 @@ def mutated(content: bytes, rng: random.Random, others: Sequence[bytes] = ()) ->
     for _ in range(rng.choice((1, 1, 2, 3))):
         content = rng.choice(MUTATORS)(content or b"\0", rng)
     return content
+
+
+def run_fuzzer(main: Callable[[float, int], Counter[str]], what: str | None, minutes: float) -> int:
+    """Runs a fuzzer with the options of the command line. Returns 1 if it has counted a defect.
+
+    main: takes minutes and a seed. what: the words of --help. minutes: without --minutes.
+    """
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    return int(any("DEFECT" in name for name in main(given.minutes, given.seed)))

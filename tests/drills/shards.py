@@ -6,7 +6,6 @@ out. A damaged index is made again, so every image is the image of the good inde
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import random
@@ -21,7 +20,7 @@ from mocofast.config import ConfigError
 from mocofast.data.shard_index import INDEX
 from mocofast.data.shard_places import TarShard
 from mocofast.data.shards import ShardSource, open_shards
-from tests.drills.mutate import mutated
+from tests.drills.mutate import mutated, run_fuzzer
 
 COUNT = 12
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -115,8 +114,4 @@ def main(minutes: float, seed: int, most: int = 10**9) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    sys.exit(any("DEFECT" in name for name in main(given.minutes, given.seed)))
+    sys.exit(run_fuzzer(main, __doc__, 5.0))
