@@ -6,9 +6,8 @@ images that a run never stopped would have seen.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mocofast.config import ConfigError
 from mocofast.data.loaders import count_workers
+from mocofast.data.threads import Threads
 from mocofast.detection.options import SegmentData
 from mocofast.detection.sets import IGNORED, AnnotatedSet, Target, read_image
 from mocofast.errors import describe_error
@@ -75,19 +75,11 @@ def prefetched(
     read: Callable[[int], T], indices: list[list[int]], threads: int
 ) -> Iterator[list[T]]:
     """Yields lists of read(index), for all lists of indices. Threads read ahead."""
-    with ThreadPoolExecutor(max(1, threads), "images") as pool:
-        pending: deque[list[Future[T]]] = deque()
-        try:
-            for batch in indices:
-                pending.append([pool.submit(read, index) for index in batch])
-                if len(pending) > AHEAD:
-                    yield [future.result() for future in pending.popleft()]
-            while pending:
-                yield [future.result() for future in pending.popleft()]
-        finally:
-            for futures in pending:
-                for future in futures:
-                    future.cancel()
+    ahead = AHEAD * max(map(len, indices), default=0)
+    with Threads(threads, "images") as pool:
+        found = pool.map(read, chain.from_iterable(indices), ahead)
+        for batch in indices:
+            yield list(islice(found, len(batch)))
 
 
 class TrainingBatches:
