@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from mocofast.detection.sets import IGNORED, Target
 from mocofast.detection.tasks import Prediction
 from mocofast.plots import new_figure, read_metrics
+from mocofast.train.metrics import RESERVED
 
 SHOWN = 0.5  # least score of a box in a picture
 _COLORS = colormaps["tab10"]
@@ -26,8 +27,7 @@ def plot_curves(metrics: Path, keys: Sequence[str], out: Path) -> None:
     records = read_metrics(metrics)
     if not records:
         return
-    known = {"step", "epoch", "lr", "chance_loss", "memory_gib", "images_per_second", "data_wait"}
-    parts = [name for name in records[0] if name not in known and name != "loss"]
+    parts = [name for name in records[0] if name not in RESERVED]
     figure = new_figure(10, 7)
     panels = {"loss": ["loss"], "parts of the loss": parts, "evaluation": keys, "rate": ["lr"]}
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items()):

@@ -28,6 +28,7 @@ from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_
 from mocofast.device import choose_autocast
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
+from mocofast.optim.schedule import set_learning_rate
 from mocofast.train.checkpoint import fitting, random_state, set_random_state
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0
@@ -202,8 +203,7 @@ class _Run:
         waited = time.perf_counter() - asked
         c = self.config
         self.rate = learning_rate(c.optim, c.data.batch_size, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        set_learning_rate(self.optimizer, self.rate)
         self.model.train()
         self.gradients.zero_()
         with self.autocast:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast.config import AugmentConfig, ConfigError
-from mocofast.detection.options import StartOptions
+from mocofast.detection.options import STARTS, StartOptions
 from mocofast.interop.reading import read_any, tensors_of
 from mocofast.interop.reference_checkpoints import load_any, load_backbone
 from mocofast.interop.weights import backbone_state_dict
@@ -46,10 +46,9 @@ def find_start(options: StartOptions) -> Start:
             raise ConfigError(f"model.channels: ImageNet's weights take 3 channels, got {channels}")
         return Start(_imagenet(arch), arch, 3, mean, std)
     if not Path(init).exists():
-        words = ("scratch", "imagenet")
         raise FileNotFoundError(
             f"CKPT: expected scratch, imagenet, a run folder or a checkpoint, got {init!r}"
-            f"{nearest(init, words)}"
+            f"{nearest(init, STARTS)}"
         )
     loaded = load_any(init, options.arch or None)
     config = loaded.config

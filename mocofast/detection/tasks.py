@@ -20,6 +20,7 @@ from mocofast.detection.average_precision import (
     require_pycocotools,
     voc07_ap,
 )
+from mocofast.detection.backbones import interpolated
 from mocofast.detection.batches import (
     Reader,
     at_val_size,
@@ -135,9 +136,7 @@ class SegmentationTask:
         """Returns the class of every pixel (H, W) uint8 of an image (C, H, W)."""
         height, width = image.shape[1:]
         small, _ = at_val_size(image, torch.zeros(height, width), self.config.data.val_size)
-        logits = F.interpolate(
-            model(small[None].to(device)), (height, width), mode="bilinear", align_corners=False
-        )
+        logits = interpolated(model(small[None].to(device)), (height, width))
         found: np.ndarray = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
         return found
 
