@@ -98,6 +98,7 @@ def _mean(precision: np.ndarray) -> float:
 
 def _index(classes: Sequence[str], images: Sequence[Target | Detections]) -> Any:
     """Returns objects or detections as an index of pycocotools."""
+    from pycocotools import mask as coding
     from pycocotools.coco import COCO
 
     entries: list[dict[str, Any]] = []
@@ -119,8 +120,6 @@ def _index(classes: Sequence[str], images: Sequence[Target | Detections]) -> Any
             else:
                 entry |= {"score": float(image.scores[i]), "area": float(np.prod(sides[i]))}
                 if image.masks is not None:
-                    from pycocotools import mask as coding
-
                     entry["segmentation"] = image.masks[i]
                     entry["area"] = float(coding.area(image.masks[i]))
             entries.append(entry)

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from mocofast.detection.average_precision import Detections
 from mocofast.detection.sets import IGNORED, Target
 from mocofast.detection.tasks import Prediction
 from mocofast.plots import new_figure, read_metrics
@@ -56,7 +57,7 @@ def plot_predictions(found: Sequence[Prediction], classes: Sequence[str], out: P
             if isinstance(objects, np.ndarray):
                 _draw_pixels(axes, objects)
             else:
-                _draw_boxes(axes, objects, classes)
+                _draw_boxes(axes, objects)
     rows[0, 0].set_title("predictions", loc="left", fontsize=10)
     rows[1, 0].set_title("truth", loc="left", fontsize=10)
     figure.legend(
@@ -72,11 +73,11 @@ def plot_predictions(found: Sequence[Prediction], classes: Sequence[str], out: P
     figure.savefig(out)
 
 
-def _draw_boxes(axes: Axes, objects: object, classes: Sequence[str]) -> None:
+def _draw_boxes(axes: Axes, objects: Target | Detections) -> None:
     """Draws boxes of a Target, or of Detections with scores of at least SHOWN."""
-    boxes, labels = objects.boxes, objects.labels  # type: ignore[attr-defined]
-    scores = None if isinstance(objects, Target) else objects.scores  # type: ignore[attr-defined]
-    for i, ((x0, y0, x1, y1), label) in enumerate(zip(boxes.tolist(), labels.tolist())):
+    scores = None if isinstance(objects, Target) else objects.scores
+    for i, (corners, label) in enumerate(zip(objects.boxes.tolist(), objects.labels.tolist())):
+        x0, y0, x1, y1 = corners
         if scores is not None and scores[i] < SHOWN:
             continue
         color = _COLORS((label - 1) % 10)
