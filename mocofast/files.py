@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mocofast.errors import ConfigError
 
@@ -91,6 +92,14 @@ def lock(file: IO[str], *, wait: bool) -> bool:
     except OSError:  # a network file system without locks
         return True
     return True
+
+
+def as_json_knows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values, with None in place of NaN and infinity, which JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 class LineFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +74,7 @@ class Watch:
         begin, weights = self._earlier
         signals = self._snapshot.signals(weights, step - begin)
         self._earlier, self._snapshot = (step, self._snapshot.weights), None
-        line = {"step": step, **values, **signals}
-        # JSON knows neither NaN nor infinity.
-        line = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
+        line = files.as_json_knows({"step": step, **values, **signals})
         self._lines.append(line)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._warn()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shlex
 import shutil
@@ -168,11 +167,7 @@ class RunFolder:
 
         NaN and infinity become null, and no scalars.
         """
-        # JSON knows neither NaN nor infinity.
-        metrics = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
+        metrics = files.as_json_knows(metrics)
         self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
