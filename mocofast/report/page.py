@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from mocofast import __version__, files, settings
 from mocofast.config import ConfigError
 from mocofast.health.folder import evidence_of, records_of
 from mocofast.health.verdict import Evidence, diagnose, verdict
-from mocofast.report.charts import chart, line_of
+from mocofast.report.charts import Line, chart, line_of
 from mocofast.report.gallery import Gallery, data_url
 from mocofast.report.sheets import map_of, neighbours_of
 
@@ -122,11 +123,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str
 # ---- sections ----
 
 
+def _heading(run: Run, runs: Sequence[Run]) -> str:
+    """Returns the name of a run above its part of a section. "" on the page of one run."""
+    return f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+
+
+def _lines(
+    runs: Sequence[Run],
+    records: Sequence[Sequence[Mapping[str, Any]]],
+    *keys: tuple[str, str],
+    dots: bool = False,
+) -> list[Line]:
+    """Returns the lines of a chart. records: of every run. keys: (entry, words) of a quantity."""
+    return [
+        line_of(i, run.name if len(runs) > 1 else "", words, own, key, second=n > 0, dots=dots)
+        for i, (run, own) in enumerate(zip(runs, records))
+        for n, (key, words) in enumerate(keys)
+    ]
+
+
 def _verdicts(runs: Sequence[Run]) -> str:
     cards = []
     for run in runs:
         findings = diagnose(run.evidence)
-        name = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        name = _heading(run, runs)
         if findings:
             first, *others = findings
             text = (
@@ -169,16 +189,7 @@ def _figures(runs: Sequence[Run]) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    def lines(*keys: tuple[str, str], dots: bool = False) -> list[Any]:
-        return [
-            line_of(i, name_of(run), words, run.records, key, second=n > 0, dots=dots)
-            for i, run in enumerate(runs)
-            for n, (key, words) in enumerate(keys)
-        ]
-
-    def name_of(run: Run) -> str:
-        return run.name if len(runs) > 1 else ""
-
+    lines = partial(_lines, runs, [run.records for run in runs])
     known_chances = {record.get("chance_loss") for run in runs for record in run.records}
     chances = [float(chance) for chance in known_chances if chance is not None]
     level = chances[0] if len(chances) == 1 else 0.0
@@ -218,14 +229,8 @@ SIGNALS = (
 
 
 def _signals(runs: Sequence[Run]) -> str:
-    drawn = []
-    for title, *keys in SIGNALS:
-        lines = []
-        for i, run in enumerate(runs):
-            for n, (key, words) in enumerate(keys):
-                name = run.name if len(runs) > 1 else ""
-                lines.append(line_of(i, name, words, run.evidence.lines, key, second=n > 0))
-        drawn.append(chart(title, lines))
+    lines = partial(_lines, runs, [run.evidence.lines for run in runs])
+    drawn = [chart(title, lines(*keys)) for title, *keys in SIGNALS]
     if not any(drawn):
         return "<p>The run has no signals: it was made before signals were written.</p>"
     return (
@@ -235,7 +240,7 @@ def _signals(runs: Sequence[Run]) -> str:
 
 
 def _views(run: Run, runs: Sequence[Run]) -> str:
-    head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+    head = _heading(run, runs)
     path = run.folder / "views.png"
     try:
         with Image.open(path) as file:
@@ -257,7 +262,7 @@ def _views(run: Run, runs: Sequence[Run]) -> str:
 def _of_galleries(runs: Sequence[Run], make: Any) -> str:
     parts = []
     for i, run in enumerate(runs):
-        head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        head = _heading(run, runs)
         found = make(run.gallery, i) if run.gallery else f"<p>{escape(run.note or 'None.')}</p>"
         parts.append(head + found)
     return "".join(parts)
@@ -267,8 +272,7 @@ def _settings(runs: Sequence[Run]) -> str:
     html = []
     for run in runs:
         config = run.evidence.config
-        if len(runs) > 1:
-            html.append(f"<h3>{escape(run.name)}</h3>")
+        html.append(_heading(run, runs))
         try:
             base = settings.load_recipe(config.recipe)
         except ConfigError:  # a recipe file that is not here
