@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from mocofast.option import at_least, option
 
 HEADER = "written by mocofast launch"  # a later launch replaces files with this line alone
-EXIT_CONTINUES = 75  # mocofast.interrupts.EXIT_INTERRUPTED: the same command continues the run
 
 
 @dataclass

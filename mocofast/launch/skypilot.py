@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mocofast.launch.request import EXIT_CONTINUES, HEADER, Request
+from mocofast.interrupts import EXIT_INTERRUPTED
+from mocofast.launch.request import HEADER, Request
 from mocofast.launch.torchrun import torchrun
 
 PORT = 29500
@@ -24,7 +25,7 @@ def task(request: Request) -> str:
         "use_spot": True,
         "job_recovery": {
             "max_restarts_on_errors": options.restarts,
-            "recover_on_exit_codes": [EXIT_CONTINUES],
+            "recover_on_exit_codes": [EXIT_INTERRUPTED],
         },
     }
     if options.gpus:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from mocofast.launch.request import EXIT_CONTINUES, HEADER, Request
+from mocofast.interrupts import EXIT_INTERRUPTED
+from mocofast.launch.request import HEADER, Request
 
 
 def script(request: Request) -> str:
@@ -45,7 +46,7 @@ srun --kill-on-bad-exit=0 --wait={options.deadline} --cpus-per-task={options.cpu
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' \\
     rank python -m {request.command}
 status=$?
-if [ "$status" -eq {EXIT_CONTINUES} ]; then
+if [ "$status" -eq {EXIT_INTERRUPTED} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
