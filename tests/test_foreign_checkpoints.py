@@ -215,6 +215,10 @@ def test_errors_are_short_and_say_what_to_do(
     assert " more" in error_of(renamed)
     assert "--model.arch" in error_of({f"block{i}.weight": torch.zeros(2) for i in range(900)})
     assert "expected a dictionary of tensors" in error_of({"epoch": 3})
+    other = {n.replace("layer1.0.conv2", "layer1.0.other"): v for n, v in weights.items()}
+    assert "a ResNet of" in error_of(other)
+    cifar = {f"layer1.0.conv{i}.weight": torch.zeros(16, 16, 3, 3) for i in (1, 2)}
+    assert "a ResNet of" in error_of({"conv1.weight": torch.zeros(16, 3, 3, 3), **cifar})
     spoiled = {n: v.clone() for n, v in weights.items()}
     spoiled["conv1.weight"][0] = math.nan
     assert "conv1.weight hold" in error_of(spoiled)

@@ -83,8 +83,7 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
             )
         return Found(dict(part), arch, 3, 0, layout)
     side = _image_side(part, first)
-    # A stage of `resnet_tiny` is one block, without a number in its name.
-    is_resnet = "layer1.0.conv1.weight" in part or "layer1.conv1.weight" in part
+    is_resnet = any(name.startswith("layer1.") for name in part)
     found = arch or (_resnet_of(part, first) if is_resnet else _vit_of(part, first, layout))
     if "patch_embed.proj.weight" in part and not found.startswith("timm/"):
         part = torchvision_names(part)
@@ -118,12 +117,14 @@ def _resnet_of(part: Mapping[str, Tensor], first: Tensor) -> str:
         len({n.split(".")[1] for n in part if n.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    if first.shape[-1] == 3 and first.shape[0] == 16:
+    if "layer1.conv1.weight" in part:  # a stage is one block, without a number in its name
         return "resnet_tiny"
-    second = part["layer1.0.conv2.weight"]
-    groups = second.shape[0] // second.shape[1]
-    key = blocks, "layer1.0.conv3.weight" in part, second.shape[0] // 64, groups
-    name = _RESNETS.get(key)
+    second = part.get("layer1.0.conv2.weight")
+    name = None
+    if second is not None:
+        groups = second.shape[0] // second.shape[1]
+        key = blocks, "layer1.0.conv3.weight" in part, second.shape[0] // 64, groups
+        name = _RESNETS.get(key)
     if name is None:
         raise ConfigError(
             f"a ResNet of {blocks} blocks that no name is known for; name it by --model.arch"
