@@ -157,10 +157,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "c": C,
         "dtype": arguments.dtype,
         "repeats": arguments.repeats,
-        "milliseconds": {", ".join(key): round(1e3 * t.median, 4) for key, t in times.items()},
-        "quartiles": {
-            ", ".join(key): [round(1e3 * t, 4) for t in time[1:]] for key, time in times.items()
-        },
+        **timing.entries({", ".join(key): time for key, time in times.items()}),
         "extra_bytes": {", ".join(key): value for key, value in memory.items()},
         "skipped": skipped,
         "floor_milliseconds": round(1e3 * floor, 4),

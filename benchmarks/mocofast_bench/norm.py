@@ -139,8 +139,7 @@ def _report(
     return {
         "shape": shape,
         "mode": mode,
-        "milliseconds": {side: round(1e3 * time.median, 4) for side, time in times.items()},
-        "quartiles": {side: [round(1e3 * t, 4) for t in time[1:]] for side, time in times.items()},
+        **timing.entries(times),
         "bytes": traffic,
         "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),

@@ -163,10 +163,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "queue_size": config.model.queue_size,
         "repeats": arguments.repeats,
         "images_per_second": {name: round(batch / t.median, 2) for name, t in times.items()},
-        "milliseconds": {name: round(1e3 * t.median, 4) for name, t in times.items()},
-        "quartiles": {
-            name: [round(1e3 * value, 4) for value in t[1:]] for name, t in times.items()
-        },
+        **timing.entries(times),
         "speedup": {name: round(times[name].median / ours, 3) for name in alone},
         "over_encoders_only": round(ours / floor, 3),
         "first_step_seconds": {

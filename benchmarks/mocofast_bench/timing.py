@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
@@ -47,6 +47,16 @@ class Timing(NamedTuple):
     median: float
     low: float  # first quartile
     high: float  # third quartile
+
+
+def entries(times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
+    """Returns the entries of a row: medians and quartiles in milliseconds, by name."""
+    return {
+        "milliseconds": {name: round(1e3 * time.median, 4) for name, time in times.items()},
+        "quartiles": {
+            name: [round(1e3 * t, 4) for t in (time.low, time.high)] for name, time in times.items()
+        },
+    }
 
 
 def interleaved(
