@@ -23,7 +23,9 @@ from mocofast.detection.options import (
     StartOptions,
     TaskOptim,
 )
+from mocofast.detection.sets import AnnotatedSet
 from mocofast.detection.start import Start, encoder_of, find_start
+from mocofast.detection.tasks import evaluate
 from mocofast.models.encoders import build_encoder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -226,3 +228,33 @@ def test_batch_norm_over_ranks_of_different_sizes_equals_the_whole_batch() -> No
         torch.testing.assert_close(total, expected[name], rtol=1e-5, atol=1e-6)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(got[1][name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+class Numbered:
+    """A reader of five images, of which the second cannot be read. A truth is a number."""
+
+    images = AnnotatedSet([None] * 5, ())  # type: ignore[list-item]
+
+    def read(self, index: int) -> tuple[Tensor, Any] | None:
+        return None if index == 1 else (torch.zeros(1, 2, 2), index)
+
+
+class Recorded:
+    """A task whose figures are the truths in the order in which they are scored."""
+
+    def predict(self, *_: Any) -> None: ...
+
+    def pair(self, truth: int, *_: Any) -> tuple[int, None]:
+        return truth, None
+
+    def score(self, classes: tuple[str, ...], pairs: list[Any]) -> list[int]:
+        return [truth for truth, _ in pairs]
+
+
+def order_of_scores(rank: int) -> Any:
+    cpu, stub = torch.device("cpu"), (Recorded(), nn.Identity(), Numbered())
+    return evaluate(*stub, 1, cpu, lambda: False)  # type: ignore[arg-type]
+
+
+def test_ranks_score_images_in_order_with_one_that_cannot_be_read() -> None:
+    assert on_ranks(order_of_scores) == [[0, 2, 3, 4]] * 2

@@ -200,12 +200,12 @@ def evaluate(
     rank, world_size = distributed.rank_and_world_size()
     classes = reader.images.classes
     own = [[index] for index in range(rank, len(reader.images), world_size)]
-    pairs, is_whole = [], True
+    pairs, is_whole = {}, True
     with evaluating(model):
-        for (read,) in prefetched(reader.read, own, count_workers(workers)):
+        for (read,), (index,) in zip(prefetched(reader.read, own, count_workers(workers)), own):
             if read is not None:
                 image, truth = read
-                pairs.append(task.pair(truth, task.predict(model, image, device), len(classes)))
+                pairs[index] = task.pair(truth, task.predict(model, image, device), len(classes))
             if stopped():
                 is_whole = False
                 break
@@ -213,12 +213,8 @@ def evaluate(
     if not all(whole for _, whole in gathered):
         raise EvaluationStopped
     # The order of images, whatever the number of ranks: ties of scores are broken by order.
-    ordered = [
-        parts[turn]
-        for turn in range(max(len(parts) for parts, _ in gathered))
-        for parts, _ in gathered
-        if turn < len(parts)
-    ]
+    found = {index: pair for part, _ in gathered for index, pair in part.items()}
+    ordered = [found[index] for index in sorted(found)]
     return distributed.from_main(task.score(classes, ordered) if rank == 0 else None)
 
 
