@@ -19,9 +19,8 @@ from mocofast.data.ranges import set_range
 from mocofast.data.reading import read_as_asked
 from mocofast.data.sources import find_images
 from mocofast.device import choose_device
-from mocofast.evaluate.features import batches_at_once, extract_batches, image_batches
+from mocofast.evaluate.features import extract_batches, extraction, image_batches
 from mocofast.interop.reference_checkpoints import load_any
-from mocofast.models.pixels import pixel_statistics
 from mocofast.train import configure
 from mocofast.train.run import train
 
@@ -81,14 +80,8 @@ class Trained:
             raise ValueError(f"images: there is no image in {images!r}")
         device = next(self.encoder.parameters()).device
         batches = image_batches(source, config, device)
-        found = extract_batches(
-            self.encoder,
-            batches,
-            device,
-            output,
-            *pixel_statistics(config.augment),
-            at_once=batches_at_once(config.data.workers, device),
-        )
+        how = extraction(config, device, None)
+        found = extract_batches(self.encoder, batches, device, output, **how)
         rows = [features for features, _, _ in found]
         for index, reason in batches.skipped.items():
             raise ValueError(f"images: {source.name(index)} cannot be decoded ({reason})")

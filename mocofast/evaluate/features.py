@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,18 @@ def batches_at_once(workers: int, device: torch.device) -> int:
         return 1
     free = min(count_workers(workers), count_workers(-1) // torch.get_num_threads())
     return max(1, min(free, MOST_AT_ONCE))
+
+
+def extraction(
+    config: Config, device: torch.device, autocast: torch.autocast | None
+) -> dict[str, Any]:
+    """Returns the arguments of `extract_batches` that follow from the configuration of a run.
+
+    They are mean, std, autocast (as given) and at_once.
+    """
+    mean, std = pixels.pixel_statistics(config.augment)
+    at_once = batches_at_once(config.data.workers, device)
+    return {"mean": mean, "std": std, "autocast": autocast, "at_once": at_once}
 
 
 def extract(

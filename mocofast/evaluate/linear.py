@@ -33,11 +33,11 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.device import choose_autocast, wide
 from mocofast.distributed import rank_and_world_size
 from mocofast.evaluate.features import (
-    batches_at_once,
     check_finite,
     embed,
     evaluating,
     extract,
+    extraction,
     image_batches,
 )
 from mocofast.evaluate.knn import label_position
@@ -296,14 +296,10 @@ def frozen_features(
     autocast: torch.autocast,
 ) -> tuple[Tensor, Tensor]:
     """Returns features (N, D) and labels (N,) of all images, on `device`. Call on every rank."""
-    statistics = pixel_statistics(config.augment)
-    at_once = batches_at_once(config.data.workers, device)
+    how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:
-        batches = image_batches(part, config, device)
-        return extract(
-            encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
-        )
+        return extract(encoder, image_batches(part, config, device), device, "backbone", **how)
 
     features, labels = over_ranks(compute, source)
     check_finite(features)

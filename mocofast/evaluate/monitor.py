@@ -20,14 +20,13 @@ from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     EVALUATION_BATCH,
     EvaluationStopped,
-    batches_at_once,
     check_finite,
     extract,
+    extraction,
     image_batches,
     stoppable,
 )
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
-from mocofast.models.pixels import pixel_statistics
 
 
 class KNNMonitor:
@@ -117,19 +116,10 @@ class KNNMonitor:
             leave=False,
             disable=rank > 0 or not sys.stderr.isatty(),
         )
-        statistics = pixel_statistics(self.config.augment)
-        at_once = batches_at_once(self.config.data.workers, self.device)
+        how = extraction(self.config, self.device, autocast)
         extracted: tuple[Tensor, Tensor] | None = None
         with contextlib.suppress(EvaluationStopped), batches:
-            extracted = extract(
-                encoder,
-                batches,
-                self.device,
-                self.config.knn.features,
-                *statistics,
-                autocast=autocast,
-                at_once=at_once,
-            )
+            extracted = extract(encoder, batches, self.device, self.config.knn.features, **how)
         of_ranks = gather_objects(extracted)
         if None in of_ranks:
             raise EvaluationStopped

@@ -16,17 +16,16 @@ from mocofast.data.sources import Datasets, Subset, labelled
 from mocofast.device import choose_autocast
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
-    batches_at_once,
     check_finite,
     extract,
     extract_batches,
+    extraction,
     image_batches,
 )
 from mocofast.evaluate.knn import nearest_labels, votes_of
 from mocofast.evaluate.monitor import at_most
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, targets_of
-from mocofast.models.pixels import pixel_statistics
 
 _PART = 16384  # features of the bank that are searched at a time
 MOST_KEPT = 100_000  # images up to which a bank is kept
@@ -66,14 +65,10 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     train = at_most(knn.bank, labelled(datasets.train), np.random.default_rng(seed))
     val = at_most(knn.queries or len(datasets.val), datasets.val, np.random.default_rng([seed, 1]))
     autocast = choose_autocast(config.train.precision, device)
-    statistics = pixel_statistics(config.augment)
-    at_once = batches_at_once(config.data.workers, device)
+    how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:
-        batches = image_batches(part, config, device)
-        return extract(
-            encoder, batches, device, knn.features, *statistics, autocast=autocast, at_once=at_once
-        )
+        return extract(encoder, image_batches(part, config, device), device, knn.features, **how)
 
     queries, labels = over_ranks(compute, val)
     check_finite(queries)
@@ -83,9 +78,7 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
         batches = image_batches(source, config, device)
         waiting: list[tuple[Tensor, Tensor]] = []
         rows = 0
-        for found, own, _ in extract_batches(
-            encoder, batches, device, knn.features, *statistics, autocast=autocast, at_once=at_once
-        ):
+        for found, own, _ in extract_batches(encoder, batches, device, knn.features, **how):
             assert own is not None
             check_finite(found)
             if len(train) <= MOST_KEPT:

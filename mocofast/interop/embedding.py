@@ -16,12 +16,11 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.sources import Datasets
 from mocofast.device import choose_autocast
 from mocofast.evaluate.features import (
-    batches_at_once,
     check_finite,
     extract_batches,
+    extraction,
     image_batches,
 )
-from mocofast.models.pixels import pixel_statistics
 
 log = logging.getLogger("mocofast")
 
@@ -67,16 +66,12 @@ def embedded(
     encoder: on `device`. kind: "backbone" or "output", see `extract_batches`.
     Images that cannot be decoded are left out.
     """
-    autocast = choose_autocast(config.train.precision, device)
-    statistics = pixel_statistics(config.augment)
-    at_once = batches_at_once(config.data.workers, device)
+    how = extraction(config, device, choose_autocast(config.train.precision, device))
     for name, source in (("train", datasets.train), ("val", datasets.val)):
         if source is None:
             continue
         batches = image_batches(source, config, device)
-        for found, labels, index in extract_batches(
-            encoder, batches, device, kind, *statistics, autocast=autocast, at_once=at_once
-        ):
+        for found, labels, index in extract_batches(encoder, batches, device, kind, **how):
             check_finite(found)
             own = torch.full((len(found),), -1) if labels is None else labels
             names = [source.name(i) for i in index.tolist()]

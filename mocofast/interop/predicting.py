@@ -14,9 +14,9 @@ from mocofast.data.folders import FolderSource
 from mocofast.data.sources import Datasets, as_asked, find_images
 from mocofast.device import choose_autocast
 from mocofast.evaluate.features import (
-    batches_at_once,
     check_finite,
     extract_batches,
+    extraction,
     image_batches,
 )
 from mocofast.evaluate.knn import nearest_labels, votes_of
@@ -108,15 +108,11 @@ def _add_neighbours(
     queries: (M, D). votes: whether to add predictions by the votes.
     """
     source = bank.train
-    statistics = pixel_statistics(config.augment)
-    autocast = choose_autocast(config.train.precision, device)
-    at_once = batches_at_once(config.data.workers, device)
+    how = extraction(config, device, choose_autocast(config.train.precision, device))
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         batches = image_batches(source, config, device)
-        for found, _, index in extract_batches(
-            encoder, batches, device, "backbone", *statistics, autocast=autocast, at_once=at_once
-        ):
+        for found, _, index in extract_batches(encoder, batches, device, "backbone", **how):
             yield found, index
 
     with torch.no_grad():
