@@ -91,7 +91,7 @@ class CheckpointWriter:
         Raises the error of an earlier write, unless the system refused the write.
         """
         with contextlib.suppress(OSError):  # is said already, and this state is newer
-            self._join()
+            self.wait()
         self._thread = threading.Thread(
             target=self._write, args=(_snapshot(state),), name="checkpoint"
         )
@@ -102,9 +102,6 @@ class CheckpointWriter:
 
         Raises the error of the write.
         """
-        self._join()
-
-    def _join(self) -> None:
         if self._thread is not None:
             self._hurry.set()
             self._thread.join()
