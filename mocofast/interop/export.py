@@ -78,17 +78,6 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         raise ConfigError(f"out: format {format} expects a name ending in {suffix}, got {out}")
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
-    if format == "transformers":
-        check_transformers(config.model.arch, config.model.layer_scale)
-        backbone = {n: t.contiguous() for n, t in backbone_state_dict(model).items()}
-        count = write_folder(backbone, model.encoder_q, config, checkpoint, out)
-        lines = transformers_lines(config, out)
-        return Exported(out, count, "the query encoder without its head", lines)
-    if format in SUFFIXES:
-        count = len(backbone_state_dict(model))
-        _write(out, lambda file: write_graph(format, model.encoder_q, config, file))
-        lines = graph_lines(format, config, out)
-        return Exported(out, count, "the query encoder without its head", lines)
     if format == "reference":
         if not checkpoint.get("is_complete", True):
             raise ConfigError(
@@ -102,13 +91,21 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
             )
         whole = _reference(model, config.model.arch, checkpoint)
         _save(out, whole)
-        count = len(whole["state_dict"])
+        lines = how_to_load(format, config, model.encoder_q, out)
+        return Exported(out, len(whole["state_dict"]), "both encoders and the queue", lines)
+    # Contiguous, because safetensors does not support channels-last.
+    backbone = {name: value.contiguous() for name, value in backbone_state_dict(model).items()}
+    count = len(backbone)
+    if format == "transformers":
+        check_transformers(config.model.arch, config.model.layer_scale)
+        count = write_folder(backbone, model.encoder_q, config, checkpoint, out)
+        lines = transformers_lines(config, out)
+    elif format in SUFFIXES:
+        _write(out, lambda file: write_graph(format, model.encoder_q, config, file))
+        lines = graph_lines(format, config, out)
     else:
-        # Contiguous, because safetensors does not support channels-last.
-        backbone = {name: value.contiguous() for name, value in backbone_state_dict(model).items()}
         if format == "timm" and config.model.arch.startswith("vit_"):
             backbone = timm_names(backbone)
-        count = len(backbone)
         if format == "detectron2":
             _write(out, lambda file: file.write_bytes(pickle.dumps(_detectron2(backbone))))
         elif is_safetensors:
@@ -117,9 +114,8 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
             _write(out, lambda file: file.write_bytes(packed))
         else:
             _save(out, backbone)
-    both, encoder = "both encoders and the queue", "the query encoder without its head"
-    content = both if format == "reference" else encoder
-    return Exported(out, count, content, how_to_load(format, config, model.encoder_q, out))
+        lines = how_to_load(format, config, model.encoder_q, out)
+    return Exported(out, count, "the query encoder without its head", lines)
 
 
 def _reference(model: MoCo, arch: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
