@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from mocofast_bench import loops, neighbours, step, train, training_steps
-from mocofast_bench.commands import BENCHMARKS, main
+from mocofast_bench import commands, loops, neighbours, step, train, training_steps
+from mocofast_bench.commands import BENCHMARKS, benchmark, main
 
 from mocofast.config import Config, ConfigError
 from mocofast.settings import load_recipe
@@ -253,11 +253,13 @@ def test_all_runs_every_short_benchmark_with_its_defaults(
     def recorder(name: str) -> Any:
         return lambda arguments: ran.setdefault(name, vars(arguments)) and {"benchmark": name}
 
-    for name, (module, _) in list(BENCHMARKS.items()):
-        fake = types.SimpleNamespace(
+    def fake(name: str) -> Any:
+        module = benchmark(name)
+        return types.SimpleNamespace(
             add_arguments=module.add_arguments, run=recorder(name), __doc__=module.__doc__
         )
-        monkeypatch.setitem(BENCHMARKS, name, (fake, ""))
+
+    monkeypatch.setattr(commands, "benchmark", fake)
     assert main(["all", "--device", "cpu", *(["--path", path] if path else [])]) == 0
     assert set(ran) == set(BENCHMARKS) - {"sweep", "speedrun"} - (set() if path else {"data"})
     assert ("data is left out" in capsys.readouterr().out) == (path is None)

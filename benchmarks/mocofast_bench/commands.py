@@ -8,6 +8,7 @@ the line to a file.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,37 +16,29 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from mocofast_bench import (
-    autotune,
-    batch,
-    data,
-    ema,
-    kernels,
-    machine_code,
-    neighbours,
-    norm,
-    optim,
-    probe,
-    speedrun,
-    step,
-    sweep,
-    targets,
-    train,
-)
-
+# Each is a module of this package, which is imported where it is asked for: PyTorch and the peers
+# take seconds. A module has add_arguments() and run(), and plot() where it makes a picture.
 BENCHMARKS = {
-    "kernels": (kernels, "InfoNCE: time and memory of forward and backward"),
-    "batch": (batch, "CLIP's and SigLIP's losses over the pairs of a batch"),
-    "sweep": (sweep, "InfoNCE over many sizes of the problem, with plots"),
-    "ema": (ema, "EMA of a ResNet-50's weights"),
-    "optim": (optim, "SGD, LARS and AdamW with EMA and bfloat16 copies"),
-    "norm": (norm, "ghost BatchNorm of a ResNet-50's activations"),
-    "data": (data, "pairs of views per second from a folder of images"),
-    "step": (step, "one training step beside the reference, eager PyTorch and lightly"),
-    "train": (train, "training end to end beside the reference's loop and loader"),
-    "probe": (probe, "the fit of a linear probe beside scikit-learn's LogisticRegression"),
-    "speedrun": (speedrun, "CPU seconds to the plain recipe's kNN, with a search of recipes"),
+    "kernels": "InfoNCE: time and memory of forward and backward",
+    "batch": "CLIP's and SigLIP's losses over the pairs of a batch",
+    "sweep": "InfoNCE over many sizes of the problem, with plots",
+    "ema": "EMA of a ResNet-50's weights",
+    "optim": "SGD, LARS and AdamW with EMA and bfloat16 copies",
+    "norm": "ghost BatchNorm of a ResNet-50's activations",
+    "data": "pairs of views per second from a folder of images",
+    "step": "one training step beside the reference, eager PyTorch and lightly",
+    "train": "training end to end beside the reference's loop and loader",
+    "probe": "the fit of a linear probe beside scikit-learn's LogisticRegression",
+    "speedrun": "CPU seconds to the plain recipe's kNN, with a search of recipes",
 }
+# Modules that compile kernels: no --device, --save or --plot.
+COMPILING = {
+    "static": "machine code of the kernels and predicted times (needs no GPU)",
+    "targets": "registers and shared memory on every kind of GPU (needs no GPU)",
+    "autotune": "choose the tiles of the kernels for this GPU",
+}
+MODULES = {"static": "machine_code"}  # where the name of the module is another
+ALL = "all benchmarks except the sweep, with defaults for this machine"
 # `bench all --quick`: enough rounds for quartiles. Compiling takes minutes.
 QUICK = {
     "kernels": ["--repeats", "9", "--no-compile"],
@@ -59,11 +52,6 @@ QUICK = {
     "probe": ["--repeats", "3"],
 }
 RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings
-COMPILING = {
-    "static": (machine_code, "machine code of the kernels and predicted times (needs no GPU)"),
-    "targets": (targets, "registers and shared memory on every kind of GPU (needs no GPU)"),
-    "autotune": (autotune, "choose the tiles of the kernels for this GPU"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,54 +61,71 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status 0. Exits with 2 if the arguments cannot be used.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--static"]:  # an older spelling of `bench static`
+        given[0] = "static"
+    names = {**BENCHMARKS, **COMPILING, "all": ALL}
     parser = argparse.ArgumentParser(
         prog="mocofast bench",
         description="Times ops, steps and loaders beside PyTorch and other packages.",
     )
-    commands = parser.add_subparsers(
-        required=True, dest="name", metavar="|".join([*BENCHMARKS, *COMPILING, "all"])
-    )
-    # Benchmarks: each module has add_arguments() and run(), and plot() where it makes a picture.
-    for name, (module, text) in BENCHMARKS.items():
-        command = _add(commands, name, text, module.__doc__)
-        command.add_argument(
-            "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
-        )
-        module.add_arguments(command, positive)
-        if hasattr(module, "plot"):
-            command.add_argument(
-                "--plot", type=Path, metavar="FILE", help="save a plot of the results to this file"
-            )
-        command.set_defaults(run=partial(_run, module))
-    # Commands that compile kernels: no --device, --save or --plot.
-    for name, (module, text) in COMPILING.items():
-        command = commands.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=RAW
-        )
+    commands = parser.add_subparsers(required=True, dest="name", metavar="|".join(names))
+    for name, text in names.items():
+        command = commands.add_parser(name, help=text, formatter_class=RAW)
+        if [name] == given[:1]:
+            _add_arguments(command, name)
+    arguments = parser.parse_args(given)
+    arguments.run(arguments)
+    return 0
+
+
+def _add_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    """Adds the options of a benchmark, and `run`, the function that takes their values."""
+    if name in COMPILING:
+        module = benchmark(name)
+        command.description = module.__doc__
         module.add_arguments(command, positive)
         command.set_defaults(run=partial(module.run, parser=command))
-    every = _add(
-        commands, "all", "all benchmarks except the sweep, with defaults for this machine", None
+        return
+    command.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
-    every.add_argument(
-        "--path",
-        help="folder of images (default: `data` is left out and `train` uses the digits)",
+    command.add_argument(
+        "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
     )
-    every.add_argument(
-        "--quick",
-        action="store_true",
-        help="few rounds, without torch.compile and other engine modes: 5 minutes on two cores",
+    if name == "all":
+        command.description = ALL
+        command.add_argument(
+            "--path",
+            help="folder of images (default: `data` is left out and `train` uses the digits)",
+        )
+        command.add_argument(
+            "--quick",
+            action="store_true",
+            help="few rounds, without torch.compile and other engine modes: 5 minutes on two cores",
+        )
+        command.set_defaults(run=_run_all)
+        return
+    module = benchmark(name)
+    command.description = module.__doc__
+    command.add_argument(
+        "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
     )
-    # `bench --static` is an older spelling of `bench static`.
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["--static"]:
-        given[0] = "static"
-    arguments = parser.parse_args(given)
-    if arguments.name != "all":
-        arguments.run(arguments)
-        return 0
-    # `all`: every benchmark in turn.
-    for name, (module, _) in BENCHMARKS.items():
+    module.add_arguments(command, positive)
+    if hasattr(module, "plot"):
+        command.add_argument(
+            "--plot", type=Path, metavar="FILE", help="save a plot of the results to this file"
+        )
+    command.set_defaults(run=partial(_run, module))
+
+
+def benchmark(name: str) -> ModuleType:
+    """Imports the module of a benchmark."""
+    return importlib.import_module(f"mocofast_bench.{MODULES.get(name, name)}")
+
+
+def _run_all(arguments: argparse.Namespace) -> None:
+    for name in BENCHMARKS:
         if name in ("sweep", "speedrun"):  # take minutes to hours
             continue
         own = [name, "--device", arguments.device]
@@ -134,29 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\ndata is left out: it needs a folder of images (--path DIR)")
             continue
         print(f"\nmocofast bench {' '.join(own)}", flush=True)
-        _run(module, parser.parse_args(own))
-    return 0
-
-
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    text: str,
-    description: str | None,
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=description or text, formatter_class=RAW
-    )
-    command.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
-    )
-    command.add_argument(
-        "--save", type=Path, metavar="FILE", help="append the JSON line to this file"
-    )
-    return command
+        main(own)
 
 
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
+    from mocofast_bench import neighbours
+
     before = neighbours.usage()
     row = module.run(arguments)
     after = neighbours.usage()
