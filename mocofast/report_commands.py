@@ -105,7 +105,12 @@ def views(argv: Sequence[str]) -> int:
         description="Writes a picture of view pairs, as the encoder would see them. Trains nothing."
         "\nWithout --recipe the settings fit the images, as `mocofast pretrain PATH` fits them.",
     )
-    parser.add_argument("path", nargs="?", metavar="PATH", help="the images, as data.path")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="the images, as data.path, or a run folder, whose images and settings are taken",
+    )
     parser.add_argument("--recipe", metavar="NAME", help="a recipe, a .yaml file, or a run folder")
     parser.add_argument(
         "--out", metavar="FILE", default="views.png", help="the picture to write [views.png]"
@@ -125,10 +130,12 @@ def views(argv: Sequence[str]) -> int:
         raise ConfigError(f"--out: expected a name in .png, got {given.out!r}")
     if not out.absolute().parent.is_dir():
         raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
-    recipe, options = given.recipe, given_settings(given)
+    recipe, place, options = given.recipe, given.path or "", given_settings(given)
+    if recipe is None and configure.is_run_folder(place):
+        recipe, place = place, ""
     if recipe and (Path(recipe) / "config.yaml").is_file():
         recipe = os.path.join(recipe, "config.yaml")
-    config = configure.configure(recipe, "", options, given.path or "", check=False)
+    config = configure.configure(recipe, "", options, place, check=False)
     datasets = load_datasets(config.data, config.train.seed)
     device = torch.device("cpu")
     if config.recipe == configure.AUTO and "augment.size" not in options:

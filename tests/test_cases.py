@@ -35,7 +35,7 @@ def test_chexpert_trains_on_train_alone(cases: Path) -> None:
 
 def test_stl10_trains_on_unlabeled_too(cases: Path) -> None:
     datasets = load(cases / "11_split_names/stl10")
-    assert datasets.note == "50 images of 2 classes, 40 unlabelled; kNN on test/, 10"
+    assert datasets.note == "50 images of 2 classes, 40 unlabelled; held out: test/, 10"
     assert sum(name.startswith("unlabeled/") for name in names(datasets)) == 40
 
 
@@ -51,14 +51,14 @@ def test_the_trimaps_of_pets_get_a_warning_and_are_excluded(cases: Path) -> None
 @pytest.mark.parametrize(
     ("name", "note"),
     [
-        ("13_shard_dots/dots_some", "16 images without labels: no kNN"),
-        ("13_shard_dots/wds_input", "16 images of 2 classes; kNN on 2 of them, held out"),
-        ("15_shard_links/hardlinks", "16 images without labels: no kNN"),
-        ("16_labels_lost/cls_text", "16 images of 2 classes; kNN on 2 of them, held out"),
-        ("16_labels_lost/json_text", "16 images of 2 classes; kNN on 2 of them, held out"),
+        ("13_shard_dots/dots_some", "16 images without labels"),
+        ("13_shard_dots/wds_input", "16 images of 2 classes; 2 of them held out"),
+        ("15_shard_links/hardlinks", "16 images without labels"),
+        ("16_labels_lost/cls_text", "16 images of 2 classes; 2 of them held out"),
+        ("16_labels_lost/json_text", "16 images of 2 classes; 2 of them held out"),
         (
             "16_labels_lost/one_unlabelled",
-            "16 images of 2 classes, 1 unlabelled; kNN on 2 of them, held out",
+            "16 images of 2 classes, 1 unlabelled; 2 of them held out",
         ),
     ],
 )

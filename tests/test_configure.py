@@ -149,12 +149,21 @@ def test_an_option_without_effect_is_an_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, _, err = call(capsys, "pretrain", *words)
     assert status == 2
-    assert said in err
+    assert said in err and err.count("\n") == 1
+    assert not caplog.records  # the mistake is said once
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_not_taken_for_images(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=f"--resume {tmp_path} continues the run"):
+        configure.split_words(["digits", str(tmp_path)])
 
 
 def test_the_source_follows_from_the_path(tmp_path: Path) -> None:

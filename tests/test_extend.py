@@ -113,7 +113,7 @@ def test_two_ranks_of_barlow_twins_are_one_process_with_the_whole_batch() -> Non
         (("--model.arch", "package.my_encoder"), "package.my_encoder, 1438 images"),
         (
             ("--data.source", "package.my_images", "--data.path", "images.npz"),
-            "270 images of images.npz; kNN on 30 held out",
+            "270 images of images.npz; 30 held out",
         ),
     ],
     ids=["metric", "encoder", "source"],

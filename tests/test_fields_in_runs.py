@@ -64,7 +64,7 @@ class Field(NamedTuple):
 
 
 FIELDS = {
-    "xray": Field(xray, 1, (), "18 images of 2 classes; kNN on 6 of them, held out"),
+    "xray": Field(xray, 1, (), "18 images of 2 classes; 6 of them held out"),
     "ome": Field(ome, 5, (), "show page 2 of 3 (axis Z)"),
     "scene": Field(
         scene,

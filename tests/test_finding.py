@@ -185,7 +185,7 @@ def test_splits_are_known_by_many_names_in_any_case(tmp_path: Path, train: str, 
     assert named(datasets.train) == {f"{train}/{kind}/{i}.jpg": kind for kind in "ab" for i in "12"}
     assert datasets.val is not None
     assert named(datasets.val) == {f"{val}/{kind}/{i}.jpg": kind for kind in "ab" for i in "12"}
-    assert datasets.note == f"4 images of 2 classes; kNN on {val}/, 4"
+    assert datasets.note == f"4 images of 2 classes; held out: {val}/, 4"
     assert datasets.remarks == ()
 
 
@@ -228,7 +228,7 @@ def test_unlabeled_images_beside_train_are_trained_on_without_a_label(tmp_path: 
         *(f"unlabeled/{i}.jpg" for i in range(3)),
     )
     datasets = folder(tmp_path)
-    assert datasets.note == "5 images of 2 classes, 3 unlabelled; kNN on test/, 2"
+    assert datasets.note == "5 images of 2 classes, 3 unlabelled; held out: test/, 2"
     assert datasets.train.labels is not None
     assert datasets.train.labels.tolist() == [0, 1, -1, -1, -1]
     known = labelled(datasets.train)

@@ -234,5 +234,5 @@ def test_a_wrapper_folder_and_unlabeled_images_keep_train_val_and_labels(tmp_pat
     assert meta["images"] == {"train": 7, "val": 4}
     assert meta["remarks"] == ["1 file of other kinds ignored: 1 .txt"]
     datasets = load_datasets(DataConfig(source="shards", path=str(tmp_path / "out")))
-    assert datasets.note == "7 images of 2 classes, 3 unlabelled; kNN on val/, 4"
+    assert datasets.note == "7 images of 2 classes, 3 unlabelled; held out: val/, 4"
     assert datasets.train.classes == ("a", "b")

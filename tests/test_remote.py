@@ -174,7 +174,7 @@ def test_archives_and_tables_of_a_storage_are_those_of_a_disk(tmp_path: Path, st
         store.pipe_file(f"/hub/data/{part}-0.parquet", buffer.getvalue())
     for source in ("parquet", "folder"):
         datasets = of("memory://hub", source)
-        assert datasets.note == "6 images of 2 classes; kNN on test, 6"
+        assert datasets.note == "6 images of 2 classes; held out: test, 6"
         assert datasets.train.load(5) == jpeg(5)
         assert datasets.train.name(5) == "data/train-0.parquet:5"
     assert len(of("memory://hub/data/te*.parquet", "parquet", holdout=0.0).train) == 6
@@ -184,7 +184,7 @@ def test_shards_of_a_storage_are_found_by_folder_pattern_and_braces(store: Any) 
     for i, part in enumerate(("train", "train", "val")):
         store.pipe_file(f"/s/{part}/x-{i}.tar", tar_of(range(4 * i, 4 * i + 4)))
     datasets = of("memory://s", "shards")
-    assert datasets.note == "8 images of 2 classes; kNN on val/, 4"
+    assert datasets.note == "8 images of 2 classes; held out: val/, 4"
     assert datasets.train.load(5) == jpeg(5)
     assert named(datasets.train)["train/x-1.tar:5"] == "1"
     for path in ("memory://s/train/x-*.tar", "memory://s/train/x-{0..1}.tar"):

@@ -185,7 +185,9 @@ def test_images_of_any_kind_become_rgb(kind: str, channels: int) -> None:
         assert (shown[..., 0] == images[:, 0].numpy()).all()
 
 
-def test_views_need_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_views_need_no_run_and_take_the_settings_of_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photos = runs.make_images(tmp_path / "photos", 12)
     out = tmp_path / "v.png"
     assert cli.main(["views", str(photos), "--out", str(out), "--augment.blur", "1"]) == 0
@@ -195,6 +197,8 @@ def test_views_need_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     recipe = ["--recipe", "cifar10_r18", "--out", str(out)]
     assert cli.main(["views", str(photos), *recipe]) == 0
     assert "views of 32 pixels" in capsys.readouterr().out
+    assert cli.main(["views", str(folder), "--out", str(out)]) == 0
+    assert "8 images, views of 8 pixels" in capsys.readouterr().out
     for wrong, said in (
         ([str(tmp_path / "none")], "there is no"),
         ([str(photos), "--out", "a.jpg"], "expected a name in .png"),

@@ -62,7 +62,7 @@ def test_a_partly_labelled_zip_trains_resumes_and_is_evaluated_on_its_labels(
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     common = ("pretrain", "digits", *SMALL, *data, "--train.log_every", "1")
     out_text = mocofast(capsys, *common, "--train.dir", whole, "--train.max_steps", "5")
-    assert "data: 32 images of 2 classes, 20 unlabelled; kNN on set/Test/, 6" in out_text
+    assert "data: 32 images of 2 classes, 20 unlabelled; held out: set/Test/, 6" in out_text
     assert "data: 1 file of other kinds ignored: 1 .txt" in out_text
     assert "--augment.size" not in out_text  # images are larger than views
     for steps in ("2", "5"):
@@ -73,7 +73,7 @@ def test_a_partly_labelled_zip_trains_resumes_and_is_evaluated_on_its_labels(
     assert runs.metrics(Path(parts)) == runs.metrics(Path(whole))
     # Other images do not take the options of the run's images.
     knn = mocofast(capsys, "knn", whole, "--data.path", str(partly_labelled), "--knn.k", "3")
-    assert "32 images of 2 classes, 20 unlabelled; kNN on Test/, 6" in knn
+    assert "32 images of 2 classes, 20 unlabelled; held out: Test/, 6" in knn
     assert figures(knn)["knn_top1"] >= 0.5
     assert figures(mocofast(capsys, "linear", whole))["linear_top1"] >= 0.5
     assert figures(
@@ -111,7 +111,7 @@ def test_supervised_training_takes_labelled_images_alone(
         *("--data.source", "folder", "--data.path", str(partly_labelled)),
         *("--train.dir", str(tmp_path / "run"), "--train.max_steps", "1"),
     )
-    assert ", 12 images in 1 steps an epoch" in out
+    assert ", 12 images in 1 step an epoch" in out
     assert "supervised, 2 classes" in out
 
 

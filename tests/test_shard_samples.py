@@ -212,7 +212,7 @@ def test_texts_are_names_of_classes(tmp_path: Path, kind: str) -> None:
     datasets = load_datasets(DataConfig(source="shards", path=str(tmp_path)))
     assert isinstance(datasets.val, ShardSource)
     assert labels(datasets.val) == ["cat", "dog"]
-    assert datasets.note == "4 images of 3 classes; kNN on val/, 2"
+    assert datasets.note == "4 images of 3 classes; held out: val/, 2"
     assert datasets.remarks == ("1 image of val/ not evaluated: no class of the training",)
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["größe", "dog", "cat", "ant"]}))
     source = source_of(train)
@@ -228,7 +228,7 @@ def test_one_unlabelled_sample_does_not_cost_the_labels_of_the_others(tmp_path: 
             members.append((f"{i:02}.cls", str(i % 2).encode()))
     write_tar(tmp_path / "x.tar", members)
     datasets = load_datasets(DataConfig(source="shards", path=str(tmp_path), holdout=0.2))
-    assert datasets.note == "16 images of 2 classes, 1 unlabelled; kNN on 3 of them, held out"
+    assert datasets.note == "16 images of 2 classes, 1 unlabelled; 3 of them held out"
     assert isinstance(datasets.train, ShardSource)
     assert isinstance(datasets.val, ShardSource)
     found = {
@@ -239,7 +239,7 @@ def test_one_unlabelled_sample_does_not_cost_the_labels_of_the_others(tmp_path: 
     assert found == {f"{i:02}": None if i == 7 else str(i % 2) for i in range(16)}
     assert None not in labels(datasets.val)
     unlabelled = load_datasets(DataConfig(source="shards", path=str(tmp_path), labels="none"))
-    assert unlabelled.note == "16 images without labels: no kNN"
+    assert unlabelled.note == "16 images without labels"
     assert unlabelled.train.labels is None
     with pytest.raises(ConfigError, match=r"data\.labels: .* expected auto or none, got 'x\.csv'"):
         load_datasets(DataConfig(source="shards", path=str(tmp_path), labels="x.csv"))

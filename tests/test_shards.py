@@ -246,7 +246,7 @@ def test_train_and_val_folders_of_shards_are_the_datasets_and_meta_names_the_cla
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
     train, val, note = shard_datasets(tmp_path)
     assert val is not None
-    assert note == "23 images of 3 classes; kNN on val/, 6"
+    assert note == "23 images of 3 classes; held out: val/, 6"
     assert train.classes == val.classes == ("ant", "bee", "cat")
     assert (train.name(0), val.name(0)) == ("train/set-000000.tar:0000", "val/set-000000.tar:0030")
     write_tar(tmp_path / "val" / "set-000001.tar", [("odd.jpg", jpeg(0)), ("odd.cls", b"3")])
@@ -263,11 +263,11 @@ def test_labelled_shards_without_val_hold_a_share_out_and_unlabelled_ones_do_not
 ) -> None:
     train, val, note = shard_datasets(write_shards(tmp_path / "a"), holdout=0.2)
     assert val is not None
-    assert "kNN on 5 of them, held out" in note
+    assert "5 of them held out" in note
     names = [source.name(i) for source in (train, val) for i in range(len(source))]
     assert len(set(names)) == len(names) == 23
     train, val, note = shard_datasets(write_shards(tmp_path / "b", labelled=False))
-    assert (train.labels, val, note) == (None, None, "23 images without labels: no kNN")
+    assert (train.labels, val, note) == (None, None, "23 images without labels")
 
 
 def test_the_fingerprint_follows_names_places_and_labels_but_not_the_folder(tmp_path: Path) -> None:

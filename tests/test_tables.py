@@ -150,7 +150,7 @@ def test_rows_without_bytes_are_counted_and_bad_images_named(tmp_path: Path) -> 
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": pa.array(images, IMAGE)}), path)
     train, _, note, remarks = of(path)
-    assert note == "6 images without labels: no kNN"
+    assert note == "6 images without labels"
     assert remarks == ("2 rows without the bytes of an image left out",)
     loader = build_loader(
         train, DataConfig(loader="torchvision", workers=0), (SMALL,), BatchSlice(6), 0, CPU
@@ -219,21 +219,21 @@ def test_sets_are_told_by_files_by_a_column_and_by_options(tmp_path: Path) -> No
     for i, name in enumerate(("train-0-of-2", "train-1-of-2", "test-0", "extra")):
         pq.write_table(hub_table(range(4 * i, 4 * i + 4)), tmp_path / f"hub/data/{name}.parquet")
     datasets = of(tmp_path / "hub")
-    assert datasets.note == "8 images of 2 classes; kNN on test, 4"
+    assert datasets.note == "8 images of 2 classes; held out: test, 4"
     assert datasets.remarks == ("data/extra.parquet not used",)
     assert datasets.val is not None
     assert datasets.val.load(1) == jpeg(9)
     other = of(tmp_path / "hub", train=("*extra*", "test"), val="train")
     assert [other.train.load(i) for i in (0, 4)] == [jpeg(12), jpeg(8)]
-    assert other.note == "8 images of 2 classes; kNN on train, 8"
+    assert other.note == "8 images of 2 classes; held out: train, 8"
     with pytest.raises(ConfigError, match=r"data\.val: no table of dev \(test, train\)"):
         of(tmp_path / "hub", val="dev")
     pattern = of(f"{tmp_path}/hub/data/{{train-1,test}}*.parquet")
-    assert pattern.note == "4 images of 2 classes; kNN on test, 4"
+    assert pattern.note == "4 images of 2 classes; held out: test, 4"
     column = pa.array(["train", "Valid", "train", "train", "other", "valid"])
     pq.write_table(hub_table(range(6), split=column), tmp_path / "x.parquet")
     datasets = of(tmp_path / "x.parquet")
-    assert datasets.note == "3 images of 2 classes; kNN on the table's evaluation images, 2"
+    assert datasets.note == "3 images of 2 classes; held out: the table's evaluation images, 2"
     assert datasets.remarks == ("rows of split other not used",)
     assert set(named(of(tmp_path / "x.parquet", val="other").train)) == {
         f"x.parquet:{i} {i}.jpg" for i in (0, 2, 3)
@@ -259,7 +259,7 @@ def test_a_folder_saved_by_datasets_is_read_as_datasets_reads_it(tmp_path: Path)
     save_stream(hub_table(range(2)), tmp_path / "saved/train/old-1234.arrow")
     for source in ("hf", "folder"):
         train, val, note, _ = of(tmp_path / "saved", source=source)
-        assert note == "9 images of 2 classes; kNN on test, 3"
+        assert note == "9 images of 2 classes; held out: test, 3"
         assert train.classes == ("no", "yes")
         assert val is not None
         read = hf.load_from_disk(str(tmp_path / "saved")).cast_column(
@@ -363,7 +363,7 @@ def test_a_run_on_a_table_resumes_exactly_and_is_evaluated(
     )
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert cli.main([*common, "--train.dir", whole, "--train.max_steps", "4"]) == 0
-    assert "data: 16 images of 2 classes; kNN on validation, 8" in capsys.readouterr().out
+    assert "data: 16 images of 2 classes; held out: validation, 8" in capsys.readouterr().out
     for steps in ("1", "4"):
         arguments = (*common, "--train.dir", parts, "--train.max_steps", steps)
         assert cli.main([*arguments, "--resume", "auto"]) == 0
@@ -382,7 +382,7 @@ def test_tables_are_prepared_as_shards(tmp_path: Path) -> None:
         pq.write_table(hub_table(rows), tmp_path / f"set/{part}-0.parquet")
     prepare(str(tmp_path / "set"), str(tmp_path / "out"), PrepareConfig(size=256))
     shards = of(tmp_path / "out", source="shards")
-    assert shards.note == "6 images of 2 classes; kNN on val/, 4"
+    assert shards.note == "6 images of 2 classes; held out: val/, 4"
     labels = named(shards.train)
     images = {shards.train.name(i): shards.train.load(i) for i in range(6)}
     for i in range(6):

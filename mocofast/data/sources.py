@@ -188,8 +188,8 @@ def _load_pairs(data: DataConfig, seed: int) -> Datasets:
         val = _part(val, first_files(val))
     elif val is None and len(found.held_out):
         val = _part(files.train, found.held_out)
-    knn = "no kNN" if val is None else f"kNN on {len(val)} first files"
-    note = f"{len(train)} pairs of files of {len(train.classes)} classes; {knn}"
+    held_out = "" if val is None else f"; {len(val)} first files held out"
+    note = f"{len(train)} pairs of files of {len(train.classes)} classes{held_out}"
     remarks = (*files.remarks, *found.remarks)
     val = None if val is None else as_asked(val, data)[0]
     return Datasets(train, val, note, remarks)
@@ -262,7 +262,7 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
     train = make(layout.train, layout.labels, layout.classes)
     if layout.val:
         val = make(layout.val, layout.val_labels, layout.classes)
-        note = f"{_summary(train)}; kNN on {layout.val_folder}, {len(val)}"
+        note = f"{_summary(train)}; held out: {layout.val_folder}, {len(val)}"
         if data.group:
             remarks = (*remarks, f"data.group not used: {layout.val_folder} is held out already")
         return Datasets(train, val, note, remarks)
@@ -289,7 +289,7 @@ def _load_shards(data: DataConfig, seed: int) -> Datasets:
     sets = open_shard_sets(_path(data), data)
     if sets.val is None:
         return _hold_out(sets.train, data, seed, sets.why, None, sets.remarks)
-    note = f"{_summary(sets.train)}; kNN on {sets.val_folder}, {len(sets.val)}"
+    note = f"{_summary(sets.train)}; held out: {sets.val_folder}, {len(sets.val)}"
     return Datasets(sets.train, sets.val, note, sets.remarks)
 
 
@@ -307,7 +307,7 @@ def _load_digits(data: DataConfig, seed: int) -> Datasets:
     kept, held_out = stratified_holdout(labels, DIGITS_HOLDOUT, seed=0)
     train = ArraySource(images[kept], labels[kept], classes, "digits train")
     val = ArraySource(images[held_out], labels[held_out], classes, "digits val")
-    return Datasets(train, val, f"{len(train)} digits of 8 x 8 pixels; kNN on {len(val)} held out")
+    return Datasets(train, val, f"{len(train)} digits of 8 x 8 pixels; {len(val)} held out")
 
 
 def _load_cifar(data: DataConfig, seed: int) -> Datasets:
@@ -331,7 +331,7 @@ def _load_cifar(data: DataConfig, seed: int) -> Datasets:
         ArraySource(part.data, np.array(part.targets), tuple(part.classes), f"{data.source} {name}")
         for part, name in zip(parts, ("train", "test"))
     )
-    note = f"{data.source}: {len(train)} images; kNN on its test set, {len(val)}"
+    note = f"{data.source}: {len(train)} images; held out: its test set, {len(val)}"
     return Datasets(train, val, note)
 
 
@@ -371,7 +371,7 @@ def _hold_out(
     groups: (N,) int64. Images of a group stay together.
     """
     if source.labels is None:
-        return Datasets(source, None, f"{len(source)} images without labels: no kNN", remarks)
+        return Datasets(source, None, f"{len(source)} images without labels", remarks)
     usable = np.flatnonzero(source.labels >= 0)
     if groups is None:
         strata = source.labels[usable] * (data.target == "class")
@@ -382,8 +382,8 @@ def _hold_out(
     kept = np.setdiff1d(np.arange(len(source)), held_out)
     summary = _summary(source) + remark
     if not len(held_out):
-        return Datasets(source, None, f"{summary}, none held out: no kNN", remarks)
-    note = f"{summary}; kNN on {len(held_out)} of them, held out"
+        return Datasets(source, None, f"{summary}, none held out", remarks)
+    note = f"{summary}; {len(held_out)} of them held out"
     return Datasets(_part(source, kept), _part(source, held_out), note, remarks)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mocofast import settings
+from mocofast.data.finding import counted
 from mocofast.data.loaders import pixels_of
 from mocofast.data.look import look
 from mocofast.data.remarks import remarks
@@ -53,12 +54,12 @@ def announce_images(
     """
     c, steps = state.config, state.loader.steps_per_epoch
     log.info(
-        "recipe %s: %s, %d images in %d steps an epoch, %d epochs, %s",
+        "recipe %s: %s, %s in %s an epoch, %s, %s",
         c.recipe,
         c.model.arch,
-        len(state.source),
-        steps,
-        c.train.epochs,
+        counted(len(state.source), "image"),
+        counted(steps, "step"),
+        counted(c.train.epochs, "epoch"),
         state.model.describe(),
     )
     log.info("data: %s", datasets.note)

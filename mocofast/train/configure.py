@@ -31,6 +31,11 @@ def split_words(words: Sequence[str]) -> tuple[str | None, str]:
         is_recipe = word in settings.recipes() or word.endswith((".yaml", ".yml"))
         if is_recipe and recipe is None:
             recipe = word
+        elif not is_recipe and is_run_folder(word):
+            raise ConfigError(
+                f"{word!r} is a run folder, not a folder of images: mocofast pretrain --resume "
+                f"{word} continues the run"
+            )
         elif not is_recipe and _is_place(word) and not place:
             place = word
         elif is_recipe or _is_place(word):
@@ -43,6 +48,12 @@ def split_words(words: Sequence[str]) -> tuple[str | None, str]:
                 f"{', '.join(settings.recipes())}); and there is no folder of images of this name"
             )
     return recipe, place
+
+
+def is_run_folder(place: str) -> bool:
+    """Returns whether a place is the folder of a run."""
+    folder = Path(place).expanduser()
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _is_place(word: str) -> bool:
@@ -97,6 +108,8 @@ def configure(
     if path and "data.source" not in options and (source := _source_for(config, path)):
         options["data.source"] = source
     before = settings.to_dict(config)
+    if check:
+        _check_owners(options, str(options.get("model.method", config.model.method)))
     settings.apply(config, options)
     if check:
         check_effects(config, options, before)
@@ -247,19 +260,23 @@ _EFFECTS: tuple[tuple[Collection[str], Callable[[Config], str]], ...] = (
 )
 
 
+def _check_owners(options: Collection[str], method: str) -> None:
+    """Raises ConfigError for a given option that other methods than `method` have."""
+    own = {setting.name for setting in settings.settings("model", settings.groups(method)["model"])}
+    for name in options:
+        owners = settings.model_options().get(name, ())
+        if owners and name not in own:
+            raise ConfigError(
+                f"{name}: no effect with model.method={method}; it is an option of "
+                f"{', '.join(owners)}"
+            )
+
+
 def check_effects(config: Config, options: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raises ConfigError for a given option that changes nothing, and says why.
 
     options: the given options. before: the configuration without the options, as dictionaries.
     """
-    for name in options:
-        group, key = name.split(".")
-        if not hasattr(getattr(config, group), key):
-            owners = ", ".join(settings.model_options().get(name, ()))
-            raise ConfigError(
-                f"{name}: no effect with model.method={config.model.method}; it is an option of "
-                f"{owners}"
-            )
     now = settings.to_dict(config)
     for names, why in _EFFECTS:
         for name in options.keys() & set(names):

@@ -68,8 +68,9 @@ def time_of_run(each: float, config: Config, images: int, steps: int, total_step
     left = min(config.train.max_steps or total_steps, total_steps)
     step = each * images
     return (
-        f"time: about {duration(step * left)} of computation on this machine: {left:,} steps of "
-        f"{step:.3g} s, an epoch in {duration(step * steps)}. Loading and evaluation come on top"
+        f"time: about {duration(step * left)} of computation on this machine: "
+        f"{counted(left, 'step')} of {step:.3g} s, an epoch in {duration(step * steps)}. "
+        "Loading and evaluation come on top"
     )
 
 
