@@ -5,8 +5,10 @@ The packages are ``mocofast``, ``mocofast_kernels`` and ``mocofast_bench``.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command import editable_wheel
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
@@ -93,6 +95,22 @@ PHOTOMETRIC = Extension(
     optional=True,
 )
 
+
+class EditableWheel(editable_wheel.editable_wheel):
+    """`pip install -e .`: writes the three folders of packages into a .pth file.
+
+    Where the working folder holds a clone, `import mocofast` meets the clone's folder first, which
+    looks like a namespace package. A package on `sys.path` goes before it. The finder that
+    setuptools installs for several folders comes after it, so Python would find an empty package.
+    """
+
+    def _select_strategy(self, name: str, *rest: Any) -> Any:
+        static = getattr(editable_wheel, "_StaticPth", None)  # private: may be renamed
+        if static is None or self.mode:  # the user asks for a mode
+            return super()._select_strategy(name, *rest)
+        return static(self.distribution, name, [ROOT, ROOT / "kernels", ROOT / "benchmarks"])
+
+
 setup(
     name="mocofast",
     version=VERSION,
@@ -146,5 +164,6 @@ setup(
         # With the peers, because the tests run every peer.
         "dev": [*TEST, *BENCH, *DOCS, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
     },
+    cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
 )

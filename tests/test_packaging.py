@@ -148,6 +148,32 @@ def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfil
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
 
 
+def test_an_editable_installation_works_in_the_folder_above_the_clone(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """There the clone itself looks like a namespace package of the name `mocofast`."""
+    (tmp_path / "mocofast").symlink_to(checkout, target_is_directory=True)
+    build = "from setuptools import build_meta; build_meta.build_editable('editable')"
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=checkout, check=True, stdout=subprocess.DEVNULL
+    )
+    (path,) = (checkout / "editable").iterdir()
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    # -S: without this machine's own installation.
+    code = (
+        "import sys, site; site.addsitedir('site')\n"
+        "import mocofast, mocofast_kernels, mocofast_bench\n"
+        "print(mocofast.__version__, mocofast.__file__)"
+    )
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={}, check=True, stdout=subprocess.PIPE)
+    assert done.stdout.decode().split() == [
+        mocofast.__version__,
+        str(checkout / "mocofast/__init__.py"),
+    ]
+
+
 def test_pins_lie_in_the_ranges_of_setup_and_those_of_the_engine_are_the_oldest_allowed(
     wheel: zipfile.ZipFile,
 ) -> None:
