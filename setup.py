@@ -155,6 +155,7 @@ setup(
         **FIELDS,
         "detect": ["pycocotools>=2.0.8"],  # mocofast detect
         "export": EXPORT,
+        "text": ["transformers>=5"],  # method clip
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray

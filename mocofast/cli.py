@@ -17,7 +17,7 @@ from mocofast.config import ConfigError
 from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
-from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen
+from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen, zeroshot
 from mocofast.image_commands import embed, predict
 from mocofast.parser import Parser, add_device, add_flags, add_run_settings, given_settings
 from mocofast.report_commands import report, views
@@ -327,6 +327,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         knn,
         linear,
         finetune,
+        zeroshot,
         detect,
         segment,
         report,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from mocofast.data_config import LOADERS as LOADERS
 from mocofast.data_config import OWN_IMAGES as OWN_IMAGES
@@ -21,12 +21,14 @@ from mocofast.errors import ConfigError
 from mocofast.option import SHARE, Valid, above, at_least, between, option
 from mocofast.plugins import is_plugin, load_plugin
 
-METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "supervised")
+METHODS = ("moco", "moco_v3", "byol", "simclr", "memory_bank", "swav", "clip", "supervised")
 
 
 @dataclass
 class ModelConfig:
     """The encoder and its method. A method's module adds options of its own."""
+
+    takes_captions: ClassVar[bool] = False  # the method learns from images and their captions
 
     method: str = option(
         "moco",

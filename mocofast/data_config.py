@@ -118,6 +118,11 @@ class _SourceOptions:
         "; | or commas; - for none) or number",
         ("class", "tags", "number"),
     )
+    captions: str = option(
+        "auto",
+        "texts of images, for method clip: the column of a list or a table, auto (caption, text, "
+        "title, ...; in shards KEY.txt), or none",
+    )
     column: str = option(
         "", "source=parquet, hf: the column of images; empty finds image, img, jpg, ..."
     )

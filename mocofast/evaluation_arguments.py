@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mocofast import settings
 from mocofast.config import AugmentConfig, Config, DataConfig
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from mocofast.methods.base import Method
 
 
-def evaluation_parser(name: str, description: str, group: str, kind: type) -> Parser:
+def evaluation_parser(name: str, description: str, group: str = "", kind: Any = None) -> Parser:
     """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
 
-    group, kind: a further group of options, and its dataclass.
+    group, kind: a further group of options, and its dataclass, or "" for none.
     """
     parser = Parser(prog=f"mocofast {name}", description=description)
     parser.add_argument(
@@ -30,7 +30,8 @@ def evaluation_parser(name: str, description: str, group: str, kind: type) -> Pa
     )
     add_device(parser)
     add_arch(parser)
-    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig, group: kind})
+    own = {group: kind} if group else {}
+    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig, **own})
     return parser
 
 
@@ -87,7 +88,8 @@ def own_images(config: Config, given: Mapping[str, str], checkpoint: str) -> Dat
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", source_of(given["data.path"]))
-        own = ("train", "val", "include", "exclude", "labels", "target", "column", "group", "pairs")
+        own = ("train", "val", "include", "exclude", "labels", "target", "captions", "column")
+        own += ("group", "pairs")
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
     check_places(config, checkpoint, given, writes=False)

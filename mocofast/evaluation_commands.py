@@ -163,6 +163,60 @@ def finetune(argv: Sequence[str]) -> int:
     return 0
 
 
+def zeroshot(argv: Sequence[str]) -> int:
+    """accuracy of an image-text checkpoint by the names of classes, without training"""
+    description = (
+        "Classifies labelled images by the texts of class names, with a checkpoint of method clip."
+        "\nWith --classes: only writes the classifier of these classes, for mocofast predict."
+    )
+    parser = _with_folder(evaluation_parser("zeroshot", description))
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="TEXT",
+        help="texts with {} in the place of a name, whose embeddings are averaged, or a .txt file "
+        "with one in every line [a photo of a {}.]",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="FILE",
+        default="",
+        help="a CSV file with rows CLASS,NAME: names for the texts [the class, with spaces for _]",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="any classes, instead of labelled images"
+    )
+    arguments = parser.parse(argv)
+    from mocofast.data.sources import labelled
+    from mocofast.evaluate.metrics import measure
+    from mocofast.interop import zero_shot
+    from mocofast.interop.reference_checkpoints import load_any
+
+    templates = zero_shot.read_templates(arguments.templates or zero_shot.TEMPLATES)
+    with _ranks(arguments) as device:
+        if arguments.classes:
+            model, config, *_ = load_any(arguments.checkpoint, arguments.arch)
+            classes, datasets = tuple(arguments.classes), None
+        else:
+            model, config, datasets = load(arguments)
+            _say(datasets.lines())
+            classes = datasets.train.classes
+            if not classes:
+                raise ConfigError(f"data.path: needs labelled images, got {datasets.note}")
+        model = zero_shot.with_texts(model, config.model.method)
+        names = zero_shot.read_names(arguments.names, classes)
+        classifier = zero_shot.zero_shot_classifier(model, config, classes, names, templates)
+        if datasets is None:
+            _save(_folder("zeroshot", arguments), classifier, [])
+            return 0
+        classifier.encoder.to(device)
+        source = datasets.val or labelled(datasets.train)
+        found = zero_shot.classify(classifier, source, device)
+        figures = measure(*found, classifier.targets, 1000, config.train.seed)
+        _finish("zeroshot", arguments, datasets, figures, classifier.targets, *found, classifier)
+    return 0
+
+
 def _with_folder(parser: Parser) -> Parser:
     parser.add_argument(
         "--dir",
@@ -212,13 +266,12 @@ def _finish(
 ) -> None:
     """Prints the figures, and writes results and classifier, on rank 0."""
     from mocofast.distributed import is_main
-    from mocofast.evaluate.results import folder_of, lines, write_results
-    from mocofast.interop.classifiers import FILE, save_classifier
+    from mocofast.evaluate.results import lines, write_results
 
     if not is_main():
         return
     print("\n".join(lines(command, figures)))
-    folder = Path(arguments.dir) if arguments.dir else folder_of(arguments.checkpoint, command)
+    folder = _folder(command, arguments)
     context = {
         "checkpoint": arguments.checkpoint,
         "images": [datasets.note, *datasets.remarks],
@@ -226,9 +279,23 @@ def _finish(
         "seconds": round(time.monotonic() - arguments.started, 1),
     }
     written = write_results(folder, command, figures, context, targets, scores, labels)
+    _save(folder, classifier, written)
+
+
+def _folder(command: str, arguments: Namespace) -> Path:
+    from mocofast.evaluate.results import folder_of
+
+    return Path(arguments.dir) if arguments.dir else folder_of(arguments.checkpoint, command)
+
+
+def _save(folder: Path, classifier: Classifier | None, written: list[str]) -> None:
+    """Writes the classifier, and says what was written."""
+    from mocofast.interop.classifiers import FILE, save_classifier
+
     if classifier is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         save_classifier(classifier, folder / FILE)
-        written.append(FILE)
+        written = [*written, FILE]
     print(f"written to {folder}: {', '.join(written)}")
     if classifier is not None:
         print(f"next: mocofast predict {shlex.quote(str(folder))} IMAGE")

@@ -17,7 +17,7 @@ def _parser(name: str, description: str) -> Parser:
     parser.add_argument(
         "checkpoint",
         help="a run folder, a checkpoint file of any known project, or the folder of a classifier "
-        "that knn, linear or finetune wrote",
+        "that knn, linear, finetune or zeroshot wrote",
     )
     add_device(parser)
     add_arch(parser)
@@ -64,8 +64,8 @@ def predict(argv: Sequence[str]) -> int:
     """classes of single images by a saved classifier, or their nearest neighbours"""
     parser = _parser(
         "predict",
-        "Classifies single images. The classifier is the newest that finetune, linear or knn wrote "
-        "into the run folder.\n"
+        "Classifies single images. The classifier is the newest that finetune, linear, knn or "
+        "zeroshot wrote into the run folder.\n"
         "Without a classifier, shows the nearest images of the run's images, or of --data.path.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders")

@@ -9,6 +9,7 @@ Parameters and buffers have the same names as in the methods.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.methods.base import Method
+from mocofast.methods.clip import CLIP
 from mocofast.methods.memory_bank import MemoryBank
 from mocofast.methods.simclr import SimCLR
 from mocofast.methods.supervised import Supervised
@@ -137,7 +139,72 @@ class EagerSupervised(nn.Module):
         return (logits.exp().sum(1).log() - logits[torch.arange(len(logits)), batch.labels]).mean()
 
 
+class EagerCLIP(nn.Module):
+    """CLIP by the pseudo-code of the paper, fig. 3; SigLIP by its; and CLIP with queues.
+
+    Texts are those of `Captions`.
+    """
+
+    def __init__(self, model: CLIP, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, module in model.named_children():
+            setattr(self, name, copy.deepcopy(module))
+        for name, parameter in model.named_parameters(recurse=False):
+            setattr(self, name, nn.Parameter(parameter.detach().clone()))
+        for name, buffer in model.named_buffers(recurse=False):
+            if buffer is not None and buffer.is_floating_point():
+                self.register_buffer(name, buffer.clone())
+        self.to(dtype)
+        self.loss, self.momentum, self.filled = model.loss, model.momentum, 0
+        self.tokenize = model.tokenize
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = self.tokenize([Captions().caption(i) for i in batch.index.tolist()])
+        with torch.no_grad():
+            self.logit_scale.copy_(self.logit_scale.clamp(max=math.log(100)))
+        images = F.normalize(self.encoder_q(batch.views[0]), dim=1)
+        texts = F.normalize(self.text_q(tokens), dim=1)
+        if hasattr(self, "queue"):
+            return self.with_queues(images, texts, batch.views[0], tokens)
+        logits = images @ texts.t() * self.logit_scale.exp()
+        here = torch.arange(len(images))
+        if self.loss == "sigmoid":
+            signs = 2 * torch.eye(len(images)) - 1
+            return -F.logsigmoid(signs * (logits + self.logit_bias)).sum() / len(images)
+        return (F.cross_entropy(logits, here) + F.cross_entropy(logits.t(), here)) / 2
+
+    def with_queues(self, images: Tensor, texts: Tensor, view: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the loss, and moves the momentum towers and the queues."""
+        with torch.no_grad():
+            for query, key in ((self.encoder_q, self.encoder_k), (self.text_q, self.text_k)):
+                for q, k in zip(query.parameters(), key.parameters()):
+                    k.copy_(self.momentum * k + (1 - self.momentum) * q)
+            image_keys = F.normalize(self.encoder_k(view), dim=1)
+            text_keys = F.normalize(self.text_k(tokens), dim=1)
+        losses = []
+        for query, key, queue in (
+            (images, text_keys, self.queue),
+            (texts, image_keys, self.image_queue),
+        ):
+            positive = (query * key).sum(1, keepdim=True)
+            logits = torch.cat([positive, query @ queue.t().clone()], 1) * self.logit_scale.exp()
+            losses.append(-F.log_softmax(logits, 1)[:, 0].mean())
+        for i in range(len(images)):
+            row = (self.filled + i) % len(self.queue)
+            self.queue[row], self.image_queue[row] = text_keys[i], image_keys[i]
+        self.filled += len(images)
+        return (losses[0] + losses[1]) / 2
+
+
+class Captions:
+    """Stands for a source of images: the caption of an image says its number."""
+
+    def caption(self, index: int) -> str:
+        return f"image {index}"
+
+
 EAGER: dict[type[Method], Any] = {
+    CLIP: EagerCLIP,
     SimCLR: EagerSimCLR,
     MemoryBank: EagerMemoryBank,
     SwAV: EagerSwAV,
@@ -174,8 +241,7 @@ def trajectory(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
     for batch in batches:
         optimizer.zero_grad()
         if isinstance(model, Method):
-            fields = {name: getattr(batch, name) for name in model.batch_fields}
-            loss = trained(*batch.views, **fields).loss
+            loss = trained(*batch.views, **model.batch_inputs(batch, Captions())).loss
         else:
             views = tuple(view.to(dtype) for view in batch.views)
             loss = trained(batch._replace(views=views))

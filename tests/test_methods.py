@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from mocofast.config import Config, ConfigError, ModelConfig
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
+from mocofast.methods.clip import CLIP
 from mocofast.methods.memory_bank import MemoryBank
 from mocofast.methods.simclr import SimCLR
 from mocofast.methods.supervised import Supervised
 from mocofast.methods.swav import SwAV
 from mocofast.models.encoders import TinyResNet
 from mocofast.models.sync_batch_norm import sync_batch_norm
-from tests.eager_methods import EAGER, Batch, random_batches, trajectory
+from mocofast.models.text import byte_texts
+from tests.eager_methods import EAGER, Batch, Captions, random_batches, trajectory
 from tests.eager_moco import assert_same_to_rounding, differ_from_rank_0
 
 # 31 slots and 13 dimensions are primes. In 5 batches of 12 images, images come back.
 IMAGES, CLASSES, STEPS, SIZE = 31, 5, 5, 12
+
+
+def small_clip(**options: Any) -> CLIP:
+    return CLIP(TinyResNet, byte_texts(16, 1, 12, dim=13), dim=13, **options)
+
 
 SMALL: dict[str, Callable[[], Method]] = {
     "simclr": partial(SimCLR, TinyResNet, dim=13, hidden_dim=16, temperature=0.2),
@@ -34,6 +41,12 @@ SMALL: dict[str, Callable[[], Method]] = {
     # Frozen for two of the five steps.
     "swav": partial(SwAV, TinyResNet, dim=13, hidden_dim=16, prototypes=11, freeze_prototypes=2),
     "supervised": partial(Supervised, TinyResNet, CLASSES),
+    "clip": small_clip,
+    # At the largest scale, 1 / 0.01, which the first steps want to pass.
+    "clip, clamped": partial(small_clip, temperature=0.01),
+    "clip, sigmoid": partial(small_clip, temperature=0.1, loss="sigmoid"),
+    # 17 keys: the last keys of a batch wrap around.
+    "clip, queues": partial(small_clip, queue_size=17, momentum=0.9),
 }
 
 
@@ -87,7 +100,7 @@ def two_ranks(rank: int) -> dict[str, Any]:
 def evaluated(model: Method) -> Tensor:
     """Returns the loss of the first batch in eval mode."""
     batch = batches_for(model)[0]
-    fields = {name: getattr(batch, name) for name in model.batch_fields}
+    fields = model.batch_inputs(batch, Captions())
     with torch.no_grad():
         return model.eval()(*batch.views, **fields).loss
 

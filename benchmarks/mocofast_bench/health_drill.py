@@ -1,6 +1,6 @@
 """Faults put into small runs on a CPU: does the verdict name them, and does it stay quiet else?
 
-    python -m mocofast_bench.health_drill [--seeds 4] [--only NAME ...] [--epochs 30] [--out DIR]
+    python -m mocofast_bench.health_drill [--seeds 3 [--first-seed 3]] [--only NAME ...] [--out DIR]
 
 Trains the digits with every fault, and without a fault over methods and seeds, and prints a table
 in Markdown. `--out` keeps the run folders, and takes finished runs from there.
@@ -117,12 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the drill. Returns 0 if at least 11 faults are named and no healthy run is accused."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of every healthy method [3]")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the healthy runs [0]")
     parser.add_argument("--epochs", type=int, default=30, help="of a run [30]")
     parser.add_argument("--only", nargs="*", default=[], help="names of faults and methods")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     given = parser.parse_args(argv)
     runs = [(name, fault.options, 0, fault.expected) for name, fault in FAULTS.items()]
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         runs += [(name, options, seed, "") for name, options in METHODS.items()]
     named = wrong = alarms = healthy = 0
     print("| run | seed | found | verdict |\n|---|---|---|---|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
@@ -60,13 +59,6 @@ class FolderSource(NamedImages):
     def paths(self) -> Iterator[str]:
         """Yields the paths of all files on a disk."""
         return map(self.load, range(len(self)))
-
-    def subset(self, index: np.ndarray) -> FolderSource:
-        """Returns a source of some images. index: (n,) int64."""
-        part = copy.copy(self)
-        part._names = self._names[index]
-        part.labels = None if self.labels is None else self.labels[index]
-        return part
 
 
 def open_folder(folder: str | Path, extensions: Set[str] = EXTENSIONS) -> Disk:

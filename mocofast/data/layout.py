@@ -51,6 +51,7 @@ class Layout(NamedTuple):
     val_folder: str  # "" without a folder of evaluation images
     why: str  # why `val_folder` is not used, or ""
     remarks: list[str]
+    captions: list[str] | None = None  # N texts, "" for none
 
 
 def arrange(tree: Tree, data: DataConfig, place: str) -> Layout:

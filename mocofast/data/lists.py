@@ -15,6 +15,7 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data import remote
+from mocofast.data.captions import CAPTION
 from mocofast.data.download import is_url
 from mocofast.data.finding import Names, Patterns, counted, shortened
 from mocofast.data.folders import choose_tree, no_image
@@ -239,7 +240,14 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
     elif data.group:
         cells = column(train, images.column(data.group, "data.group"))
         groups = np.unique(np.array(cells), return_inverse=True)[1].astype(np.int64)
-    layout = Layout(column(train, paths), labels, classes, groups, [], None, "", "", remarks)
+    captions = None
+    if data.captions == "auto":
+        captions = images.find(CAPTION)
+    elif data.captions != "none":
+        captions = images.column(data.captions, "data.captions")
+    captions = None if captions is None else column(train, captions)
+    kept = Layout(column(train, paths), labels, classes, groups, [], None, "", "", remarks)
+    layout = kept._replace(captions=captions)
     if labels is None or texts is None or not len(val):
         return layout
     known = number_column(column(val, texts), classes)[1]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Formats that both PIL and DALI decode (all were tried). DALI decodes neither GIF nor AVIF.
 EXTENSIONS = frozenset(
@@ -131,6 +136,7 @@ class NamedImages:
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.labels = checked_labels(labels, len(names), classes)
         self.classes = classes
+        self.captions: np.ndarray | None = None  # (N,) str, objects
 
     def __len__(self) -> int:
         return len(self._names)
@@ -139,6 +145,28 @@ class NamedImages:
         """Returns the path of an image, relative to the folder or archive."""
         return os.fsdecode(self._names[index])
 
+    def caption(self, index: int) -> str:
+        """Returns the caption of an image, of a source with captions."""
+        assert self.captions is not None
+        text: str = self.captions[index]
+        return text
+
+    @property
+    def has_caption(self) -> np.ndarray | None:
+        """Tells which images have a caption, (N,) bool. None: a source without captions."""
+        return None if self.captions is None else self.captions != ""
+
     def fingerprint(self) -> str:
-        """Returns a hash of names and labels, not of the place of the folder or archive."""
-        return digest(b"\0".join(self._names.tolist()), self.labels, self.classes)
+        """Returns a hash of names, labels and captions, not of the place of the folder."""
+        content = b"\0".join(self._names.tolist())
+        if self.captions is not None:
+            content += "\0".join(["", *self.captions]).encode(errors="surrogateescape")
+        return digest(content, self.labels, self.classes)
+
+    def subset(self, index: np.ndarray) -> Self:
+        """Returns a source of some images. index: (n,) int64."""
+        part = copy.copy(self)
+        part._names = self._names[index]
+        part.labels = None if self.labels is None else self.labels[index]
+        part.captions = None if self.captions is None else self.captions[index]
+        return part

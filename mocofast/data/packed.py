@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mocofast.data.names import NamedImages
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PackedSource(NamedImages):
@@ -46,9 +49,8 @@ class PackedSource(NamedImages):
         """Yields the paths of the large files."""
         return map(str, self._files)
 
-    def subset(self, index: np.ndarray) -> PackedSource:
+    def subset(self, index: np.ndarray) -> Self:
         """Returns a source of some images. index: (n,) int64."""
-        part = copy.copy(self)
-        part._names, part._places = self._names[index], self._places[index]
-        part.labels = None if self.labels is None else self.labels[index]
+        part = super().subset(index)
+        part._places = self._places[index]
         return part

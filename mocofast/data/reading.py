@@ -231,6 +231,11 @@ class ReadSource:
         part = self._part(index)
         return f"{name}[{','.join(map(str, part[:2]))}]" if part else name
 
+    def caption(self, index: int) -> str:
+        """Returns the caption of the sample's file, of a source with captions."""
+        text: str = self._source.caption(int(self._files[index]))  # type: ignore[attr-defined]
+        return text
+
     def load(self, index: int) -> Item:
         """Returns the file with the way to read it. Raises what the source raises."""
         number = int(self._files[index])

@@ -37,9 +37,11 @@ log = logging.getLogger(__name__)
 INDEX = ".index.npz"  # appended to the name of a shard
 FIELDS_INDEX = ".fields.index.npz"  # of a shard whose images have extensions of FIELDS
 FILES_INDEX = ".files.index.npz"  # of a shard whose files are read by a function of the user
-# Version 3 has the columns of version 2. It was made from a shard with a whole end.
-INDEX_VERSION = 3
-SERVED_VERSIONS = (2, INDEX_VERSION)  # of an index on a server
+# Version 3 has the columns of version 2. It was made from a shard with a whole end. Version 4 also
+# has the places of captions.
+INDEX_VERSION = 4
+SERVED_VERSIONS = (2, 3, INDEX_VERSION)  # of an index on a server
+_TEXTS = ("text_offsets", "text_sizes")
 LONGEST_NAME = 4096  # bytes of a member's name
 # What Python's tarfile raises for a damaged or hostile file.
 _NO_TAR = (
@@ -157,6 +159,8 @@ def _read_index(place: Path, stamp: np.ndarray | None, old: bool) -> Index:
     if found[0] not in versions or (stamp is not None and not np.array_equal(found, stamp)):
         raise ValueError("an index of another version or file")
     text = {name: str(kept[name]) for name in ("left_out", "member_left_out")}
+    if found[0] < INDEX_VERSION:
+        kept |= dict.fromkeys(_TEXTS, np.zeros_like(kept["offsets"]))
     columns = {name: kept[name] for name in Members._fields[:-1]}
     members = Members(**columns, left_out=json.loads(text["member_left_out"]))
     return _checked(Index(int(found[1]), kept["keys"], kept["chosen"], text["left_out"], members))
@@ -186,18 +190,22 @@ def _checked(index: Index) -> Index:
     A file in a cache or on a server may be damaged, or made to do harm.
     """
     members, count = index.members, len(index.members.names)
-    columns = (members.offsets, members.sizes, members.labels, index.chosen)
+    captions = (members.text_offsets, members.text_sizes)
+    columns = (members.offsets, members.sizes, members.labels, index.chosen, *captions)
     fits = (
         all(column.dtype == np.int64 and column.ndim == 1 for column in columns)
         and all(a.dtype.kind == "S" and a.ndim == 1 for a in (members.names, index.keys))
         and members.label_names.dtype.kind == "S"
         and len(members.offsets) == len(members.sizes) == len(members.labels) == count
+        and all(len(column) == count for column in captions)
         and len(index.keys) == len(index.chosen)
         and _within(index.chosen, 0, count)
         and _within(members.labels, -1, len(members.label_names))
         and _within(members.offsets, 0, index.shard_size + 1)
         and _within(members.sizes, 0, index.shard_size + 1)
         and _within(members.offsets + members.sizes, 0, index.shard_size + 1)
+        and all(_within(column, 0, index.shard_size + 1) for column in captions)
+        and _within(members.text_offsets + members.text_sizes, 0, index.shard_size + 1)
         and is_left_out(json.loads(index.left_out))
         and is_left_out(members.left_out)
     )
@@ -218,12 +226,15 @@ def _read_first_version(kept: Mapping[str, np.ndarray]) -> Index:
     """
     keys, labels = kept["keys"], kept["labels"]
     numbers = np.unique(labels[labels >= 0])
+    none = np.zeros_like(kept["offsets"])
     members = Members(
         np.char.add(keys, b".jpg") if len(keys) else keys,
         kept["offsets"],
         kept["sizes"],
         np.where(labels >= 0, np.searchsorted(numbers, labels), -1),
         numbers.astype(np.bytes_),
+        none,
+        none,
         {},
     )
     return Index(int(kept["stamp"][1]), keys, np.arange(len(keys)), "{}", members)

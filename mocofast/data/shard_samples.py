@@ -9,6 +9,7 @@ The key of a member is the name up to the first dot after the last slash, as in 
   Masks (`key.mask.png`) are left out if the key has other images.
 - `.cls` holds the label, an integer or the name of a class. `.json` holds the label as `label`.
   A label has the key of its image, in full or up to the first dot.
+- `.txt` holds the caption, with the key of its image as a label.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, 
 from mocofast.data.names import EXTENSIONS, extension_of
 
 LABELS = (".cls", ".json")
+TEXT = ".txt"  # captions
 LONGEST_LABEL = 200  # characters. A longer text or number is no label
 LARGEST_LABEL_FILE = 16 << 20  # bytes. Larger files hold no label
 # Integer labels from SPARSE on become names of classes if fewer than a tenth of the numbers occur.
@@ -45,6 +47,8 @@ class Members(NamedTuple):
     sizes: np.ndarray  # (m,) int64: length of the image file, in bytes
     labels: np.ndarray  # (m,) int64: numbers of `label_names`, -1 for no label
     label_names: np.ndarray  # (k,) bytes
+    text_offsets: np.ndarray  # (m,) int64: start of the caption in the shard, in bytes
+    text_sizes: np.ndarray  # (m,) int64: length of the caption, in bytes. 0 for no caption
     left_out: dict[str, Any]  # {reason: number of members}, "kinds": {".txt": 3}
 
 
@@ -58,6 +62,7 @@ class MemberReader:
         # Labels by the name without extension: (preference, text)
         self._labels: dict[str, tuple[int, str]] = {}
         self._label_links: list[tuple[str, str]] = []  # (name, target)
+        self._texts: dict[str, tuple[int, int]] = {}  # captions: places by name without extension
         self._left_out: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
 
@@ -81,6 +86,8 @@ class MemberReader:
                 self._images[name] = (offset, size) if link is None else link
         elif extension not in LABELS:
             self._kinds[extension] += 1
+            if extension == TEXT and link is None:
+                self._texts.setdefault(name[:dot], (offset, size))
         elif link is not None:
             self._label_links.append((name, link))
         elif size > LARGEST_LABEL_FILE:
@@ -106,10 +113,16 @@ class MemberReader:
                 self._left_out["links to images that the shard lacks"] += 1
             else:
                 places[name] = place
-        texts = self._labels_of(list(places))
-        label_names = sorted({text for text in texts if text is not None})
+        labels = self._labels_of(list(places))
+        label_names = sorted({text for text in labels if text is not None})
         number = {text: i for i, text in enumerate(label_names)}
         table = np.array(list(places.values()), dtype=np.int64).reshape(-1, 2)
+        texts = self._texts
+        captions = [
+            texts.get(name[: name.rfind(".")]) or texts.get(key_of(name)[0]) or (0, 0)
+            for name in places
+        ]
+        text_table = np.array(captions, dtype=np.int64).reshape(-1, 2)
         left_out: dict[str, Any] = dict(self._left_out)
         if self._kinds:
             left_out["kinds"] = dict(self._kinds)
@@ -117,8 +130,10 @@ class MemberReader:
             np.array([os.fsencode(name) for name in places], dtype=np.bytes_),
             table[:, 0],
             table[:, 1],
-            np.array([-1 if text is None else number[text] for text in texts], dtype=np.int64),
+            np.array([-1 if text is None else number[text] for text in labels], dtype=np.int64),
             np.array([text.encode() for text in label_names], dtype=np.bytes_),
+            text_table[:, 0],
+            text_table[:, 1],
             left_out,
         )
 
@@ -261,10 +276,10 @@ def is_left_out(value: Any) -> bool:
     )
 
 
-def left_out_lines(left_out: Sequence[dict[str, Any]]) -> list[str]:
+def left_out_lines(left_out: Sequence[dict[str, Any]], captions: bool = False) -> list[str]:
     """Returns lines that say what was left out of shards, by reason and number.
 
-    left_out: of every shard.
+    left_out: of every shard. captions: captions are read, and not left out.
     """
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -273,6 +288,8 @@ def left_out_lines(left_out: Sequence[dict[str, Any]]) -> list[str]:
         kinds.update(shard.get("kinds", {}))
         twin = twin or shard.get("twin", [])
         reasons.update({k: v for k, v in shard.items() if isinstance(v, int)})
+    if captions:
+        kinds.pop(TEXT, None)
     twins = reasons.pop("twins", 0)
     parts = [f"{count:,} {reason}" for reason, count in reasons.items()]
     if kinds:

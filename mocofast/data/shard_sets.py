@@ -77,8 +77,9 @@ def _open_first(
     error: NoImageError | None = None
     for extensions in tries:
         try:
+            captions = data.captions != "none"
             return open_shards(
-                shards, data.shuffle_window, numbering, patterns, extensions
+                shards, data.shuffle_window, numbering, patterns, extensions, captions
             ), extensions
         except NoImageError as found:
             error = error or found

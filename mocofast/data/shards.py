@@ -53,6 +53,7 @@ from mocofast.errors import UnreachableError
 log = logging.getLogger(__name__)
 
 META = "meta.json"  # in the folder of shards. The entry "classes" names the labels
+LONGEST_TEXT = 65_536  # bytes of a caption
 LARGEST_INDEX = 8 << 30  # bytes. A million samples have an index of some 100 MB
 AT_ONCE = 8  # shards indexed in parallel: on a network disk every header is a wait
 
@@ -82,6 +83,10 @@ class ShardSource:
         self._keys = np.concatenate([index.keys for index in indices])
         self._offsets = np.concatenate([index.offsets for index in indices])
         self._sizes = np.concatenate([index.sizes for index in indices])
+        members = [(index.members, index.chosen) for index in indices]
+        self._texts = np.concatenate(
+            [np.stack([m.text_offsets, m.text_sizes], 1)[chosen] for m, chosen in members]
+        )  # (N, 2): places of captions
         self.numbering, self.classes = numbering, numbering.classes
         labels = [_numbers(index, numbering) for index in indices] if self.classes else None
         labels = None if labels is None else np.concatenate(labels)
@@ -103,11 +108,27 @@ class ShardSource:
 
         Raises OSError if the shard cannot be read or downloaded, or has become shorter.
         """
+        return self._read(index, int(self._offsets[index]), int(self._sizes[index]))
+
+    def caption(self, index: int) -> str:
+        """Returns the caption of an image, at most LONGEST_TEXT bytes. Raises as `load`."""
+        offset, size = self._texts[index].tolist()
+        content = self._read(index, offset, min(size, LONGEST_TEXT))
+        return content.decode(errors="replace").strip()
+
+    @property
+    def has_caption(self) -> np.ndarray | None:
+        """Tells which images have a caption, (N,) bool. None: no image."""
+        has: np.ndarray = self._texts[:, 1] > 0
+        return has if has.any() else None
+
+    def _read(self, index: int, offset: int, size: int) -> bytes:
+        """Returns a part of the shard of a sample. offset, size: in bytes."""
         number = self._shard[index]
-        shard, size = self._shards[number], int(self._sizes[index])
+        shard = self._shards[number]
         self._fetch(number)
         with shard.path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, int(self._offsets[index]))
+            content = os.pread(file.fileno(), size, offset)
         if len(content) < size:
             raise OSError(
                 f"{shard.path} ends within {os.fsdecode(self._keys[index])}: "
@@ -120,8 +141,9 @@ class ShardSource:
         ascending.
         """
         part = copy.copy(self)
-        part._shard, part._keys, part._offsets, part._sizes = (
-            column[index] for column in (self._shard, self._keys, self._offsets, self._sizes)
+        columns = (self._shard, self._keys, self._offsets, self._sizes, self._texts)
+        part._shard, part._keys, part._offsets, part._sizes, part._texts = (
+            column[index] for column in columns
         )
         part.labels = None if self.labels is None else self.labels[index]
         return part
@@ -215,6 +237,7 @@ def open_shards(
     numbering: Numbering | None = None,
     patterns: Patterns = ALL,
     extensions: Set[str] = EXTENSIONS,
+    captions: bool = False,
 ) -> ShardSource:
     """Returns a source of all samples of `shards`, in the order of the shards.
 
@@ -223,6 +246,7 @@ def open_shards(
         shard or in the folder above, or are the labels (`number_labels`).
     patterns: choose among the names of members.
     extensions: of images: EXTENSIONS, FIELDS or EVERY.
+    captions: captions are read.
 
     The samples are unlabelled if fewer than two labels occur.
     Raises NoImageError without a sample, ConfigError for an unusable shard, and OSError if a
@@ -231,7 +255,7 @@ def open_shards(
     with ThreadPoolExecutor(AT_ONCE) as pool:
         indices = list(pool.map(lambda shard: _index(shard, patterns, extensions), shards))
     left_out = [json.loads(index.left_out) for index in indices]
-    remarks = left_out_lines(left_out)
+    remarks = left_out_lines(left_out, captions)
     if not any(len(index.keys) for index in indices):
         raise NoImageError(
             f"data.path: no image in {len(shards)} shards, {shards[0].name} the first"

@@ -15,6 +15,7 @@ import numpy as np
 
 from mocofast.config import SOURCES, TABLES, ConfigError, DataConfig
 from mocofast.data.arrays import ArraySource as ArraySource
+from mocofast.data.captions import with_captions
 from mocofast.data.download import is_url
 from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource as FolderSource
@@ -24,10 +25,7 @@ from mocofast.data.items import Item
 from mocofast.data.label_share import asks_for_few, keep_labels
 from mocofast.data.layout import Layout, arrange, grouped_holdout
 from mocofast.data.lists import ImageList, arrange_list, labels_of_list
-from mocofast.data.names import (
-    digest,
-    stratified_holdout,
-)
+from mocofast.data.names import NamedImages, digest, stratified_holdout
 from mocofast.data.packed import PackedSource
 from mocofast.data.pairs import PairSource, find_pairs, first_files
 from mocofast.data.ranges import range_of, set_range
@@ -114,11 +112,12 @@ def _part(source: Source, index: np.ndarray) -> Source:
     return Subset(source, index)
 
 
-def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
+def load_datasets(data: DataConfig, seed: int = 0, captions: bool = False) -> Datasets:
     """Finds the images of `data` and makes a train and a val set.
 
     data: the options of DataConfig that say what is read. Loaders use the others.
     seed: seed of the held-out share.
+    captions: the training images need captions. Images without a caption are left out.
 
     data.source=folder: image files below `path`. `mocofast.data.layout.set_folders`
         tells the folders of the train and the val set. Images are labelled if all images
@@ -146,7 +145,7 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
     if is_plugin(data.source):
         module = load_plugin("data.source", data.source, "load_datasets")
         own: Datasets = module.load_datasets(data, seed)
-        return own
+        return with_captions(own, data, _part) if captions else own
     if data.source not in _LOAD:
         raise ConfigError(f"data.source must be {list_choices(SOURCES)}, got {data.source!r}")
     few = data.labels if asks_for_few(data.labels) else ""
@@ -154,7 +153,11 @@ def load_datasets(data: DataConfig, seed: int = 0) -> Datasets:
         raise ConfigError(f"data.labels: data.pairs takes no share of the labels, got {few}")
     if data.pairs:
         return _load_pairs(data, seed)
+    if not captions:
+        data = replace(data, captions="none")
     datasets = _LOAD[data.source](replace(data, labels="auto") if few else data, seed)
+    if captions:
+        datasets = with_captions(datasets, data, _part)
     if few:
         fewer, line = keep_labels(datasets.train, few, seed)
         datasets = datasets._replace(train=fewer, remarks=(*datasets.remarks, line))
@@ -260,6 +263,8 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
         layout = labels_of_list(layout, data.labels, data.target)
     remarks = tuple(layout.remarks)
     train = make(layout.train, layout.labels, layout.classes)
+    if layout.captions is not None and isinstance(train, NamedImages):
+        train.captions = np.array(layout.captions, dtype=object)
     if layout.val:
         val = make(layout.val, layout.val_labels, layout.classes)
         note = f"{_summary(train)}; held out: {layout.val_folder}, {len(val)}"

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.braces import expand_braces
+from mocofast.data.captions import CAPTION
 from mocofast.data.download import is_url
 from mocofast.data.finding import Disk, Patterns, counted, shortened
 from mocofast.data.layout import EVALUATION, TRAIN, UNLABELLED, Layout
@@ -163,7 +165,7 @@ def open_tables(path: str, data: DataConfig) -> TableSets:
     by_file = bool(val) or len(train) < len(names) or any(map(set_of, names))
     by_row = None if by_file else _sets_of_rows(rows, data)
     tables |= {name: open_table(name, file, data.column) for name, file in files if name in val}
-    evaluation = _Rows([tables[name] for name in val], data)
+    evaluation = _Rows([tables[name] for name in val], replace(data, captions="none"))
     val_folder = "the evaluation tables"
     if by_row is not None:
         kept, held, unused = by_row
@@ -231,6 +233,7 @@ class _Rows:
         self.split: list[str] | None = None
         self.label: list[str] | None = None
         self.group: list[str] | None = None
+        self.caption: list[str] | None = None
         self.classes: tuple[str, ...] = ()
         self._empty = self._excluded = 0
         self._first = tables[0] if tables else None
@@ -257,11 +260,13 @@ class _Rows:
             self.label = _extended(self.label, name, *kept)
             self.split = _extended(self.split, _find(table, SPLIT), *kept)
             self.group = _extended(self.group, group, *kept)
+            named = _caption_column(table, data)
+            self.caption = _extended(self.caption, named, *kept)
 
     def part(self, rows: np.ndarray) -> _Rows:
         """Returns some of the images. rows: (n,) int64."""
         part = copy.copy(self)
-        for key in ("names", "places", "split", "label", "group"):
+        for key in ("names", "places", "split", "label", "group", "caption"):
             values = getattr(self, key)
             if values is not None:
                 setattr(part, key, [values[row] for row in rows.tolist()])
@@ -321,6 +326,15 @@ def _column(table: Table, name: str, option: str) -> str:
     return found
 
 
+def _caption_column(table: Table, data: DataConfig) -> str:
+    """Returns the name of the column of captions, "" for none."""
+    if data.captions == "none":
+        return ""
+    if data.captions == "auto":
+        return _find(table, CAPTION)
+    return _column(table, data.captions, "captions")
+
+
 def _sets_of_rows(rows: _Rows, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str] | None:
     """Returns the rows of training and of evaluation images, and a remark, by a column of SPLIT.
 
@@ -344,7 +358,7 @@ def _labelled(rows: _Rows, evaluation: _Rows, val_folder: str, remarks: list[str
         classes, labels = number_column(rows.label, rows.classes)
     if rows.group is not None:
         groups = np.unique(np.array(rows.group), return_inverse=True)[1].astype(np.int64)
-    layout = Layout(rows.names, labels, classes, groups, [], None, "", "", remarks)
+    layout = Layout(rows.names, labels, classes, groups, [], None, "", "", remarks, rows.caption)
     if labels is None or not evaluation.names:
         return layout
     known = number_column(evaluation.label or [""] * len(evaluation.names), classes)[1]

@@ -1,4 +1,4 @@
-"""Classifiers that describe themselves: what knn, linear and finetune save, and predict reads."""
+"""Classifiers that describe themselves: what evaluations save, and predict reads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mocofast.evaluate.knn import knn_votes
 from mocofast.evaluate.targets import Targets
 from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.models.encoders import configured_encoder, features
-from mocofast.models.heads import head_names, put, replace_head
+from mocofast.models.heads import CosineHead, head_names, put, replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.train.checkpoint import MISFITS, check_finite, read_file
 from mocofast.train.checkpoint_writer import save_atomically
 
 FORMAT = "mocofast classifier"
 FILE = "classifier.pt"
-KINDS = ("finetune", "linear", "knn")  # commands, and folders of a run
+KINDS = ("finetune", "linear", "knn", "zeroshot")  # commands, and folders of a run
 
 
 class Bank(NamedTuple):
@@ -99,7 +99,7 @@ def load_classifier(path: Path) -> Classifier:
     """Reads what `save_classifier` wrote. Raises FileNotFoundError or ConfigError."""
     content = read_file(path)
     if not is_classifier(content):
-        raise ConfigError(f"{path}: not a classifier of mocofast linear, finetune or knn")
+        raise ConfigError(f"{path}: not a classifier of mocofast {', '.join(KINDS)}")
     try:
         config = settings.from_dict(content["config"])
         names = tuple(content["names"])
@@ -108,8 +108,7 @@ def load_classifier(path: Path) -> Classifier:
         encoder = _plain(config)
         weights = content["encoder"]
         for name in head_names(encoder):
-            width = 0 if bank is not None else weights[f"{name}.weight"].shape[1]
-            put(encoder, name, nn.Linear(width, len(names)) if width else nn.Identity())
+            put(encoder, name, _head(name, weights, len(names), bank))
         encoder.load_state_dict(weights)
     except MISFITS as error:  # ConfigError among them
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -117,6 +116,16 @@ def load_classifier(path: Path) -> Classifier:
     check_finite(weights, str(path))
     targets = Targets(content["target"], names, table)
     return Classifier(content["kind"], targets, config, encoder.eval(), bank)
+
+
+def _head(name: str, weights: Mapping[str, Tensor], classes: int, bank: Bank | None) -> nn.Module:
+    """Returns the head of a classifier, with the shapes of its weights."""
+    if bank is not None:
+        return nn.Identity()
+    if (projection := weights.get(f"{name}.projection.weight")) is not None:
+        dim, width = projection.shape
+        return CosineHead(width, dim, classes)
+    return nn.Linear(weights[f"{name}.weight"].shape[1], classes)
 
 
 def is_classifier(content: Any) -> bool:

@@ -22,7 +22,9 @@ from mocofast.interop.graphs import SUFFIXES, graph_lines, write_graph
 from mocofast.interop.hugging_face import check_transformers, transformers_lines, write_folder
 from mocofast.interop.layouts import timm_names
 from mocofast.interop.loading_lines import how_to_load
+from mocofast.interop.text_export import text_lines, write_texts
 from mocofast.interop.weights import backbone_state_dict, to_reference_state_dict
+from mocofast.interop.zero_shot import with_texts
 from mocofast.methods.moco import MoCo
 from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
@@ -56,9 +58,10 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         transformers: a folder of Hugging Face transformers with a model card: ResNets and ViTs.
         onnx: a graph of features for any number of images, `out` ends in .onnx.
         torch_export: the same for torch.export, `out` ends in .pt2.
+        text: a folder of Hugging Face transformers with the text encoder of method clip.
         reference: a checkpoint of facebookresearch/moco (encoders, queue, optimiser), from which
             training can continue there.
-    out: the file to write (transformers: the new folder). Missing folders are created.
+    out: the file to write (transformers and text: the new folder). Missing folders are created.
     Raises ConfigError (a ValueError) for an unknown format, a suffix that does not fit the format,
     or an encoder that the format does not support.
     """
@@ -74,7 +77,7 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
     if is_safetensors and format in ("detectron2", "reference"):
         raise ConfigError(f"out: format {format} has a file format of its own, got {out}")
     suffix = SUFFIXES.get(format, out.suffix)
-    if out.suffix != suffix or (is_safetensors and format == "transformers"):
+    if out.suffix != suffix or (is_safetensors and format in ("transformers", "text")):
         raise ConfigError(f"out: format {format} expects a name ending in {suffix}, got {out}")
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
@@ -93,6 +96,10 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         _save(out, whole)
         lines = how_to_load(format, config, model.encoder_q, out)
         return Exported(out, len(whole["state_dict"]), "both encoders and the queue", lines)
+    if format == "text":
+        texts = with_texts(model, config.model.method)
+        count = write_texts(texts, out)
+        return Exported(out, count, "the text encoder and both projections", text_lines(texts, out))
     # Contiguous, because safetensors does not support channels-last.
     backbone = {name: value.contiguous() for name, value in backbone_state_dict(model).items()}
     count = len(backbone)

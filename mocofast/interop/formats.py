@@ -2,5 +2,5 @@
 
 FORMATS = (
     *("torchvision", "timm", "detectron2", "reference", "safetensors"),
-    *("transformers", "onnx", "torch_export"),
+    *("transformers", "onnx", "torch_export", "text"),
 )

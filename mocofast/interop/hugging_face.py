@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ def write_folder(
         raise ConfigError(
             "format: transformers needs the package: pip install 'mocofast[export]'"
         ) from error
-    if out.exists():
-        raise ConfigError(f"out: expected a new folder for transformers' files, got {out}")
     with torch.device("meta"):
         if config.model.arch.startswith("vit_"):
             model = ViTModel(ViTConfig(**_vit_options(encoder, config)), add_pooling_layer=False)
@@ -70,17 +69,29 @@ def write_folder(
             model = ResNetModel(ResNetConfig(**_resnet_options(encoder, config)))
             weights = renamed(backbone, _RESNET)
     model.load_state_dict(weights, assign=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as made:
         model.save_pretrained(made)
         _processor(config).save_pretrained(made)
         (made / "README.md").write_text(_card(config, checkpoint, out), encoding="utf-8")
+    return len(weights)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder to write, which becomes `out` when the block ends.
+
+    Raises ConfigError for a folder that exists.
+    """
+    if out.exists():
+        raise ConfigError(f"out: expected a new folder for transformers' files, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield made
         made.chmod(0o755)
         made.rename(out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return len(weights)
 
 
 def check_transformers(arch: str, layer_scale: float) -> None:

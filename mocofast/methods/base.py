@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
 from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.step_parts import FORWARD, step_part
@@ -111,6 +112,18 @@ class Method(nn.Module):
     def describe(self) -> str:
         """Returns a few words about the method for the log."""
         raise NotImplementedError
+
+    def batch_inputs(self, batch: Batch, source: Source) -> dict[str, Tensor]:
+        """Returns what `forward` takes beside the views, {name: (N, ...)}, on the CPU.
+
+        The default: the entries of the batch that `batch_fields` names.
+        source: of the batch.
+        """
+        return {name: getattr(batch, name) for name in self.batch_fields}
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Returns parameters without weight decay. The default: none, all are decayed."""
+        return []
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Returns trained parameters, and the momentum encoder's parameters that average them.

@@ -1,9 +1,11 @@
-"""The momentum encoder that MoCo, MoCo v3 and BYOL share."""
+"""The momentum encoders of MoCo, MoCo v3, BYOL, and of CLIP with queues."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 from torch import nn
 
@@ -14,21 +16,27 @@ from mocofast.optim.schedule import cosine_momentum
 
 
 class MomentumMethod(Method):
-    """A method whose `encoder_k` is a moving average of `encoder_q`, parameters only."""
+    """A method whose `encoder_k` is a moving average of `encoder_q`, parameters only.
+
+    towers: {trained encoder: its average}, names of attributes.
+    """
 
     encoder_k: nn.Module
+    towers: Mapping[str, str] = MappingProxyType({"encoder_q": "encoder_k"})
 
     def make_momentum_encoder(self, momentum: float) -> None:
-        """Makes `encoder_k` as a copy of `encoder_q`, which must be complete.
+        """Makes averages as copies of the trained encoders, which must be complete.
 
         momentum: m of the average. Raises ValueError unless m is in [0, 1].
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1]: got {momentum}")
         self.momentum = momentum
-        self.encoder_k = copy.deepcopy(self.encoder_q)
-        self.encoder_k.requires_grad_(False)
-        without_drop_path(self.encoder_k)
+        for trained, name in self.towers.items():
+            average = copy.deepcopy(getattr(self, trained))
+            average.requires_grad_(False)
+            without_drop_path(average)
+            setattr(self, name, average)
 
     def schedule_momentum(self, name: str) -> None:
         """Lets m follow a schedule from its present value: "constant" or "cosine" (to 1).
@@ -41,18 +49,22 @@ class MomentumMethod(Method):
 
     def trained_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Returns the trained parameters of encoder_q, and their averages in encoder_k."""
-        pairs = [
-            (q, k)
-            for q, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters())
-            if q.requires_grad
-        ]
+        pairs = [(q, k) for q, k in self._pairs() if q.requires_grad]
         return [q for q, _ in pairs], [k for _, k in pairs]
 
     def update_momentum_encoder(self) -> None:
         """Updates encoder_k: k = m k + (1 - m) q."""
-        ema_update_(
-            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.momentum
-        )
+        queries, keys = zip(*self._pairs())
+        ema_update_(list(keys), list(queries), self.momentum)
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [
+            pair
+            for trained, average in self.towers.items()
+            for pair in zip(
+                getattr(self, trained).parameters(), getattr(self, average).parameters()
+            )
+        ]
 
 
 def _momentum_after(momentum: float, step: int, total_steps: int) -> float:

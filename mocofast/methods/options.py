@@ -136,6 +136,50 @@ class SwAVOptions(ProjectorOptions, TemperatureOptions):
 
 
 @dataclass
+class ClipOptions(TemperatureOptions, MomentumOptions, StoredKeysOptions):
+    """Options of CLIP."""
+
+    takes_captions = True
+
+    temperature: float = option(
+        0.07, "temperature at the start; it is learned, and at least 0.01", valid=above(0)
+    )
+    loss: str = option(
+        "softmax",
+        "softmax over the batch (CLIP), or sigmoid of every pair (SigLIP, temperature 0.1)",
+        ("softmax", "sigmoid"),
+    )
+    queue_size: int = option(
+        0,
+        "number of images, and of texts, in queues that momentum encoders fill; 0: negatives are "
+        "the batch of all ranks",
+        valid=at_least(0),
+    )
+    text: str = option(
+        "",
+        "folder of a text model with its tokenizer, in the form of Hugging Face transformers; "
+        "empty: a transformer with random weights that reads bytes",
+    )
+    text_width: int = option(
+        512, "width of the transformer that reads bytes", valid=between(1, 8192)
+    )
+    text_layers: int = option(
+        12, "blocks of the transformer that reads bytes", valid=between(1, 1024)
+    )
+    text_length: int = option(
+        128, "tokens of a text, one of them its end; longer texts are cut", valid=between(2, 65536)
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError for the sigmoid loss with queues."""
+        super().validate()
+        if self.loss == "sigmoid" and self.queue_size:
+            raise ConfigError(
+                f"model.queue_size: expected 0 with model.loss sigmoid, got {self.queue_size}"
+            )
+
+
+@dataclass
 class SupervisedOptions(ModelConfig):
     """Options of supervised training: only the options of every method."""
 
@@ -147,5 +191,6 @@ OPTIONS: dict[str, type[ModelConfig]] = {
     "simclr": SimCLROptions,
     "memory_bank": MemoryBankOptions,
     "swav": SwAVOptions,
+    "clip": ClipOptions,
     "supervised": SupervisedOptions,
 }

@@ -6,9 +6,28 @@ import copy
 import re
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEADS = ("fc", "head", "heads", "classifier")
+
+
+class CosineHead(nn.Module):
+    """A head of zero-shot classifiers: cosines of images with an embedding of every class.
+
+    width: D, of the features. dim: C, of the embedding. classes: T.
+    classes.weight: (T, C), unit embeddings times the scale of logits.
+    """
+
+    def __init__(self, width: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, dim, bias=False)
+        self.classes = nn.Linear(dim, classes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns logits (N, T) of features (N, D)."""
+        logits: Tensor = self.classes(F.normalize(self.projection(features).float(), dim=1))
+        return logits
 
 
 def head_name(encoder: nn.Module) -> str:

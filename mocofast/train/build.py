@@ -29,7 +29,7 @@ def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
     if rank and store is not None:
         wait_for(store, "rank 0 has loaded")  # a download may take longer than a collective waits
     try:
-        return load_datasets(config.data, config.train.seed)
+        return load_datasets(config.data, config.train.seed, config.model.takes_captions)
     finally:
         if rank == 0 and store is not None:
             store.set("rank 0 has loaded", "")

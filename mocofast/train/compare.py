@@ -67,7 +67,7 @@ def _names(folders: list[str]) -> list[str]:
 
 
 def _evaluations(run: Path) -> dict[str, Any]:
-    """Returns the main figures that linear, finetune and knn wrote into a run folder."""
+    """Returns the main figures that evaluations wrote into a run folder."""
     found = {}
     for path in sorted(run.glob("*/results.json")):
         try:

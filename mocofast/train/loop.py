@@ -211,8 +211,8 @@ class Run:
         )
         self.engine.set_scheduled(state.step, self.total_steps, self.rate)
         fields = {
-            name: getattr(batch, name).to(self.device, non_blocking=True)
-            for name in state.model.batch_fields
+            name: values.to(self.device, non_blocking=True)
+            for name, values in state.model.batch_inputs(batch, state.source).items()
         }
         learns = state.step >= state.model.filling_steps
         state.step += 1

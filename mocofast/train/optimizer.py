@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mocofast.config import OptimConfig
 from mocofast.methods.base import Method
-from mocofast.optim.build import build_optimizer
+from mocofast.optim.build import build_optimizer, groups_of
 from mocofast.optim.fused import FusedOptimizer
 
 
@@ -14,11 +14,12 @@ def optimizer_of(method: Method, config: OptimConfig) -> FusedOptimizer:
     Its steps also update the momentum encoder, if there is a momentum encoder.
     """
     queries, keys = method.trained_pairs()
-    paired = set(queries)
+    paired, undecayed = set(queries), set(method.undecayed())
     unpaired = [p for p in method.parameters() if p.requires_grad and p not in paired]
     if not queries:
-        return build_optimizer(unpaired, config)
-    optimizer = build_optimizer(queries, config, ema=(keys, method.momentum))
-    if unpaired:  # heads without a moving average
-        optimizer.add_param_group({"params": unpaired})
+        return build_optimizer(unpaired, config, undecayed=undecayed)
+    ema = (keys, method.momentum)
+    optimizer = build_optimizer(queries, config, ema=ema, undecayed=undecayed)
+    for group in groups_of(unpaired, undecayed):  # heads without a moving average
+        optimizer.add_param_group(group)
     return optimizer

@@ -1,0 +1,141 @@
+"""Zero-shot classifiers: an image encoder, and the texts of class names (arXiv:2103.00020, 3.1)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mocofast.config import Config, ConfigError
+from mocofast.data.interface import Source
+from mocofast.device import choose_autocast
+from mocofast.errors import NothingDecodedError
+from mocofast.evaluate.features import evaluating, image_batches
+from mocofast.evaluate.ranks import over_ranks
+from mocofast.evaluate.targets import targets_of
+from mocofast.interop.classifiers import Classifier, plain_encoder
+from mocofast.methods.base import Method
+from mocofast.methods.clip import CLIP
+from mocofast.models.heads import CosineHead, head_name, replace_head
+
+TEMPLATES = ("a photo of a {}.",)  # the paper's
+
+
+def with_texts(model: Method, method: str) -> CLIP:
+    """Returns the model of a checkpoint. Raises ConfigError for one without a text encoder.
+
+    method: the name of its method.
+    """
+    if not isinstance(model, CLIP):
+        raise ConfigError(
+            f"checkpoint: expected model.method clip, which reads texts, got {method}"
+        )
+    return model
+
+
+def read_templates(given: Sequence[str]) -> tuple[str, ...]:
+    """Returns the templates of texts. given: templates, or a .txt file with one in every line.
+
+    Raises FileNotFoundError, or ConfigError for a template without {}.
+    """
+    templates = list(given)
+    if len(templates) == 1 and templates[0].lower().endswith(".txt"):
+        lines = _text_of(templates[0], "--templates").splitlines()
+        templates = [line.strip() for line in lines if line.strip()]
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(f"--templates: expected {{}} where the name stands, got {template!r}")
+    return tuple(templates)
+
+
+def read_names(file: str, classes: Sequence[str]) -> dict[str, str]:
+    """Returns the names of classes for texts, {class: name}. Without a file, _ becomes a space.
+
+    file: a CSV file with rows CLASS,NAME, or "". Raises FileNotFoundError, or ConfigError for a
+        class without a row.
+    """
+    if not file:
+        return {name: name.replace("_", " ") for name in classes}
+    rows = [row for row in csv.reader(_text_of(file, "--names").splitlines()) if len(row) > 1]
+    names = {row[0].strip(): row[1].strip() for row in rows}
+    missing = [name for name in classes if name not in names]
+    if missing:
+        raise ConfigError(
+            f"--names: no row {missing[0]},NAME in {file!r} for {len(missing)} classes"
+        )
+    return names
+
+
+def _text_of(file: str, option: str) -> str:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: there is no file {str(path)!r}")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+@torch.no_grad()
+def text_weights(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Returns a unit embedding (T, C) float32 of every class: of the mean over templates.
+
+    model: on the CPU.
+    """
+    rows = []
+    with evaluating(model):
+        for name in names:
+            texts = [template.replace("{}", name) for template in templates]
+            mean = model.encode_texts("text_q", model.tokenize(texts)).mean(0)
+            rows.append(F.normalize(mean, dim=0))
+    return torch.stack(rows)
+
+
+def zero_shot_classifier(
+    model: CLIP,
+    config: Config,
+    classes: tuple[str, ...],
+    names: Mapping[str, str],
+    templates: Sequence[str],
+) -> Classifier:
+    """Returns the classifier of some classes, on the CPU.
+
+    model: on the CPU. names: {class: its name in texts}.
+    """
+    weights = text_weights(model, [names[name] for name in classes], templates)
+    projection = next(
+        module
+        for module in model.encoder_q.get_submodule(head_name(model.encoder_q)).modules()
+        if isinstance(module, nn.Linear)
+    )
+    head = CosineHead(projection.in_features, projection.out_features, len(classes))
+    with torch.no_grad():
+        head.projection.weight.copy_(projection.weight)
+        head.classes.weight.copy_(model.eval().scale() * weights)
+    plain = plain_encoder(model.encoder_q, config)
+    replace_head(plain, head)
+    return Classifier("zeroshot", targets_of(classes, "class"), config, plain.eval(), None)
+
+
+def classify(classifier: Classifier, source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns scores (N, T) float32 and labels (N,) int64 of labelled images. Call on every rank.
+
+    classifier: its encoder on `device`.
+    """
+    config = classifier.config
+    autocast = choose_autocast(config.train.precision, device)
+
+    def compute(part: Source) -> tuple[Tensor, ...]:
+        scores, every = [], []
+        for images, labels, _ in image_batches(part, config, device):
+            assert labels is not None
+            with autocast:
+                scores.append(classifier.scores(images).float().cpu())
+            every.append(labels.cpu())
+        if not scores:
+            raise NothingDecodedError("data.path: none of the images to evaluate can be decoded")
+        return torch.cat(scores), torch.cat(every)
+
+    scores, labels = over_ranks(compute, source)
+    return scores, labels
