@@ -15,6 +15,7 @@ from mocofast.device import choose_device, wide
 from mocofast.methods.build import build_method
 from mocofast.settings import apply
 from mocofast.train.checks import check_batches, micro_batches
+from mocofast.train.estimate import seconds_per_image
 
 SHORT = ("--train.device", "cpu", "--data.workers", "0", "--model.queue_size", "300")
 
@@ -75,6 +76,12 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_has_one_value() -> Non
     config.train.accumulate, config.augment.size = 4, 32
     with pytest.raises(ConfigError, match=r"data.batch_size: a micro-batch has 1 image"):
         check_batches(config, encoder, 8, 1)
+    # One image in each of two splits, by the same reason.
+    apply(config, {"model.bn_splits": 2, "train.accumulate": 1, "data.batch_size": 2})
+    split = build_method(config).encoder_q
+    with pytest.raises(ConfigError, match=r"1 image in each of 2 splits .*bn_splits"):
+        check_batches(config, split, 8, 1)
+    assert seconds_per_image(split, 32, 3, torch.device("cpu")) > 0  # measured on two a split
 
 
 @pytest.mark.parametrize("images", [10, 13, 16])

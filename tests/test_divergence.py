@@ -17,7 +17,8 @@ from mocofast.evaluate.knn import knn_accuracy
 from mocofast.interrupts import EXIT_DIVERGED, EXIT_INTERRUPTED
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.checkpoint_writer import save_atomically
-from mocofast.train.divergence import are_finite
+from mocofast.train.finite import are_finite
+from mocofast.train.finite import check_finite as check_weights
 from mocofast.train.metrics import Moment, StepMetrics, Window
 
 SHORT = ("--train.device", "cpu", "--data.workers", "0", "--model.queue_size", "300")
@@ -120,6 +121,16 @@ def test_values_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
         spoiled = tensors[0].clone()
         spoiled[1, 1] = wrong
         assert not are_finite([*tensors, spoiled])
+
+
+def test_limits_of_clamps_may_be_infinite_and_weights_may_not() -> None:
+    limit = torch.tensor(-math.inf)  # a buffer of timm's Gemma 4
+    assert are_finite([torch.ones(2), limit])
+    check_weights({"limit": limit}, "file")
+    assert not are_finite([torch.tensor(math.nan)])
+    for wrong in (limit.expand(2), torch.tensor(math.nan)):
+        with pytest.raises(ConfigError, match="file: w hold NaN or infinity"):
+            check_weights({"limit": limit, "w": wrong}, "file")
 
 
 def test_the_last_line_is_of_the_last_step_where_max_steps_ends_before_an_evaluation(

@@ -2,6 +2,8 @@
 
     python tests/timm_families.py --results FILE [--write docs/encoders.md] [--minutes 14]
 
+A second run with the same FILE continues: models whose result is in FILE are left out.
+
 A family is a module of timm and the first word of a model's name. The smallest model has the fewest
 parameters. Models run on a CPU, each in a process of its own, with a time limit.
 """
@@ -82,6 +84,7 @@ def drill(name: str, folder: Path) -> dict[str, Any]:
         config = settings.load_recipe("moco_v1_r50")
         config.model.arch = f"timm/{name}"
         config.model.dim, config.model.queue_size = 16, 32
+        config.optim.lr = 1e-6  # gradients of untrained models on two images reach 1e6
         for side in SIDES:
             config.augment.size = side or timm.get_pretrained_cfg(name).input_size[-1]
             torch.manual_seed(0)
@@ -107,6 +110,7 @@ def drill(name: str, folder: Path) -> dict[str, Any]:
         save_atomically({**state, "model": method.state_dict()}, path)
         with evaluating(method), torch.no_grad():
             expected = features(method.encoder_q, view)
+        assert expected.isfinite().all(), "the features are not finite after the step"
         loaded = load_any(str(path))
         again = loaded.method.eval()
         for key, value in method.state_dict().items():
@@ -245,12 +249,16 @@ if __name__ == "__main__":
     if given.only is None:
         given.only = [smallest(known[family]) for family in sorted(known)]
     chosen = dict.fromkeys(given.only)
-    with open(given.results, "a", encoding="utf-8") as file:
+    with open(given.results, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        results = [json.loads(line) for line in file]
+        done = {result["name"] for result in results if result["stage"] not in ("not run", "time")}
         deadline = time.monotonic() + 60 * given.minutes
-        for result in drill_all(chosen, given.seconds, deadline):
+        left = [name for name in chosen if name not in done]
+        for result in drill_all(left, given.seconds, deadline):
+            results.append(result)
             file.write(json.dumps(result) + "\n")
             file.flush()
     if given.write:
-        lines = given.results.read_text(encoding="utf-8").splitlines()
-        text = page([json.loads(line) for line in lines], len(chosen))
+        text = page(results, len(chosen))
         given.write.write_text(text, encoding="utf-8")

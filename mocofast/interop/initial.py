@@ -14,7 +14,7 @@ from mocofast.interop.reading import is_ours, read_any, tensors_of
 from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.methods.base import Method
 from mocofast.models.encoders import head_name
-from mocofast.train.checkpoint import check_finite
+from mocofast.train.finite import check_finite
 
 
 def initialise(method: Method, path: str, arch: str) -> list[str]:

@@ -22,7 +22,8 @@ from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
 from mocofast.models.heads import head_names
 from mocofast.models.vit import SIZES
-from mocofast.train.checkpoint import FORMAT, check_finite, checked, model_from_checkpoint
+from mocofast.train.checkpoint import FORMAT, checked, model_from_checkpoint
+from mocofast.train.finite import check_finite
 
 # Entries of encoders that no feature depends on.
 _UNUSED = ("mask_token",)

@@ -38,6 +38,7 @@ from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.train.extend import take_other_images
+from mocofast.train.finite import check_finite
 from mocofast.train.metrics import Window
 
 log = logging.getLogger("mocofast")
@@ -379,19 +380,3 @@ def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
         model.load_state_dict(state["model"])
     check_finite(model.state_dict(), "checkpoint")
     return model, config
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raises ConfigError, naming a tensor, if weights are NaN or infinite.
-
-    what: the file, for the message.
-    """
-    wrong = [
-        name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()
-    ]
-    if wrong:
-        others = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
-        raise ConfigError(
-            f"{what}: {wrong[0]}{others} hold NaN or infinity, so the run had diverged; "
-            "take an earlier checkpoint, or train again with a lower --optim.lr"
-        )

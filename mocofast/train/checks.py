@@ -44,28 +44,29 @@ def check_batches(config: Config, encoder: nn.Module, images: int, world_size: i
                 f"model.bn_splits: {what} has {count} images on a rank ({option}), which are not "
                 f"divisible by {splits} splits{ways}"
             )
-        if count == 1 and world_size == 1 and (layer := _needs_two(config, encoder)):
+        if count == splits and world_size == 1 and (layer := _needs_two(config, encoder, splits)):
+            of = f" in each of {splits} splits (model.bn_splits)" if splits > 1 else ""
             raise ConfigError(
-                f"{option}: {what} has 1 image, and BatchNorm {layer} needs 2 or more values a "
+                f"{option}: {what} has 1 image{of}, and BatchNorm {layer} needs 2 or more values a "
                 f"channel{ways}"
             )
 
 
 @torch.no_grad()
-def _needs_two(config: Config, encoder: nn.Module) -> str:
-    """Returns the name of a BatchNorm that cannot train on one image, "" for none."""
+def _needs_two(config: Config, encoder: nn.Module, splits: int) -> str:
+    """Returns the name of a BatchNorm that cannot train on one image a split, "" for none."""
     encoder = copy.deepcopy(encoder).train()
     seen: list[str] = []
     for name, module in encoder.named_modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(
-                lambda m, x, name=name: seen.append(name) if x[0][:, 0].numel() == 1 else None
+                lambda m, x, name=name: seen.append(name) if x[0][:, 0].numel() == splits else None
             )
     size = min(config.augment.training_sizes())
     device = next(encoder.parameters()).device
     state = torch.get_rng_state()
     try:
-        encoder(torch.zeros(1, config.data.channels, size, size, device=device))
+        encoder(torch.zeros(splits, config.data.channels, size, size, device=device))
     except ValueError:  # BatchNorm refuses a single value
         pass
     finally:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mocofast import distributed
 from mocofast.errors import DivergedError
 from mocofast.train.checkpoint import step_files
+from mocofast.train.finite import are_finite
 from mocofast.train.metrics import LOSS
 
 
@@ -41,17 +41,6 @@ def check_weights(tensors: Iterable[Tensor], step: int, rate: float) -> None:
             f"the run diverged: weights are not finite after step {step}, "
             f"at learning rate {rate:.4g}"
         )
-
-
-@torch.no_grad()
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Returns whether all values of the floating tensors, on one device, are finite."""
-    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-    if not floating:
-        return True
-    # The largest magnitude of a tensor is NaN or infinite if a value is.
-    largest = torch._foreach_norm(floating, math.inf)
-    return bool(torch.stack([x.float() for x in largest]).isfinite().all())
 
 
 def way_out(folder: Path) -> str:

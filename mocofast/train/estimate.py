@@ -42,7 +42,7 @@ def seconds_per_image(
     splits = max((module.num_splits for module in norms), default=1)  # which divide a batch
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for least in IMAGES:
-            count = -(-least // splits) * splits
+            count = -(-max(least, 2 * splits) // splits) * splits  # a split needs two images
             images = torch.rand(count, channels, size, size, device=device)
             images = images.contiguous(memory_format=torch.channels_last)
             best = float("inf")
