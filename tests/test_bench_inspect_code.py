@@ -113,6 +113,16 @@ def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs() -> N
     assert report["registers"] * 128 * 3 <= 65536  # three programs of 4 warps on a multiprocessor
 
 
+def test_every_launch_says_whether_products_and_sums_are_fused() -> None:
+    """Triton's default is fusion up to 3.9, and no fusion from 3.10 on."""
+    result = runs.compiled("tests.launch_options")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found) >= 18, found
+    # Augmentation on a GPU rounds like augmentation on a CPU.
+    assert found == {name: [name != "_augment_kernel"] for name in found}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", list(SHARED))
 def test_every_shipped_configuration_does_not_spill(capability: int) -> None:

@@ -372,7 +372,6 @@ def augment(
             BLOCK=block,
             num_warps=8 if rotate or block > 32 else 4,
             num_stages=1,
-            **ALL_REGISTERS,
-            enable_fp_fusion=False,
+            **{**ALL_REGISTERS, "enable_fp_fusion": False},
         )
     return out

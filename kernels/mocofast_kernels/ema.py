@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mocofast_kernels.configs import FUSED
 from mocofast_kernels.tables import FLOATS, TableCache, column, locate
 
 BLOCK = 4096  # elements that a program updates: 32 a thread
@@ -98,4 +99,5 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
                 SOURCE=source,
                 WIDE=table.wide,
                 BLOCK=BLOCK,
+                **FUSED,
             )

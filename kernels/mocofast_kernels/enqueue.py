@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.configs import block_of, row_warps
+from mocofast_kernels.configs import FUSED, block_of, row_warps
 from mocofast_kernels.rows import load_rows, narrow, rows_per_program, unit_rows
 
 
@@ -76,6 +76,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
             BLOCK_B=block_b,
             BLOCK_C=block_of(C),
             num_warps=row_warps(C),
+            **FUSED,
         )
         # A separate operation, since every program of the kernel must read the old value.
         pointer.add_(B).remainder_(K)

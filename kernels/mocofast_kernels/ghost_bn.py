@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mocofast_kernels.configs import ALL_REGISTERS, kernel_slots
+from mocofast_kernels.configs import ALL_REGISTERS, FUSED, kernel_slots
 from mocofast_kernels.ghost_bn_kernels import (
     _backward_sums_kernel,
     _combine_statistics_kernel,
@@ -134,6 +134,7 @@ def ghost_bn_forward(
             BLOCK_C=cut.block_c,
             UNROLL=UNROLL,
             num_warps=WARPS,
+            **FUSED,
         )
         # Mean, variance and inverse deviation of every split, from the partial sums.
         _combine_statistics_kernel[(triton.cdiv(cut.C, COMBINED) * num_splits,)](
@@ -148,6 +149,7 @@ def ghost_bn_forward(
             BLOCK_P=_combined_chunks(cut),
             BLOCK_C=COMBINED,
             num_warps=WARPS,
+            **FUSED,
         )
         # Second pass over x: write the output, and update the running statistics.
         _normalise_kernel[(blocks * cut.write_chunks,)](
@@ -171,6 +173,7 @@ def ghost_bn_forward(
             BLOCK_C=cut.block_c,
             TILES=TILES,
             num_warps=WARPS,
+            **FUSED,
         )
     return GhostBatchNorm(output, statistics)
 
@@ -230,6 +233,7 @@ def ghost_bn_backward(
             BLOCK_C=cut.block_c,
             UNROLL=UNROLL // 2,
             num_warps=WARPS,
+            **FUSED,
         )
         # Sums of every split, from the partial sums.
         _combine_sums_kernel[(triton.cdiv(cut.C, COMBINED) * num_splits,)](
@@ -242,10 +246,11 @@ def ghost_bn_backward(
             BLOCK_P=_combined_chunks(cut),
             BLOCK_C=COMBINED,
             num_warps=WARPS,
+            **FUSED,
         )
         # Second pass: the gradients of x, weight and bias.
         # Without this limit ptxas spills two words of the ReLU's mask to fit one more program.
-        limit = ALL_REGISTERS if relu and output is None else {}
+        limit = ALL_REGISTERS if relu and output is None else FUSED
         _grad_input_kernel[(blocks * cut.write_chunks,)](
             rectified,
             x,

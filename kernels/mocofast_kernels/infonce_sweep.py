@@ -109,7 +109,7 @@ def _sweep_step(
                 values = values.to(tl.float32) * row_scale
             values = round_operand(values, DOT, PRECISION)
 
-    # Mask, and count the negatives that reach the positive's score.
+    # Mask the negatives that do not count.
     if TAIL:
         scores = tl.where(rows[None, :] < remaining, scores, float("-inf"))
     if EXCLUDE:
@@ -120,9 +120,6 @@ def _sweep_step(
         else:
             ids = tl.load(key_ids + rows)
         scores = tl.where(own_ids[:, None] == ids[None, :], float("-inf"), scores)
-    if RANK:
-        reached = tl.where(scores >= tie[:, None], 1.0, 0.0)
-        positive_rank += tl.sum(reached, axis=1).to(tl.int32)
     # Weights 2^(logit - shift), and their sums.
     if ONLINE:
         # The maximum starts from the positive's finite score. So a tile whose negatives are all
@@ -136,6 +133,11 @@ def _sweep_step(
     shift = maximum - HALF_LIFT if HALF else maximum
     weights = tl.exp2(scores * scale - (shift[:, None] if ONLINE else shift))
     total += tl.sum(weights, axis=1)
+    # Count the negatives that reach the positive's score. Before the weights, this count takes more
+    # registers than there are: Triton 3.9 spills six words on sm_90.
+    if RANK:
+        reached = tl.where(scores >= tie[:, None], 1.0, 0.0)
+        positive_rank += tl.sum(reached, axis=1).to(tl.int32)
     if GRAD:
         out = tl.dot(round_operand(weights, DOT, PRECISION), values, out, input_precision=PRECISION)
     return maximum, total, positive_rank, out

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_optim
+from mocofast_kernels.configs import FUSED
 from mocofast_kernels.cpu_optim import ParameterRow
 from mocofast_kernels.optim_kernels import (
     _adamw_kernel,
@@ -87,9 +88,15 @@ def lars_(
                 **_types(table, "PARAM", "GRAD"),
                 WIDE=table.wide,
                 BLOCK=BLOCK,
+                **FUSED,
             )
             _trust_kernel[(count,)](
-                squares, table.starts, trust, _argument(trust_coefficient), PARTIALS=PARTIALS
+                squares,
+                table.starts,
+                trust,
+                _argument(trust_coefficient),
+                PARTIALS=PARTIALS,
+                **FUSED,
             )
         _launch_sgd(table, matrices, trust, lr, momentum, weight_decay, ema_momentum)
     if plan.singly:
@@ -127,7 +134,8 @@ def adamw_(
         count, device = len(table.sizes), table.sizes.device
         corrections = torch.empty(count, 2, device=device)
         with torch.cuda.device_of(rows[0].param):
-            _count_kernel[(count,)](table.addresses[7], corrections, _log(beta1), _log(beta2))
+            logs = _log(beta1), _log(beta2)
+            _count_kernel[(count,)](table.addresses[7], corrections, *logs, **FUSED)
             _adamw_kernel[(len(table.owners),)](
                 table.addresses,
                 table.sizes,
@@ -144,6 +152,7 @@ def adamw_(
                 **_types(table, *names),
                 WIDE=table.wide,
                 BLOCK=BLOCK,
+                **FUSED,
             )
     if plan.singly:
         cpu_optim.adamw_(
@@ -182,6 +191,7 @@ def _launch_sgd(
             **_types(table, "PARAM", "GRAD", "TARGET", "SHADOW", "TARGET_SHADOW", "BUFFER"),
             WIDE=table.wide,
             BLOCK=BLOCK,
+            **FUSED,
         )
 
 

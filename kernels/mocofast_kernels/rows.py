@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels import configs
-from mocofast_kernels.configs import ALL_REGISTERS, block_of, row_warps
+from mocofast_kernels.configs import ALL_REGISTERS, FUSED, block_of, row_warps
 from mocofast_kernels.cpu_ranks import TIE as TIE_SHARE
 
 LAUNCHES = ("num_splits", "tile")  # arguments of launches alone
@@ -292,5 +292,13 @@ def project_rows_(grad: Tensor, x: Tensor) -> None:
     N, C = x.shape
     block_n = rows_per_program(C)
     _project_rows_kernel[(triton.cdiv(N, block_n),)](
-        grad, x, N, *x.stride(), C=C, BLOCK_N=block_n, BLOCK_C=block_of(C), num_warps=row_warps(C)
+        grad,
+        x,
+        N,
+        *x.stride(),
+        C=C,
+        BLOCK_N=block_n,
+        BLOCK_C=block_of(C),
+        num_warps=row_warps(C),
+        **FUSED,
     )
