@@ -14,7 +14,8 @@ from tests import runs
 
 pytest.importorskip("triton")
 
-from mocofast_bench.inspect_code import PROCESSORS, Report, main_loop, parse_listing
+from mocofast_bench.inspect_code import PROCESSORS, Report
+from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing
 
 COMMITTED = runs.ROOT / "benchmarks" / "results" / "machine_code.jsonl"
 MOCO = "forward, C=128, bf16, queue"
@@ -165,3 +166,24 @@ def test_the_main_loop_counts_inner_loops_for_every_chunk_and_follows_jumps_in_a
     assert main_loop(shorter, 5) == {"MUFU": 1, "BRA": 1}
     outer = [x for x in code if x.address not in (0x80, 0x90)]
     assert main_loop(outer, 5) == {"FADD": 1, "FFMA": 5, "BRA": 6, "MUFU": 1, "CALL": 1}
+
+
+def test_exponentials_are_covered_from_a_product_to_the_wait_for_it() -> None:
+    lines = [
+        "MUFU.EX2 R1, R1",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]",
+        "MUFU.EX2 R1, R1",
+        "MUFU.EX2 R1, R1",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "MUFU.EX2 R1, R1",
+        "@P0 BRA 0x0000",
+    ]
+
+    def covered(order: list[str]) -> int:
+        listing = (f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(order))
+        return covered_exponentials(parse_listing("\n".join(listing)))
+
+    assert covered(lines) == 2
+    # The product runs on into the next round, whose first exponential it covers.
+    assert covered([lines[0], lines[4], *lines[2:4], lines[5], lines[1], lines[6]]) == 1
+    assert covered([lines[0], *lines[2:4], lines[6]]) == covered(["EXIT"]) == 0

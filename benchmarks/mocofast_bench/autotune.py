@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         help="tiles to time for a call, nearest to the rule's tile first (default: all, about 25)",
     )
     parser.add_argument(
+        "--specialised",
+        action="store_true",
+        help="try the warp-specialised sweep, too: for H100 and H200, never run on a GPU so far",
+    )
+    parser.add_argument(
         "--static", action="store_true", help="rank by machine code and a model (needs no GPU)"
     )
     parser.add_argument(
@@ -118,7 +123,9 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         torch.set_float32_matmul_precision(types.matmul_precision)
         problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
         rule = tiles.rule(problem.products, gpu)
-        others = candidates(problem.products, nearest.shared - RESERVED)
+        others = list(candidates(problem.products, nearest.shared - RESERVED))
+        if arguments.specialised and capability == 90 and tiles.can_specialise(problem.products):
+            others = [*configs.SPECIALISED[C], *others]
         tried = nearest_first(rule, [rule, *(tile for tile in others if tile != rule)])
         tried = tried[: arguments.candidates]
         times = score(problem, tried)
@@ -144,9 +151,14 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def nearest_first(rule: Tile, tiles: list[Tile]) -> list[Tile]:
-    """Returns the tiles by how many halvings and doublings lead from the rule's tile to them."""
+    """Returns the tiles by how many halvings and doublings lead from the rule's tile to them.
+
+    Tiles of the warp-specialised sweep come first, beside the rule's tile.
+    """
 
     def distance(tile: Tile) -> float:
+        if tile.specialised:
+            return 0.0
         sizes = sum(abs(math.log2(a / b)) for a, b in zip(tile[:5], rule[:5]))
         return sizes + abs(tile.stages - rule.stages)
 

@@ -29,9 +29,11 @@ from mocofast_kernels.configs import Architecture
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from mocofast_bench.inspected_calls import cases
+from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing
 from mocofast_bench.sizes import PROCESSORS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -87,19 +89,12 @@ class Report(NamedTuple):
     loop: int
     loop_float: int  # float32 arithmetic
     loop_special: int  # exponentials and other special functions
+    loop_covered: int  # those of them that are issued while products run (sm_90)
 
     @property
     def matrix(self) -> int:
         """Returns the number of matrix instructions of any kind."""
         return self.hgmma + self.tcgen + self.mma
-
-
-class Instruction(NamedTuple):
-    """A line of machine code."""
-
-    address: int
-    opcode: str
-    text: str
 
 
 def _specialise(
@@ -128,6 +123,9 @@ def _specialise(
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible.append(name)
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            kind = POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -171,7 +169,8 @@ def compile_launch(launch: Launch, capability: int | str) -> Any:
     """
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(launch.kernel, launch.signature, launch.constants, attributes)
     options = dict(launch.options)
     if isinstance(capability, int):
         target = GPUTarget("cuda", capability, 32)
@@ -205,8 +204,8 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
     assert found is not None and code, usage
     count = Counter(instruction.opcode for instruction in code)
     # An inner loop takes the columns in chunks where a row is longer than a block.
-    chunks = -(-launch.constants.get("C", 1) // launch.constants.get("BLOCK_C", 1))
-    loop = main_loop(code, chunks)
+    C = launch.constants.get("C", 1)
+    loop = main_loop(code, -(-C // launch.constants.get("BLOCK_C", C)))
     metadata = compiled.metadata
     return Report(
         case,
@@ -224,98 +223,8 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
         loop=loop.total(),
         loop_float=sum(width * loop[name] for name, width in FLOAT.items()),
         loop_special=loop["MUFU"],
+        loop_covered=covered_exponentials(code),
     )
-
-
-def parse_listing(listing: str) -> list[Instruction]:
-    """Returns the instructions of cuobjdump's listing, without padding (NOP) at the end."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)[^;]*);"
-    code = [
-        Instruction(int(place, 16), name, text)
-        for place, text, name in re.findall(pattern, listing)
-    ]
-    return [instruction for instruction in code if instruction.opcode != "NOP"]
-
-
-def main_loop(code: list[Instruction], chunks: int) -> Counter[str]:
-    """Counts the instructions of a round of the main loop, {opcode: count}.
-
-    The main loop is the loop with most exponentials, and the shortest of equal loops: the last
-    negatives, which do not fill a tile, have a loop of their own with narrower tiles and masks.
-
-    code: instructions of the kernel.
-    chunks: how often an inner loop runs in a round.
-    """
-    following = _successors(code)
-    counted = []
-    for loop in _cycles(set(following), following):
-        entries = {j for i in set(following) - loop for j in following[i]} & loop
-        inner = set().union(*_cycles(loop - entries, following))
-        count: Counter[str] = Counter()
-        for i in loop:
-            count[code[i].opcode] += chunks if i in inner else 1
-        counted.append(count)
-    return max(counted, key=lambda count: (count["MUFU"], -count.total()), default=Counter())
-
-
-def _successors(code: list[Instruction]) -> dict[int, list[int]]:
-    """Returns {index of an instruction: indices of possible next instructions}.
-
-    Subroutines belong to no loop: calls are not followed.
-    """
-    index = {instruction.address: i for i, instruction in enumerate(code)}
-    following = {}
-    for i, (_, name, text) in enumerate(code):
-        # A conditional call never returns: ptxas jumps out of a loop with such a call.
-        jump = name == "BRA" or (name == "CALL" and text.startswith("@"))
-        target = re.search(r"0x([0-9a-f]+)\s*$", text) if jump else None
-        # Conditions stand before the opcode (@P0) or after the opcode (BRA.U UP3, BRA.DIV UR4).
-        ends = re.match(r"BRA\S* 0x|EXIT|RET", text) is not None
-        jumps = [index[int(target[1], 16)]] if target and int(target[1], 16) in index else []
-        following[i] = jumps + ([] if ends or i + 1 == len(code) else [i + 1])
-    return following
-
-
-def _cycles(nodes: set[int], following: dict[int, list[int]]) -> list[set[int]]:
-    """Returns the strongly connected components with more than one node (Tarjan 1972).
-
-    Does not use recursion: the graph may be deeper than Python's stack.
-    """
-    order: dict[int, int] = {}
-    low: dict[int, int] = {}
-    stack: list[int] = []
-    on_stack: set[int] = set()
-    result = []
-    # Depth-first search from every node. `path` replaces recursion.
-    for root in sorted(nodes):
-        path = [(root, iter(following[root]))] if root not in order else []
-        while path:
-            node, edges = path[-1]
-            if node not in order:
-                order[node] = low[node] = len(order)
-                stack.append(node)
-                on_stack.add(node)
-            for target in edges:
-                if target not in nodes:
-                    continue
-                if target not in order:
-                    path.append((target, iter(following[target])))
-                    break
-                if target in on_stack:
-                    low[node] = min(low[node], order[target])
-            else:
-                # All edges of the node are done: the component of a root is complete.
-                path.pop()
-                if path:
-                    low[path[-1][0]] = min(low[path[-1][0]], low[node])
-                if low[node] == order[node]:
-                    place = stack.index(node)
-                    component = set(stack[place:])
-                    del stack[place:]
-                    on_stack -= component
-                    if len(component) > 1:
-                        result.append(component)
-    return result
 
 
 def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Report, Launch, bool]]:
@@ -330,7 +239,7 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
         if not re.search(pattern, case.name):
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
-        for capability in capabilities:
+        for capability in (c for c in capabilities if c == 90 or not case.hopper):
             for launch in record(
                 case.call, PROCESSORS[capability], Architecture(hopper=capability == 90)
             ):

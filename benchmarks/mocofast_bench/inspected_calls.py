@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels.augment import NAMES, augment
-from mocofast_kernels.configs import Tile
+from mocofast_kernels.configs import SPECIALISED, Tile
 from mocofast_kernels.cpu_optim import ParameterRow
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
-from mocofast_kernels.infonce import forward_products, infonce_forward
+from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.optim import adamw_, lars_, sgd_
 from mocofast_kernels.rows import dot_kind
 from mocofast_kernels.tables import FLOATS
-from mocofast_kernels.tiles import Products
+from mocofast_kernels.tiles import Products, forward_products
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     name: str
     call: Callable[[], object]
     matmul_precision: str = "highest"  # argument of torch.set_float32_matmul_precision
+    hopper: bool = False  # for compute capability 9.0 alone
 
 
 class Types(NamedTuple):
@@ -285,6 +286,11 @@ def cases() -> Iterator[Case]:
         name = f"forward, C={C}, {types.name}, in-batch"
         yield Case(name, partial(forward(C, types, VARIANTS[-1]).run, None))
         yield Case(f"backward, C={C}, {types.name}", partial(grad_negatives(C, types).run, None))
+    for C, tiles in SPECIALISED.items():
+        for tile, ranks in itertools.product(tiles, ("", ", no ranks")):
+            problem = forward(C, TYPES[0], next(v for v in VARIANTS if v.name == f"queue{ranks}"))
+            name = f"forward specialised by {tile.stream}, C={C}, bf16, queue{ranks}"
+            yield Case(name, partial(problem.run, tile), hopper=True)
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     # EMA and optimisers, with numbers from the host or from the device.

@@ -30,6 +30,7 @@ HEADLINES = {
     "info_nce, bf16": "forward, C=128, bf16, queue",
     "info_nce, bf16, no ranks": "forward, C=128, bf16, queue, no ranks",
     "info_nce, bf16, loss only": "forward, C=128, bf16, queue, loss only",
+    "info_nce, bf16, specialised": "forward specialised by 128, C=128, bf16, queue",
     "info_nce, bf16, temperature tensor": "forward, C=128, bf16, queue, temperature tensor",
     "info_nce, bf16, in-batch": "forward, C=128, bf16, in-batch",
     "info_nce, bf16, gradient of negatives": "backward, C=128, bf16",

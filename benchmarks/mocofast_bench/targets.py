@@ -135,7 +135,7 @@ def launches(only: str, targets: list[Target]) -> Iterator[tuple[str, Target, La
         torch.set_float32_matmul_precision(case.matmul_precision)
         for target in targets:
             half = re.search(r"^(forward|backward).*(bf16|fp16)", case.name)
-            if target.name == "sm_75" and half:
+            if (target.name == "sm_75" and half) or (case.hopper and target.name != "sm_90"):
                 continue
             if (target.capability or 0) < 80 and case.matmul_precision != "highest":
                 continue

@@ -40,8 +40,18 @@ class Tile(NamedTuple):
     # Columns of the accumulator. Several programs share a longer row, and every program
     # repeats the scores.
     out_c: int
-    warps: int
-    stages: int  # depth of the software pipeline
+    warps: int  # warps that compute
+    stages: int  # depth of the software pipeline, or places of the ring
+    specialised: bool = False  # the sweep of `mocofast_kernels.infonce_hopper`
+
+
+# {columns of a row: tiles of the warp-specialised sweep that compile without spills}. The first
+# tile of 256 columns compiles without positive ranks alone.
+SPECIALISED = {
+    64: (Tile(128, 128, 64, 64, 8, 4, True),),
+    128: (Tile(128, 128, 128, 128, 8, 4, True),),
+    256: (Tile(128, 64, 256, 256, 8, 4, True), Tile(128, 32, 256, 256, 8, 8, True)),
+}
 
 
 def block_of(C: int) -> int:

@@ -24,6 +24,7 @@ from mocofast_kernels.configs import (
     ALL_REGISTERS,
     LONGEST,
     Tile,
+    architecture,
     block_of,
     kernel_slots,
     row_warps,
@@ -35,7 +36,6 @@ from mocofast_kernels.cpu_vectors import gradient_dtype
 from mocofast_kernels.infonce_sweep import LOG2_E, _sweep_kernel, inverse_temperature
 from mocofast_kernels.rows import (
     blocked_without_matrix_units,
-    dot_kind,
     load_rows,
     narrow,
     precision_of,
@@ -44,7 +44,7 @@ from mocofast_kernels.rows import (
     triton_dtype,
     unit_rows,
 )
-from mocofast_kernels.tiles import Products, tile_of
+from mocofast_kernels.tiles import forward_products, rule, tile_of
 
 MEAN_ROWS = 1024  # losses that the mean adds at a time
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -176,32 +176,6 @@ def _combine_kernel(
             tl.store(mean_loss, tl.sum(losses) / N)
 
 
-def forward_products(
-    negatives: Tensor,
-    temperature: float | Tensor,
-    *,
-    normalize: bool,
-    normalize_negatives: bool,
-    dot_dtype: torch.dtype,
-    ids: bool = False,
-) -> Products:
-    """Returns the properties that decide the tile of `infonce_forward`.
-
-    ids: ids are compared. Further arguments: as for `infonce_forward`.
-    """
-    C = negatives.shape[1]
-    aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
-    # Ids take registers, so the sweep gets the tile of negatives that pass through registers.
-    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives and not ids
-    # Scores of unit vectors lie in [-1, 1], so the largest logit is known: 1/T. Probabilities
-    # relative to this logit reach down to e^(-2/T), which float32 and bfloat16 hold, and float16
-    # does not. With normalize and without normalize_negatives, the negatives are unit vectors
-    # already (the queue).
-    online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
-    online = online or dot_dtype == torch.float16
-    return Products("forward", C, dot_kind(dot_dtype, negatives.device), aligned, plain, online)
-
-
 @blocked_without_matrix_units(cpu.infonce_forward)
 def infonce_forward(
     query: Tensor,
@@ -265,6 +239,8 @@ def infonce_forward(
     )
     online = products.online
     tile = tile or tile_of(products, query.device)
+    if tile.specialised and (exclude_period or not compute_grad or negatives.data_ptr() % 16):
+        tile = rule(products, architecture(query.device))  # the specialised sweep lacks such calls
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
@@ -290,45 +266,64 @@ def infonce_forward(
         prepared = C > 128 or tile.block_c < C
         if prepared:
             operand, positive_scores = prepare_rows(query, positive, normalize, dot_dtype)
-        _sweep_kernel[(row_blocks, splits, chunks)](
-            operand,
-            positive,
-            negatives,
-            temperature,
-            positive_scores,
-            maxima,
-            totals,
-            positive_ranks,
-            outs,
-            query_ids,
-            key_ids,
-            arrived,
-            N,
-            K,
-            tiles_per_split,
-            exclude_period,
-            *operand.stride(),
-            *positive.stride(),
-            *negatives.stride(),
-            C=C,
-            TEMPERATURE_IS_POINTER=is_pointer,
-            PREPARED=prepared,
-            NORMALIZE=normalize,
-            NORMALIZE_NEGATIVES=normalize_negatives,
-            DOT=triton_dtype(dot_dtype),
-            PRECISION=precision_of(dot_dtype, query.device),
-            EXCLUDE=exclude_period > 0,
-            ONLINE=online,
-            RANK=return_rank,
-            GRAD=compute_grad,
-            BLOCK_N=tile.stay,
-            BLOCK_K=tile.stream,
-            BLOCK_C=tile.block_c,
-            OUT_C=tile.out_c,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **ALL_REGISTERS,
-        )
+        if tile.specialised:
+            # Gluon is no part of older Tritons, and not imported for other tiles.
+            from mocofast_kernels.infonce_hopper import specialised_sweep
+
+            specialised_sweep(
+                operand,
+                positive,
+                negatives,
+                temperature,
+                positive_scores,
+                totals,
+                positive_ranks,
+                outs,
+                arrived,
+                tiles_per_split,
+                normalize=normalize,
+                tile=tile,
+            )
+        else:
+            _sweep_kernel[(row_blocks, splits, chunks)](
+                operand,
+                positive,
+                negatives,
+                temperature,
+                positive_scores,
+                maxima,
+                totals,
+                positive_ranks,
+                outs,
+                query_ids,
+                key_ids,
+                arrived,
+                N,
+                K,
+                tiles_per_split,
+                exclude_period,
+                *operand.stride(),
+                *positive.stride(),
+                *negatives.stride(),
+                C=C,
+                TEMPERATURE_IS_POINTER=is_pointer,
+                PREPARED=prepared,
+                NORMALIZE=normalize,
+                NORMALIZE_NEGATIVES=normalize_negatives,
+                DOT=triton_dtype(dot_dtype),
+                PRECISION=precision_of(dot_dtype, query.device),
+                EXCLUDE=exclude_period > 0,
+                ONLINE=online,
+                RANK=return_rank,
+                GRAD=compute_grad,
+                BLOCK_N=tile.stay,
+                BLOCK_K=tile.stream,
+                BLOCK_C=tile.block_c,
+                OUT_C=tile.out_c,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                **ALL_REGISTERS,
+            )
 
         # Add the splits and finish.
         loss, lse = empty(N), empty(N)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from torch import Tensor
 
 from mocofast_kernels.configs import (
     LONGEST,
+    SPECIALISED,
     Architecture,
     Tile,
     architecture,
@@ -25,6 +27,7 @@ from mocofast_kernels.configs import (
     block_of,
     forward_tile,
 )
+from mocofast_kernels.rows import dot_kind
 
 VARIABLE = "MOCOFAST_TILES"
 FORMAT = 1
@@ -42,6 +45,32 @@ class Products(NamedTuple):
 
 
 TileTable = dict[Products, Tile]
+
+
+def forward_products(
+    negatives: Tensor,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    normalize_negatives: bool,
+    dot_dtype: torch.dtype,
+    ids: bool = False,
+) -> Products:
+    """Returns the properties that decide the tile of `infonce_forward`.
+
+    ids: ids are compared. Further arguments: as for `infonce_forward`.
+    """
+    C = negatives.shape[1]
+    aligned = C % 8 == 0 and negatives.stride(1) == 1 and negatives.stride(0) % 8 == 0
+    # Ids take registers, so the sweep gets the tile of negatives that pass through registers.
+    plain = aligned and negatives.dtype == dot_dtype and not normalize_negatives and not ids
+    # Scores of unit vectors lie in [-1, 1], so the largest logit is known: 1/T. Probabilities
+    # relative to this logit reach down to e^(-2/T), which float32 and bfloat16 hold, and float16
+    # does not. With normalize and without normalize_negatives, the negatives are unit vectors
+    # already (the queue).
+    online = not normalize or isinstance(temperature, Tensor) or 2.0 / temperature >= 80.0
+    online = online or dot_dtype == torch.float16
+    return Products("forward", C, dot_kind(dot_dtype, negatives.device), aligned, plain, online)
 
 
 def rule(products: Products, gpu: Architecture = Architecture()) -> Tile:  # noqa: B008
@@ -141,6 +170,10 @@ def check(products: Products, tile: Tile) -> None:
         raise ValueError(f"unknown kernel or kind of product: {products}")
     if not 1 <= products.C <= LONGEST:
         raise ValueError(f"C must be in 1 to {LONGEST}: got {products.C}")
+    if tile.specialised:
+        if not can_specialise(products) or tile not in SPECIALISED[products.C]:
+            raise ValueError(f"no warp-specialised sweep is {tile} for {products}")
+        return
     # Sides of a matrix product are powers of two from 16. Offsets of 32 bits allow 256 rows.
     longest = block_of(products.C)
     limits = {
@@ -160,6 +193,12 @@ def check(products: Products, tile: Tile) -> None:
         raise ValueError(
             f"out_c must be block_c where block_c holds a row: got {tile.out_c}, {tile.block_c}"
         )
+
+
+def can_specialise(products: Products) -> bool:
+    """Returns whether there is a warp-specialised sweep, on GPUs of compute capability 9.0."""
+    kernel, C, dot, _, plain, online = products
+    return kernel == "forward" and C in SPECIALISED and dot == "16bit" and plain and not online
 
 
 def dump(path: Path, gpu: str, capability: int, rows: list[dict[str, Any]]) -> None:
