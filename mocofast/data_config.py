@@ -238,6 +238,9 @@ def _staged(count: int, holds: Callable[[tuple[float, ...]], bool], expected: st
     return Valid(valid, f"{expected}, with epochs that rise from 0")
 
 
+_CROP_AREA = Valid(
+    lambda value: 0 < value[0] <= value[1] <= 1, "two shares, 0 < smallest <= largest <= 1"
+)
 _PROBABILITY = between(0, 1, "a probability, 0 to 1")
 _AS_CHANNELS = ", one value a channel of data.channels, or one value for all channels"
 _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a probability, or -1")
@@ -263,10 +266,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0),
         "area of the random crop, as a share of the image",
-        valid=Valid(
-            lambda value: 0 < value[0] <= value[1] <= 1,
-            "two shares, 0 < smallest <= largest <= 1",
-        ),
+        valid=_CROP_AREA,
     )
     crop_scales: tuple[str, ...] = option(
         (),
@@ -310,6 +310,17 @@ class AugmentConfig:
         -1.0,
         "probability of solarize in the second view; -1: as in the first",
         valid=_PROBABILITY_OR_SAME,
+    )
+    local_crops: int = option(
+        0,
+        "small views of an image beside the two views (multi-crop: SwAV has 6); 0: none",
+        valid=between(0, 64),
+    )
+    local_size: int = option(96, "side of a small view, in pixels", valid=at_least(1))
+    local_scale: tuple[float, float] = option(
+        (0.05, 0.14),
+        "area of the random crop of a small view, as a share of the image",
+        valid=_CROP_AREA,
     )
     vertical_flip: float = option(0.0, "probability of a vertical flip", valid=_PROBABILITY)
     quarter_turns: float = option(
@@ -355,9 +366,24 @@ class AugmentConfig:
         low, high = _last(self.crop_scales, epoch, self.crop_scale)
         return replace(self, size=int(size[0]), crop_scale=(low, high), sizes=(), crop_scales=())
 
+    def local(self) -> AugmentConfig:
+        """Returns the augmentation of a small view, which follows no schedule."""
+        return replace(
+            self,
+            size=self.local_size,
+            crop_scale=self.local_scale,
+            sizes=(),
+            crop_scales=(),
+            local_crops=0,
+        )
+
     def training_sizes(self) -> tuple[int, ...]:
-        """Returns the sides of all views of a training, in pixels, in the order of the epochs."""
-        return tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
+        """Returns the sides of all views of a training, in pixels, in the order of the epochs.
+
+        The side of small views comes last.
+        """
+        sizes = tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
+        return (*sizes, self.local_size) if self.local_crops else sizes
 
 
 def _last(values: tuple[str, ...], epoch: int, default: tuple[float, ...]) -> tuple[float, ...]:

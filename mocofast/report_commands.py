@@ -143,11 +143,12 @@ def views(argv: Sequence[str]) -> int:
         largest = auto.LARGEST_VIEW["cuda" if torch.cuda.is_available() else "cpu"]
         config.augment.size = auto.view_size(side, largest)
     settings.validate(config)
+    augment = config.augment
     count = min(COLUMNS, len(datasets.train))
     loader = build_loader(
         datasets.train,
         config.data,
-        view_augments(config.augment, 2),
+        view_augments(augment, 2),
         BatchSlice(count),
         config.train.seed,
         device,
@@ -158,5 +159,6 @@ def views(argv: Sequence[str]) -> int:
         loader.close()
     sheet_of(batch.views).save(out)
     print(datasets.lines())
-    print(f"written: {out}, {count} images, views of {config.augment.size} pixels")
+    small = f"; {augment.local_crops} of {augment.local_size}" if augment.local_crops else ""
+    print(f"written: {out}, {count} images, views of {augment.size} pixels{small}")
     return 0

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 STEP = "step"  # name of a whole step in torch.profiler
 FORWARD = {"encoder_q": "query forward", "encoder_k": "key forward"}  # {encoder of a Method: part}
@@ -33,7 +34,7 @@ class Step(NamedTuple):
 
     # (part, start, end) of intervals in the innermost open part: seconds (CPU) or events (GPU).
     marks: list[tuple[str, Any, Any]]
-    images: Counter[str]  # {part: images encoded}
+    images: Counter[tuple[str, int]]  # {(part, side in pixels): images encoded}
 
     def spans(self) -> list[Span]:
         """Returns the intervals without gaps: their sum is the step. Waits for the GPU."""
@@ -77,9 +78,10 @@ class Recorder:
         return self._step
 
     @contextlib.contextmanager
-    def part(self, name: str, images: int) -> Iterator[None]:
+    def part(self, name: str, images: Sequence[Tensor]) -> Iterator[None]:
         """Records the block as a part inside the open part."""
-        self._step.images[name] += images
+        for same in images:
+            self._step.images[name, same.shape[-1]] += len(same)
         if not self.timing:
             with torch.profiler.record_function(name):
                 yield
@@ -108,8 +110,8 @@ class Recorder:
 _active: list[Recorder] = []  # the recorder of the current step, or empty
 
 
-def step_part(name: str, images: int = 0) -> AbstractContextManager[None]:
-    """Marks the block as the part `name` of the step. images: number of images encoded."""
+def step_part(name: str, images: Sequence[Tensor] = ()) -> AbstractContextManager[None]:
+    """Marks the block as the part `name` of the step. images: encoded, every size (N, C, S, S)."""
     return _active[0].part(name, images) if _active else contextlib.nullcontext()
 
 

@@ -41,7 +41,7 @@ def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     recorder = Recorder(CPU)
     recorder.begin()
-    with step_part("loss"), step_part("key forward", 4):
+    with step_part("loss"), step_part("key forward", [torch.zeros(4, 3, 8, 8)]):
         pass
     step = recorder.end()
     assert step.spans() == [
@@ -52,7 +52,7 @@ def test_time_belongs_to_the_innermost_part_and_all_of_it_is_the_step(
         Span("other", 10, 15),
     ]
     assert profile.seconds_by_part(step) == {"other": 6, "loss": 6, "key forward": 3}
-    assert step.images["key forward"] == 4
+    assert step.images["key forward", 8] == 4
 
 
 def test_nothing_is_timed_outside_a_step() -> None:

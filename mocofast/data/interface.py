@@ -237,15 +237,17 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def view_augments(augment: AugmentConfig, num_views: int) -> tuple[AugmentConfig, ...]:
-    """Returns the augmentation of every view. `blur_2` and `solarize_2` apply to the
-    second view.
+    """Returns the augmentation of every view: `num_views` views, then `local_crops` small views.
+
+    `blur_2` and `solarize_2` apply to the second view.
     """
     second = replace(
         augment,
         blur=augment.blur_2 if augment.blur_2 >= 0 else augment.blur,
         solarize=augment.solarize_2 if augment.solarize_2 >= 0 else augment.solarize,
     )
-    return tuple(second if view == 1 else augment for view in range(num_views))
+    views = tuple(second if view == 1 else augment for view in range(num_views))
+    return views + (augment.local(),) * augment.local_crops
 
 
 class ViewParams(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
 from mocofast.models.pixels import LEVELS, prepare_images
+from mocofast.models.sizes import encode
 from mocofast.step_parts import FORWARD, step_part
 
 # Returns the value of a number at (step, total_steps). Steps count from 0.
@@ -58,7 +59,8 @@ class Method(nn.Module):
 
     A subclass defines
         forward(*views, update_keys=True, enqueue=True, **fields) -> MethodOutput
-    views: `num_views` tensors (N, C, S, S), uint8 or uint16 pixels, or normalised floats.
+    views: `num_views` tensors (N, C, S, S), uint8 or uint16 pixels, or normalised floats. Where
+        `takes_local_views`, small views (N, C, s, s) may follow, any number of any sizes.
     fields: the entries of a batch that `batch_fields` names, (N,) int64: "index" (numbers of the
         samples) or "labels".
     update_keys: update the momentum encoder first. With gradient accumulation: True for the first
@@ -76,6 +78,7 @@ class Method(nn.Module):
     """
 
     num_views = 2
+    takes_local_views = False  # multi-crop, see AugmentConfig.local_crops
     batch_fields: tuple[str, ...] = ()
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
     filling_steps = 0  # first steps of a run, which fill the queue and train nothing
@@ -100,7 +103,7 @@ class Method(nn.Module):
         # the loop sets them before every step. In a captured step they are device tensors.
         self.schedules: dict[str, Schedule] = {}
         # Faster ways to run an encoder in training, {attribute: function}, set by the engine.
-        self.run: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.run: dict[str, Callable[..., Tensor]] = {}
         self.second_stream: torch.cuda.Stream | None = None
         self._synchronized = False
 
@@ -171,16 +174,17 @@ class Method(nn.Module):
         """
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
-    def encode(self, name: str, images: Tensor) -> Tensor:
+    def encode(self, name: str, *images: Tensor) -> Tensor:
         """Returns the output (N, C) of an encoder.
 
         name: the encoder's attribute, a key of `mocofast.step_parts.FORWARD`.
-        images: (N, C, S, S), uint8, uint16 or normalised.
+        images: (N, C, S, S), uint8, uint16 or normalised. Of several sizes: a tensor for every
+            size. The outputs have the order of the images, see `mocofast.models.sizes`.
         """
-        with step_part(FORWARD[name], len(images)):
+        with step_part(FORWARD[name], images):
             if self.training and name in self.run:
-                return self.run[name](images)
-            return getattr(self, name)(self.normalize_pixels(images))
+                return self.run[name](*images)
+            return encode(getattr(self, name), *map(self.normalize_pixels, images))
 
     def normalize_pixels(self, images: Tensor) -> Tensor:
         """Normalises uint8 and uint16 images (N, C, S, S); returns other images as they are."""
@@ -188,9 +192,10 @@ class Method(nn.Module):
             return images
         return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
 
-    def check_views(self, **views: Tensor) -> None:
+    def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.
 
+        local_views: small views of any sizes.
         Raises ValueError for views of different shapes, TypeError for uint8 and uint16 views
         without pixel statistics, ValueError for statistics of another number of channels.
         """
@@ -200,6 +205,12 @@ class Method(nn.Module):
                 raise ValueError(
                     f"{name} must have the shape of {first_name}: "
                     f"got {tuple(view.shape)} and {tuple(first.shape)}"
+                )
+        for view in local_views:
+            if view.shape[:2] != first.shape[:2] or view.dtype != first.dtype:
+                raise ValueError(
+                    f"small views must have the images, channels and type of {first_name}: got "
+                    f"{tuple(view.shape)} {view.dtype}, and {tuple(first.shape)} {first.dtype}"
                 )
         are_pixels = any(view.dtype in LEVELS for view in views.values())
         if are_pixels and self.pixel_mean is not None:

@@ -18,6 +18,11 @@ def build_method(config: Config, images: int = 0, classes: int = 0) -> Method:
     check_options(config.model)
     _check_memory(config.model, images, classes)
     method: Method = method_module(config.model.method).build(config, images, classes)
+    if config.augment.local_crops and not method.takes_local_views:
+        raise ConfigError(
+            f"augment.local_crops: expected 0, because model.method {config.model.method} takes no "
+            f"small views, got {config.augment.local_crops}"
+        )
     if config.model.sync_bn:
         sync_batch_norm(method)
     return method
@@ -35,6 +40,7 @@ def _check_memory(model: ModelConfig, images: int, classes: int) -> None:
     rows = {
         "model.queue_size": getattr(model, "queue_size", 0),
         "model.prototypes": getattr(model, "prototypes", 0),
+        "model.feature_queue": getattr(model, "feature_queue", 0),
         "number of images": images if model.method == "memory_bank" else 0,
         "number of classes": classes if model.method == "supervised" else 0,
         "model.dim": 2048,  # rows of a ResNet-50's head

@@ -54,19 +54,35 @@ class BYOL(PredictingMethod):
         return "symmetric prediction of the target's output"
 
     def forward(
-        self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True
+        self,
+        im_1: Tensor,
+        im_2: Tensor,
+        *local_views: Tensor,
+        update_keys: bool = True,
+        enqueue: bool = True,
     ) -> MethodOutput:
         """Computes 4 - 2 cos(p_1, z_2) - 2 cos(p_2, z_1), the mean over images (eq. 2, both ways).
 
         im_1, im_2: (N, C, S, S), two views of the same images.
+        local_views: small views, (N, C, s, s) each. The loss is then the mean over the pairs
+            (p_1, p_2) and (p_l, p_l) of every small view l.
         update_keys: as for every Method. enqueue: ignored.
         """
-        self.check_views(im_1=im_1, im_2=im_2)
+        self.check_views(local_views, im_1=im_1, im_2=im_2)
         # Predictions p and targets z: all (N, C).
-        (p_1, p_2), (z_1, z_2) = self.outputs(im_1, im_2, update_keys=update_keys)
-        cosines = F.cosine_similarity(p_1.float(), z_2.float())
-        cosines = cosines + F.cosine_similarity(p_2.float(), z_1.float())
-        return MethodOutput(4 - 2 * cosines.mean(), pair=(p_1, z_2))
+        (p_1, p_2, *local), (z_1, z_2) = self.outputs(
+            im_1, im_2, local_views=local_views, update_keys=update_keys
+        )
+        cosines = _both_cosines(p_1, z_2, p_2, z_1)
+        for p in local:
+            cosines = cosines + _both_cosines(p, z_1, p, z_2)
+        return MethodOutput(4 - 2 * cosines.mean() / (1 + len(local)), pair=(p_1, z_2))
+
+
+def _both_cosines(p_a: Tensor, z_a: Tensor, p_b: Tensor, z_b: Tensor) -> Tensor:
+    """Returns cos(p_a, z_a) + cos(p_b, z_b), (N,)."""
+    cosines = F.cosine_similarity(p_a.float(), z_a.float())
+    return cosines + F.cosine_similarity(p_b.float(), z_b.float())
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> BYOL:

@@ -6,6 +6,9 @@ encoder's weights.
 
 MoCo v2 (Chen et al. 2020, arXiv:2003.04297): `mlp=True`, temperature 0.2, stronger augmentation and
 a cosine schedule. MoCo v2+: also `symmetric=True`.
+
+Small views (multi-crop) are queries only, as the student's crops of DINO (arXiv:2104.14294, eq. 3,
+and appendix B, which trains MoCo v2 so): every small view must find the keys of the large views.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from mocofast.methods.options import MoCoOptions as Options
 from mocofast.models.batch_norm import split_batch_norm
 from mocofast.models.encoders import add_mlp_head, configured_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
+from mocofast.models.sizes import by_size
 from mocofast.ops import enqueue_, info_nce
 
 QUEUE_DTYPES = {
@@ -59,6 +63,7 @@ class MoCo(MomentumMethod):
     After the first step only gradients, images and keys cross ranks.
     """
 
+    takes_local_views = True
     queue: Tensor
     queue_ptr: Tensor
 
@@ -130,7 +135,7 @@ class MoCo(MomentumMethod):
         self,
         im_q: Tensor,
         im_k: Tensor,
-        *,
+        *local_views: Tensor,
         update_keys: bool = True,
         enqueue: bool = True,
         step_inputs: tuple[Tensor, ...] = (),
@@ -140,27 +145,32 @@ class MoCo(MomentumMethod):
         im_q, im_k: two views of the same images, with the channels of the encoder, (N, .., S, S).
             uint8 and uint16 pixels are normalised here by pixel_mean and pixel_std. Floats are
             taken as normalised. TypeError for uint8 and uint16 without pixel statistics.
+        local_views: small views of the same images, (N, .., s, s) each, queries beside im_q. If
+            symmetric, also beside im_k. The loss of a key is the mean over its queries. `rank` and
+            the accuracies are those of the large views.
         update_keys: with gradient accumulation, True for the first micro-batch of an optimiser step
             only.
         enqueue: with gradient accumulation, True for the last micro-batch only. The keys of all
             micro-batches are then enqueued. Every micro-batch meets the same key encoder and the
             same queue, as one large batch would.
-        step_inputs: the result of `prepare_step(im_q, im_k)`, if the caller has called it.
+        step_inputs: the result of `prepare_step` on the same views, if the caller has called it.
 
         The moving average is updated here, before the keys, as in the paper's code. An optimiser of
         mocofast.optim may update it right after its step instead (see `trained_pairs`), with
         update_keys=False always. The trajectory is the same, because encoder_k starts as a copy of
         encoder_q.
         """
-        self.check_views(im_q=im_q, im_k=im_k)
+        self.check_views(local_views, im_q=im_q, im_k=im_k)
         if self.training and not step_inputs:
             step_inputs = self.prepare_step(im_q, im_k)
         if self.training and update_keys:
             self.update_momentum_encoder()
+        local = self.encode("encoder_q", *by_size(local_views)) if local_views else None
         # Read the queue before the new keys enter: a positive is never among its own negatives.
-        loss, positive_rank, keys, pair = self._contrast(im_q, im_k, step_inputs[:2])
+        loss, positive_rank, keys, pair = self._contrast(im_q, im_k, step_inputs[:2], local)
         if self.symmetric:
-            swapped, swapped_rank, first_keys, _ = self._contrast(im_k, im_q, step_inputs[2:])
+            others = self._contrast(im_k, im_q, step_inputs[2:], local)
+            swapped, swapped_rank, first_keys, _ = others
             loss, positive_rank = loss + swapped, torch.cat([positive_rank, swapped_rank])
             keys = torch.cat([first_keys, keys])  # the demo enqueues the first view's keys first
         if self.training:
@@ -179,7 +189,7 @@ class MoCo(MomentumMethod):
         # One process whose BatchNorm sees the whole batch has nothing to hide.
         if not self._shuffles or (rank_and_world_size()[1] == 1 and not self._splits):
             return ()
-        im_q, im_k = views
+        im_q, im_k, *_ = views
         step_inputs: tuple[Tensor, ...] = ()
         for images in (im_k, im_q) if self.symmetric else (im_k,):
             # Images cross ranks in the smallest form: pixels, or floats in the autocast type.
@@ -188,10 +198,11 @@ class MoCo(MomentumMethod):
         return step_inputs
 
     def _contrast(
-        self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...]
+        self, im_q: Tensor, im_k: Tensor, step_inputs: tuple[Tensor, ...], local: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Returns loss (), positive ranks (N,), the keys to enqueue, and queries and keys (N, C).
 
+        local: (L*N, C), queries of L small views, which have the positives of im_q.
         To enqueue: in train mode the keys of all W ranks, (W*N, C), in eval mode this rank's keys.
         """
         with torch.no_grad(), self.side_stream() as join:
@@ -201,15 +212,19 @@ class MoCo(MomentumMethod):
                 k = keys = self.encode("encoder_k", im_k)  # (N, C)
         q = self.encode("encoder_q", im_q)  # (N, C), normalised inside info_nce
         join()
+        queries, positives = q, k
+        if local is not None:
+            queries = torch.cat([q, local])
+            positives = k.repeat(len(queries) // len(k), 1)
         loss, positive_rank = info_nce(
-            q,
-            k,
+            queries,
+            positives,
             self.queue,
             temperature=self.temperature,
             negatives_normalized=True,
             return_rank=True,
         )
-        return loss, positive_rank, keys, (q, k)
+        return loss, positive_rank[: len(q)], keys, (q, k)
 
     def random_state(self) -> Tensor | None:
         """Returns the state of the shuffle, or None before the first shuffle."""

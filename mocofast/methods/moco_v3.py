@@ -73,29 +73,39 @@ class MoCoV3(PredictingMethod):
         return "symmetric loss over the keys of the batch"
 
     def forward(
-        self, im_1: Tensor, im_2: Tensor, *, update_keys: bool = True, enqueue: bool = True
+        self,
+        im_1: Tensor,
+        im_2: Tensor,
+        *local_views: Tensor,
+        update_keys: bool = True,
+        enqueue: bool = True,
     ) -> MethodOutput:
         """Computes the loss of this rank's images among the keys of all ranks.
 
         im_1, im_2: (N, C, S, S), two views of the same images.
+        local_views: small views, (N, C, s, s) each, whose queries meet the keys of both views. The
+            loss of a key is the mean over its queries.
         update_keys: as for every Method. enqueue: ignored.
         `rank` of the output is (2N,), first the queries of im_1.
         With gradient accumulation, a query meets the keys of its own micro-batch only. In eval mode
         nothing is updated or gathered.
         """
-        self.check_views(im_1=im_1, im_2=im_2)
-        (q_1, q_2), keys = self.outputs(im_1, im_2, update_keys=update_keys)  # all (N, C)
+        self.check_views(local_views, im_1=im_1, im_2=im_2)
+        (q_1, q_2, *local), keys = self.outputs(
+            im_1, im_2, local_views=local_views, update_keys=update_keys
+        )  # all (N, C)
         k_1, k_2 = (F.normalize(k.float(), dim=1) for k in keys)
-        loss_1, positive_rank_1 = self._contrast(q_1, k_2)
-        loss_2, positive_rank_2 = self._contrast(q_2, k_1)
+        loss_1, positive_rank_1 = self._contrast([q_1, *local], k_2)
+        loss_2, positive_rank_2 = self._contrast([q_2, *local], k_1)
         loss = 2 * self.temperature * (loss_1 + loss_2)
         return ranking_output(loss, torch.cat([positive_rank_1, positive_rank_2]), (q_1, k_2))
 
-    def _contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(self, queries: Sequence[Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the key of every query among the keys of all ranks.
 
-        q, k: (N, C). Returns the mean cross entropy () and positive ranks (N,): how many wrong keys
-        score above the right key.
+        queries: (N, C) each. k: (N, C).
+        Returns the mean cross entropy (), and the positive ranks (N,) of the first queries: how
+        many wrong keys score above the right key.
         """
         own_rows = None
         if self.training:
@@ -103,14 +113,19 @@ class MoCoV3(PredictingMethod):
             own_rows = slice(rank * len(k), (rank + 1) * len(k))
             k = all_gather(k)  # (W*N, C)
             self._num_keys = len(k)
-        return info_nce(
-            q,
-            k,
-            temperature=self.temperature,
-            return_rank=True,
-            negatives_normalized=True,
-            own_rows=own_rows,
-        )
+        found = [
+            info_nce(
+                q,
+                k,
+                temperature=self.temperature,
+                return_rank=True,
+                negatives_normalized=True,
+                own_rows=own_rows,
+            )
+            for q in queries
+        ]
+        loss = torch.stack([loss for loss, _ in found]).mean() if len(found) > 1 else found[0][0]
+        return loss, found[0][1]
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> MoCoV3:

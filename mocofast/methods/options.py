@@ -133,6 +133,17 @@ class SwAVOptions(ProjectorOptions, TemperatureOptions):
     freeze_prototypes: int = option(
         313, "optimiser steps at the start that leave the prototypes unchanged", valid=at_least(0)
     )
+    feature_queue: int = option(
+        0,
+        "number of earlier images with which a small batch is assigned to prototypes; 0: none; "
+        "SwAV has 3840 for a batch of 256",
+        valid=at_least(0),
+    )
+    feature_queue_epoch: int = option(
+        15,
+        "epoch from which the queue fills; assignments use it when it is full",
+        valid=at_least(0),
+    )
 
 
 @dataclass

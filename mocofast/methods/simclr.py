@@ -2,6 +2,10 @@
 
 A large batch, over all ranks together, holds two views of every image. A view must find the other
 view of the same image among all views. One encoder is trained end to end on both views.
+
+With small views (multi-crop, Caron et al. 2020, arXiv:2006.09882), every ordered pair of views of
+an image is a query and its positive, and all views of other images are negatives, as in
+facebookresearch/vissl's multi-crop SimCLR, but with the negatives of all ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from mocofast.methods.heads import set_head
 from mocofast.methods.options import SimCLROptions as Options
 from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
-from mocofast.ops import nt_xent
+from mocofast.models.sizes import by_size
+from mocofast.ops import info_nce, nt_xent
 
 
 class SimCLR(Method):
@@ -33,6 +38,8 @@ class SimCLR(Method):
 
     With gradient accumulation, a view meets the views of its own micro-batch only.
     """
+
+    takes_local_views = True
 
     def __init__(
         self,
@@ -55,17 +62,26 @@ class SimCLR(Method):
         return "NT-Xent over the batch"
 
     def forward(
-        self, im_a: Tensor, im_b: Tensor, *, update_keys: bool = True, enqueue: bool = True
+        self,
+        im_a: Tensor,
+        im_b: Tensor,
+        *local_views: Tensor,
+        update_keys: bool = True,
+        enqueue: bool = True,
     ) -> MethodOutput:
         """Computes NT-Xent of this rank's 2N views among the 2WN views of all ranks.
 
         im_a, im_b: (N, C, S, S), two views of the same images.
+        local_views: small views of the same images, (N, C, s, s) each.
         update_keys, enqueue: ignored.
-        `rank` of the output is (2N,), first the views of im_a. Gradients reach the views of every
-        rank.
+        `rank` of the output is (2N,), first im_a's views for im_b's. Gradients reach the views of
+        every rank.
         """
-        self.check_views(im_a=im_a, im_b=im_b)
-        z_a, z_b = self.encode("encoder_q", torch.cat([im_a, im_b])).chunk(2)  # both (N, C)
+        self.check_views(local_views, im_a=im_a, im_b=im_b)
+        z = self.encode("encoder_q", torch.cat([im_a, im_b]), *by_size(local_views))
+        if local_views:
+            return self._among_all_views(z, 2 + len(local_views))
+        z_a, z_b = z.chunk(2)  # both (N, C)
         own_rows, pair = None, (z_a, z_b)
         rank, world_size = rank_and_world_size()
         if self.training and world_size > 1:
@@ -75,6 +91,34 @@ class SimCLR(Method):
             z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=own_rows
         )
         return ranking_output(loss, positive_rank, pair)
+
+    def _among_all_views(self, z: Tensor, count: int) -> MethodOutput:
+        """Computes the loss of all ordered pairs of views. z: (V*N, C) of V views. count: V."""
+        views = z.view(count, -1, z.shape[1])
+        number = torch.arange(views.shape[1], device=z.device)
+        ids = own_ids = number.repeat(count)  # an image is no negative of its own views
+        keys = z
+        rank, world_size = rank_and_world_size()
+        if self.training and world_size > 1:
+            keys = torch.cat(all_gather(z))  # (W*V*N, C), with gradients
+            ids = torch.cat([own_ids + r * len(number) for r in range(world_size)])
+            own_ids = own_ids + rank * len(number)
+        found = [
+            info_nce(
+                z,
+                views.roll(-offset, 0).flatten(0, 1),
+                keys,
+                temperature=self.temperature,
+                return_rank=True,
+                query_ids=own_ids,
+                key_ids=ids,
+            )
+            for offset in range(1, count)
+        ]
+        loss = torch.stack([loss for loss, _ in found]).mean()
+        # View b follows a, and view a is the last that follows b.
+        a_for_b, b_for_a = found[0][1][: len(number)], found[-1][1][len(number) : 2 * len(number)]
+        return ranking_output(loss, torch.cat([a_for_b, b_for_a]), (views[0], views[1]))
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:

@@ -61,15 +61,17 @@ def sheet_of(views: Sequence[Tensor]) -> Image.Image:
 
     views: every view (N, C, S, S), as the loader gives them, before the normalisation.
     """
-    size = views[0].shape[-1]
-    side = min(max(SIDES[0], size), SIDES[1])
+    sizes = sorted({view.shape[-1] for view in views}, reverse=True)
+    side = min(max(SIDES[0], sizes[0]), SIDES[1])
     count = min(COLUMNS, len(views[0]))
     sheet = Image.new("RGB", (count * (side + GAP) + GAP, len(views) * (side + GAP) + TEXT + GAP))
     words = "Both views, a column for an image" if len(views) == 2 else "Views of images"
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 3), f"{words}: as the encoder sees them, {size} x {size} pixels", "white")
+    pixels = " and ".join(f"{size} x {size}" for size in sizes)
+    draw.text((GAP, 3), f"{words}: as the encoder sees them, {pixels} pixels", "white")
     for row, view in enumerate(views):
-        for column, pixels in enumerate(as_rgb(view[:count])):
+        shown = round(side * view.shape[-1] / sizes[0])  # small views look small
+        for column, image in enumerate(as_rgb(view[:count])):
             place = (GAP + column * (side + GAP), TEXT + GAP + row * (side + GAP))
-            sheet.paste(scaled(pixels, side), place)
+            sheet.paste(scaled(image, shown), place)
     return sheet

@@ -81,8 +81,8 @@ def announce_time(state: RunState, autocast: torch.autocast, world_size: int) ->
     c, steps = state.config, state.loader.steps_per_epoch
     if not c.train.epochs:
         return
-    each = estimate.seconds_per_image(
-        state.model.encoder_q, c.augment.size, c.data.channels, state.device, autocast
+    each = estimate.seconds_per_sample(
+        state.model.encoder_q, c.augment, c.data.channels, state.device, autocast
     )
     own = c.data.batch_size // world_size
     log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))

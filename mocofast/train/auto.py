@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from mocofast.data.interface import Source
 from mocofast.data.loaders import pixels_of
 from mocofast.data.remarks import images_to_look_at
 from mocofast.models.encoders import build_encoder
-from mocofast.train.estimate import seconds_per_image
+from mocofast.train.estimate import seconds_per_sample
 
 BUDGET = {"cpu": 30 * 60, "cuda": 8 * 3600}  # seconds that the epochs may take
 LARGEST_VIEW = {"cpu": 64, "cuda": 224}  # pixels
@@ -88,7 +89,8 @@ def fit(
     @functools.cache
     def measured(arch: str) -> float:
         encoder = build_encoder(arch, size, config.data.channels)(num_classes=config.model.dim)
-        return seconds_per_image(encoder, size, config.data.channels, device)
+        augment = replace(config.augment, size=size)
+        return seconds_per_sample(encoder, augment, config.data.channels, device)
 
     def seconds(arch: str) -> float:
         return (rate(arch, size) if rate else measured(arch)) / world_size

@@ -5,6 +5,7 @@ The copies are called shadows. The optimiser writes them when it updates the wei
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from mocofast.models.sizes import ManySizes
 from mocofast.models.vit import SelfAttention
 
 Normalize = Callable[[Tensor], Tensor]
 # Runs an encoder on images, with given tensors in the place of some weights.
-RunWith = Callable[[dict[str, Tensor], Tensor], Tensor]
+RunWith = Callable[..., Tensor]
 
 # Modules whose weights autocast always converts, and the names of these weights.
 _CONVERTED = (
@@ -59,8 +61,10 @@ def encoder_run(
     backend: str | Callable[..., Any] | None,
     *,
     in_place: bool,
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Returns a function that runs an encoder on images (N, C, S, S), pixels or normalised.
+
+    The function takes a tensor for every size of images, as `mocofast.models.sizes.encode`.
 
     name: "encoder_q" or "encoder_k".
     normalize: normalises uint8 images.
@@ -69,17 +73,18 @@ def encoder_run(
     backend: torch.compile's backend, or None.
     in_place: add the gradient of a shadow to an existing gradient of the weight directly.
     """
-    eager = _call_of_its_own(name, encoder, normalize)
-    compiled: dict[torch.Size, RunWith] = {}  # by the shape of a batch
 
-    def compiled_for(shape: torch.Size) -> RunWith:
+    @functools.cache
+    def eager_for(sizes: int) -> RunWith:
+        return _call_of_its_own(name, encoder, normalize, sizes)
+
+    @functools.cache
+    def compiled_for(*shapes: torch.Size) -> RunWith:
         assert backend is not None
-        if shape not in compiled:
-            call = _call_of_its_own(name, encoder, normalize)
-            compiled[shape] = torch.compile(call, backend=backend, dynamic=False)
-        return compiled[shape]
+        call = _call_of_its_own(name, encoder, normalize, len(shapes))
+        return torch.compile(call, backend=backend, dynamic=False)
 
-    def run(images: Tensor) -> Tensor:
+    def run(*images: Tensor) -> Tensor:
         tracked = torch.is_grad_enabled()
         weights = {
             path: _Shadow.apply(weight, shadow, in_place)
@@ -87,23 +92,27 @@ def encoder_run(
             else shadow
             for path, (weight, shadow) in shadows.items()
         }
-        partial = len(images) % images_per_batch
-        call = eager if backend is None or partial else compiled_for(images.shape)
-        return call(weights, images)
+        if backend is None or any(len(same) % images_per_batch for same in images):
+            return eager_for(len(images))(weights, *images)
+        return compiled_for(*(same.shape for same in images))(weights, *images)
 
     return run
 
 
-def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize) -> RunWith:
+def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize, sizes: int) -> RunWith:
     """Returns a function that calls the encoder, with a code object of its own.
+
+    sizes: number of sizes of images.
 
     torch.compile keeps its results by code object, and a limited number of results. With one code
     object the encoders of all engines of a process, and views of all sizes, would share the limit,
     and then run uncompiled.
     """
+    module, prefix = (encoder, "") if sizes == 1 else (ManySizes(encoder), "encoder.")
 
-    def run(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-        return functional_call(encoder, weights, (normalize(images),))
+    def run(weights: dict[str, Tensor], *images: Tensor) -> Tensor:
+        given = {prefix + path: weight for path, weight in weights.items()}
+        return functional_call(module, given, tuple(normalize(same) for same in images))
 
     code = run.__code__.replace(co_name=f"run_{name}")
     return types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)

@@ -2,7 +2,7 @@
 
 eager: op by op.
 compile: torch.compile compiles every encoder together with the normalisation of its images.
-    Views of every size that a run makes are compiled once.
+    Views of every size that a run makes are compiled once, small views together with the large.
 graph: as compile, and the whole step (all micro-batches, average over ranks, optimiser, momentum
     encoder, queue) is one CUDA graph with one launch. Work that needs the host (MoCo's shuffle,
     scheduled numbers) is done before the step, into fixed buffers. Another size of the views
@@ -171,7 +171,8 @@ class Engine:
             return self._train(batch, update)
         # Copy everything that the step reads into the fixed buffers. Views of another size need
         # other buffers and another capture.
-        if self._buffers is None or self._buffers.views[0].shape != views[0].shape:
+        shapes = [view.shape for view in views]
+        if self._buffers is None or [view.shape for view in self._buffers.views] != shapes:
             self._graph = self._metrics = None  # before the new buffers, to free the memory
             self._warmed, self._buffers = 0, batch.empty_like()
             small = views[0][:, 0].numel() <= TWO_STREAMS * self._accumulate

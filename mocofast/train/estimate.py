@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from mocofast.config import Config
+from mocofast.config import AugmentConfig, Config
 from mocofast.data.finding import counted
 from mocofast.models.batch_norm import SplitBatchNorm2d
 from mocofast.models.sync_batch_norm import SyncBatchNorm
@@ -60,6 +60,21 @@ def seconds_per_image(
     return best * 4 / 3 / count  # the momentum encoder's forward pass is a third of the above
 
 
+def seconds_per_sample(
+    encoder: nn.Module,
+    augment: AugmentConfig,
+    channels: int,
+    device: torch.device,
+    autocast: torch.autocast | None = None,
+) -> float:
+    """Measures the seconds of training on an image with all its views, as `seconds_per_image`."""
+    each = seconds_per_image(encoder, augment.size, channels, device, autocast)
+    if augment.local_crops:  # which the momentum encoder does not see
+        small = seconds_per_image(encoder, augment.local_size, channels, device, autocast)
+        each += augment.local_crops * small * 3 / 4
+    return each
+
+
 def time_of_run(each: float, config: Config, images: int, steps: int, total_steps: int) -> str:
     """Returns a line on the time of a run.
 
@@ -106,5 +121,11 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
         lines.append(
             f"the queue never fills: model.queue_size {keys:,}, and the run makes {trained:,} "
             f"keys, so random vectors stay among the negatives. {fitting}"
+        )
+    start = getattr(config.model, "feature_queue_epoch", 0)
+    if getattr(config.model, "feature_queue", 0) and start >= epochs > 0:
+        lines.append(
+            f"the queue of features is never used: model.feature_queue_epoch {start}, and the run "
+            f"has {counted(epochs, 'epoch')}"
         )
     return lines

@@ -231,21 +231,24 @@ class StepProfiler:
         calls = count_calls(traced, self._device)
         return Profile(self._title(), parts, whole[TIMED_WHOLE // 2], rate, *calls)
 
-    def _works(self, images: Mapping[str, int]) -> dict[str, list[Work]]:
-        """Returns {part: work}, layer by layer for encoders. images: {part: images encoded}."""
+    def _works(self, images: Mapping[tuple[str, int], int]) -> dict[str, list[Work]]:
+        """Returns {part: work}, layer by layer for encoders.
+
+        images: {(part, side in pixels): images encoded}.
+        """
         works: dict[str, list[Work]] = {}
-        for encoder, name in FORWARD.items():
-            count, module = images.get(name, 0), getattr(self._method, encoder, None)
-            if not count or module is None:
+        channels, queries = self._config.data.channels, 0
+        encoders = {name: getattr(self._method, encoder, None) for encoder, name in FORWARD.items()}
+        for (name, size), count in images.items():
+            if not count or encoders.get(name) is None:
                 continue
-            size, channels = self._config.augment.size, self._config.data.channels
-            forward, backward = encoder_work(module, count, size, self._autocast, channels)
-            works[name] = forward
-            if encoder == "encoder_q":
-                works["backward"] = backward
+            forward, backward = encoder_work(encoders[name], count, size, self._autocast, channels)
+            works.setdefault(name, []).extend(forward)
+            if name == FORWARD["encoder_q"]:
+                works.setdefault("backward", []).extend(backward)
+                queries += count
         queue = getattr(self._method, "queue", None)
         if isinstance(queue, Tensor) and queue.dim() == 2:
-            queries = images.get(FORWARD["encoder_q"], 0)
             works["loss"] = [Work(4 * queries * queue.numel(), queue.numel() * queue.itemsize)]
         works["optimiser and EMA"] = [Work(0, self._optimizer.traffic())]
         return works
