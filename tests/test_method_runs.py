@@ -262,6 +262,7 @@ SINGLE_ENCODER: dict[str, tuple[int, int, float, float, float]] = {
     "cifar10_simclr": (1000, 512, 2.0, 1e-4, 0.5),
     # swav_400ep_2x224_pretrain.sh of facebookresearch/swav.
     "swav_r50": (400, 4096, 4.8, 1e-6, 0.1),
+    "swav_r50_multicrop": (400, 4096, 4.8, 1e-6, 0.1),
     # arXiv:1805.01978, section 4.2.
     "instdisc_r50": (200, 256, 0.03, 1e-4, 0.07),
     # cifar.py in the repository of InstDisc's authors.

@@ -38,9 +38,7 @@ SMALL: dict[str, Callable[[], Method]] = {
     ),
     "simclr": partial(SimCLR, TinyResNet, dim=13, hidden_dim=16, temperature=0.2),
     "moco": partial(MoCo, TinyResNet, 13, 50, 0.9, 0.2, mlp=True, shuffle_bn=False),
-    "moco symmetric": partial(
-        MoCo, TinyResNet, 13, 50, 0.9, 0.2, shuffle_bn=False, symmetric=True
-    ),
+    "moco symmetric": partial(MoCo, TinyResNet, 13, 50, 0.9, 0.2, shuffle_bn=False, symmetric=True),
     "moco v3": partial(MoCoV3, TinyResNet, 13, 17, 0.9, 0.3),
     "byol": partial(BYOL, TinyResNet, 13, 17, 0.9),
 }
