@@ -221,6 +221,12 @@ class EngineConfig:
         "auto says which and why",
         ("auto", "eager", "compile", "graph"),
     )
+    parallel: str = option(
+        "ddp",
+        "what a rank of several holds: ddp: the whole model; fsdp: a part of every weight, of the "
+        "momentum encoder and of the optimiser's state, for models that do not fit",
+        ("ddp", "fsdp"),
+    )
     checkpoint_activations: bool = option(
         False,
         "the query encoder keeps the inputs of its blocks alone, and computes the blocks again in "

@@ -81,11 +81,14 @@ def report_on_run(folder: Path) -> list[Finding]:
     findings = []
     for file in sorted((folder / "checkpoints").glob("*.pt")):
         try:
-            state = load_checkpoint(file, lambda s, f: s if _of_a_task(s) else checked(s, f))
+            check = lambda s, f: s if _of_a_task(s) else checked(s, f)  # noqa: E731
+            state = load_checkpoint(file, check, whole=False)
         except ConfigError as error:
             findings.append(Finding(file.name, DAMAGED, str(error)))
         else:
             where = f"step {state['step']}, epoch {state['epoch']} + {state['step_in_epoch']} steps"
+            if "parts" in state:
+                where += f"; sharded: {state['parts']['folder']}"
             findings.append(Finding(file.name, "whole", where))
     if not findings:
         raise ConfigError(f"{folder} has no checkpoints, so it is no run folder")

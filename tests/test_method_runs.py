@@ -214,6 +214,8 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "moco_v3_r50": ("moco_v3", "resnet50", 4096, 300, ("lars", 0.3, 1e-6), 0.99, 0.2),
     "moco_v3_vit_s": ("moco_v3", "vit_small", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
     "moco_v3_vit_b": ("moco_v3", "vit_base", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
+    "moco_v3_vit_l": ("moco_v3", "vit_large", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
+    "moco_v3_vit_h": ("moco_v3", "vit_huge", 4096, 300, ("adamw", 1.5e-4, 0.1), 0.99, 0.08),
     "byol_r50": ("byol", "resnet50", 4096, 1000, ("lars", 0.2, 1.5e-6), 0.996, 0.08),
 }
 

@@ -29,12 +29,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.health.leak import leak_test
 from mocofast.methods.base import Method
 from mocofast.models.pixels import LEVELS
+from mocofast.ops.local import is_dtensor, local_tensor, whole_tensor
 
 ROWS = 256  # embeddings and keys that are looked at
 IMAGES = 64  # images whose pixels are looked at
@@ -68,8 +70,7 @@ class Snapshot:
             tensors[f"view{i}"] = view[:IMAGES, :, ::step, ::step]
         gradients = [p.grad for p in method.parameters() if p.grad is not None]
         if gradients:
-            norms = torch._foreach_norm(gradients)
-            tensors["gradient_norm"] = torch.stack([norm.float() for norm in norms]).norm()
+            tensors["gradient_norm"] = norm_of(gradients)
         queue, pointer = getattr(method, "queue", None), getattr(method, "queue_ptr", None)
         if isinstance(queue, Tensor) and isinstance(pointer, Tensor):
             count = min(ROWS, len(queue) // 2)
@@ -120,14 +121,27 @@ def weights_of(method: Method) -> dict[str, Tensor]:
 def sample_of(encoder: nn.Module) -> Tensor:
     """Returns elements of every weight at equal distances in memory, (n,) float32, a new tensor.
 
-    Two encoders of one architecture give the same elements.
+    Two encoders of one architecture give the same elements. Of a sharded encoder all ranks ask
+    together.
     """
     parts = []
     for p in encoder.parameters():
         if p.ndim > 1:  # biases and norms follow other rules
             step = -(-p.numel() // WEIGHTS)
-            parts.append(p.detach().as_strided((p.numel() // step,), (step,)).float())
+            whole = whole_tensor(p.detach())
+            parts.append(whole.as_strided((p.numel() // step,), (step,)).float())
     return torch.cat(parts) if parts else torch.zeros(1)
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the L2 norm () of all gradients together. Of sharded ones all ranks ask together."""
+    parts = [local_tensor("gradients", gradient) for gradient in gradients]
+    norm = torch.stack([part.float() for part in torch._foreach_norm(parts)]).norm()
+    if is_dtensor(gradients[0]):
+        square = norm.square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+    return norm
 
 
 def of_embeddings(query: Tensor, key: Tensor) -> dict[str, float]:

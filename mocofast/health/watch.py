@@ -17,6 +17,7 @@ from mocofast.health.facts import facts_of
 from mocofast.health.signals import Snapshot, weights_of
 from mocofast.health.verdict import Evidence, diagnose, verdict
 from mocofast.methods.base import Method
+from mocofast.ops.local import is_dtensor
 
 log = logging.getLogger("mocofast")
 
@@ -52,7 +53,9 @@ class Watch:
         with files.atomic_write(self._path) as rewritten:
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in content), "utf-8")
         self._file = files.LineFile(self._path)
-        self._may_leak = not getattr(config.model, "shuffle_bn", True)
+        # The test copies encoders, which sharded encoders do not allow.
+        sharded = is_dtensor(next(method.parameters()))
+        self._may_leak = not sharded and not getattr(config.model, "shuffle_bn", True)
         self._looks = 0
         self._snapshot: Snapshot | None = None
         self._earlier = (resumed_step or 0, weights_of(method))
@@ -98,6 +101,24 @@ class Watch:
 
     def _evidence(self, before: Mapping[str, float], after: Mapping[str, float]) -> Evidence:
         return Evidence(self._config, self.facts, looked_at(self._lines), before, after)
+
+
+class Attendant:
+    """What the other ranks of a sharded run do while rank 0 watches: they give their parts."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        weights_of(method)
+
+    def look(self, views: Sequence[Tensor], pair: tuple[Tensor, Tensor] | None) -> None:
+        """Takes part in `Watch.look`."""
+        Snapshot(self._method, views, pair)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def conclude(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Says nothing."""
 
 
 def looked_at(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.models.encoders import configured_encoder, features
 from mocofast.models.heads import CosineHead, head_names, put, replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
-from mocofast.train.checkpoint import MISFITS, read_file
+from mocofast.train.checkpoint import MISFITS
+from mocofast.train.checkpoint_file import read_file
 from mocofast.train.checkpoint_writer import save_atomically
 from mocofast.train.finite import check_finite
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mocofast.config import ConfigError
 from mocofast.errors import describe_error
-from mocofast.train.checkpoint import FORMAT, LAST, load_checkpoint, read_file
+from mocofast.train.checkpoint import FORMAT, LAST, load_checkpoint
+from mocofast.train.checkpoint_file import read_file
 
 # Entries under which projects keep their weights, in the order of search. DINO evaluates the
 # teacher. mmselfsup, Lightning and facebookresearch/moco: state_dict. VISSL: classy_state_dict.

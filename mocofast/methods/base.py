@@ -82,6 +82,7 @@ class Method(nn.Module):
     batch_fields: tuple[str, ...] = ()
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
     filling_steps = 0  # first steps of a run, which fill the queue and train nothing
+    writes_weights = False  # forward passes write parameters: no sharded form
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None

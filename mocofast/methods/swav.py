@@ -50,6 +50,7 @@ class SwAV(Method):
 
     takes_local_views = True
     queue_weight = 1.0  # 0 keeps the queue out of the assignment. `build` schedules it
+    writes_weights = True
     steps: Tensor
     feature_queue: Tensor
     feature_queue_ptr: Tensor

@@ -27,12 +27,17 @@ def recompute_blocks(encoder: nn.Module) -> int:
 
     Returns the number of blocks, 0 for an encoder without blocks. State dicts stay as they are.
     """
-    blocks = [block for block in _blocks(encoder) if not any(_blocks(block))]
-    heads = {encoder.get_submodule(name) for name in head_names(encoder)}
-    blocks = blocks or [m for m in encoder.children() if _holds_layers(m) and m not in heads]
+    blocks = blocks_of(encoder)
     for block in blocks:
         block.forward = _Recomputed(block, block.forward)
     return len(blocks)
+
+
+def blocks_of(encoder: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of an encoder, in the order of its modules (see `recompute_blocks`)."""
+    blocks = [block for block in _blocks(encoder) if not any(_blocks(block))]
+    heads = {encoder.get_submodule(name) for name in head_names(encoder)}
+    return blocks or [m for m in encoder.children() if _holds_layers(m) and m not in heads]
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -41,6 +41,12 @@ def local_tensor(name: str, tensor: Any) -> Any:
     return tensor.to_local()
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Returns the whole of a DTensor, a collective call, and other tensors unchanged."""
+    sharded: Any = tensor if is_dtensor(tensor) else None
+    return tensor if sharded is None else sharded.full_tensor()
+
+
 def check_sharded_alike(name: str, tensor: Any, of: str, expected: Any) -> None:
     """Raises ValueError unless both tensors are plain, or DTensors with equal placements."""
     got, wanted = _placed(tensor), _placed(expected)

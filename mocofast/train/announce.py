@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from mocofast import settings
 from mocofast.data.finding import counted
@@ -24,6 +25,7 @@ log = logging.getLogger("mocofast")
 
 def announce(
     state: RunState,
+    encoder: nn.Module,
     datasets: Datasets,
     choices: Sequence[Choice],
     autocast: torch.autocast,
@@ -33,14 +35,15 @@ def announce(
 ) -> None:
     """Logs recipe, data, device, loader, and how long the run will take.
 
-    choices: of the recipe `auto`. lines: further lines. resumed_step: None for a new run.
+    encoder: the query encoder, whole. choices: of the recipe `auto`. lines: further lines.
+    resumed_step: None for a new run.
     """
     announce_images(state, datasets, choices, resumed_step is None)
-    log.info(describe_device(state, autocast, world_size))
+    log.info(describe_device(state, encoder, autocast, world_size))
     for line in lines:
         log.info(line)
     if resumed_step is None:
-        announce_time(state, autocast, world_size)
+        announce_time(state, encoder, autocast, world_size)
     else:
         announce_continuation(state, world_size)
 
@@ -76,14 +79,14 @@ def announce_images(
         log.warning("%s", line)
 
 
-def announce_time(state: RunState, autocast: torch.autocast, world_size: int) -> None:
+def announce_time(
+    state: RunState, encoder: nn.Module, autocast: torch.autocast, world_size: int
+) -> None:
     """Measures and logs how long a new run will take."""
     c, steps = state.config, state.loader.steps_per_epoch
     if not c.train.epochs:
         return
-    each = estimate.seconds_per_sample(
-        state.model.encoder_q, c.augment, c.data.channels, state.device, autocast
-    )
+    each = estimate.seconds_per_sample(encoder, c.augment, c.data.channels, state.device, autocast)
     own = c.data.batch_size // world_size
     log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
 
@@ -112,8 +115,10 @@ def announce_continuation(state: RunState, world_size: int) -> None:
         )
 
 
-def describe_device(state: RunState, autocast: torch.autocast, world_size: int) -> str:
+def describe_device(
+    state: RunState, encoder: nn.Module, autocast: torch.autocast, world_size: int
+) -> str:
     """Returns the line on devices, precision and loader."""
-    precision = precision_note(autocast, state.config, state.model.encoder_q)
+    precision = precision_note(autocast, state.config, encoder)
     loader = f"loader {state.loader.name}: {state.loader.reason}"
     return f"device {state.device} x {world_size}, {precision}; {loader}"

@@ -10,7 +10,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import short_name, wrong_in_bf16
+from mocofast.device import choose_autocast, short_name, wrong_in_bf16
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
@@ -21,6 +21,7 @@ from mocofast.train.checks import check_batches
 from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
+from mocofast.train.sharding import Sharding, check_shardable, is_sharded
 
 
 def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
@@ -46,8 +47,10 @@ def new_state(
     source = datasets.train
     for size in config.augment.training_sizes():
         build_encoder(config.model.arch, size, config.data.channels)  # refuses parts of patches
-    model = build_method(config, len(source), len(source.classes)).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_method(config, len(source), len(source.classes))
+    sharded = is_sharded(config, world_size)
+    if not sharded:
+        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if "labels" in model.batch_fields:
         source = labelled(source)
     loader: Loader = build_loader(
@@ -65,8 +68,14 @@ def new_state(
             "engine.checkpoint_activations: expected false, because model.arch "
             f"{config.model.arch} has no blocks"
         )
+    sharding = None
+    if sharded:  # from the CPU, so that no device holds the whole model
+        autocast = choose_autocast(config.train.precision, device)
+        check_shardable(config, model, autocast)
+        sharding = Sharding(model, device, autocast)
     optimizer = optimizer_of(model, config.optim)
-    return RunState(config, model, optimizer, loader, source, Window(device), device)
+    window = Window(device)
+    return RunState(config, model, optimizer, loader, source, window, device, sharding=sharding)
 
 
 def _drop_tokens(model: nn.Module, config: Config) -> None:

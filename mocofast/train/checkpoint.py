@@ -11,35 +11,36 @@ reads the file:
     left_out (steps whose batch the model does not see)
     best, since_best (highest knn_top1, evaluations since then)
     scaler (of the loss, under fp16)
+    parts (of a sharded run: the folder with the sharded tensors, see mocofast.train.parts)
 
-mocofast.train.checkpoint_writer writes the files.
+mocofast.train.checkpoint_writer writes the files, and sharded_writer those of sharded runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
-import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mocofast import __version__, distributed, settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Loader, Source
 from mocofast.data.stamps import Stamp, changed
-from mocofast.errors import describe_error
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.train import parts
+from mocofast.train.checkpoint_file import read_file
 from mocofast.train.extend import take_other_images
 from mocofast.train.finite import check_finite
 from mocofast.train.metrics import Window
+from mocofast.train.sharding import Sharding, empty_like_own, load_model, load_optimizer
 
 log = logging.getLogger("mocofast")
 
@@ -60,6 +61,7 @@ class RunState:
     left_out: steps, counted from 1, whose batch the model does not see (train.skip_nonfinite).
     ranks_before: number of ranks that wrote the checkpoint to continue from.
     changed: what differs in the image files since the checkpoint, as `stamps.changed`.
+    sharding: of a model that is sharded over the ranks.
     """
 
     config: Config
@@ -81,6 +83,7 @@ class RunState:
     left_out: tuple[int, ...] = ()
     ranks_before: int = 0
     changed: str = ""
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         """Begins the stamp of the image files, on rank 0."""
@@ -95,10 +98,39 @@ class RunState:
         """Numbers of images and classes, which some methods are built for."""
         return {"images": len(self.source), "classes": len(self.source.classes)}
 
+    def whole_encoder(self) -> nn.Module:
+        """Returns the query encoder, of a sharded model a copy with whole weights.
+
+        A collective call.
+        """
+        return self.model.encoder_q if self.sharding is None else self.sharding.whole()
+
+    def measured(self, figures: dict[str, float], counts: bool) -> None:
+        """Takes the kNN figures of the present step. counts: for the best figures, too."""
+        self.after, self.evaluation_due, self.measured_at = figures, False, self.step
+        if self.step == 0:
+            self.before = figures
+        elif counts:
+            top1 = figures.get("knn_top1", 0.0)
+            self.since_best = 0 if top1 > self.best else self.since_best + 1
+            self.best = max(self.best, top1)
+
+    def initialise(self, load: Callable[[Method], list[str]]) -> list[str]:
+        """Gives a new model its first weights. Returns the lines of `load`."""
+        if self.sharding is None:
+            return load(self.model)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.config.train.seed)
+            plain = build_method(self.config, **self.sizes)
+        lines = load(plain)
+        load_model(self.model, plain.state_dict())
+        return lines
+
     def collect(self, alone: bool = False) -> dict[str, Any] | None:
         """Returns the content of a checkpoint on rank 0, elsewhere None. A collective call.
 
         alone: the call is of this rank alone, and the content has no parts of other ranks.
+        The content of a sharded run is on all ranks, with this rank's part of sharded tensors.
         """
         gather: Callable[[Any], list[Any]] = distributed.gather_objects
         if alone:
@@ -107,7 +139,7 @@ class RunState:
         skipped: dict[int, str] = {}
         for own in gather(dict(self.loader.skipped)):
             skipped |= own
-        if distributed.rank_and_world_size()[0] != 0:
+        if distributed.rank_and_world_size()[0] != 0 and self.sharding is None:
             return None
         return {
             "format": FORMAT,
@@ -159,9 +191,11 @@ class RunState:
                 "data.path: the content of image files has changed since the checkpoint "
                 "(data.checksum); --data.checksum false continues with these files"
             )
-        self.model.load_state_dict(saved["model"])
+        if "parts" in saved:  # values are read into this rank's parts
+            parts.fill(saved, empty_like_own(self.model, self.optimizer))
+        load_model(self.model, saved["model"])
         self.model.load_random_state(saved["method_random_state"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.step, self.epoch = saved["step"], saved["epoch"]
         self.step_in_epoch = saved["step_in_epoch"]
         self.before, self.after = saved["before"], saved["after"]
@@ -219,7 +253,9 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def load_checkpoint(
-    path: str | Path, check: Callable[[Any, Path], dict[str, Any]] | None = None
+    path: str | Path,
+    check: Callable[[Any, Path], dict[str, Any]] | None = None,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
@@ -227,17 +263,18 @@ def load_checkpoint(
         step file that is whole. The log names files that are missing or damaged.
     check: returns the content of a file, or raises ConfigError for another kind of checkpoint.
         None: `checked`.
+    whole: as for `read_file`.
     Raises FileNotFoundError if there is no file, ConfigError (a ValueError) if the file is no
     mocofast checkpoint, or damaged.
     """
     path, check = Path(path), check or checked
     if not path.is_dir():
-        return check(read_file(path), path)
+        return check(read_file(path, whole), path)
     folder = path / "checkpoints"
     last, errors = folder / LAST, []
     for file in (last, *step_files(folder)):
         try:
-            state = check(read_file(file), file)
+            state = check(read_file(file, whole), file)
         except (FileNotFoundError, ConfigError) as error:
             errors.append(str(error))
             continue
@@ -247,72 +284,6 @@ def load_checkpoint(
     if len(errors) == 1 and not last.exists():
         raise FileNotFoundError(f"no checkpoint at {last}")
     raise ConfigError(f"no checkpoint of {path} can be read: {'; '.join(errors)}")
-
-
-def read_file(path: Path) -> Any:
-    """Returns the content of a file of torch.save, ours or foreign, on the CPU.
-
-    Runs no code of the file: of classes beside tensors, argparse.Namespace alone is allowed.
-    Raises FileNotFoundError if there is no file, ConfigError if the file is damaged or of another
-    kind.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if damage := find_damage(path):
-        raise ConfigError(f"{path}: damaged ({damage})")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = describe_error(error)
-        if blocked := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ConfigError(
-                f"{path}: not a readable checkpoint: holds {blocked[1]}, an object whose "
-                "loading runs code of the file. If "
-                'you trust the file, save its weights alone: python -c "import torch; '
-                f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-                "w = c.state_dict() if hasattr(c, 'state_dict') else c['state_dict']; "
-                "torch.save({'state_dict': w}, 'weights.pt')\""
-            ) from error
-        first = text.splitlines()[0][:300]
-        raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
-    _check_tensors(content, path)
-    return content
-
-
-def _check_tensors(content: Any, path: Path) -> None:
-    """Raises ConfigError for a tensor larger than its file, which a stride of 0 makes possible."""
-    largest, waiting = path.stat().st_size, [content]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            # The element of a small tensor may stand for several: an expanded scalar.
-            if value.numel() * value.element_size() > max(largest, 2**20):
-                shape = "x".join(map(str, value.shape))
-                raise ConfigError(f"{path}: damaged (a tensor of {shape}, larger than the file)")
-        elif isinstance(value, Mapping):
-            waiting.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            waiting.extend(value)
-
-
-def find_damage(path: Path) -> str:
-    """Returns what is wrong with a file of torch.save, "" for nothing.
-
-    The file is a zip archive, whose checksums (CRC-32) torch.load does not compare. Files of
-    other kinds have no checksums.
-    """
-    if not zipfile.is_zipfile(path):
-        return ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.save never compresses. A small file may unpack to any size.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                return "a compressed entry"
-            bad = archive.testzip()
-    except Exception as error:  # zipfile raises many exceptions on a damaged directory
-        return describe_error(error)
-    return f"wrong checksum of {bad}" if bad else ""
 
 
 # The entries that every checkpoint needs, and their kinds.

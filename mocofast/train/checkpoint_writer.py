@@ -13,7 +13,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from mocofast import files
+from mocofast import distributed, files
+from mocofast.train import parts
 from mocofast.train.checkpoint import LAST, step_files
 
 log = logging.getLogger("mocofast")
@@ -119,14 +120,14 @@ class CheckpointWriter:
                 self._write_files(state)
             except OSError as error:
                 failed += 1
-                if self.make_room and error.errno in NO_ROOM and self._prune(keep=1):
+                if self.make_room and error.errno in NO_ROOM and self._made_room():
                     continue
                 self._error = _in_words(error, state, self.folder)
-                if failed == 1:
+                if failed == 1 and distributed.is_main():
                     log.warning(
                         "%s. Training goes on; the next try is in %.0f s", self._error, RETRY
                     )
-                if is_last:
+                if self._ends(is_last):
                     return
                 self._hurry.wait(RETRY)
                 continue
@@ -134,7 +135,7 @@ class CheckpointWriter:
                 self._error = error
                 return
             self._error = None
-            if failed:
+            if failed and distributed.is_main():
                 log.info("the checkpoint of step %d is written", state["step"])
             return
 
@@ -142,6 +143,7 @@ class CheckpointWriter:
         last = self.folder / LAST
         if not self.keep:
             save_atomically(state, last)
+            self._sweep()
             return
         numbered = self.folder / f"step_{state['step']:08d}.pt"
         save_atomically(state, numbered)
@@ -158,12 +160,28 @@ class CheckpointWriter:
             save_atomically(state, last)
         self._prune(self.keep)
 
+    def _made_room(self) -> bool:
+        return bool(self._prune(keep=1))
+
+    def _ends(self, is_last: bool) -> bool:
+        """Returns whether a write that failed is given up."""
+        return is_last
+
     def _prune(self, keep: int) -> int:
         """Removes old step files. Returns how many."""
         old = step_files(self.folder)[keep:]
         for file in old:
             file.unlink(missing_ok=True)
+        self._sweep()
         return len(old)
+
+    def _sweep(self) -> None:
+        """Removes folders of sharded tensors that no file names."""
+        if folders := [f for f in self.folder.glob(f"*{parts.SUFFIX}*") if f.is_dir()]:
+            needed = {parts.folder_of(file) for file in self.folder.glob("*.pt")}
+            for folder in folders:
+                if folder.name not in needed:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_words(error: OSError, state: dict[str, Any], folder: Path) -> OSError:

@@ -23,7 +23,7 @@ Normalize = Callable[[Tensor], Tensor]
 RunWith = Callable[..., Tensor]
 
 # Modules whose weights autocast always converts, and the names of these weights.
-_CONVERTED = (
+CONVERTED = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Linear,
@@ -46,7 +46,7 @@ def make_shadows(
     return {
         f"{path}.{name}".lstrip("."): (weight, weight.detach().to(autocast.fast_dtype))
         for path, module in encoder.named_modules()
-        if type(module) in _CONVERTED
+        if type(module) in CONVERTED
         for name, weight in module.named_parameters(recurse=False)
         if name in _WEIGHTS and weight.dtype == torch.float32
     }

@@ -32,6 +32,7 @@ from mocofast import step_parts
 from mocofast.config import ConfigError
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.base import Method
+from mocofast.ops.local import is_dtensor
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.train.encoder_run import encoder_run, make_shadows
 from mocofast.train.metrics import StepMetrics
@@ -44,11 +45,24 @@ STEPS_BEFORE_CAPTURE = 3
 TWO_STREAMS = 64 * 224 * 224
 
 
-def choose_mode(name: str, device: torch.device, world_size: int) -> tuple[str, str]:
+def choose_mode(
+    name: str, device: torch.device, world_size: int, sharded: bool = False
+) -> tuple[str, str]:
     """Returns the mode that `engine.mode` means on this device, and the reason.
 
-    Raises ConfigError for a mode that the device cannot take.
+    sharded: the model is sharded over the ranks.
+    Raises ConfigError for a mode that the device or a sharded model cannot take.
     """
+    if sharded:
+        if name in ("compile", "graph"):
+            raise ConfigError(
+                f"engine.mode: {name} does not know the parts of a sharded model; "
+                "--engine.mode eager works, and so does --engine.parallel ddp"
+            )
+        return (
+            "eager",
+            f"weights, momentum encoder and optimiser are sharded over {world_size} ranks",
+        )
     compiles = device.type != "cuda" or importlib.util.find_spec("triton") is not None
     if name == "graph" and device.type != "cuda":
         raise ConfigError(
@@ -97,7 +111,8 @@ class Engine:
 
     mode: "eager", "compile" or "graph". On a CPU "graph" runs the step that would be captured.
     method: a method on its device. The engine chooses how its encoders run and, with several ranks,
-        wraps it in DistributedDataParallel (graph: averages the gradients itself).
+        wraps it in DistributedDataParallel (graph: averages the gradients itself). A method of
+        `mocofast.train.sharding` runs as it is, in the mode "eager".
     optimizer: made by `optimizer_of`. Load the state of method and optimiser before.
     autocast: the precision of the forward passes.
     accumulate: micro-batches per step.
@@ -127,9 +142,10 @@ class Engine:
             module for module in method.modules() if getattr(module, "token_dropout", 0)
         ]
         self._gradients = FlatGradients(method.parameters()) if mode == "graph" else None
-        if rank_and_world_size()[1] > 1:
+        sharded = is_dtensor(next(method.parameters()))  # FSDP2 joins the ranks
+        if rank_and_world_size()[1] > 1 and not sharded:
             self._join_ranks()
-        for name in step_parts.FORWARD:
+        for name in () if sharded else step_parts.FORWARD:
             if isinstance(getattr(method, name, None), nn.Module):
                 self._choose_run(name, None if mode == "eager" else backend)
         self._buffers: _Batch | None = None  # the fixed buffers that a captured step reads

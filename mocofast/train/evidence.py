@@ -68,9 +68,11 @@ def save_state(state: RunState, error: Exception, folder: Path) -> None:
     """Writes the state at an exception. No resume takes the file unasked. Never raises.
 
     Without effect after an error of the system or of a collective: another rank has ended then.
+    A sharded run leaves no state: its parts are on all ranks, and one rank may have failed alone.
     folder: the run folder. The file is exception.pt.
     """
-    if isinstance(error, (OSError, torch.distributed.DistError)) or "gloo" in str(error):
+    of_ranks = isinstance(error, (OSError, torch.distributed.DistError)) or "gloo" in str(error)
+    if of_ranks or state.sharding is not None:
         return
     path = folder / "exception.pt"
     try:

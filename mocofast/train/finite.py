@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from mocofast.config import ConfigError
+from mocofast.ops.local import local_tensor
 
 
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Returns whether all values of the floating tensors, on one device, are finite.
 
-    Scalars may be infinite: see `is_bound`.
+    Scalars may be infinite: see `is_bound`. Of sharded tensors this rank's parts.
     """
-    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-    floating = [t for t in floating if not is_bound(t)]
+    parts = [local_tensor("tensors", t.detach()) for t in tensors if t.is_floating_point()]
+    floating = [t for t in parts if t.numel() and not is_bound(t)]
     if not floating:
         return True
     # The largest magnitude of a tensor is NaN or infinite if a value is.

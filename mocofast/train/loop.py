@@ -21,7 +21,7 @@ from mocofast.device import choose_autocast, loss_scaler
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
-from mocofast.health.watch import Watch
+from mocofast.health.watch import Attendant, Watch
 from mocofast.methods.base import Method
 from mocofast.optim.schedule import learning_rate, scaled_by_batch
 from mocofast.report.at_end import write_at_end
@@ -42,6 +42,8 @@ from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result
 from mocofast.train.resume import check_same_run, find_checkpoint
 from mocofast.train.run_folder import PretrainingFolder, StepLine
+from mocofast.train.sharded_writer import ShardedCheckpointWriter
+from mocofast.train.sharding import is_sharded
 from mocofast.train.suspects import skip_fatal_files
 from mocofast.train.threads import set_threads
 
@@ -67,7 +69,8 @@ class Run:
     ) -> None:
         self.heart = heart
         self.config, self.device, self.world_size, self.path = config, device, world_size, path
-        saved = find_checkpoint(self.path, resume)
+        sharded = is_sharded(config, world_size)
+        saved = find_checkpoint(self.path, resume, whole=not sharded)
         if saved is not None:
             check_same_run(config, saved, extend)
         else:
@@ -78,13 +81,14 @@ class Run:
         self.choices: list[Choice] = []
         if kept is not None and saved is None:
             self.choices = fit_on_all_ranks(config, datasets.train, kept, device, world_size)
-        mode, reason = choose_mode(config.engine.mode, device, world_size)
+        mode, reason = choose_mode(config.engine.mode, device, world_size, sharded)
         self.state = new_state(config, datasets, device, rank, world_size)
-        set_threads(self.state.model.encoder_q, config, device, world_size, saved)
+        encoder = self.state.whole_encoder()
+        set_threads(encoder, config, device, world_size, saved)
         self.autocast = choose_autocast(config.train.precision, device)
         self.state.scaler = loss_scaler(self.autocast, mode)
         for size in sorted({config.augment.size, *config.augment.training_sizes()}):
-            check_gradients(self.autocast, self.state.model.encoder_q, size)
+            check_gradients(self.autocast, encoder, size)
         self.monitor = KNNMonitor.of(datasets, config, device)
         if config.knn.patience and self.monitor is None:
             raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
@@ -95,35 +99,42 @@ class Run:
         if saved is not None:
             self.first_lines = self.state.restore(saved, extend)
         elif initialise is not None:
-            self.first_lines = initialise(self.state.model)
+            self.first_lines = self.state.initialise(initialise)
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
         self.first_lines += skip_fatal_files(self.state.loader, self.state.source, self.path)
         resumed_step = self.state.step if saved else None
         self.folder = PretrainingFolder(self.path, config, resumed_step) if rank == 0 else None
         self.writer = None
-        if rank == 0:
+        if rank == 0 or sharded:
             files, place = config.checkpoint, self.path / "checkpoints"
-            self.writer = CheckpointWriter(place, files.keep, files.make_room)
+            kind = ShardedCheckpointWriter if sharded else CheckpointWriter
+            self.writer = kind(place, files.keep, files.make_room)
         model, optimizer, scaler = self.state.model, self.state.optimizer, self.state.scaler
         parts = config.train.accumulate
         images = config.data.batch_size // world_size // parts
         self.engine = Engine(mode, model, optimizer, self.autocast, parts, images, scaler=scaler)
         self.rate, self.evaluated_at = 0.0, self.state.step  # of the last step and evaluation
         self.profiler: StepProfiler | None = None
+        if profile and sharded:
+            raise ConfigError(
+                "--profile: times the parts of a step with --engine.parallel ddp only"
+            )
         if profile and rank == 0:
             now = replace(config, augment=config.augment.at(self.state.epoch))
             self.profiler = StepProfiler(model, optimizer, self.autocast, now)
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
-        self.watch: Watch | None = None
+        self.watch: Watch | Attendant | None = None
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *self.first_lines]
             lines += ["no kNN monitor"] * (self.monitor is None) + [f"writing to {self.path}"]
-            seen = (self.state, datasets, self.choices, self.autocast, world_size)
+            seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
             announce(*seen, lines, resumed_step)
             pretrained = bool(self.first_lines)
             self.watch = Watch(self.path, config, model, datasets, resumed_step, pretrained)
+        elif sharded:
+            self.watch = Attendant(model)
 
     # ---- the loop ----
 
@@ -329,18 +340,11 @@ class Run:
             return stop.requested()
 
         try:
-            encoder = state.model.encoder_q
-            state.after = self.monitor.evaluate(encoder, self.autocast, stopped)
+            figures = self.monitor.evaluate(state.whole_encoder(), self.autocast, stopped)
         except EvaluationStopped:
             log.info("evaluation stopped; a continued run evaluates first")
             return False
-        state.evaluation_due, state.measured_at = False, state.step
-        if state.step == 0:
-            state.before = state.after
-        elif write:
-            top1 = state.after.get("knn_top1", 0.0)
-            state.since_best = 0 if top1 > state.best else state.since_best + 1
-            state.best = max(state.best, top1)
+        state.measured(figures, counts=write)
         if self.folder is not None and write:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
             self.folder.write_evaluation(
@@ -355,10 +359,11 @@ class Run:
         self._write_pending()  # before the checkpoint, which takes long
         self._check_weights()  # a checkpoint takes the place of an older one
         content = self.state.collect()
-        if content is None or self.writer is None or self.folder is None:
+        if content is None or self.writer is None:
             return
-        name, skipped = self.state.source.name, content["data"]["skipped"]
-        self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
+        if self.folder is not None:
+            name, skipped = self.state.source.name, content["data"]["skipped"]
+            self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
         with self.heart.patient("the copy of the checkpoint, or the write of the last"):
             self.writer.save(content)
 
@@ -368,6 +373,7 @@ class Run:
 
     def _finish(self, interrupted: bool, seconds: float) -> None:
         """Logs how the run ended, and finishes the files. seconds: duration of the run."""
+        encoder = None if interrupted else self.state.whole_encoder()
         if self.folder is None or self.writer is None:
             return
         self.writer.wait()
@@ -386,9 +392,8 @@ class Run:
         if self.watch is not None:
             self.watch.conclude(self.state.before, self.state.after)
         page = ""
-        if not interrupted:
-            encoder, source = self.state.model.encoder_q, self.state.source
-            page = write_at_end(self.path, source, self.config, encoder, self.device)
+        if encoder is not None:
+            page = write_at_end(self.path, self.state.source, self.config, encoder, self.device)
         measured_at = self.state.measured_at
         when = "" if measured_at is None else f" (measured at step {measured_at})"
         self.folder.finish(self.state.before, self.state.after, when, page)

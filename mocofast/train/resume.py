@@ -33,16 +33,17 @@ FREE_TO_CHANGE = (
 )
 
 
-def find_checkpoint(folder: Path, resume: str) -> dict[str, Any] | None:
+def find_checkpoint(folder: Path, resume: str, whole: bool = True) -> dict[str, Any] | None:
     """Loads the checkpoint to continue from.
 
     folder: the run folder, for resume="auto". Without a checkpoint there the result is None.
     resume: "auto", the path of a checkpoint or run folder, or "" for a new run.
+    whole: False leaves sharded tensors in their files, until a sharded run reads its parts.
     """
     if resume != "auto":
-        return load_checkpoint(resume) if resume else None
+        return load_checkpoint(resume, whole=whole) if resume else None
     try:
-        return load_checkpoint(folder)
+        return load_checkpoint(folder, whole=whole)
     except FileNotFoundError:
         return None
 

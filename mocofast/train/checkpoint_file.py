@@ -1,0 +1,90 @@
+"""Reads files of torch.save: no code of a file runs, and damage is found."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocofast.config import ConfigError
+from mocofast.errors import describe_error
+from mocofast.train import parts
+
+
+def read_file(path: Path, whole: bool = True) -> Any:
+    """Returns the content of a file of torch.save, ours or foreign, on the CPU.
+
+    Runs no code of the file: of classes beside tensors, argparse.Namespace alone is allowed.
+    whole: also read the sharded tensors of a sharded checkpoint. Otherwise their folder is checked,
+        and the tensors have no values (see mocofast.train.parts).
+    Raises FileNotFoundError if there is no file, ConfigError if the file is damaged or of another
+    kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if damage := find_damage(path):
+        raise ConfigError(f"{path}: damaged ({damage})")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = describe_error(error)
+        if blocked := re.search(r"GLOBAL ([\w.]+)", text):
+            raise ConfigError(
+                f"{path}: not a readable checkpoint: holds {blocked[1]}, an object whose "
+                "loading runs code of the file. If "
+                'you trust the file, save its weights alone: python -c "import torch; '
+                f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
+                "w = c.state_dict() if hasattr(c, 'state_dict') else c['state_dict']; "
+                "torch.save({'state_dict': w}, 'weights.pt')\""
+            ) from error
+        first = text.splitlines()[0][:300]
+        raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
+    _check_tensors(content, path)
+    if isinstance(content, dict) and "parts" in content:
+        parts.check(content, path)
+        if whole:
+            parts.fill(content)
+    return content
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Raises ConfigError for a tensor larger than its file, which a stride of 0 makes possible."""
+    largest, waiting = path.stat().st_size, [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:  # no values: parts.check compares its size
+                continue
+            # The element of a small tensor may stand for several: an expanded scalar.
+            if value.numel() * value.element_size() > max(largest, 2**20):
+                shape = "x".join(map(str, value.shape))
+                raise ConfigError(f"{path}: damaged (a tensor of {shape}, larger than the file)")
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+
+
+def find_damage(path: Path) -> str:
+    """Returns what is wrong with a file of torch.save, "" for nothing.
+
+    The file is a zip archive, whose checksums (CRC-32) torch.load does not compare. Files of
+    other kinds have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save never compresses. A small file may unpack to any size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "a compressed entry"
+            bad = archive.testzip()
+    except Exception as error:  # zipfile raises many exceptions on a damaged directory
+        return describe_error(error)
+    return f"wrong checksum of {bad}" if bad else ""
