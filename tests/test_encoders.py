@@ -148,6 +148,44 @@ def test_split_batchnorm_is_one_batchnorm_per_split(
     torch.testing.assert_close(split.eval()(x), looped.eval()(x))
 
 
+class Norms(nn.Module):
+    """BatchNorms of vectors, sequences, maps and volumes, in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.rows = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.maps, self.volume = nn.BatchNorm2d(4), nn.BatchNorm3d(4)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 4, D, H, W)
+        y = self.volume(x)
+        y = y + self.maps(y.mean(4))[..., None].sin()
+        y = y + self.rows(y.mean((3, 4)))[..., None, None].cos()
+        return y + self.flat(y.mean((2, 3, 4)))[..., None, None, None].sin()
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format])
+def test_norms_of_vectors_sequences_and_volumes_are_split_too(
+    memory_format: torch.memory_format,
+) -> None:
+    torch.manual_seed(0)
+    ours, x = Norms().double(), torch.randn(6, 4, 2, 3, 5, dtype=torch.float64)
+    parts = [copy.deepcopy(ours) for _ in range(3)]  # a model for every split
+    split_batch_norm(ours, 3)
+    given = x.clone(memory_format=memory_format).requires_grad_()
+    y = ours(given)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+    for i, part in enumerate(parts):
+        own = x[i::3].clone().requires_grad_()
+        expected = part(own)
+        (expected * weights[i::3]).sum().backward()
+        torch.testing.assert_close(y[i::3], expected)
+        torch.testing.assert_close(given.grad[i::3], own.grad)  # type: ignore[index]
+    for name, value in ours.state_dict().items():
+        mean = torch.stack([p.state_dict()[name].double() for p in parts]).mean(0)
+        torch.testing.assert_close(value.double(), mean)
+
+
 def test_split_batchnorm_refuses_a_batch_it_cannot_split_but_only_in_training() -> None:
     split = SplitBatchNorm2d(3, 4)
     x = torch.randn(6, 3, 2, 2)

@@ -81,6 +81,19 @@ def test_onnxruntime_computes_equal_features_for_any_number_of_images(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_openvino_reads_the_graph_of_onnx(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    checkpoint = trained("resnet18_cifar", SMALL)
+    written = export(checkpoint, "onnx", tmp_path / "model.onnx")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bf16 on CPUs that have bf16
+    model = openvino.Core().compile_model(str(written.path), "CPU", exact)
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        found = torch.from_numpy(model(images.numpy())[0])
+        torch.testing.assert_close(found, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["resnet_tiny", "vit_tiny_cifar"])
 def test_an_exported_program_computes_equal_features_for_any_number_of_images(
     arch: str, tmp_path: Path

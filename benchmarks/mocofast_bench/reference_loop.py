@@ -30,7 +30,7 @@ from mocofast.data.interface import Source
 from mocofast.data.items import Item
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.moco import MoCo
-from mocofast.models.batch_norm import SplitBatchNorm2d
+from mocofast.models.batch_norm import SplitBatchNorm
 
 
 class ReferenceMoCo(nn.Module):
@@ -156,7 +156,7 @@ class StrongMoCo(nn.Module):
         self.register_buffer("queue", model.queue.clone())
         self.pointer = int(model.queue_ptr)
         # In one process the shuffle has an effect only with split BatchNorm.
-        self.shuffles = any(isinstance(module, SplitBatchNorm2d) for module in self.modules())
+        self.shuffles = any(isinstance(module, SplitBatchNorm) for module in self.modules())
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits and keys, and updates the key encoder.

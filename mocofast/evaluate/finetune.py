@@ -29,7 +29,7 @@ from mocofast.evaluate.linear import plain_view
 from mocofast.evaluate.options import FinetuneConfig as FinetuneConfig
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, loss_of, targets_of
-from mocofast.models.batch_norm import SplitBatchNorm2d
+from mocofast.models.batch_norm import SplitBatchNorm
 from mocofast.models.encoders import head_inputs
 from mocofast.models.heads import head_names, put
 from mocofast.models.pixels import pixel_statistics, prepare_images
@@ -95,7 +95,7 @@ def train_classifier(
     """Replaces the encoder's head by a linear classifier and trains all weights, in place.
 
     encoder: on `device`. BatchNorm then uses the whole batch, for any num_splits. On many ranks
-        without SplitBatchNorm2d.
+        without SplitBatchNorm.
     datasets: labelled train and validation images (ConfigError otherwise).
     config: the run's configuration. View size, pixel statistics, flips, loader, workers,
         `data.target` and seed are used.
@@ -126,7 +126,7 @@ def train_classifier(
     _replace_head(encoder, len(targets.names), config, device)
     encoder.requires_grad_(True)
     for module in encoder.modules():
-        if isinstance(module, SplitBatchNorm2d):
+        if isinstance(module, SplitBatchNorm):
             module.num_splits = 1
     scale = _Scale(targets, datasets.train.labels, device)
     mix = _mixture(options, targets)

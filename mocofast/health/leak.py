@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mocofast.methods.base import Method
-from mocofast.models.batch_norm import SplitBatchNorm2d
+from mocofast.models.batch_norm import SplitBatchNorm
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def leak_test(method: Method, views: Sequence[Tensor]) -> dict[str, Tensor]:
     split can tell the key. Shuffled, a split's keys come from all splits.
     """
     queue = getattr(method, "queue", None)
-    norms = [m for m in method.encoder_q.modules() if isinstance(m, SplitBatchNorm2d)]
+    norms = [m for m in method.encoder_q.modules() if isinstance(m, SplitBatchNorm)]
     splits = norms[0].num_splits if norms else 1
     if not isinstance(queue, Tensor) or splits < 2 or len(views) < 2 or len(views[0]) % splits:
         return {}

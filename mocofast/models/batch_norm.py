@@ -11,15 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mocofast.ops.batch_norm import ghost_batch_norm
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over splits of the batch, as if every split were on a separate GPU.
+class SplitBatchNorm(_BatchNorm):
+    """BatchNorm over splits of the batch, as if every split were on a separate GPU.
 
     In training, sample n belongs to split n % num_splits, as in MoCo's CIFAR demo. Every split
     updates a copy of the running statistics, and the mean of the copies is kept.
-    In eval mode the layer is an ordinary BatchNorm2d. The state-dict names are BatchNorm2d's.
+    In eval mode the layer is an ordinary BatchNorm. The state-dict names are BatchNorm's.
 
     forward(x, relu, residual):
-        x: (N, C, H, W).
+        x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), as the class says.
         residual: added to the result of BatchNorm, same shape and dtype as x.
         relu: whether a ReLU follows the addition. On CUDA, all three run in one pass.
     Raises ValueError in training if N is not divisible by num_splits.
@@ -37,12 +37,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             if residual is not None:
                 y = y + residual
             return y.relu_() if relu else y
+        self._check_input_dim(x)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         y = ghost_batch_norm(
-            x,
+            _as_maps(x),
             self.weight,
             self.bias,
             self.running_mean,
@@ -51,34 +52,60 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.momentum,
             self.eps,
             relu,
-            residual,
+            None if residual is None else _as_maps(residual),
         )
         self.num_batches_tracked.add_(1)
-        return y
+        return y if x.dim() == 4 else y.reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
 
+class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
+    """SplitBatchNorm of vectors (N, C) or sequences (N, C, L)."""
+
+
+class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
+    """SplitBatchNorm of images (N, C, H, W)."""
+
+
+class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):
+    """SplitBatchNorm of videos or volumes (N, C, D, H, W)."""
+
+
+_SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
+    nn.BatchNorm1d: SplitBatchNorm1d,
+    nn.BatchNorm2d: SplitBatchNorm2d,
+    nn.BatchNorm3d: SplitBatchNorm3d,
+}
+
+
+def _as_maps(x: Tensor) -> Tensor:
+    """Returns x as (N, C, H, W), without a copy if memory is contiguous or channels-last."""
+    if x.dim() == 5:
+        return x.flatten(2, 3)
+    return x[(...,) + (None,) * (4 - x.dim())]
+
+
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Replaces every BatchNorm2d inside `module` by a SplitBatchNorm2d, in place.
+    """Replaces every BatchNorm (1d, 2d, 3d) inside `module` by a SplitBatchNorm, in place.
 
     Keeps weights, statistics, modes and state-dict names. Torchvision's residual blocks then
     compute additions and ReLUs inside BatchNorm, see `fuse_blocks`.
 
-    Raises ValueError for a BatchNorm2d without weights, running statistics or a fixed momentum.
+    Raises ValueError for a BatchNorm without weights, running statistics or a fixed momentum.
     After an error nothing is changed.
     """
 
-    def make(old: nn.BatchNorm2d) -> SplitBatchNorm2d:
+    def make(old: _BatchNorm) -> SplitBatchNorm:
         if not old.affine or not old.track_running_stats or old.momentum is None:
             raise ValueError(
-                "bn_splits: expected BatchNorm2d with weights, running statistics and a momentum; "
+                "bn_splits: expected BatchNorm with weights, running statistics and a momentum; "
                 f"got {old}"
             )
-        return SplitBatchNorm2d(old.num_features, num_splits, old.eps, old.momentum)
+        return _SPLIT[type(old)](old.num_features, num_splits, old.eps, old.momentum)
 
-    if replace_batch_norms(module, lambda child: type(child) is nn.BatchNorm2d, make):
+    if replace_batch_norms(module, lambda child: type(child) in _SPLIT, make):
         fuse_blocks(module)
 
 

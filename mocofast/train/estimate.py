@@ -10,7 +10,7 @@ from torch import nn
 
 from mocofast.config import AugmentConfig, Config
 from mocofast.data.finding import counted
-from mocofast.models.batch_norm import SplitBatchNorm2d
+from mocofast.models.batch_norm import SplitBatchNorm
 from mocofast.models.sync_batch_norm import SyncBatchNorm
 from mocofast.train.metrics import duration
 
@@ -38,7 +38,7 @@ def seconds_per_image(
     for module in encoder.modules():
         if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
             module.eval()  # in train mode the layer would wait for ranks that do not measure
-    norms = [module for module in encoder.modules() if isinstance(module, SplitBatchNorm2d)]
+    norms = [module for module in encoder.modules() if isinstance(module, SplitBatchNorm)]
     splits = max((module.num_splits for module in norms), default=1)  # which divide a batch
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for least in IMAGES:
