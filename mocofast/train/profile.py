@@ -238,11 +238,13 @@ class StepProfiler:
         """
         works: dict[str, list[Work]] = {}
         channels, queries = self._config.data.channels, 0
-        encoders = {name: getattr(self._method, encoder, None) for encoder, name in FORWARD.items()}
+        encoders: dict[str, nn.Module | None] = {
+            name: getattr(self._method, encoder, None) for encoder, name in FORWARD.items()
+        }
         for (name, size), count in images.items():
-            if not count or encoders.get(name) is None:
+            if not count or (encoder := encoders.get(name)) is None:
                 continue
-            forward, backward = encoder_work(encoders[name], count, size, self._autocast, channels)
+            forward, backward = encoder_work(encoder, count, size, self._autocast, channels)
             works.setdefault(name, []).extend(forward)
             if name == FORWARD["encoder_q"]:
                 works.setdefault("backward", []).extend(backward)
