@@ -23,6 +23,7 @@ from mocofast.evaluate.features import extract_batches, extraction, image_batche
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.train import configure
 from mocofast.train.run import train
+from mocofast.view_sizes import pixels_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +52,8 @@ class Trained:
 
     def __repr__(self) -> str:
         """Returns the place and the kind of the encoder."""
-        return f"Trained({self.config.model.arch}, {self.config.augment.size} px, {self.path})"
+        size = pixels_text(self.config.augment.size)
+        return f"Trained({self.config.model.arch}, {size} px, {self.path})"
 
     def to(self, device: torch.device | str) -> Trained:
         """Moves the encoder to a device. Returns this object."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mocofast.option import SHARE, Valid, above, at_least, between, option
+from mocofast.view_sizes import Size, as_size, height_width, last, staged, stages
 
 _RANGE = r"auto|dtype|((divide|percentile):)?[-+.0-9e]+(,[-+.0-9e]+)*"
 _FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -213,31 +213,6 @@ class DataConfig(ReadingOptions, _SourceOptions):
     """The source of the images, how files are read, and the loader that decodes them."""
 
 
-def stages(values: tuple[str, ...]) -> dict[int, tuple[float, ...]]:
-    """Reads a schedule by epochs, ("0:16", "10:24"), as {first epoch: numbers}.
-
-    Raises ValueError unless every value is an epoch and numbers, and epochs rise from 0.
-    """
-    rows = [value.split(":") for value in values]
-    found = {int(epoch): tuple(map(float, numbers)) for epoch, *numbers in rows}
-    if len(found) < len(rows) or list(found) != sorted(found) or min(found, default=0) != 0:
-        raise ValueError(f"expected epochs that rise from 0: got {', '.join(values)}")
-    return found
-
-
-def _staged(count: int, holds: Callable[[tuple[float, ...]], bool], expected: str) -> Valid:
-    """Returns the condition that a value is a schedule of `count` numbers that satisfy `holds`."""
-
-    def valid(values: tuple[str, ...]) -> bool:
-        try:
-            found = stages(values).values()
-        except ValueError:
-            return False
-        return all(len(numbers) == count and holds(numbers) for numbers in found)
-
-    return Valid(valid, f"{expected}, with epochs that rise from 0")
-
-
 _CROP_AREA = Valid(
     lambda value: 0 < value[0] <= value[1] <= 1, "two shares, 0 < smallest <= largest <= 1"
 )
@@ -250,17 +225,21 @@ _PROBABILITY_OR_SAME = Valid(lambda value: value == -1 or 0 <= value <= 1, "a pr
 class AugmentConfig:
     """Random views. The defaults are MoCo v1's. The recipes hold the differences of v2."""
 
-    size: int = option(
-        224, "side of a view in training and evaluation, in pixels", valid=at_least(1)
+    size: int | tuple[int, int] = option(
+        224,
+        "side of a view in training and evaluation, in pixels, or HEIGHT,WIDTH of views that are "
+        "no squares",
+        valid=at_least(1),
     )
     sizes: tuple[str, ...] = option(
         (),
         "sides of the views in training by epoch: 0:96,100:160,150:224 makes views of 96 pixels "
-        "from epoch 0 on, and of 160 from epoch 100 on; empty means size",
-        valid=_staged(
-            1,
-            lambda value: value[0] >= 1 and value[0] == int(value[0]),
-            "EPOCH:SIZE,... such as 0:96,100:224 (in YAML with quotes)",
+        "from epoch 0 on, and of 160 from epoch 100 on (0:96:192 of 96 x 192); empty means size",
+        valid=staged(
+            lambda value: (
+                len(value) in (1, 2) and all(each >= 1 and each == int(each) for each in value)
+            ),
+            "EPOCH:SIZE,... such as 0:96,100:224 (in YAML with quotes), or EPOCH:HEIGHT:WIDTH,...",
         ),
     )
     crop_scale: tuple[float, float] = option(
@@ -268,13 +247,18 @@ class AugmentConfig:
         "area of the random crop, as a share of the image",
         valid=_CROP_AREA,
     )
+    crop_ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3),
+        "smallest and largest width / height of the random crop in the image, which is then resized"
+        " to the size of a view, of any shape",
+        valid=Valid(lambda value: 0 < value[0] <= value[1], "0 < smallest <= largest"),
+    )
     crop_scales: tuple[str, ...] = option(
         (),
         "area of the random crop by epoch: 0:0.5:1,100:0.2:1 takes shares of 0.5 to 1 from epoch 0 "
         "on, and of 0.2 to 1 from epoch 100 on; empty means crop_scale",
-        valid=_staged(
-            2,
-            lambda value: 0 < value[0] <= value[1] <= 1,
+        valid=staged(
+            lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
             "EPOCH:SMALLEST:LARGEST,... such as 0:0.5:1,100:0.2:1 (in YAML with quotes)",
         ),
     )
@@ -316,7 +300,9 @@ class AugmentConfig:
         "small views of an image beside the two views (multi-crop: SwAV has 6); 0: none",
         valid=between(0, 64),
     )
-    local_size: int = option(96, "side of a small view, in pixels", valid=at_least(1))
+    local_size: int | tuple[int, int] = option(
+        96, "side of a small view, in pixels, or HEIGHT,WIDTH", valid=at_least(1)
+    )
     local_scale: tuple[float, float] = option(
         (0.05, 0.14),
         "area of the random crop of a small view, as a share of the image",
@@ -362,9 +348,10 @@ class AugmentConfig:
         """Returns the augmentation of an epoch, whose size and crop_scale follow no schedule."""
         if not self.sizes and not self.crop_scales:
             return self
-        size = _last(self.sizes, epoch, (self.size,))
-        low, high = _last(self.crop_scales, epoch, self.crop_scale)
-        return replace(self, size=int(size[0]), crop_scale=(low, high), sizes=(), crop_scales=())
+        sides = last(self.sizes, epoch, height_width(self.size))
+        low, high = last(self.crop_scales, epoch, self.crop_scale)
+        size = as_size(int(sides[0]), int(sides[-1]))
+        return replace(self, size=size, crop_scale=(low, high), sizes=(), crop_scales=())
 
     def local(self) -> AugmentConfig:
         """Returns the augmentation of a small view, which follows no schedule."""
@@ -377,16 +364,15 @@ class AugmentConfig:
             local_crops=0,
         )
 
-    def training_sizes(self) -> tuple[int, ...]:
-        """Returns the sides of all views of a training, in pixels, in the order of the epochs.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of a view, in pixels."""
+        return height_width(self.size)
 
-        The side of small views comes last.
+    def training_sizes(self) -> tuple[Size, ...]:
+        """Returns the sizes of all views of a training, in the order of the epochs.
+
+        The size of small views comes last.
         """
-        sizes = tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
+        sizes: tuple[Size, ...] = tuple(self.at(epoch).size for epoch in stages(self.sizes) or (0,))
         return (*sizes, self.local_size) if self.local_crops else sizes
-
-
-def _last(values: tuple[str, ...], epoch: int, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns the numbers of the last stage that begins at `epoch` or before."""
-    found = {first: numbers for first, numbers in stages(values).items() if first <= epoch}
-    return found[max(found)] if found else default

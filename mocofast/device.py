@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mocofast.errors import ConfigError
 from mocofast.plugins import is_plugin
+from mocofast.view_sizes import Size, height_width
 
 if TYPE_CHECKING:
     from mocofast.config import Config
@@ -115,11 +116,11 @@ def short_name(autocast: torch.autocast) -> str:
     return "fp16" if autocast.fast_dtype == torch.float16 else "bf16"
 
 
-def wrong_in_bf16(encoder: nn.Module, size: int) -> str:
+def wrong_in_bf16(encoder: nn.Module, size: Size) -> str:
     """Returns the name of a convolution whose gradient a CPU gets wrong in bf16, "" for none.
 
     encoder: on the CPU. Runs once on an empty image, in eval mode.
-    size: side of the images, in pixels.
+    size: of the images.
 
     oneDNN (torch 2.11, AVX512-BF16) leaves parts of the gradient of a weight uninitialised, which
     no tensor shows until the loss diverges, if the input is 1 pixel wide and the kernel is 3 wide
@@ -144,7 +145,8 @@ def wrong_in_bf16(encoder: nn.Module, size: int) -> str:
     encoder.eval()
     try:
         with torch.no_grad():
-            encoder(torch.zeros(1, next(iter(convolutions.values())).in_channels, size, size))
+            channels = next(iter(convolutions.values())).in_channels
+            encoder(torch.zeros(1, channels, *height_width(size)))
     finally:
         for handle in handles:
             handle.remove()

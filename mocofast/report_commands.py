@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mocofast import settings
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.parser import Parser, add_device, add_settings, given_settings
+from mocofast.view_sizes import pixels_text
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +160,8 @@ def views(argv: Sequence[str]) -> int:
         loader.close()
     sheet_of(batch.views).save(out)
     print(datasets.lines())
-    small = f"; {augment.local_crops} of {augment.local_size}" if augment.local_crops else ""
-    print(f"written: {out}, {count} images, views of {augment.size} pixels{small}")
+    sizes = f"views of {pixels_text(augment.size)} pixels"
+    if augment.local_crops:
+        sizes += f"; {augment.local_crops} of {pixels_text(augment.local_size)}"
+    print(f"written: {out}, {count} images, {sizes}")
     return 0

@@ -28,6 +28,7 @@ from mocofast.config import (
 )
 from mocofast.option import Valid
 from mocofast.plugins import is_plugin
+from mocofast.view_sizes import Size, as_size, pixels_text
 
 log = logging.getLogger("mocofast")
 
@@ -91,8 +92,13 @@ def coerce(setting: Setting, value: Any) -> Any:
         result = _coerce(setting.type, value)
     except (KeyError, TypeError, ValueError, OverflowError):
         kinds = typing.get_args(setting.type)
-        count = "" if Ellipsis in kinds else f"{len(setting.default)} " if kinds else ""
-        expected = f"{count}values like {setting.default}" if kinds else setting.type.__name__
+        if setting.type == Size:
+            expected = "a number, or HEIGHT,WIDTH"
+        elif kinds:
+            count = "" if Ellipsis in kinds else f"{len(setting.default)} "
+            expected = f"{count}values like {setting.default}"
+        else:
+            expected = setting.type.__name__
         if setting.default == () and setting.valid:
             expected = setting.valid.expected
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r:.100}") from None
@@ -106,6 +112,9 @@ def coerce(setting: Setting, value: Any) -> Any:
 
 
 def _coerce(kind: Any, value: Any) -> Any:
+    if kind == Size:
+        has_two = isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value)
+        return as_size(*_coerce(tuple[int, int], value)) if has_two else _coerce(int, value)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         if isinstance(value, str):
@@ -295,6 +304,7 @@ def validate(config: Config) -> None:
         )
     _check_statistics(config)
     _check_schedules(config)
+    _check_turns(config)
     if config.data.source in OWN_IMAGES and not config.data.path:
         raise ConfigError("data.path: expected the folder of images, got nothing (--data.path DIR)")
 
@@ -310,6 +320,18 @@ def _check_schedules(config: Config) -> None:
         )
     if config.knn.patience and not config.knn.every:
         raise _unexpected("knn.every", "at least 1 where knn.patience is above 0", 0)
+
+
+def _check_turns(config: Config) -> None:
+    """Checks that views keep their shape."""
+    wide = [size for size in config.augment.training_sizes() if not isinstance(size, int)]
+    if wide and config.augment.quarter_turns:
+        raise _unexpected(
+            "augment.quarter_turns",
+            f"0 for views of {pixels_text(wide[0])} pixels, because a turn exchanges height and "
+            "width (flip and vertical_flip keep them)",
+            config.augment.quarter_turns,
+        )
 
 
 def _check_statistics(config: Config) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mocofast.view_sizes import Size, as_size
+
 STEP = "step"  # name of a whole step in torch.profiler
 FORWARD = {"encoder_q": "query forward", "encoder_k": "key forward"}  # {encoder of a Method: part}
 OTHER = "other"  # time outside of all parts
@@ -34,7 +36,7 @@ class Step(NamedTuple):
 
     # (part, start, end) of intervals in the innermost open part: seconds (CPU) or events (GPU).
     marks: list[tuple[str, Any, Any]]
-    images: Counter[tuple[str, int]]  # {(part, side in pixels): images encoded}
+    images: Counter[tuple[str, Size]]  # {(part, size): images encoded}
 
     def spans(self) -> list[Span]:
         """Returns the intervals without gaps: their sum is the step. Waits for the GPU."""
@@ -81,7 +83,8 @@ class Recorder:
     def part(self, name: str, images: Sequence[Tensor]) -> Iterator[None]:
         """Records the block as a part inside the open part."""
         for same in images:
-            self._step.images[name, same.shape[-1]] += len(same)
+            height, width = same.shape[-2:]
+            self._step.images[name, as_size(height, width)] += len(same)
         if not self.timing:
             with torch.profiler.record_function(name):
                 yield

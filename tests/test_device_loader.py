@@ -21,6 +21,7 @@ from mocofast.data.sources import ArraySource, FolderSource, find_images
 from mocofast.data.torchvision_loader import TorchvisionLoader
 from mocofast.ops import backend
 from mocofast.settings import load_recipe
+from mocofast.view_sizes import Size, height_width
 from tests.pictures import (
     assert_same_batches,
     assert_same_views_but_for_hue,
@@ -166,10 +167,10 @@ def test_views_of_one_size_are_one_launch_which_rotates_if_a_view_rotates(
     launches = []
 
     def recorded(
-        images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
+        images: Tensor, index: Tensor, parameters: Tensor, shape: tuple[int, int], *, rotate: bool
     ) -> Tensor:
-        launches.append((len(parameters), len(index), size, rotate))
-        return torch.empty(len(parameters), len(index), size, size, 3, dtype=torch.uint8)
+        launches.append((len(parameters), len(index), shape, rotate))
+        return torch.empty(len(parameters), len(index), *shape, 3, dtype=torch.uint8)
 
     kernels = backend.backend_for("cpu")._replace(augment=recorded)
     monkeypatch.setattr(backend, "backend_for", lambda device_type: kernels)
@@ -178,12 +179,16 @@ def test_views_of_one_size_are_one_launch_which_rotates_if_a_view_rotates(
         SOURCE, (EVERYTHING, large, replace(EVERYTHING, rotate=0.0)), BatchSlice(6, 0, 2), 0, CPU
     )
     next(stream.epoch(0))
-    assert launches == [(2, 3, SIDE, True), (1, 3, 64, False)]
+    assert launches == [(2, 3, (SIDE, SIDE), True), (1, 3, (64, 64), False)]
 
 
-def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -> Tensor:
+def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: Size) -> Tensor:
     view = F.resized_crop(
-        Image.fromarray(pixels), *box, [size, size], InterpolationMode.BILINEAR, antialias=True
+        Image.fromarray(pixels),
+        *box,
+        list(height_width(size)),
+        InterpolationMode.BILINEAR,
+        antialias=True,
     )
     return torch.from_numpy(np.asarray(view).copy())
 
@@ -196,14 +201,16 @@ def resized_by_pil(pixels: np.ndarray, box: tuple[int, int, int, int], size: int
         (8, 8, 8, 0),
         (19, 23, 37, 1),  # odd and prime
         (16, 96, 57, 1),  # filters of up to 12 pixels
+        ((32, 64), 32, 32, 0),
+        ((41, 53), 23, 37, 1),
     ],
 )
-def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
+def test_crops_are_resized_as_pil_does(size: Size, height: int, width: int, largest: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (40, height, width, 3), dtype=np.uint8)
     boxes = [
         sample_view(AugmentConfig(), (height, width), 0, 0, i, 0)[:4] for i in range(len(pixels))
     ]
-    got = crop_and_resize(torch.from_numpy(pixels), torch.tensor(boxes).T, size)
+    got = crop_and_resize(torch.from_numpy(pixels), torch.tensor(boxes).T, height_width(size))
     expected = torch.stack([resized_by_pil(image, box, size) for image, box in zip(pixels, boxes)])
     error = differences(got, expected)
     assert error.max() <= largest
@@ -220,6 +227,8 @@ def test_what_cannot_be_served_is_refused_with_the_reason(
         ValueError, match=r"data\.loader=device .* views of up to 64 pixels, not 65"
     ):
         refused(AugmentConfig(size=65))
+    with pytest.raises(ValueError, match="views of up to 64 pixels, not 8 x 65"):
+        refused(AugmentConfig(size=(8, 65)))
     with pytest.raises(ValueError, match="rotated views of up to 32 pixels, not 33"):
         refused(AugmentConfig(size=33, rotate=5.0))
     monkeypatch.setattr(device_loader, "LARGEST_SET", 2**10)

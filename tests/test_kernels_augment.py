@@ -25,6 +25,7 @@ from mocofast.data.device_loader import compose, parameter_table
 from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.sampling import Views, sample_views
 from mocofast.data.torchvision_loader import apply_view
+from mocofast.view_sizes import Size
 from tests.pictures import assert_same_views_but_for_hue, differences
 from tests.sampled import stack_views
 
@@ -62,7 +63,9 @@ def by_kernel(
 ) -> Tensor:
     table = parameter_table(views, augment).to(DEVICE)
     on_device = torch.from_numpy(images).to(DEVICE), torch.from_numpy(index).to(DEVICE)
-    return kernel.augment(*on_device, table[None], augment.size, rotate=augment.rotate > 0)[0].cpu()
+    return kernel.augment(*on_device, table[None], augment.shape, rotate=augment.rotate > 0)[
+        0
+    ].cpu()
 
 
 def by_pil(
@@ -84,9 +87,11 @@ def by_pil(
         (64, 40, 64, 0),  # the largest tile
         (19, 23, 37, 1),  # odd and prime. PIL's weights have 22 bits, so ties may round differently
         (16, 30, 57, 1),  # up to 4 times smaller: filters of many pixels
+        ((64, 32), 32, 32, 0),
+        ((41, 17), 23, 37, 1),
     ],
 )
-def test_crops_are_resized_as_pil_does(size: int, height: int, width: int, largest: int) -> None:
+def test_crops_are_resized_as_pil_does(size: Size, height: int, width: int, largest: int) -> None:
     images, index = pictures(height, width), np.arange(4)
     augment = replace(PLAIN, size=size)
     params = [sample_view(augment, (height, width), 1, 0, i, 0) for i in range(len(index))]
@@ -109,16 +114,17 @@ def test_a_view_without_hue_is_pils() -> None:
     assert (error > 0).float().mean() < 1e-3
 
 
-def test_a_view_is_that_of_the_pytorch_operators() -> None:
+@pytest.mark.parametrize("size", [32, (12, 40)])
+def test_a_view_is_that_of_the_pytorch_operators(size: Size) -> None:
     images, index = pictures(32, 32), np.arange(16) % 4
-    augment = replace(EVERYTHING, gray_first=True)
+    augment = replace(EVERYTHING, size=size, gray_first=True)
     views = sample_views(augment, np.array((32, 32)), 3, 0, np.arange(len(index)), 0)
     expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
     assert_same_views_but_for_hue(by_kernel(images, index, views, augment), expected)
 
 
-@pytest.mark.parametrize("size", [8, 17])
-def test_rotated_views_are_those_of_the_pytorch_operators(size: int) -> None:
+@pytest.mark.parametrize("size", [8, 17, (8, 19)])
+def test_rotated_views_are_those_of_the_pytorch_operators(size: Size) -> None:
     images, index = pictures(11, 13), np.arange(4)
     augment = replace(EVERYTHING, size=size, rotate=60.0)
     views = sample_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
@@ -146,13 +152,13 @@ def test_views_of_any_number_of_channels_are_those_of_the_pytorch_operators(
 ) -> None:
     rng = np.random.default_rng(channels)
     images = rng.integers(0, 256, (4, 11, 13, channels), dtype=np.uint8)
-    augment = replace(WITHOUT_HUE, size=9, gray=0.0, solarize=0.0, rotate=rotate)
+    augment = replace(WITHOUT_HUE, size=(9, 17), gray=0.0, solarize=0.0, rotate=rotate)
     augment = replace(augment, jitter=(0.4, 0.4, 0.0, 0.0))
     index = np.arange(6) % 4
     views = sample_views(augment, np.array((11, 13)), 3, 0, np.arange(len(index)), 0)
     expected = compose(torch.from_numpy(images), torch.from_numpy(index), views, augment)
     got = by_kernel(images, index, views, augment)
-    assert got.shape == (6, 9, 9, channels)
+    assert got.shape == (6, 9, 17, channels)
     error = differences(got, expected)
     assert (error > 1).float().mean() < 5e-3
     assert error.mean() < (0.02 if rotate else 2e-3)
@@ -169,7 +175,7 @@ def test_several_views_of_a_batch_come_out_of_one_launch_and_a_longer_table() ->
         torch.from_numpy(images).to(DEVICE),
         torch.from_numpy(index).to(DEVICE),
         table[:, 1:3],
-        8,
+        (8, 8),
         rotate=False,
     ).cpu()
     for got, views in zip(both, sampled):
@@ -183,6 +189,6 @@ def test_what_the_kernel_cannot_hold_is_refused() -> None:
         kernel.LARGEST_ROTATED,
     )
     images, index = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
-    for size, rotate in ((65, False), (33, True)):
+    for shape, rotate in (((65, 8), False), ((8, 65), False), ((8, 33), True)):
         with pytest.raises(AssertionError):
-            kernel.augment(images, index, torch.zeros(1, 1, 20), size, rotate=rotate)
+            kernel.augment(images, index, torch.zeros(1, 1, 20), shape, rotate=rotate)

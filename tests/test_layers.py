@@ -23,7 +23,8 @@ FLOORS = [
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
     {"mocofast.errors", "mocofast.interrupts", "mocofast.option"},
-    {"mocofast.data_config", "mocofast.log_format", "mocofast.plugins"},
+    {"mocofast.log_format", "mocofast.plugins", "mocofast.view_sizes"},
+    {"mocofast.data_config"},
     {
         "mocofast.config",
         "mocofast.device",

@@ -49,8 +49,8 @@ def picture(rng: np.random.Generator, shape: tuple[int, ...], dtype: type) -> Te
     return torch.from_numpy(levels.astype(dtype))
 
 
-def made(resize: Resize, image: Tensor, box: Box, size: int) -> np.ndarray:
-    out = torch.empty((1, size, size, image.shape[2]), dtype=image.dtype)
+def made(resize: Resize, image: Tensor, box: Box, shape: tuple[int, int]) -> np.ndarray:
+    out = torch.empty((1, *shape, image.shape[2]), dtype=image.dtype)
     resize.crops([image], [box], out, [(False, False)])
     return out[0].numpy()
 
@@ -64,7 +64,7 @@ def test_crops_equal_pytorchs_to_the_bit(
     rng = np.random.default_rng(channels)
     for number in range(25):
         high, wide = (int(side) for side in rng.integers(1, 300, 2) * (1 if number % 5 else 3))
-        size = int(rng.choice([1, 7, 33, 64]))
+        size = (int(rng.choice([1, 7, 33, 64])), int(rng.choice([1, 7, 33, 64])))
         height, width = int(rng.integers(1, high + 1)), int(rng.integers(1, wide + 1))
         box = int(rng.integers(high - height + 1)), int(rng.integers(wide - width + 1))
         image = picture(rng, (high, wide, channels), dtype)
@@ -86,11 +86,13 @@ def test_crops_equal_sums_in_float64_to_the_rounding(functions: list[Resize], dt
         found = np.maximum(0, 1 - np.abs(np.arange(count) + 0.5 - centers) / scale)
         return found / found.sum(1, keepdims=True)
 
-    for height, width, size in ((61, 83, 32), (20, 11, 40)):
+    for height, width, shape in ((61, 83, (32, 20)), (20, 11, (40, 50))):
         box = image[3 : 3 + height, 2 : 2 + width].numpy().astype(np.float64)
-        exact = np.einsum("yh,hwc,xw->yxc", weights(height, size), box, weights(width, size))
+        exact = np.einsum(
+            "yh,hwc,xw->yxc", weights(height, shape[0]), box, weights(width, shape[1])
+        )
         for function in functions:
-            got = made(function, image, (3, 2, height, width), size)
+            got = made(function, image, (3, 2, height, width), shape)
             assert np.abs(got - exact).max() < (1.2 if dtype == np.uint8 else 0.52)
 
 
@@ -111,9 +113,9 @@ def test_memory_behind_a_crop_is_not_read_or_written(functions: list[Resize]) ->
             at_end = at_end.reshape(image.shape)
             at_end[:] = image.numpy()
             for box in ((0, 0, high, wide), (high - 3, wide - 2, 3, 2)):
-                expected = resized_by_pytorch(image, box, 24).numpy()
+                expected = resized_by_pytorch(image, box, (24, 24)).numpy()
                 for function in functions:
-                    got = made(function, torch.from_numpy(at_end), box, 24)
+                    got = made(function, torch.from_numpy(at_end), box, (24, 24))
                     assert np.array_equal(got, expected)
     # Written: a view that ends there, too.
     out = np.frombuffer(memory, np.uint8, 24 * 24 * 3, 32 * page - 24 * 24 * 3)
@@ -121,7 +123,8 @@ def test_memory_behind_a_crop_is_not_read_or_written(functions: list[Resize]) ->
     for function in functions:
         whole = torch.from_numpy(out.reshape(1, 24, 24, 3))
         function.crops([image], [(0, 0, 31, 40)], whole, [(False, False)])
-        assert np.array_equal(out.reshape(24, 24, 3), resized_by_pytorch(image, (0, 0, 31, 40), 24))
+        expected = resized_by_pytorch(image, (0, 0, 31, 40), (24, 24))
+        assert np.array_equal(out.reshape(24, 24, 3), expected)
 
 
 def test_images_that_are_turned_upside_down_or_thinned_are_cut_alike(
@@ -137,9 +140,9 @@ def test_images_that_are_turned_upside_down_or_thinned_are_cut_alike(
         image[::2],
     ):
         box = (2, 3, 15, 20)
-        expected = resized_by_pytorch(view, box, 16).numpy()
+        expected = resized_by_pytorch(view, box, (16, 16)).numpy()
         for function in functions:
-            assert np.array_equal(made(function, view, box, 16), expected)
+            assert np.array_equal(made(function, view, box, (16, 16)), expected)
 
 
 def test_several_crops_in_one_call_and_without_a_library(
@@ -154,8 +157,8 @@ def test_several_crops_in_one_call_and_without_a_library(
         monkeypatch.setattr(resize, "compiled", lambda dtype, found=found: (found, ""))
         outs.append(torch.empty((3, 24, 24, 3), dtype=torch.uint8))
         resize.resized_crops(images, boxes, outs[-1], flips)
-        assert torch.equal(resized_crop(images[1], *boxes[1], 24), outs[-1][1].flip(0))
-        assert torch.equal(resized_crop(images[2], *boxes[2], 24), outs[-1][2].flip(0, 1))
+        assert torch.equal(resized_crop(images[1], boxes[1], (24, 24)), outs[-1][1].flip(0))
+        assert torch.equal(resized_crop(images[2], boxes[2], (24, 24)), outs[-1][2].flip(0, 1))
     assert all(torch.equal(out, outs[-1]) for out in outs)
 
 

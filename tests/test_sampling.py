@@ -27,6 +27,7 @@ AUGMENTS = {
     "cifar10": load_recipe("cifar10_r18").augment,
     "digits": load_recipe("digits").augment,
     "everything": EVERYTHING,
+    "wide crops": AugmentConfig(crop_ratio=(2.0, 5.0), crop_scale=(0.5, 1.0)),
     "crops only": AugmentConfig(jitter=(0.0, 0.0, 0.0, 0.0), gray=0.0, flip=0.0),
 }
 SIZES = [

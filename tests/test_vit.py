@@ -23,12 +23,12 @@ def tiny() -> nn.Module:
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
-    side, dim = 3, 8
-    expected = torch.zeros(1 + side * side, dim, dtype=torch.float64)
-    for row in range(side):
-        for column in range(side):
+    rows, columns, dim = 3, 5, 8
+    expected = torch.zeros(1 + rows * columns, dim, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(columns):
             frequencies = [10000 ** (-i / 2) for i in range(2)]
-            expected[1 + row * side + column] = torch.tensor(
+            expected[1 + row * columns + column] = torch.tensor(
                 [
                     wave(place * f)
                     for place in (row, column)
@@ -37,7 +37,7 @@ def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
                 ]
             )
     torch.testing.assert_close(
-        sincos_position_embedding(side, dim)[0].double(), expected, rtol=1e-6, atol=1e-6
+        sincos_position_embedding(rows, columns, dim)[0].double(), expected, rtol=1e-6, atol=1e-6
     )
 
 

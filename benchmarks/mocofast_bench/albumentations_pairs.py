@@ -34,10 +34,9 @@ class AlbumentationsPairs(Dataset[tuple[Tensor, Tensor]]):
         self._source = source
         jitter = A.ColorJitter(*augment.jitter, p=augment.jitter_p)
         gray = A.ToGray(p=augment.gray)
-        side = (augment.size, augment.size)
         self._transform = A.Compose(
             [
-                A.RandomResizedCrop(side, scale=augment.crop_scale),
+                A.RandomResizedCrop(augment.shape, scale=augment.crop_scale),
                 *([A.Rotate(augment.rotate, p=1.0)] if augment.rotate else []),
                 *((gray, jitter) if augment.gray_first else (jitter, gray)),
                 A.GaussianBlur(blur_limit=0, sigma_limit=augment.blur_sigma, p=augment.blur),

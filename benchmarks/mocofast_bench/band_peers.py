@@ -82,7 +82,7 @@ class TorchgeoPairs(Dataset[list[Tensor]]):
 
         self._files = files
         self._views = K.AugmentationSequential(
-            K.RandomResizedCrop((augment.size, augment.size), scale=augment.crop_scale),
+            K.RandomResizedCrop(augment.shape, scale=augment.crop_scale),
             K.RandomHorizontalFlip(p=augment.flip),
             K.RandomVerticalFlip(p=augment.vertical_flip),
             data_keys=["input"],
@@ -115,7 +115,7 @@ def _lightly_pairs(files: list[str], augment: AugmentConfig) -> Dataset[list[Ten
     bands = (0.5,) * BANDS
     view = ViewTransform(
         ViewTransformArgs(
-            image_size=(augment.size, augment.size),
+            image_size=augment.shape,
             channel_drop=None,
             random_resized_crop=RandomResizedCropArgs(min_scale=low, max_scale=high),
             random_flip=RandomFlipArgs(

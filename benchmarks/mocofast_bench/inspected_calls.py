@@ -267,7 +267,7 @@ def _augment(size: int, rotate: bool) -> Callable[[], object]:
         images = torch.empty(512, size, size, 3, dtype=torch.uint8, device="meta")
         index = torch.empty(512, dtype=torch.int64, device="meta")
         parameters = torch.empty(2, 512, len(NAMES), device="meta")  # two views of every image
-        return augment(images, index, parameters, size, rotate=rotate)
+        return augment(images, index, parameters, (size, size), rotate=rotate)
 
     return call
 

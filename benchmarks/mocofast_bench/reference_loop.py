@@ -282,7 +282,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         jitter = transforms.RandomApply([transforms.ColorJitter(*augment.jitter)], augment.jitter_p)
         gray = transforms.RandomGrayscale(augment.gray)
         steps = [
-            transforms.RandomResizedCrop(augment.size, augment.crop_scale),
+            transforms.RandomResizedCrop(augment.shape, augment.crop_scale),
             *([transforms.RandomRotation(augment.rotate)] if augment.rotate else []),
             *((gray, jitter) if augment.gray_first else (jitter, gray)),
             *(

@@ -188,7 +188,7 @@ def moco_v2() -> Workload:
     return Workload(
         ranks=8,
         batch=32,
-        pixels=3 * config.augment.size**2,
+        pixels=3 * math.prod(config.augment.shape),
         dim=config.model.dim,
         parameters=sum(p.numel() for p in model.encoder_q.parameters()),
         buffers=sum(

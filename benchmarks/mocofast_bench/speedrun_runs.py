@@ -23,6 +23,7 @@ from mocofast.train import loop
 from mocofast.train import run as training
 from mocofast.train.build import new_state
 from mocofast.train.engine import Engine
+from mocofast.view_sizes import Size, height_width
 from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
 from mocofast_bench.training_steps import channels_first
 
@@ -139,9 +140,9 @@ def flops(config: Config) -> float:
     off = torch.autocast("cpu", enabled=False)
     batch = config.data.batch_size
     engine = Engine("eager", state.model, state.optimizer, off, 1, batch)
-    per_step: dict[int, float] = {}
+    per_step: dict[Size, float] = {}
     for size in {*config.augment.training_sizes()}:
-        shape = (batch, config.data.channels, size, size)
+        shape = (batch, config.data.channels, *height_width(size))
         views = tuple(torch.zeros(shape, dtype=torch.uint8) for _ in range(2))
         engine.set_scheduled(0, 1, 0.0)
         with FlopCounterMode(display=False) as counter:

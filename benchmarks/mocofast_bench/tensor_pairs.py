@@ -26,11 +26,11 @@ class TensorPairs(Dataset[tuple[Tensor, Tensor]]):
         jitter = v2.RandomApply([v2.ColorJitter(*augment.jitter)], augment.jitter_p)
         gray = v2.RandomGrayscale(augment.gray)
         # Kernel of SimCLR (Chen et al. 2020, arXiv:2002.05709): a tenth of the size, 23 at 224 px.
-        kernel = augment.size // 10 | 1
+        kernel = min(augment.shape) // 10 | 1
         blur = v2.GaussianBlur(kernel, augment.blur_sigma)
         self._transform = v2.Compose(
             [
-                v2.RandomResizedCrop(augment.size, augment.crop_scale, antialias=True),
+                v2.RandomResizedCrop(augment.shape, augment.crop_scale, antialias=True),
                 *([v2.RandomRotation(augment.rotate)] if augment.rotate else []),
                 *((gray, jitter) if augment.gray_first else (jitter, gray)),
                 *([v2.RandomApply([blur], augment.blur)] if augment.blur else []),

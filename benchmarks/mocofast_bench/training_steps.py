@@ -45,12 +45,12 @@ def channels_first(model: MoCo) -> MoCo:
 
 
 def pixel_views(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns two batches of noise, (B, 3, S, S) uint8, channels-last as from our loaders.
+    """Returns two batches of noise, (B, 3, H, W) uint8, channels-last as from our loaders.
 
     A step on noise takes as long as a step on photos.
     """
     generator = torch.Generator().manual_seed(1)
-    shape = (config.data.batch_size, config.augment.size, config.augment.size, 3)
+    shape = (config.data.batch_size, *config.augment.shape, 3)
     im_q, im_k = (
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         for _ in range(2)

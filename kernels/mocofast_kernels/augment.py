@@ -74,22 +74,22 @@ def _mean(sums, total):
 
 
 @triton.jit
-def _crop(channel, W, height, width, i, j, S: tl.constexpr, C: tl.constexpr):
-    """Returns pixels (i, j) of one channel of the crop, resized to S x S.
+def _crop(channel, W, height, width, i, j, TALL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr):
+    """Returns pixels (i, j) of one channel of the crop, resized to TALL x WIDE.
 
     channel: pointer to the crop's first pixel. W: width of the image. C: number of channels.
     The filter is antialiased and bilinear, along rows first.
     """
-    taller, wider = tl.maximum(height, S), tl.maximum(width, S)
-    first_y, first_x = _first(i, height, taller, S), _first(j, width, wider, S)
+    taller, wider = tl.maximum(height, TALL), tl.maximum(width, WIDE)
+    first_y, first_x = _first(i, height, taller, TALL), _first(j, width, wider, WIDE)
     sums, total = (i * j * 0).to(tl.float32), (i * 0).to(tl.float32)
-    for tap_y in range((2 * taller + S - 1) // S):
+    for tap_y in range((2 * taller + TALL - 1) // TALL):
         y = first_y + tap_y
-        weight_y = _tap(y, i, height, taller, S)
+        weight_y = _tap(y, i, height, taller, TALL)
         row_sums, row_total = (i * j * 0).to(tl.float32), (j * 0).to(tl.float32)
-        for tap_x in range((2 * wider + S - 1) // S):
+        for tap_x in range((2 * wider + WIDE - 1) // WIDE):
             x = first_x + tap_x
-            weight = _tap(x, j, width, wider, S)
+            weight = _tap(x, j, width, wider, WIDE)
             pixel = tl.load(channel + (y * W + x) * C, mask=(weight > 0) & (weight_y > 0), other=0)
             row_sums += weight * pixel.to(tl.float32)
             row_total += weight
@@ -99,23 +99,27 @@ def _crop(channel, W, height, width, i, j, S: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _rotated_crop(channel, W, height, width, i, j, cos, sin, S: tl.constexpr, C: tl.constexpr):
-    """Returns `_crop` rotated about the centre.
+def _rotated_crop(
+    pixel, W, height, width, i, j, cos, sin, TALL: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr
+):
+    """Returns `_crop` rotated about the centre. pixel: the pointer `channel` of `_crop`.
 
     Bilinear between the pixels of `_crop`, black where a pixel's centre comes from outside.
     """
     # Where pixel (i, j) comes from, in [-1, 1) and then in pixels.
-    x = (2 * j + 1) / S - 1.0
-    y = (2 * i + 1) / S - 1.0
-    from_x, from_y = cos * x - sin * y, sin * x + cos * y
-    x = tl.minimum(tl.maximum(((from_x + 1.0) * S - 1.0) * 0.5, 0.0), S - 1.0)
-    y = tl.minimum(tl.maximum(((from_y + 1.0) * S - 1.0) * 0.5, 0.0), S - 1.0)
+    x = (2 * j + 1) / WIDE - 1.0
+    y = (2 * i + 1) / TALL - 1.0
+    from_x = cos * x - sin * (TALL / WIDE) * y
+    from_y = sin * (WIDE / TALL) * x + cos * y
+    x = tl.minimum(tl.maximum(((from_x + 1.0) * WIDE - 1.0) * 0.5, 0.0), WIDE - 1.0)
+    y = tl.minimum(tl.maximum(((from_y + 1.0) * TALL - 1.0) * 0.5, 0.0), TALL - 1.0)
     rotated = x * 0.0
     for corner in range(4):
         column, row = tl.floor(x) + corner % 2, tl.floor(y) + corner // 2
         weight = (1.0 - tl.abs(column - x)) * (1.0 - tl.abs(row - y))
-        column, row = tl.minimum(column.to(tl.int32), S - 1), tl.minimum(row.to(tl.int32), S - 1)
-        rotated += weight * _crop(channel, W, height, width, row, column, S, C)
+        column = tl.minimum(column.to(tl.int32), WIDE - 1)
+        row = tl.minimum(row.to(tl.int32), TALL - 1)
+        rotated += weight * _crop(pixel, W, height, width, row, column, TALL, WIDE, C)
     inside = (from_x >= -1.0) & (from_x < 1.0) & (from_y >= -1.0) & (from_y < 1.0)
     # PIL truncates float64 values. Float32 may lie just below an integer, so add 1/1024 first.
     return tl.where(inside, tl.floor(rotated + 1.0 / 1024.0), 0.0)
@@ -145,7 +149,7 @@ def _hue_channel(hue, chroma, base, turn, pure: tl.constexpr):
 
 
 @triton.jit
-def _jitter(r, g, b, operator, values, inside, S: tl.constexpr):
+def _jitter(r, g, b, operator, values, inside, PIXELS: tl.constexpr):
     """Applies jitter operator 0 to 3 (brightness, contrast, saturation, hue), or none."""
     if operator == 0:
         factor = tl.load(values + BRIGHTNESS)
@@ -154,7 +158,7 @@ def _jitter(r, g, b, operator, values, inside, S: tl.constexpr):
         factor = tl.load(values + CONTRAST)
         gray = tl.where(inside, _luma(r, g, b), 0.0)
         sums = tl.sum(tl.sum(gray, axis=1), axis=0)  # below 2^24: exact
-        mean = tl.floor(tl.div_rn(sums, S * S * 1.0) + 0.5)
+        mean = tl.floor(tl.div_rn(sums, PIXELS * 1.0) + 0.5)
         r, g, b = _blend(r, mean, factor), _blend(g, mean, factor), _blend(b, mean, factor)
     elif operator == 2:
         factor = tl.load(values + SATURATION)
@@ -207,42 +211,44 @@ def _augment_kernel(
     images,  # (M, H, W, 3) uint8
     index,  # (B,) int64
     parameters,  # (V, B, 20) float32
-    out,  # (V, B, S, S, 3) uint8
+    out,  # (V, B, TALL, WIDE, 3) uint8
     parameters_stride,  # elements from a view to the next
     H,
     W,
-    S: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
     ROTATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
-    # One view of one image: the parameters, the crop's corner, and the pixels (S, S) of the tile.
+    # One view of one image: the parameters, the crop's corner, and the pixels of the tile.
     row, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     values = parameters + view * parameters_stride + row * STRIDE
     height, width = tl.load(values + HEIGHT).to(tl.int32), tl.load(values + WIDTH).to(tl.int32)
     corner = tl.load(values + TOP).to(tl.int32) * W + tl.load(values + LEFT).to(tl.int32)
     image = images + tl.load(index + row) * H * W * 3 + corner * 3
-    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    inside = (rows < S) & (columns < S)
+    rows, columns = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_X)[None, :]
+    inside = (rows < TALL) & (columns < WIDE)
     # Pixels that pad the tile repeat the edge. They are never stored.
-    i, j = tl.minimum(rows, S - 1), tl.minimum(columns, S - 1)
+    i, j = tl.minimum(rows, TALL - 1), tl.minimum(columns, WIDE - 1)
 
     # Crop, resize, rotate.
     if not ROTATE:
-        r = _crop(image, W, height, width, i, j, S, 3)
-        g = _crop(image + 1, W, height, width, i, j, S, 3)
-        b = _crop(image + 2, W, height, width, i, j, S, 3)
+        r = _crop(image, W, height, width, i, j, TALL, WIDE, 3)
+        g = _crop(image + 1, W, height, width, i, j, TALL, WIDE, 3)
+        b = _crop(image + 2, W, height, width, i, j, TALL, WIDE, 3)
     else:
         cos, sin = tl.load(values + COS), tl.load(values + SIN)
-        r = _rotated_crop(image, W, height, width, i, j, cos, sin, S, 3)
-        g = _rotated_crop(image + 1, W, height, width, i, j, cos, sin, S, 3)
-        b = _rotated_crop(image + 2, W, height, width, i, j, cos, sin, S, 3)
+        r = _rotated_crop(image, W, height, width, i, j, cos, sin, TALL, WIDE, 3)
+        g = _rotated_crop(image + 1, W, height, width, i, j, cos, sin, TALL, WIDE, 3)
+        b = _rotated_crop(image + 2, W, height, width, i, j, cos, sin, TALL, WIDE, 3)
     # Gray before the jitter, the jitter's operators in their order, gray after the jitter.
     gray = tl.load(values + GRAY)
     if gray == 1.0:
         r = _luma(r, g, b)
         g, b = r, r
     for slot in range(4):
-        r, g, b = _jitter(r, g, b, tl.load(values + ORDER + slot), values, inside, S)
+        r, g, b = _jitter(r, g, b, tl.load(values + ORDER + slot), values, inside, TALL * WIDE)
     if gray == 2.0:
         r = _luma(r, g, b)
         g, b = r, r
@@ -251,12 +257,14 @@ def _augment_kernel(
     if reach > 0:
         inner, outer = tl.load(values + INNER), tl.load(values + OUTER)
         # Three box filters along rows, then three along columns, as products with a band matrix.
-        high, low = _box(columns, rows, reach, inner, outer, S)
+        place, source = tl.arange(0, BLOCK_X)[None, :], tl.arange(0, BLOCK_X)[:, None]
+        high, low = _box(place, source, reach, inner, outer, WIDE)
         for _ in range(3):
             r = _product(r, high, r, low)
             g = _product(g, high, g, low)
             b = _product(b, high, b, low)
-        high, low = _box(rows, columns, reach, inner, outer, S)
+        place, source = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_Y)[None, :]
+        high, low = _box(place, source, reach, inner, outer, TALL)
         for _ in range(3):
             r = _product(high, r, low, r)
             g = _product(high, g, low, g)
@@ -266,8 +274,8 @@ def _augment_kernel(
         r = tl.where(r < 128.0, r, 255.0 - r)
         g = tl.where(g < 128.0, g, 255.0 - g)
         b = tl.where(b < 128.0, b, 255.0 - b)
-    to = tl.where(tl.load(values + FLIP) != 0.0, S - 1 - columns, columns)
-    target = out + (view * tl.num_programs(0) + row) * S * S * 3 + (rows * S + to) * 3
+    to = tl.where(tl.load(values + FLIP) != 0.0, WIDE - 1 - columns, columns)
+    target = out + (view * tl.num_programs(0) + row) * TALL * WIDE * 3 + (rows * WIDE + to) * 3
     tl.store(target, r.to(tl.uint8), mask=inside)
     tl.store(target + 1, g.to(tl.uint8), mask=inside)
     tl.store(target + 2, b.to(tl.uint8), mask=inside)
@@ -278,14 +286,16 @@ def _augment_channels_kernel(
     images,  # (M, H, W, C) uint8
     index,  # (B,) int64
     parameters,  # (V, B, 20) float32
-    out,  # (V, B, S, S, C) uint8
+    out,  # (V, B, TALL, WIDE, C) uint8
     parameters_stride,  # elements from a view to the next
     H,
     W,
-    S: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
     C: tl.constexpr,
     ROTATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
     """Makes one channel of one view. No operator mixes channels.
 
@@ -297,15 +307,15 @@ def _augment_channels_kernel(
     height, width = tl.load(values + HEIGHT).to(tl.int32), tl.load(values + WIDTH).to(tl.int32)
     corner = tl.load(values + TOP).to(tl.int32) * W + tl.load(values + LEFT).to(tl.int32)
     image = images + tl.load(index + row) * H * W * C + corner * C + c
-    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    inside = (rows < S) & (columns < S)
-    i, j = tl.minimum(rows, S - 1), tl.minimum(columns, S - 1)
+    rows, columns = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_X)[None, :]
+    inside = (rows < TALL) & (columns < WIDE)
+    i, j = tl.minimum(rows, TALL - 1), tl.minimum(columns, WIDE - 1)
     # Crop, resize, rotate.
     if not ROTATE:
-        x = _crop(image, W, height, width, i, j, S, C)
+        x = _crop(image, W, height, width, i, j, TALL, WIDE, C)
     else:
         cos, sin = tl.load(values + COS), tl.load(values + SIN)
-        x = _rotated_crop(image, W, height, width, i, j, cos, sin, S, C)
+        x = _rotated_crop(image, W, height, width, i, j, cos, sin, TALL, WIDE, C)
     # Brightness and contrast in their order.
     for slot in range(4):
         operator = tl.load(values + ORDER + slot)
@@ -313,35 +323,37 @@ def _augment_channels_kernel(
             x = _blend(x, 0.0, tl.load(values + BRIGHTNESS))
         elif operator == 1:
             sums = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=1), axis=0)
-            mean = tl.floor(tl.div_rn(sums, S * S * 1.0) + 0.5)
+            mean = tl.floor(tl.div_rn(sums, TALL * WIDE * 1.0) + 0.5)
             x = _blend(x, mean, tl.load(values + CONTRAST))
     # Blur, as in `_augment_kernel`.
     reach = tl.load(values + REACH).to(tl.int32)
     if reach > 0:
         inner, outer = tl.load(values + INNER), tl.load(values + OUTER)
-        high, low = _box(columns, rows, reach, inner, outer, S)
+        place, source = tl.arange(0, BLOCK_X)[None, :], tl.arange(0, BLOCK_X)[:, None]
+        high, low = _box(place, source, reach, inner, outer, WIDE)
         for _ in range(3):
             x = _product(x, high, x, low)
-        high, low = _box(rows, columns, reach, inner, outer, S)
+        place, source = tl.arange(0, BLOCK_Y)[:, None], tl.arange(0, BLOCK_Y)[None, :]
+        high, low = _box(place, source, reach, inner, outer, TALL)
         for _ in range(3):
             x = _product(high, x, low, x)
     # Flip, store.
-    to = tl.where(tl.load(values + FLIP) != 0.0, S - 1 - columns, columns)
-    target = out + (view * tl.num_programs(0) + row) * S * S * C + (rows * S + to) * C + c
+    to = tl.where(tl.load(values + FLIP) != 0.0, WIDE - 1 - columns, columns)
+    target = out + (view * tl.num_programs(0) + row) * TALL * WIDE * C + (rows * WIDE + to) * C + c
     tl.store(target, x.to(tl.uint8), mask=inside)
 
 
 def augment(
-    images: Tensor, index: Tensor, parameters: Tensor, size: int, *, rotate: bool
+    images: Tensor, index: Tensor, parameters: Tensor, shape: tuple[int, int], *, rotate: bool
 ) -> Tensor:
-    """Returns V views of B images, (V, B, size, size, C) uint8, from a single launch.
+    """Returns V views of B images, (V, B, height, width, C) uint8, from a single launch.
 
     images: (M, H, W, C) uint8, contiguous. If C is not 3, operators on colours are left out, and
         contrast is relative to the mean of every channel.
     index: (B,) int64, contiguous, numbers of images in [0, M).
     parameters: (V, B, 20) float32, contiguous in the last two dimensions. `NAMES` documents the
         columns.
-    size: side of a view, at most `LARGEST`, or `LARGEST_ROTATED` with rotate.
+    shape: height and width of a view, at most `LARGEST`, or `LARGEST_ROTATED` with rotate.
     rotate: rotate views by the columns cos and sin.
     All tensors are on the same device.
     """
@@ -351,9 +363,10 @@ def augment(
     assert columns == len(NAMES) and parameters.dtype == torch.float32, found
     assert parameters[0].is_contiguous(), found
     assert index.shape == (B,) and index.dtype == torch.int64 and index.is_contiguous(), found
-    assert 0 < size <= (LARGEST_ROTATED if rotate else LARGEST), (size, rotate)
-    out = torch.empty((V, B, size, size, channels), dtype=torch.uint8, device=images.device)
-    block = block_of(size)
+    largest = LARGEST_ROTATED if rotate else LARGEST
+    assert min(shape) > 0 and max(shape) <= largest, (shape, rotate)
+    out = torch.empty((V, B, *shape, channels), dtype=torch.uint8, device=images.device)
+    tall, wide = map(block_of, shape)
     rgb = channels == 3
     kernel = _augment_kernel if rgb else _augment_channels_kernel
     with torch.cuda.device_of(images):
@@ -366,11 +379,13 @@ def augment(
             parameters.stride(0),
             H,
             W,
-            S=size,
+            TALL=shape[0],
+            WIDE=shape[1],
             **({} if rgb else {"C": channels}),
             ROTATE=rotate,
-            BLOCK=block,
-            num_warps=8 if rotate or block > 32 else 4,
+            BLOCK_Y=tall,
+            BLOCK_X=wide,
+            num_warps=8 if rotate or max(tall, wide) > 32 else 4,
             num_stages=1,
             **{**ALL_REGISTERS, "enable_fp_fusion": False},
         )

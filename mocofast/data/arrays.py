@@ -23,6 +23,7 @@ from mocofast.data.names import checked_labels, digest
 from mocofast.data.numpy_files import channels_last, sizes
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels
 from mocofast.data.resize import resized_crop
+from mocofast.view_sizes import Size, height_width
 
 # PIL's modes with transparency, by the number of channels.
 _WITH_ALPHA = {2: "LA", 4: "RGBA"}
@@ -159,16 +160,28 @@ def as_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image if image.flags.writeable else image.copy())
 
 
-def central_view(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns the central square, (size, size, C), as the ImageNet protocol cuts it.
+def central_view(image: np.ndarray, size: Size) -> np.ndarray:
+    """Returns the central crop, (height, width, C) of `size`, as the ImageNet protocol cuts it.
 
-    The square is 224/256 of the shorter side. If neither side of the image is larger than `size`,
-    the square is the whole shorter side, because there is no margin to crop. The square is cut at
-    whole pixels before the resize, so an image of any shape takes little time.
+    The crop has the shape of the view. It is 224/256 of the largest such crop, or the largest
+    itself if no side of the image is larger than the view, because there is no margin to crop. It
+    is cut at whole pixels before the resize, so an image of any shape takes little time.
     """
-    height, width = image.shape[:2]
-    small = max(height, width) <= size
-    side = min(height, width)
-    side = side if small else max(1, round(side * size / round(size * 256 / 224)))
-    box = (height - side) // 2, (width - side) // 2, side, side
-    return resized_crop(as_tensor(image), *box, size).numpy()
+    full, shape = (image.shape[0], image.shape[1]), height_width(size)
+    short = shorter_axis(full, shape)
+    small = all(side <= wanted for side, wanted in zip(full, shape))
+    side = full[short]
+    if not small:
+        side = max(1, round(side * shape[short] / round(shape[short] * 256 / 224)))
+    other = min(full[1 - short], max(1, round(side * shape[1 - short] / shape[short])))
+    height, width = (side, other) if short == 0 else (other, side)
+    box = (full[0] - height) // 2, (full[1] - width) // 2, height, width
+    return resized_crop(as_tensor(image), box, shape).numpy()
+
+
+def shorter_axis(full: tuple[int, int], shape: tuple[int, int]) -> int:
+    """Returns the axis along which an image has fewer pixels for a pixel of the view: 0 or 1.
+
+    full, shape: (height, width) of the image and of the view.
+    """
+    return 0 if full[0] * shape[1] <= full[1] * shape[0] else 1

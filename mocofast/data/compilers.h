@@ -4,6 +4,8 @@
 #pragma STDC FP_CONTRACT OFF
 #endif
 
+/* A function whose arguments change gets another name: an older library, which `make setup` has not
+ * compiled again, then misses a function, and PyTorch serves. */
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else

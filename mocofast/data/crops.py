@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,7 +29,7 @@ def make_from_images(
 
     images: (H, W, C), uint8 or uint16.
     params: the parameters of n views.
-    out: (n, S, S, C) of the same type, in C order.
+    out: (n, H, W, C) of the same type, in C order.
     """
     boxes = [(p.top, p.left, p.height, p.width) for p in params]
     if not all(map(only_moves, params)):
@@ -53,11 +54,11 @@ def views_from_images(
     params: the parameters of B views.
     pool: the threads (`threads.single_threaded_pool`).
 
-    Returns views (B, C, S, S), channels-last.
+    Returns views (B, C, H, W), channels-last.
     """
-    side = augment.size
-    views = torch.empty((len(images), side, side, images[0].shape[2]), dtype=images[0].dtype)
-    chunk = max(1, CHUNK_PIXELS["cpu"] // side**2)
+    height, width = augment.shape
+    views = torch.empty((len(images), height, width, images[0].shape[2]), dtype=images[0].dtype)
+    chunk = max(1, CHUNK_PIXELS["cpu"] // (height * width))
 
     def work(start: int) -> None:
         part = slice(start, start + chunk)
@@ -68,11 +69,11 @@ def views_from_images(
 
 
 def views_from_crops(crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig) -> Tensor:
-    """Augments crops (B, S, S, C) on a GPU. Returns views (B, C, S, S), channels-last,
+    """Augments crops (B, H, W, C) on a GPU. Returns views (B, C, H, W), channels-last,
     in new memory.
     """
     views = torch.empty_like(crops)
-    chunk = max(1, CHUNK_PIXELS["cuda"] // augment.size**2)
+    chunk = max(1, CHUNK_PIXELS["cuda"] // math.prod(augment.shape))
     for start in range(0, len(crops), chunk):
         part = slice(start, start + chunk)
         make_views(crops[part], params[part], augment, views[part])

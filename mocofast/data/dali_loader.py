@@ -155,7 +155,8 @@ class _Batches:
         # The next batch to decode, whose files are being read
         self._ahead: tuple[BatchPlan, list[Call[np.ndarray | str]]] | None = None
         self._pipeline: Pipeline | None = None
-        self._sizes: list[int] = []  # sides of the crops that the pipeline makes on a GPU
+        # (height, width) of the crops that the pipeline makes on a GPU, for every view
+        self._sizes: list[tuple[int, int]] = []
         self._rest: BatchPlan | None = None  # of the batch whose first parts are planned
         # Plans of the batches inside DALI, oldest first
         self._unfinished: deque[BatchPlan] = deque()
@@ -223,7 +224,7 @@ class _Batches:
     def _run_pipeline(self) -> tuple[BatchPlan, tuple[Any, ...]]:
         """Returns the next plan and DALI's outputs. Replaces bad samples until all decode."""
         augments = self.planner.augments_at(self._next_out[0])
-        if self._stream is not None and (sizes := [a.size for a in augments]) != self._sizes:
+        if self._stream is not None and (sizes := [a.shape for a in augments]) != self._sizes:
             self._forget_pipeline()  # its crops have the size of the epoch before
             self._sizes = sizes
         while True:

@@ -28,7 +28,7 @@ def decode_and_crop(
     data: options `hw_decoder_load` and `preallocate`.
 
     Output on a CPU: the decoded images, (H, W, C).
-    Output on a GPU: for every view the resized crops, (B, S, S, C).
+    Output on a GPU: for every view the resized crops, (B, H, W, C).
     """
     num_boxes = 2 * len(augments) if on_gpu else 0
     layout = ["HWC"] + num_boxes * [""] if kind is np.ndarray else None
@@ -56,7 +56,7 @@ def decode_and_crop(
     return tuple(
         fn.resize(
             fn.slice(images, corner, shape, axes=(0, 1)),
-            size=(augment.size, augment.size),
+            size=augment.shape,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )

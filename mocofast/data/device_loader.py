@@ -39,6 +39,7 @@ from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import box_radius
 from mocofast.errors import describe_error
 from mocofast.ops import backend
+from mocofast.view_sizes import height_width, pixels_text
 
 # Largest sides of views, as in mocofast_kernels.augment, which cannot be imported without
 # Triton.
@@ -56,9 +57,10 @@ def why_not_device_loader(
     """Returns why the device loader cannot serve, or "" if it can. Decodes no image."""
     for augment in augments:
         largest = LARGEST_ROTATED if augment.rotate else LARGEST
-        if (size := max(augment.training_sizes())) > largest:
-            kind = "rotated views" if augment.rotate else "views"
-            return f"it makes {kind} of up to {largest} pixels, not {size}"
+        for size in augment.training_sizes():
+            if max(height_width(size)) > largest:
+                kind = "rotated views" if augment.rotate else "views"
+                return f"it makes {kind} of up to {largest} pixels, not {pixels_text(size)}"
     return _too_large(source.images.nbytes, device) if isinstance(source, ArraySource) else ""
 
 
@@ -244,7 +246,7 @@ class DeviceLoader:
     def _composed(
         self, steps: tuple[Tensor, ...], sampled: list[Views], augments: tuple[AugmentConfig, ...]
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yields the views of every step, (B, S, S, C) per view, made by PyTorch.
+        """Yields the views of every step, (B, H, W, C) per view, made by PyTorch.
 
         steps: the images of every step, (B,) int64.
         sampled: the parameters of every view, for the images of all steps.
@@ -265,9 +267,9 @@ class DeviceLoader:
         """As `_composed`, by the kernel: one launch per step for all views of one size."""
         assert self._kernel is not None
         # Group the views by size and file. Copy the parameters of a group to the device at once.
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
         for view, augment in enumerate(augments):
-            groups.setdefault((augment.size, self._begin[view]), []).append(view)
+            groups.setdefault((augment.shape, self._begin[view]), []).append(view)
         tables = [parameter_table(params, augment) for params, augment in zip(sampled, augments)]
         stacked = {
             group: to_device(torch.stack([tables[view] for view in views]), self._device)
@@ -278,11 +280,11 @@ class DeviceLoader:
         for step in steps:
             rows = slice(begin, begin := begin + len(step))
             made: dict[int, Tensor] = {}
-            for (size, first), views in groups.items():
+            for (shape, first), views in groups.items():
                 rotate = any(augments[view].rotate for view in views)
-                params = stacked[size, first][:, rows]
+                params = stacked[shape, first][:, rows]
                 chosen = index[rows] + first if first else index[rows]
-                made |= zip(views, self._kernel(self._images, chosen, params, size, rotate=rotate))
+                made |= zip(views, self._kernel(self._images, chosen, params, shape, rotate=rotate))
             yield tuple(made[view] for view in range(len(augments)))
 
     def close(self) -> None:
@@ -293,22 +295,21 @@ class DeviceLoader:
 
 
 def compose(images: Tensor, index: Tensor, views: Views, augment: AugmentConfig) -> Tensor:
-    """Returns (B, S, S, C): crops, resizes and augments, a few images at a time.
+    """Returns (B, H, W, C): crops, resizes and augments, a few images at a time.
 
-    images: (M, H, W, C), uint8 or uint16.
+    images: (M, height, width, C), uint8 or uint16.
     index: (B,) int64 on the CPU, the image of every view.
     views: the parameters of B views.
     """
-    size = augment.size
-    shape = (len(index), size, size, images.shape[3])
+    shape = (len(index), *augment.shape, images.shape[3])
     out = torch.empty(shape, dtype=images.dtype, device=images.device)
     params = per_view(views)
-    step = max(1, CACHED_PIXELS // size**2)
+    step = max(1, CACHED_PIXELS // math.prod(augment.shape))
     for begin in range(0, len(index), step):
         rows = slice(begin, begin + step)
         boxes = torch.from_numpy(np.stack([column[rows] for column in views[:4]]))
         chosen = rows_of(images, index[rows].to(images.device))
-        crops = crop_and_resize(chosen, boxes.to(images.device), size)
+        crops = crop_and_resize(chosen, boxes.to(images.device), augment.shape)
         make_views(crops, params[rows], augment, out[rows])
     return out
 
@@ -320,9 +321,8 @@ def rows_of(images: Tensor, index: Tensor) -> Tensor:
     return images.view(torch.int16)[index].view(torch.uint16)
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Returns (n, size, size, C): PIL's antialiased bilinear resize of a box of
-    every image.
+def crop_and_resize(images: Tensor, boxes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns (n, *shape, C): PIL's antialiased bilinear resize of a box of every image.
 
     images: (n, H, W, C), uint8 or uint16.
     boxes: (4, n) int64: top, left, height, width.
@@ -333,13 +333,13 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     bits, which may round a tie the other way. For uint16 the sums are rounded to 24 bits.
     """
     top, left, height, width = boxes
-    n, H, W, channels = images.shape
+    (n, H, W, channels), (tall, wide) = images.shape, shape
     x = images.permute(0, 1, 3, 2).reshape(n, H * channels, W).float()
-    weights = _weights(left, width, W, size)  # (n, W, size)
-    x = _rounded(x @ weights, weights.sum(1, keepdim=True)).view(n, H, channels * size)
-    weights = _weights(top, height, H, size)  # (n, H, size)
+    weights = _weights(left, width, W, wide)  # (n, W, wide)
+    x = _rounded(x @ weights, weights.sum(1, keepdim=True)).view(n, H, channels * wide)
+    weights = _weights(top, height, H, tall)  # (n, H, tall)
     x = _rounded(weights.mT @ x, weights.sum(1).unsqueeze(2))
-    return x.view(n, size, channels, size).permute(0, 1, 3, 2).to(images.dtype)
+    return x.view(n, tall, channels, wide).permute(0, 1, 3, 2).to(images.dtype)
 
 
 def _weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:

@@ -12,47 +12,51 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mocofast.data.arrays import PixelFormat, central_view
+from mocofast.data.arrays import PixelFormat, central_view, shorter_axis
 from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode
 from mocofast.data.interface import Source, labels_of, read_seconds, to_device
 from mocofast.data.ranges import range_of
 from mocofast.data.threads import Threads
 from mocofast.errors import describe_error
+from mocofast.view_sizes import Size, height_width
 
-LONG = 8  # longer side / shorter side from which only the crop is resized
+LONG = 8  # longer side / shorter side, of views, from which only the crop is resized
 AHEAD = 2  # batches that the threads work ahead
 
 
-def center_view(image: Image.Image, size: int) -> Image.Image:
-    """Returns the central crop, (size, size), as the ImageNet protocol cuts it.
+def center_view(image: Image.Image, size: Size) -> Image.Image:
+    """Returns the central crop, of `size`, as the ImageNet protocol cuts it.
 
-    The shorter side is resized to size * 256/224 before the crop. If neither side of
-    the image is larger than `size`, the shorter side is resized to `size`, because
-    there is no margin to crop. Of a very long image only the crop is resized, because the
-    whole image would need seconds and gigabytes. The pixels differ by 1 of 255 then: PIL
-    keeps the corners of a crop in float32.
+    The image is resized, with its aspect ratio, to just cover 256/224 of the view before the crop.
+    If no side of the image is larger than the view, the image just covers the view, because there
+    is no margin to crop. Of a very long image only the crop is resized, because the whole image
+    would need seconds and gigabytes. The pixels differ by 1 of 255 then: PIL keeps the corners of a
+    crop in float32.
     """
-    small = max(image.size) <= size
-    short = size if small else round(size * 256 / 224)
-    if max(image.size) <= LONG * min(image.size):
-        if min(image.size) != short:
-            image = F.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
-        return F.center_crop(image, [size, size])
-    width, height = image.size
-    # The size after a resize, as torchvision rounds it, and the crop.
-    resized = tuple(int(short * side / min(image.size)) for side in image.size)
-    left, top = (round((side - size) / 2) for side in resized)
-    across, down = width / resized[0], height / resized[1]
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    full, shape = (image.height, image.width), height_width(size)
+    short = shorter_axis(full, shape)
+    small = all(side <= wanted for side, wanted in zip(full, shape))
+    covered = shape[short] if small else round(shape[short] * 256 / 224)
+    # The size after a resize, as torchvision rounds it.
+    other = max(shape[1 - short], int(covered * full[1 - short] / full[short]))
+    resized = (covered, other) if short == 0 else (other, covered)
+    if full[1 - short] * shape[short] <= LONG * full[short] * shape[1 - short]:
+        if resized != full:
+            image = F.resize(image, list(resized), InterpolationMode.BILINEAR, antialias=True)
+        return F.center_crop(image, list(shape))
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(resized, shape))
+    down, across = (side / made for side, made in zip(full, resized))
+    height, width = shape
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 class EvalBatches:
     """Batches of all good images of a source, in order, cut by `center_view`.
 
     Yields (images, labels, index):
-    images: (B, C, size, size), channels-last, on `device`: uint8 RGB, or the levels of `pixels`.
+    images: (B, C, height, width), channels-last, on `device`: uint8 RGB, or the levels of `pixels`.
     labels: (B,) int64 on the CPU, or None for an unlabelled source.
     index: (B,) int64 on the CPU, the samples.
 
@@ -63,7 +67,7 @@ class EvalBatches:
     def __init__(
         self,
         source: Source,
-        size: int,
+        size: Size,
         batch_size: int,
         workers: int,
         device: torch.device,
@@ -77,7 +81,8 @@ class EvalBatches:
         """
         self._pixels = pixels
         self.skipped: dict[int, str] = {}
-        self._source, self._size, self._batch_size, self._device = source, size, batch_size, device
+        self._source, self._batch_size, self._device = source, batch_size, device
+        self._size = size
         self._threads = workers
         self._range, self._seconds = range_of(source), read_seconds(source)
 
@@ -89,7 +94,7 @@ class EvalBatches:
                 yield from self._batch(results)
 
     def _center(self, index: int) -> np.ndarray | str:
-        """Returns pixels (size, size, C), or the reason why the image is bad."""
+        """Returns pixels (height, width, C), or the reason why the image is bad."""
         return in_time(self._seconds, self._decoded_center, index)
 
     def _decoded_center(self, index: int) -> np.ndarray | str:

@@ -30,17 +30,16 @@ from mocofast.data import deadline
 from mocofast.data.items import Item
 
 CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
-CROP_RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop
 
 
 class Batch(NamedTuple):
-    """The images of one step on one rank. B: images. S: side of a view, in pixels.
+    """The images of one step on one rank. B: images. H, W: height and width of a view, in pixels.
 
     The views lie on the loader's device. Copies to a GPU do not block the host. The
     index and the labels stay on the CPU.
     """
 
-    # (B, C, S, S) per view, channels-last, not normalised: uint8 RGB, or uint8 or uint16 levels
+    # (B, C, H, W) per view, channels-last, not normalised: uint8 RGB, or uint8 or uint16 levels
     views: tuple[Tensor, ...]
     # (B,) int64: the samples shown, after the substitution of bad samples
     index: Tensor  # type: ignore[assignment]
@@ -293,7 +292,7 @@ def sample_view(
     parameters depend on nothing else, so any process can compute any view in any order.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 1, index, view]))
-    top, left, height, width = _random_resized_crop(rng, size, augment.crop_scale)
+    top, left, height, width = _random_resized_crop(rng, size, augment)
     angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
     order: tuple[int, ...] = ()
     brightness = contrast = saturation = 1.0
@@ -323,23 +322,24 @@ def sample_view(
 
 
 def _random_resized_crop(
-    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
+    rng: np.random.Generator, size: tuple[int, int], augment: AugmentConfig
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params with the default aspect ratios."""
+    """torchvision's RandomResizedCrop.get_params: scale and ratio are of the crop in the image."""
+    (narrowest, widest), scale = augment.crop_ratio, augment.crop_scale
     full_height, full_width = size
     for _ in range(CROP_ATTEMPTS):
         area = full_height * full_width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= full_width and 0 < height <= full_height:
             top = int(rng.integers(0, full_height - height + 1))
             left = int(rng.integers(0, full_width - width + 1))
             return top, left, height, width
     # No crop fitted. Take the largest central crop of an allowed aspect ratio.
-    if full_width < CROP_RATIO[0] * full_height:
-        width, height = full_width, round(full_width / CROP_RATIO[0])
-    elif full_width > CROP_RATIO[1] * full_height:
-        width, height = round(full_height * CROP_RATIO[1]), full_height
+    if full_width < narrowest * full_height:
+        width, height = full_width, max(1, round(full_width / narrowest))
+    elif full_width > widest * full_height:
+        width, height = max(1, round(full_height * widest)), full_height
     else:
         width, height = full_width, full_height
     return (full_height - height) // 2, (full_width - width) // 2, height, width

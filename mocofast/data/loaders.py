@@ -20,6 +20,7 @@ from mocofast.data.scaled import check_scaled
 from mocofast.data.shards import ShardSource
 from mocofast.data.sources import ArraySource
 from mocofast.errors import list_choices
+from mocofast.view_sizes import Size
 
 if TYPE_CHECKING:
     from mocofast.data.evaluation import EvalBatches
@@ -68,7 +69,7 @@ def build_loader(
 
 def eval_batches(
     source: Source,
-    size: int,
+    size: Size,
     batch_size: int,
     workers: int,
     device: torch.device | str = "cpu",
@@ -76,7 +77,7 @@ def eval_batches(
 ) -> EvalBatches:
     """Returns batches of all good images of `source`, in order, as EvalBatches describes.
 
-    size: side of the central crop, in pixels.
+    size: of the central crop.
     workers: number of threads, as `data.workers`. -1 takes all cores.
     channels: of an image, as `data.channels`.
     """

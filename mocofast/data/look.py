@@ -18,6 +18,7 @@ from mocofast.data.interface import Source, read_seconds
 from mocofast.data.ranges import range_of
 from mocofast.data.remarks import images_to_look_at
 from mocofast.errors import describe_error, printable
+from mocofast.view_sizes import Size, height_width, pixels_text
 
 SECONDS = 5.0  # for every set: large images take long
 FEW_LEVELS = 20  # of 256
@@ -38,12 +39,12 @@ class Seen(NamedTuple):
 
 
 def look(
-    train: Source, val: Source | None, size: int, pixels: PixelFormat | None = None
+    train: Source, val: Source | None, size: Size, pixels: PixelFormat | None = None
 ) -> list[str]:
     """Returns lines on images of few values, on images that do not decode, and on sizes.
 
     train, val: the sets of a run. Images in memory are not looked at.
-    size: side of a view, in pixels.
+    size: of a view.
     pixels: how images are read that are not 8-bit RGB.
     """
     seen = _look_at(train, pixels)
@@ -100,7 +101,7 @@ def _seen(source: Source, index: int, how: PixelFormat | None) -> Seen:
     return Seen(name, pixels.shape[:2], int((count > 0).sum()), clipped, "")
 
 
-def _on_sizes(train: Sequence[Seen], val: Sequence[Seen], size: int) -> list[str]:
+def _on_sizes(train: Sequence[Seen], val: Sequence[Seen], size: Size) -> list[str]:
     """Returns lines on sets whose images all have one size."""
     sizes = {image.size for image in train}
     val_sizes = {image.size for image in val if not image.error}
@@ -108,10 +109,12 @@ def _on_sizes(train: Sequence[Seen], val: Sequence[Seen], size: int) -> list[str
     if len(sizes) == 1 and len(train) > 1:
         height, width = next(iter(sizes))
         short = min(height, width)
-        if short < size:
+        tall, wide = height_width(size)
+        if height < tall or width < wide:
+            fits = short if tall == wide else f"{min(height, tall)},{min(width, wide)}"
             lines.append(
                 f"all images looked at have {height} x {width} pixels, and are enlarged to views "
-                f"of {size}: --augment.size {short} makes views as large as the images"
+                f"of {pixels_text(size)}: --augment.size {fits} makes views as large as the images"
             )
         if len(val_sizes) == 1 and len(val) > 1 and val_sizes != sizes:
             val_height, val_width = next(iter(val_sizes))

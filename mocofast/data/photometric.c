@@ -46,16 +46,21 @@ enum {
   FIELDS
 };
 
-/* Returns the mean of a plane, (side, side) float32, as PyTorch sums it. */
-typedef float (*mean_function)(const float *plane, int side);
+/* Returns the mean of a plane, (height, width) float32, as PyTorch sums it. */
+typedef float (*mean_function)(const float *plane, int height, int width);
 
 struct images {
-  int side;     /* S */
-  int channels; /* C */
-  int top;      /* the largest level: 255 or 65535 */
+  int height, width; /* H, W */
+  int channels;      /* C */
+  int top;           /* the largest level: 255 or 65535 */
   int gray_first;
   mean_function mean;
 };
+
+/* Returns the pixels of an image. */
+static inline int64_t pixels_of(const struct images *images) {
+  return (int64_t)images->height * images->width;
+}
 
 #define FUSED 0
 #define NAME(x) plain_##x
@@ -109,9 +114,9 @@ EXPORT int photometric_runs(int variant) {
   return 0;
 }
 
-/* Copies an image, (S, S, C), to planes, (C, S, S) float32. */
+/* Copies an image, (H, W, C), to planes, (C, H, W) float32. */
 static void load(const struct images *images, const void *image, float *planes) {
-  int64_t count = (int64_t)images->side * images->side;
+  int64_t count = pixels_of(images);
   int channels = images->channels;
   const uint8_t *bytes = image;
   const uint16_t *words = image;
@@ -134,50 +139,51 @@ static void load(const struct images *images, const void *image, float *planes) 
 
 /* Copies a row of three planes to a row of an image. step: from a pixel to the next. */
 static inline void store_rgb(uint8_t *restrict out, const float *restrict r,
-                             const float *restrict g, const float *restrict b, int side,
+                             const float *restrict g, const float *restrict b, int width,
                              int64_t step) {
-  for (int x = 0; x < side; x++, out += 3) {
+  for (int x = 0; x < width; x++, out += 3) {
     out[0] = (uint8_t)(int32_t)r[x * step];
     out[1] = (uint8_t)(int32_t)g[x * step];
     out[2] = (uint8_t)(int32_t)b[x * step];
   }
 }
 
-/* Copies planes to an image, flipped and turned. flip, vertical_flip: 0 or 1. */
+/* Copies planes to an image, flipped and turned. flip, vertical_flip: 0 or 1. turns: 0 unless
+ * images are square. */
 static void store(const struct images *images, const float *planes, void *image, int flip,
                   int vertical_flip, int turns) {
-  int side = images->side, channels = images->channels;
-  int64_t count = (int64_t)side * side, last = side - 1;
+  int height = images->height, width = images->width, channels = images->channels;
+  int64_t count = pixels_of(images), last = width - 1;
   /* The place of the pixel (0, 0), and the steps to the next row and the next column, after the
    * flips. */
-  int64_t row = vertical_flip ? -side : side, column = flip ? -1 : 1;
-  int64_t start = (vertical_flip ? last * side : 0) + (flip ? last : 0);
+  int64_t row = vertical_flip ? -width : width, column = flip ? -1 : 1;
+  int64_t start = (vertical_flip ? (height - 1) * (int64_t)width : 0) + (flip ? last : 0);
   for (; turns > 0; turns--) { /* counter-clockwise: the last column becomes the first row */
     int64_t old_row = row;
     start += last * column;
     row = -column;
     column = old_row;
   }
-  for (int y = 0; y < side; y++) {
+  for (int y = 0; y < height; y++) {
     const float *from = planes + start + y * row;
     if (images->top == 255 && channels == 3) {
-      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * side;
+      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * width;
       const float *g = from + count, *b = from + 2 * count;
       if (column == 1)
-        store_rgb(out, from, g, b, side, 1);
+        store_rgb(out, from, g, b, width, 1);
       else if (column == -1)
-        store_rgb(out, from, g, b, side, -1);
+        store_rgb(out, from, g, b, width, -1);
       else
-        store_rgb(out, from, g, b, side, column);
+        store_rgb(out, from, g, b, width, column);
       continue;
     }
     for (int c = 0; c < channels; c++, from += count) {
-      int64_t at = (int64_t)y * side * channels + c;
+      int64_t at = (int64_t)y * width * channels + c;
       if (images->top == 255)
-        for (int x = 0; x < side; x++)
+        for (int x = 0; x < width; x++)
           ((uint8_t *)image)[at + (int64_t)x * channels] = (uint8_t)(int32_t)from[x * column];
       else
-        for (int x = 0; x < side; x++)
+        for (int x = 0; x < width; x++)
           ((uint16_t *)image)[at + (int64_t)x * channels] = (uint16_t)(int32_t)from[x * column];
     }
   }
@@ -185,19 +191,19 @@ static void store(const struct images *images, const float *planes, void *image,
 
 /* Makes n views.
  *
- * in: n images, (S, S, C), uint8 for a top of 255, uint16 for a top of 65535.
- * out: (n, S, S, C) of the same type. The images of `in` may lie there, in the same order.
+ * in: n images, (H, W, C), uint8 for a top of 255, uint16 for a top of 65535.
+ * out: (n, H, W, C) of the same type. The images of `in` may lie there, in the same order.
  * views: n times `fields` floats.
  * channel_jitter: 1 if the factors of channels stand behind the fields.
- * scratch: C S S + 2 S (S + 2 R) floats, R the largest reach.
+ * scratch: C H W + 2 W (H + 2 R) floats, R the largest reach.
  * mean: for sums beyond 2^24, which float32 does not hold. */
-EXPORT void photometric_views(int variant, const void *const *in, void *out, int64_t n, int side,
-                              int channels, int top, const float *views, int64_t fields,
-                              int gray_first, int channel_jitter, float *scratch,
-                              mean_function mean) {
-  struct images images = {side, channels, top, gray_first, mean};
+EXPORT void photometric_make(int variant, const void *const *in, void *out, int64_t n, int height,
+                             int width, int channels, int top, const float *views, int64_t fields,
+                             int gray_first, int channel_jitter, float *scratch,
+                             mean_function mean) {
+  struct images images = {height, width, channels, top, gray_first, mean};
   const struct variant *chosen = &variants[variant];
-  int64_t count = (int64_t)side * side * channels, bytes = count * (top == 255 ? 1 : 2);
+  int64_t count = pixels_of(&images) * channels, bytes = count * (top == 255 ? 1 : 2);
   for (int64_t i = 0; i < n; i++, views += fields) {
     char *made = (char *)out + i * bytes;
     load(&images, in[i], scratch);

@@ -31,16 +31,17 @@ from mocofast.data.library import compared
 
 FIELDS = 15  # floats of a view in photometric.c, without factors of channels
 _NO_ORDER = (-1, -1, -1, -1)
-# Views that are compared when the library is loaded, and the side of a view
-_COMPARED, _SIDE = 12, 33
+# Views that are compared when the library is loaded, and the shape of a view
+_COMPARED, _SHAPE = 12, (33, 37)
 
-_Mean = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int)
+_Mean = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_int)
 _Views = ctypes.CFUNCTYPE(
     None,
     ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_int64,
+    ctypes.c_int,
     ctypes.c_int,
     ctypes.c_int,
     ctypes.c_int,
@@ -61,9 +62,9 @@ def make_views(
 ) -> None:
     """Does what `view_ops.apply_view_ops` does, faster where the library can serve.
 
-    crops: (n, S, S, C), uint8 or uint16.
+    crops: (n, H, W, C), uint8 or uint16.
     params: the parameters of n views.
-    out: (n, S, S, C) of the same type, on the same device. May be `crops`.
+    out: (n, H, W, C) of the same type, on the same device. May be `crops`.
     """
     library = compiled()[0] if out.device.type == "cpu" else None
     if library is None:
@@ -101,7 +102,7 @@ class Photometric:
     def __init__(self, library: ctypes.CDLL, variant: int) -> None:
         """library: photometric.c, compiled. variant: number in `library.VARIANTS`."""
         self.variant = variant
-        self._views = _Views(("photometric_views", library))
+        self._views = _Views(("photometric_make", library))
         self._scratch = threading.local()  # a buffer for every thread
 
     def make(
@@ -117,7 +118,7 @@ class Photometric:
         images = [crop.contiguous() for crop in crops]
         places = np.array([image.data_ptr() for image in images], dtype=np.uintp)
         made = out if out.is_contiguous() else out.contiguous()
-        n, side, _, channels = out.shape
+        n, height, width, channels = out.shape
         radii = [view_ops.box_radius(p.sigma) for p in params]
         # (n, FIELDS) float32, in the order of photometric.c
         table = np.array(
@@ -146,14 +147,16 @@ class Photometric:
             factors = view_ops.channel_factors(keys, augment, channels)
             table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
         reach = math.ceil(max(radii, default=0))
-        scratch = self._buffer(channels * side**2 + 2 * side * (side + 2 * reach))
+        blur = 2 * width * (height + 2 * reach)
+        scratch = self._buffer(channels * height * width + blur)
         top = 255 if out.dtype == torch.uint8 else 65535
         self._views(
             self.variant,
             places.ctypes.data,
             made.data_ptr(),
             n,
-            side,
+            height,
+            width,
             channels,
             top,
             table.ctypes.data,
@@ -175,9 +178,9 @@ class Photometric:
 
 
 @_Mean
-def _mean_by_pytorch(plane: ctypes._Pointer, side: int) -> float:
-    """Returns the mean of (side, side) float32: PyTorch's, where float32 does not hold the sum."""
-    values = torch.from_numpy(np.ctypeslib.as_array(plane, (1, 1, side, side)))
+def _mean_by_pytorch(plane: ctypes._Pointer, height: int, width: int) -> float:
+    """Returns PyTorch's mean of (height, width) float32, whose sum float32 does not hold."""
+    values = torch.from_numpy(np.ctypeslib.as_array(plane, (1, 1, height, width)))
     return values.mean((2, 3)).item()
 
 
@@ -196,12 +199,12 @@ def differs(operators: Photometric) -> bool:
         "channel_jitter": (0.2, 0.2),
     }
     for channels, dtype in ((3, np.uint8), (3, np.uint16), (2, np.uint16)):
-        augment = AugmentConfig(size=_SIDE, gray=0.2 if channels == 3 else 0.0, **options)
+        augment = AugmentConfig(size=_SHAPE, gray=0.2 if channels == 3 else 0.0, **options)
         rng = np.random.default_rng(channels)
-        shape = (_COMPARED, _SIDE, _SIDE, channels)
+        shape = (_COMPARED, *_SHAPE, channels)
         numbers = rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype)
         crops = torch.from_numpy(numbers)
-        params = [sample_view(augment, (_SIDE, _SIDE), 1, 0, i, 0) for i in range(_COMPARED)]
+        params = [sample_view(augment, _SHAPE, 1, 0, i, 0) for i in range(_COMPARED)]
         expected, got = torch.empty_like(crops), torch.empty_like(crops)
         view_ops.apply_view_ops(crops, params, augment, expected)
         operators.make(crops, params, augment, got)

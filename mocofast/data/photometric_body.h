@@ -3,7 +3,7 @@
  * NAME(x): gives a function the name of its set.
  * FUSED: 1 where PyTorch's operators round a product and a sum once (fused multiply-add).
  *
- * A plane is (S, S) float32 with integers from 0 to `top`. Every function computes what the
+ * A plane is (H, W) float32 with integers from 0 to `top`. Every function computes what the
  * function of the same name in view_ops.py computes, in the same order of roundings.
  */
 
@@ -36,22 +36,22 @@ static void NAME(brightness)(float *x, int64_t count, float factor, float top) {
 
 /* Returns the mean of a plane, rounded. */
 static float NAME(mean)(const struct images *images, const float *plane) {
-  int64_t count = (int64_t)images->side * images->side;
+  int64_t count = pixels_of(images);
   if ((double)images->top * count > 16777216.) /* PyTorch rounds the sums, in an order of its own */
-    return NAME(floor)(images->mean(plane, images->side) + 0.5f);
+    return NAME(floor)(images->mean(plane, images->height, images->width) + 0.5f);
   int32_t sum = 0;
   for (int64_t i = 0; i < count; i++) sum += (int32_t)plane[i];
   return NAME(floor)((float)sum / (float)count + 0.5f);
 }
 
 static void NAME(contrast_plane)(const struct images *images, float *x, float mean, float factor) {
-  int64_t count = (int64_t)images->side * images->side;
+  int64_t count = pixels_of(images);
   float top = (float)images->top;
   for (int64_t i = 0; i < count; i++) x[i] = NAME(blend)(x[i], mean, factor, top);
 }
 
 static void NAME(contrast)(const struct images *images, float *x, float *scratch, float factor) {
-  int64_t count = (int64_t)images->side * images->side;
+  int64_t count = pixels_of(images);
   if (images->channels != 3) {
     for (int c = 0; c < images->channels; c++)
       NAME(contrast_plane)(images, x + c * count, NAME(mean)(images, x + c * count), factor);
@@ -107,18 +107,18 @@ static void NAME(grayscale)(float *restrict r, float *restrict g, float *restric
 
 /* Computes a row or a column of boxes.
  * from: the first pixel of the first box. step: from a pixel of a box to the next pixel. */
-static inline void NAME(box)(float *restrict to, const float *restrict from, int side,
+static inline void NAME(box)(float *restrict to, const float *restrict from, int count,
                              int64_t step, int reach, float inner, float outer) {
   if (reach == 1) {
-    for (int x = 0; x < side; x++)
+    for (int x = 0; x < count; x++)
       to[x] = NAME(round)(MULTIPLY_ADD(from[x + step], inner, (from[x] + from[x + 2 * step]) * outer));
   } else if (reach == 2) {
-    for (int x = 0; x < side; x++) {
+    for (int x = 0; x < count; x++) {
       float body = from[x + step] + from[x + 2 * step] + from[x + 3 * step];
       to[x] = NAME(round)(MULTIPLY_ADD(body, inner, (from[x] + from[x + 4 * step]) * outer));
     }
   } else {
-    for (int x = 0; x < side; x++) {
+    for (int x = 0; x < count; x++) {
       float body = from[x + step];
       for (int i = 2; i < 2 * reach; i++) body += from[x + i * step];
       float ends = from[x] + from[x + 2 * reach * step];
@@ -128,37 +128,38 @@ static inline void NAME(box)(float *restrict to, const float *restrict from, int
 }
 
 /* Blurs a plane: three boxes along rows, then three along columns.
- * scratch: 2 (S + 2 reach) S floats. */
-static void NAME(blur)(float *plane, int side, float radius, int reach, float *scratch) {
+ * scratch: 2 W (H + 2 reach) floats. */
+static void NAME(blur)(float *plane, int height, int width, float radius, int reach,
+                       float *scratch) {
   float inner = 1 / (2 * radius + 1), outer = (1 - (float)(2 * reach - 1) * inner) / 2;
-  int64_t wide = side + 2 * (int64_t)reach;
-  size_t row = sizeof(float) * side;
+  int64_t wide = width + 2 * (int64_t)reach, tall = height + 2 * (int64_t)reach;
+  size_t row = sizeof(float) * width;
   float *from = scratch, *to = scratch + wide;
-  for (int y = 0; y < side; y++) {
-    memcpy(from + reach, plane + (int64_t)y * side, row);
+  for (int y = 0; y < height; y++) {
+    memcpy(from + reach, plane + (int64_t)y * width, row);
     for (int pass = 0; pass < 3; pass++) {
       for (int i = 0; i < reach; i++) {
         from[i] = from[reach];
-        from[reach + side + i] = from[reach + side - 1];
+        from[reach + width + i] = from[reach + width - 1];
       }
-      float *out = pass < 2 ? to + reach : plane + (int64_t)y * side;
-      NAME(box)(out, from, side, 1, reach, inner, outer);
+      float *out = pass < 2 ? to + reach : plane + (int64_t)y * width;
+      NAME(box)(out, from, width, 1, reach, inner, outer);
       float *swap = from;
       from = to;
       to = swap;
     }
   }
-  from = scratch, to = scratch + wide * side;
-  memcpy(from + (int64_t)reach * side, plane, row * side);
+  from = scratch, to = scratch + tall * width;
+  memcpy(from + (int64_t)reach * width, plane, row * height);
   for (int pass = 0; pass < 3; pass++) {
     for (int i = 0; i < reach; i++) {
-      memcpy(from + (int64_t)i * side, from + (int64_t)reach * side, row);
-      memcpy(from + (int64_t)(reach + side + i) * side,
-             from + (int64_t)(reach + side - 1) * side, row);
+      memcpy(from + (int64_t)i * width, from + (int64_t)reach * width, row);
+      memcpy(from + (int64_t)(reach + height + i) * width,
+             from + (int64_t)(reach + height - 1) * width, row);
     }
-    float *out = pass < 2 ? to + (int64_t)reach * side : plane;
-    for (int64_t y = 0; y < side; y++)
-      NAME(box)(out + y * side, from + y * side, side, side, reach, inner, outer);
+    float *out = pass < 2 ? to + (int64_t)reach * width : plane;
+    for (int64_t y = 0; y < height; y++)
+      NAME(box)(out + y * width, from + y * width, width, width, reach, inner, outer);
     float *swap = from;
     from = to;
     to = swap;
@@ -172,7 +173,7 @@ static void NAME(solarize)(float *x, int64_t count, float top) {
 }
 
 static void NAME(chain)(const struct images *images, float *x, float *scratch, const float *view) {
-  int64_t count = (int64_t)images->side * images->side, values = count * images->channels;
+  int64_t count = pixels_of(images), values = count * images->channels;
   float top = (float)images->top, *r = x, *g = x + count, *b = x + 2 * count;
   int is_colour = images->channels == 3, gray = view[GRAY] != 0 && is_colour;
   if (gray && images->gray_first) NAME(grayscale)(r, g, b, count);
@@ -185,13 +186,13 @@ static void NAME(chain)(const struct images *images, float *x, float *scratch, c
   }
   if (gray && !images->gray_first) NAME(grayscale)(r, g, b, count);
   for (int c = 0; c < images->channels && view[REACH] > 0; c++)
-    NAME(blur)(x + c * count, images->side, view[RADIUS], (int)view[REACH], scratch);
+    NAME(blur)(x + c * count, images->height, images->width, view[RADIUS], (int)view[REACH], scratch);
   if (view[SOLARIZE]) NAME(solarize)(x, values, top);
 }
 
 /* view: as for `chain`. Brightness, then contrast, with own factors for every channel. */
 static void NAME(channel_jitter)(const struct images *images, float *x, const float *view) {
-  int64_t count = (int64_t)images->side * images->side;
+  int64_t count = pixels_of(images);
   const float *factor = view + FIELDS;
   for (int c = 0; c < images->channels; c++, x += count, factor++) {
     NAME(brightness)(x, count, factor[0], (float)images->top);

@@ -29,7 +29,9 @@
 struct crop {
   const char *pixels; /* the first pixel */
   int64_t row;        /* bytes from a row to the next */
-  int height, width, channels, side, upside_down;
+  int height, width, channels;
+  int tall, wide; /* pixels of the view */
+  int upside_down;
 };
 
 /* Where the pixels of an axis come from. Weights behind the taps of a pixel are 0. */
@@ -169,18 +171,19 @@ static const struct variant variants[] = {
  * heights, widths: of the crops. The channels of a pixel, and the pixels of a row, lie side by
  * side.
  * flips: two bytes for every crop: 1 exchanges left and right, and top and bottom.
- * out: (n, S, S, C), uint8 for a top of 255, uint16 for a top of 65535.
+ * tall, wide: pixels of a view.
+ * out: (n, tall, wide, C), uint8 for a top of 255, uint16 for a top of 65535.
  * Returns 1, or 0 where there is not enough memory. */
-EXPORT int resize_crops(int variant, int64_t n, const void *const *pixels, const int64_t *rows,
-                        const int64_t *heights, const int64_t *widths, const uint8_t *flips,
-                        int side, int channels, int top, void *out) {
-  int64_t values = (int64_t)side * side * channels;
+EXPORT int resize_make(int variant, int64_t n, const void *const *pixels, const int64_t *rows,
+                       const int64_t *heights, const int64_t *widths, const uint8_t *flips,
+                       int tall, int wide, int channels, int top, void *out) {
+  int64_t values = (int64_t)tall * wide * channels;
   for (int64_t i = 0; i < n; i++) {
     struct crop crop = {pixels[i], rows[i], (int)heights[i], (int)widths[i],
-                        channels,  side,    flips[2 * i + 1]};
+                        channels,  tall,    wide,            flips[2 * i + 1]};
     struct axis across = {0}, down = {0};
-    int done = set_axis(&across, crop.width, side, top) && set_axis(&down, crop.height, side, top);
-    if (done && flips[2 * i]) reverse(&across, side, top);
+    int done = set_axis(&across, crop.width, wide, top) && set_axis(&down, crop.height, tall, top);
+    if (done && flips[2 * i]) reverse(&across, wide, top);
     if (done && top == 255)
       done = variants[variant].bytes(&crop, &across, &down, (uint8_t *)out + i * values);
     else if (done)

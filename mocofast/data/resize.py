@@ -33,6 +33,7 @@ _Crops = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_int,
     ctypes.c_int,
+    ctypes.c_int,
     ctypes.c_void_p,
 )
 
@@ -44,7 +45,7 @@ def resized_crops(
 
     images: n images on the CPU, (H, W, C), uint8 or uint16.
     boxes: the crop of every image.
-    out: (n, S, S, C) of the same type, in C order.
+    out: (n, height, width, C) of the same type, in C order.
     flips: how every crop is flipped. Empty: no crop.
     """
     flips = flips or [(False, False)] * len(out)
@@ -54,26 +55,31 @@ def resized_crops(
         return
     for image, box, (across, down), made in zip(images, boxes, flips, out.numpy()):
         # PyTorch does not flip uint16.
-        crop = resized_by_pytorch(image, box, out.shape[1]).numpy()
+        crop = resized_by_pytorch(image, box, (out.shape[1], out.shape[2])).numpy()
         made[:] = crop[:: -1 if down else 1, :: -1 if across else 1]
 
 
-def resized_crop(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
-    """Returns a crop of an image, resized to (size, size, C). See `resized_crops`."""
-    out = torch.empty((1, size, size, image.shape[2]), dtype=image.dtype)
-    resized_crops([image], [(top, left, height, width)], out)
+def resized_crop(image: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
+    """Returns a crop of an image, resized to (*shape, C). See `resized_crops`."""
+    out = torch.empty((1, *shape, image.shape[2]), dtype=image.dtype)
+    resized_crops([image], [box], out)
     return out[0]
 
 
-def resized_by_pytorch(image: Tensor, box: Box, size: int) -> Tensor:
+def resized_by_pytorch(image: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
     """Does what `resized_crop` does, by PyTorch's operator. uint16 is rounded half to even."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    shape, dtype = (size, size), image.dtype
-    if dtype == torch.uint8:
-        resized = F.interpolate(crop, shape, mode="bilinear", antialias=True)
+    dtype = image.dtype
+    crop = crop if dtype == torch.uint8 else crop.float()
+    if shape[1] == 1 and not (dtype == torch.uint8 and image.shape[2] <= 4):
+        # PyTorch 2.11 repeats the first row where the result is 1 pixel wide, but for bytes of up
+        # to 4 channels. Here rows are resized as columns, then columns as rows.
+        crop = F.interpolate(crop.mT, (1, height), mode="bilinear", antialias=True)
+        resized = F.interpolate(crop, (1, shape[0]), mode="bilinear", antialias=True).mT
     else:
-        resized = F.interpolate(crop.float(), shape, mode="bilinear", antialias=True)
+        resized = F.interpolate(crop, shape, mode="bilinear", antialias=True)
+    if dtype != torch.uint8:
         resized = resized.round_().clamp_(0, 65535).to(dtype)
     return resized[0].permute(1, 2, 0)
 
@@ -84,7 +90,7 @@ class Resize:
     def __init__(self, library: ctypes.CDLL, variant: int) -> None:
         """library: resize.c, compiled. variant: number in `library.VARIANTS`."""
         self.variant = variant
-        self._crops = _Crops(("resize_crops", library))
+        self._crops = _Crops(("resize_make", library))
 
     def crops(
         self, images: Sequence[Tensor], boxes: Sequence[Box], out: Tensor, flips: Sequence[Flips]
@@ -92,7 +98,7 @@ class Resize:
         """Does what `resized_crops` does. Reads the crops in place, and holds no lock of Python
         while they are resized. Raises MemoryError.
         """
-        n, side, _, channels = out.shape
+        n, tall, wide, channels = out.shape
         size = out.itemsize
         # The channels of a pixel, and the pixels of a row, must lie side by side.
         images = [
@@ -123,7 +129,8 @@ class Resize:
             heights,
             widths,
             flags.ctypes.data,
-            side,
+            tall,
+            wide,
             channels,
             top,
             out.data_ptr(),
@@ -140,8 +147,9 @@ def compiled(dtype: torch.dtype) -> tuple[Resize | None, str]:
     return compared(Resize, lambda resize: differs(resize, dtype), "crops")
 
 
-# Crops that are compared when the library is loaded: height, width, size. Between 2 and 14 taps.
-_COMPARED = ((5, 9, 16), (24, 16, 16), (40, 33, 16), (60, 100, 16))
+# Crops that are compared when the library is loaded: height and width of the crop, and of the view.
+# Between 2 and 14 taps.
+_COMPARED = ((5, 9, 16, 16), (24, 16, 16, 20), (40, 33, 16, 16), (60, 100, 12, 16))
 
 
 def differs(resize: Resize, dtype: torch.dtype) -> bool:
@@ -149,14 +157,13 @@ def differs(resize: Resize, dtype: torch.dtype) -> bool:
     rng = np.random.default_rng(0)
     top = int(torch.iinfo(dtype).max)
     for channels in (1, 3, 5, 13):
-        for height, width, size in _COMPARED:
+        for height, width, *shape in _COMPARED:
             levels = rng.integers(0, top + 1, (height + 1, width + 2, channels))
             image = torch.from_numpy(levels.astype(np.uint8 if top == 255 else np.uint16))
             box = (1, 2, height, width)
-            out = torch.empty((1, size, size, channels), dtype=dtype)
+            out = torch.empty((1, *shape, channels), dtype=dtype)
             resize.crops([image], [box], out, [(True, True)])
-            if not np.array_equal(
-                out[0].numpy()[::-1, ::-1], resized_by_pytorch(image, box, size).numpy()
-            ):
+            expected = resized_by_pytorch(image, box, (shape[0], shape[1]))
+            if not np.array_equal(out[0].numpy()[::-1, ::-1], expected.numpy()):
                 return True
     return False

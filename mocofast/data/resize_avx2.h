@@ -4,7 +4,7 @@
 static void rows_of_8_words(const struct crop *crop, const struct axis *axis,
                             const float *const *from, float *const *to, int first) {
   int channels = crop->channels;
-  for (int x = 0; x < crop->side; x++) {
+  for (int x = 0; x < crop->wide; x++) {
     const float *weights = axis->floats + (int64_t)x * axis->most;
     int64_t at = (int64_t)axis->start[x] * channels + first;
     int taps = axis->count[x], apart = APART(taps), j = 1;
@@ -28,7 +28,7 @@ static void rows_of_8_words(const struct crop *crop, const struct axis *axis,
 static void rows_of_4_words(const struct crop *crop, const struct axis *axis,
                             const float *const *from, float *const *to, int first) {
   int channels = crop->channels;
-  for (int x = 0; x < crop->side; x++) {
+  for (int x = 0; x < crop->wide; x++) {
     const float *weights = axis->floats + (int64_t)x * axis->most;
     int64_t at = (int64_t)axis->start[x] * channels + first;
     int taps = axis->count[x], apart = APART(taps), j = 1;
@@ -122,7 +122,7 @@ static void rows_of_few_bytes(const struct crop *crop, const struct axis *axis,
   /* Bytes of taps 0 and 1 side by side, as words, then of taps 2 and 3. */
   const __m256i low = two_rows((uint8_t *)places[0], (uint8_t *)places[0]);
   const __m256i high = two_rows((uint8_t *)places[1], (uint8_t *)places[1]);
-  for (int x = 0; x < crop->side; x++) {
+  for (int x = 0; x < crop->wide; x++) {
     const int16_t *weights = axis->words + (int64_t)x * axis->most;
     int64_t at = (int64_t)axis->start[x] * channels;
     __m256i a = half, b = half;

@@ -17,7 +17,7 @@ static void NAME(rows_of_words)(const struct crop *crop, const struct axis *axis
                                 const float *const *from, float *const *to) {
   int channels = crop->channels;
   for (int r = 0; r < ROWS; r++) {
-    for (int x = 0; x < crop->side; x++) {
+    for (int x = 0; x < crop->wide; x++) {
       const float *weights = axis->floats + (int64_t)x * axis->most;
       int taps = axis->count[x], apart = APART(taps);
       for (int c = 0; c < channels; c++) {
@@ -59,7 +59,7 @@ static void NAME(rows_of_bytes)(const struct crop *crop, const struct axis *axis
   }
 #endif
   for (int r = 0; r < ROWS; r++) {
-    for (int x = 0; x < crop->side; x++) {
+    for (int x = 0; x < crop->wide; x++) {
       const int16_t *weights = axis->words + (int64_t)x * axis->most;
       for (int c = 0; c < channels; c++) {
         const uint8_t *tap = from[r] + (int64_t)axis->start[x] * channels + c;
@@ -86,13 +86,13 @@ static void NAME(column_of_bytes)(const struct axis *axis, int y, const uint8_t 
 /* Resizes a crop of words. Returns 0 where there is not enough memory. */
 static int NAME(resize_words)(const struct crop *crop, const struct axis *across,
                               const struct axis *down, uint16_t *out) {
-  int values = crop->width * crop->channels, made = crop->side * crop->channels, ready = 0;
+  int values = crop->width * crop->channels, made = crop->wide * crop->channels, ready = 0;
   int size = down->taps + ROWS; /* rows of the ring */
   size_t row = made + PAD, wide = values + (size_t)across->most * crop->channels + PAD;
   float *ring = calloc(row * size + ROWS * wide, sizeof(float));
   const float **rows = malloc(sizeof(float *) * size);
   if (ring && rows) {
-    for (int y = 0; y < crop->side; y++) {
+    for (int y = 0; y < crop->tall; y++) {
       int start = down->start[y], stop = start + down->count[y];
       for (; ready < stop; ready += ROWS) {
         const float *from[ROWS];
@@ -107,7 +107,7 @@ static int NAME(resize_words)(const struct crop *crop, const struct axis *across
         NAME(rows_of_words)(crop, across, from, to);
       }
       for (int j = 0; j < down->count[y]; j++) rows[j] = ring + row * ((start + j) % size);
-      int64_t at = crop->upside_down ? crop->side - 1 - y : y;
+      int64_t at = crop->upside_down ? crop->tall - 1 - y : y;
       NAME(column_of_words)(down, y, rows, out + at * made, made);
     }
   }
@@ -120,14 +120,14 @@ static int NAME(resize_words)(const struct crop *crop, const struct axis *across
 /* Resizes a crop of bytes. Returns 0 where there is not enough memory. */
 static int NAME(resize_bytes)(const struct crop *crop, const struct axis *across,
                               const struct axis *down, uint8_t *out) {
-  int values = crop->width * crop->channels, made = crop->side * crop->channels, ready = 0;
+  int values = crop->width * crop->channels, made = crop->wide * crop->channels, ready = 0;
   int size = down->taps + ROWS;
   size_t passed = (size_t)across->most * crop->channels + PAD; /* bytes behind a row, read at most */
   size_t row = made + PAD, wide = values + passed;
   uint8_t *ring = calloc(row * size + ROWS * wide, 1);
   const uint8_t **rows = malloc(sizeof(uint8_t *) * size);
   if (ring && rows) {
-    for (int y = 0; y < crop->side; y++) {
+    for (int y = 0; y < crop->tall; y++) {
       int start = down->start[y], stop = start + down->count[y];
       for (; ready < stop; ready += ROWS) {
         const uint8_t *from[ROWS];
@@ -144,7 +144,7 @@ static int NAME(resize_bytes)(const struct crop *crop, const struct axis *across
       }
       /* One more than the taps: the weight behind the last tap is 0. */
       for (int j = 0; j <= down->count[y]; j++) rows[j] = ring + row * ((start + j) % size);
-      int64_t at = crop->upside_down ? crop->side - 1 - y : y;
+      int64_t at = crop->upside_down ? crop->tall - 1 - y : y;
       NAME(column_of_bytes)(down, y, rows, out + at * made, made);
     }
   }

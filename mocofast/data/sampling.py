@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mocofast.config import AugmentConfig
-from mocofast.data.interface import CROP_ATTEMPTS, CROP_RATIO, ViewParams
+from mocofast.data.interface import CROP_ATTEMPTS, ViewParams
 
 
 class Views(NamedTuple):
@@ -60,13 +60,13 @@ def sample_views(
     # The crop: first the sizes of all boxes, then their places.
     key = np.array([seed, epoch], dtype=np.uint64)
     sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), (len(index), 2))
-    box, used = _random_resized_crops(augment.crop_scale, sizes, key, index, view)
+    box, used = _random_resized_crops(augment, sizes, key, index, view)
     fits = box[:, 2] > 0
     stream = _Stream(key, index, view, first=used)
     every = np.ones(len(index), dtype=bool)
     box[fits, 0] = stream.below(sizes[fits, 0] - box[fits, 2] + 1, fits)
     box[fits, 1] = stream.below(sizes[fits, 1] - box[fits, 3] + 1, fits)
-    box[~fits] = _central_crops(sizes[~fits])
+    box[~fits] = _central_crops(sizes[~fits], *augment.crop_ratio)
     # Rotation.
     n = len(index)
     angle = (
@@ -109,13 +109,14 @@ def sample_views(
 
 
 def _random_resized_crops(
-    scale: tuple[float, float], sizes: np.ndarray, key: np.ndarray, index: np.ndarray, view: int
+    augment: AugmentConfig, sizes: np.ndarray, key: np.ndarray, index: np.ndarray, view: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples the sizes of n crops.
 
     Returns boxes (n, 4) with height and width set (zeros if no attempt fitted), and
     (n,) the number of random words that every view has used.
     """
+    scale, (lowest, highest) = augment.crop_scale, map(math.log, augment.crop_ratio)
     box = np.zeros((len(index), 4), dtype=np.int64)
     used = np.full(len(index), 2 * CROP_ATTEMPTS)
     left = np.arange(len(index))  # views without a crop until now
@@ -124,7 +125,6 @@ def _random_resized_crops(
             words = _philox(key, index[left], view, np.full(len(left), attempt // 2))
         area, ratio = _doubles(words[:, 2 * (attempt % 2) :][:, :2]).T
         area = sizes[left, 0] * sizes[left, 1] * (scale[0] + (scale[1] - scale[0]) * area)
-        lowest, highest = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
         aspect = np.exp(lowest + (highest - lowest) * ratio)
         width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
@@ -137,13 +137,14 @@ def _random_resized_crops(
     return box, used
 
 
-def _central_crops(sizes: np.ndarray) -> np.ndarray:
+def _central_crops(sizes: np.ndarray, narrowest: float, widest: float) -> np.ndarray:
     """Returns boxes (n, 4): the largest central crops of an allowed aspect ratio."""
     full_height, full_width = sizes.T
-    tall = full_width < CROP_RATIO[0] * full_height
-    wide = full_width > CROP_RATIO[1] * full_height
-    height = np.where(tall, np.rint(full_width / CROP_RATIO[0]).astype(np.int64), full_height)
-    width = np.where(wide, np.rint(full_height * CROP_RATIO[1]).astype(np.int64), full_width)
+    tall = full_width < narrowest * full_height
+    wide = full_width > widest * full_height
+    height, width = np.rint(full_width / narrowest), np.rint(full_height * widest)
+    height = np.where(tall, height.clip(min=1).astype(np.int64), full_height)
+    width = np.where(wide, width.clip(min=1).astype(np.int64), full_width)
     return np.stack(((full_height - height) // 2, (full_width - width) // 2, height, width), axis=1)
 
 

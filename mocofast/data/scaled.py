@@ -23,11 +23,12 @@ def scaled_factor(params: Sequence[ViewParams], augments: Sequence[AugmentConfig
     """Returns 8, 4, 2 or 1: the largest factor by which an image may be scaled down.
 
     params: of every view of the image, before scaling.
-    augments: of every view. A scaled crop has at least `size` pixels along both sides.
+    augments: of every view. A scaled crop has at least the pixels of the view along both sides.
     """
     for factor in FACTORS:
         if all(
-            min(p.height, p.width) >= factor * augment.size for p, augment in zip(params, augments)
+            p.height >= factor * augment.shape[0] and p.width >= factor * augment.shape[1]
+            for p, augment in zip(params, augments)
         ):
             return factor
     return 1

@@ -56,12 +56,13 @@ from mocofast.errors import describe_error
 
 
 def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -> Image.Image:
-    """Returns one view, (S, S), S = augment.size. Executes `params` in the order of
+    """Returns one view, of `augment.shape`. Executes `params` in the order of
     `ViewParams`.
     """
-    side = [augment.size, augment.size]
     crop = (params.top, params.left, params.height, params.width)
-    image = F.resized_crop(image, *crop, side, InterpolationMode.BILINEAR, antialias=True)
+    image = F.resized_crop(
+        image, *crop, list(augment.shape), InterpolationMode.BILINEAR, antialias=True
+    )
     if params.angle:
         image = F.rotate(image, params.angle, InterpolationMode.BILINEAR, fill=0)
     if params.gray and augment.gray_first:
@@ -81,8 +82,8 @@ def apply_view(image: Image.Image, params: ViewParams, augment: AugmentConfig) -
 def apply_view_to_levels(
     image: np.ndarray, params: ViewParams, augment: AugmentConfig
 ) -> np.ndarray:
-    """Returns one view, (S, S, C), of levels (H, W, C), uint8 or uint16."""
-    shape = (1, augment.size, augment.size, image.shape[2])
+    """Returns one view, (*augment.shape, C), of levels (H, W, C), uint8 or uint16."""
+    shape = (1, *augment.shape, image.shape[2])
     view = torch.from_numpy(np.empty(shape, image.dtype))
     make_from_images([as_tensor(image)], [params], augment, view)
     return view[0].numpy()
@@ -112,7 +113,7 @@ def _jitter(image: Image.Image, params: ViewParams) -> Image.Image:
 class Sample(NamedTuple):
     """What a worker returns for one slot of a batch."""
 
-    views: list[np.ndarray]  # (S, S, C) per view. Empty if all samples of the source are bad
+    views: list[np.ndarray]  # (H, W, C) per view. Empty if all samples of the source are bad
     shown: int  # index of the sample in the slot
     skipped: dict[int, str]  # bad samples met on the way: {index: reason}
 
@@ -235,7 +236,7 @@ class _Steps(Sampler[list[tuple[int, int]]]):
 
 
 def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]]:
-    """Returns views (B, S, S, C), the samples shown (B,), and the bad samples {index: reason}."""
+    """Returns views (B, H, W, C), the samples shown (B,), and the bad samples {index: reason}."""
     views = tuple(
         torch.from_numpy(_stacked(view)) for view in zip(*(sample.views for sample in samples))
     )
@@ -244,7 +245,7 @@ def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[in
 
 
 def _stacked(views: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns B views (S, S, C) as (B, S, S, C) in C order, which `np.stack` alone may not keep."""
+    """Returns B views (H, W, C) as (B, H, W, C) in C order, which `np.stack` alone may not keep."""
     out = np.empty((len(views), *views[0].shape), views[0].dtype)
     return np.stack(views, out=out)
 
@@ -334,7 +335,7 @@ class TorchvisionLoader:
             self.skipped.update(skipped)
             if not views:
                 raise no_image_decodes(self._source, self.skipped)
-            # (B, S, S, C) -> (B, C, S, S), channels-last
+            # (B, H, W, C) -> (B, C, H, W), channels-last
             moved = tuple(to_device(view, self._device).permute(0, 3, 1, 2) for view in views)
             yield Batch(moved, index, labels_of(self._source, index))
 

@@ -37,12 +37,12 @@ def apply_view_ops(
 ) -> None:
     """Applies all operators of `params` after the crop, in the order of `ViewParams`.
 
-    crops, out: (n, S, S, C), uint8 or uint16 on one device. `out` may be `crops`.
+    crops, out: (n, H, W, C), uint8 or uint16 on one device. `out` may be `crops`.
     params: the parameters of n views.
     """
     top = 255 if crops.dtype == torch.uint8 else 65535  # the largest level
     is_colour = crops.shape[-1] == 3
-    # x: (n, C, S, S) float32
+    # x: (n, C, H, W) float32
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     gray = [i for i, p in enumerate(params) if p.gray]
     _on_rows(x, [i for i, p in enumerate(params) if p.angle], rotate_, [p.angle for p in params])
@@ -76,9 +76,9 @@ def _on_rows(
 ) -> None:
     """Applies an in-place operator to some images of x.
 
-    x: (n, C, S, S) float32.
+    x: (n, C, H, W) float32.
     rows: the images.
-    operator: takes images (r, C, S, S) and, if `values` is given, their values (r, 1,
+    operator: takes images (r, C, H, W) and, if `values` is given, their values (r, 1,
         1, 1) float32.
     values: a value for every image of x.
     """
@@ -97,13 +97,13 @@ def _on_rows(
         x[index] = part
 
 
-# In all functions below, x is (n, C, S, S) float32 with integers 0..top, and C is 3 for
+# In all functions below, x is (n, C, H, W) float32 with integers 0..top, and C is 3 for
 # operators on colours. Functions with a trailing underscore change x. Factors are (n, 1, 1, 1),
 # or (n, C, 1, 1) for a factor per channel.
 
 
 def luma(x: Tensor) -> Tensor:
-    """Returns the luma, (n, 1, S, S), rounded to integers: PIL's mode "L"."""
+    """Returns the luma, (n, 1, H, W), rounded to integers: PIL's mode "L"."""
     r, g, b = x.unbind(1)
     gray = torch.mul(r, LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
     return gray.add_(0.5).floor_().unsqueeze(1)
@@ -214,8 +214,8 @@ def box_blur_(x: Tensor, radius: Tensor, reach: int) -> None:
     """
     inner = 1 / (2 * radius + 1)  # weight of a pixel nearer than `reach`
     outer = (1 - (2 * reach - 1) * inner) / 2  # weight of the two pixels at distance `reach`
-    size = x.shape[-1]
     for dim in (3, 2):
+        size = x.shape[dim]
         shape = list(x.shape)
         shape[dim] += 2 * reach
         padded = x.new_empty(shape)
@@ -237,7 +237,10 @@ def rotate_(x: Tensor, angle: Tensor) -> None:
     """
     radians = angle.view(-1) * (math.pi / 180)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    theta = torch.stack((cos, -sin, zero, sin, cos, zero), dim=1).view(-1, 2, 3)
+    # The grid is in halves of the height and of the width.
+    height, width = x.shape[2:]
+    across, down = -sin * (height / width), sin * (width / height)
+    theta = torch.stack((cos, across, zero, down, cos, zero), dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     # As in PIL, a pixel is black if its centre comes from outside, and otherwise
     # interpolated between pixels of the image.
@@ -277,7 +280,7 @@ def apply_late_ops(
 ) -> None:
     """Applies the operators of the last fields of `ViewParams`, in the order of the fields.
 
-    x: (n, C, S, S) float32, integers 0..top. Changed in place.
+    x: (n, C, H, W) float32, integers 0..top. Changed in place.
     params: the parameters of n views.
     """
     _on_rows(x, [i for i, p in enumerate(params) if p.vertical_flip], vertical_flip_)
@@ -324,7 +327,7 @@ def vertical_flip_(x: Tensor) -> None:
 
 
 def turn_(turns: int, x: Tensor) -> None:
-    """Turns counter-clockwise, `turns` times by 90 degrees."""
+    """Turns square images counter-clockwise, `turns` times by 90 degrees."""
     x.copy_(x.rot90(turns, (2, 3)))
 
 
@@ -341,13 +344,13 @@ STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
     """Scales and shifts the densities of haematoxylin, eosin and DAB, as Tellez et al. 2018.
 
-    x: (n, 3, S, S), red, green and blue of a stained slide.
+    x: (n, 3, H, W), red, green and blue of a stained slide.
     factor, offset: (n, 3), of every stain. Offsets are decimal optical densities.
 
     The paper is "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference".
     """
     stains = torch.tensor(STAINS, device=x.device)
-    # Densities of red, green and blue, (n, 3, S * S). Black counts as half a level.
+    # Densities of red, green and blue, (n, 3, H * W). Black counts as half a level.
     density = x.flatten(2).clamp(min=0.5).div_(top).log10_().neg_()
     amounts = torch.linalg.inv(stains).T @ density
     amounts.mul_(factor.unsqueeze(2)).add_(offset.unsqueeze(2))

@@ -221,9 +221,9 @@ def _accuracy(found: Predictions) -> FinetuneResult:
 
 def _replace_head(encoder: nn.Module, outputs: int, config: Config, device: torch.device) -> None:
     """Replaces every head of `encoder` by a linear layer. config: gives the shape of the images."""
-    channels, size = config.data.channels, config.augment.size
     with evaluating(encoder), torch.no_grad():
-        inputs = head_inputs(encoder, torch.zeros(1, channels, size, size, device=device))
+        shape = (1, config.data.channels, *config.augment.shape)
+        inputs = head_inputs(encoder, torch.zeros(shape, device=device))
     for name, x in zip(head_names(encoder), inputs):
         put(encoder, name, nn.Linear(x.shape[1], outputs).to(device))
 

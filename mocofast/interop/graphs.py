@@ -35,8 +35,7 @@ def write_graph(format: str, encoder: nn.Module, config: Config, file: Path) -> 
     format: a key of SUFFIXES.
     Raises ConfigError if packages are missing, or if the encoder is no graph.
     """
-    size = config.augment.size
-    example = torch.randn(2, config.data.channels, size, size)
+    example = torch.randn(2, config.data.channels, *config.augment.shape)
     model = FeatureModel(encoder).eval()
     try:
         with warnings.catch_warnings():

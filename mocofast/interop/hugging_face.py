@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mocofast.config import Config, ConfigError
 from mocofast.interop.layouts import Rules, renamed
 from mocofast.interop.loading_lines import channel_statistics
+from mocofast.view_sizes import pixels_text
 
 _RESNET: Rules = (
     (r"^conv1\.", "embedder.embedder.convolution."),
@@ -167,14 +168,17 @@ def _resnet_options(encoder: Any, config: Config) -> dict[str, Any]:
 
 
 def _processor(config: Config) -> Any:
-    """Returns the processor that makes the central crop of the evaluation."""
+    """Returns the processor that makes the central crop of the evaluation.
+
+    With views that are no squares, it does so for images of about the shape of the views.
+    """
     from transformers import BitImageProcessor
 
-    size = config.augment.size
+    height, width = config.augment.shape
     mean, std = channel_statistics(config)
     return BitImageProcessor(
-        size={"shortest_edge": round(size * 256 / 224)},
-        crop_size={"height": size, "width": size},
+        size={"shortest_edge": round(min(height, width) * 256 / 224)},
+        crop_size={"height": height, "width": width},
         resample=2,  # bilinear
         image_mean=mean,
         image_std=std,
@@ -193,8 +197,8 @@ def _card(config: Config, checkpoint: Mapping[str, Any], out: Path) -> str:
         "Epochs": checkpoint.get("epoch", "unknown"),
         "Batch": config.data.batch_size,
         "Optimiser": f"{o.name}, learning rate {o.lr:g}, weight decay {o.weight_decay:g}",
-        "Images": f"{config.data.channels} channels, {config.augment.size} pixels, mean "
-        f"{mean}, std {std}",
+        "Images": f"{config.data.channels} channels, {pixels_text(config.augment.size)} pixels, "
+        f"mean {mean}, std {std}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (

@@ -123,7 +123,12 @@ def _constructor(by_timm: bool, config: Config, encoder: nn.Module) -> list[str]
             "import torch, timm",
             f'model = timm.create_model("{plain}", num_classes=0{inputs})',
         ]
-    elif arch in SIZES or config.model.layer_scale or plain not in list_models():
+    elif (
+        arch in SIZES
+        or config.model.layer_scale
+        or plain not in list_models()
+        or (is_vit and not isinstance(size, int))  # torchvision's ViTs take squares alone
+    ):
         inputs = "" if channels == 3 else f", {channels}"
         scale = f", layer_scale={config.model.layer_scale}" if config.model.layer_scale else ""
         made = f'build_encoder("{arch}", {size}{inputs}{scale})(num_classes=1)'

@@ -23,6 +23,7 @@ from mocofast.models.vit import (
     with_residual_options,
 )
 from mocofast.plugins import is_plugin, load_plugin
+from mocofast.view_sizes import Size, height_width, pixels_text
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
@@ -42,7 +43,7 @@ def configured_encoder(config: Config) -> Callable[..., nn.Module]:
 
 def build_encoder(
     arch: str,
-    image_size: int = AugmentConfig.size,
+    image_size: Size = AugmentConfig.size,
     channels: int = 3,
     *,
     drop_path: float = 0.0,
@@ -57,8 +58,8 @@ def build_encoder(
         numbers of channels than 3, it is `build_encoder(image_size, channels=...)`.
         "timm/NAME": a model of timm. "package.module:function": a function of yours, called with
         num_classes, and with image_size and channels where it names these arguments.
-    image_size: side of the images in pixels. A ViT is made for images of this size, and takes
-        images of other sizes, which are made of whole patches, too.
+    image_size: side of the images in pixels, or (height, width). A ViT is made for images of this
+        size, and takes images of other sizes, which are made of whole patches, too.
     channels: of the images. The first convolution is made for other numbers than 3, initialised as
         the library does.
     drop_path, layer_scale: options of ViTs and of models of timm, see `ModelConfig`.
@@ -83,9 +84,10 @@ def build_encoder(
     names = list_models(include=list(TORCHVISION))
     if arch in SIZES or (arch in names and arch.startswith("vit_")):
         patch = SIZES[arch].patch_size if arch in SIZES else int(arch.rpartition("_")[2])
-        if image_size % patch:
+        if any(side % patch for side in height_width(image_size)):
             raise ConfigError(
-                f"augment.size: expected a multiple of {patch}, {arch}'s patch: got {image_size}"
+                f"augment.size: expected a multiple of {patch}, {arch}'s patch: got "
+                f"{pixels_text(image_size)}"
             )
         make = vision_transformer if arch in SIZES else _torchvision_vit
         plain = functools.partial(make, arch, image_size, channels=channels)
@@ -107,7 +109,7 @@ def build_encoder(
     raise ConfigError(f"model.arch: unknown encoder {arch!r}; the nearest known one is {nearest!r}")
 
 
-def _plugin_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+def _plugin_encoder(name: str, image_size: Size, channels: int) -> Callable[..., nn.Module]:
     build = load_plugin("model.arch", name, "build_encoder").build_encoder
     constructor: Callable[..., nn.Module]
     if channels == 3:
@@ -132,18 +134,20 @@ def _torchvision_resnet(name: str, num_classes: int, channels: int) -> nn.Module
     return encoder
 
 
-def _torchvision_vit(name: str, image_size: int, num_classes: int, channels: int) -> nn.Module:
+def _torchvision_vit(name: str, image_size: Size, num_classes: int, channels: int) -> nn.Module:
     from torchvision.models import get_model
 
     from mocofast.models.flexible_vit import FlexibleViT
 
-    encoder = get_model(name, image_size=image_size, num_classes=num_classes)
+    side = max(height_width(image_size))
+    encoder = get_model(name, image_size=side, num_classes=num_classes)
     if channels != 3:
         encoder.conv_proj = conv_of(encoder.conv_proj, channels)
         fan_in = encoder.conv_proj.weight[0].numel()
         nn.init.trunc_normal_(encoder.conv_proj.weight, std=fan_in**-0.5)
         nn.init.zeros_(encoder.conv_proj.bias)
     encoder.__class__ = FlexibleViT  # torchvision's function builds no other class
+    encoder.set_image_size(image_size)
     # torchvision's zeros are for classifiers. Here all embeddings would be zero.
     encoder.heads.head.reset_parameters()
     use_packed_attention(encoder)

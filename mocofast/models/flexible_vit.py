@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from mocofast.distributed import rank_and_world_size
+from mocofast.view_sizes import Size, height_width
 
 _BITS = 0xFFFFFFFF
 CALLS = 1024  # largest number of forward passes of an encoder in an optimiser step
@@ -24,8 +25,27 @@ class FlexibleViT(VisionTransformer):
     keeps all patches.
     """
 
+    image_size: Size  # that the position embeddings are made for
     token_dropout = 0.0  # share of the patches that train mode leaves out
     token_key: Tensor  # () int64: the forward pass, in the whole training
+
+    def set_image_size(self, size: Size) -> None:
+        """Makes a new model, of square images, one of images of `size`.
+
+        size: of the same longer side, a multiple of the patch.
+
+        torchvision makes models of square images alone. Position embeddings are cut to the patches
+        of `size`: they are random, and of one distribution.
+        """
+        rows, columns = self._grid(size)
+        self.image_size, self.seq_length = size, 1 + rows * columns
+        position = self.encoder.pos_embedding.detach()[:, : self.seq_length]
+        self.encoder.pos_embedding = nn.Parameter(position.clone())
+
+    def _grid(self, size: Size) -> tuple[int, int]:
+        """Returns the numbers of rows and columns of patches."""
+        height, width = height_width(size)
+        return height // self.patch_size, width // self.patch_size
 
     def drop_tokens(self, share: float, seed: int) -> None:
         """Turns token dropout on.
@@ -49,7 +69,7 @@ class FlexibleViT(VisionTransformer):
         """
         drops = self.training and self.token_dropout > 0
         height, width = x.shape[2:]
-        if not drops and height == width == self.image_size:
+        if not drops and isinstance(self.image_size, int) and height == width == self.image_size:
             return super().forward(x)
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -68,10 +88,10 @@ class FlexibleViT(VisionTransformer):
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Returns position embeddings (1, 1 + rows * columns, D), interpolated bicubically."""
         position = self.encoder.pos_embedding
-        side = self.image_size // self.patch_size
-        if rows == columns == side:
+        grid_of = self._grid(self.image_size)
+        if (rows, columns) == grid_of:
             return position
-        grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = position[:, 1:].unflatten(1, grid_of).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)
         return torch.cat([position[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mocofast.errors import ConfigError, describe_error
+from mocofast.view_sizes import Size, height_width, pixels_text
 
 log = logging.getLogger("mocofast")
 
@@ -21,13 +22,13 @@ TIMM = "timm/"
 
 
 def timm_encoder(
-    name: str, image_size: int, channels: int, drop_path: float = 0.0, layer_scale: float = 0.0
+    name: str, image_size: Size, channels: int, drop_path: float = 0.0, layer_scale: float = 0.0
 ) -> Callable[..., nn.Module]:
     """Returns the constructor of a model of timm, untrained.
 
     name: for example "convnext_tiny". With "NAME:pretrained", timm's weights of the model, from the
         disk or downloaded by timm.
-    image_size: side of the images in pixels, passed to models that need it (ViTs).
+    image_size: of the images, passed to models that need it (ViTs).
     drop_path: largest rate of stochastic depth. layer_scale: first value of LayerScale. 0: none.
     Raises ConfigError if timm is missing, or has no model of the name.
     """
@@ -70,7 +71,7 @@ def timm_encoder(
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"model.arch: {TIMM}{name} cannot take images of {image_size} pixels "
+                f"model.arch: {TIMM}{name} cannot take images of {pixels_text(image_size)} pixels "
                 f"(augment.size): {describe_error(error)}"
             ) from error
 
@@ -78,7 +79,7 @@ def timm_encoder(
 
 
 @functools.cache
-def timm_arguments(name: str, image_size: int, channels: int) -> dict[str, Any]:
+def timm_arguments(name: str, image_size: Size, channels: int) -> dict[str, Any]:
     """Returns the arguments of timm.create_model beside num_classes and pretrained.
 
     Models that need the size of the images (ViTs) take img_size. Others refuse the argument.
@@ -97,7 +98,7 @@ def timm_arguments(name: str, image_size: int, channels: int) -> dict[str, Any]:
     return {**arguments, "img_size": image_size}
 
 
-def function_encoder(name: str, image_size: int, channels: int) -> Callable[..., nn.Module]:
+def function_encoder(name: str, image_size: Size, channels: int) -> Callable[..., nn.Module]:
     """Returns the constructor that a function of the user is.
 
     name: "package.module:function". The function takes num_classes, and, where it names these
@@ -137,7 +138,7 @@ def function_encoder(name: str, image_size: int, channels: int) -> Callable[...,
 
 
 def checked_outputs(
-    arch: str, build: Callable[..., nn.Module], image_size: int, channels: int
+    arch: str, build: Callable[..., nn.Module], image_size: Size, channels: int
 ) -> Callable[..., nn.Module]:
     """Returns `build`, whose encoders are tried on an image before they are returned.
 
@@ -145,16 +146,18 @@ def checked_outputs(
     (N, num_classes), a tuple for example.
     """
 
+    height, width = height_width(image_size)
+
     def checked(num_classes: int) -> nn.Module:
         encoder = build(num_classes=num_classes)
         state = torch.get_rng_state()
         modes = [(part, part.training) for part in encoder.modules()]
         try:
             with torch.no_grad():
-                out = encoder.eval()(torch.zeros(2, channels, image_size, image_size))
+                out = encoder.eval()(torch.zeros(2, channels, height, width))
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             raise ConfigError(
-                f"model.arch: {arch} cannot take images of {image_size} x {image_size} pixels "
+                f"model.arch: {arch} cannot take images of {height} x {width} pixels "
                 f"and {channels} channels (augment.size, data.channels): {error}"
             ) from error
         finally:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mocofast.view_sizes import Size, height_width
+
 
 class ViTSize(NamedTuple):
     """Hyper-parameters of a Vision Transformer."""
@@ -82,7 +84,7 @@ def conv_of(old: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 
 def vision_transformer(
-    name: str, image_size: int, num_classes: int, channels: int = 3
+    name: str, image_size: Size, num_classes: int, channels: int = 3
 ) -> nn.Module:
     """Returns a torchvision VisionTransformer, initialised as in MoCo v3.
 
@@ -91,13 +93,15 @@ def vision_transformer(
     projections are initialised as three layers.
 
     name: a key of `SIZES`.
-    image_size: side of the images in pixels, a multiple of the patch size.
+    image_size: side of the images in pixels, or (height, width): multiples of the patch size.
     channels: of the images.
     """
     from mocofast.models.flexible_vit import FlexibleViT
 
     patch, layers, heads, width = SIZES[name]
-    model = FlexibleViT(image_size, patch, layers, heads, width, 4 * width, num_classes=num_classes)
+    sides = height_width(image_size)
+    model = FlexibleViT(max(sides), patch, layers, heads, width, 4 * width, num_classes=num_classes)
+    model.set_image_size(image_size)
     if channels != 3:
         model.conv_proj = conv_of(model.conv_proj, channels)
     for module in model.modules():
@@ -113,7 +117,7 @@ def vision_transformer(
     nn.init.xavier_uniform_(model.conv_proj.weight.view(width, -1))
     nn.init.zeros_(model.conv_proj.bias)
     model.conv_proj.requires_grad_(False)
-    position = sincos_position_embedding(image_size // patch, width)
+    position = sincos_position_embedding(sides[0] // patch, sides[1] // patch, width)
     model.encoder.pos_embedding = nn.Parameter(position, requires_grad=False)
     use_packed_attention(model)
     return model
@@ -164,17 +168,19 @@ def without_drop_path(model: nn.Module) -> None:
             module.drop_prob = 0.0  # type: ignore[assignment]
 
 
-def sincos_position_embedding(side: int, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Returns position embeddings (1, 1 + side^2, dim) of the class token and of all patches.
+def sincos_position_embedding(
+    rows: int, columns: int, dim: int, temperature: float = 10000.0
+) -> Tensor:
+    """Returns position embeddings (1, 1 + rows * columns, dim): class token, then all patches.
 
     Class token: zeros. Patches: sine and cosine of the row, then sine and cosine of the column, for
     dim/4 frequencies from 1 down to about 1 / temperature.
 
-    side: number of patches in a row.
+    rows, columns: number of rows of patches, and of patches in a row.
     dim: a multiple of 4.
     """
     frequencies = temperature ** -(torch.arange(dim // 4) / (dim // 4))
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [torch.outer(place.flatten(), frequencies) for place in (row, column)]
     patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, dim), patches]).unsqueeze(0)

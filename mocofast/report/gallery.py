@@ -160,13 +160,15 @@ def place(vectors: np.ndarray, tsne: bool) -> tuple[np.ndarray, str]:
 
 def _sprite(pixels: np.ndarray, kilobytes: int) -> tuple[str, int]:
     """Returns a data URL with all images in one picture, and the side of an image, in pixels."""
-    side = min(SIDE, pixels.shape[1])
+    side = min(SIDE, max(pixels.shape[1:3]))
     tiny = side <= 16  # pixels that one can count: no JPEG
     rows = -(-len(pixels) // SPRITE_COLUMNS)
     sheet = Image.new("RGB", (SPRITE_COLUMNS * side, rows * side))
     for i, image in enumerate(pixels):
         row, column = divmod(i, SPRITE_COLUMNS)
-        sheet.paste(scaled(image, side), (column * side, row * side))
+        picture = scaled(image, side)
+        margins = [(side - each) // 2 for each in picture.size]
+        sheet.paste(picture, (column * side + margins[0], row * side + margins[1]))
     for quality in (80, 60, 40, 20):
         url = data_url(sheet, "PNG" if tiny else "JPEG", quality)
         if len(url) <= 1000 * kilobytes:

@@ -19,6 +19,7 @@ from mocofast.health.verdict import Evidence, diagnose, verdict
 from mocofast.report.charts import Line, chart, line_of
 from mocofast.report.gallery import Gallery, data_url
 from mocofast.report.sheets import map_of, neighbours_of
+from mocofast.view_sizes import height_width, pixels_text
 
 MOST_SKIPPED = 20  # names of files on the page
 VIEWS = 1100  # pixels, width of the view pairs
@@ -247,14 +248,14 @@ def _views(run: Run, runs: Sequence[Run]) -> str:
             picture = file.convert("RGB")
     except OSError:
         return head + "<p>The folder has no views.png.</p>"
-    tiny = run.evidence.config.augment.size <= 32
+    size = run.evidence.config.augment.size
+    tiny = max(height_width(size)) <= 32
     picture.thumbnail((VIEWS, VIEWS))
     url = data_url(picture, "PNG" if tiny else "JPEG")
-    size = run.evidence.config.augment.size
     return (
         f"{head}<p>The first batch of the run. Views of one image stand one above the other.</p>"
         f'<img class="views" src="{url}" width="{picture.width}" height="{picture.height}" '
-        f'alt="Views of {size} pixels of the first images of {escape(run.name)}, '
+        f'alt="Views of {pixels_text(size)} pixels of the first images of {escape(run.name)}, '
         'augmented as in training">'
     )
 

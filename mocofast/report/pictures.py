@@ -37,12 +37,14 @@ def as_rgb(images: Tensor) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray, side: int) -> Image.Image:
-    """Returns an image of `side` pixels. Small images keep their pixels as blocks.
+    """Returns an image whose longer side has `side` pixels. Small images keep pixels as blocks.
 
-    pixels: (S, S, 3) uint8.
+    pixels: (H, W, 3) uint8.
     """
-    method = Image.Resampling.NEAREST if len(pixels) < side else Image.Resampling.BICUBIC
-    return Image.fromarray(pixels).resize((side, side), method)
+    longer = max(pixels.shape[:2])
+    method = Image.Resampling.NEAREST if longer < side else Image.Resampling.BICUBIC
+    tall, wide = (max(1, round(side * each / longer)) for each in pixels.shape[:2])
+    return Image.fromarray(pixels).resize((wide, tall), method)
 
 
 def write_views(views: Sequence[Tensor], path: Path) -> None:
@@ -61,17 +63,24 @@ def sheet_of(views: Sequence[Tensor]) -> Image.Image:
 
     views: every view (N, C, S, S), as the loader gives them, before the normalisation.
     """
-    sizes = sorted({view.shape[-1] for view in views}, reverse=True)
-    side = min(max(SIDES[0], sizes[0]), SIDES[1])
+    shapes = sorted({tuple(view.shape[2:]) for view in views}, reverse=True)
+    longest = max(map(max, shapes))
+    side = min(max(SIDES[0], longest), SIDES[1])
     count = min(COLUMNS, len(views[0]))
-    sheet = Image.new("RGB", (count * (side + GAP) + GAP, len(views) * (side + GAP) + TEXT + GAP))
+    # Small views look small.
+    sides = [round(side * max(view.shape[2:]) / longest) for view in views]
+    pictures = [
+        [scaled(image, shown) for image in as_rgb(view[:count])]
+        for view, shown in zip(views, sides)
+    ]
+    wide, tall = (max(row[0].size[axis] for row in pictures) for axis in (0, 1))
+    sheet = Image.new("RGB", (count * (wide + GAP) + GAP, len(views) * (tall + GAP) + TEXT + GAP))
     words = "Both views, a column for an image" if len(views) == 2 else "Views of images"
     draw = ImageDraw.Draw(sheet)
-    pixels = " and ".join(f"{size} x {size}" for size in sizes)
+    pixels = " and ".join(f"{height} x {width}" for height, width in shapes)
     draw.text((GAP, 3), f"{words}: as the encoder sees them, {pixels} pixels", "white")
-    for row, view in enumerate(views):
-        shown = round(side * view.shape[-1] / sizes[0])  # small views look small
-        for column, image in enumerate(as_rgb(view[:count])):
-            place = (GAP + column * (side + GAP), TEXT + GAP + row * (side + GAP))
-            sheet.paste(scaled(image, shown), place)
+    for row, pictures_of_view in enumerate(pictures):
+        for column, picture in enumerate(pictures_of_view):
+            place = (GAP + column * (wide + GAP), TEXT + GAP + row * (tall + GAP))
+            sheet.paste(picture, place)
     return sheet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from mocofast.data.loaders import pixels_of
 from mocofast.data.remarks import images_to_look_at
 from mocofast.models.encoders import build_encoder
 from mocofast.train.estimate import seconds_per_sample
+from mocofast.view_sizes import Size, height_width, pixels_text
 
 BUDGET = {"cpu": 30 * 60, "cuda": 8 * 3600}  # seconds that the epochs may take
 LARGEST_VIEW = {"cpu": 64, "cuda": 224}  # pixels
@@ -102,7 +104,8 @@ def fit(
         if 50 * count * seconds(name) <= budget:
             arch = name
             break
-    arch = take("model.arch", arch, f"{count:,} images, views of {size} pixels, on {where}")
+    views = f"views of {pixels_text(size)} pixels"
+    arch = take("model.arch", arch, f"{count:,} images, {views}, on {where}")
 
     power = 2 ** int(np.log2(max(1, min(256, count // FEWEST_STEPS))))
     least = 2 * world_size  # BatchNorm needs two images on every rank
@@ -146,13 +149,14 @@ def view_size(side: int, largest: int) -> int:
     return side if side < 16 else side // 8 * 8
 
 
-def encoders(size: int, count: int, device: str) -> tuple[str, ...]:
-    """Returns encoders for views of `size` pixels, the preferred one first."""
-    if size <= 16:
+def encoders(size: Size, count: int, device: str) -> tuple[str, ...]:
+    """Returns encoders for views of a size, the preferred one first."""
+    side = math.sqrt(math.prod(height_width(size)))
+    if side <= 16:
         return ("resnet_tiny",)
-    if size <= 48:
+    if side <= 48:
         return ("resnet18_cifar",) if device == "cuda" else ("resnet18_cifar", "resnet_tiny")
-    large = device == "cuda" and size >= 128 and count >= 20_000
+    large = device == "cuda" and side >= 128 and count >= 20_000
     return ("resnet50",) if large else ("resnet18",)
 
 

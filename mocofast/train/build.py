@@ -22,6 +22,7 @@ from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.sharding import Sharding, check_shardable, is_sharded
+from mocofast.view_sizes import Size, pixels_text
 
 
 def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
@@ -110,15 +111,15 @@ def queue_remarks(method: Method, images: int, batch: int) -> list[str]:
     ]
 
 
-def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: int) -> None:
+def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: Size) -> None:
     """Raises ConfigError if a CPU computes wrong gradients of the encoder in bf16.
 
-    size: side of the images, in pixels.
+    size: of the images.
     """
     if autocast.device != "cpu" or short_name(autocast) != "bf16":
         return
     if wrong := wrong_in_bf16(encoder, size):
         raise ConfigError(
             f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
-            f"augment.size {size}; take fp32, or larger views"
+            f"augment.size {pixels_text(size)}; take fp32, or larger views"
         )

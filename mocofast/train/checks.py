@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.config import Config, ConfigError
+from mocofast.view_sizes import height_width
 
 
 def micro_batches(config: Config, images: int, world_size: int) -> dict[str, int]:
@@ -62,11 +64,11 @@ def _needs_two(config: Config, encoder: nn.Module, splits: int) -> str:
             module.register_forward_pre_hook(
                 lambda m, x, name=name: seen.append(name) if x[0][:, 0].numel() == splits else None
             )
-    size = min(config.augment.training_sizes())
+    height, width = min(map(height_width, config.augment.training_sizes()), key=math.prod)
     device = next(encoder.parameters()).device
     state = torch.get_rng_state()
     try:
-        encoder(torch.zeros(splits, config.data.channels, size, size, device=device))
+        encoder(torch.zeros(splits, config.data.channels, height, width, device=device))
     except ValueError:  # BatchNorm refuses a single value
         pass
     finally:

@@ -13,6 +13,7 @@ from mocofast.data.finding import counted
 from mocofast.models.batch_norm import SplitBatchNorm
 from mocofast.models.sync_batch_norm import SyncBatchNorm
 from mocofast.train.metrics import duration
+from mocofast.view_sizes import Size, height_width
 
 # Images of the measurement. 8 images take so little time in a small network that starting
 # operations would count more than computing: then 128 images are measured.
@@ -23,7 +24,7 @@ LEFT_OUT = 0.05  # share of the images that may be left out of an epoch without 
 
 def seconds_per_image(
     encoder: nn.Module,
-    size: int,
+    size: Size,
     channels: int,
     device: torch.device,
     autocast: torch.autocast | None = None,
@@ -43,7 +44,7 @@ def seconds_per_image(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for least in IMAGES:
             count = -(-max(least, 2 * splits) // splits) * splits  # a split needs two images
-            images = torch.rand(count, channels, size, size, device=device)
+            images = torch.rand(count, channels, *height_width(size), device=device)
             images = images.contiguous(memory_format=torch.channels_last)
             best = float("inf")
             for _ in range(3):

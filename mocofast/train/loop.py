@@ -87,7 +87,7 @@ class Run:
         set_threads(encoder, config, device, world_size, saved)
         self.autocast = choose_autocast(config.train.precision, device)
         self.state.scaler = loss_scaler(self.autocast, mode)
-        for size in sorted({config.augment.size, *config.augment.training_sizes()}):
+        for size in {config.augment.size, *config.augment.training_sizes()}:
             check_gradients(self.autocast, encoder, size)
         self.monitor = KNNMonitor.of(datasets, config, device)
         if config.knn.patience and self.monitor is None:

@@ -37,6 +37,7 @@ from mocofast.device import short_name
 from mocofast.methods.base import Method
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.step_parts import FORWARD, OTHER, OVERLAP, STEP, Recorder, Step
+from mocofast.view_sizes import Size, height_width, pixels_text
 
 if TYPE_CHECKING:
     from mocofast.plots import Bar
@@ -231,10 +232,10 @@ class StepProfiler:
         calls = count_calls(traced, self._device)
         return Profile(self._title(), parts, whole[TIMED_WHOLE // 2], rate, *calls)
 
-    def _works(self, images: Mapping[tuple[str, int], int]) -> dict[str, list[Work]]:
+    def _works(self, images: Mapping[tuple[str, Size], int]) -> dict[str, list[Work]]:
         """Returns {part: work}, layer by layer for encoders.
 
-        images: {(part, side in pixels): images encoded}.
+        images: {(part, size): images encoded}.
         """
         works: dict[str, list[Work]] = {}
         channels, queries = self._config.data.channels, 0
@@ -261,7 +262,8 @@ class StepProfiler:
         if self._device.type == "cuda":
             where = torch.cuda.get_device_name(self._device)
         dtype = short_name(self._autocast)
-        return f"{c.model.arch}, {c.augment.size} px, batch {c.data.batch_size}, {dtype}, {where}"
+        size = pixels_text(c.augment.size)
+        return f"{c.model.arch}, {size} px, batch {c.data.batch_size}, {dtype}, {where}"
 
 
 def seconds_by_part(step: Step) -> Counter[str]:
@@ -306,13 +308,13 @@ def _is_operator(event: Any) -> bool:
 
 
 def encoder_work(
-    encoder: nn.Module, images: int, size: int, autocast: torch.autocast, channels: int = 3
+    encoder: nn.Module, images: int, size: Size, autocast: torch.autocast, channels: int = 3
 ) -> tuple[list[Work], list[Work]]:
     """Returns the work of all layers in a forward pass, and in a backward pass (if trained).
 
     Nothing is computed. The encoder does not change.
 
-    images: number of images of size x size pixels with `channels` channels.
+    images: number of images of `size` with `channels` channels.
     """
     # In eval mode layers move the same bytes, and do not exchange statistics with other ranks.
     plain = copy.deepcopy(encoder).eval()
@@ -322,7 +324,7 @@ def encoder_work(
             name: fake.from_tensor(tensor)
             for name, tensor in plain.state_dict(keep_vars=True).items()
         }
-        given = torch.empty(images, channels, size, size, device=device)
+        given = torch.empty(images, channels, *height_width(size), device=device)
         given = given.to(memory_format=torch.channels_last)
         output = functional_call(plain, tensors, (given,))
         forward, layers.work = layers.work, []

@@ -51,8 +51,7 @@ def set_threads(
 
 def operations(encoder: nn.Module, config: Config) -> int:
     """Returns the operations of a forward pass on a batch of the run. Computes one empty image."""
-    size = config.augment.size
-    image = torch.zeros(1, config.data.channels, size, size)
+    image = torch.zeros(1, config.data.channels, *config.augment.shape)
     with evaluating(encoder), torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(image)
     total: int = counter.get_total_flops()
