@@ -233,10 +233,7 @@ class StepProfiler:
         return Profile(self._title(), parts, whole[TIMED_WHOLE // 2], rate, *calls)
 
     def _works(self, images: Mapping[tuple[str, Size], int]) -> dict[str, list[Work]]:
-        """Returns {part: work}, layer by layer for encoders.
-
-        images: {(part, size): images encoded}.
-        """
+        """Returns {part: work}, layer by layer. images: {(part, size): images encoded}."""
         works: dict[str, list[Work]] = {}
         channels, queries = self._config.data.channels, 0
         encoders: dict[str, nn.Module | None] = {
