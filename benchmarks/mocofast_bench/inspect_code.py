@@ -33,9 +33,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from mocofast_bench.inspected_calls import cases
-from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing
+from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing, shared_bytes
 from mocofast_bench.sizes import PROCESSORS
 
+# {compute capability x 10: what decides the tiles}. The default is an A100's.
+ARCHITECTURES = {
+    80: Architecture(),
+    89: Architecture(100 * 1024),
+    90: Architecture(228 * 1024, hopper=True),
+    100: Architecture(228 * 1024),
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -89,7 +96,8 @@ class Report(NamedTuple):
     loop: int
     loop_float: int  # float32 arithmetic
     loop_special: int  # exponentials and other special functions
-    loop_covered: int  # those of them that are issued while products run (sm_90)
+    loop_shared: float  # bytes that the warp reads from and writes to shared memory
+    loop_covered: int  # exponentials that are issued while products run (sm_90)
 
     @property
     def matrix(self) -> int:
@@ -223,6 +231,7 @@ def inspect(case: str, launch: Launch, capability: int) -> Report:
         loop=loop.total(),
         loop_float=sum(width * loop[name] for name, width in FLOAT.items()),
         loop_special=loop["MUFU"],
+        loop_shared=shared_bytes(code),
         loop_covered=covered_exponentials(code),
     )
 
@@ -240,9 +249,7 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
         for capability in (c for c in capabilities if c == 90 or not case.hopper):
-            for launch in record(
-                case.call, PROCESSORS[capability], Architecture(hopper=capability == 90)
-            ):
+            for launch in record(case.call, PROCESSORS[capability], ARCHITECTURES[capability]):
                 identity = (launch.identity, capability)
                 first = identity not in known
                 if first:
@@ -262,10 +269,13 @@ def main() -> None:
         "--only", default="", help="regular expression that the name of a case must match"
     )
     parser.add_argument(
-        "--capability", type=int, choices=PROCESSORS, help="one architecture (default: all)"
+        "--capability",
+        type=int,
+        choices=PROCESSORS,
+        help="one architecture (default: 80, 90 and 100)",
     )
     options = parser.parse_args()
-    capabilities = (options.capability,) if options.capability else tuple(PROCESSORS)
+    capabilities = (options.capability,) if options.capability else (80, 90, 100)
     if not options.json:
         print(" ".join(f"{name:>12}" for name in Report._fields[2:]))
     for report, _, first in reports(options.only, capabilities):

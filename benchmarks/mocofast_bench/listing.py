@@ -51,6 +51,31 @@ def covered_exponentials(code: list[Instruction]) -> int:
     return count
 
 
+# Bytes of a thread: {suffix of a load or store in the listing: bytes}. Without one: 4.
+WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1}
+
+
+def shared_bytes(code: list[Instruction]) -> float:
+    """Returns the bytes of shared memory that a warp moves in a round of the main loop.
+
+    Inner loops count once. A product of a warpgroup (HGMMA) reads its second operand for four
+    warps, and its first operand too unless a register holds it.
+    """
+    total = 0.0
+    for _, name, text in (code[i] for i in _main_loop(code, 1)[0]):
+        if name == "HGMMA":
+            m, n = re.findall(r"\d+", text.split(".")[1])[:2]
+            in_registers = re.search(r"HGMMA\S* R\d+, R\d+", text) is not None
+            total += 32 * (int(n) + (0 if in_registers else int(m))) / 4  # 32 bytes of every row
+        elif name == "LDSM":  # matrices of 8 x 8 numbers of 16 bits
+            found = re.search(r"88\.(\d)", text)
+            total += 128 * int(found[1] if found else 1)
+        elif name in ("LDS", "STS", "LDGSTS"):
+            mnemonic = text[text.index(name) :].split()[0]
+            total += 32 * next((width for part, width in WIDTHS.items() if part in mnemonic), 4)
+    return total
+
+
 def _main_loop(code: list[Instruction], chunks: int) -> tuple[set[int], Counter[str]]:
     """Returns the places of the main loop's instructions, and what a round of it counts.
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels for A100, H200 and B200 and shows what the machine code holds.
+"""Compiles the kernels for A100, RTX 4090, H200 and B200 and shows what the machine code holds.
 
 Needs no GPU.
 Shows registers, spills, shared memory, occupancy, instructions, bytes, operations, and the
@@ -14,13 +14,24 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mocofast_bench.roofline import GPUS, LAUNCH, Prediction, predict
+from mocofast_bench.roofline import (
+    CARDS,
+    GPU,
+    GPUS,
+    LAUNCH,
+    Prediction,
+    arithmetic_time,
+    operations,
+    predict,
+    traffic,
+)
 
 if TYPE_CHECKING:
     from mocofast_bench.inspect_code import Launch, Report
@@ -30,9 +41,12 @@ HEADLINES = {
     "info_nce, bf16": "forward, C=128, bf16, queue",
     "info_nce, bf16, no ranks": "forward, C=128, bf16, queue, no ranks",
     "info_nce, bf16, loss only": "forward, C=128, bf16, queue, loss only",
+    "info_nce, bf16, mean": "forward with mean, C=128, bf16, queue",
+    "info_nce, bf16, ids": "forward with ids, C=128, bf16, queue",
     "info_nce, bf16, specialised": "forward specialised by 128, C=128, bf16, queue",
     "info_nce, bf16, temperature tensor": "forward, C=128, bf16, queue, temperature tensor",
     "info_nce, bf16, in-batch": "forward, C=128, bf16, in-batch",
+    "info_nce, bf16, in-batch, ids": "forward with ids and period, C=128, bf16, in-batch",
     "info_nce, bf16, gradient of negatives": "backward, C=128, bf16",
     "info_nce, fp32 queue, bf16 products": "forward, C=128, fp32 as bf16, queue",
     "info_nce, fp32 queue, tf32 products": "forward, C=128, fp32 as tf32, queue",
@@ -77,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--only",
         default="",
         metavar="REGEX",
-        help="compile cases whose name contains a match (default: all)",
+        help="compile cases whose name contains a match, or headlines (default: all)",
     )
     parser.add_argument(
         "--capability", type=int, choices=GPUS, help="compute capability x 10 (default: all)"
@@ -112,7 +126,10 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     calls: dict[tuple[str, int], list[CompiledLaunch]] = defaultdict(list)
     data: dict[tuple[str, str, int], dict[str, Any]] = {}
     print(HEADER)
-    for report, launch, first in inspect_code.reports(arguments.only, capabilities):
+    only = arguments.only
+    if only == "headlines":
+        only = "|".join(f"^{re.escape(case)}$" for case in HEADLINES.values())
+    for report, launch, first in inspect_code.reports(only, capabilities):
         row = CompiledLaunch(report, launch, predict(launch, report, GPUS[report.capability]))
         call = calls[report.case, report.capability]
         call.append(row)
@@ -165,8 +182,8 @@ Written with Triton {triton}, without a GPU, by
 
 Registers, shared memory and instructions are facts of the code. Times are predictions of the model
 in `benchmarks/mocofast_bench/roofline.py`, with the numbers of the first table. No GPU has
-confirmed the times. The floor is the larger of two times: the products at the full rate of the
-unit, and the traffic of the memory. `machine_code.jsonl` has the kernels of all these cases.
+confirmed the times. Of AMD's code only the traffic of the memory is modelled. The floor is the
+larger of two times: the products at the full rate of the unit, and the traffic of the memory. `machine_code.jsonl` has the kernels of all these cases.
 
 InfoNCE has 256 queries, 65,536 negatives and 128 dimensions (unless the call says otherwise), with
 gradient and positive ranks. EMA and optimisers have the 27,966,656 weights of a ResNet-50 with a
@@ -177,17 +194,18 @@ two-layer head. BatchNorm has 256 x 64 x 56 x 56 activations in bf16, 8 splits a
 def limits() -> str:
     """Returns the table of the GPUs' resources in the model."""
     lines = [
-        "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz |"
+        "| GPU | multiprocessors | bf16 TFLOP/s | TB/s | clock, GHz | L2, TB/s |"
         " of a multiprocessor: registers | shared, KB | threads | bf16 operations a clock |"
-        " float32 lanes | exponentials | L2, bytes a clock |",
-        "|---" * 12 + "|",
+        " float32 lanes | exponentials | shared, bytes a clock |",
+        "|---" * 13 + "|",
     ]
-    for capability, gpu in GPUS.items():
+    for gpu in CARDS:
+        code = "AMD" if gpu.capability is None else f"sm_{gpu.capability}"
         lines.append(
-            f"| {gpu.name} (sm_{capability}) | {gpu.processors} | {gpu.matrix_rate / 1e12:.0f} |"
-            f" {gpu.bandwidth / 1e12:.2f} | {gpu.clock / 1e9:.2f} | {gpu.registers} |"
-            f" {gpu.shared // 1024} | {gpu.threads} | {gpu.matrix} | {gpu.lanes} |"
-            f" {gpu.special} | {gpu.l2 / gpu.processors:.0f} |"
+            f"| {gpu.name} ({code}) | {gpu.processors} | {gpu.matrix_rate / 1e12:.0f} |"
+            f" {gpu.bandwidth / 1e12:.2f} | {gpu.clock / 1e9:.2f} | {gpu.l2 / 1e12:.1f} |"
+            f" {gpu.registers} | {gpu.shared // 1024} | {gpu.threads} | {gpu.matrix} |"
+            f" {gpu.lanes} | {gpu.special} | {gpu.shared_rate} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -205,23 +223,32 @@ def summary(calls: dict[tuple[str, int], list[CompiledLaunch]]) -> str:
         "|---" * 13 + "|",
     ]
     for name, case in HEADLINES.items():
-        for capability, gpu in GPUS.items():
+        for gpu in CARDS:
+            capability = 89 if gpu.capability is None else gpu.capability
             rows = calls.get((case, capability))
-            if not rows:
-                continue
-            slowest = max(rows, key=lambda row: row.prediction.time)
-            r, p = slowest.report, slowest.prediction
-            floor = max(
-                sum(getattr(row.prediction, name) for row in rows)
-                for name in ("arithmetic", "memory")
-            )
-            predicted = sum(row.prediction.time for row in rows) + LAUNCH * len(rows)
-            lines.append(
-                f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "
-                f"{sum(row.report.spills for row in rows)} | {r.shared / 1024:.0f} | "
-                f"{p.resident}, {p.resident * r.warps} | {r.matrix} | "
-                f"{sum(row.prediction.bytes for row in rows) / 1e6:.1f} | "
-                f"{sum(row.prediction.operations for row in rows) / 1e9:.2f} | {1e6 * floor:.1f} | "
-                f"{1e6 * predicted:.1f} | {p.limit} |"
-            )
+            if rows:
+                lines.append(_summary_line(name, rows, gpu))
     return "\n".join(lines) + "\n"
+
+
+def _summary_line(name: str, rows: list[CompiledLaunch], gpu: GPU) -> str:
+    launches = [row.launch for row in rows]
+    moved, counted = sum(map(traffic, launches)), sum(map(operations, launches))
+    memory = moved / gpu.bandwidth
+    arithmetic = sum(arithmetic_time(launch, gpu) for launch in launches)
+    floor = 1e6 * max(memory, arithmetic)
+    work = f"{moved / 1e6:.1f} | {counted / 1e9:.2f} | {floor:.1f}"
+    starts = LAUNCH * len(rows)
+    if gpu.capability is None:  # the listing of AMD's code is not read
+        known = "" if arithmetic else f"{1e6 * (memory + starts):.1f}"
+        return f"| {name} | {gpu.name} | | | | | | | {work} | {known} | |"
+    predictions = [predict(row.launch, row.report, gpu) for row in rows]
+    slowest, p = max(zip(rows, predictions), key=lambda pair: pair[1].time)
+    r = slowest.report
+    predicted = 1e6 * (sum(prediction.time for prediction in predictions) + starts)
+    return (
+        f"| {name} | {gpu.name} | {r.kernel.strip('_')} | {r.registers} | "
+        f"{sum(row.report.spills for row in rows)} | {r.shared / 1024:.0f} | "
+        f"{p.resident}, {p.resident * r.warps} | {r.matrix} | {work} | {predicted:.1f} |"
+        f" {p.limit} |"
+    )

@@ -7,18 +7,19 @@ multiprocessor:
     issue    instructions x warps / 4 (four schedulers with an instruction a clock)
     special  exponentials x threads / 16
     float32  float32 instructions x threads / lanes
-    l2       bytes of the streamed tile / (bytes a clock of the whole L2 cache / multiprocessors)
+    l2       bytes of the streamed tile / bytes that the L2 cache delivers
+    shared   bytes read from and written to shared memory / 128
 
-With r programs on a multiprocessor, a round takes the maximum of two times:
-
-    r x the largest of the five values
-    matrix + the largest of issue, special and float32: inside a program, products and
-        exponentials wait in turn
+Inside a program, products wait for exponentials, and exponentials for products, unless the machine
+code issues exponentials while products run. A copy that is issued less than its latency ahead is
+waited for. Both make a round longer: "alone" is the sum. With r programs on a multiprocessor, a
+round takes at least r x the largest of the six values (perfect overlap), and at most r x alone (no
+overlap). Programs overlap as OVERLAP says, because nothing keeps them out of step.
 
 A program takes all rounds, and 2 more rounds to start and finish. Programs run in waves of as
 many as fit on the GPU. Memory takes the time to move every byte of the tensors once, at the
-bandwidth of a copy. The time of the launch is the larger of memory and waves. Bandwidth of
-shared memory, latency and power are not modelled.
+bandwidth of a copy. The time of the launch is the larger of memory and waves. Power is not
+modelled beyond the clock. A call takes the sum of its launches, each with LAUNCH on top.
 
 All other kernels take the larger of two times: moving the bytes, and issuing the
 instructions. Issuing counts only for code without a loop.
@@ -41,17 +42,19 @@ class GPU(NamedTuple):
     """Resources of a GPU. Numbers are for one multiprocessor, unless a comment says more."""
 
     name: str
-    processors: int  # multiprocessors of the GPU
+    capability: int | None  # compute capability x 10 of the modelled code. None: of AMD, no code
+    processors: int  # multiprocessors, or compute units, of the GPU
     matrix_rate: float  # of the GPU: bfloat16 operations a second, sustained in a large product
     bandwidth: float  # of the GPU: bytes a second that a copy reads and writes
     matrix: int  # dense bfloat16 operations a clock
     lanes: int  # float32 instructions of one thread a clock
-    l2: float  # of the GPU: bytes a clock that the L2 cache delivers
+    l2: float  # of the GPU: bytes a second that the L2 cache delivers. 0: not known
     shared: int  # bytes of shared memory
-    registers: int = 65536
     threads: int = 2048
     programs: int = 32
+    registers: int = 65536
     special: int = 16  # exponentials a clock
+    shared_rate: int = 128  # bytes of shared memory a clock
     tensor_memory: int = 512  # columns
 
     @property
@@ -64,23 +67,47 @@ class GPU(NamedTuple):
 
 
 # Sources of the numbers:
-# - Peaks of matrix units (312, 989 and 2250 TFLOP/s) and memory (2.04, 4.8 and 8.0 TB/s): NVIDIA's
-#   data sheets of A100 80 GB SXM, H200 SXM and HGX B200. Measured on an H200: 790 TFLOP/s and a
-#   copy at 4.3 TB/s, 80% and 90% of the peaks. The same shares are assumed for A100 and B200.
+# - Peaks of matrix units and of memory: the makers' data sheets, with 32-bit sums for RTX 4090 and
+#   5090. Measured on an H200: 790 TFLOP/s and a copy at 4.3 TB/s, 80% and 90% of the peaks. The
+#   same shares are assumed elsewhere: a copy of an H100 takes 3.0 of 3.35 TB/s.
 # - Shared memory, registers, threads, programs, lanes and exponentials: CUDA C++ programming guide,
 #   "Compute capabilities" and "Arithmetic instructions".
 # - Matrix operations a clock: peak / boost clock.
-# - L2: 5120 bytes a clock on an A100 (white paper). No number is published for H200 and B200.
-#   Assumed: 5120 on an H200, and as many bytes for every multiprocessor on a B200.
-L2_OF_B200 = 5120 * PROCESSORS[100] / PROCESSORS[90]
-GPUS = {
-    80: GPU("A100", PROCESSORS[80], 0.80 * 312e12, 0.90 * 2.04e12, 2048, 64, 5120, 164 * 1024),
-    90: GPU("H200", PROCESSORS[90], 790e12, 4.3e12, 4096, 128, 5120, 228 * 1024),
-    100: GPU("B200", PROCESSORS[100], 0.8 * 2250e12, 0.9 * 8e12, 8192, 128, L2_OF_B200, 228 * 1024),
-}
+# - L2: measured by github.com/te42kyfo/gpu-benches (gpu-l2-cache, June 2024): A100 5.4, H200 9.7,
+#   L40 5.2 TB/s. Assumed: an H200's for an H100, an L40's for an RTX 4090, and as many bytes for
+#   every multiprocessor of B200 and RTX 5090 as of H200 and L40.
+# - RTX 5090: code of sm_89, which has the same matrix instructions. The listing of sm_120 shows no
+#   loops.
+KB = 1024
+
+
+def _gpu(name: str, code: int | None, units: int, peak: float, memory: float, *rest: float) -> GPU:
+    """Returns a GPU with 80% of the peak (TFLOP/s) and 90% of the memory's bandwidth (TB/s)."""
+    matrix, lanes, l2, shared, *limits = (int(x) for x in rest)
+    return GPU(
+        name, code, units, 0.8e12 * peak, 0.9e12 * memory, matrix, lanes, l2, shared, *limits
+    )
+
+
+CARDS = (
+    _gpu("A100", 80, PROCESSORS[80], 312, 2.04, 2048, 64, 5.4e12, 164 * KB),
+    _gpu("RTX 4090", 89, PROCESSORS[89], 165.2, 1.008, 512, 128, 5.2e12, 100 * KB, 1536, 24),
+    _gpu("H100", 90, PROCESSORS[90], 989, 3.35, 4096, 128, 9.7e12, 228 * KB),
+    _gpu("H200", 90, PROCESSORS[90], 989, 4.8, 4096, 128, 9.7e12, 228 * KB),
+    _gpu("B200", 100, PROCESSORS[100], 2250, 8.0, 8192, 128, 9.7e12 * 148 / 132, 228 * KB),
+    _gpu("RTX 5090", 89, 170, 209.5, 1.792, 512, 128, 5.2e12 * 170 / 142, 100 * KB, 1536, 24),
+    _gpu("MI300X", None, 304, 1307, 5.3, 2048, 128, 0, 64 * KB),
+)
+# {compute capability x 10: the GPU for which tiles are ranked}
+GPUS = {gpu.capability: gpu for gpu in CARDS if gpu.name in ("A100", "RTX 4090", "H200", "B200")}
 RESERVED = 1024  # bytes of shared memory that the system takes in every program (same guide)
 EXTRA_ROUNDS = 2  # as in mocofast_kernels.configs.split_count
 LAUNCH = 2e-6  # seconds that a launch adds in the replay of a CUDA graph (an assumption)
+LATENCY = 800  # clocks from a copy's issue to its bytes in shared memory (an assumption)
+# Share of the possible overlap that two programs of a multiprocessor reach (an assumption). With .5
+# the queue's sweep gains 1.2 to 1.25 from warp specialisation, as attention does: 1.18 to 1.28 by
+# github.com/facebookexperimental/triton/pull/206.
+OVERLAP = 0.5
 
 # How often a kernel reads and writes every element of a column of the pointer table. Written
 # columns are read first, except the copies (SHADOW, TARGET_SHADOW).
@@ -134,12 +161,13 @@ class Prediction(NamedTuple):
     special: float = 0.0
     float32: float = 0.0
     l2: float = 0.0
+    shared: float = 0.0
 
     @property
     def limit(self) -> str:
         """Returns the resource with the longest time."""
         return max(
-            ("matrix", "issue", "special", "float32", "l2", "memory"),
+            ("matrix", "issue", "special", "float32", "l2", "shared", "memory"),
             key=lambda name: getattr(self, name),
         )
 
@@ -172,7 +200,8 @@ def traffic(launch: Launch) -> int:
         )
         return int(given["sizes"].sum()) * width
     # All other kernels: tensors are arguments.
-    tensors = {id(x): x.numel() * x.element_size() for x in given.values() if isinstance(x, Tensor)}
+    values = [getattr(x, "base", x) for x in given.values()]  # of tensors, also of described ones
+    tensors = {id(x): x.numel() * x.element_size() for x in values if isinstance(x, Tensor)}
     total = sum(tensors.values())
     if kernel == "_enqueue_kernel":
         queue, keys = given["queue"], given["keys"]
@@ -184,7 +213,7 @@ def traffic(launch: Launch) -> int:
 
 def _is_product(launch: Launch) -> bool:
     """Returns whether the launch is one of InfoNCE's sweeps."""
-    return "PRECISION" in launch.constants and "K" in launch.arguments
+    return "K" in launch.arguments and {"PRECISION", "STAGES"} & launch.constants.keys() != set()
 
 
 def operations(launch: Launch) -> int:
@@ -220,34 +249,54 @@ def predict(launch: Launch, report: Report, gpu: GPU) -> Prediction:
         )
     # Products: clocks of all waves of programs.
     rounds, resources = _round(launch, report, gpu)
-    alone = resources[0] + max(resources[1:4])
+    alone = _alone(launch, report, resources)
 
     def wave(side_by_side: int) -> float:
-        return (rounds + EXTRA_ROUNDS) * max(
-            alone, *(side_by_side * clocks for clocks in resources)
-        )
+        perfect = max(side_by_side * clocks for clocks in resources)
+        none = max(perfect, side_by_side * alone)
+        return (rounds + EXTRA_ROUNDS) * max(alone, none - OVERLAP * (none - perfect))
 
     full, rest = divmod(programs, gpu.processors * resident)
     clocks = full * wave(resident) + (wave(-(-rest // gpu.processors)) if rest else 0.0)
     # Times of every resource alone, and of the arithmetic at full rate.
-    matrix, issue, special, float32, l2 = (
-        programs * rounds * each / gpu.processors / gpu.clock for each in resources
-    )
-    rate = gpu.matrix_rate if matrix else 2 * gpu.lanes * gpu.processors * gpu.clock
-    if launch.constants["PRECISION"] == "tf32":
-        rate /= 2
-    time, arithmetic = max(memory, clocks / gpu.clock), counted / rate
-    clock_times = (matrix, issue, special, float32, l2)
+    clock_times = [programs * rounds * each / gpu.processors / gpu.clock for each in resources]
+    time = max(memory, clocks / gpu.clock)
+    arithmetic = arithmetic_time(launch, gpu)
     return Prediction(programs, resident, moved, counted, time, memory, arithmetic, *clock_times)
+
+
+def arithmetic_time(launch: Launch, gpu: GPU) -> float:
+    """Returns the seconds of a launch's products at the full rate of the unit, 0 without any."""
+    if not _is_product(launch):
+        return 0.0
+    rate = gpu.matrix_rate
+    if launch.constants.get("PRECISION") == "tf32":
+        rate /= 2
+    elif str(launch.constants.get("DOT")) == "fp32":
+        rate = 2 * gpu.lanes * gpu.processors * gpu.clock
+    return operations(launch) / rate
+
+
+def _alone(launch: Launch, report: Report, resources: list[float]) -> float:
+    """Returns the clocks of a round of a program that has a multiprocessor for itself."""
+    matrix, *vector = resources[:4]
+    uncovered = 1 - report.loop_covered / max(1, report.loop_special)
+    serial = max(*resources, matrix + uncovered * max(vector))
+    # How many rounds ahead a copy is issued. Triton's loop frees a stage a round late.
+    stages = launch.constants.get("STAGES") or (launch.options["num_stages"] or 1) - 1
+    return serial + max(0.0, LATENCY - max(0, stages - 1) * serial)
 
 
 def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
     """Returns the rounds of a program's main loop, and the clocks of every resource in a round.
 
-    Order of resources: matrix, issue, special, float32, l2.
+    Order of resources: matrix, issue, special, float32, l2, shared.
     """
     constants, given = launch.constants, launch.arguments
-    threads = 32 * report.warps
+    warps = report.warps
+    if "STAGES" in constants:  # four warps copy. A round is a tile of both warpgroups
+        warps -= 4
+    threads = 32 * warps
     # Rows that stay, rows that stream, and the streamed tensor.
     if "STAY" in constants:
         stay, stream = constants["STAY"], constants["STREAM"]
@@ -256,23 +305,34 @@ def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
         stay, stream = constants["BLOCK_N"], constants["BLOCK_K"]
         rounds, streamed = given["tiles_per_split"], given["negatives"]
     # Matrix units.
-    chunks = -(-constants["C"] // constants["BLOCK_C"])
-    width = chunks * constants["BLOCK_C"]  # columns with padding
-    columns = width + (constants["OUT_C"] if constants.get("GRAD", True) else 0)
+    block_c = constants.get("BLOCK_C", constants["C"])
+    chunks = -(-constants["C"] // block_c)
+    width = chunks * block_c  # columns with padding
+    out = constants.get("OUT_C", constants["C"]) if constants.get("GRAD", True) else 0
+    columns = width + out
     clocks = 2 * stay * stream * columns / gpu.matrix
-    if constants["PRECISION"] == "tf32":
+    if constants.get("PRECISION") == "tf32":
         clocks *= 2
-    elif str(constants["DOT"]) == "fp32":
+    elif str(constants.get("DOT")) == "fp32":
         clocks = 0.0
     # L2 cache. Rows in chunks are read again for the second product, and so are rows that stay.
-    size = streamed.element_size()
-    read = stream * size * (columns if chunks > 1 else constants["BLOCK_C"])
+    size = getattr(streamed, "base", streamed).element_size()
+    read = stream * size * (columns if chunks > 1 else block_c)
     if chunks > 1:
         read += stay * size * width
+    # Shared memory. Tensor memory's products (sm_100) read the tile once for 128 rows, and what the
+    # listing shows counts for all other kinds. Copies past the registers are no instructions of
+    # the specialised sweep.
+    moved = report.loop_shared * warps
+    if report.tcgen:
+        moved += -(-stay // 128) * stream * size * columns
+    if "STAGES" in constants:
+        moved += read
     return rounds, [
         clocks,
-        report.loop * report.warps / 4,
+        report.loop * warps / 4,
         report.loop_special * threads / gpu.special,
         report.loop_float * threads / gpu.lanes,
-        read / (gpu.l2 / gpu.processors),
+        read / (gpu.l2 / gpu.processors) * gpu.clock,
+        moved / gpu.shared_rate,
     ]

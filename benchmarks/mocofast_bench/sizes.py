@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# {compute capability x 10: multiprocessors} of A100, H200 and B200 (from the data sheets).
-PROCESSORS = {80: 108, 90: 132, 100: 148}
+# {compute capability x 10: multiprocessors} of A100, RTX 4090, H200 and B200 (data sheets).
+PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
 
 
 def weight_shapes() -> list[tuple[int, ...]]:

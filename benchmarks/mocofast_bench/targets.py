@@ -105,12 +105,13 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if len(lines) == 2:
         parser.error(f"no case has a match of --only {arguments.only!r}")
     if arguments.summary is not None:
-        arguments.summary.write_text(f"{PREFACE}\n" + "\n".join(lines) + "\n", "utf-8")
+        preface = PREFACE.format(file=arguments.summary, triton=triton.__version__)
+        arguments.summary.write_text(f"{preface}\n" + "\n".join(lines) + "\n", "utf-8")
 
 
 PREFACE = """# Kernels on every kind of GPU
 
-Compiled without a GPU by `mocofast bench targets --summary benchmarks/results/targets.md`.
+Compiled with Triton {triton} and without a GPU by `mocofast bench targets --summary {file}`.
 Spills: bytes of a thread for NVIDIA's GPUs, registers of a thread for AMD's.
 """
 

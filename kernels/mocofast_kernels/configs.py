@@ -84,6 +84,9 @@ def forward_tile(
     registers for addresses.
     """
     c = block_of(C)
+    # An RTX 3090 or 4090 has 100 KB, where one program with long rows fits. With Triton 3.9 it
+    # spills, unless it has more warps or a shorter tile.
+    large = gpu.shared >= 160 * 1024
     if dot == "ieee":
         # No matrix unit multiplies float32. Fused multiply-adds have all operands in registers.
         return Tile(32, 32, c, c, 4, 1) if c <= 32 else Tile(64, 32, 32, min(c, 128), 8, 1)
@@ -96,18 +99,18 @@ def forward_tile(
     if c > 256 and plain:
         # Every program of a row repeats the row's scores. 512 columns of sums (128 registers a
         # thread) halve the number of programs.
-        return Tile(64, 64, 64, 512, 8, 2)
+        return Tile(64, 64 if large else 32, 64, 512, 8, 2)
     if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
         return Tile(64, 64, 64, min(c, 256), 8, 2)
     if c == 256:
-        return Tile(64, 64, c, c, 8 if online else 4, 2)
+        return Tile(64, 64, c, c, 4 if large and not online else 8, 2)
     if plain and c == C and not online:
         # MoCo's queue: two programs share a multiprocessor, so exponentials of the first overlap
         # with products of the second. Two tiles of 128 rows do not fit into the 100 KB of an
         # RTX 3090 or 4090. On Hopper, 2 stages make a round wait for the copy that the round before
         # issued last (DEPBAR.LE SB0, 0x0), 3 stages for the copy before (0x1), and 112 KB still
         # fit twice.
-        return Tile(64, 128 if gpu.shared >= 160 * 1024 else 64, c, c, 4, 3 if gpu.hopper else 2)
+        return Tile(64, 128 if large else 64, c, c, 4, 3 if gpu.hopper else 2)
     return Tile(128, 64, c, c, 8, 3 if plain else 2)
 
 
