@@ -15,7 +15,7 @@ from tests import runs
 pytest.importorskip("triton")
 
 from mocofast_bench.inspect_code import PROCESSORS, Report
-from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing
+from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing, shared_bytes
 
 COMMITTED = runs.ROOT / "benchmarks" / "results" / "machine_code.jsonl"
 MOCO = "forward, C=128, bf16, queue"
@@ -190,3 +190,22 @@ def test_exponentials_are_covered_from_a_product_to_the_wait_for_it() -> None:
     # The product runs on into the next round, whose first exponential it covers.
     assert covered([lines[0], lines[4], *lines[2:4], lines[5], lines[1], lines[6]]) == 1
     assert covered([lines[0], *lines[2:4], lines[6]]) == covered(["EXIT"]) == 0
+
+
+def test_shared_memory_is_counted_by_width_and_by_operands() -> None:
+    lines = [
+        "LDS.128 R4, [R1]",
+        "@P0 STS.U16 [R1], R2",
+        "LDS R4, [R1]",
+        "LDSM.16.MT88.4 R4, [R1]",
+        "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]",
+        "HGMMA.64x32x16.F32.BF16 R24, R88, gdesc[UR4]",
+        "@P0 BRA 0x0000",
+        "LDS.128 R4, [R1]",
+    ]
+    listing = "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
+    # 16, 2 and 4 bytes of 32 threads, four matrices of 128 bytes, 16 bytes of 32 threads. A quarter
+    # of a warpgroup's operands: 32 bytes of 128 + 64 rows, and of 32 rows.
+    expected = 32 * (16 + 2 + 4) + 512 + 512 + 8 * (128 + 64) + 8 * 32
+    assert shared_bytes(parse_listing(listing)) == expected

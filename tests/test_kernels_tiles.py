@@ -20,7 +20,7 @@ from mocofast_bench import autotune
 from mocofast_bench.autotune import candidates
 from mocofast_bench.commands import main
 from mocofast_kernels import infonce, tiles
-from mocofast_kernels.configs import Architecture, Tile
+from mocofast_kernels.configs import SPECIALISED, Architecture, Tile
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.tiles import Products
 
@@ -171,6 +171,9 @@ def test_small_shared_memory_takes_smaller_tiles_for_the_queue() -> None:
     # 40 KB of tiles: two programs fit into the 100 KB of an RTX 3090, 4090 or 5090.
     assert tiles.rule(queue, Architecture(100 * 1024)).stream == 64
     assert tiles.rule(queue, Architecture(hopper=True)).stages == 3
+    for C in (64, 128, 256):  # no rule takes a sweep that no GPU has run
+        for gpu in (Architecture(), Architecture(228 * 1024, hopper=True)):
+            assert not tiles.rule(queue._replace(C=C), gpu).specialised
 
 
 @pytest.mark.parametrize("C", [1, 24, 101, 128, 256, 512, 1024, 8192])
@@ -236,6 +239,37 @@ def test_the_fastest_candidates_of_every_problem_go_into_the_table(
     assert Products("negatives", 64, "16bit") in found
     assert {(tile.stream, tile.stages) for tile in found.values()} == {(128, 2)}
     assert "(the rule)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("specialised", [True, False])
+def test_the_specialised_sweep_is_tried_where_it_is_asked_for(
+    specialised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def times(capability: int, problem: Any, tried: list[Tile]) -> dict[Tile, float]:
+        return {tile: 1e-6 * (2 - tile.specialised) for tile in tried}
+
+    monkeypatch.setattr(autotune, "_predict_times", times)
+    out = tmp_path / "tiles.json"
+    command = ["autotune", "--static", "--capability", "90", "--types", "bf16", "--c", "64", "101"]
+    command += ["--kinds", "queue", "in-batch", "--out", str(out), *["--specialised"] * specialised]
+    assert main(command) == 0
+    found = tiles.load(out, 90)
+    assert [tile.specialised for tile in found.values()] == [specialised, False, False, False]
+    # Tables of other kinds of call refuse the tile, and so do tables of other sizes.
+    row = {"products": PRODUCTS._asdict(), "tile": SPECIALISED[64][0]._asdict()}
+    tiles.dump(out, "some GPU", 90, [row])
+    with pytest.raises(ValueError, match="no warp-specialised sweep is"):
+        tiles.load(out, 90)
+
+
+def test_values_are_compared_before_a_specialised_sweep_is_timed() -> None:
+    rows = torch.arange(12.0).view(3, 4)
+    result = infonce.InfoNCEForward(rows[0], rows[1], rows[2].int(), rows, rows, rows[0])
+    assert autotune.agree(result, result._replace(loss=rows[0] + 1e-3))
+    assert not autotune.agree(result, result._replace(grad_query=rows + 1))
+    assert not autotune.agree(result, result._replace(loss=rows[0] * torch.nan))
 
 
 @pytest.mark.slow

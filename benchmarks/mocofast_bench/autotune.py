@@ -25,6 +25,7 @@ from mocofast_bench import timing
 from mocofast_bench.machine_code import require_compiler
 from mocofast_bench.optim import capture_graph
 from mocofast_bench.roofline import GPUS, RESERVED, predict, resident_programs
+from mocofast_bench.sizes import SHARED
 
 if TYPE_CHECKING:
     from mocofast_kernels.configs import Tile
@@ -106,7 +107,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     capability: int | None
     if arguments.static:
         device, capability = torch.device("meta"), arguments.capability
-        name, gpu = GPUS[arguments.capability].name, configs.Architecture(hopper=capability == 90)
+        name = GPUS[capability].name
+        gpu = configs.Architecture(SHARED[capability], hopper=capability == 90)
         score, out = partial(_predict_times, capability), arguments.out
     else:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -206,12 +208,18 @@ def candidates(products: Products, shared: int) -> Iterator[Tile]:
 
 
 def _time_tiles(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:
-    """Times the tiles on the GPU, {tile: seconds}. Leaves out tiles that do not compile or fit."""
+    """Times the tiles on the GPU, {tile: seconds}. Leaves out tiles that do not compile or fit.
+
+    A warp-specialised sweep must also agree with the first tile.
+    """
     from triton.runtime.errors import OutOfResources
 
     runs: dict[Tile, Callable[[], Any]] = {}
     for tile in tried:
         try:
+            if tile.specialised and not agree(problem.run(tile), problem.run(tried[0])):
+                print(f"{tile} computes other values than {tried[0]}: left out")
+                continue
             runs[tile] = capture_graph(partial(problem.run, tile))
         except (OutOfResources, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -220,6 +228,15 @@ def _time_tiles(repeats: int, problem: Problem, tried: list[Tile]) -> dict[Tile,
         raise RuntimeError(f"no tile runs for {problem.products}")
     times = timing.interleaved(runs, repeats, torch.device("cuda"))
     return {tile: time.median for tile, time in times.items()}
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Returns whether two results of `infonce_forward` agree as far as bfloat16 can tell."""
+    for name in ("loss", "lse", "rank", "grad_query", "grad_positive"):
+        a, b = (getattr(result, name).float() for result in (one, other))
+        if not (a - b).abs().max() <= 1e-2 * b.abs().max():  # also where a number is NaN
+            return False
+    return True
 
 
 def _predict_times(capability: int, problem: Problem, tried: list[Tile]) -> dict[Tile, float]:

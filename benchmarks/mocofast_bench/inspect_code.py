@@ -12,6 +12,7 @@ storage (device "meta"), and every launch is recorded instead of made.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -29,20 +30,12 @@ from mocofast_kernels.configs import Architecture
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from mocofast_bench.inspected_calls import cases
 from mocofast_bench.listing import covered_exponentials, main_loop, parse_listing, shared_bytes
-from mocofast_bench.sizes import PROCESSORS
+from mocofast_bench.sizes import PROCESSORS, SHARED
 
-# {compute capability x 10: what decides the tiles}. The default is an A100's.
-ARCHITECTURES = {
-    80: Architecture(),
-    89: Architecture(100 * 1024),
-    90: Architecture(228 * 1024, hopper=True),
-    100: Architecture(228 * 1024),
-}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -177,7 +170,10 @@ def compile_launch(launch: Launch, capability: int | str) -> Any:
     """
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
-    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    kind = ASTSource
+    if launch.kernel.is_gluon():
+        # Gluon cannot be imported where kernels are interpreted.
+        kind = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
     source = kind(launch.kernel, launch.signature, launch.constants, attributes)
     options = dict(launch.options)
     if isinstance(capability, int):
@@ -249,7 +245,8 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
         for capability in (c for c in capabilities if c == 90 or not case.hopper):
-            for launch in record(case.call, PROCESSORS[capability], ARCHITECTURES[capability]):
+            gpu = Architecture(SHARED[capability], hopper=capability == 90)
+            for launch in record(case.call, PROCESSORS[capability], gpu):
                 identity = (launch.identity, capability)
                 first = identity not in known
                 if first:

@@ -183,7 +183,8 @@ Written with Triton {triton}, without a GPU, by
 Registers, shared memory and instructions are facts of the code. Times are predictions of the model
 in `benchmarks/mocofast_bench/roofline.py`, with the numbers of the first table. No GPU has
 confirmed the times. Of AMD's code only the traffic of the memory is modelled. The floor is the
-larger of two times: the products at the full rate of the unit, and the traffic of the memory. `machine_code.jsonl` has the kernels of all these cases.
+larger of two times: the products at the full rate of the unit, and the traffic of the memory.
+`machine_code.jsonl` has the kernels of all these cases.
 
 InfoNCE has 256 queries, 65,536 negatives and 128 dimensions (unless the call says otherwise), with
 gradient and positive ranks. EMA and optimisers have the 27,966,656 weights of a ResNet-50 with a

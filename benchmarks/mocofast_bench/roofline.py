@@ -99,7 +99,8 @@ CARDS = (
     _gpu("MI300X", None, 304, 1307, 5.3, 2048, 128, 0, 64 * KB),
 )
 # {compute capability x 10: the GPU for which tiles are ranked}
-GPUS = {gpu.capability: gpu for gpu in CARDS if gpu.name in ("A100", "RTX 4090", "H200", "B200")}
+TUNED = ("A100", "RTX 4090", "H200", "B200")
+GPUS = {gpu.capability: gpu for gpu in CARDS if gpu.capability is not None and gpu.name in TUNED}
 RESERVED = 1024  # bytes of shared memory that the system takes in every program (same guide)
 EXTRA_ROUNDS = 2  # as in mocofast_kernels.configs.split_count
 LAUNCH = 2e-6  # seconds that a launch adds in the replay of a CUDA graph (an assumption)

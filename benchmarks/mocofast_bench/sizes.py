@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # {compute capability x 10: multiprocessors} of A100, RTX 4090, H200 and B200 (data sheets).
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
+# {compute capability x 10: bytes of shared memory of a multiprocessor}
+SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 
 def weight_shapes() -> list[tuple[int, ...]]:
