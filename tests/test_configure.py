@@ -47,7 +47,7 @@ def test_a_path_is_used_with_or_without_a_recipe(
     if words[0] == "digits":
         assert "chose" not in out
         return
-    assert out.count("chose --") == 10
+    assert out.count("chose --") == 13
     assert (saved["model"]["arch"], saved["augment"]["size"]) == ("resnet18_cifar", 24) or (
         saved["model"]["arch"] == "resnet_tiny"  # on a slow machine
     )
@@ -103,10 +103,42 @@ def test_given_options_stay() -> None:
     settings.apply(config, {"data.batch_size": 4, "model.arch": "resnet_tiny"})
     source = ArraySource(np.zeros((80, 32, 32, 3), np.uint8), None, ())
     kept = ("data.batch_size", "model.arch")
-    found = {choice.option: choice for choice in fit(config, source, kept, CPU, 1)}
+    found = {c.option: c for c in fit(config, source, kept, CPU, 1, lambda arch, size: 1e-9)}
     assert not found.keys() & set(kept)
-    assert found["optim.lr"].value == 0.06 * 4 / 256
+    assert found["train.epochs"].value == 800  # 16,000 steps
+    assert found["optim.lr"].value == 0.06 * 4 / 256 and "optim.name" not in found
     assert "20 steps an epoch" in found["model.momentum"].why
+
+
+@pytest.mark.parametrize(("count", "queue"), [(500, 128), (9344, 1024), (200_000, 8192)])
+def test_keys_leave_the_queue_before_their_age_tells_them(count: int, queue: int) -> None:
+    """MoCo learned nothing from 9,344 tiles with a queue of 16 steps (docs/log.md)."""
+    chosen = choices(count, 32)
+    assert chosen["model.queue_size"] == queue
+    moved = (
+        queue / float(str(chosen["data.batch_size"])) * (1 - float(str(chosen["model.momentum"])))
+    )
+    assert moved < 0.041
+
+
+def test_short_runs_take_adamw_unless_the_user_gives_the_optimiser_or_the_rate() -> None:
+    source = ArraySource(np.zeros((1752, 64, 64, 3), np.uint8), None, ())
+    for given in ({}, {"optim.name": "sgd"}, {"optim.lr": 0.1}, {"train.epochs": 800}):
+        config = settings.load_recipe("auto")
+        settings.apply(config, given)
+        found = {c.option: c.value for c in fit(config, source, given, CPU, 1, lambda *_: 0.05)}
+        assert (found.get("optim.name") == "adamw") == (not given), given
+        if not given:
+            assert found["optim.lr"] == pytest.approx(0.0014 * 0.5**0.5)
+            assert (found["train.epochs"], found["optim.warmup_epochs"]) == (20, 1)
+
+
+def test_slots_of_a_memory_bank_keep_their_momentum() -> None:
+    source = ArraySource(np.zeros((80, 32, 32, 3), np.uint8), None, ())
+    config = settings.load_recipe("auto")
+    settings.apply(config, {"model.method": "memory_bank"})
+    found = fit(config, source, ("model.method",), CPU, 1, lambda arch, size: 1e-4)
+    assert "model.momentum" not in {choice.option for choice in found}
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def evidence(config: Config | None = None, **line: Any) -> Evidence:
         ("augmentation off", {"same_views": 1.0, "easy_views": 1.0}),
         ("frozen key encoder", {"key_change": 0.0}),
         ("stale queue", {"key_distance": 0.0}),
+        ("stale queue", {"queue_drift": 1.5}),
         ("rate too high", {"weight_change": 0.05, "loss": 6.93, "effective_rank": 1.5}),
         ("rate too low", {"weight_change": 1e-4}),
         ("BatchNorm leak", {"acc1_as_trained": 0.9, "acc1_shuffled": 0.1}),
@@ -178,7 +179,7 @@ def test_a_verdict_names_the_fault(name: str, line: dict[str, Any]) -> None:
 def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
     assert verdict(evidence()).startswith("healthy")
     # Single steps of a random walk make the measured lag short. The momentum says better.
-    assert diagnose(evidence(key_distance=0.0)) == []
+    assert diagnose(evidence(key_distance=0.0, queue_drift=0.6)) == []
     young = evidence()._replace(lines=evidence().lines[:2])
     assert verdict(young).startswith("too early")
 

@@ -190,7 +190,20 @@ def _frozen_keys(e: Evidence) -> Finding | None:
 
 
 def _stale_queue(e: Evidence) -> Finding | None:
-    """A momentum encoder that follows within a small part of a key's life in the queue."""
+    """Queries that know the age of keys, or an encoder that follows within a part of a key's life.
+
+    The age of a key is what its encoder has moved since. Where age tells the positive from the
+    negatives, nothing else needs to be learned.
+    """
+    drifts = sorted(line.get("queue_drift") or 0.0 for line in e.lines)
+    if len(drifts) > 1 and drifts[-2] >= TOLD_BY_AGE:
+        return Finding(
+            "stale queue",
+            "the age of the keys tells the positive",
+            f"queries were up to {drifts[-1]:.2g} deviations nearer to the newest keys than to the "
+            "oldest, so the encoder tells when a key was made instead of what it shows",
+            "Lower --model.queue_size to 4 batches, or raise --model.momentum",
+        )
     lags = [
         line["key_distance"] / line["weight_change"]
         for line in e.lines
@@ -203,13 +216,12 @@ def _stale_queue(e: Evidence) -> Finding | None:
     momentum = e.config.model.momentum
     if momentum >= 1 or momentum / (1 - momentum) >= LAG * life:
         return None
-    drift = max((line.get("queue_drift") or 0.0 for line in e.lines), default=0.0)
     return Finding(
         "stale queue",
         "the keys of the queue are of different encoders",
         f"the momentum encoder follows within {lag:.2g} steps, and a key stays in the queue for "
-        f"{life:.3g} steps; queries were up to {drift:.2g} deviations nearer to the newest keys "
-        "than to the oldest",
+        f"{life:.3g} steps; queries were up to {drifts[-1]:.2g} deviations nearer to the newest "
+        "keys than to the oldest",
         "Raise --model.momentum towards 0.99 or 0.999, or lower --model.queue_size",
     )
 
@@ -247,7 +259,8 @@ def _collapse(e: Evidence) -> Finding | None:
         f"all images get nearly the same embedding: deviation {std:.2g} (1 is spread, 0 is one "
         f"point), effective rank {rank:.1f} of {e.config.model.dim}",
         "Check that no gradient reaches the targets and that a predictor or negatives exist; raise "
-        "--model.momentum, lower --optim.lr, add --optim.warmup_epochs",
+        "--model.momentum, lower --optim.lr, add --optim.warmup_epochs, or take --optim.name adamw "
+        "--optim.lr 0.001 for a run of few steps",
     )
 
 
@@ -322,6 +335,7 @@ def _labels(e: Evidence) -> Finding | None:
 
 
 LAG = 0.1  # of a key's life in the queue
+TOLD_BY_AGE = 1.0  # deviations. Sound runs stay below 0.7
 FIRST_CHANGE = 0.03  # of the norm of the weights, in a step
 SHORTEST_PATH = 0.4  # of the norm of the weights
 FEWEST_STEPS = 200  # before weights can have moved

@@ -1,4 +1,4 @@
-"""Recipe `auto`: fits encoder, views, batch, queue and epochs to a set of images and a machine."""
+"""Recipe `auto`: fits encoder, views, batch, queue, rate and epochs to a set and a machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mocofast.data.decoding import image_size
 from mocofast.data.interface import Source
 from mocofast.data.loaders import pixels_of
 from mocofast.data.remarks import images_to_look_at
+from mocofast.methods.options import MomentumOptions
 from mocofast.models.encoders import build_encoder
 from mocofast.train.estimate import seconds_per_sample
 from mocofast.view_sizes import Size, height_width, pixels_text
@@ -25,6 +26,10 @@ BUDGET = {"cpu": 30 * 60, "cuda": 8 * 3600}  # seconds that the epochs may take
 LARGEST_VIEW = {"cpu": 64, "cuda": 224}  # pixels
 EPOCHS = (10, 20, 30, 50, 100, 200, 400, 800)
 MOST_KEYS = 65536  # MoCo's queue on ImageNet
+# How far the key encoder may move while a key is in the queue, as a share of the distance to the
+# query encoder. Beyond, the age of keys tells the positive: features of images are not learned.
+LARGEST_DRIFT = 0.04
+FEW_STEPS = 10_000  # of a run, in which SGD at MoCo's rate does not get far
 FEWEST_OF_A_PART = 16  # images: fewer make statistics of BatchNorm too noisy
 FEWEST_STEPS = 8  # an epoch: a larger batch would see too few other batches
 
@@ -71,6 +76,7 @@ def fit(
         measures the seconds.
     """
     choices: list[Choice] = []
+    kept = set(kept)
 
     def take(option: str, value: Any, why: str) -> Any:
         """Records a choice. Returns the given value of a kept option."""
@@ -116,29 +122,41 @@ def fit(
     )
     batch = min(batch, max(1, count))
     take("train.log_every", max(1, min(50, count // batch)), "a line an epoch, or more")
+    momentum = 0.0
+    if isinstance(config.model, MomentumOptions):
+        momentum = 0.99 if count < 100_000 else 0.999
+        momentum = take("model.momentum", momentum, f"{count // batch:,} steps an epoch")
     if "model.queue_size" not in kept and hasattr(config.model, "queue_size"):
-        keys = 2 ** int(np.log2(max(2, min(MOST_KEYS, count // 2))))
-        take("model.queue_size", keys, "half of the images at most, so few keys are of the query")
+        most, why = count // 2, "half of the images at most, so few keys are of the query"
+        if momentum:
+            age = max(1, round(LARGEST_DRIFT / max(1e-6, 1 - momentum)))
+            if age * batch < most:
+                most, why = age * batch, f"keys of {age} steps: older keys would be told by age"
+        take("model.queue_size", 2 ** int(np.log2(max(2, min(MOST_KEYS, most)))), why)
     if hasattr(config.model, "bn_splits") and world_size == 1:
         parts = next((n for n in (8, 4, 2) if batch % n == 0 and batch // n >= FEWEST_OF_A_PART), 1)
         why = f"{batch // parts} images share BatchNorm, or statistics would betray the positive"
         take("model.bn_splits", parts, why)
-    if hasattr(config.model, "momentum"):
-        momentum = 0.99 if count < 100_000 else 0.999
-        take("model.momentum", momentum, f"{count // batch:,} steps an epoch")
-    if config.optim.name == "sgd":
-        take("optim.lr", 0.06 * batch / 256, f"0.06 for 256 images, and the batch has {batch}")
     wanted = min(800, max(200, 200 * (10_000 / max(1, count)) ** 0.5))
     each = seconds(arch)
     fits = [n for n in EPOCHS if n <= wanted and n * count * each <= budget] or [EPOCHS[0]]
     minutes = fits[-1] * count * each / 60
-    take(
+    epochs = take(
         "train.epochs",
         fits[-1],
         f"about {minutes:.0f} minutes of computation (an image takes {1000 * each:.3g} ms); "
         f"up to {budget // 60} minutes and {wanted:.0f} epochs are chosen by itself",
     )
     take("knn.every", max(1, fits[-1] // 10), "10 evaluations, where there are labels")
+    steps = epochs * max(1, count // batch)
+    if steps < FEW_STEPS and config.optim.name == "sgd" and not {"optim.name", "optim.lr"} & kept:
+        take("optim.name", "adamw", f"SGD needs more steps than {steps:,}")
+        scaled = 1.4e-3 * (batch / 256) ** 0.5
+        take("optim.lr", scaled, f"0.0014 for 256 images, by the root of the batch of {batch}")
+        take("optim.weight_decay", 0.05, "usual with AdamW")
+        take("optim.warmup_epochs", min(1.0, 0.1 * epochs), "AdamW's averages start from nothing")
+    elif config.optim.name == "sgd":
+        take("optim.lr", 0.06 * batch / 256, f"0.06 for 256 images, and the batch has {batch}")
     return choices
 
 
