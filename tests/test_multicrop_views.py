@@ -16,8 +16,12 @@ from mocofast.data.device_loader import DeviceLoader
 from mocofast.data.interface import Batch, BatchSlice, Loader, Source, view_augments
 from mocofast.data.sources import ArraySource
 from mocofast.data.torchvision_loader import TorchvisionLoader
+from mocofast.device import choose_autocast
 from mocofast.methods.build import build_method
 from mocofast.settings import apply, load_recipe, validate
+from mocofast.train import estimate
+from mocofast.train.optimizer import optimizer_of
+from mocofast.train.profile import StepProfiler, encoder_work
 from tests import runs
 from tests.pictures import assert_same_batches, differences, files, save_photos
 
@@ -104,6 +108,40 @@ def test_methods_without_small_views_and_bad_numbers_are_refused() -> None:
         apply(bad, {f"augment.{option}": value, "data.path": "."})
         with pytest.raises(ConfigError, match=f"augment.{option}"):
             validate(bad)
+
+
+def test_the_queue_of_features_counts_from_its_epoch_on_when_it_is_full() -> None:
+    config = load_recipe("digits")
+    queue = {"model.feature_queue": 300, "model.feature_queue_epoch": 2, "train.epochs": 8}
+    apply(config, {"model.method": "swav", "model.prototypes": 10, "data.batch_size": 128})
+    apply(config, queue)
+    weight = build_method(config).schedules["queue_weight"]
+    # 11 steps an epoch. Two epochs, then three batches of 128 for 300 images.
+    assert [weight(step, 88) for step in (0, 24, 25, 87)] == [0, 0, 1, 1]
+    assert not estimate.warnings(config, 1438, 11)
+    apply(config, {"train.epochs": 2})
+    assert "the queue of features is never used: " in "\n".join(estimate.warnings(config, 1408, 11))
+
+
+def test_time_and_work_of_a_step_count_small_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_recipe("digits")
+    apply(config, {"augment.local_crops": 4, "augment.local_size": 5, "model.queue_size": 128})
+    method = build_method(config)
+    optimizer, autocast = optimizer_of(method, config.optim), choose_autocast("fp32", CPU)
+    works = StepProfiler(method, optimizer, autocast, config)._works(
+        {("key forward", 8): 6, ("query forward", 8): 6, ("query forward", 5): 24}
+    )
+    large, small = (
+        encoder_work(method.encoder_q, images, side, autocast) for images, side in ((6, 8), (24, 5))
+    )
+    assert works["key forward"] == large[0]
+    assert works["query forward"] == large[0] + small[0]
+    assert works["backward"] == large[1] + small[1]
+    assert works["loss"][0].operations == 4 * 30 * 128 * 64
+    # An image of s pixels takes s seconds, of which a fourth is the momentum encoder's.
+    monkeypatch.setattr(estimate, "seconds_per_image", lambda encoder, size, *_: float(size))
+    each = estimate.seconds_per_sample(method.encoder_q, config.augment, 3, CPU)
+    assert each == 8 + 4 * 5 * 3 / 4
 
 
 def test_the_picture_of_views_shows_small_views(
