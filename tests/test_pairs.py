@@ -12,7 +12,7 @@ from PIL import Image
 from mocofast import cli
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
 from mocofast.data.interface import BatchSlice, sample_view
-from mocofast.data.loaders import build_loader, choose_loader, eval_batches
+from mocofast.data.loaders import build_loader, eval_batches
 from mocofast.data.pairs import PairSource
 from mocofast.data.sources import load_datasets
 from mocofast.data.torchvision_loader import apply_view
@@ -44,7 +44,7 @@ def places(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["torchvision", "device"])
+@pytest.mark.parametrize("name", ["torchvision", "device", "dali"])
 def test_the_views_of_a_pair_are_of_two_files(name: str, places: Path) -> None:
     data = DataConfig(path=str(places), pairs="folder", holdout=0.0, workers=0, loader=name)
     found = load_datasets(data)
@@ -72,7 +72,7 @@ def test_the_views_of_a_pair_are_of_two_files(name: str, places: Path) -> None:
         np.testing.assert_array_equal(image, np.asarray(first))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "device"])
+@pytest.mark.parametrize("name", ["torchvision", "device", "dali"])
 def test_a_pair_with_a_bad_file_is_replaced_as_a_whole(name: str, places: Path) -> None:
     (places / "a" / "place2" / "2021.png").write_bytes(b"\x89PNG\r\n\x1a\nbad")
     data = DataConfig(path=str(places), pairs="folder", holdout=0.0, workers=0, loader=name)
@@ -83,6 +83,33 @@ def test_a_pair_with_a_bad_file_is_replaced_as_a_whole(name: str, places: Path) 
     assert source.name(bad) == "a/place2/2020.png + a/place2/2021.png"
     assert bad not in batch.index.tolist()
     assert batch.index.tolist().count(bad + 1) == 2
+
+
+@pytest.mark.parametrize("decode", ["full", "scaled"])
+def test_dali_shows_pairs_of_any_sizes_as_the_torchvision_loader(
+    decode: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    for place in range(7):
+        folder = tmp_path / f"place{place}"
+        folder.mkdir()
+        for date, size in enumerate(((130, 100), (90 + place, 150))):
+            picture(10 * place + date).resize(size).save(folder / f"{date}.jpg", quality=95)
+    whole = (tmp_path / "place4" / "1.jpg").read_bytes()
+    (tmp_path / "place4" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    found = []
+    for name in ("torchvision", "dali"):
+        data = DataConfig(path=str(tmp_path), pairs="folder", labels="none", decode=decode)
+        data.loader, data.workers = name, int(name == "dali")
+        source = load_datasets(data).train
+        loader = build_loader(source, data, (AUGMENT,) * 3, BatchSlice(3), 5, CPU)
+        found.append([batch for epoch in (0, 1) for batch in loader.epoch(epoch)])
+        assert list(loader.skipped) == [4]
+        loader.close()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        for a, b in zip(ours.views, theirs.views):
+            assert (a.int() - b.int()).abs().float().mean() < 0.5
 
 
 def test_held_out_pairs_share_no_file_with_the_training(places: Path) -> None:
@@ -120,11 +147,6 @@ def test_a_list_names_the_pairs(places: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_paired_is_an_error(places: Path) -> None:
-    data = DataConfig(path=str(places), pairs="folder")
-    source = load_datasets(data).train
-    with pytest.raises(ConfigError, match=r"data\.loader=dali makes all views of one file"):
-        choose_loader(source, "dali", CPU, (AUGMENT, AUGMENT))
-    assert choose_loader(source, "auto", CPU, (AUGMENT, AUGMENT))[0] == "torchvision"
     for change, said in (
         ({"window": 8}, "data.pairs: files that give several images"),
         ({"group": "1"}, "data.group: data.pairs keeps"),

@@ -153,7 +153,7 @@ class _Batches:
             source, augments, batch_slice, seed, self._readers, pixels, scaled
         )
         # The next batch to decode, whose files are being read
-        self._ahead: tuple[BatchPlan, list[Call[np.ndarray | str]]] | None = None
+        self._ahead: tuple[BatchPlan, list[list[Call[np.ndarray | str]]]] | None = None
         self._pipeline: Pipeline | None = None
         # (height, width) of the crops that the pipeline makes on a GPU, for every view
         self._sizes: list[tuple[int, int]] = []
@@ -199,10 +199,11 @@ class _Batches:
     def _views(self, plan: BatchPlan, outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Returns the views of the images of a plan. outputs: DALI's."""
         if self._stream is None:
-            images = [torch.from_dlpack(outputs[0][i]) for i in range(len(plan.samples))]
+            numbers = range(len(plan.samples))
+            files = [[torch.from_dlpack(output[i]) for i in numbers] for output in outputs]
             return tuple(
-                views_from_images(images, params, augment, self._pool)
-                for params, augment in zip(plan.params, plan.augments)
+                views_from_images(files[view % len(files)], params, augment, self._pool)
+                for view, (params, augment) in enumerate(zip(plan.params, plan.augments))
             )
         crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         with torch.cuda.stream(self._stream):
@@ -240,7 +241,7 @@ class _Batches:
                     raise
                 continue
             # On a GPU, DALI's slice has raised already for a crop outside of its image.
-            if self._stream is None and self._find_unlike_header(outputs[0].shape()):
+            if self._stream is None and self._find_unlike_header([o.shape() for o in outputs]):
                 self._forget_pipeline()
                 continue
             return self._unfinished.popleft(), outputs
@@ -252,6 +253,7 @@ class _Batches:
             self._stream is not None,
             np.ndarray if self._in_memory else bytes,
             self._data,
+            len(self.planner.sources),
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self._stream.device_index if self._stream is not None else None,
@@ -270,22 +272,23 @@ class _Batches:
         while True:
             plan, reads = self._ahead or self._read_next()
             self._ahead = None
-            items = [self._result(read) for read in reads]
-            bad = {i: item for i, item in zip(plan.samples.tolist(), items) if type(item) is str}
+            items = [[self._result(read) for read in file] for file in reads]
+            found = [pair for file in items for pair in zip(plan.samples.tolist(), file)]
+            bad = {i: item for i, item in found if isinstance(item, str)}
             if not bad:
                 break
             self.planner.skipped.update(bad)
             self._rest = self.planner.plan(plan.epoch, plan.step).rest(plan.start)
         self._unfinished.append(plan)
         self._ahead = self._read_next()
-        fed: list[Any] = [items]
+        fed: list[Any] = items
         if self._stream is not None:
             for params in plan.params:
                 fed.append(np.array([(p.top, p.left) for p in params], dtype=np.int32))
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _read_next(self) -> tuple[BatchPlan, list[Call[np.ndarray | str]]]:
+    def _read_next(self) -> tuple[BatchPlan, list[list[Call[np.ndarray | str]]]]:
         """Plans the next batch, or the next part of a large batch, and starts to read its files."""
         plan, self._rest = self.planner.parts(self._rest or self.planner.plan(*self._next_plan))
         self._next_plan = (plan.epoch, plan.step)
@@ -293,8 +296,10 @@ class _Batches:
             self._next_plan = self.planner.after(plan.epoch, plan.step)
         if self.journal is not None:
             self.journal.note([p.samples for p in (*self._unfinished, plan)])
-        samples = zip(plan.samples.tolist(), plan.factors)
-        return plan, [self._readers.submit(self._item, i, factor) for i, factor in samples]
+        return plan, [
+            [self._readers.submit(self._item, *each) for each in zip(files.tolist(), factors)]
+            for files, factors in zip(self.planner.files(plan.samples), plan.factors)
+        ]
 
     def _result(self, read: Call[np.ndarray | str]) -> np.ndarray | str:
         """Returns the result of `_item`, or why it does not come in time."""
@@ -303,12 +308,13 @@ class _Batches:
         except TimeoutError as error:
             return describe_error(error)
 
-    def _item(self, index: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
+    def _item(self, file: int, factor: int = 1, in_python: bool = False) -> np.ndarray | str:
         """Returns pixels, the content of a file as uint8, or why the file is bad.
 
+        file: number of `BatchPlanner.files`.
         factor: the image is decoded at 1 / factor of its size, in Python unless the factor is 1.
         """
-        item = self.source.load(index)
+        item = self.planner.load(file)
         try:
             if self._pixels is not None:
                 return np.ascontiguousarray(self._pixels.load(item))
@@ -318,10 +324,10 @@ class _Batches:
                 decoded = decode_scaled(cast("str | bytes", item), lambda size: factor)
                 if decoded is None:
                     raise OSError("not a JPEG file any more")
-                reason = unlike_header(decoded[1], self.planner.sizes[index])
+                reason = unlike_header(decoded[1], self.planner.sizes[file])
                 return reason or to_ppm(np.asarray(decoded[0]))
-            if in_python or isinstance(item, Item) or self.planner.in_python[index]:
-                return decode_to_ppm(item, self._range, self.planner.sizes[index])
+            if in_python or isinstance(item, Item) or self.planner.in_python[file]:
+                return decode_to_ppm(item, self._range, self.planner.sizes[file])
             read: Any = np.frombuffer if isinstance(item, bytes) else np.fromfile
             return cast("np.ndarray", read(item, dtype=np.uint8))
         except Exception as error:  # decoders raise nearly any exception on corrupt files
@@ -337,30 +343,32 @@ class _Batches:
         if self._in_memory or not plans:
             return False
         samples = np.unique(np.concatenate([plan.samples for plan in plans]))
-        samples = samples[~self.planner.in_python[samples]]
-        files = [cast("str | bytes", self.source.load(int(i))) for i in samples]
-        bad = undecodable(files, self.planner.sizes[samples])
+        numbers = np.concatenate(self.planner.files(samples))
+        numbers = numbers[~self.planner.in_python[numbers]]
+        files = [cast("str | bytes", self.planner.load(int(i))) for i in numbers]
+        bad = undecodable(files, self.planner.sizes[numbers])
         for i, reason in bad.items():
-            index = int(samples[i])
-            if type(self._item(index, in_python=True)) is str:
-                self.planner.skipped[index] = reason
+            file = int(numbers[i])
+            if type(self._item(file, in_python=True)) is str:
+                self.planner.skipped[self.planner.sample_of(file)] = reason
             else:  # DALI alone refuses the file
-                self.planner.in_python[index] = True
+                self.planner.in_python[file] = True
         return bool(bad)
 
-    def _find_unlike_header(self, shapes: list[tuple[int, ...]]) -> bool:
+    def _find_unlike_header(self, shapes: list[list[tuple[int, ...]]]) -> bool:
         """Records the images of the oldest plan whose size differs from the size in
         their header.
 
-        shapes: (height, width, C) of every decoded image.
+        shapes: (height, width, C) of every decoded image, for every file of a sample.
 
         The crop of such an image may lie outside of the image. Returns False if there are none.
         """
         plan = self._unfinished[0]
         samples = plan.samples.tolist()
-        for (height, width, _), index, factor in zip(shapes, samples, plan.factors):
-            # A scaled image was compared by `_item`.
-            stated = self.planner.sizes[index]
-            if factor == 1 and (reason := unlike_header((height, width), stated)):
-                self.planner.skipped[index] = reason
+        for part, files, factors in zip(shapes, self.planner.files(plan.samples), plan.factors):
+            for (height, width, _), file, factor in zip(part, files.tolist(), factors):
+                # A scaled image was compared by `_item`.
+                stated = self.planner.sizes[file]
+                if factor == 1 and (reason := unlike_header((height, width), stated)):
+                    self.planner.skipped[self.planner.sample_of(file)] = reason
         return not self.planner.skipped.keys().isdisjoint(samples)

@@ -12,7 +12,7 @@ import torch
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
 from mocofast.data.arrays import PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
-from mocofast.data.interface import BatchSlice, Loader, Source, view_sources
+from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.items import Item
 from mocofast.data.numpy_files import MAGIC, NPY
 from mocofast.data.ranges import range_of
@@ -180,13 +180,6 @@ def choose_loader(
         raise ConfigError(f"data.loader must be {list_choices(LOADERS)}, got {asked!r}")
     if asked in ("device", "torchvision"):  # DeviceLoader raises if it cannot serve
         return asked, "asked for"
-    if len(view_sources(source)) > 1:
-        if asked == "dali":
-            raise ConfigError(
-                "data.loader=dali makes all views of one file, and data.pairs takes two; "
-                "--data.loader torchvision serves"
-            )
-        return "torchvision", "views of two files"
     in_memory = isinstance(source, ArraySource)
     # Images in memory need no decoding.
     if asked == "auto" and in_memory:

@@ -19,7 +19,9 @@ from mocofast.data.interface import (
     first_good,
     no_image_decodes,
     source_order,
+    view_sources,
 )
+from mocofast.data.items import Item
 from mocofast.data.probing import accepts
 from mocofast.data.ranges import range_of
 from mocofast.data.sampling import per_view, sample_views
@@ -39,7 +41,8 @@ class BatchPlan(NamedTuple):
     # The parameters of B views, for every view. Crops are in pixels of the decoded image
     params: list[list[ViewParams]]
     augments: tuple[AugmentConfig, ...]  # the augmentation of every view
-    factors: list[int]  # (B,): images are decoded at 1 / factor of their size (`scaled`)
+    # (B,) for every file of a sample: images are decoded at 1 / factor of their size (`scaled`)
+    factors: list[list[int]]
     start: int = 0  # number of the first image in the whole batch
     last: bool = True  # the batch ends with this part
 
@@ -48,7 +51,7 @@ class BatchPlan(NamedTuple):
         return self._replace(
             samples=self.samples[count:],
             params=[view[count:] for view in self.params],
-            factors=self.factors[count:],
+            factors=[factors[count:] for factors in self.factors],
             start=self.start + count,
         )
 
@@ -57,7 +60,7 @@ class BatchPlan(NamedTuple):
         return self._replace(
             samples=self.samples[:count],
             params=[view[:count] for view in self.params],
-            factors=self.factors[:count],
+            factors=[factors[:count] for factors in self.factors],
             last=False,
         )
 
@@ -65,6 +68,8 @@ class BatchPlan(NamedTuple):
 class BatchPlanner:
     """Plans batches at any position. Reads the header of every image file once, for the
     image's size, and to know whether DALI may decode the file.
+
+    Samples of N pairs of files have 2 N files: all first files, then all second files.
     """
 
     def __init__(
@@ -87,12 +92,14 @@ class BatchPlanner:
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
         self.python_only: set[int] = set()  # samples that DALI is known to refuse
-        # (height, width) of every image, 0 if not known yet
-        self.sizes = np.zeros((len(source), 2), dtype=np.int32)
+        self.sources = view_sources(source)  # of the files of a sample
+        files = len(self.sources) * len(source)
+        # (height, width) of the image of every file, 0 if not known yet
+        self.sizes = np.zeros((files, 2), dtype=np.int32)
         # True for files that are decoded in Python: DALI reads their kind otherwise, or may end
         # the process. Known where the size is known
-        self.in_python = np.zeros(len(source), dtype=bool)
-        self._scalable = np.zeros(len(source), dtype=bool)  # True for JPEG files
+        self.in_python = np.zeros(files, dtype=bool)
+        self._scalable = np.zeros(files, dtype=bool)  # True for JPEG files
         self._source, self._augments, self._slice = source, augments, batch_slice
         self._seed, self._readers = seed, readers
         self._dali_range = range_of(source).of_type  # DALI knows no other range
@@ -104,24 +111,42 @@ class BatchPlanner:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
         slots = self._slice.indices(self._order[1], step)
         unknown = [slot for slot in slots.tolist() if not self._known(slot)]
-        headers = [self._readers.submit(self._read_header, slot) for slot in unknown]
+        headers = [self._readers.submit(self._read_headers, slot) for slot in unknown]
         for slot, header in zip(unknown, headers):
             self._answer(slot, header)
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
-        sizes = self.sizes[samples]
-        augments = self.augments_at(epoch)
+        augments, files = self.augments_at(epoch), self.files(samples)
+        sizes = [self.sizes[numbers] for numbers in files]
         params = [
-            per_view(sample_views(augment, sizes, self._seed, epoch, slots, view))
+            per_view(
+                sample_views(augment, sizes[view % len(files)], self._seed, epoch, slots, view)
+            )
             for view, augment in enumerate(augments)
         ]
-        factors = [1] * len(samples)
+        factors = [[1] * len(samples) for _ in files]
         if self._scaled:
-            for i in np.flatnonzero(self._scalable[samples]).tolist():
-                size: tuple[int, int] = tuple(sizes[i].tolist())
-                factors[i] = scaled_factor([view[i] for view in params], augments)
-                for view in params:
-                    view[i] = scaled_params(view[i], size, factors[i])
+            for first, numbers in enumerate(files):
+                own, augments_of = params[first :: len(files)], augments[first :: len(files)]
+                for i in np.flatnonzero(self._scalable[numbers]).tolist():
+                    size: tuple[int, int] = tuple(sizes[first][i].tolist())
+                    factor = scaled_factor([view[i] for view in own], augments_of)
+                    factors[first][i] = factor
+                    for view in own:
+                        view[i] = scaled_params(view[i], size, factor)
         return BatchPlan(epoch, step, samples, params, augments, factors)
+
+    def files(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Returns numbers of files, (B,) int64 for every file of a sample. samples: (B,) int64."""
+        return [samples + part * len(self._source) for part in range(len(self.sources))]
+
+    def sample_of(self, file: int) -> int:
+        """Returns the sample of a file."""
+        return file % len(self._source)
+
+    def load(self, file: int) -> str | bytes | np.ndarray | Item:
+        """Returns what `Source.load` returns for a file."""
+        part, sample = divmod(file, len(self._source))
+        return self.sources[part].load(sample)
 
     def augments_at(self, epoch: int) -> tuple[AugmentConfig, ...]:
         """Returns the augmentation of every view in an epoch."""
@@ -142,45 +167,53 @@ class BatchPlanner:
 
         The first part has at least one image, and at most DECODED_AT_ONCE pixels beside it.
         """
-        pixels = self.sizes[plan.samples].astype(np.int64).prod(1) // np.square(plan.factors)
+        files = zip(self.files(plan.samples), plan.factors)
+        pixels = np.sum(
+            [self.sizes[n].astype(np.int64).prod(1) // np.square(f) for n, f in files], axis=0
+        )
         if pixels.sum() <= DECODED_AT_ONCE:
             return plan, None
         count = max(1, int(np.searchsorted(pixels.cumsum(), DECODED_AT_ONCE, side="right")))
         return (plan, None) if count == len(pixels) else (plan.first(count), plan.rest(count))
 
     def _known(self, index: int) -> bool:
-        return index in self.skipped or bool(self.sizes[index, 0])
+        return index in self.skipped or bool(self.sizes[index :: len(self._source), 0].all())
 
     def _is_good(self, index: int) -> bool:
         """Returns False for a bad sample, also for a file that cannot be read in time."""
         if not self._known(index):
-            self._answer(index, self._readers.submit(self._read_header, index))
+            self._answer(index, self._readers.submit(self._read_headers, index))
         return index not in self.skipped
 
     def _answer(self, index: int, header: Call[None]) -> None:
-        """Waits for the header of a sample, at most as long as the readers wait."""
+        """Waits for the headers of a sample, at most as long as the readers wait."""
         try:
             self._readers.result(header)
         except TimeoutError as error:
             self.skipped[index] = describe_error(error)
 
-    def _read_header(self, index: int) -> None:
-        """Notes the size of a new sample and who decodes the file, or why the sample is bad."""
+    def _read_headers(self, index: int) -> None:
+        """Notes the sizes of a new sample and who decodes the files, or why the sample is bad."""
         if self._known(index):  # another slot of the batch shows the sample, too
             return
-        item = self._source.load(index)
-        if isinstance(item, np.ndarray):
-            self.sizes[index] = item.shape[:2]
-            return
-        try:
-            if self._pixels is not None:
-                self.sizes[index] = self._pixels.size(item)
+        for file in range(index, len(self.sizes), len(self._source)):
+            item = self.load(file)
+            try:
+                self._read_header(file, item)
+            except Exception as error:  # PIL raises nearly any exception on corrupt headers
+                self.skipped[index] = describe_error(error)
                 return
-            header = read_header(item)
-            by_dali = self._dali_range and index not in self.python_only
-            self.in_python[index] = not (by_dali and accepts(item, header))
-            is_file = isinstance(item, (str, bytes))
-            self._scalable[index] = is_file and header.format in SCALABLE
-            self.sizes[index] = header.height, header.width
-        except Exception as error:  # PIL raises nearly any exception on corrupt headers
-            self.skipped[index] = describe_error(error)
+
+    def _read_header(self, file: int, item: str | bytes | np.ndarray | Item) -> None:
+        if isinstance(item, np.ndarray):
+            self.sizes[file] = item.shape[:2]
+            return
+        if self._pixels is not None:
+            self.sizes[file] = self._pixels.size(item)
+            return
+        header = read_header(item)
+        by_dali = self._dali_range and self.sample_of(file) not in self.python_only
+        self.in_python[file] = not (by_dali and accepts(item, header))
+        is_file = isinstance(item, (str, bytes))
+        self._scalable[file] = is_file and header.format in SCALABLE
+        self.sizes[file] = header.height, header.width

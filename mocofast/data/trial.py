@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mocofast.data.interface import Source
+from mocofast.data.interface import Source, view_sources
 from mocofast.data.items import Item, opened
 from mocofast.errors import describe_error, printable
 
@@ -47,8 +47,9 @@ def try_files(source: Source, samples: Sequence[int]) -> Verdicts:
     fatal = 0
     child: _Child | None = None
     try:
-        for index in samples:
-            content = _content(source, index)
+        files = ((index, part) for index in samples for part in view_sources(source))
+        for index, part in files:
+            content = _content(part, index)
             if content is None:
                 continue
             child = child or _Child()
