@@ -22,6 +22,7 @@ from mocofast.settings import apply, load_recipe, validate
 from mocofast.train import estimate
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.profile import StepProfiler, encoder_work
+from mocofast.train.sharding import check_shardable
 from tests import runs
 from tests.pictures import assert_same_batches, differences, files, save_photos
 
@@ -103,6 +104,9 @@ def test_methods_without_small_views_and_bad_numbers_are_refused() -> None:
     apply(config, {"model.method": "memory_bank", "augment.local_crops": 2})
     with pytest.raises(ConfigError, match=r"augment.local_crops: expected 0.* memory_bank .*got 2"):
         build_method(config, images=40)
+    apply(config, {"model.method": "simclr", "engine.parallel": "fsdp"})
+    with pytest.raises(ConfigError, match=r"augment.local_crops: the head of simclr .* ddp works"):
+        check_shardable(config, build_method(config), choose_autocast("fp32", CPU))
     for option, value in (("local_crops", -1), ("local_size", 0), ("local_scale", (0.2, 0.1))):
         bad = Config()
         apply(bad, {f"augment.{option}": value, "data.path": "."})

@@ -40,6 +40,7 @@ class SimCLR(Method):
     """
 
     takes_local_views = True
+    joins_sizes = True
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class SwAV(Method):
     """
 
     takes_local_views = True
+    joins_sizes = True
     queue_weight = 1.0  # 0 keeps the queue out of the assignment. `build` schedules it
     writes_weights = True
     steps: Tensor

@@ -58,6 +58,11 @@ def check_shardable(config: Config, method: Method, autocast: torch.autocast) ->
             f"engine.parallel: {config.model.method} learns a single number, {scalar}, of which "
             "fsdp makes no parts; --engine.parallel ddp works"
         )
+    if config.augment.local_crops and method.joins_sizes:
+        raise ConfigError(
+            f"augment.local_crops: the head of {config.model.method} sees large and small views "
+            "together, and fsdp runs whole encoders; --engine.parallel ddp works"
+        )
     if method.writes_weights:
         raise ConfigError(
             f"engine.parallel: {config.model.method} writes weights in its forward pass, which "
