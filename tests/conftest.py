@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import tarfile
 from pathlib import Path
@@ -21,6 +23,13 @@ if not torch.cuda.is_available():
     # Set before any test module imports torchvision, which imports triton: `triton.jit` reads the
     # variable once.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Processes of tests are forks of a process that has imported these. A thread each: a process that
+# forks must not have more, and the processes of a test compete for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed", "torch.utils.tensorboard", "torchvision", "matplotlib.figure", "yaml"]
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,10 +52,16 @@ def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(
             f"set MOCOFAST_DATA to the folder that holds {archive} to run this test on real images"
         )
-    out = tmp_path_factory.getbasetemp() / archive.split(".")[0]
-    if not out.exists():
-        with tarfile.open(Path(root) / archive) as tar:
-            tar.extractall(out, filter="data")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    out = folder / archive.split(".")[0]
+    with (folder / f"{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            with tarfile.open(Path(root) / archive) as tar:
+                tar.extractall(folder / f"{out.name}.part", filter="data")
+            (folder / f"{out.name}.part").rename(out)
     return out
 
 

@@ -8,9 +8,12 @@ on how a batch is divided.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 300  # seconds of a command
 # Metrics that differ from run to run.
 TIMES = {"images_per_second", "data_wait", "memory_gib"}
 
@@ -46,8 +50,39 @@ def environment() -> dict[str, str]:
 
 
 def mocofast(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m mocofast ARGS`. check: raises AssertionError if the command fails."""
-    return _run([sys.executable, "-m", "mocofast", *arguments], check)
+    """Runs `mocofast ARGS` in a process of its own.
+
+    The process is a fork of a process that has imported PyTorch (tests/conftest.py says what). A
+    new Python needs seconds for the imports.
+
+    check: raises AssertionError if the command fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_command, args=(arguments, streams, environment())
+        )
+        process.start()
+        process.join(TIMEOUT)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, TIMEOUT)
+        texts = [stream.read_text(encoding="utf-8") for stream in streams]
+    done = subprocess.CompletedProcess(["mocofast", *arguments], process.exitcode, *texts)
+    return _checked(done, check)
+
+
+def _command(arguments: list[str], streams: list[Path], variables: Mapping[str, str]) -> None:
+    """Runs a command in this process. streams: the files of standard output and standard error."""
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.argv = ["mocofast", *arguments]
+    from mocofast import cli
+
+    sys.exit(cli.main())
 
 
 def torchrun(
@@ -87,12 +122,18 @@ def _run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=300,
+        timeout=TIMEOUT,
         cwd=ROOT,
     )
+    return _checked(done, check)
+
+
+def _checked(
+    done: subprocess.CompletedProcess[str], check: bool
+) -> subprocess.CompletedProcess[str]:
     if check and done.returncode:
         raise AssertionError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+            f"{' '.join(done.args)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         )
     return done
 

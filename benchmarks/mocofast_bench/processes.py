@@ -33,8 +33,11 @@ def on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
     Returns the results in the order of ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _work, (function, world_size, free_port(), folder), nprocs=world_size
+        torch.multiprocessing.start_processes(
+            _work,
+            (function, world_size, free_port(), folder),
+            nprocs=world_size,
+            start_method="forkserver",  # the tests import PyTorch once for all processes
         )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
