@@ -27,6 +27,7 @@ TRAIN = [
     "tensorboard",
     "tqdm",
     "safetensors",
+    "argcomplete>=3.3",  # tab completion
 ]
 # Kinds of TIFF that PIL reads wrongly or not at all (docs/formats.md), and the codecs of these.
 IMAGES = ["tifffile>=2024.8", "imagecodecs>=2024.6"]

@@ -19,7 +19,14 @@ from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen, zeroshot
 from mocofast.image_commands import embed, predict
-from mocofast.parser import Parser, add_device, add_flags, add_run_settings, given_settings
+from mocofast.parser import (
+    Parser,
+    add_device,
+    add_flags,
+    add_run_settings,
+    add_words,
+    given_settings,
+)
 from mocofast.report_commands import report, views
 from mocofast.run_commands import compare, sweep
 
@@ -42,11 +49,9 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
             f"{interrupts.EXIT_DIVERGED}: diverged, loss or weights are not finite."
         ),
     )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE|IMAGES",
-        help="name of a recipe, or a .yaml file; a folder of images, a zip archive, a list or "
+    add_words(
+        parser,
+        "name of a recipe, or a .yaml file; a folder of images, a zip archive, a list or "
         f"shards, as --data.path [{settings.DEFAULT_RECIPE}, or auto with images]",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mocofast import interrupts, settings
+from mocofast import completion, interrupts, settings
 from mocofast.errors import ConfigError, DivergedError, UnreachableError, printable
 
 # Packages of the extra `train`. The ops do without them.
@@ -51,6 +51,8 @@ def run(commands: Commands, argv: Sequence[str]) -> int:
     if "MPLBACKEND" in os.environ:
         # Notebooks name a backend of their own. No command opens a window.
         os.environ["MPLBACKEND"] = "agg"
+    if completion.is_asked():
+        return completion.complete(commands)
     argv = list(argv)
     with interrupts.watching():
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from mocofast import settings
+from mocofast import completion, settings
 from mocofast.config import ConfigError, ModelConfig, method_options
 from mocofast.plugins import is_plugin
 
@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses a command line. Ends the process if an argument is unknown."""
+        completion.answer(self)
         arguments, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -64,12 +65,20 @@ def _add_group(
     for setting in members:
         default = defaults.get(setting.name, settings.shown(setting.default))
         values = f" ({' | '.join(setting.choices)})" if setting.choices else ""
-        section.add_argument(
+        action = section.add_argument(
             f"--{setting.name}",
             metavar="VALUE",
             default=argparse.SUPPRESS,
             help=f"{setting.help}{values} [{default}]".replace("%", "%%"),
         )
+        _offer_values(action, setting)
+
+
+def _offer_values(action: argparse.Action, setting: settings.Setting) -> None:
+    """Completes the values of an option that has a few."""
+    values = ("true", "false") if setting.type is bool else setting.choices
+    if values:
+        completion.offer(action, values)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -81,9 +90,16 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
         shown = f"{setting.help}{values} [{text}]".replace("%", "%%")
         checked = setting.valid or setting.choices
         kind_of = functools.partial(_checked, setting) if checked else setting.type
-        parser.add_argument(
+        action = parser.add_argument(
             flag, type=kind_of, default=setting.default, metavar="VALUE", help=shown
         )
+        _offer_values(action, setting)
+
+
+def add_words(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds the arguments RECIPE and IMAGES. text: for the help."""
+    words = parser.add_argument("words", nargs="*", metavar="RECIPE|IMAGES", help=text)
+    completion.offer(words, settings.recipes(), files=True)
 
 
 def _checked(setting: settings.Setting, text: str) -> Any:

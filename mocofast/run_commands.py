@@ -10,7 +10,7 @@ from typing import Any
 
 from mocofast import interrupts
 from mocofast.config import ConfigError
-from mocofast.parser import Parser, add_run_settings, given_settings
+from mocofast.parser import Parser, add_run_settings, add_words, given_settings
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def sweep(argv: Sequence[str]) -> int:
             "--grid model.temperature 0.1 0.2"
         ),
     )
-    parser.add_argument("words", nargs="*", metavar="RECIPE|IMAGES", help="as of pretrain")
+    add_words(parser, "as of pretrain")
     parser.add_argument("--dir", metavar="FOLDER", required=True, help="the folder of the sweep")
     parser.add_argument(
         "--grid",

@@ -172,8 +172,8 @@ def test_help_loads_no_large_package() -> None:
     """Loading PyTorch takes seconds."""
     script = (
         "import contextlib, io, sys\nfrom mocofast import cli\n"
-        "large = {'PIL', 'matplotlib', 'numpy', 'pycocotools', 'scipy', 'sklearn', 'torch',\n"
-        "         'torchvision', 'yaml'}\n"
+        "large = {'PIL', 'argcomplete', 'matplotlib', 'numpy', 'pycocotools', 'scipy', 'sklearn',\n"
+        "         'torch', 'torchvision', 'yaml'}\n"
         "for name in sys.argv[1:]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()):\n"
         "        try:\n            cli.main([name, '--help'])\n"
@@ -194,3 +194,30 @@ def test_the_settings_of_the_study_are_those_of_its_help(
     from mocofast.study import SIZES
 
     assert f"--setting {{{','.join(SIZES)}}}" in call(capsys, "study", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("mocofast pre", {"pretrain", "prepare", "predict"}),
+        ("mocofast pretrain cifar10_b", {"cifar10_byol"}),
+        ("mocofast pretrain digits --data.loader t", {"torchvision"}),
+        ("mocofast pretrain --model.method byol --optim.sched", {"--optim.schedule"}),
+        ("mocofast sweep --model.sym", {"--model.symmetric"}),
+        ("mocofast linear README.md --linear.prot", {"--linear.protocol"}),
+        ("mocofast knn pyproj", {"pyproject.toml"}),
+        ("mocofast bench ker", {"kernels"}),
+    ],
+)
+def test_the_tab_key_completes_commands_options_values_and_files(
+    tmp_path: Path, line: str, expected: set[str]
+) -> None:
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked |= {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    script = "import sys; from mocofast import cli; sys.exit(cli.main())"
+    subprocess.run(
+        [sys.executable, "-c", script], env=runs.environment() | asked, cwd=runs.ROOT, check=True
+    )
+    assert {word.strip() for word in answer.read_text().split("\n")} == expected

@@ -51,8 +51,8 @@ def read_until(process: subprocess.Popen[str], said: str) -> str:
     raise AssertionError(f"never said {said!r}:\n{out}")
 
 
-# A network that takes minutes for its first evaluation of 300 images on a CPU.
-SLOW = ("--model.arch", "resnet152", "--augment.size", "224", "--data.workers", "0")
+# An encoder that takes minutes for its first evaluation of 300 images on a CPU.
+SLOW = ("--model.arch", "tests.slow_encoder", "--augment.size", "224", "--data.workers", "0")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (signal.SIGINT, 1, 75),
         (signal.SIGTERM, 1, 75),
-        (signal.SIGUSR1, 1, 75),
         (signal.SIGINT, 2, 130),
     ],
 )

@@ -7,10 +7,12 @@ import os
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from mocofast_bench.processes import on_ranks
 
 from mocofast import cli, settings
 from mocofast.launch.job import ENGINES
@@ -118,6 +120,10 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if not k.startswith(times)} for line in found]
 
 
+def never_stopped(words: list[str], rank: int) -> None:
+    assert cli.main(words) == 0
+
+
 def test_a_slurm_job_is_warned_requeued_and_ends_as_if_never_stopped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -166,16 +172,8 @@ exit $highest
     assert (tmp_path / "statuses").read_text() == "75\n0\n", log
     assert (tmp_path / "asked").read_text().startswith("requeue ")
     assert "continuing at step" in log
-    words = ["pretrain", "digits", *options[7:], "--train.dir", "runs/whole"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    whole = subprocess.run(
-        [*torchrun, "2", "-m", "mocofast", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert whole.returncode == 0, whole.stderr
+    words = ["pretrain", "digits", *options[7:], "--train.dir", str(tmp_path / "runs/whole")]
+    on_ranks(partial(never_stopped, words))
     assert lines(tmp_path / "runs/job") == lines(tmp_path / "runs/whole")
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"mocofast_kernels"},
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
-    {"mocofast.errors", "mocofast.interrupts", "mocofast.option"},
+    {"mocofast.completion", "mocofast.errors", "mocofast.interrupts", "mocofast.option"},
     {"mocofast.log_format", "mocofast.plugins", "mocofast.view_sizes"},
     {"mocofast.data_config"},
     {

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from mocofast import completion
+
 # Each is a module of this package, which is imported where it is asked for: PyTorch and the peers
 # take seconds. A module has add_arguments() and run(), and plot() where it makes a picture.
 BENCHMARKS = {
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, formatter_class=RAW)
         if [name] == given[:1]:
             _add_arguments(command, name)
+    completion.answer(parser)
     arguments = parser.parse_args(given)
     arguments.run(arguments)
     return 0
