@@ -110,7 +110,7 @@ def test_two_ranks_of_barlow_twins_are_one_process_with_the_whole_batch() -> Non
     ("options", "shown"),
     [
         (("--model.method", "package.my_moco"), "mean_length 0."),
-        (("--model.arch", "package.my_encoder"), "package.my_encoder, 1438 images"),
+        (("--model.arch", "package.my_encoder"), "package.my_encoder, 1,438 images"),
         (
             ("--data.source", "package.my_images", "--data.path", "images.npz"),
             "270 images of images.npz; 30 held out",
