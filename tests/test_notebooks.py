@@ -64,7 +64,5 @@ def test_methods_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     methods = {"MoCo v2": {}, "SimCLR": {"method": "simclr", "hidden_dim": 128}}
     found = run_cells("compare_methods", METHODS=methods, EPOCHS=1)
     assert "| --model.method" in capsys.readouterr().out
-    legends = [axes.get_legend() for axes in found["figure"].axes]
-    assert ["MoCo v2", "SimCLR"] in [
-        [text.get_text() for text in legend.get_texts()] for legend in legends if legend
-    ]
+    (legend,) = found["figure"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MoCo v2", "SimCLR"]
