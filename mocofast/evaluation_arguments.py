@@ -88,8 +88,8 @@ def own_images(config: Config, given: Mapping[str, str], checkpoint: str) -> Dat
     if "data.path" in given:
         # Options that belong to the images of the run, not to the given images.
         given.setdefault("data.source", source_of(given["data.path"]))
-        own = ("train", "val", "include", "exclude", "labels", "target", "captions", "column")
-        own += ("group", "pairs")
+        own = ["train", "val", "include", "exclude", "labels", "target", "captions", "column"]
+        own += ["group", "pairs"]
         for name in own:
             given.setdefault(f"data.{name}", getattr(DataConfig, name))
     check_places(config, checkpoint, given, writes=False)

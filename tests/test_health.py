@@ -14,6 +14,7 @@ from mocofast_bench import health_drill
 
 from mocofast import settings
 from mocofast.config import Config
+from mocofast.data.folders import FolderSource
 from mocofast.data.sources import ArraySource
 from mocofast.health.facts import count_copies
 from mocofast.health.leak import leak_test
@@ -137,6 +138,12 @@ def test_copies_are_counted(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     images[20:] = images[:10]
     assert count_copies(ArraySource(images, None, ())) == (30, 10)
+
+
+def test_a_file_with_several_captions_is_no_copy(tmp_path: Path) -> None:
+    for name in ("a", "b", "copy"):
+        (tmp_path / name).write_bytes(b"b" if name == "copy" else name.encode())
+    assert count_copies(FolderSource(tmp_path, ["a", "a", "a", "b", "copy"])) == (3, 1)
 
 
 def evidence(config: Config | None = None, **line: Any) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -198,9 +199,10 @@ def test_options_of_another_method_are_left_out_and_said(
     config = Config()
     settings.apply(config, {"model.method": "byol", "model.queue_size": 5, "model.mlp": False})
     assert not hasattr(config.model, "queue_size")
-    assert [record.message for record in caplog.records] == [
-        "model.queue_size is an option of moco, memory_bank; byol ignores it"
-    ]  # mlp has its default, as in the configuration of an old run
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"model.queue_size is an option of moco, .*memory_bank, .*; byol ignores it", record.message
+    )  # mlp has its default, as in the configuration of an old run
     with pytest.raises(ConfigError, match=r"unknown option 'model\.queue'"):
         settings.apply(config, {"model.queue": 5})
 

@@ -1,6 +1,7 @@
 """Images and methods with a fault inside, for `mocofast_bench.health_drill`.
 
-As `--data.source`, the module gives the digits with the fault that `data.path` names. As
+As `--data.source`, the module gives the digits with the fault that `data.path` names, or with
+captions, which are no fault. As
 `--model.method`, it gives BYOL without a predictor, whose gradient also reaches the targets.
 """
 
@@ -21,8 +22,23 @@ from mocofast.methods.options import BYOLOptions as Options
 __all__ = ["Options", "build", "load_datasets"]
 
 
+class CaptionedDigits(ArraySource):
+    """Digits whose captions say their class, in three forms."""
+
+    @property
+    def has_caption(self) -> np.ndarray:
+        """Tells which images have a caption: all, (N,) bool."""
+        return np.ones(len(self), dtype=bool)
+
+    def caption(self, index: int) -> str:
+        """Returns the caption of an image."""
+        assert self.labels is not None
+        form = ("a photo of a {}.", "the digit {}", "{}, written by hand")[index % 3]
+        return form.format(self.classes[self.labels[index]])
+
+
 def load_datasets(data: DataConfig, seed: int) -> Datasets:
-    """Returns the digits with a fault. data.path: constant, duplicates or labels."""
+    """Returns the digits. data.path: constant, duplicates, labels (faults), or captions."""
     known = load_known(DataConfig(source="digits", channels=data.channels), seed)
     train, val = known.train, known.val
     assert isinstance(train, ArraySource)
@@ -30,6 +46,9 @@ def load_datasets(data: DataConfig, seed: int) -> Datasets:
     assert train.labels is not None and val.labels is not None
     rng = np.random.default_rng(seed)
     images, labels, val_labels = train.images, train.labels, val.labels
+    if data.path == "captions":
+        captioned = CaptionedDigits(images, labels, train.classes, "digits, captions")
+        return known._replace(train=captioned)
     if data.path == "constant":
         # Blank pages: every image has the colour of its mean.
         images = np.broadcast_to(images.mean((1, 2), keepdims=True), images.shape)
@@ -41,7 +60,9 @@ def load_datasets(data: DataConfig, seed: int) -> Datasets:
     elif data.path == "labels":
         labels, val_labels = rng.permutation(labels), rng.permutation(val_labels)
     else:
-        raise ValueError(f"data.path: expected constant, duplicates or labels, got {data.path!r}")
+        raise ValueError(
+            f"data.path: expected constant, duplicates, labels or captions, got {data.path!r}"
+        )
     name = f"digits, {data.path}"
     return known._replace(
         train=ArraySource(images, labels, train.classes, name),

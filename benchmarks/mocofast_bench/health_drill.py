@@ -58,6 +58,11 @@ FAULTS = {
 }
 HEAD = {"model.hidden_dim": 128}
 PREDICTING = {**HEAD, "model.momentum_schedule": "cosine"}
+CLIP = {
+    **{"model.method": "clip", "data.source": DRILL, "data.path": "captions"},
+    **{"model.text_width": 32, "model.text_layers": 1, "model.text_length": 32},
+    **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.002},
+}
 # Healthy runs: every method on the digits, with rates that suit the method.
 METHODS: dict[str, dict[str, Any]] = {
     "moco": {},
@@ -69,13 +74,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "simclr": {**HEAD, "model.method": "simclr"},
     "memory_bank": {
         **{"model.method": "memory_bank", "model.momentum": 0.5, "model.queue_size": 512},
-        **{"model.mlp": True, "optim.lr": 0.03},  # at the recipe's 0.12 it collapses
+        # The slots are random at first. At the recipe's 0.12, or without warm-up, it may collapse.
+        **{"model.mlp": True, "optim.lr": 0.03, "optim.warmup_epochs": 5},
     },
     "swav": {
         **{**HEAD, "model.method": "swav", "model.prototypes": 100, "model.epsilon": 0.02},
         **{"model.freeze_prototypes": 11, "model.temperature": 0.1},
     },
     "supervised": {"model.method": "supervised"},
+    "clip": CLIP,
+    "clip, queues": {**CLIP, "model.queue_size": 256, "model.momentum": 0.9},
 }
 
 

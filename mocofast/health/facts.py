@@ -87,11 +87,15 @@ def count_copies(source: Source, seconds: float = SECONDS) -> tuple[int, int]:
     if not isinstance(first, str):
         return 0, 0
     sizes: dict[int, list[str]] = {}
+    seen: set[str] = set()
     looked_at = 0
     for index in indices:
-        path = source.load(int(index))
+        path = str(source.load(int(index)))
+        if path in seen:  # an image with several captions
+            continue
+        seen.add(path)
         try:
-            sizes.setdefault(os.stat(str(path)).st_size, []).append(str(path))
+            sizes.setdefault(os.stat(path).st_size, []).append(path)
         except OSError:  # a bad file, which the loader skips and names
             continue
         looked_at += 1

@@ -13,6 +13,7 @@ from mocofast.interop.layouts import find_encoder
 from mocofast.interop.reading import is_ours, read_any, tensors_of
 from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.methods.base import Method
+from mocofast.methods.clip import CLIP
 from mocofast.models.encoders import head_name
 from mocofast.train.finite import check_finite
 
@@ -49,6 +50,8 @@ def initialise(method: Method, path: str, arch: str) -> list[str]:
             load_backbone(key, own, arch)
             _load_head(key, own)
             taken.append("momentum encoder")
+    if isinstance(method, CLIP):
+        (taken if _load_texts(method, weights) else new).append("text encoder")
     queue = getattr(method, "queue", None)
     if isinstance(queue, Tensor):
         (taken if _load_queue(method, queue, weights, is_ours(content)) else new).append("queue")
@@ -64,11 +67,29 @@ def _load_head(encoder: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     """Loads the head if all of its entries are there and fit. Returns whether it was loaded."""
     head = encoder.get_submodule(head_name(encoder))
     given = _under(f"{head_name(encoder)}.", weights)
-    wanted = head.state_dict()
+    return _load_if_fitting(head, given) and bool(given)
+
+
+def _load_if_fitting(module: nn.Module, given: Mapping[str, Tensor]) -> bool:
+    """Loads a module if all of its entries are there and fit. Returns whether it was loaded."""
+    wanted = module.state_dict()
     if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in wanted.items()}:
         return False
-    head.load_state_dict(given)
-    return bool(wanted)
+    module.load_state_dict(given)
+    return True
+
+
+@torch.no_grad()
+def _load_texts(method: CLIP, weights: Mapping[str, Tensor]) -> bool:
+    """Loads the text encoder and the temperature if they fit. Returns whether they were loaded."""
+    query, key = _under("text_q.", weights), _under("text_k.", weights)
+    if not _load_if_fitting(method.text_q, query):
+        return False
+    if method.towers:
+        _load_if_fitting(method.text_k, key or query)
+    if (scale := weights.get("logit_scale")) is not None:
+        method.logit_scale.copy_(scale)
+    return True
 
 
 @torch.no_grad()
@@ -78,6 +99,8 @@ def _load_queue(method: Any, queue: Tensor, weights: Mapping[str, Tensor], ours:
     ours: the queue of the file is (K, C), not (C, K).
     """
     given, pointer = weights.get("queue"), weights.get("queue_ptr")
+    if isinstance(method, CLIP):  # a queue of texts, and one of images: both are filled anew
+        return False
     if given is None or pointer is None or given.dim() != 2 or pointer.numel() != 1:
         return False
     given = given if ours else given.t()

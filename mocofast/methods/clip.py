@@ -31,12 +31,11 @@ from mocofast.methods.momentum import MomentumMethod
 from mocofast.methods.options import ClipOptions as Options
 from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
-from mocofast.models.text import Texts, byte_texts, folder_texts
+from mocofast.models.text import Texts, TextTower, byte_texts, folder_texts
 from mocofast.ops import clip_loss, enqueue_, info_nce, siglip_loss
 from mocofast.step_parts import step_part
 
 LARGEST_SCALE = 100.0  # of logits: the paper clips the scale, "found necessary" for stability
-FIRST_BIAS = -10.0  # of SigLIP's logits, as most pairs are negatives at the start
 
 
 class CLIP(MomentumMethod):
@@ -46,7 +45,7 @@ class CLIP(MomentumMethod):
     texts: the text tower, whose embedding has `dim` dimensions, and its tokenizer.
     dim: C, dimension of the embedding.
     temperature: T at the start. 1 / T is learned, and at most LARGEST_SCALE.
-    loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
+    loss: "softmax" (CLIP) or "sigmoid" (SigLIP). logit_bias: b of the sigmoid at the start.
     queue_size: K, number of images and of texts in the queues. 0: negatives are the batch of all
         ranks, and there are no momentum towers.
     momentum, queue_dtype: of the momentum towers and of the queues, as for MoCo.
@@ -59,6 +58,8 @@ class CLIP(MomentumMethod):
     """
 
     num_views = 1
+    text_k: TextTower
+    logit_bias: nn.Parameter
     queue: Tensor
     queue_ptr: Tensor
     image_queue: Tensor
@@ -72,6 +73,7 @@ class CLIP(MomentumMethod):
         temperature: float = Options.temperature,
         loss: str = Options.loss,
         *,
+        logit_bias: float = Options.logit_bias,
         queue_size: int = Options.queue_size,
         momentum: float = Options.momentum,
         queue_dtype: str = Options.queue_dtype,
@@ -84,11 +86,11 @@ class CLIP(MomentumMethod):
         self.loss = loss
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, dim)
-        self.text_q: nn.Module = texts.tower
+        self.text_q = texts.tower
         self.tokenize, self.tokenizer = texts.tokenize, texts.tokenizer
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         if loss == "sigmoid":
-            self.logit_bias = nn.Parameter(torch.tensor(FIRST_BIAS))
+            self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
         self.towers = {}
         if queue_size:
             self.towers = {"encoder_q": "encoder_k", "text_q": "text_k"}
@@ -222,6 +224,7 @@ def build(config: Config, images: int = 0, classes: int = 0) -> CLIP:
         m.dim,
         m.temperature,
         m.loss,
+        logit_bias=m.logit_bias,
         queue_size=m.queue_size,
         momentum=m.momentum,
         queue_dtype=m.queue_dtype,

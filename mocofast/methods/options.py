@@ -160,6 +160,11 @@ class ClipOptions(TemperatureOptions, MomentumOptions, StoredKeysOptions):
         "softmax over the batch (CLIP), or sigmoid of every pair (SigLIP, temperature 0.1)",
         ("softmax", "sigmoid"),
     )
+    logit_bias: float = option(
+        -10.0,
+        "bias of the sigmoid loss at the start; it is learned; SigLIP's -10 is for batches of tens "
+        "of thousands, minus the logarithm of the batch suits small batches",
+    )
     queue_size: int = option(
         0,
         "number of images, and of texts, in queues that momentum encoders fill; 0: negatives are "

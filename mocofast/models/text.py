@@ -33,13 +33,14 @@ class TextTower(nn.Module):
     dim: C, dimension of the embedding.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, pad: int, dim: int) -> None:
         super().__init__()
         self.model, self.pad = model, pad
         self.projection: nn.Linear | None = None
         if not hasattr(model, "text_projection"):
-            config: Any = model.config
-            self.projection = nn.Linear(config.hidden_size, dim, bias=False)
+            self.projection = nn.Linear(self.model.config.hidden_size, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns embeddings (N, C) of texts. tokens: (N, L) int64, of `Texts.tokenize`."""
