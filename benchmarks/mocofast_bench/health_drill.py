@@ -61,7 +61,8 @@ PREDICTING = {**HEAD, "model.momentum_schedule": "cosine"}
 CLIP = {
     **{"model.method": "clip", "data.source": DRILL, "data.path": "captions"},
     **{"model.text_width": 32, "model.text_layers": 1, "model.text_length": 32},
-    **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.002},
+    **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.001},
+    **{"model.temperature": 0.07, "optim.warmup_epochs": 2},
 }
 # Healthy runs: every method on the digits, with rates that suit the method.
 METHODS: dict[str, dict[str, Any]] = {
