@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from mocofast.config import Config
+from mocofast.distributed import shares_of
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import ProjectorOptions
@@ -76,9 +77,11 @@ class BarlowTwins(Method):
         self.check_views(im_a=im_a, im_b=im_b)
         z_a, z_b = self.encode("encoder_q", im_a).float(), self.encode("encoder_q", im_b).float()
         images = len(z_a)
-        correlation = z_a.T @ z_b / images  # (C, C), of this rank
+        correlation = z_a.T @ z_b  # (C, C), of this rank
         if self.training and dist.is_initialized():
-            correlation = all_reduce(correlation) / dist.get_world_size()  # of all ranks
+            correlation = all_reduce(correlation)  # of all ranks
+            images = shares_of(images).total
+        correlation = correlation / images
         diagonal = correlation.diagonal()
         on_diagonal = (1 - diagonal).square().sum()
         off_diagonal = correlation.square().sum() - diagonal.square().sum()

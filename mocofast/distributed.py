@@ -5,15 +5,19 @@ Without a process group every function treats the process as rank 0 of a world o
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mocofast import rendezvous
 from mocofast.config import ConfigError
+from mocofast.shares import Shares
 from mocofast.step_parts import step_part
 
 # Variables that torchrun sets, with the values of a single process.
@@ -132,6 +136,75 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+_sharing: list[Shares] = []  # of the present micro-batch, set by `sharing`
+
+
+@contextlib.contextmanager
+def sharing(shares: Shares) -> Iterator[None]:
+    """Inside the block, `shares` tells how many images of the (micro-)batch every rank has."""
+    _sharing.append(shares)
+    try:
+        yield
+    finally:
+        _sharing.pop()
+
+
+def shares_of(images: int) -> Shares:
+    """Returns the images of every rank: as `sharing` tells, or `images` on each.
+
+    images: number of this rank's images.
+    """
+    return _sharing[-1] if _sharing else Shares((images,) * rank_and_world_size()[1])
+
+
+def own_rows(images: int) -> slice:
+    """Returns the rows of this rank in the result of `gather_rows`. images: its own number."""
+    start = sum(shares_of(images).counts[: rank_and_world_size()[0]])
+    return slice(start, start + images)
+
+
+def own_numbers(images: int, device: torch.device) -> Tensor:
+    """Returns the numbers in the batch of this rank's images, (N,) int64. images: N."""
+    shares, rank = shares_of(images), rank_and_world_size()[0]
+    if not shares.parts or len(shares.counts) == 1:
+        rows = own_rows(images)
+        return torch.arange(rows.start, rows.stop, device=device)
+    return indices_to_device([torch.from_numpy(shares.rows(rank))], device)[0]
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Concatenates the rows of all ranks, in order of ranks, without gradients.
+
+    local: (N, ...), a row for every image of this rank. Ranks may have different N.
+
+    Returns (T, ...) on every rank.
+    """
+    shares = shares_of(len(local))
+    return cut(all_gather(padded(local, shares)), shares)
+
+
+def in_order(gathered: Tensor, shares: Shares) -> Tensor:
+    """Returns rows in the order of ranks, (T, ...), in the order of the batch."""
+    places = shares.places()
+    if places is None:
+        return gathered
+    return gathered[indices_to_device([torch.from_numpy(places)], gathered.device)[0]]
+
+
+def padded(local: Tensor, shares: Shares) -> Tensor:
+    """Returns the rows of a rank with rows of zeros, as many as the rank of most rows has."""
+    missing = max(shares.counts) - len(local)
+    return F.pad(local, (0, 0) * (local.dim() - 1) + (0, missing)) if missing else local
+
+
+def cut(gathered: Tensor, shares: Shares) -> Tensor:
+    """Returns the padded rows of all ranks, (W*N, ...), without the rows of zeros, (T, ...)."""
+    if shares.equal:
+        return gathered
+    of_ranks = gathered.chunk(len(shares.counts))
+    return torch.cat([rows[:count] for rows, count in zip(of_ranks, shares.counts)])
+
+
 def all_gather(local: Tensor) -> Tensor:
     """Concatenates the tensors of all ranks, in order of ranks, without gradients.
 
@@ -204,19 +277,20 @@ class BatchShuffle(SharedGenerator):
     """
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns this rank's slice of the shuffled batch, (N, ...), and `restore`, (W*N,) int64.
+        """Returns this rank's slice of the shuffled batch, (N, ...), and `restore`, (T,) int64.
 
-        images: (N, ...), with the same shape on every rank.
+        images: (N, ...), as many as `shares_of` tells. T: images of all ranks.
 
         `restore` is on the device of the images. For rows x that are computed from the slice,
-        all_gather(x)[restore] has the order of the original batches, concatenated over ranks.
-        An image is sent at most once, in its own dtype. Channels-last memory stays channels-last.
+        gather_rows(x)[restore] has the order of the batch: with consecutive shares, the images of
+        rank 0 first. An image is sent at most once, in its own dtype. Channels-last memory stays
+        channels-last.
         """
         # The permutation of the whole batch, the same on every rank.
         rank, world_size = rank_and_world_size()
-        size = len(images)
-        permutation = torch.randperm(world_size * size, generator=self.generator(images.device))
-        position = torch.argsort(permutation)  # (W*N,): an image's place in the shuffled batch
+        shares = shares_of(len(images))
+        permutation = torch.randperm(shares.total, generator=self.generator(images.device))
+        position = torch.argsort(permutation)  # (T,): an image's place in the shuffled batch
 
         # index_select would turn channels-last into NCHW, so the (N, H, W, C) view is indexed.
         channels_last = images.dim() == 4 and images.is_contiguous(
@@ -230,12 +304,20 @@ class BatchShuffle(SharedGenerator):
             permutation, restore = indices_to_device([permutation, position], images.device)
             rows = rows.index_select(0, permutation)
         else:
-            own = slice(rank * size, (rank + 1) * size)
-            targets = position[own]  # (N,): places of the images that leave
-            origins = permutation[own]  # (N,): numbers of the images that arrive
-            # Images leave sorted by place, so grouped by target rank, and arrive grouped by origin.
-            leave = torch.argsort(targets)
-            arrive = torch.argsort(torch.argsort(origins // size, stable=True))
+            of_ranks = [torch.from_numpy(shares.rows(each)) for each in range(world_size)]
+            owner = torch.empty(shares.total, dtype=torch.int64)  # of a place, and of an image
+            for each, rows_of_rank in enumerate(of_ranks):
+                owner[rows_of_rank] = each
+            targets = position[of_ranks[rank]]  # (N,): places of the images that leave
+            origins = permutation[of_ranks[rank]]  # (N,): numbers of the images that arrive
+            to_ranks, from_ranks = owner[targets], owner[origins]
+            # Images leave grouped by target rank, and arrive grouped by origin, each group in the
+            # order of the batch.
+            leave = torch.argsort(to_ranks, stable=True)
+            by_origin = torch.argsort(from_ranks * shares.total + origins)
+            arrive = torch.argsort(by_origin)
+            if (places := shares.places()) is not None:
+                position = torch.from_numpy(places)[position]
             leave, arrive, restore = indices_to_device([leave, arrive, position], images.device)
             sent = rows.index_select(0, leave)
             received = torch.empty_like(sent)
@@ -243,8 +325,8 @@ class BatchShuffle(SharedGenerator):
                 dist.all_to_all_single(
                     received,
                     sent,
-                    _count(origins // size, world_size),
-                    _count(targets // size, world_size),
+                    _count(from_ranks, world_size),
+                    _count(to_ranks, world_size),
                 )
             rows = received.index_select(0, arrive)
         rows = rows.view(images.dtype)

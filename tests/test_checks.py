@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from mocofast import cli
 from mocofast.config import Config, ConfigError
+from mocofast.data.interface import BatchSlice
 from mocofast.device import choose_device, wide
 from mocofast.methods.build import build_method
 from mocofast.settings import apply
@@ -31,11 +32,11 @@ SHORT = ("--train.device", "cpu", "--data.workers", "0", "--model.queue_size", "
         (("--knn.shots", "500"), r"knn.shots: expected at most \d+, the images of class"),
         (
             ("--data.batch_size", "66", "--model.bn_splits", "4"),
-            "model.bn_splits: a micro-batch has 66 images on a rank",
+            "model.bn_splits: the 66 images of a batch cannot be divided into 4 parts",
         ),
         (
             ("--data.drop_last", "false", "--model.bn_splits", "4", "--data.batch_size", "64"),
-            r"model.bn_splits: the last batch of an epoch has 30 images .*drop_last true",
+            r"model.bn_splits: the 30 images of a batch cannot be divided .*drop_last true",
         ),
     ],
 )
@@ -64,40 +65,39 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_has_one_value() -> Non
     apply(config, {"model.arch": "resnet18", "augment.size": 32, "model.queue_size": 8})
     apply(config, {"data.batch_size": 4, "data.drop_last": False, "model.dim": 8})
     encoder = build_method(config).encoder_q  # the last maps have 1 x 1 pixels
+    batches = BatchSlice(4, drop_last=False, uneven=True)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(
         ConfigError, match=r"data.drop_last: .* 1 image, and BatchNorm layer4.0.bn1"
     ):
-        check_batches(config, encoder, 9, 1)
+        check_batches(config, encoder, 9, batches)
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
-    check_batches(config, encoder, 10, 1)
+    check_batches(config, encoder, 10, batches)
     config.augment.size = 64  # 2 x 2 pixels
-    check_batches(config, encoder, 9, 1)
+    check_batches(config, encoder, 9, batches)
     config.train.accumulate, config.augment.size = 4, 32
     with pytest.raises(ConfigError, match=r"data.batch_size: a micro-batch has 1 image"):
-        check_batches(config, encoder, 8, 1)
+        check_batches(config, encoder, 8, batches)
     # One image in each of two splits, by the same reason.
     apply(config, {"model.bn_splits": 2, "train.accumulate": 1, "data.batch_size": 2})
     split = build_method(config).encoder_q
     with pytest.raises(ConfigError, match=r"1 image in each of 2 splits .*bn_splits"):
-        check_batches(config, split, 8, 1)
+        check_batches(config, split, 8, BatchSlice(2, uneven=True, parts=2))
     assert seconds_per_image(split, 32, 3, torch.device("cpu")) > 0  # measured on two a split
 
 
 @pytest.mark.parametrize("images", [10, 13, 16])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_smallest_micro_batch_is_that_of_chunks(
-    images: int, accumulate: int, world_size: int
-) -> None:
+def test_the_smallest_micro_batch_is_known(images: int, accumulate: int, world_size: int) -> None:
     config = Config()
     apply(config, {"data.batch_size": 6, "train.accumulate": accumulate, "data.drop_last": False})
-    found = micro_batches(config, images, world_size)
+    found = micro_batches(config, images, BatchSlice(6, 0, world_size, False, uneven=True))
     rest = images % 6 // world_size
     for option, count in (("data.batch_size", 6 // world_size), ("data.drop_last", rest)):
         if count:
-            chunks = torch.zeros(count).chunk(accumulate)
-            assert found[option] == min(map(len, chunks))
+            parts = torch.zeros(count).tensor_split(min(accumulate, count))
+            assert found[option] == min(map(len, parts))
     assert ("data.drop_last" in found) == (rest > 0)
 
 

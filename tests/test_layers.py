@@ -31,6 +31,7 @@ FLOORS = [
         "mocofast.files",
         "mocofast.plots",
         "mocofast.rendezvous",
+        "mocofast.shares",
         "mocofast.step_parts",
         "mocofast.yaml_files",
     },

@@ -187,18 +187,40 @@ def _visible(folder: str | Path) -> Iterator[tuple[str, str]]:
                 yield entry.name, _kind(entry)
 
 
+# Folders that were looked into: {path: (time of modification in ns, number, device)}, before the
+# look. None: a folder that cannot be read.
+Seen = dict[str, "tuple[int, int, int] | None"]
+
+
+def state_of(folder: str | Path) -> tuple[int, int, int] | None:
+    """Returns the state of a folder, which changes with the names in the folder, as in `Seen`."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_dev
+
+
 class Disk:
     """The tree below a folder of a disk. Hidden files and folders are skipped. Symbolic links are
     followed (a link back to a folder above only once).
     """
 
-    def __init__(self, root: str | Path, extensions: Set[str]) -> None:
-        """extensions: of an image, in lower case, with a dot."""
+    def __init__(self, root: str | Path, extensions: Set[str], seen: Seen | None = None) -> None:
+        """extensions: of an image, in lower case, with a dot.
+        seen: takes every folder that is looked into.
+        """
         self.root, self._extensions = Path(root), extensions
+        self._seen: Seen = {} if seen is None else seen
+
+    def _look(self, folder: str | Path) -> Iterator[tuple[str, str]]:
+        """Yields names and kinds of the entries of a folder. Raises OSError."""
+        self._seen.setdefault(str(folder), state_of(folder))
+        return _visible(folder)
 
     def entries(self, folder: str) -> tuple[list[str], bool]:
         folders, images = [], False
-        for name, kind in _visible(self.root / folder):
+        for name, kind in self._look(self.root / folder):
             if kind == _FOLDER:
                 folders.append(name)
             elif not images and kind == _FILE:
@@ -221,7 +243,7 @@ class Disk:
         folders = []
         # A folder that cannot be read holds none. `find` names the folder.
         with contextlib.suppress(OSError):
-            for name, kind in _visible(real):
+            for name, kind in self._look(self.root / prefix):
                 if kind == _FOLDER:
                     folders.append(name)
                 elif (
@@ -244,7 +266,7 @@ class Disk:
             return 0
         names, folders, excluded = [], [], 0
         try:
-            for name, kind in _visible(folder):
+            for name, kind in self._look(folder):
                 if kind == _FOLDER:
                     folders.append(name)
                 elif kind != _FILE:
@@ -256,6 +278,7 @@ class Disk:
         except OSError as error:
             if not above:
                 raise ConfigError(f"data.path: {folder!r} cannot be read ({error})") from error
+            self._seen[folder] = None
             found.unreadable[prefix.rstrip("/")] = describe_error(error)
         if patterns:
             kept = [name for name in names if patterns.keeps(name)]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from mocofast.config import ConfigError, DataConfig
-from mocofast.data.finding import Disk, Found, Patterns, Tree
+from mocofast.data.finding import Disk, Found, Patterns, Seen, Tree
 from mocofast.data.names import EXTENSIONS, NamedImages, extensions_to_try
 
 TreeT = TypeVar("TreeT", bound=Tree)
@@ -39,14 +39,14 @@ class FolderSource(NamedImages):
     def __init__(
         self,
         root: str | Path,
-        names: Sequence[str],
+        names: Sequence[str] | np.ndarray,
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
     ) -> None:
         """Takes the names of the files. Opens no file.
 
         root: the folder.
-        names: N paths relative to `root`.
+        names: N paths relative to `root`, or an array of bytes (N,).
         labels: (N,) integers that index `classes`, or None.
         """
         super().__init__(names, labels, classes)
@@ -61,8 +61,10 @@ class FolderSource(NamedImages):
         return map(self.load, range(len(self)))
 
 
-def open_folder(folder: str | Path, extensions: Set[str] = EXTENSIONS) -> Disk:
-    """Returns a folder of images. extensions: of images, in lower case.
+def open_folder(
+    folder: str | Path, extensions: Set[str] = EXTENSIONS, seen: Seen | None = None
+) -> Disk:
+    """Returns a folder of images. extensions: of images, in lower case. seen: as for `Disk`.
 
     Raises FileNotFoundError, NotADirectoryError, or ConfigError for a folder that cannot be read.
     """
@@ -77,7 +79,7 @@ def open_folder(folder: str | Path, extensions: Set[str] = EXTENSIONS) -> Disk:
         )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ConfigError(f"data.path: {str(folder)!r} cannot be read (permission denied)")
-    return Disk(folder, extensions)
+    return Disk(folder, extensions, seen)
 
 
 def choose_tree(make: Callable[[frozenset[str]], TreeT], data: DataConfig) -> TreeT:

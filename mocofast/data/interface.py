@@ -28,6 +28,7 @@ from torch import Tensor
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.data import deadline
 from mocofast.data.items import Item
+from mocofast.shares import Shares, share
 
 CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
 
@@ -112,8 +113,7 @@ class Loader(Protocol):
 class BatchSlice:
     """The slice of every batch that a rank loads.
 
-    Ranks take consecutive slices, so W ranks with B images per rank see the batches of
-    one process with W * B images.
+    W ranks together see the batches of one process, whose images `Shares` divides over the ranks.
     """
 
     batch_size: int  # images per step over all ranks
@@ -123,9 +123,14 @@ class BatchSlice:
     # repeat the first images of the last batch, where ranks cannot share it equally. Otherwise the
     # images that are over are left out
     pad: bool = False
+    # ranks may have different numbers of images, so no image of a batch is left out
+    uneven: bool = False
+    parts: int = 1  # of an uneven batch: BatchNorm's parts, of which a rank has whole ones
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
+        if self.uneven:
+            share(self.batch_size, self.world_size, self.parts)
+        elif self.batch_size % self.world_size:
             raise ConfigError(
                 "data.batch_size must be a multiple of the number of ranks: "
                 f"got {self.batch_size} on {self.world_size} ranks"
@@ -133,15 +138,22 @@ class BatchSlice:
 
     @property
     def per_rank(self) -> int:
-        """Images per step on one rank."""
+        """Images per step on this rank."""
+        if self.uneven:
+            return share(self.batch_size, self.world_size, self.parts).counts[self.rank]
         return self.batch_size // self.world_size
+
+    def shares(self, count: int, step: int) -> Shares:
+        """Returns the images of every rank at a step of an epoch of `count` samples."""
+        images = min(self.batch_size, count - step * self.batch_size)
+        return share(images, self.world_size, self.parts)
 
     def steps(self, count: int) -> int:
         """Returns the number of steps in an epoch of `count` samples. Raises
         ConfigError for none.
         """
         steps = count // self.batch_size
-        least = 1 if self.pad else self.world_size
+        least = 1 if self.pad else max(self.world_size, self.parts)
         if not self.drop_last and count % self.batch_size >= least:
             steps += 1
         if steps == 0:
@@ -152,10 +164,12 @@ class BatchSlice:
         return steps
 
     def indices(self, order: np.ndarray, step: int) -> np.ndarray:
-        """Returns the slice of `order` for this rank at `step`. All ranks get equally
-        many samples.
+        """Returns the slice of `order` for this rank at `step`. Unless the slice is uneven, all
+        ranks get equally many samples.
         """
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.uneven:
+            return whole[self.shares(len(order), step).rows(self.rank)]
         if self.pad and len(whole) % self.world_size:
             whole = np.resize(whole, -(-len(whole) // self.world_size) * self.world_size)
         per_rank = len(whole) // self.world_size

@@ -40,13 +40,16 @@ class SetFolders(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """N training images and M evaluation images, by names relative to the root."""
+    """N training images and M evaluation images, by names relative to the root.
 
-    train: list[str]
+    A layout that was kept has the names as arrays of bytes.
+    """
+
+    train: Sequence[str]
     labels: np.ndarray | None  # (N,) int64, -1 for unlabelled images
     classes: tuple[str, ...]
     groups: np.ndarray | None  # (N,) int64: images of a group stay together
-    val: list[str]
+    val: Sequence[str]
     val_labels: np.ndarray | None  # (M,) int64
     val_folder: str  # "" without a folder of evaluation images
     why: str  # why `val_folder` is not used, or ""

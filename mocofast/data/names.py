@@ -123,17 +123,29 @@ def digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) 
     return hashed.hexdigest()
 
 
+def encoded(names: Sequence[str] | np.ndarray) -> np.ndarray:
+    """Returns paths as an array of bytes, (N,). names: N paths, or such an array."""
+    if isinstance(names, np.ndarray):
+        return names
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+
 class NamedImages:
     """Names, labels and classes of image files: what sources of files share."""
 
     def __init__(
-        self, names: Sequence[str], labels: np.ndarray | None, classes: tuple[str, ...]
+        self,
+        names: Sequence[str] | np.ndarray,
+        labels: np.ndarray | None,
+        classes: tuple[str, ...],
     ) -> None:
-        """names: N paths. labels: (N,) integers that index `classes`, or None."""
+        """names: N paths, or an array of bytes (N,). labels: (N,) integers that index `classes`, or
+        None.
+        """
         # One array of bytes instead of N Python strings. Reading a string writes its
         # reference count, so every forked worker would end up with a copy of a list of
         # millions.
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self._names = encoded(names)
         self.labels = checked_labels(labels, len(names), classes)
         self.classes = classes
         self.captions: np.ndarray | None = None  # (N,) str, objects

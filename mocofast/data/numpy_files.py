@@ -5,9 +5,11 @@ An array is (H, W, C), (C, H, W), or (H, W) for one channel.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -90,6 +92,24 @@ def array_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     if dtype.hasobject:
         raise ValueError("Object arrays are not read: they could run code")
     return shape, dtype
+
+
+def read_arrays(place: Path) -> dict[str, np.ndarray]:
+    """Reads an .npz file of arrays that are not compressed. Takes no more memory than the file."""
+    arrays = {}
+    with zipfile.ZipFile(place) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            with archive.open(info) as member:
+                content = io.BytesIO(member.read())
+            shape, dtype = array_header(content)
+            if dtype.kind not in "iSU" or len(shape) > 1:
+                raise ValueError(f"{info.filename} holds {dtype} {shape}")
+            # An array of another size than its header states raises ValueError.
+            values = np.frombuffer(content.read(), dtype) if dtype.itemsize else np.empty(0, dtype)
+            arrays[info.filename.removesuffix(".npy")] = values.reshape(shape)
+    return arrays
 
 
 def _channels(shape: tuple[int, ...], wanted: int) -> int:

@@ -8,13 +8,11 @@ if the size or the modification time of the shard changes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
 import tarfile
 import threading
-import zipfile
 from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from mocofast.config import ConfigError
 from mocofast.data.download import cache_folder
 from mocofast.data.finding import ALL, Patterns
 from mocofast.data.names import EXTENSIONS, FIELDS
-from mocofast.data.numpy_files import array_header
+from mocofast.data.numpy_files import read_arrays
 from mocofast.data.shard_samples import MemberReader, Members, choose_samples, is_left_out
 from mocofast.data.tar_members import TarMembers
 from mocofast.errors import describe_error
@@ -149,7 +147,7 @@ def read_index(place: Path, stamp: np.ndarray | None = None, old: bool = False) 
 
 
 def _read_index(place: Path, stamp: np.ndarray | None, old: bool) -> Index:
-    kept = _arrays(place)
+    kept = read_arrays(place)
     found = kept["stamp"]
     if found.shape != (3,) or found.dtype.kind != "i":
         raise ValueError("an index without the size of its shard")
@@ -164,24 +162,6 @@ def _read_index(place: Path, stamp: np.ndarray | None, old: bool) -> Index:
     columns = {name: kept[name] for name in Members._fields[:-1]}
     members = Members(**columns, left_out=json.loads(text["member_left_out"]))
     return _checked(Index(int(found[1]), kept["keys"], kept["chosen"], text["left_out"], members))
-
-
-def _arrays(place: Path) -> dict[str, np.ndarray]:
-    """Reads an .npz file of arrays that are not compressed. Takes no more memory than the file."""
-    arrays = {}
-    with zipfile.ZipFile(place) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{info.filename} is compressed")
-            with archive.open(info) as member:
-                content = io.BytesIO(member.read())
-            shape, dtype = array_header(content)
-            if dtype.kind not in "iSU" or len(shape) > 1:
-                raise ValueError(f"{info.filename} holds {dtype} {shape}")
-            # An array of another size than its header states raises ValueError.
-            values = np.frombuffer(content.read(), dtype) if dtype.itemsize else np.empty(0, dtype)
-            arrays[info.filename.removesuffix(".npy")] = values.reshape(shape)
-    return arrays
 
 
 def _checked(index: Index) -> Index:

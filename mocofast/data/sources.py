@@ -5,7 +5,7 @@ CIFAR), and their train and val sets.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from mocofast.data.arrays import ArraySource as ArraySource
 from mocofast.data.captions import with_captions
 from mocofast.data.download import is_url
 from mocofast.data.finding import Names
+from mocofast.data.folder_index import kept_layout, list_folder
 from mocofast.data.folders import FolderSource as FolderSource
 from mocofast.data.folders import choose_tree, no_image, open_folder
 from mocofast.data.interface import Source
@@ -221,10 +222,11 @@ def _load_folder(data: DataConfig, seed: int) -> Datasets:
     if is_url(path):
         return _load_url(path, data, seed)
     root = Path(path).expanduser()
-    if holds_tables(root):
-        return _load_tables(data, seed)
-    tree = choose_tree(lambda extensions: open_folder(root, extensions), data)
-    layout = arrange(tree, data, str(root))
+    layout = kept_layout(root, data)
+    if layout is None:
+        if holds_tables(root):
+            return _load_tables(data, seed)
+        layout = list_folder(root, data)
     return _sets(layout, data, seed, lambda *columns: FolderSource(root, *columns))
 
 
@@ -254,7 +256,7 @@ def _load_zip(data: DataConfig, seed: int) -> Datasets:
 
 
 # Makes a source of names, labels and classes.
-_Make = Callable[[list[str], "np.ndarray | None", tuple[str, ...]], Source]
+_Make = Callable[[Sequence[str], "np.ndarray | None", tuple[str, ...]], Source]
 
 
 def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
@@ -265,7 +267,7 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
     train = make(layout.train, layout.labels, layout.classes)
     if layout.captions is not None and isinstance(train, NamedImages):
         train.captions = np.array(layout.captions, dtype=object)
-    if layout.val:
+    if len(layout.val):
         val = make(layout.val, layout.val_labels, layout.classes)
         note = f"{_summary(train)}; held out: {layout.val_folder}, {len(val)}"
         if data.group:

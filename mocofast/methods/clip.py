@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mocofast.config import Config
 from mocofast.data.captions import captions_of
 from mocofast.data.interface import Batch, Source
-from mocofast.distributed import all_gather, rank_and_world_size
+from mocofast.distributed import gather_rows, rank_and_world_size
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
 from mocofast.methods.moco import QUEUE_DTYPES
@@ -201,7 +201,7 @@ class CLIP(MomentumMethod):
             *(text, image_keys, self.image_queue), temperature=1 / scale, normalize=False
         )
         if self.training:
-            self._pending.append((all_gather(text_keys), all_gather(image_keys)))
+            self._pending.append((gather_rows(text_keys), gather_rows(image_keys)))
             if enqueue:
                 keys = [torch.cat(parts) for parts in zip(*self._pending)]
                 enqueue_(self.queue, self.queue_ptr, keys[0], normalize=False)

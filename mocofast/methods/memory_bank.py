@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError
-from mocofast.distributed import SharedGenerator, all_gather, indices_to_device, rank_and_world_size
+from mocofast.distributed import SharedGenerator, gather_rows, indices_to_device, shares_of
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.moco import QUEUE_DTYPES
 from mocofast.methods.options import MemoryBankOptions as Options
@@ -103,7 +103,7 @@ class MemoryBank(Method):
         """
         self.check_views(images=images)
         v = self.encode("encoder_q", images)  # (N, C), normalised inside info_nce
-        batch = all_gather(index) if self.training else index  # (W*N,)
+        batch = gather_rows(index) if self.training else index  # (T,)
         (numbers,) = step_inputs or self.prepare_step(images)
         slots = self.bank[index]  # (N, C)
         loss, positive_rank = info_nce(
@@ -115,7 +115,7 @@ class MemoryBank(Method):
             return_rank=True,
         )
         if self.training:
-            self._pending.append((batch, all_gather(F.normalize(v.detach().float(), dim=1))))
+            self._pending.append((batch, gather_rows(F.normalize(v.detach().float(), dim=1))))
             if enqueue:
                 self._update(*(torch.cat(tensors) for tensors in zip(*self._pending)))
                 self._pending.clear()
@@ -135,7 +135,8 @@ class MemoryBank(Method):
         Raises ConfigError if the batch holds all images.
         """
         (images,) = views
-        free = len(self.bank) - len(images) * (rank_and_world_size()[1] if self.training else 1)
+        taken = shares_of(len(images)).total if self.training else len(images)
+        free = len(self.bank) - taken
         if free < 1:
             raise ConfigError(
                 f"data.batch_size: must leave negatives among the {len(self.bank)} images"

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.distributed import BatchShuffle, all_gather, rank_and_world_size
+from mocofast.distributed import (
+    BatchShuffle,
+    gather_rows,
+    in_order,
+    own_numbers,
+    rank_and_world_size,
+    shares_of,
+)
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.momentum import MomentumMethod
 from mocofast.methods.options import MoCoOptions as Options
@@ -31,6 +38,7 @@ from mocofast.models.encoders import add_mlp_head, configured_encoder, head_name
 from mocofast.models.pixels import LEVELS, pixel_statistics, to_autocast_dtype
 from mocofast.models.sizes import by_size
 from mocofast.ops import enqueue_, info_nce
+from mocofast.shares import parts_of_ranks
 
 QUEUE_DTYPES = {
     "float32": torch.float32,
@@ -237,16 +245,21 @@ class MoCo(MomentumMethod):
     def _encode_keys(self, im_k: Tensor, step_inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Encodes images, the second views, into keys.
 
-        Returns this rank's keys (N, C), and the keys of all ranks in the order of ranks (W*N, C).
+        Returns this rank's keys (N, C), and the keys of all ranks in the order of the batch (T, C).
         """
         shuffled, restore = step_inputs or (im_k, None)
         k = F.normalize(self.encode("encoder_k", shuffled).float(), dim=1)
-        keys = all_gather(k)
+        keys, shares = gather_rows(k), shares_of(len(k))
         if restore is None:
-            return k, keys
+            return k, in_order(keys, shares)
         keys = keys[restore]  # one gather serves the un-shuffling and the queue
-        rank = rank_and_world_size()[0]
-        return keys[rank * len(im_k) : (rank + 1) * len(im_k)], keys
+        return keys[own_numbers(len(k), keys.device)], keys
+
+
+def _own_parts(parts: int) -> int:
+    """Returns how many of the batch's parts of BatchNorm this rank has."""
+    rank, world_size = rank_and_world_size()
+    return parts_of_ranks(parts, world_size)[rank] if parts > 1 else 1
 
 
 def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = MoCo) -> MoCo:
@@ -261,7 +274,7 @@ def build(config: Config, images: int = 0, classes: int = 0, kind: type[MoCo] = 
         m.temperature,
         m.mlp,
         m.shuffle_bn,
-        bn_splits=m.bn_splits,
+        bn_splits=_own_parts(m.bn_splits),
         symmetric=m.symmetric,
         queue_dtype=m.queue_dtype,
         pixel_mean=mean,

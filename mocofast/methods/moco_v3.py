@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.distributed import all_gather, rank_and_world_size
+from mocofast.distributed import gather_rows, own_rows
 from mocofast.methods.base import MethodOutput, ranking_output
 from mocofast.methods.heads import mlp_head, set_head
 from mocofast.methods.options import MoCoV3Options as Options
@@ -107,11 +107,10 @@ class MoCoV3(PredictingMethod):
         Returns the mean cross entropy (), and the positive ranks (N,) of the first queries: how
         many wrong keys score above the right key.
         """
-        own_rows = None
+        rows = None
         if self.training:
-            rank, _ = rank_and_world_size()
-            own_rows = slice(rank * len(k), (rank + 1) * len(k))
-            k = all_gather(k)  # (W*N, C)
+            rows = own_rows(len(k))
+            k = gather_rows(k)  # (T, C)
             self._num_keys = len(k)
         found = [
             info_nce(
@@ -120,7 +119,7 @@ class MoCoV3(PredictingMethod):
                 temperature=self.temperature,
                 return_rank=True,
                 negatives_normalized=True,
-                own_rows=own_rows,
+                own_rows=rows,
             )
             for q in queries
         ]

@@ -73,7 +73,8 @@ class MoCoOptions(HeadOptions, TemperatureOptions, MomentumOptions, StoredKeysOp
     )
     bn_splits: int = option(
         1,
-        "BatchNorm statistics over this many splits of the batch, which stand for GPUs",
+        "BatchNorm statistics over this many splits of the batch, which stand for GPUs; several "
+        "ranks share the splits. 1: over the images of every rank",
         valid=at_least(1),
     )
     symmetric: bool = option(

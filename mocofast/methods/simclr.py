@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from mocofast.config import Config
-from mocofast.distributed import rank_and_world_size
+from mocofast.distributed import cut, own_rows, padded, rank_and_world_size, shares_of
 from mocofast.methods.base import Method, MethodOutput, ranking_output
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import SimCLROptions as Options
@@ -26,6 +26,7 @@ from mocofast.models.encoders import configured_encoder
 from mocofast.models.pixels import pixel_statistics
 from mocofast.models.sizes import by_size
 from mocofast.ops import info_nce, nt_xent
+from mocofast.shares import Shares
 
 
 class SimCLR(Method):
@@ -70,7 +71,7 @@ class SimCLR(Method):
         update_keys: bool = True,
         enqueue: bool = True,
     ) -> MethodOutput:
-        """Computes NT-Xent of this rank's 2N views among the 2WN views of all ranks.
+        """Computes NT-Xent of this rank's 2N views among the 2T views of all ranks.
 
         im_a, im_b: (N, C, S, S), two views of the same images.
         local_views: small views of the same images, (N, C, s, s) each.
@@ -83,13 +84,13 @@ class SimCLR(Method):
         if local_views:
             return self._among_all_views(z, 2 + len(local_views))
         z_a, z_b = z.chunk(2)  # both (N, C)
-        own_rows, pair = None, (z_a, z_b)
-        rank, world_size = rank_and_world_size()
-        if self.training and world_size > 1:
-            own_rows = slice(rank * len(z_a), (rank + 1) * len(z_a))
-            z_a, z_b = (torch.cat(all_gather(z)) for z in (z_a, z_b))  # (W*N, C), with gradients
+        rows, pair = None, (z_a, z_b)
+        if self.training and rank_and_world_size()[1] > 1:
+            rows = own_rows(len(z_a))
+            shares = shares_of(len(z_a))
+            z_a, z_b = (_of_all_ranks(z, shares) for z in (z_a, z_b))  # (T, C)
         loss, positive_rank = nt_xent(
-            z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=own_rows
+            z_a, z_b, temperature=self.temperature, return_rank=True, own_rows=rows
         )
         return ranking_output(loss, positive_rank, pair)
 
@@ -101,9 +102,11 @@ class SimCLR(Method):
         keys = z
         rank, world_size = rank_and_world_size()
         if self.training and world_size > 1:
-            keys = torch.cat(all_gather(z))  # (W*V*N, C), with gradients
-            ids = torch.cat([own_ids + r * len(number) for r in range(world_size)])
-            own_ids = own_ids + rank * len(number)
+            counts = shares_of(len(number)).counts
+            keys = _of_all_ranks(z, Shares(tuple(count * n for n in counts)))  # (V*T, C)
+            of_ranks = torch.arange(sum(counts), device=z.device).split(counts)
+            ids = torch.cat([numbers.repeat(count) for numbers in of_ranks])
+            own_ids = of_ranks[rank].repeat(count)
         found = [
             info_nce(
                 z,
@@ -120,6 +123,11 @@ class SimCLR(Method):
         # View b follows a, and view a is the last that follows b.
         a_for_b, b_for_a = found[0][1][: len(number)], found[-1][1][len(number) : 2 * len(number)]
         return ranking_output(loss, torch.cat([a_for_b, b_for_a]), (views[0], views[1]))
+
+
+def _of_all_ranks(rows: Tensor, shares: Shares) -> Tensor:
+    """Returns the rows (T, C) of all ranks, with gradients. rows: (N, C), as `shares` tells."""
+    return cut(torch.cat(all_gather(padded(rows, shares))), shares)
 
 
 def build(config: Config, images: int = 0, classes: int = 0) -> SimCLR:

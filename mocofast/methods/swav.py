@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocofast.config import Config
-from mocofast.distributed import all_gather, rank_and_world_size
+from mocofast.distributed import gather_rows, rank_and_world_size
 from mocofast.methods.base import Method, MethodOutput
 from mocofast.methods.heads import set_head
 from mocofast.methods.options import SwAVOptions as Options
@@ -160,7 +160,7 @@ class SwAV(Method):
     def _remember(self, z_a: Tensor, z_b: Tensor, last: bool) -> None:
         """Counts an optimiser step, and fills the queue, with the step's last micro-batch."""
         if self._has_queue:
-            self._pending.append(all_gather(torch.cat([z_a, z_b], dim=1)))  # (W*N, 2C)
+            self._pending.append(gather_rows(torch.cat([z_a, z_b], dim=1)))  # (T, 2C)
         if not last:
             return
         self.steps += 1

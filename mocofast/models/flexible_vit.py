@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from mocofast.distributed import rank_and_world_size
+from mocofast.distributed import own_numbers, rank_and_world_size, shares_of
 from mocofast.view_sizes import Size, height_width
 
 _BITS = 0xFFFFFFFF
@@ -99,14 +99,16 @@ class FlexibleViT(VisionTransformer):
         """Returns the patches that stay, (N, K) int64, for N = `count` images of this rank.
 
         Every patch gets a random number of 32 bits, and the K smallest numbers of an image stay.
-        Image i of rank r counts as image r * N + i, so that W ranks choose as one process with all
-        images does.
+        An image counts by its number in the batch of all ranks, so that W ranks choose as one
+        process with all images does. The images may be several views of the batch, joined.
         """
-        rank, _ = rank_and_world_size()
         key = self.token_key.clone()
         self.token_key.add_(1)
         device = key.device
-        row = torch.arange(rank * count, (rank + 1) * count, device=device).unsqueeze(1)
+        shares = shares_of(count)
+        own = shares.counts[rank_and_world_size()[0]]
+        views = shares.total * torch.arange(count // own, device=device)
+        row = (views.unsqueeze(1) + own_numbers(own, device)).view(-1, 1)
         patch = torch.arange(patches, device=device)
         call = _mixed(_mixed((key >> 32) ^ (self._seed & _BITS)) ^ (key & _BITS))
         numbers = _mixed(_mixed(call ^ row) + patch & _BITS)  # (N, P)

@@ -1,8 +1,7 @@
 """BatchNorm over the batches of all ranks together, on GPUs and on CPUs.
 
 torch.nn.SyncBatchNorm does not run on CPUs. On GPUs, the host waits for the GPU at every layer,
-because a rank may have no images. Here all ranks have equally many images, and the host never
-waits.
+because a rank may have no images. Here the host knows the images of all ranks, and never waits.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mocofast.distributed import all_gather, rank_and_world_size
+from mocofast.distributed import all_gather, rank_and_world_size, shares_of
 from mocofast.models.batch_norm import replace_batch_norms
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -24,13 +23,14 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm1d, 2d and 3d with statistics over the batches of all ranks in training.
 
-    Input: (N, C, ...), the same N on all ranks. Weights, running statistics and state-dict names
-    are BatchNorm's. With one process, or in eval mode, the layer is an ordinary BatchNorm. In train
-    mode all ranks have to call forward and backward together.
+    Input: (N, C, ...). N is the same on all ranks, or as `mocofast.distributed.sharing` tells, or a
+    multiple of that. Weights, running statistics and state-dict names are BatchNorm's. With one
+    process, or in eval mode, the layer is an ordinary BatchNorm. In train mode all ranks have to
+    call forward and backward together.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _, world_size = rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         if not self.training or world_size == 1:
             return super().forward(input)
         assert self.num_batches_tracked is not None
@@ -43,12 +43,19 @@ class SyncBatchNorm(_BatchNorm):
             self.running_var,
             self.momentum,
             self.eps,
-            world_size,
+            _values_of_ranks(input, rank),
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"input must be (N, C, ...): got shape {tuple(input.shape)}")
+
+
+def _values_of_ranks(x: Tensor, rank: int) -> tuple[int, ...]:
+    """Returns the number of values of a channel on every rank."""
+    counts = shares_of(len(x)).counts
+    own = x.numel() // x.shape[1]
+    return tuple(own * count // counts[rank] for count in counts)
 
 
 class _Function(torch.autograd.Function):
@@ -64,19 +71,19 @@ class _Function(torch.autograd.Function):
         running_var: Tensor,
         momentum: float,
         eps: float,
-        world_size: int,
+        counts: tuple[int, ...],
     ) -> Tensor:
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         gathered = all_gather(torch.stack(_moments(x, eps)).unsqueeze(0))  # (W, 2, C)
         means, variances = gathered.unbind(1)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        count = x.numel() // x.shape[1] * world_size
+        mean = _mean_over_ranks(means, counts)
+        variance = _mean_over_ranks(variances + (means - mean).square(), counts)
+        count = sum(counts)
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
-        ctx.world_size = world_size
+        ctx.counts = counts
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -94,8 +101,15 @@ class _Function(torch.autograd.Function):
         # Only a copy is summed over ranks: gradients of weights stay this rank's own.
         totals = sums.clone()
         dist.all_reduce(totals)
-        grad_x = _gradient(grad, x, mean, inverse_std, weight, totals, ctx.world_size)
+        grad_x = _gradient(grad, x, mean, inverse_std, weight, totals, ctx.counts)
         return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def _mean_over_ranks(values: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Returns the mean (C,) over all values. values: (W, C), the means of ranks."""
+    if len(set(counts)) == 1:
+        return values.mean(0)
+    return torch.einsum("wc,w->c", values, values.new_tensor(counts) / sum(counts))
 
 
 def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -127,16 +141,16 @@ def _gradient(
     inverse_std: Tensor,
     weight: Tensor | None,
     sums: Tensor,
-    world_size: int,
+    counts: tuple[int, ...],
 ) -> Tensor:
     """Returns the gradient of x. sums: (2, C), as `_gradient_sums` returns, over all ranks."""
-    count = x.numel() // x.shape[1]
     if x.is_cuda:
-        counts = torch.full((world_size,), count, dtype=torch.int32, device=x.device)
+        # The kernel takes the sum of the counts. A tensor of one value launches one fill.
+        total = torch.full((1,), sum(counts), dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
-            grad, x, mean, inverse_std, weight, sums[0], sums[1], counts
+            grad, x, mean, inverse_std, weight, sums[0], sums[1], total
         )
-    mean_grad, mean_product = (sums / (count * world_size)).unbind()
+    mean_grad, mean_product = (sums / sum(counts)).unbind()
     scale = inverse_std if weight is None else inverse_std * weight
     centred = x - _per_channel(mean, x)
     slope = _per_channel(mean_product * inverse_std.square(), x)

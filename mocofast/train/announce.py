@@ -43,7 +43,7 @@ def announce(
     for line in lines:
         log.info(line)
     if resumed_step is None:
-        announce_time(state, encoder, autocast, world_size)
+        announce_time(state, encoder, autocast)
     else:
         announce_continuation(state, world_size)
 
@@ -79,15 +79,13 @@ def announce_images(
         log.warning("%s", line)
 
 
-def announce_time(
-    state: RunState, encoder: nn.Module, autocast: torch.autocast, world_size: int
-) -> None:
+def announce_time(state: RunState, encoder: nn.Module, autocast: torch.autocast) -> None:
     """Measures and logs how long a new run will take."""
     c, steps = state.config, state.loader.steps_per_epoch
     if not c.train.epochs:
         return
     each = estimate.seconds_per_sample(encoder, c.augment, c.data.channels, state.device, autocast)
-    own = c.data.batch_size // world_size
+    own = max(state.shares(0).counts)  # the others wait for the rank of most images
     log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
 
 

@@ -54,16 +54,24 @@ def new_state(
         model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if "labels" in model.batch_fields:
         source = labelled(source)
+    batch_slice = BatchSlice(
+        config.data.batch_size,
+        rank,
+        world_size,
+        config.data.drop_last,
+        uneven=True,
+        parts=getattr(config.model, "bn_splits", 1),
+    )
     loader: Loader = build_loader(
         source,
         config.data,
         view_augments(config.augment, model.num_views),
-        BatchSlice(config.data.batch_size, rank, world_size, config.data.drop_last),
+        batch_slice,
         config.train.seed,
         device,
     )
     _drop_tokens(model, config)
-    check_batches(config, model.encoder_q, len(source), world_size)
+    check_batches(config, model.encoder_q, len(source), batch_slice)
     if config.engine.checkpoint_activations and not recompute_blocks(model.encoder_q):
         raise ConfigError(
             "engine.checkpoint_activations: expected false, because model.arch "
@@ -76,7 +84,8 @@ def new_state(
         sharding = Sharding(model, device, autocast)
     optimizer = optimizer_of(model, config.optim)
     window = Window(device)
-    return RunState(config, model, optimizer, loader, source, window, device, sharding=sharding)
+    parts = (config, model, optimizer, loader, source, window, device, batch_slice)
+    return RunState(*parts, sharding=sharding)
 
 
 def _drop_tokens(model: nn.Module, config: Config) -> None:

@@ -30,16 +30,17 @@ from torch import nn
 
 from mocofast import __version__, distributed, settings
 from mocofast.config import Config, ConfigError
-from mocofast.data.interface import Loader, Source
+from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.stamps import Stamp, changed
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.shares import Shares
 from mocofast.train import parts
 from mocofast.train.checkpoint_file import read_file
 from mocofast.train.extend import take_other_images
 from mocofast.train.finite import check_finite
-from mocofast.train.metrics import Window
+from mocofast.train.metrics import Window, mean_window
 from mocofast.train.sharding import Sharding, empty_like_own, load_model, load_optimizer
 
 log = logging.getLogger("mocofast")
@@ -71,6 +72,7 @@ class RunState:
     source: Source  # the training images
     window: Window
     device: torch.device
+    batch_slice: BatchSlice
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
@@ -92,6 +94,10 @@ class RunState:
             self._stamp = Stamp(self.source, self.config.data.checksum)
 
     scaler: torch.amp.GradScaler | None = None
+
+    def shares(self, step_in_epoch: int) -> Shares:
+        """Returns the images of every rank at a step of an epoch, counted from 0."""
+        return self.batch_slice.shares(len(self.source), step_in_epoch)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -208,11 +214,12 @@ class RunState:
         if self.scaler is not None and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.loader.skipped.update(saved["data"]["skipped"])
-        # The number of ranks may have changed: a new rank takes the sums of another rank.
-        rank, _ = distributed.rank_and_world_size()
+        rank, world_size = distributed.rank_and_world_size()
         windows, random_states = saved["windows"], saved["random_states"]
         self.ranks_before = len(random_states)
-        self.window.load_state(windows[rank % len(windows)])
+        # If the number of ranks has changed, every rank takes the mean of the sums.
+        same = len(windows) == world_size
+        self.window.load_state(windows[rank] if same else mean_window(windows))
         if rank < len(random_states):
             set_random_state(random_states[rank], self.device)
         return lines

@@ -10,47 +10,48 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.config import Config, ConfigError
+from mocofast.data.interface import BatchSlice
 from mocofast.view_sizes import height_width
 
 
-def micro_batches(config: Config, images: int, world_size: int) -> dict[str, int]:
+def micro_batches(config: Config, images: int, batch_slice: BatchSlice) -> dict[str, int]:
     """Returns the number of images of the smallest micro-batch on a rank, {option: number}.
 
     images: in the training set. The keys are the options that make the micro-batch smaller.
+    Raises ConfigError where a batch cannot be divided into parts of BatchNorm.
     """
-    batch, accumulate = config.data.batch_size, config.train.accumulate
-    found = {"data.batch_size": _smallest_part(batch // world_size, accumulate)}
-    rest = images % batch
-    if not config.data.drop_last and rest >= world_size:
-        found["data.drop_last"] = _smallest_part(rest // world_size, accumulate)
+    whole, rest = images // config.data.batch_size, images % config.data.batch_size
+    steps = {"data.batch_size": 0} if whole else {}
+    if not config.data.drop_last and rest and batch_slice.steps(images) > whole:
+        steps["data.drop_last"] = whole
+    found = {}
+    for option, step in steps.items():
+        try:
+            parts = batch_slice.shares(images, step).micro_batches(config.train.accumulate)
+        except ConfigError as error:
+            ways = _WAYS[option]
+            raise ConfigError(f"{error}{ways}") from None
+        found[option] = min(count for part in parts for count in part.counts)
     return found
 
 
-def _smallest_part(count: int, parts: int) -> int:
-    """Returns the size of the smallest part that torch.chunk makes."""
-    size = -(-count // parts)
-    return count % size or size
+_WAYS = {"data.batch_size": "", "data.drop_last": "; --data.drop_last true leaves the batch out"}
 
 
-def check_batches(config: Config, encoder: nn.Module, images: int, world_size: int) -> None:
+def check_batches(config: Config, encoder: nn.Module, images: int, batch_slice: BatchSlice) -> None:
     """Raises ConfigError, naming the option, for micro-batches that cannot be trained on.
 
     encoder: in train mode. images: in the training set.
     """
-    splits = getattr(config.model, "bn_splits", 1)
-    for option, count in micro_batches(config, images, world_size).items():
-        ways = "" if option == "data.batch_size" else "; --data.drop_last true leaves it out"
+    splits = batch_slice.parts
+    for option, count in micro_batches(config, images, batch_slice).items():
         what = "a micro-batch" if option == "data.batch_size" else "the last batch of an epoch"
-        if count % splits:
-            raise ConfigError(
-                f"model.bn_splits: {what} has {count} images on a rank ({option}), which are not "
-                f"divisible by {splits} splits{ways}"
-            )
-        if count == splits and world_size == 1 and (layer := _needs_two(config, encoder, splits)):
+        alone = count == splits and batch_slice.world_size == 1
+        if alone and (layer := _needs_two(config, encoder, splits)):
             of = f" in each of {splits} splits (model.bn_splits)" if splits > 1 else ""
             raise ConfigError(
                 f"{option}: {what} has 1 image{of}, and BatchNorm {layer} needs 2 or more values a "
-                f"channel{ways}"
+                f"channel{_WAYS[option]}"
             )
 
 

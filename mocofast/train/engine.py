@@ -30,10 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mocofast import step_parts
 from mocofast.config import ConfigError
-from mocofast.distributed import rank_and_world_size
+from mocofast.distributed import rank_and_world_size, shares_of, sharing
 from mocofast.methods.base import Method
 from mocofast.ops.local import is_dtensor
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.shares import Shares
 from mocofast.train.encoder_run import encoder_run, make_shadows
 from mocofast.train.metrics import StepMetrics
 from mocofast.train.step import FlatGradients, train_step
@@ -120,6 +121,7 @@ class Engine:
         compiled nor captured.
     backend: torch.compile's backend. None leaves the encoders as they are.
     scaler: of the loss, see `mocofast.device.loss_scaler`. Not with "graph".
+    shares: images of every rank in a whole batch. None: equally many.
     """
 
     def __init__(
@@ -132,9 +134,11 @@ class Engine:
         images: int,
         backend: str | Callable[..., Any] | None = "inductor",
         scaler: torch.amp.GradScaler | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.mode, self.method, self.optimizer, self.autocast = mode, method, optimizer, autocast
         self._accumulate, self._images, self._scaler = accumulate, images, scaler
+        self._shares = shares or Shares((images * accumulate,) * rank_and_world_size()[1])
         self._device = next(method.parameters()).device
         self._model: nn.Module = method
         # ViTs that leave out patches.
@@ -175,16 +179,21 @@ class Engine:
         views: tuple[Tensor, ...],
         fields: Mapping[str, Tensor] = MappingProxyType({}),
         update: bool = True,
+        shares: Shares | None = None,
     ) -> StepMetrics:
         """Makes one optimiser step on this rank's slice of a batch (see `train_step`).
 
         update: False only fills the queue.
+        shares: images of every rank. None: as in a whole batch, or equally many.
         Returns the metrics. The next step may overwrite them.
         """
         fixed = self._gradients is not None
-        batch = _Batch(views, dict(fields), self._step_inputs(views) if fixed else [])
-        if not fixed or not update or len(views[0]) != self._images * self._accumulate:
-            return self._train(batch, update)
+        if shares is None:
+            whole = len(views[0]) == self._images * self._accumulate
+            shares = self._shares if whole else shares_of(len(views[0]))
+        batch = _Batch(views, dict(fields), self._step_inputs(views, shares) if fixed else [])
+        if not fixed or not update or shares != self._shares:
+            return self._train(batch, shares, update)
         # Copy everything that the step reads into the fixed buffers. Views of another size need
         # other buffers and another capture.
         shapes = [view.shape for view in views]
@@ -250,15 +259,16 @@ class Engine:
 
     # ---- the captured step ----
 
-    def _step_inputs(self, views: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def _step_inputs(self, views: tuple[Tensor, ...], shares: Shares) -> list[tuple[Tensor, ...]]:
         """Does the host-side work of a step. Returns the results, one per micro-batch."""
-        with torch.no_grad(), self.autocast:
-            return [
-                self.method.prepare_step(*micro_batch)
-                for micro_batch in zip(*(view.chunk(self._accumulate) for view in views))
-            ]
+        parts, inputs = shares.micro_batches(self._accumulate), []
+        sizes = [part.counts[rank_and_world_size()[0]] for part in parts]
+        for part, micro_batch in zip(parts, zip(*(view.split(sizes) for view in views))):
+            with torch.no_grad(), self.autocast, sharing(part):
+                inputs.append(self.method.prepare_step(*micro_batch))
+        return inputs
 
-    def _train(self, batch: _Batch, update: bool = True) -> StepMetrics:
+    def _train(self, batch: _Batch, shares: Shares, update: bool = True) -> StepMetrics:
         return train_step(
             self._model,
             batch.views,
@@ -270,13 +280,14 @@ class Engine:
             gradients=self._gradients,
             update=update,
             scaler=self._scaler,
+            shares=shares,
         )
 
     def _train_on_buffers(self) -> StepMetrics:
         """Trains on the fixed buffers. No launch depends on a value that only the host knows."""
         assert self._buffers is not None
         with self._numbers.on_device():
-            return self._train(self._buffers)
+            return self._train(self._buffers, self._shares)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures the step on the fixed buffers, without running the step."""

@@ -111,15 +111,14 @@ class Run:
             kind = ShardedCheckpointWriter if sharded else CheckpointWriter
             self.writer = kind(place, files.keep, files.make_room)
         model, optimizer, scaler = self.state.model, self.state.optimizer, self.state.scaler
-        parts = config.train.accumulate
-        images = config.data.batch_size // world_size // parts
-        self.engine = Engine(mode, model, optimizer, self.autocast, parts, images, scaler=scaler)
+        parts, shares = config.train.accumulate, self.state.shares(0)
+        images = shares.micro_batches(parts)[0].counts[rank]
+        of_step = (mode, model, optimizer, self.autocast, parts, images)
+        self.engine = Engine(*of_step, scaler=scaler, shares=shares)
         self.rate, self.evaluated_at = 0.0, self.state.step  # of the last step and evaluation
         self.profiler: StepProfiler | None = None
         if profile and sharded:
-            raise ConfigError(
-                "--profile: times the parts of a step with --engine.parallel ddp only"
-            )
+            raise ConfigError("--profile: times a step with --engine.parallel ddp only")
         if profile and rank == 0:
             now = replace(config, augment=config.augment.at(self.state.epoch))
             self.profiler = StepProfiler(model, optimizer, self.autocast, now)
@@ -226,13 +225,14 @@ class Run:
             for name, values in state.model.batch_inputs(batch, state.source).items()
         }
         learns = state.step >= state.model.filling_steps
+        shares = state.shares(state.step_in_epoch)
         state.step += 1
         state.step_in_epoch += 1
         if state.step in state.left_out:
             log.info("step %d leaves its batch out", state.step)
         else:
-            metrics = self.engine.step(views, fields, learns)
-            state.window.add(metrics, len(views[0]) * self.world_size, waited, state.step)
+            metrics = self.engine.step(views, fields, learns, shares)
+            state.window.add(metrics, shares.total, waited, state.step)
             if self.watch is not None and self._log_due():
                 self.watch.look(views, metrics.pair)
         if self.profiler is not None:

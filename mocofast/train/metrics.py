@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -227,6 +228,17 @@ class Window:
         ended = Moment(self._device)
         ended.wait()
         self.leave_out(ended.since(began))
+
+
+def mean_window(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the mean of the `Window.state()` of several ranks."""
+    first = states[0]
+    if isinstance(first["sums"], Tensor):  # as checkpoints of mocofast 0.1 hold them
+        return dict(first)
+    sums = {
+        name: sum(each["sums"][name] for each in states) / len(states) for name in first["sums"]
+    }
+    return {**first, "sums": sums}
 
 
 def memory_gib(device: torch.device) -> float:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mocofast.distributed import rank_and_world_size
+from mocofast.distributed import rank_and_world_size, shares_of, sharing
 from mocofast.ops import unit_gradient
 from mocofast.optim.fused import FusedOptimizer
+from mocofast.shares import Shares
 from mocofast.step_parts import step_part
 from mocofast.train.metrics import StepMetrics, step_metrics
 
@@ -31,6 +32,7 @@ def train_step(
     gradients: FlatGradients | None = None,
     update: bool = True,
     scaler: torch.amp.GradScaler | None = None,
+    shares: Shares | None = None,
 ) -> StepMetrics:
     """Trains on this rank's slice of a batch. Returns the metrics without waiting for the device.
 
@@ -49,11 +51,16 @@ def train_step(
     update: False only lets the method see the views (a queue is filled), without gradients and
         without a step of the optimiser.
     scaler: scales the loss, and leaves out the step, average included, where a gradient overflows.
+    shares: images of every rank in the batch. None: B on each. The mean over ranks, of gradients
+        and of metrics, is then the mean over images.
     """
     # Micro-batches of the views and of the fields.
     averages_itself = not (isinstance(optimizer, FusedOptimizer) and optimizer.owns_ema)
-    micro_batches = list(zip(*(view.chunk(accumulate) for view in views)))
-    micro_fields = {name: values.chunk(accumulate) for name, values in fields.items()}
+    rank, shares = rank_and_world_size()[0], shares or shares_of(len(views[0]))
+    parts = shares.micro_batches(accumulate)
+    sizes = [part.counts[rank] for part in parts]
+    micro_batches = list(zip(*(view.split(sizes) for view in views)))
+    micro_fields = {name: values.split(sizes) for name, values in fields.items()}
     if gradients is None:
         optimizer.zero_grad(set_to_none=True)
     else:
@@ -63,13 +70,13 @@ def train_step(
     metrics: StepMetrics | None = None
     for i, micro_batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        share = len(micro_batch[0]) / len(views[0])
+        share = len(micro_batch[0]) / len(views[0]) * shares.weight(rank)
         inputs: dict[str, Any] = {name: values[i] for name, values in micro_fields.items()}
         if step_inputs and step_inputs[i]:
             inputs["step_inputs"] = step_inputs[i]
         # DistributedDataParallel reduces the gradients once, with the last micro-batch.
         wait = isinstance(model, DistributedDataParallel) and not (last and update)
-        with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+        with sharing(parts[i]), model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             with autocast, step_part("loss"):  # the encoders are parts of their own
                 output = model(
                     *micro_batch,
