@@ -164,12 +164,21 @@ def own_rows(images: int) -> slice:
 
 
 def own_numbers(images: int, device: torch.device) -> Tensor:
-    """Returns the numbers in the batch of this rank's images, (N,) int64. images: N."""
+    """Returns the numbers in the batch of this rank's images, (N,) int64.
+
+    images: N. Of several views of the images, joined, view v counts from v times the batch.
+    """
     shares, rank = shares_of(images), rank_and_world_size()[0]
-    if not shares.parts or len(shares.counts) == 1:
-        rows = own_rows(images)
-        return torch.arange(rows.start, rows.stop, device=device)
-    return indices_to_device([torch.from_numpy(shares.rows(rank))], device)[0]
+    own = shares.counts[rank]
+    if shares.parts and len(shares.counts) > 1:
+        numbers = indices_to_device([torch.from_numpy(shares.rows(rank))], device)[0]
+    else:
+        start = sum(shares.counts[:rank])
+        numbers = torch.arange(start, start + own, device=device)
+    if images == own:
+        return numbers
+    views = torch.arange(images // own, device=device) * shares.total
+    return (views.unsqueeze(1) + numbers).view(-1)
 
 
 def gather_rows(local: Tensor) -> Tensor:

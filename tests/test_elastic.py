@@ -178,6 +178,7 @@ def run_of(folder: Path, parts: int) -> Config:
 
 def change_ranks(rank: int, folder: Path, ports: tuple[int, ...]) -> None:
     """Trains in turns on RANKS ranks."""
+    distributed.barrier()
     distributed.shutdown()  # `train` joins the group of a turn
     for parts in (1, 4):
         if parts == 1:

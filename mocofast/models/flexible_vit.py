@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from mocofast.distributed import own_numbers, rank_and_world_size, shares_of
+from mocofast.distributed import own_numbers
 from mocofast.view_sizes import Size, height_width
 
 _BITS = 0xFFFFFFFF
@@ -105,10 +105,7 @@ class FlexibleViT(VisionTransformer):
         key = self.token_key.clone()
         self.token_key.add_(1)
         device = key.device
-        shares = shares_of(count)
-        own = shares.counts[rank_and_world_size()[0]]
-        views = shares.total * torch.arange(count // own, device=device)
-        row = (views.unsqueeze(1) + own_numbers(own, device)).view(-1, 1)
+        row = own_numbers(count, device).unsqueeze(1)
         patch = torch.arange(patches, device=device)
         call = _mixed(_mixed((key >> 32) ^ (self._seed & _BITS)) ^ (key & _BITS))
         numbers = _mixed(_mixed(call ^ row) + patch & _BITS)  # (N, P)
