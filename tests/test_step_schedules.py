@@ -23,7 +23,6 @@ from mocofast.device import choose_autocast
 from mocofast.evaluate.linear import plain_view
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.methods.moco import MoCo
-from mocofast.models import flexible_vit
 from mocofast.models.encoders import TinyResNet, build_encoder
 from mocofast.models.flexible_vit import FlexibleViT
 from mocofast.optim.schedule import learning_rate
@@ -265,12 +264,12 @@ def test_choices_depend_on_seed_step_image_and_call_and_are_even(
     for other in (kept(first, 4), kept(second, 3), again):
         assert (other == here).all(axis=1).sum() < 5
     # Two ranks choose as one process with all images.
-    ranks = []
+    ranks, alone = [], distributed.rank_and_world_size
     for rank in (0, 1):
-        monkeypatch.setattr(flexible_vit, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(distributed, "rank_and_world_size", lambda rank=rank: (rank, 2))
         ranks.append(kept(first, 3, 32))
     assert (np.concatenate(ranks) == here).all()
-    monkeypatch.setattr(flexible_vit, "rank_and_world_size", distributed.rank_and_world_size)
+    monkeypatch.setattr(distributed, "rank_and_world_size", alone)
     # 64,000 choices of half of 16 patches: all patches equally often, all pairs, too.
     chosen = np.zeros((64000, 16))
     for step in range(1000):
