@@ -212,6 +212,8 @@ def page(results: Iterable[dict[str, Any]], models: int) -> str:
             "|---|---|---|",
             *rows,
             "",
+            NOTES.strip(),
+            "",
         ]
     )
 
@@ -234,6 +236,16 @@ encoders use all residual branches. `--engine.checkpoint_activations` trades tim
 Heads are found by name (`fc`, `head`, `heads`, `classifier`) or as timm names heads. Features are
 the input of the head, with maps and tokens averaged. Models with two heads of equal width
 (distilled models) give the mean of the two inputs. CrossViT gives the inputs in a row.
+"""
+
+
+NOTES = """
+The drill trains at a rate of 1e-6. On two images the gradients of some untrained models reach 1e4
+to 1e6, also in a plain loop on timm's own model. A step at MoCo's rate of .03 then leaves features
+of NaN (`convmixer_768_32`, `efficientvim_m1`). In runs with larger batches `--optim.clip_norm` or
+`--optim.warmup_epochs` helps. VOLO has two heads. Its features here are the mean of the class token
+and the patches. timm's model without heads returns the class token and half of the largest patch,
+so the export of VOLO loads, and gives other features.
 """
 
 
