@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def captions(source: Source) -> list[str]:
     return captions_of(source, torch.arange(len(source)))
 
 
-def of_pairs(path: Path, **options: object) -> Datasets:
-    return load_datasets(DataConfig(path=str(path), **options), captions=True)  # type: ignore[arg-type]
+def of_pairs(path: Path, **options: Any) -> Datasets:
+    return load_datasets(DataConfig(path=str(path), **options), captions=True)
 
 
 def a_list(folder: Path, header: str, *rows: str) -> Path:
