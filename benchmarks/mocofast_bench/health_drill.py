@@ -61,8 +61,7 @@ PREDICTING = {**HEAD, "model.momentum_schedule": "cosine"}
 CLIP = {
     **{"model.method": "clip", "data.source": DRILL, "data.path": "captions"},
     **{"model.text_width": 32, "model.text_layers": 1, "model.text_length": 32},
-    **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.001},
-    **{"model.temperature": 0.07, "optim.warmup_epochs": 2},
+    **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.002},
 }
 # Healthy runs: every method on the digits, with rates that suit the method.
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,7 +83,10 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "supervised": {"model.method": "supervised"},
     "clip": CLIP,
-    "clip, queues": {**CLIP, "model.queue_size": 256, "model.momentum": 0.9},
+    "clip, queues": {
+        **{**CLIP, "model.queue_size": 256, "model.momentum": 0.9, "model.temperature": 0.07},
+        **{"optim.lr": 0.001, "optim.warmup_epochs": 2},
+    },
 }
 
 
