@@ -134,6 +134,21 @@ def test_graph_follows_the_eager_trajectory(options: dict[str, Any]) -> None:
     assert all(isinstance(group["lr"], float) for group in run.optimizer.param_groups)
 
 
+def test_graph_with_small_views_follows_the_eager_trajectory() -> None:
+    channels_last = torch.channels_last
+    data = [
+        (*views, *(view[..., :5, :5].contiguous(memory_format=channels_last) for view in views))
+        for views in batches()
+    ]
+    found = []
+    for mode in ("eager", "graph"):
+        run = Run(mode, bn_splits=2, symmetric=True)
+        run.start()
+        found.append(run.train(iter(data)))
+    assert run.engine._graph is not None
+    assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_and_captured_steps_follow_the_eager_trajectory() -> None:
     data = batches()
     found = []
