@@ -22,8 +22,12 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # but correct.
 SPILLS = 0 if importlib.metadata.version("triton").startswith("3.6.") else 32
 PRODUCTS = ("_sweep_kernel", "_specialised_sweep_kernel", "_grad_negatives_kernel")
-# With positive ranks, 8 words beside the loop.
-SPILLING = "forward specialised by 64, C=256, bf16, queue"
+# {case: spills}: words beside the loop of the specialised sweep, and of the sigmoid loss on sm_100.
+SPILLING = {
+    "forward specialised by 64, C=256, bf16, queue": 8,
+    "sigmoid, C=128, bf16": 2,
+    "sigmoid, C=128, fp16": 2,
+}
 
 
 def _reports(*options: str) -> list[dict[str, Any]]:
@@ -34,7 +38,7 @@ def _reports(*options: str) -> list[dict[str, Any]]:
 
 def _assert_sound(reports: list[dict[str, Any]]) -> None:
     for report in reports:
-        assert report["spills"] <= (8 if report["case"] == SPILLING else SPILLS), report
+        assert report["spills"] <= max(SPILLS, SPILLING.get(report["case"], 0)), report
         assert report["shared"] <= SHARED[report["capability"]], report
         if report["kernel"] not in PRODUCTS:
             continue

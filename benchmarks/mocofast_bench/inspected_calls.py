@@ -1,9 +1,9 @@
 """Lists the calls whose kernels `mocofast bench static` compiles.
 
 All rows of the tile tables, in every variant that changes the code, and all small kernels.
-InfoNCE has 256 queries and 65536 negatives. EMA and optimisers have the 163 tensors of a
-ResNet-50 with MoCo v2's head, or one tensor of odd size. Ghost BatchNorm has activations of
-ResNets for 256 images of 224 pixels, in 8 splits.
+InfoNCE has 256 queries and 65536 negatives, the sigmoid loss 4096 pairs. EMA and optimisers have
+the 163 tensors of a ResNet-50 with MoCo v2's head, or one tensor of odd size. Ghost BatchNorm has
+activations of ResNets for 256 images of 224 pixels, in 8 splits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from mocofast_kernels.configs import SPECIALISED, Tile
 from mocofast_kernels.cpu_optim import ParameterRow
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
+from mocofast_kernels.exclusion import Exclusion
 from mocofast_kernels.ghost_bn import ghost_bn_backward, ghost_bn_forward
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.infonce_backward import infonce_grad_negatives
 from mocofast_kernels.optim import adamw_, lars_, sgd_
 from mocofast_kernels.rows import dot_kind
+from mocofast_kernels.sigmoid import sigmoid_forward, sigmoid_grad_negatives
 from mocofast_kernels.tables import FLOATS
 from mocofast_kernels.tiles import Products, forward_products
 from torch import Tensor
@@ -163,6 +165,17 @@ def grad_negatives(C: int, types: Types, device: str = "meta", n: int = N, k: in
     return Problem(Products("negatives", C, kind), lambda tile: run(tile=tile))
 
 
+def _sigmoid(C: int, types: Types) -> Callable[[], object]:
+    def call() -> None:
+        image, text = (_rows(4096, C, types, "meta") for _ in range(2))
+        number, row = torch.ones((), device="meta"), torch.ones(4096, device="meta")
+        arguments = image, number, text, number, Exclusion(4096)
+        sigmoid_forward(*arguments)
+        sigmoid_grad_negatives(*arguments, row)
+
+    return call
+
+
 def _enqueue(C: int, types: Types) -> Callable[[], object]:
     def call() -> None:
         queue = torch.empty(K, C, dtype=types.stored, device="meta")
@@ -291,6 +304,8 @@ def cases() -> Iterator[Case]:
             problem = forward(C, TYPES[0], next(v for v in VARIANTS if v.name == f"queue{ranks}"))
             name = f"forward specialised by {tile.stream}, C={C}, bf16, queue{ranks}"
             yield Case(name, partial(problem.run, tile), hopper=True)
+    for C, types in itertools.product((64, 128, 200, 768), (TYPES[0], TYPES[1], TYPES[-1])):
+        yield Case(f"sigmoid, C={C}, {types.name}", _sigmoid(C, types))
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
     # EMA and optimisers, with numbers from the host or from the device.

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import cpu, cpu_memory, cpu_optim
+from mocofast_kernels import cpu, cpu_memory, cpu_optim, cpu_sigmoid
 from mocofast_kernels.cpu import InfoNCEForward
+from mocofast_kernels.cpu_sigmoid import SigmoidForward
 from torch import Tensor
 
 # Device types that have a BatchNorm kernel: a constant, which torch.compile reads while it traces.
@@ -24,13 +25,15 @@ BATCH_NORM_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
 class Backend(NamedTuple):
     """The kernels of a device type.
 
-    The first seven are documented in `mocofast_kernels.cpu`, `.cpu_memory` and `.cpu_optim`, the
-    last three in `mocofast_kernels.ghost_bn` and `mocofast_kernels.augment`. None: the device has
-    no fused kernel, and the caller composes PyTorch operators.
+    The first nine are documented in `mocofast_kernels.cpu`, `.cpu_sigmoid`, `.cpu_memory` and
+    `.cpu_optim`, the last three in `mocofast_kernels.ghost_bn` and `mocofast_kernels.augment`.
+    None: the device has no fused kernel, and the caller composes PyTorch operators.
     """
 
     infonce_forward: Callable[..., InfoNCEForward]
     infonce_grad_negatives: Callable[..., Tensor]
+    sigmoid_forward: Callable[..., SigmoidForward]
+    sigmoid_grad_negatives: Callable[..., Tensor]
     enqueue_: Callable[..., None]
     ema_update_: Callable[..., None]
     sgd_: Callable[..., None]
@@ -64,6 +67,8 @@ def backend_for(device_type: str) -> Backend:
     return Backend(
         cpu.infonce_forward,
         cpu.infonce_grad_negatives,
+        cpu_sigmoid.sigmoid_forward,
+        cpu_sigmoid.sigmoid_grad_negatives,
         cpu_memory.enqueue_,
         cpu_memory.ema_update_,
         cpu_optim.sgd_,
@@ -80,10 +85,13 @@ def _triton_backend() -> Backend:
     from mocofast_kernels.infonce import infonce_forward
     from mocofast_kernels.infonce_backward import infonce_grad_negatives
     from mocofast_kernels.optim import adamw_, lars_, sgd_
+    from mocofast_kernels.sigmoid import sigmoid_forward, sigmoid_grad_negatives
 
     return Backend(
         infonce_forward,
         infonce_grad_negatives,
+        sigmoid_forward,
+        sigmoid_grad_negatives,
         enqueue_,
         ema_update_,
         sgd_,

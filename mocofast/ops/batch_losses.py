@@ -215,8 +215,8 @@ def siglip_loss(
     logit_bias: b, a float or a 0-d tensor. SigLIP starts at -10.
     group: as in `nt_xent`: the texts of all ranks are negatives of this rank's N images.
 
-    Returns the float32 loss, (). On every device blocks of PyTorch's operators compute the loss
-    without an (N, N) tensor. Dtypes, gradients and errors as in `info_nce`.
+    Returns the float32 loss, (), without an (N, N) tensor. Dtypes, gradients and errors as in
+    `info_nce`, but autocast does not round the features.
     """
     _check_pairs(image_features, text_features)
     device, dtype = image_features.device, wide_dtype(image_features.dtype)

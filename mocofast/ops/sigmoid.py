@@ -1,4 +1,4 @@
-"""Connects the blocked kernels of the sigmoid loss to autograd and to torch.compile."""
+"""Connects the kernels of the sigmoid loss to autograd and to torch.compile."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mocofast_kernels.cpu_sigmoid import SigmoidForward, sigmoid_forward, sigmoid_grad_negatives
+from mocofast_kernels.cpu_sigmoid import SigmoidForward
 from mocofast_kernels.cpu_vectors import softplus, wide, wide_dtype
 from mocofast_kernels.exclusion import Exclusion
 from torch import Tensor
 
-from mocofast.ops import sweep
+from mocofast.ops import backend, sweep
 from mocofast.ops.first_derivative import first_derivative
 from mocofast.ops.ring import Ring
 
@@ -45,9 +45,10 @@ class _Negatives(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, ring: Ring
     ) -> Tensor:
+        kernels = backend.backend_for(query.device.type)
         total: SigmoidForward | None = None
         for owner, block in ring.blocks(keys):
-            part = sigmoid_forward(query, bias, block, scale, ring.excluded(owner))
+            part = kernels.sigmoid_forward(query, bias, block, scale, ring.excluded(owner))
             if total is not None:
                 part = SigmoidForward(*(a + b for a, b in zip(total, part)))
             total = part
@@ -60,10 +61,11 @@ class _Negatives(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, scale, bias, *sums = ctx.saved_tensors
         ring: Ring = ctx.ring
+        kernels = backend.backend_for(query.device.type)
 
         def part(owner: int, block: Tensor) -> Tensor:
             excluded = ring.excluded(owner)
-            return sigmoid_grad_negatives(query, bias, block, scale, excluded, grad_loss)
+            return kernels.sigmoid_grad_negatives(query, bias, block, scale, excluded, grad_loss)
 
         inputs = query, keys, scale, bias
         with torch.no_grad(), sweep.without_autocast(query.device.type):
@@ -107,7 +109,8 @@ def _gradients(
 def siglip_negatives_op(
     query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = sigmoid_forward(query, bias, keys, scale, Exclusion(len(query)))
+    kernels = backend.backend_for(query.device.type)
+    sums = kernels.sigmoid_forward(query, bias, keys, scale, Exclusion(len(query)))
     return sums.loss, sums.weight, sums.output
 
 
@@ -124,7 +127,8 @@ def siglip_grad_keys_op(
     query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, grad_loss: Tensor
 ) -> Tensor:
     excluded = Exclusion(len(query))
-    return sigmoid_grad_negatives(query, bias, keys, scale, excluded, grad_loss)
+    kernels = backend.backend_for(query.device.type)
+    return kernels.sigmoid_grad_negatives(query, bias, keys, scale, excluded, grad_loss)
 
 
 @siglip_grad_keys_op.register_fake
