@@ -18,6 +18,7 @@ from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
 from mocofast.evaluation_arguments import add_arch
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen, zeroshot
+from mocofast.fit_command import fit
 from mocofast.image_commands import embed, predict
 from mocofast.parser import (
     Parser,
@@ -345,6 +346,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
         prepare,
         stats,
         launch,
+        fit,
         study,
         bench,
         doctor,

@@ -51,7 +51,12 @@ FLOORS = [
         "mocofast.parser",
         "mocofast.study",
     },
-    {"mocofast.detection", "mocofast.evaluation_arguments", "mocofast.run_commands"},
+    {
+        "mocofast.detection",
+        "mocofast.evaluation_arguments",
+        "mocofast.fit_command",
+        "mocofast.run_commands",
+    },
     {"mocofast.evaluation_commands", "mocofast.image_commands"},
     {"mocofast.report_commands"},
     {"mocofast.cli"},

@@ -1,0 +1,45 @@
+"""The command fit: does a recipe fit a GPU?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mocofast.config import ConfigError
+from mocofast.parser import Parser, add_run_settings, given_settings
+
+
+def fit(argv: Sequence[str]) -> int:
+    """peak memory of a recipe's step on a GPU, and settings that fit"""
+    parser = Parser(
+        prog="mocofast fit",
+        usage="mocofast fit [RECIPE] [--gpu NAME | --memory GB] [--ranks N] "
+        "[--GROUP.OPTION VALUE ...]",
+        description="Predicts the peak memory of a training step without a GPU, and proposes "
+        "activation checkpointing,\nsharding and micro-batches until the step fits. "
+        "docs/cluster.md says what is not counted.\n"
+        "Example: mocofast fit moco_v3_vit_l --gpu H100 --ranks 64",
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe, as of pretrain")
+    parser.add_argument(
+        "--gpu", metavar="NAME", default="", help="H100, A100-80, RTX4090, ... [H100]"
+    )
+    parser.add_argument("--memory", metavar="GB", type=float, default=0.0, help="GiB of a GPU")
+    parser.add_argument("--ranks", metavar="N", type=int, default=1, help="number of GPUs [1]")
+    add_run_settings(parser, argv)
+    arguments = parser.parse(argv)
+    if arguments.gpu and arguments.memory:
+        raise ConfigError("--gpu and --memory: expected one of the two")
+    if arguments.memory < 0 or arguments.ranks < 1:
+        raise ConfigError("--memory and --ranks: expected positive numbers")
+    from mocofast.train import configure
+    from mocofast.train import fit as module
+
+    given = {"data.path": ".", **given_settings(arguments)}
+    config = configure.configure(arguments.recipe, "", given)
+    gpu = arguments.gpu or "H100"
+    if config.train.precision == "auto":
+        old = gpu.upper() in module.WITHOUT_BF16 and not arguments.memory
+        config.train.precision = "fp16" if old else "bf16"
+    for line in module.report(config, arguments.ranks, arguments.memory or module.memory_of(gpu)):
+        print(line, flush=True)
+    return 0

@@ -1,0 +1,122 @@
+"""Does a recipe fit a GPU? Predicted peaks of a step, and settings that fit.
+
+The settings are tried in the order of their cost: activation checkpointing (a quarter to a third
+more time), sharding (weights travel), both, and then micro-batches, which also change what
+BatchNorm and losses over a batch see.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mocofast.config import Config, ConfigError
+from mocofast.train.memory import step_peak
+
+GIB = 2**30
+# GiB of the whole memory, as nvidia-smi says.
+GPUS = {
+    "T4": 15.0,
+    "V100-16": 16.0,
+    "V100-32": 32.0,
+    "L4": 22.5,
+    "A10": 22.5,
+    "RTX3090": 24.0,
+    "RTX4090": 24.0,
+    "RTX5090": 31.8,
+    "A100-40": 40.0,
+    "L40S": 45.0,
+    "A100-80": 80.0,
+    "H100": 79.6,
+    "H200": 140.4,
+    "B200": 179.1,
+}
+WITHOUT_BF16 = ("T4", "V100-16", "V100-32")
+# Share of the memory that a step may take. The rest is for what no prediction counts.
+USABLE = 0.9
+
+
+class Trial(NamedTuple):
+    """A setting, and the predicted peak of its step in bytes."""
+
+    accumulate: int
+    recompute: bool
+    parallel: str
+    peak: int
+
+    def options(self) -> str:
+        """Returns the options of the setting, as on a command line."""
+        return (
+            f"--train.accumulate {self.accumulate} --engine.checkpoint_activations "
+            f"{str(self.recompute).lower()} --engine.parallel {self.parallel}"
+        )
+
+
+def memory_of(gpu: str) -> float:
+    """Returns the GiB of a GPU's memory. Raises ConfigError for an unknown name."""
+    for name, memory in GPUS.items():
+        if name.lower() == gpu.lower():
+            return memory
+    raise ConfigError(f"--gpu: expected one of {', '.join(GPUS)}, got {gpu!r}; or --memory GB")
+
+
+def trials(config: Config, ranks: int, usable: float) -> Iterator[Trial]:
+    """Yields settings in the order of their cost, the given setting first, until one fits.
+
+    config: with a precision other than auto. ranks: number of GPUs. usable: bytes of a GPU.
+    Raises ConfigError if the batch is no multiple of the ranks.
+    """
+    if config.data.batch_size % ranks:
+        raise ConfigError(f"data.batch_size: expected a multiple of --ranks {ranks}")
+    given = (config.engine.checkpoint_activations, config.engine.parallel)
+    ways = [given, (True, given[1])]
+    if ranks > 1 and config.optim.name != "lars" and config.train.precision != "fp16":
+        ways += [(given[0], "fsdp"), (True, "fsdp")]
+    accumulate = config.train.accumulate
+    for way in dict.fromkeys(ways):
+        trial = _trial(config, ranks, accumulate, *way)
+        yield trial
+        if trial.peak <= usable:
+            return
+    images = config.data.batch_size // ranks
+    while images % (accumulate * 2) == 0:
+        accumulate *= 2
+        trial = _trial(config, ranks, accumulate, *way)
+        yield trial
+        if trial.peak <= usable:
+            return
+
+
+def _trial(config: Config, ranks: int, accumulate: int, recompute: bool, parallel: str) -> Trial:
+    config = copy.deepcopy(config)
+    config.train.accumulate = accumulate
+    config.engine.checkpoint_activations, config.engine.parallel = recompute, parallel
+    return Trial(accumulate, recompute, parallel, step_peak(config, ranks))
+
+
+def report(config: Config, ranks: int, memory: float) -> Iterator[str]:
+    """Yields the lines of `mocofast fit`. memory: GiB of a GPU."""
+    usable = USABLE * memory * GIB
+    c, images = config, config.data.batch_size // ranks
+    gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+    yield (
+        f"recipe {c.recipe}: {c.model.arch}, {c.train.precision}, batch of {c.data.batch_size} on "
+        f"{gpus} of {memory:g} GiB, of which a step may take {usable / GIB:.1f}"
+    )
+    yield "images a micro-batch  activations  parallel  peak GiB"
+    trial = None
+    for trial in trials(config, ranks, usable):
+        kept = "recomputed" if trial.recompute else "kept"
+        cells = f"{images // trial.accumulate:>20}  {kept:<11}  {trial.parallel:<8}"
+        fits = "  fits" if trial.peak <= usable else ""
+        yield f"{cells}  {trial.peak / GIB:8.2f}{fits}"
+    assert trial is not None
+    if trial.peak <= usable:
+        yield f"next: mocofast pretrain {config.recipe} {trial.options()}"
+    else:
+        yield "nothing fits: more --ranks, a larger GPU, or a smaller encoder (--model.arch)"
+    yield (
+        "not counted: workspaces of cuDNN, fragmentation, NCCL, the driver, the loader's images, "
+        "the evaluation"
+    )

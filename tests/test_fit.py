@@ -1,0 +1,114 @@
+"""Predicted memory of a step beside the peak of PyTorch's allocator in real steps on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mocofast import cli, settings
+from mocofast.config import Config, ConfigError
+from mocofast.device import choose_autocast
+from mocofast.methods.build import build_method
+from mocofast.models.recompute import recompute_blocks
+from mocofast.train import fit
+from mocofast.train.engine import Engine
+from mocofast.train.memory import step_peak
+from mocofast.train.optimizer import optimizer_of
+
+CPU = torch.device("cpu")
+VIT = ("moco_v3_vit_s", {"model.arch": "vit_tiny_cifar", "model.hidden_dim": 512})
+RESNET = ("moco_v2_r50_200ep", {"model.arch": "resnet18_cifar", "model.shuffle_bn": False})
+RECOMPUTED = {"engine.checkpoint_activations": True, "train.accumulate": 2}
+
+
+def configured(recipe: str, **options: Any) -> Config:
+    config = settings.load_recipe(recipe)
+    common = {"augment.size": 32, "data.batch_size": 32, "train.precision": "fp32"}
+    settings.apply(config, {**common, **options})
+    return config
+
+
+def measured_peak(config: Config) -> int:
+    """Returns the most bytes that PyTorch's allocator holds in a second step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.manual_seed(0)
+        method = build_method(config)
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.engine.checkpoint_activations:
+            recompute_blocks(method.encoder_q)
+        parts, images = config.train.accumulate, config.data.batch_size
+        autocast = choose_autocast(config.train.precision, CPU)
+        optimizer = optimizer_of(method, config.optim)
+        engine = Engine("eager", method, optimizer, autocast, parts, images // parts)
+        size = (images, 3, 32, 32)
+        views = tuple(
+            torch.randint(256, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
+            for _ in range(2)
+        )
+        engine.step(views)
+        with record_function("second step"):
+            engine.step(views)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == "second step")
+    held = most = 0
+    changes = [event for event in events if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        if event.start_ns() >= begin:
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [(VIT, {}), (VIT, RECOMPUTED), (RESNET, {}), (RESNET, {"train.precision": "bf16"})],
+)
+def test_the_predicted_peak_is_the_allocators(
+    run: tuple[str, dict[str, Any]], options: dict[str, Any]
+) -> None:
+    recipe, small = run
+    config = configured(recipe, **small, **options)
+    assert step_peak(config) == pytest.approx(measured_peak(config), rel=0.05)
+
+
+def test_settings_that_fit_are_found_in_the_order_of_their_cost() -> None:
+    recipe, small = VIT
+    config = configured(recipe, **small)
+    [given] = fit.trials(config, 1, usable=2**40)
+    assert (given.accumulate, given.recompute, given.parallel) == (1, False, "ddp")
+    assert given.peak == step_peak(config)
+    first, second = fit.trials(config, 1, usable=given.peak - 1)
+    assert first == given
+    assert (second.accumulate, second.recompute) == (1, True)
+    *_, last = fit.trials(config, 1, usable=second.peak - 1)
+    assert (last.accumulate, last.recompute) == (2, True)
+    assert last.peak < second.peak < first.peak
+
+
+def test_ranks_hold_parts_of_a_sharded_model() -> None:
+    recipe, small = VIT
+    config = configured(recipe, **{**small, "data.batch_size": 8})
+    ddp = step_peak(config, 4)
+    config.engine.parallel = "fsdp"
+    assert step_peak(config, 4) < 0.6 * ddp
+
+
+def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model.arch", "vit_micro_cifar", "--augment.size", "32", "--data.batch_size", "8"]
+    assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "h200", *small]) == 0
+    said = capsys.readouterr().out
+    assert "batch of 8 on 1 GPU of 140.4 GiB" in said
+    assert "  fits\nnext: mocofast pretrain moco_v3_vit_s --train.accumulate 1" in said
+    assert cli.main(["fit", "moco_v3_vit_s", "--memory", "0.001", *small]) == 0
+    assert "nothing fits" in capsys.readouterr().out
+    assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "H3000"]) == 2
+    assert "--gpu: expected one of T4" in capsys.readouterr().err
+
+
+def test_methods_that_need_more_than_images_are_refused() -> None:
+    with pytest.raises(ConfigError, match="fit knows methods that need images alone"):
+        step_peak(configured("instdisc_r50", **{"model.arch": "resnet18_cifar"}))
