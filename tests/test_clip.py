@@ -282,7 +282,7 @@ def test_zeroshot_says_what_it_needs(
     (tmp_path / "names.csv").write_text("zero,the number 0\none,the number 1\n")
     wrong = {
         ("--templates", "a photo"): "expected {} where the name stands",
-        ("--names", str(tmp_path / "names.csv"), *data): "has no row",
+        ("--names", str(tmp_path / "names.csv"), *data): "lacks 8 classes",
         (): "needs labelled images",  # the pairs of the run have no labels
     }
     for words, message in wrong.items():

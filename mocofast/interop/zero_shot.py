@@ -65,7 +65,8 @@ def read_names(file: str, classes: Sequence[str]) -> dict[str, str]:
     missing = [name for name in classes if name not in names]
     if missing:
         raise ConfigError(
-            f"--names: no row {missing[0]},NAME in {file!r} for {len(missing)} classes"
+            f"--names: {file!r} lacks {len(missing)} classes, {missing[0]} for example; expected "
+            "rows CLASS,NAME"
         )
     return names
 
