@@ -1,4 +1,4 @@
-# make setup         creates .venv with pinned versions. Needs Python 3.10 to 3.13 and a network.
+# make setup         creates .venv with pinned versions. Needs Python 3.10 to 3.14 and a network.
 # make demo          sets up, then pretrains on the embedded digits: minutes on two CPU cores.
 # make test          sets up, then runs the tests. MOCOFAST_DATA=DIR names a folder of real images.
 # make check         checks format, lint and types, and runs the tests, as CI does.
@@ -7,12 +7,17 @@
 # make drills        kills and spoils runs for an hour, and prints what they survived.
 # make audit         compares the installed packages with known weaknesses, by pip-audit.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
+# make setup CPU=1   sets up the commands alone, with a CPU build of PyTorch: about 1 GB.
 
+ifdef CPU
+EXTRAS ?= train
+else
 EXTRAS ?= cuda13,dev
+endif
 # Takes the first Python that can make a virtual environment. `ensurepip` installs pip there, and
 # Debian ships `ensurepip` in a package of its own.
-PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
-	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10 python3.14; do \
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' \
 		2>/dev/null && echo $$p && break; done)
 # Two test processes with one thread each (OMP_NUM_THREADS=1 below). With more threads the
 # processes wait for one another, which takes minutes on a busy machine.
@@ -25,13 +30,29 @@ READY := .venv/ready
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch])
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv on PATH" \
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.14 with venv on PATH" \
 		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-	@echo "Setting up .venv with $$($(PYTHON) --version):" \
-		"All packages with those of the tests are about 7 GB. This takes minutes."
+	@echo "Setting up .venv with $$($(PYTHON) --version): $(if $(CPU),A CPU build of PyTorch and" \
+		"the commands are about 1 GB.,All packages with those of the tests are about 7 GB.)" \
+		"This takes minutes."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+ifdef CPU
+	@# The newest CPU build that pip finds. On macOS all builds are for CPUs.
+	@build() { $(BIN)/python -m pip index versions $$1 2>/dev/null \
+		| grep -o '[0-9.]*+cpu' | head -n 1 | sed "s/^/$$1==/"; }; \
+	torch=$$(build torch); \
+	test -n "$$torch" -o "$$(uname)" = Darwin || { \
+		echo "No CPU build of PyTorch (a version with +cpu) at pip's index. PyTorch's own index" \
+		"has these builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
+		"make setup CPU=1. The build with CUDA runs on CPUs, too, and takes about 5 GB:" \
+		"make setup EXTRAS=train"; exit 1; }; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$$torch $$(build torchvision) -e '.[$(EXTRAS)]'
+	$(BIN)/python -c "import torch, torchvision"
+else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[$(EXTRAS)]'
+endif
 	@touch $@
 
 demo: $(READY)
