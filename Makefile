@@ -7,7 +7,7 @@
 # make drills        kills and spoils runs for an hour, and prints what they survived.
 # make audit         compares the installed packages with known weaknesses, by pip-audit.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
-# make setup CPU=1   sets up the commands alone, with a CPU build of PyTorch: about 1 GB.
+# make setup CPU=1   sets up the commands alone, with a CPU build of PyTorch: 1.4 GB.
 
 ifdef CPU
 EXTRAS ?= train
@@ -33,7 +33,7 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.14 with venv on PATH" \
 		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version): $(if $(CPU),A CPU build of PyTorch and" \
-		"the commands are about 1 GB.,All packages with those of the tests are about 7 GB.)" \
+		"the commands are about 1.4 GB.,All packages with those of the tests are about 7 GB.)" \
 		"This takes minutes."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 ifdef CPU

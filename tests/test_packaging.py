@@ -272,3 +272,35 @@ def environment() -> dict[str, str]:
     """Returns the environment of a program that imports this checkout."""
     paths = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "benchmarks"))
     return os.environ | {"PYTHONPATH": paths}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="all builds for macOS are for CPUs")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("versions", ["2.15.0, 2.14.0", "2.15.0, 2.13.0+cpu, 2.12.0+cpu, 2.11.0"])
+def test_a_setup_for_cpus_takes_the_newest_cpu_build_or_says_where_one_is(
+    tmp_path: Path, versions: str
+) -> None:
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"index versions"*) echo "Available versions: {versions}";;\n'
+        '*) echo "$@" >> asked;; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", "CPU=1", f"PYTHON={sys.executable}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    asked = (tmp_path / "asked").read_text()
+    if "cpu" in versions:
+        assert done.returncode == 0, done.stderr
+        assert "torch==2.13.0+cpu torchvision==2.13.0+cpu -e .[train]" in asked
+    else:
+        assert done.returncode
+        assert "PIP_EXTRA_INDEX_URL=" in done.stdout and "install" not in asked
+    assert (tmp_path / ".venv/ready").exists() == ("cpu" in versions)
