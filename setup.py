@@ -57,6 +57,7 @@ TEST = [
     *IMAGES,
     "pyarrow>=15",
     "fsspec>=2024.2",
+    "s3fs>=2024.2",
     "pylibjpeg>=2",  # tests write DICOM files of JPEG 2000
     "pylibjpeg-openjpeg>=2.2",
     "datasets>=3",  # a folder of save_to_disk is compared with what datasets reads

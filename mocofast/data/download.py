@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -226,9 +227,10 @@ def _append_stored(url: str, part: Path, validator: str, largest: int) -> tuple[
     system, path = storage(url)
     found = ""
     try:
-        if not system.isfile(path):
+        if not within(2 * TIMEOUT, system.isfile, path):
             raise NotStored(f"{url}: no such file")
-        found, expected = str(system.ukey(path)), int(system.size(path))
+        found = str(within(2 * TIMEOUT, system.ukey, path))
+        expected = int(within(2 * TIMEOUT, system.size, path))
         if expected > largest:
             raise _TooLarge(f"{url}: more than {largest:,} bytes")
         with part.open("r+b") as file:
@@ -236,7 +238,9 @@ def _append_stored(url: str, part: Path, validator: str, largest: int) -> tuple[
             file.seek(have)
             file.truncate()
             while have < expected:
-                content = system.cat_file(path, start=have, end=min(expected, have + PIECE))
+                end = min(expected, have + PIECE)
+                seconds = TIMEOUT + (end - have) / SLOWEST
+                content = within(seconds, partial(system.cat_file, path, start=have, end=end))
                 if not content:
                     raise OSError(f"ended after {have} of {expected} bytes")
                 file.write(content)
