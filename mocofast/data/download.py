@@ -222,15 +222,27 @@ def _append(url: str, part: Path, validator: str, largest: int) -> tuple[str, bo
     return version, expected is not None or bool(response.chunked)
 
 
+def stored_file(system: Any, path: str) -> dict[str, Any] | None:
+    """Returns what a storage of fsspec tells of a file, such as its size. None: there is no file.
+
+    Raises PermissionError and other errors of the storage, which `isfile` takes for no file.
+    """
+    try:
+        facts: dict[str, Any] = within(2 * TIMEOUT, system.info, path)
+    except FileNotFoundError:
+        return None
+    return facts if facts["type"] == "file" else None
+
+
 def _append_stored(url: str, part: Path, validator: str, largest: int) -> tuple[str, bool]:
     """Does the same for a file of a storage, in pieces."""
     system, path = storage(url)
     found = ""
     try:
-        if not within(2 * TIMEOUT, system.isfile, path):
+        facts = stored_file(system, path)
+        if facts is None:
             raise NotStored(f"{url}: no such file")
-        found = str(within(2 * TIMEOUT, system.ukey, path))
-        expected = int(within(2 * TIMEOUT, system.size, path))
+        found, expected = str(within(2 * TIMEOUT, system.ukey, path)), int(facts["size"])
         if expected > largest:
             raise _TooLarge(f"{url}: more than {largest:,} bytes")
         with part.open("r+b") as file:

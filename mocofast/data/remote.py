@@ -33,6 +33,7 @@ from mocofast.data.download import (
     is_url,
     named_version,
     storage,
+    stored_file,
 )
 from mocofast.data.finding import Names
 from mocofast.data.folders import FolderSource
@@ -82,7 +83,7 @@ def exists(url: str) -> bool:
     if is_http(url):
         return bool(version(url))
     system, path = _storage(url)
-    return bool(_answer(url, lambda: system.isfile(path)))
+    return _answer(url, lambda: stored_file(system, path)) is not None
 
 
 def version(url: str) -> str:
@@ -96,7 +97,7 @@ def version(url: str) -> str:
         except OSError:
             return ""
     system, path = _storage(url)
-    if not _answer(url, lambda: system.isfile(path)):
+    if _answer(url, lambda: stored_file(system, path)) is None:
         return ""
     return str(_answer(url, lambda: system.ukey(path)))
 
