@@ -160,6 +160,8 @@ setup(
         "text": ["transformers>=5"],  # method clip
         "parquet": ["pyarrow>=15"],  # --data.source list, parquet and hf
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
+        "wandb": ["wandb>=0.19"],  # --train.log_to wandb
+        "mlflow": ["mlflow-skinny>=2.20"],  # --train.log_to mlflow
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray
         "docs": DOCS,
         "test": TEST,

@@ -163,6 +163,9 @@ class OptimConfig:
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # packages that show metrics
+
+
 @dataclass
 class TrainConfig:
     """The loop."""
@@ -187,6 +190,11 @@ class TrainConfig:
     )
     log_every: int = option(
         50, "steps between log lines; metrics are averaged over these steps", valid=at_least(1)
+    )
+    log_to: tuple[str, ...] = option(
+        TRACKERS[:1],
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow; none where empty",
+        valid=Valid(lambda names: {*names} <= {*TRACKERS}, f"names among {', '.join(TRACKERS)}"),
     )
     max_steps: int = option(
         0, "stop after this many optimiser steps in all; 0 trains every epoch", valid=at_least(0)

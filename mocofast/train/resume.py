@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "data.preallocate",
     "train.device",
     "train.max_steps",
+    "train.log_to",
     "train.dir",
     "train.deterministic",
     "train.skip_nonfinite",

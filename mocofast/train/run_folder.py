@@ -19,12 +19,13 @@ import yaml
 from tqdm import tqdm
 
 from mocofast import files, interrupts, settings
-from mocofast.config import Config
+from mocofast.config import TRACKERS, Config
 from mocofast.errors import printable
 from mocofast.log_format import PrintableFormatter
 from mocofast.plots import plot_curves
-from mocofast.train.log_files import Board, LogFile
+from mocofast.train.log_files import LogFile
 from mocofast.train.metrics import LOSS, RATES, duration
+from mocofast.train.trackers import Trackers
 
 log = logging.getLogger("mocofast")
 
@@ -102,7 +103,8 @@ class RunFolder:
         self._log_to(path / "train.log")
         self._open_skipped(resumed_step is not None)
         self._open_metrics(resumed_step)
-        self._board = Board(path, None if resumed_step is None else resumed_step + 1)
+        names = getattr(config.train, "log_to", TRACKERS[:1])
+        self._trackers = Trackers(names, path, settings.to_dict(config), resumed_step)
 
     def _log_to(self, path: Path) -> None:
         self._handlers: list[logging.Handler] = [
@@ -163,15 +165,18 @@ class RunFolder:
     # ---- metrics ----
 
     def write(self, **metrics: Any) -> None:
-        """Writes a line of metrics.jsonl, and its numbers as TensorBoard scalars.
+        """Writes a line of metrics.jsonl, and adds its numbers to the trackers (train.log_to).
 
-        NaN and infinity become null, and no scalars.
+        NaN and infinity become null, and reach no tracker.
         """
         metrics = files.as_json_knows(metrics)
         self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
-        for name, value in metrics.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._board.add(name, value, metrics["step"])
+        numbers = {
+            name: value
+            for name, value in metrics.items()
+            if name not in ("step", "epoch") and isinstance(value, (int, float))
+        }
+        self._trackers.add(numbers, metrics["step"])
 
     def write_steps(self, line: StepLine, bar: tqdm[Any]) -> None:
         """Writes the metrics of the last steps to files, log and progress bar."""
@@ -237,7 +242,7 @@ class RunFolder:
         """Flushes and closes every file."""
         self._metrics.close()
         self._skipped_file.close()
-        self._board.close()
+        self._trackers.close()
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()

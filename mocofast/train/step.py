@@ -76,7 +76,8 @@ def train_step(
             inputs["step_inputs"] = step_inputs[i]
         # DistributedDataParallel reduces the gradients once, with the last micro-batch.
         wait = isinstance(model, DistributedDataParallel) and not (last and update)
-        with sharing(parts[i]), model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+        paused = model.no_sync() if wait else contextlib.nullcontext()  # type: ignore[operator]
+        with sharing(parts[i]), paused:
             with autocast, step_part("loss"):  # the encoders are parts of their own
                 output = model(
                     *micro_batch,
