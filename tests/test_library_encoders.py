@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.video import r3d_18
 
 from mocofast import MoCo
 from mocofast.config import Config, ConfigError
 from mocofast.evaluate.features import evaluating
 from mocofast.interop import backbone_state_dict
+from mocofast.models.batch_norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm3d
 from mocofast.models.encoders import build_encoder, features, head_name
 from mocofast.models.heads import pooled, replace_head
 
@@ -205,3 +209,47 @@ def test_large_vits_have_moco_v3s_embedding_and_a_frozen_patch_projection(
     assert not encoder.conv_proj.weight.requires_grad
     assert not encoder.encoder.pos_embedding.requires_grad
     assert encoder.encoder.pos_embedding.shape == (1, 1 + (224 // encoder.patch_size) ** 2, width)
+
+
+class OfVectors(nn.Module):
+    """An encoder of measured numbers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "shape", "width", "kind"),
+    [
+        (r3d_18, (4, 3, 4, 16, 16), 512, SplitBatchNorm3d),
+        (OfVectors, (8, 10), 12, SplitBatchNorm1d),
+    ],
+    ids=["video", "vectors"],
+)
+def test_videos_and_vectors_train_with_split_batch_norm(
+    encoder: Callable[..., nn.Module],
+    shape: tuple[int, ...],
+    width: int,
+    kind: type[SplitBatchNorm],
+) -> None:
+    torch.manual_seed(0)
+    model = MoCo(encoder, dim=8, queue_size=16, mlp=True, bn_splits=2)
+    norms = [m for m in model.encoder_q.modules() if isinstance(m, _BatchNorm)]
+    assert norms and all(type(m) is kind for m in norms)
+    view = torch.randn(shape)
+    before = [p.detach().clone() for p in model.encoder_q.parameters()]
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.01)
+    model(view, view + 0.1 * torch.randn(shape)).loss.backward()
+    optimizer.step()
+    for p, old in zip(model.encoder_q.parameters(), before):
+        # A bias before BatchNorm has no gradient.
+        assert p.isfinite().all() and (p.dim() == 1 or not torch.equal(p, old))
+    assert (model.queue_ptr, features(model.encoder_q.eval(), view).shape) == (
+        len(view),
+        (len(view), width),
+    )
