@@ -29,6 +29,7 @@ MOST_KEYS = 65536  # MoCo's queue on ImageNet
 # How far the key encoder may move while a key is in the queue, as a share of the distance to the
 # query encoder. Beyond, the age of keys tells the positive: features of images are not learned.
 LARGEST_DRIFT = 0.04
+SHORT_DRIFT = 0.02  # in a run of few steps, whose encoder moves faster
 FEW_STEPS = 10_000  # of a run, in which SGD at MoCo's rate does not get far
 FEWEST_OF_A_PART = 16  # images: fewer make statistics of BatchNorm too noisy
 FEWEST_STEPS = 8  # an epoch: a larger batch would see too few other batches
@@ -122,21 +123,6 @@ def fit(
     )
     batch = min(batch, max(1, count))
     take("train.log_every", max(1, min(50, count // batch)), "a line an epoch, or more")
-    momentum = 0.0
-    if isinstance(config.model, MomentumOptions):
-        momentum = 0.99 if count < 100_000 else 0.999
-        momentum = take("model.momentum", momentum, f"{count // batch:,} steps an epoch")
-    if "model.queue_size" not in kept and hasattr(config.model, "queue_size"):
-        most, why = count // 2, "half of the images at most, so few keys are of the query"
-        if momentum:
-            age = max(1, round(LARGEST_DRIFT / max(1e-6, 1 - momentum)))
-            if age * batch < most:
-                most, why = age * batch, f"keys of {age} steps: older keys would be told by age"
-        take("model.queue_size", 2 ** int(np.log2(max(2, min(MOST_KEYS, most)))), why)
-    if hasattr(config.model, "bn_splits") and world_size == 1:
-        parts = next((n for n in (8, 4, 2) if batch % n == 0 and batch // n >= FEWEST_OF_A_PART), 1)
-        why = f"{batch // parts} images share BatchNorm, or statistics would betray the positive"
-        take("model.bn_splits", parts, why)
     wanted = min(800, max(200, 200 * (10_000 / max(1, count)) ** 0.5))
     each = seconds(arch)
     fits = [n for n in EPOCHS if n <= wanted and n * count * each <= budget] or [EPOCHS[0]]
@@ -149,6 +135,22 @@ def fit(
     )
     take("knn.every", max(1, fits[-1] // 10), "10 evaluations, where there are labels")
     steps = epochs * max(1, count // batch)
+    momentum = 0.0
+    if isinstance(config.model, MomentumOptions):
+        momentum = 0.99 if count < 100_000 else 0.999
+        momentum = take("model.momentum", momentum, f"{count // batch:,} steps an epoch")
+    if "model.queue_size" not in kept and hasattr(config.model, "queue_size"):
+        most, why = count // 2, "half of the images at most, so few keys are of the query"
+        if momentum:
+            drift = SHORT_DRIFT if steps < FEW_STEPS else LARGEST_DRIFT
+            age = max(1, round(drift / max(1e-6, 1 - momentum)))
+            if age * batch < most:
+                most, why = age * batch, f"keys of {age} steps: older keys would be told by age"
+        take("model.queue_size", 2 ** int(np.log2(max(2, min(MOST_KEYS, most)))), why)
+    if hasattr(config.model, "bn_splits") and world_size == 1:
+        parts = next((n for n in (8, 4, 2) if batch % n == 0 and batch // n >= FEWEST_OF_A_PART), 1)
+        why = f"{batch // parts} images share BatchNorm, or statistics would betray the positive"
+        take("model.bn_splits", parts, why)
     if steps < FEW_STEPS and config.optim.name == "sgd" and not {"optim.name", "optim.lr"} & kept:
         take("optim.name", "adamw", f"SGD needs more steps than {steps:,}")
         scaled = 1.4e-3 * (batch / 256) ** 0.5
