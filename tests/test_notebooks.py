@@ -61,8 +61,8 @@ def test_an_own_loop_learns() -> None:
 
 
 def test_methods_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    methods = {"MoCo v2": {}, "SimCLR": {"method": "simclr", "hidden_dim": 128}}
+    methods = {"MoCo": {}, "SimCLR": {"method": "simclr", "hidden_dim": 128}}
     found = run_cells("compare_methods", METHODS=methods, EPOCHS=1)
     assert "| --model.method" in capsys.readouterr().out
     (legend,) = found["figure"].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["MoCo v2", "SimCLR"]
+    assert [text.get_text() for text in legend.get_texts()] == ["MoCo", "SimCLR"]
