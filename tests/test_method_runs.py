@@ -306,33 +306,52 @@ CIFAR10 = {
 }
 
 
-@pytest.mark.data
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("recipe", CIFAR10)
-def test_recipes_learn_real_images_in_one_and_two_processes(
-    cifar10_jpeg: Path, tmp_path: Path, recipe: str, processes: int
-) -> None:
-    """Trains a small encoder on 640 images of 10 classes: 12 epochs of 5 steps of 128 images.
-
-    Views have 16 x 16 pixels.
-    """
-    images = tmp_path / "images"
+@pytest.fixture(scope="module")
+def few_of_cifar10(cifar10_jpeg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of 640 images of 10 classes, and 200 of a test set."""
+    images = tmp_path_factory.mktemp("cifar10") / "images"
     for part, count in (("train", 64), ("test", 20)):
         for folder in sorted((cifar10_jpeg / part).iterdir()):
             (images / part / folder.name).mkdir(parents=True)
             for path in sorted(folder.iterdir())[:count]:
                 (images / part / folder.name / path.name).symlink_to(path)
+    return images
+
+
+def train_recipe(recipe: str, images: Path, folder: Path) -> None:
+    """Trains a small encoder on views of 16 x 16 pixels: 12 epochs of 5 steps of 128 images."""
     options = words(
         "--data.source folder --data.batch_size 128 --data.workers 1 --augment.size 16 "
         "--model.arch resnet_tiny --optim.lr 0.2 "
         "--train.epochs 12 --train.log_every 5 "
         "--knn.every 12 --knn.k 20 --knn.features backbone"
     )
-    arguments = (
-        *("pretrain", recipe, *options, *CIFAR10[recipe]),
-        *("--data.path", str(images), "--train.dir", str(tmp_path / "run")),
-    )
-    runs.mocofast(*arguments) if processes == 1 else runs.torchrun(processes, *arguments)
-    first, last, before, after = learnt(tmp_path / "run")
-    assert last < 0.97 * first
-    assert after > before + 0.03  # 7 of 200 images
+    arguments = ("pretrain", recipe, *options, *CIFAR10[recipe])
+    mocofast(*arguments, "--data.path", images, "--train.dir", folder)
+
+
+def check_recipe(folder: Path) -> None:
+    first, last, before, after = learnt(folder)
+    assert last < 0.97 * first, folder
+    assert after > before + 0.03, folder  # 7 of 200 images
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("recipe", CIFAR10)
+def test_recipes_learn_real_images(few_of_cifar10: Path, tmp_path: Path, recipe: str) -> None:
+    train_recipe(recipe, few_of_cifar10, tmp_path / "run")
+    check_recipe(tmp_path / "run")
+
+
+def train_recipes(images: Path, folder: Path, rank: int) -> None:
+    # All runs in one process group: a second one cannot take the same port again.
+    with mock.patch("mocofast.distributed.shutdown", distributed.barrier):
+        for recipe in CIFAR10:
+            train_recipe(recipe, images, folder / recipe)
+
+
+@pytest.mark.data
+def test_recipes_learn_real_images_in_two_processes(few_of_cifar10: Path, tmp_path: Path) -> None:
+    on_ranks(partial(train_recipes, few_of_cifar10, tmp_path))
+    for recipe in CIFAR10:
+        check_recipe(tmp_path / recipe)
