@@ -33,6 +33,7 @@ VIEWS = (AugmentConfig(size=19),) * 2
 FAKE = f"""
 import os, signal, sys, time
 files = sys.stdin.buffer
+os.write(1, b"ready\\n")
 while len(length := files.read(8)) == 8:
     content = files.read(int.from_bytes(length, "little"))
     if content.endswith({MARK!r}):
@@ -86,6 +87,16 @@ def test_files_that_end_or_hang_a_process_are_told_from_others(
         4: "it ends the process that decodes it (SIGSEGV)",
         9: "a decoder did not end within 3 s",
     }
+
+
+def test_a_slow_start_accuses_no_file(photos_23: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = FAKE.replace("files =", "time.sleep(1); files =", 1)
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", slow))
+    monkeypatch.setattr(trial, "SECONDS", 0.5)
+    assert try_files(files(photos_23), [0]) == ({}, (), 0)
+    monkeypatch.setattr(trial, "START_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="did not start"):
+        try_files(files(photos_23), [0])
 
 
 def test_the_real_trial_decodes_good_and_bad_files_and_accuses_none(photos_23: Path) -> None:

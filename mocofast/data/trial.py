@@ -1,7 +1,8 @@
 """Decodes files in a separate process, which a file may end: `python -m mocofast.data.trial`.
 
-The process reads files from standard input: the length, 8 bytes, and the content. A byte answers
-every file that has been decoded or refused, with a reason on the same line.
+The process writes a line when its decoders are loaded. Then it reads files from standard input: the
+length, 8 bytes, and the content. A byte answers every file that has been decoded or refused, with a
+reason on the same line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from mocofast.errors import describe_error, printable
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "mocofast.data.trial")
 GOOD, PYTHON, BAD, FATAL = "gpbf"  # what a trial of a file shows
-SECONDS = 60.0  # for a file. The first file also waits for the start of the process
+SECONDS = 60.0  # for a file
+START_SECONDS = 600.0  # for the start of the process, which a busy machine makes slow
 
 
 class Verdicts(NamedTuple):
@@ -86,19 +88,33 @@ class _Child:
         self._process = subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        # No file is to blame for a slow start.
+        if not (self._answers_within(START_SECONDS) and self._stdout.readline()):
+            self.close()
+            raise RuntimeError(
+                f"the process that tries images one by one did not start: {' '.join(COMMAND)}"
+            )
+
+    @property
+    def _stdout(self) -> BinaryIO:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def _answers_within(self, seconds: float) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdout, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
     def decode(self, content: bytes) -> tuple[str, str]:
         """Returns GOOD, PYTHON, BAD or FATAL for a file, and the reason of the last two."""
         process = self._process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(len(content).to_bytes(8, "little") + content)
             process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            if not selector.select(SECONDS):
-                return FATAL, f"a decoder did not end within {SECONDS:g} s"
-        if answer := process.stdout.readline():
+        if not self._answers_within(SECONDS):
+            return FATAL, f"a decoder did not end within {SECONDS:g} s"
+        if answer := self._stdout.readline():
             line = answer.decode(errors="replace").rstrip("\n")
             return line[:1], line[1:]
         status = process.wait()
@@ -113,6 +129,11 @@ class _Child:
 
 
 def _serve(files: BinaryIO, answers: BinaryIO) -> None:
+    import mocofast.data.dali_pipeline
+    import mocofast.data.probing  # noqa: F401
+
+    answers.write(b"ready\n")
+    answers.flush()
     while len(length := files.read(8)) == 8:
         kind, reason = _decode(files.read(int.from_bytes(length, "little")))
         answers.write(f"{kind}{printable(reason)}\n".encode())
