@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mocofast_bench.roofline import GPUS, resident_programs
+from mocofast_bench.machine_code import HEADLINES
+from mocofast_bench.roofline import CARDS, GPUS, resident_programs
 
 from tests import runs
 
@@ -106,6 +107,13 @@ def test_the_committed_table_is_that_of_the_code(table: Any) -> None:
         (MOCO, "_sweep_kernel", f"sm_{capability}") for capability in PROCESSORS
     } <= committed.keys()
     assert max(row["spills"] for row in committed.values()) == 0
+    summary = COMMITTED.with_suffix(".md").read_text("utf-8")
+    assert all(
+        f"| {call} | {gpu.name} |" in summary
+        for call in HEADLINES
+        for gpu in CARDS
+        if (gpu.name == "H100" or "specialised" not in call)
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
+from mocofast_bench.machine_code import HEADLINES
+from mocofast_bench.targets import TARGETS
 
 from tests import runs
 
@@ -18,10 +21,38 @@ def _rows(*options: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def _committed(name: str) -> list[list[str]]:
+    lines = (runs.ROOT / "benchmarks" / "results" / name).read_text("utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "Triton" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+
+
+@pytest.mark.parametrize("name", ["targets.md", "targets_newest.md"])
+def test_the_committed_tables_have_every_call_and_gpu_without_spills(name: str) -> None:
+    rows = _committed(name)
+    assert {row[0] for row in rows} == HEADLINES.keys()
+    gpus = {(row[0], row[1].split()[0]) for row in rows}
+    for call, case in HEADLINES.items():
+        half = ("bf16" in case and "forward" in case) or case.startswith("backward")
+        for target in TARGETS:
+            # GPUs before Ampere multiply no 16-bit types, AMD's no tf32. One sweep is Hopper's.
+            absent = target == "sm_75" and (half or "tf32" in case)
+            absent |= "specialised" in case and target != "sm_90"
+            absent |= "tf32" in case and target.startswith("gfx")
+            assert ((call, target) in gpus) != absent, (call, target)
+    for row in rows:
+        assert int(row[5]) <= int(row[6]), row
+        assert row[4] == "0" or row[1].startswith("gfx"), row
+
+
 @pytest.mark.parametrize("target", ["sm_86", "sm_103", "sm_120", "gfx942"])
 def test_moco_s_queue_fits_without_spills(target: str) -> None:
     rows = _rows("--target", target, "--only", "^forward, C=128, bf16, queue$")
     assert [row[2] for row in rows] == ["sweep_kernel", "combine_kernel"]
+    version = importlib.metadata.version("triton")
+    if f"Triton {version}" in (runs.ROOT / "benchmarks/results/targets.md").read_text("utf-8"):
+        table = _committed("targets.md")
+        assert all(row in table for row in rows), "write targets.md again, as its first lines say"
     for *_, spills, shared, limit in rows:
         assert spills == "0" and int(shared) <= int(limit)
     if target in ("sm_86", "sm_120"):  # two programs share the 100 KB of a multiprocessor

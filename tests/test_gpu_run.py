@@ -47,4 +47,5 @@ def test_every_command_runs_at_tiny_sizes(part: str, rows: int, tmp_path: Path) 
     saved = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert len(saved) == rows
     assert all("benchmark" in json.loads(line) for line in saved)
-    assert (tmp_path / "tiles.json").exists() == (part == "second")
+    for table in ("tiles.json", "specialised.json"):
+        assert (tmp_path / table).exists() == (part == "second")

@@ -164,3 +164,16 @@ def test_calls_that_the_sweep_lacks_take_the_rule_s_tile() -> None:
         assert not sweep.called
         with pytest.raises(KeyError):
             _forward(inputs, tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs H100 or H200"
+)
+@pytest.mark.parametrize(("C", "tile"), TILES)
+@pytest.mark.parametrize("rank", [True, False])
+def test_a_gpu_computes_the_values_of_the_other_sweep(C: int, tile: Tile, rank: bool) -> None:
+    inputs = _inputs(300, 400 * tile.stream + 5, C)
+    one = _assert_equal_sweeps(inputs, tile, return_rank=rank)
+    other = _forward(inputs, tile, return_rank=rank)
+    assert torch.equal(one.loss, other.loss) and torch.equal(one.grad_query, other.grad_query)

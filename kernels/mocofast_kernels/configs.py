@@ -103,7 +103,8 @@ def forward_tile(
     if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
         return Tile(64, 64, 64, min(c, 256), 8, 2)
     if c == 256:
-        return Tile(64, 64, c, c, 4 if large and not online else 8, 2)
+        # On an A100, 4 warps spill four words.
+        return Tile(64, 64, c, c, 4 if gpu.shared > 164 * 1024 and not online else 8, 2)
     if plain and c == C and not online:
         # MoCo's queue: two programs share a multiprocessor, so exponentials of the first overlap
         # with products of the second. Two tiles of 128 rows do not fit into the 100 KB of an
