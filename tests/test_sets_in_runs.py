@@ -129,3 +129,43 @@ def test_a_mistake_in_the_options_of_a_set_has_status_2(
     ):
         assert cli.main(["pretrain", "digits", *SMALL, *data, *words]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly_on_lists_tables_and_pairs(tmp_path: Path) -> None:
+    """All runs in the processes of one torchrun."""
+    images = runs.make_images(tmp_path / "images", 24)
+    files = sorted(images.rglob("*.jpg"))
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in files]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    (tmp_path / "pairs.csv").write_text(
+        "path,path_2\n"
+        + "".join(
+            f"{a.relative_to(images)},{b.relative_to(images)}\n"
+            for a, b in zip(files[::2], files[1::2])
+        )
+    )
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = {"image": [p.read_bytes() for p in files], "label": [i % 2 for i in range(24)]}
+    parquet.write_table(pa.table(content), tmp_path / "set.parquet")
+    sets = {
+        "list": f"--data.source list --data.path {tmp_path}/list.csv",
+        "parquet": f"--data.source parquet --data.path {tmp_path}/set.parquet",
+        "pairs": f"--data.source folder --data.path {images} --data.pairs {tmp_path}/pairs.csv",
+    }
+    common = (
+        "pretrain digits --data.batch_size 4 --data.workers 0 --data.loader torchvision "
+        "--data.holdout 0.2 --augment.size 16 --model.arch resnet_tiny --model.queue_size 8 "
+        "--train.log_every 1 --knn.start false --train.epochs 2 --resume auto"
+    )
+    lines = [
+        f"{common} {options} --train.dir {tmp_path}/{name}-{out} --train.max_steps {steps}"
+        for name, options in sets.items()
+        for out, steps in (("whole", 6), ("parts", 3), ("parts", 6))
+    ]
+    (tmp_path / "runs.txt").write_text("\n".join(lines))
+    script = str(Path(__file__).with_name("two_rank_runs.py"))
+    runs.torchrun(2, str(tmp_path / "runs.txt"), script=script)
+    for name in sets:
+        runs.assert_same_run(tmp_path / f"{name}-parts", tmp_path / f"{name}-whole")
