@@ -94,7 +94,7 @@ def test_ranks_hold_parts_of_a_sharded_model() -> None:
     config = configured(recipe, **{**small, "data.batch_size": 8})
     ddp = step_peak(config, 4)
     config.engine.parallel = "fsdp"
-    assert step_peak(config, 4) < 0.6 * ddp
+    assert step_peak(config, 4) < 0.8 * ddp
 
 
 def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def trials(config: Config, ranks: int, usable: float) -> Iterator[Trial]:
         if trial.peak <= usable:
             return
     images = config.data.batch_size // ranks
-    while images % (accumulate * 2) == 0:
+    while images % (accumulate * 2) == 0 and images >= accumulate * 4:  # BatchNorm needs 2 images
         accumulate *= 2
         trial = _trial(config, ranks, accumulate, *way)
         yield trial

@@ -30,10 +30,11 @@ from mocofast.device import choose_autocast
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.recompute import recompute_blocks
+from mocofast.ops.local import is_dtensor
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.step_parts import FORWARD
 from mocofast.train.encoder_run import encoder_run, make_shadows
-from mocofast.train.sharding import Sharding, is_sharded
+from mocofast.train.sharding import Sharding, all_ranks, is_sharded
 from mocofast.train.step import train_step
 from mocofast.view_sizes import height_width
 
@@ -57,18 +58,23 @@ def step_peak(config: Config, world_size: int = 1) -> int:
             f"needs {', '.join(method.batch_fields)}"
         )
     if hasattr(method, "shuffle"):
-        method.shuffle = partial(_shuffled, world_size)
+        method.shuffle = partial(_shuffled, world_size)  # type: ignore[assignment]
     sharded = is_sharded(config, world_size)
     if not sharded:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     autocast = choose_autocast(config.train.precision, CPU)
-    with _ranks(world_size), FakeTensorMode(allow_non_fake_inputs=True), Peak() as memory:
+    with _ranks(world_size), contextlib.ExitStack() as modes:
+        mesh = all_ranks(CPU) if sharded else None
+        modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _give_values(method)
         if config.engine.checkpoint_activations:
             recompute_blocks(method.encoder_q)
         if sharded:
-            Sharding(method, CPU, autocast)
-        else:
+            Sharding(method, CPU, autocast, mesh)
+        memory = modes.enter_context(Peak())
+        for tensor in (*method.parameters(), *method.buffers()):
+            memory.count(_own(tensor))
+        if not sharded:
             _use_shadows(method, autocast)
         optimizer = _Optimizer(method, config, in_buckets=world_size > 1 and not sharded)
         method._synchronized = True
@@ -93,8 +99,12 @@ class Peak(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+                self.count(value)
         return out
+
+    def count(self, tensor: Tensor) -> None:
+        """Counts the storage of a tensor, from now on."""
+        self._count(tensor.untyped_storage())
 
     def __enter__(self) -> Any:
         resize = self._resize = torch.UntypedStorage.resize_
@@ -122,6 +132,12 @@ class Peak(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+def _own(tensor: Any) -> Tensor:
+    """Returns this rank's part of a sharded tensor, and other tensors unchanged."""
+    own: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return own
 
 
 def _shuffled(world_size: int, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +222,7 @@ class _Optimizer(FusedOptimizer):
         for p in self.param_groups[0]["params"]:
             p.grad = None
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Makes the state of all parameters with a gradient."""
         for p in self.param_groups[0]["params"]:
             if p.grad is not None:

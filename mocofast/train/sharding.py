@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -70,21 +70,33 @@ def check_shardable(config: Config, method: Method, autocast: torch.autocast) ->
         )
 
 
+def all_ranks(device: torch.device) -> DeviceMesh:
+    """Returns the mesh of all ranks."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
 class Sharding:
     """A method whose parameters are sharded over all ranks, in place.
 
     method: on the CPU, with equal weights on all ranks. Make the optimiser afterwards.
     device: of the parts.
     autocast: the precision of the forward passes.
+    mesh: of all ranks. None makes one.
     """
 
-    def __init__(self, method: Method, device: torch.device, autocast: torch.autocast) -> None:
+    def __init__(
+        self,
+        method: Method,
+        device: torch.device,
+        autocast: torch.autocast,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self._method = method
         encoders = [name for name in FORWARD if isinstance(getattr(method, name, None), nn.Module)]
         self._plain = {name: _without_memory(getattr(method, name)) for name in encoders}
         for p in method.parameters():  # FSDP2 shards no other memory formats
             p.data = p.data.contiguous()
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = mesh or all_ranks(device)
         full = MixedPrecisionPolicy(cast_forward_inputs=False)
         low = full
         if autocast._enabled:
