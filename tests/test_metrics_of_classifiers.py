@@ -155,7 +155,8 @@ def test_blocks_are_skipped_in_train_mode_alone() -> None:
         add_drop_path(tiny_encoder(), 0.1)
 
 
-def test_mixtures_train_a_vit_with_all_options() -> None:
+def test_mixtures_train_a_vit_with_all_options(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="mocofast")
     pytest.importorskip("timm")
     datasets, config = bright_datasets()
     encoder = build_encoder("vit_micro_cifar", 8)(num_classes=2)
@@ -165,6 +166,7 @@ def test_mixtures_train_a_vit_with_all_options() -> None:
     )  # fmt: skip
     autocast = torch.autocast("cpu", enabled=False)
     assert finetune(encoder, datasets, config, options, CPU, autocast).top1 > 0.7
+    assert "steps in all are few. A smaller --finetune.batch_size (now 32)" in caplog.text
     config.data.target = "tags"
     with pytest.raises(ConfigError, match="mixtures are of classes"):
         train_classifier(tiny_encoder(), datasets, config, options, CPU, autocast)

@@ -39,6 +39,8 @@ from mocofast.optim.schedule import learning_rate, set_learning_rate
 
 log = logging.getLogger("mocofast")
 
+FEW_STEPS = 200  # of a run, in which a new head hardly learns at the default rate
+
 
 class FinetuneResult(NamedTuple):
     """Shares of the validation images, 0 to 1."""
@@ -149,6 +151,13 @@ def train_classifier(
     )
     optimizer = optimizer_of(encoder, schedule, options.layer_decay)
     step, result, steps = 0, None, loader.steps_per_epoch
+    if options.epochs * steps < FEW_STEPS:
+        log.info(
+            "finetune: %d steps in all are few. A smaller --finetune.batch_size (now %d) makes "
+            "more",
+            options.epochs * steps,
+            batch_size,
+        )
     try:
         for epoch in range(options.epochs):
             # Training.
