@@ -88,8 +88,7 @@ def test_recipes_hold_only_differences_and_are_valid() -> None:
                     f"{name}: {group}.{key} is the default already"
                 )
         config = settings.load_recipe(name)
-        if config.data.source == "folder":
-            config.data.path = "images"
+        config.data.path = config.data.path or "images"
         settings.validate(config)
 
 

@@ -73,7 +73,7 @@ def load_datasets(data: DataConfig, seed: int) -> Datasets:
 class NoStopGradient(byol.BYOL):
     """BYOL's loss where both sides are trained: one point for all images is its best answer."""
 
-    def forward(self, im_1: Tensor, im_2: Tensor, **_: Any) -> MethodOutput:
+    def forward(self, im_1: Tensor, im_2: Tensor, *_: Tensor, **__: Any) -> MethodOutput:
         """Computes 2 - 2 cos(z_1, z_2). Arguments and result as for BYOL."""
         self.check_views(im_1=im_1, im_2=im_2)
         z_1, z_2 = (self.encode("encoder_q", images).float() for images in (im_1, im_2))
