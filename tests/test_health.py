@@ -187,6 +187,11 @@ def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
     assert verdict(evidence()).startswith("healthy")
     # Single steps of a random walk make the measured lag short. The momentum says better.
     assert diagnose(evidence(key_distance=0.0, queue_drift=0.6)) == []
+    # A short run cannot move its weights far.
+    assert [finding.name for finding in diagnose(evidence(weight_change=1e-4))] == ["rate too low"]
+    short = evidence(weight_change=1e-4)
+    lines = [{**line, "step": 28 * i} for i, line in enumerate(short.lines, 1)]
+    assert diagnose(short._replace(lines=lines)) == []
     young = evidence()._replace(lines=evidence().lines[:2])
     assert verdict(young).startswith("too early")
 

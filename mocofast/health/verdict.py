@@ -338,7 +338,7 @@ LAG = 0.1  # of a key's life in the queue
 TOLD_BY_AGE = 1.0  # deviations. Sound runs stay below 0.7
 FIRST_CHANGE = 0.03  # of the norm of the weights, in a step
 SHORTEST_PATH = 0.4  # of the norm of the weights
-FEWEST_STEPS = 200  # before weights can have moved
+FEWEST_STEPS = 300  # before weights must have moved: a sound run of 285 steps moved them by 0.33
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     *(_normalisation, _constant, _duplicates, _augmentation_off, _queue_too_large),
