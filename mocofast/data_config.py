@@ -297,7 +297,7 @@ class AugmentConfig:
     )
     local_crops: int = option(
         0,
-        "small views of an image beside the two views (multi-crop: SwAV has 6); 0: none",
+        "small views of an image beside the two views, as SwAV has 6; 0: none",
         valid=between(0, 64),
     )
     local_size: int | tuple[int, int] = option(

@@ -23,7 +23,6 @@ Commands = Mapping[str, Callable[[Sequence[str]], int]]
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 EXAMPLES = """\
-examples:
   mocofast pretrain                          the embedded digits: minutes on two CPU cores
   mocofast pretrain PHOTOS                   a folder of images; settings fit folder and machine
   mocofast pretrain moco_v2_r50_200ep --data.path PHOTOS --train.epochs 100"""
@@ -32,7 +31,7 @@ examples:
 def _usage(commands: Commands) -> str:
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in commands.items())
     return (
-        f"usage: mocofast COMMAND [...]\n{EXAMPLES}\n\ncommands:\n{lines}\n\n"
+        f"usage: mocofast COMMAND [...], for example\n{EXAMPLES}\n\ncommands:\n{lines}\n"
         "mocofast COMMAND --help lists the options of a command, mocofast --help-all of all."
     )
 

@@ -357,7 +357,7 @@ def test_what_cannot_be_exported_is_an_error_that_says_why(
 def test_every_listed_format_is_written(tmp_path: Path) -> None:
     checkpoint = trained("resnet18")
     suffixes = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
-    for format in FORMATS:
+    for format in set(FORMATS) - {"text"}:  # a text tower: tests/test_clip.py
         if format in ("onnx", "transformers"):
             pytest.importorskip("onnxscript" if format == "onnx" else format)
         out = tmp_path / "new" / f"{format}{suffixes.get(format, '')}"

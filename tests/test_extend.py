@@ -103,7 +103,8 @@ def test_two_ranks_of_barlow_twins_are_one_process_with_the_whole_batch() -> Non
     ((loss, gradient),) = on_ranks(barlow_loss_and_gradient, 1)
     for other_loss, other_gradient in on_ranks(barlow_loss_and_gradient, 2):
         torch.testing.assert_close(other_loss, loss)
-        torch.testing.assert_close(other_gradient, gradient)
+        # The method computes in float32, whatever the weights.
+        torch.testing.assert_close(other_gradient, gradient, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(
