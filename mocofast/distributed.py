@@ -159,7 +159,7 @@ def shares_of(images: int) -> Shares:
 
 def own_rows(images: int) -> slice:
     """Returns the rows of this rank in the result of `gather_rows`. images: its own number."""
-    start = sum(shares_of(images).counts[: rank_and_world_size()[0]])
+    start = shares_of(images).start(rank_and_world_size()[0])
     return slice(start, start + images)
 
 
@@ -173,7 +173,7 @@ def own_numbers(images: int, device: torch.device) -> Tensor:
     if shares.parts and len(shares.counts) > 1:
         numbers = indices_to_device([torch.from_numpy(shares.rows(rank))], device)[0]
     else:
-        start = sum(shares.counts[:rank])
+        start = shares.start(rank)
         numbers = torch.arange(start, start + own, device=device)
     if images == own:
         return numbers

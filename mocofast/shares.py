@@ -35,10 +35,14 @@ class Shares:
         """Returns the factor with which the mean over ranks becomes the mean over images."""
         return 1.0 if self.equal else self.counts[rank] * len(self.counts) / self.total
 
+    def start(self, rank: int) -> int:
+        """Returns the number of images of the ranks before."""
+        return sum(self.counts[:rank])
+
     def rows(self, rank: int) -> np.ndarray:
         """Returns the numbers of a rank's images in the batch, (n,) int64, ascending."""
         if not self.parts:
-            start = sum(self.counts[:rank])
+            start = self.start(rank)
             return np.arange(start, start + self.counts[rank])
         first, every = sum(self.parts[:rank]), sum(self.parts)
         table = np.arange(self.total).reshape(-1, every)

@@ -7,6 +7,8 @@ program writes the sums of its split, without atomics: equal inputs give equal b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from mocofast_kernels import cpu_sigmoid
 from mocofast_kernels.configs import (
     ALL_REGISTERS,
     LONGEST,
+    Tile,
     has_matrix_units,
     kernel_slots,
     split_count,
@@ -231,6 +234,23 @@ def _needs_blocks(query: Tensor, negatives: Tensor, excluded: Exclusion) -> bool
     return unknown or not fits or not has_matrix_units(query.device, dtype)
 
 
+def _constants(
+    query: Tensor, dtype: torch.dtype, excluded: Exclusion, tile: Tile
+) -> dict[str, Any]:
+    """Returns the constants and options of a launch that both kernels take."""
+    return {
+        "C": query.shape[1],
+        "DOT": triton_dtype(dtype),
+        "PRECISION": precision_of(dtype, query.device),
+        "EXCLUDE": excluded.period > 0,
+        "BLOCK_C": tile.block_c,
+        "OUT_C": tile.out_c,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **ALL_REGISTERS,
+    }
+
+
 def sigmoid_forward(
     query: Tensor, bias: Tensor, negatives: Tensor, scale: Tensor, excluded: Exclusion
 ) -> SigmoidForward:
@@ -271,17 +291,9 @@ def sigmoid_forward(
             excluded.period,
             *query.stride(),
             *negatives.stride(),
-            C=C,
-            DOT=triton_dtype(dtype),
-            PRECISION=precision_of(dtype, query.device),
-            EXCLUDE=excluded.period > 0,
             BLOCK_N=tile.stay,
             BLOCK_K=tile.stream,
-            BLOCK_C=tile.block_c,
-            OUT_C=tile.out_c,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **ALL_REGISTERS,
+            **_constants(query, dtype, excluded, tile),
         )
         return SigmoidForward(losses.sum(0), weights.sum(0), outs.sum(0))
 
@@ -322,16 +334,8 @@ def sigmoid_grad_negatives(
             excluded.period,
             *query.stride(),
             *negatives.stride(),
-            C=C,
-            DOT=triton_dtype(dtype),
-            PRECISION=precision_of(dtype, query.device),
-            EXCLUDE=excluded.period > 0,
             STAY=tile.stay,
             STREAM=tile.stream,
-            BLOCK_C=tile.block_c,
-            OUT_C=tile.out_c,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **ALL_REGISTERS,
+            **_constants(query, dtype, excluded, tile),
         )
         return grad.mul_(peak)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
-from torch import nn
 
 from mocofast.interop.hugging_face import new_folder
 from mocofast.methods.clip import CLIP
-from mocofast.models.heads import head_name
 
 PROJECTIONS = "projections.safetensors"
 
@@ -22,9 +20,7 @@ def write_texts(model: CLIP, out: Path) -> int:
     (C, W), for its pooled states.
     """
     tower = model.text_q
-    head = model.encoder_q.get_submodule(head_name(model.encoder_q))
-    image = next(module for module in head.modules() if isinstance(module, nn.Linear))
-    tensors = {"image": image.weight, "logit_scale": model.eval().scale()}
+    tensors = {"image": model.image_projection().weight, "logit_scale": model.eval().scale()}
     if tower.projection is not None:
         tensors["text"] = tower.projection.weight
     with new_folder(out) as made:

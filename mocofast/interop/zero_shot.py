@@ -8,19 +8,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.device import choose_autocast
-from mocofast.errors import NothingDecodedError
-from mocofast.evaluate.features import evaluating, image_batches
+from mocofast.evaluate.features import evaluating, extract, extraction, image_batches
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import targets_of
 from mocofast.interop.classifiers import Classifier, plain_encoder
 from mocofast.methods.base import Method
 from mocofast.methods.clip import CLIP
-from mocofast.models.heads import CosineHead, head_name, replace_head
+from mocofast.models.heads import CosineHead, replace_head
 
 TEMPLATES = ("a photo of a {}.",)  # the paper's
 
@@ -105,11 +104,7 @@ def zero_shot_classifier(
     model: on the CPU. names: {class: its name in texts}.
     """
     weights = text_weights(model, [names[name] for name in classes], templates)
-    projection = next(
-        module
-        for module in model.encoder_q.get_submodule(head_name(model.encoder_q)).modules()
-        if isinstance(module, nn.Linear)
-    )
+    projection = model.image_projection()
     head = CosineHead(projection.in_features, projection.out_features, len(classes))
     with torch.no_grad():
         head.projection.weight.copy_(projection.weight)
@@ -125,18 +120,12 @@ def classify(classifier: Classifier, source: Source, device: torch.device) -> tu
     classifier: its encoder on `device`.
     """
     config = classifier.config
-    autocast = choose_autocast(config.train.precision, device)
+    how = extraction(config, device, choose_autocast(config.train.precision, device))
 
     def compute(part: Source) -> tuple[Tensor, ...]:
-        scores, every = [], []
-        for images, labels, _ in image_batches(part, config, device):
-            assert labels is not None
-            with autocast:
-                scores.append(classifier.scores(images).float().cpu())
-            every.append(labels.cpu())
-        if not scores:
-            raise NothingDecodedError("data.path: none of the images to evaluate can be decoded")
-        return torch.cat(scores), torch.cat(every)
+        batches = image_batches(part, config, device)
+        outputs, labels = extract(classifier.encoder, batches, device, "output", **how)
+        return outputs.softmax(1), labels
 
     scores, labels = over_ranks(compute, source)
     return scores, labels

@@ -30,6 +30,7 @@ from mocofast.methods.moco import QUEUE_DTYPES
 from mocofast.methods.momentum import MomentumMethod
 from mocofast.methods.options import ClipOptions as Options
 from mocofast.models.encoders import configured_encoder
+from mocofast.models.heads import head_name
 from mocofast.models.pixels import pixel_statistics
 from mocofast.models.text import Texts, TextTower, byte_texts, folder_texts
 from mocofast.ops import clip_loss, enqueue_, info_nce, siglip_loss
@@ -127,6 +128,11 @@ class CLIP(MomentumMethod):
             with torch.no_grad():
                 self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
         return self.logit_scale.exp()
+
+    def image_projection(self) -> nn.Linear:
+        """Returns the linear projection of the image encoder's pooled features."""
+        head = self.encoder_q.get_submodule(head_name(self.encoder_q))
+        return next(module for module in head.modules() if isinstance(module, nn.Linear))
 
     def encode_texts(self, name: str, tokens: Tensor) -> Tensor:
         """Returns unit embeddings (N, C) float32. name: text_q or text_k. tokens: (N, L) int64."""

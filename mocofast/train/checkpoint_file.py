@@ -81,8 +81,7 @@ def find_damage(path: Path) -> str:
         return ""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save never compresses. A small file may unpack to any size.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            if parts.is_compressed(archive):
                 return "a compressed entry"
             bad = archive.testzip()
     except Exception as error:  # zipfile raises many exceptions on a damaged directory

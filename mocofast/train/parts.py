@@ -166,9 +166,16 @@ def _check_slices(metadata: Metadata, folder: Path, files: dict[str, Any]) -> No
                 view,
                 zipfile.ZipFile(io.BytesIO(view[info.offset : info.offset + info.length])) as z,
             ):
-                # torch.save never compresses. A small file may unpack to any size.
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in z.infolist()):
+                if is_compressed(z):
                     raise ValueError("a compressed entry")
+
+
+def is_compressed(archive: zipfile.ZipFile) -> bool:
+    """Returns whether an entry is compressed. torch.save never compresses.
+
+    A small compressed file may unpack to any size.
+    """
+    return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _sum_of(file: Path) -> list[int]:
