@@ -27,7 +27,8 @@ def report(argv: Sequence[str]) -> int:
         prog="mocofast report",
         description="Writes one HTML file that opens from the disk, without a network: the verdict "
         "first, curves, view pairs, nearest neighbours before and after, a map of the embeddings, "
-        "settings and machine. Several runs stand side by side.",
+        "settings and machine. Of runs of detect and segment: figures, predictions, classes. "
+        "Several runs stand side by side.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     parser.add_argument(
@@ -42,6 +43,8 @@ def report(argv: Sequence[str]) -> int:
     )
     add_device(parser)
     given = parser.parse(argv)
+    from mocofast.detection.page import load_task_run, task_of_folder, write_task_page
+    from mocofast.detection.page import verdict as verdict_of_task
     from mocofast.device import choose_device
     from mocofast.report.page import write_page
 
@@ -53,6 +56,16 @@ def report(argv: Sequence[str]) -> int:
     out = Path(given.out) if given.out else folders[0] / "report.html"
     if not out.parent.is_dir():
         raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
+    tasks = {folder: task_of_folder(folder) or "pretrain" for folder in folders}
+    if len({*tasks.values()}) > 1:
+        kinds = "; ".join(f"{folder}: {task}" for folder, task in tasks.items())
+        raise ConfigError(f"RUN: expected runs of one command, to compare on a page, got {kinds}")
+    if "pretrain" not in tasks.values():
+        task_runs = [load_task_run(folder) for folder in folders]
+        write_task_page(task_runs, out)
+        for each in task_runs:
+            print(f"{each.name}: {verdict_of_task(each)[1]}")
+        return _written(out)
     runs = [_run(folder, given.path, device, len(folders)) for folder in folders]
     write_page(runs, out)
     from mocofast.health.verdict import verdict
@@ -61,6 +74,10 @@ def report(argv: Sequence[str]) -> int:
         print(f"{run.name}: {verdict(run.evidence)}")
         if run.note:
             print(f"{run.name}: {run.note}")
+    return _written(out)
+
+
+def _written(out: Path) -> int:
     print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 

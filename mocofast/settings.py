@@ -201,8 +201,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     recipe, model = values.get("recipe", "custom"), values.get("model")
     if recipe in ("detect", "segment") and isinstance(model, Mapping) and "init" in model:
         raise ConfigError(
-            f"the options of a run of mocofast {recipe}, whose curves.png and metrics.jsonl show "
-            "the figures; expected a run of mocofast pretrain"
+            f"the options of a run of mocofast {recipe}, which mocofast report shows; expected a "
+            "run of mocofast pretrain"
         )
     config = Config(recipe=str(recipe))
     flat = {}
@@ -227,11 +227,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def differences(config: Config, base: Config) -> dict[str, Any]:
-    """Returns the options of `config` that differ from `base`, {"group.option": value}."""
+def differences(config: Any, base: Any) -> dict[str, Any]:
+    """Returns the options of `config` that differ from `base`, {"group.option": value}.
+
+    config, base: dataclasses of groups, of the same groups.
+    """
     missing = object()
     found = {}
-    for group in groups():
+    for group in (name for name in vars(base) if name != "recipe"):
         for name, value in vars(getattr(config, group)).items():
             if value != getattr(getattr(base, group), name, missing):
                 found[f"{group}.{name}"] = value

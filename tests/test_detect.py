@@ -19,6 +19,7 @@ from mocofast.detection.launch import configure, table
 from mocofast.detection.options import KINDS, DetectConfig, apply
 from mocofast.detection.run import train
 from tests import runs, shapes
+from tests.test_report import checked
 
 pytest.importorskip("pycocotools")
 
@@ -55,11 +56,18 @@ def test_a_run_writes_its_files_and_its_config_runs_again(voc: Path, tmp_path: P
     for name in ("curves.png", "predictions.png"):
         with Image.open(first / name) as image:
             assert min(image.size) > 300
+    text = checked(first / "report.html", "classes")
+    assert "data:image/jpeg" in text and 'scope="row">disc' in text
     content = yaml.safe_load((first / "config.yaml").read_text())
     assert content["model"]["mean"] == [0.485, 0.456, 0.406] and content["recipe"] == "detect"
     again = tmp_path / "again"
     assert detect(str(first / "config.yaml"), "--train.dir", str(again)) == 0
     runs.assert_same_run(again, first)
+    (again / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.3, "loss": null}\n')
+    both = tmp_path / "both.html"
+    assert cli.main(["report", str(first), str(again), "--out", str(both)]) == 0
+    text = checked(both, "classes")
+    assert "AP50, first" in text and "Problem: diverged" in text and "model.width" in text
 
 
 def test_a_continued_run_equals_a_run_that_never_stopped(voc: Path, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def checked(path: Path) -> str:
-    """Returns the text of a page that stands alone."""
+def checked(path: Path, later: str = "map") -> str:
+    """Returns the text of a page that stands alone. later: a section after the curves."""
     text = path.read_text(encoding="utf-8")
     found = Page(text)
     assert len(found.ids) == len(set(found.ids))
@@ -66,7 +66,8 @@ def checked(path: Path) -> str:
         assert target in found.ids
     assert not re.search(r"url\((?!data:)|@import|https?://(?!www\.w3\.org)", text)
     assert path.stat().st_size <= 5e6
-    assert text.index('id="verdict"') < text.index('id="curves"') < text.index('id="map"')
+    assert text.index('id="verdict"') < text.index('id="curves"')
+    assert text.index('id="curves"') < text.index(f'id="{later}"')
     return text
 
 
@@ -114,9 +115,15 @@ def test_a_run_without_its_images_or_files_still_has_a_page(
     assert "is no run folder" in capsys.readouterr().err
     (bare / "metrics.jsonl").unlink()
     (bare / "config.yaml").write_text(yaml.safe_dump(settings.to_dict(DetectConfig())))
-    for command in ("report", "compare"):
+    for command, said in (
+        ("report", "expected runs of one command"),
+        ("compare", "the options of a run of mocofast detect"),
+    ):
         assert cli.main([command, str(bare), str(folder)]) == 2
-        assert "the options of a run of mocofast detect" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
+    assert cli.main(["report", str(bare)]) == 0
+    assert "not started: no log line yet" in capsys.readouterr().out
+    assert "No log line yet" in checked(bare / "report.html", "predictions")
     (bare / "config.yaml").unlink()
     assert cli.main(["report", str(bare)]) == 2
     assert "it has no config.yaml" in capsys.readouterr().err

@@ -63,6 +63,15 @@ CLIP = {
     **{"model.text_width": 32, "model.text_layers": 1, "model.text_length": 32},
     **{"model.dim": 32, "model.queue_size": 0, "optim.name": "adamw", "optim.lr": 0.002},
 }
+SMALL_VIEWS = {
+    "augment.local_crops": 2,
+    "augment.local_size": 6,
+    "augment.local_scale": [0.3, 0.7],
+}
+SWAV = {
+    **{**HEAD, "model.method": "swav", "model.prototypes": 100, "model.epsilon": 0.02},
+    **{"model.freeze_prototypes": 11, "model.temperature": 0.1},
+}
 # Healthy runs: every method on the digits, with rates that suit the method.
 METHODS: dict[str, dict[str, Any]] = {
     "moco": {},
@@ -77,11 +86,11 @@ METHODS: dict[str, dict[str, Any]] = {
         # The slots are random at first. At the recipe's 0.12, or without warm-up, it may collapse.
         **{"model.mlp": True, "optim.lr": 0.03, "optim.warmup_epochs": 5},
     },
-    "swav": {
-        **{**HEAD, "model.method": "swav", "model.prototypes": 100, "model.epsilon": 0.02},
-        **{"model.freeze_prototypes": 11, "model.temperature": 0.1},
-    },
+    "swav": SWAV,
     "supervised": {"model.method": "supervised"},
+    "moco, small views": SMALL_VIEWS,
+    "simclr, small views": {**SMALL_VIEWS, **HEAD, "model.method": "simclr"},
+    "swav, small views": {**SMALL_VIEWS, **SWAV},
     "clip": CLIP,
     "clip, queues": {
         **{**CLIP, "model.queue_size": 256, "model.momentum": 0.9, "model.temperature": 0.07},

@@ -22,6 +22,7 @@ from mocofast.detection.folder import TaskFolder, format_of
 from mocofast.detection.layouts import load_sets
 from mocofast.detection.optim import learning_rate, optimizer_of
 from mocofast.detection.options import SegmentData, TaskConfig
+from mocofast.detection.page import PAGE, load_task_run, write_task_page
 from mocofast.detection.pictures import plot_curves, plot_predictions
 from mocofast.detection.start import Start, find_start
 from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_of
@@ -366,9 +367,10 @@ class _Run:
         plot_curves(self.folder.metrics_path, keys, self.path / "curves.png")
         shown = predictions(self.task, self.model, self.val, PICTURED, self.device)
         plot_predictions(shown, self.sets.val.classes, self.path / "predictions.png")
+        write_task_page([load_task_run(self.path)], self.path / PAGE)
         log.info("result: %s", self.folder.describe(self.values))
         log.info(
             "written to %s: config.yaml, metrics.jsonl, train.log, curves.png, predictions.png, "
-            "TensorBoard events, checkpoints/last.pt",
+            "report.html, TensorBoard events, checkpoints/last.pt",
             self.path,
         )
