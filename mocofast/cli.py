@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mocofast import front, interrupts, settings
+from mocofast import completion, front, interrupts, settings
 from mocofast.config import ConfigError
 from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
@@ -21,6 +22,7 @@ from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen, z
 from mocofast.fit_command import fit
 from mocofast.image_commands import embed, predict
 from mocofast.parser import (
+    WIDTH,
     Parser,
     add_device,
     add_flags,
@@ -31,24 +33,34 @@ from mocofast.parser import (
 from mocofast.report_commands import report, views
 from mocofast.run_commands import compare, sweep
 
+OFTEN = (
+    *("--data.path", "--train.dir", "--train.epochs", "--optim.lr", "--model.method"),
+    *("--model.arch", "--resume"),
+)
+
+
+def _details() -> str:
+    recipes = "\n".join(f"  {name:23}{settings.about(name)}" for name in settings.recipes())
+    return (
+        f"recipes:\n{recipes}\n\n"
+        "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
+        f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint. "
+        f"{interrupts.EXIT_DIVERGED}: diverged, loss or weights are not finite."
+    )
+
 
 def _pretrain_parser(argv: Sequence[str]) -> Parser:
     """Returns the parser of `mocofast pretrain`. argv: the words to parse, for their method."""
+    recipes = textwrap.fill(f"Recipes: {', '.join(settings.recipes())}", WIDTH - 2)
     parser = Parser(
         prog="mocofast pretrain",
-        usage="mocofast pretrain [RECIPE] [IMAGES] [--init FILE] [--resume auto|PATH] [--extend] "
-        "[--cooldown EPOCHS] [--profile] "
-        "[--GROUP.OPTION VALUE ...]",
-        description=(
-            "Pretrains with momentum contrast.\n"
-            "mocofast pretrain PHOTOS: settings fit the folder of images and the machine.\n"
-            "Without arguments: the digits, minutes on two CPU cores.\n"
-            "Several GPUs: torchrun --nproc-per-node N -m mocofast pretrain ...\n"
-            f"Recipes: {', '.join(settings.recipes())}.\n"
-            "Defaults in [brackets] are MoCo v1's. A recipe changes some defaults.\n"
-            f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint. "
-            f"{interrupts.EXIT_DIVERGED}: diverged, loss or weights are not finite."
-        ),
+        usage="mocofast pretrain [RECIPE] [IMAGES] [--init FILE] [--resume auto|PATH] "
+        "[--OPTION VALUE ...]",
+        description="Pretrains with momentum contrast. Defaults in [brackets] are MoCo v1's, and a "
+        f"recipe changes some.\n{recipes}",
+        often=OFTEN,
+        examples=front.EXAMPLES,
+        details=_details,
     )
     add_words(
         parser,
@@ -59,8 +71,7 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
         "--resume",
         metavar="auto|PATH",
         default="",
-        help="auto: continue the newest checkpoint of the run folder, if there is a checkpoint; "
-        "PATH: continue this run folder or checkpoint",
+        help="continue PATH, a run folder or a checkpoint; auto: continue if there is a run",
     )
     parser.add_argument(
         "--cooldown",
@@ -147,7 +158,13 @@ def prepare(argv: Sequence[str]) -> int:
     """a compact copy of a folder of images, as tar shards"""
     from mocofast.data.options import PrepareConfig
 
-    parser = Parser(prog="mocofast prepare", description=inspect.getdoc(PrepareConfig))
+    parser = Parser(
+        prog="mocofast prepare",
+        usage="mocofast prepare SOURCE OUT [--OPTION VALUE ...]",
+        description=inspect.getdoc(PrepareConfig),
+        often=("--size", "--quality", "--workers"),
+        examples=("mocofast prepare PHOTOS STORE",),
+    )
     parser.add_argument("source", help="a folder of images, as data.path of data.source=folder")
     parser.add_argument("out", help="a new folder to write, for data.source=shards")
     add_flags(parser, PrepareConfig)
@@ -171,7 +188,13 @@ def stats(argv: Sequence[str]) -> int:
     """channel means, deviations and ranges of a set of images, as options to paste"""
     from mocofast.data.options import StatsConfig
 
-    parser = Parser(prog="mocofast stats", description=inspect.getdoc(StatsConfig))
+    parser = Parser(
+        prog="mocofast stats",
+        usage="mocofast stats PATH [--OPTION VALUE ...]",
+        description=inspect.getdoc(StatsConfig),
+        often=("--images", "--channels", "--range", "--percentiles"),
+        examples=("mocofast stats PHOTOS",),
+    )
     parser.add_argument("path", help="the images, as data.path")
     add_flags(parser, StatsConfig)
     given = vars(parser.parse(argv))
@@ -199,6 +222,10 @@ def launch(argv: Sequence[str]) -> int:
         "--dry-run", action="store_true", help="print the file and the command. Submit nothing"
     )
     add_flags(parser, LaunchConfig)
+    if completion.is_asked():
+        add_words(parser, "as of pretrain")
+        add_run_settings(parser, argv)
+        completion.answer(parser)
     own, words = parser.parse_known_args(argv)
     given = vars(own)
     engine, dry_run = given.pop("engine"), given.pop("dry_run")
@@ -218,7 +245,7 @@ def bench(argv: Sequence[str]) -> int:
     """time the kernels and loaders beside eager PyTorch"""
     from mocofast_bench.commands import main
 
-    return main(argv)
+    return main(["--help" if word == "--help-all" else word for word in argv])
 
 
 def doctor(argv: Sequence[str]) -> int:

@@ -2,7 +2,8 @@
 
 The options of the methods stand in mocofast/methods/options.py, which needs no PyTorch.
 The defaults are those of MoCo v1 on ImageNet (He et al. 2020, arXiv:1911.05722).
-The files in `recipes/` hold differences only. `mocofast pretrain --help` is made from the options.
+The files in `recipes/` hold differences only. `mocofast pretrain --help-all` is made from the
+options.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,58 @@ if TYPE_CHECKING:
     from mocofast.methods.base import Method
 
 
-def evaluation_parser(name: str, description: str, group: str = "", kind: Any = None) -> Parser:
+# Options of the order and the batches of pretraining.
+_OF_TRAINING = ("data.batch_size", "data.checksum", "data.drop_last", "data.shuffle_window")
+# Options of the loader of random views.
+_OF_VIEWS = (
+    *("data.decode", "data.hw_decoder_load", "data.loader", "data.preallocate", "data.prefetch"),
+    *("augment.crop_ratio", "augment.flip", "augment.quarter_turns", "augment.vertical_flip"),
+)
+_OF_IMAGES = ("augment.size", "augment.mean", "augment.std")
+# Options of the monitor of a run.
+_OF_MONITOR = ("knn.every", "knn.start", "knn.patience")
+
+
+def add_image_settings(parser: Parser, views: bool = False, without: Sequence[str] = ()) -> None:
+    """Adds the options of how images are found, read and made views of.
+
+    views: whether the command trains on random views (crops and flips), or looks at whole images.
+    without: further options that the command does not use.
+    """
+    used = {*_OF_IMAGES, *(_OF_VIEWS if views else ())}
+    every = {each.name for each in settings.settings("augment", AugmentConfig)}
+    unused = {*_OF_TRAINING, *_OF_VIEWS, *every, *without} - used
+    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig}, unused)
+
+
+def evaluation_parser(
+    name: str,
+    description: str,
+    group: str = "",
+    kind: Any = None,
+    often: Sequence[str] = (),
+    examples: Sequence[str] = (),
+) -> Parser:
     """Returns a parser of `mocofast NAME CKPT --data.path DIR ...`.
 
     group, kind: a further group of options, and its dataclass, or "" for none.
+    often: options that --help shows, beside those of all evaluations.
     """
-    parser = Parser(prog=f"mocofast {name}", description=description)
+    parser = Parser(
+        prog=f"mocofast {name}",
+        usage=f"mocofast {name} CHECKPOINT [--data.path LABELLED] [--OPTION VALUE ...]",
+        description=description,
+        often=("--data.path", "--data.labels", "--data.target", "--device", "--dir", *often),
+        examples=examples,
+    )
     parser.add_argument(
         "checkpoint", help="a run folder, or a checkpoint file of any known project"
     )
     add_device(parser)
     add_arch(parser)
-    own = {group: kind} if group else {}
-    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig, **own})
+    add_image_settings(parser, views=group in ("linear", "finetune"))
+    if group:
+        add_settings(parser, {group: kind}, _OF_MONITOR)
     return parser
 
 

@@ -44,7 +44,13 @@ def knn(argv: Sequence[str]) -> int:
         "The search is exact, and its memory does not grow with the bank: --knn.bank takes "
         "millions."
     )
-    parser = _with_folder(evaluation_parser("knn", description, "knn", KNNConfig))
+    parser = _with_folder(
+        evaluation_parser(
+            *("knn", description, "knn", KNNConfig),
+            often=("--knn.k", "--knn.temperature"),
+            examples=("mocofast knn runs/RECIPE --data.path LABELLED",),
+        )
+    )
     arguments = parser.parse(argv)
     from mocofast.evaluate.knn import few_shot_accuracy
     from mocofast.evaluate.metrics import measure
@@ -83,7 +89,16 @@ def linear(argv: Sequence[str]) -> int:
         "Trains a linear classifier on a checkpoint's frozen query encoder and validates it.\n"
         "Several GPUs: torchrun --nproc-per-node N -m mocofast linear ..."
     )
-    parser = _with_folder(evaluation_parser("linear", description, "linear", LinearConfig))
+    parser = _with_folder(
+        evaluation_parser(
+            *("linear", description, "linear", LinearConfig),
+            often=("--linear.protocol",),
+            examples=(
+                "mocofast linear runs/RECIPE --data.path LABELLED",
+                "mocofast linear runs/RECIPE --data.path LABELLED --linear.protocol reference",
+            ),
+        )
+    )
     arguments = parser.parse(argv)
     import torch
     from torch import nn
@@ -128,7 +143,16 @@ def finetune(argv: Sequence[str]) -> int:
         "and validates it.\n"
         "Several GPUs: torchrun --nproc-per-node N -m mocofast finetune ..."
     )
-    parser = _with_folder(evaluation_parser("finetune", description, "finetune", FinetuneConfig))
+    parser = _with_folder(
+        evaluation_parser(
+            *("finetune", description, "finetune", FinetuneConfig),
+            often=("--finetune.epochs", "--finetune.lr", "--finetune.batch_size"),
+            examples=(
+                "mocofast finetune runs/RECIPE --data.path LABELLED",
+                "mocofast finetune runs/RECIPE --data.path LABELLED --data.labels 0.01",
+            ),
+        )
+    )
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -169,7 +193,13 @@ def zeroshot(argv: Sequence[str]) -> int:
         "Classifies labelled images by the texts of class names, with a checkpoint of method clip."
         "\nWith --classes: only writes the classifier of these classes, for mocofast predict."
     )
-    parser = _with_folder(evaluation_parser("zeroshot", description))
+    parser = _with_folder(
+        evaluation_parser(
+            *("zeroshot", description),
+            often=("--classes", "--names", "--templates"),
+            examples=("mocofast zeroshot RUN --data.path PHOTOS",),
+        )
+    )
     parser.add_argument(
         "--templates",
         nargs="+",

@@ -12,12 +12,15 @@ def fit(argv: Sequence[str]) -> int:
     """peak memory of a recipe's step on a GPU, and settings that fit"""
     parser = Parser(
         prog="mocofast fit",
-        usage="mocofast fit [RECIPE] [--gpu NAME | --memory GB] [--ranks N] "
-        "[--GROUP.OPTION VALUE ...]",
+        usage="mocofast fit [RECIPE] [--gpu NAME | --memory GB] [--ranks N] [--OPTION VALUE ...]",
         description="Predicts the peak memory of a training step without a GPU, and proposes "
         "activation checkpointing,\nsharding and micro-batches until the step fits. "
-        "docs/cluster.md says what is not counted.\n"
-        "Example: mocofast fit moco_v3_vit_l --gpu H100 --ranks 64",
+        "docs/cluster.md says what is not counted.",
+        often=("--gpu", "--memory", "--ranks"),
+        examples=(
+            "mocofast fit moco_v3_vit_l --gpu H100 --ranks 64",
+            "mocofast fit moco_v3_vit_b --memory 24 --data.batch_size 512",
+        ),
     )
     parser.add_argument("recipe", nargs="?", help="a recipe, as of pretrain")
     parser.add_argument(

@@ -22,17 +22,19 @@ Commands = Mapping[str, Callable[[Sequence[str]], int]]
 # A full disk, a quota or a largest size of files, a disk that fails or may not be written.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
-EXAMPLES = """\
-  mocofast pretrain                          the embedded digits: minutes on two CPU cores
-  mocofast pretrain PHOTOS                   a folder of images; settings fit folder and machine
-  mocofast pretrain moco_v2_r50_200ep --data.path PHOTOS --train.epochs 100"""
+EXAMPLES = (
+    "mocofast pretrain                         the embedded digits: minutes on two CPU cores",
+    "mocofast pretrain PHOTOS                  a folder of images; settings fit folder and machine",
+    "mocofast pretrain moco_v2_r50_200ep --data.path PHOTOS --train.epochs 100",
+)
 
 
 def _usage(commands: Commands) -> str:
     lines = "\n".join(f"  {name:12}{command.__doc__}" for name, command in commands.items())
+    examples = "\n  ".join(EXAMPLES)
     return (
-        f"usage: mocofast COMMAND [...], for example\n{EXAMPLES}\n\ncommands:\n{lines}\n"
-        "mocofast COMMAND --help lists the options of a command, mocofast --help-all of all."
+        f"usage: mocofast COMMAND [...], for example\n  {examples}\n\ncommands:\n{lines}\n"
+        "mocofast COMMAND --help shows the options used most, --help-all all of them."
     )
 
 
@@ -86,7 +88,7 @@ def _run(commands: Commands, argv: list[str]) -> int:
     if name == "--help-all":
         for command in commands.values():
             with contextlib.suppress(SystemExit):
-                command(["--help"])
+                command(["--help-all"])
             print()
         return 0
     if name not in commands:
@@ -99,7 +101,7 @@ def _run(commands: Commands, argv: list[str]) -> int:
     if as_users and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return commands[name](["--help" if word == "--help-all" else word for word in rest])
+        return commands[name](rest)
     except DivergedError as error:
         _report(name, error)
         return interrupts.EXIT_DIVERGED

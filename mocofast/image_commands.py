@@ -7,13 +7,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mocofast.config import AugmentConfig, ConfigError, DataConfig
-from mocofast.evaluation_arguments import add_arch, load_encoder, own_images
-from mocofast.parser import Parser, add_device, add_settings, given_settings
+from mocofast.config import ConfigError
+from mocofast.evaluation_arguments import add_arch, add_image_settings, load_encoder, own_images
+from mocofast.parser import Parser, add_device, given_settings
 
 
-def _parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"mocofast {name}", description=description)
+def _parser(
+    name: str, description: str, arguments: str, example: str, often: Sequence[str]
+) -> Parser:
+    parser = Parser(
+        prog=f"mocofast {name}",
+        usage=f"mocofast {name} CHECKPOINT {arguments} [--OPTION VALUE ...]",
+        description=description,
+        often=("--device", *often),
+        examples=(example,),
+    )
     parser.add_argument(
         "checkpoint",
         help="a run folder, a checkpoint file of any known project, or the folder of a classifier "
@@ -33,6 +41,7 @@ def embed(argv: Sequence[str]) -> int:
         "classes, and sets (N,) (train or val).\n"
         "OUT.parquet: columns name, label (text), set, and feature (list of D float32). Its memory "
         "does not grow with the set.",
+        *("PHOTOS OUT", "mocofast embed runs/RECIPE PHOTOS features.npz", ["--features"]),
     )
     parser.add_argument("path", help="the images, as data.path of pretrain")
     parser.add_argument("out", help="the file to write, *.parquet or *.npz")
@@ -42,7 +51,7 @@ def embed(argv: Sequence[str]) -> int:
         default="backbone",
         help="pooled features before the head, or the output of the head [backbone]",
     )
-    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig})
+    add_image_settings(parser, without=("data.path", "data.holdout"))
     arguments = parser.parse(argv)
     from mocofast.device import choose_device
     from mocofast.interop import embedding
@@ -67,6 +76,8 @@ def predict(argv: Sequence[str]) -> int:
         "Classifies single images. The classifier is the newest that finetune, linear, knn or "
         "zeroshot wrote into the run folder.\n"
         "Without a classifier, shows the nearest images of the run's images, or of --data.path.",
+        *("IMAGE [IMAGE ...]", "mocofast predict runs/RECIPE photo.jpg --neighbours 5"),
+        ["--top", "--neighbours", "--json", "--data.path"],
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders")
     parser.add_argument(
@@ -81,7 +92,7 @@ def predict(argv: Sequence[str]) -> int:
         "[0; 5 without a classifier]",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object for every image")
-    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig})
+    add_image_settings(parser)
     arguments = parser.parse(argv)
     for name in ("top", "neighbours"):
         if getattr(arguments, name) < (name == "top"):

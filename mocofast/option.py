@@ -46,7 +46,7 @@ def option(
     """Declares one option of a group.
 
     default: the default, which stands nowhere else.
-    help: the meaning of the option, with units. `--help` shows this text.
+    help: the meaning of the option, with units. `--help-all` shows this text.
     choices: the allowed values, or None.
     valid: a condition on the value, or None.
     plugins: also allow the dotted name of a module.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -14,16 +18,35 @@ from mocofast import completion, settings
 from mocofast.config import ConfigError, ModelConfig, method_options
 from mocofast.plugins import is_plugin
 
+WIDTH = 100  # columns of a help text
+
 
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations of options.
 
     A mistake ends the process with status 2 and one line that names the nearest known option.
+
+    often: the options that --help shows. --help-all shows all. Empty: both show all.
+    examples: command lines, for both.
+    details: the end of what --help-all shows.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+    def __init__(
+        self,
+        *,
+        often: Collection[str] = (),
+        examples: Sequence[str] = (),
+        details: Callable[[], str] = str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=_Formatter, **kwargs)
+        self.often, self.examples, self.details = often, examples, details
+        self.without_effect: set[str] = set()  # options of a group that the command does not use
+        text = "show the options used most, and end" if often else "show this text, and end"
+        self.add_argument("-h", "--help", action="help", help=text)
+        text = "show all options, and end" if often else argparse.SUPPRESS
+        self.add_argument(
+            "--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help=text
         )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -32,20 +55,93 @@ class Parser(argparse.ArgumentParser):
         arguments, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
+            if name.removeprefix("--") in self.without_effect:
+                self.error(f"{name}: no effect on {self.prog}, which does not use the option")
             known = [option for action in self._actions for option in action.option_strings]
             what = "option" if name.startswith("-") else "argument"
             self.error(f"unknown {what} {name!r}{settings.nearest(name, known)}")
         return arguments
 
+    def format_help(self) -> str:
+        """Returns what --help shows."""
+        if not self.often:
+            return self.format_help_all()
+        shown = [_briefly(a) for a in self._actions if self._is_often(a)]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        formatter.add_text(self._shown_examples())
+        formatter.start_section("arguments, and the options used most")
+        formatter.add_arguments(shown)
+        formatter.end_section()
+        titles = [str(group.title) for group in self._action_groups[2:]]  # after argparse's own
+        names = ", ".join(title for title in titles if "," not in title)
+        formatter.add_text(
+            f"{self.prog} --help-all: {len(self._actions) - len(shown)} more options ({names})"
+        )
+        return formatter.format_help()
+
+    def format_help_all(self) -> str:
+        """Returns what --help-all shows."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        formatter.add_text(self._shown_examples())
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        formatter.add_text(self.details())
+        return formatter.format_help()
+
+    def _is_often(self, action: argparse.Action) -> bool:
+        names = action.option_strings
+        return not names or any(name in self.often for name in names)
+
+    def _shown_examples(self) -> str:
+        return "\n  ".join(("examples:", *self.examples)) if self.examples else ""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
-    """Adds the options of groups, {name: dataclass}."""
+def _briefly(action: argparse.Action) -> argparse.Action:
+    """Returns an option of a group with the first clause of its help, its values and default."""
+    if "." not in action.dest:
+        return action
+    brief, text = copy.copy(action), action.help or ""
+    end = re.search(r"( \([^()]* \| [^()]*\))? \[[^\[]*\]$", text)
+    brief.help = re.split(r"; | \(|, or the dotted| \[", text)[0] + (end[0] if end else "")
+    return brief
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        super().__init__(prog, width=columns, **kwargs)
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, Parser)
+        sys.stdout.write(parser.format_help_all())
+        parser.exit()
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_settings(parser: Parser, groups: dict[str, type], without: Collection[str] = ()) -> None:
+    """Adds the options of groups, {name: dataclass}.
+
+    without: options, group.option, that the command does not use.
+    """
     for group, kind in groups.items():
         title = (kind.__doc__ or "").splitlines()[0]
-        _add_group(parser, group, title, settings.settings(group, kind))
+        members = [each for each in settings.settings(group, kind) if each.name not in without]
+        _add_group(parser, group, title, members)
+    parser.without_effect.update(without)
 
 
 def _add_group(
@@ -121,7 +217,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def add_run_settings(parser: Parser, argv: Sequence[str]) -> None:
     """Adds all options of a pretraining run. argv: as for `add_method_settings`."""
     groups = settings.groups()
     add_settings(parser, {"model": ModelConfig})
@@ -129,7 +225,7 @@ def add_run_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
     add_settings(parser, {name: kind for name, kind in groups.items() if name != "model"})
 
 
-def add_method_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def add_method_settings(parser: Parser, argv: Sequence[str]) -> None:
     """Adds the options of all methods, grouped by the methods that have them.
 
     argv: the command line. If the method is a module of the user, the options of this module are

@@ -120,8 +120,14 @@ def views(argv: Sequence[str]) -> int:
     """what augmentations make of images, before anything is trained: a picture"""
     parser = Parser(
         prog="mocofast views",
+        usage="mocofast views [PATH] [--recipe NAME] [--out FILE] [--OPTION VALUE ...]",
         description="Writes a picture of view pairs, as the encoder would see them. Trains nothing."
         "\nWithout --recipe the settings fit the images, as `mocofast pretrain PATH` fits them.",
+        often=("--recipe", "--out", "--augment.size", "--augment.crop_scale"),
+        examples=(
+            "mocofast views PHOTOS",
+            "mocofast views PHOTOS --recipe moco_v2_r50_200ep --augment.crop_scale 0.4,1",
+        ),
     )
     parser.add_argument(
         "path",
@@ -133,7 +139,8 @@ def views(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", metavar="FILE", default="views.png", help="the picture to write [views.png]"
     )
-    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig})
+    without = ("data.batch_size", "data.checksum", "data.drop_last")
+    add_settings(parser, {"data": DataConfig, "augment": AugmentConfig}, without)
     given = parser.parse(argv)
     import torch
 

@@ -45,13 +45,17 @@ def sweep(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="mocofast sweep",
         usage="mocofast sweep [RECIPE] [IMAGES] --dir FOLDER (--grid OPTION VALUE ... | --list "
-        "FILE) [--GROUP.OPTION VALUE ...]",
+        "FILE) [--OPTION VALUE ...]",
         description=(
             "Trains a run for every combination of options, one after the other. The same command "
             "continues: runs that are done stay, and a run that was interrupted goes on.\n"
-            "Writes sweep.json, table.md and sweep.png, and a run folder for every run.\n"
-            "Example: mocofast sweep digits --dir runs/rates --grid optim.lr 0.03 0.06 0.12 "
-            "--grid model.temperature 0.1 0.2"
+            "Writes sweep.json, table.md and sweep.png, and a run folder for every run."
+        ),
+        often=("--dir", "--grid", "--list"),
+        examples=(
+            "mocofast sweep digits --dir runs/rates --grid optim.lr 0.03 0.06 0.12 "
+            "--grid model.dim 64 128",
+            "mocofast sweep PHOTOS --dir runs/list --list trials.yaml",
         ),
     )
     add_words(parser, "as of pretrain")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import math
 import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -263,6 +265,14 @@ def recipes() -> list[str]:
     return sorted(
         entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")
     )
+
+
+def about(recipe: str) -> str:
+    """Returns the first sentence of the comment of a recipe that ships, without references."""
+    text = (resources.files("mocofast") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    words = " ".join(line.removeprefix("#").strip() for line in comment)
+    return re.sub(r" \([^)]*\)", "", words).split(". ")[0].removesuffix(".")
 
 
 def load_recipe(name: str) -> Config:

@@ -27,22 +27,51 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help_lists_every_option_with_meaning_and_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status, out, _ = call(capsys, "pretrain", "--help")
+    status, out, _ = call(capsys, "pretrain", "--help-all")
     assert status == 0
     text = re.sub(r"\s+", " ", out)
     for group, kind in settings.groups().items():
         for setting in settings.settings(group, kind):
             assert f"--{setting.name} VALUE {setting.help}" in text
             assert f"[{settings.shown(setting.default)}]" in text
-    assert all(name in out for name in settings.recipes())
+    for name in settings.recipes():
+        assert f"  {name:23}{settings.about(name)}\n" in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_every_command_has_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = call(capsys, name, "--help")
     assert status == 0
     assert f"mocofast {name}" in out
+    # The flags of the reference's scripts are all shown.
+    assert len(out.splitlines()) <= 30 or name.startswith("main_")
     assert name in call(capsys, "--help")[1]
+    status, every, _ = call(capsys, name, "--help-all")
+    options = r"^  (--[\w.-]+)"
+    assert status == 0
+    assert {*re.findall(options, out, re.M)} <= {*re.findall(options, every, re.M)}
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("knn", "RUN"), "augment.blur"),
+        (("knn", "RUN"), "knn.every"),
+        (("linear", "RUN"), "data.batch_size"),
+        (("embed", "RUN", "PHOTOS", "x.npz"), "data.path"),
+        (("views", "PHOTOS"), "data.drop_last"),
+    ],
+)
+def test_an_option_that_a_command_does_not_use_is_refused(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], option: str
+) -> None:
+    status, _, err = call(capsys, *words, f"--{option}", "1")
+    assert status == 2
+    assert err.startswith(f"mocofast {words[0]}: --{option}: no effect")
+    assert f"--{option} " not in call(capsys, words[0], "--help-all")[1]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +236,8 @@ def test_the_settings_of_the_study_are_those_of_its_help(
         ("mocofast linear README.md --linear.prot", {"--linear.protocol"}),
         ("mocofast knn pyproj", {"pyproject.toml"}),
         ("mocofast bench ker", {"kernels"}),
+        ("mocofast launch slurm digits --optim.sched", {"--optim.schedule"}),
+        ("mocofast launch slurm --gpus", {"--gpus"}),
     ],
 )
 def test_the_tab_key_completes_commands_options_values_and_files(

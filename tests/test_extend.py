@@ -77,7 +77,7 @@ def test_barlow_twins_trains_resumes_exactly_and_is_evaluated(tmp_path: Path) ->
     assert all("invariance" in line for line in runs.metrics(whole) if "loss" in line)
     assert "knn_top1" in runs.mocofast("knn", str(whole)).stdout
     # The option of the method is one of the command line, with its check.
-    assert "--model.redundancy" in runs.mocofast("pretrain", *options[:2], "--help").stdout
+    assert "--model.redundancy" in runs.mocofast("pretrain", *options[:2], "--help-all").stdout
     wrong = runs.mocofast("pretrain", "digits", *options, "--model.redundancy", "0", check=False)
     assert (wrong.returncode, "model.redundancy: expected above 0" in wrong.stderr) == (2, True)
 

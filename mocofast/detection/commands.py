@@ -37,7 +37,7 @@ def _main(task: str, argv: Sequence[str], description: str) -> int:
     parser = Parser(
         prog=f"mocofast {task}",
         usage=f"mocofast {task} CKPT [CKPT ...] --data.path DIR [--resume auto|PATH] "
-        "[--GROUP.OPTION VALUE ...]",
+        "[--OPTION VALUE ...]",
         description=(
             f"{description}\n"
             "Several CKPT or --train.seeds train run after run, and end with a table.\n"
@@ -45,6 +45,8 @@ def _main(task: str, argv: Sequence[str], description: str) -> int:
             f"Exit status {interrupts.EXIT_INTERRUPTED}: stopped by a signal, with a checkpoint. "
             f"{interrupts.EXIT_DIVERGED}: diverged, loss or weights are not finite."
         ),
+        often=("--resume", "--model.name", "--data.path", "--train.dir", "--train.epochs"),
+        examples=(f"mocofast {task} runs/RECIPE scratch --data.path VOC",),
     )
     parser.add_argument(
         "words",
