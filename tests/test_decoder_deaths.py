@@ -120,8 +120,30 @@ def test_a_loader_that_ends_by_itself_leaves_no_journal(photos_23: Path, tmp_pat
     assert not (run / FOLDER).exists()
 
 
+FAKES = {
+    "decoder": """
+feed = dali_loader._Batches._feed
+def fake_feed(self):
+    fed = feed(self)
+    if any(bytes(item).endswith(MARK) for item in fed[0]):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return fed
+dali_loader._Batches._feed = fake_feed
+""",
+    "parser": """
+accepts = planning.accepts
+def fake_accepts(item, header):
+    if Path(item).read_bytes().endswith(MARK):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return accepts(item, header)
+planning.accepts = fake_accepts
+""",
+}
+
+
+@pytest.mark.parametrize("fake", FAKES)
 def test_after_a_death_the_next_start_skips_and_names_the_file(
-    photos_23: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos_23: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: str
 ) -> None:
     (photos_23 / "003.jpg").write_bytes(jpeg(3) + MARK)
     run = tmp_path / "run"
@@ -129,17 +151,11 @@ def test_after_a_death_the_next_start_skips_and_names_the_file(
         f"""
         import os, signal
         from pathlib import Path
-        from mocofast.data import dali_loader
+        from mocofast.data import dali_loader, planning
         from mocofast.train.suspects import skip_fatal_files
         from tests.pictures import files
-        from tests.test_decoder_deaths import MARK, loader_of
-        feed = dali_loader._Batches._feed
-        def fake_decoder(self):
-            fed = feed(self)
-            if any(bytes(item).endswith(MARK) for item in fed[0]):
-                os.kill(os.getpid(), signal.SIGSEGV)
-            return fed
-        dali_loader._Batches._feed = fake_decoder
+        from tests.test_decoder_deaths import FAKES, MARK, loader_of
+        exec(FAKES[{fake!r}])
         source = files(Path({str(photos_23)!r}))
         loader = loader_of(source)
         skip_fatal_files(loader, source, Path({str(run)!r}))

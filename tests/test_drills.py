@@ -1,4 +1,4 @@
-"""Short versions of the drills of `make drills`, with one fault each."""
+"""Short versions of the drills of `make drills`, with one fault each, on runs of 110 steps."""
 
 from __future__ import annotations
 
@@ -6,42 +6,61 @@ from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.drills import files, kills, ranks
-from tests.drills.runs_to_kill import Figures
+from tests.drills.runs_to_kill import Figures, words
+
+STEPS = 110
 
 
-def test_a_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path: Path) -> None:
-    figures = kills.drill(2, 1, tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run of one process without a fault."""
+    folder = tmp_path_factory.mktemp("one") / "whole"
+    runs.mocofast(*words(folder, STEPS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run of two ranks without a fault."""
+    return kills.whole_run(tmp_path_factory.mktemp("two") / "whole", 2, STEPS)
+
+
+def test_a_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
+    figures = kills.kill_a_run(tmp_path / "run", whole, 1, 2, 0, STEPS)
     assert figures.good(), figures
 
 
-def test_a_killed_rank_is_started_again_and_the_run_ends_equal(tmp_path: Path) -> None:
-    figures = kills.drill(1, 2, tmp_path)
+def test_a_killed_rank_is_started_again_and_the_run_ends_equal(
+    tmp_path: Path, whole_of_two: Path
+) -> None:
+    figures = kills.kill_a_run(tmp_path / "run", whole_of_two, 2, 1, 0, STEPS)
     assert figures.good(), figures
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path: Path, victim: int) -> None:
-    whole, figures = tmp_path / "whole", Figures()
-    kills.whole_run(whole, 2)
-    said = ranks.hang(tmp_path / "hung", whole, victim, 40, figures)
+def test_stopped_and_hung_ranks_end_and_the_run_goes_on_to_equal_bits(
+    tmp_path: Path, whole_of_two: Path
+) -> None:
+    """One run meets a signal to torchrun's agent, a signal to a rank, and two ranks that hang.
+
+    After a signal torchrun's own status is 1, the run does not start again, and no step is lost.
+    Of ranks that hang, rank 1 notices rank 0, and rank 0 notices rank 1.
+    """
+    folder, figures = tmp_path / "run", Figures()
+    assert ranks.stopped(folder, 10, "agent", STEPS) == (1, 0, 0)
+    assert ranks.stopped(folder, 25, "rank", STEPS) == (1, 0, 0)
+    said = ranks.hang(folder, whole_of_two, {1: 55, 0: 75}, figures, STEPS, kill=True)
     assert figures.good(), figures
-    assert f"hanging: rank {victim} at" in said
-    log = (tmp_path / "hung.log").read_text()
-    assert f"rank {victim}: no stack, because it does not answer" in log
-    assert f"rank {1 - victim}: at " in log and "_step" in log
+    log = folder.with_suffix(".log").read_text()
+    for victim, line in zip((1, 0), said):
+        assert f"hanging: rank {victim} at" in line
+        assert f"rank {victim}: no stack, because it does not answer" in log
+        assert f"rank {1 - victim}: at " in log and "_step" in log
 
 
 def test_ranks_end_when_their_agent_is_killed(tmp_path: Path) -> None:
     assert ranks.orphans(tmp_path / "run", 20) < 60
-
-
-@pytest.mark.parametrize("whom", ["agent", "rank"])
-def test_a_signal_to_agent_or_rank_ends_the_run_with_a_checkpoint(
-    tmp_path: Path, whom: str
-) -> None:
-    """torchrun's own status is 1. The run does not start again."""
-    assert ranks.stopped(tmp_path / "run", 20, whom) == (1, 0, 0)
 
 
 def test_spoiled_checkpoints_never_change_a_run(tmp_path: Path) -> None:
@@ -49,12 +68,12 @@ def test_spoiled_checkpoints_never_change_a_run(tmp_path: Path) -> None:
         assert figures.good(), kind
 
 
-def test_a_full_disk_stops_no_run(tmp_path: Path) -> None:
-    figures = files.full_disk(tmp_path, 2)
+def test_a_full_disk_stops_no_run(tmp_path: Path, whole: Path) -> None:
+    figures = files.full_disk(tmp_path, whole, 1, 0, STEPS)
     if figures is None:
         pytest.skip("this user may mount no file system")
     assert figures.good(), figures
 
 
-def test_of_two_starts_in_a_folder_one_wins(tmp_path: Path) -> None:
-    assert files.two_starts(tmp_path, 1).good()
+def test_of_two_starts_in_a_folder_one_wins(tmp_path: Path, whole: Path) -> None:
+    assert files.two_starts(tmp_path, whole, 1, STEPS).good()

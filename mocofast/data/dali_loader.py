@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,7 +150,7 @@ class _Batches:
         self._readers = Readers(self._threads, read_seconds(source), "mocofast-read")
         scaled = data.decode == "scaled"
         self.planner = BatchPlanner(
-            source, augments, batch_slice, seed, self._readers, pixels, scaled
+            source, augments, batch_slice, seed, self._readers, pixels, scaled, self._note
         )
         # The next batch to decode, whose files are being read
         self._ahead: tuple[BatchPlan, list[list[Call[np.ndarray | str]]]] | None = None
@@ -294,12 +294,17 @@ class _Batches:
         self._next_plan = (plan.epoch, plan.step)
         if plan.last:
             self._next_plan = self.planner.after(plan.epoch, plan.step)
-        if self.journal is not None:
-            self.journal.note([p.samples for p in (*self._unfinished, plan)])
+        self._note(plan.samples)
         return plan, [
             [self._readers.submit(self._item, *each) for each in zip(files.tolist(), factors)]
             for files, factors in zip(self.planner.files(plan.samples), plan.factors)
         ]
+
+    def _note(self, samples: Sequence[int] | np.ndarray) -> None:
+        """Notes samples in the journal, beside those inside DALI."""
+        if self.journal is not None:
+            inside = (plan.samples for plan in self._unfinished)
+            self.journal.note([*inside, np.asarray(samples, np.int64)])
 
     def _result(self, read: Call[np.ndarray | str]) -> np.ndarray | str:
         """Returns the result of `_item`, or why it does not come in time."""

@@ -244,9 +244,7 @@ def _is_plain(image: Image.Image) -> bool:
         return not moving
     if image.format == "PPM":  # of maxval 255: PIL scales all others
         return tile is not None and tile[0] == "raw" and mode in ("L", "RGB")
-    # The number of bits of JPEG 2000 is checked by `probing.accepts`.
-    if image.format == "JPEG2000":  # DALI refuses gray without the container jp2
-        return mode in ("L", "RGB") and getattr(image, "codec", "") == "jp2"
+    # Of JPEG 2000 damaged headers end the process, in nvImageCodec's parser and in its decoder.
     return False
 
 

@@ -4,6 +4,7 @@ before decoding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,14 +82,16 @@ class BatchPlanner:
         readers: Readers,
         pixels: PixelFormat | None = None,
         scaled: bool = False,
+        note: Callable[[Sequence[int]], None] = lambda samples: None,
     ) -> None:
         """Takes the arguments of `mocofast.data.loaders.build_loader`, and:
 
         readers: threads that read headers.
         pixels: how images are read that are not 8-bit RGB.
         scaled: data.decode is scaled.
+        note: called with the samples whose headers are read next.
         """
-        self._pixels, self._scaled = pixels, scaled
+        self._pixels, self._scaled, self._note = pixels, scaled, note
         self.steps = batch_slice.steps(len(source))
         self.skipped: dict[int, str] = {}  # bad samples: {index: reason}. Callers may add samples
         self.python_only: set[int] = set()  # samples that DALI is known to refuse
@@ -111,6 +114,8 @@ class BatchPlanner:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
         slots = self._slice.indices(self._order[1], step)
         unknown = [slot for slot in slots.tolist() if not self._known(slot)]
+        if unknown:
+            self._note(unknown)
         headers = [self._readers.submit(self._read_headers, slot) for slot in unknown]
         for slot, header in zip(unknown, headers):
             self._answer(slot, header)
@@ -182,6 +187,7 @@ class BatchPlanner:
     def _is_good(self, index: int) -> bool:
         """Returns False for a bad sample, also for a file that cannot be read in time."""
         if not self._known(index):
+            self._note([index])
             self._answer(index, self._readers.submit(self._read_headers, index))
         return index not in self.skipped
 

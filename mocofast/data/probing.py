@@ -22,7 +22,6 @@ FORMATS = {
     "WEBP": "webp",
     "TIFF": "tiff",
     "PPM": "pnm",
-    "JPEG2000": "jpeg2k",
 }
 PROBED_AT_ONCE = 64  # number of decoded images that `undecodable` holds in memory
 
@@ -44,7 +43,7 @@ def accepts(file: File, header: Header) -> bool:
         stream = nvimgcodec.CodeStream(file)
     except Exception:  # RuntimeError for a format unknown to nvImageCodec, ImportError
         return False
-    bits = (8,) if header.format in ("JPEG", "MPO", "JPEG2000") else (1, 2, 4, 8, 16)
+    bits = (8,) if header.format in ("JPEG", "MPO") else (1, 2, 4, 8, 16)
     return (
         stream.codec_name == FORMATS[header.format]
         and (stream.height, stream.width) == (header.height, header.width)

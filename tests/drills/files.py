@@ -16,6 +16,7 @@ from mocofast import settings
 from mocofast.train.run import train
 from tests.drills.kills import PATIENCE, whole_run
 from tests.drills.runs_to_kill import (
+    STEPS,
     Figures,
     equal_to_the_bit,
     last_step,
@@ -80,7 +81,9 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-def full_disk(place: Path, count: int, seed: int = 0) -> Figures | None:
+def full_disk(
+    place: Path, whole: Path, count: int, seed: int = 0, steps: int = STEPS
+) -> Figures | None:
     """Fills a small disk `count` times while a run writes to it. None if none can be mounted."""
     disk, rng, figures = place / "disk", random.Random(seed), Figures()
     disk.mkdir()
@@ -88,10 +91,8 @@ def full_disk(place: Path, count: int, seed: int = 0) -> Figures | None:
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         return None
     try:
-        whole, folder = place / "whole", disk / "run"
-        if not whole.exists():
-            whole_run(whole, 1)
-        process = start(words(folder), place / "full.log")
+        folder = disk / "run"
+        process = start(words(folder, steps), place / "full.log")
         for _ in range(count):
             if not wait_for_step(folder, last_step(folder) + 20, process, PATIENCE):
                 break
@@ -107,16 +108,14 @@ def full_disk(place: Path, count: int, seed: int = 0) -> Figures | None:
     return figures
 
 
-def two_starts(place: Path, count: int) -> Figures:
+def two_starts(place: Path, whole: Path, count: int, steps: int = STEPS) -> Figures:
     """Starts two runs in one folder at once. One must win, and the other say so."""
-    whole, figures = place / "whole", Figures()
-    if not whole.exists():
-        whole_run(whole, 1)
+    figures = Figures()
     for number in range(count):
         folder = place / f"two{number}"
         logs = [place / f"two{number}-{name}.log" for name in "ab"]
         figures.faults += 1
-        processes = [start(words(folder), log) for log in logs]
+        processes = [start(words(folder, steps), log) for log in logs]
         statuses = [process.wait(PATIENCE) for process in processes]
         refused = [log.read_text() for log, status in zip(logs, statuses) if status == 2]
         figures.survived += sorted(statuses) == [0, 2] and "is in use by process" in refused[0]
@@ -140,12 +139,13 @@ def main() -> int:
                 place / "spoiled", arguments.count, arguments.seed
             ).items()
         }
-        full = full_disk(place / "disk", 5, arguments.seed)
+        whole = whole_run(place / "whole", 1)
+        full = full_disk(place / "disk", whole, 5, arguments.seed)
         if full is None:
             print("full disk: not run, because this user may mount no file system")
         else:
             found["full disk"] = full
-        found["two starts"] = two_starts(place / "starts", 3)
+        found["two starts"] = two_starts(place / "starts", whole, 5)
     for kind, figures in found.items():
         print(figures.line(kind))
     return 0 if all(figures.good() for figures in found.values()) else 1

@@ -31,7 +31,7 @@ from tests.drills.runs_to_kill import (
 )
 
 A_RUN = 4  # kills in one run
-PATIENCE = 120.0  # seconds until a run that does not go on counts as lost
+PATIENCE = 600.0  # seconds until a run that does not go on counts as lost, on a busy machine, too
 
 
 def torchrun(ranks: int, restarts: int = A_RUN) -> list[str]:
@@ -40,11 +40,12 @@ def torchrun(ranks: int, restarts: int = A_RUN) -> list[str]:
     return ["-m", "torch.distributed.run", *options] if ranks > 1 else []
 
 
-def whole_run(folder: Path, ranks: int) -> None:
-    """Trains without a fault."""
-    process = start(words(folder), folder.with_suffix(".log"), torchrun(ranks))
+def whole_run(folder: Path, ranks: int, steps: int = STEPS) -> Path:
+    """Trains without a fault. Returns the folder."""
+    process = start(words(folder, steps), folder.with_suffix(".log"), torchrun(ranks))
     if process.wait():
         raise RuntimeError(folder.with_suffix(".log").read_text())
+    return folder
 
 
 def kill(process: subprocess.Popen, folder: Path, ranks: int, rng: random.Random) -> int:
@@ -58,11 +59,13 @@ def kill(process: subprocess.Popen, folder: Path, ranks: int, rng: random.Random
     return last_step(folder)
 
 
-def kill_a_run(folder: Path, whole: Path, ranks: int, count: int, seed: int) -> Figures:
+def kill_a_run(
+    folder: Path, whole: Path, ranks: int, count: int, seed: int, steps: int = STEPS
+) -> Figures:
     """Kills a run `count` times, lets it end, and compares it with the run without a fault."""
     rng, figures, log = random.Random(seed), Figures(), folder.with_suffix(".log")
-    process = start(words(folder), log, torchrun(ranks, count))
-    moments = sorted(rng.sample(range(10, STEPS - 10), count))
+    process = start(words(folder, steps), log, torchrun(ranks, count))
+    moments = sorted(rng.sample(range(10, steps - 10), count))
     try:
         for number, moment in enumerate(moments):
             if not wait_for_step(folder, moment, process, PATIENCE):
@@ -74,7 +77,7 @@ def kill_a_run(folder: Path, whole: Path, ranks: int, count: int, seed: int) -> 
             killed = time.monotonic()
             if ranks == 1:
                 after = saved_step(folder)
-                process = start(words(folder), log)
+                process = start(words(folder, steps), log)
                 figures.beyond += after < before
                 figures.most_lost = max(figures.most_lost, reached - after)
             if not wait_for_lines_after(log, number + 1, process):

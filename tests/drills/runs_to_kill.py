@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,8 +22,8 @@ from tests import runs
 # the end is part of the comparison.
 STEPS = 330
 EVERY = 10  # steps between checkpoints
+SOON = 20.0  # seconds in which a run should be back at work
 OPTIONS = {
-    "train.epochs": STEPS // 11,
     "train.log_every": 1,
     "train.device": "cpu",
     "data.workers": 0,
@@ -46,7 +47,14 @@ class Figures:
     seconds: list[float] = field(default_factory=list)  # from the fault to the next step
 
     def line(self, name: str) -> str:
-        slowest = f"; back at work after at most {max(self.seconds):.1f} s" if self.seconds else ""
+        slowest = ""
+        if self.seconds:
+            soon = sum(seconds < SOON for seconds in self.seconds)
+            slowest = (
+                f"; back at work after {statistics.median(self.seconds):.1f} s (median), at most "
+                f"{max(self.seconds):.1f} s, "
+                f"{soon} of {len(self.seconds)} times within {SOON:.0f} s"
+            )
         return (
             f"{name}: {self.faults} faults, {self.survived} survived; at most {self.most_lost} "
             f"steps made again, {self.beyond} times further back than the last checkpoint; "
@@ -58,9 +66,12 @@ class Figures:
         return self.survived == self.faults > 0 and whole and not self.beyond
 
 
-def words(folder: Path, **more: object) -> list[str]:
-    """Returns the arguments of `mocofast` for the run of the drills in `folder`."""
-    options = {**OPTIONS, "train.dir": folder, **more}
+def words(folder: Path, steps: int = STEPS, **more: object) -> list[str]:
+    """Returns the arguments of `mocofast` for the run of the drills in `folder`.
+
+    steps: a multiple of 11, the steps of an epoch.
+    """
+    options = {**OPTIONS, "train.epochs": steps // 11, "train.dir": folder, **more}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["pretrain", "digits", *flags, "--resume", "auto"]
 
