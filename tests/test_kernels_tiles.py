@@ -171,6 +171,8 @@ def test_small_shared_memory_takes_smaller_tiles_for_the_queue() -> None:
     # 40 KB of tiles: two programs fit into the 100 KB of an RTX 3090, 4090 or 5090.
     assert tiles.rule(queue, Architecture(100 * 1024)).stream == 64
     assert tiles.rule(queue, Architecture(hopper=True)).stages == 3
+    # The registers of AMD's GPUs hold 32 negatives beside 128 queries.
+    assert tiles.rule(queue._replace(plain=False), Architecture(amd=True)).stream == 32
     for C in (64, 128, 256):  # no rule takes a sweep that no GPU has run
         for gpu in (Architecture(), Architecture(228 * 1024, hopper=True)):
             assert not tiles.rule(queue._replace(C=C), gpu).specialised

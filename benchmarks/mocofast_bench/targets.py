@@ -140,7 +140,8 @@ def launches(only: str, targets: list[Target]) -> Iterator[tuple[str, Target, La
                 continue
             if (target.capability or 0) < 80 and case.matmul_precision != "highest":
                 continue
-            gpu = Architecture(target.shared, hopper=target.name == "sm_90")
+            hopper, amd = target.name == "sm_90", target.capability is None
+            gpu = Architecture(target.shared, hopper, amd)
             for launch in inspect_code.record(case.call, target.processors, gpu):
                 if (launch.identity, target.name) not in known:
                     known.add((launch.identity, target.name))
