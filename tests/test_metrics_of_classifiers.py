@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
 from torch import Tensor, nn
 
 from mocofast.config import Config, ConfigError, DataConfig, OptimConfig
@@ -25,6 +26,7 @@ from mocofast.optim.schedule import set_learning_rate
 from tests.test_evaluate import CPU, bright_datasets, clusters, tiny_encoder
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_figures_of_classes_follow_their_definitions() -> None:
     rng = np.random.default_rng(0)
     labels = rng.choice(4, 300, p=[0.7, 0.2, 0.1, 0.0])  # class 3 does not occur
@@ -35,6 +37,11 @@ def test_figures_of_classes_follow_their_definitions() -> None:
     recalls = [(predicted[labels == c] == c).mean() for c in range(3)]
     assert found["top1"] == pytest.approx((predicted == labels).mean())
     assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    low, high = found["intervals"]["balanced_accuracy"]
+    resample = np.random.default_rng(0)
+    chosen = [resample.integers(0, 300, 300) for _ in range(500)]
+    wanted = [metrics.balanced_accuracy_score(labels[i], predicted[i]) for i in chosen]
+    assert (low, high) == pytest.approx(np.percentile(wanted, [2.5, 97.5]), abs=1e-6)
     # AUROC: the share of pairs (one of the class, one of the rest) in the right order.
     areas = []
     for c in range(3):

