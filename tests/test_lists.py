@@ -109,6 +109,14 @@ def test_folders_before_the_lists_folder_are_dropped(tmp_path: Path) -> None:
         images.paths()
 
 
+def test_a_list_names_images_of_folders_above_and_of_hidden_folders(tmp_path: Path) -> None:
+    put_images(tmp_path, "images/1.jpg", ".cache/2.jpg")
+    (tmp_path / "lists").mkdir()
+    rows = [("../images/1.jpg",), ("../.cache/2.jpg",)]
+    found = from_list(write_list(tmp_path / "lists/train.csv", ("path",), rows))
+    assert [found.train.name(i) for i in range(2)] == [row[0] for row in rows]
+
+
 def test_a_list_that_cannot_be_used_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no list"):
         from_list(tmp_path / "none.csv")

@@ -299,11 +299,16 @@ class Disk:
 class Names:
     """The tree of an archive, from the paths of its files."""
 
-    def __init__(self, paths: Iterable[str], extensions: Set[str]) -> None:
-        """paths: with "/" between folders. extensions: as for `Disk`."""
+    def __init__(self, paths: Iterable[str], extensions: Set[str], hidden: bool = False) -> None:
+        """paths: with "/" between folders. extensions: as for `Disk`.
+
+        hidden: keep names that begin with a dot, too.
+        """
         self._extensions = extensions
         self._paths = [
-            path for path in paths if not any(part.startswith(".") for part in path.split("/"))
+            path
+            for path in paths
+            if hidden or not any(part.startswith(".") for part in path.split("/"))
         ]
 
     def entries(self, folder: str) -> tuple[list[str], bool]:

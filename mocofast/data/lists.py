@@ -212,7 +212,8 @@ def arrange_list(images: ImageList, data: DataConfig) -> Layout:
     data: `train`, `val`, `include`, `exclude`, `labels` and `group` are used.
     """
     paths = images.paths()
-    tree = choose_tree(lambda extensions: Names(paths, extensions), data)
+    # A list names its images: those of hidden folders, and of folders above (..), count, too.
+    tree = choose_tree(lambda extensions: Names(paths, extensions, hidden=True), data)
     names = tree.find("", Patterns(data.include, data.exclude))
     usable = set(names.names)
     remarks = [line for line in (names.left_out(),) if line] + names.warnings()
