@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tests import kinds
 from tests.kinds import C8, G8, GRAY, STACK, Kind, gray, levels, stretched
 
 X12 = levels(GRAY, 4095).astype(np.uint16)  # an X-ray of 12 bits
@@ -255,10 +254,3 @@ FIELD_KINDS = (
     Kind("numpy", "gray.npy", _numpy(np.save, GRAY), gray(GRAY * 255), 1),
     Kind("numpy", "rgb.npz", _numpy(np.savez, np.moveaxis(C8, 2, 0)), C8.astype(float), 0),
 )
-EVERY_KIND = (*kinds.KINDS, *FIELD_KINDS)
-
-
-def write_all(folder: Path) -> None:
-    """Writes a file of every kind of EVERY_KIND."""
-    for kind in EVERY_KIND:
-        kind.write(folder / kind.name)

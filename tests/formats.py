@@ -23,8 +23,8 @@ from mocofast.data.loaders import build_loader
 from mocofast.data.probing import accepts
 from mocofast.data.sources import FolderSource
 from mocofast.data.torchvision_loader import apply_view
-from tests.field_files import EVERY_KIND, write_all
 from tests.kinds import H, Kind, W
+from tests.odd_kinds import EVERY_KIND, write_all
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 LOADERS = ("torchvision", "dali", "device")
@@ -33,6 +33,7 @@ LIBRARIES = (
     "nvidia-dali-cuda130",
     "nvidia-nvimgcodec-cu13",
     "tifffile",
+    "rasterio",
     "imagecodecs",
     "pydicom",
     "pylibjpeg-openjpeg",
@@ -60,12 +61,18 @@ SEES = {
     "PBM": "black and white",
     "JPEG 2000, 8 bits": "the pixels",
     "JPEG 2000, more bits": "the whole range of the bits scaled to 8 bits",
+    "JPEG 2000 of GDAL": "as above. Signed numbers: the lowest to the highest value of the image",
     "TIFF, 8 bits": "the pixels. Of a pyramid the largest level",
     "TIFF, rare compressions": "the pixels",
     "TIFF, 1 bit": "black and white. Of several pages the first",
     "TIFF, white is zero": "black and white as meant",
     "TIFF, alpha": "the colour under transparency, not multiplied by alpha",
     "TIFF, CIELAB": "sRGB",
+    "TIFF, CMYK of 16 bits": "RGB of 8 bits",
+    "TIFF, 2 to 12 bits": "all bits from black to white",
+    "TIFF, nodata": "the numbers as without it. Missing values are the mean of their channel",
+    "TIFF, tiles left out": "0 in these tiles, or missing values where the file states nodata",
+    "TIFF, smaller copy first": "the first page that is no smaller copy",
     "TIFF, orientation": "the picture set upright",
     "TIFF, 16 bits": "0 to 65535 scaled to 8 bits",
     "TIFF, float in [0, 1]": "0 to 1 scaled to 8 bits",
@@ -78,6 +85,7 @@ SEES = {
     "OME-TIFF": "the first three channels, and a remark in the log",
     "ImageJ stack": "the first three channels, and a remark in the log",
     "DICOM, gray": "all stored bits from black to white. MONOCHROME1 is inverted",
+    "DICOM, without a preamble": "as the other kinds",
     "DICOM, window": "the VOI window from black to white, of slope and intercept. Padding is black",
     "DICOM, table or sigmoid": "what the table or the sigmoid gives",
     "DICOM, 16 bits without a window": "unsigned: 0 to 65535. Others: the lowest to the highest "
@@ -97,7 +105,7 @@ HEAD = """# Kinds of image files
 
 What an encoder sees of a file with `--data.range auto`. Every loader, the evaluation and
 `mocofast prepare` see the same. `python -m tests.formats` writes this page from the files that
-the tests make with PIL, tifffile, imagecodecs, pydicom, nibabel and pillow-heif.
+the tests make with PIL, tifffile, rasterio, imagecodecs, pydicom, nibabel and pillow-heif.
 
 - *DALI loader*: who decodes the files in the DALI loader. Files of the Python reader, and
   damaged files, never reach DALI's decoder.

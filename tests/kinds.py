@@ -286,10 +286,3 @@ KINDS = (
     Kind("TIFF, stack of pages", "imagej-stack.tif",
          _tiff(STACK, imagej=True, metadata={"axes": "ZYX"}), F8, 0, "page 4 of 7"),
 )  # fmt: skip
-
-
-def write_all(folder: Path) -> dict[str, Kind]:
-    """Writes a file of every kind to `folder`. Returns {name of the file: kind}."""
-    for kind in KINDS:
-        kind.write(folder / kind.name)
-    return {kind.name: kind for kind in KINDS}

@@ -28,16 +28,16 @@ from mocofast.data.ranges import Pixels, parse_range, range_of, set_range, to_ui
 from mocofast.data.sources import FolderSource, find_images, load_datasets
 from mocofast.data.torchvision_loader import apply_view
 from tests import kinds, runs
-from tests.field_files import EVERY_KIND as KINDS
-from tests.field_files import write_all
 from tests.formats import PAGE, PLAIN, SEED, loader_differences, page
 from tests.kinds import H, Kind, W
+from tests.odd_kinds import EVERY_KIND as KINDS
+from tests.odd_kinds import write_all
 from tests.pictures import shard_datasets
 
 tifffile = pytest.importorskip(
     "tifffile", reason="tifffile is not installed: pip install 'mocofast[images]'"
 )
-for library in ("imagecodecs", "pydicom", "nibabel", "pillow_heif"):
+for library in ("imagecodecs", "rasterio", "pydicom", "nibabel", "pillow_heif"):
     pytest.importorskip(library, reason=f"{library} is not installed: see the extras in setup.py")
 
 CPU = torch.device("cpu")
@@ -88,6 +88,11 @@ NUMBERS: dict[str, np.ndarray] = {
     "uint32.tif": kinds.levels(kinds.GRAY, 10**6),
     "double01.tif": kinds.GRAY,
     "turned6.tif": kinds.C8,
+    "bits12.tif": kinds.levels(kinds.GRAY, 4095),
+    "bits12-rgb.tif": kinds.levels(kinds.RGB, 4095),
+    "gdal16.jp2": kinds.C16,
+    "signed.jp2": kinds.HOUNSFIELD,
+    "preview16.tif": kinds.C16,
 }
 
 
@@ -106,6 +111,7 @@ def test_numbers_are_read_as_they_were_written(name: str, folder: Path) -> None:
         ("stack.tif", np.moveaxis(kinds.STACK, 0, 2)),
         ("two8.tif", np.dstack([kinds.G8, kinds.ALPHA])),
         ("near-infrared.tif", np.dstack([kinds.C8, kinds.G8])),
+        ("gdal5.jp2", np.dstack([kinds.C8, kinds.C8[..., :2]])),
     ],
 )
 def test_all_channels_are_read_where_the_encoder_takes_as_many(
@@ -362,6 +368,28 @@ def test_a_file_that_dali_alone_refuses_is_decoded_in_python(
     picture = Image.fromarray(kinds.G8).convert("RGB")
     expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
     assert np.abs(shown["gif.png"].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def test_a_run_goes_on_where_dali_refuses_a_file_that_nvimagecodec_decodes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI fails without saying which file is bad, and the search finds none."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from mocofast.data import planning
+
+    for name in ("gray.png", "rgb.jpg", "bits4.tif"):
+        shutil.copy(folder / name, tmp_path)
+    source = FolderSource(tmp_path, find_images(tmp_path))
+    batches = {}
+    for name in ("torchvision", "dali"):
+        loader = loader_of(source, name, 3)
+        monkeypatch.setattr(planning, "accepts", lambda file, header: True)
+        (batches[name],) = loader.epoch(0)
+        loader.close()
+        assert loader.skipped == {}
+    expected, got = batches["torchvision"], batches["dali"]
+    assert torch.equal(expected.index, got.index)
+    assert (expected.views[0].int() - got.views[0].int()).abs().max() <= 1
 
 
 def test_a_missing_library_is_named_with_its_pip_command(

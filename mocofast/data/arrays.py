@@ -17,7 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mocofast.data.decoding import File, Given, kind_of, open_image, pixels_of, read_header
+from mocofast.data.decoding import (
+    File,
+    Given,
+    kind_of,
+    open_image,
+    pixels_of,
+    read_header,
+    wide_color,
+)
 from mocofast.data.items import Item
 from mocofast.data.names import checked_labels, digest
 from mocofast.data.numpy_files import channels_last, sizes
@@ -87,7 +95,8 @@ def read_numbers(file: File, channels: int) -> Pixels:
 def _with_alpha(file: str | bytes, channels: int) -> Pixels | None:
     """Returns colours and transparency of a photo, or None where it has other channels."""
     with open_image(file) as image:
-        if image.mode != _WITH_ALPHA[channels]:
+        # PIL cuts more bits off.
+        if image.mode != _WITH_ALPHA[channels] or image.format == "JPEG2000" or wide_color(image):
             return None
         return Pixels(np.asarray(image), 0.0, 255.0)
 

@@ -341,7 +341,7 @@ class _Batches:
     # Bad files
 
     def _find_bad(self, plans: list[BatchPlan]) -> bool:
-        """Finds the files of `plans` that DALI cannot decode. Returns False if there are none.
+        """Finds the files of `plans` that DALI cannot decode. Returns False if DALI got none.
 
         Python decodes these files from now on, or they are skipped.
         """
@@ -358,7 +358,9 @@ class _Batches:
                 self.planner.skipped[self.planner.sample_of(file)] = reason
             else:  # DALI alone refuses the file
                 self.planner.in_python[file] = True
-        return bool(bad)
+        if not bad:  # nvImageCodec decodes what DALI refuses, and DALI does not say which file
+            self.planner.in_python[numbers] = True
+        return bool(len(numbers))
 
     def _find_unlike_header(self, shapes: list[list[tuple[int, ...]]]) -> bool:
         """Records the images of the oldest plan whose size differs from the size in

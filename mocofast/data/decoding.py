@@ -20,13 +20,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
+from mocofast.data.image_codecs import codec_pixels
 from mocofast.data.items import Extent, FileReader, Item, check_pixels, opened
 from mocofast.data.kinds import head_of, reader_for
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
     BLACK_IS_ZERO,
-    INSTALL,
     MAGIC,
+    PALETTE,
     RGB,
     Tags,
     no_pil_warnings,
@@ -115,7 +116,7 @@ def read_header(file: File, wanted: int = 3) -> Header:
     assert not isinstance(file, Item)
     if tags is None:
         with open_image(file) as image:
-            deep = image.mode[0] in "IF" or _wide_color(image)
+            deep = image.mode[0] in "IF" or wide_color(image)
             return Header(image.height, image.width, image.format or "", _is_plain(image), deep)
     _check_bomb(tags)
     return Header(
@@ -141,7 +142,7 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
 
     Transparency is dropped: the colour under transparent pixels shows. Grey of more than
     8 bits is scaled to 8 bits. Of an animation the first frame is taken. Of several
-    channels or pages `tiff.choose` says which are taken. Raises what PIL raises on a bad
+    channels or pages `tiff_pages.choose` says which are taken. Raises what PIL raises on a bad
     file, which is nearly any exception.
     """
     if isinstance(item, np.ndarray):
@@ -152,9 +153,15 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
     assert not isinstance(item, Item)
     if tags is not None:
         _check_bomb(tags)
-    if value_range.of_type and (tags is None or pil_reads(tags)):
+    if value_range.of_type and (tags is None or (pil_reads(tags) and tags.nodata is None)):
         with open_image(item) as image:
-            image.load()
+            try:
+                image.load()
+            except OSError:
+                if image.format != "JPEG2000":
+                    raise
+                # PIL refuses some files with boxes of GDAL.
+                return _rgb(to_uint8(codec_pixels(item, "jpeg2k", 3), value_range))
             if image.mode == "F":
                 numbers = Pixels(np.asarray(image)[..., None], 0.0, 1.0)
                 return _rgb(to_uint8(numbers, value_range))
@@ -191,9 +198,11 @@ def pixels_of(file: File, tags: Kind, wanted: int) -> Pixels:
                 return tiff_pixels(file, tags, wanted)
             with open_image(file) as image:
                 return oriented(np.asarray(image).astype(dtype)[..., None], tags, turn=False)
+    # A colour map gives numbers of files a meaning: the mark of missing values is no colour.
+    nodata = None if tags is None or tags.photometric == PALETTE else tags.nodata
     with open_image(file) as image:
-        if image.format == "JPEG2000" or _wide_color(image):
-            return _codec_pixels(file, "jpeg2k" if image.format == "JPEG2000" else "png")
+        if image.format == "JPEG2000" or wide_color(image):
+            return codec_pixels(file, "jpeg2k" if image.format == "JPEG2000" else "png", wanted)
         if image.format == "PPM" and (pixels := _binary_pnm(file)) is not None:
             return pixels
         image.load()
@@ -203,8 +212,8 @@ def pixels_of(file: File, tags: Kind, wanted: int) -> Pixels:
         if image.mode.startswith("I"):
             return Pixels(values.clip(0, 65535).astype(np.uint16)[..., None], 0.0, 65535.0)
         if image.mode in ("1", "L", "LA"):
-            return Pixels(np.asarray(image.convert("L"))[..., None], 0.0, 255.0)
-        return Pixels(np.asarray(image.convert("RGB")), 0.0, 255.0)
+            return Pixels(np.asarray(image.convert("L"))[..., None], 0.0, 255.0, nodata)
+        return Pixels(np.asarray(image.convert("RGB")), 0.0, 255.0, nodata)
 
 
 def _rgb(pixels: np.ndarray) -> Image.Image:
@@ -248,36 +257,13 @@ def _is_plain(image: Image.Image) -> bool:
     return False
 
 
-def _wide_color(image: Image.Image) -> bool:
+def wide_color(image: Image.Image) -> bool:
     """True for a PNG of more than one channel of 16 bits, which PIL cuts to 8 bits."""
     return (
         image.format == "PNG"
         and any(";16" in str(tile[3]) for tile in _tiles(image))
         and (not image.mode.startswith("I"))
     )
-
-
-def _codec_pixels(file: str | bytes, codec: str) -> Pixels:
-    """Returns the numbers of a file by imagecodecs. codec: "png" or "jpeg2k"."""
-    try:
-        import imagecodecs
-    except ImportError as error:
-        raise ImportError(
-            f"data.range on this kind of file needs imagecodecs: {INSTALL}"
-        ) from error
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
-    values = np.asarray(getattr(imagecodecs, f"{codec}_decode")(content))
-    if values.ndim == 2:
-        values = values[..., None]
-    bits = _jpeg2000_bits(content) if codec == "jpeg2k" else 8 * values.dtype.itemsize
-    channels = 3 if values.shape[2] >= 3 else 1
-    return Pixels(values[..., :channels], 0.0, 2.0**bits - 1)
-
-
-def _jpeg2000_bits(content: bytes) -> int:
-    """Returns the bits of the first component of a JPEG 2000 file: byte 40 of its SIZ segment."""
-    start = content.index(b"\xff\x4f\xff\x51") + 2
-    return (content[start + 40] & 127) + 1
 
 
 _PNM_HEADER = re.compile(rb"(P[56])(?:\s+|#[^\n]*\n)+?(\d+)(?:\s+|#[^\n]*\n)+?(\d+)"

@@ -9,6 +9,7 @@ the frame in the middle is read.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from mocofast.data.ranges import Pixels
 INSTALL = "pip install 'mocofast[dicom]'"
 PREAMBLE = 128  # bytes before the mark
 MARK = b"DICM"
+# Group 8, an element below 0x80, and the representation, or a short length with zeros at its end.
+_OLD = re.compile(rb"\x08\0[\0-\x7f]\0([A-Z][A-Z]..|.\0\0\0)", re.DOTALL)
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -45,8 +48,11 @@ def count(file: str | bytes) -> int:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Returns whether a file is DICOM. head: the first bytes of the file."""
-    return head[PREAMBLE : PREAMBLE + len(MARK)] == MARK
+    """Returns whether a file is DICOM. head: the first bytes of the file.
+
+    Old files begin with the first element of group 8, without preamble and mark.
+    """
+    return head[PREAMBLE : PREAMBLE + len(MARK)] == MARK or _OLD.match(head) is not None
 
 
 def _read(file: str | bytes, header: bool = False) -> Any:
@@ -55,7 +61,11 @@ def _read(file: str | bytes, header: bool = False) -> Any:
     except ImportError as error:
         raise ImportError(f"DICOM needs pydicom: {INSTALL}") from error
     with opened(file) as content:
-        dataset = dcmread(content, stop_before_pixels=header)
+        dataset = dcmread(content, stop_before_pixels=header, force=True)
+    if "TransferSyntaxUID" not in dataset.file_meta:  # as in old files
+        implicit, little = dataset.original_encoding
+        kinds = {(True, True): "", (False, True): ".1", (False, False): ".2"}
+        dataset.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2{kinds[implicit, little]}"
     if "Rows" not in dataset or "Columns" not in dataset:
         raise ValueError("DICOM without an image")
     check_pixels(int(dataset.Rows), int(dataset.Columns))
@@ -70,7 +80,10 @@ def _stored(dataset: Any, frame: int) -> np.ndarray:
     """Returns the stored numbers of one frame, (H, W), or (H, W, 3) RGB."""
     from pydicom.pixels import pixel_array
 
+    bits = dataset.get("BitsStored")
     try:
+        if bits is not None:  # pydicom sets bits above to 0, as if HighBit were BitsStored - 1
+            dataset.BitsStored = max(bits, int(dataset.get("HighBit", bits - 1)) + 1)
         return pixel_array(dataset, index=frame, raw=False)
     except (NotImplementedError, RuntimeError, AttributeError) as error:
         syntax = dataset.file_meta.get("TransferSyntaxUID", "")
@@ -80,6 +93,9 @@ def _stored(dataset: Any, frame: int) -> np.ndarray:
         if "missing dependencies" in str(error):
             raise ImportError(f"{words}; {INSTALL} installs decoders") from error
         raise ValueError(words) from error
+    finally:
+        if bits is not None:
+            dataset.BitsStored = bits
 
 
 def _color(dataset: Any, stored: np.ndarray) -> Pixels:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from mocofast.data import dicom, nifti, numpy_files
+from mocofast.data import dicom, image_codecs, nifti, numpy_files
 from mocofast.data.items import FileReader, opened
 
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -35,6 +35,8 @@ def reader_for(head: bytes) -> FileReader | None:
         return dicom
     if nifti.is_nifti(head):
         return nifti.AXIAL
+    if image_codecs.is_beyond_pil(head):
+        return image_codecs
     if _is_heif(head):
         _register_heif()
     return None

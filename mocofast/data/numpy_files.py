@@ -113,11 +113,12 @@ def read_arrays(place: Path) -> dict[str, np.ndarray]:
 
 
 def _channels(shape: tuple[int, ...], wanted: int) -> int:
-    """Returns the number of channels of an array: (H, W) is gray where RGB is wanted, too.
+    """Returns the number of channels of an array: one channel is gray where RGB is wanted, too.
 
     Where all channels are wanted, the shorter of the first and the last side counts them.
     """
-    if len(shape) == 2 and wanted in (3, ALL):
+    gray = len(shape) == 2 or (1 in (ends := (shape[0], shape[-1])) and 3 not in ends)
+    if gray and wanted in (3, ALL):
         return 1
     return min(shape[0], shape[-1]) if wanted == ALL else wanted
 

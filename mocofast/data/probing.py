@@ -40,14 +40,16 @@ def accepts(file: File, header: Header) -> bool:
     try:
         from nvidia import nvimgcodec
 
+        # Every attribute reads the header: RuntimeError where nvImageCodec cannot.
         stream = nvimgcodec.CodeStream(file)
+        codec, size, precision = stream.codec_name, (stream.height, stream.width), stream.precision
     except Exception:  # RuntimeError for a format unknown to nvImageCodec, ImportError
         return False
     bits = (8,) if header.format in ("JPEG", "MPO") else (1, 2, 4, 8, 16)
     return (
-        stream.codec_name == FORMATS[header.format]
-        and (stream.height, stream.width) == (header.height, header.width)
-        and stream.precision in bits
+        codec == FORMATS[header.format]
+        and size == (header.height, header.width)
+        and precision in bits
     )
 
 

@@ -1,7 +1,6 @@
 """TIFF files: what their tags say, and the numbers of kinds that PIL reads wrongly or not at all.
 
-PIL reads the tags, and tifffile the numbers. Of a file with more channels or pages than
-the encoder takes, `choose` says which are read.
+PIL reads the tags, and tifffile the numbers.
 """
 
 from __future__ import annotations
@@ -17,17 +16,19 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from mocofast.data.items import ALL, WHOLE, first_channels, opened
+from mocofast.data.items import ALL, WHOLE, opened
 from mocofast.data.ranges import Pixels, type_bounds
+from mocofast.data.tiff_colors import CHANNELS, ICC_LAB, LAB, divided, to_rgb
+from mocofast.data.tiff_pages import choose, opened_series, read_planes
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
-INSTALL = "pip install 'mocofast[images]'"
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
 # Codes of compressions: none, fax, LZW, JPEG, deflate, PackBits, Zstandard. PIL knows more.
 DALI_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000})
 PIL_COMPRESSIONS = DALI_COMPRESSIONS | {6, 32771, 34676, 34677, 34925}
 HOLLOW = 16  # bytes of pixels per byte of a file without compression
 REDUCED = 1 | 4  # bits of NewSubfileType: a smaller copy, a mask
+PREVIEWS = 8  # pages of smaller copies before the picture
 # Orientation: the transposition of (H, W) and the flips that set an image upright.
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1)} | {
     8: (1, 1, 0)
@@ -55,7 +56,7 @@ def no_pil_warnings() -> Iterator[None]:
 
 
 class Tags(NamedTuple):
-    """The tags of the first page that decide how a file is read."""
+    """The tags that decide how a file is read, of the first page that is no smaller copy."""
 
     height: int  # as the image is shown, after the orientation
     width: int
@@ -70,6 +71,13 @@ class Tags(NamedTuple):
     stack: bool  # more pages of equal size and type, or ImageJ's planes
     nodata: float | None
     hollow: bool  # not compressed, and much larger than the file: a damaged header
+    sparse: bool  # some tiles are not stored: their numbers are the mark of missing values, or 0
+    page: int  # number of the page: not 0 after smaller copies
+
+    @property
+    def associated(self) -> bool:
+        """True if the colours were multiplied by the transparency."""
+        return self.extra == (1,) and self.photometric in (BLACK_IS_ZERO, RGB)
 
     @property
     def alpha(self) -> int:
@@ -79,7 +87,9 @@ class Tags(NamedTuple):
     @property
     def plain(self) -> bool:
         """True for kinds that DALI was seen to decode as PIL does, to 1 of 255."""
-        if not pil_reads(self) or self.orientation != 1 or self.planar:
+        if not pil_reads(self) or self.orientation != 1 or self.planar or self.nodata is not None:
+            return False
+        if not set(self.bits) <= {1, 8, 16}:
             return False
         if self.compression not in DALI_COMPRESSIONS:
             return False
@@ -90,7 +100,7 @@ class Tags(NamedTuple):
 
 
 def read_tags(file: str | bytes) -> Tags | None:
-    """Returns the tags of the first page, or None for a file that is no TIFF.
+    """Returns the tags of a file, or None for a file that is no TIFF.
 
     Raises nearly any exception for a damaged file.
     """
@@ -102,21 +112,22 @@ def read_tags(file: str | bytes) -> Tags | None:
 
 
 def _read_tags(file: BinaryIO) -> Tags:
-    """Reads the tags of the first page, and looks at the second page."""
+    """Reads the tags of a page, and looks at the next page."""
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(8)
     if head[2] == 43:  # BigTIFF
         head += file.read(8)
-    first = ImageFileDirectory_v2(head)
-    file.seek(first.next)
-    first.load(file)
+    first = start = _directory(file, head, 0)
+    page = 0
+    while int(first.get(254, 0)) & REDUCED and first.next and page < PREVIEWS:
+        first, page = _directory(file, head, first.next), page + 1
+    if int(first.get(254, 0)) & REDUCED:  # there are smaller copies alone
+        first, page = start, 0
     stack = False
     if first.next:
-        second = ImageFileDirectory_v2(head)
-        file.seek(first.next)
         try:
-            second.load(file)
+            second = _directory(file, head, first.next)
             # PIL reads no tags, without an exception, from a page that is cut off.
             stack = not len(second) or _alike(first, second)
         except Exception:  # PIL raises nearly any exception. tifffile decides on this file
@@ -135,9 +146,10 @@ def _read_tags(file: BinaryIO) -> Tags:
     bits = tuple(first.get(258, (1,)))
     extra = tuple(first.get(338, ()))
     # Some writers leave the kinds of the extra channels out.
-    known = {RGB: 3, YCBCR: 3, LAB: 3, CMYK: 4}.get(photometric, 1)
+    known = {RGB: 3, YCBCR: 3, **CHANNELS}.get(photometric, 1)
     extra = (extra + (0,) * channels)[: max(0, channels - known)]
     stack = bits != (1,) and (stack or _planes_in_one_page(text))
+    stored = np.ravel(first.get(325) or first.get(279) or 1)  # bytes of every tile or strip
     return Tags(
         height,
         width,
@@ -152,7 +164,17 @@ def _read_tags(file: BinaryIO) -> Tags:
         stack,
         nodata,
         compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
+        not stored.all(),
+        page,
     )
+
+
+def _directory(file: BinaryIO, head: bytes, place: int) -> ImageFileDirectory_v2:
+    """Returns the tags of the page at a place of the file, 0: of the first page."""
+    found = ImageFileDirectory_v2(head)
+    file.seek(place or found.next)
+    found.load(file)
+    return found
 
 
 def _alike(first: ImageFileDirectory_v2, second: ImageFileDirectory_v2) -> bool:
@@ -172,7 +194,11 @@ def pil_reads(tags: Tags) -> bool:
 
     PIL cuts RGB of 16 bits to 8 bits.
     """
-    if tags.compression not in PIL_COMPRESSIONS:
+    if tags.compression not in PIL_COMPRESSIONS or tags.sparse or tags.page:
+        return False
+    if tags.photometric == ICC_LAB or (tags.associated and tags.channels == 2):
+        return False
+    if tags.planar and (tags.associated or tags.photometric == LAB):
         return False
     if not set(tags.formats) <= {1} or tags.stack or len(tags.extra) > 1:
         return False
@@ -196,62 +222,20 @@ def pil_numbers(tags: Tags) -> np.dtype | None:
     """Returns the type of numbers of a kind that PIL reads, not scaled, or None."""
     if tags.stack or tags.channels != 1 or tags.photometric > BLACK_IS_ZERO:
         return None
-    if tags.compression not in PIL_COMPRESSIONS:
+    if tags.compression not in PIL_COMPRESSIONS or tags.sparse or tags.page:
+        return None
+    if tags.photometric == WHITE_IS_ZERO and (tags.bits[0], tags.formats[0]) != (16, 1):
         return None
     found = _PIL_TYPES.get((tags.bits[0], tags.formats[0]))
     return np.dtype(found) if found else None
-
-
-class Choice(NamedTuple):
-    """The part of a file that is read."""
-
-    pages: tuple[int, ...]  # position on every axis but Y, X, C and S
-    axes: str  # as given, with C for pages that are channels
-    channels: slice  # of the channels, on the axis C or S
-    remark: str  # words for the log, "" if the whole file is read
-
-
-def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int, part: int = WHOLE) -> Choice:
-    """Chooses channels and a page.
-
-    axes, shape: of the file, in tifffile's letters: Y, X, S (samples of a pixel), C
-        (channels), and other letters for pages (Z depth, T time, Q and I unknown).
-    alpha: number of channels of transparency at the end. These are never read.
-    wanted: number of channels that the encoder takes, or ALL.
-    part: number of the page, from 0, over all axes of pages. WHOLE is the page in the middle.
-
-    Channels: all if their number is `wanted` or 1, otherwise the first `wanted`. Of 2
-    channels where 3 are wanted: the first.
-    Pages: the page in the middle. If `wanted` pages of an unknown kind exist, and one
-    channel, the pages are the channels.
-    """
-    if "C" not in axes and "S" not in axes and len(axes) == 3:
-        fits = {wanted} if wanted != ALL else set(shape)
-        axes = "".join("C" if a in "QI" and n in fits else a for a, n in zip(axes, shape))
-    sizes = dict(zip(axes, shape))
-    count = sizes.get("S", 1) * sizes.get("C", 1) - alpha
-    pages = [letter for letter in axes if letter not in "YXSC"]
-    stop, remark = first_channels(count, wanted)
-    remarks = [remark] if remark else []
-    counts = [sizes[letter] for letter in pages]
-    if part != WHOLE:
-        if part >= math.prod(counts):
-            raise ValueError(f"has {math.prod(counts)} pages, not page {part + 1}")
-        place = tuple(int(i) for i in np.unravel_index(part, counts)) if counts else ()
-        return Choice(place, axes, slice(0, stop), remark)
-    for letter in pages:
-        if sizes[letter] > 1:
-            remarks.append(f"page {sizes[letter] // 2 + 1} of {sizes[letter]} (axis {letter})")
-    middle = tuple(sizes[letter] // 2 for letter in pages)
-    return Choice(middle, axes, slice(0, stop), ", ".join(remarks))
 
 
 def count_pages(file: str | bytes, tags: Tags, wanted: int) -> int:
     """Returns the number of pages that are no channels. Arguments: as for `tiff_pixels`."""
     if not tags.stack:
         return 1
-    with _tifffile().TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
-        axes, shape = tiff.series[0].axes, tiff.series[0].shape
+    with opened_series(file, tags.page, tags.stack) as series:
+        axes, shape = series.axes, series.shape
     axes = choose(axes, shape, tags.alpha, wanted).axes
     return math.prod(size for letter, size in zip(axes, shape) if letter not in "YXSC")
 
@@ -266,14 +250,14 @@ def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3, part: int = WHOL
     The orientation is applied, as PIL does. Raises ImportError without tifffile or a codec,
     ValueError for numbers without an order (complex), and tifffile's exceptions.
     """
-    tifffile = _tifffile()
-    with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
-        series = tiff.series[0]
+    with opened_series(file, tags.page, tags.stack) as series:
         axes, shape = series.axes, series.shape
         if not {"Y", "X"} <= set(axes):
             raise ValueError(f"axes {axes} {shape} are no image")
-        choice = choose(axes, shape, tags.alpha, wanted, part)
-        values, letters = _read_planes(series, choice)
+        # These colours are made of all channels.
+        mixed = tags.photometric in CHANNELS
+        choice = choose(axes, shape, tags.alpha, ALL if mixed else wanted, part)
+        values, letters = read_planes(series, choice)
     # (..., Y, X, ...) -> (Y, X, channels)
     if "S" not in letters:
         values, letters = values[..., None], letters + "S"
@@ -281,8 +265,12 @@ def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3, part: int = WHOL
         values, letters = values[None], "C" + letters
     order = [letters.index(letter) for letter in "YXCS"]
     values = values.transpose(order)
-    values = values.reshape(*values.shape[:2], -1)[..., choice.channels]
-    return oriented(values, tags)
+    values = values.reshape(*values.shape[:2], -1)
+    if mixed:
+        values = to_rgb(values, tags.photometric)
+    elif tags.associated:
+        values = divided(values)
+    return oriented(values[..., choice.channels], tags)
 
 
 def oriented(values: np.ndarray, tags: Tags, turn: bool = True) -> Pixels:
@@ -296,71 +284,26 @@ def oriented(values: np.ndarray, tags: Tags, turn: bool = True) -> Pixels:
     low, high = type_bounds(values.dtype)
     if values.dtype.kind == "u" and tags.bits[0] < 8 * values.dtype.itemsize:
         high = 2.0 ** tags.bits[0] - 1
-    if tags.photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
-        values = (int(high) - values).astype(values.dtype)
+    nodata = tags.nodata
+    if tags.photometric == WHITE_IS_ZERO:
+        whole = values.dtype.kind != "f"
+        ends = int(low) + int(high) if whole else low + high
+        values = (ends - values.astype(np.int64 if whole else values.dtype)).astype(values.dtype)
+        nodata = None if nodata is None else ends - nodata
     swap, rows, columns = TURNS.get(tags.orientation, (0, 0, 0)) if turn else (0, 0, 0)
     if swap:
         values = values.swapaxes(0, 1)
     values = values[:: -1 if rows else 1, :: -1 if columns else 1]
     native = values.dtype.newbyteorder("=")
-    return Pixels(np.ascontiguousarray(values, dtype=native), low, high, tags.nodata)
+    return Pixels(np.ascontiguousarray(values, dtype=native), low, high, nodata)
 
 
 def remark_of(file: str | bytes, tags: Tags, wanted: int = 3) -> str:
     """Returns words on what `tiff_pixels` leaves out, "" if nothing. Arguments: as there."""
     if not tags.stack:
         shape = (tags.height, tags.width, tags.channels)
-        if tags.photometric in (PALETTE, CMYK):
+        if tags.photometric in (PALETTE, *CHANNELS):
             return ""
         return choose("YXS", shape, tags.alpha, wanted).remark
-    with _tifffile().TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
-        return choose(tiff.series[0].axes, tiff.series[0].shape, tags.alpha, wanted).remark
-
-
-def _tifffile() -> Any:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError(f"this kind of TIFF needs tifffile: {INSTALL}") from error
-    return tifffile
-
-
-def _read_planes(series: Any, choice: Choice) -> tuple[np.ndarray, str]:
-    """Returns the chosen page of a series, and the letters of its axes.
-
-    The axes: C (if the file has it), Y, X and S. Planes that are not chosen are not read.
-    """
-    axes, shape = choice.axes, series.shape
-    plane = [letter for letter in axes if letter in "YXS"]
-    leading = axes[: min(axes.index("Y"), axes.index("S") if "S" in axes else len(axes))]
-    if set(leading) | set(plane) != set(axes):  # axes in an unusual order
-        values = series.asarray()
-        index = iter(choice.pages)
-        keep = [slice(None) if letter in "CYXS" else next(index) for letter in axes]
-        return values[tuple(keep)], "".join(letter for letter in axes if letter in "CYXS")
-    sizes = dict(zip(axes, shape))
-    channels = range(sizes.get("C", 1))[choice.channels]
-    planes = []
-    for channel in channels:
-        index = iter(choice.pages)
-        position = [channel if letter == "C" else next(index) for letter in leading]
-        number = 0
-        for place, letter in zip(position, leading):
-            number = number * sizes[letter] + place
-        planes.append(_read_plane(series, number, [sizes[letter] for letter in plane]))
-    return np.stack(planes), "C" + "".join(plane)
-
-
-def _read_plane(series: Any, number: int, shape: list[int]) -> np.ndarray:
-    """Returns one plane of a series, in `shape`. number: of the plane."""
-    offset = series.dataoffset  # not None where all planes lie in one piece
-    if (offset is not None and len(series.pages) <= number) or (
-        offset is not None and series.pages[number] is None
-    ):
-        handle = series.parent.filehandle
-        dtype = np.dtype(series.dtype).newbyteorder(series.parent.byteorder)
-        count = int(np.prod(shape))
-        handle.seek(offset + number * count * dtype.itemsize)
-        return handle.read_array(dtype, count).reshape(shape)
-    page = series.pages[number]
-    return page.asarray().reshape(shape)
+    with opened_series(file, tags.page, tags.stack) as series:
+        return choose(series.axes, series.shape, tags.alpha, wanted).remark
