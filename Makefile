@@ -88,7 +88,8 @@ drills: $(READY)
 	$(BIN)/python -m tests.drills.ranks
 	$(BIN)/python -m tests.drills.files
 	$(BIN)/python -m tests.drills.endurance
-	$(BIN)/python -m tests.drills.images --minutes 20
+	$(BIN)/python -m tests.drills.images --minutes 10
+	$(BIN)/python -m tests.drills.inputs --minutes 10
 	$(BIN)/python -m tests.drills.shards --minutes 5
 	$(BIN)/python -m tests.drills.http --minutes 5
 

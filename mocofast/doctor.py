@@ -73,15 +73,19 @@ def report_on_run(folder: Path) -> list[Finding]:
     """
     from mocofast.health.folder import evidence_of
     from mocofast.health.verdict import diagnose, verdict
-    from mocofast.train.checkpoint import checked, load_checkpoint
+    from mocofast.train.checkpoint import check_counts, checked, load_checkpoint
     from mocofast.train.run_folder import whole_lines
+
+    def check(state: Any, file: Path) -> dict[str, Any]:
+        state = state if _of_a_task(state) else checked(state, file)
+        check_counts(state)
+        return state
 
     if not folder.is_dir():
         raise NotADirectoryError(f"there is no run folder {str(folder)!r}")
     findings = []
     for file in sorted((folder / "checkpoints").glob("*.pt")):
         try:
-            check = lambda s, f: s if _of_a_task(s) else checked(s, f)  # noqa: E731
             state = load_checkpoint(file, check, whole=False)
         except ConfigError as error:
             findings.append(Finding(file.name, DAMAGED, str(error)))

@@ -21,6 +21,8 @@ Commands = Mapping[str, Callable[[Sequence[str]], int]]
 
 # A full disk, a quota or a largest size of files, a disk that fails or may not be written.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+# Names that no file can have, or that stand for something else.
+_WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST)
 
 EXAMPLES = (
     "mocofast pretrain                         the embedded digits: minutes on two CPU cores",
@@ -109,10 +111,10 @@ def _run(commands: Commands, argv: list[str]) -> int:
         _report(name, error)
         return 2
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in (*_REFUSALS, *_WRONG_NAMES):
             raise
         _report(name, error)
-        return interrupts.EXIT_SYSTEM
+        return 2 if error.errno in _WRONG_NAMES else interrupts.EXIT_SYSTEM
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in TRAINING:
             raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections import Counter
 
 import pytest
 
-from tests.drills import http, images, shards
+from tests.drills import http, images, inputs, shards
 
 
 def defects(counts: Counter[str]) -> list[str]:
@@ -36,7 +38,19 @@ def test_damaged_images(loader: str, tmp_path: object) -> None:
     assert counts["skipped"] > 10
 
 
+def _inputs() -> None:
+    sys.exit("\n".join(defects(inputs.main(2, 1000, 51))) or None)
+
+
+def test_damaged_recipes_checkpoints_and_command_lines() -> None:
+    """In a process without threads, which forks."""
+    process = multiprocessing.get_context("forkserver").Process(target=_inputs)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("drill", [images, shards, http])
+@pytest.mark.parametrize("drill", [images, shards, http, inputs])
 def test_ten_minutes_of_damage(drill: object) -> None:
     assert not defects(drill.main(10, 0))  # type: ignore[attr-defined]

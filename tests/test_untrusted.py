@@ -55,11 +55,13 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model": (drop("model"), "no entry 'model'"),
     "other model": (put("model", value={}), "the content does not fit the model"),
     "numbers": (put("model", "queue", value=3), "the content does not fit the model"),
+    "other format": (put("format", value=torch.ones(2)), "not a mocofast checkpoint"),
     "expanded": (put("more", value=torch.zeros(1).expand(10**12)), "larger than the file"),
 }
 CONTINUED = {
     "step": (put("step", value=-1), "step: expected a number of steps, got -1"),
     "epoch": (put("epoch", value="x"), "epoch: expected a number of steps, got 'x'"),
+    "step in epoch": (put("step_in_epoch", value=12), "step_in_epoch: expected at most 11"),
     "data": (put("data", value={}), "the content does not fit the model"),
     "windows": (put("windows", value=[]), "the content does not fit the model"),
     "random state": (put("random_states", value=[{"cpu": 1}]), "does not fit the model"),
@@ -88,6 +90,18 @@ def test_wrong_content_is_refused_by_name(
         out = capsys.readouterr()
         assert status == 2 or name == "images", out.err
         assert said in out.err and "Traceback" not in out.err
+
+
+def test_doctor_names_a_checkpoint_without_a_number_of_steps(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_checkpoint(trained)
+    del state["step_in_epoch"]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "last.pt")
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "damaged" in out and "step_in_epoch: expected a number of steps, got None" in out
 
 
 def test_a_compressed_archive_is_refused(trained: Path, tmp_path: Path) -> None:

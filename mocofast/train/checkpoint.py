@@ -189,6 +189,11 @@ class RunState:
 
     def _restore(self, saved: dict[str, Any], extend: bool) -> list[str]:
         lines = take_other_images(self, saved, extend)
+        if saved["step_in_epoch"] > self.loader.steps_per_epoch:
+            raise ConfigError(
+                f"checkpoint: step_in_epoch: expected at most {self.loader.steps_per_epoch}, the "
+                f"steps of an epoch, got {saved['step_in_epoch']}"
+            )
         before = {} if lines else saved["data"].get("stamp", {})  # earlier versions lack a stamp
         found_now = self._stamp.get() if self._stamp else {}
         self.changed = distributed.from_main(changed(before, found_now))
@@ -309,7 +314,8 @@ _COUNTS = ("step", "epoch", "step_in_epoch")
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
     """Returns `state`, read from `path`, if it is a mocofast checkpoint. Raises ConfigError."""
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, int) or found != FORMAT:
         raise ConfigError(
             f"{path}: not a mocofast checkpoint of format {FORMAT}, from pretraining (for "
             "facebookresearch/moco's files see mocofast.interop.load_reference_state_dict)"
@@ -325,7 +331,13 @@ def check_entries(state: Mapping[str, Any], to_continue: bool = False) -> None:
     for name, kind in (_STATE if to_continue else _ENTRIES).items():
         if not isinstance(state.get(name), kind):
             raise ConfigError(f"checkpoint: no entry {name!r} of the kind that a run writes")
-    for name in _COUNTS if to_continue else ():
+    if to_continue:
+        check_counts(state)
+
+
+def check_counts(state: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a number of steps or epochs is missing or no such number."""
+    for name in _COUNTS:
         value = state.get(name)
         if not isinstance(value, int) or not 0 <= value < 2**63:
             raise ConfigError(f"checkpoint: {name}: expected a number of steps, got {value!r:.60}")

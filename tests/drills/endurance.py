@@ -19,7 +19,7 @@ import torch
 from mocofast import settings
 from mocofast.config import DataConfig
 from mocofast.data.interface import BatchSlice, view_augments
-from mocofast.data.loaders import build_loader
+from mocofast.data.loaders import build_loader, dali_missing
 from mocofast.data.sources import load_datasets
 from mocofast.train.loop import Run
 from mocofast.train.run import train
@@ -47,7 +47,10 @@ def use() -> Use:
 
 
 def of_steps(folder: Path, steps: int) -> list[Use]:
-    """Trains the digits, with a checkpoint every 500 steps. Returns samples over the run."""
+    """Trains the digits, with a checkpoint every 500 steps. Returns samples over the run.
+
+    Batches are small, so that a step takes milliseconds.
+    """
     found: list[Use] = []
     step = Run._step
 
@@ -58,6 +61,7 @@ def of_steps(folder: Path, steps: int) -> list[Use]:
 
     config = settings.load_recipe("digits")
     values = {"train.dir": str(folder), "train.epochs": -(-steps // 11), "train.max_steps": steps}
+    values |= {"data.batch_size": 32, "model.queue_size": 256, "optim.lr": 0.03}
     values |= {"checkpoint.every_steps": 500, "checkpoint.every_epochs": 10**6, "knn.every": 0}
     settings.apply(config, {**values, "train.device": "cpu", "train.log_every": 50})
     Run._step = sampled  # type: ignore[method-assign]
@@ -68,11 +72,14 @@ def of_steps(folder: Path, steps: int) -> list[Use]:
     return found
 
 
-def of_restarts(folder: Path, restarts: int) -> list[Use]:
-    """Starts an epoch of a loader of files again and again, in the middle of the epoch before."""
+def of_restarts(folder: Path, restarts: int, kind: str) -> list[Use]:
+    """Starts an epoch of a loader of files again and again, in the middle of the epoch before.
+
+    kind: "torchvision" or "dali".
+    """
     images = runs.make_images(folder, 64)
     data = DataConfig(source="folder", path=str(images), batch_size=16, workers=2)
-    data.loader = "torchvision"
+    data.loader = kind
     config = settings.load_recipe("digits")
     config.augment.size = 16
     source = load_datasets(data, 0).train
@@ -107,16 +114,17 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, default=500)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="endurance-") as name:
-        both = {
-            f"{arguments.restarts} restarts of a loader": of_restarts(
-                Path(name) / "images", arguments.restarts
-            ),
-            f"{arguments.steps} steps": of_steps(Path(name) / "run", arguments.steps),
+        all_found = {
+            f"{arguments.restarts} restarts of the {kind} loader": of_restarts(
+                Path(name) / kind, arguments.restarts, kind
+            )
+            for kind in ["torchvision"] + ["dali"] * (not dali_missing())
         }
-    for what, found in both.items():
+        all_found[f"{arguments.steps} steps"] = of_steps(Path(name) / "run", arguments.steps)
+    for what, found in all_found.items():
         third = found[len(found) // 3]
         print(f"{what}: {third} after a third, {found[-1]} at the end; flat: {is_flat(found)}")
-    return 0 if all(map(is_flat, both.values())) else 1
+    return 0 if all(map(is_flat, all_found.values())) else 1
 
 
 if __name__ == "__main__":

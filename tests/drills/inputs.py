@@ -29,6 +29,7 @@ import torch
 
 from mocofast import cli, settings
 from mocofast.config import ConfigError
+from mocofast.errors import printable
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.run import train
 from tests.drills.mutate import EXTREMES, mutated, run_fuzzer
@@ -106,12 +107,12 @@ def outcome(words: list[str], folder: Path) -> str:
     code, text = os.waitstatus_to_exitcode(status), said.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or [""]
     if "Traceback (most recent call last)" in text:
-        return f"DEFECT: a traceback, {lines[-1][:200]}"
+        return f"DEFECT: a traceback, {printable(lines[-1])[:200]}"
     if code == -signal.SIGXCPU:
         return f"works longer than {CPU_SECONDS} s"
     if code in ENDS or (code == 1 and words[0] == "doctor"):
         return ENDS.get(code, "damage found")
-    return f"DEFECT: status {code}, {lines[-1][:200]}"
+    return f"DEFECT: status {code}, {printable(lines[-1])[:200]}"
 
 
 def _command(words: list[str], folder: Path, said: Path) -> None:
@@ -174,13 +175,12 @@ def damaged_words(place: Path, rng: random.Random, given: Place) -> str:
     """Runs a command line with other, missing, repeated or damaged words, and random options."""
     names = {"run": given.run, "images": given.images, "out": given.out}
     command, *words = [word.format(**names) for word in rng.choice(COMMANDS).split()]
-    known = [
-        s.name for group, kind in settings.groups().items() for s in settings.settings(group, kind)
-    ]
+    known = [s for group, kind in settings.groups().items() for s in settings.settings(group, kind)]
     for _number in range(rng.randint(1, 3)):
         at, kind = rng.randrange(len(words) or 1), rng.randrange(6)
         if kind <= 2:
-            words += [f"--{rng.choice(known)}", _value(rng)]
+            setting = rng.choice(known)
+            words += [f"--{setting.name}", _fitting(setting, rng) if kind else _value(rng)]
         elif kind == 3 and words:
             words[at] = rng.choice(WORDS)
         elif kind == 4 and words:
@@ -190,11 +190,26 @@ def damaged_words(place: Path, rng: random.Random, given: Place) -> str:
             words[at] = os.fsdecode(damaged.replace(b"\0", b"0").replace(b"/", b"_"))
     line = [command, *words, *ENDINGS.get(command, [])]
     what = outcome(line, place)
-    return f"{what} of: {shlex.join(line)[:300]}" if "DEFECT" in what else what
+    return f"{what} of: {printable(shlex.join(line))[:300]}" if "DEFECT" in what else what
 
 
 def _value(rng: random.Random) -> str:
     return rng.choice((rng.choice(WORDS), str(rng.choice(EXTREMES)), f"{rng.uniform(-2, 2):.3f}"))
+
+
+def _fitting(setting: settings.Setting, rng: random.Random) -> str:
+    """Returns a value of the option's kind, near its default."""
+    value = setting.default
+    if setting.choices:
+        return rng.choice(setting.choices)
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, (int, float)):
+        kind, factor = type(value), rng.choice((0, 0.5, 1, 2, 10, -1))
+        return str(kind(value * factor) + rng.choice((0, 0, 1)))
+    if isinstance(value, tuple) and value:
+        return settings.shown(rng.choices(value, k=len(value) + rng.choice((0, 0, 1, -1))))
+    return rng.choice(WORDS)
 
 
 def damaged_bytes(place: Path, rng: random.Random, given: Place) -> str:
