@@ -55,10 +55,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model": (drop("model"), "no entry 'model'"),
     "other model": (put("model", value={}), "the content does not fit the model"),
     "numbers": (put("model", "queue", value=3), "the content does not fit the model"),
-    "other format": (put("format", value=torch.ones(2)), "not a mocofast checkpoint"),
     "expanded": (put("more", value=torch.zeros(1).expand(10**12)), "larger than the file"),
 }
 CONTINUED = {
+    "format": (put("format", value=torch.ones(2)), "not a mocofast checkpoint"),
     "step": (put("step", value=-1), "step: expected a number of steps, got -1"),
     "epoch": (put("epoch", value="x"), "epoch: expected a number of steps, got 'x'"),
     "step in epoch": (put("step_in_epoch", value=12), "step_in_epoch: expected at most 11"),
