@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_one_block import is_one_block, one_block
-from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, product
+from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, weighted_sums
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
     clamped_norm,
@@ -234,7 +234,7 @@ def _sums(
     weights = logits.exp2_()
     total = weights.sum(1, keepdim=True)
     if compute_grad:
-        output = product(scratch.operand(weights, block.dtype), block.t())
+        output = weighted_sums(scratch.operand(weights, block.dtype), block)
     return _Sums(total, output, maximum, above)
 
 
@@ -312,7 +312,7 @@ def infonce_grad_negatives(
             if excluded:
                 excluded.fill(logits.t(), rows, columns)
             probabilities = logits.sub_(shift[rows]).exp2_()
-            part.add_(product(scratch.operand(probabilities, operand), factors[rows].t()))
+            part.add_(weighted_sums(scratch.operand(probabilities, operand), factors[rows]))
         if normalize_negatives:
             norm = clamped_norm(wide(negatives[columns]))
             along = (part * block).sum(1, keepdim=True)

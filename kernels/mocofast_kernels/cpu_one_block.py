@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
-from mocofast_kernels.cpu_products import SMALL, Scratch, product
+from mocofast_kernels.cpu_products import SMALL, Scratch, product, weighted_sums
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
     clamped_norm,
@@ -61,12 +61,14 @@ def one_block(
         rank = Scratch().count_reaching(weights, cpu_ranks.least_tie(scaled, key))
     weights.exp2_()
     total = weights.sum(1, keepdim=True)
-    output = product(weights, block.t())
+    output = weighted_sums(weights, block)
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
-    loss = softplus(difference).squeeze(1)
+    loss = softplus(difference)
     if rank is not None:
-        cpu_ranks.without_nan(rank, loss, len(negatives), 0)
+        cpu_ranks.without_nan(rank, loss.squeeze(1), len(negatives), 0)
     weight = torch.sigmoid(difference).mul_(-inverse_t / (len(h) if mean else 1))
     grad = torch.addcdiv(key, output, total, value=-1).mul_(weight)
     grad = through_normalize(grad, (grad * h).sum(1, keepdim=True), h, norm)
-    return (loss.mean(), rank, grad.to(gradient_dtype(dtype))) if mean else (loss, rank, grad)
+    if mean:
+        return loss.mean(), rank, grad.to(gradient_dtype(dtype))
+    return loss.squeeze(1), rank, grad

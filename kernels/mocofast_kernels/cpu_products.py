@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mocofast_kernels.cpu_vectors import wide, wide_dtype
 
-# N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. `torch.mm` starts sooner than
-# oneDNN, and PyTorch keeps the operations of a small problem on one thread.
+# N K C of small problems: 16 queries, 1024 negatives, 64 dimensions. PyTorch keeps the operations
+# of a small problem on one thread.
 SMALL = 2**20
+MM = 2**23  # N K C up to which `torch.mm` is as fast as oneDNN, or faster
 FLAGS = 2**17  # logits compared at a time
 # x @ weight.T by oneDNN, as torch.compile calls it. None in a build without oneDNN.
 _ONEDNN_LINEAR = (
@@ -28,16 +30,27 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     bfloat16 in float32, and rounds the sums to bfloat16 before they are converted. No operator of
     PyTorch 2.11 leaves out the rounding.
     """
+    linear = _onednn_linear(x, weight)
+    return wide(torch.mm(x, weight.t())) if linear is None else linear(x, weight)
+
+
+def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
+    """Returns weights @ rows like `product`. weights: (M, P). rows: (P, C)."""
+    linear = _onednn_linear(weights, rows)
+    return wide(torch.mm(weights, rows)) if linear is None else linear(weights, rows.t())
+
+
+def _onednn_linear(x: Tensor, other: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Returns oneDNN's x @ weight.T where this is faster than `torch.mm`. other: the operand."""
     if (
         _ONEDNN_LINEAR is not None
         and x.dtype == torch.float32
-        and len(x) * weight.numel() > SMALL
+        and len(x) * other.numel() > MM
         and x.device.type == "cpu"
         and torch.backends.mkldnn.enabled
     ):
-        result: Tensor = _ONEDNN_LINEAR(x, weight, None, "none", [], "")
-        return result
-    return wide(torch.mm(x, weight.t()))
+        return lambda x, weight: _ONEDNN_LINEAR(x, weight, None, "none", [], "")
+    return None
 
 
 class Scratch(threading.local):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_threads
 from mocofast_kernels.cpu import Blocks, is_small
-from mocofast_kernels.cpu_products import Scratch, product
+from mocofast_kernels.cpu_products import Scratch, weighted_sums
 from mocofast_kernels.cpu_vectors import softplus, wide
 from mocofast_kernels.exclusion import Exclusion
 
@@ -49,7 +49,7 @@ def sigmoid_forward(
             excluded.fill(logits, rows, columns)
         loss = softplus(logits).sum(1)
         weights = logits.sigmoid_()
-        return SigmoidForward(loss, weights.sum(1), product(weights, keys.t()))
+        return SigmoidForward(loss, weights.sum(1), weighted_sums(weights, keys))
 
     def merge(block: tuple[slice, slice], part: SigmoidForward) -> None:
         first = block[0].start
@@ -87,7 +87,7 @@ def sigmoid_grad_negatives(
             logits = scratch.product(block, scaled[rows]).add_(bias)  # transposed, (B, R)
             if excluded:
                 excluded.fill(logits.t(), rows, columns)
-            part.add_(product(logits.sigmoid_(), factors[rows].t()))
+            part.add_(weighted_sums(logits.sigmoid_(), factors[rows]))
 
     cpu_threads.in_order(compute, blocks.columns, lambda columns, part: None)
     return result

@@ -5,6 +5,7 @@ Eager mode calls the kernels directly, compiled code calls them through custom o
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class _InfoNCE(torch.autograd.Function):
         grad_query, grad_positive, grad_scale, lse, *inputs = ctx.saved_tensors
         query, positive, negatives, temperature, *ids_and_mask = inputs
         grads: list[Tensor | None] = [None] * 4
-        with torch.no_grad():
+        # Gradients are recorded with create_graph=True only.
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             # Gradients known since forward: of the mean, or of the rows. grad_loss is () if all
             # rows share the gradient, else (N,).
             column = grad_loss[:, None] if grad_loss.dim() else grad_loss

@@ -30,7 +30,8 @@ def dot_dtype(*inputs: Tensor) -> torch.dtype:
     """
     promoted = inputs[0].dtype
     for other in inputs[1:]:
-        promoted = torch.promote_types(promoted, other.dtype)
+        if other.dtype != promoted:
+            promoted = torch.promote_types(promoted, other.dtype)
     device_type = inputs[0].device.type
     if promoted != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -55,8 +56,14 @@ def forward(
             positive,
             negatives,
             temperature,
-            **options._asdict(),
-            **_arguments(excluded),
+            normalize=options.normalize,
+            normalize_negatives=options.normalize_negatives,
+            exclude_period=excluded.period,
+            return_rank=options.return_rank,
+            dot_dtype=options.dot_dtype,
+            query_ids=excluded.query_ids,
+            key_ids=excluded.key_ids,
+            mask=excluded.mask,
             compute_grad=compute_grad,
             only_query=only_query,
             mean=mean,
@@ -83,18 +90,11 @@ def grad_negatives(
             normalize=options.normalize,
             normalize_negatives=options.normalize_negatives,
             dot_dtype=options.dot_dtype,
-            **_arguments(excluded),
+            exclude_period=excluded.period,
+            query_ids=excluded.query_ids,
+            key_ids=excluded.key_ids,
+            mask=excluded.mask,
         )
-
-
-def _arguments(excluded: Exclusion) -> dict[str, Any]:
-    period, query_ids, key_ids, mask = excluded
-    return {
-        "exclude_period": period,
-        "query_ids": query_ids,
-        "key_ids": key_ids,
-        "mask": mask,
-    }
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
