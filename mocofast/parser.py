@@ -126,10 +126,7 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         assert isinstance(parser, Parser)
         sys.stdout.write(parser.format_help_all())
-        parser.exit()
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise SystemExit
 
 
 def add_settings(parser: Parser, groups: dict[str, type], without: Collection[str] = ()) -> None:
