@@ -37,17 +37,17 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch
 		"This takes minutes."
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 ifdef CPU
-	@# The newest CPU build that pip finds. On macOS all builds are for CPUs.
+	@# The newest CPU builds that pip finds. On macOS all builds are for CPUs.
 	@build() { $(BIN)/python -m pip index versions $$1 2>/dev/null \
 		| grep -o '[0-9.]*+cpu' | head -n 1 | sed "s/^/$$1==/"; }; \
-	torch=$$(build torch); \
-	test -n "$$torch" -o "$$(uname)" = Darwin || { \
-		echo "No CPU build of PyTorch (a version with +cpu) at pip's index. PyTorch's own index" \
-		"has these builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
+	torch=$$(build torch); vision=$$(build torchvision); \
+	test -n "$$torch" -a -n "$$vision" -o "$$(uname)" = Darwin || { \
+		echo "No CPU builds of torch and torchvision (versions with +cpu) at pip's index. PyTorch's" \
+		"own index has these builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
 		"make setup CPU=1. The build with CUDA runs on CPUs, too, and takes about 5 GB:" \
 		"make setup EXTRAS=train"; exit 1; }; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$$torch $$(build torchvision) -e '.[$(EXTRAS)]'
+		$$torch $$vision -e '.[$(EXTRAS)]'
 	$(BIN)/python -c "import torch, torchvision"
 else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

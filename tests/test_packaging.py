@@ -276,16 +276,25 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="all builds for macOS are for CPUs")
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("versions", ["2.15.0, 2.14.0", "2.15.0, 2.13.0+cpu, 2.12.0+cpu, 2.11.0"])
-def test_a_setup_for_cpus_takes_the_newest_cpu_build_or_says_where_one_is(
-    tmp_path: Path, versions: str
+@pytest.mark.parametrize(
+    ("torch", "torchvision"),
+    [
+        ("2.15.0, 2.14.0", "0.30.0"),
+        ("2.15.0, 2.13.0+cpu", "0.30.0"),  # a build for CUDA does not load beside a CPU build
+        ("2.15.0, 2.13.0+cpu, 2.12.0+cpu, 2.11.0", "0.30.0, 0.28.0+cpu"),
+    ],
+)
+def test_a_setup_for_cpus_takes_the_newest_cpu_builds_or_says_where_they_are(
+    tmp_path: Path, torch: str, torchvision: str
 ) -> None:
     for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *"index versions"*) echo "Available versions: {versions}";;\n'
+        '#!/bin/sh\ncase "$*" in\n'
+        f'*"index versions torch") echo "Available versions: {torch}";;\n'
+        f'*"index versions torchvision") echo "Available versions: {torchvision}";;\n'
         '*) echo "$@" >> asked;; esac\n'
     )
     python.chmod(0o755)
@@ -297,10 +306,10 @@ def test_a_setup_for_cpus_takes_the_newest_cpu_build_or_says_where_one_is(
         check=False,
     )
     asked = (tmp_path / "asked").read_text()
-    if "cpu" in versions:
+    if "cpu" in torchvision:
         assert done.returncode == 0, done.stderr
-        assert "torch==2.13.0+cpu torchvision==2.13.0+cpu -e .[train]" in asked
+        assert "torch==2.13.0+cpu torchvision==0.28.0+cpu -e .[train]" in asked
     else:
         assert done.returncode
         assert "PIP_EXTRA_INDEX_URL=" in done.stdout and "install" not in asked
-    assert (tmp_path / ".venv/ready").exists() == ("cpu" in versions)
+    assert (tmp_path / ".venv/ready").exists() == ("cpu" in torchvision)
