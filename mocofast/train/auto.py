@@ -154,12 +154,25 @@ def fit(
     if steps < FEW_STEPS and config.optim.name == "sgd" and not {"optim.name", "optim.lr"} & kept:
         take("optim.name", "adamw", f"SGD needs more steps than {steps:,}")
         scaled = 1.4e-3 * (batch / 256) ** 0.5
-        take("optim.lr", scaled, f"0.0014 for 256 images, by the root of the batch of {batch}")
+        take(
+            "optim.lr",
+            rounded(scaled),
+            f"0.0014 for 256 images, by the root of the batch of {batch}",
+        )
         take("optim.weight_decay", 0.05, "usual with AdamW")
         take("optim.warmup_epochs", min(1.0, 0.1 * epochs), "AdamW's averages start from nothing")
     elif config.optim.name == "sgd":
-        take("optim.lr", 0.06 * batch / 256, f"0.06 for 256 images, and the batch has {batch}")
+        take(
+            "optim.lr",
+            rounded(0.06 * batch / 256),
+            f"0.06 for 256 images, and the batch has {batch}",
+        )
     return choices
+
+
+def rounded(value: float) -> float:
+    """Returns a value to 3 significant digits: what the log says is what the run computes with."""
+    return float(f"{value:.3g}")
 
 
 def view_size(side: int, largest: int) -> int:
