@@ -3,6 +3,7 @@
 # make test          sets up, then runs the tests. MOCOFAST_DATA=DIR names a folder of real images.
 # make check         checks format, lint and types, and runs the tests, as CI does.
 # make docs          builds the documentation site in site/, which opens without a network.
+# make dist          builds sdist and wheel in dist/, and checks both for an index (docs/release.md).
 # make test-newest   runs the tests with the newest versions of all packages, in .venv-newest.
 # make drills        kills and spoils runs for an hour, and prints what they survived.
 # make audit         compares the installed packages with known weaknesses, by pip-audit.
@@ -25,7 +26,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-newest docs drills audit lint check format
+.PHONY: setup demo test test-newest docs dist drills audit lint check format
 
 setup: $(READY)
 
@@ -69,6 +70,13 @@ test-newest:
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
+
+dist:
+	test -x .venv-dist/bin/twine || { $(PYTHON) -m venv --clear .venv-dist \
+		&& .venv-dist/bin/python -m pip install --quiet build twine; }
+	rm -rf dist build
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/twine check --strict dist/*
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

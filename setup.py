@@ -113,15 +113,37 @@ class EditableWheel(editable_wheel.editable_wheel):
         return static(self.distribution, name, [ROOT, ROOT / "kernels", ROOT / "benchmarks"])
 
 
+def page_of_the_index() -> str:
+    """Returns the README without pictures and links to files, which an index does not show."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n+", "", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     name="mocofast",
     version=VERSION,
     description=(
         "Momentum-contrast pretraining on fused kernels: MoCo and its relatives, correct and fast"
     ),
-    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description=page_of_the_index(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["self-supervised learning", "contrastive learning", "MoCo", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # The folders `kernels/` and `benchmarks/` are no packages. A package named `kernels` would hide
     # the package `kernels` of Hugging Face (PyPI).

@@ -90,6 +90,17 @@ def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     assert "mocofast = mocofast.cli:main" in metadata(wheel, "entry_points.txt")
 
 
+def test_the_index_shows_what_the_package_is(wheel: zipfile.ZipFile) -> None:
+    """`make dist` also renders the page, by twine."""
+    about = Parser().parsestr(metadata(wheel, "METADATA"))
+    page = about.get_payload()
+    assert isinstance(page, str) and "$ mocofast pretrain PHOTOS" in page
+    assert not re.search(r"\]\((?!https?:)", page), "an index has no files beside the page"
+    minors = [*range(int(about["Requires-Python"].rpartition(".")[2]), 15)]
+    said = [name for name in about.get_all("Classifier") or [] if "Python :: 3." in name]
+    assert said == [f"Programming Language :: Python :: 3.{minor}" for minor in minors]
+
+
 def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipFile) -> None:
     build = "from setuptools import build_meta; print(build_meta.build_sdist('out-sdist'))"
     subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True)
