@@ -169,7 +169,10 @@ def evidence(config: Config | None = None, **line: Any) -> Evidence:
         ("frozen key encoder", {"key_change": 0.0}),
         ("stale queue", {"key_distance": 0.0}),
         ("stale queue", {"queue_drift": 1.5}),
-        ("rate too high", {"weight_change": 0.05, "loss": 6.93, "effective_rank": 1.5}),
+        (
+            "rate too high",  # which also makes keys of different encoders
+            {"weight_change": 0.05, "loss": 6.93, "effective_rank": 1.5, "queue_drift": 1.5},
+        ),
         ("rate too low", {"weight_change": 1e-4}),
         ("BatchNorm leak", {"acc1_as_trained": 0.9, "acc1_shuffled": 0.1}),
         ("collapse", {"embedding_std": 0.01, "effective_rank": 1.1}),

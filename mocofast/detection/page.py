@@ -109,7 +109,7 @@ def verdict(run: TaskRun) -> tuple[bool, str]:
         return True, "diverged: the loss is not finite. Take a lower --optim.lr, and more warm-up"
     epoch = f"{last(run.records, 'epoch')} of {train.epochs} epochs"
     if not values:
-        return False, f"not evaluated: {epoch}. mocofast {run.config.recipe} --resume continues"
+        return False, f"not evaluated: {epoch}. mocofast {run.config.recipe} --resume RUN continues"
     main = "ap50" if "ap50" in values else "miou"
     objects = [v for name, v in values.items() if name.startswith("iou_")][1:]  # no background
     found = values[main] if main == "ap50" else sum(objects) / max(1, len(objects))

@@ -342,5 +342,5 @@ FEWEST_STEPS = 300  # before weights must have moved: a sound run of 285 steps m
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     *(_normalisation, _constant, _duplicates, _augmentation_off, _queue_too_large),
-    *(_frozen_keys, _stale_queue, _leak, _rate_too_high, _collapse, _rate_too_low, _labels),
+    *(_frozen_keys, _rate_too_high, _stale_queue, _leak, _collapse, _rate_too_low, _labels),
 )

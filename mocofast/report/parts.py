@@ -154,12 +154,16 @@ def changed_options(config: Any, base: Any, what: str) -> str:
     changed = settings.differences(config, base)
     before = settings.differences(base, config)
     rows = [
-        [name, settings.shown(value), settings.shown(before.get(name, ""))]
+        [name, *(_option(each) for each in (value, before.get(name, "")))]
         for name, value in changed.items()
         if name != "train.dir"
     ]
     found = table(["option", "this run", what], rows, "Changed options")
     return f"<p>Options that differ from {escape(what)}:</p>{found or '<p>None.</p>'}"
+
+
+def _option(value: Any) -> str:
+    return "none" if value == () else settings.shown(value)
 
 
 # ---- values ----
