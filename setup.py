@@ -73,6 +73,7 @@ BENCH = [
     f"inf-cl>=1.2.1; {LINUX}",
     "timm>=1",
     "albumentations>=2.0.8",
+    "webdataset>=1",
 ]
 # The site of `make docs`. docs/reference is made from the docstrings.
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
@@ -184,6 +185,8 @@ setup(
         "remote": ["fsspec>=2024.2"],  # s3://, gs://, hf://, beside s3fs, gcsfs, huggingface_hub
         "wandb": ["wandb>=0.19"],  # --train.log_to wandb
         "mlflow": ["mlflow-skinny>=2.20"],  # --train.log_to mlflow
+        "comet": ["comet_ml>=3.49"],  # --train.log_to comet
+        "trackio": ["trackio>=0.20"],  # --train.log_to trackio
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray
         "docs": DOCS,
         "test": TEST,

@@ -164,7 +164,7 @@ class OptimConfig:
     )
 
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")  # packages that show metrics
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet", "trackio")  # packages that show metrics
 
 
 @dataclass
@@ -194,7 +194,8 @@ class TrainConfig:
     )
     log_to: tuple[str, ...] = option(
         TRACKERS[:1],
-        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow; none where empty",
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, comet, trackio; "
+        "none where empty",
         valid=Valid(lambda names: {*names} <= {*TRACKERS}, f"names among {', '.join(TRACKERS)}"),
     )
     max_steps: int = option(

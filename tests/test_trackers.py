@@ -1,9 +1,10 @@
-"""Metrics reach W&B and MLflow, a continued run continues the remote run, and no error ends it."""
+"""Metrics reach the trackers, a continued run continues the remote run, and no error ends it."""
 
 from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,3 +121,36 @@ def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.data.params["train.epochs"] == "100"
     history = client.get_metric_history(found.info.run_id, "loss")
     assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_comet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("comet_ml")
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
+    write(tmp_path, "comet", range(1, 3))
+    write(tmp_path, "comet", range(3, 4), resumed=2)
+    key = json.loads((tmp_path / IDS).read_text())["comet"]
+    first, second = sorted(
+        (tmp_path / "comet").glob("*.zip"), key=lambda file: file.stat().st_mtime
+    )
+    losses = {}
+    for file in (first, second):
+        with zipfile.ZipFile(file) as archive:
+            assert json.loads(archive.read("experiment.json"))["offline_id"] == key
+            for line in archive.read("messages.json").splitlines():
+                metric = json.loads(line)["payload"].get("metric") or {}
+                if metric.get("metricName") == "loss":
+                    losses[metric["step"]] = metric["metricValue"]
+    assert losses == {1: 1.0, 2: 0.5, 3: 1 / 3}
+
+
+def test_trackio_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read once, by the import
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    write(tmp_path / "run", "trackio", range(1, 3))
+    write(tmp_path / "run", "trackio", range(3, 4), resumed=2)
+    name = json.loads((tmp_path / "run" / IDS).read_text())["trackio"]
+    assert SQLiteStorage.get_runs("mocofast") == [name]
+    logs = SQLiteStorage.get_logs("mocofast", name)
+    assert [(each["step"], each["loss"]) for each in logs] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]

@@ -1,8 +1,9 @@
-"""Where the metrics of a run go besides metrics.jsonl: TensorBoard, W&B and MLflow (train.log_to).
+"""Where the metrics of a run go besides metrics.jsonl (train.log_to).
 
-A tracker that fails says so once, and the run goes on without it. The id of a remote run is kept in
-the run folder, so a continued run continues the same remote run. The packages read their own
-variables (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI).
+TensorBoard, W&B, MLflow, Comet and trackio. A tracker that fails says so once, and the run goes on
+without it. The id of a remote run is kept in the run folder, so a continued run continues the same
+remote run. The packages read their own variables (WANDB_MODE=offline, WANDB_PROJECT,
+MLFLOW_TRACKING_URI, COMET_START_ONLINE=false, TRACKIO_DIR).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,12 +80,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             id = self._client.create_run(experiment, run_name=path.name).info.run_id
-            options = [
-                Param(f"{group}.{key}", str(value))
-                for group, values in config.items()
-                if isinstance(values, Mapping)
-                for key, value in values.items()
-            ]
+            options = [Param(name, value) for name, value in _options(config).items()]
             for first in range(0, len(options), 100):  # the most that a call takes
                 self._client.log_batch(id, params=options[first : first + 100])
         self.id = id
@@ -97,9 +94,69 @@ class MLflow:
         self._client.set_terminated(self.id)
 
 
+class Comet:
+    """Comet. COMET_START_ONLINE=false writes to the run folder, for `comet upload`."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], id: str) -> None:
+        import comet_ml
+
+        self._experiment = comet_ml.start(
+            project_name=os.environ.get("COMET_PROJECT_NAME", PROJECT),
+            experiment_key=id or None,
+            mode="get" if id else "create",
+            experiment_config=comet_ml.ExperimentConfig(
+                name=path.name,
+                offline_directory=str(path / "comet"),
+                log_code=False,
+                log_git_patch=False,
+                parse_args=False,
+                auto_output_logging=False,
+            ),
+        )
+        if not id:
+            self._experiment.log_parameters(_options(config))
+        self.id = str(self._experiment.get_key())
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._experiment.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._experiment.end()
+
+
+class Trackio:
+    """trackio, in the folder of TRACKIO_DIR, or in the Space of TRACKIO_SPACE_ID."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], id: str) -> None:
+        import trackio
+
+        self.id = id or f"{path.name}-{uuid.uuid4().hex[:8]}"  # trackio continues a run by its name
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        options = _options(config)
+        self._run = trackio.init(project, self.id, config=options, resume="allow", embed=False)
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {"group.name": value} of a run's options."""
+    return {
+        f"{group}.{key}": str(value)
+        for group, values in config.items()
+        if isinstance(values, Mapping)
+        for key, value in values.items()
+    }
+
+
 _REMOTE: dict[str, Callable[[Path, Mapping[str, Any], str], Tracker]] = {
     "wandb": WandB,
     "mlflow": MLflow,
+    "comet": Comet,
+    "trackio": Trackio,
 }
 
 
