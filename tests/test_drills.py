@@ -42,10 +42,10 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_equal(
 def test_stopped_and_hung_ranks_end_and_the_run_goes_on_to_equal_bits(
     tmp_path: Path, whole_of_two: Path
 ) -> None:
-    """One run meets a signal to torchrun's agent, a signal to a rank, and two ranks that hang.
+    """A run meets a signal to torchrun's agent, a signal to a rank, and two hung ranks.
 
     After a signal torchrun's own status is 1, the run does not start again, and no step is lost.
-    Of ranks that hang, rank 1 notices rank 0, and rank 0 notices rank 1.
+    Rank 1 notices the hang of rank 0, and rank 0 the hang of rank 1.
     """
     folder, figures = tmp_path / "run", Figures()
     assert ranks.stopped(folder, 10, "agent", STEPS) == (1, 0, 0)

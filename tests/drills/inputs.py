@@ -143,7 +143,7 @@ def _command(words: list[str], folder: Path, said: Path) -> None:
 
 
 def damaged_recipe(place: Path, rng: random.Random, _: Place) -> str:
-    """Reads a shipped recipe with damaged bytes, or with other values."""
+    """Reads a shipped recipe with damaged bytes, or with odd values."""
     shipped = resources.files("mocofast") / "recipes" / f"{rng.choice(settings.recipes())}.yaml"
     content = shipped.read_bytes()
     if rng.random() < 0.5:
@@ -172,7 +172,7 @@ def damaged_recipe(place: Path, rng: random.Random, _: Place) -> str:
 
 
 def damaged_words(place: Path, rng: random.Random, given: Place) -> str:
-    """Runs a command line with other, missing, repeated or damaged words, and random options."""
+    """Runs a command line with odd, missing, repeated or damaged words, and random options."""
     names = {"run": given.run, "images": given.images, "out": given.out}
     command, *words = [word.format(**names) for word in rng.choice(COMMANDS).split()]
     known = [s for group, kind in settings.groups().items() for s in settings.settings(group, kind)]
@@ -213,7 +213,7 @@ def _fitting(setting: settings.Setting, rng: random.Random) -> str:
 
 
 def damaged_bytes(place: Path, rng: random.Random, given: Place) -> str:
-    """Continues from a checkpoint with damaged bytes: refused, or read as it was written."""
+    """Continues from a checkpoint with damaged bytes: refused, or read as written."""
     file = place / "run" / "checkpoints" / "last.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(mutated((given.run / "checkpoints" / "last.pt").read_bytes(), rng))
@@ -226,7 +226,7 @@ def damaged_bytes(place: Path, rng: random.Random, given: Place) -> str:
 
 
 def damaged_entries(place: Path, rng: random.Random, given: Place) -> str:
-    """Runs commands on a checkpoint whose entries have other values, other kinds, or are gone."""
+    """Runs commands on a checkpoint with wrong or missing entries."""
     state, changed = copy.deepcopy(given.state), []
     for _number in range(rng.randint(1, 3)):
         holder, key = _entry(state, rng)

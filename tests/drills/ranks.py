@@ -44,11 +44,11 @@ def hang(
     steps: int = STEPS,
     kill: bool = False,
 ) -> list[str]:
-    """Stops ranks of a run of two ranks for ever (SIGSTOP), one after the other.
+    """Stops ranks of a run of two ranks for ever (SIGSTOP), in turns.
 
     moments: {rank: step}, in the order of the steps.
-    kill: ends the stopped rank after the other has ended by itself. torchrun does so after 30 s.
-    Returns the lines that name a rank.
+    kill: ends a stopped rank at the end of its partner. torchrun waits 30 s before.
+    Returns the log's lines about hangs.
     """
     log = folder.with_suffix(".log")
     process = start(words(folder, steps, **{"train.hang_after": HANG_AFTER}), log, torchrun(2))
