@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from mocofast import cli, files, settings
 from mocofast.config import ConfigError
 from mocofast.errors import DivergedError
-from mocofast.interrupts import EXIT_SYSTEM
+from mocofast.interrupts import EXIT_INTERRUPTED, EXIT_SYSTEM
 from mocofast.train import checkpoint_writer, evidence
 from mocofast.train.checkpoint import FORMAT, load_checkpoint
 from mocofast.train.checkpoint_writer import CheckpointWriter
@@ -354,3 +355,22 @@ def test_a_deterministic_run_repeats_to_the_bit(tmp_path: Path) -> None:
         run(tmp_path / name, train__deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled()
     runs.assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_every_warning_of_a_scheduler_writes_a_checkpoint_and_ends_with_75(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def warn(engine: Engine, call: int, metrics: StepMetrics) -> StepMetrics:
+        if call == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return metrics
+
+    spoil(monkeypatch, warn)
+    folder = tmp_path / "run"
+    words = ["pretrain", "digits", "--train.dir", str(folder), "--knn.start", "false"]
+    assert cli.main([*words, "--train.device", "cpu", "--data.workers", "0"]) == EXIT_INTERRUPTED
+    assert load_checkpoint(folder)["step"] == 3
