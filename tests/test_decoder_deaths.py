@@ -21,12 +21,14 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from mocofast.config import AugmentConfig
 from mocofast.data import planning, trial
 from mocofast.data.dali_loader import DaliLoader
+from mocofast.data.decoding import read_header
 from mocofast.data.interface import BatchSlice
 from mocofast.data.journal import Journal, read_journal
+from mocofast.data.probing import accepts
 from mocofast.data.sources import FolderSource
 from mocofast.data.trial import try_files
 from mocofast.train.suspects import FATAL, FOLDER, skip_fatal_files
-from tests.pictures import assert_same_batches, files, jpeg, save_photos
+from tests.pictures import assert_same_batches, files, jpeg, photo, save_photos
 
 MARK, HANG = b"ends its decoder", b"never ends"
 VIEWS = (AugmentConfig(size=19),) * 2
@@ -107,6 +109,20 @@ def test_the_real_trial_decodes_good_and_bad_files_and_accuses_none(photos_23: P
     assert (sorted(bad), python, fatal) == ([1, 2, 3], (), 0)
     assert "truncated" in bad[1]
     assert "cannot identify" in bad[2]
+
+
+def test_jpeg_2000_never_reaches_nvimagecodec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged headers end the process there. PIL reads less of a header, and accepts more."""
+    nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
+    parsed, parse = [], nvimgcodec.CodeStream
+    monkeypatch.setattr(nvimgcodec, "CodeStream", lambda file: parsed.append(file) or parse(file))
+    for name, by_dali in (("a.png", True), ("a.jp2", False), ("gray.jp2", False), ("a.j2k", False)):
+        path = str(tmp_path / name)
+        photo(0, (20, 30)).convert("L" if "gray" in name else "RGB").save(path)
+        assert accepts(path, read_header(path)) == by_dali
+    assert [Path(file).name for file in parsed] == ["a.png"]
 
 
 def test_a_loader_that_ends_by_itself_leaves_no_journal(photos_23: Path, tmp_path: Path) -> None:
