@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mocofast_kernels import cpu
+from mocofast_kernels import cpu_products
 from torch import Tensor
 
 from mocofast.device import choose_device
@@ -198,7 +198,7 @@ def matrix_product(side: int, dtype: torch.dtype, device: torch.device) -> Calla
 def onednn_product(side: int) -> Callable[[], Tensor]:
     """Returns the same product in float32 by oneDNN, which beats `torch.mm` on some CPUs."""
     a, b = (torch.randn(side, side) for _ in range(2))
-    return lambda: cpu.product(a, b)
+    return lambda: cpu_products.product(a, b)
 
 
 def memory_of_all(
