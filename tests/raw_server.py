@@ -26,6 +26,8 @@ def serving(answer: Answer, pause: float = 0.0) -> Iterator[str]:
             head = b""
             while b"\r\n\r\n" not in head and (received := connection.recv(65536)):
                 head += received
+            if not head:  # some clients open a connection that they do not use
+                return
             line, *rest = head.decode("latin-1").split("\r\n")
             headers = {k.lower(): v for k, _, v in (row.partition(": ") for row in rest)}
             for piece in answer(line, headers):

@@ -75,7 +75,14 @@ def matching(url: str) -> list[str]:
     if is_http(url) or not set("*?[") & set(url):
         return [url]
     system, pattern = _storage(url)
-    return [system.unstrip_protocol(path) for path in _answer(url, lambda: system.glob(pattern))]
+
+    def paths() -> list[str]:
+        try:
+            return list(system.glob(pattern))
+        except FileNotFoundError:  # some storages raise it where the folder is missing
+            return []
+
+    return [system.unstrip_protocol(path) for path in _answer(url, paths)]
 
 
 def exists(url: str) -> bool:
