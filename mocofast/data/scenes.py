@@ -68,7 +68,7 @@ def _pixels_between(begin: np.ndarray, end: np.ndarray, side: int) -> tuple[np.n
 def is_scene(tags: Tags) -> bool:
     """True for a TIFF of which rasterio reads windows as the other readers read the whole."""
     plain = tags.photometric in (BLACK_IS_ZERO, RGB, YCBCR) and tags.orientation == 1
-    return plain and not tags.stack
+    return plain and not (tags.stack or tags.associated or tags.page)
 
 
 @contextmanager
