@@ -277,11 +277,12 @@ class PretrainingFolder(RunFolder):
             log.info("before: %s", self.describe(before))
         if after:
             log.info("after:  %s%s", self.describe(after), when)
+        views = "views.png" if (self.path / "views.png").exists() else ""  # of a first step
         log.info(
             "written to %s: config.yaml, metrics.jsonl, signals.jsonl, train.log, curves.png, "
-            "views.png, %sTensorBoard events, checkpoints/last.pt",
+            "%sTensorBoard events, checkpoints/last.pt",
             self.path,
-            f"{page}, " if page else "",
+            "".join(f"{name}, " for name in (views, page) if name),
         )
         run = shlex.quote(str(self.path))
         backbone = shlex.quote(str(self.path / "backbone.pt"))
