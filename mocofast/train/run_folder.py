@@ -254,6 +254,7 @@ class PretrainingFolder(RunFolder):
     def __init__(self, path: Path, config: Config, resumed_step: int | None) -> None:
         super().__init__(path, config, resumed_step)
         self._shots = config.knn.shots
+        self._method = config.model.method
 
     def finish(
         self,
@@ -294,8 +295,10 @@ class PretrainingFolder(RunFolder):
             log.info("next: mocofast linear %s", run)
         log.info("next: mocofast export %s --format torchvision %s", run, backbone)
         if not after:
+            command = "zeroshot" if self._method == "clip" else "linear"
             log.info(
-                "with labelled images: mocofast linear %s --data.path FOLDER_OF_CLASS_FOLDERS", run
+                "with labelled images: mocofast %s %s --data.path FOLDER_OF_CLASS_FOLDERS",
+                *(command, run),
             )
 
     def describe(self, values: Mapping[str, float]) -> str:
