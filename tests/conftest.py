@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(long_drill)
 
 
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks measure in this process. New processes take seconds, and have own tests."""
+    monkeypatch.setattr(
+        "mocofast_bench.timing.in_fresh_process", lambda measure, *arguments: measure(*arguments)
+    )
+
+
 def _unpacked(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = os.environ.get("MOCOFAST_DATA")
     if not root or not (Path(root) / archive).exists():

@@ -70,6 +70,7 @@ def test_kernels_reports_both_sides_and_appends_its_row(
     assert row["device"]
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_kernels_beside_busy_processes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--n", "8", "--k", "64", "--c", "4", "--repeats", "2", "--device", "cpu"]
     assert main(["kernels", *options, "--no-compile", "--busy", "2"]) == 0

@@ -152,12 +152,10 @@ def test_inputs_rotate_through_more_than_the_cache() -> None:
     assert peers.sets_past_the_cache(SIZES, torch.float32, CPU) == peers.MAX_SETS
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_sides_of_the_losses_of_a_batch_agree_and_the_others_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        timing, "in_fresh_process", lambda function, *arguments: function(*arguments)
-    )
     options = ["batch", "--n", "20", "--c", "8", "--repeats", "1", "--device", "cpu"]
     assert main(options) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -214,13 +212,10 @@ def test_every_side_of_the_ema_averages_alike() -> None:
             torch.testing.assert_close(average.detach().double(), want, rtol=0, atol=3e-7)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_the_sweep_writes_rows_and_plots(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Without new processes, which take most of a minute. Another test covers the memory gauge.
-    monkeypatch.setattr(
-        timing, "in_fresh_process", lambda function, *arguments: function(*arguments)
-    )
     sizes = ["--n", "3", "8", "--k", "64", "32", "--c", "16", "--middle", "3", "64", "16"]
     assert (
         main(["sweep", str(tmp_path), *sizes, "--no-compile", "--repeats", "1", "--device", "cpu"])

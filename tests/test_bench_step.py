@@ -57,12 +57,12 @@ def test_step_times_every_side_on_the_same_problem(step_row: dict[str, Any]) -> 
     assert step_row["over_encoders_only"] == pytest.approx(ours / floor, rel=0.01)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_in_bf16_a_cpus_step_stands_beside_our_step_in_fp32(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("lightly", "lightly.loss"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(step.timing, "in_fresh_process", lambda measure, *args: measure(*args))
     used: list[tuple[str, bool]] = []
 
     class Recorded(training_steps.Engine):
@@ -189,6 +189,7 @@ def test_a_queue_that_the_reference_refuses_is_an_error_that_says_so(command: st
         main([command, "--recipe", "digits", "--batch", "8", "--queue", "17", "--device", "cpu"])
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_train_measures_both_loops_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
