@@ -15,7 +15,7 @@ def fit(argv: Sequence[str]) -> int:
         usage="mocofast fit [RECIPE] [--gpu NAME | --memory GB] [--ranks N] [--OPTION VALUE ...]",
         description="Predicts the peak memory of a training step without a GPU, and proposes "
         "activation checkpointing,\nsharding and micro-batches until the step fits. "
-        "docs/cluster.md says what is not counted.",
+        "With --train.device cpu: on this machine. docs/cluster.md says what is not counted.",
         often=("--gpu", "--memory", "--ranks"),
         examples=(
             "mocofast fit moco_v3_vit_l --gpu H100 --ranks 64",
@@ -34,15 +34,18 @@ def fit(argv: Sequence[str]) -> int:
         raise ConfigError("--gpu and --memory: expected one of the two")
     if arguments.memory < 0 or arguments.ranks < 1:
         raise ConfigError("--memory and --ranks: expected positive numbers")
+    from mocofast.device import memory_bytes
     from mocofast.train import configure
     from mocofast.train import fit as module
 
     given = {"data.path": ".", **given_settings(arguments)}
     config = configure.configure(arguments.recipe, "", given)
-    gpu = arguments.gpu or "H100"
+    on_cpu, gpu = config.train.device == "cpu", arguments.gpu or "H100"
+    machine = memory_bytes() if on_cpu and not arguments.gpu else None
+    memory = arguments.memory or (machine / module.GIB if machine else module.memory_of(gpu))
     if config.train.precision == "auto":
         old = gpu.upper() in module.WITHOUT_BF16 and not arguments.memory
-        config.train.precision = "fp16" if old else "bf16"
-    for line in module.report(config, arguments.ranks, arguments.memory or module.memory_of(gpu)):
+        config.train.precision = "fp32" if on_cpu else "fp16" if old else "bf16"
+    for line in module.report(config, arguments.ranks, memory):
         print(line, flush=True)
     return 0

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from mocofast_bench.processes import on_ranks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mocofast import cli, settings
 from mocofast.config import Config, ConfigError
 from mocofast.device import choose_autocast
+from mocofast.distributed import rank_and_world_size
 from mocofast.methods.build import build_method
 from mocofast.models.recompute import recompute_blocks
 from mocofast.train import fit
 from mocofast.train.engine import Engine
-from mocofast.train.memory import step_peak
+from mocofast.train.memory import own_part, step_peak
 from mocofast.train.optimizer import optimizer_of
+from mocofast.train.sharding import Sharding, is_sharded
 
 CPU = torch.device("cpu")
 VIT = ("moco_v3_vit_s", {"model.arch": "vit_tiny_cifar", "model.hidden_dim": 512})
-RESNET = ("moco_v2_r50_200ep", {"model.arch": "resnet18_cifar", "model.shuffle_bn": False})
+# 16 images, beside which the memory inside an operator is large.
+SMALL = {"model.arch": "resnet18_cifar", "model.shuffle_bn": False, "data.batch_size": 16}
+RESNET = ("moco_v2_r50_200ep", SMALL)
 RECOMPUTED = {"engine.checkpoint_activations": True, "train.accumulate": 2}
+BF16 = {"train.precision": "bf16"}
 
 
 def configured(recipe: str, **options: Any) -> Config:
     config = settings.load_recipe(recipe)
-    common = {"augment.size": 32, "data.batch_size": 32, "train.precision": "fp32"}
-    settings.apply(config, {**common, **options})
+    common = {"augment.size": 32, "train.precision": "fp32", "train.device": "cpu"}
+    settings.apply(config, {"data.batch_size": 32, **common, **options})
     return config
 
 
-def measured_peak(config: Config) -> int:
-    """Returns the most bytes that PyTorch's allocator holds in a second step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        torch.manual_seed(0)
-        method = build_method(config)
+def measured_peak(config: Config, rank: int = 0) -> int:
+    """Returns the most bytes that PyTorch's allocator holds in a second step of this process."""
+    torch.manual_seed(0)
+    method = build_method(config)
+    if config.engine.checkpoint_activations:
+        recompute_blocks(method.encoder_q)
+    parts, world_size = config.train.accumulate, rank_and_world_size()[1]
+    images = config.data.batch_size // world_size
+    autocast = choose_autocast(config.train.precision, CPU)
+    if is_sharded(config, world_size):
+        Sharding(method, CPU, autocast)
+    else:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.engine.checkpoint_activations:
-            recompute_blocks(method.encoder_q)
-        parts, images = config.train.accumulate, config.data.batch_size
-        autocast = choose_autocast(config.train.precision, CPU)
+    parts_of_rank = map(own_part, (*method.parameters(), *method.buffers()))
+    held = sum({t.data_ptr(): t.nbytes for t in parts_of_rank}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer = optimizer_of(method, config.optim)
         engine = Engine("eager", method, optimizer, autocast, parts, images // parts)
         size = (images, 3, 32, 32)
@@ -54,7 +67,7 @@ def measured_peak(config: Config) -> int:
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == "second step")
-    held = most = 0
+    most = held
     changes = [event for event in events if event.name() == "[memory]"]
     for event in sorted(changes, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -65,7 +78,7 @@ def measured_peak(config: Config) -> int:
 
 @pytest.mark.parametrize(
     ("run", "options"),
-    [(VIT, {}), (VIT, RECOMPUTED), (RESNET, {}), (RESNET, {"train.precision": "bf16"})],
+    [(VIT, {}), (VIT, RECOMPUTED), (RESNET, {}), (RESNET, RECOMPUTED), (RESNET, BF16)],
 )
 def test_the_predicted_peak_is_the_allocators(
     run: tuple[str, dict[str, Any]], options: dict[str, Any]
@@ -73,6 +86,13 @@ def test_the_predicted_peak_is_the_allocators(
     recipe, small = run
     config = configured(recipe, **small, **options)
     assert step_peak(config) == pytest.approx(measured_peak(config), rel=0.05)
+
+
+def test_the_predicted_peak_of_a_sharded_model_is_the_allocators() -> None:
+    recipe, small = VIT
+    config = configured(recipe, **small, **{"engine.parallel": "fsdp"})
+    for measured in on_ranks(partial(measured_peak, config)):
+        assert step_peak(config, 2) == pytest.approx(measured, rel=0.05)
 
 
 def test_settings_that_fit_are_found_in_the_order_of_their_cost() -> None:
@@ -105,6 +125,8 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  fits\nnext: mocofast pretrain moco_v3_vit_s --train.accumulate 1" in said
     assert cli.main(["fit", "moco_v3_vit_s", "--memory", "0.001", *small]) == 0
     assert "nothing fits" in capsys.readouterr().out
+    assert cli.main(["fit", "moco_v3_vit_s", "--train.device", "cpu", *small]) == 0
+    assert "fp32, batch of 8 on 1 machine of" in capsys.readouterr().out
     assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "H3000"]) == 2
     assert "--gpu: expected one of T4" in capsys.readouterr().err
 

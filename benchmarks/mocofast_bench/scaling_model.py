@@ -15,8 +15,11 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"  # of the repository
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -225,7 +228,7 @@ def bytes_table(base: Workload) -> str:
         cells.insert(2, f"{reference['images'] / ours['images']:.0f}x")
         lines.append([str(ranks), *cells])
     title = f"Bytes received by every rank in a step, {base.batch} images per GPU:"
-    return _table(title, [*heads, "gradients, both", "buffers, reference"], lines)
+    return table(title, [*heads, "gradients, both", "buffers, reference"], lines)
 
 
 def times_table(base: Workload, cluster: Cluster) -> str:
@@ -246,7 +249,7 @@ def times_table(base: Workload, cluster: Cluster) -> str:
     title += (
         f"{1e3 * compute_seconds(base, cluster):.1f} ms, {base.batch} images per GPU (modelled):"
     )
-    return _table(title, heads, lines)
+    return table(title, heads, lines)
 
 
 def feeding_table(base: Workload, cluster: Cluster) -> str:
@@ -260,18 +263,19 @@ def feeding_table(base: Workload, cluster: Cluster) -> str:
         cells += [f"{rate / pairs:.0f}" for pairs in (PIL_PAIRS_PER_CORE, OUR_PAIRS_PER_CORE)]
         lines.append([str(ranks), *cells, format_bytes(gathered)])
     title = f"Needed to feed {rate:,.0f} images per second and GPU:"
-    return _table(title, [*heads, "GPU memory of the reference's gather, 32 per GPU"], lines)
+    return table(title, [*heads, "GPU memory of the reference's gather, 32 per GPU"], lines)
 
 
-def _table(title: str, heads: list[str], lines: list[list[str]]) -> str:
-    rows = [f"| {' | '.join(cells)} |" for cells in (["GPUs", *heads], *lines)]
-    return "\n".join([title, "", rows[0], "|---" * (1 + len(heads)) + "|", *rows[1:]])
+def table(title: str, heads: list[str], lines: list[list[str]], first: str = "GPUs") -> str:
+    """Returns a table of Markdown below a title. first: the head of the first column."""
+    rows = [f"| {' | '.join(cells)} |" for cells in ([first, *heads], *lines)]
+    return "\n".join(
+        [textwrap.fill(title, 100), "", rows[0], "|---" * (1 + len(heads)) + "|", *rows[1:]]
+    )
 
 
 def plot(base: Workload, cluster: Cluster, out: Path) -> None:
     """Plots bytes received in a step, and weak-scaling efficiency, over the number of GPUs."""
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
-
     from mocofast.plots import new_figure
 
     blue, orange, gray = "#1f6feb", "#e8710a", "#7a7f87"
@@ -307,6 +311,14 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
             share_axes.plot(
                 RANKS, [s[side] for s in shares], color=color, linestyle=style, label=label
             )
+    finish_axes(bytes_axes, share_axes)
+    figure.savefig(out)
+
+
+def finish_axes(bytes_axes: Any, share_axes: Any) -> None:
+    """Sets scales, labels and legends of a plot over the number of GPUs."""
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
     share_axes.set(
         ylim=(0, 1.02),
         ylabel="throughput per GPU, relative to one GPU",
@@ -321,33 +333,42 @@ def plot(base: Workload, cluster: Cluster, out: Path) -> None:
         axes.grid(color="#e6e8eb")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out)
 
 
-def insert_tables(text: str, content: str) -> str:
-    """Returns the document with `content` between the markers.
+def insert_tables(text: str, content: str, name: str = "tables") -> str:
+    """Returns the document with `content` between the lines <!-- NAME --> and <!-- end -->.
 
-    Raises ValueError if the markers are missing.
+    Raises ValueError if the lines are missing.
     """
-    between = re.compile(r"(?s)(?<=<!-- tables -->\n).*?(?=<!-- end -->)")
+    between = re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)")
     if not between.search(text):
-        raise ValueError("the document lacks the lines <!-- tables --> and <!-- end -->")
+        raise ValueError(f"the document lacks the lines <!-- {name} --> and <!-- end -->")
     return between.sub(lambda _: f"{content}\n", text)
 
 
 def main() -> int:
-    """Rewrites docs/scaling.md and docs/scaling.png. Returns 1 outside a checkout, else 0."""
-    document, picture = DOCS / "scaling.md", DOCS / "scaling.png"
+    """Rewrites the first tables of docs/scaling.md, and docs/scaling.png. Returns as `write`."""
+    base, cluster = moco_v2(), Cluster()
+    return write(
+        "tables", tables(base, cluster), "scaling.png", lambda out: plot(base, cluster, out)
+    )
+
+
+def write(name: str, content: str, picture: str, draw: Callable[[Path], None]) -> int:
+    """Rewrites tables and a plot of docs/scaling.md. Returns 1 outside a checkout, else 0.
+
+    name: as of `insert_tables`. picture: the name of the plot, which `draw` writes.
+    """
+    document = DOCS / "scaling.md"
     if not document.is_file():
         print(
             f"{document} does not exist: run this command in a checkout of mocofast",
             file=sys.stderr,
         )
         return 1
-    base, cluster = moco_v2(), Cluster()
-    document.write_text(insert_tables(document.read_text("utf-8"), tables(base, cluster)), "utf-8")
-    plot(base, cluster, picture)
-    print(f"Written: {document}, {picture}")
+    document.write_text(insert_tables(document.read_text("utf-8"), content, name), "utf-8")
+    draw(DOCS / picture)
+    print(f"Written: {document}, {DOCS / picture}")
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mocofast.config import Config, ConfigError
+from mocofast.data.finding import counted
 from mocofast.train.memory import step_peak
 
 GIB = 2**30
@@ -99,10 +100,10 @@ def report(config: Config, ranks: int, memory: float) -> Iterator[str]:
     """Yields the lines of `mocofast fit`. memory: GiB of a GPU."""
     usable = USABLE * memory * GIB
     c, images = config, config.data.batch_size // ranks
-    gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+    places = counted(ranks, "machine" if config.train.device == "cpu" else "GPU")
     yield (
         f"recipe {c.recipe}: {c.model.arch}, {c.train.precision}, batch of {c.data.batch_size} on "
-        f"{gpus} of {memory:g} GiB, of which a step may take {usable / GIB:.1f}"
+        f"{places} of {memory:.4g} GiB, of which a step may take {usable / GIB:.1f}"
     )
     yield "images a micro-batch  activations  parallel  peak GiB"
     trial = None

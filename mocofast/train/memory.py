@@ -2,7 +2,8 @@
 
 Every storage that an operator of the step makes is counted until nothing holds the storage. Sizes
 are rounded up to BLOCK bytes, as PyTorch's allocator for GPUs does. Ranks exist as a process group
-that sends nothing.
+that sends nothing. For a CPU (`train.device cpu`), the copies inside the gradient of a convolution
+are counted too.
 
 Not modelled: workspaces of cuDNN and cuBLAS, fragmentation of the allocator, the context of the
 driver, buffers of NCCL, compiled encoders, images that a loader keeps on the device, and the
@@ -71,9 +72,9 @@ def step_peak(config: Config, world_size: int = 1) -> int:
             recompute_blocks(method.encoder_q)
         if sharded:
             Sharding(method, CPU, autocast, mesh)
-        memory = modes.enter_context(Peak())
+        memory = modes.enter_context(Peak(config.train.device == "cpu"))
         for tensor in (*method.parameters(), *method.buffers()):
-            memory.count(_own(tensor))
+            memory.count(own_part(tensor))
         if not sharded:
             _use_shadows(method, autocast)
         optimizer = _Optimizer(method, config, in_buckets=world_size > 1 and not sharded)
@@ -86,10 +87,14 @@ def step_peak(config: Config, world_size: int = 1) -> int:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that live, inside the block. peak: the most at a time."""
+    """Counts the bytes of the storages that live, inside the block. peak: the most at a time.
 
-    def __init__(self) -> None:
+    onednn: count what oneDNN, PyTorch's library on CPUs, holds inside an operator.
+    """
+
+    def __init__(self, onednn: bool) -> None:
         super().__init__()
+        self._onednn = onednn
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -99,7 +104,10 @@ class Peak(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self.count(value)
+                self.count(own_part(value))
+        if self._onednn and function is torch.ops.aten.convolution_backward.default:
+            # The weight's gradient in oneDNN's order, and another copy for the memory format.
+            self.peak = max(self.peak, self.live + 2 * args[2].nbytes)
         return out
 
     def count(self, tensor: Tensor) -> None:
@@ -134,7 +142,7 @@ class Peak(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-def _own(tensor: Any) -> Tensor:
+def own_part(tensor: Any) -> Tensor:
     """Returns this rank's part of a sharded tensor, and other tensors unchanged."""
     own: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return own
