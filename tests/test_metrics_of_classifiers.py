@@ -179,6 +179,18 @@ def test_mixtures_train_a_vit_with_all_options(caplog: pytest.LogCaptureFixture)
         train_classifier(tiny_encoder(), datasets, config, options, CPU, autocast)
 
 
+def test_the_head_may_start_as_the_linear_probe() -> None:
+    found, autocast = {}, torch.autocast("cpu", enabled=False)
+    for head in ("random", "probe"):
+        datasets, config = bright_datasets()
+        still = FinetuneConfig(head=head, epochs=1, lr=1e-12)  # keeps the weights
+        found[head] = finetune(tiny_encoder(), datasets, config, still, CPU, autocast)
+    assert found["probe"].top1 > 0.9 > found["random"].top1 + 0.3
+    datasets, config = brightness("number")
+    with pytest.raises(ConfigError, match=r"finetune\.head: expected random"):
+        train_classifier(tiny_encoder(), datasets, config, still, CPU, autocast)
+
+
 def brightness(kind: str) -> tuple[Datasets, Config]:
     """Images whose label is their brightness, as a number or as tags."""
     datasets, config = bright_datasets()

@@ -25,8 +25,9 @@ from mocofast.errors import NothingDecodedError
 from mocofast.evaluate.features import evaluating, image_batches
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.layers import add_drop_path, optimizer_of
-from mocofast.evaluate.linear import plain_view
+from mocofast.evaluate.linear import Probe, fit_probe, plain_view
 from mocofast.evaluate.options import FinetuneConfig as FinetuneConfig
+from mocofast.evaluate.options import LinearConfig
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, loss_of, targets_of
 from mocofast.models.batch_norm import SplitBatchNorm
@@ -124,8 +125,11 @@ def train_classifier(
     mean, std = (statistic.to(device) for statistic in pixel_statistics(config.augment))
 
     # A new head. All weights are trained, also a ViT's patch projection, which pretraining froze.
+    probe = _probe(encoder, datasets, config, targets, device) if options.head == "probe" else None
     torch.manual_seed(seed)
     _replace_head(encoder, len(targets.names), config, device)
+    if probe is not None:
+        _start(encoder, probe)
     encoder.requires_grad_(True)
     for module in encoder.modules():
         if isinstance(module, SplitBatchNorm):
@@ -235,6 +239,27 @@ def _replace_head(encoder: nn.Module, outputs: int, config: Config, device: torc
         inputs = head_inputs(encoder, torch.zeros(shape, device=device))
     for name, x in zip(head_names(encoder), inputs):
         put(encoder, name, nn.Linear(x.shape[1], outputs).to(device))
+
+
+def _probe(
+    encoder: nn.Module, datasets: Datasets, config: Config, targets: Targets, device: torch.device
+) -> Probe:
+    """Fits the linear probe whose weights the new head takes."""
+    if targets.kind == "number" or len(head_names(encoder)) > 1:
+        raise ConfigError(
+            "finetune.head: expected random for labels that are numbers, and for encoders of two "
+            "heads"
+        )
+    return fit_probe(encoder, datasets, config, LinearConfig(), device)
+
+
+@torch.no_grad()
+def _start(encoder: nn.Module, probe: Probe) -> None:
+    """Gives the head of `encoder` the weights of a linear probe."""
+    head = encoder.get_submodule(head_names(encoder)[0])
+    assert isinstance(head, nn.Linear)
+    head.weight.copy_(probe.weight)
+    head.bias.copy_(probe.bias)
 
 
 def _mixture(

@@ -65,6 +65,12 @@ def of_protocol(options: LinearConfig, given: Mapping[str, Any], arch: str) -> L
 class FinetuneConfig:
     """Fine-tuning of the whole encoder."""
 
+    head: str = option(
+        "random",
+        "how the new head starts: random weights, or probe: the linear probe on the features, "
+        "fitted first, for few labels of classes or tags (arXiv:2202.10054)",
+        ("random", "probe"),
+    )
     epochs: int = option(50, "passes over the training images", valid=at_least(1))
     optimizer: str = option(
         "sgd", "sgd (momentum 0.9) or adamw (better for ViTs)", ("sgd", "adamw")
