@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -189,6 +190,27 @@ def test_the_head_may_start_as_the_linear_probe() -> None:
     datasets, config = brightness("number")
     with pytest.raises(ConfigError, match=r"finetune\.head: expected random"):
         train_classifier(tiny_encoder(), datasets, config, still, CPU, autocast)
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "expected"),
+    [(32, (), (0.3, 1.0)), (224, (), (0.08, 1.0)), (32, (0.5, 0.9), (0.5, 0.9))],
+)
+def test_crops_of_small_views_are_larger(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    given: tuple[float, ...],
+    expected: tuple[float, float],
+) -> None:
+    datasets, config = bright_datasets()
+    config.augment.size = size
+    loaded = mock.Mock(side_effect=ConfigError("no more"))
+    monkeypatch.setattr("mocofast.evaluate.finetune.build_loader", loaded)
+    options, autocast = FinetuneConfig(crop_scale=given), torch.autocast("cpu", enabled=False)
+    with pytest.raises(ConfigError, match="no more"):
+        finetune(tiny_encoder(), datasets, config, options, CPU, autocast)
+    (view,) = loaded.call_args.args[2]
+    assert view.crop_scale == expected
 
 
 def brightness(kind: str) -> tuple[Datasets, Config]:

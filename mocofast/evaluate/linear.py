@@ -130,15 +130,18 @@ def fit_probe(
         return _sgd(encoder, datasets, *val, targets, config, options, device)
 
 
-def plain_view(augment: AugmentConfig) -> AugmentConfig:
-    """Returns the augmentation of supervised training: RandomResizedCrop (8 % to 100 %) and flips.
+def plain_view(
+    augment: AugmentConfig, crop_scale: tuple[float, float] = (0.08, 1.0)
+) -> AugmentConfig:
+    """Returns the augmentation of supervised training: RandomResizedCrop and flips.
 
+    crop_scale: area of the crop, as a share of the image. The default is that of ImageNet.
     The probability of a flip is the run's (0.5, or 0 for digits, whose meaning a flip changes).
     Probabilities of vertical flips and of quarter turns are the run's, too.
     """
     off = dict.fromkeys(("rotate", "gray", "blur", "solarize", "hed", "noise"), 0.0)
     still = {"jitter": (0.0,) * 4, "channel_jitter": (0.0, 0.0), "sizes": (), "crop_scales": ()}
-    return replace(augment, crop_scale=(0.08, 1.0), **off, **still)  # type: ignore[arg-type]
+    return replace(augment, crop_scale=crop_scale, **off, **still)  # type: ignore[arg-type]
 
 
 def _fast(

@@ -114,4 +114,13 @@ class FinetuneConfig:
     label_smoothing: float = option(
         0.0, "share of a label that goes to all classes alike", valid=between(0, 1)
     )
+    crop_scale: tuple[float, ...] = option(
+        (),
+        "area of the random crop, as a share of the image; empty takes 0.08,1, or 0.3,1 for views "
+        "of at most 64 pixels, of which a small crop shows too little",
+        valid=Valid(
+            lambda value: not value or (len(value) == 2 and 0 < value[0] <= value[1] <= 1),
+            "two shares, the smaller first",
+        ),
+    )
     bootstrap: int = option(1000, _RESAMPLES, valid=at_least(0))
