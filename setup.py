@@ -71,6 +71,7 @@ BENCH = [
     f"liger-kernel>=0.8; {LINUX}",
     "lightly>=1.6",
     f"inf-cl>=1.2.1; {LINUX}",
+    f"siglip-kernel>=0.1.2; {LINUX}",
     "timm>=1",
     "albumentations>=2.0.8",
     "webdataset>=1",

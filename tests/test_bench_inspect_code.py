@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,6 +50,28 @@ def _assert_sound(reports: list[dict[str, Any]]) -> None:
         assert (report[instruction] == 0) == exact_float32, report
 
 
+# The kinds of launches, compiled for Hopper in one process: a process takes seconds to start.
+KINDS = (
+    r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$",
+    r"^(backward|forward), C=200, bf16(, in-batch)?$",
+    r"^enqueue, C=128",
+    r"^ema, torch.bfloat16",
+    r"^forward with (mean|ids), C=128, bf16, queue$",
+)
+STEPS = r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
+QUEUES = r"^forward( specialised by 128)?, C=128, bf16, queue(, no ranks)?$"
+AUGMENT = r"^augment, 32 px$"
+Hopper = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def hopper() -> Hopper:
+    """Returns the reports of the cases whose names match a pattern, compiled for Hopper."""
+    found = _reports("--capability", "90", "--only", "|".join((*KINDS, STEPS, QUEUES, AUGMENT)))
+    _assert_sound(found)
+    return lambda pattern: [report for report in found if re.search(pattern, report["case"])]
+
+
 def test_moco_s_own_configurations_do_not_spill_and_use_the_matrix_unit() -> None:
     reports = _reports("--only", r"^forward, C=128, (bf16|fp32 as bf16), queue$")
     _assert_sound(reports)
@@ -76,15 +100,8 @@ def test_a_step_of_info_nce_has_two_launches() -> None:
     }
 
 
-def test_every_kind_of_launch_compiles_for_hopper() -> None:
-    only = (
-        r"^forward, C=128, (fp16|fp32 as tf32|fp32), in-batch$"
-        r"|^(backward|forward), C=200, bf16(, in-batch)?$|^enqueue, C=128|^ema, torch.bfloat16"
-        r"|^forward with (mean|ids), C=128, bf16, queue$"
-    )
-    reports = _reports("--capability", "90", "--only", only)
-    _assert_sound(reports)
-    assert {r["kernel"] for r in reports} == {
+def test_every_kind_of_launch_compiles_for_hopper(hopper: Hopper) -> None:
+    assert {report["kernel"] for report in hopper("|".join(KINDS))} == {
         "_sweep_kernel",
         "_combine_kernel",
         "_prepare_rows_kernel",
@@ -95,13 +112,10 @@ def test_every_kind_of_launch_compiles_for_hopper() -> None:
     }
 
 
-def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
+def test_optimiser_steps_use_wide_loads_where_they_fit(hopper: Hopper) -> None:
     """Narrow loads took 2.3 times the code and 2.5 times the registers of wide loads."""
-    only = r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
-    reports = _reports("--capability", "90", "--only", only)
-    _assert_sound(reports)
     found: dict[str, list[int]] = {}
-    for report in reports:
+    for report in hopper(STEPS):
         found.setdefault(report["case"].split(",")[0] + report["kernel"], []).append(
             report["instructions"]
         )
@@ -112,9 +126,8 @@ def test_optimiser_steps_use_wide_loads_where_they_fit() -> None:
     assert {*lars, "adamw__count_kernel"} <= found.keys()
 
 
-def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs() -> None:
-    [report] = _reports("--capability", "90", "--only", "^augment, 32 px$")
-    _assert_sound([report])
+def test_the_augmentation_of_cifar_fits_the_registers_of_several_programs(hopper: Hopper) -> None:
+    [report] = hopper(AUGMENT)
     assert report["mma"] > 0  # matrix products of the blur
     assert report["registers"] * 128 * 3 <= 65536  # three programs of 4 warps on a multiprocessor
 
@@ -129,11 +142,12 @@ def test_every_launch_says_whether_products_and_sums_are_fused() -> None:
     assert found == {name: [name != "_augment_kernel"] for name in found}
 
 
-def test_the_specialised_sweep_hides_its_exponentials_under_products() -> None:
-    only = "^forward( specialised by 128)?, C=128, bf16, queue$"
-    reports = _reports("--capability", "90", "--only", only)
-    _assert_sound(reports)
-    plain, specialised = (r for r in reports if "sweep" in r["kernel"])
+def test_the_specialised_sweep_hides_its_exponentials_under_products(hopper: Hopper) -> None:
+    found = {r["case"]: r for r in hopper(QUEUES) if "sweep" in r["kernel"]}
+    assert len(found) == 4
+    plain, specialised = (
+        found[f"forward{kind}, C=128, bf16, queue"] for kind in ("", " specialised by 128")
+    )
     assert (plain["loop_covered"], plain["loop_special"]) == (0, 64)
     assert (specialised["loop_covered"], specialised["loop_special"]) == (64, 64)
     assert specialised["registers"] * 32 * specialised["warps"] <= 65536

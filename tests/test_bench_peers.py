@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def test_sides_of_the_losses_of_a_batch_agree_and_the_others_are_named(
     options = ["batch", "--n", "20", "--c", "8", "--repeats", "1", "--device", "cpu"]
     assert main(options) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "GPUs only" in row["skipped"]["clip, inf-cl"]
+    for name in ("clip, inf-cl", "siglip, siglip-kernel"):
+        assert "GPUs only" in row["skipped"][name]
     assert {"clip, mocofast", "clip, eager", "siglip, mocofast"} <= row["milliseconds"].keys()
     if not hasattr(F, "linear_cross_entropy"):
         assert "2.13" in row["skipped"]["clip, linear_cross_entropy"]
@@ -172,7 +174,7 @@ def test_sides_of_the_losses_of_a_batch_agree_and_the_others_are_named(
     for sides in batch.SIDES.values():
         results = []
         for name, build in sides.items():
-            if name != "inf-cl":
+            if name not in ("inf-cl", "siglip-kernel"):
                 loss = build(CPU)(image, text)
                 results.append((loss, *torch.autograd.grad(loss, (image, text))))
         for result in results[1:]:
@@ -180,13 +182,30 @@ def test_sides_of_the_losses_of_a_batch_agree_and_the_others_are_named(
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test below runs its kernels on the GPU")
+def test_siglip_kernel_has_our_loss_in_tritons_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The package asks for a GPU while it is imported.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    pytest.importorskip("siglip_kernel")
+    image, text = batch.pairs(12, 16, torch.float32, CPU)
+    results = []
+    for build in (batch.eager_siglip, partial(batch.siglip_kernel, backend="chunked_bf16")):
+        loss = build(CPU)(image, text)
+        results.append((loss, *torch.autograd.grad(loss, (image, text))))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
-def test_inf_cl_agrees_on_a_gpu() -> None:
-    pytest.importorskip("inf_cl")
+@pytest.mark.parametrize(("loss_name", "name"), [("clip", "inf-cl"), ("siglip", "siglip-kernel")])
+def test_packages_for_pairs_agree_on_a_gpu(loss_name: str, name: str) -> None:
+    pytest.importorskip(name.replace("-", "_"))
     image, text = batch.pairs(256, 128, torch.float32, torch.device("cuda"))
     results = []
-    for name in ("eager", "inf-cl"):
-        loss = batch.SIDES["clip"][name](image.device)(image, text)
+    for side in ("eager", name):
+        loss = batch.SIDES[loss_name][side](image.device)(image, text)
         results.append((loss, *torch.autograd.grad(loss, (image, text))))
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)

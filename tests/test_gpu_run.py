@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mocofast_bench import autotune, ema, kernels, optim, timing
+from mocofast_bench.commands import main
 
 from tests import runs
 
@@ -17,10 +20,15 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_run.sh"
+# Stands for Python: writes the arguments of a command to a file, with ASCII's separators.
+RECORDER = """#!/bin/sh
+{ printf '%s\\037' "$@"; printf '\\036'; } >>"$OUT/commands"
+"""
+PARTS = [("quick", 8), ("second", 1)]  # and their rows of benchmarks
 
 
-def _dry(out: Path, part: str, **variables: str) -> list[str]:
-    environment = {**runs.environment(), "DRY": "1", "OUT": str(out), "PYTHON": sys.executable}
+def _dry(out: Path, part: str, python: str = sys.executable, **variables: str) -> list[str]:
+    environment = {**runs.environment(), "DRY": "1", "OUT": str(out), "PYTHON": python}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"], **variables}
     environment.pop("TRITON_INTERPRET", None)  # autotune compiles
     result = subprocess.run(
@@ -39,13 +47,84 @@ def test_parts_that_no_time_is_left_for_are_named_in_the_last_line(tmp_path: Pat
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("part", "rows"), [("quick", 8), ("second", 1)])
-def test_every_command_runs_at_tiny_sizes(part: str, rows: int, tmp_path: Path) -> None:
-    lines = _dry(tmp_path, part)
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes commands of this process small: few weights, no new processes, no slow imports."""
+    for module in (ema, optim):
+        monkeypatch.setattr(module, "weight_shapes", lambda: [(8, 3, 3, 3), (8,), (16, 8)])
+    monkeypatch.setattr(timing, "COPIED", 2**16)
+    monkeypatch.setattr(timing, "in_fresh_process", lambda function, *a: function(*a))
+    product = kernels.matrix_product
+    monkeypatch.setattr(kernels, "matrix_product", lambda side, *a: product(64, *a))
+    for name in ("lightly", "lightly.loss", "timm.utils", "timm.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    # Compiling has tests of its own.
+    monkeypatch.setattr(autotune, "run", lambda given, parser: given.out.write_text("{}"))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("part", "rows"), PARTS)
+def test_every_command_of_a_dry_run_works(part: str, rows: int, tmp_path: Path) -> None:
+    recorder = tmp_path / "python"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    lines = _dry(tmp_path, part, str(recorder))
     assert lines[-2].startswith("missing: nothing"), lines[-2]
-    saved = (tmp_path / "rows.jsonl").read_text().splitlines()
+    commands = [
+        command.split("\037")[:-1]
+        for command in (tmp_path / "commands").read_text().split("\036")[:-1]
+    ]
+    tests = 0
+    for module, *arguments in [command[1:] for command in commands if command[0] == "-m"]:
+        if module == "pytest":
+            # The files exist, and options select tests in them.
+            tests += 1
+            assert pytest.main([*arguments, "--collect-only"]) == 0
+        elif arguments[0] == "bench":
+            _bench(arguments[1:], tmp_path)
+    assert tests == {"quick": 2, "second": 1}[part]
+    _assert_saved(tmp_path, part, rows)
+
+
+def _bench(arguments: list[str], out: Path) -> None:
+    if arguments[0] == "data":
+        from PIL import Image
+
+        (out / "images").mkdir(exist_ok=True)
+        for i in range(32):
+            Image.linear_gradient("L").rotate(10 * i).convert("RGB").save(out / f"images/{i}.jpg")
+    assert main(arguments) == 0
+
+
+def _assert_saved(out: Path, part: str, rows: int) -> None:
+    saved = (out / "rows.jsonl").read_text().splitlines()
     assert len(saved) == rows
     assert all("benchmark" in json.loads(line) for line in saved)
     for table in ("tiles.json", "specialised.json"):
-        assert (tmp_path / table).exists() == (part == "second")
+        assert (out / table).exists() == (part == "second")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "rows"), PARTS)
+def test_every_command_runs_at_tiny_sizes(part: str, rows: int, tmp_path: Path) -> None:
+    lines = _dry(tmp_path, part)
+    assert lines[-2].startswith("missing: nothing"), lines[-2]
+    _assert_saved(tmp_path, part, rows)
+
+
+def test_a_benchmark_that_is_stopped_saves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Any
+) -> None:
+    measure = optim._measure
+
+    def stopped(name: str, *arguments: Any) -> Any:
+        if name == "lars":
+            raise KeyboardInterrupt
+        return measure(name, *arguments)
+
+    monkeypatch.setattr(optim, "_measure", stopped)
+    rows = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        main(["optim", "--repeats", "1", "--device", "cpu", "--save", str(rows)])
+    row = json.loads(rows.read_text())
+    assert row["unfinished"] and "sgd" in row and "lars" not in row

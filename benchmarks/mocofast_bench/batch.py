@@ -1,7 +1,8 @@
 """Times losses over the pairs of a batch, forward and backward, beside eager PyTorch and packages.
 
 CLIP's symmetric loss: mocofast, the eager formula of open_clip, Inf-CL's kernels (GPUs only) and
-PyTorch's linear cross entropy (from PyTorch 2.13 on). SigLIP's loss: mocofast and the formula.
+PyTorch's linear cross entropy (from PyTorch 2.13 on). SigLIP's loss: mocofast, the formula and
+siglip-kernel's kernels (GPUs only).
 Gradients go to images and texts. "extra MB" is the peak memory of a call.
 
 The floor is 12 N N C operations of CLIP's loss (products for the logits and for both gradients,
@@ -11,6 +12,7 @@ in two directions) at the matrix rate measured in the same run.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +79,19 @@ def inf_cl(device: torch.device) -> Loss:
     return loss
 
 
+def siglip_kernel(device: torch.device, **options: Any) -> Loss:
+    """Returns SigLIP's loss by siglip-kernel (github.com/avocardio/siglip-kernel).
+
+    options: of its loss. Without any, it chooses a kernel by the GPU and the dtype.
+    """
+    if device.type != "cuda" and not options:
+        raise Unavailable("its Triton kernels run on GPUs only")
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale, bias = (torch.tensor(x, device=device) for x in (math.log(SCALE), BIAS))
+    return lambda image, text: fused_siglip_loss(image, text, log_scale, bias, **options)
+
+
 def torch_linear(device: torch.device) -> Loss:
     """Returns CLIP's loss by PyTorch's linear cross entropy, with the texts as classes."""
     cross_entropy = linear_cross_entropy()
@@ -99,7 +114,7 @@ SIDES: dict[str, dict[str, Build]] = {
         "inf-cl": inf_cl,
         "linear_cross_entropy": torch_linear,
     },
-    "siglip": {"mocofast": _siglip, "eager": eager_siglip},
+    "siglip": {"mocofast": _siglip, "eager": eager_siglip, "siglip-kernel": siglip_kernel},
 }
 
 

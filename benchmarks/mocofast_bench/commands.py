@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mocofast import completion
 
 # Each is a module of this package, which is imported where it is asked for: PyTorch and the peers
-# take seconds. A module has add_arguments() and run(), and plot() where it makes a picture.
+# take seconds. A module has add_arguments() and run(), and plot() where it makes a picture. run()
+# gives the row so far to `arguments.keep`, so that a run that is stopped saves what it has.
 BENCHMARKS = {
     "kernels": "InfoNCE: time and memory of forward and backward",
     "batch": "CLIP's and SigLIP's losses over the pairs of a batch",
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status 0. Exits with 2 if the arguments cannot be used.
     """
+    if "torch" not in sys.modules:  # a caller with PyTorch has chosen what forks have loaded
+        multiprocessing.set_forkserver_preload(["torch", "mocofast_bench.timing"])
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--static"]:  # an older spelling of `bench static`
         given[0] = "static"
@@ -149,21 +154,33 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     from mocofast_bench import neighbours
 
     before = neighbours.usage()
-    row = module.run(arguments)
+    parts: list[dict[str, Any]] = []
+    arguments.keep = parts.append  # takes the row so far, for a run that is stopped
+    try:
+        row = module.run(arguments)
+    except BaseException:
+        if parts:
+            _save({**parts[-1], "unfinished": True}, arguments.save)
+        raise
     after = neighbours.usage()
     others = neighbours.between(before, after) if before and after else None
     if others is not None:
         row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}
     for warning in neighbours.warnings(others, row):
         print(f"BUSY MACHINE, measure again: {warning}")
-    line = json.dumps(row)
-    print(line, flush=True)
     # Save before plotting: plotting may fail, and the measurement took minutes.
-    if arguments.save is not None:
-        with arguments.save.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    _save(row, arguments.save)
     if getattr(arguments, "plot", None) is not None:
         module.plot(row).savefig(arguments.plot)
+
+
+def _save(row: dict[str, Any], path: Path | None) -> None:
+    """Prints the row as JSON and appends it to a file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def positive(text: str) -> int:

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with timing.busy_neighbours(arguments.busy):
         row = measure_problem(peers, sizes, dtype, device, arguments.repeats)
     row["busy"] = arguments.busy
+    arguments.keep(row)
     for name in row["milliseconds"]:
         if not name.endswith(GRAPH):
             (row["extra_bytes"][name],) = memory_of_all(name, [sizes], dtype, device)

@@ -100,15 +100,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.layer:
         layers = (LAYERS[arguments.layer - 1],)
     print(f"{timing.device_name(device)}; {n} images, {arguments.splits} splits, {dtype}")
-    rows = []
-    for channels, side in layers:
-        inputs = activations(n, channels, side, dtype, device)
-        for name, mode in MODES.items():
-            steps = rotated_steps(inputs, arguments.splits, mode)
-            times, bandwidth = timing.interleaved_with_copy(steps, arguments.repeats, device)
-            traffic = mode.sweeps * inputs[0].x.nbytes
-            rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
-    return {
+    rows: list[dict[str, Any]] = []
+    row = {
         "benchmark": "norm",
         **timing.environment(device),
         "splits": arguments.splits,
@@ -116,6 +109,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "rows": rows,
     }
+    for channels, side in layers:
+        inputs = activations(n, channels, side, dtype, device)
+        for name, mode in MODES.items():
+            steps = rotated_steps(inputs, arguments.splits, mode)
+            times, bandwidth = timing.interleaved_with_copy(steps, arguments.repeats, device)
+            traffic = mode.sweeps * inputs[0].x.nbytes
+            rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
+            arguments.keep(row)
+    return row
 
 
 def _report(

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{name}; {tensors} float32 tensors, {count / 1e6:.1f} M weights")
     for name in [arguments.only] if arguments.only else BENCHMARKS:
         row[name] = _measure(name, device, arguments.repeats)
+        arguments.keep(row)
     return row
 
 

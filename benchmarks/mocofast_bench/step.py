@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         choices=("auto", "fp32", "bf16"),
         help="precision of our step, of the strong step and of lightly's (default: the recipe's)",
     )
+    parser.add_argument(
+        "--times-only",
+        action="store_true",
+        help="leave out the first step, memory and cores, which take a new process for every side",
+    )
     parser.set_defaults(repeats=5)
 
 
@@ -136,16 +141,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     steps, skipped = build_sides(config, device, left_out)
     # Measure: every side alone, then all sides in turns, then waits and the parts of our step.
     threads = torch.get_num_threads()
-    alone = {
+    sides = list(steps)
+    alone: dict[str, Alone] = {
         name: timing.in_fresh_process(measure_alone, name, config, str(device), threads)
-        for name in steps
+        for name in ([] if arguments.times_only else sides)
     }
     steps["encoders only"] = encoders_only(config, device)
     with FlopCounterMode(display=False) as counter:
         steps["encoders only"]()
     times = timing.interleaved(steps, arguments.repeats, device)
-    waits = {name: host_synchronisations(steps[name]) for name in alone}
-    profile = profile_step(config, device)
 
     # Collect the row and print the table.
     batch, ours = config.data.batch_size, times["mocofast"].median
@@ -164,22 +168,26 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "images_per_second": {name: round(batch / t.median, 2) for name, t in times.items()},
         **timing.entries(times),
-        "speedup": {name: round(times[name].median / ours, 3) for name in alone},
+        "speedup": {name: round(times[name].median / ours, 3) for name in sides},
         "over_encoders_only": round(ours / floor, 3),
         "first_step_seconds": {
             name: round(values.first_step_seconds, 3) for name, values in alone.items()
         },
         "extra_bytes": {name: values.extra_bytes for name, values in alone.items()},
         "cores": {name: round(values.cores, 3) for name, values in alone.items()},
+        "encoder_flops": flops,
+        "gflops": round(flops / ours / 1e9, 1),
+        "skipped": skipped,
+    }
+    arguments.keep(row)
+    profile = profile_step(config, device)
+    row |= {
+        "host_synchronisations": {name: host_synchronisations(steps[name]) for name in sides},
         "breakdown_milliseconds": {name: round(value, 4) for name, value, _ in profile.bars()},
         "floor_milliseconds": {
             name: round(floor, 4) for name, _, floor in profile.bars() if floor is not None
         },
-        "host_synchronisations": waits,
-        "encoder_flops": flops,
-        "gflops": round(flops / ours / 1e9, 1),
         "matrix_gflops": round(profile.rate / 1e9, 1),
-        "skipped": skipped,
     }
     head = "two-layer" if config.model.mlp else "linear"
     print_table(row, head, why)
@@ -249,6 +257,7 @@ def plot(row: dict[str, Any]) -> Figure:
         "time to first step, s": row["first_step_seconds"],
         "peak extra memory, MB": timing.megabytes(row["extra_bytes"]),
     }
+    quantities = {name: values for name, values in quantities.items() if values}
     title = f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
     floors = row["floor_milliseconds"]
     parts = [

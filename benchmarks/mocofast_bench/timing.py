@@ -151,9 +151,14 @@ def synchronize(device: torch.device) -> None:
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a module-level function in a new process and returns the result.
 
-    A new process has no memory left over from earlier calls, which would hide the peak.
+    A new process has no memory left over from earlier calls, which would hide the peak. Without a
+    GPU the process is a fork of a process that has imported PyTorch, which saves seconds.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context(
+        "forkserver" if forks and not torch.cuda.is_available() else "spawn"
+    )
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 

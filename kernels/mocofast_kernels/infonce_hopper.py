@@ -223,69 +223,35 @@ def _specialised_sweep_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
+    # Arguments of both warpgroups, before and after those of their own.
+    inputs = (query, positive, positive_scores, totals, positive_ranks, outs)
+    ends = (split, N, remaining, scale, tiles)
+    constants: gl.constexpr = (
+        query_stride_n,
+        query_stride_c,
+        positive_stride_n,
+        positive_stride_c,
+        C,
+        PREPARED,
+        NORMALIZE,
+        RANK,
+        BLOCK_K,
+        STAGES,
+    )
+    # Sums of tuples in place: a name for the sum would turn its constants into numbers of the
+    # kernel, and Gluon has no starred tuples.
     gl.warp_specialize(
         [
             (
                 _sum_tiles,
-                (
-                    query,
-                    positive,
-                    positive_scores,
-                    totals,
-                    positive_ranks,
-                    outs,
-                    query_tiles.index(0),
-                    ring,
-                    ready,
-                    free,
-                    first,
-                    split,
-                    N,
-                    remaining,
-                    scale,
-                    tiles,
-                    query_stride_n,
-                    query_stride_c,
-                    positive_stride_n,
-                    positive_stride_c,
-                    C,
-                    PREPARED,
-                    NORMALIZE,
-                    RANK,
-                    BLOCK_K,
-                    STAGES,
-                ),
+                inputs + (query_tiles.index(0), ring, ready, free, first) + ends + constants,  # noqa: RUF005
             ),
             (
                 _sum_tiles,
-                (
-                    query,
-                    positive,
-                    positive_scores,
-                    totals,
-                    positive_ranks,
-                    outs,
-                    query_tiles.index(1),
-                    ring,
-                    ready,
-                    free,
-                    first + QUERIES,
-                    split,
-                    N,
-                    remaining,
-                    scale,
-                    tiles,
-                    query_stride_n,
-                    query_stride_c,
-                    positive_stride_n,
-                    positive_stride_c,
-                    C,
-                    PREPARED,
-                    NORMALIZE,
-                    RANK,
-                    BLOCK_K,
-                    STAGES,
-                ),
+                inputs  # noqa: RUF005
+                + (query_tiles.index(1), ring, ready, free, first + QUERIES)
+                + ends
+                + constants,
             ),
             (_copy_tiles, (negatives, ring, ready, free, first_tile, tiles, BLOCK_K, STAGES)),
         ],
