@@ -1,8 +1,9 @@
-"""Computes the values of Gluon kernels for Hopper on the CPU. Triton's interpreter cannot.
+"""Computes the values of Gluon kernels on the CPU. Triton's interpreter cannot.
 
-`run(module)` replaces what the kernels of a module use: a thread of Python runs each partition of
+`run(modules)` replaces what the kernels of modules use: a thread of Python runs each partition of
 warps, barriers have arrivals, bytes and phases, and copies arrive some time after they are issued.
-Shared memory starts as NaN. An asynchronous product reads its operands when it is waited for. So a
+Shared and tensor memory start as NaN. An asynchronous product reads its operands when it is waited
+for (Hopper), or some time after the products issued before it (Blackwell). So a
 place of the ring that is read too soon, or freed too soon, gives wrong values, and a wait that
 nobody ends is an error after 20 seconds. Layouts, registers and rates have no meaning here.
 """
@@ -13,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ class Pointer:
 
 
 class Shared:
-    """A block of shared memory."""
+    """A block of shared memory, or of tensor memory."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -71,6 +72,9 @@ class Shared:
 
     def store(self, values: Tensor) -> None:
         self.values.copy_(values)
+
+    def load(self, layout: Any) -> Tensor:
+        return self.values.clone()
 
 
 class Barrier:
@@ -98,6 +102,10 @@ class Barrier:
             assert ended, "a wait that nobody ends"
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for layouts."""
+
+
 class Program:
     """The functions of Gluon, for one program."""
 
@@ -105,6 +113,7 @@ class Program:
         self.changed = threading.Condition()
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
+        self.product: threading.Thread | None = None  # issued last
         self.mbarrier = SimpleNamespace(
             MBarrierLayout=lambda: Barrier,
             init=lambda barrier, count: barrier.init(count),
@@ -112,11 +121,10 @@ class Program:
             expect=lambda barrier, size: barrier.change(1, size),
             arrive=lambda barrier, count: barrier.change(count, 0),
         )
-        nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
         self.gl = SimpleNamespace(
             **{name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64")},
-            **dict.fromkeys(("SliceLayout", "BlockedLayout", "DotOperandLayout"), nothing),
-            NVMMADistributedLayout=nothing,
+            **dict.fromkeys(("SliceLayout", "BlockedLayout", "DotOperandLayout"), _nothing),
+            NVMMADistributedLayout=_nothing,
             program_id=lambda axis: torch.tensor(place[axis]),
             arange=lambda first, end, layout: torch.arange(first, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -153,6 +161,24 @@ class Program:
         assert len(parts) == len(warps) + 1 == len(registers) + 1
         for function, arguments in parts:
             self.start(lambda function=function, arguments=arguments: function(*arguments))
+
+    def multiply(
+        self, a: Shared, b: Shared, sums: Shared, use_acc: Any, mbarriers: list[Barrier]
+    ) -> None:
+        """Issues a product. Products of a program end in order."""
+        before = self.product
+
+        def compute() -> None:
+            if before is not None:
+                before.join()
+            time.sleep(random.random() * 2e-3)
+            found = a.values.float() @ b.values.float()
+            sums.store(sums.values + found if use_acc else found)
+            for barrier in mbarriers:
+                barrier.change(1, 0)
+
+        self.start(compute)
+        self.product = self.threads[-1]
 
     def finish(self) -> None:
         while any(thread.is_alive() for thread in self.threads):
@@ -208,17 +234,23 @@ def _argument(value: Any) -> Any:
 
 
 @contextmanager
-def run(module: ModuleType, kernel: str, **others: Callable[..., Any]) -> Iterator[list[Any]]:
-    """Makes launches of `module.kernel` compute on the CPU. Yields the grids of the launches.
+def run(
+    modules: list[ModuleType], kernel: str, **others: Callable[..., Any]
+) -> Iterator[list[Any]]:
+    """Makes launches of the first module's kernel compute on the CPU. Yields their grids.
 
-    others: functions that stand for jitted functions from other modules, by their names.
+    modules: of the kernel and of jitted functions that it calls.
+    others: functions that stand for jitted functions from further modules, by their names.
     """
     grids: list[Any] = []
-    plain = {
-        name: value.fn if isinstance(value, JITFunction) else value.value
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction | constexpr)
-    }
+    plain = [
+        {
+            name: value.fn if isinstance(value, JITFunction) else value.value
+            for name, value in vars(module).items()
+            if isinstance(value, JITFunction | constexpr)
+        }
+        for module in modules
+    ]
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -235,12 +267,19 @@ def run(module: ModuleType, kernel: str, **others: Callable[..., Any]) -> Iterat
                         "warpgroup_mma": _multiply,
                         "warpgroup_mma_wait": _wait,
                         "fence_async_shared": lambda: None,
+                        "allocate_tensor_memory": program.allocate,
+                        "tcgen05_mma": program.multiply,
+                        **dict.fromkeys(("TensorMemoryLayout", "get_tmem_reg_layout"), _nothing),
                     }
-                    with mock.patch.multiple(module, **{**plain, **others, **parts}):
-                        plain[kernel](*map(_argument, arguments), **options)
+                    with ExitStack() as stack:
+                        for module, own in zip(modules, plain):
+                            values = {**own, **others, **parts}
+                            known = {n: v for n, v in values.items() if hasattr(module, n)}
+                            stack.enter_context(mock.patch.multiple(module, **known))
+                        plain[0][kernel](*map(_argument, arguments), **options)
                         program.finish()
 
             return launch
 
-    with mock.patch.object(module, kernel, Launcher()):
+    with mock.patch.object(modules[0], kernel, Launcher()):
         yield grids

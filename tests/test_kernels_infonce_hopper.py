@@ -1,7 +1,8 @@
-"""The warp-specialised sweep: values on the CPU, machine code offline, and both on a GPU."""
+"""The warp-specialised sweeps: values on the CPU, machine code offline, and both on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -17,14 +18,21 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-from mocofast_kernels import infonce_hopper
-from mocofast_kernels.configs import SPECIALISED, Tile
+from mocofast_kernels import infonce_hopper, tiles
+from mocofast_kernels.configs import SPECIALISED, TENSOR_MEMORY, Architecture, Tile
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.cpu_ranks import TIE
 from mocofast_kernels.infonce import infonce_forward
 
 from tests import gluon_device
 
+try:
+    from mocofast_kernels import infonce_blackwell
+except ImportError:
+    infonce_blackwell = None
+needs_tensor_memory = pytest.mark.skipif(
+    infonce_blackwell is None, reason="Triton 3.9 has renamed the functions of tensor memory"
+)
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
@@ -44,14 +52,19 @@ def _scores(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def counted() -> Iterator[list[Any]]:
+def counted(blackwell: bool = False) -> Iterator[list[Any]]:
     """Yields the grids of the sweep's launches, which Python computes where there is no GPU."""
+    modules = [*[infonce_blackwell] * blackwell, infonce_hopper]
+    gpu = Architecture(blackwell=blackwell)
     functions = {
         "unit_rows": _unit,
         "round_operand": lambda x, dtype, precision: x.to(dtype),
         "positive_scores_of": _scores,
     }
-    with gluon_device.run(infonce_hopper, "_specialised_sweep_kernel", **functions) as grids:
+    with (
+        mock.patch.object(tiles, "architecture", return_value=gpu),
+        gluon_device.run(modules, "_specialised_sweep_kernel", **functions) as grids,
+    ):
         yield grids
 
 
@@ -135,6 +148,47 @@ def test_small_and_odd_sizes(N: int, K: int, dtype: torch.dtype, changes: dict[s
     assert grids[0][0] == -(-N // 128)
 
 
+@needs_tensor_memory
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU computes the values below")
+@pytest.mark.parametrize(
+    ("N", "K", "C", "changes"),
+    [
+        # two blocks of queries, more tiles than the ring holds
+        (130, 6 * 128 + 5, 64, {"num_splits": 1}),
+        (3, 7, 64, {"return_rank": False}),
+        pytest.param(70, 20 * 128 + 5, 128, {"mean": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_sweep_for_blackwell_has_the_values_of_the_other(
+    N: int, K: int, C: int, changes: dict[str, Any]
+) -> None:
+    with counted(blackwell=True) as grids:
+        _assert_equal_sweeps(_inputs(N, K, C), SPECIALISED[C][0], **changes)
+    assert grids[0][0] == -(-N // 128)
+
+
+@needs_tensor_memory
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU has barriers of its own")
+@pytest.mark.parametrize("sort", ["wait", "change"])
+def test_the_sweep_for_blackwell_needs_its_barriers(
+    sort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, tile = _inputs(4, 1000, 64), SPECIALISED[64][0]
+    if sort == "wait":
+        monkeypatch.setattr(gluon_device.Barrier, "wait", lambda *_: None)
+        with counted(blackwell=True):
+            assert not _forward(inputs, tile).loss.isfinite().all()
+        return
+    monkeypatch.setattr(gluon_device, "PATIENCE", 0.5)
+    change = gluon_device.Barrier.change
+    # Arrivals without bytes do not count: neither scores, weights nor places of the ring.
+    monkeypatch.setattr(
+        gluon_device.Barrier, "change", lambda x, n, size: size and change(x, n, size)
+    )
+    with counted(blackwell=True), pytest.raises(AssertionError, match="nobody ends"):
+        _forward(inputs, tile, num_splits=1)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU has barriers of its own")
 def test_values_on_the_cpu_need_the_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's ring shows what a kernel with wrong barriers would do."""
@@ -153,7 +207,9 @@ def test_values_on_the_cpu_need_the_barriers(monkeypatch: pytest.MonkeyPatch) ->
             _forward(inputs, tile, num_splits=1)
 
 
-def test_calls_that_the_sweep_lacks_take_the_rule_s_tile() -> None:
+def test_calls_that_the_sweep_lacks_take_the_rule_s_tile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     inputs, tile = _inputs(4, 200, 64), SPECIALISED[64][0]
     offset = torch.zeros(200 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(200, 64)
     offset.copy_(inputs[2])
@@ -164,15 +220,24 @@ def test_calls_that_the_sweep_lacks_take_the_rule_s_tile() -> None:
         assert not sweep.called
         with pytest.raises(KeyError):
             _forward(inputs, tile)
+    long, tile = _inputs(4, 200, 256), SPECIALISED[256][0]
+    with mock.patch.object(tiles, "architecture", return_value=Architecture(blackwell=True)):
+        _forward(long, tile)  # tensor memory has no room for rows of 256 columns
+    assert 256 not in TENSOR_MEMORY
+    monkeypatch.setitem(sys.modules, "mocofast_kernels.infonce_hopper", None)
+    _forward(inputs, SPECIALISED[64][0])  # a Triton without Gluon's functions
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs H100 or H200"
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] not in (9, 10),
+    reason="needs H100, H200 or B200",
 )
 @pytest.mark.parametrize(("C", "tile"), TILES)
 @pytest.mark.parametrize("rank", [True, False])
 def test_a_gpu_computes_the_values_of_the_other_sweep(C: int, tile: Tile, rank: bool) -> None:
+    if torch.cuda.get_device_capability()[0] == 10 and C not in TENSOR_MEMORY:
+        pytest.skip("no sweep for Blackwell has rows of this length")
     inputs = _inputs(300, 400 * tile.stream + 5, C)
     one = _assert_equal_sweeps(inputs, tile, return_rank=rank)
     other = _forward(inputs, tile, return_rank=rank)

@@ -126,8 +126,9 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         problem = _problem(kind, C, types, str(device), arguments.n, arguments.k)
         rule = tiles.rule(problem.products, gpu)
         others = list(candidates(problem.products, nearest.shared - RESERVED))
-        if arguments.specialised and capability == 90 and tiles.can_specialise(problem.products):
-            others = [*configs.SPECIALISED[C], *others]
+        # The model knows the specialised sweep of Hopper alone.
+        if arguments.specialised and (capability == 90 or not arguments.static):
+            others = [*tiles.specialised_tiles(problem.products, capability), *others]
         tried = nearest_first(rule, [rule, *(tile for tile in others if tile != rule)])
         tried = tried[: arguments.candidates]
         times = score(problem, tried)

@@ -38,6 +38,7 @@ from mocofast_bench.sizes import PROCESSORS, SHARED
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -244,8 +245,10 @@ def reports(pattern: str, capabilities: tuple[int, ...]) -> Iterator[tuple[Repor
         if not re.search(pattern, case.name):
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
-        for capability in (c for c in capabilities if c == 90 or not case.hopper):
-            gpu = Architecture(SHARED[capability], hopper=capability == 90)
+        for capability in (c for c in capabilities if case.capability in (c, None)):
+            gpu = Architecture(
+                SHARED[capability], hopper=capability == 90, blackwell=capability == 100
+            )
             for launch in record(case.call, PROCESSORS[capability], gpu):
                 identity = (launch.identity, capability)
                 first = identity not in known

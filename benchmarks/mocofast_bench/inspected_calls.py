@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_kernels.augment import NAMES, augment
-from mocofast_kernels.configs import SPECIALISED, Tile
+from mocofast_kernels.configs import SPECIALISED, TENSOR_MEMORY, Tile
 from mocofast_kernels.cpu_optim import ParameterRow
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     name: str
     call: Callable[[], object]
     matmul_precision: str = "highest"  # argument of torch.set_float32_matmul_precision
-    hopper: bool = False  # for compute capability 9.0 alone
+    capability: int | None = None  # the only compute capability x 10 that has the kernel
 
 
 class Types(NamedTuple):
@@ -303,13 +303,16 @@ def cases() -> Iterator[Case]:
         for tile, ranks in itertools.product(tiles, ("", ", no ranks")):
             problem = forward(C, TYPES[0], next(v for v in VARIANTS if v.name == f"queue{ranks}"))
             name = f"forward specialised by {tile.stream}, C={C}, bf16, queue{ranks}"
-            yield Case(name, partial(problem.run, tile), hopper=True)
+            yield Case(name, partial(problem.run, tile), capability=90)
+            if C in TENSOR_MEMORY:
+                name = f"forward specialised for sm_100, C={C}, bf16, queue{ranks}"
+                yield Case(name, partial(problem.run, tile), capability=100)
     for C, types in itertools.product((64, 128, 200, 768), (TYPES[0], TYPES[1], TYPES[-1])):
         yield Case(f"sigmoid, C={C}, {types.name}", _sigmoid(C, types))
     for C in COLUMNS:
         yield Case(f"enqueue, C={C}, fp32", _enqueue(C, TYPES[-1]))
-    # EMA and optimisers, with numbers from the host or from the device.
-    numbers = (0.1, torch.empty((), device="meta"))
+    # EMA and optimisers, with numbers from the host, or in float64 from the device (CUDA graphs).
+    numbers = (0.1, torch.empty((), dtype=torch.float64, device="meta"))
     for target, weights, momentum in itertools.product(FLOATS, WEIGHTS, numbers):
         yield Case(
             f"ema, {target}, {weights}, {type(momentum).__name__} momentum",

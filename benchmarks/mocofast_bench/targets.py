@@ -136,12 +136,14 @@ def launches(only: str, targets: list[Target]) -> Iterator[tuple[str, Target, La
         torch.set_float32_matmul_precision(case.matmul_precision)
         for target in targets:
             half = re.search(r"^(forward|backward).*(bf16|fp16)", case.name)
-            if (target.name == "sm_75" and half) or (case.hopper and target.name != "sm_90"):
+            if (target.name == "sm_75" and half) or (
+                case.capability is not None and case.capability != target.capability
+            ):
                 continue
             if (target.capability or 0) < 80 and case.matmul_precision != "highest":
                 continue
             hopper, amd = target.name == "sm_90", target.capability is None
-            gpu = Architecture(target.shared, hopper, amd)
+            gpu = Architecture(target.shared, hopper, amd, target.name in ("sm_100", "sm_103"))
             for launch in inspect_code.record(case.call, target.processors, gpu):
                 if (launch.identity, target.name) not in known:
                     known.add((launch.identity, target.name))

@@ -30,6 +30,7 @@ class Architecture(NamedTuple):
     shared: int = 164 * 1024  # bytes of shared memory of a multiprocessor
     hopper: bool = False  # compute capability 9.0
     amd: bool = False
+    blackwell: bool = False  # compute capability 10.0 or 10.3
 
 
 class Tile(NamedTuple):
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
     out_c: int
     warps: int  # warps that compute
     stages: int  # depth of the software pipeline, or places of the ring
-    specialised: bool = False  # the sweep of `mocofast_kernels.infonce_hopper`
+    specialised: bool = False  # the sweep of `mocofast_kernels.infonce_hopper`, or of _blackwell
 
 
 # {columns of a row: tiles of the warp-specialised sweep that compile without spills}. The first
@@ -53,6 +54,8 @@ SPECIALISED = {
     128: (Tile(128, 128, 128, 128, 8, 4, True),),
     256: (Tile(128, 64, 256, 256, 8, 4, True), Tile(128, 32, 256, 256, 8, 8, True)),
 }
+
+TENSOR_MEMORY = (64, 128)  # columns of a row that the specialised sweep of Blackwell takes
 
 
 def block_of(C: int) -> int:
@@ -152,7 +155,8 @@ def architecture(device: torch.device) -> Architecture:
     properties = torch.cuda.get_device_properties(device)
     amd = torch.version.hip is not None
     hopper = not amd and (properties.major, properties.minor) == (9, 0)
-    return Architecture(properties.shared_memory_per_multiprocessor, hopper, amd)
+    blackwell = not amd and properties.major == 10
+    return Architecture(properties.shared_memory_per_multiprocessor, hopper, amd, blackwell)
 
 
 @functools.cache

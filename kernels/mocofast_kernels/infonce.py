@@ -14,17 +14,22 @@ losses, and the gradients of the mean in the dtypes of the inputs, come from the
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels import cpu
+from mocofast_kernels import tiles as tile_table
 from mocofast_kernels.configs import (
     ALL_REGISTERS,
     LONGEST,
+    TENSOR_MEMORY,
+    Architecture,
     Tile,
-    architecture,
     block_of,
     kernel_slots,
     row_warps,
@@ -176,6 +181,19 @@ def _combine_kernel(
             tl.store(mean_loss, tl.sum(losses) / N)
 
 
+def _specialised(gpu: Architecture) -> Any:
+    """Returns the module of a GPU's warp-specialised sweep. None: not with this Triton.
+
+    Gluon is no part of older Tritons, and its functions change from release to release.
+    """
+    try:
+        return import_module(
+            f"mocofast_kernels.infonce_{'blackwell' if gpu.blackwell else 'hopper'}"
+        )
+    except ImportError:
+        return None
+
+
 @blocked_without_matrix_units(cpu.infonce_forward)
 def infonce_forward(
     query: Tensor,
@@ -239,8 +257,12 @@ def infonce_forward(
     )
     online = products.online
     tile = tile or tile_of(products, query.device)
-    if tile.specialised and (exclude_period or not compute_grad or negatives.data_ptr() % 16):
-        tile = rule(products, architecture(query.device))  # the specialised sweep lacks such calls
+    gpu = tile_table.architecture(query.device)
+    specialised = _specialised(gpu) if tile.specialised else None
+    lacks = exclude_period or not compute_grad or negatives.data_ptr() % 16
+    lacks = lacks or specialised is None or (gpu.blackwell and C not in TENSOR_MEMORY)
+    if tile.specialised and lacks:
+        tile = rule(products, gpu)  # the specialised sweep lacks such calls
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
@@ -267,10 +289,7 @@ def infonce_forward(
         if prepared:
             operand, positive_scores = prepare_rows(query, positive, normalize, dot_dtype)
         if tile.specialised:
-            # Gluon is no part of older Tritons, and not imported for other tiles.
-            from mocofast_kernels.infonce_hopper import specialised_sweep
-
-            specialised_sweep(
+            specialised.specialised_sweep(
                 operand,
                 positive,
                 negatives,

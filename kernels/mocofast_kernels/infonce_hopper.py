@@ -12,6 +12,8 @@ of tiles can (`mocofast bench autotune --specialised`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -63,6 +65,55 @@ def _load_rows(base, rows, stride_r, stride_c, limit, C: gl.constexpr, LAYOUT: g
 
 
 @gluon.jit
+def _load_queries(
+    query,
+    positive,
+    positive_scores,
+    query_tile,
+    first,
+    N,
+    query_stride_n: gl.constexpr,
+    query_stride_c: gl.constexpr,
+    positive_stride_n: gl.constexpr,
+    positive_stride_c: gl.constexpr,
+    C: gl.constexpr,
+    PREPARED: gl.constexpr,
+    NORMALIZE: gl.constexpr,
+    RANK: gl.constexpr,
+    ROWS: gl.constexpr,
+    SCORE_ROWS: gl.constexpr,
+):
+    """Stores operands of ROWS queries. Returns the least scores that tie with the positives."""
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
+    limit = N - first
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
+    query += first.to(gl.int64) * query_stride_n
+    q = _load_rows(query, rows, query_stride_n, query_stride_c, limit, C, row_layout)
+    tie = gl.zeros([ROWS], gl.float32, layout=SCORE_ROWS)
+    if PREPARED:
+        if RANK:
+            own = gl.arange(0, ROWS, layout=SCORE_ROWS)
+            tie = gl.load(positive_scores + N + first + own, mask=own < limit, other=0.0)
+    else:
+        if NORMALIZE:
+            q = unit_rows(q)
+        q = round_operand(q, gl.bfloat16, "ieee")
+        if RANK:
+            positive += first.to(gl.int64) * positive_stride_n
+            k = _load_rows(
+                positive, rows, positive_stride_n, positive_stride_c, limit, C, row_layout
+            )
+            if NORMALIZE:
+                k = unit_rows(k)
+            k = round_operand(k, gl.bfloat16, "ieee").to(gl.float32)
+            _, least = positive_scores_of(q.to(gl.float32), k)
+            tie = gl.convert_layout(least, SCORE_ROWS)
+    query_tile.store(q)
+    fence_async_shared()
+    return tie
+
+
+@gluon.jit
 def _reached(scores, tie):
     """Returns how many scores reach the positive's, (QUERIES,) int32."""
     return gl.sum(gl.where(scores >= tie[:, None], 1.0, 0.0), axis=1).to(gl.int32)
@@ -98,38 +149,31 @@ def _sum_tiles(
     STAGES: gl.constexpr,
 ):
     """Sums weights and weighted negatives of the split, for QUERIES rows from `first` on."""
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, k_width=2)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
 
-    # The operands of the queries, and the least scores that tie with their positives.
     limit = N - first
-    rows = gl.arange(0, QUERIES, layout=gl.SliceLayout(1, row_layout))
-    query += first.to(gl.int64) * query_stride_n
-    q = _load_rows(query, rows, query_stride_n, query_stride_c, limit, C, row_layout)
     own = gl.arange(0, QUERIES, layout=score_rows)
-    tie = gl.zeros([QUERIES], gl.float32, layout=score_rows)
-    if PREPARED:
-        if RANK:
-            tie = gl.load(positive_scores + N + first + own, mask=own < limit, other=0.0)
-    else:
-        if NORMALIZE:
-            q = unit_rows(q)
-        q = round_operand(q, gl.bfloat16, "ieee")
-        if RANK:
-            positive += first.to(gl.int64) * positive_stride_n
-            k = _load_rows(
-                positive, rows, positive_stride_n, positive_stride_c, limit, C, row_layout
-            )
-            if NORMALIZE:
-                k = unit_rows(k)
-            k = round_operand(k, gl.bfloat16, "ieee").to(gl.float32)
-            _, least = positive_scores_of(q.to(gl.float32), k)
-            tie = gl.convert_layout(least, score_rows)
-    query_tile.store(q)
-    fence_async_shared()
+    tie = _load_queries(
+        query,
+        positive,
+        positive_scores,
+        query_tile,
+        first,
+        N,
+        query_stride_n,
+        query_stride_c,
+        positive_stride_n,
+        positive_stride_c,
+        C,
+        PREPARED,
+        NORMALIZE,
+        RANK,
+        QUERIES,
+        score_rows,
+    )
 
     total = gl.zeros([QUERIES], gl.float32, layout=score_rows)
     positive_rank = gl.zeros([QUERIES], gl.int32, layout=score_rows)
@@ -260,7 +304,8 @@ def _specialised_sweep_kernel(
     )
 
 
-def specialised_sweep(
+def launch(
+    kernel: Any,
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
@@ -275,8 +320,9 @@ def specialised_sweep(
     normalize: bool,
     tile: Tile,
 ) -> None:
-    """Launches the sweep, which writes totals, positive_ranks and outs.
+    """Launches a specialised sweep, which writes totals, positive_ranks and outs.
 
+    kernel: the sweep's kernel.
     query, positive: (N, C). With positive_scores, query holds operands (`rows.prepare_rows`).
     negatives: (K, C) bfloat16 operands at an address divisible by 16.
     temperature: float.
@@ -290,7 +336,7 @@ def specialised_sweep(
     N, C = query.shape
     layout = gl.NVMMASharedLayout.get_default_for([tile.stream, C], gl.bfloat16)
     described = TensorDescriptor.from_tensor(negatives, [tile.stream, C], layout)
-    _specialised_sweep_kernel[(triton.cdiv(N, tile.stay), len(totals))](
+    kernel[(triton.cdiv(N, tile.stay), len(totals))](
         query,
         positive,
         described,
@@ -315,3 +361,8 @@ def specialised_sweep(
         num_warps=4,  # of a warpgroup. The other parts have warps of their own
         **FUSED,
     )
+
+
+def specialised_sweep(*arguments: Any, **options: Any) -> None:
+    """Launches the sweep for Hopper. Arguments: as for `launch`, without the kernel."""
+    launch(_specialised_sweep_kernel, *arguments, **options)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mocofast_kernels.configs import (
     LONGEST,
     SPECIALISED,
+    TENSOR_MEMORY,
     Architecture,
     Tile,
     architecture,
@@ -196,9 +197,15 @@ def check(products: Products, tile: Tile) -> None:
 
 
 def can_specialise(products: Products) -> bool:
-    """Returns whether there is a warp-specialised sweep, on GPUs of compute capability 9.0."""
+    """Returns whether there is a warp-specialised sweep, on some GPU."""
     kernel, C, dot, _, plain, online = products
     return kernel == "forward" and C in SPECIALISED and dot == "16bit" and plain and not online
+
+
+def specialised_tiles(products: Products, capability: int) -> tuple[Tile, ...]:
+    """Returns the tiles of warp-specialised sweeps for a compute capability times 10."""
+    fits = capability == 90 or (capability // 10 == 10 and products.C in TENSOR_MEMORY)
+    return SPECIALISED[products.C] if can_specialise(products) and fits else ()
 
 
 def dump(path: Path, gpu: str, capability: int, rows: list[dict[str, Any]]) -> None:
