@@ -150,10 +150,11 @@ class Readers:
         calls have.
         """
         while True:
-            if not call.done():
-                futures.wait([call], None if math.isinf(self.seconds) else self.seconds)
-            if call.done():
-                return call.result()
+            try:  # takes less time than futures.wait
+                return call.result(None if math.isinf(self.seconds) else self.seconds)
+            except futures.TimeoutError:
+                if call.done():  # meanwhile, or with a TimeoutError of its own
+                    return call.result()
             self._replace_hanging()
             if call.given_up:
                 raise TimeoutError(f"no answer within {self.seconds:g} s")

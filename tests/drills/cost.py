@@ -1,4 +1,4 @@
-"""What the guards cost, in CPU time: `python -m tests.drills.cost [--pairs 20]`.
+"""What the guards cost, in CPU time: `python -m tests.drills.cost [--pairs 20] [--path PHOTOS]`.
 
 Both sides take turns in one process: epochs of the DALI loader, and blocks of steps of one run.
 """
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mocofast import settings
 from mocofast.config import AugmentConfig, DataConfig
@@ -26,7 +28,7 @@ from mocofast.data.decoding import Header
 from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader
 from mocofast.data.probing import FORMATS
-from mocofast.data.sources import FolderSource
+from mocofast.data.sources import FolderSource, find_images
 from mocofast.train.heartbeat import Heartbeat
 from mocofast.train.loop import Run
 from mocofast.train.run import train
@@ -35,6 +37,7 @@ from tests.pictures import photo
 IMAGES = 96  # of an epoch
 BLOCK = 50  # steps
 VIEWS = (AugmentConfig(size=224),) * 2
+Times = dict[str, list[tuple[float, float]]]  # ms (with guards, without), by what was measured
 
 
 class _Unguarded:
@@ -66,32 +69,42 @@ def _loader_without_guards() -> Iterator[None]:
         yield
 
 
-def epoch_seconds(source: FolderSource, place: Path, guarded: bool) -> float:
-    """Returns the CPU time of the first epoch of a new DALI loader, with a journal if guarded."""
+def epoch_seconds(source: FolderSource, place: Path, guarded: bool) -> list[float]:
+    """Returns the CPU times of the first two epochs of a new DALI loader.
+
+    The first reads headers. A guarded loader keeps a journal.
+    """
+    found = []
     with contextlib.nullcontext() if guarded else _loader_without_guards():
         data = DataConfig(loader="dali", workers=1)
         loader = build_loader(source, data, VIEWS, BatchSlice(16), 0, torch.device("cpu"))
         if guarded:
             loader.keep_journal(place / "decoding" / "rank-0")  # type: ignore[attr-defined]
-        begun = time.process_time()
-        for _batch in loader.epoch(0):
-            pass
-        seconds = time.process_time() - begun
+        for epoch in range(2):
+            begun = time.process_time()
+            for _batch in loader.epoch(epoch):
+                pass
+            found.append(time.process_time() - begun)
         loader.close()
-    return seconds
+    return found
 
 
-def loader_pairs(place: Path, pairs: int) -> list[tuple[float, float]]:
-    """Returns CPU times of epochs, (with guards, without)."""
-    for i in range(IMAGES):
-        photo(i, (375, 500)).save(place / f"{i:03}.jpg", quality=90)
-    source = FolderSource(place, [f"{i:03}.jpg" for i in range(IMAGES)])
-    found = []
+def loader_pairs(photos: str, place: Path, pairs: int) -> Times:
+    """Returns CPU times of epochs. photos: a folder. Without a folder photos are made."""
+    names = sorted(find_images(photos))[:IMAGES] if photos else []
+    for i in range(0 if photos else IMAGES):
+        grain = np.random.default_rng(i).integers(-20, 21, (375, 500, 3))
+        pixels = np.clip(np.asarray(photo(i, (375, 500))) + grain, 0, 255).astype(np.uint8)
+        names.append(f"{i:03}.jpg")
+        Image.fromarray(pixels).save(place / names[-1])
+    source = FolderSource(photos or place, names)
+    times: Times = {"the first epoch of the DALI loader": [], "a later epoch": []}
     for number in range(-1, pairs):  # the first pair warms up
         order = (True, False) if number % 2 else (False, True)
         seconds = {guarded: epoch_seconds(source, place, guarded) for guarded in order}
-        found.append((seconds[True], seconds[False]))
-    return found[1:]
+        for found, sides in zip(times.values(), zip(seconds[True], seconds[False])):
+            found.append((1000 * sides[0] / len(names), 1000 * sides[1] / len(names)))
+    return {what: found[1:] for what, found in times.items()}
 
 
 class _Nothing(list[Any]):
@@ -99,8 +112,8 @@ class _Nothing(list[Any]):
         pass
 
 
-def step_pairs(place: Path, pairs: int) -> list[tuple[float, float]]:
-    """Returns CPU times of blocks of steps of one run, (with guards, without).
+def step_pairs(place: Path, pairs: int) -> Times:
+    """Returns CPU times of steps of a run, from blocks.
 
     Without guards no progress is told, and no loss of a single step is kept.
     """
@@ -125,30 +138,30 @@ def step_pairs(place: Path, pairs: int) -> list[tuple[float, float]]:
     settings.apply(config, {**values, "train.device": "cpu", "train.log_every": BLOCK})
     with mock.patch.object(Run, "_step", timed), mock.patch.object(Heartbeat, "at", at):
         train(config)
-    blocks = found[5:]  # the time before the first block, and four blocks to warm up
+    # Before come the time of the start, and four blocks to warm up.
+    blocks = [1000 * seconds / BLOCK for seconds in found[5:]]
     halves = zip(blocks[::2], blocks[1::2])
-    return [each if number % 2 == 0 else each[::-1] for number, each in enumerate(halves)]
+    return {"a step": [pair if n % 2 == 0 else pair[::-1] for n, pair in enumerate(halves)]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=20)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--path", default="", help="a folder of photos")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     upper = []
-    for what, measure in {
-        "an epoch of the DALI loader": loader_pairs,
-        "a step": step_pairs,
-    }.items():
-        with tempfile.TemporaryDirectory() as name:
-            times = measure(Path(name), pairs)
+    with tempfile.TemporaryDirectory() as name:
+        all_times = loader_pairs(given.path, Path(name), given.pairs)
+        all_times |= step_pairs(Path(name) / "run", given.pairs)
+    for what, times in all_times.items():
         more = [100 * (guarded / plain - 1) for guarded, plain in times]
         mean, error = statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5
         upper.append(mean + 2 * error)
-        unit = IMAGES if measure is loader_pairs else BLOCK
-        per = [1000 * statistics.mean(side) / unit for side in zip(*times)]
+        per = [statistics.mean(side) for side in zip(*times)]
+        unit = "a step" if what == "a step" else "an image"
         print(
-            f"{what}: {per[0]:.3f} ms of CPU time with guards, {per[1]:.3f} without; guards cost "
+            f"{what}: {per[0]:.3f} ms of CPU time {unit}, {per[1]:.3f} without guards, which cost "
             f"{mean:.2f} % (95 % interval {mean - 2 * error:.2f} to {mean + 2 * error:.2f}, "
             f"{len(times)} pairs)",
             flush=True,
