@@ -39,8 +39,10 @@ def test_processes_load_no_benchmark_no_torchvision_and_no_triton() -> None:
 
 
 def test_kernels_reports_both_sides_and_appends_its_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("lightly", "lightly.loss"):  # its process imports for many seconds
+        monkeypatch.setitem(sys.modules, name, None)
     target = tmp_path / "rows.jsonl"
     options = [
         "--n",
