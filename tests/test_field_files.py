@@ -262,6 +262,21 @@ def test_windows_of_a_scene_in_every_loader(tmp_path: Path) -> None:
     assert load_datasets(data).train.fingerprint() != first
 
 
+@pytest.mark.parametrize("window", [0, 40])
+def test_bands_of_radar_and_an_infrared_that_gdal_calls_alpha(window: int, tmp_path: Path) -> None:
+    y, x = np.mgrid[0:40, 0:40]
+    radar = np.dstack([1000 * y + 7 * x, 65535 - 900 * x - 11 * y]).astype(np.uint16)
+    infrared = np.dstack([C8[:40, :40], 6 * y]).astype(np.uint8)
+    for folder, bands, options in (("two", radar, {}), ("four", infrared, {"photometric": "RGB"})):
+        (tmp_path / folder).mkdir()
+        field_files.geotiff(tmp_path / folder / "a.tif", bands, **options)
+        data = DataConfig(path=str(tmp_path / folder), channels=bands.shape[2], window=window)
+        assert remarks(load_datasets(data).train, data.channels) == []
+        for name in LOADERS:
+            (view,) = shown(data, name, 40).values()
+            np.testing.assert_array_equal(view, bands * np.uint16(1 if folder == "two" else 257))
+
+
 def test_windows_without_values_are_left_out(tmp_path: Path) -> None:
     scene = np.full((64, 64, 1), 7, np.int16)
     scene[:, 32:] = -999

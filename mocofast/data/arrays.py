@@ -81,7 +81,7 @@ def read_numbers(file: File, channels: int) -> Pixels:
         if photo_with_alpha and (with_alpha := _with_alpha(file, channels)) is not None:
             return with_alpha
         # Gray is made of all colours, not of the first channel.
-        pixels = pixels_of(file, kind, max(3, channels))
+        pixels = pixels_of(file, kind, 3 if channels == 1 else channels)
     values = pixels.values
     if channels == 1 and values.shape[2] == 3 and values.dtype == np.uint8:
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]

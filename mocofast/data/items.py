@@ -103,12 +103,17 @@ def check_pixels(height: int, width: int) -> None:
         )
 
 
-def first_channels(count: int, wanted: int) -> tuple[int, str]:
+def first_channels(count: int, wanted: int, alpha: int = 0) -> tuple[int, str]:
     """Returns how many channels are read of a file with `count`, and a remark or "".
+
+    alpha: number of channels of transparency at the end. These are read where `wanted` is 2, or
+        4 or more, and the number of all channels: GDAL calls the infrared of 4 bands so.
 
     All are read if their number is `wanted` or 1, otherwise the first `wanted`. Of 2 channels
     where 3 are wanted: the first.
     """
+    if wanted == 3 or wanted != count:
+        count -= alpha
     stop = count if count == 1 or wanted in (count, ALL) else min(count, wanted)
     if count == 2 and wanted == 3:
         stop = 1

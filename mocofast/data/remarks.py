@@ -88,7 +88,7 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
     deep: list[int] = []
     seconds = read_seconds(source)
     for index in indices:
-        header = in_time(seconds, _header, source, index, max(3, channels))
+        header = in_time(seconds, _header, source, index, 3 if channels == 1 else channels)
         if not isinstance(header, Header):  # a bad image
             continue
         if header.remark:

@@ -97,7 +97,7 @@ def scene_window(
     """
     top, left, height, width = part
     with _scene(file) as scene:
-        stop = first_channels(scene.count - tags.alpha, wanted)[0]
+        stop = first_channels(scene.count, wanted, tags.alpha)[0]
         if bands and max(bands) > scene.count:
             raise ValueError(f"has {scene.count} channels, data.bands names {max(bands)}")
         indexes = bands or tuple(range(1, stop + 1))

@@ -38,7 +38,7 @@ def to_rgb(values: np.ndarray, photometric: int) -> np.ndarray:
 
 
 def divided(values: np.ndarray) -> np.ndarray:
-    """Returns colours that were multiplied by their transparency, divided by it: (H, W, C - 1).
+    """Returns colours that were multiplied by their transparency, divided by it: (H, W, C).
 
     values: (H, W, C), the transparency at the end. Where it is 0, the colours are 0.
     """
@@ -47,4 +47,4 @@ def divided(values: np.ndarray) -> np.ndarray:
     shares = np.divide(colors, alpha, out=np.zeros(colors.shape), where=alpha > 0)
     scaled = (shares * top).clip(0, top)
     whole = scaled if values.dtype.kind == "f" else np.floor(scaled + 0.5)
-    return whole.astype(values.dtype)
+    return np.concatenate([whole.astype(values.dtype), values[..., -1:]], axis=2)

@@ -31,7 +31,7 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int, part: int
 
     axes, shape: of the file, in tifffile's letters: Y, X, S (samples of a pixel), C
         (channels), and other letters for pages (Z depth, T time, Q and I unknown).
-    alpha: number of channels of transparency at the end. These are never read.
+    alpha: number of channels of transparency at the end, as for `items.first_channels`.
     wanted: number of channels that the encoder takes, or ALL.
     part: number of the page, from 0, over all axes of pages. WHOLE is the page in the middle.
 
@@ -44,9 +44,9 @@ def choose(axes: str, shape: tuple[int, ...], alpha: int, wanted: int, part: int
         fits = {wanted} if wanted != ALL else set(shape)
         axes = "".join("C" if a in "QI" and n in fits else a for a, n in zip(axes, shape))
     sizes = dict(zip(axes, shape))
-    count = sizes.get("S", 1) * sizes.get("C", 1) - alpha
+    count = sizes.get("S", 1) * sizes.get("C", 1)
     pages = [letter for letter in axes if letter not in "YXSC"]
-    stop, remark = first_channels(count, wanted)
+    stop, remark = first_channels(count, wanted, alpha)
     remarks = [remark] if remark else []
     counts = [sizes[letter] for letter in pages]
     if part != WHOLE:
