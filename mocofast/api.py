@@ -23,7 +23,7 @@ from mocofast.evaluate.features import extract_batches, extraction, image_batche
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.train import configure
 from mocofast.train.run import train
-from mocofast.view_sizes import pixels_text
+from mocofast.view_sizes import Size, pixels_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,14 +122,15 @@ def pretrain(path: str | Path | None = None, recipe: str | None = None, **option
     return trained
 
 
-def load(path: str | Path, arch: str | None = None) -> Trained:
+def load(path: str | Path, arch: str | None = None, size: Size = 0) -> Trained:
     """Loads the query encoder of a run folder, or of a checkpoint of any known project.
 
     path: a run folder or a file, see docs/checkpoints.md.
     arch: the encoder of a file of another project, where its weights do not show it.
+    size: (height, width) of the images of a ViT of another project, if these are no squares.
     Raises FileNotFoundError, and ConfigError for an unknown or damaged file.
     """
-    model, config, *_ = load_any(str(path), arch)
+    model, config, *_ = load_any(str(path), arch, size)
     return Trained(model.encoder_q.eval(), config, Path(path))
 
 

@@ -6,6 +6,7 @@ name and one default.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from mocofast import completion, front, interrupts, settings
 from mocofast.config import ConfigError
 from mocofast.detection.commands import detect, segment
 from mocofast.errors import printable
-from mocofast.evaluation_arguments import add_arch
+from mocofast.evaluation_arguments import add_arch, size_of
 from mocofast.evaluation_commands import finetune, knn, linear, log_to_screen, zeroshot
 from mocofast.fit_command import fit
 from mocofast.image_commands import embed, predict
@@ -145,11 +146,18 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--format", metavar="FORMAT", required=True, help=" | ".join(FORMATS))
     parser.add_argument("out", help="the file to write; a name in .safetensors selects safetensors")
     add_arch(parser)
+    parser.add_argument(
+        "--augment.size",
+        metavar="HEIGHT,WIDTH",
+        default=argparse.SUPPRESS,
+        help="the images of a ViT of another project, where its position embeddings are no square",
+    )
     arguments = parser.parse(argv)
     from mocofast.interop import export as writing
     from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 
-    checkpoint = as_checkpoint(load_any(arguments.checkpoint, arguments.arch))
+    loaded = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
+    checkpoint = as_checkpoint(loaded)
     print(writing.export(checkpoint, arguments.format, arguments.out))
     return 0
 

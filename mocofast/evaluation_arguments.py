@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mocofast import settings
 from mocofast.config import AugmentConfig, Config, DataConfig
-from mocofast.parser import Parser, add_device, add_settings, given_settings
+from mocofast.parser import Parser, add_device, add_settings, given_settings, group_options
+from mocofast.view_sizes import Size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,11 +85,17 @@ def add_arch(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def size_of(arguments: argparse.Namespace) -> Size:
+    """Returns the option augment.size."""
+    size: Size = group_options(AugmentConfig, "augment", arguments).size
+    return size
+
+
 def load(arguments: argparse.Namespace) -> tuple[Method, Config, Datasets]:
     """Returns the model, its run's configuration with the given data options, and the images."""
     from mocofast.interop.reference_checkpoints import load_any
 
-    model, config, layout, *_ = load_any(arguments.checkpoint, arguments.arch)
+    model, config, layout, *_ = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
     if layout != "mocofast":
         print(f"{arguments.checkpoint}: {config.model.arch}, the layout of {layout}")
     return model, config, own_images(config, given_settings(arguments), arguments.checkpoint)
@@ -110,7 +117,7 @@ def load_encoder(
         if file is not None:
             classifier = load_classifier(file)
             return classifier.encoder, classifier.config, classifier
-    model, config, *_ = load_any(arguments.checkpoint, arguments.arch)
+    model, config, *_ = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
     return model.encoder_q, config, None
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mocofast.config import ConfigError, KNNConfig
 from mocofast.evaluate.options import FinetuneConfig, LinearConfig, of_protocol
-from mocofast.evaluation_arguments import evaluation_parser, load
+from mocofast.evaluation_arguments import evaluation_parser, load, size_of
 from mocofast.log_format import PrintableFormatter
 from mocofast.parser import Parser, given_settings, group_options
 
@@ -225,7 +225,7 @@ def zeroshot(argv: Sequence[str]) -> int:
     templates = zero_shot.read_templates(arguments.templates or zero_shot.TEMPLATES)
     with _ranks(arguments) as device:
         if arguments.classes:
-            model, config, *_ = load_any(arguments.checkpoint, arguments.arch)
+            model, config, *_ = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
             classes, datasets = tuple(arguments.classes), None
         else:
             model, config, datasets = load(arguments)

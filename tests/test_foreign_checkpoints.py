@@ -1,7 +1,7 @@
 """Files of other projects load, and their encoders give the features of the other project.
 
-lightly and timm make their files themselves. The files of all others are made from the names that
-the projects document (docs/checkpoints.md).
+lightly and timm make their files themselves. The files of all others are made from names.
+tests/test_other_projects.py takes the projects' own code (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from mocofast import MoCo, cli
 from mocofast.config import ConfigError
 from mocofast.interop import to_reference_state_dict
-from mocofast.interop.reference_checkpoints import load_any
+from mocofast.interop.export import export
+from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 from mocofast.models.encoders import features
+from mocofast.models.vit import sincos_position_embedding
 
 Weights = dict[str, Tensor]
 
@@ -74,6 +76,11 @@ LAYOUTS: dict[str, Callable[[Weights], Any]] = {
         | {"queue": torch.zeros(2, 128, 64)}
     },
     "mmselfsup": lambda w: {"meta": {"epoch": 1}, "state_dict": under("backbone.", w)},
+    "mmpretrain": lambda w: {
+        "state_dict": under("backbone.", w)
+        | under("encoder_k.module.0.", {n: torch.zeros_like(v) for n, v in w.items()})
+        | {"queue": torch.zeros(128, 64), "queue_ptr": torch.zeros(1)}
+    },
     "VISSL": lambda w: {
         "classy_state_dict": {
             "base_model": {
@@ -109,6 +116,98 @@ def assert_features(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: i
         found, expected = features(ours.eval(), images), theirs(images)
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-5, atol=1e-5)
+
+
+def test_solo_learns_stem_for_small_images_pads_two_pixels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    model.fc = model.maxpool = nn.Identity()
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)
+    weights = dict(renewed(model).state_dict())
+    for other, arch in (
+        (under("projector.0.", HEAD), "resnet18_solo_cifar"),
+        ({}, "resnet18_cifar"),
+    ):
+        state = under("backbone.", weights) | under("classifier.", HEAD) | other
+        torch.save({"state_dict": state}, tmp_path / "solo.ckpt")
+        loaded = load_any(str(tmp_path / "solo.ckpt"))
+        assert loaded.config.model.arch == arch
+        if other:
+            assert_features(loaded.method.encoder_q, model, 32)
+    path, out = str(tmp_path / "solo.ckpt"), tmp_path / "out.pt"
+    torch.save({"state_dict": under("backbone.", weights)}, path)
+    named = ("--model.arch", "resnet18_solo_cifar")
+    assert cli.main(["export", path, *named, "--format", "torchvision", str(out)]) == 0
+    exported: dict[str, Any] = {}
+    lines = export(as_checkpoint(load_any(path, named[1])), "torchvision", out).how_to_load
+    exec(lines, exported)
+    assert_features(model, exported["model"].eval(), 32)
+
+
+def moco_v3_vit(rows: int, columns: int) -> Any:
+    """A ViT of MoCo v3 in timm's words: 12 heads, fixed positions."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = (16 * rows, 16 * columns)
+    model = timm.models.VisionTransformer(size, embed_dim=192, num_heads=12, num_classes=0)
+    model.pos_embed.data = sincos_position_embedding(rows, columns, 192)
+    return model.eval()
+
+
+@pytest.mark.parametrize("names", ["timm", "mmpretrain"])
+def test_fixed_positions_tell_the_heads_of_moco_v3(names: str, tmp_path: Path) -> None:
+    model = moco_v3_vit(2, 2)
+    weights = dict(model.state_dict())
+    if names == "mmpretrain":
+        mm = {".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.", ".norm": ".ln"}
+        mm |= {"blocks.": "layers.", "patch_embed.proj.": "patch_embed.projection."}
+        for old, new in {**mm, "norm.": "ln1."}.items():
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+        weights = under("backbone.", weights)
+    torch.save({"state_dict": weights}, tmp_path / "vit.pth")
+    loaded = load_any(str(tmp_path / "vit.pth"))
+    assert loaded.config.model.arch == "vit_tiny" and loaded.config.augment.size == 32
+    assert_features(loaded.method.encoder_q, model, 32)
+
+
+def test_positions_that_are_no_square_need_the_size_of_the_images(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = moco_v3_vit(2, 5), torch.randn(3, 3, 32, 80)
+    path, out = str(tmp_path / "vit.pth"), tmp_path / "out.onnx"
+    torch.save(model.state_dict(), path)
+    arch = ("--model.arch", "vit_tiny")
+    for size, status in (("48,80", 2), ("32,80", 0)):
+        given = [*arch, "--augment.size", size]
+        assert cli.main(["export", path, *given, "--format", "onnx", str(out)]) == status
+    with pytest.raises(ConfigError, match=r"10 patches.*--augment.size HEIGHT,WIDTH"):
+        load_any(path, "vit_tiny")
+    session = onnxruntime.InferenceSession(out)
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_registers_and_chunks_of_dinov2_load(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    name = "vit_small_patch14_reg4_dinov2"
+    model = timm.create_model(name, num_classes=0, img_size=28, init_values=0.5).eval()
+    model.cls_token.data.normal_()
+    weights = dict(model.state_dict())
+    position = torch.randn(1, 1, 384)
+    weights["register_tokens"] = weights.pop("reg_token")
+    weights["pos_embed"] = torch.cat([position, weights["pos_embed"]], dim=1)
+    weights["cls_token"] = weights["cls_token"] - position
+    weights["mask_token"] = torch.zeros(1, 384)
+    for chunk in range(4):  # of three blocks each
+        for block in range(3 * chunk, 3 * chunk + 3):
+            old, new = f"blocks.{block}.", f"chunk.{chunk}.{block}."
+            weights = {n.replace(old, new): v for n, v in weights.items()}
+    weights = {n.replace("chunk.", "blocks."): v for n, v in weights.items()}
+    torch.save({"teacher": under("backbone.", weights)}, tmp_path / "teacher.pth")
+    loaded = load_any(str(tmp_path / "teacher.pth"))
+    assert loaded.config.model.arch == f"timm/{name}"
+    assert_features(loaded.method.encoder_q, model, 28)
 
 
 def test_safetensors_and_other_families_are_told_from_their_weights(tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def test_other_heads_queues_and_files_are_said(run: Path) -> None:
         assert torch.equal(model.state_dict()[name], saved[name])
 
 
+@pytest.mark.parametrize("prefix", ["momentum_backbone.", "encoder_k.module.0."])
+def test_momentum_encoders_of_other_projects_are_taken(prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    query, key = (torchvision.models.resnet18().state_dict() for _ in range(2))
+    state = {f"backbone.{n}": v for n, v in query.items()} | {prefix + n: v for n, v in key.items()}
+    torch.save({"state_dict": state}, tmp_path / "foreign.ckpt")
+    model = MoCo(torchvision.models.resnet18, dim=16, queue_size=50)
+    (line,) = initialise(model, str(tmp_path / "foreign.ckpt"), "resnet18")
+    assert line.endswith("encoder, momentum encoder; new: head, queue")
+    assert torch.equal(model.encoder_q.conv1.weight, query["conv1.weight"])
+    assert torch.equal(model.encoder_k.conv1.weight, key["conv1.weight"])
+
+
 def test_a_query_encoder_alone_starts_both_encoders(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=16)

@@ -93,6 +93,10 @@ def test_whatever_does_not_fit_is_named_and_nothing_is_loaded() -> None:
     ):
         assert part in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"missing (encoder_k[\w.]+, ){4}encoder_k[\w.]+ and \d+ m"
+    ):
+        load_reference_state_dict(model, {})
 
 
 def test_a_v1_checkpoint_does_not_load_into_v2() -> None:

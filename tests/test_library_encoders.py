@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,16 @@ def test_distilled_models_average_both_heads(tmp_path: Path) -> None:
         torch.testing.assert_close(features(encoder, images), theirs(images), rtol=0, atol=1e-6)
         replace_head(encoder, nn.Linear(192, 3))
         assert encoder(images).shape == (2, 3)
+
+
+def test_auxiliary_heads_do_not_count() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder: Any = build_encoder("timm/volo_d1_224", 32)(num_classes=2).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(features(encoder, images), expected, rtol=0, atol=0)
 
 
 def test_heads_of_several_widths_are_trained_and_replaced_each() -> None:

@@ -225,7 +225,8 @@ PAGE = """
 |---|---|
 | `resnet50`, `resnext50_32x4d`, ... | ResNets of torchvision, `_cifar` for small images |
 | `vit_b_16`, `vit_l_16`, ... | ViTs of torchvision |
-| `vit_small`, `vit_base`, `vit_large`, `vit_huge` | MoCo v3: frozen patch projection |
+| `vit_tiny`, `vit_small`, `vit_base`, `vit_large`, `vit_huge` | MoCo v3: frozen patch projection |
+| `resnet18_solo_cifar`, ... | as `_cifar`, with solo-learn's stem, which pads two pixels |
 | `vit_tiny_cifar`, `vit_micro_cifar`, `resnet_tiny` | small encoders |
 | `timm/NAME`, `timm/NAME:pretrained` | models of timm, untrained or with weights of timm |
 | `package.module:function`, `package.module` | an encoder of yours ([extend.md](extend.md)) |
@@ -243,9 +244,8 @@ NOTES = """
 The drill trains at a rate of 1e-6. On two images the gradients of some untrained models reach 1e4
 to 1e6, also in a plain loop on timm's own model. A step at MoCo's rate of .03 then leaves features
 of NaN (`convmixer_768_32`, `efficientvim_m1`). In runs with larger batches `--optim.clip_norm` or
-`--optim.warmup_epochs` helps. VOLO has two heads. Its features here are the mean of the class token
-and the patches. timm's model without heads returns the class token and half of the largest patch,
-so the export of VOLO loads, and gives other features.
+`--optim.warmup_epochs` helps. VOLO's auxiliary head for patches
+does not count: its features are the class token, timm's `pre_logits`.
 """
 
 

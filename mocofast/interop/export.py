@@ -26,6 +26,7 @@ from mocofast.interop.text_export import text_lines, write_texts
 from mocofast.interop.weights import backbone_state_dict, to_reference_state_dict
 from mocofast.interop.zero_shot import with_texts
 from mocofast.methods.moco import MoCo
+from mocofast.models.encoders import SOLO
 from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
@@ -152,7 +153,7 @@ def _detectron2(backbone: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _check_arch(format: str, arch: str) -> None:
-    plain = arch.removesuffix("_cifar")
+    plain = arch.replace(SOLO, "_cifar").removesuffix("_cifar")
     is_resnet = re.fullmatch(r"(wide_resnet|resnext|resnet)\d\w*", plain) is not None
     if format == "timm" and not (is_resnet or arch.startswith((TIMM, "vit_"))):
         raise ConfigError(

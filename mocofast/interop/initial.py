@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast.config import ConfigError
-from mocofast.interop.layouts import find_encoder
+from mocofast.interop.layouts import MOMENTUM, find_encoder
 from mocofast.interop.reading import is_ours, read_any, tensors_of
 from mocofast.interop.reference_checkpoints import load_backbone
 from mocofast.methods.base import Method
@@ -45,8 +45,9 @@ def initialise(method: Method, path: str, arch: str) -> list[str]:
     key = getattr(method, "encoder_k", None)
     if isinstance(key, nn.Module):
         key.load_state_dict(method.encoder_q.state_dict())
-        if any(name.startswith("encoder_k.") for name in weights):
-            own = _under("encoder_k.", weights)
+        own = next((found for prefix in MOMENTUM if (found := _under(prefix, weights))), None)
+        if own:
+            own = find_encoder(own, arch).weights
             load_backbone(key, own, arch)
             _load_head(key, own)
             taken.append("momentum encoder")

@@ -5,15 +5,19 @@ docs/checkpoints.md lists the layouts.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mocofast.config import ConfigError
 from mocofast.interop.reading import described_names
+from mocofast.models.vit import sincos_position_embedding
 
+BACKBONE = "a backbone (lightly, mmselfsup, torchgeo, DINO)"
 # Prefixes of the encoder that is evaluated, in the order of search, with the project's name.
 ENCODERS = (
     ("encoder_q.", "facebookresearch/moco"),
@@ -21,10 +25,15 @@ ENCODERS = (
     ("trunk._feature_blocks.", "VISSL"),
     ("_feature_blocks.", "VISSL"),
     ("trunk.", "VISSL"),
-    ("backbone.", "a backbone (lightly, solo-learn, mmselfsup, DINO)"),
+    ("backbone.", BACKBONE),
     ("student_backbone.", "lightly"),
-    ("encoder.", "an encoder (solo-learn, torchgeo)"),
+    ("encoder.", "an encoder (old solo-learn)"),
     ("query_encoder.", "a query encoder"),
+)
+# Prefixes of momentum encoders: mmselfsup, facebookresearch/moco, moco-v3, solo-learn, lightly.
+MOMENTUM = (
+    *("encoder_k.module.0.", "encoder_k.", "momentum_encoder."),
+    *("momentum_backbone.", "backbone_momentum."),
 )
 # Children of nn.Sequential(*list(resnet.children())[:-1]), as lightly's examples write it.
 SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -56,7 +65,8 @@ class Found(NamedTuple):
     weights: dict[str, Tensor]  # of the backbone, under the encoder's own names
     arch: str  # model.arch
     channels: int
-    image_size: int  # 0: any
+    positions: int  # places of the patches that position embeddings are for. 0: no embeddings
+    patch: int  # side of a patch in pixels, of an encoder with position embeddings
     layout: str  # the project
 
 
@@ -67,6 +77,12 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
     Raises ConfigError if no encoder is known.
     """
     part, layout = _part(weights)
+    if layout == BACKBONE and _is_solo_learn(weights):
+        layout = "solo-learn"
+    if "patch_embed.projection.weight" in part:
+        part = renamed(part, _MMSELFSUP)
+    if "cls_token" in part:
+        part = _of_dinov2(part)
     if all(name.split(".")[0].isdigit() for name in part) and "0.weight" in part:
         part = {
             ".".join((SEQUENTIAL.get(name.split(".")[0], ""), *name.split(".")[1:])): value
@@ -81,13 +97,14 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
                 "facebookresearch/moco (encoder_q.*), moco-v3 (base_encoder.*) or another project "
                 "of docs/checkpoints.md, or the encoder's name (--model.arch, main_lincls: -a)"
             )
-        return Found(dict(part), arch, 3, 0, layout)
-    side = _image_side(part, first)
+        return Found(dict(part), arch, 3, 0, 0, layout)
+    positions = _positions(part)
     is_resnet = any(name.startswith("layer1.") for name in part)
-    found = arch or (_resnet_of(part, first) if is_resnet else _vit_of(part, first, layout))
+    solo = layout == "solo-learn"
+    found = arch or (_resnet_of(part, first, solo) if is_resnet else _vit_of(part, first, layout))
     if "patch_embed.proj.weight" in part and not found.startswith("timm/"):
         part = torchvision_names(part)
-    return Found(dict(part), found, first.shape[1], side, layout)
+    return Found(dict(part), found, first.shape[1], positions, first.shape[-1], layout)
 
 
 _FIRST = ("conv1.weight", "patch_embed.proj.weight", "conv_proj.weight", "conv1.0.weight")
@@ -105,14 +122,23 @@ def _part(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     return dict(weights), "torchvision or timm"
 
 
-def _image_side(part: Mapping[str, Tensor], first: Tensor) -> int:
+def _is_solo_learn(weights: Mapping[str, Tensor]) -> bool:
+    """Returns whether a Lightning module has the parts that every method of solo-learn has."""
+    parts = {name.split(".")[0] for name in weights}
+    return "classifier" in parts and not parts.isdisjoint(("projector", "momentum_backbone"))
+
+
+def _positions(part: Mapping[str, Tensor]) -> int:
+    """Returns for how many patches an encoder has position embeddings, 0 for none."""
     position = part.get("pos_embed", part.get("encoder.pos_embedding"))
-    if position is None:
+    if position is None or position.dim() != 3:
         return 0
-    return round((position.shape[1] - 1) ** 0.5) * first.shape[-1]
+    # timm's models with registers have no position of the class token.
+    tokens = () if "reg_token" in part else ("cls_token", "class_token", "dist_token")
+    return position.shape[1] - sum(token in part for token in tokens)
 
 
-def _resnet_of(part: Mapping[str, Tensor], first: Tensor) -> str:
+def _resnet_of(part: Mapping[str, Tensor], first: Tensor, solo: bool) -> str:
     blocks = tuple(
         len({n.split(".")[1] for n in part if n.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
@@ -129,7 +155,8 @@ def _resnet_of(part: Mapping[str, Tensor], first: Tensor) -> str:
         raise ConfigError(
             f"a ResNet of {blocks} blocks that no name is known for; name it by --model.arch"
         )
-    return f"{name}_cifar" if first.shape[-1] == 3 else name
+    small = "_solo_cifar" if solo else "_cifar"
+    return f"{name}{small}" if first.shape[-1] == 3 else name
 
 
 def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
@@ -137,7 +164,8 @@ def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
     layers = len({m[1] for name in part if (m := re.match(pattern, name))})
     width, patch = first.shape[0], first.shape[-1]
     size = _VITS.get((width, layers))
-    if layout == "facebookresearch/moco-v3" and size in ("small", "base") and patch == 16:
+    of_moco_v3 = layout == "facebookresearch/moco-v3" or _has_sincos_positions(part)
+    if of_moco_v3 and size in ("tiny", "small", "base") and patch == 16:
         return f"vit_{size}"  # with 12 heads
     is_torchvision = "class_token" in part or size in ("base", "large", "huge")
     scaled = "blocks.0.ls1.gamma" in part
@@ -156,6 +184,30 @@ def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
     )
 
 
+def _has_sincos_positions(part: Mapping[str, Tensor]) -> bool:
+    """Returns whether a ViT has MoCo v3's position embeddings, which are never trained."""
+    position = part.get("pos_embed")
+    side = math.isqrt(_positions(part))
+    if position is None or position.shape[1] != 1 + side**2 or position.shape[2] % 4:
+        return False
+    expected = sincos_position_embedding(side, side, position.shape[2])
+    return torch.allclose(position.float(), expected, atol=1e-3)
+
+
+def _of_dinov2(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights of a ViT under timm's names. part: under timm's or DINOv2's names.
+
+    DINOv2 may keep blocks in chunks. timm's models with registers have the position of the class
+    token in the token.
+    """
+    part = renamed(part, ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),))
+    if (registers := part.pop("register_tokens", None)) is not None:
+        position = part["pos_embed"]
+        token = part["cls_token"] + position[:, :1]
+        part |= {"reg_token": registers, "cls_token": token, "pos_embed": position[:, 1:]}
+    return part
+
+
 def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Returns weights under other names. Every rule applies to every name, in order."""
     found = {}
@@ -166,6 +218,15 @@ def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     return found
 
 
+# From the names of a ViT of mmselfsup and mmpretrain to timm's names.
+_MMSELFSUP = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^ln1\.", "norm."),
+    (r"^layers\.", "blocks."),
+    (r"\.ln(\d)\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
 # From timm's names of a ViT's parameters (moco-v3, DINO) to torchvision's names.
 _TIMM = (
     (r"^cls_token$", "class_token"),

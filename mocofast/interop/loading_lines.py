@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import list_models
 
 from mocofast.config import Config
+from mocofast.models.encoders import SOLO
 from mocofast.models.libraries import TIMM, timm_arguments
 from mocofast.models.vit import SIZES
 
@@ -116,7 +117,7 @@ def _constructor(by_timm: bool, config: Config, encoder: nn.Module) -> list[str]
             f"model = timm.models.VisionTransformer({size}, {encoder.patch_size}{inputs}, "
             f"num_classes=0, embed_dim={width}, depth={len(blocks)}, num_heads={heads}{scale})",
         ]
-    plain = arch.removesuffix("_cifar")
+    plain = arch.replace(SOLO, "_cifar").removesuffix("_cifar")
     is_cifar = plain != arch and arch not in SIZES
     if by_timm:
         lines = [
@@ -144,8 +145,9 @@ def _constructor(by_timm: bool, config: Config, encoder: nn.Module) -> list[str]
             f"model = torchvision.models.{plain}({given}); model.{head} = torch.nn.Identity()",
         ]
     if is_cifar:
+        padding = 2 if arch.endswith(SOLO) else 1
         lines += [
-            f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False); "
+            f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding={padding}, bias=False); "
             "model.maxpool = torch.nn.Identity()"
         ]
     elif not by_timm and channels != 3:

@@ -5,6 +5,7 @@ docs/checkpoints.md lists the layouts that are known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from mocofast.models.heads import head_names
 from mocofast.models.vit import SIZES
 from mocofast.train.checkpoint import FORMAT, checked, model_from_checkpoint
 from mocofast.train.finite import check_finite
+from mocofast.view_sizes import Size, height_width
 
 # Entries of encoders that no feature depends on.
 _UNUSED = ("mask_token",)
@@ -63,12 +65,13 @@ class WrongArch(ConfigError):
     """The file names another encoder than the caller expects."""
 
 
-def load_any(path: str, arch: str | None = None) -> Loaded:
+def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
     """Loads a checkpoint of any known layout.
 
     path: a run folder or checkpoint of mocofast, or a file of another project (torch.save or
         safetensors): complete checkpoints of facebookresearch/moco, and encoders of all others.
     arch: the expected encoder. None: the encoder that the file names, or that its weights show.
+    size: of images that are no squares, for the position embeddings of another project.
     Raises FileNotFoundError, and ConfigError for an unknown file, an unexpected encoder, and for
     weights that are NaN or infinite.
     """
@@ -83,14 +86,14 @@ def load_any(path: str, arch: str | None = None) -> Loaded:
     try:
         weights = tensors_of(content)
         check_finite(weights, path)
-        if "queue" in weights and any(name.startswith("encoder_k.") for name in weights):
-            queue = weights["queue"]
-            if queue.dim() == 2 and weights.keys() >= {"queue_ptr"}:
-                return Loaded(
-                    *_moco(weights, arch or named), "facebookresearch/moco", True, content
-                )
+        parts = {name.split(".")[0] for name in weights}
+        if (
+            parts >= {"encoder_q", "encoder_k", "queue", "queue_ptr"}
+            and weights["queue"].dim() == 2
+        ):
+            return Loaded(*_moco(weights, arch or named), "facebookresearch/moco", True, content)
         found = find_encoder(weights, arch or _known(named))
-        return Loaded(*_encoder(found), found.layout, False, content)
+        return Loaded(*_encoder(found, size), found.layout, False, content)
     except ConfigError as error:
         if str(error).startswith(path):
             raise
@@ -117,7 +120,7 @@ def _moco(weights: dict[str, Tensor], arch: str | None) -> tuple[Method, Config]
     The queue may also be (K, dim), as `mocofast.MoCo` has it in the checkpoint of another loop.
     """
     found = find_encoder(weights, arch)
-    config = _config(found)
+    config = _config(found, 0)
     config.model.mlp = "encoder_q.fc.2.weight" in weights
     head = weights.get("encoder_q.fc.2.weight", weights.get("encoder_q.fc.weight"))
     if head is not None and weights["queue"].shape[0] != len(head) == weights["queue"].shape[1]:
@@ -129,12 +132,12 @@ def _moco(weights: dict[str, Tensor], arch: str | None) -> tuple[Method, Config]
     return model, config
 
 
-def _config(found: Found) -> Config:
-    """Returns MoCo v1's configuration for an encoder."""
+def _config(found: Found, size: Size) -> Config:
+    """Returns MoCo v1's configuration for an encoder. size: of images that are no squares."""
     config = settings.load_recipe("moco_v3_r50" if "moco-v3" in found.layout else "moco_v1_r50")
     config.model.arch = found.arch
-    size = found.image_size or (32 if found.arch.endswith(("_cifar", "_tiny")) else 224)
-    config.augment.size = size
+    small = found.arch.endswith(("_cifar", "_tiny"))
+    config.augment.size = _image_size(found, size) or (32 if small else 224)
     if found.channels != 3:
         config.data.channels = found.channels
         plain = {"mean": (0.0,), "std": (1.0,), "color_ops": "auto"}
@@ -142,9 +145,27 @@ def _config(found: Found) -> Config:
     return config
 
 
-def _encoder(found: Found) -> tuple[Method, Config]:
+def _image_size(found: Found, size: Size) -> Size:
+    """Returns the size of the images that position embeddings are for, 0 without embeddings.
+
+    size: of images that are no squares, or 0. Raises ConfigError if it is needed, and does not fit.
+    """
+    side = math.isqrt(found.positions)
+    if side**2 == found.positions:
+        return side * found.patch
+    rows, columns = (length // found.patch for length in height_width(size))
+    if rows * columns == found.positions:
+        return size
+    raise ConfigError(
+        f"position embeddings of {found.positions} patches, which are no square; expected "
+        f"--augment.size HEIGHT,WIDTH with HEIGHT / {found.patch} x WIDTH / {found.patch} = "
+        f"{found.positions}"
+    )
+
+
+def _encoder(found: Found, size: Size) -> tuple[Method, Config]:
     """Returns a method whose query encoder has the weights, without a trained head."""
-    config = _config(found)
+    config = _config(found, size)
     if config.model.method == "moco":
         config.model.queue_size = 256  # random, never read
     model = build_method(config)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mocofast.interop.reading import described_names
 from mocofast.methods.base import Method
 from mocofast.methods.moco import MoCo
 from mocofast.models.heads import head_names
@@ -37,8 +38,8 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
     """Loads weights of facebookresearch/moco into `model`, compiled, wrapped by DDP, or neither.
 
     state_dict: a state dict or a whole checkpoint. The queue is converted to the model's dtype.
-    Raises ValueError naming the entries that are missing, unknown or of a wrong shape. After an
-    error nothing is loaded.
+    Raises ValueError with up to five entries that are missing, unknown or of a wrong shape, and
+    their numbers. After an error nothing is loaded.
     """
     given = {
         name.removeprefix(PREFIX): value
@@ -47,16 +48,19 @@ def load_reference_state_dict(model: MoCo, state_dict: Mapping[str, Any]) -> Non
     expected = to_reference_state_dict(model)
     problems = []
     if missing := sorted(expected.keys() - given.keys()):
-        problems.append(f"missing {', '.join(missing)}")
+        problems.append(f"missing {described_names(missing)}")
     if unknown := sorted(given.keys() - expected.keys()):
-        problems.append(f"unknown {', '.join(unknown)}")
-    for name in expected.keys() & given.keys():
+        problems.append(f"unknown {described_names(unknown)}")
+    wrong = []
+    for name in sorted(expected.keys() & given.keys()):
         if not isinstance(given[name], Tensor):
-            problems.append(f"{name} is a {type(given[name]).__name__} instead of a tensor")
+            wrong.append(f"{name} is a {type(given[name]).__name__} instead of a tensor")
         elif given[name].shape != expected[name].shape:
-            problems.append(
+            wrong.append(
                 f"{name} is {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
             )
+    if wrong:
+        problems.append(described_names(wrong))
     if problems:
         raise ValueError(f"state_dict: not that of this model: {'; '.join(problems)}")
     model = unwrapped(model)

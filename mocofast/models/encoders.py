@@ -27,6 +27,7 @@ from mocofast.view_sizes import Size, height_width, pixels_text
 
 # Families of torchvision whose models end in .fc or .heads.
 TORCHVISION = ("resnet*", "wide_resnet*", "resnext*", "vit_*")
+SOLO = "_solo_cifar"  # suffix of ResNets with solo-learn's stem for small images
 
 
 def configured_encoder(config: Config) -> Callable[..., nn.Module]:
@@ -53,9 +54,10 @@ def build_encoder(
 
     arch: a torchvision ResNet, Wide ResNet, ResNeXt or ViT, a ViT of `mocofast.models.vit.SIZES`,
         or `resnet_tiny`. The suffix `_cifar` of a ResNet, Wide ResNet or ResNeXt is for small
-        images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. The dotted name of a
-        module of yours: the module's `build_encoder(image_size)` returns the constructor. For other
-        numbers of channels than 3, it is `build_encoder(image_size, channels=...)`.
+        images: 3x3 stride-1 stem and no max-pooling, as in MoCo's CIFAR demo. With `_solo_cifar`
+        the stem pads two pixels, as solo-learn's does. The dotted name of a module of yours: the
+        module's `build_encoder(image_size)` returns the constructor. For other numbers of channels
+        than 3, it is `build_encoder(image_size, channels=...)`.
         "timm/NAME": a model of timm. "package.module:function": a function of yours, called with
         num_classes, and with image_size and channels where it names these arguments.
     image_size: side of the images in pixels, or (height, width). A ViT is made for images of this
@@ -99,8 +101,9 @@ def build_encoder(
     if arch in names:
         return functools.partial(_torchvision_resnet, arch, channels=channels)
     cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
-    if arch in cifar:
-        return functools.partial(_cifar_resnet, cifar[arch], channels=channels)
+    if (plain := arch.replace(SOLO, "_cifar")) in cifar:
+        padding = 2 if arch.endswith(SOLO) else 1
+        return functools.partial(_cifar_resnet, cifar[plain], channels=channels, padding=padding)
     if arch == "resnet_tiny":
         return TinyResNet if channels == 3 else functools.partial(TinyResNet, channels=channels)
     nearest = difflib.get_close_matches(
@@ -154,12 +157,12 @@ def _torchvision_vit(name: str, image_size: Size, num_classes: int, channels: in
     return encoder
 
 
-def _cifar_resnet(name: str, num_classes: int, channels: int) -> nn.Module:
+def _cifar_resnet(name: str, num_classes: int, channels: int, padding: int) -> nn.Module:
     from torchvision.models import get_model
 
     encoder = get_model(name, num_classes=num_classes)
     width = encoder.conv1.out_channels
-    encoder.conv1 = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
+    encoder.conv1 = nn.Conv2d(channels, width, kernel_size=3, padding=padding, bias=False)
     encoder.maxpool = nn.Identity()
     return encoder
 
@@ -229,9 +232,11 @@ def features(encoder: nn.Module, images: Tensor) -> Tensor:
     """Returns features (N, D) of images (N, C, S, S): the inputs of the encoder's head, pooled.
 
     With several heads (models of timm), the mean of all inputs (distilled models), or all inputs
-    in a row where widths differ (CrossViT).
+    in a row where widths differ (CrossViT). Auxiliary heads, VOLO's for patches, do not count.
     """
-    inputs = head_inputs(encoder, images)
+    names = head_names(encoder)
+    given = zip(names, head_inputs(encoder, images), strict=True)
+    inputs = [x for name, x in given if name == names[0] or not name.startswith("aux_")]
     widths = {x.shape[1] for x in inputs}
     if len(widths) > 1:
         return torch.cat(inputs, dim=1)

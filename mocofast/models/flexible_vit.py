@@ -81,7 +81,9 @@ class FlexibleViT(VisionTransformer):
         if drops:
             kept = self._kept(*tokens.shape[:2])
             tokens = tokens.gather(1, kept.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
-        first = (self.class_token + position[:, :1]).expand(len(x), -1, -1)
+        first = (self.class_token + position[:, :1]).expand(
+            x.shape[0], -1, -1
+        )  # len() is no symbol
         tokens = self.encoder.dropout(torch.cat([first, tokens], dim=1))
         return self.heads(self.encoder.ln(self.encoder.layers(tokens))[:, 0])
 

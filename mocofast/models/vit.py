@@ -21,6 +21,7 @@ class ViTSize(NamedTuple):
 
 
 SIZES = {
+    "vit_tiny": ViTSize(16, 12, 12, 192),  # solo-learn's for MoCo v3. DeiT's ViT-Ti has 3 heads
     "vit_small": ViTSize(16, 12, 12, 384),  # DeiT's ViT-S has 6 heads
     "vit_base": ViTSize(16, 12, 12, 768),
     "vit_large": ViTSize(16, 24, 16, 1024),
