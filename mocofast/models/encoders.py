@@ -101,9 +101,9 @@ def build_encoder(
     if arch in names:
         return functools.partial(_torchvision_resnet, arch, channels=channels)
     cifar = {f"{name}_cifar": name for name in names if not name.startswith("vit_")}
-    if (plain := arch.replace(SOLO, "_cifar")) in cifar:
+    if (small := arch.replace(SOLO, "_cifar")) in cifar:
         padding = 2 if arch.endswith(SOLO) else 1
-        return functools.partial(_cifar_resnet, cifar[plain], channels=channels, padding=padding)
+        return functools.partial(_cifar_resnet, cifar[small], channels=channels, padding=padding)
     if arch == "resnet_tiny":
         return TinyResNet if channels == 3 else functools.partial(TinyResNet, channels=channels)
     nearest = difflib.get_close_matches(
