@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ pytest.importorskip("triton")
 from mocofast_bench import autotune
 from mocofast_bench.autotune import candidates
 from mocofast_bench.commands import main
-from mocofast_kernels import infonce, tiles
+from mocofast_kernels import configs, infonce, tiles
 from mocofast_kernels.configs import SPECIALISED, Architecture, Tile
 from mocofast_kernels.infonce import infonce_forward
 from mocofast_kernels.tiles import Products
@@ -176,6 +178,20 @@ def test_small_shared_memory_takes_smaller_tiles_for_the_queue() -> None:
     for C in (64, 128, 256):  # no rule takes a sweep that no GPU has run
         for gpu in (Architecture(), Architecture(228 * 1024, hopper=True)):
             assert not tiles.rule(queue._replace(C=C), gpu).specialised
+
+
+def test_launches_on_amds_gpus_ask_for_nothing_that_their_compiler_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MI250X has the compute capability 9.0 of a Hopper."""
+    found = types.SimpleNamespace(major=9, minor=0, shared_memory_per_multiprocessor=2**16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    of_nvidia = configs.architecture.__wrapped__(torch.device("cuda"))
+    assert of_nvidia == Architecture(2**16, hopper=True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert configs.architecture.__wrapped__(torch.device("cuda")) == Architecture(2**16, amd=True)
+    assert "maxnreg" in configs.ALL_REGISTERS
+    assert runpy.run_path(configs.__file__)["ALL_REGISTERS"] == configs.FUSED
 
 
 @pytest.mark.parametrize("C", [1, 24, 101, 128, 256, 512, 1024, 8192])

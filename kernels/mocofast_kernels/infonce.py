@@ -258,7 +258,7 @@ def infonce_forward(
     online = products.online
     tile = tile or tile_of(products, query.device)
     gpu = tile_table.architecture(query.device)
-    specialised = _specialised(gpu) if tile.specialised else None
+    specialised: Any = _specialised(gpu) if tile.specialised else None
     lacks = exclude_period or not compute_grad or negatives.data_ptr() % 16
     lacks = lacks or specialised is None or (gpu.blackwell and C not in TENSOR_MEMORY)
     if tile.specialised and lacks:
