@@ -213,7 +213,10 @@ def test_calls_that_the_sweep_lacks_take_the_rule_s_tile(
     inputs, tile = _inputs(4, 200, 64), SPECIALISED[64][0]
     offset = torch.zeros(200 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(200, 64)
     offset.copy_(inputs[2])
-    with mock.patch.object(infonce_hopper, "specialised_sweep", side_effect=KeyError) as sweep:
+    with (
+        mock.patch.object(tiles, "architecture", return_value=Architecture(hopper=True)),
+        mock.patch.object(infonce_hopper, "specialised_sweep", side_effect=KeyError) as sweep,
+    ):
         _forward(inputs, tile, compute_grad=False)
         _forward(inputs, tile, exclude_period=4)
         _forward((*inputs[:2], offset), tile)  # copies need addresses divisible by 16

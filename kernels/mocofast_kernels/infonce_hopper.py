@@ -288,7 +288,10 @@ def _specialised_sweep_kernel(
         [
             (
                 _sum_tiles,
-                inputs + (query_tiles.index(0), ring, ready, free, first) + ends + constants,  # noqa: RUF005
+                inputs  # noqa: RUF005
+                + (query_tiles.index(0), ring, ready, free, first)
+                + ends
+                + constants,
             ),
             (
                 _sum_tiles,
