@@ -100,7 +100,7 @@ def coerce(setting: Setting, value: Any) -> Any:
             count = "" if Ellipsis in kinds else f"{len(setting.default)} "
             expected = f"{count}values like {setting.default}"
         else:
-            expected = setting.type.__name__
+            expected = "text in UTF-8" if setting.type is str else setting.type.__name__
         if setting.default == () and setting.valid:
             expected = setting.valid.expected
         raise ConfigError(f"{setting.name}: expected {expected}, got {value!r:.100}") from None
@@ -137,6 +137,7 @@ def _coerce(kind: Any, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise TypeError
+        value.encode()  # raises ValueError for bytes that are no text: config.yaml holds text
         return value
     if isinstance(value, bool) or (
         kind is int and isinstance(value, float) and value != int(value)

@@ -81,6 +81,7 @@ def test_an_option_that_a_command_does_not_use_is_refused(
         (("pretrian",), "did you mean 'pretrain'"),
         (("pretrain", "digit"), "did you mean 'digits'"),
         (("pretrain", "x" * 300), "File name too long"),
+        (("pretrain", "--train.dir", "\udcff"), "train.dir: expected text in UTF-8, got '\\udcff'"),
         (("pretrain", "--optim.lrr", "1"), "did you mean '--optim.lr'"),
         (("pretrain", "--optim.lrr=1"), "did you mean '--optim.lr'"),
         (("pretrain", "--optim.l", "1"), "unknown option '--optim.l'"),  # no abbreviations
