@@ -94,6 +94,7 @@ drills: $(READY)
 	$(BIN)/python -m tests.drills.kills --count 100
 	$(BIN)/python -m tests.drills.kills --count 50 --ranks 2
 	$(BIN)/python -m tests.drills.ranks
+	$(BIN)/python -m tests.drills.elastic
 	$(BIN)/python -m tests.drills.files
 	$(BIN)/python -m tests.drills.endurance
 	$(BIN)/python -m tests.drills.images --minutes 10

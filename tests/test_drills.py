@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from tests.drills import files, kills, ranks
+from tests.drills import elastic, files, kills, ranks
 from tests.drills.runs_to_kill import Figures, words
 
 STEPS = 110
@@ -61,6 +61,12 @@ def test_stopped_and_hung_ranks_end_and_the_run_goes_on_to_equal_bits(
 
 def test_ranks_end_when_their_agent_is_killed(tmp_path: Path) -> None:
     assert ranks.orphans(tmp_path / "run", 20) < 60
+
+
+def test_machines_die_and_come_and_no_step_or_image_is_lost(tmp_path: Path) -> None:
+    drill = elastic.Drill(tmp_path, turns=3, seed=0)
+    assert drill.run().good(), drill.line()
+    assert drill.kills == 5  # 4 machines, then 1, 3 and 2
 
 
 def test_spoiled_checkpoints_never_change_a_run(tmp_path: Path) -> None:

@@ -109,14 +109,6 @@ def test_settings_that_fit_are_found_in_the_order_of_their_cost() -> None:
     assert last.peak < second.peak < first.peak
 
 
-def test_ranks_hold_parts_of_a_sharded_model() -> None:
-    recipe, small = VIT
-    config = configured(recipe, **{**small, "data.batch_size": 8})
-    ddp = step_peak(config, 4)
-    config.engine.parallel = "fsdp"
-    assert step_peak(config, 4) < 0.8 * ddp
-
-
 def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model.arch", "vit_micro_cifar", "--augment.size", "32", "--data.batch_size", "8"]
     assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "h200", *small]) == 0

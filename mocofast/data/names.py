@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ EXTENSIONS = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
 
+AT_A_TIME = 100_000  # names that are Python's objects at the same time
 ARRAYS = frozenset({".npy"})
 # Files of fields beside photography. They are images where a set has no image of EXTENSIONS.
 FIELDS = frozenset(
@@ -115,9 +116,24 @@ def checked_labels(
     return labels
 
 
-def digest(content: bytes, labels: np.ndarray | None, classes: tuple[str, ...]) -> str:
-    """Returns a fingerprint of content, labels and class names: 32 hexadecimal digits."""
-    hashed = hashlib.blake2b(content, digest_size=16)
+def joined(names: np.ndarray) -> Iterator[bytes]:
+    """Yields the parts of b"\\0".join(names), a few at a time. names: (N,) bytes."""
+    for start in range(0, len(names), AT_A_TIME):
+        yield (b"\0" if start else b"") + b"\0".join(names[start : start + AT_A_TIME].tolist())
+
+
+def digest(
+    content: bytes | Iterable[bytes | memoryview],
+    labels: np.ndarray | None,
+    classes: tuple[str, ...],
+) -> str:
+    """Returns a fingerprint of content, labels and class names: 32 hexadecimal digits.
+
+    content: whole, or its parts.
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in (content,) if isinstance(content, bytes) else content:
+        hashed.update(part)
     hashed.update(b"" if labels is None else labels.tobytes())
     hashed.update("\0".join(classes).encode(errors="surrogateescape"))
     return hashed.hexdigest()

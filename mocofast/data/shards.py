@@ -14,6 +14,7 @@ make the indices.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from mocofast.data.download import (
 )
 from mocofast.data.finding import ALL, Patterns
 from mocofast.data.interface import epoch_order
-from mocofast.data.names import EXTENSIONS, checked_labels, digest
+from mocofast.data.names import EXTENSIONS, checked_labels, digest, joined
 from mocofast.data.shard_index import (
     INDEX,
     Index,
@@ -84,9 +85,11 @@ class ShardSource:
         self._offsets = np.concatenate([index.offsets for index in indices])
         self._sizes = np.concatenate([index.sizes for index in indices])
         members = [(index.members, index.chosen) for index in indices]
-        self._texts = np.concatenate(
-            [np.stack([m.text_offsets, m.text_sizes], 1)[chosen] for m, chosen in members]
-        )  # (N, 2): places of captions
+        self._texts: np.ndarray | None = None  # (N, 2): places of captions
+        if any(m.text_sizes.any() for m, _ in members):
+            self._texts = np.concatenate(
+                [np.stack([m.text_offsets, m.text_sizes], 1)[chosen] for m, chosen in members]
+            )
         self.numbering, self.classes = numbering, numbering.classes
         labels = [_numbers(index, numbering) for index in indices] if self.classes else None
         labels = None if labels is None else np.concatenate(labels)
@@ -112,13 +115,15 @@ class ShardSource:
 
     def caption(self, index: int) -> str:
         """Returns the caption of an image, at most LONGEST_TEXT bytes. Raises as `load`."""
-        offset, size = self._texts[index].tolist()
+        offset, size = (0, 0) if self._texts is None else self._texts[index].tolist()
         content = self._read(index, offset, min(size, LONGEST_TEXT))
         return content.decode(errors="replace").strip()
 
     @property
     def has_caption(self) -> np.ndarray | None:
         """Tells which images have a caption, (N,) bool. None: no image."""
+        if self._texts is None:
+            return None
         has: np.ndarray = self._texts[:, 1] > 0
         return has if has.any() else None
 
@@ -141,10 +146,9 @@ class ShardSource:
         ascending.
         """
         part = copy.copy(self)
-        columns = (self._shard, self._keys, self._offsets, self._sizes, self._texts)
-        part._shard, part._keys, part._offsets, part._sizes, part._texts = (
-            column[index] for column in columns
-        )
+        columns = (self._shard, self._keys, self._offsets, self._sizes)
+        part._shard, part._keys, part._offsets, part._sizes = (column[index] for column in columns)
+        part._texts = None if self._texts is None else self._texts[index]
         part.labels = None if self.labels is None else self.labels[index]
         return part
 
@@ -190,11 +194,9 @@ class ShardSource:
         The shards may move, their content may not change.
         """
         shards = "\0".join(shard.name for shard in self._shards).encode(errors="surrogateescape")
-        return digest(
-            shards + b"\0" + self._shard.tobytes() + b"\0".join(self._keys.tolist()),
-            self.labels,
-            self.classes,
-        )
+        names = joined(self._keys)
+        content = itertools.chain((shards, b"\0", memoryview(self._shard)), names)
+        return digest(content, self.labels, self.classes)
 
     def _fetch(self, number: int) -> None:
         """Downloads a shard if it is remote and missing. Raises OSError if this fails."""
