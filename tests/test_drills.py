@@ -63,6 +63,7 @@ def test_ranks_end_when_their_agent_is_killed(tmp_path: Path) -> None:
     assert ranks.orphans(tmp_path / "run", 20) < 60
 
 
+@pytest.mark.slow
 def test_machines_die_and_come_and_no_step_or_image_is_lost(tmp_path: Path) -> None:
     drill = elastic.Drill(tmp_path, turns=3, seed=0)
     assert drill.run().good(), drill.line()

@@ -1,27 +1,97 @@
-"""The time and the memory from the start of a process to the first batch of a large folder.
+"""The time and the memory from the start of a process to the first batch of a large set.
 
-`python -m mocofast_bench.start FOLDER [--out FILE.jsonl]`. Every side runs in a process
-of its own, the sides in turns. A side's own imports are not part of its time and memory.
+`python -m mocofast_bench.start PLACE [--images N] [--entries N] [--out FILE.jsonl]` makes a folder
+of N images, shards of N images, and a synthetic index of N samples in PLACE, and deletes them.
+Every side runs in a process of its own, the sides in turns. A side's own imports are not part of
+its time and memory. The side "index" ends before a batch, because its shards hold no images.
+webdataset has no index, and its first batch mixes the first samples of a few shards.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mocofast.data.folder_index import YOUNG
+
 SIZE, BATCH, WORKERS = 64, 256, 2
-SIDES = ("kept list", "list", "ImageFolder")
+SIDES = ("list", "kept list", "ImageFolder", "shards", "webdataset", "index")
+SHARD = 10_000  # samples
+LINKS = 50_000  # names that a file has at most (ext4 allows 65,000)
 
 
-def mocofast_batch(folder: str) -> int:
-    """Returns the number of images, after mocofast's first batch of views."""
+def make_set(place: Path, count: int) -> None:
+    """Writes the same photos as a folder of `count` hard links and as shards with an index.
+
+    place: gets FOLDER/train/CLASS/NAME.jpg with 1,000 images a class, and SHARDS/NUMBER.tar.
+    """
+    from PIL import Image
+
+    rng, made = np.random.default_rng(0), place / "made"
+    made.mkdir(parents=True)
+    files = [made / f"{number}.jpg" for number in range(-(-count // LINKS))]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    for number in range(count):
+        folder = place / "folder" / "train" / f"class{number // 1000:05d}"
+        if number % 1000 == 0:
+            folder.mkdir(parents=True)
+        os.link(files[number // LINKS], folder / f"{number:08d}.jpg")
+    shards = place / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "000000.tar", "w") as tar:
+        for number in range(min(SHARD, count)):
+            tar.add(files[number % len(files)], f"{number:08d}.jpg")
+    for number in range(1, count // SHARD):
+        shutil.copyfile(shards / "000000.tar", shards / f"{number:06d}.tar")
+
+
+def make_index(place: Path, count: int) -> None:
+    """Writes the kept indices of shards with `count` samples. The shards are holes in files."""
+    from mocofast.data.shard_index import INDEX, INDEX_VERSION, _write, index_of
+    from mocofast.data.shard_samples import Members
+
+    place.mkdir()
+    size, none = 11_000, np.zeros(SHARD, np.int64)
+    names = np.array([f"{number:08d}.jpg".encode() for number in range(SHARD)])
+    members = Members(
+        names,
+        size * np.arange(SHARD) + 512,
+        none + 10_000,
+        none - 1,
+        np.array([], dtype="S1"),
+        none,
+        none,
+        {},
+    )
+    index = index_of(size * SHARD, members)
+    for number in range(count // SHARD):
+        shard = place / f"{number:06d}.tar"
+        with shard.open("wb") as file:
+            file.truncate(index.shard_size)
+        stamp = np.array([INDEX_VERSION, index.shard_size, shard.stat().st_mtime_ns])
+        _write(Path(f"{shard}{INDEX}"), stamp, index)
+
+
+def mocofast_batch(folder: str, kind: str = "folder") -> int:
+    """Returns the number of images, after mocofast's first batch of views.
+
+    kind: "folder" or "shards".
+    """
     import torch
 
     from mocofast.config import AugmentConfig, DataConfig
@@ -29,7 +99,7 @@ def mocofast_batch(folder: str) -> int:
     from mocofast.data.loaders import build_loader
     from mocofast.data.sources import load_datasets
 
-    data = DataConfig(path=folder, loader="torchvision", workers=WORKERS, holdout=0.0)
+    data = DataConfig(path=folder, source=kind, loader="torchvision", workers=WORKERS, holdout=0.0)
     note_moment()
     source = load_datasets(data).train
     augment, batch_slice = AugmentConfig(size=SIZE), BatchSlice(BATCH)
@@ -40,20 +110,57 @@ def mocofast_batch(folder: str) -> int:
     return len(source)
 
 
+def mocofast_index(folder: str) -> int:
+    """Returns the number of samples of shards, when all is known that a first batch needs."""
+    from mocofast.config import DataConfig
+    from mocofast.data.shard_sets import open_shard_sets
+
+    note_moment()
+    source = open_shard_sets(folder, DataConfig(path=folder)).train
+    source.order(0, 0)
+    source.fingerprint()  # a checkpoint holds it
+    note_moment()
+    return len(source)
+
+
 def torchvision_batch(folder: str) -> int:
     """Returns the number of images, after the first batch of ImageFolder and a DataLoader."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
 
-    two = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    two = two_views()
     note_moment()
-    images = ImageFolder(folder, lambda image: (two(image), two(image)))
+    images = ImageFolder(str(Path(folder, "train")), two)
     loader = DataLoader(images, BATCH, shuffle=True, num_workers=WORKERS)
     batches = iter(loader)
     next(batches)
     note_moment()
+    del batches
     return len(images)
+
+
+def webdataset_batch(folder: str) -> int:
+    """Returns the number of shards, after the first batch of webdataset and its shuffle."""
+    import webdataset
+
+    two = two_views()
+    note_moment()
+    shards = sorted(map(str, Path(folder).glob("*.tar")))
+    samples = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000).decode("pil")
+    batches = samples.to_tuple("jpg").map_tuple(two).batched(BATCH)
+    loader = iter(webdataset.WebLoader(batches, batch_size=None, num_workers=WORKERS))
+    next(loader)
+    note_moment()
+    del loader
+    return len(shards)
+
+
+def two_views() -> Callable[[Any], tuple[Any, Any]]:
+    """Returns what makes two views of an image, with torchvision."""
+    from torchvision.transforms import v2
+
+    two = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return lambda image: (two(image), two(image))
 
 
 _MOMENTS: list[tuple[float, float, int]] = []
@@ -68,24 +175,32 @@ def note_moment() -> None:
 
 def measured(side: str, folder: str) -> dict[str, Any]:
     """Runs a side in this process."""
-    images = (torchvision_batch if side == "ImageFolder" else mocofast_batch)(folder)
+    ways = {"ImageFolder": torchvision_batch, "webdataset": webdataset_batch}
+    ways |= {"index": mocofast_index, "shards": partial(mocofast_batch, kind="shards")}
+    count = ways.get(side, mocofast_batch)(folder)
     (wall, cpu, resident), (wall_2, cpu_2, _) = _MOMENTS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()  # ends the workers of a loader that is no longer used
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "side": side,
-        "images": images,
+        "shards" if side == "webdataset" else "images": count,
         "wall_s": round(wall_2 - wall, 2),
         "cpu_s": round(cpu_2 - cpu, 2),
+        "workers_cpu_s": round(workers.ru_utime + workers.ru_stime, 2),
         "more_mib": round((peak - resident) / 1024),
         "peak_mib": round(peak / 1024),
     }
 
 
-def run(side: str, folder: str, cache: Path) -> dict[str, Any]:
+def run(side: str, place: Path) -> dict[str, Any]:
     """Runs a side in a process of its own. The list of "list" is not kept from before."""
+    cache = place / "cache"
     if side == "list":
         for kept in (cache / "mocofast" / "folders").glob("*.npz"):
             kept.unlink()
+    folders = {"shards": "shards", "webdataset": "shards", "index": "index"}
+    folder = str(place / folders.get(side, "folder"))
     words = [sys.executable, "-m", "mocofast_bench.start", folder, "--side", side]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
@@ -98,23 +213,30 @@ def run(side: str, folder: str, cache: Path) -> dict[str, Any]:
 def main() -> None:
     """Prints a line of JSON for every run, and appends it to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
+    parser.add_argument("place", type=Path, help="a new folder, deleted at the end")
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--entries", type=int, default=1_000_000, help="of a synthetic index")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--cache", type=Path, default=Path("start-cache"))
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(measured(given.side, given.folder)))
+        print(json.dumps(measured(given.side, str(given.place))))
         return
-    for number in range(given.rounds):
-        for side in ("list", "kept list", "ImageFolder"):
-            row = {"benchmark": "start", "round": number, **run(side, given.folder, given.cache)}
-            row["date"] = time.strftime("%Y-%m-%d")
-            print(json.dumps(row), flush=True)
-            if given.out:
-                with given.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    try:
+        make_set(given.place, given.images)
+        make_index(given.place / "index", given.entries)
+        time.sleep(YOUNG + 1)  # the list of a folder that has just changed is not kept
+        for number in range(given.rounds):
+            for side in SIDES:
+                row = {"benchmark": "start", "round": number, **run(side, given.place)}
+                row["date"] = time.strftime("%Y-%m-%d")
+                print(json.dumps(row), flush=True)
+                if given.out:
+                    with given.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    finally:
+        shutil.rmtree(given.place)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,10 @@ def train(folder: Path, steps: int, trains: bool = True) -> int:
 
     The output goes to the end of a file beside the folder.
     """
-    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = folder.with_suffix(".log").open("a", buffering=1)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(log.fileno(), stream)
+    sys.stdout = sys.stderr = log  # under pytest the two are no longer streams 1 and 2
     note_steps(folder.with_name(f"{folder.name}-steps"), trains)
     options = {**OPTIONS, "train.epochs": -(-steps // 44), "train.max_steps": steps}
     status = cli.main(words(folder, **options))
@@ -179,8 +180,9 @@ class Drill:
         figures.seconds.append(first.at - killed)
         self.own.append(first.at - first.began)
         self.cpu.append(first.cpu)
-        figures.beyond += min(continued(log)[starts:]) < before
-        figures.most_lost = max(figures.most_lost, reached - min(continued(log)[starts:]))
+        at = min(continued(log)[starts:] or [0])  # 0: killed before the first checkpoint
+        figures.beyond += at < before
+        figures.most_lost = max(figures.most_lost, reached - at)
         return True
 
     def next_step(self, after: float, count: int, more: int = 0) -> Seen | None:
