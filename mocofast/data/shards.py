@@ -194,8 +194,8 @@ class ShardSource:
         The shards may move, their content may not change.
         """
         shards = "\0".join(shard.name for shard in self._shards).encode(errors="surrogateescape")
-        names = joined(self._keys)
-        content = itertools.chain((shards, b"\0", memoryview(self._shard)), names)
+        start: tuple[bytes | memoryview, ...] = (shards, b"\0", self._shard.data)
+        content = itertools.chain(start, joined(self._keys))
         return digest(content, self.labels, self.classes)
 
     def _fetch(self, number: int) -> None:
