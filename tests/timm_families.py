@@ -244,8 +244,8 @@ NOTES = """
 The drill trains at a rate of 1e-6. On two images the gradients of some untrained models reach 1e4
 to 1e6, also in a plain loop on timm's own model. A step at MoCo's rate of .03 then leaves features
 of NaN (`convmixer_768_32`, `efficientvim_m1`). In runs with larger batches `--optim.clip_norm` or
-`--optim.warmup_epochs` helps. VOLO's auxiliary head for patches
-does not count: its features are the class token, timm's `pre_logits`.
+`--optim.warmup_epochs` helps. VOLO's auxiliary head for patches does not count:
+the features are the class token, timm's `pre_logits`.
 """
 
 
