@@ -46,6 +46,6 @@ def fit(argv: Sequence[str]) -> int:
     if config.train.precision == "auto":
         old = gpu.upper() in module.WITHOUT_BF16 and not arguments.memory
         config.train.precision = "fp32" if on_cpu else "fp16" if old else "bf16"
-    for line in module.report(config, arguments.ranks, memory):
+    for line in module.report(config, arguments.ranks, memory, given_settings(arguments)):
         print(line, flush=True)
     return 0

@@ -251,6 +251,8 @@ def _method_of(argv: Sequence[str]) -> str:
         if option == "--model.method":
             return value
     for option, value in zip(["", *words], words):
+        if option == "--list":  # of sweep: the file is no recipe
+            continue
         path = Path(value)
         if option in ("--resume", "--train.dir"):
             folder = path if path.is_dir() else path.parent.parent

@@ -130,6 +130,9 @@ def test_short_runs_take_adamw_unless_the_user_gives_the_optimiser_or_the_rate()
         if not given:
             assert found["optim.lr"] == 0.00099  # 0.0014 * 0.5**0.5
             assert (found["train.epochs"], found["optim.warmup_epochs"]) == (20, 1)
+    config.train.epochs = 3
+    found = {c.option: c.value for c in fit(config, source, ["train.epochs"], CPU, 1, lambda *_: 1)}
+    assert (found["optim.warmup_epochs"], found["knn.every"]) == (0.3, 1)
 
 
 def test_slots_of_a_memory_bank_keep_their_momentum() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +19,11 @@ from mocofast.device import choose_autocast
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.build import build_method
 from mocofast.models.recompute import recompute_blocks
-from mocofast.train import fit
+from mocofast.train import fit, run
 from mocofast.train.engine import Engine
 from mocofast.train.memory import own_part, step_peak
 from mocofast.train.optimizer import optimizer_of
+from mocofast.train.result import Result
 from mocofast.train.sharding import Sharding, is_sharded
 
 CPU = torch.device("cpu")
@@ -109,12 +113,25 @@ def test_settings_that_fit_are_found_in_the_order_of_their_cost() -> None:
     assert last.peak < second.peak < first.peak
 
 
-def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small = ["--model.arch", "vit_micro_cifar", "--augment.size", "32", "--data.batch_size", "8"]
     assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "h200", *small]) == 0
     said = capsys.readouterr().out
     assert "batch of 8 on 1 GPU of 140.4 GiB" in said
-    assert "  fits\nnext: mocofast pretrain moco_v3_vit_s --train.accumulate 1" in said
+    [command] = re.findall(r"  fits\nnext: mocofast (.*)", said)
+    started: list[Config] = []
+
+    def train(config: Config, *_: object, **__: object) -> Result:
+        started.append(config)
+        return Result(tmp_path, 0, False, {}, {})
+
+    monkeypatch.setattr(run, "train", train)
+    assert cli.main(shlex.split(command.replace("PHOTOS", str(tmp_path)))) == 0
+    [config] = started
+    assert (config.recipe, config.model.arch) == ("moco_v3_vit_s", "vit_micro_cifar")
+    assert (config.data.batch_size, config.train.accumulate) == (8, 1)
     assert cli.main(["fit", "moco_v3_vit_s", "--memory", "0.001", *small]) == 0
     assert "nothing fits" in capsys.readouterr().out
     assert cli.main(["fit", "moco_v3_vit_s", "--train.device", "cpu", *small]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -113,16 +114,16 @@ def test_a_signal_outside_the_steps_ends_the_command() -> None:
 
 
 def test_a_run_that_stopped_in_an_evaluation_continues_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(name: str, resume: str = "") -> Any:
+    def run(name: str) -> Any:
         config = settings.load_recipe("digits")
         settings.apply(
             config,
             {"train.dir": str(tmp_path / name), "train.epochs": 2, "knn.every": 1}
             | {"train.log_every": 4},
         )
-        return train(config, resume)
+        return train(config)
 
     assert not run("whole").interrupted
     evaluate: Callable[..., dict[str, float]] = KNNMonitor.evaluate
@@ -135,10 +136,11 @@ def test_a_run_that_stopped_in_an_evaluation_continues_exactly(
         return evaluate(*arguments)
 
     monkeypatch.setattr(KNNMonitor, "evaluate", stop_the_second)
-    stopped = run("parts")
+    stopped = run("in parts")
     assert stopped.interrupted and stopped.step == 11
-    assert not run("parts", "auto").interrupted
-    runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    [command] = re.findall(r"^to continue: mocofast (.*)", capsys.readouterr().out, re.M)
+    assert cli.main(shlex.split(command)) == 0
+    runs.assert_same_run(tmp_path / "in parts", tmp_path / "whole")
 
 
 def without_reader(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -233,8 +235,13 @@ def test_the_commands_of_the_next_lines_run(
     commands = [line.split(": ", 1)[1] for line in out.splitlines() if line.startswith("next: ")]
     commands = [command for command in commands if command.startswith("mocofast")]
     assert len(commands) == (2 if labelled else 1), out
+    image = next(folder.rglob("*.jpg"))
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("next: "):  # predict, with the new classifier
+                words = shlex.split(line.replace("IMAGE", shlex.quote(str(image))))
+                assert cli.main(words[2:]) == 0, line
     assert (tmp_path / "a run" / "backbone.pt").exists()
     assert labelled == ("(measured at step 1)" in out)
 

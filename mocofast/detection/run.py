@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -360,7 +361,8 @@ class _Run:
         ended = "trained" if self.step >= self.total_steps else "stopped"
         log.info("%s at step %d after %s", ended, self.step, duration(seconds))
         if interrupted:
-            log.info("to continue: mocofast %s --resume %s", self.config.recipe, self.path)
+            path = shlex.quote(str(self.path))
+            log.info("to continue: mocofast %s --resume %s", self.config.recipe, path)
             return
         is_detection = isinstance(self.task, DetectionTask)
         keys = ("ap", "ap50", "ap75") if is_detection else ("miou", "pixel_accuracy")

@@ -133,7 +133,7 @@ def fit(
         f"about {minutes:.0f} minutes of computation (an image takes {1000 * each:.3g} ms); "
         f"up to {budget // 60} minutes and {wanted:.0f} epochs are chosen by itself",
     )
-    take("knn.every", max(1, fits[-1] // 10), "10 evaluations, where there are labels")
+    take("knn.every", max(1, epochs // 10), "about 10 evaluations, where there are labels")
     steps = epochs * max(1, count // batch)
     momentum = 0.0
     if isinstance(config.model, MomentumOptions):
@@ -160,7 +160,11 @@ def fit(
             f"0.0014 for 256 images, by the root of the batch of {batch}",
         )
         take("optim.weight_decay", 0.05, "usual with AdamW")
-        take("optim.warmup_epochs", min(1.0, 0.1 * epochs), "AdamW's averages start from nothing")
+        take(
+            "optim.warmup_epochs",
+            rounded(min(1.0, 0.1 * epochs)),
+            "AdamW's averages start from nothing",
+        )
     elif config.optim.name == "sgd":
         take(
             "optim.lr",

@@ -8,9 +8,11 @@ BatchNorm and losses over a batch see.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import NamedTuple
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.data.finding import counted
 from mocofast.train.memory import step_peak
@@ -46,12 +48,13 @@ class Trial(NamedTuple):
     parallel: str
     peak: int
 
-    def options(self) -> str:
-        """Returns the options of the setting, as on a command line."""
-        return (
-            f"--train.accumulate {self.accumulate} --engine.checkpoint_activations "
-            f"{str(self.recompute).lower()} --engine.parallel {self.parallel}"
-        )
+    def options(self) -> dict[str, Any]:
+        """Returns the options of the setting, {"group.option": value}."""
+        return {
+            "train.accumulate": self.accumulate,
+            "engine.checkpoint_activations": self.recompute,
+            "engine.parallel": self.parallel,
+        }
 
 
 def memory_of(gpu: str) -> float:
@@ -96,8 +99,11 @@ def _trial(config: Config, ranks: int, accumulate: int, recompute: bool, paralle
     return Trial(accumulate, recompute, parallel, step_peak(config, ranks))
 
 
-def report(config: Config, ranks: int, memory: float) -> Iterator[str]:
-    """Yields the lines of `mocofast fit`. memory: GiB of a GPU."""
+def report(config: Config, ranks: int, memory: float, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the lines of `mocofast fit`.
+
+    memory: GiB of a GPU. given: options of the command line, {"group.option": value}.
+    """
     usable = USABLE * memory * GIB
     c, images = config, config.data.batch_size // ranks
     places = counted(ranks, "machine" if config.train.device == "cpu" else "GPU")
@@ -114,7 +120,9 @@ def report(config: Config, ranks: int, memory: float) -> Iterator[str]:
         yield f"{cells}  {trial.peak / GIB:8.2f}{fits}"
     assert trial is not None
     if trial.peak <= usable:
-        yield f"next: mocofast pretrain {config.recipe} {trial.options()}"
+        options = {"data.path": "PHOTOS", **given, **trial.options()}
+        where = "next" if ranks == 1 else f"next, by torchrun on {ranks} GPUs"
+        yield f"{where}: mocofast pretrain {config.recipe} {shlex.join(settings.as_flags(options))}"
     else:
         yield "nothing fits: more --ranks, a larger GPU, or a smaller encoder (--model.arch)"
     yield (

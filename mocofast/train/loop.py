@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -127,7 +128,8 @@ class Run:
         self.watch: Watch | Attendant | None = None
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *self.first_lines]
-            lines += ["no kNN monitor"] * (self.monitor is None) + [f"writing to {self.path}"]
+            lines += ["no kNN monitor: it needs labels"] * (self.monitor is None)
+            lines.append(f"writing to {self.path}")
             seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
             announce(*seen, lines, resumed_step)
             pretrained = bool(self.first_lines)
@@ -386,7 +388,7 @@ class Run:
                 self.state.best,
             )
         if interrupted:
-            log.info("to continue: mocofast pretrain --resume %s", self.path)
+            log.info("to continue: mocofast pretrain --resume %s", shlex.quote(str(self.path)))
         if self.profiler is not None:
             log.info("no profile: it takes %d steps from the start", STEPS)
         if self.watch is not None:
