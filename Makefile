@@ -69,7 +69,7 @@ test-newest:
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Open site/index.html"
+	@echo "Open site/index.html. The search needs a server: python3 -m http.server -d site"
 
 dist:
 	test -x .venv-dist/bin/twine || { $(PYTHON) -m venv --clear .venv-dist \

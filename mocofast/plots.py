@@ -1,17 +1,18 @@
-"""Figures: curves of a run, time of a training step by part, comparison of a benchmark's sides."""
+"""Figures: curves of a run, time of a training step by part, comparison of a benchmark's sides.
+
+Loads matplotlib with the first figure: a run starts without it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f6feb", "#e8710a", "#188038", "#7a7f87"
 
@@ -22,6 +23,10 @@ def new_figure(width: float, height: float, pad: float | None = None) -> Figure:
     width, height: inches.
     pad: inches between the axes and the edge of the figure. None: matplotlib's default.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(
         figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
     )
@@ -70,6 +75,8 @@ def plot_metrics(records: list[dict[str, Any]]) -> Figure:
         Another entry with a number is a metric of the method and has a panel of its own.
     A panel without data says "not measured in this run".
     """
+    from matplotlib.ticker import PercentFormatter
+
     metrics = _method_metrics(records)
     rows = 2 + -(-len(metrics) // 2)
     figure = new_figure(11, 3.75 * rows, pad=0.12)
@@ -194,7 +201,7 @@ def plot_sides(
             )
         axes.set_xlim(0, 1.3 * max(widths) or 1)
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.locator_params(axis="x", nbins=4)
         axes.invert_yaxis()
         axes.tick_params(labelleft=number % columns == 0)
         axes.spines[["top", "right"]].set_visible(False)

@@ -7,6 +7,7 @@ All else is real: words, recipes and options, files to read, and files to write.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -63,8 +64,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def copy(run: Path, folder: Path) -> None:
+    """Copies a run folder by links: its checkpoints have many megabytes."""
+    shutil.copytree(run, folder, copy_function=os.link)
+
+
 @pytest.fixture
-def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Lays out the names of the documentation in the working folder, and replaces training."""
     shutil.copytree(small / "PHOTOS", tmp_path / "PHOTOS")
     for name in ("LABELLED", "VOC", "SCENES", "tiles"):
@@ -76,14 +82,14 @@ def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(small / "PHOTOS/class0/0000.jpg", tmp_path / name)
     for name in ("PAIRS.csv", "moco_v2_800ep_pretrain.pth.tar", "dino.pth"):
-        shutil.copy(small / name, tmp_path)
+        os.link(small / name, tmp_path / name)
     (tmp_path / "NAMES.csv").write_text("class0,cat\nclass1,dog\n")
     (tmp_path / "TEMPLATES.txt").write_text("a photo of a {}.\n")
     (tmp_path / "trials.yaml").write_text("- optim.lr: 0.1\n- optim.lr: 0.2\n")
     for name in ("RECIPE", "digits", "digits-2", "detect/pretrained", "detect/scratch"):
-        shutil.copytree(small / "run", tmp_path / "runs" / name)
+        copy(small / "run", tmp_path / "runs" / name)
     for name in ("RUN", "runs/clip_r50"):
-        shutil.copytree(small / "clip", tmp_path / name)
+        copy(small / "clip", tmp_path / name)
     (tmp_path / "package").mkdir()
     shutil.copy(runs.ROOT / "examples/barlow_twins.py", tmp_path / "package/my_moco.py")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -91,7 +97,7 @@ def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def train(config: Config, *_: Any, **__: Any) -> Result:
         folder = choose_folder(config, False)
-        shutil.copytree(small / "run", folder)
+        copy(small / "run", folder)
         return Result(folder, 1, False, {}, {})
 
     monkeypatch.setattr(run, "train", train)
@@ -105,7 +111,8 @@ def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (out / "table.md").touch()
 
     monkeypatch.setattr(study, "four_class", four_class)
-    return tmp_path
+    yield tmp_path
+    shutil.rmtree(tmp_path)  # classifiers of megabytes each
 
 
 def parse_alone(monkeypatch: pytest.MonkeyPatch) -> None:

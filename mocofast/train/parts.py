@@ -3,6 +3,8 @@
 The file, step_N.pt, holds all the rest, and for every sharded tensor a tensor without values
 (device "meta"). Its entry "parts" names the folder, and size and CRC-32 of every file in the
 folder. The file is written last, so a checkpoint is whole if its file is there.
+
+Loads torch.distributed.checkpoint, which takes long, with the first sharded tensor.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mocofast.config import ConfigError
 from mocofast.errors import describe_error
 from mocofast.ops.local import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata
 
 SUFFIX = ".parts"
 METADATA = ".metadata"
@@ -61,6 +65,8 @@ def write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) ->
     A collective call of the group. Files and folder are synced to the disk.
     Raises OSError, on all ranks, if the system refuses a write.
     """
+    import torch.distributed.checkpoint as dcp
+
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
@@ -99,7 +105,9 @@ def check(content: dict[str, Any], path: Path) -> None:
             f[0] for f in files.values()
         ):
             raise ValueError("tensors larger than their files")
-        metadata = _Reader(folder).read_metadata()
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        metadata = _reader(folder).read_metadata()
         for name, tensor in empty.items():
             found = metadata.state_dict_metadata.get(name)
             if not isinstance(found, TensorStorageMetadata) or found.size != tensor.shape:
@@ -120,7 +128,9 @@ def fill(content: dict[str, Any], make: Callable[[str, Tensor], Tensor] | None =
     empty = {path: tensor for path, tensor in _tensors(content) if tensor.is_meta}
     make = make or (lambda _, t: torch.empty(t.shape, dtype=t.dtype))
     tensors = {path: make(path, tensor) for path, tensor in empty.items()}
-    reader = _Reader(Path(content.pop("parts")["place"]))
+    import torch.distributed.checkpoint as dcp
+
+    reader = _reader(Path(content.pop("parts")["place"]))
     with warnings.catch_warnings():  # every rank reads on its own
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -136,16 +146,21 @@ def folder_of(file: Path) -> str:
         return ""
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads a folder whose metadata nobody vouches for."""
+def _reader(folder: Path) -> FileSystemReader:
+    """Returns a reader of a folder whose metadata nobody vouches for."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        content = (Path(self.path) / METADATA).read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f"{METADATA} holds no metadata")
-        metadata.storage_meta = None
-        return metadata
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            content = (Path(self.path) / METADATA).read_bytes()
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError(f"{METADATA} holds no metadata")
+            metadata.storage_meta = None
+            return metadata
+
+    return Reader(folder)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
