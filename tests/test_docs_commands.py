@@ -129,14 +129,8 @@ def parse_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHECKED = (
-    "README",
-    "checkpoints",
-    "detection",
-    "evaluation",
-    "extend",
-    "flags",
-    "image_text",
-    "index",
+    *("README", "checkpoints", "cluster", "detection", "evaluation", "extend", "flags"),
+    *("image_text", "index", "pretraining"),
 )
 SHORTER = {"finetune": ["--finetune.epochs", "1"], "launch": ["--dry-run"]}
 
