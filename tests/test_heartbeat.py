@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from mocofast import distributed, rendezvous
+from mocofast.train import heartbeat
 from mocofast.train.heartbeat import Heartbeat
 
 
@@ -78,6 +80,34 @@ def test_the_report_has_every_stack_and_names_the_rank_that_waits_for_none(
     said = heart._report(store, "made no progress", dict.fromkeys(range(3), "step 3"))
     assert "hanging: rank 1 at step 3: made no progress" in said
     assert all(f"rank {rank}: the stack of {rank}" in said for rank in range(3))
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_rank_ends_if_the_store_does_not_answer(
+    heart: Heartbeat, answers: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def turn() -> None:
+        for _ in range(20):
+            heart._turns += answers
+            time.sleep(0.02)
+        heart._ended.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(heartbeat, "_ANSWER", 0.0)
+    heart._limit, heart._interval = 0.2, 0.01
+    turning = threading.Thread(target=turn)
+    turning.start()
+    if answers:
+        heart._guard()
+    else:
+        with pytest.raises(SystemExit, match="77"):
+            heart._guard()
+    turning.join()
+    said = capsys.readouterr().err
+    assert ("rank 0 got no answer from the store" in said) is not answers
 
 
 def test_ranks_of_a_new_start_never_meet_ranks_of_an_old_one() -> None:

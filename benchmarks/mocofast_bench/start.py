@@ -29,7 +29,7 @@ import numpy as np
 from mocofast.data.folder_index import YOUNG
 
 SIZE, BATCH, WORKERS = 64, 256, 2
-SIDES = ("list", "kept list", "ImageFolder", "shards", "webdataset", "index")
+SIDES = ("list", "kept list", "ImageFolder", "shards", "kept shards", "webdataset", "index")
 SHARD = 10_000  # samples
 LINKS = 50_000  # names that a file has at most (ext4 allows 65,000)
 
@@ -176,7 +176,8 @@ def note_moment() -> None:
 def measured(side: str, folder: str) -> dict[str, Any]:
     """Runs a side in this process."""
     ways = {"ImageFolder": torchvision_batch, "webdataset": webdataset_batch}
-    ways |= {"index": mocofast_index, "shards": partial(mocofast_batch, kind="shards")}
+    shards = partial(mocofast_batch, kind="shards")
+    ways |= {"index": mocofast_index, "shards": shards, "kept shards": shards}
     count = ways.get(side, mocofast_batch)(folder)
     (wall, cpu, resident), (wall_2, cpu_2, _) = _MOMENTS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,12 +195,17 @@ def measured(side: str, folder: str) -> dict[str, Any]:
 
 
 def run(side: str, place: Path) -> dict[str, Any]:
-    """Runs a side in a process of its own. The list of "list" is not kept from before."""
+    """Runs a side in a process of its own. "list" and "shards" find nothing kept from before."""
+    from mocofast.data.shard_index import INDEX
+
     cache = place / "cache"
     if side == "list":
         for kept in (cache / "mocofast" / "folders").glob("*.npz"):
             kept.unlink()
-    folders = {"shards": "shards", "webdataset": "shards", "index": "index"}
+    if side == "shards":
+        for kept in (place / "shards").glob(f"*{INDEX}"):
+            kept.unlink()
+    folders = {**dict.fromkeys(("shards", "kept shards", "webdataset"), "shards"), "index": "index"}
     folder = str(place / folders.get(side, "folder"))
     words = [sys.executable, "-m", "mocofast_bench.start", folder, "--side", side]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}

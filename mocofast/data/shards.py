@@ -40,6 +40,7 @@ from mocofast.data.names import EXTENSIONS, checked_labels, digest, joined
 from mocofast.data.shard_index import (
     INDEX,
     Index,
+    Members,
     UnreadableIndex,
     index_name,
     index_of,
@@ -255,7 +256,7 @@ def open_shards(
     shard cannot be read.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        indices = list(pool.map(lambda shard: _index(shard, patterns, extensions), shards))
+        indices = list(pool.map(lambda shard: _small(_index(shard, patterns, extensions)), shards))
     left_out = [json.loads(index.left_out) for index in indices]
     remarks = left_out_lines(left_out, captions)
     if not any(len(index.keys) for index in indices):
@@ -299,6 +300,24 @@ def _index(shard: TarShard, patterns: Patterns, extensions: Set[str]) -> Index:
     """Returns the index of a shard. Downloads a remote shard if the server has no usable index."""
     index = _whole_index(shard, extensions, old=not patterns)
     return index_of(index.shard_size, index.members, patterns) if patterns else index
+
+
+def _small(index: Index) -> Index:
+    """Returns an index in less memory, without the names of images, which only `_index` needs."""
+    members = index.members
+    columns = members._asdict()
+    for name in ("labels", "text_offsets", "text_sizes"):
+        if len(column := columns[name]) and (column == column[0]).all():
+            columns[name] = np.broadcast_to(column[:1].copy(), column.shape)
+    for name in ("offsets", "sizes"):
+        columns[name] = _narrow(columns[name])
+    columns["names"] = members.names[:0]
+    return index._replace(chosen=_narrow(index.chosen), members=Members(**columns))
+
+
+def _narrow(column: np.ndarray) -> np.ndarray:
+    """Returns numbers of at least 0 as uint32 if all fit."""
+    return column if column.max(initial=0) > np.iinfo(np.uint32).max else column.astype(np.uint32)
 
 
 def _whole_index(shard: TarShard, extensions: Set[str], old: bool) -> Index:

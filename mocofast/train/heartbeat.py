@@ -4,7 +4,7 @@ A rank that hangs leaves the others waiting in a collective, for ever or until a
 nobody. So every rank tells the others, through the store of the process group, how far it is. A
 rank is suspected if it tells nothing (stopped, machine dead), else if it is behind the others, else
 if it waits for no other rank. All ranks then print their stacks and end, and torchrun can start
-them again.
+them again. A rank that gets no answer from the store ends alone: the network may be cut.
 """
 
 from __future__ import annotations
@@ -53,20 +53,25 @@ class Heartbeat:
         self._launcher = os.getppid() if launched() else 0
         self._interval = min(2.0, limit / 4) if limit else 2.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._threads = [threading.Thread(target=self._watch, name="heartbeat", daemon=True)]
+        if limit and self._store is not None:
+            self._threads += [threading.Thread(target=self._guard, name="guard", daemon=True)]
         # What this rank tells. `at` and `alive` write, the thread reads.
         self._count, self._place, self._moved = 0, "the start", time.monotonic()
         self._patient = 0
+        self._turns = 0  # of the thread `heartbeat`
         # What a watcher knows of every rank: the last message, and when another message came.
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def __enter__(self) -> Heartbeat:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._store is not None:
             with contextlib.suppress(dist.DistError):
                 self._store.set(f"beat/{self._rank}", _DONE)
@@ -105,12 +110,13 @@ class Heartbeat:
             self._patient -= 1
             self.alive()
 
-    # ---- the thread ----
+    # ---- the threads ----
 
     def _watch(self) -> None:
         orphaned = warned = 0.0
         last = time.monotonic()
         while not self._ended.wait(self._interval):
+            self._turns += 1
             now = time.monotonic()
             if now - last > 2 * self._interval + 1:
                 # This process stood still (Ctrl-Z, a machine that slept), and its messages too.
@@ -135,6 +141,25 @@ class Heartbeat:
                 os.kill(os.getpid(), signal.SIGTERM)
                 orphaned = orphaned or now
         faulthandler.cancel_dump_traceback_later()
+
+    def _guard(self) -> None:
+        """Ends this rank if the store does not answer: TCP alone waits for 15 minutes."""
+        turn, limit = -1, self._limit + 2 * _ANSWER  # an alarm may take 2 * _ANSWER
+        since = last = time.monotonic()
+        while not self._ended.wait(self._interval):
+            now = time.monotonic()
+            if self._turns != turn or now - last > 2 * self._interval + 1:
+                turn, since = self._turns, now
+            last = now
+            if now - since > limit:
+                print(
+                    f"hanging: rank {self._rank} got no answer from the store of the ranks for "
+                    f"{limit:g} s. The host of the store is down, or the network between the hosts "
+                    f"is cut. This rank ends with status {EXIT_HUNG}. It was {self._stack()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EXIT_HUNG)
 
     def _leave(self, since: float, now: float) -> float:
         """Ends a rank whose launcher has died, as SIGTERM does. Returns when that began."""
