@@ -192,7 +192,7 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
         *("--data.batch_size", "8"),
         *("--train.max_steps", "1", "--train.dir", str(tmp_path / "run"), "--data.workers", "0"),
     ).stdout
-    assert "no kNN monitor" in out
+    assert "no kNN monitor: no labels" in out
     assert "unlabelled" in out
     done = runs.mocofast("knn", str(tmp_path / "run"), check=False)
     assert done.returncode == 2

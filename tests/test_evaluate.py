@@ -354,6 +354,17 @@ def test_batches_at_once_take_the_cores_that_one_batch_leaves(
     assert features.batches_at_once(-1, torch.device("cuda")) == 1
 
 
+def test_a_missing_monitor_has_a_reason() -> None:
+    datasets, config = bright_datasets()
+    assert KNNMonitor.missing(datasets, config) == ""
+    assert KNNMonitor.missing(datasets._replace(val=None), config) == "no images are held out"
+    config.data.target = "value"
+    assert KNNMonitor.missing(datasets, config) == "the labels are no classes"
+    assert KNNMonitor.of(datasets, config, CPU) is None
+    unlabelled = ArraySource(np.zeros((4, 8, 8, 3), np.uint8), None, ())
+    assert KNNMonitor.missing(datasets._replace(train=unlabelled), config) == "no labels"
+
+
 def test_the_monitor_classifies_a_fixed_random_part_of_the_queries() -> None:
     datasets, config = bright_datasets()
     assert datasets.val is not None

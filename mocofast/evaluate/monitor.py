@@ -61,10 +61,19 @@ class KNNMonitor:
 
     @classmethod
     def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:
-        """Returns a monitor of `datasets`, or None without validation images or classes."""
-        if datasets.val is None or datasets.train.labels is None or config.data.target != "class":
+        """Returns a monitor of `datasets`, or None if `missing` names a reason."""
+        if datasets.val is None or cls.missing(datasets, config):
             return None
         return cls(labelled(datasets.train), datasets.val, config, device)
+
+    @staticmethod
+    def missing(datasets: Datasets, config: Config) -> str:
+        """Returns what a monitor of `datasets` lacks, in words, or "" if it lacks nothing."""
+        if datasets.train.labels is None:
+            return "no labels"
+        if config.data.target != "class":
+            return "the labels are no classes"
+        return "no images are held out" if datasets.val is None else ""
 
     def evaluate(
         self,

@@ -15,6 +15,7 @@ from mocofast.data.look import look
 from mocofast.data.remarks import remarks
 from mocofast.data.sources import Datasets
 from mocofast.device import precision_note
+from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.train import estimate
 from mocofast.train.auto import Choice
 from mocofast.train.build import queue_remarks
@@ -66,6 +67,8 @@ def announce_images(
         state.model.describe(),
     )
     log.info("data: %s", datasets.note)
+    if missing := KNNMonitor.missing(datasets, c):
+        log.info("no kNN monitor: %s", missing)
     for option, value, why in choices:
         log.info("chose --%s %s: %s", option, settings.shown(value), why)
     lines = [*datasets.remarks, *remarks(datasets.train, c.data.channels)]

@@ -128,7 +128,6 @@ class Run:
         self.watch: Watch | Attendant | None = None
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *self.first_lines, f"writing to {self.path}"]
-            lines[-1:-1] = ["no kNN monitor: no labels"] * (self.monitor is None)
             seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
             announce(*seen, lines, resumed_step)
             pretrained = bool(self.first_lines)
