@@ -146,7 +146,7 @@ class Program:
             return SimpleNamespace(index=lambda place: barriers[int(place)])
         return Shared(torch.full(shape, torch.nan, dtype=dtype))
 
-    def start(self, task: Callable[[], None]) -> None:
+    def start(self, task: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
             try:
                 task()
@@ -154,8 +154,9 @@ class Program:
                 self.errors.append(error)
 
         thread = threading.Thread(target=guarded, daemon=True)
-        self.threads.append(thread)
         thread.start()
+        self.threads.append(thread)  # now `finish` can join the thread
+        return thread
 
     def specialize(self, parts: list[Any], warps: list[int], registers: list[Any]) -> None:
         assert len(parts) == len(warps) + 1 == len(registers) + 1
@@ -177,8 +178,7 @@ class Program:
             for barrier in mbarriers:
                 barrier.change(1, 0)
 
-        self.start(compute)
-        self.product = self.threads[-1]
+        self.product = self.start(compute)
 
     def finish(self) -> None:
         while any(thread.is_alive() for thread in self.threads):

@@ -88,7 +88,7 @@ def stage(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     (tmp_path / "trials.yaml").write_text("- optim.lr: 0.1\n- optim.lr: 0.2\n")
     for name in ("RECIPE", "digits", "digits-2", "detect/pretrained", "detect/scratch"):
         copy(small / "run", tmp_path / "runs" / name)
-    for name in ("RUN", "runs/clip_r50"):
+    for name in ("RUN", "clip", "runs/clip_r50"):
         copy(small / "clip", tmp_path / name)
     (tmp_path / "package").mkdir()
     shutil.copy(runs.ROOT / "examples/barlow_twins.py", tmp_path / "package/my_moco.py")

@@ -62,7 +62,7 @@ def test_torchvision_encoder_keeps_torchvisions_names() -> None:
     [
         ("resnet51", "resnet50"),
         ("resnet18_cifr", "resnet18_cifar"),
-        ("tiny", "resnet_tiny"),
+        ("resnettiny", "resnet_tiny"),
         ("vit_b_17", "vit_b_1[46]"),
     ],
 )

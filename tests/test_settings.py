@@ -56,7 +56,7 @@ def test_text_becomes_a_value_of_the_options_type(name: str, text: str, value: o
         ("model.mlp", "perhaps", "expected bool"),
         ("augment.crop_scale", "0.1", "2 values like (0.2, 1.0)"),
         ("data.loader", "daly", "did you mean 'dali'"),
-        ("data.path", 3, "expected str"),
+        ("data.path", 3, "expected text in UTF-8"),
     ],
 )
 def test_a_wrong_option_names_itself_and_sets_nothing(name: str, value: object, said: str) -> None:

@@ -150,9 +150,12 @@ def _image_size(found: Found, size: Size) -> Size:
 
     size: of images that are no squares, or 0. Raises ConfigError if it is needed, and does not fit.
     """
-    side = math.isqrt(found.positions)
-    if side**2 == found.positions:
-        return side * found.patch
+    without_token = found.weights.keys().isdisjoint(("class_token", "cls_token"))
+    # Loading names a class token that is missing although the token has a position.
+    for count in (found.positions, found.positions - without_token):
+        side = math.isqrt(max(0, count))
+        if side**2 == count:
+            return side * found.patch
     rows, columns = (length // found.patch for length in height_width(size))
     if rows * columns == found.positions:
         return size
