@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,6 +251,23 @@ def _stacked(views: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(views, out=out)
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait for the end of the block.
+
+    A worker that starts in the block takes this over, until `leave_signals_to_main`: a signal in
+    the first moments of a worker would end the worker.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_main(worker: int) -> None:
     """Start-up of a worker: lets only the main process answer Ctrl-C and a scheduler's SIGTERM.
 
@@ -262,6 +280,8 @@ def leave_signals_to_main(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # absent on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _obey_parent(parent: int) -> None:
@@ -331,7 +351,9 @@ class TorchvisionLoader:
                 worker_init_fn=leave_signals_to_main,
             )
         self._steps.epoch, self._steps.start = epoch, start
-        for views, index, skipped in self._batches:
+        with _signals_wait():
+            batches = iter(self._batches)  # starts the workers
+        for views, index, skipped in batches:
             self.skipped.update(skipped)
             if not views:
                 raise no_image_decodes(self._source, self.skipped)
