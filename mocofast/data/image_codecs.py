@@ -60,9 +60,7 @@ def codec_pixels(file: str | bytes, codec: str, wanted: int) -> Pixels:
     try:
         import imagecodecs
     except ImportError as error:
-        raise ImportError(
-            f"data.range on this kind of file needs imagecodecs: {INSTALL}"
-        ) from error
+        raise ImportError(f"this kind of file needs imagecodecs: {INSTALL}") from error
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
     values = np.asarray(getattr(imagecodecs, f"{codec}_decode")(content))
     values = values.reshape(*values.shape[:2], -1)
