@@ -47,13 +47,14 @@ def report(argv: Sequence[str]) -> int:
     from mocofast.detection.page import verdict as verdict_of_task
     from mocofast.device import choose_device
     from mocofast.report.page import write_page
+    from mocofast.report.parts import PAGE
 
     folders = [Path(name) for name in given.runs]
     for folder in folders:
         if not folder.is_dir():
             raise NotADirectoryError(f"there is no run folder {str(folder)!r}")
     device = choose_device(given.device)
-    out = Path(given.out) if given.out else folders[0] / "report.html"
+    out = Path(given.out) if given.out else folders[0] / PAGE
     if not out.parent.is_dir():
         raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
     tasks = {folder: task_of_folder(folder) or "pretrain" for folder in folders}

@@ -33,7 +33,6 @@ from mocofast.report.parts import (
 )
 from mocofast.train.metrics import RESERVED
 
-PAGE = "report.html"
 PICTURE = 1800  # pixels, width of the predictions
 NOTHING = 0.01  # AP50 or mean IoU of objects below which a model finds nothing
 # Figures of an evaluation, of all classes together.

@@ -23,7 +23,7 @@ from mocofast.detection.folder import TaskFolder, format_of
 from mocofast.detection.layouts import load_sets
 from mocofast.detection.optim import learning_rate, optimizer_of
 from mocofast.detection.options import SegmentData, TaskConfig
-from mocofast.detection.page import PAGE, load_task_run, write_task_page
+from mocofast.detection.page import load_task_run, write_task_page
 from mocofast.detection.pictures import plot_curves, plot_predictions
 from mocofast.detection.start import Start, find_start
 from mocofast.detection.tasks import DetectionTask, evaluate, predictions, task_of
@@ -31,6 +31,7 @@ from mocofast.device import choose_autocast
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.optim.schedule import set_learning_rate
+from mocofast.report.parts import PAGE
 from mocofast.train.checkpoint import fitting, random_state, set_random_state
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0

@@ -12,11 +12,11 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.report.gallery import initial_encoder, make_gallery
 from mocofast.report.page import load_run, write_page
+from mocofast.report.parts import PAGE
 
 log = logging.getLogger("mocofast")
 
 IMAGES, SECONDS = 300, 1.0  # `mocofast report` takes more of both, and t-SNE
-PAGE = "report.html"
 
 
 def write_at_end(

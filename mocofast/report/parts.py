@@ -15,6 +15,7 @@ from mocofast import __version__, settings
 from mocofast.report.charts import Line, line_of
 from mocofast.report.gallery import data_url
 
+PAGE = "report.html"  # name of the page in a run folder
 MOST_SKIPPED = 20  # names of files on the page
 
 
