@@ -182,6 +182,15 @@ class _SourceOptions:
         "images per optimiser step, over all ranks and accumulation steps",
         valid=at_least(1),
     )
+    batch_sizes: tuple[str, ...] = option(
+        (),
+        "images per optimiser step by epoch, multiples of batch_size: 0:256,60:512 joins two "
+        "batches from epoch 60 on; the rate stays that of batch_size; empty means batch_size",
+        valid=staged(
+            lambda value: len(value) == 1 and value[0] >= 1 and value[0] == int(value[0]),
+            "EPOCH:IMAGES,... such as 0:256,60:512 (in YAML with quotes)",
+        ),
+    )
     workers: int = option(
         -1, "loader threads or processes per rank; -1 takes all cores, 0 loads in the main process"
     )
@@ -211,6 +220,11 @@ class _SourceOptions:
 @dataclass
 class DataConfig(ReadingOptions, _SourceOptions):
     """The source of the images, how files are read, and the loader that decodes them."""
+
+    def largest_batch(self) -> int:
+        """Returns the images of the largest optimiser step, over all ranks."""
+        sizes = [int(size) for (size,) in stages(self.batch_sizes).values()]
+        return max(sizes, default=self.batch_size)
 
 
 _CROP_AREA = Valid(

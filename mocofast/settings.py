@@ -30,7 +30,7 @@ from mocofast.config import (
 )
 from mocofast.option import Valid
 from mocofast.plugins import is_plugin
-from mocofast.view_sizes import Size, as_size, pixels_text
+from mocofast.view_sizes import Size, as_size, pixels_text, stages
 
 log = logging.getLogger("mocofast")
 
@@ -324,8 +324,13 @@ def validate(config: Config) -> None:
 
 
 def _check_schedules(config: Config) -> None:
-    """Checks that the cool-down fits into the run, and that a plateau can be seen."""
+    """Checks batches, that the cool-down fits into the run, and that a plateau can be seen."""
     o, epochs = config.optim, config.train.epochs
+    batch, sizes = config.data.batch_size, config.data.batch_sizes
+    if any(images % batch for (images,) in stages(sizes).values()):
+        raise _unexpected(
+            "data.batch_sizes", f"multiples of data.batch_size, {batch}", ",".join(sizes)
+        )
     if o.schedule == "wsd" and o.warmup_epochs + o.cooldown_epochs > epochs:
         raise _unexpected(
             "optim.cooldown_epochs",

@@ -19,6 +19,7 @@ class Task:
     shortened: options of the plain side that fit its recipe to the set.
     budget: options of every run of the search.
     knobs: values that the search combines.
+    evaluations: of a run of a side.
     """
 
     plain: str
@@ -26,6 +27,7 @@ class Task:
     shortened: Mapping[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    evaluations: int = 10
 
     def config(self, path: str = "", fast: str = "") -> Config:
         """Returns the configuration of the plain side, or of a fast recipe.
@@ -39,12 +41,11 @@ class Task:
             options |= {"data.source": "folder", "data.path": path}
         options |= {"knn.start": False, "train.device": "cpu", "train.precision": "fp32"}
         settings.apply(config, options)
-        config.knn.every = max(1, config.train.epochs // 10)
+        config.knn.every = max(1, config.train.epochs // self.evaluations)
         config.checkpoint.every_epochs = config.train.epochs
         return config
 
 
-# A ResNet-18 with ImageNet's stem takes a twelfth of the time of CIFAR's stem at 32 pixels.
 TASKS = {
     "digits": Task(
         "digits",
@@ -61,18 +62,24 @@ TASKS = {
     ),
     "cifar10": Task(
         "cifar10_r18",
-        both={"model.arch": "resnet18", "knn.k": 20, "data.loader": "device"},
+        both={
+            "model.arch": "mocofast_bench.narrow_resnet:resnet18_quarter",
+            "knn.k": 20,
+            "data.loader": "device",
+        },
+        # The rate of the recipe is that of batches of 512.
         shortened={"train.epochs": 20, "data.batch_size": 128, "optim.lr": 0.03},
-        budget={"train.epochs": 5},
+        budget={"train.epochs": 8, "optim.per": "step", "model.queue_size": 1024},
         knobs={
-            "optim.lr": (0.03, 0.06, 0.12),
+            "optim.lr": (0.06, 0.12, 0.25),
             "data.batch_size": (64, 128),
-            "model.queue_size": (512, 2048),
             "model.momentum": (0.9, 0.97, 0.99),
             "model.temperature": (0.1, 0.2),
-            "augment.crop_scale": ((0.08, 1.0), (0.3, 1.0)),
-            "augment.sizes": ((), ("0:24", "3:32")),
+            "model.bn_splits": (1, 8),
+            "augment.crop_scale": ((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)),
+            "augment.sizes": (("0:16", "6:32"), ("0:20", "7:32"), ("0:24", "7:32")),
         },
+        evaluations=5,
     ),
     "vit": Task(
         "cifar10_moco_v3",

@@ -66,6 +66,9 @@ def announce_images(
         counted(c.train.epochs, "epoch"),
         state.model.describe(),
     )
+    if c.data.batch_sizes:
+        total = counted(state.pace.before(c.train.epochs), "step")
+        log.info("images of a step by epoch: %s; %s", ", ".join(c.data.batch_sizes), total)
     log.info("data: %s", datasets.note)
     if missing := KNNMonitor.missing(datasets, c):
         log.info("no kNN monitor: %s", missing)
@@ -88,7 +91,7 @@ def announce_time(state: RunState, encoder: nn.Module, autocast: torch.autocast)
     if not c.train.epochs:
         return
     each = estimate.seconds_per_sample(encoder, c.augment, c.data.channels, state.device, autocast)
-    own = max(state.shares(0).counts)  # the others wait for the rank of most images
+    own = max(state.shares_of_a_batch().counts)  # the others wait for the rank of most images
     log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
 
 

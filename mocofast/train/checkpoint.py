@@ -41,6 +41,7 @@ from mocofast.train.checkpoint_file import read_file
 from mocofast.train.extend import take_other_images
 from mocofast.train.finite import check_finite
 from mocofast.train.metrics import Window, mean_window
+from mocofast.train.pace import Pace
 from mocofast.train.sharding import Sharding, empty_like_own, load_model, load_optimizer
 
 log = logging.getLogger("mocofast")
@@ -95,9 +96,27 @@ class RunState:
 
     scaler: torch.amp.GradScaler | None = None
 
-    def shares(self, step_in_epoch: int) -> Shares:
-        """Returns the images of every rank at a step of an epoch, counted from 0."""
-        return self.batch_slice.shares(len(self.source), step_in_epoch)
+    @property
+    def pace(self) -> Pace:
+        """The batches of every step."""
+        return Pace(self.config.data, self.loader.steps_per_epoch)
+
+    def shares(self) -> Shares:
+        """Returns the images of every rank at the present step."""
+        place = self.epoch, self.step_in_epoch
+        return self.pace.shares(self.batch_slice, len(self.source), *place)
+
+    def shares_of_a_batch(self) -> Shares:
+        """Returns the images of every rank in a whole batch of the loader."""
+        return self.batch_slice.shares(len(self.source), 0)
+
+    def batches_seen(self) -> int:
+        """Returns the batches of the loader that the run has taken."""
+        return self.pace.seen(self.epoch, self.step_in_epoch)
+
+    def epochs_done(self) -> float:
+        """Returns the epochs that the run has done, with the part of the present epoch."""
+        return self.batches_seen() / self.loader.steps_per_epoch
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -189,9 +208,9 @@ class RunState:
 
     def _restore(self, saved: dict[str, Any], extend: bool) -> list[str]:
         lines = take_other_images(self, saved, extend)
-        if saved["step_in_epoch"] > self.loader.steps_per_epoch:
+        if saved["step_in_epoch"] > (steps := self.pace.steps(saved["epoch"])):
             raise ConfigError(
-                f"checkpoint: step_in_epoch: expected at most {self.loader.steps_per_epoch}, the "
+                f"checkpoint: step_in_epoch: expected at most {steps}, the "
                 f"steps of an epoch, got {saved['step_in_epoch']}"
             )
         before = {} if lines else saved["data"].get("stamp", {})  # earlier versions lack a stamp

@@ -49,8 +49,7 @@ def save_batches(state: RunState, step: int | None, folder: Path) -> Saved:
     try:
         place.mkdir(exist_ok=True)
         for number in steps:
-            epoch, position = divmod(number - 1, state.loader.steps_per_epoch)
-            batch = next(state.loader.epoch(epoch, position))
+            batch = next(state.pace.epoch(state.loader, *state.pace.place(number - 1)))
             content = {
                 "step": number,
                 "views": [view.cpu() for view in batch.views],

@@ -30,7 +30,7 @@ def take_other_images(state: RunState, saved: dict[str, Any], extend: bool) -> l
             "with as many images or more"
         )
     before, count = saved["step"], len(state.source)
-    step = saved["epoch"] * state.loader.steps_per_epoch + saved["step_in_epoch"]
+    step = state.pace.before(saved["epoch"]) + saved["step_in_epoch"]
     if step < before:
         raise ConfigError(
             f"data.path: --extend continues with as many images or more, and an epoch of these "
@@ -47,5 +47,5 @@ def take_other_images(state: RunState, saved: dict[str, Any], extend: bool) -> l
     images = saved.get("sizes", {}).get("images", "other")
     return [
         f"continuing with {count} images instead of {images}: step {before} counts as step {step}, "
-        f"of epochs of {state.loader.steps_per_epoch} steps"
+        f"of epochs of {state.pace.steps(saved['epoch'])} steps"
     ]

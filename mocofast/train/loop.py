@@ -93,8 +93,8 @@ class Run:
         self.monitor = KNNMonitor.of(datasets, config, device)
         if config.knn.patience and self.monitor is None:
             raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
-        self.steps_per_epoch = self.state.loader.steps_per_epoch
-        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.pace = self.state.pace
+        self.total_steps = self.pace.before(config.train.epochs)
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
         self.first_lines: list[str] = []
         if saved is not None:
@@ -112,7 +112,7 @@ class Run:
             kind = ShardedCheckpointWriter if sharded else CheckpointWriter
             self.writer = kind(place, files.keep, files.make_room)
         model, optimizer, scaler = self.state.model, self.state.optimizer, self.state.scaler
-        parts, shares = config.train.accumulate, self.state.shares(0)
+        parts, shares = config.train.accumulate, self.state.shares_of_a_batch()
         images = shares.micro_batches(parts)[0].counts[rank]
         of_step = (mode, model, optimizer, self.autocast, parts, images)
         self.engine = Engine(*of_step, scaler=scaler, shares=shares)
@@ -158,7 +158,7 @@ class Run:
                     if self._log_due():
                         seconds_per_step = (time.perf_counter() - began) / (state.step - first_step)
                         self._end_window(bar, seconds_per_step * (self.total_steps - state.step))
-                    epoch_ended = state.step_in_epoch == self.steps_per_epoch
+                    epoch_ended = state.step_in_epoch == self.pace.steps(state.epoch)
                     if epoch_ended and not self._end_epoch(stop):
                         interrupted = True
                     if self._checkpoint_due(epoch_ended) or interrupted:
@@ -216,16 +216,15 @@ class Run:
             state.window.leave_out(time.perf_counter() - asked - waited)
         self.heart.at(f"step {state.step + 1}")
 
-        self.rate = learning_rate(
-            self.schedule, state.step, self.steps_per_epoch, self.config.train.epochs
-        )
+        seen, batches = state.batches_seen(), state.loader.steps_per_epoch
+        self.rate = learning_rate(self.schedule, seen, batches, self.config.train.epochs)
         self.engine.set_scheduled(state.step, self.total_steps, self.rate)
         fields = {
             name: values.to(self.device, non_blocking=True)
             for name, values in state.model.batch_inputs(batch, state.source).items()
         }
         learns = state.step >= state.model.filling_steps
-        shares = state.shares(state.step_in_epoch)
+        shares = state.shares()
         state.step += 1
         state.step_in_epoch += 1
         if state.step in state.left_out:
@@ -240,9 +239,10 @@ class Run:
 
     def _next_batch(self) -> Batch:
         if self.batches is None:
-            self.batches = self.state.loader.epoch(self.state.epoch, self.state.step_in_epoch)
+            place = self.state.epoch, self.state.step_in_epoch
+            self.batches = self.pace.epoch(self.state.loader, *place)
         if (batch := next(self.batches, None)) is None:
-            raise RuntimeError(f"loader: fewer than {self.steps_per_epoch} batches in an epoch")
+            raise RuntimeError(f"loader: too few batches in epoch {self.state.epoch}")
         return batch
 
     def _end_profiled_step(self, profiler: StepProfiler) -> None:
@@ -259,7 +259,7 @@ class Run:
         self._write_pending()  # before the evaluation, which takes long
         assert self.batches is not None
         for _ in self.batches:  # lets the loader end its epoch
-            raise RuntimeError(f"loader: more than {self.steps_per_epoch} batches in an epoch")
+            raise RuntimeError(f"loader: too many batches in epoch {self.state.epoch}")
         self.batches = None
         self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
         every = self.config.knn.every
@@ -292,7 +292,7 @@ class Run:
             return
         line = StepLine(
             state.step,
-            state.step / self.steps_per_epoch,
+            state.epochs_done(),
             self.rate,
             state.model.chance_loss,
             memory_gib(self.device),
@@ -347,9 +347,7 @@ class Run:
         state.measured(figures, counts=write)
         if self.folder is not None and write:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
-            self.folder.write_evaluation(
-                state.step, state.step / self.steps_per_epoch, state.after, when
-            )
+            self.folder.write_evaluation(state.step, state.epochs_done(), state.after, when)
         state.window.end_pause(pause)
         return True
 

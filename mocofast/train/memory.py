@@ -194,7 +194,7 @@ def _use_shadows(method: Method, autocast: torch.autocast) -> None:
 
 def _views(config: Config, method: Method, world_size: int) -> tuple[Tensor, ...]:
     """Returns the views of a rank's images, (N, C, H, W) uint8 each."""
-    images = config.data.batch_size // world_size
+    images = config.data.largest_batch() // world_size
     augments = view_augments(config.augment, method.num_views)
     sizes = [(images, config.data.channels, *height_width(augment.size)) for augment in augments]
     empty = [torch.empty(size, dtype=torch.uint8) for size in sizes]
