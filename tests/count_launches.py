@@ -7,11 +7,13 @@ tells the operators. Prints a JSON object, {way to call: [kernels and operators,
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 from mocofast_bench import inspect_code
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocofast import ops
@@ -37,18 +39,37 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def launches(dtype: torch.dtype, known: bool) -> list[str]:
+class Network(torch.autograd.Function):
+    """Stands for an encoder: takes the gradient of its output, and nobody else holds it."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return features.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        assert gradient.shape == (256, 128)
+
+
+# {name: how a user starts the backward pass}
+WAYS: dict[str, Callable[[Tensor], object]] = {
+    "backward()": lambda loss: loss.backward(),
+    "a part of a sum": lambda loss: (loss + 1).backward(ops.unit_gradient(loss.device)),
+    "another gradient": lambda loss: (2 * loss).backward(),
+}
+
+
+def launches(dtype: torch.dtype, way: Callable[[Tensor], object]) -> list[str]:
     """Returns the launches of a forward and backward pass with MoCo's queue."""
-    query, positive, queue = (
+    features, positive, queue = (
         torch.empty(rows, 128, dtype=dtype, device="meta") for rows in (256, 256, 65536)
     )
-    query.requires_grad_()
-    unit = ops.unit_gradient(query.device)
+    features.requires_grad_()
+    ops.unit_gradient(features.device)  # filled once in the life of a process
 
     def call() -> None:
-        loss = ops.info_nce(query, positive, queue, temperature=0.2, negatives_normalized=True)
-        # As inside a network, where nobody else holds the gradient.
-        torch.autograd.grad(loss, query, unit if known else None)
+        query = Network.apply(features)
+        way(ops.info_nce(query, positive, queue, temperature=0.2, negatives_normalized=True))
 
     with Launches() as mode:
         kernels = [launch.kernel.__name__ for launch in inspect_code.record(call)]
@@ -62,8 +83,8 @@ if __name__ == "__main__":
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # not of "meta"
     ):
         found = {
-            f"{dtype}, {'unit_gradient' if known else 'backward()'}": launches(dtype, known)
+            f"{dtype}, {name}": launches(dtype, way)
             for dtype in (torch.float32, torch.bfloat16)
-            for known in (True, False)
+            for name, way in WAYS.items()
         }
     print(json.dumps(found))

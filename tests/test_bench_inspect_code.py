@@ -104,7 +104,11 @@ def test_a_step_of_info_nce_has_two_launches() -> None:
     assert json.loads(result.stdout) == {
         f"torch.{dtype}, {way}": [*prepared, *ours, *others]
         for dtype, prepared in (("float32", ["_prepare_rows_kernel"]), ("bfloat16", []))
-        for way, others in (("unit_gradient", []), ("backward()", ["ones_like", "mul"]))
+        for way, others in (
+            ("backward()", []),
+            ("a part of a sum", ["add"]),
+            ("another gradient", ["mul", "ones_like", "mul", "mul"]),
+        )
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mocofast.ops import custom_ops, sweep
 from mocofast.ops.first_derivative import first_derivative
-from mocofast.ops.known_gradients import is_unit
+from mocofast.ops.known_gradients import as_mean, is_unit
 from mocofast.ops.sweep import Options, reduced, refuse_transforms
 
 
@@ -112,7 +112,7 @@ class _InfoNCE(torch.autograd.Function):
             *(excluded[1:] if need_negatives else (None,) * 3),
         )
         # Reducing inside the function spares autograd a node.
-        return result.loss if mean else reduced(result.loss, reduction), result.rank
+        return as_mean(result.loss) if mean else reduced(result.loss, reduction), result.rank
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:

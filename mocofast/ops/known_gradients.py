@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,12 +14,12 @@ _units: dict[torch.device, Tensor] = {}
 def unit_gradient(device: torch.device) -> Tensor:
     """Returns 1, () float32, on the device: the same tensor at every call. Do not write into it.
 
-    With `loss.backward(gradient=unit_gradient(loss.device))` the mean of `info_nce` has two
-    launches on CUDA, forward and backward: `backward` neither fills a tensor with 1 nor multiplies
-    by it.
+    With `total.backward(gradient=unit_gradient(total.device))` a total of several losses starts the
+    backward pass without a fill by 1. `loss.backward()` of the mean of `info_nce` takes this
+    gradient by itself, and has two launches on CUDA, forward and backward.
     """
     unit = _units.get(device)
-    if unit is None:
+    if unit is None or unit._version:  # a hook wrote into it
         with torch.inference_mode(False):
             unit = torch.ones((), device=device)
         # A graph under capture fills its tensors at the replay, and not now.
@@ -26,5 +29,42 @@ def unit_gradient(device: torch.device) -> Tensor:
 
 
 def is_unit(gradient: Tensor) -> bool:
-    """Returns whether the gradient is the tensor of `unit_gradient`."""
-    return gradient is _units.get(gradient.device)
+    """Returns whether the gradient is the tensor of `unit_gradient`, as it was made."""
+    return gradient is _units.get(gradient.device) and not gradient._version
+
+
+class Mean(Tensor):
+    """A mean of losses, () float32 with a gradient, whose `backward()` starts from `unit_gradient`.
+
+    PyTorch would fill a tensor with 1, and the kernel would multiply by it: two launches more. In
+    all else this is a tensor like others. Operators return plain tensors, as for
+    `torch.nn.Parameter`, and files hold a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def backward(
+        self,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Computes gradients as `torch.Tensor.backward` does."""
+        if gradient is None:
+            gradient = unit_gradient(self.device)
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+    def __format__(self, spec: str) -> str:  # PyTorch formats the numbers of plain tensors alone
+        return format(self.detach(), spec)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def as_mean(loss: Tensor) -> Tensor:
+    """Returns the mean of a kernel as `Mean`, other than float32 as it is. Without a graph yet."""
+    if loss.dtype != torch.float32:
+        return loss
+    mean: Tensor = Tensor._make_subclass(Mean, loss)
+    return mean
