@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def options(folder: Path) -> list[str]:
-    short = "--recipe cifar10_r18 --batch-size 2 --workers 1 --repeats 1 --device cpu"
+    short = "--recipe cifar10_r18 --batch-size 2 --workers 1 --repeats 1 --seconds 0 --device cpu"
     return ["data", str(folder), *short.split()]
 
 

@@ -233,6 +233,21 @@ def test_train_counts_the_time_of_the_loaders_workers(tmp_path: Path) -> None:
     assert found.time_to_first_step > SPIN
 
 
+def test_a_round_lasts_for_the_least_number_of_steps_and_the_least_time() -> None:
+    class Endless:
+        def epoch(self, epoch: int) -> Any:
+            return iter(range(100))
+
+        def close(self) -> None: ...
+
+    for steps, seconds in ((4, 0.0), (1, 0.05)):
+        seen: list[int] = []
+        rate = loops.measure_loop(loops.TimedLoop(Endless, seen.append), steps, 32, CPU, seconds)
+        timed = len(seen) - loops.WARM_UP_BATCHES
+        assert timed == steps if not seconds else timed > steps
+        assert 32 * timed / rate.images_per_second > seconds
+
+
 SPIN = 0.05  # seconds of work a batch
 
 

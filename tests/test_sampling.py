@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from mocofast.config import AugmentConfig
-from mocofast.data.interface import ViewParams, sample_view
+from mocofast.config import AugmentConfig, DataConfig
+from mocofast.data.deadline import Readers
+from mocofast.data.interface import (
+    BatchSlice,
+    ViewParams,
+    sample_view,
+    source_order,
+    view_augments,
+)
+from mocofast.data.planning import BatchPlanner
 from mocofast.data.sampling import Views, _Stream, per_view, sample_views
+from mocofast.data.sources import load_datasets
 from mocofast.settings import load_recipe
 from tests.sampled import stack_views
 
@@ -106,3 +118,27 @@ def test_numbers_that_numpy_rejects_are_rejected() -> None:
             for x in (int(rng.integers(0, 3 * 2**30)), rng.permutation(4)[0], rng.random())
         ]
         assert [row[column] for row in ours] == expected
+
+
+def test_a_batch_planned_ahead_follows_a_sample_that_turned_bad_meanwhile(tmp_path: Path) -> None:
+    sizes = [(20 + 3 * i, 50 - 2 * i) for i in range(12)]
+    for i, (height, width) in enumerate(sizes):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{i:02}.png")
+    source = load_datasets(DataConfig(path=str(tmp_path), holdout=0.0, labels="none")).train
+    augments = view_augments(AUGMENTS["cifar10"], 2)
+    readers = Readers(1, 10.0)
+    planner = BatchPlanner(source, augments, BatchSlice(4), 0, readers)
+    for epoch in range(2):  # in the second epoch all sizes are known, and views are sampled ahead
+        for step in range(3):
+            plan = planner.plan(epoch, step)
+            if (epoch, step) == (1, 0):
+                spoilt = int(source_order(source, 0, 1)[9])
+                planner.skipped[spoilt] = "gone"
+            slots = BatchSlice(4).indices(source_order(source, 0, epoch), step)
+            assert (plan.samples == slots).all() == ((epoch, step) != (1, 2))
+            for view, augment in enumerate(augments):
+                assert plan.params[view] == [
+                    sample_view(augment, sizes[sample], 0, epoch, int(slot), view)
+                    for slot, sample in zip(slots, plan.samples)
+                ]
+    readers.close()

@@ -75,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--batches",
         type=positive,
         default=8,
-        help="timed batches in a round (default: %(default)s)",
+        help="least number of timed batches in a round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=int,
+        default=2,
+        help="least time of the timed batches in a round (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
@@ -142,7 +148,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     loops, absent = loader_loops(source, augment, batch, data, device)
     bases = [name for name in loops if name not in ("dali", "torchvision")]
     memory = {name: memory_of(loop, batch, device) for name, loop in loops.items()}
-    rounds = measure_in_turns(loops, arguments.repeats, arguments.batches, batch, device)
+    rounds = measure_in_turns(
+        loops, arguments.repeats, arguments.batches, batch, device, arguments.seconds
+    )
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
     # Print the table.
@@ -174,6 +182,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": augment.size,
         "batch_size": batch,
         "batches": arguments.batches,
+        "seconds": arguments.seconds,
         "workers": workers,
         "repeats": arguments.repeats,
         "pairs_per_second": {name: round(value, 1) for name, value in rate.items()},

@@ -34,20 +34,25 @@ class LoopRates(NamedTuple):
 
 
 def measure_in_turns(
-    loops: Mapping[str, TimedLoop], repeats: int, steps: int, batch_size: int, device: torch.device
+    loops: Mapping[str, TimedLoop],
+    repeats: int,
+    steps: int,
+    batch_size: int,
+    device: torch.device,
+    seconds: float = 0.0,
 ) -> dict[str, list[LoopRates]]:
     """Measures every loop once a round, for `repeats` rounds.
 
     loops: {name: loop}.
-    steps: timed steps in a round.
     batch_size: images in a batch.
+    steps, seconds: as for `measure_loop`.
 
     Returns {name: results of all rounds}.
     """
     rounds: dict[str, list[LoopRates]] = {name: [] for name in loops}
     for _ in range(repeats):
         for name, loop in loops.items():
-            rounds[name].append(measure_loop(loop, steps, batch_size, device))
+            rounds[name].append(measure_loop(loop, steps, batch_size, device, seconds))
     return rounds
 
 
@@ -58,27 +63,43 @@ def medians(rounds: Mapping[str, list[LoopRates]]) -> dict[str, LoopRates]:
     }
 
 
-def measure_loop(loop: TimedLoop, steps: int, batch_size: int, device: torch.device) -> LoopRates:
-    """Starts the loop's loader, runs WARM_UP_BATCHES steps, then times `steps` steps."""
-    first = waited = counted_from = 0.0
+def measure_loop(
+    loop: TimedLoop, steps: int, batch_size: int, device: torch.device, seconds: float = 0.0
+) -> LoopRates:
+    """Starts the loop's loader, runs WARM_UP_BATCHES steps, then times steps.
+
+    steps, seconds: the least number and the least time of timed steps. Batches in the making when
+        the clock starts would make a short round too fast.
+    """
+    first = waited = elapsed = 0.0
+    counted = 0
     cpu, began = _cpu_seconds(), time.perf_counter()
     with closing(loop.start()) as loader, closing(_endless(loader)) as batches:
-        for i in range(WARM_UP_BATCHES + steps):
-            if i == WARM_UP_BATCHES:
-                timing.synchronize(device)
-                waited, counted_from = 0.0, time.perf_counter()
+
+        def step() -> float:
+            """Makes a step and returns the seconds of the wait for its batch."""
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            wait = time.perf_counter() - asked
             loop.step(batch)
+            return wait
+
+        for i in range(WARM_UP_BATCHES):
+            step()
             if i == 0:
                 timing.synchronize(device)
                 first = time.perf_counter() - began
         timing.synchronize(device)
-        seconds = time.perf_counter() - counted_from
+        counted_from = time.perf_counter()
+        while counted < steps or elapsed < seconds:
+            waited += step()
+            counted += 1
+            elapsed = time.perf_counter() - counted_from
+        timing.synchronize(device)
+        elapsed = time.perf_counter() - counted_from
     whole = time.perf_counter() - began
     return LoopRates(
-        steps * batch_size / seconds, first, waited / seconds, (_cpu_seconds() - cpu) / whole
+        counted * batch_size / elapsed, first, waited / elapsed, (_cpu_seconds() - cpu) / whole
     )
 
 

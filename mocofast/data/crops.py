@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import ViewParams
-from mocofast.data.photometric import make_views
+from mocofast.data.photometric import compiled, make_views
 from mocofast.data.resize import resized_crops
 from mocofast.data.view_ops import only_moves
 
-# Pixels of the views that are made in one call. On a CPU the dozen float planes of the call
-# should stay in the L2 cache: 40 views of 224 pixels take twice as long per view as 1 view,
-# with PyTorch's operators. On a GPU more pixels spread the cost of kernel launches.
-CHUNK_PIXELS = {"cpu": 224 * 224, "cuda": 128 * 224 * 224}
+# Pixels of the views that are made in one call. With PyTorch's operators the dozen float planes of
+# the call should stay in the L2 cache of a CPU: 40 views of 224 pixels take twice as long per view
+# as 1 view. The compiled operators make one view after the other, and calls from Python take 40 us.
+# On a GPU more pixels spread the cost of kernel launches.
+CHUNK_PIXELS = {"operators": 224 * 224, "compiled": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 
 
 def make_from_images(
@@ -47,25 +48,30 @@ def views_from_images(
     params: Sequence[ViewParams],
     augment: AugmentConfig,
     pool: ThreadPoolExecutor,
-) -> Tensor:
-    """Crops, resizes and augments images on the CPU, with all threads.
+    threads: int,
+) -> tuple[Tensor, list[Future[None]]]:
+    """Starts to crop, to resize and to augment images on the CPU.
 
     images: B images, (H, W, C), uint8 or uint16.
     params: the parameters of B views.
     pool: the threads (`threads.single_threaded_pool`).
+    threads: their number.
 
-    Returns views (B, C, H, W), channels-last.
+    Returns views (B, C, H, W), channels-last, and calls that must have ended before the views are
+    read.
     """
     height, width = augment.shape
     views = torch.empty((len(images), height, width, images[0].shape[2]), dtype=images[0].dtype)
-    chunk = max(1, CHUNK_PIXELS["cpu"] // (height * width))
+    most = CHUNK_PIXELS["operators" if compiled()[0] is None else "compiled"]
+    # At least two calls for every thread: none waits long for the last call.
+    chunk = max(1, min(most // (height * width), len(images) // (2 * threads)))
 
     def work(start: int) -> None:
         part = slice(start, start + chunk)
         make_from_images(images[part], params[part], augment, views[part])
 
-    list(pool.map(work, range(0, len(images), chunk)))
-    return views.permute(0, 3, 1, 2)
+    calls = [pool.submit(work, start) for start in range(0, len(images), chunk)]
+    return views.permute(0, 3, 1, 2), calls
 
 
 def views_from_crops(crops: Tensor, params: Sequence[ViewParams], augment: AugmentConfig) -> Tensor:

@@ -201,10 +201,16 @@ class _Batches:
         if self._stream is None:
             numbers = range(len(plan.samples))
             files = [[torch.from_dlpack(output[i]) for i in numbers] for output in outputs]
-            return tuple(
-                views_from_images(files[view % len(files)], params, augment, self._pool)
+            started = [
+                views_from_images(
+                    files[view % len(files)], params, augment, self._pool, self._threads
+                )
                 for view, (params, augment) in enumerate(zip(plan.params, plan.augments))
-            )
+            ]
+            for _, calls in started:
+                for call in calls:
+                    call.result()
+            return tuple(views for views, _ in started)
         crops = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         with torch.cuda.stream(self._stream):
             views = tuple(map(views_from_crops, crops, plan.params, plan.augments))
@@ -272,7 +278,8 @@ class _Batches:
         while True:
             plan, reads = self._ahead or self._read_next()
             self._ahead = None
-            items = [[self._result(read) for read in file] for file in reads]
+            # The last first: a thread that waits is woken once.
+            items = [[self._result(read) for read in reversed(file)][::-1] for file in reads]
             found = [pair for file in items for pair in zip(plan.samples.tolist(), file)]
             bad = {i: item for i, item in found if isinstance(item, str)}
             if not bad:

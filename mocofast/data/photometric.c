@@ -88,20 +88,24 @@ static inline int64_t pixels_of(const struct images *images) {
 #endif
 #endif
 
+typedef void (*load_function)(const struct images *, const void *, float *);
 typedef void (*chain_function)(const struct images *, float *, float *, const float *);
 typedef void (*jitter_function)(const struct images *, float *, const float *);
+typedef void (*store_function)(const struct images *, float *, void *, int, int, int, float *);
 
 struct variant {
+  load_function load;
   chain_function chain;
   jitter_function channel_jitter;
+  store_function store;
 };
 
 /* The numbers are those of library.VARIANTS. */
 static const struct variant variants[] = {
-    {plain_chain, plain_channel_jitter},
-    {fused_chain, fused_channel_jitter},
+    {plain_load, plain_chain, plain_channel_jitter, plain_store},
+    {fused_load, fused_chain, fused_channel_jitter, fused_store},
 #ifdef X86
-    {avx2_chain, avx2_channel_jitter},
+    {avx2_load, avx2_chain, avx2_channel_jitter, avx2_store},
 #endif
 };
 
@@ -112,81 +116,6 @@ EXPORT int photometric_runs(int variant) {
   if (variant == 2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return 0;
-}
-
-/* Copies an image, (H, W, C), to planes, (C, H, W) float32. */
-static void load(const struct images *images, const void *image, float *planes) {
-  int64_t count = pixels_of(images);
-  int channels = images->channels;
-  const uint8_t *bytes = image;
-  const uint16_t *words = image;
-  if (images->top == 255 && channels == 3) {
-    float *restrict r = planes, *restrict g = planes + count, *restrict b = planes + 2 * count;
-    for (int64_t i = 0; i < count; i++) {
-      r[i] = bytes[3 * i];
-      g[i] = bytes[3 * i + 1];
-      b[i] = bytes[3 * i + 2];
-    }
-    return;
-  }
-  for (int c = 0; c < channels; c++, planes += count) {
-    if (images->top == 255)
-      for (int64_t i = 0; i < count; i++) planes[i] = bytes[i * channels + c];
-    else
-      for (int64_t i = 0; i < count; i++) planes[i] = words[i * channels + c];
-  }
-}
-
-/* Copies a row of three planes to a row of an image. step: from a pixel to the next. */
-static inline void store_rgb(uint8_t *restrict out, const float *restrict r,
-                             const float *restrict g, const float *restrict b, int width,
-                             int64_t step) {
-  for (int x = 0; x < width; x++, out += 3) {
-    out[0] = (uint8_t)(int32_t)r[x * step];
-    out[1] = (uint8_t)(int32_t)g[x * step];
-    out[2] = (uint8_t)(int32_t)b[x * step];
-  }
-}
-
-/* Copies planes to an image, flipped and turned. flip, vertical_flip: 0 or 1. turns: 0 unless
- * images are square. */
-static void store(const struct images *images, const float *planes, void *image, int flip,
-                  int vertical_flip, int turns) {
-  int height = images->height, width = images->width, channels = images->channels;
-  int64_t count = pixels_of(images), last = width - 1;
-  /* The place of the pixel (0, 0), and the steps to the next row and the next column, after the
-   * flips. */
-  int64_t row = vertical_flip ? -width : width, column = flip ? -1 : 1;
-  int64_t start = (vertical_flip ? (height - 1) * (int64_t)width : 0) + (flip ? last : 0);
-  for (; turns > 0; turns--) { /* counter-clockwise: the last column becomes the first row */
-    int64_t old_row = row;
-    start += last * column;
-    row = -column;
-    column = old_row;
-  }
-  for (int y = 0; y < height; y++) {
-    const float *from = planes + start + y * row;
-    if (images->top == 255 && channels == 3) {
-      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * width;
-      const float *g = from + count, *b = from + 2 * count;
-      if (column == 1)
-        store_rgb(out, from, g, b, width, 1);
-      else if (column == -1)
-        store_rgb(out, from, g, b, width, -1);
-      else
-        store_rgb(out, from, g, b, width, column);
-      continue;
-    }
-    for (int c = 0; c < channels; c++, from += count) {
-      int64_t at = (int64_t)y * width * channels + c;
-      if (images->top == 255)
-        for (int x = 0; x < width; x++)
-          ((uint8_t *)image)[at + (int64_t)x * channels] = (uint8_t)(int32_t)from[x * column];
-      else
-        for (int x = 0; x < width; x++)
-          ((uint16_t *)image)[at + (int64_t)x * channels] = (uint16_t)(int32_t)from[x * column];
-    }
-  }
 }
 
 /* Makes n views.
@@ -206,13 +135,14 @@ EXPORT void photometric_make(int variant, const void *const *in, void *out, int6
   int64_t count = pixels_of(&images) * channels, bytes = count * (top == 255 ? 1 : 2);
   for (int64_t i = 0; i < n; i++, views += fields) {
     char *made = (char *)out + i * bytes;
-    load(&images, in[i], scratch);
+    chosen->load(&images, in[i], scratch);
     chosen->chain(&images, scratch, scratch + count, views);
-    store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0, (int)views[TURNS]);
+    chosen->store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0,
+                  (int)views[TURNS], scratch + count);
     if (!channel_jitter) continue;
-    load(&images, made, scratch);
+    chosen->load(&images, made, scratch);
     chosen->channel_jitter(&images, scratch, views);
-    store(&images, scratch, made, 0, 0, 0);
+    chosen->store(&images, scratch, made, 0, 0, 0, scratch + count);
   }
 }
 

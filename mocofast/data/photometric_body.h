@@ -201,6 +201,89 @@ static void NAME(channel_jitter)(const struct images *images, float *x, const fl
   }
 }
 
+/* Copies an image, (H, W, C), to planes, (C, H, W) float32. */
+static void NAME(load)(const struct images *images, const void *image, float *planes) {
+  int64_t count = pixels_of(images);
+  int channels = images->channels;
+  const uint8_t *bytes = image;
+  const uint16_t *words = image;
+  if (images->top == 255 && channels == 3) {
+    float *restrict r = planes, *restrict g = planes + count, *restrict b = planes + 2 * count;
+    for (int64_t i = 0; i < count; i++) {
+      r[i] = bytes[3 * i];
+      g[i] = bytes[3 * i + 1];
+      b[i] = bytes[3 * i + 2];
+    }
+    return;
+  }
+  for (int c = 0; c < channels; c++, planes += count) {
+    if (images->top == 255)
+      for (int64_t i = 0; i < count; i++) planes[i] = bytes[i * channels + c];
+    else
+      for (int64_t i = 0; i < count; i++) planes[i] = words[i * channels + c];
+  }
+}
+
+/* Copies a row of three planes to a row of an image. step: from a pixel to the next. */
+static inline void NAME(store_rgb)(uint8_t *restrict out, const float *restrict r,
+                             const float *restrict g, const float *restrict b, int width,
+                             int64_t step) {
+  for (int x = 0; x < width; x++, out += 3) {
+    out[0] = (uint8_t)(int32_t)r[x * step];
+    out[1] = (uint8_t)(int32_t)g[x * step];
+    out[2] = (uint8_t)(int32_t)b[x * step];
+  }
+}
+
+/* Exchanges left and right of a row. buffer: `width` floats. */
+static void NAME(mirror)(float *restrict row, float *restrict buffer, int width) {
+  memcpy(buffer, row, sizeof(float) * width);
+  for (int x = 0; x < width; x++) row[x] = buffer[width - 1 - x];
+}
+
+/* Copies planes to an image, flipped and turned. flip, vertical_flip: 0 or 1. turns: 0 unless
+ * images are square. buffer: W floats. */
+static void NAME(store)(const struct images *images, float *planes, void *image, int flip,
+                  int vertical_flip, int turns, float *buffer) {
+  int height = images->height, width = images->width, channels = images->channels;
+  int64_t count = pixels_of(images), last = width - 1;
+  /* The place of the pixel (0, 0), and the steps to the next row and the next column, after the
+   * flips. */
+  int64_t row = vertical_flip ? -width : width, column = flip ? -1 : 1;
+  int64_t start = (vertical_flip ? (height - 1) * (int64_t)width : 0) + (flip ? last : 0);
+  for (; turns > 0; turns--) { /* counter-clockwise: the last column becomes the first row */
+    int64_t old_row = row;
+    start += last * column;
+    row = -column;
+    column = old_row;
+  }
+  for (int y = 0; y < height; y++) {
+    float *from = planes + start + y * row;
+    if (images->top == 255 && channels == 3) {
+      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * width;
+      if (column == -1) { /* a compiler makes no vector instructions of steps backwards and of 3 */
+        from -= last;
+        for (int c = 0; c < 3; c++) NAME(mirror)(from + c * count, buffer, width);
+      }
+      const float *g = from + count, *b = from + 2 * count;
+      if (column == 1 || column == -1)
+        NAME(store_rgb)(out, from, g, b, width, 1);
+      else
+        NAME(store_rgb)(out, from, g, b, width, column);
+      continue;
+    }
+    for (int c = 0; c < channels; c++, from += count) {
+      int64_t at = (int64_t)y * width * channels + c;
+      if (images->top == 255)
+        for (int x = 0; x < width; x++)
+          ((uint8_t *)image)[at + (int64_t)x * channels] = (uint8_t)(int32_t)from[x * column];
+      else
+        for (int x = 0; x < width; x++)
+          ((uint16_t *)image)[at + (int64_t)x * channels] = (uint16_t)(int32_t)from[x * column];
+    }
+  }
+}
+
 #undef MULTIPLY_ADD
 #undef NAME
 #undef FUSED

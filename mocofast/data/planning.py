@@ -31,6 +31,8 @@ from mocofast.errors import describe_error
 
 # Pixels of the images that are decoded together: 200 MB of RGB. A larger batch is decoded in parts.
 DECODED_AT_ONCE = 1 << 26
+# Views whose parameters are sampled together: 2 us a view, and 47 us for the views of 16 images
+SAMPLED_AT_ONCE = 512
 
 
 class BatchPlan(NamedTuple):
@@ -107,27 +109,25 @@ class BatchPlanner:
         self._seed, self._readers = seed, readers
         self._dali_range = range_of(source).of_type  # DALI knows no other range
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
+        # Views of batches of that epoch that are sampled: {step: (samples, parameters)}
+        self._sampled: dict[int, tuple[np.ndarray, list[list[ViewParams]]]] = {}
 
     def plan(self, epoch: int, step: int) -> BatchPlan:
         """Returns the plan of a batch. Raises ValueError if all samples are bad."""
         if self._order[0] != epoch:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
+            self._sampled.clear()
         slots = self._slice.indices(self._order[1], step)
         unknown = [slot for slot in slots.tolist() if not self._known(slot)]
         if unknown:
             self._note(unknown)
         headers = [self._readers.submit(self._read_headers, slot) for slot in unknown]
-        for slot, header in zip(unknown, headers):
+        for slot, header in zip(reversed(unknown), reversed(headers)):  # wakes this thread seldom
             self._answer(slot, header)
         samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
         augments, files = self.augments_at(epoch), self.files(samples)
         sizes = [self.sizes[numbers] for numbers in files]
-        params = [
-            per_view(
-                sample_views(augment, sizes[view % len(files)], self._seed, epoch, slots, view)
-            )
-            for view, augment in enumerate(augments)
-        ]
+        params = self._params(epoch, step, slots, samples)
         factors = [[1] * len(samples) for _ in files]
         if self._scaled:
             for first, numbers in enumerate(files):
@@ -139,6 +139,43 @@ class BatchPlanner:
                     for view in own:
                         view[i] = scaled_params(view[i], size, factor)
         return BatchPlan(epoch, step, samples, params, augments, factors)
+
+    def _params(
+        self, epoch: int, step: int, slots: np.ndarray, samples: np.ndarray
+    ) -> list[list[ViewParams]]:
+        """Returns the parameters of B views, for every view.
+
+        slots: (B,) int64, the samples of the order. samples: (B,) int64, the samples to decode.
+
+        Samples the views of the next batches together with those of this batch, as far as all
+        sizes are known and no sample is bad: NumPy's calls take most of the time of a batch.
+        """
+        known = self._sampled.pop(step, None)
+        if known is not None and np.array_equal(known[0], samples):
+            return known[1]
+        batches, shown = [slots], [samples]
+        together = SAMPLED_AT_ONCE // (len(self._augments) * max(1, len(slots)))
+        for later in range(step + 1, min(step + together, self.steps)):
+            own = self._slice.indices(self._order[1], later)
+            if not all(map(self._known, own.tolist())) or not self.skipped.keys().isdisjoint(
+                own.tolist()
+            ):
+                break
+            batches.append(own)
+            shown.append(own)
+        index = np.concatenate(batches)
+        sizes = [self.sizes[numbers] for numbers in self.files(np.concatenate(shown))]
+        views = [
+            per_view(
+                sample_views(augment, sizes[view % len(sizes)], self._seed, epoch, index, view)
+            )
+            for view, augment in enumerate(self.augments_at(epoch))
+        ]
+        begin = len(slots)
+        for later, own in enumerate(shown[1:], step + 1):
+            part = slice(begin, begin := begin + len(own))
+            self._sampled[later] = own, [view[part] for view in views]
+        return [view[: len(slots)] for view in views]
 
     def files(self, samples: np.ndarray) -> list[np.ndarray]:
         """Returns numbers of files, (B,) int64 for every file of a sample. samples: (B,) int64."""
