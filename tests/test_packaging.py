@@ -256,17 +256,24 @@ def test_the_ops_need_torch_and_numpy_alone(wheel: zipfile.ZipFile) -> None:
     subprocess.run([sys.executable, "-c", absent + ops], cwd=ROOT, env=environment(), check=True)
 
 
-def test_a_command_without_its_packages_says_what_to_install() -> None:
-    command = "from mocofast.cli import main; sys.exit(main(['pretrain']))"
+def test_the_demo_needs_no_torchvision_and_other_runs_say_what_to_install(tmp_path: Path) -> None:
+    """The demo also starts without the slow imports of torch.compile."""
+    commands = (
+        "from mocofast.cli import main\n"
+        "assert main(['pretrain', '--train.max_steps', '2', '--train.dir', sys.argv[1]]) == 0\n"
+        "assert not {'torch._dynamo', 'sympy', 'torch.distributed.fsdp'} & sys.modules.keys()\n"
+        "sys.exit(main(['pretrain', '--model.arch', 'resnet18', '--train.dir', sys.argv[2]]))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", without("torchvision") + command],
+        [sys.executable, "-c", without("torchvision") + commands, tmp_path / "a", tmp_path / "b"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
+    assert (tmp_path / "a/report.html").exists() and not (tmp_path / "b").exists()
     assert "needs the package torchvision" in done.stderr
     assert "pip install 'mocofast[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from mocofast.data.arrays import PixelFormat, central_view, shorter_axis
 from mocofast.data.deadline import in_time
@@ -41,13 +39,13 @@ def center_view(image: Image.Image, size: Size) -> Image.Image:
     # The size after a resize, as torchvision rounds it.
     other = max(shape[1 - short], int(covered * full[1 - short] / full[short]))
     resized = (covered, other) if short == 0 else (other, covered)
+    height, width = shape
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(resized, shape))
     if full[1 - short] * shape[short] <= LONG * full[short] * shape[1 - short]:
         if resized != full:
-            image = F.resize(image, list(resized), InterpolationMode.BILINEAR, antialias=True)
-        return F.center_crop(image, list(shape))
-    top, left = (round((side - wanted) / 2) for side, wanted in zip(resized, shape))
+            image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
+        return image.crop((left, top, left + width, top + height))
     down, across = (side / made for side, made in zip(full, resized))
-    height, width = shape
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 

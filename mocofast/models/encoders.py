@@ -81,6 +81,8 @@ def build_encoder(
         return checked_outputs(arch, build, image_size, channels)
     if is_plugin(arch):
         return _plugin_encoder(arch, image_size, channels)
+    if arch == "resnet_tiny":  # needs no torchvision, which takes a second to import
+        return TinyResNet if channels == 3 else functools.partial(TinyResNet, channels=channels)
     from torchvision.models import list_models
 
     names = list_models(include=list(TORCHVISION))
@@ -104,8 +106,6 @@ def build_encoder(
     if (small := arch.replace(SOLO, "_cifar")) in cifar:
         padding = 2 if arch.endswith(SOLO) else 1
         return functools.partial(_cifar_resnet, cifar[small], channels=channels, padding=padding)
-    if arch == "resnet_tiny":
-        return TinyResNet if channels == 3 else functools.partial(TinyResNet, channels=channels)
     nearest = difflib.get_close_matches(
         arch, [*names, *cifar, *SIZES, "resnet_tiny"], n=1, cutoff=0
     )[0]

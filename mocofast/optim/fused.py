@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mocofast.ops import backend
 from mocofast.ops.backend import Backend
 from mocofast.ops.local import check_sharded_alike, is_dtensor, is_plain, local_tensor
+from mocofast.optim.lean import LeanOptimizer
 
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
@@ -52,7 +53,7 @@ class _Companions(NamedTuple):
     target_shadow: Tensor | None = None  # copy of the target
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(LeanOptimizer):
     """Base class of the three optimisers: averages, copies, and the loop of a step.
 
     ema_momentum: m of the average, a float or a tensor () on the device of the parameters. May be

@@ -23,15 +23,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mocofast.config import Config, ConfigError
 from mocofast.device import short_name
 from mocofast.methods.base import Method
 from mocofast.models.recompute import blocks_of
 from mocofast.models.vit import LayerScale
-from mocofast.ops.local import whole_tensor
+from mocofast.ops.local import is_dtensor, whole_tensor
 from mocofast.step_parts import FORWARD
 from mocofast.train.encoder_run import CONVERTED
 
@@ -91,6 +89,8 @@ class Sharding:
         autocast: torch.autocast,
         mesh: DeviceMesh | None = None,
     ) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+
         self._method = method
         encoders = [name for name in FORWARD if isinstance(getattr(method, name, None), nn.Module)]
         self._plain = {name: _without_memory(getattr(method, name)) for name in encoders}
@@ -126,10 +126,13 @@ class Sharding:
 
 def sharded_like(own: Tensor, whole: Tensor) -> Tensor:
     """Returns `whole`, the same on every rank, sharded as `own`, or itself for a plain `own`."""
-    if not isinstance(own, DTensor):
+    sharded: Any = own if is_dtensor(own) else None
+    if sharded is None:
         return whole
-    on_device = whole.to(own.to_local().device)
-    return distribute_tensor(on_device, own.device_mesh, own.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    on_device = whole.to(sharded.to_local().device)
+    return distribute_tensor(on_device, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def load_model(method: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -202,7 +205,7 @@ def empty_like_own(
     def make(path: str, value: Tensor) -> Tensor:
         kind, _, name = path.partition("/")
         like = own.get(name) if kind == "model" else parameters[int(name.split("/")[1])]
-        if isinstance(like, DTensor) and like.shape == value.shape:
+        if is_dtensor(like) and like.shape == value.shape:
             return torch.empty_like(like, dtype=value.dtype)
         return torch.empty(value.shape, dtype=value.dtype)
 

@@ -113,9 +113,12 @@ def train_step(
 
 
 def _backward(loss: Tensor, share: float) -> None:
-    """Runs the backward pass of share x loss. The whole share launches nothing for the factor."""
+    """Runs the backward pass of share x loss. The whole share launches nothing for the factor.
+
+    A CPU has no launches to save, and a given gradient imports sympy, which takes half a second.
+    """
     if share == 1 and loss.dtype == torch.float32 and loss.dim() == 0:
-        loss.backward(gradient=unit_gradient(loss.device))
+        loss.backward(gradient=unit_gradient(loss.device) if loss.device.type != "cpu" else None)
     else:
         (loss * share).backward()
 
