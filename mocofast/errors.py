@@ -51,3 +51,17 @@ def describe_error(error: BaseException) -> str:
 def list_choices(names: Sequence[str]) -> str:
     """Returns names as words of a sentence: "a, b or c"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def torchvision_way_out() -> str:
+    """Returns the command that installs torchvision beside this torch.
+
+    pip's own index has builds for CUDA alone, which do not load beside a CPU build of torch.
+    """
+    from importlib.metadata import version
+
+    torch = version("torch")
+    if not torch.endswith("+cpu"):
+        return "pip install 'mocofast[train]' installs all packages of the commands"
+    index = "https://download.pytorch.org/whl/cpu"
+    return f"pip install torch=={torch} torchvision --extra-index-url {index}"

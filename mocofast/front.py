@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mocofast import completion, interrupts, settings
-from mocofast.errors import ConfigError, DivergedError, UnreachableError, printable
+from mocofast.errors import (
+    ConfigError,
+    DivergedError,
+    UnreachableError,
+    printable,
+    torchvision_way_out,
+)
 
 # Packages of the extra `train`. The ops do without them.
 TRAINING = ("PIL", "matplotlib", "safetensors", "sklearn", "torchvision", "tqdm", "yaml")
@@ -120,6 +126,8 @@ def _run(commands: Commands, argv: list[str]) -> int:
             raise
         missing = f"needs the package {error.name}, which is not installed"
         way_out = "pip install 'mocofast[train]' installs all packages of the commands"
+        if error.name == "torchvision":
+            way_out = torchvision_way_out()
         print(f"mocofast {name}: {missing}. {way_out}", file=sys.stderr)
         return 2
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.models import list_models
 
 from mocofast.config import Config
 from mocofast.models.encoders import SOLO
@@ -51,9 +49,17 @@ def channel_statistics(config: Config) -> tuple[list[float], list[float]]:
     return mean, std
 
 
+def _is_of_torchvision(arch: str) -> bool:
+    if arch in SIZES or arch == "resnet_tiny":  # the demo does without torchvision
+        return False
+    from torchvision.models import list_models
+
+    return arch in list_models()
+
+
 def _reference_command(config: Config, path: str) -> str:
     m = config.model
-    if config.data.channels == 3 and m.arch in list_models(module=torchvision.models):
+    if config.data.channels == 3 and _is_of_torchvision(m.arch):
         mlp = " --mlp" if m.mlp else ""
         return (
             f"python main_moco.py --arch {m.arch} --resume {path} "
@@ -125,9 +131,8 @@ def _constructor(by_timm: bool, config: Config, encoder: nn.Module) -> list[str]
             f'model = timm.create_model("{plain}", num_classes=0{inputs})',
         ]
     elif (
-        arch in SIZES
-        or config.model.layer_scale
-        or plain not in list_models()
+        config.model.layer_scale
+        or not _is_of_torchvision(plain)
         or (is_vit and not isinstance(size, int))  # torchvision's ViTs take squares alone
     ):
         inputs = "" if channels == 3 else f", {channels}"
