@@ -18,7 +18,7 @@ from mocofast.evaluate.finetune import FinetuneConfig, finetune, train_classifie
 from mocofast.evaluate.knn import knn_accuracy, knn_votes
 from mocofast.evaluate.layers import add_drop_path, optimizer_of
 from mocofast.evaluate.linear import LinearConfig, fit_probe
-from mocofast.evaluate.metrics import measure
+from mocofast.evaluate.metrics import measure, top_accuracies
 from mocofast.evaluate.options import of_protocol
 from mocofast.evaluate.search import search
 from mocofast.evaluate.targets import targets_of
@@ -60,6 +60,23 @@ def test_figures_of_classes_follow_their_definitions() -> None:
     low, high = found["intervals"]["top1"]
     error = 1.96 * np.sqrt(found["top1"] * (1 - found["top1"]) / 300)
     assert (low, high) == pytest.approx((found["top1"] - error, found["top1"] + error), abs=0.012)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 6, 30])
+def test_accuracies_of_ties_and_missing_scores(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    scores = rng.integers(0, 4, (400, classes)).astype(np.float64)  # many are equal
+    scores[rng.random(scores.shape) < 0.2] = np.nan  # classes without a vote
+    scores[:20] = np.nan
+    labels = rng.integers(0, classes, 400)
+    hits = np.zeros(2)
+    for row, label in zip(scores, labels):
+        known = [c for c in range(classes) if not np.isnan(row[c])]
+        ranked = sorted(known, key=lambda c: (-row[c], c))
+        hits += [label in ranked[:1], label in ranked[:5]]
+    found = top_accuracies(torch.tensor(scores), torch.tensor(labels))
+    assert found == pytest.approx(tuple(hits / 400), abs=1e-12)
+    assert top_accuracies(torch.full((9, classes), np.nan), torch.zeros(9).long()) == (0, 0)
 
 
 def test_figures_of_tags_and_numbers_follow_their_definitions() -> None:

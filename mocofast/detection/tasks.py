@@ -162,9 +162,13 @@ def task_of(config: TaskConfig) -> Task:
 
 def confusion(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
     """Returns (classes, classes) int64: pixels of class i, found to be of class j."""
+    from sklearn.metrics import confusion_matrix
+
     counts = truth != IGNORED
-    pairs = truth[counts].astype(np.int64) * classes + found[counts]
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    if not counts.any():
+        return np.zeros((classes, classes), np.int64)
+    matrix: np.ndarray = confusion_matrix(truth[counts], found[counts], labels=np.arange(classes))
+    return matrix
 
 
 def iou_figures(matrix: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
@@ -173,13 +177,18 @@ def iou_figures(matrix: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
     As VOC does, the mean is over background and classes. A class neither shown nor found
     does not count.
     """
-    right = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - right
-    iou = {name: float(r / u) for name, r, u in zip(names, right, union) if u}
+    from sklearn.metrics import accuracy_score, jaccard_score
+
+    shown = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
+    if not len(shown):
+        return {"miou": 0.0, "pixel_accuracy": 0.0}
+    truth, found = np.indices(matrix.shape).reshape(2, -1)
+    pixels = {"sample_weight": matrix.ravel()}  # of every cell: a sample for each
+    iou = jaccard_score(truth, found, labels=shown, average=None, **pixels)
     return {
-        "miou": float(np.mean([*iou.values()])) if iou else 0.0,
-        "pixel_accuracy": float(right.sum() / max(1, matrix.sum())),
-        **{f"iou_{name}": value for name, value in iou.items()},
+        "miou": float(iou.mean()),
+        "pixel_accuracy": float(accuracy_score(truth, found, **pixels)),
+        **{f"iou_{names[number]}": float(value) for number, value in zip(shown, iou)},
     }
 
 

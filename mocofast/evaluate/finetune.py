@@ -23,9 +23,9 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.distributed import rank_and_world_size
 from mocofast.errors import NothingDecodedError
 from mocofast.evaluate.features import evaluating, image_batches
-from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.layers import add_drop_path, optimizer_of
 from mocofast.evaluate.linear import Probe, fit_probe, plain_view
+from mocofast.evaluate.metrics import top_accuracies
 from mocofast.evaluate.options import FinetuneConfig as FinetuneConfig
 from mocofast.evaluate.options import LinearConfig
 from mocofast.evaluate.ranks import over_ranks
@@ -229,8 +229,7 @@ def predict(
 
 
 def _accuracy(found: Predictions) -> FinetuneResult:
-    position = label_position(found.scores, found.labels)
-    return FinetuneResult(*((position < top).double().mean().item() for top in (1, 5)))
+    return FinetuneResult(*top_accuracies(found.scores, found.labels))
 
 
 def _replace_head(encoder: nn.Module, outputs: int, config: Config, device: torch.device) -> None:

@@ -42,6 +42,7 @@ from mocofast.evaluate.features import (
 )
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.logistic import Features, fit_logistic
+from mocofast.evaluate.metrics import top_accuracies
 from mocofast.evaluate.options import LinearConfig as LinearConfig
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, loss_of, targets_of
@@ -86,8 +87,7 @@ def linear_probe(
 ) -> LinearResult:
     """Returns the accuracies of `fit_probe`, for labels that are classes."""
     probe = fit_probe(encoder, datasets, config, options, device)
-    top1, top5 = _accuracy(probe.scores, probe.labels)
-    return LinearResult(top1, top5, probe.train_top1, probe.l2)
+    return LinearResult(*top_accuracies(probe.scores, probe.labels), probe.train_top1, probe.l2)
 
 
 def fit_probe(
@@ -321,7 +321,7 @@ def _figure(
     """Returns what a probe is chosen by: top-1, mean average precision, or R^2."""
     scores = _scores(features, weight, bias)
     if targets.kind == "class":
-        return _accuracy(scores, labels)[0]
+        return wide(label_position(scores, labels) == 0).mean().item()
     wanted = targets.of(labels)
     if targets.kind == "number":
         rest, spread = (scores - wanted).square().sum(), (wanted - wanted.mean()).square().sum()
@@ -331,13 +331,6 @@ def _figure(
         return 0.0
     columns = (values[:, there].cpu().numpy() for values in (wanted, scores))
     return float(average_precision_score(*columns, average="macro"))
-
-
-def _accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Returns the shares of rows whose label scores highest, and among the five highest."""
-    position = label_position(scores, labels)
-    top1, top5 = (wide(position < top).mean().item() for top in (1, 5))
-    return top1, top5
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from scipy.stats import bootstrap
 from sklearn import metrics
 from torch import Tensor
 
-from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.targets import Targets
 
 Interval = tuple[float, float]
@@ -58,19 +57,47 @@ def measure(
     return found
 
 
+def top_accuracies(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Returns the shares of images whose class scores highest, and among the five highest.
+
+    scores: (N, C), any float dtype. labels: (N,) int64.
+    The lower class comes first where scores are equal, as the votes of kNN often are. A class
+    without a score (NaN) is never right.
+    """
+    scores, labels = scores.cpu(), labels.cpu()
+    true, count = labels.numpy(), scores.shape[1]
+    scored = ~scores.gather(1, labels[:, None])[:, 0].isnan().numpy()
+    top1, top5 = float(metrics.accuracy_score(true, _predicted(scores))), float(scored.mean())
+    if count > 5 and scored.any():
+        # scikit-learn puts the higher class first where scores are equal.
+        finite = scores.nan_to_num(torch.finfo(scores.dtype).min).flip(1).numpy()[scored]
+        reversed_labels = count - 1 - true[scored]
+        hits = metrics.top_k_accuracy_score(
+            reversed_labels, finite, k=5, labels=np.arange(count), normalize=False
+        )
+        top5 = float(hits) / len(true)
+    return top1, top5
+
+
+def _predicted(scores: Tensor) -> np.ndarray:
+    """Returns the classes (N,) int64 of the highest scores. -1: an image without scores."""
+    found = scores.nan_to_num(-torch.inf).argmax(1)
+    return found.masked_fill(scores.isnan().all(1), -1).numpy()
+
+
 Statistics = dict[str, Callable[[np.ndarray], float]]  # of the images with these indices
 
 
 def _of_classes(
     scores: Tensor, labels: Tensor, targets: Targets
 ) -> tuple[dict[str, Any], Statistics]:
-    position = label_position(scores, labels).numpy()
-    true, predicted = labels.numpy(), scores.nan_to_num(-torch.inf).argmax(1).numpy()
+    true, predicted = labels.numpy(), _predicted(scores)
     numbers = np.arange(len(targets.names))
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         true, predicted, labels=numbers, zero_division=0
     )
-    hits, occurs = position == 0, support > 0
+    hits, occurs = predicted == true, support > 0
+    top1, top5 = top_accuracies(scores, labels)
 
     def balanced(index: np.ndarray) -> float:
         """Returns metrics.balanced_accuracy_score, in a fiftieth of its time, for resamples."""
@@ -80,8 +107,8 @@ def _of_classes(
 
     found: dict[str, Any] = {
         "images": len(true),
-        "top1": float(hits.mean()),
-        "top5": float((position < 5).mean()),
+        "top1": top1,
+        "top5": top5,
         "balanced_accuracy": float(recall[occurs].mean()),
         "auroc": _auroc(_comparable(scores.numpy()), np.eye(len(numbers), dtype=bool)[true]),
         "per_class": [
@@ -95,8 +122,8 @@ def _of_classes(
     }
     if len(numbers) <= MOST_IN_MATRIX:
         found["confusion"] = metrics.confusion_matrix(true, predicted, labels=numbers).tolist()
-    top1 = lambda index: float(hits[index].mean())  # noqa: E731
-    return found, {"top1": top1, "balanced_accuracy": balanced}
+    share = lambda index: float(hits[index].mean())  # noqa: E731
+    return found, {"top1": share, "balanced_accuracy": balanced}
 
 
 def _of_tags(
