@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tests import kinds
-from tests.field_files import FIELD_KINDS, X12, dicom, geotiff
+from tests.field_files import CT, FIELD_KINDS, X12, dicom, geotiff
 from tests.kinds import (
     ALPHA,
     C8,
@@ -22,7 +24,9 @@ from tests.kinds import (
     GRAY,
     HOLE,
     HOUNSFIELD,
+    PALETTE,
     RGB,
+    SEEN_PALETTE,
     STACK,
     H,
     Kind,
@@ -101,6 +105,65 @@ def _old_dicom(path: Path) -> None:
     whole = pydicom.dcmread(path)
     bare = pydicom.Dataset({tag: whole[tag] for tag in whole.keys()})  # noqa: SIM118
     bare.save_as(path, implicit_vr=True, little_endian=True)
+
+
+def _palette_dicom(path: Path) -> None:
+    import pydicom
+    from pydicom.datadict import tag_for_keyword
+
+    dicom(path, np.asarray(PALETTE), PhotometricInterpretation="PALETTE COLOR")
+    dataset = pydicom.dcmread(path)
+    colors = np.array(PALETTE.getpalette()).reshape(-1, 3)
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        table = f"{name}PaletteColorLookupTable"
+        tag: Any = tag_for_keyword(f"{table}Descriptor")
+        dataset.add_new(tag, "US", [len(colors), 0, 16])
+        setattr(dataset, f"{table}Data", (colors[:, channel] * 257).astype(np.uint16).tobytes())
+    dataset.save_as(path)
+
+
+def _enhanced(path: Path) -> None:
+    """Writes frames with one slope and a window of each frame."""
+    from pydicom import Dataset
+
+    def group(name: str, **tags: float) -> Dataset:
+        item, found = Dataset(), Dataset()
+        for keyword, value in tags.items():
+            setattr(item, keyword, value)
+        setattr(found, name, [item])
+        return found
+
+    shared = group("PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=-100)
+    windows = [
+        group("FrameVOILUTSequence", WindowCenter=40 + 100 * i, WindowWidth=400 + 200 * i)
+        for i in range(3)
+    ]
+    dicom(path, np.stack([CT // 3, CT, CT // 2]), SharedFunctionalGroupsSequence=[shared],
+          PerFrameFunctionalGroupsSequence=windows)  # fmt: skip
+
+
+def _scaled_volume(path: Path) -> None:
+    """Writes 16 bits that mean values of 0.25 times the number, minus 1000."""
+    import nibabel
+
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.uint16)
+    volume = np.stack([G16.T // 2, G16.T, G16.T // 3], axis=2)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([-1, -1, 1, 1]), header), path)
+    content = bytearray(path.read_bytes())
+    content[112:120] = struct.pack("<ff", 0.25, -1000)  # nibabel always writes 1 and 0
+    path.write_bytes(content)
+
+
+def _ome_pyramid(path: Path) -> None:
+    """Writes three channels, and a smaller level as SubIFDs."""
+    import tifffile
+
+    planes = np.moveaxis(C16, 2, 0)
+    options: dict[str, Any] = {"tile": (16, 16), "photometric": "minisblack"}
+    with tifffile.TiffWriter(path, ome=True, bigtiff=True) as out:
+        out.write(planes, subifds=1, metadata={"axes": "CYX"}, **options)
+        out.write(planes[:, ::2, ::2], subfiletype=1, **options)
 
 
 def _lab() -> np.ndarray:
@@ -183,6 +246,28 @@ ODD_KINDS = (
          "page 4 of 7"),
     Kind("TIFF, stack of pages", "pages-rgb.tif", _pages(INCREASING, photometric="rgb"), C8, 0,
          "page 2 of 3"),
+    Kind("TIFF, alpha", "associated16.tif",
+         _tiff(np.dstack([np.rint(C16 * SHARE).astype(np.uint16), ALPHA.astype(np.uint16) * 257]),
+               photometric="rgb", extrasamples=["assocalpha"]), C16 / 257),
+    Kind("TIFF, alpha", "associated-more.tif",
+         _tiff(np.dstack([np.rint(C8 * SHARE).astype(np.uint8), ALPHA, G8]), photometric="rgb",
+               extrasamples=["assocalpha", "unspecified"]), C8, 4, "channels 1 to 3 of 5"),
+    Kind("TIFF, CMYK, alpha", "cmyk-alpha.tif",
+         _tiff(np.dstack([255 - C8, np.zeros_like(G8), ALPHA]), photometric="separated",
+               extrasamples=["unassalpha"]), C8, 1),
+    Kind("BigTIFF, Motorola order", "motorola-float.tif",
+         _tiff(GRAY.astype(np.float32), byteorder=">", bigtiff=True, compression="zlib",
+               predictor=3), gray(GRAY * 255)),
+    Kind("BigTIFF, Motorola order", "motorola16.tif",
+         _tiff(C16, byteorder=">", bigtiff=True, photometric="rgb", tile=(16, 16)), C16 / 257),
+    Kind("TIFF, YCbCr", "ycbcr.tif",
+         _tiff(np.asarray(Image.fromarray(C8).convert("YCbCr")), photometric="ycbcr"), C8, 3),
+    Kind("TIFF, orientation", "turned5.tif",
+         _tiff(np.ascontiguousarray(G16.T), extratags=[(274, 3, 1, 5, True)]), gray(G16) / 257),
+    Kind("OME-TIFF", "pyramid.ome.tif", _ome_pyramid, C16 / 257),
+    Kind("OME-TIFF, time series", "time.ome.tif",
+         _tiff(np.stack([np.stack([G16 // part, C16[..., 1]]) for part in (4, 1, 2)]),
+               metadata={"axes": "TCYX"}), gray(G16) / 257, 1, "page 2 of 3 (axis T)"),
     Kind("JPEG 2000 of GDAL", "gdal.jp2", _jpeg2000(C8), C8, 0),
     Kind("JPEG 2000 of GDAL", "gdal16.jp2", _jpeg2000(C16), C16 / 257),
     Kind("JPEG 2000 of GDAL", "gdal5.jp2", _jpeg2000(np.dstack([C8, C8[..., :2]])), C8, 0,
@@ -192,6 +277,18 @@ ODD_KINDS = (
     Kind("DICOM, gray", "high-bit.dcm", lambda p: dicom(p, X12 << 4, 12, HighBit=15),
          stretched(X12, 0, 4095)),
     Kind("DICOM, without a preamble", "old.dcm", _old_dicom, stretched(X12, 0, 4095)),
+    Kind("DICOM, colours", "palette.dcm", _palette_dicom, SEEN_PALETTE),
+    Kind("DICOM, colours", "ycbcr.dcm",
+         lambda p: dicom(p, np.asarray(Image.fromarray(C8).convert("YCbCr")),
+                         PhotometricInterpretation="YBR_FULL"), C8, 3),
+    Kind("DICOM, several frames", "frames-rle.dcm",
+         lambda p: dicom(p, STACK, syntax="1.2.840.10008.1.2.5"), gray(G8), 0, "frame 4 of 7"),
+    Kind("DICOM, several frames", "enhanced.dcm", _enhanced, stretched(2.0 * CT - 100, -160, 439),
+         1, "frame 2 of 3"),
+    Kind("NIfTI", "slope.nii", _scaled_volume, stretched(G16, G16.min(), G16.max()), 1,
+         "axial slice 2 of 3"),
+    Kind("numpy", "label-first.npz", lambda p: np.savez(p, label=np.int64(3), picture=C8), C8, 0,
+         "array picture of 2 arrays"),
     Kind("numpy", "one-channel.npy", lambda p: np.save(p, G8[..., None]), gray(G8), 0),
 )  # fmt: skip
 EVERY_KIND = tuple(

@@ -302,9 +302,8 @@ def test_groups_are_held_out_whole(tmp_path: Path) -> None:
         data = DataConfig(path=str(tmp_path), group="2", holdout=0.3)
         datasets = load_datasets(data, seed)
         assert datasets.val is not None
-        train, val = (
-            {name.rsplit("/", 1)[0] for name in named(part)}
-            for part in (datasets.train, datasets.val)
+        train, val = (  # patients, who have images of both classes
+            {name.split("/")[1] for name in named(part)} for part in (datasets.train, datasets.val)
         )
         assert not train & val
         assert len(datasets.train) + len(datasets.val) == 38

@@ -36,6 +36,8 @@ def partly_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, count in (("train", 12), ("unlabeled", 20), ("Test", 6)):
         save(root, part, count)
     (root / "train" / "notes.txt").write_text("text")
+    (root / "Test" / "zebra").mkdir()  # a class that train/ lacks
+    Image.new("RGB", (20, 20)).save(root / "Test" / "zebra" / "0.png")
     return root
 
 
@@ -64,6 +66,8 @@ def test_a_partly_labelled_zip_trains_resumes_and_is_evaluated_on_its_labels(
     out_text = mocofast(capsys, *common, "--train.dir", whole, "--train.max_steps", "5")
     assert "data: 32 images of 2 classes, 20 unlabelled; held out: set/Test/, 6" in out_text
     assert "data: 1 file of other kinds ignored: 1 .txt" in out_text
+    zebra = "1 image of set/Test/ not evaluated: of classes that set/train/ and set/unlabeled/ lack"
+    assert f"{zebra} (zebra)" in out_text
     assert "--augment.size" not in out_text  # images are larger than views
     for steps in ("2", "5"):
         mocofast(

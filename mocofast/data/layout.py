@@ -89,7 +89,9 @@ def arrange(tree: Tree, data: DataConfig, place: str) -> Layout:
     if data.labels == "auto":
         classes, labels = _classes_of_parts(found.names, sets.train)
     remarks += _doubts(found, classes, sets, patterns)
-    groups = None if not data.group else groups_of(found.names, sets.train, data.group)
+    groups = None
+    if data.group:
+        groups = groups_of(found.names, sets.train, data.group, classed=labels is not None)
     layout = Layout(found.names, labels, classes, groups, [], None, "", "", remarks)
     if sets.val is None:
         return layout
@@ -217,12 +219,16 @@ def _classes_of_parts(
     return (classes, labels) if classes else ((), None)
 
 
-def groups_of(names: Sequence[str], folders: Sequence[str], level: str) -> np.ndarray:
+def groups_of(
+    names: Sequence[str], folders: Sequence[str], level: str, classed: bool = False
+) -> np.ndarray:
     """Returns the group of every image, (N,) int64.
 
     names: N paths.
     folders: prefixes of the paths.
     level: number of the folder below that names the group, 1 is the first.
+    classed: the first folder in which paths differ is the class, which is no part of a group: a
+        patient with images of two classes is one group.
     """
     if not level.isdecimal() or len(level) > _MOST_DIGITS or not int(level):
         shown = level if len(level) <= 40 else f"{level[:40]}..."
@@ -230,14 +236,25 @@ def groups_of(names: Sequence[str], folders: Sequence[str], level: str) -> np.nd
             "data.group: expected the level of the folders that are groups, from 1, or the column "
             f"of a list or a table (data.source=list, parquet, hf), got {shown!r}"
         )
+    classes = {folder: _level_of_classes(names, folder) for folder in folders if classed}
     groups = []
+    first: dict[str, str] = {}  # of every group, the first path of its folders
     for name in names:
         folder = next(folder for folder in folders if name.startswith(folder))
         *parts, _ = name[len(folder) :].split("/")
         if len(parts) < int(level):
             raise ConfigError(f"data.group: {name} has no folder at level {level}")
-        groups.append("/".join(parts[: int(level)]))
-    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+        path = "/".join(parts[: int(level)])
+        kept = [part for i, part in enumerate(parts[: int(level)], 1) if i != classes.get(folder)]
+        groups.append("/".join(kept) or path)
+        first[groups[-1]] = min(path, first.get(groups[-1], path))
+    return np.unique([first[group] for group in groups], return_inverse=True)[1].astype(np.int64)
+
+
+def _level_of_classes(names: Sequence[str], folder: str) -> int:
+    """Returns the level below a folder in which its paths differ first. names: sorted."""
+    inside = [name[len(folder) :] for name in names if name.startswith(folder)]
+    return inside[0][: _common_folder(inside)].count("/") + 1 if inside else 1
 
 
 def grouped_holdout(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -307,7 +324,11 @@ def _with_evaluation(layout: Layout, found: Found, sets: SetFolders) -> Layout:
         return layout._replace(why=f"{sets.val} {nothing}")
     remarks = layout.remarks
     if len(known) < len(folders):
-        words = f"that {train} lacks ({shortened(unknown)})" if unknown else "without a class"
+        words = (
+            f"that {train} lack{'s' * (len(sets.train) < 2)} ({shortened(unknown)})"
+            if unknown
+            else "without a class"
+        )
         count = counted(len(folders) - len(known), "image")
         remarks = [*remarks, f"{count} of {sets.val} not evaluated: of classes {words}"]
     labels = np.array([position[folders[i]] for i in known], dtype=np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -20,7 +20,8 @@ from mocofast.data.ranges import Pixels, type_bounds
 
 NPY = ".npy"
 MAGIC = b"\x93NUMPY"
-# Names of the image in an .npz archive with several arrays. Otherwise the first array is read.
+# Names of the image in an .npz archive with several arrays. Otherwise the first array of two or
+# more dimensions is read.
 IMAGE_NAMES = ("image", "img", "x", "data", "arr_0")
 
 
@@ -136,8 +137,17 @@ def _member(file: str | bytes) -> Iterator[tuple[BinaryIO, str]]:
             names = [name for name in archive.namelist() if name.endswith(NPY)]
             if not names:
                 raise ValueError("an archive without an array")
-            known = (f"{name}{NPY}" for name in IMAGE_NAMES)
-            name = next((name for name in known if name in names), names[0])
+            known = [f"{name}{NPY}" for name in IMAGE_NAMES if f"{name}{NPY}" in names]
+            name = known[0] if known else _first_image(archive, names)
             remark = "" if len(names) == 1 else f"array {name[:-4]} of {len(names)} arrays"
             with archive.open(name) as inner:
                 yield cast("BinaryIO", inner), remark
+
+
+def _first_image(archive: zipfile.ZipFile, names: list[str]) -> str:
+    """Returns the first array of two or more dimensions, or the first array."""
+    for name in names:
+        with archive.open(name) as member, suppress(ValueError):
+            if len(array_header(cast("BinaryIO", member))[0]) > 1:
+                return name
+    return names[0]

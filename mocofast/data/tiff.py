@@ -18,11 +18,12 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from mocofast.data.items import ALL, WHOLE, opened
 from mocofast.data.ranges import Pixels, type_bounds
-from mocofast.data.tiff_colors import CHANNELS, ICC_LAB, LAB, divided, to_rgb
+from mocofast.data.tiff_colors import CHANNELS, CMYK, ICC_LAB, LAB, divided, to_rgb
 from mocofast.data.tiff_pages import choose, opened_series, read_planes
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
+JPEG = 7  # code of the compression
 # Codes of compressions: none, fax, LZW, JPEG, deflate, PackBits, Zstandard. PIL knows more.
 DALI_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000})
 PIL_COMPRESSIONS = DALI_COMPRESSIONS | {6, 32771, 34676, 34677, 34925}
@@ -73,11 +74,18 @@ class Tags(NamedTuple):
     hollow: bool  # not compressed, and much larger than the file: a damaged header
     sparse: bool  # some tiles are not stored: their numbers are the mark of missing values, or 0
     page: int  # number of the page: not 0 after smaller copies
+    motorola: bool  # BigTIFF of numbers whose first byte is the largest: PIL does not open it
 
     @property
     def associated(self) -> bool:
         """True if the colours were multiplied by the transparency."""
-        return self.extra == (1,) and self.photometric in (BLACK_IS_ZERO, RGB)
+        return self.extra.count(1) == 1 and self.photometric in (BLACK_IS_ZERO, RGB)
+
+    @property
+    def opened_by_pil(self) -> bool:
+        """True if PIL decodes the pixels of the page that is read."""
+        known = self.compression in PIL_COMPRESSIONS and not self.motorola
+        return known and not (self.sparse or self.page)
 
     @property
     def alpha(self) -> int:
@@ -95,6 +103,8 @@ class Tags(NamedTuple):
             return False
         if self.photometric == BLACK_IS_ZERO:
             return self.channels == 1
+        if self.photometric == YCBCR and self.compression != JPEG:
+            return False
         colors = self.photometric in (RGB, PALETTE, YCBCR)
         return colors and (not self.extra or self.extra[0] == 2)
 
@@ -116,7 +126,7 @@ def _read_tags(file: BinaryIO) -> Tags:
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(8)
-    if head[2] == 43:  # BigTIFF
+    if 43 in head[2:4]:  # BigTIFF
         head += file.read(8)
     first = start = _directory(file, head, 0)
     page = 0
@@ -138,7 +148,7 @@ def _read_tags(file: BinaryIO) -> Tags:
         height, width = width, height
     photometric = int(first.get(262, 0))
     compression = int(first.get(259, 1))
-    channels = int(first.get(277, 3 if compression == 7 and photometric in (RGB, YCBCR) else 1))
+    channels = int(first.get(277, 3 if compression == JPEG and photometric in (RGB, YCBCR) else 1))
     text = str(first.get(270, ""))
     nodata = None
     with suppress(ValueError):
@@ -166,12 +176,16 @@ def _read_tags(file: BinaryIO) -> Tags:
         compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
         not stored.all(),
         page,
+        head.startswith(MAGIC[3]),
     )
 
 
 def _directory(file: BinaryIO, head: bytes, place: int) -> ImageFileDirectory_v2:
     """Returns the tags of the page at a place of the file, 0: of the first page."""
-    found = ImageFileDirectory_v2(head)
+    motorola = head.startswith(MAGIC[3])
+    found = ImageFileDirectory_v2(head[:8] if motorola else head)
+    if motorola:  # PIL takes the file for no BigTIFF
+        found._bigtiff, found.next = True, int.from_bytes(head[8:16], "big")
     file.seek(place or found.next)
     found.load(file)
     return found
@@ -194,9 +208,11 @@ def pil_reads(tags: Tags) -> bool:
 
     PIL cuts RGB of 16 bits to 8 bits.
     """
-    if tags.compression not in PIL_COMPRESSIONS or tags.sparse or tags.page:
+    if not tags.opened_by_pil:
         return False
     if tags.photometric == ICC_LAB or (tags.associated and tags.channels == 2):
+        return False
+    if tags.photometric == CMYK and tags.extra:
         return False
     if tags.planar and (tags.associated or tags.photometric == LAB):
         return False
@@ -205,7 +221,7 @@ def pil_reads(tags: Tags) -> bool:
     bits = set(tags.bits)
     if bits == {16}:
         gray = tags.photometric == BLACK_IS_ZERO and tags.channels == 1 and tags.nodata is None
-        color = tags.photometric == RGB and not tags.planar and tags.extra != (0,)
+        color = tags.photometric == RGB and not tags.planar and tags.extra in ((), (2,))
         return gray or (color and tags.nodata is None)
     if bits == {8}:
         return True
@@ -222,7 +238,7 @@ def pil_numbers(tags: Tags) -> np.dtype | None:
     """Returns the type of numbers of a kind that PIL reads, not scaled, or None."""
     if tags.stack or tags.channels != 1 or tags.photometric > BLACK_IS_ZERO:
         return None
-    if tags.compression not in PIL_COMPRESSIONS or tags.sparse or tags.page:
+    if not tags.opened_by_pil:
         return None
     if tags.photometric == WHITE_IS_ZERO and (tags.bits[0], tags.formats[0]) != (16, 1):
         return None
@@ -269,7 +285,7 @@ def tiff_pixels(file: str | bytes, tags: Tags, wanted: int = 3, part: int = WHOL
     if mixed:
         values = to_rgb(values, tags.photometric)
     elif tags.associated:
-        values = divided(values)
+        values = divided(values, tags.extra)
     return oriented(values[..., choice.channels], tags)
 
 

@@ -37,14 +37,18 @@ def to_rgb(values: np.ndarray, photometric: int) -> np.ndarray:
     return np.asarray(Image.frombytes(mode, size, pixels.tobytes()).convert("RGB"))
 
 
-def divided(values: np.ndarray) -> np.ndarray:
+def divided(values: np.ndarray, extra: tuple[int, ...]) -> np.ndarray:
     """Returns colours that were multiplied by their transparency, divided by it: (H, W, C).
 
-    values: (H, W, C), the transparency at the end. Where it is 0, the colours are 0.
+    values: (H, W, C), the colours and then the channels of `extra`.
+    extra: kinds of the channels beside the colours, 1 for the transparency. Where it is 0, the
+        colours are 0.
     """
-    colors, alpha = values[..., :-1], values[..., -1:].astype(np.float64)
+    count = values.shape[2] - len(extra)
+    colors, rest = values[..., :count], values[..., count:]
+    alpha = rest[..., extra.index(1), None].astype(np.float64)
     top = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     shares = np.divide(colors, alpha, out=np.zeros(colors.shape), where=alpha > 0)
     scaled = (shares * top).clip(0, top)
     whole = scaled if values.dtype.kind == "f" else np.floor(scaled + 0.5)
-    return np.concatenate([whole.astype(values.dtype), values[..., -1:]], axis=2)
+    return np.concatenate([whole.astype(values.dtype), rest], axis=2)

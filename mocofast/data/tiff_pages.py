@@ -5,6 +5,7 @@ has more than the encoder takes.
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ def opened_series(file: str | bytes, page: int, stack: bool) -> Iterator[Any]:
         from tifffile import TiffFile
     except ImportError as error:
         raise ImportError(f"this kind of TIFF needs tifffile: {INSTALL}") from error
+    # One line a file, for example for a nodata value that is no number of the file's type.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
     def opened_as(**flags: bool) -> Any:
         return TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file, **flags)

@@ -102,10 +102,11 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
     """
     lines = []
     batch, epochs = config.data.batch_size, config.train.epochs
-    if steps == 1 and epochs > 1:
+    smaller = max(2, count // 8)
+    if steps == 1 and epochs > 1 and smaller < batch:
         lines.append(
             f"an epoch is 1 step: data.batch_size {batch} and {counted(count, 'image')}. "
-            f"--data.batch_size {max(2, count // 8)} makes about 8 steps"
+            f"--data.batch_size {smaller} makes about 8 steps"
         )
     left_out = count - steps * batch
     if left_out > LEFT_OUT * count and config.data.drop_last:
