@@ -1,10 +1,15 @@
 """The time and the memory from the start of a process to the first batch of a large set.
 
 `python -m mocofast_bench.start PLACE [--images N] [--entries N] [--out FILE.jsonl]` makes a folder
-of N images, shards of N images, and a synthetic index of N samples in PLACE, and deletes them.
-Every side runs in a process of its own, the sides in turns. A side's own imports are not part of
-its time and memory. The side "index" ends before a batch, because its shards hold no images.
-webdataset has no index, and its first batch mixes the first samples of a few shards.
+of N images, shards of N images, and a set of N samples in links to one shard in PLACE, and deletes
+them. Every side runs in a process of its own, the sides in turns. A side's own imports are not part
+of its time and of `more_mib`. webdataset has no index, and its first batch mixes the first samples
+of a few shards.
+
+more_mib: peak of the process's resident memory, minus the memory after the imports.
+own_mib: at the first batch, memory that no file backs (RssAnon) of the process, minus the same.
+shared_mib: the same of process and workers together, with pages of files (PSS).
+peak_mib: peak of the process's resident memory, with imports.
 """
 
 from __future__ import annotations
@@ -22,14 +27,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocofast.data.folder_index import YOUNG
 
 SIZE, BATCH, WORKERS = 64, 256, 2
-SIDES = ("list", "kept list", "ImageFolder", "shards", "kept shards", "webdataset", "index")
+SIDES = (
+    *("list", "kept list", "ImageFolder", "shards", "kept shards", "webdataset"),
+    *("entries", "kept entries"),  # the set of links
+)
 SHARD = 10_000  # samples
 LINKS = 50_000  # names that a file has at most (ext4 allows 65,000)
 
@@ -56,35 +64,25 @@ def make_set(place: Path, count: int) -> None:
     with tarfile.open(shards / "000000.tar", "w") as tar:
         for number in range(min(SHARD, count)):
             tar.add(files[number % len(files)], f"{number:08d}.jpg")
+            tar.inodes.clear()  # type: ignore[attr-defined]  # the next is a file, too, not a link
     for number in range(1, count // SHARD):
         shutil.copyfile(shards / "000000.tar", shards / f"{number:06d}.tar")
 
 
-def make_index(place: Path, count: int) -> None:
-    """Writes the kept indices of shards with `count` samples. The shards are holes in files."""
-    from mocofast.data.shard_index import INDEX, INDEX_VERSION, _write, index_of
-    from mocofast.data.shard_samples import Members
+def make_links(place: Path, count: int) -> None:
+    """Writes `count` samples in shards of SHARD: hard links to few shards and to their indices."""
+    from mocofast.data.shard_index import INDEX, local_index
 
     place.mkdir()
-    size, none = 11_000, np.zeros(SHARD, np.int64)
-    names = np.array([f"{number:08d}.jpg".encode() for number in range(SHARD)])
-    members = Members(
-        names,
-        size * np.arange(SHARD) + 512,
-        none + 10_000,
-        none - 1,
-        np.array([], dtype="S1"),
-        none,
-        none,
-        {},
-    )
-    index = index_of(size * SHARD, members)
+    first = place.parent / "shards" / "000000.tar"
     for number in range(count // SHARD):
         shard = place / f"{number:06d}.tar"
-        with shard.open("wb") as file:
-            file.truncate(index.shard_size)
-        stamp = np.array([INDEX_VERSION, index.shard_size, shard.stat().st_mtime_ns])
-        _write(Path(f"{shard}{INDEX}"), stamp, index)
+        if number % LINKS == 0:
+            made = place.parent / "made" / shard.name
+            shutil.copyfile(first, made)
+            local_index(made)
+        os.link(made, shard)
+        os.link(f"{made}{INDEX}", f"{shard}{INDEX}")
 
 
 def mocofast_batch(folder: str, kind: str = "folder") -> int:
@@ -107,19 +105,6 @@ def mocofast_batch(folder: str, kind: str = "folder") -> int:
     next(loader.epoch(0))
     note_moment()
     loader.close()
-    return len(source)
-
-
-def mocofast_index(folder: str) -> int:
-    """Returns the number of samples of shards, when all is known that a first batch needs."""
-    from mocofast.config import DataConfig
-    from mocofast.data.shard_sets import open_shard_sets
-
-    note_moment()
-    source = open_shard_sets(folder, DataConfig(path=folder)).train
-    source.order(0, 0)
-    source.fingerprint()  # a checkpoint holds it
-    note_moment()
     return len(source)
 
 
@@ -163,39 +148,63 @@ def two_views() -> Callable[[Any], tuple[Any, Any]]:
     return lambda image: (two(image), two(image))
 
 
-_MOMENTS: list[tuple[float, float, int]] = []
+class Moment(NamedTuple):
+    """Wall time and CPU time of this process in seconds, and memory in KiB."""
+
+    wall: float
+    cpu: float
+    resident: int
+    own: int  # RssAnon
+    shared: int  # PSS of process and workers
+
+
+_MOMENTS: list[Moment] = []
 
 
 def note_moment() -> None:
-    """Notes wall time, CPU time of this process, and resident memory in KiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    resident = pages * os.sysconf("SC_PAGE_SIZE") // 1024
-    _MOMENTS.append((time.perf_counter(), time.process_time(), resident))
+    """Notes the times, then the memory, of this process."""
+    times = (time.perf_counter(), time.process_time())
+    me = os.getpid()
+    workers = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+    shared = sum(_kib(f"/proc/{each}/smaps_rollup", "Pss:") for each in (me, *workers))
+    status = "/proc/self/status"
+    _MOMENTS.append(Moment(*times, _kib(status, "VmRSS:"), _kib(status, "RssAnon:"), shared))
+
+
+def _kib(file: str, name: str) -> int:
+    """Returns a number of a file of Linux's memory figures."""
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def measured(side: str, folder: str) -> dict[str, Any]:
     """Runs a side in this process."""
     ways = {"ImageFolder": torchvision_batch, "webdataset": webdataset_batch}
     shards = partial(mocofast_batch, kind="shards")
-    ways |= {"index": mocofast_index, "shards": shards, "kept shards": shards}
+    ways |= dict.fromkeys(("shards", "kept shards", "entries", "kept entries"), shards)
     count = ways.get(side, mocofast_batch)(folder)
-    (wall, cpu, resident), (wall_2, cpu_2, _) = _MOMENTS
+    before, after = _MOMENTS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gc.collect()  # ends the workers of a loader that is no longer used
     workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "side": side,
         "shards" if side == "webdataset" else "images": count,
-        "wall_s": round(wall_2 - wall, 2),
-        "cpu_s": round(cpu_2 - cpu, 2),
+        "wall_s": round(after.wall - before.wall, 2),
+        "cpu_s": round(after.cpu - before.cpu, 2),
         "workers_cpu_s": round(workers.ru_utime + workers.ru_stime, 2),
-        "more_mib": round((peak - resident) / 1024),
+        "more_mib": round((peak - before.resident) / 1024),
+        "own_mib": round((after.own - before.own) / 1024),
+        "shared_mib": round((after.shared - before.shared) / 1024),
         "peak_mib": round(peak / 1024),
     }
 
 
 def run(side: str, place: Path) -> dict[str, Any]:
-    """Runs a side in a process of its own. "list" and "shards" find nothing kept from before."""
+    """Runs a side in a process of its own.
+
+    "list" and "shards" find nothing kept from before, and "entries" the indices of shards alone.
+    """
     from mocofast.data.shard_index import INDEX
 
     cache = place / "cache"
@@ -205,7 +214,11 @@ def run(side: str, place: Path) -> dict[str, Any]:
     if side == "shards":
         for kept in (place / "shards").glob(f"*{INDEX}"):
             kept.unlink()
-    folders = {**dict.fromkeys(("shards", "kept shards", "webdataset"), "shards"), "index": "index"}
+    if side in ("shards", "entries"):
+        for kept in (cache / "mocofast" / "shard_tables").glob("*.columns"):
+            kept.unlink()
+    folders = dict.fromkeys(("shards", "kept shards", "webdataset"), "shards")
+    folders |= dict.fromkeys(("entries", "kept entries"), "entries")
     folder = str(place / folders.get(side, "folder"))
     words = [sys.executable, "-m", "mocofast_bench.start", folder, "--side", side]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
@@ -221,8 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("place", type=Path, help="a new folder, deleted at the end")
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--entries", type=int, default=1_000_000, help="of a synthetic index")
+    parser.add_argument("--entries", type=int, default=1_000_000, help="of the set of links")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -231,10 +245,10 @@ def main() -> None:
         return
     try:
         make_set(given.place, given.images)
-        make_index(given.place / "index", given.entries)
+        make_links(given.place / "entries", given.entries)
         time.sleep(YOUNG + 1)  # the list of a folder that has just changed is not kept
         for number in range(given.rounds):
-            for side in SIDES:
+            for side in given.sides:
                 row = {"benchmark": "start", "round": number, **run(side, given.place)}
                 row["date"] = time.strftime("%Y-%m-%d")
                 print(json.dumps(row), flush=True)

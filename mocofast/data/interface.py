@@ -85,7 +85,7 @@ class Ordered(Protocol):
     """A source that chooses the order of its samples."""
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Returns a permutation of the samples, (N,) int64."""
+        """Returns a permutation of the samples, (N,) integers."""
         ...
 
 
@@ -164,10 +164,10 @@ class BatchSlice:
         return steps
 
     def indices(self, order: np.ndarray, step: int) -> np.ndarray:
-        """Returns the slice of `order` for this rank at `step`. Unless the slice is uneven, all
-        ranks get equally many samples.
+        """Returns the slice of `order` for this rank at `step`, int64. Unless the slice is uneven,
+        all ranks get equally many samples.
         """
-        whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        whole = order[step * self.batch_size : (step + 1) * self.batch_size].astype(np.int64)
         if self.uneven:
             return whole[self.shares(len(order), step).rows(self.rank)]
         if self.pad and len(whole) % self.world_size:
@@ -177,14 +177,21 @@ class BatchSlice:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns a permutation of `count` samples, (count,) int64. Epochs differ, the
+    """Returns a permutation of `count` samples, (count,) integers. Epochs differ, the
     first is shuffled too.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    order = np.arange(count, dtype=order_type(count))
+    np.random.Generator(np.random.Philox(key=[seed, epoch])).shuffle(order)
+    return order
+
+
+def order_type(count: int) -> type[np.int32] | type[np.int64]:
+    """Returns the smallest type for the order of `count` samples."""
+    return np.int32 if count <= np.iinfo(np.int32).max else np.int64
 
 
 def source_order(source: Source, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of a source's samples in an epoch, (N,) int64. Asks the source
+    """Returns the order of a source's samples in an epoch, (N,) integers. Asks the source
     if it is Ordered.
     """
     if isinstance(source, Ordered):

@@ -134,7 +134,7 @@ def digest(
     hashed = hashlib.blake2b(digest_size=16)
     for part in (content,) if isinstance(content, bytes) else content:
         hashed.update(part)
-    hashed.update(b"" if labels is None else labels.tobytes())
+    hashed.update(b"" if labels is None else np.ascontiguousarray(labels).data)
     hashed.update("\0".join(classes).encode(errors="surrogateescape"))
     return hashed.hexdigest()
 

@@ -24,7 +24,7 @@ from mocofast.data.options import PrepareConfig as PrepareConfig
 from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import AUTO, ValueRange, range_of
 from mocofast.data.shard_index import local_index
-from mocofast.data.shards import META
+from mocofast.data.shard_table import META
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import reading_values

@@ -253,7 +253,7 @@ class ReadSource:
         return part
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Returns the order of an epoch, (N,) int64. The source decides where every file gives
+        """Returns the order of an epoch, (N,) integers. The source decides where every file gives
         one sample.
         """
         if np.array_equal(self._files, np.arange(len(self._source))):
