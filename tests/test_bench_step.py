@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -190,18 +191,35 @@ def test_a_queue_that_the_reference_refuses_is_an_error_that_says_so(command: st
 
 
 @pytest.mark.usefixtures("measured_here")
+def test_the_quick_options_of_a_step_leave_memory_and_profile_out_and_keep_the_times(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = commands.QUICK["step"]
+    assert main(["step", *TINY, *options[2:]]) == 0  # without the number of repeats
+    row = last_row(capsys.readouterr().out)
+    assert {"mocofast", "reference", "strong", "encoders only"} <= set(row["milliseconds"])
+    assert "breakdown_milliseconds" not in row and not row["extra_bytes"]
+    assert len(step.plot(row).get_axes()) == 1
+
+
+@pytest.mark.usefixtures("measured_here")
 def test_train_measures_both_loops_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = runs.make_images(tmp_path, 20)  # two batches an epoch: timed steps cross epochs
     options = ["--arch", "resnet_tiny", "--size", "8", "--steps", "2", "--workers", "1"]
+    # A recipe whose views lightly's transforms can make
+    options += ["--recipe", "moco_v2_r50_200ep"]
     assert main(["train", str(folder), *TINY, *options]) == 0
     row = last_row(capsys.readouterr().out)
     assert (row["images"], row["batch_size"], row["workers"]) == (20, 8, 1)
     assert row["loader"] in ("dali", "torchvision")
+    sides = {"mocofast", "reference", "synthetic"} | (
+        set() if importlib.util.find_spec("lightly") is None else {"lightly"}
+    )
     for field in loops.LoopRates._fields:
-        assert set(row[field]) == {"mocofast", "reference", "synthetic"}
-    assert set(row["extra_bytes"]) == {"mocofast", "reference", "synthetic"}
+        assert set(row[field]) == sides
+    assert set(row["extra_bytes"]) == sides
     panels = train.plot(row).get_axes()
     assert len(panels) == 5
     widths = [bar.get_width() for bar in panels[0].patches]  # type: ignore[attr-defined]

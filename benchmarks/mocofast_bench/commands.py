@@ -52,8 +52,8 @@ QUICK = {
     "optim": ["--repeats", "7"],
     "norm": ["--repeats", "7"],
     "data": ["--repeats", "3"],
-    "step": ["--repeats", "5", "--modes"],
-    "train": ["--repeats", "3"],
+    "step": ["--repeats", "5", "--times-only", "--no-profile", "--modes"],
+    "train": ["--repeats", "3", "--steps", "6", "--short"],
     "probe": ["--repeats", "3"],
 }
 RAW = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of docstrings

@@ -300,14 +300,18 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        item = self._source.load(index)
-        if isinstance(item, np.ndarray):
-            image = Image.fromarray(item)
-        else:
-            assert not isinstance(item, Item)
-            with open_image(item) as file:
-                image = file.convert("RGB")
+        image = pil_image(self._source, index)
         return self._transform(image), self._transform(image)
+
+
+def pil_image(source: Source, index: int) -> Image.Image:
+    """Returns an image of a source as the reference reads it."""
+    item = source.load(index)
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    assert not isinstance(item, Item)
+    with open_image(item) as file:
+        return file.convert("RGB")
 
 
 class _Blur:

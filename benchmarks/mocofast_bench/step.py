@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         action="store_true",
         help="leave out the first step, memory and cores, which take a new process for every side",
     )
+    parser.add_argument(
+        "--no-profile",
+        action="store_true",
+        help="leave out the parts of our step and the waits, which take 36 steps",
+    )
     parser.set_defaults(repeats=5)
 
 
@@ -180,6 +185,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "skipped": skipped,
     }
     arguments.keep(row)
+    head = "two-layer" if config.model.mlp else "linear"
+    if arguments.no_profile:
+        print_table(row, head, why)
+        return row
     profile = profile_step(config, device)
     row |= {
         "host_synchronisations": {name: host_synchronisations(steps[name]) for name in sides},
@@ -189,7 +198,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "matrix_gflops": round(profile.rate / 1e9, 1),
     }
-    head = "two-layer" if config.model.mlp else "linear"
     print_table(row, head, why)
     print(f"our step: {profile.table()}")
     return row
@@ -241,7 +249,9 @@ def print_table(row: dict[str, Any], head: str, why: str) -> None:
             extra = row["extra_bytes"][name]
             megabytes = "" if extra is None else f"{extra / 1e6:.1f}"
             line += f"{row['first_step_seconds'][name]:9.2f}{megabytes:>10}"
-            line += f"{row['cores'][name]:7.2f}{row['host_synchronisations'][name]:7}"
+            line += f"{row['cores'][name]:7.2f}"
+            if "host_synchronisations" in row:
+                line += f"{row['host_synchronisations'][name]:7}"
         print(line)
     for name, reason in row["skipped"].items():
         print(f"{name:16}skipped: {reason}")
@@ -259,10 +269,9 @@ def plot(row: dict[str, Any]) -> Figure:
     }
     quantities = {name: values for name, values in quantities.items() if values}
     title = f"{row['arch']}, {row['size']} px, batch {row['batch_size']}, {row['device']}"
-    floors = row["floor_milliseconds"]
-    parts = [
-        Bar(name, value, floors.get(name)) for name, value in row["breakdown_milliseconds"].items()
-    ]
+    floors = row.get("floor_milliseconds", {})  # absent with --no-profile
+    breakdown = row.get("breakdown_milliseconds", {})
+    parts = [Bar(name, value, floors.get(name)) for name, value in breakdown.items()]
     return plot_sides(title, quantities, parts)
 
 

@@ -2,6 +2,7 @@
 
 mocofast: our loop and loader.
 reference: the loop of facebookresearch/moco with a DataLoader of PIL images.
+lightly: a loop of lightly's blocks with a DataLoader of lightly's transforms, if installed.
 synthetic: our loop on images in memory. The difference to mocofast is the cost of our loader.
 
 Every round starts every loader anew and closes the loader at the end: no loader works ahead
@@ -27,11 +28,17 @@ from mocofast.data.sources import load_datasets
 from mocofast.device import choose_device
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast.train.threads import set_threads
-from mocofast_bench import timing
+from mocofast_bench import lightly_pairs, timing
 from mocofast_bench.loops import LoopRates, TimedLoop, measure_in_turns, measure_loop, medians
 from mocofast_bench.reference_loop import ReferenceLoader, ReferenceMoCo, plain_sgd, reference_step
 from mocofast_bench.step import add_model_arguments, build_config
-from mocofast_bench.training_steps import channels_first, fresh_model, our_engine, pixel_views
+from mocofast_bench.training_steps import (
+    channels_first,
+    fresh_model,
+    lightly_step,
+    our_engine,
+    pixel_views,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         default=-1,
         help="threads or processes, -1: one for every core (default: %(default)s)",
     )
+    parser.add_argument("--short", action="store_true", help="leave lightly's loop out")
     parser.set_defaults(repeats=3)
 
 
@@ -80,11 +88,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     set_threads(fresh_model(config, device).encoder_q, config, device)
 
     # Measure: memory of every side first, then times in turns.
+    absent = {}
+    if why := lightly_pairs.why_not(config.augment) or arguments.short * "left out by --short":
+        absent["lightly"] = why
+    builds = {name: build for name, build in LOOPS.items() if name not in absent}
     memory = {
         name: timing.in_fresh_process(memory_of, name, source, config, str(device))
-        for name in LOOPS
+        for name in builds
     }
-    loops = {name: build(source, config, device) for name, build in LOOPS.items()}
+    loops = {name: build(source, config, device) for name, build in builds.items()}
     rounds = measure_in_turns(loops, arguments.repeats, arguments.steps, batch, device)
     middle = medians(rounds)
     rate = {name: median.images_per_second for name, median in middle.items()}
@@ -110,6 +122,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "extra_bytes": memory,
         "speedup": round(rate["mocofast"] / rate["reference"], 3),
         "over_synthetic": round(rate["mocofast"] / rate["synthetic"], 3),
+        "absent": absent,
     }
     print_table(row, rounds)
     return row
@@ -122,6 +135,8 @@ def print_table(row: dict[str, Any], rounds: dict[str, list[LoopRates]]) -> None
         f"batches of {row['batch_size']}, loader {row['loader']}"
     )
     print(f"{row['device']}; {row['workers']} workers; {row['repeats']} rounds")
+    for name, reason in row["absent"].items():
+        print(f"{name} left out: {reason}")
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
     print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
     for name, rate in row["images_per_second"].items():
@@ -215,6 +230,25 @@ def reference(source: Source, config: Config, device: torch.device) -> TimedLoop
     )
 
 
+def lightly(source: Source, config: Config, device: torch.device) -> TimedLoop:
+    """Returns a loop of lightly's blocks on a DataLoader of lightly's transforms."""
+    make_step = lightly_step(config, device)
+
+    def step(views: list[torch.Tensor]) -> None:
+        im_q, im_k = (
+            view.to(device, memory_format=torch.channels_last, non_blocking=True) for view in views
+        )
+        make_step(im_q, im_k)
+
+    data = config.data
+    return TimedLoop(
+        lambda: ReferenceLoader(
+            source, config.augment, data.batch_size, data.workers, lightly_pairs.LightlyPairs
+        ),
+        step,
+    )
+
+
 def synthetic(source: Source, config: Config, device: torch.device) -> TimedLoop:
     """Returns our step on one batch that is on the device already. `source` is not used."""
     engine, views = our_engine(config, device), pixel_views(config, device)
@@ -232,5 +266,6 @@ class _EmptyLoader:
 LOOPS: dict[str, Callable[[Source, Config, torch.device], TimedLoop]] = {
     "mocofast": ours,
     "reference": reference,
+    "lightly": lightly,
     "synthetic": synthetic,
 }

@@ -126,16 +126,16 @@ def strong(config: Config, device: torch.device) -> Call:
     return lambda: strong_step(eager, views, optimizer, autocast)
 
 
-def lightly(config: Config, device: torch.device) -> Call:
+def lightly_step(config: Config, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns a step made of lightly's blocks, as lightly's MoCo example combines them.
 
-    Precision and layout are as in `strong`.
+    The step takes two batches of normalised images, (B, 3, S, S) float32, channels-last, and
+    returns the loss, (). Precision and layout are as in `strong`.
     """
     from lightly.loss import NTXentLoss
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 
     model = fresh_model(config, device)
-    im_q, im_k = float_views(model, pixel_views(config, device), torch.channels_last)
     query, key = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
     criterion = NTXentLoss(
         config.model.temperature, (config.model.queue_size, config.model.dim)
@@ -143,7 +143,7 @@ def lightly(config: Config, device: torch.device) -> Call:
     optimizer = plain_sgd(query.parameters(), config.optim, foreach=True)
     autocast = choose_autocast(config.train.precision, device)
 
-    def step() -> Tensor:
+    def step(im_q: Tensor, im_k: Tensor) -> Tensor:
         update_momentum(query, key, config.model.momentum)
         with autocast:
             q = query(im_q)
@@ -157,6 +157,14 @@ def lightly(config: Config, device: torch.device) -> Call:
         return loss.detach()
 
     return step
+
+
+def lightly(config: Config, device: torch.device) -> Call:
+    """Returns `lightly_step` on images that are on the device already."""
+    step = lightly_step(config, device)
+    model = fresh_model(config, device)
+    views = float_views(model, pixel_views(config, device), torch.channels_last)
+    return lambda: step(*views)
 
 
 MODES = ("eager", "compile", "graph")

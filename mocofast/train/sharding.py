@@ -205,7 +205,7 @@ def empty_like_own(
     def make(path: str, value: Tensor) -> Tensor:
         kind, _, name = path.partition("/")
         like = own.get(name) if kind == "model" else parameters[int(name.split("/")[1])]
-        if is_dtensor(like) and like.shape == value.shape:
+        if like is not None and is_dtensor(like) and like.shape == value.shape:
             return torch.empty_like(like, dtype=value.dtype)
         return torch.empty(value.shape, dtype=value.dtype)
 
