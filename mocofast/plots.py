@@ -6,6 +6,7 @@ Loads matplotlib with the first figure: a run starts without it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,22 @@ def new_figure(width: float, height: float, pad: float | None = None) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, out: Path | str) -> None:
+    """Writes a figure. The suffix of `out` chooses the format.
+
+    Names of classes and runs are shown as they are: a $ starts no formula. Signs that the font
+    lacks become boxes, without a warning.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text():  # type: ignore[attr-defined]
+            text.set_parse_math(False)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out)
+
+
 def plot_curves(metrics: Path | str, out: Path | str) -> bool:
     """Writes the curves of a run as an image file.
 
@@ -44,7 +61,7 @@ def plot_curves(metrics: Path | str, out: Path | str) -> bool:
     """
     records = read_metrics(metrics)
     if records:
-        plot_metrics(records).savefig(out)
+        save_figure(plot_metrics(records), out)
     return bool(records)
 
 

@@ -27,13 +27,14 @@ def compare(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     if len(arguments.runs) < 2:
         raise ConfigError("expected two run folders or more, got one")
+    from mocofast.plots import save_figure
     from mocofast.train import compare as module
 
     runs = module.read_runs(arguments.runs)
     print(module.table(runs))
     out = Path(arguments.out)
     try:
-        module.plot_runs(runs).savefig(out)
+        save_figure(module.plot_runs(runs), out)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error
     print(f"written to {out}")
@@ -84,6 +85,7 @@ def sweep(argv: Sequence[str]) -> int:
 def _sweep(arguments: Namespace) -> int:
     import os
 
+    from mocofast.plots import save_figure
     from mocofast.train import compare, configure
     from mocofast.train import sweep as module
     from mocofast.train.run import train
@@ -117,7 +119,7 @@ def _sweep(arguments: Namespace) -> int:
         written = [module.RESULTS, module.TABLE]
         figure = compare.plot_sweep(rows)
         if figure is not None:
-            figure.savefig(folder / module.PLOT)
+            save_figure(figure, folder / module.PLOT)
             written.append(module.PLOT)
         print(f"\n{text}\nwritten to {folder}: {', '.join(written)}")
     if len(rows) < len(trials):

@@ -29,7 +29,7 @@ from mocofast.data.sources import Subset, load_datasets
 from mocofast.device import choose_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods.build import build_method
-from mocofast.plots import new_figure
+from mocofast.plots import new_figure, save_figure
 from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 from mocofast.train.run import train
 
@@ -171,7 +171,7 @@ def four_class(data: str, out: Path, size: StudySize, device: torch.device) -> d
     finally:
         pool.shutdown(cancel_futures=True)
     _write(out / "table.md", table(results, size))
-    plot_study(results, size).savefig(out / "curves.png")
+    save_figure(plot_study(results, size), out / "curves.png")
     return results
 
 

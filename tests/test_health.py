@@ -188,6 +188,11 @@ def test_a_verdict_names_the_fault(name: str, line: dict[str, Any]) -> None:
 
 def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
     assert verdict(evidence()).startswith("healthy")
+    flat = evidence()._replace(before={"knn_top1": 0.8}, after={"knn_top1": 0.79})
+    assert verdict(flat).startswith("no gain yet: nothing wrong was noticed, train longer")
+    assert "kNN accuracy 79.0% (random weights: 80.0%)" in verdict(flat)
+    flat.facts["pretrained"] = True
+    assert "(weights before: 80.0%)" in verdict(flat)
     # Single steps of a random walk make the measured lag short. The momentum says better.
     assert diagnose(evidence(key_distance=0.0, queue_drift=0.6)) == []
     # A short run cannot move its weights far.

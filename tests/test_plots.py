@@ -12,7 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mocofast.plots import plot_curves, plot_metrics, read_metrics
+from mocofast.evaluate.pictures import plot_confusion
+from mocofast.plots import plot_curves, plot_metrics, read_metrics, save_figure
 
 CHANCE = math.log(4097)
 
@@ -124,3 +125,16 @@ def test_metrics_that_a_method_names_have_panels_of_their_own() -> None:
     assert len(figure.axes) == 5
     assert lines(figure, 4)["invariance"] == ([0.0, 1.0], [0.5, 0.75])
     assert (figure.axes[0].get_title(), figure.axes[4].get_ylabel()) == ("Loss", "invariance")
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    sides = []
+    for name in ("$_$", "猫", "abc"):
+        figure = plot_confusion([[1, 0], [2, 3]], (name, "$x$"), f"runs/$^$ and {name}")
+        save_figure(figure, tmp_path / "a.png")
+        written = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+        assert written == [name, "$x$"]
+        with Image.open(tmp_path / "a.png") as image:
+            sides.append(np.asarray(image.convert("L")).std())
+    assert min(sides) > 10

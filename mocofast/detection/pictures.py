@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from mocofast.detection.average_precision import Detections
 from mocofast.detection.sets import IGNORED, Target
 from mocofast.detection.tasks import Prediction
-from mocofast.plots import new_figure, read_metrics
+from mocofast.plots import new_figure, read_metrics, save_figure
 from mocofast.train.metrics import RESERVED
 
 SHOWN = 0.5  # least score of a box in a picture
@@ -40,7 +40,7 @@ def plot_curves(metrics: Path, keys: Sequence[str], out: Path) -> None:
         axes.grid(color="#e6e8eb", linewidth=0.8)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
-    figure.savefig(out)
+    save_figure(figure, out)
 
 
 def plot_predictions(found: Sequence[Prediction], classes: Sequence[str], out: Path) -> None:
@@ -70,7 +70,7 @@ def plot_predictions(found: Sequence[Prediction], classes: Sequence[str], out: P
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(out)
+    save_figure(figure, out)
 
 
 def _draw_boxes(axes: Axes, objects: Target | Detections) -> None:

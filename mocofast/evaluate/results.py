@@ -13,6 +13,7 @@ from torch import Tensor
 from mocofast import __version__, files
 from mocofast.evaluate.pictures import plot_confusion, plot_values
 from mocofast.evaluate.targets import Targets
+from mocofast.plots import save_figure
 
 _PLAIN = ("train_top1", "l2", "few_shot_top1")  # printed without the name of the command
 _LISTS = ("per_class", "confusion", "intervals")  # figures that are no single numbers
@@ -66,16 +67,14 @@ def write_results(
     if "confusion" in figures:
         accuracy = f"accuracy {figures['top1']:.1%} of {figures['images']:,} images"
         names = targets.names
-        plot_confusion(figures["confusion"], names, f"{title}\n{accuracy}").savefig(
-            folder / "confusion.png"
-        )
+        picture = plot_confusion(figures["confusion"], names, f"{title}\n{accuracy}")
+        save_figure(picture, folder / "confusion.png")
         written.append("confusion.png")
     if targets.kind == "number" and figures["r2"] is not None:
         true = targets.of(labels.cpu())[:, 0].numpy()
         quality = f"R² {figures['r2']:.3f}, mean absolute error {figures['mae']:.3g}"
-        plot_values(scores[:, 0].cpu().numpy(), true, f"{title}\n{quality}").savefig(
-            folder / "values.png"
-        )
+        picture = plot_values(scores[:, 0].cpu().numpy(), true, f"{title}\n{quality}")
+        save_figure(picture, folder / "values.png")
         written.append("values.png")
     return written
 

@@ -77,17 +77,20 @@ def verdict(evidence: Evidence) -> str:
         return str(findings[0])
     if len(evidence.lines) < FEWEST_LINES:
         return f"too early to tell: fewer than {FEWEST_LINES} log lines (train.log_every)"
-    parts = []
+    parts, word = [], "healthy: nothing wrong was noticed"
     if (top1 := evidence.after.get("knn_top1")) is not None:
         start = evidence.before.get("knn_top1")
-        rise = "" if start is None else f" (random weights: {start:.1%})"
+        first = "weights before" if evidence.facts.get("pretrained") else "random weights"
+        rise = "" if start is None else f" ({first}: {start:.1%})"
         parts.append(f"kNN accuracy {top1:.1%}{rise}")
+        if start is not None and top1 <= start:
+            word = "no gain yet: nothing wrong was noticed, train longer (--train.epochs)"
     if (rank := evidence.recent("effective_rank")) is not None:
         parts.append(f"embeddings fill {rank:.0f} of {evidence.config.model.dim} dimensions")
     loss, chance = evidence.recent("loss"), evidence.recent("chance_loss")
     if loss is not None:
         parts.append(f"loss {loss:.3g}" + (f" (chance {chance:.3g})" if chance else ""))
-    return f"healthy: nothing wrong was noticed. {', '.join(parts)}".rstrip(" .")
+    return f"{word}. {', '.join(parts)}".rstrip(" .")
 
 
 # ---- rules, causes before effects ----

@@ -11,6 +11,7 @@ for (const map of document.querySelectorAll(".map")) {
     dots[chosen]?.classList.remove("on");
     chosen = i;
     dots[i].classList.add("on");
+    dots[i].parentNode.append(dots[i]);  // drawn above its neighbours
     said.textContent = names[i];
     const size = 96, box = map.getBoundingClientRect();
     const x = places[i][0] / 100 * box.width, y = places[i][1] / 70 * box.height;

@@ -202,14 +202,14 @@ class StepProfiler:
 
     def write(self, folder: Path) -> None:
         """Writes `FILES` into `folder`. Call after the profile is complete."""
-        from mocofast.plots import plot_step
+        from mocofast.plots import plot_step, save_figure
 
         assert self.profile is not None and self._traced is not None
         operators = self._traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
         (folder / FILES[0]).write_text(
             f"{self.profile.table()}\n\n{__doc__}\n{operators}\n", "utf-8"
         )
-        plot_step(self.profile.bars(), self.profile.title).savefig(folder / FILES[1])
+        save_figure(plot_step(self.profile.bars(), self.profile.title), folder / FILES[1])
         self._traced.export_chrome_trace(str(folder / FILES[2]))
 
     def _profile(self, traced: torch.profiler.profile) -> Profile:
