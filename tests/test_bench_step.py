@@ -294,12 +294,17 @@ def test_all_runs_every_short_benchmark_with_its_defaults(
         )
 
     monkeypatch.setattr(commands, "benchmark", fake)
+    processes: list[str] = []
+    monkeypatch.setattr(
+        commands, "_in_own_process", lambda words: main(words) or processes.append(words[0])
+    )
     assert main(["all", "--device", "cpu", *(["--path", path] if path else [])]) == 0
     assert set(ran) == set(BENCHMARKS) - {"sweep", "speedrun"} - (set() if path else {"data"})
     assert ("data is left out" in capsys.readouterr().out) == (path is None)
     assert ran["train"]["path"] == path
     assert all(arguments["device"] == "cpu" for arguments in ran.values())
     assert (ran["kernels"]["n"], ran["step"]["recipe"]) == (256, None)
+    assert processes == ["step", "train"]
     ran.clear()
     assert main(["all", "--quick", "--device", "cpu", *(["--path", path] if path else [])]) == 0
     assert (ran["kernels"]["no_compile"], list(ran["step"]["modes"])) == (True, [])
