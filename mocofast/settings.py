@@ -317,6 +317,7 @@ def validate(config: Config) -> None:
             "data.batch_size", "a multiple of train.accumulate", config.data.batch_size
         )
     _check_statistics(config)
+    _check_range(config)
     _check_schedules(config)
     _check_turns(config)
     if config.data.source in OWN_IMAGES and not config.data.path:
@@ -350,6 +351,18 @@ def _check_turns(config: Config) -> None:
             f"0 for views of {pixels_text(wide[0])} pixels, because a turn exchanges height and "
             "width (flip and vertical_flip keep them)",
             config.augment.quarter_turns,
+        )
+
+
+def _check_range(config: Config) -> None:
+    """Checks that data.range has numbers for all channels, or for every channel."""
+    kind, _, numbers = config.data.range.rpartition(":")
+    count, channels = len(numbers.split(",")), config.data.channels
+    pairs = count if kind == "divide" else count // 2
+    if kind != "percentile" and pairs not in (0, 1, channels):
+        raise ConfigError(
+            f"data.range: got numbers for {pairs} channels, expected numbers for all channels "
+            f"together, or for {channels} (data.channels): {config.data.range}"
         )
 
 

@@ -118,6 +118,21 @@ def test_statistics_are_one_or_as_many_as_channels(name: str) -> None:
         settings.validate(config)
 
 
+@pytest.mark.parametrize("text", ["0,1,0,2", "divide:1,2,3"])
+def test_ranges_are_one_or_as_many_as_channels(text: str) -> None:
+    config = Config()
+    settings.apply(config, {"data.path": "x", "data.channels": BANDS, "augment.mean": "0.5"})
+    settings.apply(config, {"augment.std": "0.2", "augment.color_ops": "auto"})
+    for good in ("auto", "0,1", "divide:9", "percentile:1,99", "0,1," * 12 + "0,2"):
+        settings.apply(config, {"data.range": good})
+        settings.validate(config)
+    settings.apply(config, {"data.range": text})
+    with pytest.raises(
+        ConfigError, match=r"data\.range: got numbers for [23] channels.* or for 13"
+    ):
+        settings.validate(config)
+
+
 def test_a_profile_counts_all_channels() -> None:
     encoder = build_encoder("resnet_tiny", 8, BANDS)(num_classes=4)
     off = torch.autocast("cpu", enabled=False)
