@@ -201,5 +201,5 @@ setup(
         "dev": [*TEST, *BENCH, *DOCS, *LINT],
     },
     cmdclass={"editable_wheel": EditableWheel},
-    entry_points={"console_scripts": ["mocofast = mocofast.cli:main"]},
+    entry_points={"console_scripts": ["mocofast = mocofast.__main__:main"]},
 )

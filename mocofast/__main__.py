@@ -1,8 +1,20 @@
-"""`python -m mocofast`, as torchrun starts it."""
+"""The command `mocofast`, and `python -m mocofast`, as torchrun starts it."""
 
 import sys
 
-from mocofast.cli import main
+from mocofast import interrupts
+
+
+def main() -> int:
+    """Runs the command of sys.argv. Returns its exit status. Ctrl-C may come while modules load."""
+    with interrupts.watching():
+        try:
+            from mocofast import cli
+        except interrupts.Stopped as stop:
+            print("mocofast: stopped", file=sys.stderr)
+            return 128 + stop.number
+        return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

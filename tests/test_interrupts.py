@@ -97,20 +97,39 @@ def test_a_signal_outside_the_steps_ends_the_command() -> None:
         "sys.exit(front.run(dict.fromkeys(('pretrain', 'knn', 'sweep'), wait), sys.argv[1:]))"
     )
     for name, status in (("pretrain", 75), ("knn", 130), ("sweep", 130)):
-        waiting = subprocess.Popen(
-            [sys.executable, "-c", script, name],
-            env=runs.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=_hears_ctrl_c,  # noqa: PLW1509 (no thread runs here)
-        )
-        read_until(waiting, "begun")
-        waiting.send_signal(signal.SIGINT)
-        _, err = waiting.communicate(timeout=10)
-        assert waiting.returncode == status
-        assert f"mocofast {name}: stopped" in err and "Traceback" not in err
+        err = end_by_ctrl_c(script, name, status)
+        assert f"mocofast {name}: stopped" in err
         assert (name == "sweep") == ("the same command continues" in err)
+
+
+def test_a_signal_while_modules_load_ends_the_command() -> None:
+    script = (
+        "import sys, time\nfrom mocofast import __main__\n"
+        "class Slow:\n    def find_spec(self, name, *_):\n"
+        "        if name == 'mocofast.cli':\n"
+        "            print('begun', flush=True); time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\nsys.exit(__main__.main())"
+    )
+    out = end_by_ctrl_c(script, "pretrain", 130)
+    assert "mocofast: stopped" in out
+
+
+def end_by_ctrl_c(script: str, name: str, status: int) -> str:
+    """Starts Python code, presses Ctrl-C when it prints "begun", and returns its last words."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", script, name],
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hears_ctrl_c,  # noqa: PLW1509 (no thread runs here)
+    )
+    read_until(waiting, "begun")
+    waiting.send_signal(signal.SIGINT)
+    _, err = waiting.communicate(timeout=10)
+    assert waiting.returncode == status
+    assert "Traceback" not in err
+    return err
 
 
 def test_a_run_that_stopped_in_an_evaluation_continues_exactly(

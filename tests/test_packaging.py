@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing
 
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
-    assert "mocofast = mocofast.cli:main" in metadata(wheel, "entry_points.txt")
+    assert "mocofast = mocofast.__main__:main" in metadata(wheel, "entry_points.txt")
 
 
 def test_the_index_shows_what_the_package_is(wheel: zipfile.ZipFile) -> None:
