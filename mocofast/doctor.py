@@ -106,8 +106,11 @@ def report_on_run(folder: Path) -> list[Finding]:
             findings.append(
                 Finding(name, DAMAGED if bad else "whole", why or f"{len(lines)} lines")
             )
-    if (folder / "signals.jsonl").exists() and not any(f.use == DAMAGED for f in findings):
-        evidence = evidence_of(folder)
+    if (folder / "signals.jsonl").exists():
+        try:
+            evidence = evidence_of(folder)
+        except ConfigError:  # the finding on metrics.jsonl tells why
+            return findings
         noticed = diagnose(evidence)
         use = noticed[0].name if noticed else "no problem"
         findings.append(Finding("verdict", use, verdict(evidence)))

@@ -45,8 +45,8 @@ def save_figure(figure: Figure, out: Path | str) -> None:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        if "$" in text.get_text():  # type: ignore[attr-defined]
-            text.set_parse_math(False)  # type: ignore[attr-defined]
+        if "$" in text.get_text():
+            text.set_parse_math(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(out)

@@ -122,7 +122,7 @@ def test_a_run_without_its_images_or_files_still_has_a_page(
         assert cli.main([command, str(bare), str(folder)]) == 2
         assert said in capsys.readouterr().err
     assert cli.main(["report", str(bare)]) == 0
-    assert "not started: no log line yet" in capsys.readouterr().out
+    assert "too early to tell: no log line yet" in capsys.readouterr().out
     assert "No log line yet" in checked(bare / "report.html", "predictions")
     (bare / "config.yaml").unlink()
     assert cli.main(["report", str(bare)]) == 2

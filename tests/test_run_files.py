@@ -119,6 +119,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
     status, out, _ = call(capsys, "doctor", str(folder))
     assert status == 1
     assert out.count("damaged") >= 2 and "step 2, epoch 0 + 2 steps" in out
+    assert "\nverdict" in out  # a crash is when one asks
     assert load_checkpoint(folder)["step"] == 2
     assert "wrong checksum" in caplog.text and "of step 2" in caplog.text
     with pytest.raises(ConfigError, match="wrong checksum"):

@@ -103,7 +103,7 @@ def verdict(run: TaskRun) -> tuple[bool, str]:
     train, values = run.config.train, run.values
     steps = [record for record in run.records if "loss" in record]
     if not steps:
-        return False, "not started: no log line yet"
+        return False, "too early to tell: no log line yet (--train.log_every)"
     if steps[-1]["loss"] is None:
         return True, "diverged: the loss is not finite. Take a lower --optim.lr, and more warm-up"
     epoch = f"{last(run.records, 'epoch')} of {train.epochs} epochs"
