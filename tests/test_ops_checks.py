@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mocofast import ops
+from mocofast.ops import memory
+from mocofast.ops.remembered import LISTS
 
 GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 EMPTY = GOOD[:, None][:, :0]
@@ -181,6 +183,40 @@ def test_an_ema_sees_what_changed_in_place_since_the_last_call() -> None:
     with pytest.raises(TypeError, match=r"sources\[0\] .*int32"):
         ops.ema_update_(targets, sources, 0.5)
     assert torch.equal(targets[0], torch.full((2, 3), 0.75))
+
+
+def test_lists_that_an_ema_has_checked_are_checked_again_after_a_change() -> None:
+    def fresh() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.zeros(3) for _ in range(4)], [torch.ones(3) for _ in range(4)]
+
+    ops.ema_update_(*fresh(), 0.5)
+    targets, sources = fresh()  # other tensors of equal properties
+    assert memory._known.find(targets + sources) is not None
+    targets[1].data = targets[0].data  # tied now: updated once
+    ops.ema_update_(targets, sources, 0.5)
+    assert [t.tolist() for t in targets] == [[0.5] * 3] * 4
+    targets[2].data = torch.zeros(3, dtype=torch.float16)
+    targets[3].data = torch.zeros(6)[::2]
+    ops.ema_update_(targets, sources, 0.25)
+    assert targets[2].dtype == torch.float16
+    assert [t.tolist() for t in targets] == [[0.875] * 3] * 2 + [[0.75] * 3] * 2
+    with pytest.raises(ValueError, match=r"targets\[1\] .*overlap"):
+        ops.ema_update_([targets[0], torch.zeros(1).expand(3)], sources[:2], 0.5)
+    for name, freed in (("targets", targets), ("sources", sources)):
+        targets[:], sources[:] = fresh()
+        freed[3].untyped_storage().resize_(0)  # as FSDP frees parameters
+        with pytest.raises(ValueError, match=rf"{name}\[3\] .*freed"):
+            ops.ema_update_(targets, sources, 0.5)
+        assert targets[0].tolist() == [0] * 3
+
+
+def test_the_lists_that_are_remembered_do_not_pile_up() -> None:
+    for count in range(1, 40):
+        ops.ema_update_([torch.zeros(2)] * count, [torch.ones(2)] * count, 0.5)
+        targets = [torch.zeros(2) for _ in range(count)]
+        ops.ema_update_(targets, [torch.ones(2) for _ in range(count)], 0.5)
+        assert all(t.tolist() == [0.5, 0.5] for t in targets)
+        assert len(memory._known._lists) <= LISTS
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from mocofast_kernels import cpu, cpu_memory, cpu_products, cpu_threads
 from torch import Tensor
 
+from mocofast import ops
+
 WORKERS = os.cpu_count() or 1  # threads of the pool
 
 
@@ -76,7 +78,7 @@ def test_results_are_bit_equal_for_any_number_of_threads(
 def test_averages_are_those_of_lerp_to_the_bit_for_any_number_of_threads(
     momentum: float,
 ) -> None:
-    shapes = [(5000,), (7,), (33, 17), (12, 8, 3, 3)]
+    shapes = [(5000,), (7,), (cpu_memory.GRAIN + 9,), (33, 17), (12, 8, 3, 3)]
     sources = [features(i, *shape) for i, shape in enumerate(shapes)]
     before = [features(10 + i, *shape) for i, shape in enumerate(shapes)]
     before[-1] = before[-1].contiguous(memory_format=torch.channels_last)
@@ -85,6 +87,9 @@ def test_averages_are_those_of_lerp_to_the_bit_for_any_number_of_threads(
         torch.set_num_threads(threads)
         targets = [target.clone() for target in before]
         cpu_memory.ema_update_(targets, sources, momentum)
+        assert all(torch.equal(got, expected) for got, expected in zip(targets, want))
+        targets = [target.clone() for target in before[:-1]]  # all contiguous
+        ops.ema_update_(targets, sources[:-1], momentum)
         assert all(torch.equal(got, expected) for got, expected in zip(targets, want))
     tied = before[0].clone()
     cpu_memory.ema_update_([tied, tied], [sources[0], sources[0]], momentum)

@@ -113,8 +113,9 @@ def drill(name: str, folder: Path) -> dict[str, Any]:
         assert expected.isfinite().all(), "the features are not finite after the step"
         loaded = load_any(str(path))
         again = loaded.method.eval()
+        read = again.state_dict()
         for key, value in method.state_dict().items():
-            assert torch.equal(again.state_dict()[key], value), f"{key} differs"
+            assert torch.equal(read[key], value), f"{key} differs"
         with torch.no_grad():
             found = features(again.encoder_q, view)
         result["equal"] = torch.equal(found, expected)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
+from mocofast_kernels.cpu_parts import check_memory
 from mocofast_kernels.cpu_vectors import unit_rows
+
+GRAIN = 2**15  # elements: PyTorch's elementwise operations divide larger tensors among threads
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -> None:
@@ -24,18 +29,35 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
     pointer.add_(count).remainder_(size)
 
 
-def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
+def ema_update_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: float | Tensor,
+    *,
+    is_contiguous_float32: bool = False,
+) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
         listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
+    is_contiguous_float32: all tensors are known to be contiguous, of float32.
+
+    Raises ValueError for a tensor whose storage was freed, where PyTorch would crash.
     """
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum
-    if isinstance(step, float) and _are_distinct_float32(targets, sources):
-        _lerp(targets, sources, step)
+    both = targets + sources
+    addresses = set(map(Tensor.data_ptr, both))
+    if 0 in addresses:
+        check_memory(targets=targets, sources=sources)
+    if (
+        len(addresses) == len(both)  # nothing is tied
+        and isinstance(step, float)
+        and (is_contiguous_float32 or {x.dtype for x in both} == {torch.float32})
+    ):
+        _lerp(targets, sources, step, is_contiguous_float32)
         return
     # Sort out integers, other types and tied tensors.
     plain_targets, plain_sources = [], []
@@ -60,26 +82,38 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
     if not plain_targets:
         return
     if isinstance(step, float):
-        _lerp(plain_targets, plain_sources, step)
+        _lerp(plain_targets, plain_sources, step, is_contiguous_float32)
     else:
         for target, source in zip(plain_targets, plain_sources):
             target.lerp_(source, step)
 
 
-def _lerp(targets: list[Tensor], sources: list[Tensor], step: float) -> None:
-    """Computes t = t + step (s - t), float32.
+def _lerp(targets: list[Tensor], sources: list[Tensor], step: float, are_contiguous: bool) -> None:
+    """Computes t = t + step (s - t), float32. are_contiguous: all are known to be contiguous.
 
     For steps below 1/2, `lerp` computes t - step (t - s). A fused step of SGD with gradient -s and
     weight decay 1 computes the same to the bit, without an iterator for every tensor. The fused
-    step goes through memory in order, and wakes all threads for every tensor.
+    step goes through memory in order, and wakes all threads for every tensor. So `lerp`, which
+    wakes no thread for a small tensor, takes small tensors where there are threads.
+
+    The last tensor comes first: a step of an optimiser has left the last weights in the cache.
     """
+    targets, sources = targets[::-1], sources[::-1]
     if (
-        step < 0.5
-        and torch.get_num_threads() == 1
-        and targets[0].device.type == "cpu"
-        and all(map(Tensor.is_contiguous, targets))
-        and all(map(Tensor.is_contiguous, sources))
+        step >= 0.5
+        or targets[0].device.type != "cpu"
+        or not (are_contiguous or all(map(Tensor.is_contiguous, targets + sources)))
     ):
+        torch._foreach_lerp_(targets, sources, step)
+        return
+    if torch.get_num_threads() > 1:
+        small = [target.numel() <= GRAIN for target in targets]
+        if any(small):
+            few = list(compress(targets, small)), list(compress(sources, small))
+            torch._foreach_lerp_(*few, step)
+            large = [not is_small for is_small in small]
+            targets, sources = list(compress(targets, large)), list(compress(sources, large))
+    if targets:
         torch._fused_sgd_(
             targets,
             sources,
@@ -92,12 +126,3 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], step: float) -> None:
             maximize=True,
             is_first_step=False,
         )
-    else:
-        torch._foreach_lerp_(targets, sources, step)
-
-
-def _are_distinct_float32(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Returns whether all tensors are float32 and no target is listed twice: the usual case."""
-    pointers = set(map(Tensor.data_ptr, targets))
-    both = targets + sources
-    return len(pointers) == len(targets) and {x.dtype for x in both} == {torch.float32}

@@ -83,3 +83,17 @@ def _order(t: Tensor) -> list[int]:
     The stride of a dimension of size 1 says nothing: 1x1 convolutions have two ways to write it.
     """
     return [stride for size, stride in zip(t.shape, t.stride()) if size != 1]
+
+
+def check_memory(**lists: Sequence[Tensor | None]) -> None:
+    """Raises ValueError for a tensor whose storage was freed, where reading would crash.
+
+    lists: tensors by the name of their list, which the error says.
+    """
+    for name, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if t is not None and t.numel() and not t.data_ptr() and t.device.type != "meta":
+                raise ValueError(
+                    f"{name}[{i}] must have memory: got a {t.dtype} tensor of shape "
+                    f"{tuple(t.shape)} whose storage was freed"
+                )

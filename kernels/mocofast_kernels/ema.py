@@ -56,13 +56,20 @@ def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> Non
 
 
 @torch.no_grad()
-def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
+def ema_update_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: float | Tensor,
+    *,
+    is_contiguous_float32: bool = False,
+) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
         listed twice (tied weights) is updated once.
     momentum: m, a float (1 - m is computed in double precision), or a tensor () on the same
         device, read on the device.
+    is_contiguous_float32: of the kernel of CPUs, without effect here.
 
     Computes in float32 (float64 for a float64 target) and rounds to the target's type.
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mocofast_kernels.cpu_parts import same_layout
+from mocofast_kernels.cpu_parts import check_memory, same_layout
 
 PLANS = 16  # sets of rows that a cache remembers
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -98,7 +98,7 @@ class TableCache:
 
         A new set of rows uploads tables, and the host does not wait for the upload. Other CUDA
         streams wait for the upload. Raises RuntimeError where the upload falls into the capture of
-        a CUDA graph.
+        a CUDA graph, and ValueError for a tensor whose storage was freed.
         """
         key = tuple(
             None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
@@ -112,6 +112,8 @@ class TableCache:
             if plan.upload is not None and self._use(plan, plan.upload):
                 self._captured[key] = plan
             return plan
+        for place, row in enumerate(rows):
+            check_memory(**{f"row {place}": row})
         groups: dict[tuple[Hashable, ...], list[int]] = {}
         singly = []
         seen = set()

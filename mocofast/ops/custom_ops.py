@@ -178,10 +178,19 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> N
         backend.backend_for(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
 
 
-def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
-    """Calls the kernel for tensors of a single device, through an op while torch.compile traces."""
+def ema_update_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: float | Tensor,
+    is_contiguous_float32: bool,
+) -> None:
+    """Calls the kernel for tensors of a single device, through an op while torch.compile traces.
+
+    is_contiguous_float32: all tensors are known to be contiguous, of float32.
+    """
     if torch.compiler.is_compiling():
         scalar, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
         ema_update_op(targets, sources, tensor, scalar)
     else:
-        backend.backend_for(targets[0].device.type).ema_update_(targets, sources, momentum)
+        update = backend.backend_for(targets[0].device.type).ema_update_
+        update(targets, sources, momentum, is_contiguous_float32=is_contiguous_float32)

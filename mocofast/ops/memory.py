@@ -12,6 +12,9 @@ from torch import Tensor
 from mocofast.ops import custom_ops
 from mocofast.ops.checks import check_matrix, check_same, check_width, described
 from mocofast.ops.local import check_sharded_alike, is_plain, local_tensor
+from mocofast.ops.remembered import Remembered
+
+_known = Remembered()
 
 
 @torch.no_grad()
@@ -37,11 +40,15 @@ def ema_update_(
         raise ValueError(
             f"sources must be as many as targets: got {len(sources)} and {len(targets)}"
         )
-    if not torch.compiler.is_compiling() and not is_plain(targets + sources):
-        targets, sources = _local_pairs(targets, sources)
+    seen = None
+    if not torch.compiler.is_compiling():
+        seen = _known.find(targets + sources)
+        if seen is None and not is_plain(targets + sources):
+            targets, sources = _local_pairs(targets, sources)
     # Group pairs by device. The common case, a single device, has a faster check.
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    if (common := _device_of_plain_pairs(targets, sources)) is not None:
+    common = _device_of_plain_pairs(targets, sources) if seen is None else seen.device
+    if common is not None:
         groups[common] = (targets, sources)
     else:
         for i, (target, source) in enumerate(zip(targets, sources)):
@@ -53,7 +60,7 @@ def ema_update_(
     for device in groups:
         momentum = _checked_momentum(momentum, device)
     for group in groups.values():
-        custom_ops.ema_update_(*group, momentum)
+        custom_ops.ema_update_(*group, momentum, seen is not None and seen.is_contiguous_float32)
 
 
 def get_ema_multi_avg_fn(
@@ -121,8 +128,8 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     Plain pairs are floating tensors on a single device, of equal shapes pairwise, with no expanded
     target. They pass `_check_pair`.
 
-    Checking a property for all tensors at once costs a third of checking pair by pair. No result is
-    cached, because storage, shape and dtype of a tensor can be replaced in place between calls.
+    Checking a property for all tensors at once costs a third of checking pair by pair. Pairs that
+    pass are remembered by their properties.
     """
     both = targets + sources
     if not all(issubclass(kind, Tensor) for kind in set(map(type, both))):
@@ -135,7 +142,12 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
         and [x.shape for x in targets] == [x.shape for x in sources]
         and all(x.is_contiguous() or 0 not in x.stride() for x in targets)
     )
-    return devices.pop() if plain else None
+    if not plain:
+        return None
+    (device,) = devices
+    if not torch.compiler.is_compiling():
+        _known.add(both, device)
+    return device
 
 
 def _local_pairs(targets: list[Any], sources: list[Any]) -> tuple[list[Any], list[Any]]:
