@@ -150,15 +150,17 @@ def export(argv: Sequence[str]) -> int:
         "--augment.size",
         metavar="HEIGHT,WIDTH",
         default=argparse.SUPPRESS,
-        help="the images of a ViT of another project, where its position embeddings are no square",
+        help="the images of onnx and torch_export (default: those of training), and of a ViT of "
+        "another project whose position embeddings are no square",
     )
     arguments = parser.parse(argv)
     from mocofast.interop import export as writing
     from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 
-    loaded = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
+    size = size_of(arguments) if given_settings(arguments) else 0
+    loaded = load_any(arguments.checkpoint, arguments.arch, size)
     checkpoint = as_checkpoint(loaded)
-    print(writing.export(checkpoint, arguments.format, arguments.out))
+    print(writing.export(checkpoint, arguments.format, arguments.out, size))
     return 0
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mocofast import cli
 from mocofast.config import ConfigError
 from mocofast.data.evaluation import center_view
 from mocofast.interop.export import export
 from mocofast.models.pixels import prepare_images
+from mocofast.train.checkpoint_writer import save_atomically
 from tests.test_export import query_features, trained
 
 SMALL = {"augment.size": 32}
@@ -106,6 +108,23 @@ def test_an_exported_program_computes_equal_features_for_any_number_of_images(
         with torch.no_grad():
             found = scope["model"](images)
         torch.testing.assert_close(found, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet_tiny", "vit_micro_cifar"])
+def test_a_graph_may_be_of_other_images_than_those_of_training(arch: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "run.pt", tmp_path / "model.pt2"
+    checkpoint = trained(arch, SMALL)
+    save_atomically(checkpoint, path)
+    words = ["export", str(path), "--augment.size", "24,48", "--format"]
+    assert cli.main([*words, "torch_export", str(out)]) == 0
+    images = torch.randn(3, 3, 24, 48)
+    with torch.no_grad():
+        found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
+    assert cli.main([*words, "safetensors", str(tmp_path / "x.safetensors")]) == 2
+    with pytest.raises(ConfigError, match=r"augment.size: .*24 x 48 pixels"):
+        export(checkpoint, "torchvision", tmp_path / "x.pt", (24, 48))
+    export(checkpoint, "torchvision", tmp_path / "x.pt", 32)  # the size of training
 
 
 @pytest.mark.parametrize(

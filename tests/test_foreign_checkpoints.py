@@ -55,6 +55,10 @@ def under(prefix: str, weights: Weights) -> Weights:
     return {f"{prefix}{name}": value.clone() for name, value in weights.items()}
 
 
+def zeros(weights: Weights) -> Weights:
+    return {name: torch.zeros_like(value) for name, value in weights.items()}
+
+
 HEAD = {"weight": torch.zeros(128, 512), "bias": torch.zeros(128)}
 LAYOUTS: dict[str, Callable[[Weights], Any]] = {
     "torchvision": lambda w: w | under("fc.", HEAD),
@@ -71,14 +75,14 @@ LAYOUTS: dict[str, Callable[[Weights], Any]] = {
     "moco-v3, linear": lambda w: {"state_dict": under("module.", w | under("fc.", HEAD))},
     "solo-learn": lambda w: {
         "state_dict": under("backbone.", w)
-        | under("momentum_backbone.", {n: torch.zeros_like(v) for n, v in w.items()})
+        | under("momentum_backbone.", zeros(w))
         | under("projector.0.", HEAD)
         | {"queue": torch.zeros(2, 128, 64)}
     },
     "mmselfsup": lambda w: {"meta": {"epoch": 1}, "state_dict": under("backbone.", w)},
     "mmpretrain": lambda w: {
         "state_dict": under("backbone.", w)
-        | under("encoder_k.module.0.", {n: torch.zeros_like(v) for n, v in w.items()})
+        | under("encoder_k.module.0.", zeros(w))
         | {"queue": torch.zeros(128, 64), "queue_ptr": torch.zeros(1)}
     },
     "VISSL": lambda w: {
@@ -89,12 +93,45 @@ LAYOUTS: dict[str, Callable[[Weights], Any]] = {
         }
     },
     "DINO": lambda w: {
-        "student": under("module.backbone.", {n: torch.zeros_like(v) for n, v in w.items()}),
+        "student": under("module.backbone.", zeros(w)),
         "teacher": under("backbone.", w) | under("head.mlp.0.", HEAD),
         "epoch": 3,
     },
     "wrappers": lambda w: {"model": under("_orig_mod.module.model.", w)},
     "wrappers, other order": lambda w: {"model_state_dict": under("module._orig_mod.", w)},
+    "wrappers of parts": lambda w: {
+        f"_fsdp_wrapped_module.{n.replace('.', '._checkpoint_wrapped_module.', 1)}": value
+        for n, value in w.items()
+    },
+    "DDP of the encoders alone": lambda w: {
+        "state_dict": under("encoder_q.module.", w) | under("encoder_k.module.", zeros(w))
+    },
+    "Lightning, DINO, compiled, with a loss": lambda w: {
+        "state_dict": under("student._orig_mod.backbone.", zeros(w))
+        | under("teacher._orig_mod.backbone.", w)
+        | under("teacher._orig_mod.head.mlp.0.", HEAD)
+        | {"loss.center": torch.zeros(1, 128)}
+    },
+    "Lightning, MoCo in a part, with a metric": lambda w: {
+        "state_dict": under("model.encoder_q.", w)
+        | under("model.encoder_k.", zeros(w))
+        | {"accuracy.total": torch.zeros(1)}
+    },
+    "SwAV": lambda w: (
+        under("module.", w | under("projection_head.0.", HEAD))
+        | {"module.prototypes.weight": torch.zeros(30, 128)}
+    ),
+    "byol-pytorch": lambda w: (
+        under("online_encoder.net.", w)
+        | under("online_encoder.projector.0.", HEAD)
+        | under("target_encoder.net.", zeros(w))
+    ),
+    "heads beside the encoder": lambda w: (
+        w
+        | under("projector.0.", HEAD)
+        | under("predictor.0.", HEAD)
+        | under("decoder_blocks.0.", HEAD)
+    ),
     "argparse": lambda w: {"args": argparse.Namespace(lr=0.1), "model": w},
 }
 

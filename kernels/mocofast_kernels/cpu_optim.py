@@ -243,7 +243,9 @@ def _dense_groups(rows: Sequence[ParameterRow]) -> Iterator[_Group]:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         key: Hashable = (wide, param.device, len(state))
         tensors = (param, grad, *state[:2])
-        if any(t.dtype != wide for t in tensors) or not same_layout(tensors):
+        if {t.dtype for t in tensors} != {wide} or not (
+            all(map(Tensor.is_contiguous, tensors)) or same_layout(tensors)
+        ):
             copies = [t.to(wide, copy=True, memory_format=torch.contiguous_format) for t in tensors]
             write_back.setdefault(key, []).extend([(param, copies[0]), *zip(state, copies[2:])])
             param, grad, state = copies[0], copies[1], (*copies[2:], *state[2:])

@@ -31,6 +31,7 @@ from mocofast.models.libraries import TIMM
 from mocofast.settings import nearest
 from mocofast.train.checkpoint import model_from_checkpoint
 from mocofast.train.checkpoint_writer import save_atomically
+from mocofast.view_sizes import Size, pixels_text
 
 
 class Exported(NamedTuple):
@@ -46,7 +47,7 @@ class Exported(NamedTuple):
         return f"{content}. To load them:\n\n{self.how_to_load}\n"
 
 
-def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Exported:
+def export(checkpoint: Mapping[str, Any], format: str, out: str | Path, size: Size = 0) -> Exported:
     """Writes the model of a checkpoint in another format. The file is written atomically.
 
     checkpoint: as `load_checkpoint` returns.
@@ -63,8 +64,9 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         reference: a checkpoint of facebookresearch/moco (encoders, queue, optimiser), from which
             training can continue there.
     out: the file to write (transformers and text: the new folder). Missing folders are created.
+    size: of the images of onnx and torch_export. 0: the size of training.
     Raises ConfigError (a ValueError) for an unknown format, a suffix that does not fit the format,
-    or an encoder that the format does not support.
+    an encoder that the format does not support, or a size for a format of weights.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -82,6 +84,14 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path) -> Expor
         raise ConfigError(f"out: format {format} expects a name ending in {suffix}, got {out}")
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
+    if size and size != config.augment.size:
+        if format not in SUFFIXES:
+            raise ConfigError(
+                f"augment.size: format {format} has weights, which are of no size of images: got "
+                f"{pixels_text(size)} pixels. Leave the option out, or take "
+                f"{' or '.join(SUFFIXES)}"
+            )
+        config.augment.size = size
     if format == "reference":
         if not checkpoint.get("is_complete", True):
             raise ConfigError(

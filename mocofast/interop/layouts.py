@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import ConfigError
-from mocofast.interop.reading import described_names
+from mocofast.interop.reading import WRAPPERS, described_names, without_wrappers
 from mocofast.models.vit import sincos_position_embedding
 
 BACKBONE = "a backbone (lightly, mmselfsup, torchgeo, DINO)"
@@ -29,6 +29,11 @@ ENCODERS = (
     ("student_backbone.", "lightly"),
     ("encoder.", "an encoder (old solo-learn)"),
     ("query_encoder.", "a query encoder"),
+    ("online_encoder.", "byol-pytorch"),
+    ("teacher.", "DINO"),
+    ("student.", "DINO"),
+    # The wrapper's name does not stand before entries of losses and metrics.
+    *((wrapper, "a wrapped model") for wrapper in WRAPPERS),
 )
 # Prefixes of momentum encoders: mmselfsup, facebookresearch/moco, moco-v3, solo-learn, lightly.
 MOMENTUM = (
@@ -117,7 +122,7 @@ def _part(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     for prefix, layout in ENCODERS:
         part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
         if part:
-            inner, further = _part(part)
+            inner, further = _part(without_wrappers(part))
             return inner, layout if further == "torchvision or timm" else further
     return dict(weights), "torchvision or timm"
 
@@ -160,7 +165,8 @@ def _resnet_of(part: Mapping[str, Tensor], first: Tensor, solo: bool) -> str:
 
 
 def _vit_of(part: Mapping[str, Tensor], first: Tensor, layout: str) -> str:
-    pattern = r"blocks\.(\d+)\." if "cls_token" in part else r"encoder\.layers\.encoder_layer_(\d+)"
+    of_timm = "patch_embed.proj.weight" in part
+    pattern = r"blocks\.(\d+)\." if of_timm else r"encoder\.layers\.encoder_layer_(\d+)"
     layers = len({m[1] for name in part if (m := re.match(pattern, name))})
     width, patch = first.shape[0], first.shape[-1]
     size = _VITS.get((width, layers))

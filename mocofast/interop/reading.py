@@ -22,7 +22,9 @@ CONTAINERS = (
 )
 # Wrappers that put their name before every entry, in any order: DistributedDataParallel,
 # torch.compile, Lightning modules and trainers.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.", "method.", "_forward_module.")
+WRAPPERS = ("module.", "model.", "network.", "net.", "method.", "_forward_module.")
+# Wrappers of single parts, which may stand anywhere: torch.compile, FSDP1, recomputed activations.
+INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def read_any(path: str | Path) -> tuple[Any, Path]:
@@ -73,8 +75,10 @@ def _find(content: Any, depth: int = 0) -> dict[str, Tensor]:
 
 
 def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Removes wrappers' names, as long as a wrapper's name stands before every entry."""
+    """Removes wrappers' names: INNER anywhere, WRAPPERS where one stands before every entry."""
     found = dict(weights)
+    for inner in INNER:
+        found = {name.replace(inner, ""): value for name, value in found.items()}
     while True:
         wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in found)), None)
         if wrapper is None:

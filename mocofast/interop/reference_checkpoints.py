@@ -29,7 +29,11 @@ from mocofast.view_sizes import Size, height_width
 
 # Entries of encoders that no feature depends on.
 _UNUSED = ("mask_token",)
-_HEADS = ("fc.", "head.", "heads.", "classifier.", "dino_head.", "projection_head.")
+_HEADS = (
+    *("fc.", "head.", "heads.", "classifier.", "dino_head.", "projection_head."),
+    *("projector.", "predictor.", "prototypes."),  # SwAV, and encoders saved with their heads
+    "decoder_",  # MAE
+)
 
 
 class Loaded(NamedTuple):
@@ -71,7 +75,8 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
     path: a run folder or checkpoint of mocofast, or a file of another project (torch.save or
         safetensors): complete checkpoints of facebookresearch/moco, and encoders of all others.
     arch: the expected encoder. None: the encoder that the file names, or that its weights show.
-    size: of images that are no squares, for the position embeddings of another project.
+    size: of images that are no squares, for the position embeddings of another project. The
+        encoder of a checkpoint of mocofast keeps its own size.
     Raises FileNotFoundError, and ConfigError for an unknown file, an unexpected encoder, and for
     weights that are NaN or infinite.
     """

@@ -47,7 +47,8 @@ class Remembered:
             return
         if len(self._lists) >= LISTS:
             self._lists = {}
-        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        sizes: Any = [list(x.shape) for x in tensors]
+        strides: Any = [list(x.stride()) for x in tensors]
         guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
         self._lists[_key(tensors)] = Seen(device, plain, guard)
