@@ -269,7 +269,7 @@ def run(
                         "fence_async_shared": lambda: None,
                         "allocate_tensor_memory": program.allocate,
                         "tcgen05_mma": program.multiply,
-                        **dict.fromkeys(("TensorMemoryLayout", "get_tmem_reg_layout"), _nothing),
+                        **dict.fromkeys(("TensorMemoryLayout", "_in_registers"), _nothing),
                     }
                     with ExitStack() as stack:
                         for module, own in zip(modules, plain):

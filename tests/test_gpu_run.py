@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from mocofast_bench import autotune, ema, kernels, optim, timing
 from mocofast_bench.commands import main
+from PIL import Image
 
 from tests import runs
 
@@ -24,7 +25,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_run.sh"
 RECORDER = """#!/bin/sh
 { printf '%s\\037' "$@"; printf '\\036'; } >>"$OUT/commands"
 """
-PARTS = [("quick", 8), ("second", 1)]  # and their rows of benchmarks
+PARTS = [("quick", 8), ("second", 1), ("cifar", 0)]  # and their rows of benchmarks
 
 
 def _dry(out: Path, part: str, python: str = sys.executable, **variables: str) -> list[str]:
@@ -81,22 +82,26 @@ def test_every_command_of_a_dry_run_works(part: str, rows: int, tmp_path: Path) 
             tests += 1
             assert pytest.main([*arguments, "--collect-only"]) == 0
         elif arguments[0] == "bench":
-            _bench(arguments[1:], tmp_path)
-    assert tests == {"quick": 2, "second": 1}[part]
+            _make_images(tmp_path)
+            assert main(arguments[1:]) == 0
+        elif arguments[0] == "pretrain":
+            _make_images(tmp_path)
+            runs.mocofast(*arguments)
+    assert tests == {"quick": 2, "second": 1, "cifar": 0}[part]
     _assert_saved(tmp_path, part, rows)
 
 
-def _bench(arguments: list[str], out: Path) -> None:
-    if arguments[0] == "data":
-        from PIL import Image
-
-        (out / "images").mkdir(exist_ok=True)
-        for i in range(32):
-            Image.linear_gradient("L").rotate(10 * i).convert("RGB").save(out / f"images/{i}.jpg")
-    assert main(arguments) == 0
+def _make_images(out: Path) -> None:
+    """Makes the images that Python, which the recorder stands for, would have made."""
+    (out / "images").mkdir(exist_ok=True)
+    for i in range(32):
+        Image.linear_gradient("L").rotate(10 * i).convert("RGB").save(out / f"images/{i}.jpg")
 
 
 def _assert_saved(out: Path, part: str, rows: int) -> None:
+    if part == "cifar":
+        assert (out / "cifar10_short" / "checkpoints" / "last.pt").exists()
+        return
     saved = (out / "rows.jsonl").read_text().splitlines()
     assert len(saved) == rows
     assert all("benchmark" in json.loads(line) for line in saved)

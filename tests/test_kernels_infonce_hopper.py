@@ -18,7 +18,7 @@ from tests.triton_device import DEVICE
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-from mocofast_kernels import infonce_hopper, tiles
+from mocofast_kernels import infonce_blackwell, infonce_hopper, tiles
 from mocofast_kernels.configs import SPECIALISED, TENSOR_MEMORY, Architecture, Tile
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.cpu_ranks import TIE
@@ -26,13 +26,6 @@ from mocofast_kernels.infonce import infonce_forward
 
 from tests import gluon_device
 
-try:
-    from mocofast_kernels import infonce_blackwell
-except ImportError:
-    infonce_blackwell = None
-needs_tensor_memory = pytest.mark.skipif(
-    infonce_blackwell is None, reason="Triton 3.9 has renamed the functions of tensor memory"
-)
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
@@ -148,7 +141,6 @@ def test_small_and_odd_sizes(N: int, K: int, dtype: torch.dtype, changes: dict[s
     assert grids[0][0] == -(-N // 128)
 
 
-@needs_tensor_memory
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU computes the values below")
 @pytest.mark.parametrize(
     ("N", "K", "C", "changes"),
@@ -167,7 +159,6 @@ def test_the_sweep_for_blackwell_has_the_values_of_the_other(
     assert grids[0][0] == -(-N // 128)
 
 
-@needs_tensor_memory
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU has barriers of its own")
 @pytest.mark.parametrize("sort", ["wait", "change"])
 def test_the_sweep_for_blackwell_needs_its_barriers(

@@ -44,6 +44,9 @@ HEADLINES = {
     "info_nce, bf16, mean": "forward with mean, C=128, bf16, queue",
     "info_nce, bf16, ids": "forward with ids, C=128, bf16, queue",
     "info_nce, bf16, specialised": "forward specialised by 128, C=128, bf16, queue",
+    "info_nce, bf16, specialised for Blackwell": (
+        "forward specialised for sm_100, C=128, bf16, queue"
+    ),
     "info_nce, bf16, temperature tensor": "forward, C=128, bf16, queue, temperature tensor",
     "info_nce, bf16, in-batch": "forward, C=128, bf16, in-batch",
     "info_nce, bf16, in-batch, ids": "forward with ids and period, C=128, bf16, in-batch",
@@ -53,6 +56,7 @@ HEADLINES = {
     "info_nce, fp32": "forward, C=128, fp32, queue",
     "info_nce, bf16, C = 256": "forward, C=256, bf16, queue",
     "info_nce, bf16, C = 1024": "forward, C=1024, bf16, queue",
+    "siglip_loss, bf16": "sigmoid, C=128, bf16",
     "enqueue 256 keys": "enqueue, C=128, fp32",
     "EMA": "ema, torch.float32, ResNet-50, float momentum",
     "SGD + EMA + bf16 copies": "sgd_, torch.float32, ResNet-50, float lr, with EMA",
@@ -187,8 +191,9 @@ larger of two times: the products at the full rate of the unit, and the traffic 
 `machine_code.jsonl` has the kernels of all these cases.
 
 InfoNCE has 256 queries, 65,536 negatives and 128 dimensions (unless the call says otherwise), with
-gradient and positive ranks. EMA and optimisers have the 27,966,656 weights of a ResNet-50 with a
-two-layer head. BatchNorm has 256 x 64 x 56 x 56 activations in bf16, 8 splits and ReLU.
+gradient and positive ranks. The sigmoid loss has 4,096 pairs and both gradients. EMA and optimisers
+have the 27,966,656 weights of a ResNet-50 with a two-layer head. BatchNorm has 256 x 64 x 56 x 56
+activations in bf16, 8 splits and ReLU.
 """
 
 

@@ -1,7 +1,7 @@
 """Models how long a kernel launch takes on a GPU, from machine code and sizes. Needs no GPU.
 
-Products (the sweeps of InfoNCE). A round of a program's main loop takes, in clocks of a
-multiprocessor:
+Products (the sweeps of InfoNCE and of the sigmoid loss). A round of a program's main loop takes, in
+clocks of a multiprocessor:
 
     matrix   operations / operations a clock (half as many operations a clock in tf32)
     issue    instructions x warps / 4 (four schedulers with an instruction a clock)
@@ -213,7 +213,7 @@ def traffic(launch: Launch) -> int:
 
 
 def _is_product(launch: Launch) -> bool:
-    """Returns whether the launch is one of InfoNCE's sweeps."""
+    """Returns whether the launch is a sweep of products."""
     return "K" in launch.arguments and {"PRECISION", "STAGES"} & launch.constants.keys() != set()
 
 
@@ -282,6 +282,8 @@ def _alone(launch: Launch, report: Report, resources: list[float]) -> float:
     """Returns the clocks of a round of a program that has a multiprocessor for itself."""
     matrix, *vector = resources[:4]
     uncovered = 1 - report.loop_covered / max(1, report.loop_special)
+    if report.tcgen and "STAGES" in launch.constants:  # a warp of its own issues the products
+        uncovered = 0.0
     serial = max(*resources, matrix + uncovered * max(vector))
     # How many rounds ahead a copy is issued. Triton's loop frees a stage a round late.
     stages = launch.constants.get("STAGES") or (launch.options["num_stages"] or 1) - 1
@@ -301,10 +303,13 @@ def _round(launch: Launch, report: Report, gpu: GPU) -> tuple[int, list[float]]:
     # Rows that stay, rows that stream, and the streamed tensor.
     if "STAY" in constants:
         stay, stream = constants["STAY"], constants["STREAM"]
-        rounds, streamed = -(-given["N"] // stream), given["operand"]
+        streamed = given["operand"] if "operand" in given else given["query"]
+        rounds = -(-given["N"] // stream)
     else:
         stay, stream = constants["BLOCK_N"], constants["BLOCK_K"]
-        rounds, streamed = given["tiles_per_split"], given["negatives"]
+        streamed = given["negatives"]
+        of_sigmoid = given.get("rows_per_split", 0) // stream
+        rounds = of_sigmoid or given["tiles_per_split"]
     # Matrix units.
     block_c = constants.get("BLOCK_C", constants["C"])
     chunks = -(-constants["C"] // block_c)

@@ -135,10 +135,10 @@ def launches(only: str, targets: list[Target]) -> Iterator[tuple[str, Target, La
             continue
         torch.set_float32_matmul_precision(case.matmul_precision)
         for target in targets:
-            half = re.search(r"^(forward|backward).*(bf16|fp16)", case.name)
-            if (target.name == "sm_75" and half) or (
-                case.capability is not None and case.capability != target.capability
-            ):
+            half = re.search(r"^(forward|backward|sigmoid).*(bf16|fp16)", case.name)
+            # B300 has the tensor memory of B200.
+            kind = 100 if target.name == "sm_103" else target.capability
+            if (target.name == "sm_75" and half) or case.capability not in (None, kind):
                 continue
             if (target.capability or 0) < 80 and case.matmul_precision != "highest":
                 continue

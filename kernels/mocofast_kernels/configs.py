@@ -47,12 +47,11 @@ class Tile(NamedTuple):
     specialised: bool = False  # the sweep of `mocofast_kernels.infonce_hopper`, or of _blackwell
 
 
-# {columns of a row: tiles of the warp-specialised sweep that compile without spills}. The first
-# tile of 256 columns compiles without positive ranks alone.
+# {columns of a row: tiles of the warp-specialised sweep that compile without spills}
 SPECIALISED = {
     64: (Tile(128, 128, 64, 64, 8, 4, True),),
     128: (Tile(128, 128, 128, 128, 8, 4, True),),
-    256: (Tile(128, 64, 256, 256, 8, 4, True), Tile(128, 32, 256, 256, 8, 8, True)),
+    256: (Tile(128, 32, 256, 256, 8, 8, True),),
 }
 
 TENSOR_MEMORY = (64, 128)  # columns of a row that the specialised sweep of Blackwell takes

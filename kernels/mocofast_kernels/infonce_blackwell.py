@@ -15,17 +15,29 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import blackwell
 from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_mma,
 )
+from triton.runtime.jit import constexpr_function
 
 from mocofast_kernels.infonce_hopper import _copy_tiles, _load_queries, _reached, launch
 from mocofast_kernels.infonce_sweep import LOG2_E
+
+
+@constexpr_function
+def _in_registers(element, shape, layout):
+    """Returns the layout of values in tensor memory when four warps load them."""
+    if hasattr(blackwell, "get_tmem_reg_layout"):
+        return blackwell.get_tmem_reg_layout(element, shape, layout, 4)
+    # Triton 3.9 asks the type of the memory.
+    kind = blackwell.tensor_memory_descriptor_type(element, shape, layout, shape)
+    return kind.get_reg_layout(4)
+
 
 QUERIES = gl.constexpr(128)  # queries of a program: rows of tensor memory
 FEW = gl.constexpr(24)  # registers of a thread that copies or issues products
@@ -273,10 +285,8 @@ def _specialised_sweep_kernel(
     # sums.
     score_memory: gl.constexpr = TensorMemoryLayout([QUERIES, BLOCK_K], col_stride=1)
     out_memory: gl.constexpr = TensorMemoryLayout([QUERIES, C], col_stride=1)
-    score_layout: gl.constexpr = get_tmem_reg_layout(
-        gl.float32, (QUERIES, BLOCK_K), score_memory, 4
-    )
-    out_layout: gl.constexpr = get_tmem_reg_layout(gl.float32, (QUERIES, C), out_memory, 4)
+    score_layout: gl.constexpr = _in_registers(gl.float32, (QUERIES, BLOCK_K), score_memory)
+    out_layout: gl.constexpr = _in_registers(gl.float32, (QUERIES, C), out_memory)
     scores = allocate_tensor_memory(gl.float32, [2, QUERIES, BLOCK_K], score_memory)
     weights = allocate_tensor_memory(gl.bfloat16, [2, QUERIES, BLOCK_K], score_memory)
     sums = allocate_tensor_memory(gl.float32, [QUERIES, C], out_memory)

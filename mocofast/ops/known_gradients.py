@@ -41,7 +41,7 @@ class Mean(Tensor):
     `torch.nn.Parameter`, and files hold a plain tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def backward(
         self,
