@@ -29,7 +29,6 @@ from mocofast.optim.schedule import learning_rate
 from mocofast.train.checkpoint import load_checkpoint, model_from_checkpoint
 from mocofast.train.engine import Engine
 from mocofast.train.optimizer import optimizer_of
-from mocofast.train.pace import Pace
 from tests.runs import assert_same_run, make_images, metrics, torchrun, weights
 
 CPU = torch.device("cpu")
@@ -312,28 +311,6 @@ def test_a_run_that_stops_at_any_step_continues_exactly(
     folder = pretrain(tmp_path / "run", VIT, f"--train.max_steps {step}")
     pretrain(folder, VIT, "--resume auto --train.max_steps 0")
     assert_same_run(folder, whole)
-
-
-def test_steps_of_joined_batches_are_counted() -> None:
-    """Five batches an epoch: 5 steps, then 3 (2, 2, 1 batches), then 2 (3 and 2)."""
-    pace = Pace(DataConfig(batch_size=8, batch_sizes=("0:8", "1:16", "3:24")), 5)
-    assert [pace.steps(epoch) for epoch in range(5)] == [5, 3, 3, 2, 2]
-    assert [pace.before(epoch) for epoch in range(6)] == [0, 5, 8, 11, 13, 15]
-    places = [(epoch, step) for epoch in range(5) for step in range(pace.steps(epoch))]
-    assert [pace.place(step) for step in range(15)] == places
-    assert [pace.seen(*place) for place in places[5:]] == [5, 7, 9, 10, 12, 14, 15, 18, 20, 23]
-    totals = [pace.shares(BatchSlice(8, 0, 2, uneven=True), 43, 1, s).counts for s in range(3)]
-    assert totals == [(8, 8), (8, 8), (4, 4)]
-
-
-def test_a_joined_step_is_a_step_of_a_large_batch(tmp_path: Path) -> None:
-    """Batches are parts of one order, so two of 256 images are one of 512."""
-    options = "--optim.schedule wsd --train.max_steps 2 --train.epochs 2 --data.batch_size"
-    joined = pretrain(tmp_path / "joined", f"{options} 256 --data.batch_sizes 0:512")
-    large = pretrain(tmp_path / "large", f"{options} 512")
-    ours, expected = weights(joined), weights(large)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert [line["epoch"] for line in metrics(joined)] == pytest.approx([0.4, 0.8])
 
 
 def test_two_ranks_train_as_one_process(whole: Path, tmp_path: Path) -> None:

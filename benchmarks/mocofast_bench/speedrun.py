@@ -130,16 +130,23 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
     """Trains random combinations with one seed, and the best third with two seeds more."""
     chooser = random.Random(0)
     every = list(itertools.product(*task.knobs.values()))
-    combinations = [dict(zip(task.knobs, values)) for values in chooser.sample(every, len(every))]
-    combinations = combinations[: arguments.search]
+    sampled = [dict(zip(task.knobs, values)) for values in chooser.sample(every, len(every))]
+    combinations = [*task.first, *sampled][: arguments.search]
+
+    cpu: dict[str, list[float]] = {}
+
+    def name_of(changes: Mapping[str, Any]) -> str:
+        return "search " + " ".join(settings.as_flags(changes))
 
     def score(changes: Mapping[str, Any], seed: int) -> float:
         config = task.config(arguments.path)
         settings.apply(config, {**task.budget, **changes})
         config.train.seed = seed
         config.knn.every = config.train.epochs
-        name = "search " + " ".join(settings.as_flags(changes))
-        return float(log.run(name, seed, lambda: measured(config, ours))["knn"][-1])
+        name = name_of(changes)
+        row = log.run(name, seed, lambda: measured(config, ours))
+        cpu.setdefault(name, []).append(row["cpu"][-1])
+        return float(row["knn"][-1])
 
     first = {i: score(changes, SEARCH_SEED) for i, changes in enumerate(combinations)}
     best = sorted(first, key=lambda i: -first[i])[: max(1, len(first) // 3)]
@@ -148,7 +155,8 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
         for i in best
     }
     for i in sorted(means, key=lambda i: -means[i]):
-        print(f"{means[i]:.4f}  {' '.join(settings.as_flags(combinations[i]))}")
+        name = name_of(combinations[i])
+        print(f"{means[i]:.4f}  {fmean(cpu[name]):.0f} CPU s  {name.removeprefix('search ')}")
     winner = max(means, key=lambda i: means[i])
     return {
         "benchmark": "speedrun search",

@@ -19,6 +19,7 @@ class Task:
     shortened: options of the plain side that fit its recipe to the set.
     budget: options of every run of the search.
     knobs: values that the search combines.
+    first: combinations that the search tries before the random ones.
     evaluations: of a run of a side.
     """
 
@@ -27,6 +28,7 @@ class Task:
     shortened: Mapping[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    first: tuple[Mapping[str, Any], ...] = ()
     evaluations: int = 10
 
     def config(self, path: str = "", fast: str = "") -> Config:
@@ -71,14 +73,25 @@ TASKS = {
         shortened={"train.epochs": 20, "data.batch_size": 128, "optim.lr": 0.03},
         budget={"train.epochs": 8, "optim.per": "step", "model.queue_size": 1024},
         knobs={
-            "optim.lr": (0.06, 0.12, 0.25),
+            "optim.lr": (0.06, 0.12),
             "data.batch_size": (64, 128),
-            "model.momentum": (0.9, 0.97, 0.99),
+            "model.momentum": (0.97, 0.99),
             "model.temperature": (0.1, 0.2),
             "model.bn_splits": (1, 8),
             "augment.crop_scale": ((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)),
             "augment.sizes": (("0:16", "6:32"), ("0:20", "7:32"), ("0:24", "7:32")),
         },
+        first=tuple(
+            {
+                "model.method": "simclr",
+                "model.temperature": 0.2,
+                "model.hidden_dim": 128,
+                "optim.lr": lr,
+                "augment.crop_scale": (0.2, 1.0),
+                "augment.sizes": ("0:16", "6:32"),
+            }
+            for lr in (0.06, 0.12)
+        ),
         evaluations=5,
     ),
     "vit": Task(
