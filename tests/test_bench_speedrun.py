@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from mocofast_bench import speedrun
 from mocofast_bench.commands import main
 from mocofast_bench.speedrun_runs import flops
@@ -19,6 +20,7 @@ from mocofast import settings
 from mocofast.config import ConfigError
 from mocofast.data.sources import load_datasets
 from mocofast.models import encoders
+from mocofast.models.encoders import build_encoder
 from mocofast.train.build import new_state
 from tests.runs import PlainEncoder
 
@@ -49,6 +51,25 @@ def test_flops_are_those_of_the_layers_for_every_size() -> None:
         return encoders_ + 4 * 512 * 512 * 64  # scores against 512 keys, and their gradient
 
     assert flops(config) == 2 * (step(4) + step(8))
+
+
+def test_flops_of_simclr_count_the_products_of_the_loss() -> None:
+    config = TASKS["digits"].config()
+    settings.apply(config, {"model.method": "simclr", "model.hidden_dim": 32})
+    conv, head = 2 * 27 * 8 * 4**2, 2 * (8 * 32 + 32 * 64)  # of an image
+    step = 1024 * (2 * conv + 3 * head) + 3 * 2 * 1024 * 1024 * 64  # 512 pairs
+    assert flops(config) == 4 * step
+
+
+def test_the_quarter_resnet_has_a_quarter_of_the_width() -> None:
+    encoder = build_encoder("mocofast.models.narrow:resnet18_quarter", 32)(num_classes=10)
+    names = dict(torchvision.models.resnet18(num_classes=10).named_parameters())
+    for name, p in encoder.named_parameters():
+        whole = names.pop(name).shape
+        if name != "conv1.weight":
+            assert p.shape[0] == whole[0] // (1 if name.startswith("fc") else 4)
+    assert not names
+    assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
 def test_the_sides_run_once_and_a_second_command_reads_the_log(

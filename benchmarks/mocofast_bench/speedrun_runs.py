@@ -132,8 +132,9 @@ def flops(config: Config) -> float:
     """Returns the counted floating-point operations of a training.
 
     Counts matrix products and convolutions of a step for every size of the views. The products of
-    a MoCo loss are added by formula, because the counter does not see inside our operators: scores
-    and the gradient of the queries, 2 operations x 2 x N x K x C a view.
+    a loss of MoCo or SimCLR are added by formula, because the counter does not see inside our
+    operators. MoCo: scores and the gradient of the queries, 2 operations x 2 x N x K x C a view.
+    SimCLR: scores of 2N views and the gradients of both sides, 2 x 3 x (2N)^2 x C.
     """
     datasets = load_datasets(config.data, config.train.seed)
     state = new_state(config, datasets, CPU, 0, 1)
@@ -151,6 +152,8 @@ def flops(config: Config) -> float:
         if config.model.method == "moco":
             m = config.model
             per_step[size] += 4 * (1 + m.symmetric) * batch * m.queue_size * m.dim
+        elif config.model.method == "simclr":
+            per_step[size] += 6 * (2 * batch) ** 2 * config.model.dim
     steps = state.loader.steps_per_epoch
     state.loader.close()
     epochs = range(config.train.epochs)

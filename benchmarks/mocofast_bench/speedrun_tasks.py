@@ -20,7 +20,7 @@ class Task:
     budget: options of every run of the search.
     knobs: values that the search combines.
     first: combinations that the search tries before the random ones.
-    evaluations: of a run of a side.
+    evaluations: of a run of a side, at most.
     """
 
     plain: str
@@ -43,10 +43,23 @@ class Task:
             options |= {"data.source": "folder", "data.path": path}
         options |= {"knn.start": False, "train.device": "cpu", "train.precision": "fp32"}
         settings.apply(config, options)
-        config.knn.every = max(1, config.train.epochs // self.evaluations)
+        config.knn.every = -(-config.train.epochs // self.evaluations)
         config.checkpoint.every_epochs = config.train.epochs
         return config
 
+
+def small_first(small: int, epochs: int) -> dict[str, Any]:
+    """Returns options of a run with views of 16 pixels in the first epochs, then of 32 pixels."""
+    sizes = ("0:16", f"{small}:32") if small < epochs else ("0:16",)
+    return {"train.epochs": epochs, "augment.sizes": sizes}
+
+
+SIMCLR: dict[str, Any] = {
+    "model.method": "simclr",
+    "model.temperature": 0.2,
+    "model.hidden_dim": 128,
+    "augment.crop_scale": (0.2, 1.0),
+}
 
 TASKS = {
     "digits": Task(
@@ -65,7 +78,7 @@ TASKS = {
     "cifar10": Task(
         "cifar10_r18",
         both={
-            "model.arch": "mocofast_bench.narrow_resnet:resnet18_quarter",
+            "model.arch": "mocofast.models.narrow:resnet18_quarter",
             "knn.k": 20,
             "data.loader": "device",
         },
@@ -81,16 +94,15 @@ TASKS = {
             "augment.crop_scale": ((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)),
             "augment.sizes": (("0:16", "6:32"), ("0:20", "7:32"), ("0:24", "7:32")),
         },
-        first=tuple(
-            {
-                "model.method": "simclr",
-                "model.temperature": 0.2,
-                "model.hidden_dim": 128,
-                "optim.lr": lr,
-                "augment.crop_scale": (0.2, 1.0),
-                "augment.sizes": ("0:16", "6:32"),
-            }
-            for lr in (0.06, 0.12)
+        first=(
+            SIMCLR | {"optim.lr": 0.06, **small_first(6, 8)},
+            SIMCLR | {"optim.lr": 0.12, **small_first(6, 8)},
+            SIMCLR | {"optim.lr": 0.06, **small_first(5, 6)},
+            SIMCLR | {"optim.lr": 0.12, **small_first(5, 6)},
+            SIMCLR | {"optim.lr": 0.06, "data.batch_size": 64, **small_first(5, 6)},
+            SIMCLR | {"optim.lr": 0.06, **small_first(4, 6)},
+            SIMCLR | {"optim.lr": 0.06, **small_first(8, 9)},
+            SIMCLR | {"optim.lr": 0.06, **small_first(6, 6)},
         ),
         evaluations=5,
     ),

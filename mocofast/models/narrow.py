@@ -1,7 +1,7 @@
 """ResNet-18 of a quarter of the width, for images of 32 pixels, which trains in minutes on a CPU.
 
 He et al. 2016 (arXiv:1512.03385), table 1, with a stem for small images: 3x3, stride 2, no
-max-pooling. `--model.arch mocofast_bench.narrow_resnet:resnet18_quarter`.
+max-pooling. `--model.arch mocofast.models.narrow:resnet18_quarter`.
 """
 
 from __future__ import annotations
