@@ -39,18 +39,21 @@ def rows(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_flops_are_those_of_the_layers_for_every_size() -> None:
+@pytest.mark.parametrize(("batch", "queue"), [(512, 512), (128, 1024)])
+def test_flops_are_those_of_the_layers_for_every_size(batch: int, queue: int) -> None:
+    """The counter sees the products of the loss in one of the two cases."""
     config = TASKS["digits"].config()
-    settings.apply(config, {"augment.sizes": ("0:4", "1:8")})
+    sizes = {"augment.sizes": ("0:4", "1:8")}
+    settings.apply(config, {**sizes, "data.batch_size": batch, "model.queue_size": queue})
 
     def step(side: int) -> int:
         conv = 2 * 27 * 8 * (side // 2) ** 2  # 3x3, 3 to 8 channels, stride 2
         head = 2 * 8 * 64
         # Both encoders forward. Backward: weights of the convolution, inputs and weights of fc.
-        encoders_ = 512 * (2 * (conv + head) + conv + 2 * head)
-        return encoders_ + 4 * 512 * 512 * 64  # scores against 512 keys, and their gradient
+        encoders_ = batch * (2 * (conv + head) + conv + 2 * head)
+        return encoders_ + 4 * batch * queue * 64  # scores against the keys, and their gradient
 
-    assert flops(config) == 2 * (step(4) + step(8))
+    assert flops(config) == 1438 // batch * (step(4) + step(8))
 
 
 def test_flops_of_simclr_count_the_products_of_the_loss() -> None:

@@ -293,6 +293,7 @@ def plot(row: dict[str, Any]) -> Figure:
     seconds = FuncFormatter(lambda value, _: f"{value:g}")  # 20 instead of 2 x 10^1
     axes.xaxis.set_major_formatter(seconds)
     axes.xaxis.set_minor_formatter(seconds)
+    axes.tick_params(axis="x", which="both", length=3)  # labels in one line
     axes.set_title(row["task"])
     axes.legend()
     return figure
