@@ -194,6 +194,9 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
     ).stdout
     assert "no kNN monitor: no labels" in out
     assert "unlabelled" in out
+    [written] = re.findall(r"^written to .*?: (.*)$", out, re.M)
+    files = written.replace("TensorBoard events, ", "").split(", ")
+    assert "views.png" in files and all((tmp_path / "run" / name).exists() for name in files)
     done = runs.mocofast("knn", str(tmp_path / "run"), check=False)
     assert done.returncode == 2
     assert "labelled" in done.stderr

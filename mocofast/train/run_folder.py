@@ -278,19 +278,20 @@ class PretrainingFolder(RunFolder):
             log.info("before: %s", self.describe(before))
         if after:
             log.info("after:  %s%s", self.describe(after), when)
-        views = "views.png" if (self.path / "views.png").exists() else ""  # of a first step
+        # Runs of few steps have no curve, and continued runs no views.
+        pictures = [name for name in (curves.name, "views.png") if (self.path / name).exists()]
         log.info(
-            "written to %s: config.yaml, metrics.jsonl, signals.jsonl, train.log, curves.png, "
+            "written to %s: config.yaml, metrics.jsonl, signals.jsonl, train.log, "
             "%sTensorBoard events, checkpoints/last.pt",
             self.path,
-            "".join(f"{name}, " for name in (views, page) if name),
+            "".join(f"{name}, " for name in (*pictures, page) if name),
         )
         run = shlex.quote(str(self.path))
         backbone = shlex.quote(str(self.path / "backbone.pt"))
         if page:
             log.info("next: open %s in a browser", self.path / page)
-        else:
-            log.info("next: look at %s", curves)
+        elif pictures:
+            log.info("next: look at %s", self.path / pictures[0])
         if after:
             log.info("next: mocofast linear %s", run)
         log.info("next: mocofast export %s --format torchvision %s", run, backbone)
