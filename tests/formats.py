@@ -126,8 +126,8 @@ missing values: they become the mean of their channel. `mocofast stats PATH` mea
 prints the options. Other ranges than `auto` and `dtype` are read by the Python reader. RGB of
 16 bits in PNG, and JPEG 2000, need imagecodecs then.
 
-`--data.channels N` reads the first N channels. Transparency is a channel where N is the number of
-all channels, and not 3. `--data.bands` chooses others.
+`--data.channels N` reads the first N channels, and 1 makes gray of colours. Transparency is a
+channel where N is the number of all channels, and not 3. `--data.bands` chooses others.
 
 Windows of large GeoTIFF scenes (`--data.window`, extra `geo`) and of whole slides (extra
 `slides`) are read by rasterio and tiffslide, in every loader by the Python reader. All remaining

@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from mocofast.cli import main
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data.arrays import read_numbers
 from mocofast.data.decoding import decode, read_header, read_pixels
 from mocofast.data.evaluation import center_view
 from mocofast.data.interface import BatchSlice, Loader, sample_view
@@ -26,6 +27,7 @@ from mocofast.data.prepare import PrepareConfig, prepare
 from mocofast.data.probing import FORMATS
 from mocofast.data.ranges import Pixels, parse_range, range_of, set_range, to_uint8
 from mocofast.data.sources import FolderSource, find_images, load_datasets
+from mocofast.data.statistics import StatsConfig, measure
 from mocofast.data.torchvision_loader import apply_view
 from tests import kinds, runs
 from tests.formats import PAGE, PLAIN, SEED, loader_differences, page
@@ -121,6 +123,34 @@ def test_all_channels_are_read_where_the_encoder_takes_as_many(
     pixels = read_pixels(str(folder / name), wanted=count)
     np.testing.assert_array_equal(pixels.values, expected)
     assert read_header(str(folder / name), wanted=count).remark == ""
+
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "remark"),
+    [
+        ("rgb.png", kinds.C8 @ LUMA, ""),
+        ("rgb.tif", kinds.C8 @ LUMA, ""),
+        ("rgb16.png", kinds.C16 @ LUMA, ""),
+        ("rgb16.tif", kinds.C16 @ LUMA, ""),
+        ("float01-rgb.tif", kinds.RGB @ LUMA, ""),
+        ("near-infrared.tif", kinds.C8 @ LUMA, "channels 1 to 3 of 4"),
+        ("bands13.tif", kinds.BANDS16[..., 0], "channel 1 of 13"),
+        ("channels.ome.tif", kinds.FLUOR[0], "channel 1 of 5"),
+        ("two8.tif", kinds.G8, "channel 1 of 2"),
+        ("nodata16-rgb.tif", np.where(kinds.HOLE, 0, kinds.C16 @ LUMA), ""),
+    ],
+)
+def test_one_channel_is_the_gray_of_colours_or_the_first_channel(
+    name: str, expected: np.ndarray, remark: str, folder: Path
+) -> None:
+    values = read_numbers(str(folder / name), 1).values[..., 0]
+    tolerance = 1e-6 if values.dtype.kind == "f" else 0.51
+    np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance)
+    found = read_header(str(folder / name), 1).remark
+    assert found.startswith(remark) and bool(found) == bool(remark)
 
 
 # Ranges
@@ -547,6 +577,18 @@ def test_prepare_stores_the_numbers_of_a_range_as_8_bits(folder: Path, tmp_path:
             original = decode(str(folder / name), parse_range("0,255"))
             expected = original.resize(stored.size, Image.Resampling.LANCZOS)
             assert np.abs(np.asarray(stored).astype(int) - np.asarray(expected)).max() <= bound
+
+
+def test_stats_and_prepare_say_which_channels_they_leave_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(folder / "bands13.tif", tmp_path / "in")
+    words = "1 of 1 images looked at show channels 1 to 3 of 13"
+    assert words in measure(str(tmp_path / "in"), StatsConfig(workers=1)).report()
+    every = measure(str(tmp_path / "in"), StatsConfig(workers=1, channels=13))
+    assert every.remarks == []
+    meta = prepare(str(tmp_path / "in"), str(tmp_path / "out"), PrepareConfig(workers=1))
+    (line,) = meta["remarks"]
+    assert line.startswith(words) and line.endswith("stores RGB of 8 bits")
 
 
 # The page

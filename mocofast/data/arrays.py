@@ -29,7 +29,7 @@ from mocofast.data.decoding import (
 from mocofast.data.items import Item
 from mocofast.data.names import checked_labels, digest
 from mocofast.data.numpy_files import channels_last, sizes
-from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_levels
+from mocofast.data.ranges import AUTO, MISSING, Pixels, ValueRange, missing_values, to_levels
 from mocofast.data.resize import resized_crop
 from mocofast.view_sizes import Size, height_width
 
@@ -80,16 +80,33 @@ def read_numbers(file: File, channels: int) -> Pixels:
         photo_with_alpha = kind is None and channels in _WITH_ALPHA
         if photo_with_alpha and (with_alpha := _with_alpha(file, channels)) is not None:
             return with_alpha
-        # Gray is made of all colours, not of the first channel.
-        pixels = pixels_of(file, kind, 3 if channels == 1 else channels)
+        pixels = pixels_of(file, kind, channels)
     values = pixels.values
-    if channels == 1 and values.shape[2] == 3 and values.dtype == np.uint8:
-        values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
+    if channels == 1 and values.shape[2] == 3:
+        values = _gray(pixels)
     elif channels == 3 and values.shape[2] == 1:
         values = values.repeat(3, axis=2)
     if values.shape[2] != channels:
         raise ValueError(f"has {values.shape[2]} channels, not data.channels={channels}")
     return pixels._replace(values=values)
+
+
+def _gray(pixels: Pixels) -> np.ndarray:
+    """Returns the gray of colours (ITU-R BT.601, as PIL), (H, W, 1) of the same type.
+
+    Missing values, also of one colour, stay missing.
+    """
+    values = pixels.values
+    missing = missing_values(pixels)
+    if values.dtype == np.uint8 and missing is None:
+        return np.asarray(Image.fromarray(values).convert("L"))[..., None]
+    gray = values.astype(np.float64) @ (0.299, 0.587, 0.114)
+    if values.dtype.kind != "f":
+        gray = np.rint(gray)
+    if missing is not None:
+        mark = np.nan if values.dtype.kind == "f" else pixels.nodata
+        gray[missing.any(axis=2)] = MISSING[0] if mark is None else mark
+    return gray.astype(values.dtype)[..., None]
 
 
 def _with_alpha(file: str | bytes, channels: int) -> Pixels | None:

@@ -125,8 +125,16 @@ def read_header(file: File, wanted: int = 3) -> Header:
         "TIFF",
         tags.plain,
         max(tags.bits) > 8 or set(tags.formats) != {1},
-        remark_of(file, tags, wanted),
+        remark_of(file, tags, _of_file(tags, wanted)),
     )
+
+
+def _of_file(tags: Tags | None, wanted: int) -> int:
+    """Returns how many channels are read where the encoder takes `wanted`.
+
+    tags: of a TIFF file, None for a photo. Gray is made of three colours.
+    """
+    return 3 if wanted == 1 and (tags is None or tags.colored) else wanted
 
 
 def image_size(file: File) -> tuple[int, int]:
@@ -177,7 +185,7 @@ def read_pixels(file: File, wanted: int = 3) -> Pixels:
     """Returns the numbers of an image file, not scaled: (H, W, C) of the file's type.
 
     wanted: number of channels that the encoder takes. C is `wanted` if the file has as
-        many channels, or more. Transparency is dropped.
+        many channels, or more. Three colours are read for 1 channel. Transparency is dropped.
 
     Colour models other than gray and RGB become RGB of 8 bits. Raises as `decode`, and
     ImportError with a pip command if a library is missing.
@@ -190,6 +198,7 @@ def pixels_of(file: File, tags: Kind, wanted: int) -> Pixels:
     if isinstance(tags, Item):
         return tags.pixels(wanted)
     assert not isinstance(file, Item)
+    wanted = _of_file(tags, wanted)
     if tags is not None:
         _check_bomb(tags)
         several = tags.channels > 1 and tags.photometric in (BLACK_IS_ZERO, RGB)

@@ -23,6 +23,7 @@ from mocofast.data.loaders import count_workers
 from mocofast.data.options import PrepareConfig as PrepareConfig
 from mocofast.data.packed import PackedSource
 from mocofast.data.ranges import AUTO, ValueRange, range_of
+from mocofast.data.remarks import left_out
 from mocofast.data.shard_index import local_index
 from mocofast.data.shard_table import META
 from mocofast.data.sources import load_datasets
@@ -31,6 +32,7 @@ from mocofast.data_config import reading_values
 from mocofast.errors import UnreachableError, describe_error
 
 AHEAD = 4  # images per thread that are prepared ahead of the writer
+STORED = "mocofast prepare stores RGB of 8 bits"
 
 # The extensions of formats that are copied unchanged.
 _EXTENSION = {
@@ -84,7 +86,7 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
         "classes": datasets.train.classes,
         "images": {},
         "skipped": {},
-        "remarks": list(datasets.remarks),
+        "remarks": [*datasets.remarks, *(f"{line}; {STORED}" for line in left_out(datasets.train))],
     }
     partial.mkdir(parents=True)
     try:

@@ -83,25 +83,36 @@ def remarks(source: Source, channels: int = 3) -> list[str]:
 
     channels: of an image, as `data.channels`.
     """
+    lines, deep = _headers(source, channels)
+    if range_of(source).kind != "auto":
+        return lines
+    return lines + _on_numbers(source, deep[:MEASURED], channels)
+
+
+def left_out(source: Source, channels: int = 3) -> list[str]:
+    """Returns lines on channels, pages and frames that are not read. Arguments: as `remarks`."""
+    return _headers(source, channels)[0]
+
+
+def _headers(source: Source, channels: int) -> tuple[list[str], list[int]]:
+    """Returns lines on what is not read, and the indices of images of more than 8 bits."""
     indices = images_to_look_at(source)
-    left_out: dict[str, list[str]] = {}  # {remark: names}
+    unread: dict[str, list[str]] = {}  # {remark: names}
     deep: list[int] = []
     seconds = read_seconds(source)
     for index in indices:
-        header = in_time(seconds, _header, source, index, 3 if channels == 1 else channels)
+        header = in_time(seconds, _header, source, index, channels)
         if not isinstance(header, Header):  # a bad image
             continue
         if header.remark:
-            left_out.setdefault(header.remark, []).append(source.name(index))
+            unread.setdefault(header.remark, []).append(source.name(index))
         if header.deep:
             deep.append(index)
     lines = [
         f"{len(names)} of {len(indices)} images looked at show {remark}, for example {names[0]}"
-        for remark, names in left_out.items()
+        for remark, names in unread.items()
     ]
-    return lines + (
-        _on_numbers(source, deep[:MEASURED], channels) if range_of(source).kind == "auto" else []
-    )
+    return lines, deep
 
 
 def _header(source: Source, index: int, channels: int) -> Header | None:

@@ -23,7 +23,7 @@ from mocofast.data.ranges import (
     present,
     type_bounds,
 )
-from mocofast.data.remarks import Numbers, numbers_of, suggested_range
+from mocofast.data.remarks import Numbers, left_out, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import reading_values
@@ -43,6 +43,7 @@ class Statistics(NamedTuple):
     range: str  # the value of `data.range` under which means and deviations were measured
     mean: tuple[float, ...]  # per channel, in [0, 1]
     std: tuple[float, ...]
+    remarks: list[str]  # what is not read of the files
 
     def options(self) -> str:
         """Returns the options for a command line."""
@@ -55,7 +56,7 @@ class Statistics(NamedTuple):
 
     def report(self) -> str:
         """Returns lines for people, and the options."""
-        lines = [f"{self.images} images measured, {len(self.skipped)} left out"]
+        lines = [f"{self.images} images measured, {len(self.skipped)} left out", *self.remarks]
         lines += [f"{n.dtype} numbers from {n.low:.6g} to {n.high:.6g}" for n in self.numbers]
         return "\n".join([*lines, self.options()])
 
@@ -116,9 +117,14 @@ def measure(path: str, options: StatsConfig) -> Statistics:
         raise no_image_decodes(source, {0: next(iter(skipped.values())), **skipped})
     mean, square = np.mean(moments, axis=0)  # (C,) each
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    numbers_seen = list(seen.values())
     return Statistics(
-        len(moments), skipped, numbers_seen, chosen, tuple(mean.tolist()), tuple(std.tolist())
+        len(moments),
+        skipped,
+        list(seen.values()),
+        chosen,
+        tuple(mean.tolist()),
+        tuple(std.tolist()),
+        left_out(source, channels),
     )
 
 

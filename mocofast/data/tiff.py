@@ -82,6 +82,11 @@ class Tags(NamedTuple):
         return self.extra.count(1) == 1 and self.photometric in (BLACK_IS_ZERO, RGB)
 
     @property
+    def colored(self) -> bool:
+        """True if the first channels are colours, of which gray is made."""
+        return self.photometric in (RGB, PALETTE, YCBCR, *CHANNELS)
+
+    @property
     def opened_by_pil(self) -> bool:
         """True if PIL decodes the pixels of the page that is read."""
         known = self.compression in PIL_COMPRESSIONS and not self.motorola
