@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -65,13 +66,17 @@ def save_by_lightning(module: Any, path: Path) -> None:
     trainer.save_checkpoint(path)
 
 
-def moco(path: Path) -> Made:
+def moco(path: Path, published: bool) -> Made:
+    """published: the query encoder alone, as in the published files."""
     import main_moco
     import moco.builder
     import torchvision
 
     model = renewed(moco.builder.MoCo(torchvision.models.resnet18, 16, 64, 0.999, 0.07, True))
-    state = {"epoch": 3, "arch": "resnet18", "state_dict": wrapped(model).state_dict()}
+    weights = wrapped(model).state_dict()
+    if published:
+        weights = {n: t for n, t in weights.items() if n.startswith("module.encoder_q.")}
+    state = {"epoch": 3, "arch": "resnet18", "state_dict": weights}
     main_moco.save_checkpoint({**state, "optimizer": {}}, is_best=False, filename=path)
     model.encoder_q.fc = nn.Identity()
     return Made(model.encoder_q, SMALL)
@@ -94,6 +99,21 @@ def moco_v3(path: Path, arch: str) -> Made:
     )
     setattr(model.base_encoder, "head" if arch.startswith("vit") else "fc", nn.Identity())
     return Made(model.base_encoder, LARGE if arch.startswith("vit") else SMALL)
+
+
+def moco_v3_linear(path: Path, arch: str) -> Made:
+    """A linear classifier as `main_lincls.py` builds and saves it."""
+    import main_lincls
+    import torchvision
+    import vits
+
+    is_vit = arch.startswith("vit")
+    model = renewed((vits if is_vit else torchvision.models).__dict__[arch]())
+    state = {"epoch": 3, "arch": arch, "state_dict": wrapped(model).state_dict()}
+    whole = {**state, "best_acc1": 0.0, "optimizer": {}}
+    main_lincls.save_checkpoint(whole, is_best=False, filename=path)
+    setattr(model, "head" if is_vit else "fc", nn.Identity())
+    return Made(model, LARGE if is_vit else SMALL)
 
 
 def solo_learn(path: Path, method: str, backbone: str, dataset: str = "custom") -> Made:
@@ -155,31 +175,32 @@ def vissl(path: Path) -> Made:
     return Made(lambda images: model.trunk(images, ["flatten"])[0], SMALL)
 
 
-def mmpretrain(path: Path, config: dict[str, Any]) -> nn.Module:
+def mmpretrain(path: Path, config: dict[str, Any], package: str = "mmpretrain") -> nn.Module:
+    """package: mmpretrain, or mmselfsup, its older name."""
     from mmengine.runner.checkpoint import save_checkpoint
-    from mmpretrain.registry import MODELS
-    from mmpretrain.utils import register_all_modules
 
-    register_all_modules()
-    model = MODELS.build(config)
+    importlib.import_module(f"{package}.utils").register_all_modules()
+    model = importlib.import_module(f"{package}.registry").MODELS.build(config)
     model.init_weights()
     renewed(model)
     save_checkpoint({"meta": {"epoch": 3}, "state_dict": model.state_dict()}, str(path))
     return model
 
 
-def mmpretrain_moco(path: Path) -> Made:
-    loss = {"type": "CrossEntropyLoss", "loss_weight": 1.0}
+def mmpretrain_moco(path: Path, package: str) -> Made:
+    losses = {"mmpretrain": "CrossEntropyLoss", "mmselfsup": "mmcls.CrossEntropyLoss"}
+    backbones = {"mmpretrain": "ResNet", "mmselfsup": "mmcls.ResNet"}
+    loss = {"type": losses[package], "loss_weight": 1.0}
     neck = {"type": "MoCoV2Neck", "in_channels": 512, "hid_channels": 64, "out_channels": 16}
     config = {
         "type": "MoCo",
         "queue_len": 64,
         "feat_dim": 16,
-        "backbone": {"type": "ResNet", "depth": 18, "norm_cfg": {"type": "BN"}},
+        "backbone": {"type": backbones[package], "depth": 18, "norm_cfg": {"type": "BN"}},
         "neck": neck,
         "head": {"type": "ContrastiveHead", "loss": loss, "temperature": 0.2},
     }
-    model = mmpretrain(path, config)
+    model = mmpretrain(path, config, package)
     return Made(lambda images: model.backbone(images)[-1].mean((2, 3)), SMALL)
 
 
@@ -241,9 +262,12 @@ def dinov2_teacher(path: Path, registers: int) -> Made:
 
 # {name: (folder of the project, maker)}
 MAKERS: dict[str, tuple[str, Callable[[Path], Made]]] = {
-    "moco": ("moco", moco),
+    "moco": ("moco", functools.partial(moco, published=False)),
+    "moco-published": ("moco", functools.partial(moco, published=True)),
     "moco-v3-vit": ("moco-v3", functools.partial(moco_v3, arch="vit_small")),
     "moco-v3-resnet": ("moco-v3", functools.partial(moco_v3, arch="resnet50")),
+    "moco-v3-linear-vit": ("moco-v3", functools.partial(moco_v3_linear, arch="vit_small")),
+    "moco-v3-linear-resnet": ("moco-v3", functools.partial(moco_v3_linear, arch="resnet50")),
     "solo-learn": ("solo-learn", lambda path: solo_learn(path, "mocov2plus", "resnet18")),
     "solo-learn-cifar": (
         "solo-learn",
@@ -253,7 +277,8 @@ MAKERS: dict[str, tuple[str, Callable[[Path], Made]]] = {
     "torchgeo": ("torchgeo", functools.partial(torchgeo, version=2, channels=13)),
     "torchgeo-v1": ("torchgeo", functools.partial(torchgeo, version=1, channels=2)),
     "vissl": ("vissl", vissl),
-    "mmpretrain": ("mmpretrain", mmpretrain_moco),
+    "mmpretrain": ("mmpretrain", functools.partial(mmpretrain_moco, package="mmpretrain")),
+    "mmselfsup": ("mmselfsup", functools.partial(mmpretrain_moco, package="mmselfsup")),
     "mmpretrain-vit": ("mmpretrain", mmpretrain_vit),
     "dino-vit": ("dino", functools.partial(dino, arch="vit_small")),
     "dino-resnet": ("dino", functools.partial(dino, arch="resnet50")),

@@ -34,5 +34,8 @@ packages mmpretrain mmpretrain==1.2.0 mmengine==0.10.7 mmcv-lite==2.2.0 addict==
     yapf==0.43.0 termcolor==3.3.0 mat4py==0.6.0 model-index ordered-set importlib_metadata==7.2.1 zipp \
     einops==0.8.2 opencv-python-headless transformers==4.41.2 tokenizers==0.19.1 \
     huggingface-hub==0.25.2
+checkout mmselfsup open-mmlab/mmselfsup db861f3
+packages mmselfsup mmcls==1.0.0rc6 mmengine==0.10.7 mmcv-lite==2.0.1 addict==2.4.0 yapf==0.43.0 \
+    termcolor==3.3.0 mat4py==0.6.0 model-index ordered-set einops==0.8.2 opencv-python-headless
 packages vissl vissl==0.1.6 classy_vision==0.7.0 fairscale==0.4.13 fvcore iopath \
     hydra-core==1.3.2 yacs portalocker tabulate parameterized submitit cloudpickle termcolor
