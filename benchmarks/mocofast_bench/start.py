@@ -93,6 +93,7 @@ def mocofast_batch(folder: str, kind: str = "folder") -> int:
     import torch
 
     from mocofast.config import AugmentConfig, DataConfig
+    from mocofast.data import torchvision_loader  # noqa: F401  # loads torchvision, as others do
     from mocofast.data.interface import BatchSlice
     from mocofast.data.loaders import build_loader
     from mocofast.data.sources import load_datasets
