@@ -60,7 +60,11 @@ def test_documents_hold_what_engines_read(capsys: pytest.CaptureFixture[str]) ->
         "Worker": 3,
     }
     container = replicas["Worker"]["template"]["spec"]["containers"][0]
-    assert container["resources"]["limits"] == {"cpu": 64, "nvidia.com/gpu": 8, "memory": "512Gi"}
+    assert container["resources"]["limits"] == {
+        "cpu": "64",
+        "nvidia.com/gpu": "8",
+        "memory": "512Gi",
+    }
     assert (
         subprocess.run(["bash", "-n", "-c", container["command"][2]], check=False).returncode == 0
     )
@@ -82,6 +86,9 @@ def test_documents_hold_what_engines_read(capsys: pytest.CaptureFixture[str]) ->
         (("slurm", "digits", "--gpus", "1", "--processes", "2"), "--processes"),
         (("slurm", "digits", "--name", "A_b"), "--name"),
         (("slurm", "digits", "--resume", "runs/x"), "--resume auto alone"),
+        (("slurm", "digits", '--flags=--comment="open'), "--flags: No closing quotation"),
+        (("slurm", "digits", "--time", "1 day"), "--time: expected a value such as 24:00:00"),
+        (("sky", "digits", "--memory", "lots"), "--memory: expected a value such as 64G"),
         (("k8s", "digits"), "--image"),
         (("k8s", "digits", "--image", "x", "--volume", "data"), "CLAIM:FOLDER"),
     ],
@@ -91,6 +98,19 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sa
     assert status == 2
     assert said in error
     assert out == ""
+
+
+def test_quotes_memory_and_dollars_as_the_engine_reads_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("digits", "--gpus", "0", "--dry-run", "--flags", '--comment="a b"')
+    words += ("--memory", "1536Mi", "--image", "x", "--setup", "echo $$")
+    script, task, manifest = (call(capsys, "launch", e, *words)[1] for e in ("slurm", "sky", "k8s"))
+    assert "#SBATCH '--comment=a b'\n" in script and "#SBATCH --mem=1536M\n" in script
+    assert yaml.safe_load(task)["resources"]["memory"] == "2+"
+    pod = yaml.safe_load(manifest)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "1536Mi"}
+    assert pod["containers"][0]["command"][2].startswith("echo $$$$\n")
 
 
 def test_submits_with_the_command_of_the_engine(

@@ -62,6 +62,12 @@ def checked(options: LaunchConfig, words: list[str], config: Config) -> Request:
         raise ConfigError(
             f"--name: expected up to 50 lower-case letters, digits and hyphens, got {name!r}"
         )
+    for option, value, form, example in (
+        ("--memory", options.memory, "([1-9][0-9]*[MGT]i?)?", "64G or 64Gi"),
+        ("--time", options.time, "([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "24:00:00 or 2-00"),
+    ):
+        if not re.fullmatch(form, value):
+            raise ConfigError(f"{option}: expected a value such as {example}, got {value!r}")
     folder = [] if config.train.dir else ["--train.dir", f"runs/{name}"]
     return Request(
         replace(options, name=name, processes=processes),

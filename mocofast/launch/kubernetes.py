@@ -26,16 +26,18 @@ def manifest(request: Request) -> str:
     options = request.options
     if not options.image:
         raise ConfigError("--image: k8s needs a container image that has mocofast")
-    limits: dict[str, Any] = {"cpu": options.cpus * options.processes}
+    # Quantities are strings, as Kubernetes returns them and as its clients ask for.
+    limits = {"cpu": str(options.cpus * options.processes)}
     if options.gpus:
-        limits["nvidia.com/gpu"] = options.gpus
+        limits["nvidia.com/gpu"] = str(options.gpus)
     if options.memory:
         limits["memory"] = options.memory
     start = torchrun(request, "$MASTER_ADDR:$MASTER_PORT", "RANK", RESTARTS_IN_A_POD)
     container: dict[str, Any] = {
         "name": "pytorch",  # the operator sets the environment of the container of this name
         "image": options.image,
-        "command": ["bash", "-c", f"{request.setup}exec {start}\n"],
+        # Kubernetes makes $ of $$. The other uses of $ here stay as they are.
+        "command": ["bash", "-c", f"{request.setup}exec {start}\n".replace("$$", "$$$$")],
         "resources": {"limits": limits},
         # Workers of loaders share batches in /dev/shm, which has 64 MB by default.
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],

@@ -20,7 +20,7 @@ class LaunchConfig:
         0, "processes on a machine; 0 means one a GPU, or one without GPUs", valid=at_least(0)
     )
     cpus: int = option(8, "CPU cores of a process", valid=at_least(1))
-    memory: str = option("", "memory of a machine, as the engine writes it, such as 64G or 64Gi")
+    memory: str = option("", "memory of a machine, such as 64G or 64Gi")
     name: str = option("", "name of the job, the run folder and the file; empty takes the recipe's")
     time: str = option("24:00:00", "slurm: longest time of a job; the run continues in the next")
     deadline: int = option(
@@ -33,7 +33,7 @@ class LaunchConfig:
     image: str = option("", "k8s, sky: container image that has mocofast; k8s needs one")
     volume: str = option("", "k8s: CLAIM:FOLDER, a volume for images and run folders")
     gpu_kind: str = option("H100", "sky: kind of GPU")
-    flags: str = option("", "slurm: more options of sbatch, such as '--partition=gpu --qos=low'")
+    flags: str = option("", "slurm: more options of sbatch, such as --flags='--partition=gpu'")
     out: str = option("", "the file to write; empty takes the name of the job")
 
 

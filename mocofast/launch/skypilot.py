@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mocofast.interrupts import EXIT_INTERRUPTED
@@ -9,6 +10,7 @@ from mocofast.launch.request import HEADER, Request
 from mocofast.launch.torchrun import torchrun
 
 PORT = 29500
+_GIB = {"M": lambda n: -(-n // 1024), "G": lambda n: n, "T": lambda n: 1024 * n}  # by unit
 
 
 def task(request: Request) -> str:
@@ -31,7 +33,8 @@ def task(request: Request) -> str:
     if options.gpus:
         resources["accelerators"] = f"{options.gpu_kind}:{options.gpus}"
     if options.memory:
-        resources["memory"] = f"{options.memory.rstrip('GiB')}+"
+        number, unit = re.findall("[0-9]+|[MGT]", options.memory)
+        resources["memory"] = f"{_GIB[unit](int(number))}+"
     if options.image:
         resources["image_id"] = f"docker:{options.image}"
     address = f'$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{PORT}'

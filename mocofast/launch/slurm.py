@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from mocofast.config import ConfigError
 from mocofast.interrupts import EXIT_INTERRUPTED
 from mocofast.launch.request import HEADER, Request
 
@@ -15,6 +16,8 @@ def script(request: Request) -> str:
     SLURM warns the ranks by SIGUSR1 before the end of the job's time, and by SIGTERM before a
     pre-emption. Warned ranks write a checkpoint and end with status 75. The script then asks
     for the next job, which continues.
+
+    Raises ConfigError for `flags` with an open quote.
     """
     options = request.options
     directives = [
@@ -23,13 +26,14 @@ def script(request: Request) -> str:
         f"--ntasks-per-node={options.processes}",
         f"--cpus-per-task={options.cpus}",
         *([f"--gpus-per-node={options.gpus}"] if options.gpus else []),
-        *([f"--mem={options.memory}"] if options.memory else []),
+        # sbatch knows G and no Gi, and means 1,024 MiB.
+        *([f"--mem={options.memory.rstrip('i')}"] if options.memory else []),
         f"--time={options.time}",
         f"--signal=USR1@{options.deadline}",
         "--requeue",
         "--open-mode=append",
         f"--output={options.name}-%j.log",
-        *shlex.split(options.flags),
+        *map(shlex.quote, _words(options.flags)),
     ]
     lines = "\n".join(f"#SBATCH {directive}" for directive in directives)
     return f"""\
@@ -51,3 +55,10 @@ if [ "$status" -eq {EXIT_INTERRUPTED} ]; then
 fi
 exit "$status"
 """
+
+
+def _words(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise ConfigError(f"--flags: {error}: {flags}") from error

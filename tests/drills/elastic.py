@@ -41,8 +41,9 @@ EACH = 40  # steps for a turn, some of which are left for the end
 PACE = 0.2  # seconds between steps: no turn may see the end of the run
 OPTIONS = {"model.bn_splits": 4, "model.queue_size": 320, "data.batch_size": 32}
 OPTIONS |= {"train.log_every": 10}
-# A machine without a word for 3 s is dead. A start waits 3 s for more machines, unless there are 4.
-RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+# A machine without a word for WAIT seconds is dead. A start waits as long for more machines, unless
+# there are 4.
+WAIT = 2
 HURRY = "hurry"  # a file to end the pauses
 FORK = multiprocessing.get_context("fork")
 
@@ -118,7 +119,7 @@ def train(folder: Path, steps: int, trains: bool = True) -> int:
     return 0
 
 
-def machine(port: int, folder: Path, steps: int) -> None:
+def machine(port: int, folder: Path, steps: int, wait: int) -> None:
     """Runs torchrun's agent for a rank."""
     os.setsid()
     # No machine can take over the store of a dead first machine (pytorch/pytorch#182221).
@@ -126,8 +127,10 @@ def machine(port: int, folder: Path, steps: int) -> None:
     # For events torchrun looks up the caller's name in all modules, between a look at the store and
     # a write. Beside mocofast's modules the search took too long: another agent always wrote first.
     dynamic_rendezvous.get_method_name = lambda depth=2: ""
+    settings = f"is_host=0,last_call_timeout={wait}"
+    settings += f",keep_alive_interval=1,keep_alive_max_attempt={wait}"
     words = ["--nnodes", "1:4", "--nproc-per-node", "1", "--max-restarts", "1000"]
-    words += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-conf", RENDEZVOUS]
+    words += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-conf", settings]
     words += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "none"]
     config, _, _ = config_from_args(parse_args(words))
     elastic_launch(replace(config, start_method="fork"), train)(folder, steps)
@@ -136,19 +139,21 @@ def machine(port: int, folder: Path, steps: int) -> None:
 class Drill:
     """A run on dying and new machines."""
 
-    def __init__(self, place: Path, turns: int, seed: int) -> None:
+    def __init__(self, place: Path, turns: int, seed: int, wait: int = WAIT) -> None:
         self.folder, self.turns, self.steps = place / "elastic", turns, EACH * turns
         self.figures, self.kills, self.rng = Figures(), 0, random.Random(seed)
         self.own: list[float] = []  # seconds from the start of a rank to the end of the first step
         self.cpu: list[float] = []  # CPU seconds of the rank meanwhile
-        self.port = free_port()
+        self.port, self.wait = free_port(), wait
         self.machines: list[Any] = []
         self.notes = place / "elastic-steps"
 
     def start(self, count: int) -> None:
         """Starts machines until there are `count`."""
         while len(self.machines) < count:
-            more = FORK.Process(target=machine, args=(self.port, self.folder, self.steps))
+            more = FORK.Process(
+                target=machine, args=(self.port, self.folder, self.steps, self.wait)
+            )
             more.start()
             self.machines.append(more)
 
@@ -261,11 +266,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wait", type=int, default=WAIT, help="seconds that torchrun waits")
     parser.add_argument("--folder", type=Path, help="keep the run here")
     arguments = parser.parse_args()
     place = arguments.folder or Path(tempfile.mkdtemp(prefix="elastic-"))
     place.mkdir(parents=True, exist_ok=True)
-    drill = Drill(place, arguments.count, arguments.seed)
+    drill = Drill(place, arguments.count, arguments.seed, arguments.wait)
     good = drill.run().good()
     print(drill.line())
     return 0 if good else 1
