@@ -195,6 +195,11 @@ def test_a_healthy_run_and_a_young_run_raise_no_alarm() -> None:
     assert "(weights before: 80.0%)" in verdict(flat)
     # Single steps of a random walk make the measured lag short. The momentum says better.
     assert diagnose(evidence(key_distance=0.0, queue_drift=0.6)) == []
+    # Queries part from the random start of the queue within the first lines.
+    early = evidence(queue_drift=0.3)
+    for line in early.lines[:3]:
+        line["queue_drift"] = 1.2  # type: ignore[index]
+    assert diagnose(early) == []
     # A short run cannot move its weights far.
     assert [finding.name for finding in diagnose(evidence(weight_change=1e-4))] == ["rate too low"]
     short = evidence(weight_change=1e-4)
