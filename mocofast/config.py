@@ -284,6 +284,12 @@ class KNNConfig:
         "subset is classified; 0 classifies all",
         valid=at_least(0),
     )
+    size: int = option(
+        0,
+        "pixels of the square views that are classified; 0 means those of augment.size. Small "
+        "images that training enlarges are faster at a smaller size (ResNets only)",
+        valid=at_least(0),
+    )
     shots: int = option(
         0,
         "also 1-nearest-neighbour accuracy with this many labelled images a class; 0 means none",

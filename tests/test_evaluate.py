@@ -365,6 +365,20 @@ def test_a_missing_monitor_has_a_reason() -> None:
     assert KNNMonitor.missing(datasets._replace(train=unlabelled), config) == "no labels"
 
 
+def test_the_monitor_takes_images_of_another_size() -> None:
+    datasets, config = bright_datasets()
+    config.knn.size = 5
+    monitor = KNNMonitor.of(datasets, config, CPU)
+    seen = []
+    encoder = tiny_encoder()
+    encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2:]))
+    assert monitor is not None and monitor.evaluate(encoder)["knn_top1"] > 0
+    assert set(seen) == {(5, 5)}
+    config.model.arch = "vit_tiny_cifar"
+    with pytest.raises(ConfigError, match=r"knn\.size: expected 0 for model\.arch vit_"):
+        KNNMonitor.of(datasets, config, CPU)
+
+
 def test_the_monitor_classifies_a_fixed_random_part_of_the_queries() -> None:
     datasets, config = bright_datasets()
     assert datasets.val is not None

@@ -115,6 +115,7 @@ def _on_sizes(train: Sequence[Seen], val: Sequence[Seen], size: Size) -> list[st
             lines.append(
                 f"all images looked at have {height} x {width} pixels, and are enlarged to views "
                 f"of {pixels_text(size)}: --augment.size {fits} makes views as large as the images"
+                f", --knn.size {short} makes evaluations of ResNets faster"
             )
         if len(val_sizes) == 1 and len(val) > 1 and val_sizes != sizes:
             val_height, val_width = next(iter(val_sizes))

@@ -18,6 +18,7 @@ from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
 from mocofast.errors import NothingDecodedError
 from mocofast.models import encoders, pixels
+from mocofast.view_sizes import Size
 
 EVALUATION_BATCH = 256  # images
 MOST_AT_ONCE = 4  # batches that a CPU computes at the same time: each holds its activations
@@ -27,13 +28,16 @@ class EvaluationStopped(Exception):
     """A signal ended an evaluation early."""
 
 
-def image_batches(source: Source, config: Config, device: torch.device) -> EvalBatches:
+def image_batches(
+    source: Source, config: Config, device: torch.device, size: Size = 0
+) -> EvalBatches:
     """Returns all images of `source` once: (images, labels, index) in batches of EVALUATION_BATCH.
 
     config: gives the size of the centre crop, the channels and the number of workers.
     device: of the images.
+    size: of the centre crop. 0: that of the views of training.
     """
-    data, size = config.data, config.augment.size
+    data, size = config.data, size or config.augment.size
     return eval_batches(source, size, EVALUATION_BATCH, data.workers, device, data.channels)
 
 

@@ -28,6 +28,8 @@ from mocofast.evaluate.features import (
 )
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
 
+RESNETS = ("resnet", "wide_resnet", "resnext")  # take images of any size
+
 
 class KNNMonitor:
     """Evaluates an encoder on labelled train and validation images.
@@ -39,7 +41,12 @@ class KNNMonitor:
 
     def __init__(self, train: Source, val: Source, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        seed, knn = config.train.seed, config.knn
+        seed, knn, arch = config.train.seed, config.knn, config.model.arch
+        if knn.size and not arch.startswith(RESNETS):
+            raise ConfigError(
+                f"knn.size: expected 0 for model.arch {arch}, which takes images of augment.size; "
+                "ResNets take other sizes, too"
+            )
         train = at_most(knn.bank, train, np.random.default_rng(seed))
         val = at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
         self.train, self.val = train, val
@@ -118,7 +125,7 @@ class KNNMonitor:
         if world_size > 1:
             source = Subset(source, np.arange(rank, len(source), world_size))
         batches = tqdm(
-            image_batches(source, self.config, self.device),
+            image_batches(source, self.config, self.device, self.config.knn.size),
             desc=f"kNN {name}",
             total=-(-len(source) // EVALUATION_BATCH),
             unit="batch",
