@@ -228,6 +228,28 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("bn_splits", [1, 3])
+def test_split_batch_norm_trains_on_a_cpu_with_channels_first_to_equal_gradients(
+    bn_splits: int,
+) -> None:
+    found = []
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    for fastest in (True, False):
+        torch.manual_seed(0)
+        model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)
+        model.to(memory_format=torch.channels_last)
+        if fastest:
+            model.to_fastest_format(torch.device("cpu"))
+        images = model.normalize_pixels(pixels)
+        assert images.is_contiguous() == (fastest and bn_splits > 1)
+        encoder = model.encoder_q.double()
+        output = encoder(images.double())
+        output.mul(torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        found.append([output.detach(), *(p.grad for p in encoder.parameters())])
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("bn_splits", [1, 2])
 def test_a_steady_step_never_asks_for_a_tensors_value(bn_splits: int) -> None:
     model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)

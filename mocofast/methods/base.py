@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
+from mocofast.models.batch_norm import memory_format
 from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.models.sizes import encode
 from mocofast.step_parts import FORWARD, step_part
@@ -84,6 +85,7 @@ class Method(nn.Module):
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
     filling_steps = 0  # first steps of a run, which fill the queue and train nothing
     writes_weights = False  # forward passes write parameters: no sharded form
+    memory_format: torch.memory_format = torch.channels_last  # of images, see `to_fastest_format`
     encoder_q: nn.Module
     pixel_mean: Tensor | None
     pixel_std: Tensor | None
@@ -192,7 +194,14 @@ class Method(nn.Module):
         """Normalises uint8 and uint16 images (N, C, S, S); returns other images as they are."""
         if images.dtype not in LEVELS:
             return images
-        return prepare_images(images, cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std))
+        statistics = cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std)
+        return prepare_images(images, *statistics, self.memory_format)
+
+    def to_fastest_format(self, device: torch.device) -> None:
+        """Moves weights to the device, in the order in memory that trains them fastest there."""
+        self.memory_format = memory_format(self, device)
+        # torch's stubs lack memory_format.
+        self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,6 +60,19 @@ class SplitBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Returns the order in memory of weights and maps that trains a model fastest.
+
+    That is channels-last, but for split BatchNorm on a CPU: where channels come first, PyTorch's
+    BatchNorm takes the splits as more channels without a copy (`ops.batch_norm_pytorch`).
+    """
+    if device.type == "cpu" and any(
+        isinstance(module, SplitBatchNorm) for module in model.modules()
+    ):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):

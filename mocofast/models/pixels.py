@@ -19,15 +19,21 @@ def pixel_statistics(augment: AugmentConfig) -> tuple[Tensor, Tensor]:
     return 255 * torch.tensor(augment.mean), 255 * torch.tensor(augment.std)
 
 
-def prepare_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Returns (images - mean) / std, channels-last: in the autocast dtype, or else in float32.
+def prepare_images(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """Returns (images - mean) / std: in the autocast dtype, or else in float32.
 
     The arithmetic is in float32.
 
     images: (N, C, S, S), uint8 or uint16.
     mean, std: C values or one value, on the 0..255 scale, on the device of the images.
+    memory_format: of the result.
     """
-    pixels = images.contiguous(memory_format=torch.channels_last)
+    pixels = images.contiguous(memory_format=memory_format)
     mean, std = mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
     if images.dtype == torch.uint16:
         pixels, mean, std = pixels.float(), 257 * mean, 257 * std

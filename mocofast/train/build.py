@@ -51,7 +51,7 @@ def new_state(
     model = build_method(config, len(source), len(source.classes))
     sharded = is_sharded(config, world_size)
     if not sharded:
-        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to_fastest_format(device)
     if "labels" in model.batch_fields:
         source = labelled(source)
     batch_slice = BatchSlice(
