@@ -20,24 +20,31 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plain_loop import BATCH, MOMENTUM, RATE, build, digits, pairs
 
 
-def train(epochs: int = 5, seed: int = 0, *, cpu: bool = False) -> list[float]:
-    """Returns the loss of every step. cpu: leave GPUs alone."""
+def train(epochs: int = 5, seed: int = 0, *, cpu: bool = False, accumulate: int = 1) -> list[float]:
+    """Returns the loss of every batch.
+
+    cpu: leave GPUs alone. accumulate: batches of a step. All of them meet one key encoder and one
+    queue, as a large batch would.
+    """
     torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=accumulate)
     model = build()
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), RATE, MOMENTUM)
     loader = torch.utils.data.DataLoader(
         list(digits()), BATCH, shuffle=True, drop_last=True, collate_fn=pairs
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    losses = []
+    losses, is_first = [], True
     for epoch in range(epochs):
         for im_q, im_k in loader:
-            loss = model(im_q, im_k).loss
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
+            with accelerator.accumulate(model):
+                is_last = accelerator.sync_gradients
+                loss = model(im_q, im_k, update_keys=is_first, enqueue=is_last).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.item())
+            is_first = is_last
         accelerator.print(f"epoch {epoch + 1}  loss {losses[-1]:.4f}")
     return losses
 
