@@ -13,8 +13,8 @@ import torch
 
 from mocofast import cli
 from mocofast.config import AugmentConfig, ConfigError, DataConfig
-from mocofast.data.arrays import central_view
-from mocofast.data.decoding import decode
+from mocofast.data.arrays import central_view, read_numbers
+from mocofast.data.decoding import decode, read_header
 from mocofast.data.interface import BatchSlice
 from mocofast.data.loaders import build_loader, dali_missing, eval_batches
 from mocofast.data.prepare import PrepareConfig, prepare
@@ -192,6 +192,34 @@ def test_bands_are_read_in_their_order_from_every_kind(tmp_path: Path) -> None:
     wrong = load_datasets(DataConfig(path=data.path, bands=(1, 2, 6))).train
     with pytest.raises(ValueError, match=r"has 5 channels, data\.bands names 6"):
         wrong.load(0).pixels(3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted", "read", "remark"),
+    [
+        ((30, 31, 4), 3, slice(0, 3), "channels 1 to 3 of 4 (data.channels=4 reads all)"),
+        ((13, 30, 31), 5, slice(0, 5), "channels 1 to 5 of 13 (data.channels=13 reads all)"),
+        ((30, 31, 13), 1, slice(0, 1), "channel 1 of 13 (data.channels=13 reads all)"),
+        ((30, 31, 2), 3, [0, 0, 0], "channel 1 of 2 (data.channels=2 reads all)"),
+        ((30, 31, 5), 5, slice(0, 5), ""),
+    ],
+)
+def test_first_channels_of_arrays_are_read(
+    shape: tuple[int, ...], wanted: int, read: slice | list[int], remark: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a.npy")
+    values = np.random.default_rng(0).integers(0, 60_000, shape).astype(np.uint16)
+    np.save(path, values)
+    last = values.transpose(1, 2, 0) if shape[0] == 13 else values
+    np.testing.assert_array_equal(read_numbers(path, wanted).values, last[..., read])
+    assert read_header(path, wanted) == (30, 31, "NPY", False, True, remark)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (8, 9), (30, 31, 32), (2, 3, 4, 5)])
+def test_arrays_that_are_no_images_are_errors(shape: tuple[int, ...], tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape))
+    with pytest.raises(ValueError, match=r"pixels must be \(H, W, 5\) or \(5, H, W\)"):
+        read_numbers(str(tmp_path / "a.npy"), 5)
 
 
 def test_prepare_and_stats_call_the_function(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.lib import format as npy
 
-from mocofast.data.items import ALL, WHOLE, Extent, check_pixels, native, opened
+from mocofast.data.items import ALL, WHOLE, Extent, check_pixels, first_channels, native, opened
 from mocofast.data.ranges import Pixels, type_bounds
 
 NPY = ".npy"
 MAGIC = b"\x93NUMPY"
+MOST_CHANNELS = 16  # of an array whose sides are not `wanted`: a longer side holds pixels or slices
 # Names of the image in an .npz archive with several arrays. Otherwise the first array of two or
 # more dimensions is read.
 IMAGE_NAMES = ("image", "img", "x", "data", "arr_0")
@@ -29,9 +30,10 @@ def extent(file: str | bytes, wanted: int, part: int = WHOLE) -> Extent:
     """Returns the size of an array. Arguments: as `items.FileReader`."""
     with _member(file) as (member, remark):
         shape, dtype = array_header(member)
-    height, width, _ = sizes(shape, _channels(shape, wanted))
+    height, width, channels = sizes(shape, _channels(shape, wanted))
     check_pixels(height, width)
-    return Extent(height, width, dtype != np.uint8, remark, "NPY")
+    words = ", ".join(filter(None, (remark, _first(channels, wanted)[1])))
+    return Extent(height, width, dtype != np.uint8, words, "NPY")
 
 
 def pixels(file: str | bytes, wanted: int, part: int = WHOLE) -> Pixels:
@@ -43,6 +45,7 @@ def pixels(file: str | bytes, wanted: int, part: int = WHOLE) -> Pixels:
         # Pickled objects could run code.
         values = native(npy.read_array(member, allow_pickle=False))
     values = channels_last(values, _channels(values.shape, wanted))
+    values = values[..., : _first(values.shape[2], wanted)[0]]
     return Pixels(values, *type_bounds(values.dtype))
 
 
@@ -116,12 +119,25 @@ def read_arrays(place: Path) -> dict[str, np.ndarray]:
 def _channels(shape: tuple[int, ...], wanted: int) -> int:
     """Returns the number of channels of an array: one channel is gray where RGB is wanted, too.
 
-    Where all channels are wanted, the shorter of the first and the last side counts them.
+    The shorter of the first and the last side counts the channels where no side is `wanted`, and
+    no more than MOST_CHANNELS, or where all channels are wanted.
     """
-    gray = len(shape) == 2 or (1 in (ends := (shape[0], shape[-1])) and 3 not in ends)
+    if len(shape) < 2:
+        return wanted
+    ends = (shape[0], shape[-1])
+    gray = len(shape) == 2 or (1 in ends and 3 not in ends)
     if gray and wanted in (3, ALL):
         return 1
-    return min(shape[0], shape[-1]) if wanted == ALL else wanted
+    least = min(ends)
+    more = wanted < least <= MOST_CHANNELS or (least, wanted) == (2, 3)
+    if wanted == ALL or (len(shape) == 3 and wanted not in ends and more):
+        return least
+    return wanted
+
+
+def _first(channels: int, wanted: int) -> tuple[int, str]:
+    """Does what `items.first_channels` does. Gray is made of three colours."""
+    return first_channels(channels, 3 if (channels, wanted) == (3, 1) else wanted)
 
 
 @contextmanager
