@@ -41,9 +41,9 @@ EACH = 40  # steps for a turn, some of which are left for the end
 PACE = 0.2  # seconds between steps: no turn may see the end of the run
 OPTIONS = {"model.bn_splits": 4, "model.queue_size": 320, "data.batch_size": 32}
 OPTIONS |= {"train.log_every": 10}
-# A machine without a word for WAIT seconds is dead. A start waits as long for more machines, unless
-# there are 4.
-WAIT = 2
+# Seconds: a machine without a word for DEAD is dead. A start waits MORE for more machines, unless
+# there are 4. With a DEAD of 2, a busy computer takes machines that live for dead.
+DEAD, MORE = 3, 3
 HURRY = "hurry"  # a file to end the pauses
 FORK = multiprocessing.get_context("fork")
 
@@ -119,7 +119,7 @@ def train(folder: Path, steps: int, trains: bool = True) -> int:
     return 0
 
 
-def machine(port: int, folder: Path, steps: int, wait: int) -> None:
+def machine(port: int, folder: Path, steps: int, dead: int, more: int) -> None:
     """Runs torchrun's agent for a rank."""
     os.setsid()
     # No machine can take over the store of a dead first machine (pytorch/pytorch#182221).
@@ -127,8 +127,8 @@ def machine(port: int, folder: Path, steps: int, wait: int) -> None:
     # For events torchrun looks up the caller's name in all modules, between a look at the store and
     # a write. Beside mocofast's modules the search took too long: another agent always wrote first.
     dynamic_rendezvous.get_method_name = lambda depth=2: ""
-    settings = f"is_host=0,last_call_timeout={wait}"
-    settings += f",keep_alive_interval=1,keep_alive_max_attempt={wait}"
+    settings = f"is_host=0,last_call_timeout={more}"
+    settings += f",keep_alive_interval=1,keep_alive_max_attempt={dead}"
     words = ["--nnodes", "1:4", "--nproc-per-node", "1", "--max-restarts", "1000"]
     words += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-conf", settings]
     words += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "none"]
@@ -139,12 +139,14 @@ def machine(port: int, folder: Path, steps: int, wait: int) -> None:
 class Drill:
     """A run on dying and new machines."""
 
-    def __init__(self, place: Path, turns: int, seed: int, wait: int = WAIT) -> None:
+    def __init__(
+        self, place: Path, turns: int, seed: int, dead: int = DEAD, more: int = MORE
+    ) -> None:
         self.folder, self.turns, self.steps = place / "elastic", turns, EACH * turns
         self.figures, self.kills, self.rng = Figures(), 0, random.Random(seed)
         self.own: list[float] = []  # seconds from the start of a rank to the end of the first step
         self.cpu: list[float] = []  # CPU seconds of the rank meanwhile
-        self.port, self.wait = free_port(), wait
+        self.port, self.waits = free_port(), (dead, more)
         self.machines: list[Any] = []
         self.notes = place / "elastic-steps"
 
@@ -152,7 +154,7 @@ class Drill:
         """Starts machines until there are `count`."""
         while len(self.machines) < count:
             more = FORK.Process(
-                target=machine, args=(self.port, self.folder, self.steps, self.wait)
+                target=machine, args=(self.port, self.folder, self.steps, *self.waits)
             )
             more.start()
             self.machines.append(more)
@@ -266,12 +268,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--wait", type=int, default=WAIT, help="seconds that torchrun waits")
+    parser.add_argument("--dead", type=int, default=DEAD, help="seconds until a machine is dead")
+    parser.add_argument("--more", type=int, default=MORE, help="seconds of a start for others")
     parser.add_argument("--folder", type=Path, help="keep the run here")
     arguments = parser.parse_args()
     place = arguments.folder or Path(tempfile.mkdtemp(prefix="elastic-"))
     place.mkdir(parents=True, exist_ok=True)
-    drill = Drill(place, arguments.count, arguments.seed, arguments.wait)
+    drill = Drill(place, arguments.count, arguments.seed, arguments.dead, arguments.more)
     good = drill.run().good()
     print(drill.line())
     return 0 if good else 1
