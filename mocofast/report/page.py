@@ -169,7 +169,7 @@ def _signals(runs: Sequence[Run]) -> str:
     lines = partial(lines_of, runs, [run.evidence.lines for run in runs])
     drawn = [chart(title, lines(*keys)) for title, *keys in SIGNALS]
     if not any(drawn):
-        return "<p>The run has no signals: it was made before signals were written.</p>"
+        return "<p>The run has no signals. Signals are written at log lines (train.log_every).</p>"
     return (
         '<p class="soft">Measured on the last step of every log line.</p>'
         f'<div class="grid2">{"".join(drawn)}</div>'
