@@ -57,7 +57,7 @@ def knn(argv: Sequence[str]) -> int:
     from mocofast.evaluate.search import MOST_KEPT, search
     from mocofast.interop.classifiers import Bank, Classifier, plain_encoder
 
-    with _ranks(arguments) as device:
+    with _ranks("knn", arguments) as device:
         model, config, datasets = load(arguments)
         _say(datasets.lines())
         encoder = model.encoder_q.to(device)
@@ -110,7 +110,7 @@ def linear(argv: Sequence[str]) -> int:
     from mocofast.models.heads import replace_head
 
     options = group_options(LinearConfig, "linear", arguments)
-    with _ranks(arguments) as device:
+    with _ranks("linear", arguments) as device:
         model, config, datasets = load(arguments)
         options = of_protocol(options, given_settings(arguments), config.model.arch)
         log_to_screen()
@@ -168,7 +168,7 @@ def finetune(argv: Sequence[str]) -> int:
     from mocofast.train.checkpoint_writer import save_atomically
 
     options = group_options(FinetuneConfig, "finetune", arguments)
-    with _ranks(arguments) as device:
+    with _ranks("finetune", arguments) as device:
         model, config, datasets = load(arguments)
         log_to_screen()
         _say(datasets.lines())
@@ -223,7 +223,7 @@ def zeroshot(argv: Sequence[str]) -> int:
     from mocofast.interop.reference_checkpoints import load_any
 
     templates = zero_shot.read_templates(arguments.templates or zero_shot.TEMPLATES)
-    with _ranks(arguments) as device:
+    with _ranks("zeroshot", arguments) as device:
         if arguments.classes:
             model, config, *_ = load_any(arguments.checkpoint, arguments.arch, size_of(arguments))
             classes, datasets = tuple(arguments.classes), None
@@ -259,19 +259,24 @@ def _with_folder(parser: Parser) -> Parser:
 
 
 @contextmanager
-def _ranks(arguments: Namespace) -> Iterator[torch.device]:
-    """Joins the ranks of torchrun inside the block. Yields the device of this rank."""
+def _ranks(command: str, arguments: Namespace) -> Iterator[torch.device]:
+    """Joins the ranks of torchrun inside the block. Yields the device of this rank.
+
+    Raises ConfigError if rank 0 cannot write its results after the work.
+    """
     import torch
 
-    from mocofast import distributed
+    from mocofast import distributed, files
     from mocofast.device import choose_device
 
     device = choose_device(arguments.device)
-    _, world_size, local_rank = distributed.init_from_environment(device)
+    rank, world_size, local_rank = distributed.init_from_environment(device)
     arguments.started = time.monotonic()
     if device.type == "cuda" and world_size > 1:
         device = torch.device("cuda", local_rank)
     try:
+        if rank == 0:
+            files.require_writable(_folder(command, arguments), "--dir")
         yield device
     finally:
         distributed.shutdown()

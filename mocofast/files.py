@@ -64,6 +64,16 @@ def regular_target(path: Path) -> Path:
     return target
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Raises ConfigError if a folder, which need not exist yet, cannot be written.
+
+    Call it before long work. option: which chooses the folder.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{option}: {folder} cannot be written: choose another folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Writes the names of a folder to the disk, so that a rename outlives a crash of the machine.
 

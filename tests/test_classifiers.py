@@ -87,6 +87,19 @@ def images_of(run: Path) -> Path:
     return Path(re.search(r"^  path: (.+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for words, said in (
+        (("linear", str(run)), f"--dir: {run / 'linear'} cannot be written"),
+        (("knn", str(run), "--dir", str(tmp_path / "a/b")), "--dir: "),
+        (("embed", str(run), str(images_of(run)), str(tmp_path / "f.npz")), "OUT: "),
+    ):
+        status, out, err = call(capsys, *words)
+        assert (status, out) == (2, "") and said in err, err
+
+
 def test_predict_without_a_classifier_shows_neighbours(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

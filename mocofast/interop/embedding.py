@@ -45,6 +45,7 @@ def writer_of(path: str) -> Writer:
     out = Path(path)
     if not out.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {str(out.parent)!r}")
+    files.require_writable(out.parent, "OUT")
     if out.suffix == ".npz":
         return _write_npz
     if out.suffix != ".parquet":
