@@ -153,7 +153,6 @@ def _sum_tiles(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, k_width=2)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
-
     limit = N - first
     own = gl.arange(0, QUERIES, layout=score_rows)
     tie = _load_queries(
@@ -174,7 +173,6 @@ def _sum_tiles(
         QUERIES,
         score_rows,
     )
-
     total = gl.zeros([QUERIES], gl.float32, layout=score_rows)
     positive_rank = gl.zeros([QUERIES], gl.int32, layout=score_rows)
     out = gl.zeros([QUERIES, C], gl.float32, layout=out_layout)
@@ -257,7 +255,6 @@ def _specialised_sweep_kernel(
     remaining = K - first_tile * BLOCK_K
     tiles = gl.minimum(tiles_per_split, (remaining + BLOCK_K - 1) // BLOCK_K)
     scale = 1.0 / temperature * LOG2_E
-
     # Shared memory: the queries of both warpgroups, the ring, and barriers for its places.
     query_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, QUERIES, C], negatives.layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_K, C], negatives.layout)
@@ -267,38 +264,70 @@ def _specialised_sweep_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
-    # Arguments of both warpgroups, before and after those of their own.
-    inputs = (query, positive, positive_scores, totals, positive_ranks, outs)
-    ends = (split, N, remaining, scale, tiles)
-    constants: gl.constexpr = (
-        query_stride_n,
-        query_stride_c,
-        positive_stride_n,
-        positive_stride_c,
-        C,
-        PREPARED,
-        NORMALIZE,
-        RANK,
-        BLOCK_K,
-        STAGES,
-    )
-    # Sums of tuples in place: a name for the sum would turn its constants into numbers of the
-    # kernel, and Gluon has no starred tuples.
+    # All arguments stand in the call: in a sum of tuples, Triton 3.9 takes constants for numbers.
     gl.warp_specialize(
         [
             (
                 _sum_tiles,
-                inputs  # noqa: RUF005
-                + (query_tiles.index(0), ring, ready, free, first)
-                + ends
-                + constants,
+                (
+                    query,
+                    positive,
+                    positive_scores,
+                    totals,
+                    positive_ranks,
+                    outs,
+                    query_tiles.index(0),
+                    ring,
+                    ready,
+                    free,
+                    first,
+                    split,
+                    N,
+                    remaining,
+                    scale,
+                    tiles,
+                    query_stride_n,
+                    query_stride_c,
+                    positive_stride_n,
+                    positive_stride_c,
+                    C,
+                    PREPARED,
+                    NORMALIZE,
+                    RANK,
+                    BLOCK_K,
+                    STAGES,
+                ),
             ),
             (
                 _sum_tiles,
-                inputs  # noqa: RUF005
-                + (query_tiles.index(1), ring, ready, free, first + QUERIES)
-                + ends
-                + constants,
+                (
+                    query,
+                    positive,
+                    positive_scores,
+                    totals,
+                    positive_ranks,
+                    outs,
+                    query_tiles.index(1),
+                    ring,
+                    ready,
+                    free,
+                    first + QUERIES,
+                    split,
+                    N,
+                    remaining,
+                    scale,
+                    tiles,
+                    query_stride_n,
+                    query_stride_c,
+                    positive_stride_n,
+                    positive_stride_c,
+                    C,
+                    PREPARED,
+                    NORMALIZE,
+                    RANK,
+                    BLOCK_K,
+                    STAGES,
+                ),
             ),
             (_copy_tiles, (negatives, ring, ready, free, first_tile, tiles, BLOCK_K, STAGES)),
         ],
@@ -333,7 +362,7 @@ def launch(
     totals, positive_ranks: (splits, N) float32 and int32. Without positive_ranks none are counted.
     outs: (splits, N, C) float32, not None.
     arrived: () int32, which becomes 0, or None.
-    tiles_per_split: tiles of `tile.stream` negatives of a split, at least one for every split.
+    tiles_per_split: tiles of `tile.stream` negatives of a split, at least one.
     tile: one of `configs.SPECIALISED[C]`.
     """
     N, C = query.shape
