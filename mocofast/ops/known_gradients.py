@@ -63,8 +63,10 @@ class Mean(Tensor):
 
 
 def as_mean(loss: Tensor) -> Tensor:
-    """Returns the mean of a kernel as `Mean`, other than float32 as it is. Without a graph yet."""
-    if loss.dtype != torch.float32:
+    """Returns the mean of a kernel as `Mean`, without a graph yet. Other numbers than float32 and
+    other classes of tensors (a fake tensor, which predicts memory) stay as they are.
+    """
+    if loss.dtype != torch.float32 or type(loss) is not Tensor:
         return loss
     mean: Tensor = Tensor._make_subclass(Mean, loss)
     return mean
