@@ -87,6 +87,11 @@ def all_cases(rank: int) -> dict[str, Any]:
         DTensor.from_local(torch.ones(2, 3), mesh, [placement])
         for placement in (Shard(0), Replicate())
     ]
+    # A tied weight, listed as itself and as another wrapper of its memory, moves once.
+    tied, source = here[0] * 0, here[0]
+    again = DTensor.from_local(tied.to_local(), mesh, [Shard(0)])
+    ops.ema_update_([tied, tied, again], [source] * 3, 0.5)
+    cases["tied"] = tied.to_local().tolist()
     try:
         ops.ema_update_([here[0]], [DTensor.from_local(torch.ones(4, 3), mesh, [Replicate()])], 0.5)
     except ValueError as error:
@@ -122,6 +127,10 @@ def test_fsdp2_with_a_moving_average_equals_ddp(
 def test_other_placements_and_lars_are_refused(results: list[dict[str, Any]]) -> None:
     assert results[0]["other placements"].startswith("sources[0] must be sharded as targets[0]")
     assert "FusedSGD and FusedAdamW take sharded models" in results[0]["lars"]
+
+
+def test_tied_weights_of_sharded_models_move_once(results: list[dict[str, Any]]) -> None:
+    assert [found["tied"] for found in results] == [[[0.5] * 3] * 2] * WORLD
 
 
 def test_other_wrappers_are_refused_by_name() -> None:
