@@ -308,12 +308,14 @@ def _is_slide(name: str) -> bool:
 
 
 def _may_be_nifti(source: Source) -> bool:
-    """Returns whether some names end like names of NIfTI files. Of shards, whose names have no
-    ends, the first sample decides.
+    """Returns whether some names end like names of NIfTI files. Shards of photos hold none.
+
+    Of other shards, whose names have no ends, the first sample decides.
     """
-    if not len(source) or os.path.splitext(source.name(0))[1].lower() in EXTENSIONS:
+    photos = getattr(source, "photos", None)  # of shards alone
+    if photos or not len(source) or os.path.splitext(source.name(0))[1].lower() in EXTENSIONS:
         return False
-    if not getattr(source, "photos", True):
+    if photos is False:
         return isinstance(reader_of(cast("bytes", source.load(0))), Nifti)
     return any(
         source.name(index).lower().endswith((".nii", ".nii.gz")) for index in range(len(source))
