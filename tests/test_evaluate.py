@@ -29,6 +29,7 @@ from mocofast.evaluate.features import embed, evaluating, extract
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy, label_position
 from mocofast.evaluate.linear import LinearConfig, linear_probe
 from mocofast.evaluate.logistic import fit_logistic
+from mocofast.evaluate.metrics import top_accuracies
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.evaluate.targets import targets_of
 from mocofast.models import encoders
@@ -482,7 +483,7 @@ def test_the_strength_that_is_best_on_the_held_out_tenth_is_refitted_on_all(
     theirs.fit((train * scale + 7).double().numpy(), labels.numpy())
     expected = theirs.score((val * scale + 7).double().numpy(), own.numpy())
     # One sample may lie on the border: the fit ends at a small gradient.
-    top1 = linear._accuracy(probe.scores, own)[0]
+    top1 = top_accuracies(probe.scores, own)[0]
     assert top1 == pytest.approx(expected, abs=1.001 / len(val))
     # Weights are for features as they come.
     scores = (val * scale + 7) @ probe.weight.T + probe.bias

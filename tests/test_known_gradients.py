@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from mocofast import ops
-from mocofast.ops import backend
+from mocofast.ops import backend, known_gradients
 from tests.oracle import info_nce_oracle
+
+
+@pytest.fixture(params=[{"cpu"}, set()], ids=["filled", "known"], autouse=True)
+def filled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU PyTorch fills the gradient with 1. In the second case CPUs do as GPUs."""
+    monkeypatch.setattr(known_gradients, "_FILLED", request.param)
 
 
 def _features() -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +61,7 @@ def test_every_way_to_begin_gives_the_gradient(way: str) -> None:
 
 def test_a_plain_backward_multiplies_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, positive, negatives = _features()
+    monkeypatch.setattr(known_gradients, "_FILLED", set())
     kernels, found = backend.backend_for("cpu"), []
 
     def forward(*arguments: object, **options: object) -> object:

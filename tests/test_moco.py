@@ -239,7 +239,7 @@ def test_split_batch_norm_trains_on_a_cpu_with_channels_first_to_equal_gradients
         model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)
         model.to(memory_format=torch.channels_last)
         if fastest:
-            model.to_fastest_format(torch.device("cpu"))
+            model.to_fastest_format(torch.device("cpu"), bn_splits)
         images = model.normalize_pixels(pixels)
         assert images.is_contiguous() == (fastest and bn_splits > 1)
         encoder = model.encoder_q.double()

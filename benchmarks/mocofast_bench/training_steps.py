@@ -84,7 +84,7 @@ def our_engine(
     """
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model = fresh_model(config, device)
-    model.to_fastest_format(device)
+    model.to_fastest_format(device, getattr(config.model, "bn_splits", 1))
     autocast = choose_autocast(precision or config.train.precision, device)
     micro_batches = config.train.accumulate
     return Engine(

@@ -197,9 +197,12 @@ class Method(nn.Module):
         statistics = cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std)
         return prepare_images(images, *statistics, self.memory_format)
 
-    def to_fastest_format(self, device: torch.device) -> None:
-        """Moves weights to the device, in the order in memory that trains them fastest there."""
-        self.memory_format = memory_format(self, device)
+    def to_fastest_format(self, device: torch.device, splits: int = 1) -> None:
+        """Moves weights to the device, in the order in memory that trains them fastest there.
+
+        splits: the most splits of BatchNorm on a rank, see `models.batch_norm.memory_format`.
+        """
+        self.memory_format = memory_format(splits, device)
         # torch's stubs lack memory_format.
         self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
 

@@ -62,15 +62,16 @@ class SplitBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
 
-def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_format(splits: int, device: torch.device) -> torch.memory_format:
     """Returns the order in memory of weights and maps that trains a model fastest.
 
     That is channels-last, but for split BatchNorm on a CPU: where channels come first, PyTorch's
     BatchNorm takes the splits as more channels without a copy (`ops.batch_norm_pytorch`).
+
+    splits: the most splits of a rank. DDP asks for one order on all ranks, and ranks may have
+        different numbers of splits.
     """
-    if device.type == "cpu" and any(
-        isinstance(module, SplitBatchNorm) for module in model.modules()
-    ):
+    if device.type == "cpu" and splits > 1:
         return torch.contiguous_format
     return torch.channels_last
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _units: dict[torch.device, Tensor] = {}
+# Devices without launches to save. A given gradient makes PyTorch import sympy, .5 s.
+_FILLED = {"cpu"}
 
 
 def unit_gradient(device: torch.device) -> Tensor:
@@ -51,7 +53,7 @@ class Mean(Tensor):
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
         """Computes gradients as `torch.Tensor.backward` does."""
-        if gradient is None:
+        if gradient is None and self.device.type not in _FILLED:
             gradient = unit_gradient(self.device)
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +51,10 @@ def new_state(
     for size in config.augment.training_sizes():
         build_encoder(config.model.arch, size, config.data.channels)  # refuses parts of patches
     model = build_method(config, len(source), len(source.classes))
+    parts: int = getattr(config.model, "bn_splits", 1)
     sharded = is_sharded(config, world_size)
     if not sharded:
-        model.to_fastest_format(device)
+        model.to_fastest_format(device, math.ceil(parts / world_size))
     if "labels" in model.batch_fields:
         source = labelled(source)
     batch_slice = BatchSlice(
@@ -60,7 +63,7 @@ def new_state(
         world_size,
         config.data.drop_last,
         uneven=True,
-        parts=getattr(config.model, "bn_splits", 1),
+        parts=parts,
     )
     loader: Loader = build_loader(
         source,
@@ -84,8 +87,8 @@ def new_state(
         sharding = Sharding(model, device, autocast)
     optimizer = optimizer_of(model, config.optim)
     window = Window(device)
-    parts = (config, model, optimizer, loader, source, window, device, batch_slice)
-    return RunState(*parts, sharding=sharding)
+    of_run = (config, model, optimizer, loader, source, window, device, batch_slice)
+    return RunState(*of_run, sharding=sharding)
 
 
 def _drop_tokens(model: nn.Module, config: Config) -> None:
