@@ -103,8 +103,9 @@ def forward_tile(
         return Tile(64, 32, min(c, 64), min(c, 256), 8, 2)
     if c > 256 and plain:
         # Every program of a row repeats the row's scores. 512 columns of sums (128 registers a
-        # thread) halve the number of programs.
-        return Tile(64, 64 if large else 32, 64, 512, 8, 2)
+        # thread) halve the number of programs. On an A100, a running maximum spills two words.
+        few = not large or (online and gpu.shared <= 164 * 1024)
+        return Tile(64, 32 if few else 64, 64, 512, 8, 2)
     if c > 256 or (c > 64 and c != C and not plain) or (c == 256 and not (plain and c == C)):
         return Tile(64, stream, 64, min(c, 256), 8, 2)
     if c == 256:
