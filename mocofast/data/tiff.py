@@ -21,7 +21,8 @@ from mocofast.data.ranges import Pixels, type_bounds
 from mocofast.data.tiff_colors import CHANNELS, CMYK, ICC_LAB, LAB, divided, to_rgb
 from mocofast.data.tiff_pages import choose, opened_series, read_planes
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MOTOROLA_BIGTIFF = b"MM\0+"
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", MOTOROLA_BIGTIFF)
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
 JPEG = 7  # code of the compression
 # Codes of compressions: none, fax, LZW, JPEG, deflate, PackBits, Zstandard. PIL knows more.
@@ -181,13 +182,13 @@ def _read_tags(file: BinaryIO) -> Tags:
         compression == 1 and height * width * channels * max(bits) > 8 * HOLLOW * length,
         not stored.all(),
         page,
-        head.startswith(MAGIC[3]),
+        head.startswith(MOTOROLA_BIGTIFF),
     )
 
 
 def _directory(file: BinaryIO, head: bytes, place: int) -> ImageFileDirectory_v2:
     """Returns the tags of the page at a place of the file, 0: of the first page."""
-    motorola = head.startswith(MAGIC[3])
+    motorola = head.startswith(MOTOROLA_BIGTIFF)
     found = ImageFileDirectory_v2(head[:8] if motorola else head)
     if motorola:  # PIL takes the file for no BigTIFF
         found._bigtiff, found.next = True, int.from_bytes(head[8:16], "big")

@@ -30,6 +30,11 @@ def unit_gradient(device: torch.device) -> Tensor:
     return unit
 
 
+def root_gradient(device: torch.device) -> Tensor | None:
+    """Returns the gradient that a backward pass on the device starts from. None: PyTorch's own."""
+    return None if device.type in _FILLED else unit_gradient(device)
+
+
 def is_unit(gradient: Tensor) -> bool:
     """Returns whether the gradient is the tensor of `unit_gradient`, as it was made."""
     return gradient is _units.get(gradient.device) and not gradient._version
@@ -53,8 +58,8 @@ class Mean(Tensor):
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
         """Computes gradients as `torch.Tensor.backward` does."""
-        if gradient is None and self.device.type not in _FILLED:
-            gradient = unit_gradient(self.device)
+        if gradient is None:
+            gradient = root_gradient(self.device)
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
     def __format__(self, spec: str) -> str:  # PyTorch formats the numbers of plain tensors alone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.distributed import rank_and_world_size, shares_of, sharing
-from mocofast.ops import unit_gradient
+from mocofast.ops.known_gradients import root_gradient
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.shares import Shares
 from mocofast.step_parts import step_part
@@ -113,12 +113,9 @@ def train_step(
 
 
 def _backward(loss: Tensor, share: float) -> None:
-    """Runs the backward pass of share x loss. The whole share launches nothing for the factor.
-
-    A CPU has no launches to save, and a given gradient imports sympy, which takes half a second.
-    """
+    """Runs the backward pass of share x loss. The whole share launches nothing for the factor."""
     if share == 1 and loss.dtype == torch.float32 and loss.dim() == 0:
-        loss.backward(gradient=unit_gradient(loss.device) if loss.device.type != "cpu" else None)
+        loss.backward(gradient=root_gradient(loss.device))
     else:
         (loss * share).backward()
 
