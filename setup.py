@@ -42,6 +42,8 @@ FIELDS = {
 }
 # Formats of `mocofast export` (docs/checkpoints.md).
 EXPORT = ["transformers>=5", "onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.23"]
+# mocofast launch slurm. Below 2: `--dry-run` takes the script from methods for submitit's plugins.
+SLURM = ["submitit>=1.5.2,<2"]
 # setuptools: the packaging test builds a wheel without a network, with the installed setuptools.
 TEST = [
     *TRAIN,
@@ -56,6 +58,7 @@ TEST = [
     "accelerate>=1",  # examples/accelerate_loop.py
     *EXPORT,
     *IMAGES,
+    *SLURM,
     "pyarrow>=15",
     "fsspec>=2024.2",
     "s3fs>=2024.2",
@@ -194,6 +197,7 @@ setup(
         "comet": ["comet_ml>=3.49"],  # --train.log_to comet
         "trackio": ["trackio>=0.20"],  # --train.log_to trackio
         "ray": ["ray[train]>=2.40"],  # mocofast launch ray
+        "slurm": SLURM,
         "docs": DOCS,
         "test": TEST,
         "bench": BENCH,

@@ -40,11 +40,12 @@ class Watch:
 
     The first signal raises Stopped in the main thread. Inside `after_steps` it only sets
     `requested`. A second Ctrl-C ends the process with status 130. (A launcher may send SIGTERM
-    after Ctrl-C, so SIGTERM counts once.)
+    after Ctrl-C, so SIGTERM counts once.) `received` has the numbers of all signals.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.received: set[int] = set()
         self._steps = False
         self._previous: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -85,6 +86,7 @@ class Watch:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        self.received.add(number)
         if not self._steps:
             raise Stopped(number)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +18,10 @@ import pytest
 import yaml
 from mocofast_bench.processes import on_ranks
 
-from mocofast import cli, settings
+from mocofast import cli, interrupts, settings
+from mocofast.launch import slurm
 from mocofast.launch.job import ENGINES
+from tests.drills.elastic import children
 
 GOLDEN = Path(__file__).parent / "launch"  # one file an engine, looked at by a person
 WORDS = (
@@ -47,6 +53,8 @@ def test_files_of_engines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     monkeypatch.chdir("/")
+    if engine == "slurm":
+        pytest.importorskip("submitit")
     status, out, _ = call(capsys, "launch", engine, *WORDS, "--dry-run")
     assert status == 0
     assert out == (GOLDEN / f"job{ENGINES[engine].suffix}.txt").read_text(encoding="utf-8")
@@ -87,6 +95,7 @@ def test_documents_hold_what_engines_read(capsys: pytest.CaptureFixture[str]) ->
         (("slurm", "digits", "--name", "A_b"), "--name"),
         (("slurm", "digits", "--resume", "runs/x"), "--resume auto alone"),
         (("slurm", "digits", '--flags=--comment="open'), "--flags: No closing quotation"),
+        (("slurm", "digits", "--flags=-p gpu"), "expected options such as --partition=gpu"),
         (("slurm", "digits", "--time", "1 day"), "--time: expected a value such as 24:00:00"),
         (("sky", "digits", "--memory", "lots"), "--memory: expected a value such as 64G"),
         (("k8s", "digits"), "--image"),
@@ -106,7 +115,7 @@ def test_quotes_memory_and_dollars_as_the_engine_reads_them(
     words = ("digits", "--gpus", "0", "--dry-run", "--flags", '--comment="a b"')
     words += ("--memory", "1536Mi", "--image", "x", "--setup", "echo $$")
     script, task, manifest = (call(capsys, "launch", e, *words)[1] for e in ("slurm", "sky", "k8s"))
-    assert "#SBATCH '--comment=a b'\n" in script and "#SBATCH --mem=1536M\n" in script
+    assert "#SBATCH --comment='a b'\n" in script and "#SBATCH --mem=1536M\n" in script
     assert yaml.safe_load(task)["resources"]["memory"] == "2+"
     pod = yaml.safe_load(manifest)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "1536Mi"}
@@ -140,26 +149,49 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if not k.startswith(times)} for line in found]
 
 
+def wait_until(done: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def never_stopped(words: list[str], rank: int) -> None:
     assert cli.main(words) == 0
+
+
+def path_of_packages() -> str:
+    root = Path(cli.__file__).parents[1]
+    return f"{root}:{root / 'kernels'}:{root / 'benchmarks'}"
+
+
+SHORT = (*RUN, "--train.log_every", "1", "--knn.start", "false")
+
+
+def ends_as_if_never_stopped(folder: Path) -> None:
+    words = ["pretrain", "digits", *SHORT[7:], "--train.dir", str(folder / "runs/whole")]
+    on_ranks(partial(never_stopped, words))
+    assert lines(folder / "runs/job") == lines(folder / "runs/whole")
 
 
 def test_a_slurm_job_is_warned_requeued_and_ends_as_if_never_stopped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """SLURM's commands are short programs here. Ranks, signals and statuses are real."""
+    """SLURM's commands are short programs here. submitit, ranks, signals and statuses are real."""
+    pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
-    python = f'exec {sys.executable} "$@"'
-    program(tmp_path, "python", python)
-    program(tmp_path, "scontrol", 'case $1 in show) echo 127.0.0.1;; *) echo "$@" >> asked;; esac')
+    program(tmp_path, "scontrol", 'echo "$@" > asked')
     # Starts the ranks. The first job warns the ranks, as SLURM does before the end of its time.
     program(
         tmp_path,
         "srun",
-        r"""while [ "$1" != bash ]; do shift; done
+        r"""while [ ! -x "$1" ]; do
+    [ "$1" = --output ] && log=${2//%j/$SLURM_JOB_ID}
+    shift
+done
 pids=()
 for rank in 0 1; do
-    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" > "rank-$rank.log" 2>&1 & pids+=($!)
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" >> "${log//%t/$rank}" 2>&1 & pids+=($!)
 done
 if [ ! -e warned ]; then
     touch warned
@@ -167,34 +199,137 @@ if [ ! -e warned ]; then
         kill -0 "${pids[0]}" || break
         sleep .05
     done
-    kill -USR1 "${pids[@]}"
+    kill -USR2 "${pids[@]}"
 fi
-highest=0
 for pid in "${pids[@]}"; do
-    wait "$pid"; status=$?
-    [ $status -gt $highest ] && highest=$status
+    wait "$pid"; statuses+=($?)
 done
-exit $highest
+echo "${statuses[@]}" >> statuses
+exit $((statuses[0] > statuses[1] ? statuses[0] : statuses[1]))
 """,
     )
-    job = (
-        "export SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here SLURM_NTASKS=2 OMP_NUM_THREADS=1\n"
-        'bash "$1"; echo $? >> statuses'
+    program(
+        tmp_path,
+        "sbatch",
+        r"""export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST=localhost SLURM_NTASKS=2
+(
+    bash "$1"
+    while [ -e asked ]; do cat asked >> requests; rm asked; bash "$1"; done
+    touch ended
+) > batch.log 2>&1 &
+echo "Submitted batch job 4711"
+""",
     )
-    program(tmp_path, "sbatch", job)
-    root = Path(cli.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}:{root / 'benchmarks'}")
+    monkeypatch.setenv("PYTHONPATH", path_of_packages())
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    options = (*RUN, "--train.log_every", "1", "--knn.start", "false")
-    for _ in range(2):  # the second call is the job that `scontrol requeue` asks for
-        assert call(capsys, "launch", "slurm", *options, "--name", "job")[0] == 0
-    log = (tmp_path / "rank-0.log").read_text()
-    assert (tmp_path / "statuses").read_text() == "75\n0\n", log
-    assert (tmp_path / "asked").read_text().startswith("requeue ")
-    assert "continuing at step" in log
-    words = ["pretrain", "digits", *options[7:], "--train.dir", str(tmp_path / "runs/whole")]
-    on_ranks(partial(never_stopped, words))
-    assert lines(tmp_path / "runs/job") == lines(tmp_path / "runs/whole")
+    status, out, _ = call(capsys, "launch", "slurm", *SHORT, "--name", "job")
+    assert status == 0 and out.startswith("job 4711: ")
+    wait_until((tmp_path / "ended").exists)
+    logs = [(tmp_path / f"job.slurm/4711_{rank}_log.out").read_text() for rank in (0, 1)]
+    # submitit ends rank 0 with -1 after its request for the next job.
+    assert (tmp_path / "statuses").read_text() == "255 75\n0 0\n", logs
+    assert (tmp_path / "requests").read_text() == "requeue 4711\n"
+    assert "continuing at step" in logs[0] and "global_rank=1(2)" in logs[1]
+    ends_as_if_never_stopped(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_local_job_of_submitit_is_requeued_and_ends_as_if_never_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", path_of_packages())
+    executor = submitit.AutoExecutor(tmp_path / "job.slurm", cluster="local")
+    executor.update_parameters(tasks_per_node=2, timeout_min=20)
+    words = ("digits", *SHORT[7:], "--train.dir", "runs/job", "--resume", "auto")
+    job = executor.submit(slurm.Rank(words))
+    metrics = tmp_path / "runs/job/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"loss"' in metrics.read_text())
+    for rank in children(job._process.pid):
+        os.kill(rank, signal.SIGUSR2)
+    assert job.results() == [None, None], job.stderr()
+    assert "continuing at step" in job.task(0).stdout()
+    assert "Requeued job" in job.task(0).stderr()
+    ends_as_if_never_stopped(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "rank", "asked"),
+    [
+        (signal.SIGUSR1, 75, 0, "submitit"),
+        (signal.SIGUSR2, 128 + signal.SIGUSR2, 0, "submitit"),  # while modules load
+        (signal.SIGTERM, 75, 0, "requeue incomplete 4711\n"),
+        (signal.SIGUSR2, 75, 1, ""),
+        (signal.SIGTERM, 75, 1, ""),
+        (signal.SIGUSR2, 76, 0, ""),  # the run diverged
+        (None, 0, 0, ""),
+    ],
+)
+def test_rank_0_alone_asks_for_the_next_job_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: int | None,
+    status: int,
+    rank: int,
+    asked: str,
+) -> None:
+    pytest.importorskip("submitit")
+    program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)  # restored after the test
+    monkeypatch.setenv("MASTER_PORT", "20000")
+    job = {"JOB_ID": "4711", "NTASKS": "2", "PROCID": str(rank), "JOB_NODELIST": "gpu[07-08]"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    seen = {}
+
+    def pretrain(words: tuple[str, ...]) -> int:
+        seen.update({name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")})
+        with pytest.raises(interrupts.Stopped) if number else contextlib.nullcontext():
+            signal.raise_signal(number or 0)
+        return status
+
+    monkeypatch.setattr(slurm, "_pretrain", pretrain)
+    submitits = signal.signal(
+        signal.SIGUSR2, lambda *_: (tmp_path / "asked").write_text("submitit")
+    )
+    try:
+        with pytest.raises(SystemExit, match=str(status)) if status else contextlib.nullcontext():
+            slurm.Rank(("digits",))()
+    finally:
+        signal.signal(signal.SIGUSR2, submitits)
+    assert seen == {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "gpu07"}
+    found = tmp_path / "asked"
+    assert (found.read_text() if found.exists() else "") == asked
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [("90", 90), ("90:30", 91), ("24:00:00", 1440), ("2-00", 2880), ("1-12:30", 2190)],
+)
+def test_times_of_slurm_in_minutes(time: str, minutes: int) -> None:
+    assert slurm._minutes(time) == minutes
+
+
+def test_what_sbatch_refuses_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ("launch", "slurm", "digits", "--gpus", "1")
+    status, _, error = call(capsys, *words)
+    assert status == 2 and "sbatch: no such command on this machine" in error
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+    program(tmp_path, "sbatch", "echo 'invalid partition: gpu' >&2; exit 1")
+    status, _, error = call(capsys, *words)
+    assert status == 2 and "invalid partition: gpu" in error
+    (tmp_path / "file").touch()
+    status, _, error = call(capsys, *words, "--out", "file")
+    assert status == 2 and "file" in error
 
 
 @pytest.mark.slow
@@ -203,8 +338,7 @@ def test_ray_starts_the_ranks_again_after_a_death(
 ) -> None:
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
-    root = Path(cli.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}:{root / 'benchmarks'}:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{path_of_packages()}:{tmp_path}")
     # Rank 1 dies once, after the first checkpoint.
     words = ["launch", "ray", *RUN, "--name", "job", "--restarts", "2"]
     words += ["--checkpoint.every_steps", "11"]

@@ -19,7 +19,7 @@ from mocofast.launch.request import HEADER, LaunchConfig, Request
 class Engine(NamedTuple):
     """A cluster engine.
 
-    suffix: how the names of its files end.
+    suffix: how the names of its files, or of submitit's folder for SLURM, end.
     text: returns the content of a file.
     submit: the words before the name of the file in the command that submits the file.
     """
@@ -30,7 +30,7 @@ class Engine(NamedTuple):
 
 
 ENGINES = {
-    "slurm": Engine(".sbatch", slurm.script, ("sbatch",)),
+    "slurm": Engine(".slurm", slurm.script, ("sbatch",)),
     "k8s": Engine(".k8s.yaml", kubernetes.manifest, ("kubectl", "apply", "-f")),
     "sky": Engine(".sky.yaml", skypilot.task, ("sky", "jobs", "launch", "-y")),
     "ray": Engine(".ray.py", ray.program, ("python",)),
@@ -78,16 +78,23 @@ def checked(options: LaunchConfig, words: list[str], config: Config) -> Request:
 def launch(engine: str, request: Request, dry_run: bool) -> int:
     """Writes the file of a job, and submits the file. Returns the exit status of the submission.
 
+    SLURM's job is written and submitted by submitit.
+
     dry_run: print the file and the command. Write and submit nothing.
     Raises ConfigError if a file of another origin has the name, or the engine's command is missing.
     """
     suffix, text, submit = ENGINES[engine]
+    out = request.options.out or request.options.name + suffix
+    request = replace(request, options=replace(request.options, out=out))
     content = text(request)
-    path = Path(request.options.out or request.options.name + suffix)
-    command = [*submit, str(path)]
+    path = Path(out)
+    command = [*submit, out]
     if dry_run:
-        print(f"{content}\n# submit: {shlex.join(command)}")
+        said = "sbatch, by submitit" if engine == "slurm" else shlex.join(command)
+        print(f"{content}\n# submit: {said}")
         return 0
+    if engine == "slurm":  # submitit writes the file
+        return slurm.submit(request)
     if path.exists() and (not path.is_file() or HEADER not in path.read_text("utf-8")[:200]):
         raise ConfigError(f"--out: {path} exists, and `mocofast launch` did not write it")
     path.write_text(content, encoding="utf-8")

@@ -27,21 +27,23 @@ class LaunchConfig:
         120, "seconds that a warned run has to write its checkpoint", valid=at_least(1)
     )
     restarts: int = option(
-        100, "k8s, sky, ray: restarts after failures, before the job fails", valid=at_least(0)
+        100,
+        "restarts before the job fails; slurm: only ends of a job's time count",
+        valid=at_least(0),
     )
     setup: str = option("", "shell commands before the training, such as 'source env/bin/activate'")
     image: str = option("", "k8s, sky: container image that has mocofast; k8s needs one")
     volume: str = option("", "k8s: CLAIM:FOLDER, a volume for images and run folders")
     gpu_kind: str = option("H100", "sky: kind of GPU")
     flags: str = option("", "slurm: more options of sbatch, such as --flags='--partition=gpu'")
-    out: str = option("", "the file to write; empty takes the name of the job")
+    out: str = option("", "the file to write, slurm: the folder; empty takes the name of the job")
 
 
 @dataclass(frozen=True)
 class Request:
     """A checked request: the options, and the command that every rank runs.
 
-    options: with a name, and at least one process.
+    options: with a name, and at least one process. `launch` sets `out`.
     words: the words after `mocofast pretrain`, with the run folder and `--resume auto`.
     """
 

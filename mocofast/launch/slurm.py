@@ -1,64 +1,186 @@
-"""A batch script of SLURM: srun starts the ranks, and a stopped run enters the queue again."""
+"""A job of SLURM, made and submitted by submitit: https://github.com/facebookincubator/submitit."""
 
 from __future__ import annotations
 
+import runpy
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from mocofast import interrupts
 from mocofast.config import ConfigError
-from mocofast.interrupts import EXIT_INTERRUPTED
-from mocofast.launch.request import HEADER, Request
+from mocofast.launch.request import Request
+
+if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank of a job, which submitit pickles, and calls in every process that `srun` starts.
+
+    words: the words after `mocofast pretrain`, with `--resume auto`.
+    """
+
+    words: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Trains. Exits with the status of the training, if the training has not reached its end.
+
+        mocofast answers signals meanwhile: all ranks end after a step, and rank 0 writes a
+        checkpoint. Rank 0 then asks for the next job, after SIGUSR1 and SIGUSR2 by submitit's own
+        handler of the signal. After SIGTERM alone, SLURM refuses the next job if a user has
+        cancelled the job, and starts the next job after a pre-emption.
+        """
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        # mocofast chooses the GPU by LOCAL_RANK.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        with interrupts.watching() as watch:
+            status = _pretrain(self.words)
+        job = JobEnvironment()
+        if job.global_rank == 0 and (status == interrupts.EXIT_INTERRUPTED or status > 128):
+            if watch.received & {signal.SIGUSR1, signal.SIGUSR2}:
+                signal.raise_signal(signal.Signals[f"SIG{job.USR_SIG}"])  # exits
+            elif job.cluster == "slurm":
+                subprocess.run(["scontrol", "requeue", "incomplete", job.job_id], check=False)
+        if status:
+            sys.exit(status)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Returns what the next job calls: the same, since `--resume auto` finds the checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _pretrain(words: tuple[str, ...]) -> int:
+    """Runs `python -m mocofast pretrain`. Returns the exit status, 128 + N after a signal N."""
+    sys.argv = ["mocofast", "pretrain", *words]
+    try:
+        runpy.run_module("mocofast", run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except interrupts.Stopped as stop:
+        return 128 + stop.number
+    return 0
+
+
+def _executor(request: Request) -> Any:
+    """Returns submitit's executor with the options of a request.
+
+    SLURM sends SIGUSR2 `deadline` seconds before the end of the job's time.
+
+    Raises ConfigError without submitit, and for `flags` that are not options with two dashes.
+    """
+    try:
+        from submitit import SlurmExecutor
+    except ModuleNotFoundError as error:
+        if error.name != "submitit":
+            raise
+        raise ConfigError(
+            "launch slurm: needs the package submitit. pip install 'mocofast[slurm]' installs it"
+        ) from error
+
+    class Anywhere(SlurmExecutor):
+        """Writes scripts on machines without SLURM, too."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    options = request.options
+    made = Anywhere(
+        options.out,
+        max_num_timeout=options.restarts,
+        # The environment of `setup` has its own Python.
+        python="python" if options.setup else shlex.quote(sys.executable),
+    )
+    made.update_parameters(
+        job_name=options.name,
+        nodes=options.nodes,
+        ntasks_per_node=options.processes,
+        cpus_per_task=options.cpus,
+        gpus_per_node=options.gpus or None,
+        # sbatch knows G and no Gi, and means 1,024 MiB.
+        mem=options.memory.rstrip("i") or None,
+        time=_minutes(options.time),
+        signal_delay_s=options.deadline,
+        stderr_to_stdout=True,
+        wckey=None,
+        additional_parameters={"requeue": True, **_flags(options.flags)},
+        setup=[
+            *filter(None, [options.setup]),
+            "# Signals to the script wait until the ranks have ended.",
+            "trap : TERM USR1 USR2",
+        ],
+        # The first rank that ends does not end the others, since rank 0 still writes the
+        # checkpoint. srun takes neither the cores nor the mode of logs from sbatch.
+        srun_args=[
+            "--kill-on-bad-exit=0",
+            f"--wait={options.deadline}",
+            f"--cpus-per-task={options.cpus}",
+            "--open-mode=append",
+        ],
+    )
+    return made
 
 
 def script(request: Request) -> str:
-    """Returns a script for sbatch.
+    """Returns the batch script that submitit submits. The errors are those of `submit`."""
+    made = _executor(request)
+    return str(made._make_submission_file_text(made._submitit_command_str, ""))
 
-    srun starts every rank by itself, without torchrun, so the exit status of the ranks is kept.
-    SLURM warns the ranks by SIGUSR1 before the end of the job's time, and by SIGTERM before a
-    pre-emption. Warned ranks write a checkpoint and end with status 75. The script then asks
-    for the next job, which continues.
 
-    Raises ConfigError for `flags` with an open quote.
+def submit(request: Request) -> int:
+    """Submits the job. Returns 0.
+
+    The folder `out` gets submitit's files: the batch script, the pickled rank, and a log a rank.
+
+    Raises ConfigError without submitit or sbatch, for `flags` that are not options with two dashes,
+    and if sbatch refuses the job.
     """
-    options = request.options
-    directives = [
-        f"--job-name={options.name}",
-        f"--nodes={options.nodes}",
-        f"--ntasks-per-node={options.processes}",
-        f"--cpus-per-task={options.cpus}",
-        *([f"--gpus-per-node={options.gpus}"] if options.gpus else []),
-        # sbatch knows G and no Gi, and means 1,024 MiB.
-        *([f"--mem={options.memory.rstrip('i')}"] if options.memory else []),
-        f"--time={options.time}",
-        f"--signal=USR1@{options.deadline}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={options.name}-%j.log",
-        *map(shlex.quote, _words(options.flags)),
-    ]
-    lines = "\n".join(f"#SBATCH {directive}" for directive in directives)
-    return f"""\
-#!/usr/bin/env bash
-# {HEADER} slurm
-{lines}
-{request.setup}export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-# Signals to the script wait until the ranks have ended.
-trap : TERM USR1
-# The first rank that ends does not end the others, since rank 0 still writes the checkpoint.
-srun --kill-on-bad-exit=0 --wait={options.deadline} --cpus-per-task={options.cpus} \\
-    --open-mode=append --output={options.name}-%j-%t.log \\
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' \\
-    rank python -m {request.command}
-status=$?
-if [ "$status" -eq {EXIT_INTERRUPTED} ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
-"""
-
-
-def _words(flags: str) -> list[str]:
+    made = _executor(request)
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch: no such command on this machine")
     try:
-        return shlex.split(flags)
+        job = made.submit(Rank(request.words))
+    except (RuntimeError, FileExistsError) as error:  # a refusal of sbatch, or a file named `out`
+        raise ConfigError(f"launch slurm: {error}") from error
+    print(f"job {job.job_id}: {job.paths.submission_file}, logs of ranks beside it", flush=True)
+    return 0
+
+
+def _minutes(time: str) -> int:
+    """Returns the minutes of a time of SLURM, such as 90, 24:00:00, 2-00 or 1-12:30."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # DAYS-HOURS[:MINUTES[:SECONDS]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # MINUTES[:SECONDS]
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
+
+
+def _flags(text: str) -> dict[str, str | bool]:
+    """Returns {name: value, or True without a value} of options of sbatch."""
+    try:
+        words = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"--flags: {error}: {flags}") from error
+        raise ConfigError(f"--flags: {error}: {text}") from error
+    found: dict[str, str | bool] = {}
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise ConfigError(
+                f"--flags: expected options such as --partition=gpu or --exclusive, got {word!r}"
+            )
+        found[name] = value if equals else True
+    return found
