@@ -30,15 +30,18 @@ specialised=tests/test_kernels_infonce_hopper.py
 gpu_files=($(grep -l "mark\.gpu" tests/test_*.py | grep -v "$specialised"))
 gpu_tests=(-m gpu -p no:cacheprovider --continue-on-collection-errors)
 
+# pytest prints what failed when Ctrl-C stops it, and nothing when SIGTERM does.
+stop_tests=(timeout -s INT -k 10)
+
 part_gpu_tests() {
-	timeout 480 $python -m pytest "${gpu_tests[@]}" --durations=10 "${gpu_files[@]}"
-	timeout 100 $python -m pytest -q -m gpu -p no:cacheprovider "$specialised"
+	"${stop_tests[@]}" 480 $python -m pytest "${gpu_tests[@]}" --durations=10 "${gpu_files[@]}"
+	"${stop_tests[@]}" 100 $python -m pytest -q -m gpu -p no:cacheprovider "$specialised"
 }
 
 part_kernel_tests() {
 	# On a GPU these tests use Triton's compiler. Without a GPU they use Triton's interpreter.
-	timeout 580 $python -m pytest -m "not gpu and not slow" -p no:cacheprovider --durations=10 \
-		tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py
+	"${stop_tests[@]}" 570 $python -m pytest -m "not gpu and not slow" -p no:cacheprovider \
+		--durations=10 tests/test_kernels_*.py tests/test_ops*.py tests/test_moco.py tests/test_encoders.py
 }
 
 part_checkers() {
@@ -83,9 +86,14 @@ part_sweep() {
 	timeout 580 $mocofast bench sweep "$OUT/sweep" --dtype bfloat16 --no-compile --save "$rows"
 }
 
-unpack() { # ARCHIVE: unpacks the archive once and prints the folder
-	local folder=/tmp/mocofast_${1%%.*}
-	[ -d "$folder" ] || { mkdir -p "$folder" && tar xf "$MOCOFAST_DATA/$1" -C "$folder"; }
+unpack() { # ARCHIVE: unpacks the archive once and prints the folder. Fails without the archive
+	local folder=${TMPDIR:-/tmp}/mocofast_${1%%.*} archive=${MOCOFAST_DATA:-.}/$1
+	if [ ! -d "$folder" ]; then
+		[ -f "$archive" ] || { echo "MOCOFAST_DATA must name a folder with $1" >&2 && return 1; }
+		mkdir -p "$folder.part"
+		tar xf "$archive" -C "$folder.part" || $python -m tarfile -e "$archive" "$folder.part" || return 1
+		mv "$folder.part" "$folder"
+	fi
 	echo "$folder"
 }
 
@@ -123,8 +131,9 @@ clock_start() { # SECONDS: starts the clock of `within`. A dry run has half an h
 }
 
 within() { # NAME SECONDS COMMAND ...: runs a command, no longer than the clock allows
-	local name=$1 limit=$2 left=$((clock - SECONDS))
+	local name=$1 limit=$2 left=$((clock - SECONDS)) stop=(timeout -k 10)
 	shift 2
+	[[ " $* " == *" -m pytest "* ]] && stop=("${stop_tests[@]}")
 	# A dry run may take place on a busy CPU.
 	[ -n "${DRY:-}" ] || ((left < limit)) && limit=$left
 	if ((limit < 5)); then
@@ -132,7 +141,7 @@ within() { # NAME SECONDS COMMAND ...: runs a command, no longer than the clock 
 		return 0
 	fi
 	echo "-- $name, $limit s at most, $SECONDS s on the clock"
-	timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/${name// /_}.log"
+	"${stop[@]}" "$limit" "$@" 2>&1 | tee "$OUT/${name// /_}.log"
 	local status=${PIPESTATUS[0]}
 	((status == 0)) || missing+=("$name (status $status)")
 }
@@ -151,7 +160,9 @@ part_quick() {
 	local tests=(-m "not gpu and not slow" tests/test_kernels_*.py tests/test_ops*.py)
 	local n=(256 4096) many=(-n 12) gpu=("${gpu_tests[@]}" -n 6 "${gpu_files[@]}") bench=($mocofast bench)
 	local wide=(--k 65536 --c 128 --repeats 10) repeats=(--repeats 10) norm=() optim=() first=()
-	local other=(--no-compile) # compiling takes a minute: only for the first shape
+	# Sides that compile take a minute, and come last: a command that is stopped while it compiles
+	# has no times.
+	local other=(--no-compile) plain=(--modes eager graph) compiled=(--modes compile)
 	local small=(--recipe moco_v2_r50_200ep --arch resnet18_cifar --size 32 --batch 256)
 	local large=(--recipe moco_v2_r50_200ep --batch 128) queue=(--queue 65536)
 	# A new process for every side would compile once more.
@@ -160,14 +171,15 @@ part_quick() {
 		tests=(tests/test_kernels_ema.py -k "tied or near_one") many=()
 		gpu=("${gpu_tests[@]}" tests/test_kernels_ema.py)
 		n=(16 32) wide=(--k 2048 --c 32 --repeats 2) first=(--no-compile) repeats=(--repeats 2)
+		plain=(--modes) compiled=(--modes)
 		norm=(--n 8 --layer 6) optim=(--only sgd)
-		small=(--arch resnet_tiny --size 16 --batch 8 --modes) large=("${small[@]}") queue=(--queue 64)
+		small=(--arch resnet_tiny --size 16 --batch 8) large=("${small[@]}") queue=(--queue 64)
 	fi
 	clock_start 570
 	within "environment" 30 $mocofast doctor
 	within "kernel tests" 200 $python -m pytest -q -p no:cacheprovider "${many[@]}" "${tests[@]}"
-	within "kernels bf16" 90 "${bench[@]}" kernels --n "${n[0]}" --dtype bfloat16 "${wide[@]}" \
-		"${first[@]}" --save "$rows"
+	within "kernels bf16" 45 "${bench[@]}" kernels --n "${n[0]}" --dtype bfloat16 "${wide[@]}" \
+		"${other[@]}" --save "$rows"
 	within "kernels bf16 4096" 45 "${bench[@]}" kernels --n "${n[1]}" --dtype bfloat16 "${wide[@]}" \
 		"${other[@]}" --save "$rows"
 	within "kernels fp32" 45 "${bench[@]}" kernels --n "${n[0]}" "${wide[@]}" "${other[@]}" \
@@ -175,22 +187,31 @@ part_quick() {
 	within "ema" 40 "${bench[@]}" ema "${repeats[@]}" --save "$rows"
 	within "optim" 60 "${bench[@]}" optim "${repeats[@]}" "${optim[@]}" --save "$rows"
 	within "norm" 60 "${bench[@]}" norm "${repeats[@]}" "${norm[@]}" --save "$rows"
-	within "step small" 120 "${bench[@]}" step "${small[@]}" "${queue[@]}" "${times[@]}" --save "$rows"
-	within "step ResNet-50" 150 "${bench[@]}" step "${large[@]}" "${queue[@]}" "${times[@]}" \
-		--save "$rows"
+	within "step small" 60 "${bench[@]}" step "${small[@]}" "${queue[@]}" "${times[@]}" \
+		"${plain[@]}" --save "$rows"
+	within "step ResNet-50" 90 "${bench[@]}" step "${large[@]}" "${queue[@]}" "${times[@]}" \
+		"${plain[@]}" --save "$rows"
 	within "gpu tests" 200 $python -m pytest -q "${gpu[@]}"
+	within "kernels bf16 compiled" 90 "${bench[@]}" kernels --n "${n[0]}" --dtype bfloat16 \
+		"${wide[@]}" "${first[@]}" --save "$rows"
+	within "step small compiled" 90 "${bench[@]}" step "${small[@]}" "${queue[@]}" "${times[@]}" \
+		"${compiled[@]}" --save "$rows"
+	within "step ResNet-50 compiled" 150 "${bench[@]}" step "${large[@]}" "${queue[@]}" \
+		"${times[@]}" "${compiled[@]}" --save "$rows"
 	clock_end
 }
 
-pictures() { # makes 32 small images for a dry run and prints their folder
+pictures() { # COUNT SIZE: makes square images and prints their folder
 	$python -c "
 import sys
 from PIL import Image
 from pathlib import Path
-folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)
-for i in range(32):
-    Image.linear_gradient('L').rotate(10 * i).convert('RGB').save(folder / f'{i}.jpg')
-" "$OUT/images"
+folder, count, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder.mkdir(exist_ok=True)
+picture = Image.merge('RGB', [Image.effect_noise((size, size), sigma) for sigma in (9, 19, 29)])
+for i in range(count):
+    picture.rotate(10 * i).save(folder / f'{i}.jpg')
+" "$OUT/images" "$1" "$2"
 	echo "$OUT/images"
 }
 
@@ -200,9 +221,10 @@ part_second() {
 	local photos device=(--device cuda) loaders=(--repeats 5)
 	if [ -n "${DRY:-}" ]; then
 		tune+=(--static) some=(--candidates 2) test=(-k "rule_s or need_the_barriers")
-		photos=$(pictures) device=(--device cpu) loaders=(--repeats 1 --batches 1 --batch-size 4)
+		photos=$(pictures 32 64) device=(--device cpu) loaders=(--repeats 1 --batches 1 --batch-size 4)
 	else
-		photos=$(unpack imagenet-sample-500.tar)
+		# Noise stands for photos where no archive is at hand.
+		photos=$(unpack imagenet-sample-500.tar) || photos=$(pictures 500 500)
 	fi
 	clock_start 240
 	within "autotune" 85 "${tune[@]}" "${some[@]}" --out "$OUT/tiles.json"
@@ -218,9 +240,9 @@ part_cifar() {
 	clock_start 300
 	if [ -n "${DRY:-}" ]; then
 		run=(--train.max_steps 2 --data.batch_size 8 --model.arch resnet_tiny --model.queue_size 64)
-		photos=$(pictures)
+		photos=$(pictures 32 64)
 	else
-		photos=$(unpack cifar10-jpeg.tar.xz)
+		photos=$(unpack cifar10-jpeg.tar.xz) || return 1
 	fi
 	within "CIFAR-10" 290 $mocofast pretrain cifar10_r18 --data.source folder --data.loader device \
 		--data.path "$photos" --train.dir "$OUT/cifar10_short" "${run[@]}"

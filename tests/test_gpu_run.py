@@ -25,7 +25,24 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_run.sh"
 RECORDER = """#!/bin/sh
 { printf '%s\\037' "$@"; printf '\\036'; } >>"$OUT/commands"
 """
-PARTS = [("quick", 8), ("second", 1), ("cifar", 0)]  # and their rows of benchmarks
+# Stands for Python: tests run until Ctrl-C, other commands end at once.
+SLOW_TESTS = f"""#!{sys.executable}
+import sys, time
+try:
+    time.sleep(30 * ("pytest" in sys.argv))
+except KeyboardInterrupt:
+    print("1 failed")
+    sys.exit(2)
+"""
+PARTS = [("quick", 11), ("second", 1), ("cifar", 0)]  # and their rows of benchmarks
+
+
+def _python(folder: Path, script: str) -> str:
+    """Writes a script that stands for Python, and returns its path."""
+    path = folder / "python"
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
 
 
 def _dry(out: Path, part: str, python: str = sys.executable, **variables: str) -> list[str]:
@@ -39,13 +56,27 @@ def _dry(out: Path, part: str, python: str = sys.executable, **variables: str) -
 
 
 def test_parts_that_no_time_is_left_for_are_named_in_the_last_line(tmp_path: Path) -> None:
-    *_, missing, end = _dry(tmp_path, "quick", CLOCK="6")
+    """Tests that are stopped say what failed until then."""
+    *_, missing, end = _dry(tmp_path, "quick", _python(tmp_path, SLOW_TESTS), CLOCK="6")
     assert end == "== quick ended with 1"
-    assert missing.startswith("missing:")
+    assert missing.startswith("missing: kernel tests (status 124);")
     for name in ("kernels bf16", "norm", "step ResNet-50", "gpu tests"):
         assert f" {name} (no time left);" in missing
     assert (tmp_path / "environment.log").exists()
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert (tmp_path / "kernel_tests.log").read_text() == "1 failed\n"
+    assert not (tmp_path / "kernels_bf16.log").exists()
+
+
+def test_pictures_stand_for_an_archive_that_is_not_there(tmp_path: Path) -> None:
+    python = _python(tmp_path, RECORDER)
+    absent = {"DRY": "", "MOCOFAST_DATA": str(tmp_path), "TMPDIR": str(tmp_path)}
+    assert _dry(tmp_path, "second", python, **absent)[-2].startswith("missing: nothing")
+    arguments = (tmp_path / "commands").read_text().split("\037")
+    assert arguments[arguments.index("data") + 1] == str(tmp_path / "images")
+    # The accuracy on noise would say nothing.
+    *_, missing, end = _dry(tmp_path, "cifar", python, **absent)
+    assert missing == "MOCOFAST_DATA must name a folder with cifar10-jpeg.tar.xz"
+    assert end == "== cifar ended with 1"
 
 
 @pytest.fixture
@@ -66,10 +97,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("part", "rows"), PARTS)
 def test_every_command_of_a_dry_run_works(part: str, rows: int, tmp_path: Path) -> None:
-    recorder = tmp_path / "python"
-    recorder.write_text(RECORDER)
-    recorder.chmod(0o755)
-    lines = _dry(tmp_path, part, str(recorder))
+    lines = _dry(tmp_path, part, _python(tmp_path, RECORDER))
     assert lines[-2].startswith("missing: nothing"), lines[-2]
     commands = [
         command.split("\037")[:-1]
