@@ -218,7 +218,7 @@ for i in range(count):
 part_second() {
 	local tune=($mocofast bench autotune --c 128 --types bf16 --kinds queue)
 	local some=(--candidates 20) two=(--candidates 2 --specialised) test=(-m gpu)
-	local photos device=(--device cuda) loaders=(--repeats 5)
+	local photos device=(--device cuda) loaders=(--repeats 3 --seconds 1)
 	if [ -n "${DRY:-}" ]; then
 		tune+=(--static) some=(--candidates 2) test=(-k "rule_s or need_the_barriers")
 		photos=$(pictures 32 64) device=(--device cpu) loaders=(--repeats 1 --batches 1 --batch-size 4)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mocofast_bench import autotune, ema, kernels, optim, timing
+import torch
+from mocofast_bench import autotune, eager_formulas, ema, kernels, loops, optim, timing
 from mocofast_bench.commands import main
 from PIL import Image
 
@@ -161,3 +162,25 @@ def test_a_benchmark_that_is_stopped_saves_what_it_has(
         main(["optim", "--repeats", "1", "--device", "cpu", "--save", str(rows)])
     row = json.loads(rows.read_text())
     assert row["unfinished"] and "sgd" in row and "lars" not in row
+
+    # A measurement that is stopped leaves the times of the sides that ran.
+    def waits(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    rows.unlink()
+    monkeypatch.setattr(eager_formulas, "ema_update_", waits)
+    with pytest.raises(KeyboardInterrupt):
+        main(["ema", "--repeats", "1", "--device", "cpu", "--save", str(rows)])
+    row = json.loads(rows.read_text())
+    assert row["benchmark"] == "ema" and row["unfinished"] and row["device"]
+    assert list(row["so_far"]["milliseconds"]) == ["mocofast"]
+    assert row["so_far"]["milliseconds"]["mocofast"] > 0
+
+
+def test_loops_that_are_stopped_leave_their_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([loops.LoopRates(rate, 0, 0, 0) for rate in (10.0, 20.0, 30.0)])
+    monkeypatch.setattr(loops, "measure_loop", lambda *_: next(rates))
+    monkeypatch.setattr(timing, "SO_FAR", {})
+    with pytest.raises(StopIteration):
+        loops.measure_in_turns(dict.fromkeys("ab"), 2, 1, 1, torch.device("cpu"))  # type: ignore[arg-type]
+    assert timing.SO_FAR == {"images_per_second": {"a": 20.0, "b": 20.0}}

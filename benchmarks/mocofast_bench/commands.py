@@ -23,7 +23,8 @@ from mocofast import completion
 
 # Each is a module of this package, which is imported where it is asked for: PyTorch and the peers
 # take seconds. A module has add_arguments() and run(), and plot() where it makes a picture. run()
-# gives the row so far to `arguments.keep`, so that a run that is stopped saves what it has.
+# gives the row so far to `arguments.keep`, and measurements leave entries in `timing.SO_FAR`: a run
+# that is stopped saves both.
 BENCHMARKS = {
     "kernels": "InfoNCE: time and memory of forward and backward",
     "batch": "CLIP's and SigLIP's losses over the pairs of a batch",
@@ -161,16 +162,19 @@ def _in_own_process(words: Sequence[str]) -> None:
 
 
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
-    from mocofast_bench import neighbours
+    from mocofast.device import choose_device
+    from mocofast_bench import neighbours, timing
 
     before = neighbours.usage()
-    parts: list[dict[str, Any]] = []
+    head = {"benchmark": arguments.name, **timing.environment(choose_device(arguments.device))}
+    parts = [head]
+    timing.SO_FAR.clear()
     arguments.keep = parts.append  # takes the row so far, for a run that is stopped
     try:
         row = module.run(arguments)
     except BaseException:
-        if parts:
-            _save({**parts[-1], "unfinished": True}, arguments.save)
+        if parts[1:] or timing.SO_FAR:
+            _save({**parts[-1], "so_far": timing.SO_FAR, "unfinished": True}, arguments.save)
         raise
     after = neighbours.usage()
     others = neighbours.between(before, after) if before and after else None

@@ -47,12 +47,19 @@ def measure_in_turns(
     batch_size: images in a batch.
     steps, seconds: as for `measure_loop`.
 
-    Returns {name: results of all rounds}.
+    Returns {name: results of all rounds}. An exception leaves the rates so far in timing.SO_FAR.
     """
     rounds: dict[str, list[LoopRates]] = {name: [] for name in loops}
-    for _ in range(repeats):
-        for name, loop in loops.items():
-            rounds[name].append(measure_loop(loop, steps, batch_size, device, seconds))
+    try:
+        for _ in range(repeats):
+            for name, loop in loops.items():
+                rounds[name].append(measure_loop(loop, steps, batch_size, device, seconds))
+    except BaseException:
+        found = medians({name: results for name, results in rounds.items() if results})
+        timing.SO_FAR["images_per_second"] = {
+            name: round(median.images_per_second, 1) for name, median in found.items()
+        }
+        raise
     return rounds
 
 

@@ -39,6 +39,7 @@ while os.getppid() == int(sys.argv[1]):
 
 Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
+SO_FAR: dict[str, Any] = {}  # entries of a row that a measurement leaves when it is stopped
 
 
 class Timing(NamedTuple):
@@ -70,20 +71,25 @@ def interleaved(
     repeats: number of rounds.
     device: where the functions run. A GPU is timed with CUDA events.
 
-    Returns {name: Timing}, seconds per call.
+    Returns {name: Timing}, seconds per call. An exception leaves the times so far in SO_FAR.
     """
-    # Warm-up: the first calls load code, fill caches and compile.
-    calls = {}
-    for name, function in candidates.items():
-        for _ in range(3):
-            once = _sample(function, 1, device)
-        calls[name] = max(1, round(MINIMUM_SAMPLE / once))
-    # Timed rounds. In a fixed order, the candidate after a large copy was 8% slower on a CPU.
+    once: dict[Key, float] = {}
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
-    shuffled = random.Random(0)
-    for _ in range(repeats):
-        for name in shuffled.sample(list(candidates), len(candidates)):
-            samples[name].append(_sample(candidates[name], calls[name], device))
+    try:
+        # Warm-up: the first calls load code, fill caches and compile.
+        for name, function in candidates.items():
+            for _ in range(3):
+                once[name] = _sample(function, 1, device)
+        calls = {name: max(1, round(MINIMUM_SAMPLE / time)) for name, time in once.items()}
+        # Timed rounds. In a fixed order, the candidate after a large copy was 8% slower on a CPU.
+        shuffled = random.Random(0)
+        for _ in range(repeats):
+            for name in shuffled.sample(list(candidates), len(candidates)):
+                samples[name].append(_sample(candidates[name], calls[name], device))
+    except BaseException:
+        found = {str(name): _summary(samples[name] or [time]) for name, time in once.items()}
+        SO_FAR.update(entries(found))
+        raise
     return {name: _summary(values) for name, values in samples.items()}
 
 
