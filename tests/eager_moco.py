@@ -85,7 +85,7 @@ class LoopedSplitBatchNorm(nn.Module):
     def __init__(self, norm: SplitBatchNorm2d) -> None:
         super().__init__()
         self.num_splits = norm.num_splits
-        self.whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+        self.whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
         self.whole.load_state_dict(norm.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
