@@ -182,5 +182,5 @@ def test_loops_that_are_stopped_leave_their_rates(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loops, "measure_loop", lambda *_: next(rates))
     monkeypatch.setattr(timing, "SO_FAR", {})
     with pytest.raises(StopIteration):
-        loops.measure_in_turns(dict.fromkeys("ab"), 2, 1, 1, torch.device("cpu"))  # type: ignore[arg-type]
+        loops.measure_in_turns(dict.fromkeys("ab"), 2, 1, 1, torch.device("cpu"))
     assert timing.SO_FAR == {"images_per_second": {"a": 20.0, "b": 20.0}}
