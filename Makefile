@@ -31,7 +31,7 @@ READY := .venv/ready
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch])
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard mocofast/data/*.[ch] kernels/*/*.[ch])
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.14 with venv on PATH" \
 		"(Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version): $(if $(CPU),A CPU build of PyTorch and" \

@@ -105,6 +105,15 @@ PHOTOMETRIC = Extension(
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
     optional=True,
 )
+# Loaded the same way. Without a compiler PyTorch's operators compute.
+COMPILED = Extension(
+    "mocofast_kernels._compiled",
+    ["kernels/mocofast_kernels/sweep.c"],
+    depends=["kernels/mocofast_kernels/sweep_body.h", "mocofast/data/compilers.h"],
+    include_dirs=["mocofast/data"],
+    extra_compile_args=["-O3"],
+    optional=True,
+)
 
 
 class EditableWheel(editable_wheel.editable_wheel):
@@ -176,7 +185,7 @@ setup(
         "mocofast_kernels": ["py.typed"],
         "mocofast_bench": ["py.typed"],
     },
-    ext_modules=[PHOTOMETRIC],
+    ext_modules=[PHOTOMETRIC, COMPILED],
     # The ops alone. PyTorch's wheels with CUDA bring Triton.
     install_requires=["torch>=2.11", "numpy"],
     extras_require={

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
 from mocofast_kernels.cpu_one_block import is_one_block, one_block
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, weighted_sums
 from mocofast_kernels.cpu_vectors import (
@@ -142,11 +142,18 @@ def infonce_forward(
     queries = scaled.to(operand)
     tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
     options = (excluded, unshifted, compute_grad, Scratch())
+    sweep = None
+    if unshifted and not excluded and not is_one_block(query, negatives):
+        sweep = cpu_sweep.sweep_of(queries)
     sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
 
     def compute(block: tuple[slice, slice]) -> _Sums:
         rows, columns = block
         own_tie = None if tie is None else tie[rows]
+        if sweep is not None:
+            found = sweep.sums(blocks[columns], rows=rows, tie=own_tie, output=compute_grad)
+            total, output, above = found
+            return _Sums(total, output, None, above)
         own = queries[rows], logit_positive[rows], own_tie, block
         return _sums(blocks[columns], *own, *options)
 

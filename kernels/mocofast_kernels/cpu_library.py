@@ -1,0 +1,36 @@
+"""The optional compiled library of the ops on CPUs, `_compiled`, from the C files of this folder.
+
+The library is loaded by ctypes, which holds no lock of Python during a call. Without the library,
+or on a CPU without its instructions, PyTorch's operators compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+
+import torch
+
+NAME = "mocofast_kernels._compiled"
+INSTALL = "install a C compiler, then pip install --force-reinstall --no-deps mocofast"
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """Returns the library, or None and the reason."""
+    found = importlib.util.find_spec(NAME)
+    if found is None or found.origin is None:
+        return None, f"not compiled: {INSTALL}"
+    try:
+        return ctypes.CDLL(found.origin), ""
+    except OSError as error:  # of another platform
+        return None, str(error)
+
+
+def is_watched() -> bool:
+    """Says whether operations are watched (a dispatch mode of PyTorch is active).
+
+    A counter of operations, say, sees none inside the library.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0

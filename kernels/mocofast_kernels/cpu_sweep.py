@@ -1,0 +1,122 @@
+"""Sums over a block of negatives on a CPU with AVX-512, by the compiled library (`sweep.c`).
+
+PyTorch's operators need two products with a block of logits between them, which passes through
+memory four times. The compiled sweep keeps 32 queries x 256 negatives of logits in the first
+caches. Its products run at 93 % of the CPU's peak (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from mocofast_kernels.cpu_library import is_watched, library
+from mocofast_kernels.cpu_products import cpu_bf16
+
+LANES = 16  # rows of a panel, as in sweep.c
+KEYS = 8  # keys at a time
+TILE = 256  # keys whose weights are kept
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = (ctypes.c_int, *[_POINTER] * 3, *[_SIZE] * 4, *[_POINTER] * 6)
+
+
+@functools.cache
+def compiled(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
+    """Returns the library that sweeps with operands of the dtype, or None and the reason."""
+    found, why = library()
+    if found is None:
+        return None, why
+    try:
+        found.sweep_block.argtypes, found.sweep_block.restype = _ARGUMENTS, None
+        if dtype == torch.float32 and found.sweep_runs(0):
+            return found, "AVX-512"
+        # PyTorch's products with AMX are several times as fast.
+        if dtype == torch.bfloat16 and found.sweep_runs(1) and cpu_bf16() != "AMX":
+            return found, "AVX512-BF16"
+    except AttributeError as error:  # an older library
+        return None, str(error)
+    return None, "this CPU has no AVX-512"
+
+
+def sweep_of(rows: Tensor) -> Sweep | None:
+    """Returns the compiled sweep over blocks of keys, for rows (N, C), None where PyTorch serves.
+
+    rows: operands, float32 or bfloat16.
+    """
+    if (
+        rows.dtype not in (torch.float32, torch.bfloat16)
+        or rows.device.type != "cpu"
+        or rows.shape[1] * rows.element_size() % 4
+        or is_watched()
+    ):
+        return None
+    found = compiled(rows.dtype)[0]
+    return None if found is None else Sweep(found, rows)
+
+
+class Sweep:
+    """Sums of w = exp2(row . key - shift) and of w x value, for rows in panels of 16."""
+
+    def __init__(self, found: ctypes.CDLL, rows: Tensor) -> None:
+        """rows: (N, C) float32, or bfloat16 with an even C."""
+        self.library, self.count, self.dtype = found, len(rows), rows.dtype
+        words = rows.contiguous().view(torch.int32)  # of bfloat16 two numbers
+        self.depth = words.shape[1]
+        padded = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % LANES))
+        self.panels = padded.view(-1, LANES, self.depth).transpose(1, 2).contiguous()
+
+    def sums(
+        self,
+        keys: Tensor,
+        *,
+        rows: slice | None = None,
+        values: Tensor | None = None,
+        shift: Tensor | None = None,
+        tie: Tensor | None = None,
+        output: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the sums over a block of keys for some rows.
+
+        keys: (B, C), contiguous, of the rows' dtype.
+        rows: R of the rows, from a multiple of 16 on. None: all.
+        values: (B, D), like the keys. None: the keys.
+        shift: (B,) float32. None: 0.
+        tie: (R, 1) float32, or None.
+        output: compute sums of w x value.
+
+        Returns the sum of w (R, 1), the sum of w x value (R, D) or None, and how many logits
+        (without shift) reach `tie`, (R,) int32 or None. Sums are float32.
+        """
+        start, stop = (0, self.count) if rows is None else (rows.start, rows.stop)
+        count = stop - start
+        padded = -(-count // LANES) * LANES
+        values = keys if values is None else values
+        width = values.shape[1]
+        total = torch.zeros(padded, 1)
+        out = torch.zeros(padded, width) if output else None
+        above = None
+        if tie is not None:
+            above = torch.zeros(padded, dtype=torch.int32)
+            tie = torch.nn.functional.pad(tie, (0, 0, 0, padded - count))
+        pairs = TILE // 2 * width if self.dtype == torch.bfloat16 else 0
+        scratch = torch.empty(KEYS * self.depth + pairs, dtype=torch.int32)
+        self.library.sweep_block(
+            self.dtype == torch.bfloat16,
+            self.panels[start // LANES :].data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            count,
+            len(keys),
+            self.depth,
+            width,
+            *(None if x is None else x.data_ptr() for x in (shift, tie, total, out, above)),
+            scratch.data_ptr(),
+        )
+        return (
+            total[:count],
+            None if out is None else out[:count],
+            None if above is None else above[:count],
+        )
