@@ -19,8 +19,9 @@ from mocofast_kernels.cpu_products import cpu_bf16
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
 TILE = 256  # keys whose weights are kept
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = (ctypes.c_int, *[_POINTER] * 3, *[_SIZE] * 4, *[_POINTER] * 6)
+_Sweep = ctypes.CFUNCTYPE(
+    None, ctypes.c_int, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 6
+)
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def compiled(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
     if found is None:
         return None, why
     try:
-        found.sweep_block.argtypes, found.sweep_block.restype = _ARGUMENTS, None
+        _Sweep(("sweep_block", found))
         if dtype == torch.float32 and found.sweep_runs(0):
             return found, "AVX-512"
         # PyTorch's products with AMX are several times as fast.
@@ -62,7 +63,8 @@ class Sweep:
 
     def __init__(self, found: ctypes.CDLL, rows: Tensor) -> None:
         """rows: (N, C) float32, or bfloat16 with an even C."""
-        self.library, self.count, self.dtype = found, len(rows), rows.dtype
+        self._sweep = _Sweep(("sweep_block", found))
+        self.count, self.dtype = len(rows), rows.dtype
         words = rows.contiguous().view(torch.int32)  # of bfloat16 two numbers
         self.depth = words.shape[1]
         padded = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % LANES))
@@ -103,7 +105,7 @@ class Sweep:
             tie = torch.nn.functional.pad(tie, (0, 0, 0, padded - count))
         pairs = TILE // 2 * width if self.dtype == torch.bfloat16 else 0
         scratch = torch.empty(KEYS * self.depth + pairs, dtype=torch.int32)
-        self.library.sweep_block(
+        self._sweep(
             self.dtype == torch.bfloat16,
             self.panels[start // LANES :].data_ptr(),
             keys.data_ptr(),
