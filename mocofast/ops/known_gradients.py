@@ -62,6 +62,9 @@ class Mean(Tensor):
             gradient = root_gradient(self.device)
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        return "tensor" + super().__repr__(tensor_contents=tensor_contents).removeprefix("Mean")
+
     def __format__(self, spec: str) -> str:  # PyTorch formats the numbers of plain tensors alone
         return format(self.detach(), spec)
 
@@ -70,10 +73,11 @@ class Mean(Tensor):
 
 
 def as_mean(loss: Tensor) -> Tensor:
-    """Returns the mean of a kernel as `Mean`, without a graph yet. Other numbers than float32 and
-    other classes of tensors (a fake tensor, which predicts memory) stay as they are.
+    """Returns the mean of a kernel as `Mean`, without a graph yet. Other numbers than float32, other
+    classes of tensors (a fake tensor, which predicts memory) and tensors of devices without
+    launches stay as they are: torch.compile's backend aot_eager refuses subclasses as inputs.
     """
-    if loss.dtype != torch.float32 or type(loss) is not Tensor:
+    if loss.dtype != torch.float32 or type(loss) is not Tensor or loss.device.type in _FILLED:
         return loss
     mean: Tensor = Tensor._make_subclass(Mean, loss)
     return mean
