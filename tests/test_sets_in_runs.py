@@ -135,6 +135,24 @@ def test_a_mistake_in_the_options_of_a_set_has_status_2(
         assert said in capsys.readouterr().err
 
 
+def test_a_set_without_a_good_image_and_a_run_below_a_file_are_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(b"no image")
+    words = ("--data.source", "folder", "--data.batch_size", "2", "--train.max_steps", "1")
+    for run, said in (
+        (tmp_path / "run", "data: none of the 2 images can be decoded; the first: a.png: "),
+        (folder / "a.png/run", f"train.dir: a parent of {folder / 'a.png/run'} is a file"),
+    ):
+        options = ("--data.path", str(folder), "--train.dir", str(run), *words)
+        assert cli.main(["pretrain", "digits", *SMALL, *options]) == 2
+        assert f"mocofast pretrain: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "run/exception.pt").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_resume_exactly_on_lists_tables_and_pairs(tmp_path: Path) -> None:
     """All runs in the processes of one torchrun."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from mocofast.config import AugmentConfig, ConfigError
 from mocofast.data import deadline
 from mocofast.data.items import Item
+from mocofast.errors import NothingDecodedError
 from mocofast.shares import Shares, share
 
 CROP_ATTEMPTS = 10  # attempts to find a random crop that fits into the image
@@ -233,11 +234,11 @@ def first_good(slot: int, count: int, is_good: Callable[[int], bool]) -> int | N
     return next(filter(is_good, tried), None)
 
 
-def no_image_decodes(source: Source, skipped: Mapping[int, str]) -> ValueError:
+def no_image_decodes(source: Source, skipped: Mapping[int, str]) -> NothingDecodedError:
     """Returns the error for a source without a good sample. skipped: {index: reason},
     every sample.
     """
-    return ValueError(
+    return NothingDecodedError(
         f"data: none of the {len(source)} images can be decoded; "
         f"the first: {source.name(0)}: {skipped[0]}"
     )

@@ -49,7 +49,10 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
     path, made = choose_folder(config, resuming), []
     while True:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"train.dir: a parent of {path} is a file") from None
         try:
             path.mkdir()
             break

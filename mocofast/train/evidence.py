@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mocofast import distributed
-from mocofast.errors import describe_error
+from mocofast.errors import NothingDecodedError, describe_error
 from mocofast.train.checkpoint import RunState
 from mocofast.train.checkpoint_writer import save_atomically
 
@@ -66,12 +66,13 @@ def save_batches(state: RunState, step: int | None, folder: Path) -> Saved:
 def save_state(state: RunState, error: Exception, folder: Path) -> None:
     """Writes the state at an exception. No resume takes the file unasked. Never raises.
 
-    Without effect after an error of the system or of a collective: another rank has ended then.
+    Without effect after an error of the data, whose message says all, and after an error of the
+    system or of a collective: another rank has ended then.
     A sharded run leaves no state: its parts are on all ranks, and one rank may have failed alone.
     folder: the run folder. The file is exception.pt.
     """
     of_ranks = isinstance(error, (OSError, torch.distributed.DistError)) or "gloo" in str(error)
-    if of_ranks or state.sharding is not None:
+    if of_ranks or isinstance(error, NothingDecodedError) or state.sharding is not None:
         return
     path = folder / "exception.pt"
     try:
