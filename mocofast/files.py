@@ -70,6 +70,8 @@ def require_writable(folder: Path, option: str) -> None:
     Call it before long work. option: which chooses the folder.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option}: {folder} cannot be a folder: {there} is a file")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{option}: {folder} cannot be written: choose another folder")
 

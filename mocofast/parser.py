@@ -181,8 +181,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
         text = settings.shown(setting.default)
         values = f" ({' | '.join(setting.choices)})" if setting.choices else ""
         shown = f"{setting.help}{values} [{text}]".replace("%", "%%")
-        checked = setting.valid or setting.choices
-        kind_of = functools.partial(_checked, setting) if checked else setting.type
+        kind_of = functools.partial(_checked, setting)
         action = parser.add_argument(
             flag, type=kind_of, default=setting.default, metavar="VALUE", help=shown
         )

@@ -91,7 +91,12 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
+    file = run / "config.yaml"
+    below = f"{file / 'a'} cannot be a folder: {file} is a file"
+    export = ("export", str(run), "--format", "torchvision", str(file / "a/b.pt"))
     for words, said in (
+        (("linear", str(run), "--dir", str(file / "a")), f"--dir: {below}"),
+        (export, f"out: {below}"),
         (("linear", str(run)), f"--dir: {run / 'linear'} cannot be written"),
         (("knn", str(run), "--dir", str(tmp_path / "a/b")), "--dir: "),
         (("embed", str(run), str(images_of(run)), str(tmp_path / "f.npz")), "OUT: "),

@@ -100,7 +100,9 @@ def test_remarks_name_the_depth_where_levels_are_lost(deep: Path) -> None:
     assert not any("--data.depth" in line for line in kept)
 
 
-def test_stats_measures_percentiles_of_a_set_by_channel(tmp_path: Path) -> None:
+def test_stats_measures_percentiles_of_a_set_by_channel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     every = []
     for i in range(4):
         values = np.random.default_rng(i).integers(0, 500 << i, (20, 20, 3)).astype(np.uint16)
@@ -111,6 +113,11 @@ def test_stats_measures_percentiles_of_a_set_by_channel(tmp_path: Path) -> None:
     bounds = np.percentile(np.concatenate(every), (5, 95), axis=0).T.ravel()
     assert found.range == ",".join(f"{bound:.6g}" for bound in bounds)
     assert f"--data.range {found.range}" in found.options()
+    assert cli.main(["stats", str(tmp_path), "--percentiles", "5,95"]) == 0
+    assert f"--data.range {found.range}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["stats", str(tmp_path), "--percentiles", "5"])
+    assert "--percentiles: expected 2 values like (0.0, 0.0), got '5'" in capsys.readouterr().err
 
 
 def test_a_deep_run_resumes_exactly(deep: Path, tmp_path: Path) -> None:

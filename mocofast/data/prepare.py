@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mocofast import files
 from mocofast.config import ConfigError, DataConfig
 from mocofast.data.deadline import in_time
 from mocofast.data.decoding import File, decode, read_header
@@ -64,6 +65,7 @@ def prepare(source: str, out: str, options: PrepareConfig) -> dict[str, Any]:
     """
     _check(options)
     target = Path(out).expanduser()
+    files.require_writable(target.parent, "out")
     partial = target.with_name(f"{target.name}.partial")
     for path, remark in (
         (target, "is there already"),

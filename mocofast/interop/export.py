@@ -82,6 +82,7 @@ def export(checkpoint: Mapping[str, Any], format: str, out: str | Path, size: Si
     suffix = SUFFIXES.get(format, out.suffix)
     if out.suffix != suffix or (is_safetensors and format in ("transformers", "text")):
         raise ConfigError(f"out: format {format} expects a name ending in {suffix}, got {out}")
+    files.require_writable(out.parent, "out")
     model, config = model_from_checkpoint(dict(checkpoint))
     _check_arch(format, config.model.arch)
     if size and size != config.augment.size:

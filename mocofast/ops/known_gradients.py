@@ -73,9 +73,11 @@ class Mean(Tensor):
 
 
 def as_mean(loss: Tensor) -> Tensor:
-    """Returns the mean of a kernel as `Mean`, without a graph yet. Other numbers than float32, other
-    classes of tensors (a fake tensor, which predicts memory) and tensors of devices without
-    launches stay as they are: torch.compile's backend aot_eager refuses subclasses as inputs.
+    """Returns the mean of a kernel as `Mean`, without a graph yet.
+
+    Other numbers than float32 and other classes of tensors (a fake tensor, which predicts memory)
+    stay as they are. So do tensors of devices without launches to save: torch.compile's backend
+    aot_eager refuses subclasses as inputs.
     """
     if loss.dtype != torch.float32 or type(loss) is not Tensor or loss.device.type in _FILLED:
         return loss
