@@ -250,7 +250,7 @@ def test_a_local_job_of_submitit_is_requeued_and_ends_as_if_never_stopped(
         os.kill(rank, signal.SIGUSR2)
     assert job.results() == [None, None], job.stderr()
     assert "continuing at step" in job.task(0).stdout()
-    assert "Requeued job" in job.task(0).stderr()
+    assert "Requeued job" in job.task(0).stdout()
     ends_as_if_never_stopped(tmp_path)
 
 

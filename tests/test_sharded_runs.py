@@ -68,9 +68,13 @@ def trained(
         recompute_blocks(model.encoder_q)
     autocast = choose_autocast(precision, CPU)
     sharding = Sharding(model, CPU, autocast) if shard else None
-    engine = Engine(
-        "eager", model, optimizer_of(model, options), autocast, accumulate, IMAGES // accumulate
-    )
+    optimizer = optimizer_of(model, options)
+    if case == "vit":
+        # Some gradients are 0 but for rounding: of the bias of attention's keys, and of the last
+        # norm's bias before a BatchNorm. With an eps of 1e-8 AdamW divides rounding by rounding.
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-5
+    engine = Engine("eager", model, optimizer, autocast, accumulate, IMAGES // accumulate)
     generator = torch.Generator().manual_seed(1)
     values = []
     for step in range(3):
@@ -124,11 +128,8 @@ def two_ranks(root: Path, rank: int) -> dict[str, list[Trained]]:
     return found
 
 
-def four_ranks(root: Path, rank: int) -> dict[str, list[Trained]]:
-    stay_together()
-    found = both_ways(rank)
+def four_ranks(root: Path, rank: int) -> None:
     run(root / "one", 8, "auto", **{"engine.parallel": "fsdp"})
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +143,17 @@ def on_two(root: Path) -> list[dict[str, list[Trained]]]:
 
 
 @pytest.fixture(scope="module")
-def on_four(root: Path, on_two: object) -> list[dict[str, list[Trained]]]:
-    run(root / "one", 6, "auto")
-    return on_ranks(partial(four_ranks, root), 4)
+def on_four() -> list[dict[str, list[Trained]]]:
+    return on_ranks(both_ways, 4)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_a_sharded_trajectory_equals_ddp(
     case: str, ranks: int, request: pytest.FixtureRequest
 ) -> None:
     results = request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks])
-    # bf16 rounds the weights of norms, too. AdamW scales up the rounding of a gradient that is 0
-    # (the bias of attention's keys).
-    weights, losses = (2e-2, 5e-2) if "bf16" in case else (ranks * 0.5e-6, 1e-6)
+    weights, losses = (2e-2, 5e-2) if "bf16" in case else (1e-6, 1e-6)  # bf16 rounds norms, too
     for found in results:
         (ours, our_state), (theirs, their_state) = found[case]
         metrics = 1 if "bf16" in case else None  # the loss, or the accuracies, too
@@ -163,8 +161,7 @@ def test_a_sharded_trajectory_equals_ddp(
         torch.testing.assert_close(got, expected, rtol=losses, atol=losses)
         assert our_state.keys() == their_state.keys()
         for name, value in their_state.items():
-            atol = 1e-5 if "in_proj_bias" in name and "bf16" not in case else weights
-            torch.testing.assert_close(our_state[name], value, rtol=0, atol=atol, msg=name)
+            torch.testing.assert_close(our_state[name], value, rtol=0, atol=weights, msg=name)
 
 
 def close(ours: Path, theirs: Path, atol: float = 2e-6) -> None:
@@ -198,7 +195,9 @@ def test_a_sharded_run_equals_a_run_of_ddp(root: Path, on_two: object) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_load_into_any_number_of_ranks(root: Path, on_four: object) -> None:
+def test_checkpoints_load_into_any_number_of_ranks(root: Path, on_two: object) -> None:
+    run(root / "one", 6, "auto")
+    on_ranks(partial(four_ranks, root), 4)
     run(root / "alone", 8)
     close(root / "one", root / "alone", atol=1e-5)  # 2 ranks, then 1, then 4
     assert "parts" in torch.load(root / "one" / "checkpoints" / "last.pt", weights_only=True)
