@@ -1,7 +1,7 @@
 """Dying and new machines: `python -m tests.drills.elastic [--count 50]`.
 
 A machine is a process with torchrun's agent (`--nnodes 1:4`) and a rank. All processes are forks
-of this process, which has imported PyTorch and mocofast: no time below holds imports. In turns
+of this process, which has imported the modules of a run: no time below holds imports. In turns
 there are 4, 1, 3 and 2 machines. A machine dies by SIGKILL to agent and rank. When machines come,
 a running rank is killed.
 """
@@ -9,6 +9,8 @@ a running rank is killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -113,6 +115,7 @@ def train(folder: Path, steps: int, trains: bool = True) -> int:
     note_steps(folder.with_name(f"{folder.name}-steps"), trains)
     options = {**OPTIONS, "train.epochs": -(-steps // 44), "train.max_steps": steps}
     status = cli.main(words(folder, **options))
+    folder.with_suffix(".modules").write_text("\n".join(sys.modules))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent may stop a rank at the end
     if status:
         sys.exit(status)
@@ -208,6 +211,7 @@ class Drill:
         whole = FORK.Process(target=train, args=alone)
         whole.start()
         whole.join()
+        load(self.folder.with_name("whole.modules"))
         store = TCPStore("127.0.0.1", self.port, is_master=True, wait_for_workers=False)
         try:
             self.start(MACHINES[0])
@@ -254,6 +258,13 @@ class Drill:
             f"{self.figures.line('machines')}, of which the ranks take {own:.1f} s ({cpu:.1f} s "
             f"of a CPU, at most {max(self.cpu):.1f}); {self.kills} kills"
         )
+
+
+def load(modules: Path) -> None:
+    """Imports the modules of a run. A module that no name imports was made by another module."""
+    for name in modules.read_text().splitlines():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def children(process: int) -> list[int]:
