@@ -108,10 +108,14 @@ PHOTOMETRIC = Extension(
 # Loaded the same way. Without a compiler PyTorch's operators compute.
 COMPILED = Extension(
     "mocofast_kernels._compiled",
-    ["kernels/mocofast_kernels/sweep.c"],
-    depends=["kernels/mocofast_kernels/sweep_body.h", "mocofast/data/compilers.h"],
+    ["kernels/mocofast_kernels/sweep.c", "kernels/mocofast_kernels/steps.c"],
+    depends=[
+        "kernels/mocofast_kernels/sweep_body.h",
+        "kernels/mocofast_kernels/steps_body.h",
+        "mocofast/data/compilers.h",
+    ],
     include_dirs=["mocofast/data"],
-    extra_compile_args=["-O3"],
+    extra_compile_args=PHOTOMETRIC.extra_compile_args,  # steps.c says why
     optional=True,
 )
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels.cpu_parts import ParameterRow
 from torch import Tensor
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mocofast_kernels import cpu_optim, cpu_parts
-from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels import cpu_optim, cpu_parts, cpu_steps
+from mocofast_kernels.cpu_parts import ParameterRow
 from torch import Tensor
 
 from tests.optim_oracle import copied, step_, values
@@ -27,7 +27,22 @@ pytest.importorskip("triton")
 from mocofast_kernels import optim, tables
 
 KINDS = ("sgd", "lars", "adamw")
-BACKENDS = (optim, cpu_optim)
+
+
+class WithoutLibrary:
+    """`cpu_optim` where no compiler made the library."""
+
+    __name__ = "without library"
+
+    def __getattr__(self, name: str) -> Any:
+        def step(*args: Any, **kwargs: Any) -> None:
+            with mock.patch.object(cpu_steps, "_function", return_value=None):
+                getattr(cpu_optim, name)(*args, **kwargs)
+
+        return step
+
+
+BACKENDS: tuple[Any, ...] = (optim, cpu_optim, WithoutLibrary())
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLACK = 2.0
 
@@ -399,6 +414,7 @@ def test_parts_on_threads_compute_the_bits_of_whole_tensors(
             _run(cpu_optim, kind, whole, _options(kind))
         monkeypatch.setattr(cpu_parts, "LARGEST", 640)
         monkeypatch.setattr(cpu_parts, "LEAST", 128)
+        monkeypatch.setattr(cpu_steps, "FEW", 0)
         torch.set_num_threads(3)
         for _ in range(2):
             _run(cpu_optim, kind, divided, _options(kind))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_kernels.remembered import LISTS
 from torch import Tensor
 
 from mocofast import ops
 from mocofast.ops import memory
-from mocofast.ops.remembered import LISTS
 
 GOOD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 EMPTY = GOOD[:, None][:, :0]

@@ -19,7 +19,7 @@ import mocofast
 from mocofast import front
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = "mocofast/data/_photometric"  # compiled, optional
+LIBRARIES = ("mocofast/data/_photometric", "mocofast_kernels/_compiled")  # optional
 SHIPPED = (".py", ".yaml", ".typed", ".npz", ".css", ".js")
 FILES = ("README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "Makefile")
 
@@ -77,8 +77,8 @@ def test_the_wheel_holds_the_packages_their_recipes_and_type_markers_and_nothing
     paths = {
         path.relative_to(base) for base, package in packages for path in (base / package).rglob("*")
     }
-    libraries = {name for name in files if name.startswith(LIBRARY)}
-    assert len(libraries) == (1 if shutil.which("cc") else 0)
+    libraries = {name for name in files if name.startswith(LIBRARIES)}
+    assert len(libraries) == (len(LIBRARIES) if shutil.which("cc") else 0)
     assert files - libraries == {path.as_posix() for path in paths if path.suffix in SHIPPED}
     assert {
         "mocofast/recipes/digits.yaml",
@@ -113,11 +113,12 @@ def test_the_sdist_rebuilds_and_tests_itself(checkout: Path, wheel: zipfile.ZipF
         f"{folders[top]}/{top}/{rest}" if top in folders else f"{top}/{rest}"
         for top, _, rest in parts
     }
-    built = (".dist-info/", LIBRARY)
+    built = (".dist-info/", *LIBRARIES)
     assert {name for name in shipped if not any(part in name for part in built)} <= files
-    sources = [path.name for path in (checkout / "mocofast/data").glob("photometric*.[ch]")]
-    assert len(sources) == 2
-    assert {f"mocofast/data/{name}" for name in sources} <= files
+    for folder, pattern in (("mocofast/data", "photometric*"), ("kernels/mocofast_kernels", "st*")):
+        sources = {f"{folder}/{path.name}" for path in (checkout / folder).glob(f"{pattern}.[ch]")}
+        assert len(sources) == 2
+        assert sources <= files
     assert {"setup.py", "pyproject.toml", *FILES} <= files
     for folder in ("tests", "benchmarks"):
         assert {
@@ -133,8 +134,9 @@ def test_a_machine_without_a_compiler_installs_all_but_the_library(
     env = {**os.environ, "CC": "/nowhere/cc"}
     shutil.rmtree(checkout / "build", ignore_errors=True)
     done = subprocess.run(build, cwd=checkout, env=env, capture_output=True, text=True, check=True)
-    assert "_photometric" in done.stdout + done.stderr  # says what is missing
-    assert not list((checkout / "out-none").rglob("_photometric*"))
+    for name in (Path(library).name for library in LIBRARIES):
+        assert name in done.stdout + done.stderr  # says what is missing
+        assert not list((checkout / "out-none").rglob(f"{name}*"))
 
 
 def test_the_version_is_the_same_in_a_wheel_and_in_a_bare_checkout(wheel: zipfile.ZipFile) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from mocofast_kernels.augment import NAMES, augment
 from mocofast_kernels.configs import SPECIALISED, TENSOR_MEMORY, Tile
-from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels.cpu_parts import ParameterRow
 from mocofast_kernels.ema import ema_update_
 from mocofast_kernels.enqueue import enqueue_
 from mocofast_kernels.exclusion import Exclusion

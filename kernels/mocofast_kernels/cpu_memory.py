@@ -7,7 +7,9 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from mocofast_kernels import cpu_steps
 from mocofast_kernels.cpu_parts import check_memory
+from mocofast_kernels.cpu_steps import Counts
 from mocofast_kernels.cpu_vectors import unit_rows
 
 GRAIN = 2**15  # elements: PyTorch's elementwise operations divide larger tensors among threads
@@ -34,30 +36,33 @@ def ema_update_(
     sources: list[Tensor],
     momentum: float | Tensor,
     *,
-    is_contiguous_float32: bool = False,
+    counts: Counts | None = None,
 ) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
         listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
-    is_contiguous_float32: all tensors are known to be contiguous, of float32.
+    counts: elements of the targets, if all tensors are known to be of float32 and every target to
+        lie in memory as its source.
 
     Raises ValueError for a tensor whose storage was freed, where PyTorch would crash.
     """
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum
-    both = targets + sources
-    addresses = set(map(Tensor.data_ptr, both))
-    if 0 in addresses:
+    both = sources + targets
+    addresses = list(map(Tensor.data_ptr, both))
+    apart = set(addresses)
+    if 0 in apart:
         check_memory(targets=targets, sources=sources)
     if (
-        len(addresses) == len(both)  # nothing is tied
+        len(apart) == len(both)  # nothing is tied
         and isinstance(step, float)
-        and (is_contiguous_float32 or {x.dtype for x in both} == {torch.float32})
+        and (counts is not None or {x.dtype for x in both} == {torch.float32})
     ):
-        _lerp(targets, sources, step, is_contiguous_float32)
+        if counts is None or not cpu_steps.average_(targets, addresses, counts, step):
+            _lerp(targets, sources, step)
         return
     # Sort out integers, other types and tied tensors.
     plain_targets, plain_sources = [], []
@@ -82,14 +87,14 @@ def ema_update_(
     if not plain_targets:
         return
     if isinstance(step, float):
-        _lerp(plain_targets, plain_sources, step, is_contiguous_float32)
+        _lerp(plain_targets, plain_sources, step)
     else:
         for target, source in zip(plain_targets, plain_sources):
             target.lerp_(source, step)
 
 
-def _lerp(targets: list[Tensor], sources: list[Tensor], step: float, are_contiguous: bool) -> None:
-    """Computes t = t + step (s - t), float32. are_contiguous: all are known to be contiguous.
+def _lerp(targets: list[Tensor], sources: list[Tensor], step: float) -> None:
+    """Computes t = t + step (s - t), float32.
 
     For steps below 1/2, `lerp` computes t - step (t - s). A fused step of SGD with gradient -s and
     weight decay 1 computes the same to the bit, without an iterator for every tensor. The fused
@@ -102,7 +107,7 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], step: float, are_contigu
     if (
         step >= 0.5
         or targets[0].device.type != "cpu"
-        or not (are_contiguous or all(map(Tensor.is_contiguous, targets + sources)))
+        or not all(map(Tensor.is_contiguous, targets + sources))
     ):
         torch._foreach_lerp_(targets, sources, step)
         return

@@ -3,10 +3,12 @@
 A step also updates the moving average of the momentum encoder and the low-precision copies of
 the encoders. CPUs take this path. `mocofast_kernels.optim` computes the same on GPUs.
 
-The tensors are divided into parts that fit the cache. On a part PyTorch's fused step comes first,
-then the moving average, then the copies. Average and copies find the values in the cache: a step
-of SGD takes .85 of the time of the same operations on whole tensors. A thread takes whole parts
-alone (`cpu_threads`), since PyTorch's fused steps wake all threads for every tensor.
+Compiled loops take SGD and AdamW of float32 tensors, where they are installed (`cpu_steps`). The
+rest follows here. The tensors are divided into parts that fit the cache. On a part PyTorch's fused
+step comes first, then the moving average, then the copies. Average and copies find the values in
+the cache: a step of SGD takes .85 of the time of the same operations on whole tensors. A thread
+takes whole parts alone (`cpu_threads`), since PyTorch's fused steps wake all threads for every
+tensor.
 """
 
 from __future__ import annotations
@@ -17,24 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_memory, cpu_threads
-from mocofast_kernels.cpu_parts import in_parts, part_size, same_layout, slices
-
-
-class ParameterRow(NamedTuple):
-    """A parameter and the tensors updated with it.
-
-    The tensors have equal shapes, any strides and any floating types.
-    """
-
-    param: Tensor
-    grad: Tensor | None  # None: param and state stay, average and copies are updated
-    target: Tensor | None  # becomes m target + (1 - m) param, after the step
-    shadow: Tensor | None  # becomes a copy of param
-    target_shadow: Tensor | None  # becomes a copy of target
-    # SGD and LARS: (momentum_buffer,), or () without momentum.
-    # AdamW: (exp_avg, exp_avg_sq, step), step a float32 tensor ().
-    state: tuple[Tensor, ...]
+from mocofast_kernels import cpu_memory, cpu_steps, cpu_threads
+from mocofast_kernels.cpu_parts import ParameterRow, in_parts, part_size, same_layout, slices
+from mocofast_kernels.cpu_steps import Rule
 
 
 def sgd_(
@@ -55,7 +42,9 @@ def sgd_(
 
     Computes in float32 (float64 for float64 parameters), and rounds to the types of the tensors.
     """
-    step = _sgd(float(lr), float(momentum), float(weight_decay))
+    rule = Rule(lr=float(lr), weight_decay=float(weight_decay), momentum=float(momentum))
+    rows = cpu_steps.step_(rows, rule, ema_momentum)
+    step = _sgd(rule.lr, rule.momentum, rule.weight_decay)
     _in_parts(rows, lambda part: _update(part, step, ema_momentum), sliced=True)
 
 
@@ -106,6 +95,8 @@ def adamw_(
     steps = [row.state[2] for row in rows if row.grad is not None and row.param.numel()]
     if steps:
         torch._foreach_add_(steps, 1)
+    rule = Rule(True, rate, decay, beta1=beta1, beta2=beta2, eps=eps)
+    rows = cpu_steps.step_(rows, rule, ema_momentum)
 
     def step(group: _Group) -> None:
         exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*group.states))

@@ -1,4 +1,4 @@
-"""Divides the tensors of an elementwise update into parts, which threads take one at a time.
+"""Tensors of an elementwise update, and their division into parts, which threads take in turn.
 
 A part fits the last-level cache, so a second operation on the part finds the values of the first.
 """
@@ -6,7 +6,7 @@ A part fits the last-level cache, so a second operation on the part finds the va
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,22 @@ LEAST = 2**16  # elements of a part, where larger parts would leave threads with
 ALIGNED = 64  # elements. Slices that start at a multiple round as the whole tensor would
 
 Item = TypeVar("Item")
+
+
+class ParameterRow(NamedTuple):
+    """A parameter and the tensors updated with it.
+
+    The tensors have equal shapes, any strides and any floating types.
+    """
+
+    param: Tensor
+    grad: Tensor | None  # None: param and state stay, average and copies are updated
+    target: Tensor | None  # becomes m target + (1 - m) param, after the step
+    shadow: Tensor | None  # becomes a copy of param
+    target_shadow: Tensor | None  # becomes a copy of target
+    # SGD and LARS: (momentum_buffer,), or () without momentum.
+    # AdamW: (exp_avg, exp_avg_sq, step), step a float32 tensor ().
+    state: tuple[Tensor, ...]
 
 
 def part_size(elements: int) -> int:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mocofast_kernels.configs import FUSED
+from mocofast_kernels.cpu_steps import Counts
 from mocofast_kernels.tables import FLOATS, TableCache, column, locate
 
 BLOCK = 4096  # elements that a program updates: 32 a thread
@@ -61,7 +62,7 @@ def ema_update_(
     sources: list[Tensor],
     momentum: float | Tensor,
     *,
-    is_contiguous_float32: bool = False,
+    counts: Counts | None = None,
 ) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
@@ -69,7 +70,7 @@ def ema_update_(
         listed twice (tied weights) is updated once.
     momentum: m, a float (1 - m is computed in double precision), or a tensor () on the same
         device, read on the device.
-    is_contiguous_float32: of the kernel of CPUs, without effect here.
+    counts: of the kernel of CPUs, without effect here.
 
     Computes in float32 (float64 for a float64 target) and rounds to the target's type.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_optim
 from mocofast_kernels.configs import FUSED
-from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels.cpu_parts import ParameterRow
 from mocofast_kernels.optim_kernels import (
     _adamw_kernel,
     _count_kernel,

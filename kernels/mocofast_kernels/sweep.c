@@ -1,6 +1,6 @@
 /* InfoNCE's sweep over a block of keys on a CPU with AVX-512: logits, exponentials, sums.
  *
- * cpu_compiled.py loads this library by ctypes, which holds no lock of Python during a call.
+ * cpu_sweep.py loads this library by ctypes, which holds no lock of Python during a call.
  *
  * For 32 rows at a time and a tile of keys, weights w = exp2(row . key - shift) are computed in
  * registers, and then w @ values, while the tile lies in the first caches. Neither product needs
@@ -35,7 +35,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* See cpu_compiled.py for the shapes. */
+/* See cpu_sweep.py for the shapes. */
 struct sweep {
   const uint32_t *panels, *keys, *values;
   int64_t rows, count, depth, width;
@@ -83,7 +83,7 @@ EXPORT int sweep_runs(int bfloat16) {
 #endif
 }
 
-/* Adds the sums over a block of keys. cpu_compiled.py says what the arguments are. */
+/* Adds the sums over a block of keys. cpu_sweep.py says what the arguments are. */
 EXPORT void sweep_block(int bfloat16, const uint32_t *panels, const uint32_t *keys,
                         const uint32_t *values, int64_t rows, int64_t count, int64_t depth,
                         int64_t width, const float *shift, const float *tie, float *total,

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from mocofast_kernels.cpu_library import INSTALL
 
 from mocofast.errors import describe_error
 
 T = TypeVar("T")
 
 LIBRARY = "mocofast.data._photometric"
-INSTALL = "install a C compiler, then pip install --force-reinstall --no-deps mocofast"
 # Sets of instructions, by their numbers in photometric.c. All but the first round a product and
 # a sum together.
 VARIANTS = ("plain", "fused", "AVX2")

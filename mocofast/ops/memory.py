@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from mocofast_kernels.cpu_parts import same_layout
+from mocofast_kernels.cpu_steps import Counts
+from mocofast_kernels.remembered import Remembered
 from torch import Tensor
 
 from mocofast.ops import custom_ops
 from mocofast.ops.checks import check_matrix, check_same, check_width, described
 from mocofast.ops.local import check_sharded_alike, is_plain, local_tensor
-from mocofast.ops.remembered import Remembered
 
-_known = Remembered()
+
+class _Seen(NamedTuple):
+    """What is known of targets and sources."""
+
+    device: torch.device  # of all tensors
+    # Elements of targets, if all are of float32 and every target lies in memory as its source.
+    counts: Counts | None
+
+
+_known: Remembered[_Seen] = Remembered()
 
 
 @torch.no_grad()
@@ -60,7 +71,7 @@ def ema_update_(
     for device in groups:
         momentum = _checked_momentum(momentum, device)
     for group in groups.values():
-        custom_ops.ema_update_(*group, momentum, seen is not None and seen.is_contiguous_float32)
+        custom_ops.ema_update_(*group, momentum, None if seen is None else seen.counts)
 
 
 def get_ema_multi_avg_fn(
@@ -146,7 +157,13 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
         return None
     (device,) = devices
     if not torch.compiler.is_compiling():
-        _known.add(both, device)
+        alike = (
+            {dtype for _, dtype in kinds} == {torch.float32}
+            and not any(map(Tensor.is_neg, both))
+            and all(map(same_layout, zip(targets, sources)))
+        )
+        counts = Counts.of(targets) if alike else None
+        _known.add(both, _Seen(device, counts))
     return device
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels.cpu_optim import ParameterRow
+from mocofast_kernels.cpu_parts import ParameterRow
 from torch import Tensor, nn
 
 from mocofast.ops import backend

@@ -1,0 +1,127 @@
+/* Steps of optimisers and moving averages on a CPU, in one pass over memory.
+ *
+ * cpu_steps.py loads this library by ctypes, which holds no lock of Python during a call. The
+ * library needs no header of Python.
+ *
+ * A number of a tensor depends on the numbers at the same place of the tensors beside it alone, and
+ * every operation is rounded as written. So the results are equal for any division of the tensors
+ * among calls and threads. -ffp-contract=off keeps the compiler from other roundings,
+ * -fno-math-errno makes the square root an instruction.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "compilers.h"
+
+/* The tensors of a row, by the bit of their column. The tensors of a row have equal numbers of
+ * elements, and lie in memory without gaps and in the same order. cpu_steps.py writes the same
+ * order. */
+enum {
+  PARAM,
+  GRAD,   /* without: the parameter stays, average and copies are made */
+  FIRST,  /* the momentum buffer of SGD, exp_avg of AdamW */
+  SECOND, /* exp_avg_sq of AdamW */
+  STEPS,  /* one float: the number of steps of AdamW, this step included */
+  TARGET, /* becomes a moving average of the parameter */
+  COPY,   /* bfloat16 of the parameter */
+  TARGET_COPY,
+  COLUMNS
+};
+
+/* Addresses of tensors. */
+struct table {
+  const int64_t *counts;          /* elements of every row */
+  const int64_t *columns[COLUMNS]; /* an address for every row, or 0: no row has the tensor */
+  int64_t rows;
+};
+
+/* Returns the address of a tensor, or 0. */
+static inline void *tensor(const struct table *table, int column, int64_t row) {
+  return table->columns[column] ? (void *)(intptr_t)table->columns[column][row] : 0;
+}
+
+/* Elements between a step and its average. The tensors of a block stay in the fastest cache. */
+#define BLOCK 512
+/* Elements of a place before the next place, where an average is all there is to do. */
+#define TURN 256
+
+/* The numbers of a step of SGD or AdamW. */
+struct rule {
+  int adamw;
+  double lr, decay;
+  double momentum;        /* of SGD */
+  double beta1, beta2, eps; /* of AdamW */
+  float average;          /* 1 - m, for t = m t + (1 - m) p */
+};
+
+/* A step of AdamW, with the corrections of the row's number of steps. */
+struct adamw {
+  float keep;                     /* 1 - lr decay */
+  float to_first, beta2, to_second; /* 1 - beta1, beta2, 1 - beta2 */
+  float size, scale, eps;         /* p -= size first / (scale sqrt(second) + eps) */
+};
+
+static struct adamw corrected(const struct rule *rule, double steps) {
+  struct adamw a;
+  a.keep = (float)(1 - rule->lr * rule->decay);
+  a.to_first = (float)(1 - rule->beta1);
+  a.beta2 = (float)rule->beta2;
+  a.to_second = (float)(1 - rule->beta2);
+  a.size = (float)(rule->lr / (1 - pow(rule->beta1, steps)));
+  a.scale = (float)(1 / sqrt(1 - pow(rule->beta2, steps)));
+  a.eps = (float)rule->eps;
+  return a;
+}
+
+#if defined(__aarch64__)
+#define FUSED 1
+#else
+#define FUSED 0
+#endif
+#define NAME(x) plain_##x
+#include "steps_body.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define FUSED 1
+#define NAME(x) avx2_##x
+#include "steps_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+/* Makes the step of elements first to last - 1. Elements are numbered through all rows.
+ *
+ * counts: (rows,) elements of every row.
+ * addresses: (columns, rows), for the columns whose bits are set in `present`.
+ * backwards: the last row comes first. */
+EXPORT void steps_make(const int64_t *counts, const int64_t *addresses, int64_t rows, int present,
+                       int backwards, int64_t first, int64_t last, int adamw, double lr,
+                       double decay, double momentum, double beta1, double beta2, double eps,
+                       double average) {
+  struct rule rule = {adamw, lr, decay, momentum, beta1, beta2, eps, (float)average};
+  struct table table = {counts, {0}, rows};
+  for (int column = 0; column < COLUMNS; column++)
+    if (present >> column & 1) {
+      table.columns[column] = addresses;
+      addresses += rows;
+    }
+#ifdef X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    avx2_make(&table, backwards, first, last, &rule);
+    return;
+  }
+#endif
+  plain_make(&table, backwards, first, last, &rule);
+}
