@@ -62,8 +62,8 @@ class Mean(Tensor):
             gradient = root_gradient(self.device)
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
-        return "tensor" + super().__repr__(tensor_contents=tensor_contents).removeprefix("Mean")
+    def __repr__(self) -> str:  # type: ignore[override]  # PyTorch's takes an option, for wrappers
+        return "tensor" + super().__repr__().removeprefix("Mean")
 
     def __format__(self, spec: str) -> str:  # PyTorch formats the numbers of plain tensors alone
         return format(self.detach(), spec)
