@@ -109,8 +109,9 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder without labels"""
     arguments = _pretrain_parser(argv).parse(argv)
-    from mocofast.train import configure
-    from mocofast.train.run import train
+    with front.importing():
+        from mocofast.train import configure
+        from mocofast.train.run import train
 
     recipe, images = configure.split_words(arguments.words)
     given, cooldown = given_settings(arguments), arguments.cooldown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocofast import cli, settings
+from mocofast import cli, front, settings
 from tests import runs
 
 
@@ -200,6 +201,16 @@ def test_unlabelled_images_train_without_a_knn_monitor_and_say_so(tmp_path: Path
     done = runs.mocofast("knn", str(tmp_path / "run"), check=False)
     assert done.returncode == 2
     assert "labelled" in done.stderr
+
+
+def test_imports_of_a_run_are_no_garbage() -> None:
+    assert gc.isenabled()
+    with front.importing():
+        assert not gc.isenabled()
+        kept: list[list[int]] = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= len(kept)
+    gc.unfreeze()
 
 
 def test_help_loads_no_large_package() -> None:

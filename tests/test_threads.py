@@ -58,6 +58,7 @@ def test_only_large_networks_get_all_cores(monkeypatch: pytest.MonkeyPatch) -> N
         set_threads(network, c, CPU)
         assert torch.get_num_threads() == expected
         assert network.training
+        assert operations(network, c) <= threads.at_most(network, c)
 
 
 def test_the_operations_of_a_network_are_those_of_its_layers() -> None:

@@ -30,7 +30,6 @@ from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from mocofast.config import Config
 from mocofast.device import short_name
@@ -316,7 +315,7 @@ def encoder_work(
     # In eval mode layers move the same bytes, and do not exchange statistics with other ranks.
     plain = copy.deepcopy(encoder).eval()
     device = next(plain.parameters()).device
-    with FakeTensorMode() as fake, _Layers() as layers, autocast:
+    with FakeTensorMode() as fake, Layers() as layers, autocast:
         tensors: dict[str, Tensor] = {
             name: fake.from_tensor(tensor)
             for name, tensor in plain.state_dict(keep_vars=True).items()
@@ -331,19 +330,27 @@ def encoder_work(
     return forward, layers.work
 
 
-class _Layers(TorchDispatchMode):
+class Layers(TorchDispatchMode):
     """Records the work of every convolution, matrix product, attention and normalisation."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
         super().__init__()
         self.work: list[Work] = []
+        self._counts = flop_registry
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Unlike FlopCounterMode, which imports torch._dynamo at the first operator: .9 s.
+        return False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        count = flop_registry.get(function.overloadpacket)
+        count = self._counts.get(function.overloadpacket)
         if count is not None or "_norm" in str(function):
             tensors = [
                 leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)

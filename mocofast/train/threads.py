@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.config import Config
 from mocofast.data.loaders import count_workers
 from mocofast.device import choose_threads
 from mocofast.evaluate.features import evaluating
+from mocofast.train.profile import Layers
 
 # Operations of a forward pass on the batch: about 20 ms of a core. The operators of less work are
 # so short that a second thread wakes too late.
@@ -45,17 +45,23 @@ def set_threads(
         torch.set_num_threads(saved["threads"])
         return
     sleeping = saved is None and world_size == 1 and waits_asleep()
-    large = sleeping and operations(encoder, config) >= WORTH
+    large = sleeping and at_most(encoder, config) >= WORTH <= operations(encoder, config)
     torch.set_num_threads(choose_threads(count_workers(-1), sleeping, large))
+
+
+def at_most(encoder: nn.Module, config: Config) -> int:
+    """Returns a bound of `operations` that costs no time: a weight works once at every pixel."""
+    height, width = config.augment.shape
+    weights = sum(weight.numel() for weight in encoder.parameters())
+    return 2 * config.data.batch_size * height * width * weights
 
 
 def operations(encoder: nn.Module, config: Config) -> int:
     """Returns the operations of a forward pass on a batch of the run. Computes one empty image."""
     image = torch.zeros(1, config.data.channels, *config.augment.shape)
-    with evaluating(encoder), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(encoder), torch.no_grad(), Layers() as layers:
         encoder(image)
-    total: int = counter.get_total_flops()
-    return config.data.batch_size * total
+    return config.data.batch_size * sum(layer.operations for layer in layers.work)
 
 
 def waits_asleep() -> bool:
