@@ -18,7 +18,7 @@ from mocofast.methods.build import build_method
 from mocofast.models import encoders
 from mocofast.models.encoders import build_encoder, features
 from mocofast.models.pixels import pixel_statistics, prepare_images
-from mocofast.train.profile import encoder_work
+from mocofast.train.work import encoder_work
 from tests import runs
 from tests.test_export import query_features, run, trained
 

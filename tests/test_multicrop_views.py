@@ -21,8 +21,9 @@ from mocofast.methods.build import build_method
 from mocofast.settings import apply, load_recipe, validate
 from mocofast.train import estimate
 from mocofast.train.optimizer import optimizer_of
-from mocofast.train.profile import StepProfiler, encoder_work
+from mocofast.train.profile import StepProfiler
 from mocofast.train.sharding import check_shardable
+from mocofast.train.work import encoder_work
 from tests import runs
 from tests.pictures import assert_same_batches, differences, files, save_photos
 

@@ -25,6 +25,7 @@ from mocofast.step_parts import Recorder, Span, Step, step_part
 from mocofast.train import profile
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.step import train_step
+from mocofast.train.work import Work, encoder_work
 from tests import runs
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_simultaneous_work_of_two_streams_counts_as_overlap_and_the_sum_stays_th
 @pytest.mark.parametrize(("arch", "size"), [("resnet_tiny", 8), ("resnet18_cifar", 32)])
 def test_operations_of_the_layers_are_those_that_torchs_counter_sees(arch: str, size: int) -> None:
     encoder = build_encoder(arch)(num_classes=16)
-    forward, backward = profile.encoder_work(encoder, 4, size, FP32)
+    forward, backward = encoder_work(encoder, 4, size, FP32)
     images = torch.randn(4, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         output = encoder(images)
@@ -102,7 +103,7 @@ def test_bytes_of_layers_are_those_of_all_that_they_take_and_give() -> None:
     encoder = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
     )
-    forward, backward = profile.encoder_work(encoder, 2, 4, FP32)
+    forward, backward = encoder_work(encoder, 2, 4, FP32)
     x, w, y = 2 * 3 * 16, 8 * 3 * 9, 2 * 8 * 16
     a, b, c, z = 2 * 128, 128 * 5, 5, 2 * 5
     assert [layer.bytes for layer in forward] == [4 * (x + w + y), 4 * (a + b + c + z)]
@@ -119,7 +120,7 @@ def test_counting_computes_nothing_and_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     began = time.thread_time()
     # A real forward pass would be 284 GFLOP, which takes seconds.
-    forward, _ = profile.encoder_work(encoder, 512, 32, FP32)
+    forward, _ = encoder_work(encoder, 512, 32, FP32)
     assert time.thread_time() - began < 1.5
     assert sum(layer.operations for layer in forward) > 5e11
     assert encoder.training
@@ -129,8 +130,8 @@ def test_counting_computes_nothing_and_changes_nothing() -> None:
 
 def test_under_autocast_layers_move_half_the_bytes() -> None:
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 5))
-    full, _ = profile.encoder_work(encoder, 2, 4, FP32)
-    half, _ = profile.encoder_work(encoder, 2, 4, torch.autocast("cpu", torch.bfloat16))
+    full, _ = encoder_work(encoder, 2, 4, FP32)
+    half, _ = encoder_work(encoder, 2, 4, torch.autocast("cpu", torch.bfloat16))
     assert [2 * layer.bytes for layer in half] == [layer.bytes for layer in full]
 
 
@@ -140,7 +141,7 @@ def test_a_floor_is_the_longer_of_both_times_layer_by_layer(
     monkeypatch.setattr(
         profile, "copy_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0
     )
-    floor = profile.Floor.measure([profile.Work(50, 100), profile.Work(10, 900)], 10.0, CPU)
+    floor = profile.Floor.measure([Work(50, 100), Work(10, 900)], 10.0, CPU)
     assert floor == (5.0 + 9.0, 60, 1000, 100.0)
 
 
@@ -276,7 +277,7 @@ def test_micro_batches_count_together() -> None:
     config = tiny()
     config.train.accumulate = 2
     found, _ = profiled(config)
-    single = profile.encoder_work(build(config).encoder_q, 8, 8, FP32)[0]
+    single = encoder_work(build(config).encoder_q, 8, 8, FP32)[0]
     (forward,) = (part.floor for part in found.parts if part.name == "query forward")
     assert forward is not None and forward.operations == sum(layer.operations for layer in single)
 

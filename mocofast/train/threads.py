@@ -19,7 +19,7 @@ from mocofast.config import Config
 from mocofast.data.loaders import count_workers
 from mocofast.device import choose_threads
 from mocofast.evaluate.features import evaluating
-from mocofast.train.profile import Layers
+from mocofast.train.work import Layers
 
 # Operations of a forward pass on the batch: about 20 ms of a core. The operators of less work are
 # so short that a second thread wakes too late.
