@@ -326,10 +326,10 @@ def test_what_sbatch_refuses_is_said(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
     program(tmp_path, "sbatch", "echo 'invalid partition: gpu' >&2; exit 1")
     status, _, error = call(capsys, *words)
-    assert status == 2 and "invalid partition: gpu" in error
+    assert status == 2 and "sbatch: invalid partition: gpu" in error
     (tmp_path / "file").touch()
     status, _, error = call(capsys, *words, "--out", "file")
-    assert status == 2 and "file" in error
+    assert status == 2 and "--out: file is a file, expected a folder" in error
 
 
 @pytest.mark.slow

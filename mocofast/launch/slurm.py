@@ -84,7 +84,7 @@ def _executor(request: Request) -> Any:
         if error.name != "submitit":
             raise
         raise ConfigError(
-            "launch slurm: needs the package submitit. pip install 'mocofast[slurm]' installs it"
+            "slurm needs the package submitit. pip install 'mocofast[slurm]' installs it"
         ) from error
 
     class Anywhere(SlurmExecutor):
@@ -143,15 +143,17 @@ def submit(request: Request) -> int:
     The folder `out` gets submitit's files: the batch script, the pickled rank, and a log a rank.
 
     Raises ConfigError without submitit or sbatch, for `flags` that are not options with two dashes,
-    and if sbatch refuses the job.
+    for an `out` that is a file, and if sbatch refuses the job.
     """
     made = _executor(request)
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch: no such command on this machine")
     try:
         job = made.submit(Rank(request.words))
-    except (RuntimeError, FileExistsError) as error:  # a refusal of sbatch, or a file named `out`
-        raise ConfigError(f"launch slurm: {error}") from error
+    except FileExistsError as error:
+        raise ConfigError(f"--out: {request.options.out} is a file, expected a folder") from error
+    except RuntimeError as error:  # FailedJobError, FailedSubmissionError
+        raise ConfigError(f"sbatch: {error}") from error
     print(f"job {job.job_id}: {job.paths.submission_file}, logs of ranks beside it", flush=True)
     return 0
 
