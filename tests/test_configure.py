@@ -152,6 +152,13 @@ def test_slots_of_a_memory_bank_keep_their_momentum() -> None:
             {"data.batch_size": 50, "model.queue_size": 128, "train.max_steps": 2},
             ["100 keys, so random vectors stay among the negatives. --model.queue_size 100 fits"],
         ),
+        (
+            {
+                **{"data.batch_size": 50, "data.batch_sizes": ("0:100",)},
+                **{"model.queue_size": 128, "train.max_steps": 2},
+            },
+            [],
+        ),
         ({"data.batch_size": 50, "model.queue_size": 500}, []),
     ],
 )
@@ -239,8 +246,11 @@ def test_measuring_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_time_is_of_the_steps_that_run() -> None:
     config = Config()
     config.train.max_steps = 10
-    line = estimate.time_of_run(0.01, config, 100, 5, 1000)
+    line = estimate.time_of_run(0.01, config, 100, 5)
     assert "0:10 of computation" in line and "10 steps of 1 s, an epoch in 0:05" in line
+    config.data.batch_sizes, config.train.max_steps = (f"0:{2 * config.data.batch_size}",), 4
+    line = estimate.time_of_run(0.01, config, 100, 5)  # 2, 2, 1 and 2 batches
+    assert "0:07 of computation" in line and "4 steps of 1.75 s, an epoch in 0:05" in line
 
 
 def test_words_are_a_recipe_and_a_place_in_any_order(tmp_path: Path) -> None:

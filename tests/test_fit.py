@@ -134,8 +134,9 @@ def test_the_command_says_what_fits(
     assert (config.data.batch_size, config.train.accumulate) == (8, 1)
     assert cli.main(["fit", "moco_v3_vit_s", "--memory", "0.001", *small]) == 0
     assert "nothing fits" in capsys.readouterr().out
-    assert cli.main(["fit", "moco_v3_vit_s", "--train.device", "cpu", *small]) == 0
-    assert "fp32, batch of 8 on 1 machine of" in capsys.readouterr().out
+    larger = [*small, "--data.batch_sizes", "0:8,1:16"]
+    assert cli.main(["fit", "moco_v3_vit_s", "--train.device", "cpu", *larger]) == 0
+    assert "fp32, batch of 16 on 1 machine of" in capsys.readouterr().out
     assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "H3000"]) == 2
     assert "--gpu: expected one of T4" in capsys.readouterr().err
 

@@ -87,12 +87,12 @@ def announce_images(
 
 def announce_time(state: RunState, encoder: nn.Module, autocast: torch.autocast) -> None:
     """Measures and logs how long a new run will take."""
-    c, steps = state.config, state.loader.steps_per_epoch
+    c = state.config
     if not c.train.epochs:
         return
     each = estimate.seconds_per_sample(encoder, c.augment, c.data.channels, state.device, autocast)
     own = max(state.shares_of_a_batch().counts)  # the others wait for the rank of most images
-    log.info(estimate.time_of_run(each, c, own, steps, c.train.epochs * steps))
+    log.info(estimate.time_of_run(each, c, own, state.loader.steps_per_epoch))
 
 
 def announce_continuation(state: RunState, world_size: int) -> None:

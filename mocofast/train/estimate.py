@@ -13,6 +13,7 @@ from mocofast.data.finding import counted
 from mocofast.models.batch_norm import SplitBatchNorm
 from mocofast.models.sync_batch_norm import SyncBatchNorm
 from mocofast.train.metrics import duration
+from mocofast.train.pace import Pace
 from mocofast.view_sizes import Size, height_width
 
 # Images of the measurement. 8 images take so little time in a small network that starting
@@ -76,17 +77,17 @@ def seconds_per_sample(
     return each
 
 
-def time_of_run(each: float, config: Config, images: int, steps: int, total_steps: int) -> str:
-    """Returns a line on the time of a run.
+def time_of_run(each: float, config: Config, images: int, batches: int) -> str:
+    """Returns a line on the time of a run of one epoch or more.
 
-    each: seconds an image, of one rank. images: of one rank in a step. steps: in an epoch.
+    each: seconds an image, of one rank. images: of one rank in a batch. batches: in an epoch.
     """
-    left = min(config.train.max_steps or total_steps, total_steps)
-    step = each * images
+    steps, taken = Pace(config.data, batches).of_run(config.train.epochs, config.train.max_steps)
+    batch = each * images
     return (
-        f"time: about {duration(step * left)} of computation on this machine: "
-        f"{counted(left, 'step')} of {step:.3g} s, an epoch in {duration(step * steps)}. "
-        "Loading and evaluation come on top"
+        f"time: about {duration(batch * taken)} of computation on this machine: "
+        f"{counted(steps, 'step')} of {batch * taken / steps:.3g} s, an epoch in "
+        f"{duration(batch * batches)}. Loading and evaluation come on top"
     )
 
 
@@ -98,7 +99,7 @@ def fitting_queue(count: int, batch: int) -> int:
 def warnings(config: Config, count: int, steps: int) -> list[str]:
     """Returns a line for every setting that does not fit the set.
 
-    count: number of training images. steps: in an epoch.
+    count: number of training images. steps: in an epoch of steps of a batch each.
     """
     lines = []
     batch, epochs = config.data.batch_size, config.train.epochs
@@ -116,7 +117,7 @@ def warnings(config: Config, count: int, steps: int) -> list[str]:
             "or --data.drop_last false, uses more"
         )
     keys = getattr(config.model, "queue_size", 0) if config.model.method == "moco" else 0
-    trained = min(epochs * steps, config.train.max_steps or epochs * steps) * batch
+    trained = Pace(config.data, steps).of_run(epochs, config.train.max_steps)[1] * batch
     trained *= 2 if getattr(config.model, "symmetric", False) else 1
     fitting = f"--model.queue_size {min(fitting_queue(count, batch), trained)} fits"
     if keys > trained:

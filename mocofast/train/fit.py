@@ -105,10 +105,11 @@ def report(config: Config, ranks: int, memory: float, given: Mapping[str, Any]) 
     memory: GiB of a GPU. given: options of the command line, {"group.option": value}.
     """
     usable = USABLE * memory * GIB
-    c, images = config, config.data.batch_size // ranks
+    c, largest = config, config.data.largest_batch()
+    images = largest // ranks
     places = counted(ranks, "machine" if config.train.device == "cpu" else "GPU")
     yield (
-        f"recipe {c.recipe}: {c.model.arch}, {c.train.precision}, batch of {c.data.batch_size} on "
+        f"recipe {c.recipe}: {c.model.arch}, {c.train.precision}, batch of {largest} on "
         f"{places} of {memory:.4g} GiB, of which a step may take {usable / GIB:.1f}"
     )
     yield "images a micro-batch  activations  parallel  peak GiB"

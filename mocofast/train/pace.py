@@ -53,6 +53,12 @@ class Pace:
         """Returns the batches that the run has taken before a step of an epoch."""
         return epoch * self._batches + min(step * self.joined(epoch), self._batches)
 
+    def of_run(self, epochs: int, max_steps: int) -> tuple[int, int]:
+        """Returns the steps of a run and the batches that these take. max_steps: 0 for no limit."""
+        steps = self.before(epochs)
+        steps = min(max_steps or steps, steps)
+        return steps, self.seen(*self.place(steps))
+
     def shares(self, part: BatchSlice, images: int, epoch: int, step: int) -> Shares:
         """Returns the images of every rank at a step. images: in the training set."""
         first = step * self.joined(epoch)
