@@ -17,7 +17,7 @@ from mocofast.doctor import Finding
 
 PARTS = [
     *("mocofast", "Python", "torch", "GPU", "CPU", "memory", "device", "precision", "engine"),
-    *("Triton", "fused ops", "DALI", "data loader", "view operators", "crops"),
+    *("Triton", "fused ops", "ops on CPUs", "DALI", "data loader", "view operators", "crops"),
     *("nvImageCodec", "torch.distributed"),
 ]
 

@@ -1,9 +1,9 @@
 """Times optimiser steps with the EMA of the momentum encoder, on a ResNet-50's weights.
 
-SGD and AdamW, with bfloat16 copies of query and key encoder, stand beside PyTorch's fused and
-foreach steps followed by torch._foreach_lerp_ and casts. LARS stands beside MoCo v3's loops over
-tensors, and beside timm's LARS followed by torch._foreach_lerp_. timm divides by the sum of the
-norms of gradient and decay, and not by the norm of their sum: nearly equal steps.
+SGD and AdamW, with bfloat16 copies of query and key encoder or without (--no-copies), stand beside
+PyTorch's fused and foreach steps followed by torch._foreach_lerp_ and casts. LARS stands beside
+MoCo v3's loops over tensors, and beside timm's LARS followed by torch._foreach_lerp_. timm divides
+by the sum of the norms of gradient and decay, and not by the norm of their sum: nearly equal steps.
 
 The floor is the memory traffic of a step at the copy bandwidth measured in the same run. A
 step reads and writes every tensor once. LARS reads weights and gradients twice, for the
@@ -36,13 +36,20 @@ class Weights(NamedTuple):
 
     params: list[torch.nn.Parameter]  # with gradients
     targets: list[Tensor]  # averages of params
-    shadows: tuple[list[Tensor], list[Tensor]]  # bfloat16 copies of params and of targets
+    # bfloat16 copies of params and of targets
+    shadows: tuple[list[Tensor], list[Tensor]] | None
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Adds the choice of an optimiser."""
+    """Adds the choice of an optimiser, and of copies."""
     parser.add_argument(
         "--only", choices=tuple(BENCHMARKS), help="time one optimiser (default: all)"
+    )
+    parser.add_argument(
+        "--copies",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="SGD and AdamW: write bfloat16 copies of both encoders, too (default: %(default)s)",
     )
 
 
@@ -56,17 +63,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tensors": tensors,
         "weights": count,
         "repeats": arguments.repeats,
+        "copies": arguments.copies,
     }
     name = timing.device_name(device)
     print(f"{name}; {tensors} float32 tensors, {count / 1e6:.1f} M weights")
     for name in [arguments.only] if arguments.only else BENCHMARKS:
-        row[name] = _measure(name, device, arguments.repeats)
+        row[name] = _measure(name, device, arguments.repeats, arguments.copies)
         arguments.keep(row)
     return row
 
 
-def _measure(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    optimizer, others, skipped = build_sides(name, device)
+def _measure(name: str, device: torch.device, repeats: int, copies: bool) -> dict[str, Any]:
+    optimizer, others, skipped = build_sides(name, device, copies)
     steps: dict[str, Call] = {
         "mocofast": optimizer.step,
         **{side: s for side, (_, s) in others.items()},
@@ -116,8 +124,8 @@ def capture_graph(step: Call) -> Call:
     return graph.replay
 
 
-def weights(device: torch.device) -> Weights:
-    """Returns random weights, gradients and targets for a side."""
+def weights(device: torch.device, copies: bool = True) -> Weights:
+    """Returns random weights, gradients and targets for a side. copies: with shadows."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random_tensors(scale: float) -> list[Tensor]:
@@ -130,7 +138,7 @@ def weights(device: torch.device) -> Weights:
     for param, gradient in zip(params, random_tensors(1e-3)):
         param.grad = gradient
     first, second = ([torch.zeros_like(p, dtype=torch.bfloat16) for p in params] for _ in range(2))
-    return Weights(params, random_tensors(0.1), (first, second))
+    return Weights(params, random_tensors(0.1), (first, second) if copies else None)
 
 
 def _ours(name: str, w: Weights) -> FusedOptimizer:
@@ -172,7 +180,7 @@ def _then_average(optimizer: torch.optim.Optimizer, w: Weights, casts: bool = Tr
     def step() -> None:
         optimizer.step()
         torch._foreach_lerp_(w.targets, params, 1 - MOMENTUM)
-        if casts:
+        if casts and w.shadows is not None:
             torch._foreach_copy_(w.shadows[0], params)
             torch._foreach_copy_(w.shadows[1], w.targets)
 
@@ -218,17 +226,21 @@ BENCHMARKS: dict[str, dict[str, Build]] = {
 
 
 def build_sides(
-    name: str, device: torch.device
+    name: str, device: torch.device, copies: bool = True
 ) -> tuple[FusedOptimizer, dict[str, tuple[Weights, Call]], dict[str, str]]:
-    """Returns our optimiser, {other side: its weights and step}, and {side left out: reason}."""
+    """Returns our optimiser, {other side: its weights and step}, and {side left out: reason}.
+
+    copies: with bfloat16 copies, in SGD and AdamW.
+    """
     others, skipped = {}, {}
     for side, build in BENCHMARKS[name].items():
-        own = weights(device)
+        own = weights(device, copies)
+        side = side if copies else side.removesuffix(", casts")
         try:
             others[side] = own, build(own)
         except ImportError as error:
             skipped[side] = describe_error(error).splitlines()[0]
-    return _ours(name, weights(device)), others, skipped
+    return _ours(name, weights(device, copies)), others, skipped
 
 
 def norm_traffic(optimizer: FusedOptimizer) -> int:
