@@ -19,7 +19,7 @@ from mocofast.detection.options import DetectConfig
 from mocofast.report.charts import chart, line_of, ticks
 from mocofast.report.gallery import Gallery, initial_encoder, place
 from mocofast.report.page import load_run, page
-from mocofast.report.pictures import as_rgb
+from mocofast.report.pictures import TEXT, as_rgb, sheet_of
 from mocofast.report.sheets import map_of
 from tests import runs
 from tests.test_run_files import run
@@ -76,6 +76,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "first run"
     run(path, 5)
     return path
+
+
+def test_the_words_of_a_sheet_fit_on_the_sheet_of_a_single_pair() -> None:
+    view = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    words = np.asarray(sheet_of((view, view)))[:TEXT].any((0, 2))
+    assert words[8:].any() and not words[-4:].any()
 
 
 def test_every_run_ends_with_a_page(folder: Path) -> None:

@@ -74,11 +74,13 @@ def sheet_of(views: Sequence[Tensor]) -> Image.Image:
         for view, shown in zip(views, sides)
     ]
     wide, tall = (max(row[0].size[axis] for row in pictures) for axis in (0, 1))
-    sheet = Image.new("RGB", (count * (wide + GAP) + GAP, len(views) * (tall + GAP) + TEXT + GAP))
     words = "Both views, a column for an image" if len(views) == 2 else "Views of images"
-    draw = ImageDraw.Draw(sheet)
     pixels = " and ".join(f"{height} x {width}" for height, width in shapes)
-    draw.text((GAP, 3), f"{words}: as the encoder sees them, {pixels} pixels", "white")
+    text = f"{words}: as the encoder sees them, {pixels} pixels"
+    written = round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text))
+    size = max(count * (wide + GAP), written + GAP) + GAP, len(views) * (tall + GAP) + TEXT + GAP
+    sheet = Image.new("RGB", size)
+    ImageDraw.Draw(sheet).text((GAP, 3), text, "white")
     for row, pictures_of_view in enumerate(pictures):
         for column, picture in enumerate(pictures_of_view):
             place = (GAP + column * (wide + GAP), TEXT + GAP + row * (tall + GAP))
