@@ -301,7 +301,14 @@ def _crops() -> Rows:
 
 def _compiled_ops() -> Rows:
     from mocofast_kernels.cpu_library import library
+    from mocofast_kernels.cpu_sweep import compiled
 
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        sweep, why = compiled(dtype)
+        if sweep is None:
+            yield "PyTorch", f"info_nce on a CPU, {name} products; {why}"
+        else:
+            yield "compiled", f"info_nce on a CPU, {name} products, {why}"
     found, why = library()
     if found is None:
         yield (

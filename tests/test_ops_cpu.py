@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mocofast_bench import eager_formulas
-from mocofast_kernels import cpu, cpu_memory, cpu_products
+from mocofast_kernels import cpu, cpu_memory, cpu_products, cpu_sweep
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +38,9 @@ def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Without oneDNN, as in other builds of PyTorch, matrix products run elsewhere.
-@pytest.mark.parametrize("onednn", [True, False])
+# Products of a large problem come from the compiled sweep, from oneDNN where there is no sweep, or
+# from `torch.mm` in builds of PyTorch without oneDNN.
+@pytest.mark.parametrize("products", ["compiled", "oneDNN", "mm"])
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.2, torch.tensor(0.2)])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
@@ -57,10 +58,12 @@ def test_every_field_matches_float64(
     dim: int,
     normalize: bool,
     temperature: float | Tensor,
-    onednn: bool,
+    products: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+    if products != "compiled":
+        monkeypatch.setattr(cpu_sweep, "sweep_of", lambda rows: None)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", products == "oneDNN")
     # Raw dot products of this size stay comparable with unit vectors'.
     spread = 1.0 if normalize else dim**-0.5
     query, positive, negatives = (

@@ -138,21 +138,21 @@ def infonce_forward(
     logit_positive = (scaled * key).sum(1, keepdim=True)  # (N, 1)
 
     # Sums over the negatives, for blocks of queries.
-    blocks = Blocks(negatives, normalize_negatives, len(h), operand)
     queries = scaled.to(operand)
-    tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
-    options = (excluded, unshifted, compute_grad, Scratch())
     sweep = None
     if unshifted and not excluded and not is_one_block(query, negatives):
         sweep = cpu_sweep.sweep_of(queries)
+    blocks = Blocks(negatives, normalize_negatives and sweep is None, len(h), operand)
+    tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
+    options = (excluded, unshifted, compute_grad, Scratch())
     sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
 
     def compute(block: tuple[slice, slice]) -> _Sums:
         rows, columns = block
         own_tie = None if tie is None else tie[rows]
         if sweep is not None:
-            found = sweep.sums(blocks[columns], rows=rows, tie=own_tie, output=compute_grad)
-            total, output, above = found
+            of_keys = blocks[columns], rows, normalize_negatives
+            total, output, above = sweep.sums(*of_keys, own_tie, compute_grad)
             return _Sums(total, output, None, above)
         own = queries[rows], logit_positive[rows], own_tie, block
         return _sums(blocks[columns], *own, *options)
@@ -354,7 +354,7 @@ class Blocks:
         Negatives of the dtype that need no normalisation are not copied.
         """
         dtype = torch.promote_types(self.dtype, torch.float32) if self.normalize else self.dtype
-        block = self.negatives[columns].to(dtype, memory_format=torch.contiguous_format)
+        block = self.negatives[columns].to(dtype).contiguous()
         return (block / clamped_norm(block)).to(self.dtype) if self.normalize else block
 
 

@@ -13,14 +13,19 @@ import functools
 import torch
 from torch import Tensor
 
+from mocofast_kernels import cpu_products
 from mocofast_kernels.cpu_library import is_watched, library
-from mocofast_kernels.cpu_products import cpu_bf16
 
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
-TILE = 256  # keys whose weights are kept
+TILE = 256  # keys whose weights are kept at a time
 _Sweep = ctypes.CFUNCTYPE(
-    None, ctypes.c_int, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 6
+    None,
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 2,
+    *[ctypes.c_int64] * 4,
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 5,
 )
 
 
@@ -31,11 +36,10 @@ def compiled(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
     if found is None:
         return None, why
     try:
-        _Sweep(("sweep_block", found))
+        _Sweep(("sweep_keys", found))
         if dtype == torch.float32 and found.sweep_runs(0):
             return found, "AVX-512"
-        # PyTorch's products with AMX are several times as fast.
-        if dtype == torch.bfloat16 and found.sweep_runs(1) and cpu_bf16() != "AMX":
+        if dtype == torch.bfloat16 and found.sweep_runs(1):
             return found, "AVX512-BF16"
     except AttributeError as error:  # an older library
         return None, str(error)
@@ -51,6 +55,8 @@ def sweep_of(rows: Tensor) -> Sweep | None:
         rows.dtype not in (torch.float32, torch.bfloat16)
         or rows.device.type != "cpu"
         or rows.shape[1] * rows.element_size() % 4
+        # PyTorch's products with AMX are several times as fast.
+        or (rows.dtype == torch.bfloat16 and cpu_products.cpu_bf16() == "AMX")
         or is_watched()
     ):
         return None
@@ -59,11 +65,11 @@ def sweep_of(rows: Tensor) -> Sweep | None:
 
 
 class Sweep:
-    """Sums of w = exp2(row . key - shift) and of w x value, for rows in panels of 16."""
+    """Sums of w = exp2(row . key) and of w x key, for rows in panels of 16."""
 
     def __init__(self, found: ctypes.CDLL, rows: Tensor) -> None:
         """rows: (N, C) float32, or bfloat16 with an even C."""
-        self._sweep = _Sweep(("sweep_block", found))
+        self._sweep = _Sweep(("sweep_keys", found))
         self.count, self.dtype = len(rows), rows.dtype
         words = rows.contiguous().view(torch.int32)  # of bfloat16 two numbers
         self.depth = words.shape[1]
@@ -73,30 +79,24 @@ class Sweep:
     def sums(
         self,
         keys: Tensor,
-        *,
-        rows: slice | None = None,
-        values: Tensor | None = None,
-        shift: Tensor | None = None,
-        tie: Tensor | None = None,
-        output: bool = True,
+        rows: slice,
+        normalize: bool,
+        tie: Tensor | None,
+        output: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the sums over a block of keys for some rows.
 
         keys: (B, C), contiguous, of the rows' dtype.
-        rows: R of the rows, from a multiple of 16 on. None: all.
-        values: (B, D), like the keys. None: the keys.
-        shift: (B,) float32. None: 0.
+        rows: R of the rows, from a multiple of 16 on.
+        normalize: divide the keys by their norms.
         tie: (R, 1) float32, or None.
-        output: compute sums of w x value.
+        output: compute sums of w x key.
 
-        Returns the sum of w (R, 1), the sum of w x value (R, D) or None, and how many logits
-        (without shift) reach `tie`, (R,) int32 or None. Sums are float32.
+        Returns the sum of w (R, 1), the sum of w x key (R, C) or None, and how many logits reach
+        `tie`, (R,) int32 or None. Sums are float32.
         """
-        start, stop = (0, self.count) if rows is None else (rows.start, rows.stop)
-        count = stop - start
+        count, width = rows.stop - rows.start, keys.shape[1]
         padded = -(-count // LANES) * LANES
-        values = keys if values is None else values
-        width = values.shape[1]
         total = torch.zeros(padded, 1)
         out = torch.zeros(padded, width) if output else None
         above = None
@@ -107,14 +107,14 @@ class Sweep:
         scratch = torch.empty(KEYS * self.depth + pairs, dtype=torch.int32)
         self._sweep(
             self.dtype == torch.bfloat16,
-            self.panels[start // LANES :].data_ptr(),
+            self.panels[rows.start // LANES :].data_ptr(),
             keys.data_ptr(),
-            values.data_ptr(),
             count,
             len(keys),
             self.depth,
             width,
-            *(None if x is None else x.data_ptr() for x in (shift, tie, total, out, above)),
+            normalize,
+            *(None if x is None else x.data_ptr() for x in (tie, total, out, above)),
             scratch.data_ptr(),
         )
         return (

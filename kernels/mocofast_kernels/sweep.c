@@ -2,13 +2,15 @@
  *
  * cpu_sweep.py loads this library by ctypes, which holds no lock of Python during a call.
  *
- * For 32 rows at a time and a tile of keys, weights w = exp2(row . key - shift) are computed in
- * registers, and then w @ values, while the tile lies in the first caches. Neither product needs
+ * For 32 rows at a time and a tile of keys, weights w = exp2(row . key) are computed in registers,
+ * and then w @ keys, while the tile lies in the first caches. Unit vectors of the keys are never
+ * stored: a logit and a weight are divided by the norm. Neither product needs
  * another order of the keys in memory: the first multiplies 16 rows by a number of a key, the
  * second 16 numbers of a key by a weight. Only the rows are laid out anew, in panels of 16 rows.
  * bfloat16 operands come in pairs, whose products one instruction adds, in float32.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -23,9 +25,7 @@
 #define KEYS 8    /* keys whose logits for a panel are in registers at a time */
 #define GROUP 4   /* rows whose sums are in registers at a time, */
 #define VECTORS 4 /* for so many vectors */
-#ifndef TILE
 #define TILE 256  /* keys: weights of a panel take 32 KB */
-#endif
 #define ALL ((__mmask16)0xffff)
 #define INLINE static inline __attribute__((always_inline))
 #define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,fma"
@@ -35,11 +35,12 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* See cpu_sweep.py for the shapes. */
+/* cpu_sweep.py says what the fields are. */
 struct sweep {
-  const uint32_t *panels, *keys, *values;
+  const uint32_t *panels, *keys;
   int64_t rows, count, depth, width;
-  const float *shift, *tie;
+  int normalize;
+  const float *tie;
   float *total, *output;
   int32_t *above;
   uint32_t *scratch;
@@ -84,13 +85,13 @@ EXPORT int sweep_runs(int bfloat16) {
 }
 
 /* Adds the sums over a block of keys. cpu_sweep.py says what the arguments are. */
-EXPORT void sweep_block(int bfloat16, const uint32_t *panels, const uint32_t *keys,
-                        const uint32_t *values, int64_t rows, int64_t count, int64_t depth,
-                        int64_t width, const float *shift, const float *tie, float *total,
-                        float *output, int32_t *above, uint32_t *scratch) {
+EXPORT void sweep_keys(int bfloat16, const uint32_t *panels, const uint32_t *keys, int64_t rows,
+                        int64_t count, int64_t depth, int64_t width, int normalize,
+                        const float *tie, float *total, float *output, int32_t *above,
+                        uint32_t *scratch) {
 #if X86
-  struct sweep s = {panels, keys, values, rows,   count, depth,   width,
-                    shift,  tie,  total,  output, above, scratch, 0};
+  struct sweep s = {panels, keys,  rows,   count, depth,   width, normalize,
+                    tie,    total, output, above, scratch, 0};
   if (bfloat16)
     bfloat16_sweep(&s);
   else

@@ -30,6 +30,15 @@ INLINE TARGET void NAME(add_logits)(__m512 logits[KEYS][2], int V, const uint32_
   }
 }
 
+/* Multiplies values[i] by scales[i]. */
+INLINE TARGET void NAME(multiply_by)(__m512 values[KEYS][2], int V, const float *scales) {
+  UNROLL
+  for (int i = 0; i < KEYS; i++)
+    UNROLL
+    for (int v = 0; v < V; v++)
+      values[i][v] = _mm512_mul_ps(values[i][v], _mm512_set1_ps(scales[i]));
+}
+
 /* Stores the weights of KEYS keys, the first key at `first` of the tile.
  * weights: (TILE, PANEL) float32, or (TILE / 2, PANEL) pairs of bfloat16. */
 INLINE TARGET void NAME(store)(uint32_t *weights, int first, __m512 values[KEYS][2], int V) {
@@ -55,9 +64,30 @@ INLINE TARGET void NAME(store)(uint32_t *weights, int first, __m512 values[KEYS]
 #endif
 }
 
-/* Computes the weights of a tile of keys for V vectors of 16 rows, and adds them to the totals. */
+/* Computes 1 / max(norm, 1e-12) of keys, (count, depth) words. */
+TARGET static void NAME(scale)(float *scales, const uint32_t *keys, int count, int64_t depth) {
+  for (int j = 0; j < count; j++, keys += depth) {
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t c = 0; c < depth; c += LANES) {
+      __mmask16 lanes = depth - c < LANES ? (__mmask16)((1 << (depth - c)) - 1) : ALL;
+      __m512i key = _mm512_maskz_loadu_epi32(lanes, keys + c);
+#if BF16
+      __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(key, 16));
+      sums = _mm512_fmadd_ps(low, low, sums);
+      key = _mm512_and_si512(key, _mm512_set1_epi32((int32_t)0xffff0000));
+#endif
+      __m512 x = _mm512_castsi512_ps(key);
+      sums = _mm512_fmadd_ps(x, x, sums);
+    }
+    float norm = sqrtf(_mm512_reduce_add_ps(sums));
+    scales[j] = 1 / (norm < 1e-12f ? 1e-12f : norm);
+  }
+}
+
+/* Computes the weights of a tile of keys for V vectors of 16 rows, and adds them to the totals.
+ * scales: of the keys, or 0. */
 INLINE TARGET void NAME(weigh)(const struct sweep *s, int V, int64_t row, int64_t first, int count,
-                               uint32_t *weights) {
+                               const float *scales, uint32_t *weights) {
   const uint32_t *panels = s->panels + row * s->depth;
   __m512 total[2], tie[2];
   __m512i above[2];
@@ -70,14 +100,14 @@ INLINE TARGET void NAME(weigh)(const struct sweep *s, int V, int64_t row, int64_
   for (int j = 0; j < count; j += KEYS) {
     int present = count - j < KEYS ? count - j : KEYS;
     const uint32_t *keys = present < KEYS ? s->last_keys : s->keys + (first + j) * s->depth;
-    const float *shift = s->shift ? s->shift + first + j : 0;
     __m512 values[KEYS][2];
     UNROLL
     for (int i = 0; i < KEYS; i++)
       UNROLL
       for (int v = 0; v < V; v++)
-        values[i][v] = _mm512_set1_ps(shift && i < present ? -shift[i] : 0.f);
+        values[i][v] = _mm512_setzero_ps();
     NAME(add_logits)(values, V, panels, keys, s->depth);
+    if (scales) NAME(multiply_by)(values, V, scales + j);
     if (s->tie)
       UNROLL
       for (int i = 0; i < KEYS; i++)
@@ -93,7 +123,10 @@ INLINE TARGET void NAME(weigh)(const struct sweep *s, int V, int64_t row, int64_
         values[i][v] = i < present ? exp2_of(values[i][v]) : _mm512_setzero_ps();
         total[v] = _mm512_add_ps(total[v], values[i][v]);
       }
-    if (s->output) NAME(store)(weights, j, values, V);
+    if (s->output) {
+      if (scales) NAME(multiply_by)(values, V, scales + j);
+      NAME(store)(weights, j, values, V);
+    }
   }
   UNROLL
   for (int v = 0; v < V; v++) {
@@ -119,9 +152,11 @@ INLINE TARGET void NAME(add_values)(float *output, int V, __mmask16 last, const 
   for (int j = 0; j < count; j++) {
     __m512i row[VECTORS];
     UNROLL
-    for (int v = 0; v < V; v++)
-      row[v] = v < V - 1 || last == ALL ? _mm512_loadu_si512(values + j * width + v * LANES)
-                                        : _mm512_maskz_loadu_epi32(last, values + j * width + v * LANES);
+    for (int v = 0; v < V; v++) {
+      const uint32_t *place = values + j * width + v * LANES;
+      row[v] = v < V - 1 || last == ALL ? _mm512_loadu_si512(place)
+                                        : _mm512_maskz_loadu_epi32(last, place);
+    }
     UNROLL
     for (int i = 0; i < GROUP; i++) {
       __m512i weight = _mm512_set1_epi32((int32_t)weights[j * PANEL + i]);
@@ -164,14 +199,14 @@ TARGET static void NAME(multiply)(const struct sweep *s, int64_t row, const uint
 }
 
 #if BF16
-/* Puts the values of two keys side by side. values: (count, width) bfloat16.
+/* Puts the numbers of two keys side by side. keys: (count, width) bfloat16.
  * pairs: (count / 2 rounded up, width). */
-TARGET static void NAME(pair)(uint32_t *pairs, const uint16_t *values, int count, int64_t width) {
+TARGET static void NAME(pair)(uint32_t *pairs, const uint16_t *keys, int count, int64_t width) {
   for (int j = 0; j < count; j += 2)
     for (int64_t c = 0; c < width; c += LANES) {
       int64_t left = width - c;
       __mmask16 lanes = left < LANES ? (__mmask16)((1 << left) - 1) : ALL;
-      const uint16_t *place = values + j * width + c;
+      const uint16_t *place = keys + j * width + c;
       __mmask16 second = j + 1 < count ? lanes : 0;
       __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, place));
       __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, place + width));
@@ -183,6 +218,7 @@ TARGET static void NAME(pair)(uint32_t *pairs, const uint16_t *values, int count
 
 TARGET static void NAME(sweep)(struct sweep *s) {
   uint32_t weights[TILE * PANEL];
+  float scales[TILE] = {0};
   uint32_t *spare = s->scratch;
   int64_t whole = s->count / KEYS * KEYS;
   memset(spare, 0, sizeof(*spare) * (size_t)(KEYS * s->depth));
@@ -191,19 +227,20 @@ TARGET static void NAME(sweep)(struct sweep *s) {
   s->last_keys = spare;
   for (int64_t first = 0; first < s->count; first += TILE) {
     int count = s->count - first < TILE ? (int)(s->count - first) : TILE;
-    int words = BF16 ? (count + 1) / 2 : count;
+    const uint32_t *keys = s->keys + first * s->depth, *values = keys;
+    const float *scaled = s->normalize ? scales : 0;
+    if (scaled) NAME(scale)(scales, keys, count, s->depth);
 #if BF16
-    uint32_t *values = spare + KEYS * s->depth;
-    if (s->output) NAME(pair)(values, (const uint16_t *)s->values + first * s->width, count, s->width);
-#else
-    const uint32_t *values = s->values + first * s->width;
+    uint32_t *pairs = spare + KEYS * s->depth;
+    if (s->output) NAME(pair)(pairs, (const uint16_t *)keys, count, s->width);
+    values = pairs;
 #endif
     for (int64_t row = 0; row < s->rows; row += PANEL) {
       if (s->rows - row > LANES)
-        NAME(weigh)(s, 2, row, first, count, weights);
+        NAME(weigh)(s, 2, row, first, count, scaled, weights);
       else
-        NAME(weigh)(s, 1, row, first, count, weights);
-      if (s->output) NAME(multiply)(s, row, weights, values, words);
+        NAME(weigh)(s, 1, row, first, count, scaled, weights);
+      if (s->output) NAME(multiply)(s, row, weights, values, BF16 ? (count + 1) / 2 : count);
     }
   }
 }
