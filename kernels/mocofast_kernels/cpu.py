@@ -11,7 +11,9 @@ a = log-sum-exp over the negatives of s_j / T:
 With the positive apart from the negatives, no digits are lost when the positive dominates
 (loss near 0).
 
-What made the CPU fast, in order of effect (docs/log.md has the numbers):
+On a CPU with AVX-512 the sums over the negatives come from a compiled sweep (`cpu_sweep`), where
+logits need no maximum and all negatives count. PyTorch's operators compute all other sums. What
+made them fast, in order of effect (docs/log.md has the numbers):
 - oneDNN's float32 products instead of `torch.mm`: MKL's products are half as fast on an AMD CPU
   with AVX-512;
 - no N x K array: a block of logits stays in the cache and is overwritten by the exponentials;
@@ -23,7 +25,7 @@ What made the CPU fast, in order of effect (docs/log.md has the numbers):
 A thread needs up to 4 MB for a block of logits and its sums.
 
 Where `dot_dtype` asks for bfloat16, a large problem of unit vectors multiplies bfloat16 operands on
-a CPU with instructions for bfloat16, in half of the time (`cpu_products`). All sums, exponentials
+a CPU with instructions for bfloat16, in half of the time (`cpu_products`, `cpu_sweep`). All sums, exponentials
 and results are float32. Runs are bit-equal on the same machine with the same number of threads.
 """
 
