@@ -25,8 +25,9 @@ made them fast, in order of effect (docs/log.md has the numbers):
 A thread needs up to 4 MB for a block of logits and its sums.
 
 Where `dot_dtype` asks for bfloat16, a large problem of unit vectors multiplies bfloat16 operands on
-a CPU with instructions for bfloat16, in half of the time (`cpu_products`, `cpu_sweep`). All sums, exponentials
-and results are float32. Runs are bit-equal on the same machine with the same number of threads.
+a CPU with instructions for bfloat16, in half of the time (`cpu_products`, `cpu_sweep`). All sums,
+exponentials and results are float32. Runs are bit-equal on the same machine with the same number of
+threads.
 """
 
 from __future__ import annotations
