@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -147,29 +147,29 @@ def test_a_counter_of_operations_sees_every_product() -> None:
     assert len(products) == 2 * blocks
 
 
-@pytest.mark.parametrize("library", ["missing", "of another version", "of another CPU"])
+class OtherCPU(ctypes.CDLL):
+    """The library on a CPU without its instructions."""
+
+    def sweep_runs(self, bfloat16: bool) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("library", ["missing", "older", "of another CPU"])
 def test_pytorch_serves_where_the_library_cannot(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sweep_of(torch.zeros(1, 1))
     negatives = features(2, 5000, 30)
     want = forward(negatives)
-    found: dict[str, Any] = {
-        "missing": (None, f"not compiled: {cpu_library.INSTALL}"),
-        "of another version": (ctypes.CDLL(None), ""),  # the functions of this process
-        "of another CPU": (OtherCPU(), ""),
-    }
-    monkeypatch.setattr(cpu_sweep, "library", lambda: found[library])
-    fresh = functools.cache(cpu_sweep.compiled.__wrapped__)
-    monkeypatch.setattr(cpu_sweep, "compiled", fresh)
+    path = importlib.util.find_spec(cpu_library.NAME)
+    assert path is not None and path.origin is not None
+    found, said = {
+        "missing": ((None, f"not compiled: {cpu_library.INSTALL}"), "install a C compiler"),
+        "older": ((ctypes.CDLL(None), ""), "sweep_keys"),  # the functions of this process
+        "of another CPU": ((OtherCPU(path.origin), ""), "does not know AVX-512"),
+    }[library]
+    monkeypatch.setattr(cpu_sweep, "library", lambda: found)
+    monkeypatch.setattr(cpu_sweep, "compiled", cpu_sweep.compiled.__wrapped__)  # keeps nothing
     assert cpu_sweep.sweep_of(torch.zeros(1, 1)) is None
-    assert cpu_sweep.compiled(torch.float32)[1]  # says why
+    assert said in cpu_sweep.compiled(torch.float32)[1]
     torch.testing.assert_close(forward(negatives).loss, want.loss, rtol=1e-5, atol=1e-5)
-
-
-class OtherCPU:
-    """A library on a CPU without its instructions."""
-
-    sweep_keys = ctypes.CDLL(None).abs  # any function
-
-    def sweep_runs(self, bfloat16: int) -> int:
-        return 0

@@ -19,6 +19,7 @@ from mocofast_kernels.cpu_library import is_watched, library
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
 TILE = 256  # keys whose weights are kept at a time
+_INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
 _Sweep = ctypes.CFUNCTYPE(
     None,
     ctypes.c_int,
@@ -31,19 +32,20 @@ _Sweep = ctypes.CFUNCTYPE(
 
 @functools.cache
 def compiled(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
-    """Returns the library that sweeps with operands of the dtype, or None and the reason."""
+    """Returns the library that sweeps with operands of the dtype, and the instructions.
+
+    Without them, None and the reason.
+    """
     found, why = library()
     if found is None:
         return None, why
     try:
         _Sweep(("sweep_keys", found))
-        if dtype == torch.float32 and found.sweep_runs(0):
-            return found, "AVX-512"
-        if dtype == torch.bfloat16 and found.sweep_runs(1):
-            return found, "AVX512-BF16"
+        runs = found.sweep_runs(dtype == torch.bfloat16)
     except AttributeError as error:  # an older library
         return None, str(error)
-    return None, "this CPU has no AVX-512"
+    name = _INSTRUCTIONS[dtype]
+    return (found, name) if runs else (None, f"this CPU or the C compiler does not know {name}")
 
 
 def sweep_of(rows: Tensor) -> Sweep | None:
@@ -52,7 +54,7 @@ def sweep_of(rows: Tensor) -> Sweep | None:
     rows: operands, float32 or bfloat16.
     """
     if (
-        rows.dtype not in (torch.float32, torch.bfloat16)
+        rows.dtype not in _INSTRUCTIONS
         or rows.device.type != "cpu"
         or rows.shape[1] * rows.element_size() % 4
         # PyTorch's products with AMX are several times as fast.

@@ -4,10 +4,10 @@
  *
  * For 32 rows at a time and a tile of keys, weights w = exp2(row . key) are computed in registers,
  * and then w @ keys, while the tile lies in the first caches. Unit vectors of the keys are never
- * stored: a logit and a weight are divided by the norm. Neither product needs
- * another order of the keys in memory: the first multiplies 16 rows by a number of a key, the
- * second 16 numbers of a key by a weight. Only the rows are laid out anew, in panels of 16 rows.
- * bfloat16 operands come in pairs, whose products one instruction adds, in float32.
+ * stored: a logit and a weight are divided by the norm. Neither product needs another order of the
+ * keys in memory: the first multiplies 16 rows by a number of a key, the second 16 numbers of a key
+ * by a weight. Only the rows are laid out anew, in panels of 16 rows. bfloat16 operands come in
+ * pairs, whose products one instruction adds, in float32.
  */
 
 #include <math.h>
@@ -16,7 +16,8 @@
 
 #include "compilers.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+/* Older compilers do not know all of the instructions. */
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
 #define X86 1
 #include <immintrin.h>
 
