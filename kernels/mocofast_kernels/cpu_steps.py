@@ -199,9 +199,9 @@ def _fits(row: ParameterRow) -> bool:
             and t.layout == torch.strided
             and not t.is_neg()
             and t.dtype == (torch.bfloat16 if id(t) in copies else torch.float32)
-            for t in tensors
+            for t in (*tensors, *state[2:])
         )
-        and all(t.numel() == 1 and t.dtype == torch.float32 for t in state[2:])
+        and all(t.numel() == 1 for t in state[2:])
         and same_layout(tensors)
     )
 
