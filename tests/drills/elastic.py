@@ -44,8 +44,8 @@ PACE = 0.2  # seconds between steps: no turn may see the end of the run
 OPTIONS = {"model.bn_splits": 4, "model.queue_size": 320, "data.batch_size": 32}
 OPTIONS |= {"train.log_every": 10}
 # Seconds: a machine without a word for DEAD is dead. A start waits MORE for more machines, unless
-# there are 4. With a DEAD of 2, a busy computer takes machines that live for dead.
-DEAD, MORE = 3, 3
+# there are 4.
+DEAD, MORE = 2, 1
 HURRY = "hurry"  # a file to end the pauses
 FORK = multiprocessing.get_context("fork")
 
