@@ -59,6 +59,7 @@ KINDS = (
     r"^forward with (mean|ids), C=128, bf16, queue$",
     # Rates and momenta of a CUDA graph lie on the device, in float64.
     r"^(sgd_|lars_|adamw_), torch.float32, ResNet-50, Tensor lr, with EMA",
+    r"^adamw_, torch.bfloat16, ResNet-50, Tensor lr, without EMA",
 )
 STEPS = r"^(sgd_|lars_|adamw_|ema), torch.float32, .*float (lr, with E|m)"
 QUEUES = r"^forward( specialised by 128)?, C=128, bf16, queue(, no ranks)?$"

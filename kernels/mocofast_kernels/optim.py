@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_optim
-from mocofast_kernels.configs import FUSED
+from mocofast_kernels.configs import ALL_REGISTERS, FUSED
 from mocofast_kernels.cpu_parts import ParameterRow
 from mocofast_kernels.optim_kernels import (
     _adamw_kernel,
@@ -131,6 +131,9 @@ def adamw_(
     names = ("PARAM", "GRAD", "TARGET", "SHADOW", "TARGET_SHADOW", "EXP_AVG", "EXP_AVG_SQ")
     plan = _tables.plan([_columns(row, 3) for row in stepping], elementwise=7)
     for table in plan.tables:
+        types = _types(table, *names)
+        # Without averages, the compiler stops at 64 registers, and spills two in bfloat16.
+        options = FUSED if types["TARGET"] is not None else ALL_REGISTERS
         count, device = len(table.sizes), table.sizes.device
         corrections = torch.empty(count, 2, device=device)
         with torch.cuda.device_of(rows[0].param):
@@ -149,10 +152,10 @@ def adamw_(
                 _argument(weight_decay),
                 _ema_weight_of(ema_momentum),
                 count,
-                **_types(table, *names),
+                **types,
                 WIDE=table.wide,
                 BLOCK=BLOCK,
-                **FUSED,
+                **options,
             )
     if plan.singly:
         cpu_optim.adamw_(
