@@ -118,8 +118,6 @@ def forward_tile(
         # issued last (DEPBAR.LE SB0, 0x0), 3 stages for the copy before (0x1), and 112 KB still
         # fit twice.
         return Tile(64, 128 if large else 64, c, c, 4, 3 if gpu.hopper else 2)
-    if gpu.blackwell and not plain and c == 128:
-        stream = 32  # with the ids of in-batch negatives, 64 spill five words
     return Tile(128, stream, c, c, 8, 3 if plain else 2)
 
 

@@ -256,8 +256,12 @@ def infonce_forward(
         ids=key_ids is not None,
     )
     online = products.online
-    tile = tile or tile_of(products, query.device)
     gpu = tile_table.architecture(query.device)
+    if tile is None:
+        tile = tile_of(products, query.device)
+        if gpu.blackwell and key_ids is not None and negatives.dtype != dot_dtype:
+            # Ids and the conversion take registers: 64 negatives spill five words on a B200.
+            tile = tile._replace(stream=min(32, tile.stream))
     specialised: Any = _specialised(gpu) if tile.specialised else None
     lacks = exclude_period or not compute_grad or negatives.data_ptr() % 16
     lacks = lacks or specialised is None or (gpu.blackwell and C not in TENSOR_MEMORY)
