@@ -74,8 +74,9 @@ def test_accuracies_of_ties_and_missing_scores(classes: int) -> None:
         known = [c for c in range(classes) if not np.isnan(row[c])]
         ranked = sorted(known, key=lambda c: (-row[c], c))
         hits += [label in ranked[:1], label in ranked[:5]]
-    found = top_accuracies(torch.tensor(scores), torch.tensor(labels))
-    assert found == pytest.approx(tuple(hits / 400), abs=1e-12)
+    for dtype in (torch.float64, torch.bfloat16):
+        found = top_accuracies(torch.tensor(scores).to(dtype), torch.tensor(labels))
+        assert found == pytest.approx(tuple(hits / 400), abs=1e-12)
     assert top_accuracies(torch.full((9, classes), np.nan), torch.zeros(9).long()) == (0, 0)
 
 

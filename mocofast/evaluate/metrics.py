@@ -64,7 +64,8 @@ def top_accuracies(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     The lower class comes first where scores are equal, as the votes of kNN often are. A class
     without a score (NaN) is never right.
     """
-    scores, labels = scores.cpu(), labels.cpu()
+    scores = scores.cpu().to(torch.promote_types(scores.dtype, torch.float32))  # for NumPy
+    labels = labels.cpu()
     true, count = labels.numpy(), scores.shape[1]
     scored = ~scores.gather(1, labels[:, None])[:, 0].isnan().numpy()
     top1, top5 = float(metrics.accuracy_score(true, _predicted(scores))), float(scored.mean())
