@@ -1,5 +1,6 @@
 """The command `mocofast`, and `python -m mocofast`, as torchrun starts it."""
 
+import os
 import sys
 
 from mocofast import interrupts
@@ -7,6 +8,9 @@ from mocofast import interrupts
 
 def main() -> int:
     """Runs the command of sys.argv. Returns its exit status. Ctrl-C may come while modules load."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start, as by `mocofast ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # open to the end
     with interrupts.watching():
         try:
             from mocofast import cli

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mocofast import cli, settings
+from mocofast import __main__, cli, settings
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.train.run import train
@@ -284,3 +284,13 @@ def test_help_is_short_and_needs_no_pytorch() -> None:
         if arguments == ["--help"]:
             assert len(done.stdout.splitlines()) <= 30
             assert done.stdout.count("  mocofast pretrain") == 3
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_an_output_that_is_closed_from_the_start_is_no_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["mocofast", "--version" if name == "stdout" else "nothing"])
+    assert __main__.main() == (0 if name == "stdout" else 2)
+    getattr(sys, name).close()
