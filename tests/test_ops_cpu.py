@@ -14,6 +14,7 @@ from mocofast_kernels import cpu, cpu_memory, cpu_products, cpu_sweep
 from torch import Tensor
 from torch.nn import functional as F
 
+from mocofast import ops
 from tests.oracle import info_nce_oracle, rank_bounds
 
 EPS = torch.finfo(torch.float32).eps
@@ -391,6 +392,26 @@ def test_ema_copies_integers_and_updates_tied_tensors_once() -> None:
     )
     assert torch.equal(weight, torch.full((3,), 0.5))
     assert int(count) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_through_weights_averaged_since_is_an_error(dtype: torch.dtype) -> None:
+    targets, sources = [features(0, 5).to(dtype)], [features(1, 5).to(dtype)]
+    for _ in range(2):  # the second call takes the compiled loop
+        x = torch.ones(5, dtype=dtype, requires_grad=True)
+        product = (x * targets[0]).sum()
+        ops.ema_update_(targets, sources, 0.9)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_ema_of_complex_weights() -> None:
+    target, source = (torch.complex(features(i, 5), features(i + 2, 5)) for i in range(2))
+    want = 0.9 * target + 0.1 * source
+    ops.ema_update_([target], [source], 0.9)
+    torch.testing.assert_close(target, want)
+    with pytest.raises(TypeError, match="both complex"):
+        ops.ema_update_([target], [source.real], 0.9)
 
 
 def test_ema_of_weights_in_channels_last_and_tied_ones() -> None:

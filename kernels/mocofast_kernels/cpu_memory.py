@@ -6,6 +6,7 @@ from itertools import compress
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mocofast_kernels import cpu_steps
 from mocofast_kernels.cpu_parts import check_memory
@@ -74,7 +75,7 @@ def ema_update_(
         if identity in seen and target.numel():
             continue
         seen.add(identity)
-        if not target.is_floating_point():
+        if not (target.is_floating_point() or target.is_complex()):
             target.copy_(source)
         elif target.dtype == source.dtype == torch.float32:
             plain_targets.append(target)
@@ -131,3 +132,5 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], step: float) -> None:
             maximize=True,
             is_first_step=False,
         )
+        if not torch.compiler.is_compiling():
+            increment_version(targets)  # as `lerp` does, and the fused step does not

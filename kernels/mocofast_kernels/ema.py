@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mocofast_kernels.configs import FUSED
 from mocofast_kernels.cpu_steps import Counts
@@ -45,7 +46,7 @@ def _ema_kernel(
 
 def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> None:
     """Updates one tensor by PyTorch's operations."""
-    if not target.is_floating_point():
+    if not (target.is_floating_point() or target.is_complex()):
         target.copy_(source)
         return
     wide = torch.promote_types(target.dtype, torch.float32)
@@ -109,3 +110,4 @@ def ema_update_(
                 BLOCK=BLOCK,
                 **FUSED,
             )
+    increment_version(targets)

@@ -36,8 +36,8 @@ def ema_update_(
 
     Writes t = m t + (1 - m) s for every target t and its source s.
 
-    targets: tensors of any floating dtype. bfloat16 and float16 are averaged in float32, then
-        rounded. Integers are copied. A target listed twice is updated once.
+    targets: tensors of any floating or complex dtype. bfloat16 and float16 are averaged in
+        float32, then rounded. Integers are copied. A target listed twice is updated once.
     sources: a tensor for each target, of equal shape, on the same device.
     momentum: m in [0, 1], a float or a 0-d floating tensor.
 
@@ -191,9 +191,12 @@ def _check_pair(i: int, target: Any, source: Any) -> None:
             f"sources[{i}] must be on the device of targets[{i}]: "
             f"got {source.device}, expected {target.device}"
         )
-    if target.is_floating_point() != source.is_floating_point():
+    if (target.is_floating_point(), target.is_complex()) != (
+        source.is_floating_point(),
+        source.is_complex(),
+    ):
         raise TypeError(
-            f"sources[{i}] and targets[{i}] must be both floating or both integer: "
+            f"sources[{i}] and targets[{i}] must be both floating, both complex or both integer: "
             f"got {source.dtype}, {target.dtype}"
         )
     _check_writable(f"targets[{i}]", target)
