@@ -25,6 +25,7 @@ __all__ = [
     "choose_device",
     "choose_threads",
     "cpu_bf16",
+    "knn_autocast",
     "loss_scaler",
     "memory_bytes",
     "precision_note",
@@ -92,6 +93,12 @@ def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
             precision = "bf16" if has_bf16 else "fp16"
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def knn_autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Returns the autocast of `knn.precision`."""
+    precision = config.knn.precision
+    return choose_autocast(config.train.precision if precision == "train" else precision, device)
 
 
 def loss_scaler(autocast: torch.autocast, mode: str) -> torch.amp.GradScaler | None:

@@ -380,6 +380,18 @@ def test_the_monitor_takes_images_of_another_size() -> None:
         KNNMonitor.of(datasets, config, CPU)
 
 
+def test_the_monitor_computes_features_in_a_precision_of_its_own() -> None:
+    datasets, config = bright_datasets()
+    seen = []
+    encoder = tiny_encoder()
+    encoder.conv1.register_forward_hook(lambda *passed: seen.append(passed[2].dtype))
+    for precision in ("train", "bf16"):
+        config.knn.precision = precision
+        monitor = KNNMonitor.of(datasets, config, CPU)
+        assert monitor is not None and monitor.evaluate(encoder)["knn_top1"] > 0
+    assert set(seen) == {torch.float32, torch.bfloat16}
+
+
 def test_the_monitor_classifies_a_fixed_random_part_of_the_queries() -> None:
     datasets, config = bright_datasets()
     assert datasets.val is not None

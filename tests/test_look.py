@@ -60,9 +60,11 @@ def test_sizes_of_sets_are_compared_with_the_view_and_each_other(tmp_path: Path)
     assert look(train, None, 64) == []
     assert look(train, train, 96) == [
         "all images looked at have 64 x 64 pixels, and are enlarged to views of 96: "
-        "--augment.size 64 makes views as large as the images, "
-        "--knn.size 64 makes evaluations of ResNets faster"
+        "--augment.size 64 makes views as large as the images"
     ]
+    assert look(train, train, 257)[0].endswith(
+        "as the images, --knn.size 256 makes evaluations of ResNets faster"
+    )
     (line,) = look(train, val, 64)
     assert line.startswith("training images have 64 x 64 pixels, evaluation images 32 x 64: ")
 

@@ -66,12 +66,11 @@ def clocked() -> Iterator[Curve]:
         def evaluate(
             self,
             encoder: nn.Module,
-            autocast: torch.autocast | None = None,
             stopped: Callable[[], bool] = lambda: False,
         ) -> dict[str, float]:
             nonlocal left_out
             entered = cpu_seconds()
-            values = super().evaluate(encoder, autocast, stopped)
+            values = super().evaluate(encoder, stopped)
             curve.cpu.append(entered - began - left_out)
             curve.knn.append(values["knn_top1"])
             left_out += cpu_seconds() - entered

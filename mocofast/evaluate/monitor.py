@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.data.sources import Datasets, Subset, labelled
-from mocofast.device import choose_autocast
+from mocofast.device import knn_autocast
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     EVALUATION_BATCH,
@@ -85,12 +85,10 @@ class KNNMonitor:
     def evaluate(
         self,
         encoder: nn.Module,
-        autocast: torch.autocast | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
 
-        autocast: of the forward passes. None: as `train.precision` chooses.
         stopped: returns whether to end early. If it does on a rank, all ranks raise
             EvaluationStopped.
 
@@ -100,8 +98,7 @@ class KNNMonitor:
         if rank_and_world_size()[1] > 1:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
-        if autocast is None:
-            autocast = choose_autocast(self.config.train.precision, self.device)
+        autocast = knn_autocast(self.config, self.device)
         with stoppable(encoder, stopped):
             bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
             queries, query_labels = self._features(encoder, self.val, autocast, "queries")

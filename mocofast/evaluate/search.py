@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.data.sources import Datasets, Subset, labelled
-from mocofast.device import choose_autocast
+from mocofast.device import knn_autocast
 from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     check_finite,
@@ -64,7 +64,7 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     targets = targets_of(datasets.train.classes, config.data.target)
     train = at_most(knn.bank, labelled(datasets.train), np.random.default_rng(seed))
     val = at_most(knn.queries or len(datasets.val), datasets.val, np.random.default_rng([seed, 1]))
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = knn_autocast(config, device)
     how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:

@@ -340,7 +340,7 @@ class Run:
             return stop.requested()
 
         try:
-            figures = self.monitor.evaluate(state.whole_encoder(), self.autocast, stopped)
+            figures = self.monitor.evaluate(state.whole_encoder(), stopped)
         except EvaluationStopped:
             log.info("evaluation stopped; a continued run evaluates first")
             return False
