@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -139,6 +140,10 @@ def test_steps_see_what_changed_since_the_last_step(
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+# Threads, and OpenMP's function or None: the threads of a pool of our own.
+TEAMS = [(1, None), (2, None), (2, cpu_steps._openmp()), (3, cpu_steps._openmp())]
+
+
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_the_library_takes_all_tensors_with_equal_bits_on_any_number_of_threads(
     kind: Any, monkeypatch: pytest.MonkeyPatch
@@ -147,17 +152,24 @@ def test_the_library_takes_all_tensors_with_equal_bits_on_any_number_of_threads(
     monkeypatch.setattr(cpu_optim, "_in_parts", lambda rows, *_, **__: left.extend(rows))
     monkeypatch.setattr(cpu_steps, "FEW", 0)
     monkeypatch.setattr(cpu_parts, "LEAST", 128)
-    pairs, before = [Pair(kind), Pair(kind)], torch.get_num_threads()
+    pairs, before = [Pair(kind) for _ in TEAMS], torch.get_num_threads()
     try:
-        for threads, pair in enumerate(pairs, 1):
+        for pair, (threads, openmp) in zip(pairs, TEAMS):
             torch.set_num_threads(threads)
-            for _ in range(2):
-                pair.gradients()
-                pair.optimizer.step()
+            with mock.patch.object(cpu_steps, "_openmp", return_value=openmp):
+                for _ in range(2):
+                    pair.gradients()
+                    pair.optimizer.step()
     finally:
         torch.set_num_threads(before)
     assert {row.param.numel() for row in left} == {0}
-    assert all(map(torch.equal, *(pair.values() for pair in pairs)))
+    for pair in pairs[1:]:
+        assert all(map(torch.equal, pairs[0].values(), pair.values()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other OpenMPs")
+def test_threads_are_those_of_pytorch() -> None:
+    assert cpu_steps._openmp() is not None
 
 
 def test_a_backward_pass_after_a_step_is_refused_as_after_pytorchs() -> None:
@@ -202,16 +214,17 @@ def test_long_averages_follow_float64_on_any_number_of_threads(
     monkeypatch.setattr(cpu_steps, "FEW", 0)
     found, before = [], torch.get_num_threads()
     try:
-        for threads in (1, 2):
+        for threads, openmp in TEAMS:
             torch.set_num_threads(threads)
             targets = [t.clone() for t in start]
-            for _ in range(2):  # the second call remembers the lists
-                ops.ema_update_(targets, sources, momentum)
+            with mock.patch.object(cpu_steps, "_openmp", return_value=openmp):
+                for _ in range(2):  # the second call remembers the lists
+                    ops.ema_update_(targets, sources, momentum)
             found.append(targets)
     finally:
         torch.set_num_threads(before)
-    for one, two, t, s in zip(*found, start, sources):
-        assert torch.equal(one, two)
+    for one, *others, t, s in zip(*found, start, sources):
+        assert all(torch.equal(one, other) for other in others)
         want = t.double()
         for _ in range(2):
             want = momentum * want + (1 - momentum) * s.double()

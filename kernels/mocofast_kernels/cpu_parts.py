@@ -36,10 +36,14 @@ class ParameterRow(NamedTuple):
     state: tuple[Tensor, ...]
 
 
-def part_size(elements: int) -> int:
-    """Returns the elements of a part, for a number of elements in all."""
-    shared = -(-elements // (4 * cpu_threads.count()))
-    size = LARGEST if cpu_threads.count() == 1 else min(LARGEST, max(LEAST, shared))
+def part_size(elements: int, threads: int | None = None) -> int:
+    """Returns the elements of a part, for a number of elements in all.
+
+    threads: that share the parts. None: those of `cpu_threads`.
+    """
+    threads = threads or cpu_threads.count()
+    shared = -(-elements // (4 * threads))
+    size = LARGEST if threads == 1 else min(LARGEST, max(LEAST, shared))
     return -(-size // ALIGNED) * ALIGNED
 
 

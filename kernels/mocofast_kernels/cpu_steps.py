@@ -47,6 +47,9 @@ _Make = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int,
     *[ctypes.c_double] * 7,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
 )
 
 
@@ -218,11 +221,30 @@ def _run(
 ) -> None:
     table = array("q", addresses)
     places = counts.each.buffer_info()[0], table.buffer_info()[0], len(counts.each)
+    threads = torch.get_num_threads()
+    team = None if threads == 1 or counts.total <= FEW else _openmp()
+    if team is not None:
+        sharing = team, threads, part_size(counts.total, threads)
+        make(*places, present, backwards, 0, counts.total, *rule, average, *sharing)
+        return
 
     def part(start: int, end: int) -> None:
-        make(*places, present, backwards, start, end, *rule, average)
+        make(*places, present, backwards, start, end, *rule, average, None, 1, 0)
 
     _in_parts(first, counts.total, part)
+
+
+@functools.cache
+def _openmp() -> int | None:
+    """Returns the address of the function that forks PyTorch's own threads, None without GNU's.
+
+    After an operator of PyTorch its threads wait for the next operator for milliseconds, without
+    sleep. Threads of another pool would share the cores with them.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):  # other systems, other builds of PyTorch
+        return None
 
 
 @cpu_threads.one_fork(unless=lambda first, total, part: total <= FEW)

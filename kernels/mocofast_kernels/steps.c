@@ -101,15 +101,50 @@ static struct adamw corrected(const struct rule *rule, double steps) {
 #endif
 #endif
 
+static void make(const struct table *table, int backwards, int64_t first, int64_t last,
+                 const struct rule *rule) {
+#ifdef X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    avx2_make(table, backwards, first, last, rule);
+    return;
+  }
+#endif
+  plain_make(table, backwards, first, last, rule);
+}
+
+/* What the threads of a team share. */
+struct team {
+  const struct table *table;
+  const struct rule *rule;
+  int backwards;
+  int64_t next, last, size; /* the next element that nobody has taken, the end, a part */
+};
+
+#ifdef __GNUC__
+static void help(void *shared) {
+  struct team *team = shared;
+  for (;;) {
+    int64_t first = __atomic_fetch_add(&team->next, team->size, __ATOMIC_RELAXED);
+    if (first >= team->last) return;
+    int64_t end = team->last - first < team->size ? team->last : first + team->size;
+    make(team->table, team->backwards, first, end, team->rule);
+  }
+}
+#endif
+
 /* Makes the step of elements first to last - 1. Elements are numbered through all rows.
  *
  * counts: (rows,) elements of every row.
  * addresses: (columns, rows), for the columns whose bits are set in `present`.
- * backwards: the last row comes first. */
+ * backwards: the last row comes first.
+ * parallel: GOMP_parallel of PyTorch's OpenMP, whose threads then take parts of `size` elements, or
+ *     0: the calling thread makes the step. */
 EXPORT void steps_make(const int64_t *counts, const int64_t *addresses, int64_t rows, int present,
                        int backwards, int64_t first, int64_t last, int adamw, double lr,
                        double decay, double momentum, double beta1, double beta2, double eps,
-                       double average) {
+                       double average,
+                       void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                       int threads, int64_t size) {
   struct rule rule = {adamw, lr, decay, momentum, beta1, beta2, eps, (float)average};
   struct table table = {counts, {0}, rows};
   for (int column = 0; column < COLUMNS; column++)
@@ -117,11 +152,12 @@ EXPORT void steps_make(const int64_t *counts, const int64_t *addresses, int64_t 
       table.columns[column] = addresses;
       addresses += rows;
     }
-#ifdef X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    avx2_make(&table, backwards, first, last, &rule);
+#ifdef __GNUC__
+  if (parallel) {
+    struct team team = {&table, &rule, backwards, first, last, size};
+    parallel(help, &team, (unsigned)threads, 0);
     return;
   }
 #endif
-  plain_make(&table, backwards, first, last, &rule);
+  make(&table, backwards, first, last, &rule);
 }
