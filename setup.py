@@ -94,6 +94,8 @@ PHOTOMETRIC = Extension(
     depends=[
         f"mocofast/data/{name}.h"
         for name in (
+            "avx2_begin",
+            "avx2_end",
             "compilers",
             "photometric_body",
             "resize_body",
@@ -112,7 +114,7 @@ COMPILED = Extension(
     depends=[
         "kernels/mocofast_kernels/sweep_body.h",
         "kernels/mocofast_kernels/steps_body.h",
-        "mocofast/data/compilers.h",
+        *(f"mocofast/data/{name}.h" for name in ("avx2_begin", "avx2_end", "compilers")),
     ],
     include_dirs=["mocofast/data"],
     extra_compile_args=PHOTOMETRIC.extra_compile_args,  # steps.c says why

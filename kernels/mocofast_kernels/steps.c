@@ -85,20 +85,11 @@ static struct adamw corrected(const struct rule *rule, double steps) {
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "avx2_begin.h"
 #define FUSED 1
 #define NAME(x) avx2_##x
 #include "steps_body.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "avx2_end.h"
 #endif
 
 static void make(const struct table *table, int backwards, int64_t first, int64_t last,

@@ -1,4 +1,4 @@
-/* What photometric.c and resize.c need from every compiler. Include it after the other headers. */
+/* What the compiled modules need from every compiler. Include it after the other headers. */
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF

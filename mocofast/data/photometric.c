@@ -72,20 +72,11 @@ static inline int64_t pixels_of(const struct images *images) {
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "avx2_begin.h"
 #define FUSED 1
 #define NAME(x) avx2_##x
 #include "photometric_body.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "avx2_end.h"
 #endif
 
 typedef void (*load_function)(const struct images *, const void *, float *);

@@ -128,22 +128,13 @@ static inline const char *row_of(const struct crop *crop, int y) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
 #include <immintrin.h>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "avx2_begin.h"
 #include "resize_avx2.h"
 #define FUSED 1
 #define VECTORS 1
 #define NAME(x) avx2_##x
 #include "resize_body.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "avx2_end.h"
 #endif
 
 typedef int (*bytes_function)(const struct crop *, const struct axis *, const struct axis *,
