@@ -13,11 +13,10 @@ from mocofast_kernels import cpu, cpu_library, cpu_products, cpu_sweep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import test_ops_cpu
+from tests.test_ops_cpu import features
+
 TYPES = [torch.float32, torch.bfloat16]
-
-
-def features(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sweep_of(rows: Tensor) -> cpu_sweep.Sweep:
@@ -28,17 +27,9 @@ def sweep_of(rows: Tensor) -> cpu_sweep.Sweep:
 
 
 def forward(negatives: Tensor, count: int = 40, **changes: Any) -> cpu.InfoNCEForward:
-    options: dict[str, Any] = {
-        "normalize": True,
-        "normalize_negatives": True,
-        "exclude_period": 0,
-        "return_rank": True,
-        "compute_grad": True,
-        "dot_dtype": torch.float32,
-    }
     width = negatives.shape[1]
-    pair = features(0, count, width), features(1, count, width)
-    return cpu.infonce_forward(*pair, negatives, 0.1, **{**options, **changes})
+    query, positive = features(0, count, width), features(1, count, width)
+    return test_ops_cpu.forward(query, positive, negatives, 0.1, **changes)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -134,7 +134,9 @@ def _of_file(tags: Tags | None, wanted: int) -> int:
 
     tags: of a TIFF file, None for a photo. Gray is made of three colours.
     """
-    return 3 if wanted == 1 and (tags is None or tags.colored) else wanted
+    if tags is not None:
+        return tags.channels_read(wanted)
+    return 3 if wanted == 1 else wanted
 
 
 def image_size(file: File) -> tuple[int, int]:

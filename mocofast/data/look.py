@@ -112,13 +112,13 @@ def _on_sizes(train: Sequence[Seen], val: Sequence[Seen], size: Size) -> list[st
         tall, wide = height_width(size)
         if height < tall or width < wide:
             # Four times the size of the image: accuracy is equal to a point (docs/evaluation.md).
-            faster = f", --knn.size {4 * short} makes evaluations of ResNets faster"
+            evaluated = 4 * short
+            faster = f", --knn.size {evaluated} makes evaluations of ResNets faster"
             fits = short if tall == wide else f"{min(height, tall)},{min(width, wide)}"
             lines.append(
                 f"all images looked at have {height} x {width} pixels, and are enlarged to views "
                 f"of {pixels_text(size)}: --augment.size {fits} makes views as large as the images"
-                + faster
-                * (4 * short < min(tall, wide))
+                + (faster if evaluated < min(tall, wide) else "")
             )
         if len(val_sizes) == 1 and len(val) > 1 and val_sizes != sizes:
             val_height, val_width = next(iter(val_sizes))

@@ -97,8 +97,7 @@ def scene_window(
     """
     top, left, height, width = part
     with _scene(file) as scene:
-        colors = wanted == 1 and tags.colored  # gray is made of three colours
-        stop = first_channels(scene.count, 3 if colors else wanted, tags.alpha)[0]
+        stop = first_channels(scene.count, tags.channels_read(wanted), tags.alpha)[0]
         if bands and max(bands) > scene.count:
             raise ValueError(f"has {scene.count} channels, data.bands names {max(bands)}")
         indexes = bands or tuple(range(1, stop + 1))

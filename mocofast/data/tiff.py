@@ -87,6 +87,10 @@ class Tags(NamedTuple):
         """True if the first channels are colours, of which gray is made."""
         return self.photometric in (RGB, PALETTE, YCBCR, *CHANNELS)
 
+    def channels_read(self, wanted: int) -> int:
+        """Returns how many channels are read where the encoder takes `wanted`."""
+        return 3 if wanted == 1 and self.colored else wanted
+
     @property
     def opened_by_pil(self) -> bool:
         """True if PIL decodes the pixels of the page that is read."""
