@@ -179,8 +179,9 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "auto: bf16 autocast on GPUs that have bf16, fp16 on other GPUs (V100, T4), fp32 on CPUs "
-        "(bf16 needs AMX or AVX512-BF16); fp16 scales the loss, and skips steps that overflow",
+        "auto: bf16 autocast on GPUs that have bf16, fp16 on other GPUs (V100, T4); on CPUs with "
+        "AMX or AVX512-BF16 bf16 for ResNets and ViTs, else fp32. fp16 scales the loss, and skips "
+        "steps that overflow",
         ("auto", "fp32", "bf16", "fp16"),
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N, gpu or mps")
@@ -268,6 +269,12 @@ class KNNConfig:
         valid=at_least(0),
     )
     start: bool = option(True, "also evaluate the untrained encoder, before the first step")
+    start_limit: float = option(
+        60,
+        "seconds; the untrained encoder is not evaluated if this would take longer, as its first "
+        "images predict; 0 means no limit",
+        valid=at_least(0),
+    )
     k: int = option(200, "neighbours that vote", valid=at_least(1))
     temperature: float = option(0.1, "a vote weighs exp(similarity / temperature)", valid=above(0))
     features: str = option(

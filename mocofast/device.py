@@ -14,7 +14,6 @@ from mocofast_kernels.cpu_products import cpu_bf16
 from torch import Tensor, nn
 
 from mocofast.errors import ConfigError
-from mocofast.plugins import is_plugin
 from mocofast.view_sizes import Size, height_width
 
 if TYPE_CHECKING:
@@ -25,15 +24,21 @@ __all__ = [
     "choose_device",
     "choose_threads",
     "cpu_bf16",
+    "faster_in_bf16",
     "knn_autocast",
     "loss_scaler",
     "memory_bytes",
     "precision_note",
+    "run_autocast",
     "same_bits",
     "short_name",
     "wide",
     "wrong_in_bf16",
 ]
+
+
+# Encoders whose steps were measured to be faster in bf16 on a CPU with instructions for bf16.
+FASTER_IN_BF16 = ("resnet1", "resnet3", "resnet5", "wide_resnet", "vit_")
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,8 +88,8 @@ def choose_threads(cores: int, sleeping: bool, large: bool) -> int:
 def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
     """Returns the autocast of `train.precision`: bf16, fp16, fp32 (disabled) or auto.
 
-    auto: bf16 on a GPU that supports it, fp16 on another GPU, else fp32. On a CPU bf16 and fp16
-    must be asked for.
+    auto: bf16 on a GPU that supports it, fp16 on another GPU, else fp32. (On a CPU `auto` depends
+    on the encoder, see `run_autocast`.)
     """
     if precision == "auto":
         precision = "fp32"
@@ -95,10 +100,34 @@ def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def knn_autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Returns the autocast of `knn.precision`."""
-    precision = config.knn.precision
-    return choose_autocast(config.train.precision if precision == "train" else precision, device)
+def run_autocast(config: Config, encoder: nn.Module, device: torch.device) -> torch.autocast:
+    """Returns the autocast of `train.precision`, for a run and for evaluations of its encoder.
+
+    encoder: of the run, on `device`.
+    auto on a CPU: bf16 if `faster_in_bf16` names instructions and the gradients of the encoder are
+        right, else fp32. On a GPU as `choose_autocast`.
+    """
+    precision = config.train.precision
+    if precision == "auto" and device.type == "cpu" and faster_in_bf16(config):
+        sizes = {config.augment.size, *config.augment.training_sizes()}
+        wrong = any(wrong_in_bf16(encoder, size) for size in sizes)
+        precision = "fp32" if wrong else "bf16"
+    return choose_autocast(precision, device)
+
+
+def faster_in_bf16(config: Config) -> str:
+    """Returns this CPU's instructions for bf16 if they make steps of `model.arch` faster, else "".
+
+    True for encoders that were measured to be faster (docs/precision.md).
+    """
+    return cpu_bf16() if config.model.arch.startswith(FASTER_IN_BF16) else ""
+
+
+def knn_autocast(config: Config, encoder: nn.Module, device: torch.device) -> torch.autocast:
+    """Returns the autocast of `knn.precision`. encoder: on `device`."""
+    if config.knn.precision == "train":
+        return run_autocast(config, encoder, device)
+    return choose_autocast(config.knn.precision, device)
 
 
 def loss_scaler(autocast: torch.autocast, mode: str) -> torch.amp.GradScaler | None:
@@ -162,25 +191,21 @@ def wrong_in_bf16(encoder: nn.Module, size: Size) -> str:
     return found[0] if found else ""
 
 
-def precision_note(autocast: torch.autocast, config: Config, encoder: nn.Module) -> str:
-    """Returns the precision of a run, for the log, with a hint where bf16 would be faster.
+def precision_note(autocast: torch.autocast, config: Config) -> str:
+    """Returns the precision of a run, for the log, with the reason on a CPU.
 
     config: of the run.
-    encoder: of the run, on its device.
-
-    The hint is for encoders of the library whose steps were measured to be faster in bf16 on a CPU
-    with instructions for bf16, and whose gradients are right.
     """
-    if autocast._enabled:
-        return f"{short_name(autocast)} autocast"
-    arch = config.model.arch
-    measured = arch != "resnet_tiny" and not is_plugin(arch)
-    if config.train.precision != "auto" or autocast.device != "cpu" or not measured:
-        return "fp32"
+    name = f"{short_name(autocast)} autocast" if autocast._enabled else "fp32"
     instructions = cpu_bf16()
-    if not instructions or wrong_in_bf16(encoder, config.augment.size):
-        return "fp32"
-    return f"fp32 (--train.precision bf16 is faster: this CPU has {instructions})"
+    if config.train.precision != "auto" or autocast.device != "cpu" or not instructions:
+        return name
+    if autocast._enabled:
+        return f"{name}: this CPU has {instructions}"
+    arch = config.model.arch
+    if arch == "resnet_tiny" or faster_in_bf16(config):  # gains nothing, or would be wrong
+        return name
+    return f"fp32 (this CPU has {instructions}: --train.precision bf16 may be faster)"
 
 
 def memory_bytes() -> int | None:

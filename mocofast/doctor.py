@@ -187,9 +187,9 @@ def _precision() -> Rows:
     device = _auto_device()
     if device.type == "cpu" and (instructions := cpu_bf16()):
         yield (
-            "fp32",
-            f"this CPU has {instructions}: --train.precision bf16 makes steps of ResNets and ViTs "
-            "faster (docs/precision.md)",
+            "bf16",
+            f"for ResNets and ViTs, because this CPU has {instructions}; fp32 for other encoders "
+            "(docs/precision.md)",
         )
     elif choose_autocast("auto", device)._enabled:
         yield "bf16", "autocast, because this GPU supports bf16"

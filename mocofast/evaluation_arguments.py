@@ -29,7 +29,7 @@ _OF_VIEWS = (
 )
 _OF_IMAGES = ("augment.size", "augment.mean", "augment.std")
 # Options of the monitor of a run.
-_OF_MONITOR = ("knn.every", "knn.start", "knn.patience", "knn.size")
+_OF_MONITOR = ("knn.every", "knn.start", "knn.start_limit", "knn.patience", "knn.size")
 
 
 def add_image_settings(parser: Parser, views: bool = False, without: Sequence[str] = ()) -> None:

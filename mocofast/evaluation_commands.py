@@ -159,7 +159,7 @@ def finetune(argv: Sequence[str]) -> int:
         help="also write the trained classifier's state dict, in torchvision's names",
     )
     arguments = parser.parse(argv)
-    from mocofast.device import choose_autocast
+    from mocofast.device import run_autocast
     from mocofast.distributed import is_main, rank_and_world_size
     from mocofast.evaluate.finetune import train_classifier
     from mocofast.evaluate.metrics import measure
@@ -176,7 +176,7 @@ def finetune(argv: Sequence[str]) -> int:
         if rank_and_world_size()[1] > 1:
             encoder = plain_encoder(encoder, config)
         encoder = encoder.to(device)
-        autocast = choose_autocast(config.train.precision, device)
+        autocast = run_autocast(config, encoder, device)
         found = train_classifier(encoder, datasets, config, options, device, autocast)
         if arguments.out and is_main():
             save_atomically(encoder.state_dict(), Path(arguments.out))

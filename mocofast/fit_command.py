@@ -34,7 +34,7 @@ def fit(argv: Sequence[str]) -> int:
         raise ConfigError("--gpu and --memory: expected one of the two")
     if arguments.memory < 0 or arguments.ranks < 1:
         raise ConfigError("--memory and --ranks: expected positive numbers")
-    from mocofast.device import memory_bytes
+    from mocofast.device import faster_in_bf16, memory_bytes
     from mocofast.train import configure
     from mocofast.train import fit as module
 
@@ -45,7 +45,10 @@ def fit(argv: Sequence[str]) -> int:
     memory = arguments.memory or (machine / module.GIB if machine else module.memory_of(gpu))
     if config.train.precision == "auto":
         old = gpu.upper() in module.WITHOUT_BF16 and not arguments.memory
-        config.train.precision = "fp32" if on_cpu else "fp16" if old else "bf16"
+        without = "fp16" if old else ""
+        if on_cpu and not faster_in_bf16(config):
+            without = "fp32"
+        config.train.precision = without or "bf16"
     for line in module.report(config, arguments.ranks, memory, given_settings(arguments)):
         print(line, flush=True)
     return 0

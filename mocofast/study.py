@@ -26,7 +26,7 @@ from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers
 from mocofast.data.sources import Subset, load_datasets
-from mocofast.device import choose_autocast
+from mocofast.device import run_autocast
 from mocofast.evaluate.finetune import FinetuneConfig, finetune
 from mocofast.methods.build import build_method
 from mocofast.plots import new_figure, save_figure
@@ -282,7 +282,7 @@ def _tune(out: Path, name: str, start: str, seed: int, size: StudySize, device: 
         config,
         model.tuning,
         where,
-        choose_autocast(config.train.precision, where),
+        run_autocast(config, encoder, where),
         on_epoch=lambda result: accuracy.append(result.top1),
     )
     return accuracy

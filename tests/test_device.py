@@ -8,7 +8,14 @@ from torch import nn
 
 from mocofast import device
 from mocofast.config import ConfigError
-from mocofast.device import choose_autocast, cpu_bf16, precision_note
+from mocofast.device import (
+    choose_autocast,
+    cpu_bf16,
+    knn_autocast,
+    precision_note,
+    run_autocast,
+    short_name,
+)
 from mocofast.models.encoders import build_encoder
 from mocofast.settings import apply, load_recipe
 from mocofast.train.build import check_gradients
@@ -37,10 +44,34 @@ def test_bf16_instructions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_bf16() == ""
 
 
-def test_a_cpu_takes_bf16_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_cpu(monkeypatch, amx=True, avx512=True, onednn=True)
-    assert choose_autocast("bf16", CPU)._enabled
-    assert not choose_autocast("fp32", CPU)._enabled
+@pytest.mark.parametrize(
+    ("arch", "sizes", "avx512", "precision"),
+    [
+        ("resnet18_cifar", (32,), True, "bf16"),
+        ("vit_tiny_cifar", (32,), True, "bf16"),
+        ("resnet18_cifar", (32,), False, "fp32"),  # no instructions
+        ("resnet18", (16,), True, "fp32"),  # wrong gradients
+        ("resnet18", (32, 16), True, "fp32"),  # wrong gradients in some epochs
+        ("resnet_tiny", (32,), True, "fp32"),  # gains nothing
+        ("mocofast.models.narrow:resnet18_quarter", (32,), True, "fp32"),  # not known
+    ],
+)
+def test_auto_on_a_cpu_looks_at_its_instructions_and_the_encoder(
+    arch: str, sizes: tuple[int, ...], avx512: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_cpu(monkeypatch, amx=False, avx512=avx512, onednn=True)
+    config = load_recipe("digits")
+    apply(config, {"model.arch": arch, "augment.size": sizes[0]})
+    if len(sizes) > 1:
+        apply(config, {"augment.sizes": (f"0:{sizes[1]}", f"2:{sizes[0]}")})
+    encoder = build_encoder(arch, sizes[0])(num_classes=8)
+    assert short_name(run_autocast(config, encoder, CPU)) == precision
+    assert short_name(knn_autocast(config, encoder, CPU)) == precision
+    config.knn.precision = "fp32"
+    assert short_name(knn_autocast(config, encoder, CPU)) == "fp32"
+    for asked in ("fp32", "bf16"):
+        config.train.precision = asked
+        assert short_name(run_autocast(config, encoder, CPU)) == asked
     assert not choose_autocast("auto", CPU)._enabled
 
 
@@ -62,19 +93,23 @@ def test_bf16_is_refused_where_gradients_would_be_wrong() -> None:
 @pytest.mark.parametrize(
     ("arch", "size", "precision", "amx", "note"),
     [
-        ("resnet18", 32, "auto", True, "fp32 (--train.precision bf16 is faster: this CPU has AMX)"),
+        ("resnet18", 32, "auto", True, "bf16 autocast: this CPU has AMX"),
         ("resnet18", 32, "auto", False, "fp32"),
         ("resnet18", 32, "fp32", True, "fp32"),
         ("resnet18", 32, "bf16", True, "bf16 autocast"),
-        ("resnet18", 16, "auto", True, "fp32"),  # bf16 would be refused
+        ("resnet18", 16, "auto", True, "fp32"),  # bf16 would be wrong
         ("resnet_tiny", 16, "auto", True, "fp32"),  # bf16 gains nothing
+        (
+            *("mocofast.models.narrow:resnet18_quarter", 32, "auto", True),
+            "fp32 (this CPU has AMX: --train.precision bf16 may be faster)",
+        ),
     ],
 )
-def test_the_log_of_a_run_names_the_precision_and_what_would_be_faster(
+def test_the_log_of_a_run_names_the_precision_and_its_reason(
     arch: str, size: int, precision: str, amx: bool, note: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_cpu(monkeypatch, amx=amx, avx512=False, onednn=True)
     encoder = build_encoder(arch, size)(num_classes=8)
     config = load_recipe("digits")
     apply(config, {"model.arch": arch, "augment.size": size, "train.precision": precision})
-    assert precision_note(choose_autocast(precision, CPU), config, encoder) == note
+    assert precision_note(run_autocast(config, encoder, CPU), config) == note

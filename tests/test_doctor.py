@@ -52,8 +52,8 @@ def test_without_a_gpu_every_part_falls_back_and_says_why() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
 def test_the_precision_of_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cpu_bf16", lambda: "AMX")
-    assert found()["precision"].use == "fp32"
-    assert "this CPU has AMX: --train.precision bf16 makes" in found()["precision"].why
+    assert found()["precision"].use == "bf16"
+    assert "for ResNets and ViTs, because this CPU has AMX; fp32" in found()["precision"].why
     monkeypatch.setattr(device, "cpu_bf16", lambda: "")
     assert found()["precision"].use == "fp32"
     assert "no instructions for bf16" in found()["precision"].why

@@ -510,7 +510,7 @@ def bright_datasets(seed: int = 0) -> tuple[Datasets, Config]:
         classes = ("dark", "dim", "light", "bright")
         parts.append(ArraySource(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), classes))
     config = Config()
-    config.augment.size = 8
+    config.model.arch, config.augment.size = "resnet_tiny", 8
     config.data.source, config.data.workers = "digits", 0
     return Datasets(parts[0], parts[1], "made for a test"), config
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mocofast import cli, settings
 from mocofast.config import Config, ConfigError
-from mocofast.device import choose_autocast
+from mocofast.device import choose_autocast, cpu_bf16
 from mocofast.distributed import rank_and_world_size
 from mocofast.methods.build import build_method
 from mocofast.models.recompute import recompute_blocks
@@ -136,7 +136,8 @@ def test_the_command_says_what_fits(
     assert "nothing fits" in capsys.readouterr().out
     larger = [*small, "--data.batch_sizes", "0:8,1:16"]
     assert cli.main(["fit", "moco_v3_vit_s", "--train.device", "cpu", *larger]) == 0
-    assert "fp32, batch of 16 on 1 machine of" in capsys.readouterr().out
+    precision = "bf16" if cpu_bf16() else "fp32"
+    assert f"{precision}, batch of 16 on 1 machine of" in capsys.readouterr().out
     assert cli.main(["fit", "moco_v3_vit_s", "--gpu", "H3000"]) == 2
     assert "--gpu: expected one of T4" in capsys.readouterr().err
 

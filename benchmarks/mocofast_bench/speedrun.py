@@ -1,6 +1,7 @@
 """CPU seconds and FLOPs until an encoder is as good as the plain recipe's.
 
-Sides: the plain recipe, a fast recipe, and the plain recipe in the reference's loop and loader.
+Sides: the plain recipe, the plain recipe in bf16, a fast recipe, and the plain recipe in the
+reference's loop and loader.
 All sides train the same encoder on the same images, and the same kNN judges the encoder.
 `docs/speedrun.md` has the rules. Every run appends a line to OUT/log.jsonl, and a run whose line is
 there is not repeated, so an interrupted command continues.
@@ -35,7 +36,7 @@ from mocofast_bench.speedrun_tasks import TASKS, Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDES = ("plain", "fast", "reference")
+SIDES = ("plain", "bf16", "fast", "reference")
 SEARCH_SEED = 100  # the first seed of the search
 BUDGETS = (40, 60, 80, 100)  # epochs of the WSD budgets; the last tenth is the cool-down
 
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed, side in itertools.product(range(arguments.seeds), sides):
         config = task.config(arguments.path, arguments.fast if side == "fast" else "")
         config.train.seed = seed
+        if side == "bf16":
+            config.train.precision = "bf16"
         loop = reference if side == "reference" else ours
         log.run(names[side], seed, partial(measured, config, loop))
     return _table(arguments.task, list(names.values()), arguments.seeds, log)

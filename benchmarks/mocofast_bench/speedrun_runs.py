@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import tempfile
 import time
@@ -67,10 +68,11 @@ def clocked() -> Iterator[Curve]:
             self,
             encoder: nn.Module,
             stopped: Callable[[], bool] = lambda: False,
+            limit: float = math.inf,
         ) -> dict[str, float]:
             nonlocal left_out
             entered = cpu_seconds()
-            values = super().evaluate(encoder, stopped)
+            values = super().evaluate(encoder, stopped, limit)
             curve.cpu.append(entered - began - left_out)
             curve.knn.append(values["knn_top1"])
             left_out += cpu_seconds() - entered

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocofast.config import Config, ConfigError
-from mocofast.device import choose_autocast, choose_device
+from mocofast.device import choose_device, run_autocast
 from mocofast.settings import apply, load_recipe, validate
 from mocofast.train.engine import choose_mode
 from mocofast.train.profile import WAITING, Profile, StepProfiler
@@ -135,12 +135,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config.data.path = config.data.path or "."  # validate() asks for a path, nothing is read
     validate(config)
     torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
-    set_threads(fresh_model(config, device).encoder_q, config, device)
+    encoder = fresh_model(config, device).encoder_q
+    set_threads(encoder, config, device)
 
     # Build the sides.
     mode, why = choose_mode(config.engine.mode, device, world_size=1)
     left_out = {f"engine {m}" for m in MODES if m == mode or m not in arguments.modes}
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, encoder, device)
     if device.type != "cpu" or not autocast._enabled:
         left_out.add(IN_FLOAT32)
     steps, skipped = build_sides(config, device, left_out)

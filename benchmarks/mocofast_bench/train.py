@@ -5,6 +5,9 @@ reference: the loop of facebookresearch/moco with a DataLoader of PIL images.
 lightly: a loop of lightly's blocks with a DataLoader of lightly's transforms, if installed.
 synthetic: our loop on images in memory. The difference to mocofast is the cost of our loader.
 
+On a CPU our loop takes the precision of `mocofast pretrain`, and the other loops fp32, as their
+examples do. Where ours is bf16, "mocofast fp32" and "lightly bf16" compare equal precisions.
+
 Every round starts every loader anew and closes the loader at the end: no loader works ahead
 while another loader is timed. Steps on batches that a loader prepared in advance are not
 counted. "wait" is the time in which the host waits for data. On a GPU work is queued, and
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +29,7 @@ from mocofast.config import Config
 from mocofast.data.interface import Batch, BatchSlice, Source, view_augments
 from mocofast.data.loaders import build_loader, choose_loader, count_workers
 from mocofast.data.sources import load_datasets
-from mocofast.device import choose_device
+from mocofast.device import choose_device, run_autocast, short_name
 from mocofast.settings import DEFAULT_RECIPE, validate
 from mocofast.train.threads import set_threads
 from mocofast_bench import lightly_pairs, timing
@@ -85,13 +89,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = config.data.batch_size
     BatchSlice(batch).steps(len(source))  # raises here, not in a worker, if images are too few
     torch.backends.cudnn.benchmark = True  # for all sides, as the reference sets it
-    set_threads(fresh_model(config, device).encoder_q, config, device)
+    encoder = fresh_model(config, device).encoder_q
+    set_threads(encoder, config, device)
+    autocast = run_autocast(config, encoder, device)
 
     # Measure: memory of every side first, then times in turns.
     absent = {}
     if why := lightly_pairs.why_not(config.augment) or arguments.short * "left out by --short":
         absent["lightly"] = why
-    builds = {name: build for name, build in LOOPS.items() if name not in absent}
+    names = [name for name in LOOPS if name not in absent]
+    if arguments.short or device.type != "cpu" or short_name(autocast) != "bf16":
+        names = [name for name in names if name not in EQUAL_PRECISION]
+    elif absent:
+        names.remove("lightly bf16")
+    builds = {name: LOOPS[name] for name in names}
     memory = {
         name: timing.in_fresh_process(memory_of, name, source, config, str(device))
         for name in builds
@@ -108,6 +119,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "images": len(source),
         "recipe": config.recipe,
         "arch": config.model.arch,
+        "precision": short_name(autocast),
         "size": config.augment.size,
         "batch_size": batch,
         "queue_size": config.model.queue_size,
@@ -132,20 +144,20 @@ def print_table(row: dict[str, Any], rounds: dict[str, list[LoopRates]]) -> None
     """Prints the row as a table. rounds: {name: results of all rounds}."""
     print(
         f"{row['images']} images, {row['recipe']}, {row['arch']}, {row['size']} px, "
-        f"batches of {row['batch_size']}, loader {row['loader']}"
+        f"batches of {row['batch_size']}, {row['precision']}, loader {row['loader']}"
     )
     print(f"{row['device']}; {row['workers']} workers; {row['repeats']} rounds")
     for name, reason in row["absent"].items():
         print(f"{name} left out: {reason}")
     heads = f"{'images/s':>10}{'lowest, highest':>18}{'x reference':>12}"
-    print(f"{'':12}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
+    print(f"{'':14}{heads}{'first step s':>14}{'wait':>6}{'cores':>7}{'extra MB':>10}")
     for name, rate in row["images_per_second"].items():
         rates = [result.images_per_second for result in rounds[name]]
         spread = f"{min(rates):.1f}, {max(rates):.1f}"
         taken = row["extra_bytes"][name]
         extra = "" if taken is None else f"{taken / 1e6:10.0f}"
         print(
-            f"{name:12}{rate:10.1f}{spread:>18}{rate / row['images_per_second']['reference']:12.2f}"
+            f"{name:14}{rate:10.1f}{spread:>18}{rate / row['images_per_second']['reference']:12.2f}"
             f"{row['time_to_first_step'][name]:14.2f}{row['data_wait'][name]:6.0%}"
             f"{row['cores'][name]:7.2f}{extra}"
         )
@@ -167,6 +179,11 @@ def plot(row: dict[str, Any]) -> Figure:
     }
     sizes = f"{row['images']} images, {row['arch']}, {row['size']} px, batch {row['batch_size']}"
     return plot_sides(f"{sizes}, {row['device']}", quantities)
+
+
+def in_precision(precision: str, config: Config) -> Config:
+    """Returns the configuration with another `train.precision`."""
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 def memory_of(name: str, source: Source, config: Config, device: str) -> int | None:
@@ -232,6 +249,8 @@ def reference(source: Source, config: Config, device: torch.device) -> TimedLoop
 
 def lightly(source: Source, config: Config, device: torch.device) -> TimedLoop:
     """Returns a loop of lightly's blocks on a DataLoader of lightly's transforms."""
+    if device.type == "cpu" and config.train.precision == "auto":
+        config = in_precision("fp32", config)
     make_step = lightly_step(config, device)
 
     def step(views: list[torch.Tensor]) -> None:
@@ -268,4 +287,11 @@ LOOPS: dict[str, Callable[[Source, Config, torch.device], TimedLoop]] = {
     "reference": reference,
     "lightly": lightly,
     "synthetic": synthetic,
+    "mocofast fp32": lambda source, config, device: ours(
+        source, in_precision("fp32", config), device
+    ),
+    "lightly bf16": lambda source, config, device: lightly(
+        source, in_precision("bf16", config), device
+    ),
 }
+EQUAL_PRECISION = ("mocofast fp32", "lightly bf16")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mocofast.config import Config
-from mocofast.device import choose_autocast
+from mocofast.device import choose_autocast, run_autocast
 from mocofast.methods.moco import MoCo, build
 from mocofast.models.pixels import prepare_images
 from mocofast.train.engine import Engine, choose_mode
@@ -85,7 +85,10 @@ def our_engine(
     mode, _ = choose_mode(mode or config.engine.mode, device, world_size=1)
     model = fresh_model(config, device)
     model.to_fastest_format(device, getattr(config.model, "bn_splits", 1))
-    autocast = choose_autocast(precision or config.train.precision, device)
+    if precision is None:
+        autocast = run_autocast(config, model.encoder_q, device)
+    else:
+        autocast = choose_autocast(precision, device)
     micro_batches = config.train.accumulate
     return Engine(
         mode,
@@ -123,7 +126,7 @@ def strong(config: Config, device: torch.device) -> Call:
     views = float_views(model, pixel_views(config, device), torch.channels_last)
     eager = StrongMoCo(model)
     optimizer = plain_sgd(eager.parameters(), config.optim, foreach=True)
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, model.encoder_q, device)
     return lambda: strong_step(eager, views, optimizer, autocast)
 
 
@@ -142,7 +145,7 @@ def lightly_step(config: Config, device: torch.device) -> Callable[[Tensor, Tens
         config.model.temperature, (config.model.queue_size, config.model.dim)
     ).to(device)
     optimizer = plain_sgd(query.parameters(), config.optim, foreach=True)
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, model.encoder_q, device)
 
     def step(im_q: Tensor, im_k: Tensor) -> Tensor:
         update_momentum(query, key, config.model.momentum)
@@ -186,7 +189,7 @@ def encoders_only(config: Config, device: torch.device) -> Call:
     Forward and backward pass of the query encoder, forward pass of the key encoder, nothing else.
     """
     model = fresh_model(config, device)
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, model.encoder_q, device)
     with autocast:
         im_q, im_k = (normalise_images(model, view) for view in pixel_views(config, device))
     grad = torch.randn(len(im_q), config.model.dim, device=device)

@@ -28,6 +28,15 @@ class EvaluationStopped(Exception):
     """A signal ended an evaluation early."""
 
 
+class EvaluationTooLongError(Exception):
+    """An evaluation ended early, because it would take longer than is allowed."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: of the whole evaluation, predicted."""
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
 def image_batches(
     source: Source, config: Config, device: torch.device, size: Size = 0
 ) -> EvalBatches:

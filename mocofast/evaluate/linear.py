@@ -30,7 +30,7 @@ from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
-from mocofast.device import choose_autocast, wide
+from mocofast.device import choose_autocast, run_autocast, wide
 from mocofast.distributed import rank_and_world_size
 from mocofast.evaluate.features import (
     check_finite,
@@ -120,8 +120,9 @@ def fit_probe(
     targets = targets_of(datasets.train.classes, config.data.target)
     # The SGD protocols stay in float32: their figures stand beside published figures.
     is_fast = options.protocol == "fast"
-    precision = config.train.precision if is_fast else "fp32"
-    autocast = choose_autocast(precision, device)
+    autocast = choose_autocast("fp32", device)
+    if is_fast:
+        autocast = run_autocast(config, encoder, device)
     with _unchanged(encoder):
         val = frozen_features(encoder, datasets.val, config, device, autocast)
         if is_fast:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from mocofast.distributed import gather_objects, rank_and_world_size
 from mocofast.evaluate.features import (
     EVALUATION_BATCH,
     EvaluationStopped,
+    EvaluationTooLongError,
     check_finite,
     extract,
     extraction,
@@ -27,6 +30,8 @@ from mocofast.evaluate.features import (
     stoppable,
 )
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
+
+Images = tuple[Tensor, Tensor | None, Tensor]  # images, labels and index of a batch
 
 RESNETS = ("resnet", "wide_resnet", "resnext")  # take images of any size
 
@@ -86,11 +91,14 @@ class KNNMonitor:
         self,
         encoder: nn.Module,
         stopped: Callable[[], bool] = lambda: False,
+        limit: float = math.inf,
     ) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
 
         stopped: returns whether to end early. If it does on a rank, all ranks raise
             EvaluationStopped.
+        limit: seconds. If a rank predicts a longer evaluation from its first batches, all ranks
+            raise EvaluationTooLongError.
 
         Copies rank 0's running statistics of BatchNorm to all ranks first: the checkpoint, which
         rank 0 writes, has the same statistics.
@@ -98,10 +106,11 @@ class KNNMonitor:
         if rank_and_world_size()[1] > 1:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
-        autocast = knn_autocast(self.config, self.device)
+        autocast = knn_autocast(self.config, encoder, self.device)
+        forecast = _Forecast(len(self.train) + len(self.val), limit)
         with stoppable(encoder, stopped):
-            bank, bank_labels = self._features(encoder, self.train, autocast, "bank")
-            queries, query_labels = self._features(encoder, self.val, autocast, "queries")
+            bank, bank_labels = self._features(encoder, self.train, autocast, forecast, "bank")
+            queries, query_labels = self._features(encoder, self.val, autocast, forecast, "queries")
         knn = self.config.knn
         result = knn_accuracy(bank, bank_labels, queries, query_labels, knn.k, knn.temperature)
         values = {"knn_top1": result.top1, "knn_top5": result.top5}
@@ -112,10 +121,16 @@ class KNNMonitor:
         return values
 
     def _features(
-        self, encoder: nn.Module, source: Source, autocast: torch.autocast, name: str
+        self,
+        encoder: nn.Module,
+        source: Source,
+        autocast: torch.autocast,
+        forecast: _Forecast,
+        name: str,
     ) -> tuple[Tensor, Tensor]:
         """Returns features (N, D) and labels (N,) of all images, on this rank's device.
 
+        forecast: of all images of the evaluation, on all ranks.
         name: of the progress bar, which rank 0 shows on a terminal.
         """
         rank, world_size = rank_and_world_size()
@@ -130,15 +145,53 @@ class KNNMonitor:
             disable=rank > 0 or not sys.stderr.isatty(),
         )
         how = extraction(self.config, self.device, autocast)
-        extracted: tuple[Tensor, Tensor] | None = None
-        with contextlib.suppress(EvaluationStopped), batches:
-            extracted = extract(encoder, batches, self.device, self.config.knn.features, **how)
+        # What ended a rank early travels in the place of its features.
+        extracted: tuple[Tensor, Tensor] | EvaluationStopped | EvaluationTooLongError
+        try:
+            with batches:
+                timed = forecast.of(batches, how["at_once"], world_size)
+                extracted = extract(encoder, timed, self.device, self.config.knn.features, **how)
+        except (EvaluationStopped, EvaluationTooLongError) as error:
+            extracted = error
         of_ranks = gather_objects(extracted)
-        if None in of_ranks:
-            raise EvaluationStopped
+        for kind in (EvaluationStopped, EvaluationTooLongError):
+            for ended in of_ranks:
+                if isinstance(ended, kind):
+                    raise ended
         features, labels = (torch.cat(tensors) for tensors in zip(*of_ranks))
         check_finite(features)
         return features.to(self.device), labels.to(self.device)
+
+
+class _Forecast:
+    """Ends an evaluation whose first batches predict that it would take too long."""
+
+    def __init__(self, images: int, limit: float) -> None:
+        """images: of the whole evaluation. limit: seconds of the whole evaluation."""
+        self._images, self._limit = images, limit
+        self._began, self._done = time.perf_counter(), 0
+
+    def of(self, batches: Iterable[Images], at_once: int, world_size: int) -> Iterator[Images]:
+        """Yields the batches. Raises EvaluationTooLongError between two.
+
+        at_once: batches that are computed at the same time. They count when they are done.
+        world_size: ranks that each compute as many images.
+        """
+        sizes: deque[int] = deque()
+        for batch in batches:
+            if len(sizes) == at_once:
+                self._done += sizes.popleft() * world_size
+                self._check()
+            sizes.append(len(batch[0]))
+            yield batch
+        self._done += sum(sizes) * world_size
+
+    def _check(self) -> None:
+        passed = time.perf_counter() - self._began
+        predicted = passed * self._images / self._done
+        # The first batches load kernels, so an early prediction must be clear.
+        if predicted > self._limit * (1 + 1 / passed):
+            raise EvaluationTooLongError(predicted)
 
 
 def at_most(count: int, source: Source, rng: np.random.Generator) -> Source:

@@ -64,7 +64,7 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     targets = targets_of(datasets.train.classes, config.data.target)
     train = at_most(knn.bank, labelled(datasets.train), np.random.default_rng(seed))
     val = at_most(knn.queries or len(datasets.val), datasets.val, np.random.default_rng([seed, 1]))
-    autocast = knn_autocast(config, device)
+    autocast = knn_autocast(config, encoder, device)
     how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:

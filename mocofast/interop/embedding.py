@@ -14,7 +14,7 @@ from torch import nn
 from mocofast import files
 from mocofast.config import Config, ConfigError
 from mocofast.data.sources import Datasets
-from mocofast.device import choose_autocast
+from mocofast.device import run_autocast
 from mocofast.evaluate.features import (
     check_finite,
     extract_batches,
@@ -67,7 +67,7 @@ def embedded(
     encoder: on `device`. kind: "backbone" or "output", see `extract_batches`.
     Images that cannot be decoded are left out.
     """
-    how = extraction(config, device, choose_autocast(config.train.precision, device))
+    how = extraction(config, device, run_autocast(config, encoder, device))
     for name, source in (("train", datasets.train), ("val", datasets.val)):
         if source is None:
             continue

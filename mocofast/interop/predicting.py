@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mocofast.config import Config, ConfigError
 from mocofast.data.folders import FolderSource
 from mocofast.data.sources import Datasets, as_asked, find_images
-from mocofast.device import choose_autocast
+from mocofast.device import run_autocast
 from mocofast.evaluate.features import (
     check_finite,
     extract_batches,
@@ -45,7 +45,7 @@ def predict(
     classes all) and, with a bank, neighbours (name, label, similarity; the nearest first).
     """
     source, _ = as_asked(_source(images), config.data)
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, encoder, device)
     scores: list[Tensor] = []
     features: list[Tensor] = []
     seen: list[int] = []
@@ -108,7 +108,7 @@ def _add_neighbours(
     queries: (M, D). votes: whether to add predictions by the votes.
     """
     source = bank.train
-    how = extraction(config, device, choose_autocast(config.train.precision, device))
+    how = extraction(config, device, run_autocast(config, encoder, device))
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         batches = image_batches(source, config, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
-from mocofast.device import choose_autocast
+from mocofast.device import run_autocast
 from mocofast.evaluate.features import evaluating, extract, extraction, image_batches
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import targets_of
@@ -120,7 +120,7 @@ def classify(classifier: Classifier, source: Source, device: torch.device) -> tu
     classifier: its encoder on `device`.
     """
     config = classifier.config
-    how = extraction(config, device, choose_autocast(config.train.precision, device))
+    how = extraction(config, device, run_autocast(config, classifier.encoder, device))
 
     def compute(part: Source) -> tuple[Tensor, ...]:
         batches = image_batches(part, config, device)

@@ -19,7 +19,7 @@ from mocofast.config import Config
 from mocofast.data.interface import Source
 from mocofast.data.loaders import eval_batches
 from mocofast.data.sources import Subset
-from mocofast.device import choose_autocast
+from mocofast.device import run_autocast
 from mocofast.errors import printable
 from mocofast.evaluate.features import embed, evaluating
 from mocofast.methods.build import build_method
@@ -90,7 +90,7 @@ def make_gallery(
     end = time.monotonic() + seconds
     data, size = config.data, config.augment.size
     mean, std = (x.to(device) for x in pixel_statistics(config.augment))
-    autocast = choose_autocast(config.train.precision, device)
+    autocast = run_autocast(config, next(iter(encoders.values())), device)
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     pixels, numbers = [], []
     for images, _, index in eval_batches(sample, size, BATCH, data.workers, device, data.channels):

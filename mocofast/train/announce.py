@@ -40,7 +40,7 @@ def announce(
     resumed_step: None for a new run.
     """
     announce_images(state, datasets, choices, resumed_step is None)
-    log.info(describe_device(state, encoder, autocast, world_size))
+    log.info(describe_device(state, autocast, world_size))
     for line in lines:
         log.info(line)
     if resumed_step is None:
@@ -119,10 +119,8 @@ def announce_continuation(state: RunState, world_size: int) -> None:
         )
 
 
-def describe_device(
-    state: RunState, encoder: nn.Module, autocast: torch.autocast, world_size: int
-) -> str:
+def describe_device(state: RunState, autocast: torch.autocast, world_size: int) -> str:
     """Returns the line on devices, precision and loader."""
-    precision = precision_note(autocast, state.config, encoder)
+    precision = precision_note(autocast, state.config)
     loader = f"loader {state.loader.name}: {state.loader.reason}"
     return f"device {state.device} x {world_size}, {precision}; {loader}"

@@ -12,7 +12,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import choose_autocast, short_name, wrong_in_bf16
+from mocofast.device import run_autocast, short_name, wrong_in_bf16
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
@@ -82,7 +82,7 @@ def new_state(
         )
     sharding = None
     if sharded:  # from the CPU, so that no device holds the whole model
-        autocast = choose_autocast(config.train.precision, device)
+        autocast = run_autocast(config, model.encoder_q, device)
         check_shardable(config, model, autocast)
         sharding = Sharding(model, device, autocast)
     optimizer = optimizer_of(model, config.optim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import shlex
 import sys
 import time
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.device import choose_autocast, loss_scaler
+from mocofast.device import loss_scaler, run_autocast
 from mocofast.errors import DivergedError
-from mocofast.evaluate.features import EvaluationStopped
+from mocofast.evaluate.features import EvaluationStopped, EvaluationTooLongError
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.health.watch import Attendant, Watch
 from mocofast.methods.base import Method
@@ -86,7 +87,7 @@ class Run:
         self.state = new_state(config, datasets, device, rank, world_size)
         encoder = self.state.whole_encoder()
         set_threads(encoder, config, device, world_size, saved)
-        self.autocast = choose_autocast(config.train.precision, device)
+        self.autocast = run_autocast(config, encoder, device)
         self.state.scaler = loss_scaler(self.autocast, mode)
         for size in {config.augment.size, *config.augment.training_sizes()}:
             check_gradients(self.autocast, encoder, size)
@@ -339,11 +340,21 @@ class Run:
             self.heart.alive()
             return stop.requested()
 
+        limit = self.config.knn.start_limit if state.step == 0 < self.total_steps else 0
         try:
-            figures = self.monitor.evaluate(state.whole_encoder(), stopped)
+            figures = self.monitor.evaluate(state.whole_encoder(), stopped, limit or math.inf)
         except EvaluationStopped:
             log.info("evaluation stopped; a continued run evaluates first")
             return False
+        except EvaluationTooLongError as error:
+            log.info(
+                "no kNN before training: it would take about %s (knn.start_limit: %g s)",
+                duration(error.seconds),
+                limit,
+            )
+            state.evaluation_due = False
+            state.window.end_pause(pause)
+            return True
         state.measured(figures, counts=write)
         if self.folder is not None and write:
             when = "before training" if state.step == 0 else f"after epoch {state.epoch}"

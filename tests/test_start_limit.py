@@ -1,0 +1,81 @@
+"""The evaluation of the untrained encoder is left out where it would take too long."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mocofast_bench.processes import on_ranks
+
+from mocofast import settings
+from mocofast.data.sources import load_datasets
+from mocofast.evaluate.features import EvaluationStopped, EvaluationTooLongError
+from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.models.encoders import TinyResNet
+from mocofast.train.run import train
+
+CPU = torch.device("cpu")
+
+
+def monitor() -> KNNMonitor:
+    config = settings.load_recipe("digits")
+    made = KNNMonitor.of(load_datasets(config.data, 0), config, CPU)
+    assert made is not None
+    return made
+
+
+def test_a_run_leaves_out_a_long_evaluation_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, **options: object) -> list[dict[str, object]]:
+        config = settings.load_recipe("digits")
+        settings.apply(config, {"train.dir": str(tmp_path / name), "train.epochs": 1})
+        settings.apply(config, {f"knn.{key}": value for key, value in options.items()})
+        result = train(config)
+        assert bool(result.before) == (name == "no limit")
+        assert result.after["knn_top1"] > 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    # A limit that no evaluation keeps. The second run asks for no evaluation.
+    limited = run("limited", start_limit=1e-9)
+    said = capsys.readouterr().out
+    assert re.search(r"no kNN before training: it would take about \d+:\d\d \(knn\.start_limit: "
+                     r"1e-09 s\)", said)  # fmt: skip
+    assert "after:  kNN accuracy" in said
+    without = run("without", start=False)
+    assert run("no limit", start_limit=0)[0]["step"] == 0
+
+    def figures(rows: list[dict[str, object]]) -> list[object]:
+        return [(row["step"], row.get("loss"), row.get("knn_top1")) for row in rows]
+
+    assert figures(limited) == figures(without)
+
+
+def test_only_a_clear_forecast_ends_an_evaluation() -> None:
+    assert monitor().evaluate(TinyResNet(8), limit=3600)["knn_top1"] > 0
+    with pytest.raises(EvaluationTooLongError) as caught:
+        monitor().evaluate(TinyResNet(8), limit=1e-6)
+    assert 0 < caught.value.seconds < 600
+
+
+def ended_by(rank: int) -> list[str]:
+    """Returns what ended the evaluations: rank 1 alone has a limit, then rank 0 also a signal."""
+    names = []
+    for stops in (False, True):
+        limit = 1e-6 if rank == 1 else math.inf
+        try:
+            monitor().evaluate(TinyResNet(8), lambda at=stops: at and rank == 0, limit)  # type: ignore[misc]
+            names.append("nothing")
+        except (EvaluationStopped, EvaluationTooLongError) as error:
+            names.append(type(error).__name__)
+    return names
+
+
+def test_all_ranks_end_together_and_a_signal_comes_first() -> None:
+    for names in on_ranks(ended_by):
+        assert names == ["EvaluationTooLongError", "EvaluationStopped"]
