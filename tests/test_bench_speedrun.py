@@ -93,6 +93,12 @@ def test_the_sides_run_once_and_a_second_command_reads_the_log(
     table = capsys.readouterr().out
     assert f"{100 * first[1]['knn'][-1]:.2f}" in table  # type: ignore[index]
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    low = ["--sides", "plain", "--precision", "bf16", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(["speedrun", "digits", *low]) == 0
+    [rounded] = rows(tmp_path)[3:]
+    assert rounded["name"] == "plain bf16"
+    assert rounded["flops"] == first[0]["flops"]
+    assert rounded["knn"] != first[0]["knn"]
 
 
 def test_the_search_takes_other_seeds_and_prints_the_best_first(

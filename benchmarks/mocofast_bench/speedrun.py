@@ -1,7 +1,6 @@
 """CPU seconds and FLOPs until an encoder is as good as the plain recipe's.
 
-Sides: the plain recipe, the plain recipe in bf16, a fast recipe, and the plain recipe in the
-reference's loop and loader.
+Sides: the plain recipe, a fast recipe, and the plain recipe in the reference's loop and loader.
 All sides train the same encoder on the same images, and the same kNN judges the encoder.
 `docs/speedrun.md` has the rules. Every run appends a line to OUT/log.jsonl, and a run whose line is
 there is not repeated, so an interrupted command continues.
@@ -36,7 +35,7 @@ from mocofast_bench.speedrun_tasks import TASKS, Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDES = ("plain", "bf16", "fast", "reference")
+SIDES = ("plain", "fast", "reference")
 SEARCH_SEED = 100  # the first seed of the search
 BUDGETS = (40, 60, 80, 100)  # epochs of the WSD budgets; the last tenth is the cool-down
 
@@ -60,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--seeds", type=positive, default=5, help="runs of every side (default: %(default)s)"
     )
     parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of our sides and the search (%(default)s)",
+    )
+    parser.add_argument(
         "--search", type=int, default=0, metavar="N", help="train N combinations of the knobs"
     )
     parser.add_argument("--wsd", action="store_true", help="four budgets from one trunk")
@@ -80,17 +85,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return _search(task, arguments, log)
     if arguments.wsd:
         return _wsd(task, arguments, log)
-    names = {side: side for side in sides}
+    bf16 = _suffix(arguments)
+    names = {side: side + bf16 * (side != "reference") for side in sides}
     if "fast" in sides:
-        names["fast"] = f"fast {task.config(arguments.path, arguments.fast).recipe}"
+        names["fast"] = f"fast {task.config(arguments.path, arguments.fast).recipe}{bf16}"
     for seed, side in itertools.product(range(arguments.seeds), sides):
         config = task.config(arguments.path, arguments.fast if side == "fast" else "")
         config.train.seed = seed
-        if side == "bf16":
-            config.train.precision = "bf16"
+        config.train.precision = arguments.precision
         loop = reference if side == "reference" else ours
         log.run(names[side], seed, partial(measured, config, loop))
     return _table(arguments.task, list(names.values()), arguments.seeds, log)
+
+
+def _suffix(arguments: argparse.Namespace) -> str:
+    """Returns what names in the log end with: runs in bf16 are other runs."""
+    return " bf16" * (arguments.precision == "bf16")
 
 
 class _Log:
@@ -137,14 +147,15 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
     combinations = [*task.first, *sampled][: arguments.search]
 
     cpu: dict[str, list[float]] = {}
+    bf16 = _suffix(arguments)
 
     def name_of(changes: Mapping[str, Any]) -> str:
-        return "search " + " ".join(settings.as_flags(changes))
+        return f"search{bf16} " + " ".join(settings.as_flags(changes))
 
     def score(changes: Mapping[str, Any], seed: int) -> float:
         config = task.config(arguments.path)
         settings.apply(config, {**task.budget, **changes})
-        config.train.seed = seed
+        config.train.seed, config.train.precision = seed, arguments.precision
         config.knn.every = config.train.epochs
         name = name_of(changes)
         row = log.run(name, seed, lambda: measured(config, ours))
@@ -159,7 +170,8 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
     }
     for i in sorted(means, key=lambda i: -means[i]):
         name = name_of(combinations[i])
-        print(f"{means[i]:.4f}  {fmean(cpu[name]):.0f} CPU s  {name.removeprefix('search ')}")
+        flags = name.removeprefix(f"search{bf16} ")
+        print(f"{means[i]:.4f}  {fmean(cpu[name]):.0f} CPU s  {flags}")
     winner = max(means, key=lambda i: means[i])
     return {
         "benchmark": "speedrun search",
