@@ -104,8 +104,8 @@ def run_autocast(config: Config, encoder: nn.Module, device: torch.device) -> to
     """Returns the autocast of `train.precision`, for a run and for evaluations of its encoder.
 
     encoder: of the run, on `device`.
-    auto on a CPU: bf16 if `faster_in_bf16` names instructions and the gradients of the encoder are
-        right, else fp32. On a GPU as `choose_autocast`.
+    auto on a CPU: bf16 if `faster_in_bf16` names instructions and `wrong_in_bf16` no convolution,
+        else fp32. On a GPU as `choose_autocast`.
     """
     precision = config.train.precision
     if precision == "auto" and device.type == "cpu" and faster_in_bf16(config):
@@ -153,20 +153,26 @@ def short_name(autocast: torch.autocast) -> str:
 
 
 def wrong_in_bf16(encoder: nn.Module, size: Size) -> str:
-    """Returns the name of a convolution whose gradient a CPU gets wrong in bf16, "" for none.
+    """Returns the name of a convolution that a CPU gets wrong in bf16, "" for none.
 
     encoder: on the CPU. Runs once on an empty image, in eval mode.
     size: of the images.
 
-    oneDNN (torch 2.11, AVX512-BF16) leaves parts of the gradient of a weight uninitialised, which
-    no tensor shows until the loss diverges, if the input is 1 pixel wide and the kernel is 3 wide
-    with a stride, or wider. ResNet-18 at 16 pixels has such a convolution, and none at 32 pixels.
+    What oneDNN gets wrong (torch 2.11, AVX512-BF16) no tensor shows:
+    - Parts of the gradient of a weight stay uninitialised until the loss diverges, if the input is
+      1 pixel wide and the kernel is 3 wide with a stride, or wider. ResNet-18 at 16 pixels has such
+      a convolution, and none at 32 pixels.
+    - The result has nothing to do with the input, if a patch is as wide as a channels-last input of
+      few channels, of an even number: 4 or 16 channels of 16 x 16 patches, 16 of 4 x 4 patches.
     """
     found: list[str] = []
 
     def check(name: str, convolution: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
         kernel, stride = max(convolution.kernel_size), max(convolution.stride)
-        if min(inputs[0].shape[2:]) == 1 and (kernel >= 5 or (kernel > 1 and stride > 1)):
+        channels, *sides = inputs[0].shape[1:]
+        thin = min(sides) == 1 and (kernel >= 5 or (kernel > 1 and stride > 1))
+        few = channels % 2 == 0 and channels < 32
+        if thin or (few and kernel == stride >= 4 and min(sides) < 2 * kernel):
             found.append(name)
 
     convolutions = {
@@ -202,8 +208,9 @@ def precision_note(autocast: torch.autocast, config: Config) -> str:
         return name
     if autocast._enabled:
         return f"{name}: this CPU has {instructions}"
-    arch = config.model.arch
-    if arch == "resnet_tiny" or faster_in_bf16(config):  # gains nothing, or would be wrong
+    if faster_in_bf16(config):
+        return f"{name}: in bf16 this CPU would get a convolution wrong at this size of views"
+    if config.model.arch == "resnet_tiny":  # gains nothing
         return name
     return f"fp32 (this CPU has {instructions}: --train.precision bf16 may be faster)"
 

@@ -91,13 +91,36 @@ def test_bf16_is_refused_where_gradients_would_be_wrong() -> None:
 
 
 @pytest.mark.parametrize(
+    ("channels", "patch", "width", "wrong"),
+    [(4, 16, 16, True), (16, 4, 4, True), (4, 16, 32, False), (3, 16, 16, False)],
+)
+def test_bf16_is_refused_where_images_of_few_channels_are_a_patch_wide(
+    channels: int, patch: int, width: int, wrong: bool
+) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(channels, 48, patch, patch))
+    size = (2 * patch, width)
+    assert device.wrong_in_bf16(encoder, size) == ("0" if wrong else "")
+    if not wrong and cpu_bf16():  # what is let through is right on this CPU
+        images = torch.randn(2, channels, *size).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            expected = encoder.double()(images.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                result = encoder.float()(images)
+        assert (result - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize(
     ("arch", "size", "precision", "amx", "note"),
     [
         ("resnet18", 32, "auto", True, "bf16 autocast: this CPU has AMX"),
         ("resnet18", 32, "auto", False, "fp32"),
         ("resnet18", 32, "fp32", True, "fp32"),
         ("resnet18", 32, "bf16", True, "bf16 autocast"),
-        ("resnet18", 16, "auto", True, "fp32"),  # bf16 would be wrong
+        (
+            *("resnet18", 16, "auto", True),
+            "fp32: in bf16 this CPU would get a convolution wrong at this size of views",
+        ),
         ("resnet_tiny", 16, "auto", True, "fp32"),  # bf16 gains nothing
         (
             *("mocofast.models.narrow:resnet18_quarter", 32, "auto", True),

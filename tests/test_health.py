@@ -219,6 +219,8 @@ def test_facts_name_the_fault() -> None:
         assert [finding.name for finding in found] == [name]
     shuffled = healthy._replace(before={"knn_top1": 0.11}, after={"knn_top1": 0.12})
     assert [finding.name for finding in diagnose(shuffled)] == ["labels"]
+    few = {**shuffled.facts, "held_out": 6}  # 4 deviations of guesses pass an accuracy of 1
+    assert diagnose(shuffled._replace(facts={**few, "chance_knn": 1 / 3})) == []
 
 
 def test_a_run_writes_views_signals_and_a_verdict(

@@ -325,6 +325,8 @@ def _labels(e: Evidence) -> Finding | None:
         return None
     # Neighbours vote, so the share of the largest class is chance.
     limit = chance + max(min(0.05, chance), 4 * math.sqrt(chance * (1 - chance) / held))
+    if limit > (1 + chance) / 2:  # so few images cannot tell guesses from good features
+        return None
     if max(figure for figure in figures if figure is not None) > limit:
         return None
     return Finding(

@@ -124,7 +124,7 @@ def queue_remarks(method: Method, images: int, batch: int) -> list[str]:
 
 
 def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: Size) -> None:
-    """Raises ConfigError if a CPU computes wrong gradients of the encoder in bf16.
+    """Raises ConfigError if a CPU gets a convolution of the encoder wrong in bf16.
 
     size: of the images.
     """
@@ -132,6 +132,6 @@ def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: Size) ->
         return
     if wrong := wrong_in_bf16(encoder, size):
         raise ConfigError(
-            f"train.precision: a CPU computes wrong gradients of {wrong} in bf16 at "
+            f"train.precision: a CPU computes a wrong result or gradient of {wrong} in bf16 at "
             f"augment.size {pixels_text(size)}; take fp32, or larger views"
         )
