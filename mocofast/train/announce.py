@@ -110,6 +110,12 @@ def announce_continuation(state: RunState, world_size: int) -> None:
             "image files have other times than at the checkpoint: a copy, or files of other "
             "content and equal sizes (--data.checksum true tells)"
         )
+    if state.precision_before not in ("", state.precision):
+        log.warning(
+            "the checkpoint is of a run in %s, and the run goes on in %s (train.precision)",
+            state.precision_before,
+            state.precision,
+        )
     if state.ranks_before != world_size:
         log.warning(
             "the checkpoint is of %d ranks, and the run goes on with %d: a rank has another share "

@@ -5,7 +5,7 @@ reads the file:
     format, version, config (nested dictionaries), sizes (numbers of images and classes)
     model, optimizer (state dicts), method_random_state, random_states (one per rank)
     step, epoch, step_in_epoch (position in the data stream), windows (sums of metrics, per rank)
-    threads (that computed on a CPU)
+    threads (that computed on a CPU), precision (fp32, bf16 or fp16)
     data (fingerprint of the images, skipped files, stamp of the image files)
     before, after (kNN figures), measured_at, evaluation_due
     left_out (steps whose batch the model does not see)
@@ -62,6 +62,7 @@ class RunState:
     best: highest knn_top1 after an epoch. since_best: evaluations after the best evaluation.
     left_out: steps, counted from 1, whose batch the model does not see (train.skip_nonfinite).
     ranks_before: number of ranks that wrote the checkpoint to continue from.
+    precision: fp32, bf16 or fp16. precision_before: of the checkpoint, "" for not known.
     changed: what differs in the image files since the checkpoint, as `stamps.changed`.
     sharding: of a model that is sharded over the ranks.
     """
@@ -85,6 +86,8 @@ class RunState:
     since_best: int = 0
     left_out: tuple[int, ...] = ()
     ranks_before: int = 0
+    precision: str = "fp32"
+    precision_before: str = ""
     changed: str = ""
     sharding: Sharding | None = None
 
@@ -185,6 +188,7 @@ class RunState:
             },
             "sizes": self.sizes,
             "threads": torch.get_num_threads(),
+            "precision": self.precision,
             "before": self.before,
             "after": self.after,
             "evaluation_due": self.evaluation_due,
@@ -235,6 +239,7 @@ class RunState:
         # Earlier checkpoints have no best value. The next evaluation is then the first to count.
         self.best, self.since_best = saved.get("best", 0.0), saved.get("since_best", 0)
         self.left_out = tuple(saved.get("left_out", ()))
+        self.precision_before = saved.get("precision", "")
         if self.scaler is not None and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.loader.skipped.update(saved["data"]["skipped"])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Batch
-from mocofast.device import loss_scaler, run_autocast
+from mocofast.device import loss_scaler, run_autocast, short_name
 from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped, EvaluationTooLongError
 from mocofast.evaluate.monitor import KNNMonitor
@@ -42,7 +42,7 @@ from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, PendingWindow, duration, memory_gib
 from mocofast.train.profile import STEPS, StepProfiler
 from mocofast.train.result import Result
-from mocofast.train.resume import check_same_run, find_checkpoint
+from mocofast.train.resume import check_same_run, find_checkpoint, keep_precision
 from mocofast.train.run_folder import PretrainingFolder, StepLine
 from mocofast.train.sharded_writer import ShardedCheckpointWriter
 from mocofast.train.sharding import is_sharded
@@ -75,6 +75,7 @@ class Run:
         saved = find_checkpoint(self.path, resume, whole=not sharded)
         if saved is not None:
             check_same_run(config, saved, extend)
+            keep_precision(config, saved, device)
         else:
             check_unused(self.path)
 
@@ -88,6 +89,7 @@ class Run:
         encoder = self.state.whole_encoder()
         set_threads(encoder, config, device, world_size, saved)
         self.autocast = run_autocast(config, encoder, device)
+        self.state.precision = short_name(self.autocast)
         self.state.scaler = loss_scaler(self.autocast, mode)
         for size in {config.augment.size, *config.augment.training_sizes()}:
             check_gradients(self.autocast, encoder, size)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mocofast import settings
 from mocofast.config import Config, ConfigError
 from mocofast.optim.schedule import cooldown_start
@@ -72,6 +74,8 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run.
 
     extend: options of FREE_TO_EXTEND may differ.
+
+    (`train.precision` may be auto, see `keep_precision`.)
     """
     check_entries(state, to_continue=True)
     now, then = settings.to_dict(config), state["config"]
@@ -85,6 +89,8 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     for group in settings.groups(config.model.method):
         for key, value in now[group].items():
             name = f"{group}.{key}"
+            if (name, value) == ("train.precision", "auto"):
+                continue
             if not name.startswith(free) and value != then.get(group, {}).get(key, value):
                 may_extend = name.startswith(FREE_TO_EXTEND)
                 raise ConfigError(
@@ -92,3 +98,18 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
                     + ("--extend continues with the new value. " * may_extend)
                     + "To change this option, start a new run (another --train.dir, no --resume)"
                 )
+
+
+def keep_precision(config: Config, state: dict[str, Any], device: torch.device) -> None:
+    """Sets `train.precision` auto to the precision of the checkpoint's run.
+
+    auto stays where the run had it, too, but on a CPU for a run that computed in fp32: an earlier
+    version, or another CPU, took fp32 where this CPU takes bf16.
+    """
+    if config.train.precision != "auto":
+        return
+    then: str = state["config"]["train"].get("precision", "auto")
+    # Earlier checkpoints name no precision, and auto was fp32 on CPUs.
+    if then == "auto" and device.type == "cpu" and state.get("precision", "fp32") == "fp32":
+        then = "fp32"
+    config.train.precision = then
