@@ -104,6 +104,7 @@ def run(folder: Path, steps: int, resume: str = "", **options: Any) -> None:
     small = {"model.arch": "vit_micro_cifar", "model.queue_size": 256, "data.batch_size": 64}
     quiet = {"knn.every": 0, "knn.start": False, "data.workers": 0, "train.hang_after": 0}
     often = {"checkpoint.every_steps": 3, "train.log_every": 1, "train.device": "cpu"}
+    often |= {"train.precision": "fp32"}  # bf16 rounds what ranks exchange
     place = {"train.dir": str(folder), "train.max_steps": steps}
     settings.apply(config, {**small, **quiet, **often, **place, **options})
     train(config, resume)

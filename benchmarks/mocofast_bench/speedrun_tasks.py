@@ -107,7 +107,6 @@ TASKS = {
         "cifar10_moco_v3",
         both={
             "model.arch": "vit_tiny_cifar",
-            "model.hidden_dim": 1024,
             "optim.name": "adamw",
             "optim.lr_per": 0,
             "optim.weight_decay": 0.1,
@@ -115,6 +114,7 @@ TASKS = {
             "data.loader": "device",
         },
         shortened={
+            "model.hidden_dim": 1024,
             "train.epochs": 10,
             "data.batch_size": 128,
             "optim.lr": 0.0003,
@@ -135,6 +135,8 @@ TASKS = {
             SIMCLR | {"optim.lr": 0.001, "model.token_dropout": 0.5, "train.epochs": 4},
             SIMCLR | {"optim.lr": 0.001, **small_first(4, 5)},
             {"optim.lr": 0.001, **small_first(5, 6)},
+            SIMCLR | {"optim.lr": 0.001, **small_first(3, 4)},
+            SIMCLR | {"optim.lr": 0.001, **small_first(2, 3)},
         ),
         evaluations=5,
     ),
