@@ -71,6 +71,16 @@ def test_some_rows_alone_get_their_own_sums() -> None:
     assert torch.equal(some, every[32:]) and output is None and above is None
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_single_row_may_have_any_stride(dtype: torch.dtype) -> None:
+    row, keys = features(0, 1, 24).to(dtype), features(1, 30, 24).to(dtype)
+    column = row.t().contiguous().t()  # stride 1 between rows, of which there is one
+    assert column.stride() == (1, 1)
+    sums = [sweep_of(x).sums(keys, slice(0, 1), False, None, True)[:2] for x in (row, column)]
+    for one, other in zip(*sums):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
 def test_powers_of_two_are_exact_to_two_ulp_and_keep_inf_and_nan() -> None:
     logits = torch.cat([torch.linspace(-125, 127, 1023), torch.tensor([math.inf, -math.inf])])
     logits = torch.cat([logits, torch.tensor([math.nan, 128.0, -200.0, 0.0, -1.0])])

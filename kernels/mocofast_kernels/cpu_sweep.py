@@ -73,8 +73,9 @@ class Sweep:
         """rows: (N, C) float32, or bfloat16 with an even C."""
         self._sweep = _Sweep(("sweep_keys", found))
         self.count, self.dtype = len(rows), rows.dtype
-        words = rows.contiguous().view(torch.int32)  # of bfloat16 two numbers
-        self.depth = words.shape[1]
+        self.depth = rows.shape[1] * rows.element_size() // 4  # words, of bfloat16 two numbers
+        # (A single row is contiguous with any stride, which a view of words must divide.)
+        words = rows.contiguous().view(-1).view(torch.int32).view(len(rows), self.depth)
         padded = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % LANES))
         self.panels = padded.view(-1, LANES, self.depth).transpose(1, 2).contiguous()
 
