@@ -14,7 +14,7 @@ from mocofast_bench.processes import on_ranks
 from mocofast import settings
 from mocofast.data.sources import load_datasets
 from mocofast.evaluate.features import EvaluationStopped, EvaluationTooLongError
-from mocofast.evaluate.monitor import KNNMonitor
+from mocofast.evaluate.monitor import KNNMonitor, _Forecast
 from mocofast.models.encoders import TinyResNet
 from mocofast.train.run import train
 
@@ -61,6 +61,30 @@ def test_only_a_clear_forecast_ends_an_evaluation() -> None:
     with pytest.raises(EvaluationTooLongError) as caught:
         monitor().evaluate(TinyResNet(8), limit=1e-6)
     assert 0 < caught.value.seconds < 600
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ends_after"),
+    [
+        ([5.0] + [0.1] * 199, 200),  # a slow start, as of a GPU: 25 s in all
+        ([5.0] + [1.0] * 199, 2),  # 204 s in all
+        ([30.0] + [0.1] * 199, 1),  # the first batches cannot wait for the others
+    ],
+)
+def test_the_start_of_an_evaluation_is_no_forecast_of_the_rest(
+    seconds: list[float], ends_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    forecast = _Forecast(200 * 256, limit=60)
+    image = torch.zeros(256, 1), None, torch.arange(256)
+    done, predicted = 0, math.inf
+    try:
+        for done, _ in enumerate(forecast.of([image] * 200, at_once=1, world_size=1), 1):
+            now += seconds[done - 1]
+    except EvaluationTooLongError as error:
+        predicted = error.seconds
+    assert done == ends_after and predicted > 60
 
 
 def ended_by(rank: int) -> list[str]:

@@ -170,6 +170,7 @@ class _Forecast:
         """images: of the whole evaluation. limit: seconds of the whole evaluation."""
         self._images, self._limit = images, limit
         self._began, self._done = time.perf_counter(), 0
+        self._first: tuple[float, int] | None = None  # seconds and images of the first batches
 
     def of(self, batches: Iterable[Images], at_once: int, world_size: int) -> Iterator[Images]:
         """Yields the batches. Raises EvaluationTooLongError between two.
@@ -188,9 +189,16 @@ class _Forecast:
 
     def _check(self) -> None:
         passed = time.perf_counter() - self._began
-        predicted = passed * self._images / self._done
-        # The first batches load kernels, so an early prediction must be clear.
-        if predicted > self._limit * (1 + 1 / passed):
+        left = self._images - self._done
+        if self._first is None:
+            # The first batches start the loader and load kernels, so they tell of the others only
+            # where they take long.
+            self._first = passed, self._done
+            predicted = passed + passed / self._done * left if passed > self._limit / 10 else 0.0
+        else:
+            seconds, images = self._first
+            predicted = passed + (passed - seconds) / (self._done - images) * left
+        if predicted > self._limit * (1 + 1 / passed):  # an early prediction must be clear
             raise EvaluationTooLongError(predicted)
 
 
