@@ -181,6 +181,21 @@ def test_blocks_are_skipped_in_train_mode_alone() -> None:
         add_drop_path(tiny_encoder(), 0.1)
 
 
+def test_a_network_that_a_cpu_gets_wrong_in_bf16_is_tuned_in_fp32() -> None:
+    datasets, config = bright_datasets()
+    options = FinetuneConfig(epochs=1, batch_size=32)
+
+    def scores(arch: str, enabled: bool) -> Tensor:
+        torch.manual_seed(0)
+        encoder = build_encoder(arch, config.augment.size)(num_classes=2)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        return train_classifier(encoder, datasets, config, options, CPU, autocast).scores
+
+    assert torch.equal(scores("resnet18", True), scores("resnet18", False))
+    right = "vit_micro_cifar"
+    assert not torch.equal(scores(right, True), scores(right, False))
+
+
 def test_mixtures_train_a_vit_with_all_options(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="mocofast")
     pytest.importorskip("timm")

@@ -20,6 +20,7 @@ from mocofast.config import Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
+from mocofast.device import choose_autocast, short_name, wrong_in_bf16
 from mocofast.distributed import rank_and_world_size
 from mocofast.errors import NothingDecodedError
 from mocofast.evaluate.features import evaluating, image_batches
@@ -103,6 +104,7 @@ def train_classifier(
     datasets: labelled train and validation images (ConfigError otherwise).
     config: the run's configuration. View size, pixel statistics, flips, loader, workers,
         `data.target` and seed are used.
+    autocast: fp32 takes the place of bf16 on a CPU where `wrong_in_bf16` names a convolution.
     on_epoch: called after every epoch with the predictions for the validation images.
     Call on every rank.
     Returns the predictions for `datasets.val` at the end.
@@ -113,6 +115,9 @@ def train_classifier(
             "data.path: fine-tuning needs labelled images, some of them held out; "
             f"got {datasets.note}"
         )
+    bf16_on_cpu = device.type == "cpu" and short_name(autocast) == "bf16"
+    if bf16_on_cpu and wrong_in_bf16(encoder, config.augment.size):
+        autocast = choose_autocast("fp32", device)
     targets = targets_of(datasets.train.classes, config.data.target)
     # Labelled images: one plain view of every image.
     rank, world_size = rank_and_world_size()
