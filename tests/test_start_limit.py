@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def ended_by(rank: int) -> list[str]:
     for stops in (False, True):
         limit = 1e-6 if rank == 1 else math.inf
         try:
-            monitor().evaluate(TinyResNet(8), lambda at=stops: at and rank == 0, limit)  # type: ignore[misc]
+            stopped = partial(bool, stops and rank == 0)
+            monitor().evaluate(TinyResNet(8), stopped, limit)
             names.append("nothing")
         except (EvaluationStopped, EvaluationTooLongError) as error:
             names.append(type(error).__name__)
