@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mocofast import completion, interrupts, settings
+from mocofast import completion, interrupts, openmp, settings
 from mocofast.errors import (
     ConfigError,
     DivergedError,
@@ -107,8 +107,8 @@ def _run(commands: Commands, argv: list[str]) -> int:
         return 2
     # Read when PyTorch loads. Benchmarks of ops measure what a user of the ops gets.
     as_users = name != "bench" or rest[:1] in (["train"], ["step"])
-    if as_users and "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if as_users:
+        openmp.wait_briefly()
     try:
         return commands[name](rest)
     except DivergedError as error:

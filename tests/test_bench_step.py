@@ -17,6 +17,7 @@ from mocofast_bench.commands import BENCHMARKS, benchmark, main
 
 from mocofast.config import Config, ConfigError
 from mocofast.settings import load_recipe
+from mocofast.usage import Usage, usage
 from tests import runs
 
 CPU = torch.device("cpu")
@@ -312,9 +313,9 @@ def test_all_runs_every_short_benchmark_with_its_defaults(
 
 
 def test_a_busy_machine_is_told_from_a_quiet_machine() -> None:
-    before = neighbours.Usage(wall=10.0, busy=5.0, own=1.0, stolen=0.5)
+    before = Usage(wall=10.0, busy=5.0, own=1.0, stolen=0.5)
     cores = os.cpu_count() or 1
-    after = neighbours.Usage(wall=20.0, busy=5.0 + 8.0 * cores, own=1.0 + 6.0 * cores, stolen=0.5)
+    after = Usage(wall=20.0, busy=5.0 + 8.0 * cores, own=1.0 + 6.0 * cores, stolen=0.5)
     assert neighbours.between(before, after) == pytest.approx((0.2, 0.0))
     row = {"sgd": {"milliseconds": {"a": 10.0}, "quartiles": {"a": [9.0, 13.0]}}}
     assert neighbours.spread(row) == pytest.approx(0.4)
@@ -325,9 +326,9 @@ def test_a_busy_machine_is_told_from_a_quiet_machine() -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_the_work_of_this_process_is_its_own() -> None:
-    before = neighbours.usage()
+    before = usage()
     spin([])
-    after = neighbours.usage()
+    after = usage()
     assert before is not None and after is not None
     assert after.own - before.own == pytest.approx(SPIN, abs=0.03)
     assert after.busy >= before.busy and after.wall > before.wall

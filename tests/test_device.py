@@ -80,10 +80,13 @@ def test_bf16_is_refused_where_gradients_would_be_wrong() -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert device.wrong_in_bf16(network, 16) == "layer4.0.conv1"
     assert device.wrong_in_bf16(network, 32) == ""
-    check_gradients(choose_autocast("auto", CPU), network, 16)
-    check_gradients(choose_autocast("bf16", CPU), network, 32)
+    config = load_recipe("digits")
+    config.augment.size = 32
+    check_gradients(choose_autocast("bf16", CPU), network, config)
+    config.augment.size = 16
+    check_gradients(choose_autocast("auto", CPU), network, config)
     with pytest.raises(ConfigError, match=r"layer4\.0\.conv1 in bf16 at augment\.size 16"):
-        check_gradients(choose_autocast("bf16", CPU), network, 16)
+        check_gradients(choose_autocast("bf16", CPU), network, config)
     assert all(part.training for part in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(part._forward_pre_hooks for part in network.modules())

@@ -23,7 +23,13 @@ FLOORS = [
     {"mocofast.lazy"},
     {"mocofast"},  # the package itself: its version, and lazy names
     {"mocofast.completion", "mocofast.errors", "mocofast.interrupts", "mocofast.option"},
-    {"mocofast.log_format", "mocofast.plugins", "mocofast.view_sizes"},
+    {
+        "mocofast.log_format",
+        "mocofast.openmp",
+        "mocofast.plugins",
+        "mocofast.usage",
+        "mocofast.view_sizes",
+    },
     {"mocofast.data_config"},
     {
         "mocofast.config",

@@ -45,7 +45,7 @@ def test_a_run_leaves_out_a_long_evaluation_before_training(
     # A limit that no evaluation keeps. The second run asks for no evaluation.
     limited = run("limited", start_limit=1e-9)
     said = capsys.readouterr().out
-    assert re.search(r"no kNN before training: it would take about \d+:\d\d \(knn\.start_limit: "
+    assert re.search(r"no kNN before training: it would take about \d+ s \(knn\.start_limit: "
                      r"1e-09 s\)", said)  # fmt: skip
     assert "after:  kNN accuracy" in said
     without = run("without", start=False)

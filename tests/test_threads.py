@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from mocofast.config import Config
 from mocofast.data.loaders import count_workers
 from mocofast.device import choose_threads
 from mocofast.models.encoders import build_encoder
+from mocofast.openmp import waits_briefly
 from mocofast.train import threads
-from mocofast.train.threads import operations, set_threads, waits_asleep
+from mocofast.train.threads import operations, set_threads
+from mocofast.usage import cores_of_others, usage
 from tests.runs import environment
 
 CPU = torch.device("cpu")
@@ -52,6 +56,7 @@ def test_all_cores_compute_where_threads_sleep_and_a_network_is_large() -> None:
 
 def test_only_large_networks_get_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(threads, "cores_of_others", lambda _: 0.0)
     for arch, size, expected in (("resnet_tiny", 8, 1), ("resnet18", 64, CORES)):
         c = config(arch, size)
         network = encoder(c).train()
@@ -61,22 +66,59 @@ def test_only_large_networks_get_all_cores(monkeypatch: pytest.MonkeyPatch) -> N
         assert operations(network, c) <= threads.at_most(network, c)
 
 
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_a_large_network_leaves_cores_to_busy_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    c = config("resnet18", 64)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CORES)]
+    try:
+        while cores_of_others(0.1) < 1:
+            pass
+        said = set_threads(encoder(c), c, CPU)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert torch.get_num_threads() == CORES // 2
+    assert f"computes on {CORES // 2} of {CORES} cores: other processes use" in said[0]
+    # A small network looks at nobody.
+    monkeypatch.setattr(threads, "cores_of_others", lambda _: pytest.fail("looked"))
+    small = config("resnet_tiny", 8)
+    assert set_threads(encoder(small), small, CPU) == []
+    assert torch.get_num_threads() == 1
+
+
+def test_this_process_is_none_of_the_others() -> None:
+    began = usage()
+    if began is None:
+        pytest.skip("the system does not tell")
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    after = usage()
+    assert after is not None
+    assert after.own - began.own == pytest.approx(0.3, abs=0.1)
+    assert after.busy - began.busy >= 0.2
+    assert 0 <= cores_of_others(0.1) <= (os.cpu_count() or 1) + 0.5
+
+
 def test_the_operations_of_a_network_are_those_of_its_layers() -> None:
     c = config("resnet18", 224)
     # 1.82 G multiply-adds an image (He et al. 2015, arXiv:1512.03385, table 1), 2 operations each.
     assert operations(encoder(c), c) == pytest.approx(32 * 2 * 1.82e9, rel=0.02)
 
 
-def test_waiting_threads_sleep_only_if_the_environment_says_so(
+def test_waiting_threads_sleep_soon_only_if_the_environment_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert not waits_asleep()
+    assert not waits_briefly()
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    assert waits_asleep()
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # GNU OpenMP's own variable wins
-    assert not waits_asleep()
-    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
-    assert waits_asleep()
+    assert waits_briefly()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300000")  # GNU OpenMP's own variable wins
+    assert not waits_briefly()
+    for spins in ("0", "1000"):
+        monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+        assert waits_briefly()
 
 
 def test_a_continued_run_keeps_its_number_and_a_users_number_stays(
@@ -101,12 +143,20 @@ def test_the_command_asks_for_sleeping_threads_before_torch_loads() -> None:
         "assert 'torch' not in sys.modules\n"
         "cli.COMMANDS['doctor'] = lambda _: 0\n"
         "cli.main(['doctor'])\n"
-        "print(os.environ['OMP_WAIT_POLICY'])"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["passive"]
+    for chosen, expected in (
+        ({}, ["passive", "1000"]),
+        ({"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "7"}, ["active", "7"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment(), **chosen},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == expected
 
 
 def test_a_checkpoint_holds_the_number(tmp_path: Path) -> None:

@@ -163,9 +163,10 @@ def _in_own_process(words: Sequence[str]) -> None:
 
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     from mocofast.device import choose_device
+    from mocofast.usage import usage
     from mocofast_bench import neighbours, timing
 
-    before = neighbours.usage()
+    before = usage()
     head = {"benchmark": arguments.name, **timing.environment(choose_device(arguments.device))}
     parts = [head]
     timing.SO_FAR.clear()
@@ -176,7 +177,7 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
         if parts[1:] or timing.SO_FAR:
             _save({**parts[-1], "so_far": timing.SO_FAR, "unfinished": True}, arguments.save)
         raise
-    after = neighbours.usage()
+    after = usage()
     others = neighbours.between(before, after) if before and after else None
     if others is not None:
         row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}

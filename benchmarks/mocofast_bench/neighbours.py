@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import os
-import resource
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from mocofast.usage import Usage
 
 OTHERS = 0.05  # share of all cores that other processes may use
 STOLEN = 0.02  # share of all cores that the host may give to other machines
 SPREAD = 0.25  # median of (third quartile - first quartile) / median, over all sides
-
-
-class Usage(NamedTuple):
-    """Time since the start of the machine, in seconds of one core."""
-
-    wall: float
-    busy: float  # all processes
-    own: float  # this process and the children that have ended
-    stolen: float  # taken by the host of a virtual machine
 
 
 class Neighbours(NamedTuple):
@@ -28,21 +18,6 @@ class Neighbours(NamedTuple):
 
     others: float
     stolen: float
-
-
-def usage() -> Usage | None:
-    """Returns the usage of the machine. None where the system does not tell."""
-    try:
-        text = Path("/proc/stat").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    tick = os.sysconf("SC_CLK_TCK")
-    user, nice, system, _, _, irq, soft, stolen = (int(n) / tick for n in text.split()[1:9])
-    own = sum(
-        used.ru_utime + used.ru_stime
-        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    )
-    return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
 
 
 def between(before: Usage, after: Usage) -> Neighbours:

@@ -33,8 +33,11 @@ class EvaluationTooLongError(Exception):
 
     def __init__(self, seconds: float) -> None:
         """seconds: of the whole evaluation, predicted."""
-        super().__init__(seconds)
+        super().__init__(seconds)  # pickles
         self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"it would take about {self.seconds:.0f} s"
 
 
 def image_batches(

@@ -24,7 +24,7 @@ from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
 from mocofast.train.sharding import Sharding, check_shardable, is_sharded
-from mocofast.view_sizes import Size, pixels_text
+from mocofast.view_sizes import pixels_text
 
 
 def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
@@ -123,15 +123,16 @@ def queue_remarks(method: Method, images: int, batch: int) -> list[str]:
     ]
 
 
-def check_gradients(autocast: torch.autocast, encoder: nn.Module, size: Size) -> None:
+def check_gradients(autocast: torch.autocast, encoder: nn.Module, config: Config) -> None:
     """Raises ConfigError if a CPU gets a convolution of the encoder wrong in bf16.
 
-    size: of the images.
+    config: gives the sizes of the views.
     """
     if autocast.device != "cpu" or short_name(autocast) != "bf16":
         return
-    if wrong := wrong_in_bf16(encoder, size):
-        raise ConfigError(
-            f"train.precision: a CPU computes a wrong result or gradient of {wrong} in bf16 at "
-            f"augment.size {pixels_text(size)}; take fp32, or larger views"
-        )
+    for size in {config.augment.size, *config.augment.training_sizes()}:
+        if wrong := wrong_in_bf16(encoder, size):
+            raise ConfigError(
+                f"train.precision: a CPU computes a wrong result or gradient of {wrong} in bf16 at "
+                f"augment.size {pixels_text(size)}; take fp32, or larger views"
+            )

@@ -87,26 +87,25 @@ class Run:
         mode, reason = choose_mode(config.engine.mode, device, world_size, sharded)
         self.state = new_state(config, datasets, device, rank, world_size)
         encoder = self.state.whole_encoder()
-        set_threads(encoder, config, device, world_size, saved)
+        crowded = set_threads(encoder, config, device, world_size, saved)
         self.autocast = run_autocast(config, encoder, device)
         self.state.precision = short_name(self.autocast)
         self.state.scaler = loss_scaler(self.autocast, mode)
-        for size in {config.augment.size, *config.augment.training_sizes()}:
-            check_gradients(self.autocast, encoder, size)
+        check_gradients(self.autocast, encoder, config)
         self.monitor = KNNMonitor.of(datasets, config, device)
         if config.knn.patience and self.monitor is None:
             raise ConfigError("knn.patience: expected 0 for images without labels to evaluate on")
         self.pace = self.state.pace
         self.total_steps = self.pace.before(config.train.epochs)
         self.schedule = scaled_by_batch(config.optim, config.data.batch_size)
-        self.first_lines: list[str] = []
+        self.remarks: list[str] = []
         if saved is not None:
-            self.first_lines = self.state.restore(saved, extend)
+            self.remarks = self.state.restore(saved, extend)
         elif initialise is not None:
-            self.first_lines = self.state.initialise(initialise)
+            self.remarks = self.state.initialise(initialise)
 
         # All checks are done, so a run that is refused leaves no files behind. Now open the files.
-        self.first_lines += skip_fatal_files(self.state.loader, self.state.source, self.path)
+        self.remarks += skip_fatal_files(self.state.loader, self.state.source, self.path)
         resumed_step = self.state.step if saved else None
         self.folder = PretrainingFolder(self.path, config, resumed_step) if rank == 0 else None
         self.writer = None
@@ -130,10 +129,10 @@ class Run:
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         self.watch: Watch | Attendant | None = None
         if rank == 0:
-            lines = [f"engine {mode}: {reason}", *self.first_lines, f"writing to {self.path}"]
+            lines = [f"engine {mode}: {reason}", *crowded, *self.remarks, f"writing to {self.path}"]
             seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
             announce(*seen, lines, resumed_step)
-            pretrained = bool(self.first_lines)
+            pretrained = bool(self.remarks)
             self.watch = Watch(self.path, config, model, datasets, resumed_step, pretrained)
         elif sharded:
             self.watch = Attendant(model)
@@ -149,7 +148,9 @@ class Run:
         try:
             untrained = state.step == 0 and self.config.knn.start
             interrupted = (untrained or state.evaluation_due) and not self._evaluate(stop)
-            with self._progress_bar(last_step) as bar, garbage_collection_paused():
+            hidden = self.folder is None or not sys.stderr.isatty()
+            bar = tqdm(total=last_step, initial=state.step, unit="step", disable=hidden)
+            with bar, garbage_collection_paused():
                 state.window.start_clock()
                 while state.step < last_step and not interrupted and not self._plateaued():
                     # The first step compiles, and loads kernels.
@@ -263,8 +264,7 @@ class Run:
         assert self.batches is not None
         for _ in self.batches:  # lets the loader end its epoch
             raise RuntimeError(f"loader: too many batches in epoch {self.state.epoch}")
-        self.batches = None
-        self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+        self.batches, self.state.epoch, self.state.step_in_epoch = None, self.state.epoch + 1, 0
         every = self.config.knn.every
         last = self.state.epoch == self.config.train.epochs
         if last or (every and self.state.epoch % every == 0):
@@ -325,9 +325,8 @@ class Run:
         check_weights(tensors, self.state.step, self.rate)
 
     def _evaluate(self, stop: StopRequest, write: bool = True) -> bool:
-        """Runs the kNN monitor, if there are labels. Returns False if `stop` ended it early.
+        """Runs the kNN monitor, if there are labels. False: a continued run evaluates first.
 
-        A continued run then evaluates first.
         write: write the figures. A run that train.max_steps stopped does not, because the
             continued run writes the metrics of a run that never stopped.
         """
@@ -349,18 +348,13 @@ class Run:
             log.info("evaluation stopped; a continued run evaluates first")
             return False
         except EvaluationTooLongError as error:
-            log.info(
-                "no kNN before training: it would take about %s (knn.start_limit: %g s)",
-                duration(error.seconds),
-                limit,
-            )
+            log.info("no kNN before training: %s (knn.start_limit: %g s)", error, limit)
             state.evaluation_due = False
-            state.window.end_pause(pause)
-            return True
-        state.measured(figures, counts=write)
-        if self.folder is not None and write:
-            when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
-            self.folder.write_evaluation(state.step, state.epochs_done(), state.after, when)
+        else:
+            state.measured(figures, counts=write)
+            if self.folder is not None and write:
+                when = "before training" if state.step == 0 else f"after epoch {state.epoch}"
+                self.folder.write_evaluation(state.step, state.epochs_done(), state.after, when)
         state.window.end_pause(pause)
         return True
 
@@ -377,10 +371,6 @@ class Run:
             self.folder.write_skipped({name(index): reason for index, reason in skipped.items()})
         with self.heart.patient("the copy of the checkpoint, or the write of the last"):
             self.writer.save(content)
-
-    def _progress_bar(self, last_step: int) -> tqdm[Any]:
-        hidden = self.folder is None or not sys.stderr.isatty()
-        return tqdm(total=last_step, initial=self.state.step, unit="step", disable=hidden)
 
     def _finish(self, interrupted: bool, seconds: float) -> None:
         """Logs how the run ended, and finishes the files. seconds: duration of the run."""

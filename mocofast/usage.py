@@ -1,0 +1,47 @@
+"""How the cores of this machine are used, by this process and by others."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Time since the start of the machine, in seconds of one core."""
+
+    wall: float
+    busy: float  # all processes
+    own: float  # this process and the children that have ended
+    stolen: float  # taken by the host of a virtual machine
+
+
+def usage() -> Usage | None:
+    """Returns the usage of the machine. None where the system does not tell."""
+    try:
+        text = Path("/proc/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, soft, stolen = (int(n) / tick for n in text.split()[1:9])
+    own = sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+    return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
+
+
+def cores_of_others(seconds: float) -> float:
+    """Returns how many cores other processes use, on average of the next seconds, while this waits.
+
+    0 where the system does not tell.
+    """
+    before = usage()
+    time.sleep(seconds)
+    after = usage()
+    if before is None or after is None:
+        return 0.0
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return max(0.0, others) / (after.wall - before.wall)
