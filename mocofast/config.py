@@ -270,7 +270,7 @@ class KNNConfig:
     )
     start: bool = option(True, "also evaluate the untrained encoder, before the first step")
     start_limit: float = option(
-        60,
+        5,
         "seconds; the untrained encoder is not evaluated if this would take longer, as its first "
         "images predict; 0 means no limit",
         valid=at_least(0),
