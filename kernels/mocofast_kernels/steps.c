@@ -44,8 +44,6 @@ static inline void *tensor(const struct table *table, int column, int64_t row) {
 
 /* Elements between a step and its average. The tensors of a block stay in the fastest cache. */
 #define BLOCK 512
-/* Elements of a place before the next place, where an average is all there is to do. */
-#define TURN 256
 
 /* The numbers of a step of SGD or AdamW. */
 struct rule {

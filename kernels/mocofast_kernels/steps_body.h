@@ -19,16 +19,6 @@ static void NAME(average)(float *restrict t, const float *restrict s, int64_t co
     for (int64_t i = 0; i < count; i++) t[i] = MULTIPLY_ADD(-rest, s[i] - t[i], s[i]);
 }
 
-/* Averages long tensors at four places in turns: memory is read ahead at every place, so a pass over
- * two tensors takes .88 of its time. */
-static void NAME(average_alone)(float *t, const float *s, int64_t count, float w) {
-  int64_t quarter = count / 4 / TURN * TURN;
-  for (int64_t i = 0; i < quarter; i += TURN)
-    for (int64_t place = i; place < 4 * quarter; place += quarter)
-      NAME(average)(t + place, s + place, TURN, w);
-  NAME(average)(t + 4 * quarter, s + 4 * quarter, count - 4 * quarter, w);
-}
-
 static void NAME(descend)(float *restrict p, const float *restrict g, int64_t count, float lr,
                           float decay) {
   for (int64_t i = 0; i < count; i++) p[i] = MULTIPLY_ADD(-lr, MULTIPLY_ADD(decay, p[i], g[i]), p[i]);
@@ -40,6 +30,25 @@ static void NAME(sgd)(float *restrict p, const float *restrict g, float *restric
     b[i] = MULTIPLY_ADD(momentum, b[i], MULTIPLY_ADD(decay, p[i], g[i]));
     p[i] = MULTIPLY_ADD(-lr, b[i], p[i]);
   }
+}
+
+/* `sgd` and `average` in one loop: on Zen 5 a block after the other takes 1.25 times as long. */
+static void NAME(sgd_average)(float *restrict p, const float *restrict g, float *restrict b,
+                              float *restrict t, int64_t count, const struct rule *numbers) {
+  float lr = (float)numbers->lr, decay = (float)numbers->decay;
+  float momentum = (float)numbers->momentum, w = numbers->average, rest = 1.f - w;
+  if (w < 0.5f)
+    for (int64_t i = 0; i < count; i++) {
+      b[i] = MULTIPLY_ADD(momentum, b[i], MULTIPLY_ADD(decay, p[i], g[i]));
+      p[i] = MULTIPLY_ADD(-lr, b[i], p[i]);
+      t[i] = MULTIPLY_ADD(w, p[i] - t[i], t[i]);
+    }
+  else
+    for (int64_t i = 0; i < count; i++) {
+      b[i] = MULTIPLY_ADD(momentum, b[i], MULTIPLY_ADD(decay, p[i], g[i]));
+      p[i] = MULTIPLY_ADD(-lr, b[i], p[i]);
+      t[i] = MULTIPLY_ADD(-rest, p[i] - t[i], p[i]);
+    }
 }
 
 static void NAME(adamw)(float *restrict p, const float *restrict g, float *restrict m,
@@ -80,7 +89,11 @@ static void NAME(make)(const struct table *table, int backwards, int64_t first, 
     if (grad && rule->adamw) numbers = corrected(rule, *steps);
     int64_t begin = start < first ? first - start : 0, stop = (end < last ? end : last) - start;
     if (target && !grad && !copy && !target_copy) {
-      NAME(average_alone)(target + begin, param + begin, stop - begin, rule->average);
+      NAME(average)(target + begin, param + begin, stop - begin, rule->average);
+      continue;
+    }
+    if (grad && !rule->adamw && one && target && !copy && !target_copy) {
+      NAME(sgd_average)(param + begin, grad + begin, one + begin, target + begin, stop - begin, rule);
       continue;
     }
     for (int64_t i = begin; i < stop; i += BLOCK) {
