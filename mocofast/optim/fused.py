@@ -7,8 +7,9 @@ ema: writes t = m t + (1 - m) p for every parameter p and its target t.
 shadows: writes copies of parameters and targets in another dtype (bfloat16, say, for a network
     that computes in bfloat16).
 
-On a GPU step, average and copies are a single pass over memory. A parameter without a gradient
-does not change, but is averaged and copied.
+Step, average and copies are a single pass over memory (on a CPU where the compiled loops of
+`mocofast doctor` serve). A parameter without a gradient does not change, but is averaged and
+copied.
 
 MoCo's paper averages before the keys of the next step. Here a step ends with the average. No
 weights change in between, and the first average is of equal weights, so losses, queue and query
