@@ -19,6 +19,10 @@ static void NAME(average)(float *restrict t, const float *restrict s, int64_t co
     for (int64_t i = 0; i < count; i++) t[i] = MULTIPLY_ADD(-rest, s[i] - t[i], s[i]);
 }
 
+#ifndef AVERAGE_ALONE
+#define AVERAGE_ALONE NAME(average)
+#endif
+
 static void NAME(descend)(float *restrict p, const float *restrict g, int64_t count, float lr,
                           float decay) {
   for (int64_t i = 0; i < count; i++) p[i] = MULTIPLY_ADD(-lr, MULTIPLY_ADD(decay, p[i], g[i]), p[i]);
@@ -89,7 +93,7 @@ static void NAME(make)(const struct table *table, int backwards, int64_t first, 
     if (grad && rule->adamw) numbers = corrected(rule, *steps);
     int64_t begin = start < first ? first - start : 0, stop = (end < last ? end : last) - start;
     if (target && !grad && !copy && !target_copy) {
-      NAME(average)(target + begin, param + begin, stop - begin, rule->average);
+      AVERAGE_ALONE(target + begin, param + begin, stop - begin, rule->average);
       continue;
     }
     if (grad && !rule->adamw && one && target && !copy && !target_copy) {
@@ -112,6 +116,7 @@ static void NAME(make)(const struct table *table, int backwards, int64_t first, 
   }
 }
 
+#undef AVERAGE_ALONE
 #undef MULTIPLY_ADD
 #undef FUSED
 #undef NAME
