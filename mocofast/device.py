@@ -34,6 +34,7 @@ __all__ = [
     "short_name",
     "wide",
     "wrong_in_bf16",
+    "wrong_views",
 ]
 
 
@@ -109,9 +110,7 @@ def run_autocast(config: Config, encoder: nn.Module, device: torch.device) -> to
     """
     precision = config.train.precision
     if precision == "auto" and device.type == "cpu" and faster_in_bf16(config):
-        sizes = {config.augment.size, *config.augment.training_sizes()}
-        wrong = any(wrong_in_bf16(encoder, size) for size in sizes)
-        precision = "fp32" if wrong else "bf16"
+        precision = "fp32" if wrong_views(config, encoder) else "bf16"
     return choose_autocast(precision, device)
 
 
@@ -195,6 +194,17 @@ def wrong_in_bf16(encoder: nn.Module, size: Size) -> str:
         for part, training in modes:
             part.training = training
     return found[0] if found else ""
+
+
+def wrong_views(config: Config, encoder: nn.Module) -> tuple[str, Size] | None:
+    """Returns what `wrong_in_bf16` names, and the size, of the first size of a run's views.
+
+    None: the CPU gets every convolution right at every size.
+    """
+    for size in {config.augment.size, *config.augment.training_sizes()}:
+        if wrong := wrong_in_bf16(encoder, size):
+            return wrong, size
+    return None
 
 
 def precision_note(autocast: torch.autocast, config: Config) -> str:

@@ -45,10 +45,10 @@ def fit(argv: Sequence[str]) -> int:
     memory = arguments.memory or (machine / module.GIB if machine else module.memory_of(gpu))
     if config.train.precision == "auto":
         old = gpu.upper() in module.WITHOUT_BF16 and not arguments.memory
-        without = "fp16" if old else ""
-        if on_cpu and not faster_in_bf16(config):
-            without = "fp32"
-        config.train.precision = without or "bf16"
+        if on_cpu:
+            config.train.precision = "bf16" if faster_in_bf16(config) else "fp32"
+        else:
+            config.train.precision = "fp16" if old else "bf16"
     for line in module.report(config, arguments.ranks, memory, given_settings(arguments)):
         print(line, flush=True)
     return 0

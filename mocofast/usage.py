@@ -29,6 +29,11 @@ def usage() -> Usage | None:
     return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
 
 
+def of_others(before: Usage, after: Usage) -> float:
+    """Returns the seconds of a core that other processes used between two moments."""
+    return max(0.0, (after.busy - before.busy) - (after.own - before.own))
+
+
 def cores_of_others(seconds: float) -> float:
     """Returns how many cores other processes use, on average of the next seconds, while this waits.
 
@@ -39,5 +44,4 @@ def cores_of_others(seconds: float) -> float:
     after = usage()
     if before is None or after is None:
         return 0.0
-    others = (after.busy - before.busy) - (after.own - before.own)
-    return max(0.0, others) / (after.wall - before.wall)
+    return of_others(before, after) / (after.wall - before.wall)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mocofast.usage import Usage
+from mocofast.usage import Usage, of_others
 
 OTHERS = 0.05  # share of all cores that other processes may use
 STOLEN = 0.02  # share of all cores that the host may give to other machines
@@ -23,9 +23,9 @@ class Neighbours(NamedTuple):
 def between(before: Usage, after: Usage) -> Neighbours:
     """Returns the shares of others between two moments."""
     time_of_cores = max(1e-9, after.wall - before.wall) * (os.cpu_count() or 1)
-    others = (after.busy - before.busy) - (after.own - before.own)
     return Neighbours(
-        max(0.0, others) / time_of_cores, max(0.0, after.stolen - before.stolen) / time_of_cores
+        of_others(before, after) / time_of_cores,
+        max(0.0, after.stolen - before.stolen) / time_of_cores,
     )
 
 

@@ -12,7 +12,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice, Loader, view_augments
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled, load_datasets
-from mocofast.device import run_autocast, short_name, wrong_in_bf16
+from mocofast.device import run_autocast, short_name, wrong_views
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.models.encoders import build_encoder
@@ -130,9 +130,9 @@ def check_gradients(autocast: torch.autocast, encoder: nn.Module, config: Config
     """
     if autocast.device != "cpu" or short_name(autocast) != "bf16":
         return
-    for size in {config.augment.size, *config.augment.training_sizes()}:
-        if wrong := wrong_in_bf16(encoder, size):
-            raise ConfigError(
-                f"train.precision: a CPU computes a wrong result or gradient of {wrong} in bf16 at "
-                f"augment.size {pixels_text(size)}; take fp32, or larger views"
-            )
+    if wrong := wrong_views(config, encoder):
+        name, size = wrong
+        raise ConfigError(
+            f"train.precision: a CPU computes a wrong result or gradient of {name} in bf16 at "
+            f"augment.size {pixels_text(size)}; take fp32, or larger views"
+        )
