@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mocofast import completion, interrupts, openmp, settings
+from mocofast import completion, interrupts, memory, openmp, settings
 from mocofast.errors import (
     ConfigError,
     DivergedError,
@@ -109,6 +109,7 @@ def _run(commands: Commands, argv: list[str]) -> int:
     as_users = name != "bench" or rest[:1] in (["train"], ["step"])
     if as_users:
         openmp.wait_briefly()
+        memory.keep_freed()
     try:
         return commands[name](rest)
     except DivergedError as error:

@@ -25,6 +25,7 @@ FLOORS = [
     {"mocofast.completion", "mocofast.errors", "mocofast.interrupts", "mocofast.option"},
     {
         "mocofast.log_format",
+        "mocofast.memory",
         "mocofast.openmp",
         "mocofast.plugins",
         "mocofast.usage",

@@ -52,7 +52,7 @@ def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
     monkeypatch.setattr(deadline, "READ_SECONDS", SECONDS)
     monkeypatch.setattr(deadline, "_hanging", deadline._Hanging())
-    for module in ("kinds", "prepare"):
+    for module in ("kinds", "planning", "prepare"):
         monkeypatch.setattr(f"mocofast.data.{module}.opened", wait)
     yield names
     end.set()

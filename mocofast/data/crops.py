@@ -21,6 +21,8 @@ from mocofast.data.view_ops import only_moves
 # as 1 view. The compiled operators make one view after the other, and calls from Python take 40 us.
 # On a GPU more pixels spread the cost of kernel launches.
 CHUNK_PIXELS = {"operators": 224 * 224, "compiled": 8 * 224 * 224, "cuda": 128 * 224 * 224}
+# A call with fewer pixels takes less time than it takes to wake a thread for it.
+LEAST_PIXELS = 224 * 224 // 2
 
 
 def make_from_images(
@@ -54,7 +56,7 @@ def views_from_images(
 
     images: B images, (H, W, C), uint8 or uint16.
     params: the parameters of B views.
-    pool: the threads (`threads.single_threaded_pool`).
+    pool: the threads, whose operators use one core each (`compute_alone`).
     threads: their number.
 
     Returns views (B, C, H, W), channels-last, and calls that must have ended before the views are
@@ -64,7 +66,8 @@ def views_from_images(
     views = torch.empty((len(images), height, width, images[0].shape[2]), dtype=images[0].dtype)
     most = CHUNK_PIXELS["operators" if compiled()[0] is None else "compiled"]
     # At least two calls for every thread: none waits long for the last call.
-    chunk = max(1, min(most // (height * width), len(images) // (2 * threads)))
+    chunk = max(LEAST_PIXELS // (height * width), len(images) // (2 * threads))
+    chunk = max(1, min(most // (height * width), chunk))
 
     def work(start: int) -> None:
         part = slice(start, start + chunk)

@@ -22,11 +22,13 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from mocofast_kernels.cpu_threads import compute_alone
 from nvidia.dali import Pipeline
 from torch import Tensor
 
@@ -36,15 +38,17 @@ from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
 from mocofast.data.deadline import Call, Readers
 from mocofast.data.interface import Batch, BatchSlice, Source, labels_of, read_seconds
-from mocofast.data.items import Item
+from mocofast.data.items import Item, content_of
 from mocofast.data.journal import Journal
 from mocofast.data.planning import BatchPlan, BatchPlanner
 from mocofast.data.probing import decode_to_ppm, to_ppm, undecodable, unlike_header
 from mocofast.data.producer import Producer
 from mocofast.data.ranges import range_of
 from mocofast.data.scaled import decode_scaled
-from mocofast.data.threads import single_threaded_pool
 from mocofast.errors import describe_error
+
+# What a file gives: its content, or a call that returns the content, or why the file is bad.
+_Read: TypeAlias = "np.ndarray | Call[np.ndarray | str]"
 
 
 class DaliLoader:
@@ -145,7 +149,7 @@ class _Batches:
         self._pixels = pixels
         self._in_memory = pixels is not None or isinstance(source.load(0), np.ndarray)
         self._range = range_of(source)
-        self._pool = single_threaded_pool(self._threads)
+        self._pool = ThreadPoolExecutor(self._threads, "mocofast-views", compute_alone)
         # Other threads than the makers of views, for which reading would wait.
         self._readers = Readers(self._threads, read_seconds(source), "mocofast-read")
         scaled = data.decode == "scaled"
@@ -153,7 +157,7 @@ class _Batches:
             source, augments, batch_slice, seed, self._readers, pixels, scaled, self._note
         )
         # The next batch to decode, whose files are being read
-        self._ahead: tuple[BatchPlan, list[list[Call[np.ndarray | str]]]] | None = None
+        self._ahead: tuple[BatchPlan, list[list[_Read]]] | None = None
         self._pipeline: Pipeline | None = None
         # (height, width) of the crops that the pipeline makes on a GPU, for every view
         self._sizes: list[tuple[int, int]] = []
@@ -200,7 +204,9 @@ class _Batches:
         """Returns the views of the images of a plan. outputs: DALI's."""
         if self._stream is None:
             numbers = range(len(plan.samples))
-            files = [[torch.from_dlpack(output[i]) for i in numbers] for output in outputs]
+            files = [
+                [torch.from_numpy(np.asarray(output[i])) for i in numbers] for output in outputs
+            ]
             started = [
                 views_from_images(
                     files[view % len(files)], params, augment, self._pool, self._threads
@@ -295,28 +301,35 @@ class _Batches:
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _read_next(self) -> tuple[BatchPlan, list[list[Call[np.ndarray | str]]]]:
+    def _read_next(self) -> tuple[BatchPlan, list[list[_Read]]]:
         """Plans the next batch, or the next part of a large batch, and starts to read its files."""
         plan, self._rest = self.planner.parts(self._rest or self.planner.plan(*self._next_plan))
         self._next_plan = (plan.epoch, plan.step)
         if plan.last:
             self._next_plan = self.planner.after(plan.epoch, plan.step)
         self._note(plan.samples)
-        return plan, [
-            [self._readers.submit(self._item, *each) for each in zip(files.tolist(), factors)]
+        reads = [
+            [self._start_read(*each) for each in zip(files.tolist(), factors)]
             for files, factors in zip(self.planner.files(plan.samples), plan.factors)
         ]
+        self.planner.look_ahead(plan)  # after the reads, which come first
+        return plan, reads
+
+    def _start_read(self, file: int, factor: int) -> _Read:
+        """Returns the content that came with the header of a file, or a call of `_item`."""
+        content = self.planner.take(file) if factor == 1 else None
+        return self._readers.submit(self._item, file, factor) if content is None else content
 
     def _note(self, samples: Sequence[int] | np.ndarray) -> None:
         """Notes samples in the journal, beside those inside DALI."""
         if self.journal is not None:
-            inside = (plan.samples for plan in self._unfinished)
-            self.journal.note([*inside, np.asarray(samples, np.int64)])
+            begun = [plan.samples for plan in self._unfinished] + [self.planner.being_read()]
+            self.journal.note([*begun, np.asarray(samples, np.int64)])
 
-    def _result(self, read: Call[np.ndarray | str]) -> np.ndarray | str:
-        """Returns the result of `_item`, or why it does not come in time."""
+    def _result(self, read: _Read) -> np.ndarray | str:
+        """Returns the content of a file, or why it does not come in time."""
         try:
-            return self._readers.result(read)
+            return read if isinstance(read, np.ndarray) else self._readers.result(read)
         except TimeoutError as error:
             return describe_error(error)
 
@@ -340,8 +353,7 @@ class _Batches:
                 return reason or to_ppm(np.asarray(decoded[0]))
             if in_python or isinstance(item, Item) or self.planner.in_python[file]:
                 return decode_to_ppm(item, self._range, self.planner.sizes[file])
-            read: Any = np.frombuffer if isinstance(item, bytes) else np.fromfile
-            return cast("np.ndarray", read(item, dtype=np.uint8))
+            return np.frombuffer(item if isinstance(item, bytes) else content_of(item), np.uint8)
         except Exception as error:  # decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

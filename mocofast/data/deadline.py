@@ -18,6 +18,9 @@ T = TypeVar("T")
 READ_SECONDS = 120.0  # for a local file, to read and to decode it
 # Calls that may hang until a storage counts as stalled as a whole.
 MOST_HANGING = 16
+# A wait for a reader that another thread might have shortened. Small files on a local disk take
+# less: there one thread reads faster than two, which wait for each other at Python's lock.
+PATIENCE = 0.005
 
 _Asked = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -129,13 +132,16 @@ class Readers:
     """
 
     def __init__(self, count: int, seconds: float, name: str = "") -> None:
-        """count: number of threads. seconds: for every call, or infinity. name: of the threads."""
-        self.seconds, self._count, self._name = seconds, count, name
+        """count: largest number of threads, one at first. A wait of PATIENCE starts one more.
+
+        seconds: for every call, or infinity. name: of the threads.
+        """
+        self.seconds, self._count, self._name = seconds, 0, name
+        self._most = count
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running: dict[int, Call[Any]] = {}  # by thread
         self._hanging = _Hanging()
-        for _ in range(count):
-            self._start()
+        self._more()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Call[T]:
         """Starts a call as soon as a thread is free. `result` waits for the result."""
@@ -150,11 +156,15 @@ class Readers:
         calls have.
         """
         while True:
+            slow = self._count < self._most and not self._calls.empty()
+            wait = min(self.seconds, PATIENCE if slow else math.inf)
             try:  # takes less time than futures.wait
-                return call.result(None if math.isinf(self.seconds) else self.seconds)
+                return call.result(None if math.isinf(wait) else wait)
             except futures.TimeoutError:
                 if call.done():  # meanwhile, or with a TimeoutError of its own
                     return call.result()
+            if slow and not self._calls.empty():
+                self._more()
             self._replace_hanging()
             if call.given_up:
                 raise TimeoutError(f"no answer within {self.seconds:g} s")
@@ -168,6 +178,10 @@ class Readers:
                 break
         for _ in range(self._count):
             self._calls.put(None)
+
+    def _more(self) -> None:
+        self._count += 1
+        self._start()
 
     def _start(self) -> None:
         threading.Thread(target=self._work, name=self._name, daemon=True).start()

@@ -115,6 +115,9 @@ def read_header(file: File, wanted: int = 3) -> Header:
         return Header(size.height, size.width, size.format, False, size.deep, size.remark)
     assert not isinstance(file, Item)
     if tags is None:
+        if (found := _plain_jpeg(file)) is not None:
+            check_pixels(*found)
+            return Header(*found, "JPEG", True)
         with open_image(file) as image:
             deep = image.mode[0] in "IF" or wide_color(image)
             return Header(image.height, image.width, image.format or "", _is_plain(image), deep)
@@ -127,6 +130,42 @@ def read_header(file: File, wanted: int = 3) -> Header:
         max(tags.bits) > 8 or set(tags.formats) != {1},
         remark_of(file, tags, _of_file(tags, wanted)),
     )
+
+
+# Markers of JPEG: tables of Huffman codes and of quantisation, restart interval, JFIF, comment
+_TABLES = {0xC4, 0xDB, 0xDD, 0xE0, 0xFE}
+_FRAMES, _SCAN = {0xC0, 0xC2}, 0xDA  # baseline and progressive frames, start of the pixels
+
+
+def _plain_jpeg(file: str | bytes) -> tuple[int, int] | None:
+    """Returns (height, width) of a JPEG of the commonest kind, or None: PIL reads all others.
+
+    Reads contents of files alone, in 3 us. PIL takes 16 us, longer than libjpeg takes to decode
+    an image of 32 pixels. Files with EXIF, a colour profile or unusual segments are PIL's.
+    """
+    if not isinstance(file, bytes) or not file.startswith(b"\xff\xd8\xff"):
+        return None
+    place, size = 2, None
+    while len(file) >= place + 4 and file[place] == 0xFF:
+        marker, begin = file[place + 1], place + 4
+        place += 2 + int.from_bytes(file[place + 2 : begin], "big")
+        if place < begin or place > len(file):
+            return None
+        if marker in _FRAMES:
+            if size is not None or place - begin < 6 or file[begin] != 8:
+                return None
+            if file[begin + 5] not in (1, 3) or place - begin != 6 + 3 * file[begin + 5]:
+                return None
+            height, width = (int.from_bytes(file[begin + i : begin + i + 2], "big") for i in (1, 3))
+            size = (height, width) if height and width else None
+        elif marker == 0xDB:  # PIL refuses a table that is cut short
+            if (place - begin) % 65 or any(file[i] > 15 for i in range(begin, place, 65)):
+                return None
+        elif marker == _SCAN:
+            return size
+        elif marker not in _TABLES:
+            return None
+    return None
 
 
 def _of_file(tags: Tags | None, wanted: int) -> int:

@@ -4,6 +4,7 @@ before decoding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from mocofast.data.interface import (
     source_order,
     view_sources,
 )
-from mocofast.data.items import Item
+from mocofast.data.items import Item, opened
 from mocofast.data.probing import accepts
 from mocofast.data.ranges import range_of
 from mocofast.data.sampling import per_view, sample_views
@@ -33,6 +34,9 @@ from mocofast.errors import describe_error
 DECODED_AT_ONCE = 1 << 26
 # Views whose parameters are sampled together: 2 us a view, and 47 us for the views of 16 images
 SAMPLED_AT_ONCE = 512
+# Bytes of a file that is read once, for its header and its pixels, in the first epoch. The headers
+# of SAMPLED_AT_ONCE views are read ahead, so at most 128 MiB are kept.
+KEPT_BYTES = 1 << 18
 
 
 class BatchPlan(NamedTuple):
@@ -111,20 +115,24 @@ class BatchPlanner:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last epoch, and its order
         # Views of batches of that epoch that are sampled: {step: (samples, parameters)}
         self._sampled: dict[int, tuple[np.ndarray, list[list[ViewParams]]]] = {}
+        self._ahead = 0  # steps of that epoch whose headers are read, or being read
+        self._headers: dict[int, Call[None]] = {}  # headers that are being read: {sample: call}
+        self._contents: dict[int, bytes] = {}  # of small files, read with their headers
 
     def plan(self, epoch: int, step: int) -> BatchPlan:
         """Returns the plan of a batch. Raises ValueError if all samples are bad."""
         if self._order[0] != epoch:
             self._order = (epoch, source_order(self._source, self._seed, epoch))
             self._sampled.clear()
+            self._contents.clear()
+            self._ahead = 0
         slots = self._slice.indices(self._order[1], step)
-        unknown = [slot for slot in slots.tolist() if not self._known(slot)]
-        if unknown:
-            self._note(unknown)
-        headers = [self._readers.submit(self._read_headers, slot) for slot in unknown]
-        for slot, header in zip(reversed(unknown), reversed(headers)):  # wakes this thread seldom
-            self._answer(slot, header)
-        samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
+        self._start_headers(slots)
+        for slot in reversed(slots.tolist() if self._headers else []):  # wakes this thread seldom
+            self._answer(slot)
+        samples = slots
+        if not self.skipped.keys().isdisjoint(slots.tolist()):
+            samples = np.array([self._shown(slot) for slot in slots.tolist()], dtype=np.int64)
         augments, files = self.augments_at(epoch), self.files(samples)
         sizes = [self.sizes[numbers] for numbers in files]
         params = self._params(epoch, step, slots, samples)
@@ -140,6 +148,26 @@ class BatchPlanner:
                         view[i] = scaled_params(view[i], size, factor)
         return BatchPlan(epoch, step, samples, params, augments, factors)
 
+    def look_ahead(self, plan: BatchPlan) -> None:
+        """Starts to read the headers of the batches after a plan, whose views are then sampled
+        together.
+        """
+        if self._order[0] != plan.epoch:
+            return
+        stop = min(plan.step + 1 + self._together(len(plan.samples)), self.steps)
+        for step in range(max(self._ahead, plan.step + 1), stop):
+            self._start_headers(self._slice.indices(self._order[1], step))
+        self._ahead = max(self._ahead, stop)
+
+    def being_read(self) -> np.ndarray:
+        """Returns the samples whose headers are being read, (n,) int64."""
+        left = [index for index, header in self._headers.items() if not header.done()]
+        return np.array(left, dtype=np.int64)
+
+    def _together(self, images: int) -> int:
+        """Returns the number of batches of some images whose views are sampled together."""
+        return SAMPLED_AT_ONCE // (len(self._augments) * max(1, images))
+
     def _params(
         self, epoch: int, step: int, slots: np.ndarray, samples: np.ndarray
     ) -> list[list[ViewParams]]:
@@ -154,12 +182,10 @@ class BatchPlanner:
         if known is not None and np.array_equal(known[0], samples):
             return known[1]
         batches, shown = [slots], [samples]
-        together = SAMPLED_AT_ONCE // (len(self._augments) * max(1, len(slots)))
-        for later in range(step + 1, min(step + together, self.steps)):
+        for later in range(step + 1, min(step + self._together(len(slots)), self.steps)):
             own = self._slice.indices(self._order[1], later)
-            if not all(map(self._known, own.tolist())) or not self.skipped.keys().isdisjoint(
-                own.tolist()
-            ):
+            bad = not self.skipped.keys().isdisjoint(own.tolist())
+            if bad or not self._sizes_known(own).all():
                 break
             batches.append(own)
             shown.append(own)
@@ -190,6 +216,11 @@ class BatchPlanner:
         part, sample = divmod(file, len(self._source))
         return self.sources[part].load(sample)
 
+    def take(self, file: int) -> np.ndarray | None:
+        """Returns the content that was read with the header of a file, uint8, once. Then None."""
+        content = self._contents.pop(file, None)
+        return None if content is None else np.frombuffer(content, np.uint8)
+
     def augments_at(self, epoch: int) -> tuple[AugmentConfig, ...]:
         """Returns the augmentation of every view in an epoch."""
         return tuple(augment.at(epoch) for augment in self._augments)
@@ -218,18 +249,31 @@ class BatchPlanner:
         count = max(1, int(np.searchsorted(pixels.cumsum(), DECODED_AT_ONCE, side="right")))
         return (plan, None) if count == len(pixels) else (plan.first(count), plan.rest(count))
 
-    def _known(self, index: int) -> bool:
-        return index in self.skipped or bool(self.sizes[index :: len(self._source), 0].all())
+    def _sizes_known(self, samples: np.ndarray) -> np.ndarray:
+        """Returns (B,) bool: the sizes of all files of a sample are known."""
+        return np.all([self.sizes[numbers, 0] > 0 for numbers in self.files(samples)], axis=0)
 
     def _is_good(self, index: int) -> bool:
         """Returns False for a bad sample, also for a file that cannot be read in time."""
-        if not self._known(index):
-            self._note([index])
-            self._answer(index, self._readers.submit(self._read_headers, index))
+        self._start_headers(np.array([index]))
+        self._answer(index)
         return index not in self.skipped
 
-    def _answer(self, index: int, header: Call[None]) -> None:
+    def _start_headers(self, samples: np.ndarray) -> None:
+        """Starts to read the headers of new samples. samples: (n,) int64."""
+        unknown = samples[~self._sizes_known(samples)].tolist()
+        new = [
+            i for i in dict.fromkeys(unknown) if i not in self._headers and i not in self.skipped
+        ]
+        if new:
+            self._note(new)
+        for index in new:
+            self._headers[index] = self._readers.submit(self._read_headers, index)
+
+    def _answer(self, index: int) -> None:
         """Waits for the headers of a sample, at most as long as the readers wait."""
+        if (header := self._headers.pop(index, None)) is None:
+            return
         try:
             self._readers.result(header)
         except TimeoutError as error:
@@ -237,8 +281,6 @@ class BatchPlanner:
 
     def _read_headers(self, index: int) -> None:
         """Notes the sizes of a new sample and who decodes the files, or why the sample is bad."""
-        if self._known(index):  # another slot of the batch shows the sample, too
-            return
         for file in range(index, len(self.sizes), len(self._source)):
             item = self.load(file)
             try:
@@ -254,9 +296,29 @@ class BatchPlanner:
         if self._pixels is not None:
             self.sizes[file] = self._pixels.size(item)
             return
-        header = read_header(item)
+        content = small_content(item)
+        try:
+            header = read_header(content)
+        except Exception:
+            if content is item:
+                raise
+            header = read_header(item)  # the error names the file
         by_dali = self._dali_range and self.sample_of(file) not in self.python_only
-        self.in_python[file] = not (by_dali and accepts(item, header))
+        self.in_python[file] = not (by_dali and accepts(content, header))
         is_file = isinstance(item, (str, bytes))
         self._scalable[file] = is_file and header.format in SCALABLE
+        if isinstance(content, bytes) and len(content) <= KEPT_BYTES and not self.in_python[file]:
+            self._contents[file] = content
         self.sizes[file] = header.height, header.width
+
+
+def small_content(file: str | bytes | Item) -> str | bytes | Item:
+    """Returns the content of a path's file of up to KEPT_BYTES, and every other item as it is.
+
+    Raises OSError.
+    """
+    if not isinstance(file, str):
+        return file
+    with opened(file) as content:
+        small = os.fstat(content.fileno()).st_size <= KEPT_BYTES
+        return content.read() if small else file

@@ -6,6 +6,8 @@ import queue
 import threading
 from typing import Protocol
 
+from mocofast_kernels.cpu_threads import compute_alone
+
 from mocofast.data.interface import Batch
 
 
@@ -70,6 +72,7 @@ class Producer:
             self._ready.get()
 
     def _run(self) -> None:
+        compute_alone()
         while not self._stopped.is_set():
             try:
                 self._ready.put(self._batches.next())
