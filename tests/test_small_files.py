@@ -245,3 +245,28 @@ def test_freed_memory_is_kept_unless_the_user_chose(monkeypatch: pytest.MonkeyPa
     assert chose == "False"
     assert more > 50 * max(faults, 1)
     assert run(GLIBC_TUNABLES="glibc.malloc.check=0")[0] == "False"
+
+
+def test_threads_that_start_together_leave_the_default_alone() -> None:
+    script = """
+import threading, torch
+from mocofast_kernels.cpu_threads import compute_alone
+torch.set_num_threads(2)
+for _ in range(200):
+    begin = threading.Barrier(4)
+    def start():
+        begin.wait()
+        compute_alone()
+        assert torch.get_num_threads() == 1
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+seen = []
+thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+thread.start(); thread.join()
+print(seen)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[2]"

@@ -178,3 +178,27 @@ def test_the_device_loader_skips_the_file(tmp_path: Path, stalled: set[str]) -> 
     assert list(loaded.skipped) == [2]
     assert loaded.shown.tolist() == [0, 1, 3, 3]
     assert np.asarray(loaded.images[3])[0, 0, 0] == 3
+
+
+def test_a_slow_share_is_divided_and_the_rest_of_a_hanging_share_is_made_elsewhere() -> None:
+    readers = Readers(3, 0.6, "test-shares")
+    end, made = threading.Event(), []
+
+    def make(number: int) -> int:
+        if number == 2:
+            end.wait()
+        time.sleep(2 * deadline.PATIENCE)
+        made.append((threading.get_ident(), number))
+        return number
+
+    calls = readers.submit_all(make, [(number,) for number in range(30)])
+    for number, call in reversed(list(enumerate(calls))):
+        if number == 2:
+            with pytest.raises(TimeoutError):
+                readers.result(call)
+        else:
+            assert readers.result(call) == number
+    assert sorted(number for _, number in made) == [i for i in range(30) if i != 2]
+    assert len({thread for thread, _ in made}) >= 3
+    end.set()
+    readers.close()

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 AHEAD = 4  # blocks per thread whose results may wait for a slower thread
 
+_starting = threading.Lock()  # held while a thread sets its number of threads
 _here = threading.local()  # count: threads for the blocks, while a function of `one_fork` runs
 
 
@@ -176,12 +177,19 @@ def compute_alone() -> None:
     counts the threads of all teams: where they are more than the cores, every thread that waits
     sleeps at once if OMP_WAIT_POLICY is passive. A step of ResNet-18 then took 80 ms, not 62.
     """
-    default = torch.get_num_threads()  # a thread's first call sets the number to the default
-    torch.set_num_threads(1)  # also sets the default of new threads
-    restoring = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restoring.start()
-    restoring.join()
+    with _starting:  # a second thread would take 1 for the default
+        default = torch.get_num_threads()  # a thread's first call sets the number to the default
+        torch.set_num_threads(1)  # also sets the default of new threads
+        restoring = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restoring.start()
+        restoring.join()
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+if hasattr(os, "register_at_fork"):  # absent on Windows
+    # A forked process has none of the threads, and none that could release the lock.
     os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(
+        before=_starting.acquire,
+        after_in_parent=_starting.release,
+        after_in_child=_starting.release,
+    )

@@ -22,7 +22,7 @@ from mocofast.data.view_ops import only_moves
 # On a GPU more pixels spread the cost of kernel launches.
 CHUNK_PIXELS = {"operators": 224 * 224, "compiled": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 # A call with fewer pixels takes less time than it takes to wake a thread for it.
-LEAST_PIXELS = 224 * 224 // 2
+LEAST_PIXELS = 224 * 224
 
 
 def make_from_images(
@@ -73,6 +73,9 @@ def views_from_images(
         part = slice(start, start + chunk)
         make_from_images(images[part], params[part], augment, views[part])
 
+    if len(images) * height * width < LEAST_PIXELS:
+        work(0)
+        return views.permute(0, 3, 1, 2), []
     calls = [pool.submit(work, start) for start in range(0, len(images), chunk)]
     return views.permute(0, 3, 1, 2), calls
 

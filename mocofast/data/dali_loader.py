@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,19 +36,16 @@ from mocofast.config import AugmentConfig, DataConfig
 from mocofast.data.arrays import PixelFormat
 from mocofast.data.crops import views_from_crops, views_from_images
 from mocofast.data.dali_pipeline import decode_and_crop
-from mocofast.data.deadline import Call, Readers
+from mocofast.data.deadline import Readers
 from mocofast.data.interface import Batch, BatchSlice, Source, labels_of, read_seconds
 from mocofast.data.items import Item, content_of
 from mocofast.data.journal import Journal
-from mocofast.data.planning import BatchPlan, BatchPlanner
+from mocofast.data.planning import BatchPlan, BatchPlanner, Read
 from mocofast.data.probing import decode_to_ppm, to_ppm, undecodable, unlike_header
 from mocofast.data.producer import Producer
 from mocofast.data.ranges import range_of
 from mocofast.data.scaled import decode_scaled
 from mocofast.errors import describe_error
-
-# What a file gives: its content, or a call that returns the content, or why the file is bad.
-_Read: TypeAlias = "np.ndarray | Call[np.ndarray | str]"
 
 
 class DaliLoader:
@@ -157,7 +154,7 @@ class _Batches:
             source, augments, batch_slice, seed, self._readers, pixels, scaled, self._note
         )
         # The next batch to decode, whose files are being read
-        self._ahead: tuple[BatchPlan, list[list[_Read]]] | None = None
+        self._ahead: tuple[BatchPlan, list[list[Read]]] | None = None
         self._pipeline: Pipeline | None = None
         # (height, width) of the crops that the pipeline makes on a GPU, for every view
         self._sizes: list[tuple[int, int]] = []
@@ -301,7 +298,7 @@ class _Batches:
                 fed.append(np.array([(p.height, p.width) for p in params], dtype=np.int32))
         return fed
 
-    def _read_next(self) -> tuple[BatchPlan, list[list[_Read]]]:
+    def _read_next(self) -> tuple[BatchPlan, list[list[Read]]]:
         """Plans the next batch, or the next part of a large batch, and starts to read its files."""
         plan, self._rest = self.planner.parts(self._rest or self.planner.plan(*self._next_plan))
         self._next_plan = (plan.epoch, plan.step)
@@ -309,16 +306,11 @@ class _Batches:
             self._next_plan = self.planner.after(plan.epoch, plan.step)
         self._note(plan.samples)
         reads = [
-            [self._start_read(*each) for each in zip(files.tolist(), factors)]
+            self.planner.start_reads(self._item, list(zip(files.tolist(), factors)))
             for files, factors in zip(self.planner.files(plan.samples), plan.factors)
         ]
         self.planner.look_ahead(plan)  # after the reads, which come first
         return plan, reads
-
-    def _start_read(self, file: int, factor: int) -> _Read:
-        """Returns the content that came with the header of a file, or a call of `_item`."""
-        content = self.planner.take(file) if factor == 1 else None
-        return self._readers.submit(self._item, file, factor) if content is None else content
 
     def _note(self, samples: Sequence[int] | np.ndarray) -> None:
         """Notes samples in the journal, beside those inside DALI."""
@@ -326,7 +318,7 @@ class _Batches:
             begun = [plan.samples for plan in self._unfinished] + [self.planner.being_read()]
             self.journal.note([*begun, np.asarray(samples, np.int64)])
 
-    def _result(self, read: _Read) -> np.ndarray | str:
+    def _result(self, read: Read) -> np.ndarray | str:
         """Returns the content of a file, or why it does not come in time."""
         try:
             return read if isinstance(read, np.ndarray) else self._readers.result(read)

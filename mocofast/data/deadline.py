@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from mocofast.errors import UnreachableError, describe_error
 
@@ -125,6 +127,9 @@ class Call(futures.Future[T]):
     given_up = False
 
 
+_Share: TypeAlias = "deque[tuple[Call[Any], Callable[..., Any], tuple[Any, ...]]]"
+
+
 class Readers:
     """Threads that read files. A call that hangs keeps a thread, and a new thread comes.
 
@@ -138,16 +143,25 @@ class Readers:
         """
         self.seconds, self._count, self._name = seconds, 0, name
         self._most = count
-        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._running: dict[int, Call[Any]] = {}  # by thread
+        self._shares: queue.SimpleQueue[_Share | None] = queue.SimpleQueue()
+        # By thread: the present call, and the rest of the thread's share
+        self._running: dict[int, tuple[Call[Any], _Share]] = {}
         self._hanging = _Hanging()
         self._more()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Call[T]:
         """Starts a call as soon as a thread is free. `result` waits for the result."""
-        call: Call[T] = Call()
-        self._calls.put((call, function, arguments))
-        return call
+        return self.submit_all(function, [arguments])[0]
+
+    def submit_all(
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]
+    ) -> list[Call[T]]:
+        """Starts many calls, in order. Every thread wakes once for its share of the calls."""
+        calls = [Call[T]() for _ in arguments]
+        every = [(call, function, given) for call, given in zip(calls, arguments)]
+        for first in range(min(self._count, len(every))):
+            self._shares.put(deque(every[first :: self._count]))
+        return calls
 
     def result(self, call: Call[T]) -> T:
         """Returns the result of a call, or raises the exception.
@@ -156,14 +170,14 @@ class Readers:
         calls have.
         """
         while True:
-            slow = self._count < self._most and not self._calls.empty()
+            slow = self._count < self._most and self._waiting()
             wait = min(self.seconds, PATIENCE if slow else math.inf)
             try:  # takes less time than futures.wait
                 return call.result(None if math.isinf(wait) else wait)
             except futures.TimeoutError:
                 if call.done():  # meanwhile, or with a TimeoutError of its own
                     return call.result()
-            if slow and not self._calls.empty():
+            if slow and self._waiting():
                 self._more()
             self._replace_hanging()
             if call.given_up:
@@ -173,40 +187,64 @@ class Readers:
         """Ends the threads whose calls end. drop: drops calls that have not begun."""
         while drop:
             try:
-                self._calls.get_nowait()[0].cancel()
+                for call, *_ in self._shares.get_nowait() or ():
+                    call.cancel()
             except queue.Empty:
                 break
         for _ in range(self._count):
-            self._calls.put(None)
+            self._shares.put(None)
+
+    def _waiting(self) -> bool:
+        """Returns whether calls wait for a thread."""
+        running = list(self._running.values())
+        return not self._shares.empty() or any(share for _, share in running)
 
     def _more(self) -> None:
+        """Starts one more thread, for half of the calls that wait for another thread."""
         self._count += 1
+        for _, share in list(self._running.values()):
+            self._hand_on(share, len(share) // 2)
         self._start()
+
+    def _hand_on(self, share: _Share, count: int) -> None:
+        """Takes the last `count` calls from a thread's share and makes them a new share."""
+        taken: _Share = deque()
+        with contextlib.suppress(IndexError):  # the thread was faster
+            while len(taken) < count:
+                taken.appendleft(share.pop())
+        if taken:
+            self._shares.put(taken)
 
     def _start(self) -> None:
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _work(self) -> None:
         me = threading.get_ident()
-        while (taken := self._calls.get()) is not None:
-            call, function, arguments = taken
-            if not call.set_running_or_notify_cancel():
-                continue
-            call.began, self._running[me] = time.monotonic(), call
-            try:
-                call.set_result(function(*arguments))
-            except BaseException as error:
-                call.set_exception(error)
-            del self._running[me]
-            if call.given_up:  # another thread has taken this thread's place
-                return
-            del taken, call, function, arguments  # a waiting thread holds no file
+        while (share := self._shares.get()) is not None:
+            while share:
+                try:
+                    taken = share.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                call, function, arguments = taken
+                if not call.set_running_or_notify_cancel():
+                    continue
+                call.began, self._running[me] = time.monotonic(), (call, share)
+                try:
+                    call.set_result(function(*arguments))
+                except BaseException as error:
+                    call.set_exception(error)
+                del self._running[me]
+                if call.given_up:  # another thread has taken this thread's place
+                    return
+                del taken, call, function, arguments  # a waiting thread holds no file
 
     def _replace_hanging(self) -> None:
-        for call in list(self._running.values()):
+        for call, share in list(self._running.values()):
             began = call.began
             if began is None or call.given_up or time.monotonic() - began < self.seconds:
                 continue
             call.given_up = True
+            self._hand_on(share, len(share))
             self._start()
             self._hanging.add(self.seconds)

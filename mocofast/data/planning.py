@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +37,9 @@ SAMPLED_AT_ONCE = 512
 # Bytes of a file that is read once, for its header and its pixels, in the first epoch. The headers
 # of SAMPLED_AT_ONCE views are read ahead, so at most 128 MiB are kept.
 KEPT_BYTES = 1 << 18
+
+# What a file gives: its content, uint8, or a call that returns the content, or why it is bad.
+Read: TypeAlias = "np.ndarray | Call[np.ndarray | str]"
 
 
 class BatchPlan(NamedTuple):
@@ -216,6 +219,20 @@ class BatchPlanner:
         part, sample = divmod(file, len(self._source))
         return self.sources[part].load(sample)
 
+    def start_reads(
+        self, read: Callable[[int, int], np.ndarray | str], files: list[tuple[int, int]]
+    ) -> list[Read]:
+        """Returns the contents that came with headers, and calls of `read` for all other files.
+
+        files: numbers, and the factors of `BatchPlan`.
+        """
+        reads: list[Any] = [self.take(file) if factor == 1 else None for file, factor in files]
+        missing = [i for i, content in enumerate(reads) if content is None]
+        calls = self._readers.submit_all(read, [files[i] for i in missing])
+        for i, call in zip(missing, calls):
+            reads[i] = call
+        return reads
+
     def take(self, file: int) -> np.ndarray | None:
         """Returns the content that was read with the header of a file, uint8, once. Then None."""
         content = self._contents.pop(file, None)
@@ -267,8 +284,8 @@ class BatchPlanner:
         ]
         if new:
             self._note(new)
-        for index in new:
-            self._headers[index] = self._readers.submit(self._read_headers, index)
+            calls = self._readers.submit_all(self._read_headers, [(index,) for index in new])
+            self._headers.update(zip(new, calls))
 
     def _answer(self, index: int) -> None:
         """Waits for the headers of a sample, at most as long as the readers wait."""
