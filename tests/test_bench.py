@@ -80,6 +80,10 @@ def test_kernels_beside_busy_processes_says_so(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert json.loads(text.splitlines()[-1])["busy"] == 2
     assert "beside 2 busy processes" in text
+    assert main(["kernels", *options, "--no-compile", "--busy", "0"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["busy"] == 0
+    with pytest.raises(SystemExit):
+        main(["kernels", *options, "--busy", "-1"])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")

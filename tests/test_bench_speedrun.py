@@ -17,7 +17,7 @@ from mocofast_bench.speedrun_runs import flops
 from mocofast_bench.speedrun_tasks import TASKS
 
 from mocofast import settings
-from mocofast.config import ConfigError
+from mocofast.config import Config, ConfigError
 from mocofast.data.sources import load_datasets
 from mocofast.models import encoders
 from mocofast.models.encoders import build_encoder
@@ -127,6 +127,33 @@ def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
         assert result["points"][budget] == pytest.approx(
             100 * (branch - cosine["knn"][-1]), abs=1e-3
         )
+
+
+def test_budgets_in_bf16_are_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def measured(config: Config, loop: object) -> dict[str, object]:
+        seen.append(config.train.precision)
+        return {"knn": [0.5], "cpu": [1.0]}
+
+    def branches(task: object, path: str, seed: int, precision: str) -> dict[str, object]:
+        seen.append(precision)
+        return {"knn": [0.5, 0.5], "cpu": [1.0, 1.0]}
+
+    monkeypatch.setattr(speedrun, "BUDGETS", (10, 20))
+    monkeypatch.setattr(speedrun, "measured", measured)
+    monkeypatch.setattr(speedrun, "_branches", branches)
+    command = ["speedrun", "digits", "--wsd", "--seeds", "1", "--out", str(tmp_path)]
+    for precision in ("fp32", "bf16"):
+        assert main([*command, "--precision", precision]) == 0
+    assert seen == ["fp32"] * 3 + ["bf16"] * 3
+    assert [row["name"] for row in rows(tmp_path)[3:]] == [
+        "wsd bf16",
+        "cosine 10 bf16",
+        "cosine 20 bf16",
+    ]
 
 
 @pytest.mark.parametrize("name", TASKS)

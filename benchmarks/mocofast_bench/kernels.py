@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     )
     parser.add_argument(
         "--busy",
-        type=positive,
+        type=_natural,
         metavar="N",
         default=0,
         help="processes that keep cores busy beside the measurement (default: %(default)s)",
@@ -67,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out sides that need torch.compile"
     )
+
+
+def _natural(text: str) -> int:
+    """Parses an integer >= 0 (an argparse type). Raises ArgumentTypeError for a smaller integer."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0: got {value}")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

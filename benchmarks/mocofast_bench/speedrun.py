@@ -189,9 +189,12 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
 def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]:
     """Trains a cosine run for every budget, and a trunk with a branch for every budget."""
     gaps: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
+    precision, bf16 = arguments.precision, _suffix(arguments)
     cpu = {"cosine": 0.0, "wsd": 0.0}
     for seed in range(arguments.seeds):
-        branches = log.run("wsd", seed, partial(_branches, task, arguments.path, seed))
+        branches = log.run(
+            f"wsd{bf16}", seed, partial(_branches, task, arguments.path, seed, precision)
+        )
         cpu["wsd"] += sum(branches["cpu"])
         for budget, knn in zip(BUDGETS, branches["knn"]):
             gaps[budget].append(100 * knn)
@@ -201,8 +204,8 @@ def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]
         name = "plain" if budget == config.train.epochs else f"cosine {budget}"
         if name != "plain":
             config.train.epochs = config.knn.every = config.checkpoint.every_epochs = budget
-        config.train.seed = seed
-        cosine = log.run(name, seed, partial(measured, config, ours))
+        config.train.seed, config.train.precision = seed, precision
+        cosine = log.run(name + bf16, seed, partial(measured, config, ours))
         cpu["cosine"] += cosine["cpu"][-1]
         gaps[budget][seed] -= 100 * cosine["knn"][-1]
     share = cpu["wsd"] / cpu["cosine"]
@@ -220,7 +223,7 @@ def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]
     }
 
 
-def _branches(task: Task, path: str, seed: int) -> dict[str, Any]:
+def _branches(task: Task, path: str, seed: int, precision: str) -> dict[str, Any]:
     """Trains a trunk, and a branch for every budget. cpu: a value for every budget.
 
     The trunk's time counts with the first budget.
@@ -233,6 +236,7 @@ def _branches(task: Task, path: str, seed: int) -> dict[str, Any]:
         config,
         {
             "train.seed": seed,
+            "train.precision": precision,
             "train.dir": str(folder / "trunk"),
             "train.epochs": max(ends.values()),
             "optim.schedule": "wsd",
