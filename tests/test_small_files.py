@@ -18,7 +18,7 @@ from PIL import Image
 
 from mocofast.config import AugmentConfig
 from mocofast.data import deadline, planning
-from mocofast.data.deadline import Readers
+from mocofast.data.deadline import Call, Readers
 from mocofast.data.decoding import _plain_jpeg, open_image, read_header
 from mocofast.data.interface import Batch, BatchSlice, source_order, view_augments
 from mocofast.data.planning import KEPT_BYTES, BatchPlanner
@@ -106,6 +106,11 @@ def test_a_small_file_is_read_once_and_a_large_file_is_not_kept(tmp_path: Path) 
             assert content is not None
             assert content.tobytes() == Path(source.load(sample)).read_bytes()
             assert planner.take(sample) is None
+    planner._contents[0] = planner._contents[1] = b"kept"
+    reads = planner.start_reads(lambda file, factor: "read", [(0, 1), (1, 2), (2, 1)])
+    contents = [readers.result(r) if isinstance(r, Call) else r.tobytes() for r in reads]
+    assert contents == [b"kept", "read", "read"]
+    assert not {0, 1} & planner._contents.keys()  # a file at a smaller scale keeps none, too
     assert broken not in plan.samples
     assert source.name(broken) in planner.skipped[broken]  # the reason names the file
     readers.close()

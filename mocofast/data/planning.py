@@ -226,8 +226,8 @@ class BatchPlanner:
 
         files: numbers, and the factors of `BatchPlan`.
         """
-        reads: list[Any] = [self.take(file) if factor == 1 else None for file, factor in files]
-        missing = [i for i, content in enumerate(reads) if content is None]
+        reads: list[Any] = [self.take(file) for file, _ in files]
+        missing = [i for i, (_, factor) in enumerate(files) if factor > 1 or reads[i] is None]
         calls = self._readers.submit_all(read, [files[i] for i in missing])
         for i, call in zip(missing, calls):
             reads[i] = call
