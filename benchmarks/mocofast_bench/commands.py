@@ -166,7 +166,8 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     from mocofast.usage import usage
     from mocofast_bench import neighbours, timing
 
-    before = usage()
+    # Memory is measured in children of a server that lives on.
+    before = usage(children=True)
     head = {"benchmark": arguments.name, **timing.environment(choose_device(arguments.device))}
     parts = [head]
     timing.SO_FAR.clear()
@@ -177,7 +178,7 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
         if parts[1:] or timing.SO_FAR:
             _save({**parts[-1], "so_far": timing.SO_FAR, "unfinished": True}, arguments.save)
         raise
-    after = usage()
+    after = usage(children=True)
     others = neighbours.between(before, after) if before and after else None
     if others is not None:
         row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}
