@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -18,11 +17,8 @@ class Usage(NamedTuple):
     stolen: float  # taken by the host of a virtual machine
 
 
-def usage(children: bool = False) -> Usage | None:
-    """Returns the usage of the machine. None where the system does not tell.
-
-    children: count children that live, and their children, as this process's own.
-    """
+def usage() -> Usage | None:
+    """Returns the usage of the machine. None where the system does not tell."""
     try:
         text = Path("/proc/stat").read_text(encoding="utf-8")
     except OSError:
@@ -30,24 +26,7 @@ def usage(children: bool = False) -> Usage | None:
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, _, _, irq, soft, stolen = (int(n) / tick for n in text.split()[1:9])
     own = sum(os.times()[:4])  # user and system, of this process and of its ended children
-    if children:
-        own += _ticks_of_children("self") / tick
     return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
-
-
-def _ticks_of_children(process: str) -> int:
-    """Returns the time of the children of a process that live, and of their children.
-
-    0 where the system names no children.
-    """
-    ticks = 0
-    for names in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread or a child has ended meanwhile
-            for child in names.read_text(encoding="utf-8").split():
-                fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8")
-                ticks += sum(map(int, fields.rpartition(")")[2].split()[11:15]))
-                ticks += _ticks_of_children(child)
-    return ticks
 
 
 def of_others(before: Usage, after: Usage) -> float:

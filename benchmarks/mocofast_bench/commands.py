@@ -166,11 +166,11 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     from mocofast.usage import usage
     from mocofast_bench import neighbours, timing
 
-    # Memory is measured in children of a server that lives on.
-    before = usage(children=True)
+    before = usage()
     head = {"benchmark": arguments.name, **timing.environment(choose_device(arguments.device))}
     parts = [head]
     timing.SO_FAR.clear()
+    timing.UNTIMED.clear()
     arguments.keep = parts.append  # takes the row so far, for a run that is stopped
     try:
         row = module.run(arguments)
@@ -178,8 +178,8 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
         if parts[1:] or timing.SO_FAR:
             _save({**parts[-1], "so_far": timing.SO_FAR, "unfinished": True}, arguments.save)
         raise
-    after = usage(children=True)
-    others = neighbours.between(before, after) if before and after else None
+    after = usage()
+    others = neighbours.between(before, after, timing.UNTIMED) if before and after else None
     if others is not None:
         row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}
     for warning in neighbours.warnings(others, row):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mocofast.usage import Usage, of_others
+from mocofast.usage import Usage
 
 OTHERS = 0.05  # share of all cores that other processes may use
 STOLEN = 0.02  # share of all cores that the host may give to other machines
@@ -20,13 +20,23 @@ class Neighbours(NamedTuple):
     stolen: float
 
 
-def between(before: Usage, after: Usage) -> Neighbours:
-    """Returns the shares of others between two moments."""
-    time_of_cores = max(1e-9, after.wall - before.wall) * (os.cpu_count() or 1)
+def between(before: Usage, after: Usage, untimed: Sequence[Usage] = ()) -> Neighbours:
+    """Returns the shares of others between two moments.
+
+    untimed: differences of usage in the meantime that do not count.
+    """
+    spent = difference(before, after)
+    for part in untimed:
+        spent = difference(part, spent)
+    time_of_cores = max(1e-9, spent.wall) * (os.cpu_count() or 1)
     return Neighbours(
-        of_others(before, after) / time_of_cores,
-        max(0.0, after.stolen - before.stolen) / time_of_cores,
+        max(0.0, spent.busy - spent.own) / time_of_cores, max(0.0, spent.stolen) / time_of_cores
     )
+
+
+def difference(before: Usage, after: Usage) -> Usage:
+    """Returns what was used between two moments."""
+    return Usage(*(late - early for early, late in zip(before, after)))
 
 
 def spread(row: Mapping[str, Any]) -> float:

@@ -26,6 +26,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from mocofast.usage import Usage, usage
+from mocofast_bench import neighbours
+
 COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
 # Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
 MINIMUM_SAMPLE = 2e-3
@@ -39,6 +42,8 @@ while os.getppid() == int(sys.argv[1]):
 
 Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
+# Usage of the machine while other processes measured memory: no neighbours disturb it.
+UNTIMED: list[Usage] = []
 SO_FAR: dict[str, Any] = {}  # entries of a row that a measurement leaves when it is stopped
 
 
@@ -164,8 +169,14 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context(
         "forkserver" if forks and not torch.cuda.is_available() else "spawn"
     )
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    before = usage()
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        after = usage()
+        if before is not None and after is not None:
+            UNTIMED.append(neighbours.difference(before, after))
 
 
 def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:
