@@ -202,3 +202,21 @@ def test_a_slow_share_is_divided_and_the_rest_of_a_hanging_share_is_made_elsewhe
     assert len({thread for thread, _ in made}) >= 3
     end.set()
     readers.close()
+
+
+def test_closed_readers_drop_the_calls_that_have_not_begun() -> None:
+    readers = Readers(1, 10.0, "test-closed")
+    begun, end, made = threading.Event(), threading.Event(), []
+
+    def make(number: int) -> None:
+        made.append(number)
+        begun.set()
+        end.wait()
+
+    calls = readers.submit_all(make, [(number,) for number in range(9)])
+    begun.wait()
+    readers.close()
+    end.set()
+    calls[0].result(9)
+    assert all(call.cancelled() for call in calls[1:])
+    assert made == [0]

@@ -185,6 +185,8 @@ class Readers:
 
     def close(self, drop: bool = True) -> None:
         """Ends the threads whose calls end. drop: drops calls that have not begun."""
+        for _, share in list(self._running.values()) if drop else ():
+            self._hand_on(share, len(share))
         while drop:
             try:
                 for call, *_ in self._shares.get_nowait() or ():
