@@ -110,6 +110,11 @@ def test_averages_are_those_of_lerp_to_the_bit_for_any_number_of_threads(
 def test_neither_the_caller_nor_a_new_thread_changes_its_number_of_threads() -> None:
     cpu_threads._threads.cache_clear()  # the next call makes new threads
     gradients(2, 0.2)
+    pool = cpu_threads._threads()
+    begun = threading.Barrier(pool._max_workers + 1)
+    for _ in range(pool._max_workers):
+        pool.submit(begun.wait)
+    begun.wait()  # while a thread of the pool starts, the default is 1 for an instant
     seen: list[int] = []
     other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     other.start()

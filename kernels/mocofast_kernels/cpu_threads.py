@@ -171,7 +171,8 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def compute_alone() -> None:
-    """Sets the thread's own number of threads to 1, and no other thread's.
+    """Sets the thread's own number of threads to 1, and no other thread's. (A thread that starts
+    outside this function in the same instant takes 1, too.)
 
     Without it an operator of PyTorch starts a team of OpenMP for the thread alone. GNU OpenMP
     counts the threads of all teams: where they are more than the cores, every thread that waits

@@ -41,8 +41,12 @@ class Producer:
         self.stop()
         self._batches.seek(epoch, step)
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="mocofast-dali", daemon=True)
+        begun = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(begun,), name="mocofast-dali", daemon=True
+        )
         self._thread.start()
+        begun.wait()  # until then a new thread would take a wrong default number of threads
 
     def get(self) -> Batch:
         """Returns the next batch. Raises the error of the thread."""
@@ -71,8 +75,11 @@ class Producer:
         while not self._ready.empty():
             self._ready.get()
 
-    def _run(self) -> None:
-        compute_alone()
+    def _run(self, begun: threading.Event) -> None:
+        try:
+            compute_alone()
+        finally:
+            begun.set()
         while not self._stopped.is_set():
             try:
                 self._ready.put(self._batches.next())
