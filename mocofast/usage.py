@@ -16,6 +16,15 @@ class Usage(NamedTuple):
     own: float  # this process and the children that have ended
     stolen: float  # taken by the host of a virtual machine
 
+    def since(self, before: Usage) -> Usage:
+        """Returns what was used since another moment."""
+        return Usage(*(late - early for early, late in zip(before, self)))
+
+    @property
+    def others(self) -> float:
+        """The seconds of a core that other processes used, of a difference."""
+        return max(0.0, self.busy - self.own)
+
 
 def usage() -> Usage | None:
     """Returns the usage of the machine. None where the system does not tell."""
@@ -29,11 +38,6 @@ def usage() -> Usage | None:
     return Usage(time.monotonic(), user + nice + system + irq + soft, own, stolen)
 
 
-def of_others(before: Usage, after: Usage) -> float:
-    """Returns the seconds of a core that other processes used between two moments."""
-    return max(0.0, (after.busy - before.busy) - (after.own - before.own))
-
-
 def cores_of_others(seconds: float) -> float:
     """Returns how many cores other processes use, on average of the next seconds, while this waits.
 
@@ -44,4 +48,5 @@ def cores_of_others(seconds: float) -> float:
     after = usage()
     if before is None or after is None:
         return 0.0
-    return of_others(before, after) / (after.wall - before.wall)
+    spent = after.since(before)
+    return spent.others / spent.wall

@@ -25,18 +25,11 @@ def between(before: Usage, after: Usage, untimed: Sequence[Usage] = ()) -> Neigh
 
     untimed: differences of usage in the meantime that do not count.
     """
-    spent = difference(before, after)
+    spent = after.since(before)
     for part in untimed:
-        spent = difference(part, spent)
+        spent = spent.since(part)
     time_of_cores = max(1e-9, spent.wall) * (os.cpu_count() or 1)
-    return Neighbours(
-        max(0.0, spent.busy - spent.own) / time_of_cores, max(0.0, spent.stolen) / time_of_cores
-    )
-
-
-def difference(before: Usage, after: Usage) -> Usage:
-    """Returns what was used between two moments."""
-    return Usage(*(late - early for early, late in zip(before, after)))
+    return Neighbours(spent.others / time_of_cores, max(0.0, spent.stolen) / time_of_cores)
 
 
 def spread(row: Mapping[str, Any]) -> float:

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mocofast.usage import Usage, usage
-from mocofast_bench import neighbours
 
 COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
 # Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
@@ -176,7 +175,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     finally:
         after = usage()
         if before is not None and after is not None:
-            UNTIMED.append(neighbours.difference(before, after))
+            UNTIMED.append(after.since(before))
 
 
 def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:

@@ -345,7 +345,7 @@ class _Batches:
                 return reason or to_ppm(np.asarray(decoded[0]))
             if in_python or isinstance(item, Item) or self.planner.in_python[file]:
                 return decode_to_ppm(item, self._range, self.planner.sizes[file])
-            return np.frombuffer(item if isinstance(item, bytes) else content_of(item), np.uint8)
+            return np.frombuffer(content_of(item), np.uint8)
         except Exception as error:  # decoders raise nearly any exception on corrupt files
             return describe_error(error)
 

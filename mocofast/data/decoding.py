@@ -14,14 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from mocofast.data.image_codecs import codec_pixels
-from mocofast.data.items import Extent, FileReader, Item, check_pixels, opened
+from mocofast.data.items import Extent, FileReader, Item, check_pixels, content_of, opened
 from mocofast.data.kinds import head_of, reader_for
 from mocofast.data.ranges import AUTO, Pixels, ValueRange, to_uint8
 from mocofast.data.tiff import (
@@ -325,7 +324,7 @@ def _binary_pnm(file: str | bytes) -> Pixels | None:
 
     PIL scales the numbers by the largest number that the header states.
     """
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    content = content_of(file)
     if not (found := _PNM_HEADER.match(content)):
         return None
     width, height, top = (int(found[i]) for i in (2, 3, 4))

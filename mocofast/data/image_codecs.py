@@ -6,11 +6,9 @@ more than four channels.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from mocofast.data.items import WHOLE, Extent, check_pixels, first_channels, opened
+from mocofast.data.items import WHOLE, Extent, check_pixels, content_of, first_channels, opened
 from mocofast.data.ranges import Pixels
 from mocofast.data.tiff_pages import INSTALL
 
@@ -61,7 +59,7 @@ def codec_pixels(file: str | bytes, codec: str, wanted: int) -> Pixels:
         import imagecodecs
     except ImportError as error:
         raise ImportError(f"this kind of file needs imagecodecs: {INSTALL}") from error
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    content = content_of(file)
     values = np.asarray(getattr(imagecodecs, f"{codec}_decode")(content))
     values = values.reshape(*values.shape[:2], -1)
     values = values[..., : first_channels(values.shape[2], wanted)[0]]

@@ -89,10 +89,12 @@ def opened(file: str | bytes) -> BinaryIO:
     return content
 
 
-def content_of(path: str) -> bytes:
+def content_of(file: str | bytes) -> bytes:
     """Returns the content of a file, in half the time of np.fromfile. Raises OSError."""
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    if isinstance(file, bytes):
+        return file
+    with open(file, "rb", buffering=0) as content:
+        return content.read()
 
 
 def _without_waiting(file: str, flags: int) -> int:

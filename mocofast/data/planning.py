@@ -152,11 +152,9 @@ class BatchPlanner:
         return BatchPlan(epoch, step, samples, params, augments, factors)
 
     def look_ahead(self, plan: BatchPlan) -> None:
-        """Starts to read the headers of the batches after a plan, whose views are then sampled
+        """Starts to read the headers of the batches after the last plan, whose views are sampled
         together.
         """
-        if self._order[0] != plan.epoch:
-            return
         stop = min(plan.step + 1 + self._together(len(plan.samples)), self.steps)
         for step in range(max(self._ahead, plan.step + 1), stop):
             self._start_headers(self._slice.indices(self._order[1], step))

@@ -5,11 +5,11 @@ files do not decode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mocofast.data.decoding import File, Header, decode, open_image
+from mocofast.data.items import content_of
 from mocofast.data.ranges import ValueRange
 from mocofast.errors import describe_error
 
@@ -128,8 +128,7 @@ def _nvimgcodec_check() -> Check:
         streams = {}
         for position, file in enumerate(files):
             try:
-                content = file if isinstance(file, bytes) else Path(file).read_bytes()
-                streams[position] = nvimgcodec.CodeStream(content)
+                streams[position] = nvimgcodec.CodeStream(content_of(file))
             # OSError where the file cannot be read, RuntimeError for a format unknown to
             # nvImageCodec.
             except Exception as error:

@@ -159,7 +159,7 @@ def extract_batches(
     def compute_in_thread(
         batch: tuple[Tensor, Tensor | None, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        torch.set_num_threads(threads)  # of this thread, which would start with all cores
+        torch.set_num_threads(threads)  # of this thread, which starts with one
         return compute(batch)
 
     with evaluating(encoder):
