@@ -110,10 +110,11 @@ PHOTOMETRIC = Extension(
 # Loaded the same way. Without a compiler PyTorch's operators compute.
 COMPILED = Extension(
     "mocofast_kernels._compiled",
-    ["kernels/mocofast_kernels/sweep.c", "kernels/mocofast_kernels/steps.c"],
+    [f"kernels/mocofast_kernels/{name}.c" for name in ("sweep", "steps", "convolution")],
     depends=[
         "kernels/mocofast_kernels/sweep_body.h",
         "kernels/mocofast_kernels/steps_body.h",
+        "kernels/mocofast_kernels/convolution_body.h",
         *(f"mocofast/data/{name}.h" for name in ("avx2_begin", "avx2_end", "compilers")),
     ],
     include_dirs=["mocofast/data"],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
 from mocofast.models.batch_norm import memory_format
+from mocofast.models.convolutions import compile_convolutions
 from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.models.sizes import encode
 from mocofast.step_parts import FORWARD, step_part
@@ -205,6 +206,8 @@ class Method(nn.Module):
         self.memory_format = memory_format(splits, device)
         # torch's stubs lack memory_format.
         self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        if device.type == "cpu" and self.memory_format == torch.channels_last:
+            compile_convolutions(self)
 
     def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.

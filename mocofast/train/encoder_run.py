@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from mocofast.models.convolutions import CompiledConv2d
 from mocofast.models.sizes import ManySizes
 from mocofast.models.vit import SelfAttention
 
@@ -26,6 +27,7 @@ RunWith = Callable[..., Tensor]
 CONVERTED = (
     nn.Conv1d,
     nn.Conv2d,
+    CompiledConv2d,
     nn.Linear,
     NonDynamicallyQuantizableLinear,
     nn.MultiheadAttention,
@@ -87,7 +89,7 @@ def encoder_run(
     def run(*images: Tensor) -> Tensor:
         tracked = torch.is_grad_enabled()
         weights = {
-            path: _Shadow.apply(weight, shadow, in_place)
+            path: _shadowed(weight, shadow, in_place)
             if tracked and weight.requires_grad
             else shadow
             for path, (weight, shadow) in shadows.items()
@@ -116,6 +118,17 @@ def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize, sizes:
 
     code = run.__code__.replace(co_name=f"run_{name}")
     return types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
+
+
+def _shadowed(weight: nn.Parameter, shadow: Tensor, in_place: bool) -> Tensor:
+    """Returns the shadow, whose gradient goes to the weight.
+
+    The attribute `master` is for operators that compute the gradient of the weight themselves.
+    """
+    shadowed: Tensor = _Shadow.apply(weight, shadow, in_place)
+    if not in_place:
+        shadowed.master = weight  # type: ignore[attr-defined]
+    return shadowed
 
 
 class _Shadow(torch.autograd.Function):

@@ -1,0 +1,54 @@
+"""Convolutions of an encoder in C, on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mocofast.ops.convolution import convolve
+
+
+class CompiledConv2d(nn.Conv2d):
+    """Conv2d that `mocofast.ops.convolution.convolve` computes where it can.
+
+    Weights, state-dict names and results (to rounding) are nn.Conv2d's. A weight with the attribute
+    `master` is a copy of that tensor in another type (see `train.encoder_run`).
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        images = input
+        if torch.is_autocast_enabled("cpu") and input.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu")
+            images, weight = images.to(dtype), weight.to(dtype)
+        result = convolve(
+            images,
+            weight,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,
+            getattr(weight, "master", None),
+        )
+        if result is None:
+            return F.conv2d(
+                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        return result
+
+
+def compile_convolutions(module: nn.Module) -> None:
+    """Makes every Conv2d inside `module` a CompiledConv2d, in place, if C can compute it.
+
+    That is an nn.Conv2d (no subclass) of one group, with zeros around the images and no bias.
+    """
+    for part in module.modules():
+        if (
+            type(part) is nn.Conv2d
+            and part.groups == 1
+            and part.bias is None
+            and part.padding_mode == "zeros"
+            and not isinstance(part.padding, str)
+            and not part.in_channels % 16
+            and not part.out_channels % 16
+        ):
+            part.__class__ = CompiledConv2d

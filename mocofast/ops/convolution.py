@@ -1,0 +1,120 @@
+"""Convolution of channels-last images, in C where the CPU has AVX-512.
+
+`mocofast_kernels.cpu_convolution` says what makes it faster than PyTorch's (oneDNN's) on small
+images. Sums have another order than PyTorch's, so results are equal to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mocofast_kernels import cpu_convolution
+from mocofast_kernels.cpu_convolution import Shape, convolves
+from mocofast_kernels.cpu_library import is_watched
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Above so many pixels oneDNN computes the gradient of the weights of a 1 x 1 convolution faster
+# (docs/log.md).
+LARGE = 256
+
+
+def convolve(
+    images: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    master: Tensor | None = None,
+) -> Tensor | None:
+    """Convolves, or returns None where PyTorch has to: torch.nn.functional.conv2d.
+
+    images: (N, C, H, W). weight: (O, C, kh, kw), of the same type.
+    stride, padding, dilation: two ints each, as in torch.nn.functional.conv2d. One group, no bias.
+    master: float32, of which `weight` is a copy in another type: gets the gradient in the place of
+        `weight`, in float32.
+    Returns (N, O, H', W'), channels-last. A first derivative exists, a second one does not.
+
+    None: for another type than float32 or bfloat16 (on a CPU with its instructions), channels that
+    are no multiple of 16, weights that are not channels-last, outside of a CPU, and where PyTorch
+    traces, compiles or transforms functions or watches operations.
+    """
+    if (
+        type(images) is not Tensor
+        or images.device.type != "cpu"
+        or images.dim() != 4
+        or images.dtype != weight.dtype
+        or not convolves(images.dtype)
+        or weight.shape[0] % cpu_convolution.LANES
+        or weight.shape[1] % cpu_convolution.LANES
+        or weight.shape[1] != images.shape[1]
+        or not weight.is_contiguous(memory_format=torch.channels_last)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_watched()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return None
+    shape = Shape(
+        *(images.shape[0], weight.shape[1], images.shape[2], images.shape[3], weight.shape[0]),
+        *(_two(numbers) for numbers in (weight.shape[2:], stride, padding, dilation)),
+    )
+    if not shape.images or min(shape.size) < 1 or shape.pixels >= 2**31:
+        return None
+    images = images.contiguous(memory_format=torch.channels_last)
+    master, weight = (weight, weight) if master is None else (master, weight.detach())
+    result: Tensor = _Convolution.apply(images, weight, master, shape)
+    return result
+
+
+def _two(numbers: Sequence[int]) -> tuple[int, int]:
+    first, second = numbers
+    return first, second
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, master: Tensor, shape: Shape) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.shape, ctx.dtype = shape, master.dtype
+        return cpu_convolution.forward(images, weight, shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        images, weight = ctx.saved_tensors
+        shape: Shape = ctx.shape
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_images = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_images = cpu_convolution.image_gradient(gradient, weight, shape)
+        if ctx.needs_input_grad[2]:
+            if shape.kernel == (1, 1) and shape.size[0] * shape.size[1] > LARGE:
+                of_weight = _pytorch_weight_gradient(gradient, images, weight, shape)
+            else:
+                of_weight = cpu_convolution.weight_gradient(gradient, images, shape)
+            of_weight = of_weight.to(ctx.dtype)
+        return of_images, None, of_weight, None
+
+
+def _pytorch_weight_gradient(
+    gradient: Tensor, images: Tensor, weight: Tensor, shape: Shape
+) -> Tensor:
+    """Returns the gradient of the weight, by PyTorch."""
+    _, of_weight, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        images,
+        weight,
+        None,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        False,
+        [0, 0],
+        1,
+        [False, True, False],
+    )
+    result: Tensor = of_weight
+    return result
