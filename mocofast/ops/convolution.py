@@ -14,6 +14,7 @@ from mocofast_kernels import cpu_convolution
 from mocofast_kernels.cpu_convolution import Shape, convolves
 from mocofast_kernels.cpu_library import is_watched
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 # Above so many pixels oneDNN computes the gradient of the weights of a 1 x 1 convolution faster
@@ -55,6 +56,7 @@ def convolve(
         or torch.jit.is_tracing()
         or is_watched()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return None
     shape = Shape(

@@ -1,0 +1,292 @@
+"""Convolutions in C: values against float64, and what stays with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mocofast_kernels import cpu_convolution
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mocofast.models.convolutions import CompiledConv2d, compile_convolutions
+from mocofast.models.encoders import build_encoder
+from mocofast.ops.convolution import convolve
+
+TYPES = [dtype for dtype in cpu_convolution.TYPES if cpu_convolution.convolves(dtype)]
+# Half of a bfloat16's last bit, which is 2^-8 of the value, and rounding of float32's sums.
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-4}
+
+pytestmark = pytest.mark.skipif(not TYPES, reason="no AVX-512 (bf16: or an AMX), or not compiled")
+
+
+def drawn(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    values = torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def check(
+    dtype: torch.dtype,
+    images: tuple[int, int, int, int],
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compares result and gradients with PyTorch's in float64. Returns the three tensors."""
+    x = drawn(*images, dtype=dtype).requires_grad_()
+    w = drawn(outputs, images[1], *kernel, dtype=dtype, seed=1).requires_grad_()
+    y = convolve(x, w, stride, padding, dilation)
+    assert y is not None
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    gradient = drawn(*y.shape, dtype=dtype, seed=2)
+    y.backward(gradient)
+    wide_x, wide_w = (t.detach().double().requires_grad_() for t in (x, w))
+    wide_y = F.conv2d(wide_x, wide_w, None, stride, padding, dilation)
+    assert y.shape == wide_y.shape
+    wide_y.backward(gradient.double())
+    assert x.grad is not None
+    assert w.grad is not None
+    for name, found, expected in (
+        ("result", y, wide_y),
+        ("images", x.grad, wide_x.grad),
+        ("weight", w.grad, wide_w.grad),
+    ):
+        assert expected is not None
+        assert found.dtype == dtype
+        # The worst element, in parts of the whole, so that a wrong edge cannot hide.
+        error = (found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-9)
+        assert error < ERROR[dtype], f"{name}: {error:.1e}"
+    return y.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("channels", [(16, 16), (32, 48), (48, 80), (64, 112), (144, 32)])
+def test_channels(dtype: torch.dtype, channels: tuple[int, int]) -> None:
+    inputs, outputs = channels
+    check(dtype, (5, inputs, 7, 6), outputs, (3, 3), padding=(1, 1))
+    check(dtype, (5, inputs, 7, 6), outputs, (1, 1), stride=(2, 2))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((1, 1), (2, 2), (0, 0), (1, 1)),  # gradients of most pixels are 0
+        ((1, 1), (1, 1), (2, 1), (1, 1)),  # results at the edge are 0
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 3), (2, 2), (1, 1), (1, 1)),
+        ((3, 3), (1, 1), (2, 2), (2, 2)),
+        ((3, 3), (3, 2), (0, 4), (1, 2)),
+        ((5, 1), (1, 2), (2, 0), (1, 1)),
+        ((2, 7), (2, 1), (1, 3), (3, 1)),
+        ((4, 4), (4, 4), (0, 0), (1, 1)),  # patches
+    ],
+)
+def test_shapes(
+    dtype: torch.dtype,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    for images, (height, width) in itertools.product((1, 4, 7), ((8, 8), (11, 9))):
+        check(dtype, (images, 32, height, width), 32, kernel, stride, padding, dilation)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiny_images(dtype: torch.dtype, size: int, stride: int) -> None:
+    """oneDNN leaves parts of such gradients of weights uninitialised in bfloat16."""
+    _, _, gradient = check(
+        dtype, (32, 32, size, size), 64, (3, 3), stride=(stride, stride), padding=(1, 1)
+    )
+    if size == 1:  # taps that see the zeros around the image alone
+        outside = gradient.clone()
+        outside[:, :, 1, 1] = 0
+        assert not outside.any()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_images_in_chunks(dtype: torch.dtype) -> None:
+    """The gradient of the weights takes some images, or some pixels of an image, at a time."""
+    few = cpu_convolution.Shape(9, 16, 40, 40, 16, (3, 3), (1, 1), (1, 1), (1, 1))
+    plan = cpu_convolution._plan(few, dtype).weights
+    assert plan.chunks > 1
+    check(dtype, (9, 16, 40, 40), 16, (3, 3), padding=(1, 1))
+    some = few._replace(height=24, width=24)
+    plan = cpu_convolution._plan(some, dtype).weights
+    assert plan.chunks == 1
+    assert plan.images_at_a_time < 9
+    check(dtype, (9, 16, 24, 24), 16, (3, 3), padding=(1, 1))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("outputs", [64, 144])
+def test_every_number_of_threads_gives_the_same_bits(dtype: torch.dtype, outputs: int) -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(check(dtype, (6, 80, 9, 9), outputs, (3, 3), padding=(1, 1)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for one, other in zip(results[0], result):
+            assert torch.equal(one, other)
+
+
+def test_a_smaller_team_computes_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP may give fewer threads than asked for."""
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    calls = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def alone(work: int, argument: int, threads: int, _: int) -> None:
+        calls.append(threads)
+        function(work)(argument)
+
+    monkeypatch.setattr(cpu_convolution, "_parallel", lambda: ctypes.cast(alone, ctypes.c_void_p))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    check(TYPES[0], (6, 80, 9, 9), 144, (3, 3), padding=(1, 1))
+    assert calls == [4, 4, 4]
+
+
+def test_expanded_and_transposed_gradients() -> None:
+    x = drawn(3, 16, 4, 4).requires_grad_()
+    w = drawn(16, 16, 3, 3, seed=1).requires_grad_()
+    y = convolve(x, w, (1, 1), (1, 1), (1, 1))
+    assert y is not None
+    expected = F.conv2d(x, w, padding=1)
+    for found, value in zip(
+        torch.autograd.grad(y.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w))
+    ):
+        torch.testing.assert_close(found, value)
+    first = drawn(3, 16, 4, 4, seed=2).contiguous()  # channels first
+    y = convolve(first, w, (1, 1), (1, 1), (1, 1))
+    torch.testing.assert_close(y, F.conv2d(first, w, padding=1))
+
+
+def test_a_frozen_weight_and_images_without_a_gradient() -> None:
+    x, w = drawn(3, 16, 4, 4), drawn(16, 16, 3, 3, seed=1)
+    for images, weight in ((x.clone().requires_grad_(), w), (x, w.clone().requires_grad_())):
+        y = convolve(images, weight, (1, 1), (1, 1), (1, 1))
+        assert y is not None
+        y.sum().backward()
+        assert (images.grad is None) == (images is x)
+        assert (weight.grad is None) == (weight is w)
+
+
+def test_second_derivative_is_refused() -> None:
+    x, w = drawn(3, 16, 4, 4).requires_grad_(), drawn(16, 16, 1, 1, seed=1)
+    y = convolve(x, w, (1, 1), (0, 0), (1, 1))
+    assert y is not None
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.skipif(torch.bfloat16 not in TYPES, reason="no products of bfloat16 on this CPU")
+def test_the_master_gets_the_gradient_in_float32() -> None:
+    master = drawn(32, 16, 3, 3, seed=1).requires_grad_()
+    weight = master.detach().bfloat16().requires_grad_()
+    x = drawn(5, 16, 6, 6, dtype=torch.bfloat16)
+    y = convolve(x, weight, (1, 1), (1, 1), (1, 1), master)
+    assert y is not None
+    y.backward(drawn(*y.shape, dtype=torch.bfloat16, seed=2))
+    assert weight.grad is None
+    wide = weight.detach().double().requires_grad_()
+    F.conv2d(x.double(), wide, padding=1).backward(drawn(*y.shape, seed=2).bfloat16().double())
+    assert master.grad is not None
+    torch.testing.assert_close(master.grad.double(), wide.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_what_stays_with_pytorch() -> None:
+    x, w = drawn(2, 16, 4, 4), drawn(16, 16, 3, 3, seed=1)
+    same = ((1, 1), (1, 1), (1, 1))
+    assert convolve(x, w, *same) is not None
+    for images, weight in (
+        (x.double(), w.double()),
+        (x.half(), w.half()),
+        (x, w.bfloat16()),
+        (x[:, :8], w[:, :8].contiguous(memory_format=torch.channels_last)),
+        (x, w[:8]),
+        (x, w.contiguous()),
+        (x[0], w),
+        (x[:0], w),
+        (x[:, :, :0], w),
+        (x.to("meta"), w.to("meta")),
+    ):
+        assert convolve(images, weight, *same) is None
+    with FlopCounterMode(display=False):
+        assert convolve(x, w, *same) is None
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(32, 32, 1, bias=True),
+        nn.Conv2d(32, 32, 3, groups=2, bias=False),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False, padding_mode="circular"),
+        nn.Conv2d(32, 32, 3, padding="same", bias=False),
+    )
+
+
+def test_which_layers_are_compiled() -> None:
+    part = network()
+    compile_convolutions(part)
+    compile_convolutions(part)
+    assert [type(layer) is CompiledConv2d for layer in part] == [i == 2 for i in range(7)]
+    assert list(part.state_dict()) == list(network().state_dict())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_compiled_encoder_computes_what_the_plain_one_does(bf16: bool) -> None:
+    if bf16 and torch.bfloat16 not in TYPES:
+        pytest.skip("no products of bfloat16 on this CPU")
+    torch.manual_seed(0)
+    plain = build_encoder("resnet18", 32)(num_classes=32).to(memory_format=torch.channels_last)
+    encoder = copy.deepcopy(plain)
+    compile_convolutions(encoder)
+    encoder = pickle.loads(pickle.dumps(copy.deepcopy(encoder)))
+    assert sum(type(layer) is CompiledConv2d for layer in encoder.modules()) == 19
+    x = drawn(16, 3, 64, 64)
+
+    def gradients(of: nn.Module, low: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = of(x.to(next(of.parameters()).dtype))
+        y.double().square().mean().backward()
+        return torch.cat([p.grad.double().flatten() for p in of.parameters()])
+
+    exact = gradients(copy.deepcopy(plain).double(), low=False)
+    pytorch, ours = ((gradients(of, bf16) - exact).norm() for of in (plain, encoder))
+    assert 0 < ours < 1.2 * pytorch  # BatchNorm makes more of the rounding of both
+
+
+def test_tracing_compiling_and_transforms_see_pytorch() -> None:
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    compile_convolutions(layer)
+    x = drawn(2, 16, 5, 5)
+    expected = F.conv2d(x, layer.weight, padding=1)
+    exported = torch.export.export(layer, (x,))
+    assert "conv2d" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+    each = torch.func.vmap(lambda image: layer(image[None])[0])(x)
+    torch.testing.assert_close(each, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        _, tangent = torch.autograd.forward_ad.unpack_dual(layer(dual))
+    torch.testing.assert_close(tangent, F.conv2d(torch.ones_like(x), layer.weight, padding=1))
