@@ -110,11 +110,15 @@ PHOTOMETRIC = Extension(
 # Loaded the same way. Without a compiler PyTorch's operators compute.
 COMPILED = Extension(
     "mocofast_kernels._compiled",
-    [f"kernels/mocofast_kernels/{name}.c" for name in ("sweep", "steps", "convolution")],
+    [
+        f"kernels/mocofast_kernels/{name}.c"
+        for name in ("sweep", "steps", "convolution", "batch_norm")
+    ],
     depends=[
         "kernels/mocofast_kernels/sweep_body.h",
         "kernels/mocofast_kernels/steps_body.h",
         "kernels/mocofast_kernels/convolution_body.h",
+        "kernels/mocofast_kernels/batch_norm_body.h",
         *(f"mocofast/data/{name}.h" for name in ("avx2_begin", "avx2_end", "compilers")),
     ],
     include_dirs=["mocofast/data"],

@@ -155,7 +155,9 @@ def test_a_smaller_team_computes_all_parts(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(threads)
         function(work)(argument)
 
-    monkeypatch.setattr(cpu_convolution, "_parallel", lambda: ctypes.cast(alone, ctypes.c_void_p))
+    monkeypatch.setattr(
+        cpu_convolution, "threads_of_openmp", lambda: ctypes.cast(alone, ctypes.c_void_p)
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     check(TYPES[0], (6, 80, 9, 9), 144, (3, 3), padding=(1, 1))
     assert calls == [4, 4, 4]

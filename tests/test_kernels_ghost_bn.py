@@ -23,6 +23,7 @@ from tests.triton_device import DEVICE
 pytest.importorskip("triton")
 
 from mocofast_kernels import ghost_bn
+from mocofast_kernels.cpu_ghost_bn import normalises
 
 from mocofast.ops import backend, batch_norm
 from mocofast.ops.batch_norm import ghost_batch_norm
@@ -32,23 +33,33 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton"
 )
 
-TRITON = backend.backend_for("cuda")
+TRITON, C = backend.backend_for("cuda"), backend.backend_for("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MOMENTUM, EPS = 0.1, 1e-5
 # Largest relative rounding error of a type. Statistics and sums are float32.
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8, FP16: 2.0**-11}
 
 
-@pytest.fixture(autouse=True)
-def _kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
-    monkeypatch.setattr(backend, "BATCH_NORM_DEVICES", (DEVICE,))
+@pytest.fixture(autouse=True, params=["triton"])
+def _kernels_on_this_device(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    if request.param == "C":
+        if C.ghost_bn_forward is None or DEVICE != "cpu":
+            pytest.skip("not on a CPU with AVX-512, or not compiled")
+    else:
+        monkeypatch.setattr(backend, "backend_for", lambda device_type: TRITON)
+        monkeypatch.setattr(backend, "BATCH_NORM_DEVICES", (DEVICE,))
     monkeypatch.setattr(
         batch_norm, "pytorch_batch_norm", None
     )  # whatever should run on the kernels must not come here
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+# Tests of the values run on both kernels.
+both_kernels = pytest.mark.parametrize("_kernels_on_this_device", ["triton", "C"], indirect=True)
 
 
 class Case(NamedTuple):
@@ -177,6 +188,7 @@ SHAPES = [
 ]
 
 
+@both_kernels
 @pytest.mark.parametrize(
     ("relu", "residual"), [(False, False), (True, False), (False, True), (True, True)]
 )
@@ -187,9 +199,12 @@ def test_float32_is_as_good_as_one_batchnorm_per_split(
     assert_as_good_as_eager(case(shape, FP32, residual), splits, relu)
 
 
+@both_kernels
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_16_bit_types_round_once(dtype: torch.dtype, residual: bool) -> None:
+    if backend.backend_for("cpu") is C and not normalises(dtype):
+        pytest.skip("PyTorch computes")
     c = case((6, 24, 5, 7), dtype, residual)
     assert_as_good_as_eager(c, 3, relu=True)
     # Stricter than "as good as eager": only the rounding of the output is left.
@@ -199,12 +214,14 @@ def test_16_bit_types_round_once(dtype: torch.dtype, residual: bool) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=1.01 * ROUNDING[dtype], atol=1e-5)
 
 
+@both_kernels
 @pytest.mark.parametrize("mean", [1e3, -1e3])
 def test_a_mean_100000_times_the_deviation_keeps_the_variance(mean: float) -> None:
     # Float32 has steps of 6e-5 there. The float64 oracle sees the same rounded inputs.
     assert_as_good_as_eager(case((16, 7, 9, 5), mean=mean, std=1e-2), 2, relu=False)
 
 
+@both_kernels
 def test_an_outlier_in_the_first_row_costs_no_precision() -> None:
     """The kernel sums differences from the mean of the first rows, which have an outlier here."""
     c = case((16, 7, 9, 5), mean=1000.0, std=1e-2)
@@ -213,6 +230,7 @@ def test_an_outlier_in_the_first_row_costs_no_precision() -> None:
     torch.testing.assert_close(ours(c, 2, False)[2].double(), variance, rtol=1e-5, atol=0)
 
 
+@both_kernels
 def test_a_constant_channel_has_variance_0_and_gives_the_bias() -> None:
     c = case((4, 5, 3, 7))
     c.x[:, 2] = 1234.567
@@ -222,6 +240,7 @@ def test_a_constant_channel_has_variance_0_and_gives_the_bias() -> None:
     assert grad_x.isfinite().all()
 
 
+@both_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_nan_or_infinity_spoils_its_channel_of_its_part_and_nothing_else(bad: float) -> None:
     c = case((8, 5, 3, 3))
@@ -232,6 +251,7 @@ def test_a_nan_or_infinity_spoils_its_channel_of_its_part_and_nothing_else(bad: 
     assert torch.equal(y.isnan(), spoilt)
 
 
+@both_kernels
 def test_two_runs_are_bit_equal() -> None:
     c = case((24, 24, 13, 11), BF16, residual=True)
     for first, second in zip(ours(c, 2, True), ours(c, 2, True)):
@@ -264,6 +284,7 @@ def test_parameters_and_statistics_may_be_16_bit() -> None:
         )
 
 
+@both_kernels
 @pytest.mark.parametrize("form", ["sliced", "transposed"])
 def test_other_strides_are_made_channels_last(form: str) -> None:
     c = case((4, 6, 3, 5))
@@ -290,6 +311,7 @@ def test_nchw_memory_and_float64_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(a, b)
 
 
+@both_kernels
 def test_without_gradients_nothing_is_kept_and_the_output_is_the_same() -> None:
     c = case((6, 5, 3, 7))
     want = ours(c, 3, True)
@@ -302,6 +324,7 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same() -> None:
     assert torch.equal(c.running_mean, want[1])
 
 
+@both_kernels
 def test_autocast_leaves_the_type_of_the_activations() -> None:
     c = case((6, 5, 3, 7), BF16)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -311,6 +334,7 @@ def test_autocast_leaves_the_type_of_the_activations() -> None:
         assert torch.equal(a, b)
 
 
+@both_kernels
 def test_double_backward_is_an_error() -> None:
     c = case((4, 5, 3, 3))
     x = c.x.requires_grad_()

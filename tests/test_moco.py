@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mocofast.methods.moco
 from mocofast import MoCo
+from mocofast.methods import base
+from mocofast.models import batch_norm
 from mocofast.models.encoders import TinyResNet
 from tests.eager_moco import (
     EagerMoCo,
@@ -228,10 +231,16 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("bn_splits", [1, 3])
-def test_split_batch_norm_trains_on_a_cpu_with_channels_first_to_equal_gradients(
-    bn_splits: int,
+def test_the_fastest_format_of_a_cpu_gives_equal_gradients(
+    bn_splits: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Split BatchNorm is faster with channels first where BatchNorm has no kernel."""
+    if kernel and not normalises(torch.float32):
+        pytest.skip("no kernel of BatchNorm on this CPU")
+    for module in (base, batch_norm):
+        monkeypatch.setattr(module, "normalises", lambda dtype: kernel)
     found = []
     pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     for fastest in (True, False):
@@ -241,7 +250,7 @@ def test_split_batch_norm_trains_on_a_cpu_with_channels_first_to_equal_gradients
         if fastest:
             model.to_fastest_format(torch.device("cpu"), bn_splits)
         images = model.normalize_pixels(pixels)
-        assert images.is_contiguous() == (fastest and bn_splits > 1)
+        assert images.is_contiguous() == (fastest and bn_splits > 1 and not kernel)
         encoder = model.encoder_q.double()
         output = encoder(images.double())
         output.mul(torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()

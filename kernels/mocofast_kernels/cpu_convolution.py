@@ -118,7 +118,7 @@ def _runs() -> tuple[bool, bool]:
 
 
 @functools.cache
-def _parallel() -> Any:
+def threads_of_openmp() -> Any:
     """Returns the function of PyTorch's OpenMP that runs a function on threads, or None."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer)
@@ -127,7 +127,7 @@ def _parallel() -> Any:
 
 
 def _threads() -> int:
-    return torch.get_num_threads() if _parallel() is not None else 1
+    return torch.get_num_threads() if threads_of_openmp() is not None else 1
 
 
 def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:
@@ -158,15 +158,16 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
     words = plan.images_at_a_time // (4 // images.element_size())
     words *= plan.most_inputs * PANEL + plan.most_outputs * shape.outputs
     scratch = torch.empty(words * threads, dtype=torch.int32)
-    found, _ = library()
-    assert found is not None
-    found.convolution_weights(
+    _functions()[1](
         TYPES[images.dtype],
         ctypes.byref(plan),
-        *map(_address, (images, gradient, result, scratch)),
-        _int64(words),
-        _int64(threads),
-        _parallel(),
+        images.data_ptr(),
+        gradient.data_ptr(),
+        result.data_ptr(),
+        scratch.data_ptr(),
+        words,
+        threads,
+        threads_of_openmp(),
     )
     return result
 
@@ -177,24 +178,33 @@ def _gather(
     threads = _threads()
     words = plan.taps * plan.depth * PANEL * source.element_size() // 4
     scratch = torch.empty(words * threads, dtype=torch.int32)
-    found, _ = library()
-    assert found is not None
-    found.convolution_gather(
+    _functions()[0](
         TYPES[source.dtype],
         ctypes.byref(plan),
-        *map(_address, (source, weight, result, scratch)),
-        int(transposed),
-        _int64(threads),
-        _parallel(),
+        source.data_ptr(),
+        weight.data_ptr(),
+        result.data_ptr(),
+        scratch.data_ptr(),
+        transposed,
+        threads,
+        threads_of_openmp(),
     )
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    """Returns the library's functions: products over taps, and gradients of weights."""
+    found, _ = library()
+    assert found is not None
+    gather, weights = found.convolution_gather, found.convolution_weights
+    gather.argtypes = [ctypes.c_int, *[_pointer] * 5, ctypes.c_int, _int64, _pointer]
+    weights.argtypes = [ctypes.c_int, *[_pointer] * 5, *[_int64] * 2, _pointer]
+    gather.restype = weights.restype = None
+    return gather, weights
 
 
 def _empty(like: Tensor, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=like.dtype, memory_format=torch.channels_last)
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return _pointer(tensor.data_ptr())
 
 
 @functools.lru_cache(maxsize=256)  # networks have some dozens of shapes at a size of the views

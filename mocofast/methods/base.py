@@ -9,11 +9,12 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 
 from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
-from mocofast.models.batch_norm import memory_format
+from mocofast.models.batch_norm import fuse_batch_norms, memory_format
 from mocofast.models.convolutions import compile_convolutions
 from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.models.sizes import encode
@@ -208,6 +209,8 @@ class Method(nn.Module):
         self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if device.type == "cpu" and self.memory_format == torch.channels_last:
             compile_convolutions(self)
+            if normalises(torch.float32):
+                fuse_batch_norms(self)
 
     def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -65,13 +66,14 @@ class SplitBatchNorm(_BatchNorm):
 def memory_format(splits: int, device: torch.device) -> torch.memory_format:
     """Returns the order in memory of weights and maps that trains a model fastest.
 
-    That is channels-last, but for split BatchNorm on a CPU: where channels come first, PyTorch's
-    BatchNorm takes the splits as more channels without a copy (`ops.batch_norm_pytorch`).
+    That is channels-last, but for split BatchNorm on a CPU without a kernel: where channels come
+    first, PyTorch's BatchNorm takes the splits as more channels without a copy
+    (`ops.batch_norm_pytorch`).
 
     splits: the most splits of a rank. DDP asks for one order on all ranks, and ranks may have
         different numbers of splits.
     """
-    if device.type == "cpu" and splits > 1:
+    if device.type == "cpu" and splits > 1 and not normalises(torch.float32):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -122,6 +124,26 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
 
     if replace_batch_norms(module, lambda child: type(child) in _SPLIT, make):
         fuse_blocks(module)
+
+
+def fuse_batch_norms(module: nn.Module) -> None:
+    """Makes every BatchNorm2d inside `module` a SplitBatchNorm2d of one split, in place.
+
+    Weights, statistics, modes and state-dict names stay. Additions and ReLUs of torchvision's
+    residual blocks are computed inside BatchNorm. A BatchNorm without weights, running statistics
+    or a fixed momentum stays as it is.
+    """
+    replace_batch_norms(
+        module,
+        lambda child: (
+            type(child) is nn.BatchNorm2d
+            and child.affine
+            and child.track_running_stats
+            and child.momentum is not None
+        ),
+        lambda old: SplitBatchNorm2d(old.num_features, 1, old.eps, old.momentum),
+    )
+    fuse_blocks(module)
 
 
 class _FusedBlock(nn.Module):

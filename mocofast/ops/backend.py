@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from mocofast_kernels import cpu, cpu_memory, cpu_optim, cpu_sigmoid
+from mocofast_kernels import cpu, cpu_ghost_bn, cpu_memory, cpu_optim, cpu_sigmoid
 from mocofast_kernels.cpu import InfoNCEForward
 from mocofast_kernels.cpu_sigmoid import SigmoidForward
 from torch import Tensor
@@ -27,6 +27,7 @@ class Backend(NamedTuple):
 
     The first nine are documented in `mocofast_kernels.cpu`, `.cpu_sigmoid`, `.cpu_memory` and
     `.cpu_optim`, the last three in `mocofast_kernels.ghost_bn` and `mocofast_kernels.augment`.
+    On a CPU BatchNorm has kernels for the types of `mocofast_kernels.cpu_ghost_bn.normalises`.
     None: the device has no fused kernel, and the caller composes PyTorch operators.
     """
 
@@ -64,6 +65,11 @@ def backend_for(device_type: str) -> Backend:
                 f"mocofast: Triton is missing ({error}); the slower PyTorch path runs instead",
                 stacklevel=3,
             )
+    norms = (
+        (cpu_ghost_bn.ghost_bn_forward, cpu_ghost_bn.ghost_bn_backward)
+        if device_type == "cpu" and cpu_ghost_bn.normalises(torch.float32)
+        else (None, None)
+    )
     return Backend(
         cpu.infonce_forward,
         cpu.infonce_grad_negatives,
@@ -74,6 +80,7 @@ def backend_for(device_type: str) -> Backend:
         cpu_optim.sgd_,
         cpu_optim.lars_,
         cpu_optim.adamw_,
+        *norms,
     )
 
 

@@ -1,8 +1,8 @@
 """Ghost BatchNorm: BatchNorm over splits of a batch (Hoffer et al. 2017, arXiv:1705.08741).
 
-Channels-last CUDA tensors go to Triton kernels, which also add a residual and rectify. Eager mode
-calls the kernels directly, compiled code through custom ops. All other tensors go to PyTorch's
-BatchNorm.
+Channels-last tensors go to kernels which also add a residual and rectify: Triton's on CUDA, in
+C on CPUs with AVX-512. Eager mode calls the kernels directly, compiled code on CUDA through custom
+ops. All other tensors go to PyTorch's BatchNorm.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mocofast_kernels import cpu_ghost_bn
 from torch import Tensor
 
 from mocofast.ops import backend
 from mocofast.ops.batch_norm_pytorch import pytorch_batch_norm
 from mocofast.ops.first_derivative import first_derivative
+from mocofast.ops.transforms import is_transformed
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,27 +47,28 @@ def ghost_batch_norm(
     relu: rectifies the result, after the residual is added.
     residual: (N, C, H, W), the dtype of x, or None. Added to the normalised values.
 
-    Returns (N, C, H, W), in the dtype and memory format of x. On CUDA statistics and arithmetic
-    are float32 for every dtype.
+    Returns (N, C, H, W), in the dtype and memory format of x. In the kernels statistics and
+    arithmetic are float32 for every dtype.
     Raises, before anything changes, ValueError if x is not 4-D, num_splits does not divide N, a
     split has a single value per channel, or residual has another shape than x, and TypeError if
-    residual has another dtype than x. On CUDA a second derivative raises RuntimeError.
+    residual has another dtype than x. A second derivative of a kernel raises RuntimeError.
     """
     _check(x, num_splits, residual)
 
-    # Without a Triton kernel: other devices, dtypes and memory formats.
+    # Without a kernel: other devices, dtypes and memory formats.
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if (
         not backend.fuses_batch_norm(x.device.type)
         or x.dtype not in FUSED_DTYPES
         # In NCHW memory PyTorch's BatchNorm needs no copy: splits are channels of a view.
         or (x.is_contiguous() and not channels_last)
+        or not _takes(x, weight, bias)
     ):
         return pytorch_batch_norm(
             x, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu, residual
         )
 
-    # Triton kernels, in channels-last memory.
+    # Kernels, in channels-last memory.
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -92,6 +95,20 @@ def ghost_batch_norm(
     ):
         return _GhostBatchNorm.apply(*arguments)
     return _forward(*arguments)[0]
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Says whether the kernel of the device takes these tensors. In C there are more conditions."""
+    if torch.compiler.is_compiling():  # `backend.fuses_batch_norm` has said yes: Triton's
+        return True
+    if backend.backend_for(x.device.type).ghost_bn_forward is not cpu_ghost_bn.ghost_bn_forward:
+        return True
+    return (
+        cpu_ghost_bn.normalises(x.dtype)
+        and weight.dtype == bias.dtype == torch.float32
+        and type(x) is Tensor
+        and not is_transformed()
+    )
 
 
 def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
@@ -223,7 +240,7 @@ class _GhostBatchNorm(torch.autograd.Function):
         grads = [grad_x, grad_residual if has_residual else None, grad_weight, grad_bias]
         if torch.is_grad_enabled():  # create_graph=True
             inputs = (grad_output, x, weight, bias)
-            grads = first_derivative("ghost_batch_norm on CUDA", grads, inputs)
+            grads = first_derivative("ghost_batch_norm", grads, inputs)
         return *grads, *[None] * 6
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from mocofast_kernels import cpu_convolution
 from mocofast_kernels.cpu_convolution import Shape, convolves
-from mocofast_kernels.cpu_library import is_watched
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from mocofast.ops.transforms import is_transformed
 
 # Above so many pixels oneDNN computes the gradient of the weights of a 1 x 1 convolution faster
 # (docs/log.md).
@@ -52,11 +52,7 @@ def convolve(
         or weight.shape[1] % cpu_convolution.LANES
         or weight.shape[1] != images.shape[1]
         or not weight.is_contiguous(memory_format=torch.channels_last)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_watched()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or is_transformed()
     ):
         return None
     shape = Shape(
