@@ -300,15 +300,22 @@ def _crops() -> Rows:
 
 
 def _compiled_ops() -> Rows:
+    from mocofast_kernels import cpu_convolution, cpu_sweep
     from mocofast_kernels.cpu_library import library
-    from mocofast_kernels.cpu_sweep import compiled
 
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        sweep, why = compiled(dtype)
+    types = (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for name, dtype in types:
+        sweep, why = cpu_sweep.compiled(dtype)
         if sweep is None:
             yield "PyTorch", f"info_nce on a CPU, {name} products; {why}"
         else:
             yield "compiled", f"info_nce on a CPU, {name} products, {why}"
+    for name, dtype in types:
+        runs, why = cpu_convolution.compiled(dtype)
+        if runs:
+            yield "compiled", f"convolutions on a CPU, {name}, {why}"
+        else:
+            yield "PyTorch", f"convolutions on a CPU, {name}; {why}"
     found, why = library()
     if found is None:
         yield (

@@ -1,4 +1,4 @@
-"""Convolutions in C: values against float64, and what stays with PyTorch."""
+"""Convolutions in C: values against float64, what stays with PyTorch, and blocks that use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from mocofast_kernels import cpu_convolution
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocofast.models.convolutions import CompiledConv2d, compile_convolutions
+from mocofast.models import convolutions
+from mocofast.models.convolutions import (
+    CompiledConv2d,
+    compile_convolutions,
+    compiled_convolutions,
+)
 from mocofast.models.encoders import build_encoder
 from mocofast.ops.convolution import convolve
 
@@ -292,3 +297,52 @@ def test_tracing_compiling_and_transforms_see_pytorch() -> None:
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         _, tangent = torch.autograd.forward_ad.unpack_dual(layer(dual))
     torch.testing.assert_close(tangent, F.conv2d(torch.ones_like(x), layer.weight, padding=1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_block_leaves_no_trace_but_what_was_trained(shared: bool) -> None:
+    part = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2)))
+    if shared:
+        part[1].weight = part[0].weight
+    plain = copy.deepcopy(part)
+    places = [weight.data_ptr() for weight in part.parameters()]
+    x = drawn(2, 16, 5, 5)
+
+    def train() -> None:
+        with compiled_convolutions(part):
+            assert all(
+                w.is_contiguous(memory_format=torch.channels_last) for w in part.parameters()
+            )
+            with compiled_convolutions(part):
+                torch.testing.assert_close(part(x), plain(x))
+            assert all(type(layer) is CompiledConv2d for layer in part)
+            for model in (part, plain):
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                model(x).square().mean().backward()
+                optimizer.step()
+            raise KeyError("ended")
+
+    with pytest.raises(KeyError, match="ended"):
+        train()
+    assert all(type(layer) is nn.Conv2d for layer in part)
+    assert places == [weight.data_ptr() for weight in part.parameters()]
+    assert len(places) == 2 - shared
+    for weight, expected in zip(part.parameters(), plain.parameters()):
+        assert weight.is_contiguous()
+        torch.testing.assert_close(weight, expected)
+
+
+def test_a_block_compiles_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other CPUs and devices; and compiled encoders stay compiled."""
+    part = network()
+    with compiled_convolutions(part.to("meta")):
+        assert type(part[2]) is nn.Conv2d
+    part = network()
+    with monkeypatch.context() as patch:
+        patch.setattr(convolutions, "convolves", lambda dtype: False)
+        with compiled_convolutions(part):
+            assert type(part[2]) is nn.Conv2d
+    compile_convolutions(part)
+    with compiled_convolutions(part):
+        pass
+    assert type(part[2]) is CompiledConv2d

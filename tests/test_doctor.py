@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mocofast_kernels import cpu_convolution
 
 from mocofast import device, doctor
 from mocofast.doctor import Finding
@@ -97,6 +98,40 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(
     assert "pip install 'mocofast[cuda1" in findings["DALI"].why
     assert findings["data loader"] == ("data loader", "torchvision", "DALI cannot be imported")
     assert findings["nvImageCodec"].use == "not installed"
+
+
+def test_convolutions_on_cpus_are_compiled_or_have_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rows(library: object, amx: bool = False) -> list[tuple[str, str]]:
+        monkeypatch.setattr(cpu_convolution, "library", lambda: library)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        cpu_convolution.compiled.cache_clear()
+        found = [finding for finding in doctor.report() if finding.part == "ops on CPUs"]
+        return [(use, why) for _, use, why in found if why.startswith("convolutions on a CPU")]
+
+    def of_cpu(*known: int) -> tuple[object, str]:
+        return SimpleNamespace(convolution_runs=lambda kind: kind in known), ""
+
+    every = "convolutions on a CPU, fp32", "convolutions on a CPU, bf16"
+    try:
+        assert rows(of_cpu(0, 1)) == [
+            ("compiled", f"{every[0]}, AVX-512"),
+            ("compiled", f"{every[1]}, AVX512-BF16"),
+        ]
+        fast = rows(of_cpu(0, 1), amx=True)
+        assert fast[0] == ("compiled", f"{every[0]}, AVX-512")
+        assert fast[1][0] == "PyTorch" and "AMX" in fast[1][1]
+        unknown = "this CPU or the C compiler does not know"
+        assert rows(of_cpu()) == [
+            ("PyTorch", f"{every[0]}; {unknown} AVX-512"),
+            ("PyTorch", f"{every[1]}; {unknown} AVX512-BF16"),
+        ]
+        missing = rows((None, "not compiled: install a C compiler"))
+        assert missing == [("PyTorch", f"{e}; not compiled: install a C compiler") for e in every]
+        assert all("older build" in why for _, why in rows((SimpleNamespace(), "")))
+    finally:
+        cpu_convolution.compiled.cache_clear()
 
 
 def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(

@@ -33,6 +33,7 @@ from mocofast.evaluate.metrics import top_accuracies
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.evaluate.targets import targets_of
 from mocofast.models import encoders
+from mocofast.models.convolutions import compiled_convolutions
 from mocofast.models.pixels import pixel_statistics
 from mocofast.settings import ConfigError
 
@@ -336,7 +337,7 @@ def test_features_in_autocast_are_those_of_a_forward_in_bf16(at_once: int) -> No
         at_once=at_once,
     )
     exact, _ = extract(encoder, batches_of(images, labels, 24), CPU, "output", MEAN, STD)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), compiled_convolutions(encoder):
         expected = encoder((images - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
     assert expected.dtype == torch.bfloat16
     assert found.dtype == torch.float32

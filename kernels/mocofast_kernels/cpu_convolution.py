@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocofast_kernels.cpu_library import library
+from mocofast_kernels.cpu_library import INSTALL, library
 
 AHEAD = 24  # entries that the library reads beyond the last pixel, to fetch it early
 LANES, PANEL = 16, 64  # channels of a vector, and of a panel of weights
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
 # Bytes of the pixels of a chunk, which stay in the second cache while all weights meet them.
 CHUNK_BYTES = 384 * 1024
 
@@ -101,20 +102,27 @@ class _Plan(NamedTuple):
 
 
 def convolves(dtype: torch.dtype) -> bool:
-    """Says whether the library convolves images of this type on this CPU.
-
-    With AMX oneDNN's products of bfloat16 are far faster than those of AVX-512.
-    """
-    return dtype in TYPES and _runs()[TYPES[dtype]]
+    """Says whether the library convolves images of this type on this CPU."""
+    return dtype in TYPES and compiled(dtype)[0]
 
 
 @functools.cache
-def _runs() -> tuple[bool, bool]:
-    found, _ = library()
-    if found is None or not hasattr(found, "convolution_runs"):  # of an older build
-        return False, False
-    amx = torch.cpu._is_amx_tile_supported()
-    return bool(found.convolution_runs(0)), bool(found.convolution_runs(1)) and not amx
+def compiled(dtype: torch.dtype) -> tuple[bool, str]:
+    """Returns whether the library convolves images of a type of TYPES, and the instructions.
+
+    Without the instructions, False and the reason.
+    """
+    found, why = library()
+    if found is None:
+        return False, why
+    if not hasattr(found, "convolution_runs"):
+        return False, f"the library is of an older build: {INSTALL}"
+    name = _INSTRUCTIONS[dtype]
+    if not found.convolution_runs(TYPES[dtype]):
+        return False, f"this CPU or the C compiler does not know {name}"
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False, "oneDNN's products with this CPU's AMX are far faster"
+    return True, name
 
 
 @functools.cache

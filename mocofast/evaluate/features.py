@@ -18,6 +18,7 @@ from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
 from mocofast.errors import NothingDecodedError
 from mocofast.models import encoders, pixels
+from mocofast.models.convolutions import compiled_convolutions
 from mocofast.view_sizes import Size
 
 EVALUATION_BATCH = 256  # images
@@ -162,7 +163,7 @@ def extract_batches(
         torch.set_num_threads(threads)  # of this thread, which starts with one
         return compute(batch)
 
-    with evaluating(encoder):
+    with evaluating(encoder), compiled_convolutions(encoder):
         free.put(encoder)
         if at_once == 1:
             yield from map(compute, batches)

@@ -32,6 +32,7 @@ from mocofast.evaluate.options import LinearConfig
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, loss_of, targets_of
 from mocofast.models.batch_norm import SplitBatchNorm
+from mocofast.models.convolutions import compiled_convolutions
 from mocofast.models.encoders import head_inputs
 from mocofast.models.heads import head_names, put
 from mocofast.models.pixels import pixel_statistics, prepare_images
@@ -144,69 +145,70 @@ def train_classifier(
     mix = _mixture(options, targets)
     without_drop_path(encoder)  # of the pretraining
     handles = add_drop_path(encoder, options.drop_path) if options.drop_path else []
-    trained: nn.Module = encoder
-    if world_size > 1:
-        sync_batch_norm(encoder)
-        trained = DistributedDataParallel(encoder, broadcast_buffers=False)
-        torch.manual_seed(seed + rank)  # of mixtures and skipped blocks
+    with compiled_convolutions(encoder):
+        trained: nn.Module = encoder
+        if world_size > 1:
+            sync_batch_norm(encoder)
+            trained = DistributedDataParallel(encoder, broadcast_buffers=False)
+            torch.manual_seed(seed + rank)  # of mixtures and skipped blocks
 
-    # Optimiser and schedule.
-    schedule = OptimConfig(
-        name=options.optimizer,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        schedule="cosine",
-        warmup_epochs=options.warmup_epochs,
-        per="step",
-    )
-    optimizer = optimizer_of(encoder, schedule, options.layer_decay)
-    step, result, steps = 0, None, loader.steps_per_epoch
-    if options.epochs * steps < FEW_STEPS:
-        log.info(
-            "finetune: %d steps in all are few. A smaller --finetune.batch_size (now %d) makes "
-            "more",
-            options.epochs * steps,
-            batch_size,
+        # Optimiser and schedule.
+        schedule = OptimConfig(
+            name=options.optimizer,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            schedule="cosine",
+            warmup_epochs=options.warmup_epochs,
+            per="step",
         )
-    try:
-        for epoch in range(options.epochs):
-            # Training.
-            loss_sum = torch.zeros((), device=device)
-            trained.train()
-            for batch in loader.epoch(epoch):
-                # One optimiser step.
-                assert batch.labels is not None
-                rate = learning_rate(schedule, step, steps, options.epochs)
-                set_learning_rate(optimizer, rate)
-                wanted = scale.down(targets.of(batch.labels).to(device))
-                with autocast:
-                    images = prepare_images(batch.views[0].to(device), mean, std)
-                    images, wanted = mix(images, wanted)
-                    outputs = trained(images)  # (B, T)
-                loss = loss_of(targets.kind, outputs.float(), wanted, options.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                loss_sum += loss.detach()
-                step += 1
-            mean_loss = loss_sum / steps
-            if world_size > 1:
-                dist.all_reduce(mean_loss)
-                mean_loss /= world_size
-            log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, mean_loss)
-            # Validation.
-            if on_epoch is not None:
-                result = predict(encoder, datasets.val, config, device, autocast)
-                on_epoch(result)
-        scale.into(encoder)
-    finally:
-        loader.close()
-        for handle in handles:
-            handle.remove()
-        del trained  # DistributedDataParallel must not outlive the process group
-    if result is None or targets.kind == "number":
-        result = predict(encoder, datasets.val, config, device, autocast)
-    return result
+        optimizer = optimizer_of(encoder, schedule, options.layer_decay)
+        step, result, steps = 0, None, loader.steps_per_epoch
+        if options.epochs * steps < FEW_STEPS:
+            log.info(
+                "finetune: %d steps in all are few. A smaller --finetune.batch_size (now %d) makes "
+                "more",
+                options.epochs * steps,
+                batch_size,
+            )
+        try:
+            for epoch in range(options.epochs):
+                # Training.
+                loss_sum = torch.zeros((), device=device)
+                trained.train()
+                for batch in loader.epoch(epoch):
+                    # One optimiser step.
+                    assert batch.labels is not None
+                    rate = learning_rate(schedule, step, steps, options.epochs)
+                    set_learning_rate(optimizer, rate)
+                    wanted = scale.down(targets.of(batch.labels).to(device))
+                    with autocast:
+                        images = prepare_images(batch.views[0].to(device), mean, std)
+                        images, wanted = mix(images, wanted)
+                        outputs = trained(images)  # (B, T)
+                    loss = loss_of(targets.kind, outputs.float(), wanted, options.label_smoothing)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    loss_sum += loss.detach()
+                    step += 1
+                mean_loss = loss_sum / steps
+                if world_size > 1:
+                    dist.all_reduce(mean_loss)
+                    mean_loss /= world_size
+                log.info("finetune: epoch %d/%d  loss %.4f", epoch + 1, options.epochs, mean_loss)
+                # Validation.
+                if on_epoch is not None:
+                    result = predict(encoder, datasets.val, config, device, autocast)
+                    on_epoch(result)
+            scale.into(encoder)
+        finally:
+            loader.close()
+            for handle in handles:
+                handle.remove()
+            del trained  # DistributedDataParallel must not outlive the process group
+        if result is None or targets.kind == "number":
+            result = predict(encoder, datasets.val, config, device, autocast)
+        return result
 
 
 def predict(

@@ -46,6 +46,7 @@ from mocofast.evaluate.metrics import top_accuracies
 from mocofast.evaluate.options import LinearConfig as LinearConfig
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, loss_of, targets_of
+from mocofast.models.convolutions import compiled_convolutions
 from mocofast.models.pixels import pixel_statistics
 from mocofast.optim.schedule import learning_rate, set_learning_rate
 
@@ -123,7 +124,7 @@ def fit_probe(
     autocast = choose_autocast("fp32", device)
     if is_fast:
         autocast = run_autocast(config, encoder, device)
-    with _unchanged(encoder):
+    with _unchanged(encoder), compiled_convolutions(encoder):
         val = frozen_features(encoder, datasets.val, config, device, autocast)
         if is_fast:
             train = frozen_features(encoder, datasets.train, config, device, autocast)

@@ -22,6 +22,7 @@ from mocofast.evaluate.features import (
 from mocofast.evaluate.knn import nearest_labels, votes_of
 from mocofast.evaluate.targets import Targets, targets_of
 from mocofast.interop.classifiers import Classifier
+from mocofast.models.convolutions import compiled_convolutions
 from mocofast.models.pixels import pixel_statistics
 
 
@@ -51,17 +52,18 @@ def predict(
     seen: list[int] = []
     batches = image_batches(source, config, device)
     statistics = pixel_statistics(config.augment)
-    for pixels, _, index in batches:
-        seen += index.tolist()
-        if classifier is not None:
-            with autocast:
-                scores.append(classifier.scores(pixels).float().cpu())
-        if bank is not None:
-            every = [(pixels, None, index)]
-            found = extract_batches(
-                encoder, every, device, "backbone", *statistics, autocast=autocast
-            )
-            features += [values for values, _, _ in found]
+    with compiled_convolutions(encoder):
+        for pixels, _, index in batches:
+            seen += index.tolist()
+            if classifier is not None:
+                with autocast:
+                    scores.append(classifier.scores(pixels).float().cpu())
+            if bank is not None:
+                every = [(pixels, None, index)]
+                found = extract_batches(
+                    encoder, every, device, "backbone", *statistics, autocast=autocast
+                )
+                features += [values for values, _, _ in found]
     skipped = {source.name(i): reason for i, reason in batches.skipped.items()}
     rows: list[dict[str, Any]] = [{"image": source.name(i), "predictions": []} for i in seen]
     if scores:

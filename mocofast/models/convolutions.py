@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
+from mocofast_kernels.cpu_convolution import TYPES, convolves
 from torch import Tensor, nn
 
 from mocofast.ops.convolution import convolve
@@ -37,18 +41,52 @@ class CompiledConv2d(nn.Conv2d):
 
 
 def compile_convolutions(module: nn.Module) -> None:
-    """Makes every Conv2d inside `module` a CompiledConv2d, in place, if C can compute it.
+    """Makes every Conv2d that C can compute inside `module` a CompiledConv2d, in place.
 
-    That is an nn.Conv2d (no subclass) of one group, with zeros around the images and no bias.
+    C computes an nn.Conv2d (no subclass) of one group, with zeros around the images and no bias.
     """
-    for part in module.modules():
-        if (
-            type(part) is nn.Conv2d
-            and part.groups == 1
-            and part.bias is None
-            and part.padding_mode == "zeros"
-            and not isinstance(part.padding, str)
-            and not part.in_channels % 16
-            and not part.out_channels % 16
-        ):
-            part.__class__ = CompiledConv2d
+    for part in _compilable(module):
+        part.__class__ = CompiledConv2d
+
+
+@contextmanager
+def compiled_convolutions(module: nn.Module) -> Iterator[None]:
+    """Compiles the convolutions of `module` inside the block, on a CPU that can compute in C.
+
+    Weights are channels-last inside the block. Afterwards classes, memory and order of all weights
+    are as before, with the values of a training inside the block: no saved file differs. Weights on
+    GPUs and shards of weights stay as they are.
+    """
+    parts = []
+    if any(map(convolves, TYPES)):
+        parts = [
+            part
+            for part in _compilable(module)
+            if type(part.weight) is nn.Parameter and part.weight.device.type == "cpu"
+        ]
+    before = {part.weight: part.weight.data for part in parts}
+    for weight, values in before.items():
+        weight.data = values.contiguous(memory_format=torch.channels_last)
+    for part in parts:
+        part.__class__ = CompiledConv2d
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.__class__ = nn.Conv2d
+        for weight, values in before.items():
+            weight.data = values.copy_(weight.data)
+
+
+def _compilable(module: nn.Module) -> list[nn.Conv2d]:
+    return [
+        part
+        for part in module.modules()
+        if type(part) is nn.Conv2d
+        and part.groups == 1
+        and part.bias is None
+        and part.padding_mode == "zeros"
+        and not isinstance(part.padding, str)
+        and not part.in_channels % 16
+        and not part.out_channels % 16
+    ]
