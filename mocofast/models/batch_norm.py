@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -194,9 +195,10 @@ def fuse_blocks(module: nn.Module) -> None:
     state-dict names stay. Hooks of children stay too, but a hook on the ReLU no longer runs, and
     hooks on the block itself are lost: register hooks on blocks afterwards.
     """
-    from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import
-
-    fused = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+    resnet = sys.modules.get("torchvision.models.resnet")
+    if resnet is None:  # so that no module has such blocks
+        return
+    fused = {resnet.BasicBlock: FusedBasicBlock, resnet.Bottleneck: FusedBottleneck}
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             norms = [norm for part, norm in child.named_children() if part.startswith("bn")]
