@@ -189,6 +189,7 @@ def encoders_only(config: Config, device: torch.device) -> Call:
     Forward and backward pass of the query encoder, forward pass of the key encoder, nothing else.
     """
     model = fresh_model(config, device)
+    model.to_fastest_format(device, getattr(config.model, "bn_splits", 1))
     autocast = run_autocast(config, model.encoder_q, device)
     with autocast:
         im_q, im_k = (normalise_images(model, view) for view in pixel_views(config, device))

@@ -11,6 +11,7 @@ from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mocofast.models.encoders import TinyBlock
 from mocofast.ops.batch_norm import ghost_batch_norm
 
 
@@ -167,7 +168,7 @@ class _FusedBlock(nn.Module):
 
 
 class FusedBasicBlock(_FusedBlock):
-    """torchvision's BasicBlock, with the addition and the ReLUs computed by SplitBatchNorm2d."""
+    """torchvision's BasicBlock (or TinyBlock), with the addition and the ReLUs computed by SplitBatchNorm2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
@@ -189,16 +190,16 @@ class FusedBottleneck(_FusedBlock):
 
 
 def fuse_blocks(module: nn.Module) -> None:
-    """Replaces torchvision's residual blocks inside `module` by fused blocks, in place.
+    """Replaces residual blocks of torchvision and TinyResNet in `module` by fused ones, in place.
 
     Only blocks whose BatchNorms are all SplitBatchNorm2d are replaced. Children, modes and
     state-dict names stay. Hooks of children stay too, but a hook on the ReLU no longer runs, and
     hooks on the block itself are lost: register hooks on blocks afterwards.
     """
+    fused: dict[type[nn.Module], type[_FusedBlock]] = {TinyBlock: FusedBasicBlock}
     resnet = sys.modules.get("torchvision.models.resnet")
-    if resnet is None:  # so that no module has such blocks
-        return
-    fused = {resnet.BasicBlock: FusedBasicBlock, resnet.Bottleneck: FusedBottleneck}
+    if resnet is not None:  # no module has such blocks otherwise, and the import is slow
+        fused |= {resnet.BasicBlock: FusedBasicBlock, resnet.Bottleneck: FusedBottleneck}
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             norms = [norm for part, norm in child.named_children() if part.startswith("bn")]

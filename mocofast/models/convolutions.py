@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from mocofast_kernels.cpu_convolution import TYPES, convolves
 from torch import Tensor, nn
 
@@ -21,22 +20,22 @@ class CompiledConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        images = input
+        if torch.compiler.is_compiling():
+            return super()._conv_forward(input, weight, bias)
+        images, low = input, weight
         if torch.is_autocast_enabled("cpu") and input.device.type == "cpu":
-            dtype = torch.get_autocast_dtype("cpu")
-            images, weight = images.to(dtype), weight.to(dtype)
+            dtype = torch.get_autocast_dtype("cpu")  # autocast leaves float64 as it is
+            images, low = (x if x.dtype == torch.float64 else x.to(dtype) for x in (images, low))
         result = convolve(
             images,
-            weight,
+            low,
             self.stride,
             self.padding,  # type: ignore[arg-type]
             self.dilation,
             getattr(weight, "master", None),
         )
         if result is None:
-            return F.conv2d(
-                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
+            return super()._conv_forward(input, weight, bias)
         return result
 
 

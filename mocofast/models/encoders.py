@@ -175,9 +175,9 @@ class TinyResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _BasicBlock(16, 16, stride=1)
-        self.layer2 = _BasicBlock(16, 32, stride=2)
-        self.layer3 = _BasicBlock(32, 64, stride=2)
+        self.layer1 = TinyBlock(16, 16, stride=1)
+        self.layer2 = TinyBlock(16, 32, stride=2)
+        self.layer3 = TinyBlock(32, 64, stride=2)
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -189,7 +189,7 @@ class TinyResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class _BasicBlock(nn.Module):
+class TinyBlock(nn.Module):
     """Residual block of two 3x3 convolutions (He et al. 2016, arXiv:1512.03385)."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:

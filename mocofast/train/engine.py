@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from mocofast_kernels.cpu_convolution import convolves
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +77,11 @@ def choose_mode(
     if name != "auto":
         return name, "as asked"
     if device.type != "cuda":
+        if convolves(torch.float32):
+            return "eager", (
+                "convolutions and BatchNorm run in C, which torch.compile would replace "
+                "(--engine.mode compile)"
+            )
         return "eager", (
             "compiling takes a minute, which pays only in a long run on a CPU "
             "(--engine.mode compile)"
