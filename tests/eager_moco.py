@@ -88,7 +88,13 @@ class LoopedSplitBatchNorm(nn.Module):
         self.whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
         self.whole.load_state_dict(norm.state_dict())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        out = self.normalise(x)
+        if residual is not None:
+            out = out + residual
+        return out.relu() if relu else out
+
+    def normalise(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.whole(x)
         out = torch.empty_like(x)

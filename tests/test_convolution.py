@@ -124,11 +124,11 @@ def test_tiny_images(dtype: torch.dtype, size: int, stride: int) -> None:
 def test_images_in_chunks(dtype: torch.dtype) -> None:
     """The gradient of the weights takes some images, or some pixels of an image, at a time."""
     few = cpu_convolution.Shape(9, 16, 40, 40, 16, (3, 3), (1, 1), (1, 1), (1, 1))
-    plan = cpu_convolution._plan(few, dtype).weights
+    plan = cpu_convolution._weights_plan(few, dtype)
     assert plan.chunks > 1
     check(dtype, (9, 16, 40, 40), 16, (3, 3), padding=(1, 1))
     some = few._replace(height=24, width=24)
-    plan = cpu_convolution._plan(some, dtype).weights
+    plan = cpu_convolution._weights_plan(some, dtype)
     assert plan.chunks == 1
     assert plan.images_at_a_time < 9
     check(dtype, (9, 16, 24, 24), 16, (3, 3), padding=(1, 1))
@@ -166,6 +166,17 @@ def test_a_smaller_team_computes_all_parts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     check(TYPES[0], (6, 80, 9, 9), 144, (3, 3), padding=(1, 1))
     assert calls == [4, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_plan_that_no_cache_holds_lives_through_the_call(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that make the same plan: the cache keeps one of the two plans."""
+    for name in ("_forward_plan", "_backward_plan", "_weights_plan"):
+        monkeypatch.setattr(cpu_convolution, name, getattr(cpu_convolution, name).__wrapped__)
+    for _ in range(5):
+        check(dtype, (32, 16, 33, 33), 16, (3, 3), padding=(1, 1))
 
 
 def test_expanded_and_transposed_gradients() -> None:

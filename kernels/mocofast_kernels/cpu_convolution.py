@@ -71,6 +71,7 @@ class _Gather(ctypes.Structure):
         *((name, _int64) for name in ("classes", "depth", "width", "taps")),
         *((name, _pointer) for name in ("class_taps", "class_rows", "tap", "offset", "to", "from")),
     )
+    tables: tuple[NDArray[Any], ...]  # alive as long as this structure
 
 
 class _Weights(ctypes.Structure):
@@ -90,15 +91,7 @@ class _Weights(ctypes.Structure):
         *((name, _int64) for name in ("chunks", "most_outputs", "most_inputs")),
         *((name, _pointer) for name in ("bounds", "tap_links", "output", "input")),
     )
-
-
-class _Plan(NamedTuple):
-    """What the library reads for a shape. The arrays stay alive with the plan."""
-
-    forward: _Gather
-    backward: _Gather
-    weights: _Weights
-    arrays: list[NDArray[Any]]
+    tables: tuple[NDArray[Any], ...]  # alive as long as this structure
 
 
 def convolves(dtype: torch.dtype) -> bool:
@@ -147,14 +140,14 @@ def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     Returns (images, outputs, *shape.size), channels-last.
     """
     result = _empty(images, shape.images, shape.outputs, *shape.size)
-    _gather(_plan(shape, images.dtype).forward, images, weight, result, transposed=False)
+    _gather(_forward_plan(shape), images, weight, result, transposed=False)
     return result
 
 
 def image_gradient(gradient: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the images from the gradient of the result of `forward`."""
     result = _empty(gradient, shape.images, shape.inputs, shape.height, shape.width)
-    _gather(_plan(shape, gradient.dtype).backward, gradient, weight, result, transposed=True)
+    _gather(_backward_plan(shape), gradient, weight, result, transposed=True)
     return result
 
 
@@ -162,7 +155,7 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the weight, float32, from that of the result of `forward`."""
     sizes = (shape.outputs, shape.inputs, *shape.kernel)
     result = torch.empty(sizes, memory_format=torch.channels_last)
-    plan, threads = _plan(shape, images.dtype).weights, _threads()
+    plan, threads = _weights_plan(shape, images.dtype), _threads()
     words = plan.images_at_a_time // (4 // images.element_size())
     words *= plan.most_inputs * PANEL + plan.most_outputs * shape.outputs
     scratch = torch.empty(words * threads, dtype=torch.int32)
@@ -215,43 +208,73 @@ def _empty(like: Tensor, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-@functools.lru_cache(maxsize=256)  # networks have some dozens of shapes at a size of the views
-def _plan(shape: Shape, dtype: torch.dtype) -> _Plan:
+# Networks have some dozens of shapes at a size of the views.
+@functools.lru_cache(maxsize=256)
+def _forward_plan(shape: Shape) -> _Gather:
     output, tap, pixel = _links(shape)
-    taps, arrays = shape.kernel[0] * shape.kernel[1], list[NDArray[Any]]()
-    outputs, inputs = shape.size[0] * shape.size[1], shape.height * shape.width
+    height, width = shape.size
+    pixels = (height * width, shape.height * shape.width)
+    return _gather_plan(output, tap, pixel, shape, pixels, (shape.inputs, shape.outputs))
 
-    def gather(to: Any, begin: Any, pixels: int, sources: int, depth: int, width: int) -> _Gather:
-        tables = _classes(to, tap, begin, shape.images, pixels, sources, taps)
-        arrays.extend(tables)
-        return _Gather(len(tables[0]) - 1, depth, width, taps, *(a.ctypes.data for a in tables))
 
-    chunks = _chunks(output, tap, pixel, shape, taps)
-    arrays.extend(chunks)
-    bounds = chunks[0]
+@functools.lru_cache(maxsize=256)
+def _backward_plan(shape: Shape) -> _Gather:
+    output, tap, pixel = _links(shape)
+    height, width = shape.size
+    pixels = (shape.height * shape.width, height * width)
+    return _gather_plan(pixel, tap, output, shape, pixels, (shape.outputs, shape.inputs))
+
+
+def _gather_plan(
+    to: NDArray[np.int64],
+    tap: NDArray[np.int64],
+    begin: NDArray[np.int64],
+    shape: Shape,
+    pixels: tuple[int, int],
+    channels: tuple[int, int],
+) -> _Gather:
+    """Returns the plan of a sum of products.
+
+    to, tap, begin: the links, pixels of the result and of the source.
+    pixels: of an image of the result, and of the source. channels: of the source, of the result.
+    """
+    taps = shape.kernel[0] * shape.kernel[1]
+    tables = _classes(to, tap, begin, shape.images, *pixels, taps)
+    depth, width = channels
+    plan = _Gather(len(tables[0]) - 1, depth, width, taps, *(a.ctypes.data for a in tables))
+    plan.tables = tables
+    return plan
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_plan(shape: Shape, dtype: torch.dtype) -> _Weights:
+    taps = shape.kernel[0] * shape.kernel[1]
+    output, tap, pixel = _links(shape)
+    tables = _chunks(output, tap, pixel, shape, taps)
+    bounds = tables[0]
     pair = 4 // dtype.itemsize
-    most = (bounds[:, 1::2] - bounds[:, ::2]).max(axis=0).tolist()
-    at_a_time = max(1, CHUNK_BYTES // (4 * PANEL * max(most[1], 1))) * pair
-    return _Plan(
-        gather(output, pixel, outputs, inputs, shape.inputs, shape.outputs),
-        gather(pixel, output, inputs, outputs, shape.outputs, shape.inputs),
-        _Weights(
-            shape.images,
-            min(at_a_time, -(-shape.images // pair) * pair),
-            outputs,
-            inputs,
-            shape.outputs,
-            shape.inputs,
-            taps,
-            len(bounds),
-            *most,
-            *(a.ctypes.data for a in chunks),
-        ),
-        arrays,
+    most_outputs, most_inputs = (bounds[:, 1::2] - bounds[:, ::2]).max(axis=0).tolist()
+    at_a_time = max(1, CHUNK_BYTES // (4 * PANEL * max(most_inputs, 1))) * pair
+    plan = _Weights(
+        shape.images,
+        min(at_a_time, -(-shape.images // pair) * pair),
+        shape.size[0] * shape.size[1],
+        shape.height * shape.width,
+        shape.outputs,
+        shape.inputs,
+        taps,
+        len(bounds),
+        most_outputs,
+        most_inputs,
+        *(a.ctypes.data for a in tables),
     )
+    plan.tables = tables
+    return plan
 
 
-def _links(shape: Shape) -> tuple[NDArray[np.int64], ...]:
+def _links(
+    shape: Shape,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Returns output pixels, taps and input pixels, where a tap joins the two pixels."""
     (height, width), (rows, columns) = shape.size, shape.kernel
     oy, ox, ky, kx = np.indices((height, width, rows, columns))

@@ -168,7 +168,10 @@ class _FusedBlock(nn.Module):
 
 
 class FusedBasicBlock(_FusedBlock):
-    """torchvision's BasicBlock (or TinyBlock), with the addition and the ReLUs computed by SplitBatchNorm2d."""
+    """A block of two convolutions, with additions and ReLUs computed by SplitBatchNorm2d.
+
+    torchvision's BasicBlock, or TinyBlock.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
