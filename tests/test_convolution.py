@@ -168,15 +168,20 @@ def test_a_smaller_team_computes_all_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [4, 4, 4]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_a_plan_that_no_cache_holds_lives_through_the_call(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two threads that make the same plan: the cache keeps one of the two plans."""
-    for name in ("_forward_plan", "_backward_plan", "_weights_plan"):
-        monkeypatch.setattr(cpu_convolution, name, getattr(cpu_convolution, name).__wrapped__)
-    for _ in range(5):
-        check(dtype, (32, 16, 33, 33), 16, (3, 3), padding=(1, 1))
+def test_a_plan_holds_its_tables() -> None:
+    """Of two threads that make the same plan, one has a plan that no cache holds."""
+    shape = cpu_convolution.Shape(2, 16, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1))
+    gather = ("class_taps", "class_rows", "tap", "offset", "to", "from")
+    for plan, fields in (
+        (cpu_convolution._forward_plan.__wrapped__(shape), gather),
+        (cpu_convolution._backward_plan.__wrapped__(shape), gather),
+        (
+            cpu_convolution._weights_plan.__wrapped__(shape, torch.float32),
+            ("bounds", "tap_links", "output", "input"),
+        ),
+    ):
+        for field, table in zip(fields, plan.tables, strict=True):
+            assert getattr(plan, field) == table.ctypes.data
 
 
 def test_expanded_and_transposed_gradients() -> None:

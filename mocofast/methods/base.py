@@ -9,13 +9,11 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 
 from mocofast.data.interface import Batch, Source
 from mocofast.distributed import rank_and_world_size
-from mocofast.models.batch_norm import fuse_batch_norms, memory_format
-from mocofast.models.convolutions import compile_convolutions
+from mocofast.models.fastest import to_fastest_format
 from mocofast.models.pixels import LEVELS, prepare_images
 from mocofast.models.sizes import encode
 from mocofast.step_parts import FORWARD, step_part
@@ -200,17 +198,11 @@ class Method(nn.Module):
         return prepare_images(images, *statistics, self.memory_format)
 
     def to_fastest_format(self, device: torch.device, splits: int = 1) -> None:
-        """Moves weights to the device, in the order in memory that trains them fastest there.
+        """Moves the method to the device, see `models.fastest.to_fastest_format`.
 
-        splits: the most splits of BatchNorm on a rank, see `models.batch_norm.memory_format`.
+        splits: the most splits of BatchNorm on a rank.
         """
-        self.memory_format = memory_format(splits, device)
-        # torch's stubs lack memory_format.
-        self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        if device.type == "cpu" and self.memory_format == torch.channels_last:
-            compile_convolutions(self)
-            if normalises(torch.float32):
-                fuse_batch_norms(self)
+        self.memory_format = to_fastest_format(self, device, splits)
 
     def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
         """Checks the views of a forward pass. The first call in train mode takes rank 0's buffers.

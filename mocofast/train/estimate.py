@@ -11,6 +11,7 @@ from torch import nn
 from mocofast.config import AugmentConfig, Config
 from mocofast.data.finding import counted
 from mocofast.models.batch_norm import SplitBatchNorm
+from mocofast.models.fastest import to_fastest_format
 from mocofast.models.sync_batch_norm import SyncBatchNorm
 from mocofast.train.metrics import duration
 from mocofast.train.pace import Pace
@@ -35,18 +36,18 @@ def seconds_per_image(
     encoder: copied, and moved to `device`. Neither the encoder nor the random state changes.
     size, channels: of a view.
     """
-    encoder = copy.deepcopy(encoder).to(device).train()
-    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = copy.deepcopy(encoder).train()
     for module in encoder.modules():
         if isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
             module.eval()  # in train mode the layer would wait for ranks that do not measure
     norms = [module for module in encoder.modules() if isinstance(module, SplitBatchNorm)]
     splits = max((module.num_splits for module in norms), default=1)  # which divide a batch
+    order = to_fastest_format(encoder, device, splits)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for least in IMAGES:
             count = -(-max(least, 2 * splits) // splits) * splits  # a split needs two images
             images = torch.rand(count, channels, *height_width(size), device=device)
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=order)
             best = float("inf")
             for _ in range(3):
                 begin = time.perf_counter()
