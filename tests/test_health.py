@@ -219,8 +219,17 @@ def test_facts_name_the_fault() -> None:
         assert [finding.name for finding in found] == [name]
     shuffled = healthy._replace(before={"knn_top1": 0.11}, after={"knn_top1": 0.12})
     assert [finding.name for finding in diagnose(shuffled)] == ["labels"]
-    few = {**shuffled.facts, "held_out": 6}  # 4 deviations of guesses pass an accuracy of 1
+    few = {**shuffled.facts, "held_out": 6}  # guesses spread wider than features of any use
     assert diagnose(shuffled._replace(facts={**few, "chance_knn": 1 / 3})) == []
+    # 6 and 5 of 30 images, where guesses get 3 on average: good labels may give that.
+    thirty = shuffled._replace(before={"knn_top1": 6 / 30}, after={"knn_top1": 5 / 30})
+    assert diagnose(thirty._replace(facts={**thirty.facts, "held_out": 30})) == []
+    # Two classes: 69 of 100 is far above guessing.
+    pairs = shuffled._replace(before={"knn_top1": 0.6}, after={"knn_top1": 0.69})
+    facts = {**pairs.facts, "held_out": 100, "chance_knn": 0.5}
+    assert diagnose(pairs._replace(facts=facts)) == []
+    guesses = pairs._replace(after={"knn_top1": 0.55}, facts=facts)
+    assert [finding.name for finding in diagnose(guesses)] == ["labels"]
 
 
 def test_a_run_writes_views_signals_and_a_verdict(

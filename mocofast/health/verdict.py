@@ -324,9 +324,10 @@ def _labels(e: Evidence) -> Finding | None:
     if chance is None or not held or None in figures:
         return None
     # Neighbours vote, so the share of the largest class is chance.
-    limit = chance + max(min(0.05, chance), 4 * math.sqrt(chance * (1 - chance) / held))
-    if limit > (1 + chance) / 2:  # so few images cannot tell guesses from good features
-        return None
+    deviation = math.sqrt(chance * (1 - chance) / held)
+    if 4 * deviation > max(0.05, min(chance, 1 - chance)):
+        return None  # so few images cannot tell guesses from features of twice the chance
+    limit = chance + max(min(0.05, chance), 2 * deviation)
     if max(figure for figure in figures if figure is not None) > limit:
         return None
     return Finding(
