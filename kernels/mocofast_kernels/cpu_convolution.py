@@ -103,7 +103,18 @@ def convolves(dtype: torch.dtype) -> bool:
 def compiled(dtype: torch.dtype) -> tuple[bool, str]:
     """Returns whether the library convolves images of a type of TYPES, and the instructions.
 
-    Without the instructions, False and the reason.
+    If not, False and the reason.
+    """
+    runs, why = instructions(dtype)
+    if runs and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False, "oneDNN's products with this CPU's AMX are far faster"
+    return runs, why
+
+
+def instructions(dtype: torch.dtype) -> tuple[bool, str]:
+    """Returns whether the library and the CPU know a type of TYPES, and the instructions.
+
+    If not, False and the reason.
     """
     found, why = library()
     if found is None:
@@ -113,8 +124,8 @@ def compiled(dtype: torch.dtype) -> tuple[bool, str]:
     name = _INSTRUCTIONS[dtype]
     if not found.convolution_runs(TYPES[dtype]):
         return False, f"this CPU or the C compiler does not know {name}"
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return False, "oneDNN's products with this CPU's AMX are far faster"
+    if threads_of_openmp() is None:
+        return False, "PyTorch's threads are not GNU OpenMP's"
     return True, name
 
 
@@ -125,10 +136,6 @@ def threads_of_openmp() -> Any:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer)
     except (AttributeError, OSError, TypeError):  # another OpenMP; Windows
         return None
-
-
-def _threads() -> int:
-    return torch.get_num_threads() if threads_of_openmp() is not None else 1
 
 
 def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:
@@ -155,7 +162,7 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the weight, float32, from that of the result of `forward`."""
     sizes = (shape.outputs, shape.inputs, *shape.kernel)
     result = torch.empty(sizes, memory_format=torch.channels_last)
-    plan, threads = _weights_plan(shape, images.dtype), _threads()
+    plan, threads = _weights_plan(shape, images.dtype), torch.get_num_threads()
     words = plan.images_at_a_time // (4 // images.element_size())
     words *= plan.most_inputs * PANEL + plan.most_outputs * shape.outputs
     scratch = torch.empty(words * threads, dtype=torch.int32)
@@ -176,7 +183,7 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
 def _gather(
     plan: _Gather, source: Tensor, weight: Tensor, result: Tensor, *, transposed: bool
 ) -> None:
-    threads = _threads()
+    threads = torch.get_num_threads()
     words = plan.taps * plan.depth * PANEL * source.element_size() // 4
     scratch = torch.empty(words * threads, dtype=torch.int32)
     _functions()[0](

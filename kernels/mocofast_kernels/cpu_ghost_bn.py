@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels.cpu_convolution import TYPES, convolves, threads_of_openmp
+from mocofast_kernels.cpu_convolution import TYPES, instructions, threads_of_openmp
 from mocofast_kernels.cpu_library import library
 
 # Elements of a thread. With fewer, a second thread costs more time than it takes over.
@@ -29,10 +29,11 @@ class GhostBatchNorm(NamedTuple):
     )
 
 
+@functools.cache
 def normalises(dtype: torch.dtype) -> bool:
     """Says whether the library normalises images of this type on this CPU."""
     found, _ = library()
-    return convolves(dtype) and hasattr(found, "batch_norm_forward")
+    return dtype in TYPES and instructions(dtype)[0] and hasattr(found, "batch_norm_forward")
 
 
 def ghost_bn_forward(
@@ -58,7 +59,6 @@ def ghost_bn_forward(
     running = (running_mean, running_var)
     in_c = all(r is not None and r.dtype == torch.float32 and r.is_contiguous() for r in running)
     weight, bias = weight.contiguous(), bias.contiguous()
-    threads = threads_of_openmp()
     _functions()[0](
         TYPES[x.dtype],
         *layout,
@@ -74,8 +74,8 @@ def ghost_bn_forward(
         momentum,
         *map(_address, running if in_c else (None, None)),
         scratch.data_ptr(),
-        _parts(x, num_splits * groups) if threads is not None else 1,
-        threads,
+        _parts(x, num_splits * groups),
+        threads_of_openmp(),
     )
     if running_mean is not None and running_var is not None and not in_c:
         count = x.numel() // channels
@@ -107,7 +107,6 @@ def ghost_bn_backward(
     weight, bias = weight.contiguous(), bias.contiguous()
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     scratch = torch.empty(num_splits * layout[2] * (3 + 2 * groups))
-    threads = threads_of_openmp()
     _functions()[1](
         TYPES[x.dtype],
         *layout,
@@ -124,8 +123,8 @@ def ghost_bn_backward(
         grad_weight.data_ptr(),
         grad_bias.data_ptr(),
         scratch.data_ptr(),
-        _parts(x, num_splits * groups) if threads is not None else 1,
-        threads,
+        _parts(x, num_splits * groups),
+        threads_of_openmp(),
     )
     return grad_x, grad_weight, grad_bias, grad_residual
 
