@@ -135,6 +135,41 @@ def test_images_in_chunks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_images_in_several_calls_give_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, list[int]] = {}
+
+    def record(name: str) -> None:
+        plan = getattr(cpu_convolution, name)
+
+        def recorded(shape: cpu_convolution.Shape) -> cpu_convolution._Gather:
+            sizes.setdefault(name, []).append(shape.images)
+            result: cpu_convolution._Gather = plan(shape)
+            return result
+
+        monkeypatch.setattr(cpu_convolution, name, recorded)
+
+    for name in ("_forward_plan", "_backward_plan"):
+        record(name)
+    whole = check(dtype, (7, 80, 6, 6), 144, (3, 3), padding=(1, 1))
+    assert sizes == {"_forward_plan": [7], "_backward_plan": [7]}
+    image = 80 * 36 * dtype.itemsize
+    for limit, of_result, of_gradient in (
+        (3 * image, [3, 3, 1], [2, 2, 2, 1]),
+        (1, [1] * 7, [1] * 7),
+    ):
+        sizes.clear()
+        monkeypatch.setattr(cpu_convolution, "CALL_BYTES", limit)
+        found = check(dtype, (7, 80, 6, 6), 144, (3, 3), padding=(1, 1))
+        assert sizes == {"_forward_plan": of_result, "_backward_plan": of_gradient}
+        assert all(torch.equal(one, other) for one, other in zip(found, whole))
+    sizes.clear()
+    check(dtype, (7, 64, 6, 6), 64, (3, 3), padding=(1, 1))
+    assert sizes == {"_forward_plan": [7], "_backward_plan": [7]}  # a panel reads images once
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("outputs", [64, 144])
 def test_every_number_of_threads_gives_the_same_bits(dtype: torch.dtype, outputs: int) -> None:
     results = []

@@ -24,6 +24,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
 # Bytes of the pixels of a chunk, which stay in the second cache while all weights meet them.
 CHUNK_BYTES = 384 * 1024
+# Bytes of images that all panels of weights meet in a call, from the last cache.
+CALL_BYTES = 8 * 2**20
 
 _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -147,14 +149,14 @@ def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     Returns (images, outputs, *shape.size), channels-last.
     """
     result = _empty(images, shape.images, shape.outputs, *shape.size)
-    _gather(_forward_plan(shape), images, weight, result, transposed=False)
+    _gather(images, weight, result, shape, transposed=False)
     return result
 
 
 def image_gradient(gradient: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the images from the gradient of the result of `forward`."""
     result = _empty(gradient, shape.images, shape.inputs, shape.height, shape.width)
-    _gather(_backward_plan(shape), gradient, weight, result, transposed=True)
+    _gather(gradient, weight, result, shape, transposed=True)
     return result
 
 
@@ -181,22 +183,28 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
 
 
 def _gather(
-    plan: _Gather, source: Tensor, weight: Tensor, result: Tensor, *, transposed: bool
+    source: Tensor, weight: Tensor, result: Tensor, shape: Shape, *, transposed: bool
 ) -> None:
     threads = torch.get_num_threads()
-    words = plan.taps * plan.depth * PANEL * source.element_size() // 4
+    words = weight.numel() // result.shape[1] * PANEL * source.element_size() // 4
     scratch = torch.empty(words * threads, dtype=torch.int32)
-    _functions()[0](
-        TYPES[source.dtype],
-        ctypes.byref(plan),
-        source.data_ptr(),
-        weight.data_ptr(),
-        result.data_ptr(),
-        scratch.data_ptr(),
-        transposed,
-        threads,
-        threads_of_openmp(),
-    )
+    calls = 1
+    if result.shape[1] > PANEL:
+        calls = min(-(-source.nbytes // CALL_BYTES), shape.images)
+    at_once = -(-shape.images // calls)
+    for some, out in zip(source.split(at_once), result.split(at_once)):
+        plan = (_backward_plan if transposed else _forward_plan)(shape._replace(images=len(some)))
+        _functions()[0](
+            TYPES[source.dtype],
+            ctypes.byref(plan),
+            some.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            scratch.data_ptr(),
+            transposed,
+            threads,
+            threads_of_openmp(),
+        )
 
 
 @functools.cache
