@@ -21,6 +21,7 @@ def test_it_reports_every_mode_with_its_floor(
     assert main(["norm", *sizes, "--repeats", "1", "--device", "cpu"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["benchmark"], row["splits"], row["dtype"]) == ("norm", 3, "float32")
+    assert row["computed_by"] == norm.computed_by(CPU, torch.float32)
     assert [r["mode"] for r in row["rows"]] == list(norm.MODES)
     for r in row["rows"]:
         assert r["shape"] == [6, 8, 6, 6]
@@ -29,6 +30,16 @@ def test_it_reports_every_mode_with_its_floor(
         assert r["floor_milliseconds"] == pytest.approx(
             1e-6 * r["bytes"] / r["copy_gigabytes_per_second"], rel=1e-2, abs=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_row_says_what_computes(dtype: torch.dtype) -> None:
+    inputs = norm.activations(6, 5, 4, dtype, CPU)[0]
+    inputs.x.requires_grad_()
+    node = type(norm.ghost(inputs, 3, fused=False).grad_fn)
+    kernel = node.__name__ == "_GhostBatchNormBackward"
+    assert norm.computed_by(CPU, dtype) == ("C" if kernel else "PyTorch")
+    assert not (kernel and dtype == torch.float16)
 
 
 def test_a_batch_that_does_not_divide_exits_with_a_message() -> None:

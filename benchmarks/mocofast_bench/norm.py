@@ -1,13 +1,15 @@
 """Times ghost BatchNorm on a ResNet-50's activations, channels-last.
 
+mocofast: in Triton's kernels on a GPU, in C on a CPU with AVX-512 (float32 and bfloat16), else by
+PyTorch: a loop over splits without gradients, a fold with gradients. The first line says which.
 unsplit: PyTorch's BatchNorm over the whole batch, which is less work (cuDNN on a GPU).
 loop: PyTorch's BatchNorm, called once for every split.
 fold: PyTorch's BatchNorm, called once, with splits folded into channels.
 
 Modes are the forward pass (key encoder), forward and backward (query encoder), and a forward
 pass with residual and ReLU. The floor is the memory traffic at the copy bandwidth measured
-in the same run: the forward pass reads x for the statistics and again for the output, the
-backward pass reads x and the gradient for the sums and again for the gradient of x. Every
+in the same run, for kernels: the forward pass reads x for the statistics and again for the output,
+the backward pass reads x and the gradient for the sums and again for the gradient of x. Every
 call takes the next inputs, and all inputs together exceed the caches. On a GPU mocofast and
 unsplit are also timed as CUDA graphs, without the cost of launches.
 """
@@ -21,10 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor
 
 from mocofast.device import choose_device
-from mocofast.ops import batch_norm, batch_norm_pytorch
+from mocofast.ops import backend, batch_norm, batch_norm_pytorch
 from mocofast_bench import timing
 from mocofast_bench.optim import capture_graph
 
@@ -99,13 +102,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     layers: tuple[tuple[int, int], ...] = LAYERS if on_gpu else LAYERS[3:]
     if arguments.layer:
         layers = (LAYERS[arguments.layer - 1],)
-    print(f"{timing.device_name(device)}; {n} images, {arguments.splits} splits, {dtype}")
+    by = computed_by(device, dtype)
+    print(
+        f"{timing.device_name(device)}; {n} images, {arguments.splits} splits, {dtype}; "
+        f"mocofast computes by {by}"
+    )
     rows: list[dict[str, Any]] = []
     row = {
         "benchmark": "norm",
         **timing.environment(device),
         "splits": arguments.splits,
         "dtype": str(dtype).removeprefix("torch."),
+        "computed_by": by,
         "repeats": arguments.repeats,
         "rows": rows,
     }
@@ -118,6 +126,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
             arguments.keep(row)
     return row
+
+
+def computed_by(device: torch.device, dtype: torch.dtype) -> str:
+    """Returns what computes our side: Triton, C or PyTorch."""
+    if device.type == "cpu":
+        return "C" if normalises(dtype) else "PyTorch"
+    return "Triton" if backend.fuses_batch_norm(device.type) else "PyTorch"
 
 
 def _report(
