@@ -332,6 +332,7 @@ def test_a_busy_machine_is_told_from_a_quiet_machine() -> None:
     assert neighbours.between(before, after, untimed) == pytest.approx((0.0, 0.0))
     row = {"sgd": {"milliseconds": {"a": 10.0}, "quartiles": {"a": [9.0, 13.0]}}}
     assert neighbours.spread(row) == pytest.approx(0.4)
+    assert neighbours.spread({"shape": [1, 2], "rows": [row]}) == pytest.approx(0.4)
     assert len(neighbours.warnings(neighbours.Neighbours(0.2, 0.1), row)) == 3
     quiet = {"milliseconds": {"a": 10.0}, "quartiles": {"a": [9.9, 10.1]}}
     assert neighbours.warnings(neighbours.Neighbours(0.01, 0.0), quiet) == []

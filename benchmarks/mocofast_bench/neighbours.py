@@ -35,17 +35,21 @@ def between(before: Usage, after: Usage, untimed: Sequence[Usage] = ()) -> Neigh
 def spread(row: Mapping[str, Any]) -> float:
     """Returns the median spread of the sides of a row, 0 for a row without quartiles.
 
-    row: with "milliseconds" and "quartiles", {side: ...}, at any depth.
+    row: with "milliseconds" and "quartiles", {side: ...}, at any depth, also inside lists.
     """
     found = sorted(_spreads(row))
     return found[len(found) // 2] if found else 0.0
 
 
-def _spreads(row: Mapping[str, Any]) -> list[float]:
+def _spreads(row: Any) -> list[float]:
+    if isinstance(row, list):
+        return [x for value in row for x in _spreads(value)]
+    if not isinstance(row, Mapping):
+        return []
     times, quartiles = row.get("milliseconds"), row.get("quartiles")
     if isinstance(times, Mapping) and isinstance(quartiles, Mapping):
         return [(high - low) / times[side] for side, (low, high) in quartiles.items()]
-    return [x for value in row.values() if isinstance(value, Mapping) for x in _spreads(value)]
+    return [x for value in row.values() for x in _spreads(value)]
 
 
 def warnings(neighbours: Neighbours | None, row: Mapping[str, Any]) -> list[str]:
