@@ -22,9 +22,9 @@ from typing import Any
 from mocofast import completion
 
 # Each is a module of this package, which is imported where it is asked for: PyTorch and the peers
-# take seconds. A module has add_arguments() and run(), and plot() where it makes a picture. run()
-# gives the row so far to `arguments.keep`, and measurements leave entries in `timing.SO_FAR`: a run
-# that is stopped saves both.
+# take seconds. A module has add_arguments() and run(), plot() where it makes a picture, and
+# why_not() where it does not run on every machine. run() gives the row so far to `arguments.keep`,
+# and measurements leave entries in `timing.SO_FAR`: a run that is stopped saves both.
 BENCHMARKS = {
     "kernels": "InfoNCE: time and memory of forward and backward",
     "batch": "CLIP's and SigLIP's losses over the pairs of a batch",
@@ -32,6 +32,7 @@ BENCHMARKS = {
     "ema": "EMA of a ResNet-50's weights",
     "optim": "SGD, LARS and AdamW with EMA and bfloat16 copies",
     "norm": "ghost BatchNorm of a ResNet-50's activations",
+    "convolution": "an encoder's convolutions in C on a CPU beside PyTorch's",
     "data": "pairs of views per second from a folder of images",
     "step": "one training step beside the reference, eager PyTorch and lightly",
     "train": "training end to end beside the reference's loop and loader",
@@ -53,6 +54,7 @@ QUICK = {
     "ema": ["--repeats", "12"],
     "optim": ["--repeats", "7"],
     "norm": ["--repeats", "7"],
+    "convolution": ["--repeats", "7"],
     "data": ["--repeats", "3"],
     "step": ["--repeats", "5", "--times-only", "--no-profile", "--modes"],
     "train": ["--repeats", "3", "--steps", "6", "--short"],
@@ -150,6 +152,9 @@ def _run_all(arguments: argparse.Namespace) -> None:
         elif name == "data":
             print("\ndata is left out: it needs a folder of images (--path DIR)")
             continue
+        elif name == "convolution" and (why := _why_not(benchmark(name), arguments.device)):
+            print(f"\nconvolution is left out: {why}")
+            continue
         print(f"\nmocofast bench {' '.join(own)}", flush=True)
         (_in_own_process if name in AS_USERS else main)(own)
 
@@ -161,11 +166,18 @@ def _in_own_process(words: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
+def _why_not(module: ModuleType, device: str) -> str:
+    """Returns why a benchmark does not run on this machine, "" if it does."""
+    return str(module.why_not(device)) if hasattr(module, "why_not") else ""
+
+
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     from mocofast.device import choose_device
     from mocofast.usage import usage
     from mocofast_bench import neighbours, timing
 
+    if why := _why_not(module, arguments.device):
+        raise SystemExit(f"mocofast bench {arguments.name}: {why}")
     before = usage()
     head = {"benchmark": arguments.name, **timing.environment(choose_device(arguments.device))}
     parts = [head]

@@ -67,6 +67,11 @@ def convolve(
     return result
 
 
+def weight_by_pytorch(shape: Shape) -> bool:
+    """Says whether PyTorch computes the gradient of the weight, because it is faster."""
+    return shape.kernel == (1, 1) and shape.size[0] * shape.size[1] > LARGE
+
+
 def _two(numbers: Sequence[int]) -> tuple[int, int]:
     first, second = numbers
     return first, second
@@ -89,7 +94,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_images = cpu_convolution.image_gradient(gradient, weight, shape)
         if ctx.needs_input_grad[2]:
-            if shape.kernel == (1, 1) and shape.size[0] * shape.size[1] > LARGE:
+            if weight_by_pytorch(shape):
                 of_weight = _pytorch_weight_gradient(gradient, images, weight, shape)
             else:
                 of_weight = cpu_convolution.weight_gradient(gradient, images, shape)
