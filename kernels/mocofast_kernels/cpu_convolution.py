@@ -224,7 +224,7 @@ def _empty(like: Tensor, *sizes: int) -> Tensor:
 
 
 # Networks have some dozens of shapes at a size of the views.
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _forward_plan(shape: Shape) -> _Gather:
     output, tap, pixel = _links(shape)
     height, width = shape.size
@@ -232,7 +232,7 @@ def _forward_plan(shape: Shape) -> _Gather:
     return _gather_plan(output, tap, pixel, shape, pixels, (shape.inputs, shape.outputs))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _backward_plan(shape: Shape) -> _Gather:
     output, tap, pixel = _links(shape)
     height, width = shape.size
@@ -261,7 +261,7 @@ def _gather_plan(
     return plan
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _weights_plan(shape: Shape, dtype: torch.dtype) -> _Weights:
     taps = shape.kernel[0] * shape.kernel[1]
     output, tap, pixel = _links(shape)
