@@ -106,7 +106,7 @@ def test_convolutions_on_cpus_are_compiled_or_have_a_reason(
     def rows(library: object, amx: bool = False) -> list[tuple[str, str]]:
         monkeypatch.setattr(cpu_convolution, "library", lambda: library)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        cpu_convolution.compiled.cache_clear()
+        cpu_convolution.kind_of.cache_clear()
         found = [finding for finding in doctor.report() if finding.part == "ops on CPUs"]
         return [(use, why) for _, use, why in found if why.startswith("convolutions on a CPU")]
 
@@ -122,16 +122,17 @@ def test_convolutions_on_cpus_are_compiled_or_have_a_reason(
         fast = rows(of_cpu(0, 1), amx=True)
         assert fast[0] == ("compiled", f"{every[0]}, AVX-512")
         assert fast[1][0] == "PyTorch" and "AMX" in fast[1][1]
+        assert rows(of_cpu(2))[0] == ("compiled", f"{every[0]}, AVX2")
         unknown = "this CPU or the C compiler does not know"
         assert rows(of_cpu()) == [
-            ("PyTorch", f"{every[0]}; {unknown} AVX-512"),
+            ("PyTorch", f"{every[0]}; {unknown} AVX-512 or AVX2"),
             ("PyTorch", f"{every[1]}; {unknown} AVX512-BF16"),
         ]
         missing = rows((None, "not compiled: install a C compiler"))
         assert missing == [("PyTorch", f"{e}; not compiled: install a C compiler") for e in every]
         assert all("older build" in why for _, why in rows((SimpleNamespace(), "")))
     finally:
-        cpu_convolution.compiled.cache_clear()
+        cpu_convolution.kind_of.cache_clear()
 
 
 def test_a_probe_that_fails_is_a_finding_and_the_others_still_report(

@@ -192,6 +192,18 @@ static void on_threads(struct norm *n, void (*function)(void *), parallel *run) 
 }
 #endif
 
+/* Returns whether this CPU normalises float32 (0) or bfloat16 (1). */
+EXPORT int batch_norm_runs(int bfloat16) {
+#if X86
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
+#else
+  (void)bfloat16;
+  return 0;
+#endif
+}
+
 /* Normalises. cpu_ghost_bn.py says what the arguments are. */
 EXPORT void batch_norm_forward(int bfloat16, int64_t images, int64_t pixels, int64_t channels,
                                int64_t splits, int64_t group_images, int64_t groups,

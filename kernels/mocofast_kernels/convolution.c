@@ -1,4 +1,4 @@
-/* Convolutions of channels-last images on a CPU with AVX-512, forward and backward.
+/* Convolutions of channels-last images on a CPU with AVX2 or AVX-512, forward and backward.
  *
  * cpu_convolution.py loads this library by ctypes, which holds no lock of Python during a call.
  *
@@ -26,15 +26,11 @@ struct weights;
 #define X86 1
 #include <immintrin.h>
 
-#define LANES 16 /* float32 in a vector */
-#define PANEL 64 /* columns of weights at a time, */
-#define VECTORS 4 /* in so many vectors */
-#define SHORT 6  /* rows whose sums are in registers beside 3 or 4 vectors */
-#define TALL 12  /* rows beside 1 or 2 vectors */
 #define GROUP 48 /* outputs whose gradients lie together */
-#define ALL ((__mmask16)0xffff)
 #define INLINE static inline __attribute__((always_inline))
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,fma"
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
+#define AVX512BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,avx512bf16")))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -62,7 +58,7 @@ struct gather_job {
   const void *source, *weights;
   void *result;
   uint32_t *scratch;
-  int transposed, bfloat16;
+  int transposed, kind;
   int64_t parts, next;
 };
 struct weights_job {
@@ -71,12 +67,11 @@ struct weights_job {
   float *sums;
   uint32_t *scratch;
   int64_t scratch_words;
-  int bfloat16;
+  int kind;
   int64_t parts, next;
 };
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
 /* Returns the greatest common divisor. */
 static int64_t divisor(int64_t a, int64_t b) {
@@ -88,9 +83,43 @@ static int64_t divisor(int64_t a, int64_t b) {
   return a;
 }
 
+/* Kinds of elements and instructions. */
+enum { FLOAT32_AVX512, BFLOAT16_AVX512, FLOAT32_AVX2 };
+
+INLINE AVX2 __m256i broadcast_8(const void *word) {
+  int32_t bits;
+  memcpy(&bits, word, 4);
+  return _mm256_set1_epi32(bits);
+}
+INLINE AVX512 __m512i broadcast_16(const void *word) {
+  int32_t bits;
+  memcpy(&bits, word, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+/* Transposes 8 x 8 words. */
+INLINE AVX2 void transpose_8(__m256i r[8]) {
+  __m256i t[8];
+  UNROLL for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  UNROLL for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+  UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
 /* Transposes 16 x 16 words. */
-INLINE __attribute__((target(AVX512))) void transpose(__m512i r[LANES]) {
-  __m512i t[LANES];
+INLINE AVX512 void transpose_16(__m512i r[16]) {
+  __m512i t[16];
   UNROLL for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -113,59 +142,131 @@ INLINE __attribute__((target(AVX512))) void transpose(__m512i r[LANES]) {
   }
 }
 
+INLINE AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int64_t count) {
+  for (int64_t c = 0; c < count; c += 16) {
+    const __mmask16 mask = count - c < 16 ? (__mmask16)((1u << (count - c)) - 1) : 0xffff;
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + c));
+    if (b) {
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + c));
+      words = _mm512_or_si512(words, _mm512_slli_epi32(high, 16));
+    }
+    _mm512_mask_storeu_epi32(out + c, mask, words);
+  }
+}
+#define COPY_FLOATS(out, a, b, count) ((void)(b), (void)memcpy(out, a, (size_t)(count) * 4))
+
+/* AVX2 has half of the registers, and half of the lanes. */
+#define LANES 8
+#define PANEL 16
+#define SHORT 6
+#define TALL 6
+#define TARGET AVX2
+#define sums_t __m256
+#define words_t __m256i
+#define ZERO() _mm256_setzero_ps()
+#define LOAD_SUMS(from) _mm256_loadu_ps(from)
+#define STORE_SUMS(to, sums) _mm256_storeu_ps(to, sums)
+#define LOAD_WORDS(from) _mm256_loadu_si256((const __m256i *)(from))
+#define LOAD_SOME(from, count) LOAD_WORDS(from) /* channels are multiples of 16 */
+#define STORE_WORDS(to, words) _mm256_storeu_si256((__m256i *)(to), words)
+#define BROADCAST(from) broadcast_8(from)
+#define TRANSPOSE(square) transpose_8(square)
+
+#define NAME(x) float32_avx2_##x
+#define element float
+#define PAIR 1
+#define ADD(sum, x, w) _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(w), sum)
+#define STORE(out, sum) _mm256_storeu_ps(out, sum)
+#define COPY(out, a, b, count) COPY_FLOATS(out, a, b, count)
+#include "convolution_body.h"
+
+#undef LANES
+#undef PANEL
+#undef SHORT
+#undef TALL
+#undef TARGET
+#undef sums_t
+#undef words_t
+#undef ZERO
+#undef LOAD_SUMS
+#undef STORE_SUMS
+#undef LOAD_WORDS
+#undef LOAD_SOME
+#undef STORE_WORDS
+#undef BROADCAST
+#undef TRANSPOSE
+#define LANES 16
+#define PANEL 64
+#define SHORT 6
+#define TALL 12
+#define sums_t __m512
+#define words_t __m512i
+#define ZERO() _mm512_setzero_ps()
+#define LOAD_SUMS(from) _mm512_loadu_ps(from)
+#define STORE_SUMS(to, sums) _mm512_storeu_ps(to, sums)
+#define LOAD_WORDS(from) _mm512_loadu_si512(from)
+#define LOAD_SOME(from, count) _mm512_maskz_loadu_epi32((__mmask16)((1u << (count)) - 1), from)
+#define STORE_WORDS(to, words) _mm512_storeu_si512(to, words)
+#define BROADCAST(from) broadcast_16(from)
+#define TRANSPOSE(square) transpose_16(square)
+
 #define NAME(x) float32_##x
-#define TARGET __attribute__((target(AVX512)))
+#define TARGET AVX512
 #define element float
 #define PAIR 1
 #define ADD(sum, x, w) _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum)
 #define STORE(out, sum) _mm512_storeu_ps(out, sum)
+#define COPY(out, a, b, count) COPY_FLOATS(out, a, b, count)
 #include "convolution_body.h"
 
+#undef TARGET
 #define NAME(x) bfloat16_##x
-#define TARGET __attribute__((target(AVX512 ",avx512bf16")))
+#define TARGET AVX512BF16
 #define element uint16_t
 #define PAIR 2
 #define ADD(sum, x, w) _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(w))
 #define STORE(out, sum) \
   _mm256_storeu_si256((__m256i *)(out), (__m256i)_mm512_cvtneps_pbh(sum))
+#define COPY(out, a, b, count) pair(out, a, b, count)
 #include "convolution_body.h"
 
 /* Computes parts until none is left. The threads may be fewer than the parts. */
-static void gather_parts(void *argument) {
-  struct gather_job *job = argument;
-  for (int64_t part; (part = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts;)
-    (job->bfloat16 ? bfloat16_gather_part : float32_gather_part)(job, part);
-}
-
-static void weights_parts(void *argument) {
-  struct weights_job *job = argument;
-  for (int64_t part; (part = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts;)
-    (job->bfloat16 ? bfloat16_weights_part : float32_weights_part)(job, part);
-}
+#define PARTS(name, job_t, function)                                                             \
+  static void name(void *argument) {                                                             \
+    job_t *job = argument;                                                                       \
+    for (int64_t p; (p = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts;)     \
+      (job->kind == BFLOAT16_AVX512  ? bfloat16_##function                                       \
+       : job->kind == FLOAT32_AVX512 ? float32_##function                                        \
+                                     : float32_avx2_##function)(job, p);                         \
+  }
+PARTS(gather_parts, struct gather_job, gather_part)
+PARTS(weights_parts, struct weights_job, weights_part)
 #endif
 
 /* GNU OpenMP's GOMP_parallel: calls a function with an argument on several threads. */
 typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
 
-/* Returns whether this CPU convolves float32 (0) or bfloat16 (1). */
-EXPORT int convolution_runs(int bfloat16) {
+/* Returns whether this CPU convolves a kind: float32 by AVX-512 (0) or AVX2 (2), bfloat16 (1). */
+EXPORT int convolution_runs(int kind) {
 #if X86
+  if (kind == FLOAT32_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") && (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
+         __builtin_cpu_supports("fma") &&
+         (kind == FLOAT32_AVX512 || __builtin_cpu_supports("avx512bf16"));
 #else
-  (void)bfloat16;
+  (void)kind;
   return 0;
 #endif
 }
 
 /* Convolves, or computes the gradient of the images. cpu_convolution.py says what the arguments
  * are. */
-EXPORT void convolution_gather(int bfloat16, const struct gather *g, const void *source,
+EXPORT void convolution_gather(int kind, const struct gather *g, const void *source,
                                const void *weights, void *result, uint32_t *scratch,
                                int transposed, int64_t threads, parallel *run) {
 #if X86
-  struct gather_job job = {g, source, weights, result, scratch, transposed, bfloat16, threads, 0};
+  struct gather_job job = {g, source, weights, result, scratch, transposed, kind, threads, 0};
   if (threads == 1)
     gather_parts(&job);
   else
@@ -174,12 +275,12 @@ EXPORT void convolution_gather(int bfloat16, const struct gather *g, const void 
 }
 
 /* Computes the gradient of the weights, in float32. */
-EXPORT void convolution_weights(int bfloat16, const struct weights *s, const void *images,
+EXPORT void convolution_weights(int kind, const struct weights *s, const void *images,
                                 const void *gradient, float *sums, uint32_t *scratch,
                                 int64_t scratch_words, int64_t threads, parallel *run) {
 #if X86
-  struct weights_job job = {s,       images,  gradient, sums, scratch, scratch_words,
-                            bfloat16, threads, 0};
+  struct weights_job job = {s,    images,  gradient, sums, scratch, scratch_words,
+                            kind, threads, 0};
   if (threads == 1)
     weights_parts(&job);
   else

@@ -1,32 +1,35 @@
-/* The functions of convolution.c for one type of elements. Before the inclusion define
+/* The functions of convolution.c for one type of elements and one set of instructions. Before the
+ * inclusion define
  *
  *   NAME(x)  the name of a function of this type
  *   TARGET   the attribute of functions that use the instructions
  *   element  the type of an element
  *   PAIR     elements in a word of 32 bits: 2 of bfloat16, 1 of float32
- *   ADD(sum, x, w)    adds the products of the words of x and w to sum
- *   STORE(out, sum)   stores a vector of sums as elements
+ *   LANES    float32 or words in a vector
+ *   PANEL    columns of weights at a time
+ *   SHORT    rows whose sums are in registers beside the vectors of a panel
+ *   TALL     rows beside two vectors at most
+ *   sums_t, words_t  vectors of float32 and of words
+ *   ZERO(), LOAD_SUMS(from), STORE_SUMS(to, sums), LOAD_WORDS(from), STORE_WORDS(to, words)
+ *   LOAD_SOME(from, count)   some words, then zeros
+ *   BROADCAST(from)          a word, in all lanes
+ *   TRANSPOSE(square)        LANES x LANES words
+ *   ADD(sum, x, w)           adds the products of the words of x and w to sum
+ *   STORE(to, sums)          stores sums as elements
+ *   COPY(out, a, b, count)   stores words of rows of elements: of bfloat16 a[0] b[0], a[1] b[1] and
+ *                            so on (zeros where b is NULL), of float32 a alone
  */
 
-INLINE TARGET __m512i NAME(broadcast)(const void *word) {
-  int32_t bits;
-  memcpy(&bits, word, 4);
-  return _mm512_set1_epi32(bits);
-}
-
-/* Returns the words of two rows of elements: of bfloat16 a[0] b[0], a[1] b[1] and so on, of float32
- * a row alone. Elements outside of the mask, and the row NULL, are 0. */
-INLINE TARGET __m512i NAME(words)(const element *a, const element *b, __mmask16 mask) {
-#if PAIR == 2
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
-  if (!b) return low;
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#define VECTORS (PANEL / LANES)
+#if VECTORS == 2
+#define CHOOSE(vectors, name) ((void)(vectors), NAME(name##_2))
 #else
-  (void)b;
-  return _mm512_maskz_loadu_epi32(mask, a);
+#define CHOOSE(vectors, name)       \
+  (vectors == 4   ? NAME(name##_4)  \
+   : vectors == 3 ? NAME(name##_3)  \
+   : vectors == 2 ? NAME(name##_2)  \
+                  : NAME(name##_1))
 #endif
-}
 
 /* ---- products over taps ---- */
 
@@ -34,10 +37,10 @@ INLINE TARGET __m512i NAME(words)(const element *a, const element *b, __mmask16 
 INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source, const uint32_t *panel,
                                 element *result, int64_t row, int64_t class, int64_t column,
                                 const int height, const int vectors) {
-  __m512 sum[TALL][VECTORS];
+  sums_t sum[TALL][VECTORS];
   const element *from[TALL];
   UNROLL for (int r = 0; r < height; r++) {
-    UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_setzero_ps();
+    UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = ZERO();
     from[r] = source + (int64_t)g->from[row + r] * g->depth;
   }
   /* The next pixels. `from` has as many more entries. */
@@ -50,11 +53,11 @@ INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source, c
     const int64_t begin = (int64_t)g->offset[t] * g->depth;
     const uint32_t *weights = panel + g->tap[t] * (g->depth / PAIR) * (vectors * LANES);
     for (int64_t k = begin; k < begin + g->depth; k += PAIR) {
-      __m512i w[VECTORS];
-      UNROLL for (int v = 0; v < vectors; v++) w[v] = _mm512_loadu_si512(weights + v * LANES);
+      words_t w[VECTORS];
+      UNROLL for (int v = 0; v < vectors; v++) w[v] = LOAD_WORDS(weights + v * LANES);
       weights += vectors * LANES;
       UNROLL for (int r = 0; r < height; r++) {
-        const __m512i x = NAME(broadcast)(from[r] + k);
+        const words_t x = BROADCAST(from[r] + k);
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = ADD(sum[r][v], x, w[v]);
       }
     }
@@ -75,10 +78,14 @@ INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source, c
         default: cases(CASE, vectors)                                                             \
       }                                                                                           \
   }
+#if VECTORS == 2
+ROWS(rows_2, TALL, 2, UP_TO_6)
+#else
 ROWS(rows_1, TALL, 1, UP_TO_12)
 ROWS(rows_2, TALL, 2, UP_TO_12)
 ROWS(rows_3, SHORT, 3, UP_TO_6)
 ROWS(rows_4, SHORT, 4, UP_TO_6)
+#endif
 #undef ROWS
 #undef CASE
 
@@ -89,16 +96,15 @@ static TARGET void NAME(pack_rows)(const struct gather *g, const element *weight
   for (int64_t t = 0; t < g->taps; t++)
     for (int64_t k = 0; k < words; k += LANES) {
       const int64_t count = words - k < LANES ? words - k : LANES;
-      const __mmask16 mask = (__mmask16)((1u << count) - 1);
       for (int v = 0; v < vectors; v++) {
-        __m512i square[LANES];
+        words_t square[LANES];
         UNROLL for (int i = 0; i < LANES; i++) {
           const int64_t row = (column + v * LANES + i) * g->taps + t;
-          square[i] = _mm512_maskz_loadu_epi32(mask, weights + row * g->depth + k * PAIR);
+          square[i] = LOAD_SOME(weights + row * g->depth + k * PAIR, count);
         }
-        transpose(square);
+        TRANSPOSE(square);
         uint32_t *out = panel + ((t * words + k) * vectors + v) * LANES;
-        for (int i = 0; i < count; i++) _mm512_storeu_si512(out + i * vectors * LANES, square[i]);
+        for (int i = 0; i < count; i++) STORE_WORDS(out + i * vectors * LANES, square[i]);
       }
     }
 }
@@ -111,15 +117,14 @@ static TARGET void NAME(pack_columns)(const struct gather *g, const element *wei
     for (int64_t t = 0; t < g->taps; t++) {
       const element *from = weights + k * PAIR * stride + t * g->width + column;
       uint32_t *out = panel + (t * words + k) * vectors * LANES;
-      for (int v = 0; v < vectors; v++, from += LANES, out += LANES)
-        _mm512_storeu_si512(out, NAME(words)(from, from + stride, ALL));
+      COPY(out, from, from + stride, vectors * LANES);
     }
 }
 
 /* Computes a part: some panels of columns, and of each class of pixels a share. */
 static TARGET void NAME(gather_part)(const struct gather_job *job, int64_t part) {
   const struct gather *g = job->g;
-  const int64_t panels = panels_of(g->width), groups = divisor(panels, job->parts);
+  const int64_t panels = (g->width + PANEL - 1) / PANEL, groups = divisor(panels, job->parts);
   const int64_t members = job->parts / groups, group = part / members, member = part % members;
   uint32_t *panel = job->scratch + part * g->taps * (g->depth / PAIR) * PANEL;
   for (int64_t column = group * PANEL; column < g->width; column += groups * PANEL) {
@@ -133,10 +138,7 @@ static TARGET void NAME(gather_part)(const struct gather_job *job, int64_t part)
       const int64_t blocks = (count + TALL - 1) / TALL;
       const int64_t begin = first + blocks * member / members * TALL;
       const int64_t end = first + least(count, blocks * (member + 1) / members * TALL);
-      (vectors == 4   ? NAME(rows_4)
-       : vectors == 3 ? NAME(rows_3)
-       : vectors == 2 ? NAME(rows_2)
-                      : NAME(rows_1))(g, job->source, panel, job->result, begin, end, class, column);
+      CHOOSE(vectors, rows)(g, job->source, panel, job->result, begin, end, class, column);
     }
   }
 }
@@ -152,12 +154,8 @@ static TARGET void NAME(pack_images)(const element *images, int64_t image, int64
     for (int64_t i = image; i < last_image; i += PAIR) {
       const element *a = images + i * stride + pixel * channels + channel;
       const element *b = i + 1 < last_image ? a + stride : NULL;
-      for (int64_t c = 0; c < count; c += LANES) {
-        const int64_t lanes = least(count - c, LANES);
-        const __mmask16 mask = (__mmask16)((1u << lanes) - 1);
-        _mm512_mask_storeu_epi32(out, mask, NAME(words)(a + c, b ? b + c : NULL, mask));
-        out += lanes;
-      }
+      COPY(out, a, b, count);
+      out += count;
     }
 }
 
@@ -167,26 +165,26 @@ INLINE TARGET void NAME(gradients)(const struct weights *s, const uint32_t *outp
                                    int64_t first_output, int64_t first_input, int64_t words,
                                    int64_t stride, float *sums, int first, const int height,
                                    const int vectors) {
-  __m512 sum[TALL][VECTORS];
+  sums_t sum[TALL][VECTORS];
   const int64_t row = s->taps * s->depth;
   UNROLL for (int r = 0; r < height; r++)
     UNROLL for (int v = 0; v < vectors; v++)
-      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * row + v * LANES);
+      sum[r][v] = first ? ZERO() : LOAD_SUMS(sums + r * row + v * LANES);
   for (; link < end; link++) {
     const uint32_t *g = outputs + (s->output[link] - first_output) * words * stride;
     const uint32_t *x = inputs + (s->input[link] - first_input) * words * (vectors * LANES);
     for (int64_t i = 0; i < words; i++, g += stride, x += vectors * LANES) {
-      __m512i w[VECTORS];
-      UNROLL for (int v = 0; v < vectors; v++) w[v] = _mm512_loadu_si512(x + v * LANES);
+      words_t w[VECTORS];
+      UNROLL for (int v = 0; v < vectors; v++) w[v] = LOAD_WORDS(x + v * LANES);
       UNROLL for (int r = 0; r < height; r++) {
-        const __m512i gradient = NAME(broadcast)(g + r);
+        const words_t gradient = BROADCAST(g + r);
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = ADD(sum[r][v], gradient, w[v]);
       }
     }
   }
   UNROLL for (int r = 0; r < height; r++)
     UNROLL for (int v = 0; v < vectors; v++)
-      _mm512_storeu_ps(sums + r * row + v * LANES, sum[r][v]);
+      STORE_SUMS(sums + r * row + v * LANES, sum[r][v]);
 }
 
 #define CASE(height, vectors)                                                                     \
@@ -201,10 +199,14 @@ INLINE TARGET void NAME(gradients)(const struct weights *s, const uint32_t *outp
                                 int64_t stride, float *sums, int first, int64_t height) {         \
     switch (height) { default: cases(CASE, vectors) }                                             \
   }
+#if VECTORS == 2
+BLOCK(block_2, 2, UP_TO_6)
+#else
 BLOCK(block_1, 1, UP_TO_12)
 BLOCK(block_2, 2, UP_TO_12)
 BLOCK(block_3, 3, UP_TO_6)
 BLOCK(block_4, 4, UP_TO_6)
+#endif
 #undef BLOCK
 #undef CASE
 
@@ -222,19 +224,15 @@ static TARGET void NAME(panel_gradients)(const struct weights_job *job, const ui
       float *sums = job->sums + (o * s->taps + t) * s->depth + column;
       const int64_t group = (o - begin) / GROUP * GROUP, stride = least(end - begin - group, GROUP);
       const uint32_t *from = outputs + group * (bounds[1] - bounds[0]) * words + o - begin - group;
-      (vectors == 4   ? NAME(block_4)
-       : vectors == 3 ? NAME(block_3)
-       : vectors == 2 ? NAME(block_2)
-                      : NAME(block_1))(s, from, inputs, links[t], links[t + 1], bounds[0],
-                                       bounds[2], words, stride, sums, first,
-                                       least(end - o, tallest));
+      CHOOSE(vectors, block)(s, from, inputs, links[t], links[t + 1], bounds[0], bounds[2], words,
+                             stride, sums, first, least(end - o, tallest));
     }
 }
 
 /* Computes a part: some panels of inputs, and a share of the outputs. */
 static TARGET void NAME(weights_part)(const struct weights_job *job, int64_t part) {
   const struct weights *s = job->s;
-  const int64_t panels = panels_of(s->depth), groups = divisor(panels, job->parts);
+  const int64_t panels = (s->depth + PANEL - 1) / PANEL, groups = divisor(panels, job->parts);
   const int64_t members = job->parts / groups, group = part / members, member = part % members;
   const int64_t blocks = (s->width + TALL - 1) / TALL;
   const int64_t begin = blocks * member / members * TALL;
@@ -259,9 +257,11 @@ static TARGET void NAME(weights_part)(const struct weights_job *job, int64_t par
     }
 }
 
+#undef VECTORS
+#undef CHOOSE
 #undef NAME
-#undef TARGET
 #undef element
 #undef PAIR
 #undef ADD
 #undef STORE
+#undef COPY

@@ -1,4 +1,4 @@
-"""Convolutions of channels-last images on CPUs with AVX-512, forward and backward, in C.
+"""Convolutions of channels-last images on CPUs with AVX2 or AVX-512, forward and backward, in C.
 
 oneDNN, which PyTorch calls, lays out the weights anew in every call and multiplies the zeros around
 the images. On small images this is most of the time. convolution.c reads the weights as they are
@@ -19,9 +19,12 @@ from torch import Tensor
 from mocofast_kernels.cpu_library import INSTALL, library
 
 AHEAD = 24  # entries that the library reads beyond the last pixel, to fetch it early
-LANES, PANEL = 16, 64  # channels of a vector, and of a panel of weights
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
+LANES, PANEL = 16, 64  # channels of a vector, and of a panel of weights, at most
+# The library's numbers for a type with instructions, the fastest first.
+KINDS = {
+    torch.float32: {0: "AVX-512", 2: "AVX2"},
+    torch.bfloat16: {1: "AVX512-BF16"},
+}
 # Bytes of the pixels of a chunk, which stay in the second cache while all weights meet them.
 CHUNK_BYTES = 384 * 1024
 # Bytes of images that all panels of weights meet in a call, from the last cache.
@@ -98,37 +101,28 @@ class _Weights(ctypes.Structure):
 
 def convolves(dtype: torch.dtype) -> bool:
     """Says whether the library convolves images of this type on this CPU."""
-    return dtype in TYPES and compiled(dtype)[0]
+    return dtype in KINDS and kind_of(dtype)[0] is not None
 
 
 @functools.cache
-def compiled(dtype: torch.dtype) -> tuple[bool, str]:
-    """Returns whether the library convolves images of a type of TYPES, and the instructions.
+def kind_of(dtype: torch.dtype) -> tuple[int | None, str]:
+    """Returns how the library convolves a type of KINDS: its number, and the instructions.
 
-    If not, False and the reason.
-    """
-    runs, why = instructions(dtype)
-    if runs and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return False, "oneDNN's products with this CPU's AMX are far faster"
-    return runs, why
-
-
-def instructions(dtype: torch.dtype) -> tuple[bool, str]:
-    """Returns whether the library and the CPU know a type of TYPES, and the instructions.
-
-    If not, False and the reason.
+    If not at all, None and the reason.
     """
     found, why = library()
     if found is None:
-        return False, why
+        return None, why
     if not hasattr(found, "convolution_runs"):
-        return False, f"the library is of an older build: {INSTALL}"
-    name = _INSTRUCTIONS[dtype]
-    if not found.convolution_runs(TYPES[dtype]):
-        return False, f"this CPU or the C compiler does not know {name}"
+        return None, f"the library is of an older build: {INSTALL}"
     if threads_of_openmp() is None:
-        return False, "PyTorch's threads are not GNU OpenMP's"
-    return True, name
+        return None, "PyTorch's threads are not GNU OpenMP's"
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return None, "oneDNN's products with this CPU's AMX are far faster"
+    for kind, name in KINDS[dtype].items():
+        if found.convolution_runs(kind):
+            return kind, name
+    return None, f"this CPU or the C compiler does not know {' or '.join(KINDS[dtype].values())}"
 
 
 @functools.cache
@@ -169,7 +163,7 @@ def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
     words *= plan.most_inputs * PANEL + plan.most_outputs * shape.outputs
     scratch = torch.empty(words * threads, dtype=torch.int32)
     _functions()[1](
-        TYPES[images.dtype],
+        kind_of(images.dtype)[0],
         ctypes.byref(plan),
         images.data_ptr(),
         gradient.data_ptr(),
@@ -195,7 +189,7 @@ def _gather(
     for some, out in zip(source.split(at_once), result.split(at_once)):
         plan = (_backward_plan if transposed else _forward_plan)(shape._replace(images=len(some)))
         _functions()[0](
-            TYPES[source.dtype],
+            kind_of(source.dtype)[0],
             ctypes.byref(plan),
             some.data_ptr(),
             weight.data_ptr(),

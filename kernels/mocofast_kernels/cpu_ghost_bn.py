@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels.cpu_convolution import TYPES, instructions, threads_of_openmp
+from mocofast_kernels.cpu_convolution import threads_of_openmp
 from mocofast_kernels.cpu_library import library
 
 # Elements of a thread. With fewer, a second thread costs more time than it takes over.
 ELEMENTS = 16384
 PIXELS = 64  # of a group of images, at least
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # the library's numbers
 
 
 class GhostBatchNorm(NamedTuple):
@@ -33,7 +34,12 @@ class GhostBatchNorm(NamedTuple):
 def normalises(dtype: torch.dtype) -> bool:
     """Says whether the library normalises images of this type on this CPU."""
     found, _ = library()
-    return dtype in TYPES and instructions(dtype)[0] and hasattr(found, "batch_norm_forward")
+    return (
+        dtype in TYPES
+        and hasattr(found, "batch_norm_runs")  # absent in an older build
+        and bool(found.batch_norm_runs(TYPES[dtype]))  # type: ignore[union-attr]
+        and threads_of_openmp() is not None
+    )
 
 
 def ghost_bn_forward(

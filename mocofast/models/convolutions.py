@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mocofast_kernels.cpu_convolution import TYPES, convolves
+from mocofast_kernels.cpu_convolution import KINDS, convolves
 from torch import Tensor, nn
 
 from mocofast.ops.convolution import convolve
@@ -57,7 +57,7 @@ def compiled_convolutions(module: nn.Module) -> Iterator[None]:
     GPUs and shards of weights stay as they are.
     """
     parts = []
-    if any(map(convolves, TYPES)):
+    if any(map(convolves, KINDS)):
         parts = [
             part
             for part in _compilable(module)
