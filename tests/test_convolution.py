@@ -238,6 +238,21 @@ def test_expanded_and_transposed_gradients() -> None:
     torch.testing.assert_close(y, F.conv2d(first, w, padding=1))
 
 
+def test_pytorchs_default_type_and_device_play_no_part() -> None:
+    x, w = drawn(2, 16, 5, 5).requires_grad_(), drawn(16, 16, 3, 3, seed=1).requires_grad_()
+    (expected,) = torch.autograd.grad(F.conv2d(x, w).sum(), w)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            y = convolve(x, w, (1, 1), (0, 0), (1, 1))
+            assert y is not None
+            (of_weight,) = torch.autograd.grad(y.sum(), w)
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(of_weight, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_frozen_weight_and_images_without_a_gradient() -> None:
     x, w = drawn(3, 16, 4, 4), drawn(16, 16, 3, 3, seed=1)
     for images, weight in ((x.clone().requires_grad_(), w), (x, w.clone().requires_grad_())):
@@ -287,6 +302,7 @@ def test_what_stays_with_pytorch() -> None:
         (x[:0], w),
         (x[:, :, :0], w),
         (x.to("meta"), w.to("meta")),
+        (x, w.to("meta")),
     ):
         assert convolve(images, weight, *same) is None
     with FlopCounterMode(display=False):

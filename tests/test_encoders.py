@@ -3,13 +3,14 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mocofast import MoCo
-from mocofast.models.batch_norm import SplitBatchNorm2d, split_batch_norm
+from mocofast.models.batch_norm import SplitBatchNorm2d, fuse_batch_norms, split_batch_norm
 from mocofast.models.encoders import TinyResNet, add_mlp_head, build_encoder, features, head_name
 from mocofast.models.pixels import prepare_images
 from tests.eager_moco import LoopedSplitBatchNorm
@@ -240,6 +241,57 @@ def test_fused_blocks_compute_what_torchvisions_blocks_compute(
         model(images.double()).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*grads)
+
+
+def leaky(encoder: nn.Module) -> None:
+    encoder.layer2[0].relu = nn.LeakyReLU(0.3)  # type: ignore[index, union-attr]
+
+
+def halved(encoder: nn.Module) -> None:
+    """Hooks change what a block, the ReLU and BatchNorms give."""
+    for part in ("layer1.1", "layer1.0.bn1", "layer2.0.bn2", "layer2.1.relu", "bn1"):
+        encoder.get_submodule(part).register_forward_hook(lambda _, inputs, output: output / 2)
+
+
+def doubled(encoder: nn.Module) -> None:
+    """A block has a function of its own in the place of `forward`."""
+    block = encoder.layer3[1]  # type: ignore[index]
+    block.forward = lambda x: 2 * type(block).forward(block, x)
+
+
+@pytest.mark.parametrize("change", [leaky, halved, doubled])
+def test_changed_blocks_keep_their_changes(change: Callable[[nn.Module], None]) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18_cifar")(num_classes=3)
+    plain = copy.deepcopy(encoder)
+    for model in (encoder, plain):
+        change(model)
+    fuse_batch_norms(encoder)
+    assert type(encoder.layer4[0]).__name__ == "FusedBasicBlock"
+    images = channels_last(torch.randn(4, 3, 16, 16))
+    torch.testing.assert_close(encoder.double()(images.double()), plain.double()(images.double()))
+
+
+def test_conversion_keeps_the_modules() -> None:
+    """An encoder may keep references to its parts."""
+    encoder = build_encoder("resnet18_cifar")(num_classes=3)
+    parts = list(encoder.modules())
+    fuse_batch_norms(encoder)
+    assert list(map(id, encoder.modules())) == list(map(id, parts))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_block_takes_float32_under_autocast(training: bool) -> None:
+    """The shortcut is float32 then, and the convolutions' results are bfloat16."""
+    torch.manual_seed(0)
+    layers = build_encoder("resnet18_cifar")(num_classes=3).layer1.train(training)
+    plain = copy.deepcopy(layers)
+    fuse_batch_norms(layers)
+    images = channels_last(torch.randn(4, 64, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layers(images), plain(images)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
 
 
 def test_conversion_refuses_layers_without_running_statistics() -> None:

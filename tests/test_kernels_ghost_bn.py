@@ -335,6 +335,19 @@ def test_autocast_leaves_the_type_of_the_activations() -> None:
 
 
 @both_kernels
+def test_pytorchs_default_type_plays_no_part() -> None:
+    c = case((6, 37, 3, 7), FP32)
+    expected, default = ours(c, 3, True), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(BF16)
+        got = ours(c, 3, True)
+    finally:
+        torch.set_default_dtype(default)
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+
+
+@both_kernels
 def test_double_backward_is_an_error() -> None:
     c = case((4, 5, 3, 3))
     x = c.x.requires_grad_()
@@ -355,6 +368,7 @@ def residual_as(dtype: torch.dtype, *shape: int) -> dict[str, Any]:
         ((6, 3, 2, 2), 0, {}, ValueError, "got 6 images and 0 splits"),
         ((6, 3, 1, 1), 6, {}, ValueError, "more than one value per channel in each of 6 splits"),
         ((0, 3, 2, 2), 2, {}, ValueError, "more than one value per channel"),
+        ((6, 4, 2, 2), 2, {}, ValueError, r"3 channels.* got shape \(6, 4, 2, 2\)"),
         ((6, 3, 4), 2, {}, ValueError, r"x must be \(N, C, H, W\): got shape \(6, 3, 4\)"),
         (
             (6, 3, 2, 2),

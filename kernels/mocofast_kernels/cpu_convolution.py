@@ -142,14 +142,15 @@ def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     shape: of the convolution. Channels are multiples of LANES.
     Returns (images, outputs, *shape.size), channels-last.
     """
-    result = _empty(images, shape.images, shape.outputs, *shape.size)
+    result = _empty((shape.images, shape.outputs, *shape.size), images.dtype)
     _gather(images, weight, result, shape, transposed=False)
     return result
 
 
 def image_gradient(gradient: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the images from the gradient of the result of `forward`."""
-    result = _empty(gradient, shape.images, shape.inputs, shape.height, shape.width)
+    sizes = (shape.images, shape.inputs, shape.height, shape.width)
+    result = _empty(sizes, gradient.dtype)
     _gather(gradient, weight, result, shape, transposed=True)
     return result
 
@@ -157,11 +158,11 @@ def image_gradient(gradient: Tensor, weight: Tensor, shape: Shape) -> Tensor:
 def weight_gradient(gradient: Tensor, images: Tensor, shape: Shape) -> Tensor:
     """Returns the gradient of the weight, float32, from that of the result of `forward`."""
     sizes = (shape.outputs, shape.inputs, *shape.kernel)
-    result = torch.empty(sizes, memory_format=torch.channels_last)
+    result = _empty(sizes, torch.float32)
     plan, threads = _weights_plan(shape, images.dtype), torch.get_num_threads()
     words = plan.images_at_a_time // (4 // images.element_size())
     words *= plan.most_inputs * PANEL + plan.most_outputs * shape.outputs
-    scratch = torch.empty(words * threads, dtype=torch.int32)
+    scratch = torch.empty(words * threads, dtype=torch.int32, device="cpu")
     _functions()[1](
         kind_of(images.dtype)[0],
         ctypes.byref(plan),
@@ -181,7 +182,7 @@ def _gather(
 ) -> None:
     threads = torch.get_num_threads()
     words = weight.numel() // result.shape[1] * PANEL * source.element_size() // 4
-    scratch = torch.empty(words * threads, dtype=torch.int32)
+    scratch = torch.empty(words * threads, dtype=torch.int32, device="cpu")
     calls = 1
     if result.shape[1] > PANEL:
         calls = min(-(-source.nbytes // CALL_BYTES), shape.images)
@@ -213,8 +214,9 @@ def _functions() -> tuple[Any, Any]:
     return gather, weights
 
 
-def _empty(like: Tensor, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=like.dtype, memory_format=torch.channels_last)
+def _empty(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns memory for images. PyTorch's default type and device may be others."""
+    return torch.empty(sizes, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 # Networks have some dozens of shapes at a size of the views.

@@ -59,8 +59,8 @@ def ghost_bn_forward(
     output = torch.empty_like(x, memory_format=torch.channels_last)
     layout, groups = _layout(x.shape, num_splits)
     channels = num_splits * layout[2]
-    statistics = torch.empty(3, num_splits, layout[2])
-    scratch = torch.empty(channels * (1 + 2 * groups))
+    statistics = _floats(3, num_splits, layout[2])
+    scratch = _floats(channels * (1 + 2 * groups))
     # The running statistics may be of another type or memory order.
     running = (running_mean, running_var)
     in_c = all(r is not None and r.dtype == torch.float32 and r.is_contiguous() for r in running)
@@ -112,7 +112,7 @@ def ghost_bn_backward(
     grad_residual = torch.empty_like(grad_x) if has_residual else grad_output
     weight, bias = weight.contiguous(), bias.contiguous()
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    scratch = torch.empty(num_splits * layout[2] * (3 + 2 * groups))
+    scratch = _floats(num_splits * layout[2] * (3 + 2 * groups))
     _functions()[1](
         TYPES[x.dtype],
         *layout,
@@ -180,6 +180,11 @@ def _layout(shape: torch.Size, num_splits: int) -> tuple[tuple[int, ...], int]:
 
 def _parts(x: Tensor, groups: int) -> int:
     return max(1, min(torch.get_num_threads(), groups, x.numel() // ELEMENTS))
+
+
+def _floats(*sizes: int) -> Tensor:
+    """Returns memory for float32 numbers. PyTorch's default type and device may be others."""
+    return torch.empty(sizes, dtype=torch.float32, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

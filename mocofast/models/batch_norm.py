@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -107,61 +107,56 @@ def _as_maps(x: Tensor) -> Tensor:
 
 
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
-    """Replaces every BatchNorm (1d, 2d, 3d) inside `module` by a SplitBatchNorm, in place.
+    """Makes every BatchNorm (1d, 2d, 3d) inside `module` a SplitBatchNorm, in place.
 
-    Keeps weights, statistics, modes and state-dict names. Torchvision's residual blocks then
+    Keeps weights, statistics, modes, hooks and state-dict names. Torchvision's residual blocks then
     compute additions and ReLUs inside BatchNorm, see `fuse_blocks`.
 
     Raises ValueError for a BatchNorm without weights, running statistics or a fixed momentum.
     After an error nothing is changed.
     """
-
-    def make(old: _BatchNorm) -> SplitBatchNorm:
-        if not old.affine or not old.track_running_stats or old.momentum is None:
+    norms: list[Any] = [part for part in module.modules() if type(part) in _SPLIT]
+    for norm in norms:
+        if not _splits(norm):
             raise ValueError(
                 "bn_splits: expected BatchNorm with weights, running statistics and a momentum; "
-                f"got {old}"
+                f"got {norm}"
             )
-        return _SPLIT[type(old)](old.num_features, num_splits, old.eps, old.momentum)
-
-    if replace_batch_norms(module, lambda child: type(child) in _SPLIT, make):
+    _split(norms, num_splits)
+    if norms:
         fuse_blocks(module)
 
 
 def fuse_batch_norms(module: nn.Module) -> None:
     """Makes every BatchNorm2d inside `module` a SplitBatchNorm2d of one split, in place.
 
-    Weights, statistics, modes and state-dict names stay. Additions and ReLUs of torchvision's
-    residual blocks are computed inside BatchNorm. A BatchNorm without weights, running statistics
-    or a fixed momentum stays as it is.
+    Weights, statistics, modes, hooks and state-dict names stay. Additions and ReLUs of
+    torchvision's residual blocks are computed inside BatchNorm. A BatchNorm without weights,
+    running statistics or a fixed momentum stays as it is.
     """
-    replace_batch_norms(
-        module,
-        lambda child: (
-            type(child) is nn.BatchNorm2d
-            and child.affine
-            and child.track_running_stats
-            and child.momentum is not None
-        ),
-        lambda old: SplitBatchNorm2d(old.num_features, 1, old.eps, old.momentum),
-    )
+    _split([p for p in module.modules() if type(p) is nn.BatchNorm2d and _splits(p)], 1)
     fuse_blocks(module)
 
 
+def _splits(norm: _BatchNorm) -> bool:
+    """Says whether a SplitBatchNorm can take the place of a BatchNorm."""
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _split(norms: Iterable[Any], num_splits: int) -> None:
+    for norm in norms:
+        norm.__class__ = _SPLIT[type(norm)]
+        norm.num_splits = num_splits
+
+
 class _FusedBlock(nn.Module):
-    """A residual block with the children of `block`, under the same names and in the same order."""
+    """The class that a residual block gets."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
     bn1: SplitBatchNorm2d
     bn2: SplitBatchNorm2d
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.downsample: nn.Module | None = None
-        for name, child in block.named_children():
-            setattr(self, name, child)
-        self.training = block.training
+    downsample: nn.Module | None
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
@@ -175,8 +170,9 @@ class FusedBasicBlock(_FusedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
-        y = self.bn1(self.conv1(x), relu=True)
-        return self.bn2(self.conv2(y), relu=True, residual=shortcut)
+        y = self.conv2(self.bn1(self.conv1(x), relu=True))
+        # Under autocast x may be float32, and the convolution's result is not.
+        return self.bn2(y, relu=True, residual=shortcut.to(y.dtype))
 
 
 class FusedBottleneck(_FusedBlock):
@@ -188,26 +184,42 @@ class FusedBottleneck(_FusedBlock):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
         y = self.bn1(self.conv1(x), relu=True)
-        y = self.bn2(self.conv2(y), relu=True)
-        return self.bn3(self.conv3(y), relu=True, residual=shortcut)
+        y = self.conv3(self.bn2(self.conv2(y), relu=True))
+        return self.bn3(y, relu=True, residual=shortcut.to(y.dtype))
 
 
 def fuse_blocks(module: nn.Module) -> None:
-    """Replaces residual blocks of torchvision and TinyResNet in `module` by fused ones, in place.
+    """Makes residual blocks of torchvision and TinyResNet in `module` fused ones, in place.
 
-    Only blocks whose BatchNorms are all SplitBatchNorm2d are replaced. Children, modes and
-    state-dict names stay. Hooks of children stay too, but a hook on the ReLU no longer runs, and
-    hooks on the block itself are lost: register hooks on blocks afterwards.
+    Only blocks whose BatchNorms are all SplitBatchNorm2d and whose activation is ReLU, without
+    hooks on these. Children, hooks, modes and state-dict names stay. Register no hooks on the ReLU
+    and on BatchNorms afterwards: those do not run, these see the addition and the ReLU.
     """
     fused: dict[type[nn.Module], type[_FusedBlock]] = {TinyBlock: FusedBasicBlock}
     resnet = sys.modules.get("torchvision.models.resnet")
     if resnet is not None:  # no module has such blocks otherwise, and the import is slow
         fused |= {resnet.BasicBlock: FusedBasicBlock, resnet.Bottleneck: FusedBottleneck}
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            norms = [norm for part, norm in child.named_children() if part.startswith("bn")]
-            if type(child) in fused and all(isinstance(n, SplitBatchNorm2d) for n in norms):
-                setattr(parent, name, fused[type(child)](child))
+    for block in list(module.modules()):
+        if type(block) not in fused:
+            continue
+        norms = [norm for name, norm in block.named_children() if name.startswith("bn")]
+        if (
+            all(isinstance(norm, SplitBatchNorm2d) for norm in norms)
+            and type(block.relu) is nn.ReLU
+            and not any(map(_has_hooks, (block.relu, *norms)))
+        ):
+            block.__class__ = fused[type(block)]
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return any(
+        (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._backward_hooks,
+            part._backward_pre_hooks,
+        )
+    )
 
 
 def replace_batch_norms(

@@ -49,11 +49,12 @@ def ghost_batch_norm(
 
     Returns (N, C, H, W), in the dtype and memory format of x. In the kernels statistics and
     arithmetic are float32 for every dtype.
-    Raises, before anything changes, ValueError if x is not 4-D, num_splits does not divide N, a
-    split has a single value per channel, or residual has another shape than x, and TypeError if
-    residual has another dtype than x. A second derivative of a kernel raises RuntimeError.
+    Raises, before anything changes, ValueError if x is not 4-D or has another number of channels
+    than the weights, num_splits does not divide N, a split has a single value per channel, or
+    residual has another shape than x, and TypeError if residual has another dtype than x. A second
+    derivative of a kernel raises RuntimeError.
     """
-    _check(x, num_splits, residual)
+    _check(x, num_splits, residual, (weight, bias, running_mean, running_var))
 
     # Without a kernel: other devices, dtypes and memory formats.
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +63,7 @@ def ghost_batch_norm(
         or x.dtype not in FUSED_DTYPES
         # In NCHW memory PyTorch's BatchNorm needs no copy: splits are channels of a view.
         or (x.is_contiguous() and not channels_last)
-        or not _takes(x, weight, bias)
+        or not _takes(x, residual, weight, bias, running_mean, running_var)
     ):
         return pytorch_batch_norm(
             x, weight, bias, running_mean, running_var, num_splits, momentum, eps, relu, residual
@@ -97,7 +98,9 @@ def ghost_batch_norm(
     return _forward(*arguments)[0]
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def _takes(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *running: Tensor
+) -> bool:
     """Says whether the kernel of the device takes these tensors. In C there are more conditions."""
     if torch.compiler.is_compiling():  # `backend.fuses_batch_norm` has said yes: Triton's
         return True
@@ -107,13 +110,22 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         cpu_ghost_bn.normalises(x.dtype)
         and weight.dtype == bias.dtype == torch.float32
         and type(x) is Tensor
+        and all(t is None or t.device == x.device for t in (residual, weight, bias, *running))
         and not is_transformed()
     )
 
 
-def _check(x: Tensor, num_splits: int, residual: Tensor | None) -> None:
+def _check(
+    x: Tensor, num_splits: int, residual: Tensor | None, of_channels: tuple[Tensor, ...]
+) -> None:
     if x.dim() != 4:
         raise ValueError(f"x must be (N, C, H, W): got shape {tuple(x.shape)}")
+    for tensor in of_channels:
+        if tensor.numel() != x.shape[1]:
+            raise ValueError(
+                f"x must have {tensor.numel()} channels, as weights and statistics: "
+                f"got shape {tuple(x.shape)}"
+            )
     if num_splits < 1 or len(x) % num_splits:
         raise ValueError(
             "the batch must be divisible by num_splits: "

@@ -45,6 +45,7 @@ def convolve(
     if (
         type(images) is not Tensor
         or images.device.type != "cpu"
+        or weight.device.type != "cpu"
         or images.dim() != 4
         or images.dtype != weight.dtype
         or not convolves(images.dtype)
