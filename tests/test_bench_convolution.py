@@ -16,7 +16,7 @@ from mocofast_kernels.cpu_convolution import Shape
 from torch import Tensor, nn
 
 COMPILED = cpu_convolution.convolves(torch.float32)
-in_c = pytest.mark.skipif(not COMPILED, reason="no AVX-512, or not compiled")
+in_c = pytest.mark.skipif(not COMPILED, reason="neither AVX2 nor AVX-512, or not compiled")
 
 
 def square(images: int, channels: tuple[int, int], size: int, kernel: int, stride: int) -> Shape:
@@ -181,7 +181,7 @@ def test_a_machine_without_compiled_convolutions_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convolution, "convolves", lambda dtype: False)
-    monkeypatch.setattr(cpu_convolution, "compiled", lambda dtype: (False, "no compiler"))
+    monkeypatch.setattr(cpu_convolution, "kind_of", lambda dtype: (None, "no compiler"))
     message = "PyTorch alone computes convolutions on this machine: no compiler"
     with pytest.raises(SystemExit, match=f"bench convolution: {message}"):
         main(["convolution"])
@@ -199,7 +199,7 @@ def test_it_is_about_cpus(device: str) -> None:
 
 def test_what_c_does_not_compute_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "convolves", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(cpu_convolution, "compiled", lambda dtype: (False, "no AVX512-BF16"))
+    monkeypatch.setattr(cpu_convolution, "kind_of", lambda dtype: (None, "no AVX512-BF16"))
     with pytest.raises(SystemExit, match=r"--dtype bfloat16: PyTorch alone .*: no AVX512-BF16"):
         main(["convolution", "--dtype", "bfloat16"])
     with pytest.raises(SystemExit, match="--arch vit_tiny: PyTorch alone computes its convolution"):

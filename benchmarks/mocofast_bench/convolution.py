@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mocofast_kernels import cpu_convolution
-from mocofast_kernels.cpu_convolution import TYPES, Shape, convolves
+from mocofast_kernels.cpu_convolution import KINDS, Shape, convolves
 from torch import Tensor
 
 from mocofast.device import choose_autocast, choose_device
@@ -63,8 +63,8 @@ def why_not(device: str) -> str:
     """Returns why nothing can be compared here, "" if it can. device: of the command line."""
     if device not in ("auto", "cpu") or choose_device(device).type != "cpu":
         return "times convolutions on CPUs alone; --device cpu works"
-    if not any(map(convolves, TYPES)):
-        why = cpu_convolution.compiled(torch.float32)[1]
+    if not any(map(convolves, KINDS)):
+        why = cpu_convolution.kind_of(torch.float32)[1]
         return f"{ALONE} convolutions on this machine: {why}"
     return ""
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.dtype or ("bfloat16" if convolves(torch.bfloat16) else "float32")
     dtype: torch.dtype = getattr(torch, name)
     if not convolves(dtype):
-        why = cpu_convolution.compiled(dtype)[1]
+        why = cpu_convolution.kind_of(dtype)[1]
         raise SystemExit(f"--dtype {name}: {ALONE} such convolutions on this machine: {why}")
     shapes = occurrences(arguments.arch, arguments.size, arguments.batch)
     if not shapes:
