@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from mocofast.ops.transforms import is_transformed
 
-# Above so many pixels oneDNN computes the gradient of the weights of a 1 x 1 convolution faster
-# (docs/log.md).
-LARGE = 256
+# Above so many pixels of all images, which leave the caches, oneDNN computes the gradient of the
+# weights of a 1 x 1 convolution faster (docs/log.md).
+LARGE = 32 * 16 * 16
 
 
 def convolve(
@@ -70,7 +70,8 @@ def convolve(
 
 def weight_by_pytorch(shape: Shape) -> bool:
     """Says whether PyTorch computes the gradient of the weight, because it is faster."""
-    return shape.kernel == (1, 1) and shape.size[0] * shape.size[1] > LARGE
+    height, width = shape.size
+    return shape.kernel == (1, 1) and shape.images * height * width > LARGE
 
 
 def _two(numbers: Sequence[int]) -> tuple[int, int]:
