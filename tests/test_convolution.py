@@ -21,6 +21,7 @@ from mocofast.models.convolutions import (
     compiled_convolutions,
 )
 from mocofast.models.encoders import build_encoder
+from mocofast.ops import convolution
 from mocofast.ops.convolution import convolve
 
 TYPES = [dtype for dtype in cpu_convolution.KINDS if cpu_convolution.convolves(dtype)]
@@ -221,6 +222,16 @@ def test_a_plan_holds_its_tables() -> None:
     ):
         for field, table in zip(fields, plan.tables, strict=True):
             assert getattr(plan, field) == table.ctypes.data
+
+
+def test_pytorch_computes_gradients_of_the_weights_of_large_1_x_1_convolutions(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "LARGE", 4 * 7 * 6)
+    monkeypatch.setattr(cpu_convolution, "weight_gradient", None)
+    check(dtype, (5, 32, 7, 6), 48, (1, 1))
+    with pytest.raises(TypeError):  # the library's
+        check(dtype, (4, 32, 7, 6), 48, (1, 1))
 
 
 def test_expanded_and_transposed_gradients() -> None:
