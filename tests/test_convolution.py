@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -428,3 +429,34 @@ def test_a_block_compiles_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     with compiled_convolutions(part):
         pass
     assert type(part[2]) is CompiledConv2d
+
+
+def test_threads_that_evaluate_an_encoder_at_the_same_time() -> None:
+    encoder = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(6)))
+    images = torch.randn(2, 64, 9, 9)
+    with torch.no_grad():
+        expected = encoder(images)
+
+    def evaluate(_: int) -> bool:
+        with torch.no_grad(), compiled_convolutions(encoder):
+            return torch.allclose(encoder(images), expected, atol=1e-4)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(evaluate, range(200)))
+    assert {type(part) for part in encoder} == {nn.Conv2d}
+    assert all(weight.is_contiguous() for weight in encoder.parameters())
+
+
+def test_blocks_inside_of_blocks_leave_no_trace() -> None:
+    """The outer block is left first, as threads do."""
+    part = nn.Conv2d(16, 16, 3, bias=False)
+    outer, inner = compiled_convolutions(part), compiled_convolutions(part)
+    address = part.weight.data_ptr()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert type(part) is CompiledConv2d
+    assert part.weight.is_contiguous(memory_format=torch.channels_last)
+    inner.__exit__(None, None, None)
+    assert type(part) is nn.Conv2d
+    assert part.weight.is_contiguous() and part.weight.data_ptr() == address

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mocofast_kernels.cpu_convolution import KINDS, convolves
@@ -54,27 +57,50 @@ def compiled_convolutions(module: nn.Module) -> Iterator[None]:
 
     Weights are channels-last inside the block. Afterwards classes, memory and order of all weights
     are as before, with the values of a training inside the block: no saved file differs. Weights on
-    GPUs and shards of weights stay as they are.
+    GPUs and shards of weights stay as they are. Threads may evaluate one encoder at the same time:
+    the last one that leaves its block restores.
     """
-    parts = []
-    if any(map(convolves, KINDS)):
-        parts = [
+    if not any(map(convolves, KINDS)):
+        yield
+        return
+    with _changing:
+        parts: list[Any] = [
             part
-            for part in _compilable(module)
+            for part in (*_compilable(module), *filter(_blocks.__contains__, module.modules()))
             if type(part.weight) is nn.Parameter and part.weight.device.type == "cpu"
         ]
-    before = {part.weight: part.weight.data for part in parts}
-    for weight, values in before.items():
-        weight.data = values.contiguous(memory_format=torch.channels_last)
-    for part in parts:
-        part.__class__ = CompiledConv2d
+        weights = {part.weight for part in parts}
+        for weight in weights.difference(_before):
+            _before[weight] = weight.data
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        for part in parts:
+            part.__class__ = CompiledConv2d
+        _blocks.update((*parts, *weights))
     try:
         yield
     finally:
-        for part in parts:
-            part.__class__ = nn.Conv2d
-        for weight, values in before.items():
-            weight.data = values.copy_(weight.data)
+        with _changing:
+            for part in parts:
+                if _is_last(part):
+                    part.__class__ = nn.Conv2d
+            for weight in weights:
+                if _is_last(weight):
+                    weight.data = _before.pop(weight).copy_(weight.data)
+
+
+# Of all threads, guarded by the lock.
+_changing = threading.Lock()
+_blocks: Counter[Any] = Counter()  # the blocks of `compiled_convolutions` by layer and weight
+_before: dict[Any, Tensor] = {}  # the weights outside of the blocks
+
+
+def _is_last(part: Any) -> bool:
+    """Counts a block less, and says whether it was the last one of a layer or weight."""
+    _blocks[part] -= 1
+    if _blocks[part]:
+        return False
+    del _blocks[part]
+    return True
 
 
 def _compilable(module: nn.Module) -> list[nn.Conv2d]:
