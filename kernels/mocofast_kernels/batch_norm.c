@@ -94,7 +94,7 @@ INLINE int64_t last_image(const struct norm *n, int64_t group) {
         (n->bfloat16 ? bfloat16_##function : float32_##function)(n, reversed ? all - 1 - g : g);   \
   }
 SHARES(sum_all, sum, 0)
-SHARES(normalise_all, normalise, 1)
+SHARES(normalise_all, normalise, 0)
 SHARES(differentiate_all, differentiate, 1)
 
 /* Adds the sums of a split's groups for some channels. */
