@@ -130,7 +130,7 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
 
 
 class _FusedBlock(nn.Module):
-    """The class that a residual block gets."""
+    """The class of a fused residual block."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
@@ -172,8 +172,8 @@ def fuse_blocks(module: nn.Module) -> None:
     """Makes residual blocks of torchvision and TinyResNet in `module` fused ones, in place.
 
     Only blocks whose BatchNorms are all SplitBatchNorm2d and whose activation is ReLU, without
-    hooks on these. Children, hooks, modes and state-dict names stay. Register no hooks on the ReLU
-    and on BatchNorms afterwards: those do not run, these see the addition and the ReLU.
+    hooks on ReLU and BatchNorms. Children, hooks, modes and state-dict names stay. Register no
+    hooks afterwards: a hook on the ReLU does not run, a hook on a BatchNorm sees addition and ReLU.
     """
     fused: dict[type[nn.Module], type[_FusedBlock]] = {TinyBlock: FusedBasicBlock}
     resnet = sys.modules.get("torchvision.models.resnet")

@@ -16,10 +16,10 @@ from mocofast.ops.convolution import convolve
 
 
 class CompiledConv2d(nn.Conv2d):
-    """Conv2d that `mocofast.ops.convolution.convolve` computes where it can.
+    """Conv2d, computed by `mocofast.ops.convolution.convolve` where possible.
 
     Weights, state-dict names and results (to rounding) are nn.Conv2d's. A weight with the attribute
-    `master` is a copy of that tensor in another type (see `train.encoder_run`).
+    `master` is a copy of the master in another type (see `train.encoder_run`).
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,9 +43,10 @@ class CompiledConv2d(nn.Conv2d):
 
 
 def compile_convolutions(module: nn.Module) -> None:
-    """Makes every Conv2d that C can compute inside `module` a CompiledConv2d, in place.
+    """Makes Conv2d layers inside `module` CompiledConv2d layers, in place, where C can compute.
 
-    C computes an nn.Conv2d (no subclass) of one group, with zeros around the images and no bias.
+    C computes an nn.Conv2d (no subclass) of a single group, with zeros around the images, without a
+    bias.
     """
     for part in _compilable(module):
         part.__class__ = CompiledConv2d
@@ -53,12 +54,12 @@ def compile_convolutions(module: nn.Module) -> None:
 
 @contextmanager
 def compiled_convolutions(module: nn.Module) -> Iterator[None]:
-    """Compiles the convolutions of `module` inside the block, on a CPU that can compute in C.
+    """Compiles the convolutions of `module` inside the block, where the CPU computes in C.
 
     Weights are channels-last inside the block. Afterwards classes, memory and order of all weights
     are as before, with the values of a training inside the block: no saved file differs. Weights on
-    GPUs and shards of weights stay as they are. Threads may evaluate one encoder at the same time:
-    the last one that leaves its block restores.
+    GPUs and shards of weights stay as they are. Threads may evaluate an encoder at the same time:
+    the last thread to leave the block restores.
     """
     if not any(map(convolves, KINDS)):
         yield
@@ -95,7 +96,7 @@ _before: dict[Any, Tensor] = {}  # the weights outside of the blocks
 
 
 def _is_last(part: Any) -> bool:
-    """Counts a block less, and says whether it was the last one of a layer or weight."""
+    """Counts a block less, and says whether the block was the last of a layer or weight."""
     _blocks[part] -= 1
     if _blocks[part]:
         return False

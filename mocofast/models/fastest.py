@@ -1,4 +1,4 @@
-"""The order in memory, and the layers, that train a model fastest on a device."""
+"""The order in memory and the layers for the fastest training on a device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mocofast.models.convolutions import compile_convolutions
 def to_fastest_format(
     module: nn.Module, device: torch.device, splits: int = 1
 ) -> torch.memory_format:
-    """Moves a model to the device, in the order in memory that trains it fastest there.
+    """Moves a model to the device, in the order in memory for the fastest training there.
 
-    On a CPU convolutions run in C where they can. Names and values of the state dict stay.
+    On a CPU convolutions run in C where possible. Names and values of the state dict stay.
 
     splits: the most splits of BatchNorm on a rank, see `models.batch_norm.memory_format`.
     Returns the order in memory, of images too.

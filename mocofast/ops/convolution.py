@@ -1,7 +1,7 @@
-"""Convolution of channels-last images, in C where the CPU has AVX-512.
+"""Convolution of channels-last images, in C where the CPU has AVX2 or AVX-512.
 
-`mocofast_kernels.cpu_convolution` says what makes it faster than PyTorch's (oneDNN's) on small
-images. Sums have another order than PyTorch's, so results are equal to rounding.
+`mocofast_kernels.cpu_convolution` says why C is faster than PyTorch (oneDNN) on small images. Sums
+have another order than in PyTorch: results are equal to rounding.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def convolve(
     """Convolves, or returns None where PyTorch has to: torch.nn.functional.conv2d.
 
     images: (N, C, H, W). weight: (O, C, kh, kw), of the same type.
-    stride, padding, dilation: two ints each, as in torch.nn.functional.conv2d. One group, no bias.
+    stride, padding, dilation: pairs of ints, as in torch.nn.functional.conv2d. A single group and
+        no bias.
     master: float32, of which `weight` is a copy in another type: gets the gradient in the place of
         `weight`, in float32.
     Returns (N, O, H', W'), channels-last. A first derivative exists, a second one does not.
 
-    None: for another type than float32 or bfloat16 (on a CPU with its instructions), channels that
-    are no multiple of 16, weights that are not channels-last, outside of a CPU, and where PyTorch
-    traces, compiles or transforms functions or watches operations.
+    None: for another type than float32 or bfloat16 (with the instructions of the CPU), channels in
+    no multiple of 16, weights in another order than channels-last, other devices, and where
+    PyTorch traces, compiles or transforms functions or watches operations.
     """
     if (
         type(images) is not Tensor
@@ -69,7 +70,7 @@ def convolve(
 
 
 def weight_by_pytorch(shape: Shape) -> bool:
-    """Says whether PyTorch computes the gradient of the weight, because it is faster."""
+    """Says whether PyTorch computes the gradient of the weight faster."""
     height, width = shape.size
     return shape.kernel == (1, 1) and shape.images * height * width > LARGE
 

@@ -1,4 +1,4 @@
-"""Where PyTorch has to see its own operators."""
+"""Where PyTorch has to see PyTorch's operators."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _call_of_its_own(name: str, encoder: nn.Module, normalize: Normalize, sizes:
 def _shadowed(weight: nn.Parameter, shadow: Tensor, in_place: bool) -> Tensor:
     """Returns the shadow, whose gradient goes to the weight.
 
-    The attribute `master` is for operators that compute the gradient of the weight themselves.
+    The attribute `master` is for operators with a gradient of the weight of their own.
     """
     shadowed: Tensor = _Shadow.apply(weight, shadow, in_place)
     if not in_place:
