@@ -119,11 +119,11 @@ def test_shapes(
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_tiny_images(dtype: torch.dtype, size: int, stride: int) -> None:
-    """oneDNN leaves parts of such gradients of weights uninitialised in bfloat16."""
+    """oneDNN leaves parts of these gradients uninitialised in bfloat16."""
     _, _, gradient = check(
         dtype, (32, 32, size, size), 64, (3, 3), stride=(stride, stride), padding=(1, 1)
     )
-    if size == 1:  # taps that see the zeros around the image alone
+    if size == 1:  # taps beside the image
         outside = gradient.clone()
         outside[:, :, 1, 1] = 0
         assert not outside.any()
@@ -210,7 +210,7 @@ def test_a_smaller_team_computes_all_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_plan_holds_its_tables() -> None:
-    """Of two threads that make the same plan, one has a plan that no cache holds."""
+    """Two threads may make the same plan at a time. The cache keeps a single plan."""
     shape = cpu_convolution.Shape(2, 16, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1))
     gather = ("class_taps", "class_rows", "tap", "offset", "to", "from")
     for plan, fields in (
@@ -263,6 +263,29 @@ def test_pytorchs_default_type_and_device_play_no_part() -> None:
     finally:
         torch.set_default_dtype(default)
     torch.testing.assert_close(of_weight, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_views() -> None:
+    """The sign of the tensor is a flag beside the memory."""
+    x, w = drawn(2, 16, 4, 4), drawn(16, 16, 3, 3, seed=1).requires_grad_()
+    y = convolve(torch._neg_view(x), w, (1, 1), (1, 1), (1, 1))
+    assert y is not None
+    torch.testing.assert_close(y, F.conv2d(-x, w, padding=1))
+    (found,) = torch.autograd.grad(y, w, torch._neg_view(drawn(*y.shape, seed=2)))
+    expected = torch.autograd.grad(F.conv2d(x, w, padding=1), w, drawn(*y.shape, seed=2))[0]
+    torch.testing.assert_close(found, expected)
+    assert convolve(x, torch._neg_view(w.detach()), (1, 1), (1, 1), (1, 1)) is None
+
+
+def test_a_weight_in_the_memory_of_another_parameter_stays_there() -> None:
+    layers = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(3)))
+    layers[1].weight = nn.Parameter(layers[0].weight.data)  # another Parameter, the same memory
+    with compiled_convolutions(layers):
+        kinds = [type(layer) is CompiledConv2d for layer in layers]
+        with torch.no_grad():
+            layers[0].weight.fill_(2)
+    assert kinds == [False, False, True]
+    assert bool((layers[1].weight == 2).all())
 
 
 def test_a_frozen_weight_and_images_without_a_gradient() -> None:
@@ -362,7 +385,7 @@ def test_a_compiled_encoder_computes_what_the_plain_one_does(bf16: bool) -> None
 
     exact = gradients(copy.deepcopy(plain).double(), low=False)
     pytorch, ours = ((gradients(of, bf16) - exact).norm() for of in (plain, encoder))
-    assert 0 < ours < 1.2 * pytorch  # BatchNorm makes more of the rounding of both
+    assert 0 < ours < 1.2 * pytorch  # BatchNorm makes more of the rounding
 
 
 def test_tracing_compiling_and_transforms_see_pytorch() -> None:

@@ -65,10 +65,14 @@ def compiled_convolutions(module: nn.Module) -> Iterator[None]:
         yield
         return
     with _changing:
+        # A weight that is a view of another parameter's memory has to stay in this memory.
+        memory = Counter(p.untyped_storage().data_ptr() for p in module.parameters())
         parts: list[Any] = [
             part
             for part in (*_compilable(module), *filter(_blocks.__contains__, module.modules()))
-            if type(part.weight) is nn.Parameter and part.weight.device.type == "cpu"
+            if type(part.weight) is nn.Parameter
+            and part.weight.device.type == "cpu"
+            and memory[part.weight.untyped_storage().data_ptr()] == 1
         ]
         weights = {part.weight for part in parts}
         for weight in weights.difference(_before):

@@ -54,6 +54,7 @@ def convolve(
         or weight.shape[1] % cpu_convolution.LANES
         or weight.shape[1] != images.shape[1]
         or not weight.is_contiguous(memory_format=torch.channels_last)
+        or weight.is_neg()
         or is_transformed()
     ):
         return None
@@ -63,7 +64,7 @@ def convolve(
     )
     if not shape.images or min(shape.size) < 1 or shape.pixels >= 2**31:
         return None
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last).resolve_neg()
     master, weight = (weight, weight) if master is None else (master, weight.detach())
     result: Tensor = _Convolution.apply(images, weight, master, shape)
     return result
@@ -92,7 +93,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         images, weight = ctx.saved_tensors
         shape: Shape = ctx.shape
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
         of_images = of_weight = None
         if ctx.needs_input_grad[0]:
             of_images = cpu_convolution.image_gradient(gradient, weight, shape)
