@@ -115,6 +115,7 @@ COMPILED = Extension(
         for name in ("sweep", "steps", "convolution", "batch_norm")
     ],
     depends=[
+        "kernels/mocofast_kernels/x86.h",
         "kernels/mocofast_kernels/sweep_body.h",
         "kernels/mocofast_kernels/steps_body.h",
         "kernels/mocofast_kernels/convolution_body.h",

@@ -14,21 +14,11 @@
 #include <string.h>
 
 #include "compilers.h"
+#include "x86.h"
 
-/* Older compilers do not know all of the instructions. */
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
-#define X86 1
-#include <immintrin.h>
-
+#if X86
 #define LANES 16  /* float32 in a vector */
 #define VECTORS 4 /* vectors of channels whose sums are in registers */
-#define INLINE static inline __attribute__((always_inline))
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,fma"
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 #define BLOCK 256 /* channels whose sums are added at a time */
 
@@ -179,9 +169,6 @@ static __attribute__((target(AVX512))) void finish_gradients(const struct norm *
 }
 #endif
 
-/* GNU OpenMP's GOMP_parallel: calls a function with an argument on several threads. */
-typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
-
 #if X86
 static void on_threads(struct norm *n, void (*function)(void *), parallel *run) {
   n->next = 0;
@@ -194,14 +181,7 @@ static void on_threads(struct norm *n, void (*function)(void *), parallel *run) 
 
 /* Returns whether this CPU normalises float32 (0) or bfloat16 (1). */
 EXPORT int batch_norm_runs(int bfloat16) {
-#if X86
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") && (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
-#else
-  (void)bfloat16;
-  return 0;
-#endif
+  return has_avx512(bfloat16);
 }
 
 /* Normalises. cpu_ghost_bn.py says what the arguments are. */

@@ -17,25 +17,16 @@
 #include <string.h>
 
 #include "compilers.h"
+#include "x86.h"
 
 struct gather;
 struct weights;
 
-/* Older compilers do not know all of the instructions. */
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
-#define X86 1
-#include <immintrin.h>
-
+#if X86
 #define GROUP 48 /* outputs whose gradients lie together */
-#define INLINE static inline __attribute__((always_inline))
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#define AVX512BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,avx512bf16")))
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
+#define WITH_AVX512 __attribute__((target(AVX512)))
+#define WITH_AVX512BF16 __attribute__((target(AVX512 ",avx512bf16")))
 #define UP_TO_6(CASE, v) CASE(6, v) CASE(5, v) CASE(4, v) CASE(3, v) CASE(2, v) CASE(1, v)
 #define UP_TO_12(CASE, v) \
   CASE(12, v) CASE(11, v) CASE(10, v) CASE(9, v) CASE(8, v) CASE(7, v) UP_TO_6(CASE, v)
@@ -86,19 +77,19 @@ static int64_t divisor(int64_t a, int64_t b) {
 /* Kinds of elements and instructions. */
 enum { FLOAT32_AVX512, BFLOAT16_AVX512, FLOAT32_AVX2 };
 
-INLINE AVX2 __m256i broadcast_8(const void *word) {
+INLINE WITH_AVX2 __m256i broadcast_8(const void *word) {
   int32_t bits;
   memcpy(&bits, word, 4);
   return _mm256_set1_epi32(bits);
 }
-INLINE AVX512 __m512i broadcast_16(const void *word) {
+INLINE WITH_AVX512 __m512i broadcast_16(const void *word) {
   int32_t bits;
   memcpy(&bits, word, 4);
   return _mm512_set1_epi32(bits);
 }
 
 /* Transposes 8 x 8 words. */
-INLINE AVX2 void transpose_8(__m256i r[8]) {
+INLINE WITH_AVX2 void transpose_8(__m256i r[8]) {
   __m256i t[8];
   UNROLL for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -118,7 +109,7 @@ INLINE AVX2 void transpose_8(__m256i r[8]) {
 }
 
 /* Transposes 16 x 16 words. */
-INLINE AVX512 void transpose_16(__m512i r[16]) {
+INLINE WITH_AVX512 void transpose_16(__m512i r[16]) {
   __m512i t[16];
   UNROLL for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -142,7 +133,7 @@ INLINE AVX512 void transpose_16(__m512i r[16]) {
   }
 }
 
-INLINE AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int64_t count) {
+INLINE WITH_AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int64_t count) {
   for (int64_t c = 0; c < count; c += 16) {
     const __mmask16 mask = count - c < 16 ? (__mmask16)((1u << (count - c)) - 1) : 0xffff;
     __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + c));
@@ -160,7 +151,7 @@ INLINE AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int
 #define PANEL 16
 #define SHORT 6
 #define TALL 6
-#define TARGET AVX2
+#define TARGET WITH_AVX2
 #define sums_t __m256
 #define words_t __m256i
 #define ZERO() _mm256_setzero_ps()
@@ -211,7 +202,7 @@ INLINE AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int
 #define TRANSPOSE(square) transpose_16(square)
 
 #define NAME(x) float32_##x
-#define TARGET AVX512
+#define TARGET WITH_AVX512
 #define element float
 #define PAIR 1
 #define ADD(sum, x, w) _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum)
@@ -221,7 +212,7 @@ INLINE AVX512 void pair(uint32_t *out, const uint16_t *a, const uint16_t *b, int
 
 #undef TARGET
 #define NAME(x) bfloat16_##x
-#define TARGET AVX512BF16
+#define TARGET WITH_AVX512BF16
 #define element uint16_t
 #define PAIR 2
 #define ADD(sum, x, w) _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(w))
@@ -243,17 +234,11 @@ PARTS(gather_parts, struct gather_job, gather_part)
 PARTS(weights_parts, struct weights_job, weights_part)
 #endif
 
-/* GNU OpenMP's GOMP_parallel: calls a function with an argument on several threads. */
-typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
-
 /* Returns whether this CPU convolves a kind: float32 by AVX-512 (0) or AVX2 (2), bfloat16 (1). */
 EXPORT int convolution_runs(int kind) {
 #if X86
   if (kind == FLOAT32_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") &&
-         (kind == FLOAT32_AVX512 || __builtin_cpu_supports("avx512bf16"));
+  return has_avx512(kind == BFLOAT16_AVX512);
 #else
   (void)kind;
   return 0;

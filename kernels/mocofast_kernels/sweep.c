@@ -15,12 +15,9 @@
 #include <string.h>
 
 #include "compilers.h"
+#include "x86.h"
 
-/* Older compilers do not know all of the instructions. */
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
-#define X86 1
-#include <immintrin.h>
-
+#if X86
 #define LANES 16  /* float32 in a vector */
 #define PANEL 32  /* rows at a time: two vectors */
 #define KEYS 8    /* keys whose logits for a panel are in registers at a time */
@@ -28,13 +25,6 @@
 #define VECTORS 4 /* for so many vectors */
 #define TILE 256  /* keys: weights of a panel take 32 KB */
 #define ALL ((__mmask16)0xffff)
-#define INLINE static inline __attribute__((always_inline))
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,fma"
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 /* cpu_sweep.py says what the fields are. */
 struct sweep {
@@ -75,14 +65,7 @@ INLINE __attribute__((target(AVX512))) __m512 exp2_of(__m512 x) {
 
 /* Returns whether this CPU sweeps with float32 operands (0) or bfloat16 operands (1). */
 EXPORT int sweep_runs(int bfloat16) {
-#if X86
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") && (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
-#else
-  (void)bfloat16;
-  return 0;
-#endif
+  return has_avx512(bfloat16);
 }
 
 /* Adds the sums over a block of keys. cpu_sweep.py says what the arguments are. */
