@@ -169,6 +169,8 @@ MULTI_CROP = (
     *("--model.freeze_prototypes", "11", "--model.temperature", ".1", "--model.epsilon", ".02"),
     *("--model.feature_queue", "256", "--model.feature_queue_epoch", "2"),
     *("--train.epochs", "8", "--train.log_every", "11", "--data.workers", "0"),
+    # Five seeds gained 5 to 17 of 359 images, and rounding (another CPU) moves a gain by 4.
+    *("--train.seed", "4"),
 )
 
 

@@ -72,6 +72,14 @@ def splits_as_channels(
     eps: float,
 ) -> Tensor:
     """A single BatchNorm over num_splits * C channels, so that splits stay apart."""
+    channels_last = torch.channels_last
+    if torch.compiler.is_compiling() and x.is_contiguous(memory_format=channels_last):
+        # PyTorch's compiler expects other strides of a gradient than BatchNorm gives ("view size is
+        # not compatible", torch 2.11, backend aot_eager).
+        y = splits_as_channels(
+            x.contiguous(), weight, bias, running_mean, running_var, num_splits, momentum, eps
+        )
+        return y.contiguous(memory_format=channels_last)
     means, variances = running_mean.repeat(num_splits), running_var.repeat(num_splits)
     folded = F.batch_norm(
         _splits_to_channels(x, num_splits),
