@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.11.0 (CPU, oneDNN without AVX-512): the gradient of the weights of a 3 x 3 convolution takes
-# longer on images of 1 pixel than on images of 2 x 2 pixels, and 20 times as long as the result. Of
-# the 9 taps of a kernel 1 sees the pixel. A ResNet for 224 pixels has images of 1 pixel in the last
-# stage when the input has 32 pixels.
+# torch 2.11.0 (CPU, oneDNN without AVX-512): the gradient of the weights of a 3 x 3 convolution
+# takes longer on images of 1 pixel than on images of 2 x 2 pixels, and 20 times as long as the
+# result. Of the 9 taps of a kernel 1 sees the pixel. A ResNet for 224 pixels has images of 1 pixel
+# in the last stage when the input has 32 pixels.
 #
-# Seen on 2026-11-30, Linux x86_64, Python 3.11, AMD EPYC (Zen 5), ONEDNN_MAX_CPU_ISA=AVX2, 1 thread,
-# 32 images of 512 channels, float32, channels-last:
+# Seen on 2026-11-30, Linux x86_64, Python 3.11, AMD EPYC (Zen 5), ONEDNN_MAX_CPU_ISA=AVX2, 1
+# thread, 32 images of 512 channels, float32, channels-last:
 #   1 x 1 pixels: result 1.8 ms, gradient of the weights 41.0 ms
 #   2 x 2 pixels: result 5.0 ms, gradient of the weights 34.6 ms
 # The script fails if the gradient of 1 pixel takes less than 8 results, or .7 of the gradient of
@@ -41,7 +41,10 @@ def times(size):
     result = milliseconds(lambda: torch.nn.functional.conv2d(x, w, padding=1))
     options = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
     gradient = milliseconds(lambda: torch.ops.aten.convolution_backward(g, x, w, *options))
-    print(f"{size} x {size} pixels: result {result:.1f} ms, gradient of the weights {gradient:.1f} ms")
+    print(
+        f"{size} x {size} pixels: result {result:.1f} ms, "
+        f"gradient of the weights {gradient:.1f} ms"
+    )
     return result, gradient
 
 
