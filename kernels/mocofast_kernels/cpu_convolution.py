@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocofast_kernels.cpu_library import INSTALL, library
+from mocofast_kernels.cpu_library import INSTALL, library, threads_of_openmp
 
 AHEAD = 24  # entries that the library reads beyond the last pixel, to fetch it early
 LANES, PANEL = 16, 64  # channels of a vector, and of a panel of weights, at most
@@ -123,15 +123,6 @@ def kind_of(dtype: torch.dtype) -> tuple[int | None, str]:
         if found.convolution_runs(kind):
             return kind, name
     return None, f"this CPU or the C compiler does not know {' or '.join(KINDS[dtype].values())}"
-
-
-@functools.cache
-def threads_of_openmp() -> Any:
-    """Returns the function of PyTorch's OpenMP that runs a function on threads, or None."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer)
-    except (AttributeError, OSError, TypeError):  # another OpenMP; Windows
-        return None
 
 
 def forward(images: Tensor, weight: Tensor, shape: Shape) -> Tensor:

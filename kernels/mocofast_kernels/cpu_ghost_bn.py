@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocofast_kernels.cpu_convolution import threads_of_openmp
-from mocofast_kernels.cpu_library import library
+from mocofast_kernels.cpu_library import library, threads_of_openmp
 
 # Elements of a thread. With fewer, a second thread costs more time than it takes over.
 ELEMENTS = 16384

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -26,6 +27,15 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(found.origin), ""
     except OSError as error:  # of another platform
         return None, str(error)
+
+
+@functools.cache
+def threads_of_openmp() -> Any:
+    """Returns the function of PyTorch's OpenMP that runs a function on threads, or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # another OpenMP; Windows
+        return None
 
 
 def is_watched() -> bool:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from mocofast_kernels.configs import ALL_REGISTERS, FUSED, kernel_slots
+from mocofast_kernels.cpu_ghost_bn import GhostBatchNorm
 from mocofast_kernels.ghost_bn_kernels import (
     _backward_sums_kernel,
     _combine_statistics_kernel,
@@ -32,15 +33,6 @@ COMBINED = 8  # columns of a combining program: 32 bytes of a row, the least tha
 # Chunks for each program slot of configs.kernel_slots. Its programs need more registers than
 # these, so a device runs several of these in a slot.
 WAVES = 4
-
-
-class GhostBatchNorm(NamedTuple):
-    """Result of `ghost_bn_forward`."""
-
-    output: Tensor  # (N, C, H, W) of the input's type, channels-last
-    statistics: (
-        Tensor  # (3, num_splits, C) float32: mean, biased variance, 1 / sqrt(variance + eps)
-    )
 
 
 class _Chunking(NamedTuple):

@@ -175,7 +175,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the output, (N, C, H, W), and the statistics of the splits, (3, num_splits, C).
 
-    `mocofast_kernels.ghost_bn.GhostBatchNorm` documents the statistics.
+    `mocofast_kernels.cpu_ghost_bn.GhostBatchNorm` documents the statistics.
     """
     forward = backend.backend_for(x.device.type).ghost_bn_forward
     assert forward is not None
