@@ -137,6 +137,16 @@ def test_knn_and_linear_report_accuracies(run_folder: Path) -> None:
     assert 0.5 <= float(values["linear_top1"]) <= 1  # two classes that differ by their tint
 
 
+def test_knn_refuses_shots_above_the_smallest_class_before_it_computes(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("knn", str(run_folder), "--knn.shots", "99", "--dir", str(tmp_path / "knn"))
+    status, out, err = call(capsys, *words)
+    assert status == 2 and not (tmp_path / "knn").exists()
+    assert re.search(r"knn.shots: expected at most \d+, the images of class", err), err
+    assert "knn_top1" not in out
+
+
 def test_finetuning_trains_the_whole_encoder_and_writes_a_classifier(
     run_folder: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.video import r3d_18
 
-from mocofast import MoCo
+from mocofast import MoCo, cli
 from mocofast.config import Config, ConfigError
 from mocofast.evaluate.features import evaluating
 from mocofast.interop import backbone_state_dict
 from mocofast.models.batch_norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm3d
 from mocofast.models.encoders import build_encoder, features, head_name
 from mocofast.models.heads import pooled, replace_head
+from mocofast.train.checkpoint import load_checkpoint
 
 MODULE = """
 from torch import nn
@@ -102,6 +107,57 @@ def test_unknown_models_of_timm_are_refused_with_the_nearest_name() -> None:
         build_encoder("timm/convnext_attto")
     with pytest.raises(ConfigError, match="expected timm/NAME or timm/NAME:pretrained"):
         build_encoder("timm/resnet18:weights")
+
+
+def hub_of_timm(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Puts weights of timm's model into a cache of the Hugging Face Hub, and returns the model."""
+    import timm
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = timm.get_pretrained_cfg(name).hf_hub_id.replace("/", "--")
+    place, commit = folder / f"models--{repository}", "a" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    (place / "snapshots" / commit).mkdir(parents=True)
+    torch.manual_seed(5)
+    model = timm.create_model(name)
+    save_file(model.state_dict(), place / "snapshots" / commit / "model.safetensors")
+    return model
+
+
+def test_weights_of_timm_on_the_disk_start_a_run_that_needs_them_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    hub, run, out = tmp_path / "hub", tmp_path / "run", tmp_path / "out.pt"
+    theirs = hub_of_timm(hub, "resnet10t", monkeypatch)
+    fixed = ["--train.device", "cpu", "--data.workers", "0", "--knn.start", "false"]
+    options = [*fixed, "--model.queue_size", "64", "--data.batch_size", "8", "--augment.size", "32"]
+    words = ["pretrain", "digits", *options, "--optim.lr", "0", "--train.max_steps", "1"]
+    named = ("--train.dir", str(run), "--model.arch", "timm/resnet10t:pretrained")
+    assert cli.main([*words, *named]) == 0
+    state = load_checkpoint(run)["model"]
+    for side in ("encoder_q", "encoder_k"):
+        assert torch.equal(state[f"{side}.layer1.0.conv1.weight"], theirs.layer1[0].conv1.weight)
+    assert json.loads((run / "signals.jsonl").read_text().splitlines()[0])["facts"]["pretrained"]
+    # On another machine, without timm's file.
+    shutil.rmtree(hub)
+    assert f"next: mocofast export {run} --format timm" in capsys.readouterr().out
+    assert cli.main(["export", str(run), "--format", "timm", str(out)]) == 0
+    assert torch.equal(torch.load(out)["conv1.0.weight"], state["encoder_q.conv1.0.weight"])
+    assert cli.main(["pretrain", "--resume", str(run), "--train.max_steps", "2"]) == 0
+    assert load_checkpoint(run)["step"] == 2
+    capsys.readouterr()
+    for arch, said in (
+        ("timm/resnet10t:pretrained", "no weights of timm for timm/resnet10t, on this disk"),
+        ("timm/resnet10t.other:pretrained", r"Invalid pretrained tag \(other\)"),
+        ("timm/test_vit4:pretrained", "No pretrained weights exist for test_vit4"),
+    ):
+        assert cli.main([*words, "--train.dir", str(tmp_path / "new"), "--model.arch", arch]) == 2
+        error = capsys.readouterr().err
+        assert re.search(said, error) and "model.arch" in error and "--init" in error
 
 
 def test_a_trial_of_an_encoder_leaves_modes_and_random_numbers_as_they_are() -> None:

@@ -234,6 +234,8 @@ PAGE = """
 
 `--model.drop_path` and `--model.layer_scale` are options of ViTs and of models of timm. Momentum
 encoders use all residual branches. `--engine.checkpoint_activations` trades time for memory.
+`timm/NAME:pretrained` reads timm's weights at the start of a run, from the Hugging Face cache on
+the disk or by a download. Checkpoints of the run need timm's file no more.
 
 Heads are found by name (`fc`, `head`, `heads`, `classifier`) or as timm names heads. Features are
 the input of the head, with maps and tokens averaged. Models with two heads of equal width

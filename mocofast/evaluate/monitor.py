@@ -36,6 +36,20 @@ Images = tuple[Tensor, Tensor | None, Tensor]  # images, labels and index of a b
 RESNETS = ("resnet", "wide_resnet", "resnext")  # take images of any size
 
 
+def check_shots(shots: int, bank: Source) -> None:
+    """Raises ConfigError for more labels a class than the smallest class of the bank has images."""
+    labels = bank.labels
+    if labels is None or not (labels >= 0).any():
+        return
+    counts = np.bincount(labels[labels >= 0])
+    smallest = int(np.where(counts > 0, counts, len(bank) + 1).argmin())
+    if counts[smallest] < shots:
+        raise ConfigError(
+            f"knn.shots: expected at most {counts[smallest]}, the images of class "
+            f"{bank.classes[smallest]!r} among those that vote (knn.bank), got {shots}"
+        )
+
+
 class KNNMonitor:
     """Evaluates an encoder on labelled train and validation images.
 
@@ -56,20 +70,7 @@ class KNNMonitor:
         val = at_most(knn.queries or len(val), val, np.random.default_rng([seed, 1]))
         self.train, self.val = train, val
         if knn.shots:
-            self._check_shots(knn.shots)
-
-    def _check_shots(self, shots: int) -> None:
-        """Raises ConfigError for more labels a class than the smallest class has images."""
-        labels = self.train.labels
-        if labels is None or not (labels >= 0).any():
-            return
-        counts = np.bincount(labels[labels >= 0])
-        smallest = int(np.where(counts > 0, counts, len(self.train) + 1).argmin())
-        if counts[smallest] < shots:
-            raise ConfigError(
-                f"knn.shots: expected at most {counts[smallest]}, the images of class "
-                f"{self.train.classes[smallest]!r} among those that vote (knn.bank), got {shots}"
-            )
+            check_shots(knn.shots, train)
 
     @classmethod
     def of(cls, datasets: Datasets, config: Config, device: torch.device) -> KNNMonitor | None:

@@ -23,7 +23,7 @@ from mocofast.evaluate.features import (
     image_batches,
 )
 from mocofast.evaluate.knn import nearest_labels, votes_of
-from mocofast.evaluate.monitor import at_most
+from mocofast.evaluate.monitor import at_most, check_shots
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import Targets, targets_of
 
@@ -54,7 +54,8 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     Memory: the features of the queries, and of `_PART` images of the bank. The features of the
     whole bank are never in memory where there are more than MOST_KEPT images. Every rank searches a
     part of the bank. Call on every rank.
-    Raises ConfigError without labelled images or validation images.
+    Raises ConfigError without labelled images or validation images, and for `knn.shots` that the
+    bank does not have.
     """
     if datasets.val is None or datasets.train.labels is None:
         raise ConfigError(
@@ -64,6 +65,12 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     targets = targets_of(datasets.train.classes, config.data.target)
     train = at_most(knn.bank, labelled(datasets.train), np.random.default_rng(seed))
     val = at_most(knn.queries or len(datasets.val), datasets.val, np.random.default_rng([seed, 1]))
+    if knn.shots:
+        check_shots(knn.shots, train)
+    if knn.shots and len(train) > MOST_KEPT:
+        raise ConfigError(
+            f"knn.shots: expected 0 with a bank of more than {MOST_KEPT:,} images, got {knn.shots}"
+        )
     autocast = knn_autocast(config, encoder, device)
     how = extraction(config, device, autocast)
 

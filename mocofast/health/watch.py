@@ -17,6 +17,7 @@ from mocofast.health.facts import facts_of
 from mocofast.health.signals import Snapshot, weights_of
 from mocofast.health.verdict import Evidence, diagnose, verdict
 from mocofast.methods.base import Method
+from mocofast.models.libraries import PRETRAINED
 from mocofast.ops.local import is_dtensor
 
 log = logging.getLogger("mocofast")
@@ -47,7 +48,8 @@ class Watch:
         self.facts = facts_of(method, datasets)
         # Lines after the step of the checkpoint are written again.
         facts, known = ({}, []) if resumed_step is None else read_signals(folder)
-        self.facts["pretrained"] = facts.get("pretrained", pretrained)
+        has_weights = pretrained or config.model.arch.endswith(PRETRAINED)
+        self.facts["pretrained"] = facts.get("pretrained", has_weights)
         self._lines = [line for line in known if line["step"] <= (resumed_step or 0)]
         content: list[dict[str, Any]] = [{"facts": self.facts}, *self._lines]
         with files.atomic_write(self._path) as rewritten:

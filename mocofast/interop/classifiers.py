@@ -14,7 +14,7 @@ from mocofast.config import Config, ConfigError
 from mocofast.evaluate.knn import knn_votes
 from mocofast.evaluate.targets import Targets
 from mocofast.interop.reference_checkpoints import load_backbone
-from mocofast.models.encoders import configured_encoder, features
+from mocofast.models.encoders import configured_encoder, features, untrained
 from mocofast.models.heads import CosineHead, head_names, put, replace_head
 from mocofast.models.pixels import pixel_statistics, prepare_images
 from mocofast.train.checkpoint import MISFITS
@@ -160,4 +160,4 @@ def plain_encoder(encoder: nn.Module, config: Config) -> nn.Module:
 
 
 def _plain(config: Config) -> nn.Module:
-    return configured_encoder(config)(num_classes=1)
+    return configured_encoder(untrained(config))(num_classes=1)

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from mocofast.config import AugmentConfig, Config, ConfigError
 from mocofast.models.heads import head_name as head_name
 from mocofast.models.heads import head_names, pooled, put
 from mocofast.models.heads import replace_head as replace_head
-from mocofast.models.libraries import TIMM, checked_outputs, function_encoder, timm_encoder
+from mocofast.models.libraries import (
+    PRETRAINED,
+    TIMM,
+    checked_outputs,
+    function_encoder,
+    timm_encoder,
+)
 from mocofast.models.vit import (
     SIZES,
     conv_of,
@@ -40,6 +47,15 @@ def configured_encoder(config: Config) -> Callable[..., nn.Module]:
         drop_path=m.drop_path,
         layer_scale=m.layer_scale,
     )
+
+
+def untrained(config: Config) -> Config:
+    """Returns a configuration that builds encoders without timm's weights.
+
+    For a model whose weights follow, from a checkpoint: timm's weights may not be on this disk.
+    """
+    arch = config.model.arch.removesuffix(PRETRAINED)
+    return replace(config, model=replace(config.model, arch=arch))
 
 
 def build_encoder(

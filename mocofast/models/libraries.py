@@ -19,6 +19,7 @@ from mocofast.view_sizes import Size, height_width, pixels_text
 log = logging.getLogger("mocofast")
 
 TIMM = "timm/"
+PRETRAINED = ":pretrained"  # suffix of a model of timm with timm's weights
 
 
 def timm_encoder(
@@ -27,10 +28,11 @@ def timm_encoder(
     """Returns the constructor of a model of timm, untrained.
 
     name: for example "convnext_tiny". With "NAME:pretrained", timm's weights of the model, from the
-        disk or downloaded by timm.
+        disk or downloaded by timm. They are read when an encoder is built.
     image_size: of the images, passed to models that need it (ViTs).
     drop_path: largest rate of stochastic depth. layer_scale: first value of LayerScale. 0: none.
-    Raises ConfigError if timm is missing, or has no model of the name.
+    Raises ConfigError if timm is missing, or has no model of the name. Building raises ConfigError
+        if the weights are missing.
     """
     try:
         import timm
@@ -67,6 +69,14 @@ def timm_encoder(
                         f"model.{option}: {TIMM}{name} has no such option; expected 0"
                     ) from error
             raise
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            said = describe_error(error).splitlines()[0][:300]
+            raise ConfigError(
+                f"model.arch: found no weights of timm for {TIMM}{name}, on this disk or by a "
+                f"download ({said}); {TIMM}{name} starts untrained, and --init takes a file"
+            ) from error
         except (ValueError, AssertionError, ZeroDivisionError) as error:
             if isinstance(error, ConfigError):
                 raise

@@ -15,7 +15,7 @@ from mocofast.data.sources import Datasets, labelled, load_datasets
 from mocofast.device import run_autocast, short_name, wrong_views
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
-from mocofast.models.encoders import build_encoder
+from mocofast.models.encoders import build_encoder, untrained
 from mocofast.models.recompute import recompute_blocks
 from mocofast.rendezvous import wait_for
 from mocofast.train.checkpoint import RunState
@@ -40,9 +40,17 @@ def load_on_rank_0_first(config: Config, rank: int) -> Datasets:
 
 
 def new_state(
-    config: Config, datasets: Datasets, device: torch.device, rank: int, world_size: int
+    config: Config,
+    datasets: Datasets,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    restored: bool = False,
 ) -> RunState:
-    """Builds model, optimiser and loader of a run from its start."""
+    """Builds model, optimiser and loader of a run from its start.
+
+    restored: the weights of a checkpoint follow.
+    """
     if device.type == "cuda":
         # Almost every batch has the same shape. The fastest algorithm differs between runs.
         torch.backends.cudnn.benchmark = not config.train.deterministic
@@ -50,7 +58,8 @@ def new_state(
     source = datasets.train
     for size in config.augment.training_sizes():
         build_encoder(config.model.arch, size, config.data.channels)  # refuses parts of patches
-    model = build_method(config, len(source), len(source.classes))
+    first = untrained(config) if restored else config
+    model = build_method(first, len(source), len(source.classes))
     parts: int = getattr(config.model, "bn_splits", 1)
     sharded = is_sharded(config, world_size)
     if not sharded:

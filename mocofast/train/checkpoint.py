@@ -34,6 +34,7 @@ from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.stamps import Stamp, changed
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
+from mocofast.models.encoders import untrained
 from mocofast.optim.fused import FusedOptimizer
 from mocofast.shares import Shares
 from mocofast.train import parts
@@ -390,7 +391,7 @@ def model_from_checkpoint(state: dict[str, Any]) -> tuple[Method, Config]:
     with fitting():
         config = settings.from_dict(state["config"])
         sizes = {name: int(count) for name, count in state.get("sizes", {}).items()}
-        model = build_method(config, **sizes)
+        model = build_method(untrained(config), **sizes)
         model.load_state_dict(state["model"])
     check_finite(model.state_dict(), "checkpoint")
     return model, config

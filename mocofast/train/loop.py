@@ -85,7 +85,7 @@ class Run:
         if kept is not None and saved is None:
             self.choices = fit_on_all_ranks(config, datasets.train, kept, device, world_size)
         mode, reason = choose_mode(config.engine.mode, device, world_size, sharded)
-        self.state = new_state(config, datasets, device, rank, world_size)
+        self.state = new_state(config, datasets, device, rank, world_size, saved is not None)
         encoder = self.state.whole_encoder()
         crowded = set_threads(encoder, config, device, world_size, saved)
         self.autocast = run_autocast(config, encoder, device)

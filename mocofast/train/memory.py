@@ -30,6 +30,7 @@ from mocofast.data.interface import view_augments
 from mocofast.device import choose_autocast
 from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
+from mocofast.models.encoders import untrained
 from mocofast.models.recompute import recompute_blocks
 from mocofast.ops.local import is_dtensor
 from mocofast.optim.fused import FusedOptimizer
@@ -52,7 +53,7 @@ def step_peak(config: Config, world_size: int = 1) -> int:
     Raises ConfigError for a method that needs more than images.
     """
     with torch.device("meta"):
-        method = build_method(config, 1, 2)
+        method = build_method(untrained(config), 1, 2)
     if method.batch_fields:
         raise ConfigError(
             f"model.method: fit knows methods that need images alone, and {config.model.method} "

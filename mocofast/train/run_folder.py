@@ -22,6 +22,7 @@ from mocofast import files, interrupts, settings
 from mocofast.config import TRACKERS, Config
 from mocofast.errors import printable
 from mocofast.log_format import PrintableFormatter
+from mocofast.models.libraries import TIMM
 from mocofast.plots import plot_curves
 from mocofast.train.log_files import LogFile
 from mocofast.train.metrics import LOSS, RATES, duration
@@ -255,6 +256,7 @@ class PretrainingFolder(RunFolder):
         super().__init__(path, config, resumed_step)
         self._shots = config.knn.shots
         self._method = config.model.method
+        self._format = "timm" if config.model.arch.startswith(TIMM) else "torchvision"
 
     def finish(
         self,
@@ -294,7 +296,7 @@ class PretrainingFolder(RunFolder):
             log.info("next: look at %s", self.path / pictures[0])
         if after:
             log.info("next: mocofast linear %s", run)
-        log.info("next: mocofast export %s --format torchvision %s", run, backbone)
+        log.info("next: mocofast export %s --format %s %s", run, self._format, backbone)
         if not after:
             command = "zeroshot" if self._method == "clip" else "linear"
             log.info(
