@@ -25,10 +25,10 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"  # of the repository
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (32, 256)  # images per GPU: the reference's batch, and a batch that fills a large GPU
 JPEG_BYTES = 1.1e5  # of an average ImageNet file
-# MoCo v2 views a second, as measured on one core of an AMD EPYC (docs/log.md): the PIL DataLoader,
-# and the DALI loader with compiled operators.
+# Pairs of MoCo v2 views a second and core, measured on two cores of an AMD EPYC: the PIL DataLoader
+# (docs/log.md), and the DALI loader with compiled operators (benchmarks/results/quick_cpu.jsonl).
 PIL_PAIRS_PER_CORE = 80.0
-OUR_PAIRS_PER_CORE = 411.0
+OUR_PAIRS_PER_CORE = 430.0
 SIDES = ("mocofast", "reference")
 
 
