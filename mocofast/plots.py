@@ -194,7 +194,8 @@ def plot_sides(
     columns = min(3, len(quantities))
     rows = -(-len(quantities) // columns)
     above, below = rows * (0.9 + 0.34 * len(names)) + 0.4, (1.6 + 0.4 * len(bars)) * bool(bars)
-    figure = new_figure(3.9 * columns + 1, above + below)
+    # The texts beside the bars need the width of three panels.
+    figure = new_figure(3.9 * (3 if bars else columns) + 1, above + below)
     heights = [above, below] if bars else [above]
     first, *rest = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     first.suptitle(title, fontsize=11)

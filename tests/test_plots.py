@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mocofast.evaluate.pictures import plot_confusion
-from mocofast.plots import plot_curves, plot_metrics, read_metrics, save_figure
+from mocofast.plots import (
+    Bar,
+    plot_curves,
+    plot_metrics,
+    plot_sides,
+    read_metrics,
+    save_figure,
+)
 
 CHANCE = math.log(4097)
 
@@ -138,3 +145,13 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
         with Image.open(tmp_path / "a.png") as image:
             sides.append(np.asarray(image.convert("L")).std())
     assert min(sides) > 10
+
+
+def test_texts_of_the_parts_of_a_step_stay_inside_the_picture() -> None:
+    bars = [Bar("key forward", 42.1, 34.2), Bar("backward", 83.8, 68.2), Bar("other", 0.7, None)]
+    figure = plot_sides("a step", {"images/s": {"mocofast": 181.5, "reference": 76.6}}, bars)
+    figure.canvas.draw()
+    below = figure.get_axes()[-1]
+    for text in below.texts:
+        left, right = text.get_window_extent().intervalx
+        assert below.bbox.x0 < left < right < figure.bbox.x1, text.get_text()
