@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -391,6 +394,21 @@ def test_the_monitor_computes_features_in_a_precision_of_its_own() -> None:
         monitor = KNNMonitor.of(datasets, config, CPU)
         assert monitor is not None and monitor.evaluate(encoder)["knn_top1"] > 0
     assert set(seen) == {torch.float32, torch.bfloat16}
+
+
+def test_the_monitor_shows_its_progress_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    datasets, config = bright_datasets()
+    monitor = KNNMonitor.of(datasets, config, CPU)
+    assert monitor is not None
+    for terminal in (True, False):
+        shown = io.StringIO()
+        monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", shown)
+        monitor.evaluate(tiny_encoder())
+        bars = set(re.findall(r"kNN (\w+): +0%", shown.getvalue()))
+        assert bars == ({"bank", "queries"} if terminal else set())
 
 
 def test_the_monitor_classifies_a_fixed_random_part_of_the_queries() -> None:
