@@ -32,6 +32,7 @@ __all__ = [
     "run_autocast",
     "same_bits",
     "short_name",
+    "where_float64_is",
     "wide",
     "wrong_in_bf16",
     "wrong_views",
@@ -68,9 +69,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def where_float64_is(x: Tensor) -> Tensor:
+    """Returns x, or a copy on the CPU where the device of x has no float64 (MPS)."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def wide(x: Tensor) -> Tensor:
     """Returns x in float64: on its device, or on the CPU where the device has no float64 (MPS)."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return where_float64_is(x).double()
 
 
 def choose_threads(cores: int, sleeping: bool, large: bool) -> int:

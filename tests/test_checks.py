@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mocofast import cli
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice
-from mocofast.device import choose_device, wide
+from mocofast.device import choose_autocast, choose_device, wide
+from mocofast.evaluate import linear
+from mocofast.evaluate.logistic import Features
+from mocofast.evaluate.targets import targets_of
 from mocofast.methods.build import build_method
-from mocofast.settings import apply
+from mocofast.settings import apply, load_recipe
 from mocofast.train.checks import check_batches, micro_batches
+from mocofast.train.engine import Engine
 from mocofast.train.estimate import seconds_per_image
+from mocofast.train.optimizer import optimizer_of
 
 SHORT = ("--train.device", "cpu", "--data.workers", "0", "--model.queue_size", "300")
 
@@ -106,3 +115,57 @@ def test_float64_leaves_devices_that_have_none() -> None:
     assert torch.equal(wide(x), x.double())
     with FakeTensorMode():
         assert wide(torch.empty(3, device="mps")).device.type == "cpu"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses tensors of float64, as a device without this type does."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        wrong = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype == torch.float64]
+        assert not wrong, f"{function} makes float64"
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [
+        *(("moco", name) for name in ("sgd", "adamw", "lars")),
+        *((name, "sgd") for name in ("moco_v3", "simclr", "byol", "swav", "memory_bank")),
+    ],
+)
+def test_training_makes_no_float64(method: str, optimizer: str) -> None:
+    config = load_recipe("digits")
+    apply(config, {"model.method": method, "model.arch": "resnet_tiny", "optim.name": optimizer})
+    torch.manual_seed(0)
+    with NoFloat64():
+        model = build_method(config, 40)
+        autocast = choose_autocast("fp32", torch.device("cpu"))
+        engine = Engine("eager", model, optimizer_of(model, config.optim), autocast, 1, 8)
+        views = (torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8),) * model.num_views
+        fields = {name: torch.arange(8) for name in model.batch_fields}
+        engine.set_scheduled(0, 10, 0.1)
+        for _ in range(2):
+            metrics = engine.step(views, fields)
+    assert metrics.values.isfinite().all()
+
+
+def test_the_linear_probe_is_fitted_where_float64_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fitted(Exception):
+        """Ends the probe at its first fit."""
+
+    def fit(features: Features, labels: Tensor, *_: Any) -> Any:
+        found.extend((features.rows.device.type, labels.device.type))
+        raise Fitted
+
+    found: list[str] = []
+    monkeypatch.setattr(linear, "_fit", fit)
+    targets = targets_of(["a", "b"], "class")
+    with FakeTensorMode():
+        rows = torch.empty(20, 3, device="mps")
+        labels = torch.empty(20, dtype=torch.int64, device="mps")
+        with pytest.raises(Fitted):
+            linear._fast(rows, labels, rows, labels, targets, 0)
+    assert found == ["cpu", "cpu"]

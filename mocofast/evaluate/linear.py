@@ -30,7 +30,7 @@ from mocofast.config import AugmentConfig, Config, ConfigError, OptimConfig
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
-from mocofast.device import choose_autocast, run_autocast, wide
+from mocofast.device import choose_autocast, run_autocast, where_float64_is, wide
 from mocofast.distributed import rank_and_world_size
 from mocofast.evaluate.features import (
     check_finite,
@@ -154,6 +154,9 @@ def _fast(
     targets: Targets,
     seed: int,
 ) -> Probe:
+    # The fit sums in float64.
+    given = features, labels, val_features, val_labels
+    features, labels, val_features, val_labels = (where_float64_is(x) for x in given)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     order = order.to(features.device)
     features, labels = features[order], labels[order]

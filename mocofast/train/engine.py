@@ -158,7 +158,8 @@ class Engine:
             if isinstance(getattr(method, name, None), nn.Module):
                 self._choose_run(name, None if mode == "eager" else backend)
         self._buffers: _Batch | None = None  # the fixed buffers that a captured step reads
-        self._numbers = _Numbers(method, optimizer, self._device)
+        # A captured step reads the numbers of schedules on the device.
+        self._numbers = _Numbers(method, optimizer, self._device) if mode == "graph" else None
         self._stream = (
             torch.cuda.Stream() if mode == "graph" and self._device.type == "cuda" else None
         )
@@ -210,6 +211,7 @@ class Engine:
             self.method.second_stream = torch.cuda.Stream() if two else None
         for buffer, tensor in zip(self._buffers.tensors(), batch.tensors()):
             buffer.copy_(tensor, non_blocking=True)
+        assert self._numbers is not None
         self._numbers.to_device()
         if self._stream is None:
             return self._train_on_buffers()
@@ -290,7 +292,7 @@ class Engine:
 
     def _train_on_buffers(self) -> StepMetrics:
         """Trains on the fixed buffers. No launch depends on a value that only the host knows."""
-        assert self._buffers is not None
+        assert self._buffers is not None and self._numbers is not None
         with self._numbers.on_device():
             return self._train(self._buffers, self._shares)
 
