@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast import MoCo
-from mocofast.models.batch_norm import SplitBatchNorm2d, split_batch_norm
+from mocofast.models.batch_norm import SplitBatchNorm2d, fuse_batch_norms, split_batch_norm
 from mocofast.models.encoders import TinyResNet, add_mlp_head, build_encoder, features, head_name
 from mocofast.models.pixels import prepare_images
 from tests.eager_moco import LoopedSplitBatchNorm
@@ -266,7 +266,7 @@ def test_changed_blocks_keep_their_changes(change: Callable[[nn.Module], None]) 
     plain = copy.deepcopy(encoder)
     for model in (encoder, plain):
         change(model)
-    split_batch_norm(encoder, 1)
+    fuse_batch_norms(encoder)
     assert type(encoder.layer4[0]).__name__ == "FusedBasicBlock"
     images = channels_last(torch.randn(4, 3, 16, 16))
     torch.testing.assert_close(encoder.double()(images.double()), plain.double()(images.double()))
@@ -276,7 +276,7 @@ def test_conversion_keeps_the_modules() -> None:
     """An encoder may keep references to its parts."""
     encoder = build_encoder("resnet18_cifar")(num_classes=3)
     parts = list(encoder.modules())
-    split_batch_norm(encoder, 1)
+    fuse_batch_norms(encoder)
     assert list(map(id, encoder.modules())) == list(map(id, parts))
 
 
@@ -286,7 +286,7 @@ def test_a_fused_block_takes_float32_under_autocast(training: bool) -> None:
     torch.manual_seed(0)
     layers = build_encoder("resnet18_cifar")(num_classes=3).layer1.train(training)
     plain = copy.deepcopy(layers)
-    split_batch_norm(layers, 1)
+    fuse_batch_norms(layers)
     images = channels_last(torch.randn(4, 64, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layers(images), plain(images)

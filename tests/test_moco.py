@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mocofast.methods.moco
 from mocofast import MoCo
-from mocofast.models import batch_norm
+from mocofast.models import batch_norm, fastest
 from mocofast.models.encoders import TinyResNet
 from tests.eager_moco import (
     EagerMoCo,
@@ -238,17 +238,18 @@ def test_the_fastest_format_of_a_cpu_gives_equal_gradients(
     """Split BatchNorm is faster with channels first where BatchNorm has no kernel."""
     if kernel and not normalises(torch.float32):
         pytest.skip("no kernel of BatchNorm on this CPU")
-    monkeypatch.setattr(batch_norm, "normalises", lambda dtype: kernel)
+    for module in (fastest, batch_norm):
+        monkeypatch.setattr(module, "normalises", lambda dtype: kernel)
     found = []
     pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    for fastest in (True, False):
+    for is_fastest in (True, False):
         torch.manual_seed(0)
         model = small_moco(TinyResNet, bn_splits=bn_splits, pixel_mean=MEAN, pixel_std=STD)
         model.to(memory_format=torch.channels_last)
-        if fastest:
+        if is_fastest:
             model.to_fastest_format(torch.device("cpu"), bn_splits)
         images = model.normalize_pixels(pixels)
-        assert images.is_contiguous() == (fastest and bn_splits > 1 and not kernel)
+        assert images.is_contiguous() == (is_fastest and bn_splits > 1 and not kernel)
         encoder = model.encoder_q.double()
         output = encoder(images.double())
         output.mul(torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()

@@ -19,7 +19,7 @@
 #if X86
 #define LANES 16  /* float32 in a vector */
 #define VECTORS 4 /* vectors of channels whose sums are in registers */
-
+#define TILE 6144 /* bytes of a tensor at a time, all channels of some pixels: two pages */
 #define BLOCK 256 /* channels whose sums are added at a time */
 
 struct norm {
@@ -36,6 +36,21 @@ struct norm {
   int relu, bfloat16;
   int64_t parts, next;
 };
+
+/* Some pixels of an image. A walk through all pixels for some channels would read two lines of the
+ * cache here and there, from a page each: 3 times as slow where the tensors come from memory. */
+struct tile {
+  int64_t at, pixels;
+  int64_t ahead; /* elements to the next tile, which is asked for before its turn */
+  int64_t split; /* where the numbers of the split begin */
+  float *sums;   /* of the group */
+};
+enum work { STATISTICS, RESULTS, SUMS_OF_GRADIENTS, GRADIENTS };
+
+/* Asks for some channels of a pixel. */
+#define FETCH(from, vectors)                                               \
+  UNROLL for (int v = 0; v < (vectors); v += 64 / (LANES * sizeof(element))) \
+    _mm_prefetch((const char *)((from) + v * LANES), _MM_HINT_T0)
 
 /* Returns the mask of the lanes that are left, of which there may be more than a vector's. */
 INLINE __mmask16 lanes(int64_t left) {
@@ -108,8 +123,6 @@ static __attribute__((target(AVX512))) void finish_statistics(
   const int64_t all = n->splits * n->channels;
   const double count = (double)(n->images / n->splits * n->pixels);
   double sum[BLOCK], square[BLOCK], mean[BLOCK], variance[BLOCK];
-  for (int64_t s = 0; s < n->splits; s++)
-    (n->bfloat16 ? bfloat16_write_start : float32_write_start)(n, s, statistics + s * n->channels);
   for (int64_t begin = 0; begin < n->channels; begin += BLOCK) {
     const int64_t left = n->channels - begin, width = left < BLOCK ? left : BLOCK;
     memset(mean, 0, sizeof mean);
@@ -198,6 +211,8 @@ EXPORT void batch_norm_forward(int bfloat16, int64_t images, int64_t pixels, int
                    .group_images = group_images, .groups = groups, .x = x, .residual = residual,
                    .result = result, .bias = bias, .mean = statistics, .scale = scratch,
                    .sums = scratch + all, .relu = relu, .bfloat16 = bfloat16, .parts = parts};
+  for (int64_t s = 0; s < splits; s++)
+    (bfloat16 ? bfloat16_write_start : float32_write_start)(&n, s, statistics + s * channels);
   on_threads(&n, sum_all, run);
   finish_statistics(&n, weight, eps, statistics, momentum, running_mean, running_variance);
   on_threads(&n, normalise_all, run);

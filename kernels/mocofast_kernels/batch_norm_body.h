@@ -18,141 +18,207 @@ INLINE TARGET __m512 NAME(start_of)(const struct norm *n, int64_t split, int64_t
   return _mm512_max_ps(low, _mm512_min_ps(high, middle));
 }
 
-/* Sums x - start and (x - start)^2 over the pixels of a group, for some channels. */
-INLINE TARGET void NAME(statistics_of)(const struct norm *n, int64_t group, float *sums, int64_t c,
-                                       const int vectors) {
-  const int64_t split = group / n->groups, area = n->pixels * n->channels;
+/* Adds x - start and (x - start)^2 of some pixels to the sums of a group, for some channels. */
+INLINE TARGET void NAME(add_statistics)(const struct norm *n, const struct tile *t, int64_t c,
+                                        const int vectors, const int full) {
+  float *sums = t->sums + c, *squares = sums + n->channels;
   __m512 sum[VECTORS], square[VECTORS], start[VECTORS];
   __mmask16 mask[VECTORS];
   UNROLL for (int v = 0; v < vectors; v++) {
-    mask[v] = lanes(n->channels - c - v * LANES);
-    sum[v] = square[v] = _mm512_setzero_ps();
-    start[v] = NAME(start_of)(n, split, c + v * LANES, mask[v]);
+    mask[v] = full ? 0xffff : lanes(n->channels - c - v * LANES);
+    sum[v] = _mm512_maskz_loadu_ps(mask[v], sums + v * LANES);
+    square[v] = _mm512_maskz_loadu_ps(mask[v], squares + v * LANES);
+    start[v] = _mm512_maskz_loadu_ps(mask[v], n->mean + t->split + c + v * LANES);
   }
-  for (int64_t i = first_image(n, group); i < last_image(n, group); i += n->splits) {
-    const element *x = (const element *)n->x + i * area + c;
-    for (int64_t p = 0; p < n->pixels; p++, x += n->channels)
-      UNROLL for (int v = 0; v < vectors; v++) {
-        const __m512 d = _mm512_sub_ps(LOAD(x + v * LANES, mask[v]), start[v]);
-        sum[v] = _mm512_add_ps(sum[v], d);
-        square[v] = _mm512_fmadd_ps(d, d, square[v]);
-      }
+  const element *x = (const element *)n->x + t->at + c;
+  for (int64_t p = 0; p < t->pixels; p++, x += n->channels) {
+    FETCH(x + t->ahead, vectors);
+    UNROLL for (int v = 0; v < vectors; v++) {
+      const __m512 d = _mm512_sub_ps(LOAD(x + v * LANES, mask[v]), start[v]);
+      sum[v] = _mm512_add_ps(sum[v], d);
+      square[v] = _mm512_fmadd_ps(d, d, square[v]);
+    }
   }
   UNROLL for (int v = 0; v < vectors; v++) {
-    _mm512_mask_storeu_ps(sums + c + v * LANES, mask[v], sum[v]);
-    _mm512_mask_storeu_ps(sums + n->channels + c + v * LANES, mask[v], square[v]);
+    _mm512_mask_storeu_ps(sums + v * LANES, mask[v], sum[v]);
+    _mm512_mask_storeu_ps(squares + v * LANES, mask[v], square[v]);
   }
 }
 
-/* Sums the gradient and the gradient x (x - mean) over the pixels of a group. */
-INLINE TARGET void NAME(gradients_of)(const struct norm *n, int64_t group, float *sums, int64_t c,
-                                      const int relu, const int vectors) {
-  const element *gradients = n->of_residual ? n->of_residual : n->gradient;
-  const int64_t split = group / n->groups * n->channels + c, area = n->pixels * n->channels;
+/* Adds the gradient and the gradient x (x - mean) of some pixels to the sums of a group. Writes
+ * the rectified gradient for the residual, if there is one. */
+INLINE TARGET void NAME(add_gradients)(const struct norm *n, const struct tile *t, int64_t c,
+                                       const int residual, const int relu, const int vectors,
+                                       const int full) {
+  float *sums = t->sums + c, *products = sums + n->channels;
   __m512 sum[VECTORS], product[VECTORS], mean[VECTORS], scale[VECTORS], bias[VECTORS];
   __mmask16 mask[VECTORS];
   UNROLL for (int v = 0; v < vectors; v++) {
-    mask[v] = lanes(n->channels - c - v * LANES);
-    sum[v] = product[v] = _mm512_setzero_ps();
-    mean[v] = _mm512_maskz_loadu_ps(mask[v], n->mean + split + v * LANES);
-    scale[v] = _mm512_maskz_loadu_ps(mask[v], n->scale + split + v * LANES);
+    mask[v] = full ? 0xffff : lanes(n->channels - c - v * LANES);
+    sum[v] = _mm512_maskz_loadu_ps(mask[v], sums + v * LANES);
+    product[v] = _mm512_maskz_loadu_ps(mask[v], products + v * LANES);
+    mean[v] = _mm512_maskz_loadu_ps(mask[v], n->mean + t->split + c + v * LANES);
+    scale[v] = _mm512_maskz_loadu_ps(mask[v], n->scale + t->split + c + v * LANES);
     bias[v] = _mm512_maskz_loadu_ps(mask[v], n->bias + c + v * LANES);
   }
-  for (int64_t i = first_image(n, group); i < last_image(n, group); i += n->splits)
-    for (int64_t p = 0, at = i * area + c; p < n->pixels; p++, at += n->channels)
-      UNROLL for (int v = 0; v < vectors; v++) {
-        const int64_t here = at + v * LANES;
-        const __m512 d = _mm512_sub_ps(LOAD((const element *)n->x + here, mask[v]), mean[v]);
-        __m512 gradient = LOAD(gradients + here, mask[v]);
-        if (relu) {
-          const __m512 y = _mm512_fmadd_ps(d, scale[v], bias[v]);
-          gradient = _mm512_maskz_mov_ps(positive(y), gradient);
-        }
-        sum[v] = _mm512_add_ps(sum[v], gradient);
-        product[v] = _mm512_fmadd_ps(gradient, d, product[v]);
+  const element *x = (const element *)n->x + t->at + c;
+  const element *gradients = (const element *)n->gradient + t->at + c;
+  const element *output = (const element *)n->output + t->at + c;
+  element *of_residual = (element *)n->of_residual + t->at + c;
+  for (int64_t p = 0; p < t->pixels; p++) {
+    FETCH(x + t->ahead, vectors);
+    FETCH(gradients + t->ahead, vectors);
+    if (residual) FETCH(output + t->ahead, vectors);
+    UNROLL for (int v = 0; v < vectors; v++) {
+      const __m512 d = _mm512_sub_ps(LOAD(x + v * LANES, mask[v]), mean[v]);
+      __m512 gradient = LOAD(gradients + v * LANES, mask[v]);
+      if (relu) {
+        const __m512 y = residual ? LOAD(output + v * LANES, mask[v])
+                                          : _mm512_fmadd_ps(d, scale[v], bias[v]);
+        gradient = _mm512_maskz_mov_ps(positive(y), gradient);
       }
-  UNROLL for (int v = 0; v < vectors; v++) {
-    _mm512_mask_storeu_ps(sums + c + v * LANES, mask[v], sum[v]);
-    _mm512_mask_storeu_ps(sums + n->channels + c + v * LANES, mask[v], product[v]);
-  }
-}
-
-INLINE TARGET void NAME(sums_of)(const struct norm *n, int64_t group, float *sums, int64_t c,
-                                 const int vectors) {
-  if (!n->gradient)
-    NAME(statistics_of)(n, group, sums, c, vectors);
-  else if (n->relu && !n->of_residual)
-    NAME(gradients_of)(n, group, sums, c, 1, vectors);
-  else
-    NAME(gradients_of)(n, group, sums, c, 0, vectors);
-}
-
-/* Writes the gradient of the residual of a group: the gradient where the ReLU keeps it. */
-static TARGET void NAME(rectify)(const struct norm *n, int64_t group) {
-  const int64_t area = n->pixels * n->channels;
-  for (int64_t i = first_image(n, group); i < last_image(n, group); i += n->splits) {
-    const element *g = (const element *)n->gradient + i * area;
-    const element *y = (const element *)n->output + i * area;
-    element *to = (element *)n->of_residual + i * area;
-    for (int64_t at = 0; at < area; at += LANES) {
-      const __mmask16 mask = lanes(area - at), kept = positive(LOAD(y + at, mask));
-      STORE(to + at, mask, _mm512_maskz_mov_ps(kept, LOAD(g + at, mask)));
+      if (residual) STORE(of_residual + v * LANES, mask[v], gradient);
+      sum[v] = _mm512_add_ps(sum[v], gradient);
+      product[v] = _mm512_fmadd_ps(gradient, d, product[v]);
     }
+    x += n->channels;
+    gradients += n->channels;
+    output += n->channels;
+    of_residual += n->channels;
   }
+  UNROLL for (int v = 0; v < vectors; v++) {
+    _mm512_mask_storeu_ps(sums + v * LANES, mask[v], sum[v]);
+    _mm512_mask_storeu_ps(products + v * LANES, mask[v], product[v]);
+  }
+}
+
+/* Writes the results of some pixels: (x - mean) scale + bias, plus the residual, rectified. */
+INLINE TARGET void NAME(write_results)(const struct norm *n, const struct tile *t, int64_t c,
+                                       const int residual, const int relu, const int vectors,
+                                       const int full) {
+  __m512 mean[VECTORS], scale[VECTORS], bias[VECTORS];
+  __mmask16 mask[VECTORS];
+  UNROLL for (int v = 0; v < vectors; v++) {
+    mask[v] = full ? 0xffff : lanes(n->channels - c - v * LANES);
+    mean[v] = _mm512_maskz_loadu_ps(mask[v], n->mean + t->split + c + v * LANES);
+    scale[v] = _mm512_maskz_loadu_ps(mask[v], n->scale + t->split + c + v * LANES);
+    bias[v] = _mm512_maskz_loadu_ps(mask[v], n->bias + c + v * LANES);
+  }
+  const element *x = (const element *)n->x + t->at + c;
+  const element *more = (const element *)n->residual + t->at + c;
+  element *result = (element *)n->result + t->at + c;
+  for (int64_t p = 0; p < t->pixels; p++) {
+    FETCH(x + t->ahead, vectors);
+    if (residual) FETCH(more + t->ahead, vectors);
+    UNROLL for (int v = 0; v < vectors; v++) {
+      const __m512 d = _mm512_sub_ps(LOAD(x + v * LANES, mask[v]), mean[v]);
+      __m512 value = _mm512_fmadd_ps(d, scale[v], bias[v]);
+      if (residual) value = _mm512_add_ps(value, LOAD(more + v * LANES, mask[v]));
+      if (relu) value = _mm512_max_ps(_mm512_setzero_ps(), value); /* NaN stays */
+      STORE(result + v * LANES, mask[v], value);
+    }
+    x += n->channels;
+    more += n->channels;
+    result += n->channels;
+  }
+}
+
+/* Writes the gradients of x of some pixels. */
+INLINE TARGET void NAME(write_gradients)(const struct norm *n, const struct tile *t, int64_t c,
+                                         const int relu, const int vectors, const int full) {
+  __m512 mean[VECTORS], scale[VECTORS], bias[VECTORS], less[VECTORS], slope[VECTORS];
+  __mmask16 mask[VECTORS];
+  UNROLL for (int v = 0; v < vectors; v++) {
+    mask[v] = full ? 0xffff : lanes(n->channels - c - v * LANES);
+    mean[v] = _mm512_maskz_loadu_ps(mask[v], n->mean + t->split + c + v * LANES);
+    scale[v] = _mm512_maskz_loadu_ps(mask[v], n->scale + t->split + c + v * LANES);
+    bias[v] = _mm512_maskz_loadu_ps(mask[v], n->bias + c + v * LANES);
+    less[v] = _mm512_maskz_loadu_ps(mask[v], n->less + t->split + c + v * LANES);
+    slope[v] = _mm512_maskz_loadu_ps(mask[v], n->slope + t->split + c + v * LANES);
+  }
+  const element *x = (const element *)n->x + t->at + c;
+  const element *gradients = (const element *)n->gradient + t->at + c;
+  element *result = (element *)n->result + t->at + c;
+  for (int64_t p = 0; p < t->pixels; p++) {
+    FETCH(x + t->ahead, vectors);
+    FETCH(gradients + t->ahead, vectors);
+    UNROLL for (int v = 0; v < vectors; v++) {
+      const __m512 d = _mm512_sub_ps(LOAD(x + v * LANES, mask[v]), mean[v]);
+      __m512 gradient = LOAD(gradients + v * LANES, mask[v]);
+      if (relu) {
+        const __m512 y = _mm512_fmadd_ps(d, scale[v], bias[v]);
+        gradient = _mm512_maskz_mov_ps(positive(y), gradient);
+      }
+      gradient = _mm512_sub_ps(gradient, less[v]);
+      gradient = _mm512_fnmadd_ps(d, slope[v], gradient);
+      STORE(result + v * LANES, mask[v], _mm512_mul_ps(gradient, scale[v]));
+    }
+    x += n->channels;
+    gradients += n->channels;
+    result += n->channels;
+  }
+}
+
+INLINE TARGET void NAME(do)(const struct norm *n, const struct tile *t, int64_t c,
+                            const enum work work, const int residual, const int relu,
+                            const int vectors, const int full) {
+  if (work == STATISTICS) NAME(add_statistics)(n, t, c, vectors, full);
+  if (work == SUMS_OF_GRADIENTS) NAME(add_gradients)(n, t, c, residual, relu, vectors, full);
+  if (work == RESULTS) NAME(write_results)(n, t, c, residual, relu, vectors, full);
+  if (work == GRADIENTS) NAME(write_gradients)(n, t, c, relu, vectors, full);
+}
+
+/* Does something with the pixels of a group: all channels of a tile, then of the next one. */
+INLINE TARGET void NAME(walk)(const struct norm *of, int64_t group, const enum work work,
+                              const int residual, const int relu) {
+  const struct norm n = *of;
+  const int64_t tiles = (n.pixels * n.channels * (int64_t)sizeof(element) + TILE - 1) / TILE;
+  const int64_t rows = tiles < n.pixels ? (n.pixels + tiles - 1) / tiles : 1;
+  struct tile t = {.split = group / n.groups * n.channels, .ahead = rows * n.channels,
+                   .sums = n.sums + group * 2 * n.channels};
+  for (int64_t i = first_image(&n, group); i < last_image(&n, group); i += n.splits)
+    for (int64_t p = 0; p < n.pixels; p += rows) {
+      t.at = (i * n.pixels + p) * n.channels;
+      t.pixels = n.pixels - p < rows ? n.pixels - p : rows;
+      int64_t c = 0;
+      for (; n.channels - c >= VECTORS * LANES; c += VECTORS * LANES)
+        NAME(do)(&n, &t, c, work, residual, relu, VECTORS, 1);
+      for (; n.channels - c >= LANES; c += LANES)
+        NAME(do)(&n, &t, c, work, residual, relu, 1, 1);
+      if (c < n.channels) NAME(do)(&n, &t, c, work, residual, relu, 1, 0);
+    }
 }
 
 static TARGET void NAME(sum)(const struct norm *n, int64_t group) {
-  float *sums = n->sums + group * 2 * n->channels;
-  int64_t c = 0;
-  /* Before the sums, which then read the second cache. */
-  if (n->of_residual) NAME(rectify)(n, group);
-  for (; n->channels - c > LANES; c += VECTORS * LANES) NAME(sums_of)(n, group, sums, c, VECTORS);
-  if (c < n->channels) NAME(sums_of)(n, group, sums, c, 1);
+  memset(n->sums + group * 2 * n->channels, 0, (size_t)n->channels * 2 * sizeof *n->sums);
+  if (!n->gradient)
+    NAME(walk)(n, group, STATISTICS, 0, 0);
+  else if (n->of_residual)
+    NAME(walk)(n, group, SUMS_OF_GRADIENTS, 1, 1);
+  else if (n->relu)
+    NAME(walk)(n, group, SUMS_OF_GRADIENTS, 0, 1);
+  else
+    NAME(walk)(n, group, SUMS_OF_GRADIENTS, 0, 0);
 }
 
-/* Writes the result of a group: (x - mean) scale + bias, plus the residual, rectified. */
 static TARGET void NAME(normalise)(const struct norm *n, int64_t group) {
-  const int64_t area = n->pixels * n->channels;
-  const float *mean = n->mean + group / n->groups * n->channels;
-  const float *scale = n->scale + group / n->groups * n->channels;
-  for (int64_t i = first_image(n, group); i < last_image(n, group); i += n->splits)
-    for (int64_t p = 0; p < n->pixels; p++)
-      for (int64_t c = 0; c < n->channels; c += LANES) {
-        const int64_t at = i * area + p * n->channels + c;
-        const __mmask16 mask = lanes(n->channels - c);
-        const __m512 x = LOAD((const element *)n->x + at, mask);
-        const __m512 d = _mm512_sub_ps(x, _mm512_maskz_loadu_ps(mask, mean + c));
-        __m512 value = _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(mask, scale + c),
-                                       _mm512_maskz_loadu_ps(mask, n->bias + c));
-        if (n->residual) value = _mm512_add_ps(value, LOAD((const element *)n->residual + at, mask));
-        if (n->relu) value = _mm512_max_ps(_mm512_setzero_ps(), value); /* NaN stays */
-        STORE((element *)n->result + at, mask, value);
-      }
+  if (n->residual && n->relu)
+    NAME(walk)(n, group, RESULTS, 1, 1);
+  else if (n->residual)
+    NAME(walk)(n, group, RESULTS, 1, 0);
+  else if (n->relu)
+    NAME(walk)(n, group, RESULTS, 0, 1);
+  else
+    NAME(walk)(n, group, RESULTS, 0, 0);
 }
 
-/* Writes the gradient of x of a group. */
 static TARGET void NAME(differentiate)(const struct norm *n, int64_t group) {
-  const int64_t area = n->pixels * n->channels, split = group / n->groups * n->channels;
-  const float *mean = n->mean + split, *scale = n->scale + split;
-  const float *less = n->less + split, *slope = n->slope + split;
-  const element *gradients = n->of_residual ? n->of_residual : n->gradient;
-  for (int64_t i = first_image(n, group); i < last_image(n, group); i += n->splits)
-    for (int64_t p = 0; p < n->pixels; p++)
-      for (int64_t c = 0; c < n->channels; c += LANES) {
-        const int64_t at = i * area + p * n->channels + c;
-        const __mmask16 mask = lanes(n->channels - c);
-        const __m512 x = LOAD((const element *)n->x + at, mask);
-        const __m512 d = _mm512_sub_ps(x, _mm512_maskz_loadu_ps(mask, mean + c));
-        const __m512 factor = _mm512_maskz_loadu_ps(mask, scale + c);
-        __m512 gradient = LOAD(gradients + at, mask);
-        if (n->relu && !n->of_residual) {
-          const __m512 y = _mm512_fmadd_ps(d, factor, _mm512_maskz_loadu_ps(mask, n->bias + c));
-          gradient = _mm512_maskz_mov_ps(positive(y), gradient);
-        }
-        gradient = _mm512_sub_ps(gradient, _mm512_maskz_loadu_ps(mask, less + c));
-        gradient = _mm512_fnmadd_ps(d, _mm512_maskz_loadu_ps(mask, slope + c), gradient);
-        STORE((element *)n->result + at, mask, _mm512_mul_ps(gradient, factor));
-      }
+  struct norm rectified = *n;
+  if (n->of_residual) rectified.gradient = n->of_residual;
+  if (n->relu && !n->of_residual)
+    NAME(walk)(n, group, GRADIENTS, 0, 1);
+  else
+    NAME(walk)(&rectified, group, GRADIENTS, 0, 0);
 }
 
 /* Writes the start of a split for all channels. */

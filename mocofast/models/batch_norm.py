@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,16 +117,36 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
     """
     norms: list[Any] = [part for part in module.modules() if type(part) in _SPLIT]
     for norm in norms:
-        if not norm.affine or not norm.track_running_stats or norm.momentum is None:
+        if not _splits(norm):
             raise ValueError(
                 "bn_splits: expected BatchNorm with weights, running statistics and a momentum; "
                 f"got {norm}"
             )
+    _split(norms, num_splits)
+    if norms:
+        fuse_blocks(module)
+
+
+def fuse_batch_norms(module: nn.Module) -> None:
+    """Makes every BatchNorm2d inside `module` a SplitBatchNorm2d of one split, in place.
+
+    Weights, statistics, modes, hooks and state-dict names stay. Additions and ReLUs of
+    torchvision's residual blocks are computed inside BatchNorm. A BatchNorm without weights,
+    running statistics or a fixed momentum stays as it is.
+    """
+    _split([p for p in module.modules() if type(p) is nn.BatchNorm2d and _splits(p)], 1)
+    fuse_blocks(module)
+
+
+def _splits(norm: _BatchNorm) -> bool:
+    """Says whether a SplitBatchNorm can take the place of a BatchNorm."""
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _split(norms: Iterable[Any], num_splits: int) -> None:
     for norm in norms:
         norm.__class__ = _SPLIT[type(norm)]
         norm.num_splits = num_splits
-    if norms:
-        fuse_blocks(module)
 
 
 class _FusedBlock(nn.Module):

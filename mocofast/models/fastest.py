@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import nn
 
-from mocofast.models.batch_norm import memory_format
+from mocofast.models.batch_norm import fuse_batch_norms, memory_format
 from mocofast.models.convolutions import compile_convolutions
 
 
@@ -14,7 +15,8 @@ def to_fastest_format(
 ) -> torch.memory_format:
     """Moves a model to the device, in the order in memory for the fastest training there.
 
-    On a CPU convolutions run in C where possible. Names and values of the state dict stay.
+    On a CPU convolutions and BatchNorm run in C where possible. Names and values of the state dict
+    stay.
 
     splits: the most splits of BatchNorm on a rank, see `models.batch_norm.memory_format`.
     Returns the order in memory, of images too.
@@ -23,4 +25,6 @@ def to_fastest_format(
     module.to(device=device, memory_format=order)  # type: ignore[call-overload]
     if device.type == "cpu" and order == torch.channels_last:
         compile_convolutions(module)
+        if normalises(torch.float32):
+            fuse_batch_norms(module)
     return order

@@ -28,8 +28,11 @@ def pytorch_batch_norm(
         and not tracked
         and not torch.compiler.is_compiling()
     )
-    norm = _split_by_split if split_by_split else splits_as_channels
-    y = norm(x, weight, bias, running_mean, running_var, num_splits, momentum, eps)
+    if num_splits == 1:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    else:
+        norm = _split_by_split if split_by_split else splits_as_channels
+        y = norm(x, weight, bias, running_mean, running_var, num_splits, momentum, eps)
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if relu else y

@@ -79,7 +79,8 @@ def choose_mode(
     if device.type != "cuda":
         if convolves(torch.float32):
             return "eager", (
-                "convolutions run in C, which torch.compile would replace (--engine.mode compile)"
+                "convolutions and BatchNorm run in C, which torch.compile would replace "
+                "(--engine.mode compile)"
             )
         return "eager", (
             "compiling takes a minute, which pays only in a long run on a CPU "
