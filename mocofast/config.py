@@ -41,8 +41,8 @@ class ModelConfig:
         "torchvision model name; a ResNet's name with _cifar for a 3x3 stem and no max-pool; "
         "MoCo v3's vit_small, vit_base, vit_large and vit_huge; vit_tiny_cifar, for 32 pixels; "
         "resnet_tiny; timm/NAME, with timm's weights timm/NAME:pretrained; "
-        "package.module:function, which takes num_classes; or the dotted name of a module with "
-        "build_encoder",
+        "package.module:function, which takes num_classes, or takes none and returns an encoder "
+        "without a head; or the dotted name of a module with build_encoder",
     )
     dim: int = option(128, "dimension of the embedding that the loss compares", valid=at_least(1))
     sync_bn: bool = option(False, "BatchNorm statistics over the batches of all ranks together")

@@ -21,6 +21,7 @@ from mocofast import MoCo, cli
 from mocofast.config import Config, ConfigError
 from mocofast.evaluate.features import evaluating
 from mocofast.interop import backbone_state_dict
+from mocofast.interop.reference_checkpoints import load_any
 from mocofast.models.batch_norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm3d
 from mocofast.models.encoders import build_encoder, features, head_name
 from mocofast.models.heads import pooled, replace_head
@@ -41,6 +42,23 @@ class Wide(nn.Module):
     def forward(self, images):
         out = self.classifier(self.conv(images).mean((2, 3)))
         return (out, out) if self.pair else out
+
+class Bare(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3)
+
+    def forward(self, images):
+        return self.conv(images)
+
+def headless(channels=3):
+    return Bare(channels)
+
+def unnamed(num_classes):
+    return nn.Sequential(nn.Conv2d(3, num_classes, 8), nn.Flatten())
+
+def several():
+    return nn.MaxPool2d(2, return_indices=True)
 
 def paired(num_classes, image_size, channels=3):
     return Wide(num_classes, image_size, channels, pair=True)
@@ -99,6 +117,33 @@ def test_functions_of_the_user_build_encoders(module: str) -> None:
         build_encoder(f"{module}:Wide", 2)(num_classes=7)
     with pytest.raises(ConfigError, match="channels"):
         build_encoder(f"{module}:plain", 16, 5)
+
+
+def test_an_encoder_without_a_head_gets_a_head(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(f"{module}:headless", 16, 5)(num_classes=7)
+    images = torch.randn(2, 5, 16, 16)
+    assert head_name(encoder) == "fc" and encoder(images).shape == (2, 7)
+    expected = encoder.get_submodule("body")(images).mean((2, 3))
+    torch.testing.assert_close(features(encoder, images), expected)
+    with pytest.raises(ConfigError, match="returns tuple"):
+        build_encoder(f"{module}:several", 32, 3)(num_classes=7)
+    run, out = str(tmp_path / "run"), str(tmp_path / "out.safetensors")
+    words = ["pretrain", "digits", "--train.device", "cpu", "--data.workers", "0"]
+    words += ["--train.max_steps", "1", "--knn.start", "false", "--train.dir", run]
+    assert cli.main([*words, "--model.arch", f"{module}:headless"]) == 0
+    assert cli.main(["linear", run, "--device", "cpu"]) == 0
+    assert cli.main(["export", run, "--format", "safetensors", out]) == 0
+    exported: dict[str, Any] = {}
+    exec("import torch" + capsys.readouterr().out.partition("import torch")[2], exported)
+    digits = torch.randn(2, 3, 8, 8)
+    body = load_any(run).method.encoder_q.get_submodule("body")
+    torch.testing.assert_close(exported["model"](digits), body(digits).mean((2, 3)))
+    # A head of another name is refused in a line.
+    assert cli.main([*words, "--train.dir", f"{run}2", "--model.arch", f"{module}:unnamed"]) == 2
+    assert "ending in fc, head, heads, classifier" in capsys.readouterr().err
 
 
 def test_unknown_models_of_timm_are_refused_with_the_nearest_name() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mocofast.errors import ConfigError
+
 HEADS = ("fc", "head", "heads", "classifier")
 
 
@@ -30,11 +32,28 @@ class CosineHead(nn.Module):
         return logits
 
 
+class WithHead(nn.Module):
+    """An encoder without a head, and a linear head on its pooled outputs.
+
+    body: returns features, tokens or maps, see `pooled`. width: D, of the features.
+    """
+
+    def __init__(self, body: nn.Module, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns (N, num_classes) of images."""
+        outputs: Tensor = self.fc(pooled(self.body(images), channels_last=False))
+        return outputs
+
+
 def head_name(encoder: nn.Module) -> str:
     """Returns the path of the head: `fc`, `head`, `heads`, `classifier`, or as timm names it.
 
     timm names the last linear layer, `head.fc` for example: pooling and norm before it are part of
-    the features. Raises ValueError if there is no head.
+    the features. Raises ConfigError (a ValueError) if there is no head.
     """
     for name in (*_names_of_timm(encoder), *HEADS):
         try:
@@ -44,7 +63,7 @@ def head_name(encoder: nn.Module) -> str:
         if isinstance(getattr(found, "fc", None), nn.Linear):  # a head of timm's that pools
             return f"{name}.fc"
         return name
-    raise ValueError(
+    raise ConfigError(
         f"encoder: expected a module ending in {', '.join(HEADS)}; "
         f"{type(encoder).__name__} has none"
     )
@@ -82,7 +101,7 @@ def pooled(features: Tensor, channels_last: bool) -> Tensor:
     """Returns features (N, D) of feature maps: means over all places.
 
     features: (N, D), (N, L, D) tokens, or maps (N, D, H, W) or, with channels_last, (N, H, W, D).
-    Raises ValueError for other shapes.
+    Raises ConfigError (a ValueError) for other shapes.
     """
     if features.dim() == 2:
         return features
@@ -90,7 +109,7 @@ def pooled(features: Tensor, channels_last: bool) -> Tensor:
         return features.mean(1)
     if features.dim() == 4:
         return features.mean((1, 2) if channels_last else (2, 3))
-    raise ValueError(
+    raise ConfigError(
         "encoder: expected features (N, D), tokens (N, L, D) or maps of 4 dimensions before the "
         f"head, got {tuple(features.shape)}"
     )

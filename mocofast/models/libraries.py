@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mocofast.errors import ConfigError, describe_error
+from mocofast.models.heads import WithHead, pooled
 from mocofast.view_sizes import Size, height_width, pixels_text
 
 log = logging.getLogger("mocofast")
@@ -112,7 +113,8 @@ def function_encoder(name: str, image_size: Size, channels: int) -> Callable[...
     """Returns the constructor that a function of the user is.
 
     name: "package.module:function". The function takes num_classes, and, where it names these
-        arguments, image_size and channels. It returns a module with a head.
+        arguments, image_size and channels. It returns a module with a head. A function that does
+        not take num_classes returns a module without a head, which gets a linear head.
     Raises ConfigError if there is no such function, or if it cannot take the images' channels.
     """
     module_name, _, function_name = name.partition(":")
@@ -136,15 +138,49 @@ def function_encoder(name: str, image_size: Size, channels: int) -> Callable[...
             f"data.channels: {channels} channels need an argument `channels` of model.arch {name!r}"
         )
 
+    has_head = "num_classes" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
     def build(num_classes: int) -> nn.Module:
-        encoder = function(num_classes=num_classes, **given)
+        encoder = function(**given, **({"num_classes": num_classes} if has_head else {}))
         if not isinstance(encoder, nn.Module):
             raise ConfigError(
                 f"model.arch: {name!r} must return a torch.nn.Module, got {type(encoder).__name__}"
             )
-        return encoder
+        if has_head:
+            return encoder
+        out = _output(name, encoder, image_size, channels)
+        if not isinstance(out, torch.Tensor):
+            raise ConfigError(
+                f"model.arch: {name} must return a tensor of features, tokens or maps, and returns "
+                f"{type(out).__name__}; wrap it in a function of yours"
+            )
+        return WithHead(encoder, pooled(out, channels_last=False).shape[1], num_classes)
 
     return build
+
+
+def _output(arch: str, encoder: nn.Module, image_size: Size, channels: int) -> Any:
+    """Returns the output of an encoder for two images, whatever it is.
+
+    Modes and random state stay. Raises ConfigError for an encoder that cannot take the images.
+    """
+    height, width = height_width(image_size)
+    state = torch.get_rng_state()
+    modes = [(part, part.training) for part in encoder.modules()]
+    try:
+        with torch.no_grad():
+            return encoder.eval()(torch.zeros(2, channels, height, width))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(
+            f"model.arch: {arch} cannot take images of {height} x {width} pixels "
+            f"and {channels} channels (augment.size, data.channels): {error}"
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
+        torch.set_rng_state(state)
 
 
 def checked_outputs(
@@ -156,24 +192,9 @@ def checked_outputs(
     (N, num_classes), a tuple for example.
     """
 
-    height, width = height_width(image_size)
-
     def checked(num_classes: int) -> nn.Module:
         encoder = build(num_classes=num_classes)
-        state = torch.get_rng_state()
-        modes = [(part, part.training) for part in encoder.modules()]
-        try:
-            with torch.no_grad():
-                out = encoder.eval()(torch.zeros(2, channels, height, width))
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-            raise ConfigError(
-                f"model.arch: {arch} cannot take images of {height} x {width} pixels "
-                f"and {channels} channels (augment.size, data.channels): {error}"
-            ) from error
-        finally:
-            for part, training in modes:
-                part.training = training
-            torch.set_rng_state(state)
+        out = _output(arch, encoder, image_size, channels)
         if not isinstance(out, torch.Tensor) or out.shape != (2, num_classes):
             got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ConfigError(
