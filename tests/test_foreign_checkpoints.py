@@ -359,7 +359,14 @@ def test_errors_are_short_and_say_what_to_do(
     spoiled["conv1.weight"][0] = math.nan
     assert "conv1.weight hold" in error_of(spoiled)
     monkeypatch.chdir(tmp_path)
-    for content in ({"state_dict": weights, "path": Path("x")}, resnet):
+    place = argparse.Namespace(output_dir=Path("x"))
+    for content in (
+        {"state_dict": weights, "path": Path("x")},
+        {"model": weights, "args": place},
+        {"student": zeros(weights), "teacher": under("backbone.", weights), "args": place},
+        {"epoch": 3, "model": resnet},
+        resnet,
+    ):
         torch.save(content, path)
         with pytest.raises(ConfigError, match="save its weights alone") as error:
             load_any(str(path))

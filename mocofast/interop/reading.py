@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocofast.config import ConfigError
 from mocofast.errors import describe_error
@@ -54,6 +54,7 @@ def is_ours(content: Any) -> bool:
 def tensors_of(content: Any) -> dict[str, Tensor]:
     """Returns the flat dictionary of weights in the content of a file, without wrappers' names.
 
+    content: may hold modules, where somebody loaded the file by `torch.load` without our reader.
     Raises ConfigError if there is none.
     """
     weights = _find(content)
@@ -64,6 +65,8 @@ def tensors_of(content: Any) -> dict[str, Tensor]:
 
 
 def _find(content: Any, depth: int = 0) -> dict[str, Tensor]:
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
     if not isinstance(content, Mapping) or depth > 5:
         return {}
     own = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}

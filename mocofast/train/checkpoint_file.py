@@ -39,9 +39,9 @@ def read_file(path: Path, whole: bool = True) -> Any:
                 f"{path}: not a readable checkpoint: holds {blocked[1]}, an object whose "
                 "loading runs code of the file. If "
                 'you trust the file, save its weights alone: python -c "import torch; '
+                "from mocofast.interop.reading import tensors_of; "
                 f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
-                "w = c.state_dict() if hasattr(c, 'state_dict') else c['state_dict']; "
-                "torch.save({'state_dict': w}, 'weights.pt')\""
+                "torch.save({'state_dict': tensors_of(c)}, 'weights.pt')\""
             ) from error
         first = text.splitlines()[0][:300]
         raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
