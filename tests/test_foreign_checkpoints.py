@@ -289,6 +289,28 @@ def test_a_module_of_lightly_loads(resnet: nn.Module, tmp_path: Path) -> None:
     assert_features(loaded.method.encoder_q, model.backbone, 64)
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_masked_vits_of_lightly_load(library: str, tmp_path: Path) -> None:
+    modules = pytest.importorskip("lightly.models.modules")
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    made: list[nn.Module] = []
+    for _ in ("student", "teacher"):
+        if library == "timm":
+            vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64)
+            made.append(modules.MaskedVisionTransformerTIMM(vit=vit))
+        else:
+            vit = torchvision.models.vit_b_32(image_size=64)
+            made.append(modules.MaskedVisionTransformerTorchvision(vit=vit))
+    student, teacher = made
+    # As lightly's examples of DINO and of MAE name the parts.
+    both = nn.ModuleDict({"student_backbone": student, "teacher_backbone": teacher})
+    for parts in (both, nn.ModuleDict({"backbone": teacher})):
+        torch.save({"state_dict": parts.state_dict()}, tmp_path / "lightly.ckpt")
+        loaded = load_any(str(tmp_path / "lightly.ckpt"))
+        assert_features(loaded.method.encoder_q, teacher.eval(), 64)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "vit_base_patch16_224"])
 def test_weights_of_timm_load(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")

@@ -26,7 +26,9 @@ ENCODERS = (
     ("_feature_blocks.", "VISSL"),
     ("trunk.", "VISSL"),
     ("backbone.", BACKBONE),
+    ("teacher_backbone.", "lightly"),
     ("student_backbone.", "lightly"),
+    ("vit.", "lightly"),  # inside MaskedVisionTransformer
     ("encoder.", "an encoder (old solo-learn)"),
     ("query_encoder.", "a query encoder"),
     ("online_encoder.", "byol-pytorch"),
