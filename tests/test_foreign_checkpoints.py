@@ -207,6 +207,19 @@ def test_fixed_positions_tell_the_heads_of_moco_v3(names: str, tmp_path: Path) -
     assert_features(loaded.method.encoder_q, model, 32)
 
 
+def test_a_vit_of_deit_is_not_taken_for_moco_v3s(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).eval()
+    path = str(tmp_path / "vit.pth")
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ConfigError, match=r"12 heads.*--model.arch timm/vit_tiny_patch16_224"):
+        load_any(path, "vit_tiny")
+    assert_features(load_any(path, "timm/vit_tiny_patch16_224").method.encoder_q, model, 32)
+    rounded = {n: t.bfloat16() for n, t in moco_v3_vit(2, 2).state_dict().items()}
+    torch.save(rounded, path)
+    assert load_any(path, "vit_tiny").config.model.arch == "vit_tiny"
+
+
 def test_positions_that_are_no_square_need_the_size_of_the_images(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = moco_v3_vit(2, 5), torch.randn(3, 3, 32, 80)
