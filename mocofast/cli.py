@@ -86,8 +86,7 @@ def _pretrain_parser(argv: Sequence[str]) -> Parser:
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="with --resume: continue with other --optim options, more --train.epochs, or more "
-        "images",
+        help="with --resume: continue with another rate, more --train.epochs, or more images",
     )
     parser.add_argument(
         "--init",
@@ -118,11 +117,13 @@ def pretrain(argv: Sequence[str]) -> int:
     config = configure.configure(recipe, arguments.resume, given, images, cooldown)
     if arguments.extend and not arguments.resume:
         raise ConfigError("--extend: continues a run, which --resume PATH names")
+    if arguments.init and arguments.resume not in ("", "auto"):
+        raise ConfigError("--init: starts a new run, but --resume PATH continues one; leave it out")
     initialise = None
     if arguments.init:
-        from mocofast.interop.initial import initialise as load_into
+        from mocofast.interop import initial
 
-        initialise = partial(load_into, path=arguments.init, arch=config.model.arch)
+        initialise = partial(initial.initialise, path=arguments.init, arch=config.model.arch)
     result = train(
         config,
         arguments.resume,

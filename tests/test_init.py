@@ -124,6 +124,13 @@ def test_a_finished_run_is_extended_by_epochs_at_another_rate(
     # Options that cannot change the trajectory need no --extend. Others stay refused.
     assert cli.main(["pretrain", "--resume", str(folder), "--data.prefetch", "3"]) == 0
     assert cli.main([*further, "--extend", "--model.dim", "5"]) == 2
+    capsys.readouterr()
+    assert cli.main([*further, "--extend", "--optim.name", "adamw"]) == 2
+    error = capsys.readouterr().err
+    assert "optim.name: 'adamw', but the run to continue has 'sgd'" in error
+    assert "--extend" not in error
+    assert cli.main(["pretrain", "--resume", str(folder), "--init", str(folder)]) == 2
+    assert "--init: starts a new run" in capsys.readouterr().err
     assert cli.main(["pretrain", "digits", "--extend"]) == 2
 
 

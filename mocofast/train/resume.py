@@ -73,7 +73,7 @@ def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:
 def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) -> None:
     """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run.
 
-    extend: options of FREE_TO_EXTEND may differ.
+    extend: options of FREE_TO_EXTEND may differ, apart from the optimiser's name.
 
     (`train.precision` may be auto, see `keep_precision`.)
     """
@@ -91,8 +91,9 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
             name = f"{group}.{key}"
             if (name, value) == ("train.precision", "auto"):
                 continue
-            if not name.startswith(free) and value != then.get(group, {}).get(key, value):
-                may_extend = name.startswith(FREE_TO_EXTEND)
+            is_free = name.startswith(free) and name != "optim.name"  # states differ
+            if not is_free and value != then.get(group, {}).get(key, value):
+                may_extend = name.startswith(FREE_TO_EXTEND) and name != "optim.name"
                 raise ConfigError(
                     f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
                     + ("--extend continues with the new value. " * may_extend)
