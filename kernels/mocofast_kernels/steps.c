@@ -85,15 +85,15 @@ static struct adamw corrected(const struct rule *rule, double steps) {
 #define X86 1
 #include <immintrin.h>
 #define AHEAD 512 /* elements that are asked for before their turn */
+#define AVX512 __attribute__((target("avx512f")))
+#define LANES(left) ((left) < 16 ? (__mmask16)((1u << (left)) - 1) : (__mmask16)0xffff)
 
 /* `avx2_average` alone, with wide vectors and memory asked for in time: .95 of the time on Zen 5. */
-__attribute__((target("avx512f"))) static void avx512_average(float *restrict t,
-                                                              const float *restrict s,
-                                                              int64_t count, float w) {
+AVX512 static void avx512_average(float *restrict t, const float *restrict s, int64_t count,
+                                  float w) {
   __m512 weight = _mm512_set1_ps(w < 0.5f ? w : -(1.f - w));
   for (int64_t i = 0; i < count; i += 16) {
-    int64_t left = count - i;
-    __mmask16 there = left < 16 ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
+    __mmask16 there = LANES(count - i);
     __builtin_prefetch(t + i + AHEAD, 1);
     __builtin_prefetch(s + i + AHEAD);
     __m512 to = _mm512_maskz_loadu_ps(there, t + i), from = _mm512_maskz_loadu_ps(there, s + i);
@@ -102,9 +102,57 @@ __attribute__((target("avx512f"))) static void avx512_average(float *restrict t,
   }
 }
 
+/* Stores as bfloat16, rounded as by `avx2_rounded`. */
+AVX512 static inline void avx512_store(uint16_t *to, __mmask16 there, __m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  _mm512_mask_cvtepi32_storeu_epi16(
+      to, there,
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+/* `avx2_sgd_average`, the same way: .8 of the time with copies. */
+AVX512 static void avx512_sgd_average(float *restrict p, const float *restrict g,
+                                      float *restrict b, float *restrict t,
+                                      uint16_t *restrict copy, uint16_t *restrict target_copy,
+                                      int64_t count, const struct rule *rule) {
+  const float w = rule->average;
+  const __m512 lr = _mm512_set1_ps(-(float)rule->lr);
+  const __m512 decay = _mm512_set1_ps((float)rule->decay);
+  const __m512 momentum = _mm512_set1_ps((float)rule->momentum);
+  const __m512 weight = _mm512_set1_ps(w < 0.5f ? w : -(1.f - w));
+  for (int64_t i = 0; i < count; i += 16) {
+    __mmask16 there = LANES(count - i);
+    __builtin_prefetch(p + i + AHEAD, 1);
+    __builtin_prefetch(g + i + AHEAD);
+    __builtin_prefetch(b + i + AHEAD, 1);
+    __builtin_prefetch(t + i + AHEAD, 1);
+    __m512 param = _mm512_maskz_loadu_ps(there, p + i), grad = _mm512_maskz_loadu_ps(there, g + i);
+    __m512 first = _mm512_maskz_loadu_ps(there, b + i);
+    __m512 target = _mm512_maskz_loadu_ps(there, t + i);
+    first = _mm512_fmadd_ps(momentum, first, _mm512_fmadd_ps(decay, param, grad));
+    param = _mm512_fmadd_ps(lr, first, param);
+    target = _mm512_fmadd_ps(weight, _mm512_sub_ps(param, target), w < 0.5f ? target : param);
+    _mm512_mask_storeu_ps(b + i, there, first);
+    _mm512_mask_storeu_ps(p + i, there, param);
+    _mm512_mask_storeu_ps(t + i, there, target);
+    if (copy) {
+      __builtin_prefetch(copy + i + AHEAD, 1);
+      __builtin_prefetch(target_copy + i + AHEAD, 1);
+      avx512_store(copy + i, there, param);
+      avx512_store(target_copy + i, there, target);
+    }
+  }
+}
+
 #include "avx2_begin.h"
 #define AVERAGE_ALONE(...)                                                               \
   (__builtin_cpu_supports("avx512f") ? avx512_average(__VA_ARGS__) : avx2_average(__VA_ARGS__))
+#define SGD_AVERAGE(...)                                             \
+  (__builtin_cpu_supports("avx512f") ? avx512_sgd_average(__VA_ARGS__) \
+                                     : avx2_sgd_average(__VA_ARGS__))
 #define FUSED 1
 #define NAME(x) avx2_##x
 #include "steps_body.h"
