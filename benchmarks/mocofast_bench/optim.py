@@ -13,7 +13,7 @@ norms. On a GPU all sides are also timed as CUDA graphs, without the cost of lau
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,11 @@ MOMENTUM = 0.99  # of the EMA
 LR = 1e-6  # small: weights hardly change over thousands of steps
 DECAY = 1e-4  # weight decay
 
+Shapes = Sequence[tuple[int, ...]]
+
 
 class Weights(NamedTuple):
-    """Tensors of a side, with the shapes of a ResNet-50. float32, except the shadows."""
+    """Tensors of a side. float32, except the shadows."""
 
     params: list[torch.nn.Parameter]  # with gradients
     targets: list[Tensor]  # averages of params
@@ -124,14 +126,17 @@ def capture_graph(step: Call) -> Call:
     return graph.replay
 
 
-def weights(device: torch.device, copies: bool = True) -> Weights:
-    """Returns random weights, gradients and targets for a side. copies: with shadows."""
+def weights(device: torch.device, copies: bool = True, shapes: Shapes | None = None) -> Weights:
+    """Returns random weights, gradients and targets for a side.
+
+    copies: with shadows. shapes: of the weights, None: of a ResNet-50.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def random_tensors(scale: float) -> list[Tensor]:
         return [
             scale * torch.randn(shape, device=device, generator=generator)
-            for shape in weight_shapes()
+            for shape in shapes or weight_shapes()
         ]
 
     params = [torch.nn.Parameter(value) for value in random_tensors(0.1)]
@@ -226,21 +231,21 @@ BENCHMARKS: dict[str, dict[str, Build]] = {
 
 
 def build_sides(
-    name: str, device: torch.device, copies: bool = True
+    name: str, device: torch.device, copies: bool = True, shapes: Shapes | None = None
 ) -> tuple[FusedOptimizer, dict[str, tuple[Weights, Call]], dict[str, str]]:
     """Returns our optimiser, {other side: its weights and step}, and {side left out: reason}.
 
-    copies: with bfloat16 copies, in SGD and AdamW.
+    copies: with bfloat16 copies, in SGD and AdamW. shapes: as for `weights`.
     """
     others, skipped = {}, {}
     for side, build in BENCHMARKS[name].items():
-        own = weights(device, copies)
+        own = weights(device, copies, shapes)
         side = side if copies else side.removesuffix(", casts")
         try:
             others[side] = own, build(own)
         except ImportError as error:
             skipped[side] = describe_error(error).splitlines()[0]
-    return _ours(name, weights(device, copies)), others, skipped
+    return _ours(name, weights(device, copies, shapes)), others, skipped
 
 
 def norm_traffic(optimizer: FusedOptimizer) -> int:

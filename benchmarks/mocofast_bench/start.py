@@ -42,10 +42,10 @@ SHARD = 10_000  # samples
 LINKS = 50_000  # names that a file has at most (ext4 allows 65,000)
 
 
-def make_set(place: Path, count: int) -> None:
-    """Writes the same photos as a folder of `count` hard links and as shards with an index.
+def make_folder(place: Path, count: int) -> list[Path]:
+    """Writes `count` hard links to few photos, and returns the photos.
 
-    place: gets FOLDER/train/CLASS/NAME.jpg with 1,000 images a class, and SHARDS/NUMBER.tar.
+    place: a new folder, gets FOLDER/train/CLASS/NAME.jpg with 1,000 images a class.
     """
     from PIL import Image
 
@@ -59,6 +59,15 @@ def make_set(place: Path, count: int) -> None:
         if number % 1000 == 0:
             folder.mkdir(parents=True)
         os.link(files[number // LINKS], folder / f"{number:08d}.jpg")
+    return files
+
+
+def make_set(place: Path, count: int) -> None:
+    """Writes the same photos as a folder of `count` hard links and as shards with an index.
+
+    place: gets the folder of `make_folder`, and SHARDS/NUMBER.tar.
+    """
+    files = make_folder(place, count)
     shards = place / "shards"
     shards.mkdir()
     with tarfile.open(shards / "000000.tar", "w") as tar:

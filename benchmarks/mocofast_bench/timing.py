@@ -91,10 +91,10 @@ def interleaved(
             for name in shuffled.sample(list(candidates), len(candidates)):
                 samples[name].append(_sample(candidates[name], calls[name], device))
     except BaseException:
-        found = {str(name): _summary(samples[name] or [time]) for name, time in once.items()}
+        found = {str(name): summary(samples[name] or [time]) for name, time in once.items()}
         SO_FAR.update(entries(found))
         raise
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def interleaved_with_copy(
@@ -131,7 +131,8 @@ def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> fl
     return (time.perf_counter() - begin) / calls
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Returns median and quartiles."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -251,7 +252,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
     }
 
 
@@ -283,13 +284,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Returns the commit of the checkout, with + if files were changed. None outside a checkout."""
-    here = Path(__file__).parent
+def commit_of(folder: Path) -> str | None:
+    """Returns the commit of a checkout, with + if files were changed. None outside a checkout."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=here,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,

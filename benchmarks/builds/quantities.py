@@ -1,0 +1,306 @@
+"""Measures a quantity once, in the build of PYTHONPATH. `compare_builds.py` starts this file.
+
+    python benchmarks/builds/quantities.py NAME OPTIONS
+
+OPTIONS: keyword arguments of the function NAME, as JSON. Prints a line of JSON: {"build": the
+folder of the build, "values": {side: number}}. The side of the build is called mocofast.
+
+A quantity runs in this build and in old builds, back to commit e04e1de. Hence a folder of its own:
+Python looks into the folder of a script first, and `benchmarks` holds this build's mocofast_bench.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CPU = torch.device("cpu")
+RECIPE = "moco_v2_r50_200ep"
+QUEUE = 4096  # keys, of steps and runs
+TEMPERATURE = 0.1  # of kNN
+TILE = 512  # rows of similarities that plain PyTorch computes at a time
+
+Values = dict[str, float]  # {side: number}
+
+
+def info_nce(threads: int, keys: int, repeats: int) -> Values:
+    """Returns the ms of InfoNCE, 256 queries, dimension 128, float32, forward and backward."""
+    from mocofast_bench import peers
+
+    torch.set_num_threads(threads)
+    sizes, dtype = (256, keys, 128), torch.float32
+    count = peers.sets_past_the_cache(sizes, dtype, CPU)
+    call = peers.call_over(peers.mocofast(sizes, dtype), peers.input_sets(sizes, dtype, CPU, count))
+    return _milliseconds({"mocofast": call}, repeats)
+
+
+def step(arch: str, size: int, batch: int, threads: int, repeats: int) -> Values:
+    """Returns the ms of a training step, in the precision that `auto` takes."""
+    from mocofast_bench import training_steps
+
+    from mocofast.settings import load_recipe
+
+    if find_spec("mocofast.memory"):  # as `mocofast pretrain` does, in builds that have it
+        importlib.import_module("mocofast.memory").keep_freed()
+    torch.set_num_threads(threads)
+    config = load_recipe(RECIPE)
+    config.data.path, config.data.batch_size = ".", batch
+    config.model.arch, config.model.queue_size = arch, QUEUE
+    config.augment.size, config.train.precision = size, "auto"
+    return _milliseconds({"mocofast": training_steps.mocofast(config, CPU)}, repeats)
+
+
+def pretrain(folder: str, size: int, steps: int, every: int) -> Values:
+    """Returns the images/s of `mocofast pretrain` with ResNet-18, without the first entry.
+
+    every: steps between entries of metrics.jsonl, at least two entries.
+    """
+    with tempfile.TemporaryDirectory() as run:
+        command = _pretrain(folder, run, size, every)
+        # Without labels there is no kNN, whose time is not part of the rate.
+        command += ["--train.max_steps", str(steps), "--data.labels", "none"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        lines = Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(line)["images_per_second"] for line in lines]
+    return {"mocofast": statistics.median(rates[1:])}
+
+
+def first_step(folder: str, size: int) -> Values:
+    """Returns the CPU seconds of `mocofast pretrain` to the end of the first step."""
+    with (
+        tempfile.TemporaryDirectory() as run,
+        subprocess.Popen(_pretrain(folder, run, size, 1), stdout=sys.stderr) as process,
+    ):
+        try:
+            while '"loss"' not in _text(Path(run, "metrics.jsonl")):
+                if process.poll() is not None:
+                    raise RuntimeError(f"pretrain ended with {process.returncode}")
+                time.sleep(0.02)
+            return {"mocofast": _cpu_seconds(process.pid)}
+        finally:
+            process.kill()
+
+
+def _pretrain(folder: str, run: str, size: int, every: int) -> list[str]:
+    options = {
+        "data.path": folder,
+        "model.arch": "resnet18",
+        "model.queue_size": QUEUE,
+        "augment.size": size,
+        "data.batch_size": 32,
+        "train.log_every": every,
+        "train.dir": run,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "mocofast", "pretrain", RECIPE, *words]
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def _cpu_seconds(process: int) -> float:
+    """Returns the CPU seconds of a process, its children that run, and children that ended."""
+    ticks = 0
+    for pid in (process, *_descendants(process)):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile
+            continue
+        ticks += sum(map(int, fields[11:15]))  # user and system, own and of ended children
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _descendants(process: int) -> Iterator[int]:
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, file.read_text().split()):
+            yield child
+            yield from _descendants(child)
+
+
+def split(count: int, classes: int, shuffled: bool, repeats: int) -> Values:
+    """Returns the CPU seconds of a stratified split of labels, by class or in random order."""
+    from mocofast.data.names import stratified_holdout
+
+    labels = _labels(count, classes)
+    if shuffled:
+        labels = np.random.default_rng(0).permutation(labels)
+    return _cpu({"mocofast": lambda: stratified_holdout(labels, 0.1, 0)}, repeats)
+
+
+def few_shot(count: int, classes: int, repeats: int) -> Values:
+    """Returns the CPU seconds of `few_shot_accuracy`, most of them for ten choices of samples."""
+    from mocofast.evaluate.knn import few_shot_accuracy
+
+    torch.set_num_threads(1)
+    labels, features = torch.from_numpy(_labels(count, classes)), _random(count, 4)
+    queries, truth = _random(100, 4), torch.zeros(100, dtype=torch.int64)
+    return _cpu(
+        {"mocofast": lambda: few_shot_accuracy(features, labels, queries, truth, shots=1)}, repeats
+    )
+
+
+def subset(count: int, classes: int, repeats: int) -> Values:
+    """Returns the CPU seconds of the choice of nine tenths of a folder's images."""
+    from mocofast.data.sources import FolderSource
+
+    labels = _labels(count, classes)
+    names = [f"class{label:05d}/{number:08d}.jpg" for number, label in enumerate(labels)]
+    source = FolderSource(".", names, labels, tuple(f"class{i:05d}" for i in range(classes)))
+    index = np.flatnonzero(np.arange(count) % 10)
+    return _cpu({"mocofast": lambda: source.subset(index)}, repeats)
+
+
+def listing(folder: str) -> Values:
+    """Returns the CPU seconds of a listing of FOLDER/train, and of torchvision's."""
+    from torchvision.datasets import ImageFolder
+
+    from mocofast.config import DataConfig
+    from mocofast.data.download import cache_folder
+    from mocofast.data.sources import load_datasets
+
+    for kept in (cache_folder() / "folders").glob("*"):  # lists that this build would read
+        kept.unlink()
+    data = DataConfig(path=folder, source="folder")
+    return _cpu(
+        {
+            "mocofast": lambda: load_datasets(data),
+            "ImageFolder": lambda: ImageFolder(os.path.join(folder, "train")),
+        },
+        1,
+    )
+
+
+def index(folder: str) -> Values:
+    """Returns the CPU seconds of the index of all tar files of a folder."""
+    from mocofast.data.shard_index import INDEX, local_index
+
+    for kept in Path(folder).glob(f"*{INDEX}"):
+        kept.unlink()
+    shards = sorted(Path(folder).glob("*.tar"))
+    return _cpu({"mocofast": lambda: [local_index(shard) for shard in shards]}, 1)
+
+
+def knn(bank: int, queries: int, threads: int, repeats: int) -> Values:
+    """Returns the ms of kNN at 128 dimensions, and of plain PyTorch."""
+    from mocofast.evaluate.knn import knn_accuracy
+
+    torch.set_num_threads(threads)
+    sets = [_random(bank, 128), torch.arange(bank) % 10]
+    sets += [_random(queries, 128), torch.arange(queries) % 10]
+    calls = {"mocofast": lambda: knn_accuracy(*sets), "plain PyTorch": lambda: plain_knn(*sets)}
+    return _milliseconds(calls, repeats)
+
+
+def plain_knn(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 200
+) -> list[float]:
+    """Returns top-1 and top-5 of kNN, by a product, a top-k and a sum, a tile at a time."""
+    bank, classes = F.normalize(bank), int(labels.max()) + 1
+    hits = torch.zeros(2)
+    for rows, own in zip(queries.split(TILE), truth.split(TILE)):
+        similarity, found = (F.normalize(rows) @ bank.T).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes)
+        votes.scatter_add_(1, labels[found], (similarity / TEMPERATURE).exp())
+        right = votes.topk(5).indices == own[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+    shares: list[float] = (hits / len(queries)).tolist()
+    return shares
+
+
+def ema(arch: str, threads: int, repeats: int) -> Values:
+    """Returns the ms of an EMA of all weights, and of torch._foreach_lerp_."""
+    from mocofast_bench.ema import build_averagers
+
+    torch.set_num_threads(threads)
+    averagers = build_averagers(shapes(arch), torch.float32, CPU)[1]
+    sides = ("mocofast", "foreach_lerp")
+    return _milliseconds({side: averagers[side].update for side in sides}, repeats)
+
+
+def optimizer(name: str, arch: str, copies: bool, threads: int, repeats: int) -> Values:
+    """Returns the ms of a step with average, and of PyTorch's fused step and _foreach_lerp_.
+
+    name: "sgd" or "adamw". copies: both also write bfloat16 copies of weights and averages.
+    """
+    from mocofast_bench.optim import build_sides
+
+    torch.set_num_threads(threads)
+    ours, others, _ = build_sides(name, CPU, copies, shapes(arch))
+    fused = next(call for side, (_, call) in others.items() if side.startswith("fused"))
+    return _milliseconds({"mocofast": ours.step, "fused, lerp": fused}, repeats)
+
+
+def shapes(arch: str) -> list[tuple[int, ...]]:
+    """Returns the shapes of the weights of torchvision's network, with 128 outputs."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        network = models.get_model(arch, num_classes=128)
+    return [tuple(weight.shape) for weight in network.parameters()]
+
+
+def _labels(count: int, classes: int) -> np.ndarray:
+    """Returns equally many labels of every class, by class: (count,) int64."""
+    return np.arange(count) * classes // count
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+
+def _milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> Values:
+    from mocofast_bench.timing import interleaved
+
+    times = interleaved(calls, repeats, CPU)
+    return {side: 1e3 * time.median for side, time in times.items()}
+
+
+def _cpu(calls: dict[str, Callable[[], Any]], repeats: int) -> Values:
+    """Returns the least CPU seconds of a call, all threads together."""
+    values = {}
+    for side, call in calls.items():
+        spent = []
+        for _ in range(repeats):
+            before = time.process_time()
+            call()
+            spent.append(time.process_time() - before)
+        values[side] = min(spent)
+    return values
+
+
+QUANTITIES: dict[str, Callable[..., Values]] = {
+    function.__name__: function
+    for function in (
+        *(info_nce, step, pretrain, first_step, split, few_shot, subset),
+        *(listing, index, knn, ema, optimizer),
+    )
+}
+
+
+def main() -> None:
+    """Measures, and prints the line."""
+    import mocofast
+
+    name, options = sys.argv[1:]
+    values = QUANTITIES[name](**json.loads(options))
+    print(json.dumps({"build": str(Path(mocofast.__file__).parents[1]), "values": values}))
+
+
+if __name__ == "__main__":
+    main()

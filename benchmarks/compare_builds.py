@@ -1,0 +1,343 @@
+"""Measures goals of this project in the build of another checkout and in this build, in turns.
+
+    python benchmarks/compare_builds.py OLD_TREE [--only NAME ...] [--images FOLDER] [--turns N]
+
+OLD_TREE: a checkout, for instance of `git worktree add OLD_TREE COMMIT`. A module that was not
+compiled there is not used there. Each side of a turn runs in a process of its own. A side that is
+no build, as plain PyTorch, runs in the process of this build.
+
+Appends a row of JSON for a quantity when all its turns are done. A value is the median over the
+turns, and a ratio the median of the ratios of the turns: above 1 this build is better. `builds/
+quantities.py` holds the measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mocofast_bench import neighbours, start, timing
+
+from mocofast.usage import usage
+
+HERE = Path(__file__).resolve().parent
+OLD, OURS = "old build", "this build"
+# As `mocofast pretrain` sets them in this build.
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+# Prefixes of variables of the user that change speed.
+CHOICES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES")
+IMAGES = 60_000  # of the set whose first step is measured
+FILES = 1_000_000  # of the set that is listed
+TARS, SAMPLES = 20, 10_000  # and samples of a tar file
+CLASSES = 10_000  # of a million labels
+
+
+class Quantity(NamedTuple):
+    """Something to be measured, and its goal."""
+
+    name: str  # of a function of builds/quantities.py
+    options: dict[str, Any]  # of this function
+    unit: str  # milliseconds, cpu_seconds or images_per_second
+    goal: str  # in words
+    # The least ratio of the side `against` and this build. Without a side: the most that this build
+    # may take, in `unit`.
+    target: float
+    against: str = OLD
+    builds: Sequence[str] = (OLD, OURS)
+    busy: int = 0  # processes that only keep a core busy
+    passive: bool = False  # with PASSIVE
+    folder: str = ""  # option "folder": a name of `Folders`
+
+
+def quantities() -> Iterator[Quantity]:
+    """Yields all quantities."""
+    yield from _ops()
+    yield from _training()
+    yield from _start()
+    yield from _passes()
+
+
+def _ops() -> Iterator[Quantity]:
+    """Yields ops in the environment that a user has by default, alone and with neighbours."""
+    equal = "no slower than the old build"
+    product = {"keys": 65_536, "repeats": 9}
+    large = {"threads": 2, "bank": 50_000, "queries": 2_048, "repeats": 5}
+    ms = "milliseconds"
+    for busy, threads, target, goal in (
+        (2, 2, 15.0, "15 times the old build"),
+        (0, 1, 1.0, equal),
+        (0, 2, 1.0, equal),
+    ):
+        yield Quantity("info_nce", product | {"threads": threads}, ms, goal, target, busy=busy)
+    yield Quantity("knn", large, ms, equal, 1.0, busy=2)
+    for arch in ("resnet18", "resnet50"):
+        average = {"arch": arch, "threads": 2, "repeats": 21}
+        yield Quantity("ema", average, ms, equal, 1.0, busy=2)
+
+
+def _training() -> Iterator[Quantity]:
+    for arch, size in (("resnet18", 32), ("resnet18_cifar", 32), ("resnet50", 64)):
+        options = {"arch": arch, "size": size, "batch": 32, "threads": 1, "repeats": 7}
+        goal = "2.3 times the old build, whose auto takes fp32"
+        yield Quantity("step", options, "milliseconds", goal, 2.3, passive=True)
+    for busy, target, goal in (
+        (0, 1.7, "1.7 times the old build"),
+        (1, 1.0, "no slower than the old build"),
+    ):
+        options = {"size": 64, "steps": 160, "every": 20}
+        rate = "images_per_second"
+        yield Quantity("pretrain", options, rate, goal, target, busy=busy, folder="images")
+
+
+def _start() -> Iterator[Quantity]:
+    """Yields what a run with many images does before training."""
+    unit, no_side = "cpu_seconds", ""
+    goal = f"at most 10 CPU seconds to the first step of {IMAGES:,} images"
+    yield Quantity("first_step", {"size": 32}, unit, goal, 10.0, no_side, folder="many images")
+    many = {"count": FILES, "classes": CLASSES, "repeats": 3}
+    for shuffled in (False, True):
+        options = many | {"shuffled": shuffled}
+        yield Quantity("split", options, unit, "at most .06 CPU seconds", 0.06, no_side)
+    yield Quantity("few_shot", many, unit, "no slower than the old build", 1.0)
+    yield Quantity("subset", many, unit, "at most .03 CPU seconds", 0.03, no_side)
+    yield Quantity("listing", {}, unit, "at most 2.5 CPU seconds", 2.5, no_side, folder="files")
+    yield Quantity("index", {}, unit, "at most 1.5 CPU seconds", 1.5, no_side, folder="tars")
+
+
+def _passes() -> Iterator[Quantity]:
+    """Yields kNN, averages and optimisers beside PyTorch."""
+    for bank, queries in ((1_500, 1_000), (50_000, 2_048), (200_000, 1_024)):
+        options = {"bank": bank, "queries": queries, "threads": 1, "repeats": 5}
+        goal, side = "no slower than plain PyTorch", "plain PyTorch"
+        yield Quantity("knn", options, "milliseconds", goal, 1.0, side)
+    ways = ((1, False), (2, False), (2, True))  # threads, and whether they sleep
+    for arch, (threads, passive) in itertools.product(("resnet18", "resnet50"), ways):
+        options = {"arch": arch, "threads": threads, "repeats": 21}
+        goal, side = "no slower than torch._foreach_lerp_", "foreach_lerp"
+        yield Quantity("ema", options, "milliseconds", goal, 1.0, side, (OURS,), passive=passive)
+        goal, side = "no slower than PyTorch's fused step and _foreach_lerp_", "fused, lerp"
+        for name, copies in itertools.product(("sgd", "adamw"), (False, True)):
+            own = options | {"name": name, "copies": copies}
+            unit = "milliseconds"
+            yield Quantity("optimizer", own, unit, goal, 1.0, side, (OURS,), passive=passive)
+
+
+class Folders:
+    """Folders of files that quantities read, made when they are asked for."""
+
+    def __init__(self, images: Path | None, place: Path) -> None:
+        """images: the user's folder. place: an empty folder."""
+        self._images, self._place = images, place
+        self._makers = {"many images": self._link_images, "files": _link_files, "tars": _pack}
+
+    def missing(self, name: str) -> bool:
+        """Returns whether a folder needs the user's images, and there are none."""
+        return name in ("images", "many images") and self._images is None
+
+    def path(self, name: str) -> Path:
+        """Returns a folder. name: "images", "many images", "files" or "tars"."""
+        if name == "images":
+            assert self._images is not None
+            return self._images.resolve()
+        place = self._place / name.replace(" ", "_")
+        if not place.exists():
+            self._makers[name](place)
+        return place / "folder"
+
+    def _link_images(self, place: Path) -> None:
+        """Links the user's images until there are IMAGES. A folder remains a class."""
+        files = [file for file in sorted(self.path("images").rglob("*")) if file.is_file()]
+        for number in range(IMAGES):
+            file = files[number % len(files)]
+            link = place / "folder" / file.parent.name / f"{number:06d}{file.suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, link)
+            except OSError:  # another file system, or too many links
+                shutil.copyfile(file, link)
+
+
+def _link_files(place: Path) -> None:
+    start.make_folder(place, FILES)
+
+
+def _pack(place: Path) -> None:
+    """Writes TARS files in the style of WebDataset: an image and the number of its class."""
+    (place / "folder").mkdir(parents=True)
+    first = place / "folder" / "000000.tar"
+    image = (start.make_folder(place / "photos", 1)[0]).read_bytes()
+    with tarfile.open(first, "w") as tar:
+        for number in range(SAMPLES):
+            for end, content in (("jpg", image), ("cls", b"%d" % (number % 1000))):
+                member = tarfile.TarInfo(f"{number:08d}.{end}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for number in range(1, TARS):
+        shutil.copyfile(first, first.with_name(f"{number:06d}.tar"))
+
+
+def environment(tree: Path, cache: Path, passive: bool) -> dict[str, str]:
+    """Returns the environment of a build's process.
+
+    tree: the checkout. cache: holds what builds keep between runs.
+    """
+    chosen = {name: value for name, value in os.environ.items() if not name.startswith(CHOICES)}
+    paths = (tree, tree / "kernels", tree / "benchmarks")
+    chosen |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "XDG_CACHE_HOME": str(cache)}
+    return chosen | (PASSIVE if passive else {})
+
+
+def in_build(
+    tree: Path, name: str, options: Mapping[str, Any], variables: Mapping[str, str]
+) -> dict[str, float]:
+    """Measures a quantity once in a build and returns {side: value}.
+
+    Raises RuntimeError if the process fails, or takes another build than that of `tree`.
+    """
+    command = [sys.executable, str(HERE / "builds" / "quantities.py"), name, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} in {tree}: {done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not os.path.samefile(found["build"], tree):
+        raise RuntimeError(f"{name} ran in {found['build']} instead of {tree}")
+    values: dict[str, float] = found["values"]
+    return values
+
+
+def measure(
+    quantity: Quantity, trees: Mapping[str, Path], turns: int, folders: Folders, cache: Path
+) -> dict[str, Any]:
+    """Measures a quantity in all builds, `turns` times, and returns the row.
+
+    trees: {OLD or OURS: checkout}. cache: as for `environment`.
+    """
+    options = dict(quantity.options)
+    if quantity.folder:
+        options["folder"] = str(folders.path(quantity.folder))
+    samples: dict[str, list[float]] = {}
+    before, began = usage(), time.monotonic()
+    with timing.busy_neighbours(quantity.busy):
+        for turn in range(turns):
+            for build in quantity.builds if turn % 2 else quantity.builds[::-1]:
+                variables = environment(trees[build], cache, quantity.passive)
+                found = in_build(trees[build], quantity.name, options, variables)
+                for side, value in found.items():
+                    if side == "mocofast":
+                        samples.setdefault(build, []).append(value)
+                    elif build == OURS:
+                        samples.setdefault(side, []).append(value)
+    after = usage()
+    row = {
+        "benchmark": "compare_builds",
+        "quantity": quantity.name,
+        **timing.environment(torch.device("cpu")),
+        "threads": quantity.options.get("threads"),  # None: as the program chooses
+        "commits": {build: timing.commit_of(trees[build]) for build in quantity.builds},
+        **{name: value for name, value in quantity.options.items() if name != "threads"},
+        "busy": quantity.busy,
+        "environment": PASSIVE if quantity.passive else {},
+        "turns": turns,
+        "took_seconds": round(time.monotonic() - began, 1),
+        **results(quantity, samples),
+    }
+    if before and after:
+        others = neighbours.between(before, after)
+        row["neighbours"] = {name: round(share, 4) for name, share in others._asdict().items()}
+        sides = {"milliseconds": row[quantity.unit], "quartiles": row["quartiles"]}
+        row["warnings"] = neighbours.warnings(others, sides)
+    return row
+
+
+def results(quantity: Quantity, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Returns the entries of a row that hold results. samples: {side: a value for each turn}."""
+    times = {side: timing.summary(list(values)) for side, values in samples.items()}
+    power = -1 if quantity.unit == "images_per_second" else 1  # less time is better, less is worse
+    ratios = {
+        side: statistics.median((a / b) ** power for a, b in zip(values, samples[OURS]))
+        for side, values in samples.items()
+        if side != OURS
+    }
+    if quantity.against:
+        met = ratios[quantity.against] >= quantity.target
+    else:
+        met = times[OURS].median <= quantity.target
+    return {
+        quantity.unit: {side: round(time.median, 5) for side, time in times.items()},
+        "quartiles": {side: [round(t, 5) for t in time[1:]] for side, time in times.items()},
+        "ratios": {side: round(ratio, 3) for side, ratio in ratios.items()},
+        "goal": quantity.goal,
+        "target": quantity.target,
+        "against": quantity.against,
+        "met": met,
+    }
+
+
+def chosen_quantities(only: Sequence[str], folders: Folders) -> list[Quantity]:
+    """Returns the quantities of some names, all for no name, and prints what is left out."""
+    chosen = []
+    for quantity in quantities():
+        if only and quantity.name not in only:
+            continue
+        if folders.missing(quantity.folder):
+            print(f"{quantity.name} is left out: it needs --images FOLDER")
+            continue
+        chosen.append(quantity)
+    return chosen
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
+    names = sorted({quantity.name for quantity in quantities()})
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", type=Path, metavar="OLD_TREE", help="checkout of the old build")
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="default: all")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="class folders of images")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "goals_cpu.jsonl")
+    parser.add_argument("--turns", type=int, default=5, help="default: %(default)s")
+    given = parser.parse_args(argv)
+    if given.turns < 1:
+        parser.error("--turns must be at least 1")
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures the chosen quantities. Returns 1 if one failed, after all others."""
+    given = arguments(argv)
+    trees = {OLD: given.old.resolve(), OURS: HERE.parent}
+    failed = 0
+    with tempfile.TemporaryDirectory() as place:
+        folders = Folders(given.images, Path(place))
+        for quantity in chosen_quantities(given.only, folders):
+            try:
+                row = measure(quantity, trees, given.turns, folders, Path(place, "cache"))
+            except RuntimeError as error:
+                failed += 1
+                print(f"{quantity.name} failed: {error}", flush=True)
+                continue
+            for warning in row.get("warnings", []):
+                print(f"BUSY MACHINE, measure again: {warning}")
+            print(json.dumps(row), flush=True)
+            with given.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
