@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import compare_builds
+import numpy as np
 import pytest
 import torch
 from builds import quantities
 from compare_builds import OLD, OURS, Folders, Quantity
 from mocofast_bench import timing
+from PIL import Image
 
 from mocofast.data.shard_index import local_index
 from mocofast.evaluate.knn import knn_accuracy
@@ -70,6 +72,25 @@ def test_the_process_of_another_build_is_an_error(tmp_path: Path) -> None:
     variables = compare_builds.environment(ROOT, tmp_path, passive=False)
     with pytest.raises(RuntimeError, match="instead of"):
         compare_builds.in_build(tmp_path, "split", SPLIT.options, variables)
+
+
+def test_runs_are_of_the_build_wherever_the_script_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mocofast").mkdir()
+    (tmp_path / "mocofast" / "__init__.py").write_text("raise ImportError('another build')")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for number in range(72):
+        file = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    options = {"folder": str(tmp_path / "images"), "size": 16}
+    variables = compare_builds.environment(ROOT, tmp_path / "cache", passive=False)
+    times = compare_builds.in_build(ROOT, "first_step", options, variables)
+    assert 1 < times["mocofast"] < 300  # the import of PyTorch alone takes more than a second
+    rates = compare_builds.in_build(ROOT, "pretrain", options | {"steps": 2, "every": 1}, variables)
+    assert 0 < rates["mocofast"] < 1e5
 
 
 def test_choices_of_the_user_do_not_reach_a_build(

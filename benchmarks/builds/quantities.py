@@ -155,15 +155,26 @@ def few_shot(count: int, classes: int, repeats: int) -> Values:
     )
 
 
-def subset(count: int, classes: int, repeats: int) -> Values:
-    """Returns the CPU seconds of the choice of nine tenths of a folder's images."""
-    from mocofast.data.sources import FolderSource
+def subset(count: int, classes: int, hashed: bool, repeats: int) -> Values:
+    """Returns the CPU seconds of the choice of nine tenths of a folder's images.
+
+    hashed: with the fingerprint of what was chosen, as for the checkpoint of a run.
+    """
+    from mocofast.data import sources
 
     labels = _labels(count, classes)
     names = [f"class{label:05d}/{number:08d}.jpg" for number, label in enumerate(labels)]
-    source = FolderSource(".", names, labels, tuple(f"class{i:05d}" for i in range(classes)))
+    source = sources.FolderSource(
+        ".", names, labels, tuple(f"class{i:05d}" for i in range(classes))
+    )
     index = np.flatnonzero(np.arange(count) % 10)
-    return _cpu({"mocofast": lambda: source.subset(index)}, repeats)
+
+    def choose() -> None:
+        part = sources._part(source, index)
+        if hashed:
+            part.fingerprint()
+
+    return _cpu({"mocofast": choose}, repeats)
 
 
 def listing(folder: str) -> Values:
