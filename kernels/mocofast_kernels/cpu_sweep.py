@@ -1,8 +1,8 @@
 """Sums over a block of negatives on a CPU with AVX-512, by the compiled library (`sweep.c`).
 
 PyTorch's operators need two products with a block of logits between them, which passes through
-memory four times. The compiled sweep keeps 32 queries x 256 negatives of logits in the first
-caches. Its products run at 93 % of the CPU's peak (docs/log.md).
+memory four times. The compiled sweep keeps the logits of 32 queries and 64 negatives (bfloat16:
+128) in the first cache. Its products run at 93 % of the CPU's peak (docs/log.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mocofast_kernels.cpu_library import is_watched, library
 
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
-TILE = 256  # keys whose weights are kept at a time
+TILE = 128  # bfloat16 keys whose weights are kept at a time
 _INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
 _Sweep = ctypes.CFUNCTYPE(
     None,

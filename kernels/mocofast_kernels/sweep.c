@@ -23,7 +23,6 @@
 #define KEYS 8    /* keys whose logits for a panel are in registers at a time */
 #define GROUP 4   /* rows whose sums are in registers at a time, */
 #define VECTORS 4 /* for so many vectors */
-#define TILE 256  /* keys: weights of a panel take 32 KB */
 #define ALL ((__mmask16)0xffff)
 
 /* cpu_sweep.py says what the fields are. */
@@ -53,11 +52,13 @@ INLINE __attribute__((target(AVX512))) __m512 exp2_of(__m512 x) {
 }
 
 #define BF16 0
+#define TILE 64 /* keys: 40 KB with their weights for a panel, at 128 dimensions */
 #define NAME(x) float32_##x
 #define TARGET __attribute__((target(AVX512)))
 #include "sweep_body.h"
 
 #define BF16 1
+#define TILE 128 /* as many bytes */
 #define NAME(x) bfloat16_##x
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #include "sweep_body.h"

@@ -245,6 +245,7 @@ TARGET static void NAME(sweep)(struct sweep *s) {
   }
 }
 
+#undef TILE
 #undef BF16
 #undef NAME
 #undef TARGET
