@@ -185,6 +185,8 @@ SHAPES = [
     ((2, 1, 1, 1), 1),  # a single channel, a single pixel, a single split
     ((5, 3, 2, 1), 5),  # a single sample in a split
     ((48, 8, 13, 11), 2),  # several chunks of rows, the last chunk cut
+    ((6, 168, 7, 5), 3),  # in C several tiles of an image, the last cut, and parts of 64 channels
+    ((4, 2080, 2, 1), 2),  # in C tiles of a pixel
 ]
 
 
