@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mocofast.models import convolutions
 from mocofast.models.convolutions import (
     CompiledConv2d,
+    PixelConv2d,
     compile_convolutions,
     compiled_convolutions,
 )
@@ -288,6 +289,33 @@ def test_a_weight_in_the_memory_of_another_parameter_stays_there() -> None:
     assert bool((layers[1].weight == 2).all())
 
 
+@pytest.mark.skipif(torch.bfloat16 not in TYPES, reason="no products of bfloat16 on this CPU")
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_pixels_of_bfloat16_have_a_float32_gradient_of_the_weight_on_threads(channels: int) -> None:
+    """The threads of oneDNN wait without sleep in bfloat16, .4 s beside a busy process."""
+    x = drawn(4, channels, 9, 7, dtype=torch.bfloat16).requires_grad_()
+    master = drawn(16, channels, 3, 3, seed=1).requires_grad_()
+    options: Any = ((2, 2), (1, 1), (1, 1))
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, master)]
+    y = F.conv2d(*exact, None, *options)
+    gradient = drawn(*y.shape, seed=2).bfloat16()
+    y.backward(gradient.double())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = convolve(x, master.detach().bfloat16(), *options, master)
+        assert found is not None
+        found.backward(gradient)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found.double(), y, rtol=2**-8, atol=2**-6)
+    assert x.grad is not None
+    assert exact[0].grad is not None
+    torch.testing.assert_close(x.grad.double(), exact[0].grad, rtol=2**-8, atol=2**-6)
+    assert master.grad is not None
+    torch.testing.assert_close(master.grad.double(), exact[1].grad, rtol=1e-5, atol=1e-5)
+
+
 def test_a_frozen_weight_and_images_without_a_gradient() -> None:
     x, w = drawn(3, 16, 4, 4), drawn(16, 16, 3, 3, seed=1)
     for images, weight in ((x.clone().requires_grad_(), w), (x, w.clone().requires_grad_())):
@@ -362,6 +390,7 @@ def test_which_layers_are_compiled() -> None:
     compile_convolutions(part)
     compile_convolutions(part)
     assert [type(layer) is CompiledConv2d for layer in part] == [i == 2 for i in range(7)]
+    assert [type(layer) is PixelConv2d for layer in part] == [i == 0 for i in range(7)]
     assert list(part.state_dict()) == list(network().state_dict())
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mocofast_kernels.cpu_convolution import KINDS, convolves
+from mocofast_kernels.cpu_convolution import KINDS, LANES, convolves
 from torch import Tensor, nn
 
 from mocofast.ops.convolution import convolve
@@ -42,14 +42,22 @@ class CompiledConv2d(nn.Conv2d):
         return result
 
 
+class PixelConv2d(CompiledConv2d):
+    """The first convolution: PyTorch computes, and of the gradients only what is slow otherwise."""
+
+
 def compile_convolutions(module: nn.Module) -> None:
     """Makes Conv2d layers inside `module` CompiledConv2d layers, in place, where C can compute.
 
     C computes an nn.Conv2d (no subclass) of a single group, with zeros around the images, without a
-    bias.
+    bias, of multiples of 16 channels. With other numbers of inputs it becomes a PixelConv2d.
     """
     for part in _compilable(module):
-        part.__class__ = CompiledConv2d
+        part.__class__ = _class_of(part)
+
+
+def _class_of(part: nn.Conv2d) -> type[CompiledConv2d]:
+    return PixelConv2d if part.in_channels % LANES else CompiledConv2d
 
 
 @contextmanager
@@ -79,7 +87,7 @@ def compiled_convolutions(module: nn.Module) -> Iterator[None]:
             _before[weight] = weight.data
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         for part in parts:
-            part.__class__ = CompiledConv2d
+            part.__class__ = _class_of(part)
         _blocks.update((*parts, *weights))
     try:
         yield
@@ -117,6 +125,5 @@ def _compilable(module: nn.Module) -> list[nn.Conv2d]:
         and part.bias is None
         and part.padding_mode == "zeros"
         and not isinstance(part.padding, str)
-        and not part.in_channels % 16
-        and not part.out_channels % 16
+        and not part.out_channels % LANES
     ]

@@ -39,9 +39,12 @@ def convolve(
         `weight`, in float32.
     Returns (N, O, H', W'), channels-last. A first derivative exists, a second one does not.
 
+    Images of bfloat16 whose channels are no multiple of 16, as pixels, go to PyTorch, but for the
+    gradient of the weight on several threads (see `_Pixels`).
+
     None: for another type than float32 or bfloat16 (with the instructions of the CPU), channels in
-    no multiple of 16, weights in another order than channels-last, other devices, and where
-    PyTorch traces, compiles or transforms functions or watches operations.
+    no multiple of 16 otherwise, weights in another order than channels-last, other devices, and
+    where PyTorch traces, compiles or transforms functions or watches operations.
     """
     if (
         type(images) is not Tensor
@@ -51,7 +54,7 @@ def convolve(
         or images.dtype != weight.dtype
         or not convolves(images.dtype)
         or weight.shape[0] % cpu_convolution.LANES
-        or weight.shape[1] % cpu_convolution.LANES
+        or (weight.shape[1] % cpu_convolution.LANES and images.dtype != torch.bfloat16)
         or weight.shape[1] != images.shape[1]
         or not weight.is_contiguous(memory_format=torch.channels_last)
         or weight.is_neg()
@@ -66,7 +69,8 @@ def convolve(
         return None
     images = images.contiguous(memory_format=torch.channels_last).resolve_neg()
     master, weight = (weight, weight) if master is None else (master, weight.detach())
-    result: Tensor = _Convolution.apply(images, weight, master, shape)
+    function = _Pixels if shape.inputs % cpu_convolution.LANES else _Convolution
+    result: Tensor = function.apply(images, weight, master, shape)
     return result
 
 
@@ -106,11 +110,47 @@ class _Convolution(torch.autograd.Function):
         return of_images, None, of_weight, None
 
 
+class _Pixels(torch.autograd.Function):
+    """The first convolution of an encoder in bfloat16, by PyTorch.
+
+    On several threads the gradient of the weight is computed in float32: in bfloat16 the threads of
+    oneDNN wait for one another without sleep. Beside a single busy process a gradient took 390 ms
+    on two threads, .5 ms on one (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, master: Tensor, shape: Shape) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.shape, ctx.dtype = shape, master.dtype
+        return torch.conv2d(images, weight, None, shape.stride, shape.padding, shape.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        images, weight = ctx.saved_tensors
+        of_images = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_images = _pytorch_gradients(gradient, images, weight, ctx.shape, of_images=True)
+        if ctx.needs_input_grad[2]:
+            if torch.get_num_threads() > 1:
+                gradient, images = gradient.float(), images.float()
+            of_weight = _pytorch_weight_gradient(gradient, images, weight, ctx.shape)
+            of_weight = of_weight.to(ctx.dtype)
+        return of_images, None, of_weight, None
+
+
 def _pytorch_weight_gradient(
     gradient: Tensor, images: Tensor, weight: Tensor, shape: Shape
 ) -> Tensor:
-    """Returns the gradient of the weight, by PyTorch."""
-    _, of_weight, _ = torch.ops.aten.convolution_backward(
+    weight = weight.to(images.dtype)
+    return _pytorch_gradients(gradient, images, weight, shape, of_images=False)
+
+
+def _pytorch_gradients(
+    gradient: Tensor, images: Tensor, weight: Tensor, shape: Shape, *, of_images: bool
+) -> Tensor:
+    """Returns the gradient of the images or of the weight, by PyTorch."""
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         gradient,
         images,
         weight,
@@ -121,7 +161,6 @@ def _pytorch_weight_gradient(
         False,
         [0, 0],
         1,
-        [False, True, False],
+        [of_images, not of_images, False],
     )
-    result: Tensor = of_weight
-    return result
+    return gradients[0 if of_images else 1]

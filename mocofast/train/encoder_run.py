@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from mocofast.models.convolutions import CompiledConv2d
+from mocofast.models.convolutions import CompiledConv2d, PixelConv2d
 from mocofast.models.sizes import ManySizes
 from mocofast.models.vit import SelfAttention
 
@@ -28,6 +28,7 @@ CONVERTED = (
     nn.Conv1d,
     nn.Conv2d,
     CompiledConv2d,
+    PixelConv2d,
     nn.Linear,
     NonDynamicallyQuantizableLinear,
     nn.MultiheadAttention,
