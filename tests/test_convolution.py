@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
