@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -259,7 +260,13 @@ def doubled(encoder: nn.Module) -> None:
     block.forward = lambda x: 2 * type(block).forward(block, x)
 
 
-@pytest.mark.parametrize("change", [leaky, halved, doubled])
+def raised(encoder: nn.Module) -> None:
+    """A BatchNorm has a function of its own in the place of `forward`."""
+    norm = encoder.layer2[1].bn2  # type: ignore[index, union-attr]
+    norm.forward = lambda x: 1 + nn.BatchNorm2d.forward(norm, x)
+
+
+@pytest.mark.parametrize("change", [leaky, halved, doubled, raised])
 def test_changed_blocks_keep_their_changes(change: Callable[[nn.Module], None]) -> None:
     torch.manual_seed(0)
     encoder = build_encoder("resnet18_cifar")(num_classes=3)
@@ -270,6 +277,36 @@ def test_changed_blocks_keep_their_changes(change: Callable[[nn.Module], None]) 
     assert type(encoder.layer4[0]).__name__ == "FusedBasicBlock"
     images = channels_last(torch.randn(4, 3, 16, 16))
     torch.testing.assert_close(encoder.double()(images.double()), plain.double()(images.double()))
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"track_running_stats": False},
+        {"running_mean": None, "running_var": None},
+        {"num_batches_tracked": None},
+        {"momentum": None},
+        {"bias": None},
+    ],
+)
+def test_a_changed_batchnorm_computes_what_pytorchs_does(
+    values: dict[str, Any], fused_first: bool
+) -> None:
+    torch.manual_seed(0)
+    layers = build_encoder("resnet18_cifar")(num_classes=3).layer1
+    plain = copy.deepcopy(layers)
+    if fused_first:
+        fuse_batch_norms(layers)
+    for model in (layers, plain):
+        for name, value in values.items():
+            setattr(model[0].bn2, name, value)
+    fuse_batch_norms(layers)
+    for _ in range(2):
+        images = channels_last(torch.randn(4, 64, 8, 8))
+        torch.testing.assert_close(layers(images), plain(images), rtol=1e-4, atol=1e-4)
+    for name, expected in plain.named_buffers():
+        torch.testing.assert_close(layers.get_buffer(name), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_conversion_keeps_the_modules() -> None:

@@ -36,7 +36,8 @@ class SplitBatchNorm(_BatchNorm):
         self.num_splits = num_splits
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        if not self.training:
+        # A layer of one split may have lost its statistics or momentum after `fuse_batch_norms`.
+        if not self.training or (self.num_splits == 1 and not _splits(self)):
             y = super().forward(x)
             if residual is not None:
                 y = y + residual
@@ -140,7 +141,9 @@ def fuse_batch_norms(module: nn.Module) -> None:
 
 def _splits(norm: _BatchNorm) -> bool:
     """Says whether a SplitBatchNorm can take the place of a BatchNorm."""
-    return norm.affine and norm.track_running_stats and norm.momentum is not None
+    needed = (norm.momentum, norm.weight, norm.bias)
+    kept = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return norm.track_running_stats and all(value is not None for value in (*needed, *kept))
 
 
 def _split(norms: Iterable[Any], num_splits: int) -> None:
@@ -192,8 +195,9 @@ def fuse_blocks(module: nn.Module) -> None:
     """Makes residual blocks of torchvision and TinyResNet in `module` fused ones, in place.
 
     Only blocks whose BatchNorms are all SplitBatchNorm2d and whose activation is ReLU, without
-    hooks on ReLU and BatchNorms. Children, hooks, modes and state-dict names stay. Register no
-    hooks afterwards: a hook on the ReLU does not run, a hook on a BatchNorm sees addition and ReLU.
+    hooks or functions of their own on ReLU and BatchNorms. Children, hooks, modes and state-dict
+    names stay. Register no hooks afterwards: a hook on the ReLU does not run, a hook on a BatchNorm
+    sees addition and ReLU.
     """
     fused: dict[type[nn.Module], type[_FusedBlock]] = {TinyBlock: FusedBasicBlock}
     resnet = sys.modules.get("torchvision.models.resnet")
@@ -206,13 +210,14 @@ def fuse_blocks(module: nn.Module) -> None:
         if (
             all(isinstance(norm, SplitBatchNorm2d) for norm in norms)
             and type(block.relu) is nn.ReLU
-            and not any(map(_has_hooks, (block.relu, *norms)))
+            and not any(map(_is_changed, (block.relu, *norms)))
         ):
             block.__class__ = fused[type(block)]
 
 
-def _has_hooks(part: nn.Module) -> bool:
-    return any(
+def _is_changed(part: nn.Module) -> bool:
+    """Says whether a layer has hooks, or a function in the place of `forward`."""
+    return "forward" in vars(part) or any(
         (
             part._forward_hooks,
             part._forward_pre_hooks,

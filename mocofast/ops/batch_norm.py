@@ -133,9 +133,9 @@ def _check(
         )
     values = x.shape[2] * x.shape[3] * (len(x) // num_splits)
     if values <= 1:
+        where = f" in each of {num_splits} splits" if num_splits > 1 else ""
         raise ValueError(
-            f"x must hold more than one value per channel in each of {num_splits} splits: "
-            f"got shape {tuple(x.shape)}"
+            f"x must hold more than one value per channel{where}: got shape {tuple(x.shape)}"
         )
     if residual is None:
         return
