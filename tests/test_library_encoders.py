@@ -23,7 +23,13 @@ from mocofast.evaluate.features import evaluating
 from mocofast.interop import backbone_state_dict
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.models.batch_norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm3d
-from mocofast.models.encoders import build_encoder, features, head_name
+from mocofast.models.encoders import (
+    build_encoder,
+    configured_encoder,
+    features,
+    head_name,
+    untrained,
+)
 from mocofast.models.heads import pooled, replace_head
 from mocofast.train.checkpoint import load_checkpoint
 
@@ -59,6 +65,9 @@ def unnamed(num_classes):
 
 def several():
     return nn.MaxPool2d(2, return_indices=True)
+
+def pretrained(num_classes):
+    return Wide(num_classes, 16, 3)
 
 def paired(num_classes, image_size, channels=3):
     return Wide(num_classes, image_size, channels, pair=True)
@@ -144,6 +153,15 @@ def test_an_encoder_without_a_head_gets_a_head(
     # A head of another name is refused in a line.
     assert cli.main([*words, "--train.dir", f"{run}2", "--model.arch", f"{module}:unnamed"]) == 2
     assert "ending in fc, head, heads, classifier" in capsys.readouterr().err
+
+
+def test_a_function_may_be_called_pretrained(module: str) -> None:
+    config = Config()
+    config.model.arch = f"{module}:pretrained"
+    encoder = configured_encoder(untrained(config))(num_classes=7)
+    assert encoder(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+    config.model.arch = "timm/resnet18:pretrained"
+    assert untrained(config).model.arch == "timm/resnet18"
 
 
 def test_unknown_models_of_timm_are_refused_with_the_nearest_name() -> None:

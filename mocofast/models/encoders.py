@@ -54,7 +54,9 @@ def untrained(config: Config) -> Config:
 
     For a model whose weights follow, from a checkpoint: timm's weights may not be on this disk.
     """
-    arch = config.model.arch.removesuffix(PRETRAINED)
+    arch = config.model.arch
+    if arch.startswith(TIMM):  # a function of the user may be called pretrained
+        arch = arch.removesuffix(PRETRAINED)
     return replace(config, model=replace(config.model, arch=arch))
 
 
@@ -75,7 +77,7 @@ def build_encoder(
         module's `build_encoder(image_size)` returns the constructor. For other numbers of channels
         than 3, it is `build_encoder(image_size, channels=...)`.
         "timm/NAME": a model of timm. "package.module:function": a function of yours, called with
-        num_classes, and with image_size and channels where it names these arguments.
+        num_classes, image_size and channels where it names these arguments.
     image_size: side of the images in pixels, or (height, width). A ViT is made for images of this
         size, and takes images of other sizes, which are made of whole patches, too.
     channels: of the images. The first convolution is made for other numbers than 3, initialised as
