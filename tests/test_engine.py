@@ -490,6 +490,17 @@ def test_auto_names_its_mode_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode("compile", CPU, 1)[0] == "compile"
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_reason_on_a_cpu_names_what_runs_in_c(
+    wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm needs AVX-512, and convolutions AVX2."""
+    monkeypatch.setattr("mocofast.train.engine.convolves", lambda dtype: True)
+    monkeypatch.setattr("mocofast.train.engine.normalises", lambda dtype: wide)
+    start = "convolutions and BatchNorm run" if wide else "convolutions run"
+    assert choose_mode("auto", CPU, 1)[1].startswith(start)
+
+
 def test_a_cpu_refuses_the_graph_mode() -> None:
     with pytest.raises(ConfigError, match=r"engine\.mode: graph is a CUDA graph and needs a GPU"):
         choose_mode("graph", CPU, 1)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from mocofast_kernels.cpu_convolution import convolves
+from mocofast_kernels.cpu_ghost_bn import normalises
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,9 +79,9 @@ def choose_mode(
         return name, "as asked"
     if device.type != "cuda":
         if convolves(torch.float32):
+            layers = "convolutions" + " and BatchNorm" * normalises(torch.float32)
             return "eager", (
-                "convolutions and BatchNorm run in C, which torch.compile would replace "
-                "(--engine.mode compile)"
+                f"{layers} run in C, which torch.compile would replace (--engine.mode compile)"
             )
         return "eager", (
             "compiling takes a minute, which pays only in a long run on a CPU "
