@@ -218,6 +218,10 @@ def test_a_vit_of_deit_is_not_taken_for_moco_v3s(tmp_path: Path) -> None:
     rounded = {n: t.bfloat16() for n, t in moco_v3_vit(2, 2).state_dict().items()}
     torch.save(rounded, path)
     assert load_any(path, "vit_tiny").config.model.arch == "vit_tiny"
+    # The error about weights of another network is that of its entries.
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    with pytest.raises(ConfigError, match="entries are missing"):
+        load_any(path, "vit_tiny")
 
 
 def test_positions_that_are_no_square_need_the_size_of_the_images(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
     solo = layout == "solo-learn"
     found = arch or (_resnet_of(part, first, solo) if is_resnet else _vit_of(part, first, layout))
     if arch in ("vit_tiny", "vit_small") and layout != "facebookresearch/moco-v3":
-        _check_heads(part, arch, _vit_of(part, first, layout))
+        _check_heads(part, arch, first, layout)
     if "patch_embed.proj.weight" in part and not found.startswith("timm/"):
         part = torchvision_names(part)
     return Found(dict(part), found, first.shape[1], positions, first.shape[-1], layout)
@@ -204,17 +204,17 @@ def _has_sincos_positions(part: Mapping[str, Tensor]) -> bool:
     return torch.allclose(position.float(), expected, atol=5e-3)  # bfloat16 rounds by 2e-3
 
 
-def _check_heads(part: Mapping[str, Tensor], arch: str, told: str) -> None:
+def _check_heads(part: Mapping[str, Tensor], arch: str, first: Tensor, layout: str) -> None:
     """Raises ConfigError for a ViT of DeiT or DINO under the name of MoCo v3's ViT of this width.
 
     Weights have equal shapes, and MoCo v3's ViT has two or four times as many heads.
-    told: the name that the weights tell.
     """
     square = math.isqrt(_positions(part)) ** 2 == _positions(part)
     if "pos_embed" in part and square and not _has_sincos_positions(part):
         raise ConfigError(
             f"{arch} is MoCo v3's ViT with 12 heads and fixed positions, and the file has other "
-            f"positions; the weights tell --model.arch {told}, with the heads of DeiT and DINO"
+            f"positions; the weights tell --model.arch {_vit_of(part, first, layout)}, with the "
+            "heads of DeiT and DINO"
         )
 
 
