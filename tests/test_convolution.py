@@ -306,6 +306,7 @@ def test_pixels_of_bfloat16_have_a_float32_gradient_of_the_weight_on_threads(cha
     try:
         found = convolve(x, master.detach().bfloat16(), *options, master)
         assert found is not None
+        assert found.is_contiguous(memory_format=torch.channels_last)
         found.backward(gradient)
     finally:
         torch.set_num_threads(threads)

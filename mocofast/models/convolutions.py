@@ -43,7 +43,10 @@ class CompiledConv2d(nn.Conv2d):
 
 
 class PixelConv2d(CompiledConv2d):
-    """The first convolution: PyTorch computes, and of the gradients only what is slow otherwise."""
+    """A convolution whose inputs are no multiple of 16 channels, as the first one of an encoder.
+
+    PyTorch computes. In bfloat16 `convolve` chooses the type of the weight's gradient.
+    """
 
 
 def compile_convolutions(module: nn.Module) -> None:

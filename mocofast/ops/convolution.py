@@ -122,7 +122,8 @@ class _Pixels(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, weight: Tensor, master: Tensor, shape: Shape) -> Tensor:
         ctx.save_for_backward(images, weight)
         ctx.shape, ctx.dtype = shape, master.dtype
-        return torch.conv2d(images, weight, None, shape.stride, shape.padding, shape.dilation)
+        y = torch.conv2d(images, weight, None, shape.stride, shape.padding, shape.dilation)
+        return y.contiguous(memory_format=torch.channels_last)  # images of a channel show no order
 
     @staticmethod
     @once_differentiable
