@@ -221,7 +221,8 @@ def test_the_holdout_takes_the_images_that_a_loop_over_classes_takes(
 ) -> None:
     rng = np.random.default_rng(seed)
     shuffled = rng.integers(0, 37, 1009) * 3  # numbers with gaps, in no order
-    for labels in (shuffled, np.sort(shuffled), np.array([5]), np.arange(6)[::-1]):
+    wide = shuffled * 2**16 - 1  # of more than 16 bits, and negative
+    for labels in (shuffled, np.sort(shuffled), np.array([5]), np.arange(6)[::-1], wide):
         for ours, theirs in zip(
             stratified_holdout(labels, share, seed), holdout_by_class(labels, share, seed)
         ):

