@@ -118,10 +118,12 @@ class MemberReader:
         number = {text: i for i, text in enumerate(label_names)}
         table = np.array(list(places.values()), dtype=np.int64).reshape(-1, 2)
         texts = self._texts
-        captions = [
-            texts.get(name[: name.rfind(".")]) or texts.get(key_of(name)[0]) or (0, 0)
-            for name in places
-        ]
+        captions = [(0, 0)] * len(places)
+        if texts:
+            captions = [
+                texts.get(name[: name.rfind(".")]) or texts.get(key_of(name)[0]) or (0, 0)
+                for name in places
+            ]
         text_table = np.array(captions, dtype=np.int64).reshape(-1, 2)
         left_out: dict[str, Any] = dict(self._left_out)
         if self._kinds:
