@@ -141,9 +141,11 @@ def fuse_batch_norms(module: nn.Module) -> None:
 
 def _splits(norm: _BatchNorm) -> bool:
     """Says whether a SplitBatchNorm can take the place of a BatchNorm."""
-    needed = (norm.momentum, norm.weight, norm.bias)
-    kept = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return norm.track_running_stats and all(value is not None for value in (*needed, *kept))
+    if not norm.track_running_stats or norm.momentum is None:
+        return False
+    # (Every forward pass asks. Attributes of a module take several times as long.)
+    tensors = (*norm._parameters.values(), *norm._buffers.values())
+    return all(tensor is not None for tensor in tensors)
 
 
 def _split(norms: Iterable[Any], num_splits: int) -> None:
