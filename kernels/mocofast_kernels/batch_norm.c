@@ -90,13 +90,13 @@ INLINE int64_t last_image(const struct norm *n, int64_t group) {
 
 /* Takes shares of the groups until none is left. The threads may be fewer than the shares.
  * reversed: a second pass begins with the groups that are still in the caches. */
-#define SHARES(name, function, reversed)                                                               \
+#define SHARES(name, function, reversed)                                                       \
   static void name(void *argument) {                                                           \
     struct norm *n = argument;                                                                 \
     const int64_t all = n->splits * n->groups;                                                 \
     for (int64_t part; (part = __atomic_fetch_add(&n->next, 1, __ATOMIC_RELAXED)) < n->parts;) \
       for (int64_t g = all * part / n->parts; g < all * (part + 1) / n->parts; g++)            \
-        (n->bfloat16 ? bfloat16_##function : float32_##function)(n, reversed ? all - 1 - g : g);   \
+        (n->bfloat16 ? bfloat16_##function : float32_##function)(n, reversed ? all - 1 - g : g); \
   }
 SHARES(sum_all, sum, 0)
 SHARES(normalise_all, normalise, 0)
@@ -232,7 +232,8 @@ EXPORT void batch_norm_backward(int bfloat16, int64_t images, int64_t pixels, in
                    .group_images = group_images, .groups = groups, .x = x, .output = output,
                    .gradient = gradient, .result = result, .of_residual = of_residual,
                    .bias = bias, .mean = statistics, .scale = scratch, .less = scratch + all,
-                   .slope = scratch + 2 * all, .sums = scratch + 3 * all, .relu = relu, .bfloat16 = bfloat16, .parts = parts};
+                   .slope = scratch + 2 * all, .sums = scratch + 3 * all, .relu = relu,
+                   .bfloat16 = bfloat16, .parts = parts};
   for (int64_t at = 0; at < all; at++)
     n.scale[at] = weight[at % channels] * statistics[2 * all + at];
   on_threads(&n, sum_all, run);

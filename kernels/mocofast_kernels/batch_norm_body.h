@@ -74,7 +74,7 @@ INLINE TARGET void NAME(add_gradients)(const struct norm *n, const struct tile *
       __m512 gradient = LOAD(gradients + v * LANES, mask[v]);
       if (relu) {
         const __m512 y = residual ? LOAD(output + v * LANES, mask[v])
-                                          : _mm512_fmadd_ps(d, scale[v], bias[v]);
+                                  : _mm512_fmadd_ps(d, scale[v], bias[v]);
         gradient = _mm512_maskz_mov_ps(positive(y), gradient);
       }
       if (residual) STORE(of_residual + v * LANES, mask[v], gradient);
