@@ -291,12 +291,21 @@ def test_a_weight_in_the_memory_of_another_parameter_stays_there() -> None:
 
 
 @pytest.mark.skipif(torch.bfloat16 not in TYPES, reason="no products of bfloat16 on this CPU")
-@pytest.mark.parametrize("channels", [1, 3, 13])
-def test_pixels_of_bfloat16_have_a_float32_gradient_of_the_weight_on_threads(channels: int) -> None:
-    """The threads of oneDNN wait without sleep in bfloat16, .4 s beside a busy process."""
+@pytest.mark.parametrize(
+    ("channels", "kernel", "options"),
+    [
+        (3, (3, 3), ((2, 2), (1, 1), (1, 1))),
+        (1, (5, 3), ((1, 2), (2, 0), (1, 2))),
+        (13, (1, 4), ((3, 1), (0, 3), (2, 1))),
+        (24, (1, 1), ((1, 1), (0, 0), (1, 1))),
+    ],
+)
+def test_pixels_of_bfloat16_have_a_float32_gradient_of_the_weight_on_threads(
+    channels: int, kernel: tuple[int, int], options: Any
+) -> None:
+    """oneDNN's threads wait without sleep there, .4 s beside a busy process."""
     x = drawn(4, channels, 9, 7, dtype=torch.bfloat16).requires_grad_()
-    master = drawn(16, channels, 3, 3, seed=1).requires_grad_()
-    options: Any = ((2, 2), (1, 1), (1, 1))
+    master = drawn(16, channels, *kernel, seed=1).requires_grad_()
     exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, master)]
     y = F.conv2d(*exact, None, *options)
     gradient = drawn(*y.shape, seed=2).bfloat16()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mocofast_kernels import cpu_convolution
 from mocofast_kernels.cpu_convolution import Shape, convolves
 from torch import Tensor
@@ -113,9 +114,9 @@ class _Convolution(torch.autograd.Function):
 class _Pixels(torch.autograd.Function):
     """The first convolution of an encoder in bfloat16, by PyTorch.
 
-    On several threads the gradient of the weight is computed in float32: in bfloat16 the threads of
-    oneDNN wait for one another without sleep. Beside a single busy process a gradient took 390 ms
-    on two threads, .5 ms on one (docs/log.md).
+    On several threads C computes the gradient of the weight: oneDNN's threads wait for one another
+    without sleep. Beside a single busy process a gradient took 390 ms on two threads, .5 ms on one
+    (docs/log.md).
     """
 
     @staticmethod
@@ -133,17 +134,49 @@ class _Pixels(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_images = _pytorch_gradients(gradient, images, weight, ctx.shape, of_images=True)
         if ctx.needs_input_grad[2]:
+            of_pixels = _pytorch_weight_gradient
             if torch.get_num_threads() > 1:
-                gradient, images = gradient.float(), images.float()
-            of_weight = _pytorch_weight_gradient(gradient, images, weight, ctx.shape)
-            of_weight = of_weight.to(ctx.dtype)
+                of_pixels = _pixel_weight_gradient
+            of_weight = of_pixels(gradient, images, weight, ctx.shape).to(ctx.dtype)
         return of_images, None, of_weight, None
+
+
+def _pixel_weight_gradient(
+    gradient: Tensor, images: Tensor, weight: Tensor, shape: Shape
+) -> Tensor:
+    """Returns the gradient of the weight for images of few channels, float32.
+
+    The columns of the kernel become channels: every pixel gets its neighbours in the row.
+    """
+    (rows, columns), (_, across) = shape.kernel, shape.stride
+    count, width = shape.images, shape.size[1]
+    used = columns * shape.inputs
+    depth = -(-used // cpu_convolution.LANES) * cpu_convolution.LANES
+    sides = (0, 0, shape.padding[1], shape.padding[1])
+    padded = F.pad(images.permute(0, 2, 3, 1), sides).contiguous()
+    whole, line, pixel, channel = padded.stride()
+    neighbours = padded.as_strided(
+        (count, shape.height, width, columns, shape.inputs),
+        (whole, line, pixel * across, pixel * shape.dilation[1], channel),
+    )
+    wide = images.new_zeros(count, shape.height, width, depth)
+    wide[..., :used].unflatten(-1, (columns, shape.inputs)).copy_(neighbours)
+    of_rows = shape._replace(
+        inputs=depth,
+        width=width,
+        kernel=(rows, 1),
+        stride=(shape.stride[0], 1),
+        padding=(shape.padding[0], 0),
+        dilation=(shape.dilation[0], 1),
+    )
+    gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
+    found = cpu_convolution.weight_gradient(gradient, wide.permute(0, 3, 1, 2), of_rows)
+    return found[:, :used, :, 0].unflatten(1, (columns, shape.inputs)).permute(0, 2, 3, 1)
 
 
 def _pytorch_weight_gradient(
     gradient: Tensor, images: Tensor, weight: Tensor, shape: Shape
 ) -> Tensor:
-    weight = weight.to(images.dtype)
     return _pytorch_gradients(gradient, images, weight, shape, of_images=False)
 
 
