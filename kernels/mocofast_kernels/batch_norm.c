@@ -1,12 +1,12 @@
-/* BatchNorm over splits of a batch, with residual and ReLU, on channels-last images: a CPU with
- * AVX-512.
+/* BatchNorm, also over splits of a batch, with residual and ReLU, on channels-last images: a CPU
+ * with AVX-512.
  *
  * cpu_ghost_bn.py loads this library by ctypes, which holds no lock of Python during a call.
  *
  * A pass takes sums of groups of images, and a second pass writes the result: PyTorch's operators
- * take one more pass for the addition and one for the ReLU. The gradients take two passes, too. Sums
- * of a group are float32, of differences to a pixel or to the mean, and sums of groups are float64,
- * in an order that does not depend on the number of threads.
+ * take one more pass for the addition and one for the ReLU. The gradients take two passes, too.
+ * Sums of a group are float32, of differences to a pixel or to the mean, and sums of groups are
+ * float64, in an order that does not depend on the number of threads.
  */
 
 #include <math.h>

@@ -8,7 +8,8 @@
  */
 
 /* Returns the middle one of three pixels of a split: about the mean, and no outlier. */
-INLINE TARGET __m512 NAME(start_of)(const struct norm *n, int64_t split, int64_t c, __mmask16 mask) {
+INLINE TARGET __m512 NAME(start_of)(const struct norm *n, int64_t split, int64_t c,
+                                    __mmask16 mask) {
   const int64_t area = n->pixels * n->channels, last = n->images - n->splits + split;
   const element *x = (const element *)n->x + c;
   const __m512 a = LOAD(x + split * area, mask);

@@ -34,8 +34,9 @@
 /* ---- products over taps ---- */
 
 /* Computes `height` pixels of the result, `vectors` vectors of channels of each. */
-INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source, const uint32_t *panel,
-                                element *result, int64_t row, int64_t class, int64_t column,
+INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source,
+                                const uint32_t *panel, element *result, int64_t row, int64_t class,
+                                int64_t column,
                                 const int height, const int vectors) {
   sums_t sum[TALL][VECTORS];
   const element *from[TALL];
@@ -145,7 +146,8 @@ static TARGET void NAME(gather_part)(const struct gather_job *job, int64_t part)
 
 /* ---- gradient of the weights ---- */
 
-/* Lays out `count` channels of some pixels of some images as out[pixel][word of images][channel]. */
+/* Lays out `count` channels of some pixels of some images as
+ * out[pixel][word of images][channel]. */
 static TARGET void NAME(pack_images)(const element *images, int64_t image, int64_t last_image,
                                      int64_t pixels, int64_t channels, int64_t channel,
                                      int64_t count, int64_t pixel, int64_t end, uint32_t *out) {

@@ -88,7 +88,7 @@ static struct adamw corrected(const struct rule *rule, double steps) {
 #define AVX512 __attribute__((target("avx512f")))
 #define LANES(left) ((left) < 16 ? (__mmask16)((1u << (left)) - 1) : (__mmask16)0xffff)
 
-/* `avx2_average` alone, with wide vectors and memory asked for in time: .95 of the time on Zen 5. */
+/* `avx2_average`, with wide vectors and memory asked for in time: .95 of the time on Zen 5. */
 AVX512 static void avx512_average(float *restrict t, const float *restrict s, int64_t count,
                                   float w) {
   __m512 weight = _mm512_set1_ps(w < 0.5f ? w : -(1.f - w));

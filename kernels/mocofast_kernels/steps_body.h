@@ -28,7 +28,8 @@ static void NAME(average)(float *restrict t, const float *restrict s, int64_t co
 
 static void NAME(descend)(float *restrict p, const float *restrict g, int64_t count, float lr,
                           float decay) {
-  for (int64_t i = 0; i < count; i++) p[i] = MULTIPLY_ADD(-lr, MULTIPLY_ADD(decay, p[i], g[i]), p[i]);
+  for (int64_t i = 0; i < count; i++)
+    p[i] = MULTIPLY_ADD(-lr, MULTIPLY_ADD(decay, p[i], g[i]), p[i]);
 }
 
 static void NAME(sgd)(float *restrict p, const float *restrict g, float *restrict b, int64_t count,
