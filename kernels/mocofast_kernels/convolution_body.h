@@ -36,8 +36,7 @@
 /* Computes `height` pixels of the result, `vectors` vectors of channels of each. */
 INLINE TARGET void NAME(pixels)(const struct gather *g, const element *source,
                                 const uint32_t *panel, element *result, int64_t row, int64_t class,
-                                int64_t column,
-                                const int height, const int vectors) {
+                                int64_t column, const int height, const int vectors) {
   sums_t sum[TALL][VECTORS];
   const element *from[TALL];
   UNROLL for (int r = 0; r < height; r++) {
