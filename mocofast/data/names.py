@@ -28,7 +28,7 @@ FIELDS = frozenset(
 )
 
 # Extensions with two dots. mocofast's indices of shards are no images.
-_DOUBLE = {".gz": ".nii", ".npz": ".index"}
+DOUBLE = {".gz": ".nii", ".npz": ".index"}
 
 
 class _Every(frozenset[str]):
@@ -47,7 +47,7 @@ def extension_of(name: str) -> str:
     if dot < 0:
         return ""
     extension = name[dot:].lower()
-    if extension in _DOUBLE and name[:dot].lower().endswith(first := _DOUBLE[extension]):
+    if extension in DOUBLE and name[:dot].lower().endswith(first := DOUBLE[extension]):
         return first + extension
     return extension
 

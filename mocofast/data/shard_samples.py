@@ -25,7 +25,7 @@ import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, shortened
-from mocofast.data.names import EXTENSIONS, extension_of
+from mocofast.data.names import DOUBLE, EXTENSIONS, extension_of
 
 LABELS = (".cls", ".json")
 TEXT = ".txt"  # captions
@@ -76,7 +76,9 @@ class MemberReader:
         """
         base = name.rfind("/") + 1
         dot = name.rfind(".", base)
-        extension = extension_of(name)
+        extension = name[dot:].lower() if dot >= 0 else ""
+        if extension in DOUBLE:
+            extension = extension_of(name)
         if name.startswith(".", base):
             self._left_out["hidden files"] += 1
         elif extension in self._extensions and extension not in LABELS:
