@@ -303,7 +303,7 @@ def test_a_weight_in_the_memory_of_another_parameter_stays_there() -> None:
 def test_pixels_of_bfloat16_have_a_float32_gradient_of_the_weight_on_threads(
     channels: int, kernel: tuple[int, int], options: Any
 ) -> None:
-    """oneDNN's threads wait without sleep there, .4 s beside a busy process."""
+    """oneDNN's threads wait without sleep there, up to .4 s beside busy processes."""
     x = drawn(4, channels, 9, 7, dtype=torch.bfloat16).requires_grad_()
     master = drawn(16, channels, *kernel, seed=1).requires_grad_()
     exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, master)]

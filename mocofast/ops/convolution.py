@@ -115,7 +115,7 @@ class _Pixels(torch.autograd.Function):
     """The first convolution of an encoder in bfloat16, by PyTorch.
 
     On several threads C computes the gradient of the weight: oneDNN's threads wait for one another
-    without sleep. Beside a single busy process a gradient took 390 ms on two threads, .5 ms on one
+    without sleep. Beside busy processes a gradient took up to 390 ms on two threads, .5 ms on one
     (docs/log.md).
     """
 
