@@ -45,7 +45,7 @@ class CompiledConv2d(nn.Conv2d):
 class PixelConv2d(CompiledConv2d):
     """A convolution whose inputs are no multiple of 16 channels, as the first one of an encoder.
 
-    PyTorch computes. In bfloat16 `convolve` chooses the type of the weight's gradient.
+    PyTorch computes. In bfloat16 on several threads C computes the weight's gradient.
     """
 
 
