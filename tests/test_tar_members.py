@@ -143,6 +143,25 @@ def test_numbers_that_are_not_octal_are_read_as_by_tarfile(tmp_path: Path) -> No
     assert by_members(path) == by_tarfile(path)
 
 
+def test_sums_padded_with_spaces_are_read_as_by_tarfile(tmp_path: Path) -> None:
+    """POSIX allows spaces before the digits. A wrong digit behind spaces ends the members."""
+    path = write(tmp_path / "x.tar", tarfile.USTAR_FORMAT)
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+    content = bytearray(path.read_bytes())
+    for start in starts:
+        total = int(content[start + 148 : start + 154], 8)
+        content[start + 148 : start + 156] = b"%6o\0 " % total
+    path.write_bytes(content)
+    assert content[starts[0] + 148] == ord(" ")
+    found = by_members(path)
+    assert found == by_tarfile(path)
+    assert len(found) == 2 * len(starts)
+    content[starts[2] + 153] ^= 1
+    path.write_bytes(content)
+    assert by_members(path) == by_tarfile(path) != found
+
+
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the tar command")
 @pytest.mark.parametrize("kind", ["v7", "oldgnu", "gnu", "ustar", "posix"])
 def test_files_of_the_tar_command_equal_tarfiles(tmp_path: Path, kind: str) -> None:

@@ -14,7 +14,6 @@ import os
 import tarfile
 import threading
 from collections.abc import Mapping, Set
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,13 +247,7 @@ def _scan(path: Path, extensions: Set[str]) -> Members:
                 elif is_plain or is_link or member.isreg():
                     if not 0 <= member.size <= length - member.offset_data and not is_link:
                         raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
-                    reader.add(
-                        member.name,
-                        member.offset_data,
-                        member.size,
-                        member.linkname if is_link else None,
-                        partial(tar.read, member),
-                    )
+                    reader.add(member, member.linkname if is_link else None, tar.read)
             tar.check_end()
     except _NO_TAR as error:
         with path.open("rb") as file:

@@ -26,6 +26,7 @@ import numpy as np
 from mocofast.config import ConfigError
 from mocofast.data.finding import ALL, Patterns, counted, is_mask_name, listed, shortened
 from mocofast.data.names import DOUBLE, EXTENSIONS, extension_of
+from mocofast.data.tar_members import Member
 
 LABELS = (".cls", ".json")
 TEXT = ".txt"  # captions
@@ -66,14 +67,13 @@ class MemberReader:
         self._left_out: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
 
-    def add(
-        self, name: str, offset: int, size: int, link: str | None, content: Callable[[], bytes]
-    ) -> None:
+    def add(self, member: Member, link: str | None, read: Callable[[Member], bytes]) -> None:
         """Adds a file or a link.
 
-        offset, size: of the content, in bytes. link: name of the target, None for a file.
-        content: returns the content. Called for labels.
+        link: name of the target, None for a file.
+        read: returns the content of the member. Called for labels.
         """
+        name = member.name
         base = name.rfind("/") + 1
         dot = name.rfind(".", base)
         extension = name[dot:].lower() if dot >= 0 else ""
@@ -85,16 +85,17 @@ class MemberReader:
             if name in self._images:
                 self._left_out["images whose name occurs twice"] += 1
             else:
-                self._images[name] = (offset, size) if link is None else link
+                place = (member.offset_data, member.size)
+                self._images[name] = place if link is None else link
         elif extension not in LABELS:
             self._kinds[extension] += 1
             if extension == TEXT and link is None:
-                self._texts.setdefault(name[:dot], (offset, size))
+                self._texts.setdefault(name[:dot], (member.offset_data, member.size))
         elif link is not None:
             self._label_links.append((name, link))
-        elif size > LARGEST_LABEL_FILE:
+        elif member.size > LARGEST_LABEL_FILE:
             self.leave_out(f"label files of more than {LARGEST_LABEL_FILE >> 20} MiB")
-        elif label := _label(extension, content()):
+        elif label := _label(extension, read(member)):
             self._add_label(name[:dot], label)
 
     def leave_out(self, reason: str) -> None:
@@ -102,15 +103,14 @@ class MemberReader:
         self._left_out[reason] += 1
 
     def _add_label(self, stem: str, label: tuple[int, str]) -> None:
-        known = self._labels.get(stem)
-        if known is None or label[0] < known[0]:
+        if label[0] < self._labels.setdefault(stem, label)[0]:
             self._labels[stem] = label
 
     def finish(self) -> Members:
         """Returns the images with their labels."""
         places: dict[str, tuple[int, int]] = {}
-        for name in self._images:
-            place = self._follow(name)
+        for name, found in self._images.items():
+            place = self._follow(name) if isinstance(found, str) else found
             if place is None:
                 self._left_out["links to images that the shard lacks"] += 1
             else:
@@ -237,8 +237,10 @@ def choose_samples(
     dotted: dict[str, list[int]] = {}  # {key: numbers} of key.other.jpg
     twins: list[tuple[int, int]] = []  # (left out, used)
     for i in used_list:
-        key, extension = key_of(names[i])
-        if "." in extension:
+        name = names[i]
+        dot = name.find(".", name.rfind("/") + 1)  # as `key_of`, in the least time
+        key = name if dot < 0 else name[:dot]
+        if dot >= 0 and name.find(".", dot + 1) >= 0:
             dotted.setdefault(key, []).append(i)
         elif plain.setdefault(key, i) != i:
             twins.append((i, plain[key]))

@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -70,6 +71,9 @@ class PlainFile:
         return False
 
 
+Member: TypeAlias = "tarfile.TarInfo | PlainFile"
+
+
 class TarMembers:
     """All members of an uncompressed tar file, in order. A context manager."""
 
@@ -85,7 +89,7 @@ class TarMembers:
     def __exit__(self, *error: object) -> None:
         self._tar.close()
 
-    def __iter__(self) -> Iterator[tarfile.TarInfo | PlainFile]:
+    def __iter__(self) -> Iterator[Member]:
         """Yields every member. Raises tarfile.TarError where the tar file is cut off."""
         tar = self._tar
         while (member := tar.next()) is not None:
@@ -119,7 +123,7 @@ class TarMembers:
                 )
             position += len(rest)
 
-    def read(self, member: tarfile.TarInfo | PlainFile) -> bytes:
+    def read(self, member: Member) -> bytes:
         """Returns the content of a regular file. Raises tarfile.TarError for a cut-off file."""
         if isinstance(member, tarfile.TarInfo):
             file = self._tar.extractfile(member)
@@ -186,11 +190,15 @@ def _are_whole(headers: list[bytes]) -> bool:
     """Returns whether every header holds the sum of its bytes, and a size of at most 11 digits."""
     if not headers:
         return True
-    try:
-        written = np.array([int(header[148:154], 8) for header in headers])
-    except ValueError:
-        return False
     table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)  # (headers, BLOCK)
+    digits = table[:, 148:154] - np.uint8(ord("0"))
+    if (digits < 8).all():  # in most tar files
+        written = digits @ 8 ** np.arange(5, -1, -1)
+    else:
+        try:
+            written = np.array([int(header[148:154], 8) for header in headers])
+        except ValueError:
+            return False
     # The field of the sum counts as 8 spaces.
     total = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
     ends_of_size = np.isin(table[:, 135], (0, ord(" ")))
