@@ -191,7 +191,7 @@ def test_lists_that_an_ema_has_checked_are_checked_again_after_a_change() -> Non
 
     ops.ema_update_(*fresh(), 0.5)
     targets, sources = fresh()  # other tensors of equal properties
-    assert memory._known.find(targets + sources) is not None
+    assert memory._known.find(sources + targets) is not None
     targets[1].data = targets[0].data  # tied now: updated once
     ops.ema_update_(targets, sources, 0.5)
     assert [t.tolist() for t in targets] == [[0.5] * 3] * 4

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from mocofast_kernels import cpu_steps
 from mocofast_kernels.cpu_parts import check_memory
-from mocofast_kernels.cpu_steps import Counts
 from mocofast_kernels.cpu_vectors import unit_rows
 
 GRAIN = 2**15  # elements: PyTorch's elementwise operations divide larger tensors among threads
@@ -32,20 +30,12 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool) -
     pointer.add_(count).remainder_(size)
 
 
-def ema_update_(
-    targets: list[Tensor],
-    sources: list[Tensor],
-    momentum: float | Tensor,
-    *,
-    counts: Counts | None = None,
-) -> None:
+def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
         listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
-    counts: elements of the targets, if all tensors are known to be of float32 and every target to
-        lie in memory as its source.
 
     Raises ValueError for a tensor whose storage was freed, where PyTorch would crash.
     """
@@ -53,17 +43,15 @@ def ema_update_(
         momentum = float(momentum)
     step = 1.0 - momentum
     both = sources + targets
-    addresses = list(map(Tensor.data_ptr, both))
-    apart = set(addresses)
+    apart = set(map(Tensor.data_ptr, both))
     if 0 in apart:
         check_memory(targets=targets, sources=sources)
     if (
         len(apart) == len(both)  # nothing is tied
         and isinstance(step, float)
-        and (counts is not None or {x.dtype for x in both} == {torch.float32})
+        and {x.dtype for x in both} == {torch.float32}
     ):
-        if counts is None or not cpu_steps.average_(targets, addresses, counts, step):
-            _lerp(targets, sources, step)
+        _lerp(targets, sources, step)
         return
     # Sort out integers, other types and tied tensors.
     plain_targets, plain_sources = [], []

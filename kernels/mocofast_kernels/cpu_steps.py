@@ -65,6 +65,9 @@ class Rule(NamedTuple):
     eps: float = 0.0
 
 
+_NO_STEP = Rule()
+
+
 def step_(
     rows: Sequence[ParameterRow], rule: Rule, ema_momentum: float | Tensor
 ) -> Sequence[ParameterRow]:
@@ -104,19 +107,34 @@ class Counts(NamedTuple):
         return Counts(each, sum(each))
 
 
-def average_(targets: list[Tensor], addresses: list[int], counts: Counts, step: float) -> bool:
-    """Computes t = t + step (s - t) for pairs of float32 tensors that lie alike, each tensor apart.
+class Pairs:
+    """What is known of targets and sources of float32 on CPUs that lie in memory alike."""
 
-    addresses: of all sources, then of their targets.
-    counts: elements of the targets.
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self.counts = Counts.of(targets)
+        self.apart = array("q")  # the addresses of the last call: of sources, then of targets
 
-    Returns whether the library could. With one thread the last pair comes first: a step of an
-    optimiser has left the last weights in the cache.
+
+def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: float) -> bool:
+    """Computes t = t + step (s - t) for all targets t and sources s.
+
+    both: all sources, then their targets.
+    pairs: of lists of these properties (`Remembered`).
+
+    Returns whether the library could: not for tensors that share memory or lost their memory. With
+    one thread the last pair comes first: a step of an optimiser has left the last weights in the
+    cache.
     """
     make = _function()
-    if make is None or not _is_free(targets[0]):
+    if make is None or is_watched():
         return False
-    _run(targets[0], make, addresses, _PAIRS, True, counts, Rule(), step)
+    addresses = array("q", map(Tensor.data_ptr, both))
+    if addresses != pairs.apart:  # most lists hold the tensors of their last call
+        apart = set(addresses)
+        if 0 in apart or len(apart) < len(addresses):
+            return False
+        pairs.apart = addresses
+    _run(targets[0], make, addresses, _PAIRS, True, pairs.counts, _NO_STEP, step)
     increment_version(targets)
     return True
 
@@ -172,7 +190,8 @@ def _step_alike(
     if len(apart) < len(addresses):  # tensors share memory
         return left + rows
     present = sum(1 << i for i, column in enumerate(columns) if column is not None)
-    _run(rows[0].param, make, addresses, present, False, plan.counts, rule, average)
+    table = array("q", addresses)
+    _run(rows[0].param, make, table, present, False, plan.counts, rule, average)
     params, grads, first, second, _, *written = columns
     for column in (params if grads else None, first, second, *written):
         if column is not None:
@@ -212,15 +231,14 @@ def _fits(row: ParameterRow) -> bool:
 def _run(
     first: Tensor,
     make: Any,
-    addresses: list[int],
+    addresses: array[int],
     present: int,
     backwards: bool,
     counts: Counts,
     rule: Rule,
     average: float,
 ) -> None:
-    table = array("q", addresses)
-    places = counts.each.buffer_info()[0], table.buffer_info()[0], len(counts.each)
+    places = counts.each.buffer_info()[0], addresses.buffer_info()[0], len(counts.each)
     threads = torch.get_num_threads()
     team = None if threads == 1 or counts.total <= FEW else _openmp()
     if team is not None:

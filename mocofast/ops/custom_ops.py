@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mocofast_kernels.cpu_steps import Counts
 from mocofast_kernels.cpu_vectors import wide_dtype
 from mocofast_kernels.exclusion import Exclusion
 from torch import Tensor
@@ -183,16 +182,11 @@ def ema_update_(
     targets: list[Tensor],
     sources: list[Tensor],
     momentum: float | Tensor,
-    counts: Counts | None,
 ) -> None:
-    """Calls the kernel for tensors of a single device, through an op while torch.compile traces.
-
-    counts: elements of the targets, if all tensors are known to be of float32 and every target to
-        lie in memory as its source.
-    """
+    """Calls the kernel for tensors of a single device, through an op while torch.compile traces."""
     if torch.compiler.is_compiling():
         scalar, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
         ema_update_op(targets, sources, tensor, scalar)
     else:
         update = backend.backend_for(targets[0].device.type).ema_update_
-        update(targets, sources, momentum, counts=counts)
+        update(targets, sources, momentum)

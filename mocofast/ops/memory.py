@@ -7,8 +7,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
+from mocofast_kernels import cpu_steps
 from mocofast_kernels.cpu_parts import same_layout
-from mocofast_kernels.cpu_steps import Counts
+from mocofast_kernels.cpu_steps import Pairs
 from mocofast_kernels.remembered import Remembered
 from torch import Tensor
 
@@ -21,14 +22,12 @@ class _Seen(NamedTuple):
     """What is known of targets and sources."""
 
     device: torch.device  # of all tensors
-    # Elements of targets, if all are of float32 and every target lies in memory as its source.
-    counts: Counts | None
+    pairs: Pairs | None  # if all are of float32 and every target lies in memory as its source
 
 
 _known: Remembered[_Seen] = Remembered()
 
 
-@torch.no_grad()
 def ema_update_(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
@@ -53,12 +52,34 @@ def ema_update_(
         )
     seen = None
     if not torch.compiler.is_compiling():
-        seen = _known.find(targets + sources)
-        if seen is None and not is_plain(targets + sources):
+        both = sources + targets
+        seen = _known.find(both)
+        if seen is not None:
+            momentum = _checked_momentum(momentum, seen.device)
+            # The way of nearly every call on a CPU. After a step of training all that Python
+            # touches comes from memory, so the way is short.
+            if (
+                seen.pairs is not None
+                and not isinstance(momentum, Tensor)
+                and cpu_steps.average_(targets, both, seen.pairs, 1.0 - momentum)
+            ):
+                return
+        elif not is_plain(both):
             targets, sources = _local_pairs(targets, sources)
+    with torch.no_grad():
+        _update(targets, sources, momentum, None if seen is None else seen.device)
+
+
+def _update(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: float | Tensor,
+    common: torch.device | None,
+) -> None:
+    """Averages by the kernel of every device. common: the device of tensors that are known."""
     # Group pairs by device. The common case, a single device, has a faster check.
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    common = _device_of_plain_pairs(targets, sources) if seen is None else seen.device
+    common = _device_of_plain_pairs(targets, sources) if common is None else common
     if common is not None:
         groups[common] = (targets, sources)
     else:
@@ -71,7 +92,7 @@ def ema_update_(
     for device in groups:
         momentum = _checked_momentum(momentum, device)
     for group in groups.values():
-        custom_ops.ema_update_(*group, momentum, None if seen is None else seen.counts)
+        custom_ops.ema_update_(*group, momentum)
 
 
 def get_ema_multi_avg_fn(
@@ -142,7 +163,7 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     Checking a property for all tensors at once costs a third of checking pair by pair. Pairs that
     pass are remembered by their properties.
     """
-    both = targets + sources
+    both = sources + targets
     if not all(issubclass(kind, Tensor) for kind in set(map(type, both))):
         return None
     kinds = {(x.device, x.dtype) for x in both}
@@ -158,12 +179,11 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     (device,) = devices
     if not torch.compiler.is_compiling():
         alike = (
-            {dtype for _, dtype in kinds} == {torch.float32}
+            kinds == {(torch.device("cpu"), torch.float32)}
             and not any(map(Tensor.is_neg, both))
             and all(map(same_layout, zip(targets, sources)))
         )
-        counts = Counts.of(targets) if alike else None
-        _known.add(both, _Seen(device, counts))
+        _known.add(both, _Seen(device, Pairs(targets) if alike else None))
     return device
 
 
