@@ -28,7 +28,7 @@ def test_it_reports_every_mode_with_its_floor(
         assert set(r["milliseconds"]) == {"mocofast", "unsplit", "loop", "fold"}
         assert r["bytes"] == norm.MODES[r["mode"]].sweeps * 6 * 8 * 6 * 6 * 4
         assert r["floor_milliseconds"] == pytest.approx(
-            1e-6 * r["bytes"] / r["copy_gigabytes_per_second"], rel=1e-2, abs=1e-4
+            1e-6 * r["bytes"] / r["memory_gigabytes_per_second"], rel=1e-2, abs=1e-4
         )
 
 

@@ -139,10 +139,21 @@ def test_a_floor_is_the_longer_of_both_times_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        profile, "copy_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0
+        profile, "memory_bandwidth", lambda size, device: 100.0 if size == 900 else 1.0
     )
     floor = profile.Floor.measure([Work(50, 100), Work(10, 900)], 10.0, CPU)
     assert floor == (5.0 + 9.0, 60, 1000, 100.0)
+
+
+def test_bandwidth_of_memory_is_that_of_the_faster_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = profile.memory_passes(800, CPU)
+    for call, _ in passes.values():
+        call()
+    # 100 numbers are copied to 100 others, or all 200 are read and written.
+    assert {name: moved for name, (_, moved) in passes.items()} == {"copy": 800, "update": 1600}
+    seconds = iter((2.0, 2.5))
+    monkeypatch.setattr(profile, "_best", lambda function, device: next(seconds))
+    assert profile.memory_bandwidth(800, CPU) == 1600 / 2.5
 
 
 def test_traffic_of_an_optimiser_step_counted_by_hand() -> None:

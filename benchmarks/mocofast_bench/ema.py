@@ -4,7 +4,7 @@ Other implementations: a loop over tensors as in facebookresearch/moco, torch._f
 torch.optim.swa_utils.AveragedModel and timm's ModelEmaV3.
 
 The floor is the memory traffic of an EMA (read targets and sources, write targets) at the
-copy bandwidth measured in the same run.
+bandwidth of memory measured in the same run.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints the table and returns the row."""
-    # Measure all implementations and the copy in turns.
+    # Measure all implementations and memory in turns.
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
     sources, candidates, skipped = build_averagers(weight_shapes(), dtype, device)
     count, size, tensors = sum(s.numel() for s in sources), dtype.itemsize, len(sources)
     updates = {name: averager.update for name, averager in candidates.items()}
-    times, bandwidth = timing.interleaved_with_copy(updates, arguments.repeats, device)
+    times, bandwidth = timing.interleaved_with_memory(updates, arguments.repeats, device)
     traffic = 3 * count * size
     floor = traffic / bandwidth
     loop = times["loop"].median
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{traffic / 1e6:.0f} MB"
     )
     print(
-        f"{timing.device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+        f"{timing.device_name(device)}; memory {bandwidth / 1e9:.1f} GB/s; "
+        f"floor {1e3 * floor:.3f} ms"
     )
     print(f"{'':28}{'ms':>10}{'quartiles':>20}{'x loop':>9}{'of floor':>10}")
     for name, time in times.items():
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **timing.entries(times),
         "skipped": skipped,
         "bytes": traffic,
-        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "memory_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),
         "speedup": round(loop / times["mocofast"].median, 3),
         "speedup_over_foreach_lerp": round(

@@ -7,7 +7,7 @@ loop: PyTorch's BatchNorm, called once for every split.
 fold: PyTorch's BatchNorm, called once, with splits folded into channels.
 
 Modes are the forward pass (key encoder), forward and backward (query encoder), and a forward
-pass with residual and ReLU. The floor is the memory traffic at the copy bandwidth measured
+pass with residual and ReLU. The floor is the memory traffic at the bandwidth measured
 in the same run, for kernels: the forward pass reads x for the statistics and again for the output,
 the backward pass reads x and the gradient for the sums and again for the gradient of x. Every
 call takes the next inputs, and all inputs together exceed the caches. On a GPU mocofast and
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         inputs = activations(n, channels, side, dtype, device)
         for name, mode in MODES.items():
             steps = rotated_steps(inputs, arguments.splits, mode)
-            times, bandwidth = timing.interleaved_with_copy(steps, arguments.repeats, device)
+            times, bandwidth = timing.interleaved_with_memory(steps, arguments.repeats, device)
             traffic = mode.sweeps * inputs[0].x.nbytes
             rows.append(_report(name, (n, channels, side, side), traffic, bandwidth, times))
             arguments.keep(row)
@@ -145,7 +145,7 @@ def _report(
     floor = traffic / bandwidth
     whole = times["unsplit"].median
     print(
-        f"{shape}, {mode}: {traffic / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; "
+        f"{shape}, {mode}: {traffic / 1e6:.0f} MB; memory {bandwidth / 1e9:.1f} GB/s; "
         f"floor {1e3 * floor:.3f} ms"
     )
     print(f"{'':20}{'ms':>10}{'quartiles':>20}{'of unsplit':>12}{'of floor':>10}")
@@ -158,7 +158,7 @@ def _report(
         "mode": mode,
         **timing.entries(times),
         "bytes": traffic,
-        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "memory_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),
         "time_of_unsplit": round(times["mocofast"].median / whole, 3),
         "fraction_of_floor": round(floor / times["mocofast"].median, 3),

@@ -5,7 +5,7 @@ PyTorch's fused and foreach steps followed by torch._foreach_lerp_ and casts. LA
 MoCo v3's loops over tensors, and beside timm's LARS followed by torch._foreach_lerp_. timm divides
 by the sum of the norms of gradient and decay, and not by the norm of their sum: nearly equal steps.
 
-The floor is the memory traffic of a step at the copy bandwidth measured in the same run. A
+The floor is the memory traffic of a step at the bandwidth of memory, measured in the same run. A
 step reads and writes every tensor once. LARS reads weights and gradients twice, for the
 norms. On a GPU all sides are also timed as CUDA graphs, without the cost of launches.
 """
@@ -87,12 +87,13 @@ def _measure(name: str, device: torch.device, repeats: int, copies: bool) -> dic
                 steps[f"{side}, graph"] = capture_graph(step)
             except RuntimeError as error:  # not every optimiser can be captured
                 skipped[f"{side}, graph"] = describe_error(error).splitlines()[0]
-    times, bandwidth = timing.interleaved_with_copy(steps, repeats, device)
+    times, bandwidth = timing.interleaved_with_memory(steps, repeats, device)
     size = optimizer.traffic() + norm_traffic(optimizer)
     floor = size / bandwidth
     ours, theirs = list(steps)[:2]
     print(
-        f"{name}: {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s; floor {1e3 * floor:.3f} ms"
+        f"{name}: {size / 1e6:.0f} MB; memory {bandwidth / 1e9:.1f} GB/s; "
+        f"floor {1e3 * floor:.3f} ms"
     )
     print(f"{'':24}{'ms':>10}{'quartiles':>20}{'speed':>9}{'of floor':>10}")
     for side, time in times.items():
@@ -106,7 +107,7 @@ def _measure(name: str, device: torch.device, repeats: int, copies: bool) -> dic
         "skipped": skipped,
         **timing.entries(times),
         "bytes": size,
-        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "memory_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "floor_milliseconds": round(1e3 * floor, 4),
         "speedup": round(times[theirs].median / times[ours].median, 3),
         "fraction_of_floor": round(floor / times[ours].median, 3),

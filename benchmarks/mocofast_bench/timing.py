@@ -26,9 +26,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from mocofast.train.profile import memory_passes
 from mocofast.usage import Usage, usage
 
-COPIED = 256 * 2**20  # bytes of the copy that measures memory bandwidth
+PASSED = 512 * 2**20  # bytes of the passes that measure the bandwidth of memory
 # Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
 MINIMUM_SAMPLE = 2e-3
 
@@ -97,19 +98,19 @@ def interleaved(
     return {name: summary(values) for name, values in samples.items()}
 
 
-def interleaved_with_copy(
+def interleaved_with_memory(
     candidates: dict[str, Call], repeats: int, device: torch.device
 ) -> tuple[dict[str, Timing], float]:
-    """Times the candidates and a large copy, as `interleaved` does.
+    """Times the candidates and large passes over memory, as `interleaved` does.
 
     Returns:
-        times: a Timing for every candidate, without the copy.
-        bandwidth: bytes a second, read and written by the copy.
+        times: a Timing for every candidate, without the passes.
+        bandwidth: bytes a second, read and written, of the faster pass.
     """
-    block = torch.empty(COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(block)
-    times = interleaved({**candidates, "copy": lambda: target.copy_(block)}, repeats, device)
-    return times, 2 * block.numel() / times.pop("copy").median
+    passes = memory_passes(PASSED, device)
+    calls = {name: function for name, (function, _) in passes.items()}
+    times = interleaved({**candidates, **calls}, repeats, device)
+    return times, max(moved / times.pop(name).median for name, (_, moved) in passes.items())
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:

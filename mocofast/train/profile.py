@@ -5,8 +5,8 @@ Times: mean over the middle half (by duration) of the steps that are timed part 
 DistributedDataParallel. "communication" is all other waiting for ranks. While parts are timed, a
 CUDA graph of the step is launched op by op instead.
 
-Floors: the longer of operations / matrix rate and bytes / copy bandwidth. Both rates are measured
-in the same run, best of a few repeats.
+Floors: the longer of operations / matrix rate and bytes / bandwidth of memory. Both rates are
+measured in the same run, best of a few repeats.
 Encoders: sum over convolutions, matrix products, attentions and normalisations. Operations are
 counted by torch's registry of flops. Bytes are the inputs and outputs of the layer, once.
 Element-wise operations count as zero: they could be fused.
@@ -63,12 +63,12 @@ class Floor(NamedTuple):
     seconds: float
     operations: int
     bytes: int
-    bandwidth: float  # bytes a second of a copy (read + written) of the largest layer's size
+    bandwidth: float  # of memory at the size of the largest layer, bytes a second (read + written)
 
     @classmethod
     def measure(cls, layers: list[Work], rate: float, device: torch.device) -> Floor:
         """Returns the floor of layers. Measures the bandwidth. rate: operations a second."""
-        bandwidth = copy_bandwidth(max(layer.bytes for layer in layers), device)
+        bandwidth = memory_bandwidth(max(layer.bytes for layer in layers), device)
         seconds = sum(max(layer.operations / rate, layer.bytes / bandwidth) for layer in layers)
         return cls(
             seconds, sum(w.operations for w in layers), sum(w.bytes for w in layers), bandwidth
@@ -111,7 +111,7 @@ class Profile(NamedTuple):
 
     def table(self) -> str:
         """Returns the profile as text."""
-        head = ("ms", "share", "floor ms", "of it", "GFLOP", "MB", "copy GB/s")
+        head = ("ms", "share", "floor ms", "of it", "GFLOP", "MB", "GB/s")
         widths = (10, 8, 10, 7, 9, 9, 11)
         lines = [self.title]
         lines.append(" " * 18 + "".join(f"{name:>{width}}" for name, width in zip(head, widths)))
@@ -316,14 +316,27 @@ def matrix_rate(device: torch.device, autocast: torch.autocast) -> float:
     return max(2 * side**3 / product, 2 * images * pixels**2 * channels**2 * 9 / convolution)
 
 
-def copy_bandwidth(size: int, device: torch.device) -> float:
-    """Returns bytes a second of a copy, read + written. Small copies are faster: they fit a cache.
+def memory_bandwidth(size: int, device: torch.device) -> float:
+    """Returns bytes a second, read + written, of a copy or an update in place: the higher rate.
+
+    Small passes are faster: they fit a cache.
 
     size: bytes read + written, at most 1 GiB.
     """
-    source = torch.ones(max(1, min(size, 2**30) // 2), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) / _best(lambda: target.copy_(source), device)
+    passes = memory_passes(max(8, min(size, 2**30)), device)
+    return max(moved / _best(function, device) for function, moved in passes.values())
+
+
+def memory_passes(size: int, device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Returns passes over `size` bytes of memory, and the bytes that a call reads and writes.
+
+    A CPU reads the lines that a copy writes, too. So an update in place moves more bytes a second.
+    """
+    values = torch.ones(2, size // 8, device=device)
+    return {
+        "copy": (lambda: values[1].copy_(values[0]), 4 * values.numel()),
+        "update": (lambda: values.mul_(1.0), 8 * values.numel()),
+    }
 
 
 def _best(function: Callable[[], Any], device: torch.device) -> float:
