@@ -6,10 +6,11 @@ import io
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -133,14 +134,14 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         331, 7, 8, seed=5
     )  # a prime: the last tile is short both ways
     whole = knn_accuracy(train, labels, val, own, 20)
-    nearest = (val @ train.T).topk(20)
+    nearest = (val @ nn.functional.normalize(train).T).topk(20)
     for columns, k in ((13, 20), (57, 20), (57, 1)):  # columns fewer than k, and many more
         monkeypatch.setattr(knn, "_ROWS", 17)
         monkeypatch.setattr(knn, "_COLUMNS", columns)
         assert knn_accuracy(train, labels, val, own, 20) == whole
-        size, tile = knn._tile(train)
-        found = [knn._nearest(rows, train, k, tile) for rows in val.split(size)]
-        assert size == 17
+        bank = knn._Bank(train, k)
+        found = [bank.nearest(rows) for rows in val.split(bank.rows)]
+        assert bank.rows == 17
         similarity, order = torch.cat([values for values, _ in found]).sort(1, descending=True)
         index = torch.cat([index for _, index in found]).gather(1, order)
         assert torch.equal(index, nearest.indices[:, :k])
@@ -169,9 +170,37 @@ def test_similarities_take_one_tile_of_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(knn, "_TILE", 2**12)
     monkeypatch.setattr(knn, "_COLUMNS", 2**8)
     for count in (1, 100, 256, 5000):
-        size, tile = knn._tile(torch.zeros(count, 2))
-        assert size == min(512, 2**12 // min(count, 2**8))
-        assert tile.numel() == size * min(count, 2**8) <= 2**12
+        bank = knn._Bank(torch.zeros(count, 2), 1)
+        bank.nearest(torch.zeros(1, 2))
+        assert bank.rows == min(512, 2**12 // min(count, 2**8))
+        assert bank._own.tile.numel() == bank.rows * min(count, 2**8) <= 2**12
+
+
+def test_any_number_of_threads_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_FEW", 0)
+    monkeypatch.setattr(knn, "_ROWS", 12)
+    train, labels, val, own = clusters(331, 7, 8, seed=5)
+    table, before, ran = torch.eye(7), torch.get_num_threads(), set()
+    nearest = knn._Bank.nearest
+
+    def noted(bank: Any, rows: torch.Tensor) -> Any:
+        ran.add(threading.current_thread().name)
+        return nearest(bank, rows)
+
+    monkeypatch.setattr(knn._Bank, "nearest", noted)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            shots = knn.few_shot_accuracy(train, labels, val, own, 3, repeats=2)
+            votes = knn.knn_votes([(train, labels)], val, 9, 0.1, table)
+            found.append((knn_accuracy(train, labels, val, own, 9), shots, votes))
+    finally:
+        torch.set_num_threads(before)
+    assert len(ran) > 2  # the calling thread, and two threads of the pool at least
+    for accuracy, shots, votes in found[1:]:
+        assert (accuracy, shots) == found[0][:2]
+        torch.testing.assert_close(votes, found[0][2], equal_nan=True)
 
 
 def test_knn_votes_by_similarity_not_by_number() -> None:

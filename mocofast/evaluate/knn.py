@@ -6,19 +6,25 @@ do not change their inputs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mocofast_kernels import cpu_threads
 from torch import Tensor
 
 from mocofast.device import wide
 
 # Similarities are computed in tiles of rows x columns. A tile has at most _TILE elements (64 MiB in
 # float32), for any number of images, and overwrites the tile before: pages of fresh memory took
-# 40 % of a product's time.
+# 40 % of a product's time. Every thread of a CPU has a tile of its own, of half of the rows for two
+# threads, and a quarter for more.
 _ROWS, _COLUMNS, _TILE = 512, 2**16, 2**24
+# Fewer similarities: PyTorch's threads divide every operation. After an operation they spin for
+# milliseconds, beside threads of our own.
+_FEW = 2**22
 _LEAST_PER_GROUP = 4  # columns, see `_largest`: smaller groups are no faster than one sort
 
 
@@ -70,15 +76,33 @@ def knn_accuracy(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0: got {temperature}")
     classes = _class_count(train_labels, val_labels, num_classes)
+    hits = _hits(train_features, train_labels, val_features, val_labels, k, temperature, classes)
+    top1, top5 = (wide(hits) / len(val_features)).tolist()
+    return KNNResult(top1, top5)
+
+
+@cpu_threads.one_fork(unless=lambda train, labels, val, *_: len(train) * len(val) <= _FEW)
+def _hits(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    k: int,
+    temperature: float,
+    classes: int,
+) -> Tensor:
+    """Returns how many samples have their label among the top 1 and the top 5, (2,) int64.
+
+    Arguments: as for `knn_accuracy`.
+    """
     device = train_features.device
-    train = F.normalize(train_features.float(), dim=1)
     train_labels = train_labels.to(device)
-    k = min(k, len(train))
+    bank = _Bank(train_features, min(k, len(train_features)))
     hits = torch.zeros(2, dtype=torch.int64, device=device)
-    size, tile = _tile(train)
-    for rows, own in zip(val_features.split(size), val_labels.split(size)):
-        rows = F.normalize(rows.to(device).float(), dim=1)
-        similarity, neighbour = _nearest(rows, train, k, tile)
+
+    def of(part: tuple[Tensor, Tensor]) -> Tensor:
+        rows, own = part
+        similarity, neighbour = bank.nearest(F.normalize(rows.to(device).float(), dim=1))
         # float64, and relative to the nearest neighbour: exp(1 / 0.005) would overflow float32.
         weight = (wide(similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
         where = weight.device
@@ -87,9 +111,14 @@ def knn_accuracy(
         own = own.to(where)
         voted = votes.gather(1, own[:, None])[:, 0] > 0
         position = label_position(votes, own)
-        hits += torch.stack([(voted & (position < top)).sum() for top in (1, 5)]).to(device)
-    top1, top5 = (wide(hits) / len(val_features)).tolist()
-    return KNNResult(top1, top5)
+        return torch.stack([(voted & (position < top)).sum() for top in (1, 5)]).to(device)
+
+    def add(part: tuple[Tensor, Tensor], found: Tensor) -> None:
+        hits.add_(found)
+
+    parts = [*zip(val_features.split(bank.rows), val_labels.split(bank.rows))]
+    cpu_threads.in_order(of, parts, add)
+    return hits
 
 
 def knn_votes(
@@ -125,12 +154,10 @@ def nearest_labels(
     best = torch.empty(len(queries), 0, device=device)
     best_labels = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     for part, labels in bank:
-        part, labels = F.normalize(part.to(device).float(), dim=1), labels.to(device)
-        size, tile = _tile(part)
-        count = min(k, len(part))
-        found = [_nearest(rows, part, count, tile) for rows in queries.split(size)]
-        similarity = torch.cat([best, torch.cat([values for values, _ in found])], dim=1)
-        merged = torch.cat([best_labels, labels[torch.cat([index for _, index in found])]], dim=1)
+        labels = labels.to(device)
+        values, index = _search(queries, part.to(device), min(k, len(part)))
+        similarity = torch.cat([best, values], dim=1)
+        merged = torch.cat([best_labels, labels[index]], dim=1)
         best, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
         best_labels = merged.gather(1, order)
     return best, best_labels
@@ -190,10 +217,8 @@ def few_shot_accuracy(
         chosen = torch.cat(
             [m[torch.randperm(len(m), generator=generator)[:shots]] for m in members]
         )
-        bank = F.normalize(train_features[chosen.to(device)].float(), dim=1)
         bank_labels = labels[chosen].to(device)
-        size, tile = _tile(bank)
-        nearest = torch.cat([_nearest(rows, bank, 1, tile)[1][:, 0] for rows in val.split(size)])
+        nearest = _search(val, train_features[chosen.to(device)], 1)[1][:, 0]
         accuracies.append(wide(bank_labels[nearest] == val_labels).mean())
     shares = torch.stack(accuracies)
     return FewShotResult(shares.mean().item(), shares.std().item() if repeats > 1 else 0.0)
@@ -212,38 +237,61 @@ def label_position(scores: Tensor, labels: Tensor) -> Tensor:
     return position.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max)
 
 
-def _tile(bank: Tensor) -> tuple[int, Tensor]:
-    """Returns how many rows `_nearest` takes at a time, and memory for one tile.
+@cpu_threads.one_fork(unless=lambda queries, bank, k: len(queries) * len(bank) <= _FEW)
+def _search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the k largest cosines of queries and bank, in any order, and the bank indices.
 
-    bank: (N, D).
+    queries: (M, D) float32, normalised. bank: (N, D), any float dtype, normalised here.
+    Results: (M, k) and (M, k) int64.
     """
-    columns = min(len(bank), _COLUMNS)
-    rows = max(1, min(_ROWS, _TILE // columns))
-    return rows, torch.empty(rows * columns, device=bank.device)
+    tiles = _Bank(bank, k)
+    found: list[tuple[Tensor, Tensor]] = []
+    cpu_threads.in_order(
+        tiles.nearest, queries.split(tiles.rows), lambda rows, part: found.append(part)
+    )
+    values, index = zip(*found)
+    return torch.cat(values), torch.cat(index)
 
 
-def _nearest(rows: Tensor, bank: Tensor, k: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the k largest dot products of rows and bank, in any order, and their bank indices.
+class _Bank:
+    """A bank of features that threads search, every thread with memory of its own."""
 
-    rows: (B, D) float32.
-    bank: (N, D) float32.
-    memory: of `_tile`, overwritten.
-    Results: (B, k) and (B, k) int64.
-    """
-    best = torch.empty(len(rows), 0, device=rows.device)
-    index = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    for start in range(0, len(bank), _COLUMNS):
-        part = bank[start : start + _COLUMNS]
-        tile = memory[: len(rows) * len(part)].view(len(rows), len(part))
-        torch.mm(rows, part.T, out=tile)
-        similarity, found = _largest(tile, min(k, len(part)))
-        if not start:
-            best, index = similarity, found
-            continue
-        similarity, found = torch.cat([best, similarity], 1), torch.cat([index, found + start], 1)
-        best, order = similarity.topk(min(k, similarity.shape[1]), dim=1, sorted=False)
-        index = found.gather(1, order)
-    return best, index
+    def __init__(self, features: Tensor, k: int) -> None:
+        """Call it inside `one_fork`: beside the threads of the search no thread of PyTorch shall
+        wait, which spins after an operation.
+
+        features: (N, D), any float dtype, normalised here. k: neighbours, at most N.
+        """
+        self.features, self.k = F.normalize(features.float(), dim=1), k
+        self.columns = min(len(features), _COLUMNS)
+        # Rows that `nearest` takes at a time.
+        self.rows = max(1, min(_ROWS, _TILE // self.columns) // min(cpu_threads.count(), 4))
+        self._own = threading.local()
+
+    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the k largest cosines of rows and bank, in any order, and the bank indices.
+
+        rows: (B, D) float32, normalised, B at most `self.rows`.
+        Results: (B, k) and (B, k) int64.
+        """
+        bank, device = self.features, rows.device
+        if not hasattr(self._own, "tile"):
+            self._own.tile = torch.empty(self.rows * self.columns, device=device)
+        best = torch.empty(len(rows), 0, device=device)
+        index = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
+        for start in range(0, len(bank), _COLUMNS):
+            part = bank[start : start + _COLUMNS]
+            tile = self._own.tile[: len(rows) * len(part)].view(len(rows), len(part))
+            torch.mm(rows, part.T, out=tile)
+            similarity, found = _largest(tile, min(self.k, len(part)))
+            if not start:
+                best, index = similarity, found
+                continue
+            similarity = torch.cat([best, similarity], 1)
+            found = torch.cat([index, found + start], 1)
+            best, order = similarity.topk(min(self.k, similarity.shape[1]), dim=1, sorted=False)
+            index = found.gather(1, order)
+        return best, index
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
