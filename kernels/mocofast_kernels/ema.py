@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mocofast_kernels.configs import FUSED
-from mocofast_kernels.cpu_steps import Counts
 from mocofast_kernels.tables import FLOATS, TableCache, column, locate
 
 BLOCK = 4096  # elements that a program updates: 32 a thread
@@ -58,20 +57,13 @@ def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> Non
 
 
 @torch.no_grad()
-def ema_update_(
-    targets: list[Tensor],
-    sources: list[Tensor],
-    momentum: float | Tensor,
-    *,
-    counts: Counts | None = None,
-) -> None:
+def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor) -> None:
     """Computes t = m t + (1 - m) s in place for all targets t and sources s.
 
     targets, sources: tensors of equal shapes, pair by pair. Integer tensors are copied. A target
         listed twice (tied weights) is updated once.
     momentum: m, a float (1 - m is computed in double precision), or a tensor () on the same
         device, read on the device.
-    counts: of the kernel of CPUs, without effect here.
 
     Computes in float32 (float64 for a float64 target) and rounds to the target's type.
 
