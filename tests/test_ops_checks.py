@@ -210,6 +210,19 @@ def test_lists_that_an_ema_has_checked_are_checked_again_after_a_change() -> Non
         assert targets[0].tolist() == [0] * 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_momentum_that_requires_grad_is_read_without_a_warning() -> None:
+    targets, sources = [torch.zeros(3)], [torch.ones(3)]
+    momentum = torch.tensor(0.5, requires_grad=True)
+    torch.set_warn_always(True)  # PyTorch warns once a process by itself
+    try:
+        for expected in (0.5, 0.75):  # lists that are new, and lists that are known
+            ops.ema_update_(targets, sources, momentum)
+            assert targets[0].tolist() == [expected] * 3
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_the_lists_that_are_remembered_do_not_pile_up() -> None:
     for count in range(1, 40):
         ops.ema_update_([torch.zeros(2)] * count, [torch.ones(2)] * count, 0.5)

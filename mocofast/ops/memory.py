@@ -145,7 +145,7 @@ def _checked_momentum(value: Any, device: torch.device) -> float | Tensor:
         check_same("momentum", value.device, "device of targets", device)
         if device.type != "cpu" or torch.compiler.is_compiling():
             return value
-        value = float(value)
+        value = float(value.detach())
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{expected}: got {value!r}")
     number = float(value)
