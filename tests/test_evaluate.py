@@ -203,6 +203,26 @@ def test_any_number_of_threads_finds_the_same(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(votes, found[0][2], equal_nan=True)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_that_require_grad(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_FEW", 0)
+    train, labels, val, own = clusters(331, 7, 8, seed=5)
+    cosines = nn.functional.normalize(val) @ nn.functional.normalize(train).T
+    hits = (labels[cosines.argmax(1)] == own).double().mean().item()
+    train, val = train.requires_grad_(), val.requires_grad_()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        similarity, _ = knn.nearest_labels([(train, labels)], val, 1)
+        shots = knn.few_shot_accuracy(train[:7], torch.arange(7), val, own, 1, repeats=1)
+        assert knn_accuracy(train, labels, val, own, 1).top1 == pytest.approx(hits)
+    finally:
+        torch.set_num_threads(before)
+    assert not similarity.requires_grad
+    torch.testing.assert_close(similarity[:, 0], cosines.amax(1))
+    assert shots.mean == pytest.approx((cosines[:, :7].argmax(1) == own).double().mean().item())
+
+
 def test_knn_votes_by_similarity_not_by_number() -> None:
     # One very close neighbour of class 0, two distant neighbours of class 1.
     # The close neighbour wins at a low temperature.

@@ -81,6 +81,7 @@ def knn_accuracy(
     return KNNResult(top1, top5)
 
 
+@torch.no_grad()  # for features that require grad, as threads of `one_fork` compute
 @cpu_threads.one_fork(unless=lambda train, labels, val, *_: len(train) * len(val) <= _FEW)
 def _hits(
     train_features: Tensor,
@@ -237,6 +238,7 @@ def label_position(scores: Tensor, labels: Tensor) -> Tensor:
     return position.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max)
 
 
+@torch.no_grad()
 @cpu_threads.one_fork(unless=lambda queries, bank, k: len(queries) * len(bank) <= _FEW)
 def _search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns the k largest cosines of queries and bank, in any order, and the bank indices.
