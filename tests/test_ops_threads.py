@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -188,6 +189,34 @@ def failing(x: Tensor, where: str) -> None:
 def test_an_error_of_a_thread_reaches_the_caller_and_the_next_call_works(where: str) -> None:
     with pytest.raises(ZeroDivisionError, match="item 3"):
         failing(torch.zeros(1), where)
+    assert len(numbers_of_threads(torch.zeros(1))) == 4
+
+
+@cpu_threads.one_fork(unless=never)
+def interrupted(x: Tensor, caller: int, computed: list[int]) -> None:
+    """Computes 300 items, for more than a second. Item 5 presses Ctrl-C."""
+
+    def compute(item: int) -> None:
+        if item == 5:
+            signal.pthread_kill(caller, signal.SIGINT)
+        time.sleep(0.01)
+        computed.append(item)
+
+    cpu_threads.in_order(compute, range(300), lambda item, part: None)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals for threads")
+def test_no_thread_computes_on_after_ctrl_c() -> None:
+    computed: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(torch.zeros(1), threading.get_ident(), computed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    count = len(computed)
+    time.sleep(0.1)
+    assert 4 < count == len(computed) < 300
     assert len(numbers_of_threads(torch.zeros(1))) == 4
 
 

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,7 +24,9 @@ Result = TypeVar("Result")
 AHEAD = 4  # blocks per thread whose results may wait for a slower thread
 
 _starting = threading.Lock()  # held while a thread sets its number of threads
-_here = threading.local()  # count: threads for the blocks, while a function of `one_fork` runs
+# While a function of `one_fork` runs. count: threads for the blocks. left: an event, set when the
+# caller was interrupted.
+_here = threading.local()
 
 
 def one_fork(
@@ -39,6 +41,9 @@ def one_fork(
     A call runs in the calling thread where `unless` says so, where PyTorch has one thread, on other
     devices, in a thread of the pool, and where operations are watched (a dispatch mode of PyTorch
     is active). The first argument of the function is a tensor.
+
+    Ctrl-C in the calling thread ends `in_order` after the blocks that are being computed. No thread
+    computes on behind the caller's back.
     """
 
     def forking(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -54,15 +59,24 @@ def one_fork(
             ):
                 return function(*args, **kwargs)
 
+            left = threading.Event()
+
             def run() -> Result:
-                _here.count = threads
+                _here.count, _here.left = threads, left
                 try:
                     with torch.no_grad():
                         return function(*args, **kwargs)
                 finally:
-                    del _here.count
+                    del _here.count, _here.left
 
-            return _threads().submit(run).result()
+            future = _threads().submit(run)
+            try:
+                return future.result()
+            except BaseException:
+                left.set()
+                if not future.cancel():
+                    wait([future])
+                raise
 
         return forked
 
@@ -87,7 +101,7 @@ def in_order(
         for item in items:
             merge(item, compute(item))
         return
-    run = _Run(compute, items, merge, AHEAD * threads)
+    run = _Run(compute, items, merge, AHEAD * threads, _here.left)
     pool = _threads()
     helpers = [pool.submit(run.help) for _ in range(threads - 1)]
     run.help()
@@ -105,8 +119,10 @@ class _Run:
         items: Sequence[Any],
         merge: Callable[[Any, Any], None],
         ahead: int,
+        left: threading.Event,
     ) -> None:
         self.compute, self.items, self.merge, self.ahead = compute, items, merge, ahead
+        self.left = left
         self.changed = threading.Condition()  # guards all fields below
         self.taken = self.merged = self.active = 0
         self.merging = False
@@ -140,6 +156,8 @@ class _Run:
             self.changed.wait_for(
                 lambda: self.error is not None or self.taken - self.merged < self.ahead
             )
+            if self.left.is_set():
+                self.error = self.error or KeyboardInterrupt()
             if self.error is not None or self.taken == len(self.items):
                 return None
             self.taken += 1
