@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import sys
 import threading
@@ -197,7 +198,8 @@ def test_any_number_of_threads_finds_the_same(monkeypatch: pytest.MonkeyPatch) -
             found.append((knn_accuracy(train, labels, val, own, 9), shots, votes))
     finally:
         torch.set_num_threads(before)
-    assert len(ran) > 2  # the calling thread, and two threads of the pool at least
+    # the calling thread, and two threads of the pool at least (a single core has a pool of one)
+    assert len(ran) > min(2, os.cpu_count() or 1)
     for accuracy, shots, votes in found[1:]:
         assert (accuracy, shots) == found[0][:2]
         torch.testing.assert_close(votes, found[0][2], equal_nan=True)
