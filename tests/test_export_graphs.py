@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,13 @@ def test_openvino_reads_the_graph_of_onnx(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["resnet_tiny", "vit_tiny_cifar"])
 def test_an_exported_program_computes_equal_features_for_any_number_of_images(
-    arch: str, tmp_path: Path
+    arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = trained(arch, SMALL)
     scope: dict[str, Any] = {}
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
     exec(export(checkpoint, "torch_export", tmp_path / "model.pt2").how_to_load, scope)
+    assert not [r.message for r in caplog.records if "archive file" in r.getMessage()]
     for count in (1, 5):
         images = torch.randn(count, 3, 32, 32)
         with torch.no_grad():

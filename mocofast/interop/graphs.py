@@ -43,7 +43,8 @@ def write_graph(format: str, encoder: nn.Module, config: Config, file: Path) -> 
             shapes = {"images": {0: torch.export.Dim("batch")}}
             program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
             if format == "torch_export":
-                torch.export.save(program, file)
+                with file.open("w+b") as opened:  # torch warns of names that do not end in .pt2
+                    torch.export.save(program, opened)
                 return
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             exported = torch.onnx.export(
