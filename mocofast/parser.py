@@ -76,8 +76,9 @@ class Parser(argparse.ArgumentParser):
         formatter.end_section()
         titles = [str(group.title) for group in self._action_groups[2:]]  # after argparse's own
         names = ", ".join(title for title in titles if "," not in title)
+        groups = f" ({names})" if names else ""
         formatter.add_text(
-            f"{self.prog} --help-all: {len(self._actions) - len(shown)} more options ({names})"
+            f"{self.prog} --help-all: {len(self._actions) - len(shown)} more options{groups}"
         )
         return formatter.format_help()
 

@@ -49,6 +49,7 @@ def test_every_command_has_help(
     assert f"mocofast {name}" in out
     # The flags of the reference's scripts are all shown.
     assert len(out.splitlines()) <= 30 or name.startswith("main_")
+    assert "()" not in out
     assert name in call(capsys, "--help")[1]
     status, every, _ = call(capsys, name, "--help-all")
     options = r"^  (--[\w.-]+)"
