@@ -120,6 +120,19 @@ def test_stats_measures_percentiles_of_a_set_by_channel(
     assert "--percentiles: expected 2 values like (0.0, 0.0), got '5'" in capsys.readouterr().err
 
 
+def test_stats_says_why_images_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    for i, values in enumerate(noise):
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(noise[0, :, :, 0]).save(tmp_path / name)  # gray
+    assert cli.main(["stats", str(tmp_path), "--percentiles", "1,99"]) == 0
+    out = capsys.readouterr().out
+    assert "3 images measured, 2 left out\nleft out: 2 images: ConfigError: data.range: " in out
+
+
 def test_a_deep_run_resumes_exactly(deep: Path, tmp_path: Path) -> None:
     common = (
         *("pretrain", "digits", "--model.arch", "resnet_tiny", "--augment.size", "16"),

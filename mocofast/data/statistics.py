@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,10 +28,11 @@ from mocofast.data.remarks import Numbers, left_out, numbers_of, suggested_range
 from mocofast.data.sources import load_datasets
 from mocofast.data.threads import Threads
 from mocofast.data_config import reading_values
-from mocofast.errors import describe_error
+from mocofast.errors import describe_error, printable
 
 T = TypeVar("T")
 
+SHOWN = 5  # reasons why images are left out, the most frequent first
 VALUES = 2000  # numbers of a channel of an image whose percentiles are taken
 
 
@@ -57,6 +59,8 @@ class Statistics(NamedTuple):
     def report(self) -> str:
         """Returns lines for people, and the options."""
         lines = [f"{self.images} images measured, {len(self.skipped)} left out", *self.remarks]
+        reasons = Counter(self.skipped.values()).most_common(SHOWN)
+        lines += [f"left out: {count} images: {printable(reason)}" for reason, count in reasons]
         lines += [f"{n.dtype} numbers from {n.low:.6g} to {n.high:.6g}" for n in self.numbers]
         return "\n".join([*lines, self.options()])
 
