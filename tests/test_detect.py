@@ -17,6 +17,7 @@ from PIL import Image
 from mocofast import cli
 from mocofast.detection.launch import configure, table
 from mocofast.detection.options import KINDS, DetectConfig, apply
+from mocofast.detection.page import TaskRun, verdict
 from mocofast.detection.run import train
 from tests import runs, shapes
 from tests.test_report import checked
@@ -141,6 +142,8 @@ def test_starts_are_compared_side_by_side(
     assert detect(*words) == 0
     out = capsys.readouterr().out
     assert "| cells | 2 | " in out and "| scratch | 2 | " in out
+    assert "in percent:\n| start |" in out
+    assert (folder / "comparison.md").read_text().startswith("In percent:\n\n| start |")
     content = json.loads((folder / "comparison.json").read_text())
     assert len(content["cells"]) == len(content["scratch"]) == 2
     # Equal encoders and pixels, different weights. Seeds differ, too.
@@ -154,7 +157,9 @@ def test_starts_are_compared_side_by_side(
     assert detect(*words, "--resume", "auto") == 0  # all runs have ended
     assert json.loads((folder / "comparison.json").read_text()) == content
     assert cli.main(["knn", str(folder / "cells-seed3")]) == 2
-    assert "not a mocofast checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not a mocofast checkpoint of pretraining, but a file of 'mocofast detect 1'" in said
+    assert said.count("checkpoints/") == 1  # said once, not of every file
 
 
 def test_defaults_are_small_on_a_cpu_alone() -> None:
@@ -173,6 +178,14 @@ def test_the_table_has_means_and_deviations() -> None:
     lines = table(figures).splitlines()
     assert lines[0] == "| start | runs | ap | ap50 |"
     assert lines[2:] == ["| a | 2 | 30.0 ± 14.1 | 50.0 ± 0.0 |", "| b | 1 | 12.5 |  |"]
+
+
+def test_a_single_log_line_is_too_early_for_a_verdict() -> None:
+    figures = {"miou": 0.1, "pixel_accuracy": 0.3, "iou_background": 0.0, "iou_1": 0.4}
+    lines = [{"loss": 1.3, "step": 1, "epoch": 1}, {"loss": 1.1, "step": 2, "epoch": 2}]
+    run = TaskRun("seg", Path("seg"), KINDS["segment"](), lines[:1], figures, [])
+    assert verdict(run)[1].startswith("too early to tell, one log line")
+    assert verdict(run._replace(records=lines))[1].startswith("learns: mean IoU 10.0%")
 
 
 def outcomes(task: str, given: dict[str, Any], path: Path, steps: int) -> list[dict[str, float]]:

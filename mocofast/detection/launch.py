@@ -171,9 +171,10 @@ def _side_by_side(
         text = table(figures)
         with files.atomic_write(parent / "comparison.json") as file:
             file.write_text(json.dumps({"seeds": list(seeds), **figures}, indent=1) + "\n")
-        (parent / "comparison.md").write_text(text + "\n", encoding="utf-8")
+        (parent / "comparison.md").write_text(f"In percent:\n\n{text}\n", encoding="utf-8")
         print(
-            f"{text}\nwritten to {parent}: comparison.md, comparison.json, and a folder for a run"
+            f"in percent:\n{text}\nwritten to {parent}: comparison.md, comparison.json, and a "
+            "folder for a run"
         )
     return 0
 

@@ -122,7 +122,8 @@ def verdict(run: TaskRun) -> tuple[bool, str]:
             else "Look whether masks are right, and take more epochs"
         )
         return True, f"finds nothing: {figures}, {loss}, {epoch}. {remedy}"
-    return False, f"learns: {figures}, {loss}, {epoch}"
+    learns = "learns" if len(steps) > 1 else "too early to tell, one log line (--train.log_every)"
+    return False, f"{learns}: {figures}, {loss}, {epoch}"
 
 
 def _verdicts(runs: Sequence[TaskRun]) -> str:

@@ -289,6 +289,10 @@ def has_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.pt"))
 
 
+class OtherKindError(ConfigError):
+    """The file is mocofast's, but of another command than pretrain."""
+
+
 def load_checkpoint(
     path: str | Path,
     check: Callable[[Any, Path], dict[str, Any]] | None = None,
@@ -312,6 +316,8 @@ def load_checkpoint(
     for file in (last, *step_files(folder)):
         try:
             state = check(read_file(file, whole), file)
+        except OtherKindError:  # the other files of the folder are of the same kind
+            raise
         except (FileNotFoundError, ConfigError) as error:
             errors.append(str(error))
             continue
@@ -340,6 +346,11 @@ _COUNTS = ("step", "epoch", "step_in_epoch")
 def checked(state: Any, path: Path) -> dict[str, Any]:
     """Returns `state`, read from `path`, if it is a mocofast checkpoint. Raises ConfigError."""
     found = state.get("format") if isinstance(state, dict) else None
+    if isinstance(found, str) and found.startswith("mocofast "):  # detect, segment, classifier
+        raise OtherKindError(
+            f"{path}: not a mocofast checkpoint of pretraining, but a file of {found!r}; name the "
+            "run folder of the pretraining"
+        )
     if not isinstance(found, int) or found != FORMAT:
         raise ConfigError(
             f"{path}: not a mocofast checkpoint of format {FORMAT}, from pretraining (for "
