@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,9 +49,11 @@ class Task:
         return config
 
 
-def small_first(small: int, epochs: int) -> dict[str, Any]:
-    """Returns options of a run with views of 16 pixels in `small` epochs, and then of 32 pixels."""
-    return {"train.epochs": epochs, "augment.sizes": ("0:16", f"{small}:32")}
+def growing(**epochs: int) -> dict[str, Any]:
+    """Returns options of a run of growing views: growing(px16=4, px32=2) for 4 and 2 epochs."""
+    starts = itertools.accumulate(epochs.values(), initial=0)
+    sizes = tuple(f"{start}:{size.removeprefix('px')}" for size, start in zip(epochs, starts))
+    return {"train.epochs": sum(epochs.values()), "augment.sizes": sizes}
 
 
 SIMCLR: dict[str, Any] = {
@@ -59,6 +62,16 @@ SIMCLR: dict[str, Any] = {
     "model.hidden_dim": 128,
     "augment.crop_scale": (0.2, 1.0),
 }
+
+# One epoch in small batches.
+EPOCH: dict[str, Any] = SIMCLR | {"data.batch_size": 32, "train.epochs": 1}
+ADAMW: dict[str, Any] = {"optim.name": "adamw", "optim.weight_decay": 0.01}
+
+
+def jitter(strength: float, hue: float) -> dict[str, Any]:
+    """Returns the option of colours. strength: of brightness, contrast and saturation."""
+    return {"augment.jitter": (strength, strength, strength, hue)}
+
 
 TASKS = {
     "digits": Task(
@@ -94,12 +107,20 @@ TASKS = {
             "augment.sizes": (("0:16", "6:32"), ("0:20", "7:32"), ("0:24", "7:32")),
         },
         first=(
-            SIMCLR | {"optim.lr": 0.06, **small_first(6, 8)},
-            SIMCLR | {"optim.lr": 0.12, **small_first(6, 8)},
-            SIMCLR | {"optim.lr": 0.06, **small_first(5, 6)},
-            SIMCLR | {"optim.lr": 0.12, **small_first(5, 6)},
-            SIMCLR | {"optim.lr": 0.06, "data.batch_size": 64, **small_first(5, 6)},
-            SIMCLR | {"optim.lr": 0.06, **small_first(4, 6)},
+            SIMCLR | {"optim.lr": 0.06, **growing(px16=6, px32=2)},
+            SIMCLR | {"optim.lr": 0.12, **growing(px16=6, px32=2)},
+            SIMCLR | {"optim.lr": 0.06, **growing(px16=5, px32=1)},
+            SIMCLR | {"optim.lr": 0.12, **growing(px16=5, px32=1)},
+            SIMCLR | {"optim.lr": 0.06, "data.batch_size": 64, **growing(px16=5, px32=1)},
+            SIMCLR | {"optim.lr": 0.06, **growing(px16=4, px32=2)},
+            SIMCLR | {"optim.lr": 0.06, **growing(px16=1, px32=1)},
+            EPOCH | {"optim.lr": 0.03},
+            EPOCH | {"optim.lr": 0.06},
+            EPOCH | {"optim.lr": 0.001} | ADAMW,
+            EPOCH | {"optim.lr": 0.003} | ADAMW,
+            EPOCH | {"optim.lr": 0.003} | ADAMW | jitter(0.2, 0.05),
+            EPOCH | {"optim.lr": 0.003} | ADAMW | jitter(0.3, 0.05),
+            EPOCH | {"optim.lr": 0.003} | ADAMW | jitter(0.8, 0.2),
         ),
         evaluations=5,
     ),
@@ -130,13 +151,13 @@ TASKS = {
             "augment.sizes": ((), ("0:16", "4:32")),
         },
         first=(
-            SIMCLR | {"optim.lr": 0.001, **small_first(5, 6)},
-            SIMCLR | {"optim.lr": 0.0005, **small_first(5, 6)},
+            SIMCLR | {"optim.lr": 0.001, **growing(px16=5, px32=1)},
+            SIMCLR | {"optim.lr": 0.0005, **growing(px16=5, px32=1)},
             SIMCLR | {"optim.lr": 0.001, "model.token_dropout": 0.5, "train.epochs": 4},
-            SIMCLR | {"optim.lr": 0.001, **small_first(4, 5)},
-            {"optim.lr": 0.001, **small_first(5, 6)},
-            SIMCLR | {"optim.lr": 0.001, **small_first(3, 4)},
-            SIMCLR | {"optim.lr": 0.001, **small_first(2, 3)},
+            SIMCLR | {"optim.lr": 0.001, **growing(px16=4, px32=1)},
+            {"optim.lr": 0.001, **growing(px16=5, px32=1)},
+            SIMCLR | {"optim.lr": 0.001, **growing(px16=3, px32=1)},
+            SIMCLR | {"optim.lr": 0.001, **growing(px16=2, px32=1)},
         ),
         evaluations=5,
     ),
