@@ -8,6 +8,7 @@ import functools
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -67,9 +68,9 @@ class Parser(argparse.ArgumentParser):
         if not self.often:
             return self.format_help_all()
         shown = [_briefly(a) for a in self._actions if self._is_often(a)]
-        formatter = self._get_formatter()
+        formatter = _Formatter(self.prog)
         formatter.add_usage(self.usage, self._actions, [])
-        formatter.add_text(self.description)
+        formatter.add_text(formatter.wrapped(self.description))
         formatter.add_text(self._shown_examples())
         formatter.start_section("arguments, and the options used most")
         formatter.add_arguments(shown)
@@ -77,23 +78,22 @@ class Parser(argparse.ArgumentParser):
         titles = [str(group.title) for group in self._action_groups[2:]]  # after argparse's own
         names = ", ".join(title for title in titles if "," not in title)
         groups = f" ({names})" if names else ""
-        formatter.add_text(
-            f"{self.prog} --help-all: {len(self._actions) - len(shown)} more options{groups}"
-        )
+        more = f"{self.prog} --help-all: {len(self._actions) - len(shown)} more options{groups}"
+        formatter.add_text(formatter.wrapped(more))
         return formatter.format_help()
 
     def format_help_all(self) -> str:
         """Returns what --help-all shows."""
-        formatter = self._get_formatter()
+        formatter = _Formatter(self.prog)
         formatter.add_usage(self.usage, self._actions, [])
-        formatter.add_text(self.description)
+        formatter.add_text(formatter.wrapped(self.description))
         formatter.add_text(self._shown_examples())
         for group in self._action_groups:
             formatter.start_section(group.title)
             formatter.add_text(group.description)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
-        formatter.add_text(self.details())
+        formatter.add_text(formatter.wrapped(self.details()))
         return formatter.format_help()
 
     def _is_often(self, action: argparse.Action) -> bool:
@@ -121,6 +121,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **kwargs: Any) -> None:
         columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
         super().__init__(prog, width=columns, **kwargs)
+
+    def wrapped(self, text: str | None) -> str:
+        """Returns a text with its long lines broken. The second column of a table stays one."""
+        lines = []
+        for line in (text or "").splitlines():
+            column = re.match(r" *(\S+ {2,})?", line)
+            indent = " " * len(column[0]) if column else ""
+            lines += textwrap.wrap(line, self._width, subsequent_indent=indent) or [""]
+        return "\n".join(lines)
 
 
 class _HelpAll(argparse.Action):

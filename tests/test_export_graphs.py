@@ -113,6 +113,22 @@ def test_an_exported_program_computes_equal_features_for_any_number_of_images(
         torch.testing.assert_close(found, query_features(checkpoint, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("format", "name", "package"),
+    [("transformers", "model", "transformers"), ("onnx", "model.onnx", "onnxscript")],
+)
+def test_the_command_prints_our_own_lines_alone(
+    format: str, name: str, package: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(package)
+    path, out = tmp_path / "run.pt", tmp_path / name
+    save_atomically(trained("resnet18", SMALL), path)
+    assert cli.main(["export", str(path), "--format", format, str(out)]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "" and "[torch.onnx]" not in printed.out
+    assert printed.out.startswith(f"{out}: 120 tensors, ")
+
+
 @pytest.mark.parametrize("arch", ["resnet_tiny", "vit_micro_cifar"])
 def test_a_graph_may_be_of_other_images_than_those_of_training(arch: str, tmp_path: Path) -> None:
     path, out = tmp_path / "run.pt", tmp_path / "model.pt2"

@@ -208,6 +208,9 @@ def test_mixtures_train_a_vit_with_all_options(caplog: pytest.LogCaptureFixture)
     autocast = torch.autocast("cpu", enabled=False)
     assert finetune(encoder, datasets, config, options, CPU, autocast).top1 > 0.7
     assert "steps in all are few. A smaller --finetune.batch_size (now 32)" in caplog.text
+    caplog.clear()
+    train_classifier(tiny_encoder(), datasets, config, FinetuneConfig(epochs=1), CPU, autocast)
+    assert "finetune: 1 step in all is few. A smaller" in caplog.text
     config.data.target = "tags"
     with pytest.raises(ConfigError, match="mixtures are of classes"):
         train_classifier(tiny_encoder(), datasets, config, options, CPU, autocast)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mocofast.config import Config, ConfigError, OptimConfig
+from mocofast.data.finding import counted
 from mocofast.data.interface import BatchSlice, Source
 from mocofast.data.loaders import build_loader
 from mocofast.data.sources import Datasets, labelled
@@ -165,9 +166,9 @@ def train_classifier(
         step, result, steps = 0, None, loader.steps_per_epoch
         if options.epochs * steps < FEW_STEPS:
             log.info(
-                "finetune: %d steps in all are few. A smaller --finetune.batch_size (now %d) makes "
-                "more",
-                options.epochs * steps,
+                "finetune: %s in all %s few. A smaller --finetune.batch_size (now %d) makes more",
+                counted(options.epochs * steps, "step"),
+                "is" if options.epochs * steps == 1 else "are",
                 batch_size,
             )
         try:

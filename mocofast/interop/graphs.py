@@ -48,7 +48,11 @@ def write_graph(format: str, encoder: nn.Module, config: Config, file: Path) -> 
                 return
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             exported = torch.onnx.export(
-                program, dynamo=True, input_names=["images"], output_names=["features"]
+                program,
+                dynamo=True,
+                input_names=["images"],
+                output_names=["features"],
+                verbose=False,  # no lines of progress
             )
             assert exported is not None
             # A file of protobuf holds 2 GB at most.

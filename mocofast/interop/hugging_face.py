@@ -71,8 +71,7 @@ def write_folder(
             weights = renamed(backbone, _RESNET)
     model.load_state_dict(weights, assign=True)
     with new_folder(out) as made:
-        model.save_pretrained(made)
-        _processor(config).save_pretrained(made)
+        save_parts(made, model, _processor(config))
         (made / "README.md").write_text(_card(config, checkpoint, out), encoding="utf-8")
     return len(weights)
 
@@ -93,6 +92,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         made.rename(out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def save_parts(folder: Path, *parts: Any) -> None:
+    """Saves a model, and its processor or tokenizer, without transformers' progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        for part in parts:
+            part.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_transformers(arch: str, layer_scale: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from mocofast.interop.hugging_face import new_folder
+from mocofast.interop.hugging_face import new_folder, save_parts
 from mocofast.methods.clip import CLIP
 
 PROJECTIONS = "projections.safetensors"
@@ -24,8 +24,7 @@ def write_texts(model: CLIP, out: Path) -> int:
     if tower.projection is not None:
         tensors["text"] = tower.projection.weight
     with new_folder(out) as made:
-        tower.model.save_pretrained(made)
-        model.tokenizer.save_pretrained(made)
+        save_parts(made, tower.model, model.tokenizer)
         safetensors.torch.save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
             made / PROJECTIONS,
