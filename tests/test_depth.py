@@ -123,14 +123,31 @@ def test_stats_measures_percentiles_of_a_set_by_channel(
 def test_stats_says_why_images_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 4), dtype=np.uint8)
     for i, values in enumerate(noise):
-        Image.fromarray(values).save(tmp_path / f"{i}.png")
+        Image.fromarray(values, "RGBA").save(tmp_path / f"{i}.png")
     for name in ("a.png", "b.png"):
         Image.fromarray(noise[0, :, :, 0]).save(tmp_path / name)  # gray
-    assert cli.main(["stats", str(tmp_path), "--percentiles", "1,99"]) == 0
+    assert cli.main(["stats", str(tmp_path), "--channels", "4", "--percentiles", "1,99"]) == 0
     out = capsys.readouterr().out
-    assert "3 images measured, 2 left out\nleft out: 2 images: ConfigError: data.range: " in out
+    reason = "ValueError: has 1 channels, not data.channels=4"
+    assert f"3 images measured, 2 left out\nleft out: 2 images: {reason}" in out
+
+
+def test_stats_gives_a_gray_file_among_colours_ranges_by_channel(tmp_path: Path) -> None:
+    """The means are those of the gray as three equal colours, each scaled by its own range."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    noise = (noise * (1.0, 0.75, 0.5)).astype(np.uint8)
+    for i, values in enumerate(noise[:2]):
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    Image.fromarray(noise[2, :, :, 0]).save(tmp_path / "gray.png")
+    found = measure(str(tmp_path), StatsConfig(percentiles=(5, 95)))
+    assert found.images == 3 and found.skipped == {}
+    every = np.stack([*noise[:2], noise[2, :, :, [0, 0, 0]].transpose(1, 2, 0)])
+    bounds = np.percentile(every, (5, 95), axis=(0, 1, 2))
+    assert found.range == ",".join(f"{bound:.6g}" for bound in bounds.T.ravel())
+    scaled = ((every - bounds[0]) / (bounds[1] - bounds[0])).clip(0, 1)
+    np.testing.assert_allclose(found.mean, scaled.mean((0, 1, 2)), atol=0.5 / 255)
 
 
 def test_a_deep_run_resumes_exactly(deep: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from mocofast.cli import main
 from mocofast.config import ConfigError, DataConfig
-from mocofast.data.arrays import read_numbers
+from mocofast.data.arrays import PixelFormat, read_numbers
 from mocofast.data.decoding import decode, read_header, read_pixels
 from mocofast.data.evaluation import center_view
 from mocofast.data.interface import BatchSlice, Loader, sample_view
@@ -206,6 +206,30 @@ def test_ranges_and_percentiles_apply_to_every_channel(folder: Path) -> None:
         decode(path, parse_range("0,1,0,2"))
 
 
+BY_CHANNEL = "10,200,0,150,20,250"
+
+
+def by_channel(gray: np.ndarray) -> np.ndarray:
+    """Returns gray (H, W) in the ranges of BY_CHANNEL, (H, W, 3) uint8."""
+    planes = [in_range(gray, low, high) for low, high in ((10, 200), (0, 150), (20, 250))]
+    return np.stack(planes, axis=2).astype(np.uint8)
+
+
+def test_gray_takes_the_ranges_of_three_channels(folder: Path, tmp_path: Path) -> None:
+    gray = kinds.G8
+    tifffile.imwrite(tmp_path / "nodata.tif", gray, extratags=[(42113, 2, 4, "300", True)])
+    Image.fromarray(gray).convert("LA").save(tmp_path / "alpha.png")
+    np.save(tmp_path / "gray.npy", gray)
+    files = [folder / "gray.png", *tmp_path.iterdir()]
+    for file in files:
+        levels = np.asarray(decode(str(file), parse_range(BY_CHANNEL)))
+        np.testing.assert_array_equal(levels, by_channel(gray), err_msg=file.name)
+        other = PixelFormat(3, np.dtype(np.uint8), parse_range(BY_CHANNEL)).load(str(file))
+        np.testing.assert_array_equal(other, levels, err_msg=file.name)
+    with pytest.raises(ConfigError, match="got ranges for 2 channels, but the image has 1"):
+        decode(str(files[0]), parse_range("0,1,0,2"))
+
+
 @pytest.mark.parametrize(
     "text", ["", "min,max", "5,1", "0", "divide:0", "percentile:1", "percentile:1,101", "x:1,2"]
 )
@@ -291,6 +315,22 @@ def test_every_loader_takes_the_range_of_the_set(name: str, folder: Path) -> Non
         scaled = in_range(NUMBERS[source.name(index)], 0, 2000).astype(np.uint8)
         params = sample_view(PLAIN, (H, W), SEED, 0, index, 0)
         picture = Image.fromarray(scaled).convert("RGB")
+        expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
+        assert np.abs(view - expected).max() <= 1, source.name(index)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali", "device"])
+def test_every_loader_scales_gray_by_the_ranges_of_the_channels(name: str, folder: Path) -> None:
+    source = FolderSource(folder, ["gray.png", "gray.jpg"])
+    set_range(source, BY_CHANNEL)
+    loader = loader_of(source, name, 2)
+    (batch,) = loader.epoch(0)
+    loader.close()
+    assert sorted(batch.index.tolist()) == [0, 1]
+    for view, index in zip(batch.views[0].permute(0, 2, 3, 1).numpy(), batch.index.tolist()):
+        with Image.open(folder / source.name(index)) as image:
+            picture = Image.fromarray(by_channel(np.asarray(image)))
+        params = sample_view(PLAIN, (H, W), SEED, 0, index, 0)
         expected = np.asarray(apply_view(picture, params, PLAIN)).astype(int)
         assert np.abs(view - expected).max() <= 1, source.name(index)
 

@@ -197,7 +197,7 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
         return Image.fromarray(item)
     tags = kind_of(item)
     if isinstance(tags, Item):
-        return _rgb(to_uint8(tags.pixels(3), value_range))
+        return _rgb(tags.pixels(3), value_range)
     assert not isinstance(item, Item)
     if tags is not None:
         _check_bomb(tags)
@@ -209,16 +209,16 @@ def decode(item: Given, value_range: ValueRange = AUTO) -> Image.Image:
                 if image.format != "JPEG2000":
                     raise
                 # PIL refuses some files with boxes of GDAL.
-                return _rgb(to_uint8(codec_pixels(item, "jpeg2k", 3), value_range))
+                return _rgb(codec_pixels(item, "jpeg2k", 3), value_range)
             if image.mode == "F":
                 numbers = Pixels(np.asarray(image)[..., None], 0.0, 1.0)
-                return _rgb(to_uint8(numbers, value_range))
+                return _rgb(numbers, value_range)
             if image.mode.startswith("I"):  # 16 bits: "I;16" from PNG and TIFF, "I" from PGM
                 wide = np.asarray(image).astype(np.int64).clip(0, 65535)
                 scaled = ((wide * 255 + 32767) // 65535).astype(np.uint8)
                 return Image.fromarray(scaled).convert("RGB")
             return image.convert("RGB")
-    return _rgb(to_uint8(pixels_of(item, tags, 3), value_range))
+    return _rgb(pixels_of(item, tags, 3), value_range)
 
 
 def read_pixels(file: File, wanted: int = 3) -> Pixels:
@@ -265,11 +265,17 @@ def pixels_of(file: File, tags: Kind, wanted: int) -> Pixels:
         return Pixels(np.asarray(image.convert("RGB")), 0.0, 255.0, nodata)
 
 
-def _rgb(pixels: np.ndarray) -> Image.Image:
-    """Returns pixels (H, W, 3) or (H, W, 1) uint8 as an RGB image."""
-    if pixels.shape[2] not in (1, 3):
-        raise ValueError(f"has {pixels.shape[2]} channels, not data.channels=3")
-    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
+def _rgb(pixels: Pixels, value_range: ValueRange) -> Image.Image:
+    """Returns numbers (H, W, 3) or (H, W, 1), scaled to 8 bits, as an RGB image.
+
+    Gray becomes three equal colours. A range with a pair per channel scales each by its own.
+    """
+    if pixels.values.shape[2] == 1 and len(value_range.numbers) == 6:
+        pixels = pixels._replace(values=pixels.values.repeat(3, axis=2))
+    levels = to_uint8(pixels, value_range)
+    if levels.shape[2] not in (1, 3):
+        raise ValueError(f"has {levels.shape[2]} channels, not data.channels=3")
+    return Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0]).convert("RGB")
 
 
 def _check_bomb(tags: Tags) -> None:
