@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from mocofast import settings
 from mocofast.config import Config, ConfigError, DataConfig
 from mocofast.data.arrays import ArraySource
 from mocofast.data.folders import FolderSource
-from mocofast.data.interface import Source
+from mocofast.data.interface import Source, no_image_decodes
 from mocofast.data.ranges import set_range
 from mocofast.data.reading import read_as_asked
 from mocofast.data.sources import find_images
 from mocofast.device import choose_device
+from mocofast.errors import printable
 from mocofast.evaluate.features import extract_batches, extraction, image_batches
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.train import configure
@@ -27,6 +29,18 @@ from mocofast.view_sizes import Size, pixels_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Images: TypeAlias = "str | Path | np.ndarray | Tensor | Sequence[str | Path | Image]"
+
+log = logging.getLogger("mocofast")
+
+
+class Readable(NamedTuple):
+    """Features of the images that can be decoded. N: their number."""
+
+    features: Tensor  # (N, D) float32, on the CPU
+    names: list[str]  # of a folder's files: the path below the folder
+    places: Tensor  # (N,) int64: the places among the given images, or in a folder's order of names
 
 
 class Trained:
@@ -60,12 +74,7 @@ class Trained:
         self.encoder.to(choose_device(str(device)))
         return self
 
-    def embed(
-        self,
-        images: str | Path | np.ndarray | Tensor | Sequence[str | Path | Image],
-        *,
-        output: str = "backbone",
-    ) -> Tensor:
+    def embed(self, images: Images, *, output: str = "backbone") -> Tensor:
         """Returns features of images, (N, D) float32 on the CPU, not normalised.
 
         images: a file, or a folder, whose images are taken in order of their names; a list of
@@ -74,20 +83,56 @@ class Trained:
         output: "backbone", the pooled features before the head, or "output", the embedding that
             the loss compares.
         Raises FileNotFoundError for a missing file, and ValueError for an image that cannot be
-            decoded, or for no image.
+            decoded, which `embed_readable` leaves out, or for no image.
         """
-        config = self.config
-        source = _source(images, config.data)
+        source = self._source(images)
+        rows, _, skipped = self._extracted(source, output)
+        for index, reason in skipped.items():
+            raise ValueError(
+                f"images: {source.name(index)} cannot be decoded ({reason}); "
+                "Trained.embed_readable leaves such images out"
+            )
+        return torch.cat(rows)
+
+    def embed_readable(self, images: Images, *, output: str = "backbone") -> Readable:
+        """Returns features as `embed`, with the names of the images, and their places.
+
+        Images that cannot be decoded are left out, as in training. A warning names each of them.
+
+        images, output: as for `embed`.
+        Raises as `embed`, and ConfigError if no image can be decoded.
+        """
+        source = self._source(images)
+        rows, places, skipped = self._extracted(source, output)
+        if not rows:
+            raise no_image_decodes(source, skipped)
+        for number, (bad, reason) in enumerate(skipped.items(), 1):
+            name = printable(source.name(bad))
+            log.warning("left out unreadable file %d: %s: %s", number, name, printable(reason))
+        every = torch.cat(places)
+        return Readable(torch.cat(rows), [source.name(i) for i in every.tolist()], every)
+
+    def _source(self, images: Images) -> Source:
+        source = _source(images, self.config.data)
         if not len(source):
             raise ValueError(f"images: there is no image in {images!r}")
-        device = next(self.encoder.parameters()).device
+        return source
+
+    def _extracted(
+        self, source: Source, output: str
+    ) -> tuple[list[Tensor], list[Tensor], dict[int, str]]:
+        """Returns features and places of the good images, by batch, and the bad images as
+        {index: reason}.
+        """
+        config, device = self.config, next(self.encoder.parameters()).device
         batches = image_batches(source, config, device)
         how = extraction(config, device, None)
         found = extract_batches(self.encoder, batches, device, output, **how)
-        rows = [features for features, _, _ in found]
-        for index, reason in batches.skipped.items():
-            raise ValueError(f"images: {source.name(index)} cannot be decoded ({reason})")
-        return torch.cat(rows)
+        rows, places = [], []
+        for features, _, index in found:
+            rows.append(features)
+            places.append(index)
+        return rows, places, batches.skipped
 
 
 def pretrain(path: str | Path | None = None, recipe: str | None = None, **options: Any) -> Trained:

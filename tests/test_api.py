@@ -70,6 +70,34 @@ def test_embeds_files_in_order(trained: mocofast.Trained, tmp_path: Path) -> Non
     torch.testing.assert_close(one, every[2:3], rtol=1e-5, atol=1e-5)
 
 
+def test_embeds_the_files_that_can_be_decoded(
+    trained: mocofast.Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "d.png", "e.png"):
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).save(tmp_path / name)
+    for name in ("b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"b\.png cannot be decoded.*embed_readable leaves"):
+        trained.embed(tmp_path)
+    found = trained.embed_readable(tmp_path)
+    assert found.names == ["a.png", "d.png", "e.png"] and found.places.tolist() == [0, 3, 4]
+    expected = trained.embed([tmp_path / name for name in found.names])
+    assert torch.equal(found.features, expected)
+    assert [line.split(": ")[:2] for line in caplog.messages] == [
+        ["left out unreadable file 1", "b.png"],
+        ["left out unreadable file 2", "c.png"],
+    ]
+    paths = [tmp_path / name for name in ("c.png", "e.png", "a.png")]
+    listed = trained.embed_readable(paths)
+    assert listed.names == [str(path) for path in paths[1:]] and listed.places.tolist() == [1, 2]
+    assert torch.equal(listed.features, expected[[2, 0]])
+    whole = trained.embed_readable(paths[1:], output="output")
+    assert torch.equal(whole.features, trained.embed(paths[1:], output="output"))
+    with pytest.raises(ConfigError, match=r"none of the 1 images can be decoded.*c\.png"):
+        trained.embed_readable(paths[:1])
+
+
 def test_mistakes(trained: mocofast.Trained, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         trained.embed([tmp_path / "nowhere.png"])

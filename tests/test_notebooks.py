@@ -47,8 +47,11 @@ def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
 
 def test_photos_that_look_alike_are_found(tmp_path: Path) -> None:
     photos = runs.make_images(tmp_path / "photos", 24)
+    good = sorted(path.relative_to(photos) for path in photos.rglob("*") if path.is_file())
+    (photos / good[3]).with_name("0.jpg").write_bytes(b"no picture")
     options = {"train": {"epochs": 1}, "data": {"workers": 0}}
     found = run_cells("own_photos", PHOTOS=str(photos), OPTIONS=options)
+    assert [path.relative_to(photos) for path in found["files"]] == good
     assert found["nearest"].shape == (24, 6)
     assert found["nearest"][:, 0].tolist() == list(range(24))
     assert sum(place.has_data() for place in found["figure"].axes) == 24
