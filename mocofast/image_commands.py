@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mocofast.config import ConfigError
@@ -64,6 +65,7 @@ def embed(argv: Sequence[str]) -> int:
     device = choose_device(arguments.device)
     kind = arguments.features
     images = embedding.embedded(encoder.to(device), datasets, config, device, kind)
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     count, width = write(arguments.out, images, datasets.train.classes)
     print(f"written to {arguments.out}: {count:,} features of dimension {width}")
     return 0

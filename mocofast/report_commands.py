@@ -43,6 +43,7 @@ def report(argv: Sequence[str]) -> int:
     )
     add_device(parser)
     given = parser.parse(argv)
+    from mocofast import files
     from mocofast.detection.page import load_task_run, task_of_folder, write_task_page
     from mocofast.detection.page import verdict as verdict_of_task
     from mocofast.device import choose_device
@@ -55,12 +56,12 @@ def report(argv: Sequence[str]) -> int:
             raise NotADirectoryError(f"there is no run folder {str(folder)!r}")
     device = choose_device(given.device)
     out = Path(given.out) if given.out else folders[0] / PAGE
-    if not out.parent.is_dir():
-        raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
+    files.require_writable(out.parent, "--out")
     tasks = {folder: task_of_folder(folder) or "pretrain" for folder in folders}
     if len({*tasks.values()}) > 1:
         kinds = "; ".join(f"{folder}: {task}" for folder, task in tasks.items())
         raise ConfigError(f"RUN: expected runs of one command, to compare on a page, got {kinds}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if "pretrain" not in tasks.values():
         task_runs = [load_task_run(folder) for folder in folders]
         write_task_page(task_runs, out)
@@ -145,6 +146,7 @@ def views(argv: Sequence[str]) -> int:
     given = parser.parse(argv)
     import torch
 
+    from mocofast import files
     from mocofast.data.interface import BatchSlice, view_augments
     from mocofast.data.loaders import build_loader
     from mocofast.data.sources import load_datasets
@@ -154,8 +156,7 @@ def views(argv: Sequence[str]) -> int:
     out = Path(given.out)
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out: expected a name in .png, got {given.out!r}")
-    if not out.absolute().parent.is_dir():
-        raise NotADirectoryError(f"--out: there is no folder {str(out.parent)!r}")
+    files.require_writable(out.parent, "--out")
     recipe, place, options = given.recipe, given.path or "", given_settings(given)
     if recipe is None and configure.is_run_folder(place):
         recipe, place = place, ""
@@ -183,6 +184,7 @@ def views(argv: Sequence[str]) -> int:
         batch = next(iter(loader.epoch(0)))
     finally:
         loader.close()
+    out.parent.mkdir(parents=True, exist_ok=True)
     sheet_of(batch.views).save(out)
     print(datasets.lines())
     sizes = f"views of {pixels_text(augment.size)} pixels"

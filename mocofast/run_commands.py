@@ -34,6 +34,7 @@ def compare(argv: Sequence[str]) -> int:
     print(module.table(runs))
     out = Path(arguments.out)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         save_figure(module.plot_runs(runs), out)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error

@@ -131,16 +131,17 @@ def test_both_files_of_embed_hold_the_encoders_features(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = str(images_of(run))
+    folder = tmp_path / "new/folder"
     for name in ("out.npz", "out.parquet"):
-        status, out, err = call(capsys, "embed", str(run), path, str(tmp_path / name))
+        status, out, err = call(capsys, "embed", str(run), path, str(folder / name))
         assert status == 0, err
         assert "60 features of dimension 64" in out
-    found = np.load(tmp_path / "out.npz")
+    found = np.load(folder / "out.npz")
     assert found["features"].shape == (60, 64)
     assert found["features"].dtype == np.float32
     for name, label in zip(found["names"], found["labels"]):
         assert found["classes"][label] in name
-    parquet = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(folder / "out.parquet")
     assert parquet["name"].to_pylist() == found["names"].tolist()
     assert parquet["label"].to_pylist() == found["classes"][found["labels"]].tolist()
     features = np.array(parquet["feature"].to_pylist(), dtype=np.float32)
@@ -233,7 +234,7 @@ def test_a_sweep_runs_every_combination_once_and_continues(
         assert status == 2
         assert said in err
     # The two runs side by side.
-    picture = tmp_path / "c.png"
+    picture = tmp_path / "new/folder/c.png"
     pair = (str(folder / "lr=0.03"), str(folder / "lr=0.12"))
     status, out, err = call(capsys, "compare", *pair, "--out", str(picture))
     assert status == 0, err

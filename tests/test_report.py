@@ -96,7 +96,7 @@ def test_the_command_shows_runs_side_by_side(
 ) -> None:
     other = shutil.copytree(folder, tmp_path / "b <i>")
     (other / "skipped.jsonl").write_text('{"file": "a.jpg", "reason": "truncated"}\n{"fi')
-    out = tmp_path / "both.html"
+    out = tmp_path / "new/folder/both.html"
     assert cli.main(["report", str(folder), str(other), "--out", str(out)]) == 0
     text = checked(out)
     assert "first run" in text and "b &lt;i&gt;" in text and "a.jpg" in text
@@ -202,7 +202,7 @@ def test_views_need_no_run_and_take_the_settings_of_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = runs.make_images(tmp_path / "photos", 12)
-    out = tmp_path / "v.png"
+    out = tmp_path / "new/folder/v.png"
     assert cli.main(["views", str(photos), "--out", str(out), "--augment.blur", "1"]) == 0
     with Image.open(out) as picture:
         assert picture.width > 8 * 64 and np.asarray(picture).std() > 10
@@ -215,6 +215,7 @@ def test_views_need_no_run_and_take_the_settings_of_one(
     for wrong, said in (
         ([str(tmp_path / "none")], "there is no"),
         ([str(photos), "--out", "a.jpg"], "expected a name in .png"),
+        ([str(photos), "--out", str(out / "v.png")], f"--out: {out} cannot be a folder"),
         ([str(photos), "--recipe", "cifar"], "unknown recipe"),
     ):
         assert cli.main(["views", *wrong]) == 2

@@ -43,8 +43,6 @@ Writer = Callable[[str, Iterable[Embedded], Sequence[str]], tuple[int, int]]
 def writer_of(path: str) -> Writer:
     """Returns the function that writes a file. Raises ConfigError for a path it cannot write."""
     out = Path(path)
-    if not out.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {str(out.parent)!r}")
     files.require_writable(out.parent, "OUT")
     if out.suffix == ".npz":
         return _write_npz
