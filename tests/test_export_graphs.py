@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from mocofast import cli
+from mocofast import cli, settings
 from mocofast.config import ConfigError
 from mocofast.data.evaluation import center_view
+from mocofast.evaluate.results import folder_of
 from mocofast.interop.export import export
+from mocofast.interop.initial import initialise
+from mocofast.interop.reference_checkpoints import load_any
+from mocofast.methods.build import build_method
+from mocofast.models.encoders import features
 from mocofast.models.pixels import prepare_images
 from mocofast.train.checkpoint_writer import save_atomically
 from tests.test_export import query_features, trained
@@ -62,6 +68,60 @@ def test_transformers_computes_equal_features_of_an_image(
     assert card.startswith("---\nlibrary_name: transformers") and "| Epochs | 7 |" in card
     with pytest.raises(ConfigError, match="expected a new folder"):
         export(checkpoint, "transformers", folder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "named"),
+    [("resnet18", None), ("resnet50", None), ("vit_small", None), ("vit_tiny_cifar", True)],
+)
+def test_folders_of_transformers_are_read(arch: str, named: bool | None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    checkpoint = trained(arch, SMALL)
+    folder = tmp_path / "hf.model"
+    export(checkpoint, "transformers", folder)
+    images = torch.randn(2, 3, 32, 32)
+    expected = query_features(checkpoint, images)
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = theirs(images)
+    pooled = states.last_hidden_state[:, 0] if "vit" in arch else states.pooler_output.flatten(1)
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    # Models of transformers put a name before the encoder where they have a head, too.
+    whole = {"vit": transformers.ViTForImageClassification}.get(
+        theirs.config.model_type, transformers.ResNetForImageClassification
+    )
+    whole.from_pretrained(folder).save_pretrained(tmp_path / "classifier")
+    theirs.save_pretrained(tmp_path / "pooled")  # with a pooler, of a ViT
+    pooled_too, classifier = tmp_path / "pooled", tmp_path / "classifier"
+    for path in (folder, folder / "model.safetensors", pooled_too, classifier):
+        loaded = load_any(str(path), arch if named else None)
+        assert loaded.config.model.arch == arch and loaded.layout == "transformers"
+        with torch.no_grad():
+            found = features(loaded.method.encoder_q.eval(), images)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_commands_and_warm_starts_read_a_folder_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    checkpoint = trained("vit_micro_cifar", SMALL)
+    folder = tmp_path / "hf"
+    export(checkpoint, "transformers", folder)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "back.safetensors"
+    words = ["export", "hf", "--model.arch", "vit_micro_cifar", "--format", "safetensors", str(out)]
+    assert cli.main(words) == 0
+    name = "encoder.layers.encoder_layer_3.self_attention.in_proj_weight"
+    query = checkpoint["model"][f"encoder_q.{name}"]
+    assert torch.equal(load_file(out)[name], query)
+    model = build_method(settings.from_dict(checkpoint["config"]))
+    assert initialise(model, "hf", "vit_micro_cifar")[0].startswith("weights of hf: encoder")
+    assert torch.equal(model.state_dict()[f"encoder_k.{name}"], query)
+    # A run does not continue from it, and results go beside the folder of a model.
+    assert cli.main(["pretrain", "--resume", "hf"]) == 2
+    assert "hf: no run folder (a folder of transformers" in capsys.readouterr().err
+    assert folder_of("hf", "knn") == Path("runs/hf-knn")
 
 
 @pytest.mark.parametrize("arch", ["resnet18_cifar", "vit_tiny_cifar", "timm/convnext_atto"])

@@ -82,10 +82,11 @@ def write_results(
 def folder_of(checkpoint: str, command: str) -> Path:
     """Returns the folder for the results of a command: COMMAND in the run folder.
 
-    checkpoint: a run folder or a checkpoint of a run. Other files: runs/FILE-COMMAND.
+    checkpoint: a run folder or a checkpoint of a run. Other files, and folders of transformers:
+        runs/NAME-COMMAND.
     """
     path = Path(checkpoint)
-    if path.is_dir():
+    if (path / "checkpoints").is_dir():
         return path / command
     if path.parent.name == "checkpoints":
         return path.parent.parent / command

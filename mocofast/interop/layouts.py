@@ -29,6 +29,7 @@ ENCODERS = (
     ("teacher_backbone.", "lightly"),
     ("student_backbone.", "lightly"),
     ("vit.", "lightly"),  # inside MaskedVisionTransformer
+    ("resnet.", "transformers"),
     ("encoder.", "an encoder (old solo-learn)"),
     ("query_encoder.", "a query encoder"),
     ("online_encoder.", "byol-pytorch"),
@@ -118,11 +119,18 @@ def find_encoder(weights: Mapping[str, Tensor], arch: str | None) -> Found:
 
 _FIRST = ("conv1.weight", "patch_embed.proj.weight", "conv_proj.weight", "conv1.0.weight")
 
+_FIRST_OF_TRANSFORMERS = (
+    "embedder.embedder.convolution.weight",
+    "embeddings.patch_embeddings.projection.weight",
+)
+
 
 def _part(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Returns the entries of the evaluated encoder, without their prefix, and the project."""
     if any(name in weights for name in ("class_token", "cls_token", *_FIRST)):
         return dict(weights), "torchvision or timm"
+    if any(name in weights for name in _FIRST_OF_TRANSFORMERS):
+        return _of_transformers(weights), "transformers"
     for prefix, layout in ENCODERS:
         part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
         if part:
@@ -251,6 +259,44 @@ _MMSELFSUP = (
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
+# From the names of ResNets and ViTs of transformers, as its files have them, to torchvision's names
+# of a ResNet and timm's names of a ViT. (In memory, its ViTs have other names.)
+_TRANSFORMERS: Rules = (
+    (r"^embedder\.embedder\.convolution\.", "conv1."),
+    (r"^embedder\.embedder\.normalization\.", "bn1."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+
+
+def _of_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights of a ResNet or a ViT of transformers under torchvision's or timm's names.
+
+    Query, key and value become one projection. A pooler, which no feature depends on, is left out.
+    """
+    part = renamed(weights, _TRANSFORMERS)
+    part = {name: value for name, value in part.items() if not name.startswith("pooler.")}
+    for name in [name for name in part if ".attn.query." in name]:
+        three = [name.replace("query", other) for other in ("query", "key", "value")]
+        if all(other in part for other in three):  # BEiT has no bias of keys
+            part[name.replace("query", "qkv")] = torch.cat([part.pop(other) for other in three])
+    return part
+
+
 # From timm's names of a ViT's parameters (moco-v3, DINO) to torchvision's names.
 _TIMM = (
     (r"^cls_token$", "class_token"),

@@ -13,6 +13,7 @@ from mocofast.config import ConfigError
 from mocofast.errors import describe_error
 from mocofast.train.checkpoint import FORMAT, LAST, load_checkpoint
 from mocofast.train.checkpoint_file import read_file
+from mocofast.train.file_kinds import other_kind
 
 # Entries under which projects keep their weights, in the order of search. DINO evaluates the
 # teacher. mmselfsup, Lightning and facebookresearch/moco: state_dict. VISSL: classy_state_dict.
@@ -30,16 +31,22 @@ INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 def read_any(path: str | Path) -> tuple[Any, Path]:
     """Reads a file onto the CPU. Returns its content and its path.
 
-    path: a file of torch.save or of safetensors, or a run folder, as `load_checkpoint` reads it.
+    path: a file of torch.save or of safetensors, a run folder, as `load_checkpoint` reads it, or a
+        folder of transformers.
     Raises FileNotFoundError, and ConfigError for a file that cannot be read.
     """
     path = Path(path)
+    saved = path / "model.safetensors"  # of transformers
+    if saved.is_file() and not (path / "checkpoints").is_dir():
+        path = saved
     if path.is_dir():
         return load_checkpoint(path), path / "checkpoints" / LAST
     if path.suffix != ".safetensors":
         return read_file(path), path
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if kind := other_kind(path):
+        raise ConfigError(f"{path}: no checkpoint of PyTorch or safetensors, but {kind}")
     try:
         return load_file(path), path
     except Exception as error:

@@ -40,6 +40,7 @@ from mocofast.shares import Shares
 from mocofast.train import parts
 from mocofast.train.checkpoint_file import read_file
 from mocofast.train.extend import take_other_images
+from mocofast.train.file_kinds import other_folder
 from mocofast.train.finite import check_finite
 from mocofast.train.metrics import Window, mean_window
 from mocofast.train.pace import Pace
@@ -325,6 +326,8 @@ def load_checkpoint(
             log.warning("%s; taking %s, of step %d", "; ".join(errors), file, state["step"])
         return state
     if len(errors) == 1 and not last.exists():
+        if not (folder.is_dir() or (path / "config.yaml").is_file()):
+            raise FileNotFoundError(f"{path}: no run folder ({other_folder(path)})")
         raise FileNotFoundError(f"no checkpoint at {last}")
     raise ConfigError(f"no checkpoint of {path} can be read: {'; '.join(errors)}")
 

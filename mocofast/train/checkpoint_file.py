@@ -14,6 +14,7 @@ import torch
 from mocofast.config import ConfigError
 from mocofast.errors import describe_error
 from mocofast.train import parts
+from mocofast.train.file_kinds import other_kind
 
 
 def read_file(path: Path, whole: bool = True) -> Any:
@@ -27,6 +28,8 @@ def read_file(path: Path, whole: bool = True) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if kind := other_kind(path):
+        raise ConfigError(f"{path}: no checkpoint of PyTorch or safetensors, but {kind}")
     if damage := find_damage(path):
         raise ConfigError(f"{path}: damaged ({damage})")
     try:
@@ -43,7 +46,10 @@ def read_file(path: Path, whole: bool = True) -> Any:
                 f"c = torch.load('{path}', weights_only=False, map_location='cpu'); "
                 "torch.save({'state_dict': tensors_of(c)}, 'weights.pt')\""
             ) from error
+        # PyTorch's first line advises to run the code of the file.
         first = text.splitlines()[0][:300]
+        if "weights_only" in first:
+            first = "not in the format that torch.save writes by default"
         raise ConfigError(f"{path}: not a readable checkpoint ({first})") from error
     _check_tensors(content, path)
     if isinstance(content, dict) and "parts" in content:
