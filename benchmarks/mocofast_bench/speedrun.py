@@ -305,7 +305,8 @@ def plot(row: dict[str, Any]) -> Figure:
         for i, curve in enumerate(curves):
             label = side if i == 0 else None
             knn = [100 * value for value in curve["knn"]]
-            axes.plot(curve["cpu"], knn, color=f"C{number}", alpha=0.7, label=label)
+            # A marker, because a run of one evaluation has no line.
+            axes.plot(curve["cpu"], knn, color=f"C{number}", alpha=0.7, label=label, marker=".")
     first = next(iter(row["sides"].values()))
     axes.axhline(100 * first["knn"], color="gray", ls=":", lw=1)
     axes.set(xscale="log", xlabel="CPU seconds of training", ylabel="kNN top-1, %")
