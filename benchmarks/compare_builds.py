@@ -59,6 +59,7 @@ class Quantity(NamedTuple):
     against: str = OLD
     builds: Sequence[str] = (OLD, OURS)
     busy: int = 0  # processes that only keep a core busy
+    pytorch: bool = False  # they multiply matrices on all cores, by PyTorch
     passive: bool = False  # with PASSIVE
     folder: str = ""  # option "folder": a name of `Folders`
 
@@ -83,6 +84,9 @@ def _ops() -> Iterator[Quantity]:
         (0, 2, 1.0, equal),
     ):
         yield Quantity("info_nce", product | {"threads": threads}, ms, goal, target, busy=busy)
+    for busy in (1, 2):
+        goal, two = "15 times the old build", product | {"threads": 2}
+        yield Quantity("info_nce", two, ms, goal, 15.0, busy=busy, pytorch=True)
     yield Quantity("knn", large, ms, equal, 1.0, busy=2)
     for arch in ("resnet18", "resnet50"):
         average = {"arch": arch, "threads": 2, "repeats": 21}
@@ -236,7 +240,8 @@ def measure(
         options["folder"] = str(folders.path(quantity.folder))
     samples: dict[str, list[float]] = {}
     before, began = usage(), time.monotonic()
-    with timing.busy_neighbours(quantity.busy):
+    program = timing.PYTORCH if quantity.pytorch else timing.BUSY
+    with timing.busy_neighbours(quantity.busy, program):
         for turn in range(turns):
             for build in quantity.builds if turn % 2 else quantity.builds[::-1]:
                 variables = environment(trees[build], cache, quantity.passive)
@@ -255,6 +260,7 @@ def measure(
         "commits": {build: timing.commit_of(trees[build]) for build in quantity.builds},
         **{name: value for name, value in quantity.options.items() if name != "threads"},
         "busy": quantity.busy,
+        **({"of": "PyTorch"} if quantity.pytorch else {}),
         "environment": PASSIVE if quantity.passive else {},
         "turns": turns,
         "took_seconds": round(time.monotonic() - began, 1),

@@ -87,7 +87,10 @@ def test_kernels_beside_busy_processes_says_so(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
-def test_busy_neighbours_work_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", [timing.BUSY, timing.PYTORCH], ids=["Python", "PyTorch"])
+def test_busy_neighbours_work_until_the_block_ends(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -100,7 +103,7 @@ def test_busy_neighbours_work_until_the_block_ends(monkeypatch: pytest.MonkeyPat
         return int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    with timing.busy_neighbours(2):
+    with timing.busy_neighbours(2, program):
         end = time.monotonic() + 60
         while min(map(ticks, started)) < 10 and time.monotonic() < end:
             time.sleep(0.02)

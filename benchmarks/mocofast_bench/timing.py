@@ -35,9 +35,19 @@ MINIMUM_SAMPLE = 2e-3
 
 BUSY = """
 import os, sys
+print(flush=True)
 while os.getppid() == int(sys.argv[1]):
     for _ in range(1_000_000):
         pass
+"""
+
+# Multiplies matrices on all cores, as another training on the machine.
+PYTORCH = """
+import os, sys, torch
+matrix = torch.rand(1500, 1500)
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    matrix @ matrix
 """
 
 Call = Callable[[], Any]  # what is timed: one call of a candidate
@@ -141,16 +151,21 @@ def summary(values: list[float]) -> Timing:
 
 
 @contextlib.contextmanager
-def busy_neighbours(count: int) -> Iterator[None]:
+def busy_neighbours(count: int, program: str = BUSY) -> Iterator[None]:
     """Runs `count` processes that only keep a core busy, until the block ends.
+
+    program: BUSY or PYTORCH, whose processes keep all cores busy.
 
     The processes also end when this process ends, however it ends.
     """
-    command = [sys.executable, "-S", "-c", BUSY, str(os.getpid())]
+    alone = ["-S"] if program == BUSY else []  # without site-packages Python starts at once
+    command = [sys.executable, *alone, "-c", program, str(os.getpid())]
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            neighbour = stack.enter_context(subprocess.Popen(command))
+            neighbour = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
             stack.callback(neighbour.kill)
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()  # written when the imports are done
         yield
 
 

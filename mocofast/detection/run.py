@@ -32,13 +32,14 @@ from mocofast.errors import DivergedError
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.optim.schedule import set_learning_rate
 from mocofast.report.parts import PAGE
-from mocofast.train.checkpoint import fitting, random_state, set_random_state
+from mocofast.train.checkpoint import fitting
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import check_unused, claim_on_rank_0
 from mocofast.train.divergence import check_loss, check_weights, way_out
 from mocofast.train.heartbeat import Heartbeat, stop_launcher
 from mocofast.train.interrupt import StopRequest
 from mocofast.train.metrics import LOSS, StepMetrics, Window, duration, memory_gib
+from mocofast.train.random_states import random_state, set_random_state
 from mocofast.train.run_folder import StepLine
 from mocofast.train.step import FlatGradients
 

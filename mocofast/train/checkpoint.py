@@ -44,6 +44,7 @@ from mocofast.train.file_kinds import other_folder
 from mocofast.train.finite import check_finite
 from mocofast.train.metrics import Window, mean_window
 from mocofast.train.pace import Pace
+from mocofast.train.random_states import random_state, set_random_state
 from mocofast.train.sharding import Sharding, empty_like_own, load_model, load_optimizer
 
 log = logging.getLogger("mocofast")
@@ -254,24 +255,6 @@ class RunState:
         if rank < len(random_states):
             set_random_state(random_states[rank], self.device)
         return lines
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns the states of torch's generators in this process.
-
-    The data stream needs no generator: it is a function of seed, epoch and step.
-    """
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Continues torch's generators from `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def step_files(folder: Path, pattern: str = "step_*.pt") -> list[Path]:
