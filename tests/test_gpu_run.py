@@ -85,7 +85,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes commands of this process small: few weights, no new processes, no slow imports."""
     for module in (ema, optim):
         monkeypatch.setattr(module, "weight_shapes", lambda: [(8, 3, 3, 3), (8,), (16, 8)])
-    monkeypatch.setattr(timing, "COPIED", 2**16)
+    monkeypatch.setattr(timing, "PASSED", 2**16)
     monkeypatch.setattr(timing, "in_fresh_process", lambda function, *a: function(*a))
     product = kernels.matrix_product
     monkeypatch.setattr(kernels, "matrix_product", lambda side, *a: product(64, *a))
