@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -9,11 +10,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data import shard_index
 from mocofast.data.braces import MOST_NAMES, expand_braces
 from mocofast.data.shard_index import INDEX, UnreadableIndex, local_index, read_index
 from mocofast.data.shard_places import find_shards
@@ -105,6 +108,30 @@ def test_an_index_of_an_older_version_is_made_again(shard: Path) -> None:
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(ConfigError, match="damaged"):
         local_index(shard)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collection_of_cycles_goes_on_after_an_index(shard: Path, collects: bool) -> None:
+    during = []
+    scan = shard_index._scan
+
+    def noted(path: Path, extensions: Any) -> Any:
+        during.append(gc.isenabled())
+        return scan(path, extensions)
+
+    try:
+        (gc.enable if collects else gc.disable)()
+        with mock.patch.object(shard_index, "_scan", noted):
+            local_index(shard)
+            assert gc.isenabled() == collects
+            Path(f"{shard}{INDEX}").unlink()
+            shard.write_bytes(shard.read_bytes()[:700])
+            with pytest.raises(ConfigError):
+                local_index(shard)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    assert during == [False, False]
 
 
 def header(name: str, size: int, kind: bytes = b"0", field: bytes | None = None) -> bytes:

@@ -7,13 +7,15 @@ if the size or the modification time of the shard changes.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 import os
 import tarfile
 import threading
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +121,8 @@ def local_index(path: Path, extensions: Set[str] = EXTENSIONS) -> Index:
         ):  # no index, the index of another shard, or a broken index
             continue
     log.info("indexing %s", path)
-    index = index_of(stat.st_size, _scan(path, extensions))
+    with _no_collection():
+        index = index_of(stat.st_size, _scan(path, extensions))
     for place in places:
         try:
             _write(place, stamp, index)
@@ -229,6 +232,20 @@ def _write(place: Path, stamp: np.ndarray, index: Index) -> None:
     columns |= {"left_out": index.left_out, "member_left_out": json.dumps(index.members.left_out)}
     with files.atomic_write(place, suffix) as part, part.open("wb") as file:
         np.savez(file, **columns)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside the block Python looks for no cycles of objects. The places of a shard form none, and
+    are so many that Python would look through all objects of PyTorch: an eighth of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _scan(path: Path, extensions: Set[str]) -> Members:
