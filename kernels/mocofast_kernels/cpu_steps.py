@@ -183,15 +183,14 @@ def _step_alike(
             return left
         columns = _columns(rows)
         tensors = [t for column in columns if column is not None for t in column]
-    addresses = list(map(Tensor.data_ptr, tensors))
+    addresses = array("q", map(Tensor.data_ptr, tensors))
     apart = set(addresses)
     if 0 in apart:
         check_memory(**{name: x for name, x in zip(NAMES, columns) if x is not None})
     if len(apart) < len(addresses):  # tensors share memory
         return left + rows
     present = sum(1 << i for i, column in enumerate(columns) if column is not None)
-    table = array("q", addresses)
-    _run(rows[0].param, make, table, present, False, plan.counts, rule, average)
+    _run(rows[0].param, make, addresses, present, False, plan.counts, rule, average)
     params, grads, first, second, _, *written = columns
     for column in (params if grads else None, first, second, *written):
         if column is not None:
