@@ -116,7 +116,7 @@ def test_the_search_takes_other_seeds_and_prints_the_best_first(
 def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speedrun, "BUDGETS", (10, 20))
+    monkeypatch.setattr(speedrun, "BUDGETS", (5, 10))
     command = ["speedrun", "digits", "--wsd", "--seeds", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     wsd, short, long = rows(tmp_path)
@@ -127,6 +127,14 @@ def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
         assert result["points"][budget] == pytest.approx(
             100 * (branch - cosine["knn"][-1]), abs=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "cooldowns"),
+    [(100, {40: 4, 60: 6, 80: 8, 100: 10}), (20, {8: 1, 12: 1, 16: 2, 20: 2})],
+)
+def test_budgets_are_parts_of_the_plain_recipe(epochs: int, cooldowns: dict[int, int]) -> None:
+    assert speedrun._budgets(epochs) == cooldowns
 
 
 def test_budgets_in_bf16_are_runs_of_their_own(
@@ -142,7 +150,7 @@ def test_budgets_in_bf16_are_runs_of_their_own(
         seen.append(precision)
         return {"knn": [0.5, 0.5], "cpu": [1.0, 1.0]}
 
-    monkeypatch.setattr(speedrun, "BUDGETS", (10, 20))
+    monkeypatch.setattr(speedrun, "BUDGETS", (5, 10))
     monkeypatch.setattr(speedrun, "measured", measured)
     monkeypatch.setattr(speedrun, "_branches", branches)
     command = ["speedrun", "digits", "--wsd", "--seeds", "1", "--out", str(tmp_path)]

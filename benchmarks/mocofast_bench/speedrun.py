@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SIDES = ("plain", "fast", "reference")
 SEARCH_SEED = 100  # the first seed of the search
-BUDGETS = (40, 60, 80, 100)  # epochs of the WSD budgets; the last tenth is the cool-down
+BUDGETS = (0.4, 0.6, 0.8, 1)  # of the plain recipe's epochs; the last tenth is the cool-down
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -188,26 +188,26 @@ def _search(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, A
 
 def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]:
     """Trains a cosine run for every budget, and a trunk with a branch for every budget."""
-    gaps: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
+    budgets = _budgets(task.config(arguments.path).train.epochs)
+    gaps: dict[int, list[float]] = {budget: [] for budget in budgets}
     precision, bf16 = arguments.precision, _suffix(arguments)
     cpu = {"cosine": 0.0, "wsd": 0.0}
+    # In turns, so that both sides meet the same neighbours.
     for seed in range(arguments.seeds):
         branches = log.run(
             f"wsd{bf16}", seed, partial(_branches, task, arguments.path, seed, precision)
         )
         cpu["wsd"] += sum(branches["cpu"])
-        for budget, knn in zip(BUDGETS, branches["knn"]):
-            gaps[budget].append(100 * knn)
-    for budget, seed in itertools.product(BUDGETS, range(arguments.seeds)):
-        config = task.config(arguments.path)
-        # The plain side is a cosine run already.
-        name = "plain" if budget == config.train.epochs else f"cosine {budget}"
-        if name != "plain":
-            config.train.epochs = config.knn.every = config.checkpoint.every_epochs = budget
-        config.train.seed, config.train.precision = seed, precision
-        cosine = log.run(name + bf16, seed, partial(measured, config, ours))
-        cpu["cosine"] += cosine["cpu"][-1]
-        gaps[budget][seed] -= 100 * cosine["knn"][-1]
+        for budget, knn in zip(budgets, branches["knn"]):
+            config = task.config(arguments.path)
+            # The plain side is a cosine run already.
+            name = "plain" if budget == config.train.epochs else f"cosine {budget}"
+            if name != "plain":
+                config.train.epochs = config.knn.every = config.checkpoint.every_epochs = budget
+            config.train.seed, config.train.precision = seed, precision
+            cosine = log.run(name + bf16, seed, partial(measured, config, ours))
+            cpu["cosine"] += cosine["cpu"][-1]
+            gaps[budget].append(100 * (knn - cosine["knn"][-1]))
     share = cpu["wsd"] / cpu["cosine"]
     for budget, values in gaps.items():
         spread = stdev(values) if len(values) > 1 else 0.0
@@ -223,6 +223,12 @@ def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]
     }
 
 
+def _budgets(epochs: int) -> dict[int, int]:
+    """Returns the budgets of a plain recipe of `epochs`, {epochs: epochs of the cool-down}."""
+    budgets = [round(part * epochs) for part in BUDGETS]
+    return {budget: max(1, round(budget / 10)) for budget in budgets}
+
+
 def _branches(task: Task, path: str, seed: int, precision: str) -> dict[str, Any]:
     """Trains a trunk, and a branch for every budget. cpu: a value for every budget.
 
@@ -230,7 +236,7 @@ def _branches(task: Task, path: str, seed: int, precision: str) -> dict[str, Any
     """
     folder = Path(tempfile.mkdtemp())
     config = task.config(path)
-    cooldowns = {budget: budget // 10 for budget in BUDGETS}
+    cooldowns = _budgets(config.train.epochs)
     ends = {budget: budget - cooldown for budget, cooldown in cooldowns.items()}
     settings.apply(
         config,
@@ -256,7 +262,7 @@ def _branches(task: Task, path: str, seed: int, precision: str) -> dict[str, Any
         knn.append(curve.knn[-1])
     shutil.rmtree(folder)
     cpu[0] += trunk.cpu[-1]
-    return {"epoch": list(BUDGETS), "cpu": cpu, "knn": knn}
+    return {"epoch": list(cooldowns), "cpu": cpu, "knn": knn}
 
 
 # ---- the table ----
