@@ -210,6 +210,22 @@ def test_lists_that_an_ema_has_checked_are_checked_again_after_a_change() -> Non
         assert targets[0].tolist() == [0] * 3
 
 
+@pytest.mark.parametrize("name", ["targets", "sources"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_tensor_that_its_storage_no_longer_holds_is_named(dtype: torch.dtype, name: str) -> None:
+    for known in (False, True):
+        targets, sources = (
+            [torch.full((6,), value, dtype=dtype)[2:5] for _ in range(3)] for value in (0.0, 1.0)
+        )
+        if known:
+            ops.ema_update_(targets, sources, 1.0)
+        smaller = {"targets": targets, "sources": sources}[name][2]
+        smaller.untyped_storage().resize_(4 * dtype.itemsize)
+        with pytest.raises(ValueError, match=rf"{name}\[2\] .*smaller"):
+            ops.ema_update_(targets, sources, 0.5)
+        assert targets[0].tolist() == [0] * 3
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_momentum_that_requires_grad_is_read_without_a_warning() -> None:
     targets, sources = [torch.zeros(3)], [torch.ones(3)]

@@ -37,15 +37,15 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
         listed twice (tied weights) is updated once.
     momentum: m, a float or a tensor ().
 
-    Raises ValueError for a tensor whose storage was freed, where PyTorch would crash.
+    Raises ValueError for a tensor whose storage was freed or made smaller, where PyTorch would
+    write past its end.
     """
     if isinstance(momentum, Tensor) and momentum.device.type == "cpu":
         momentum = float(momentum)
     step = 1.0 - momentum
     both = sources + targets
     apart = set(map(Tensor.data_ptr, both))
-    if 0 in apart:
-        check_memory(targets=targets, sources=sources)
+    check_memory(targets=targets, sources=sources)
     if (
         len(apart) == len(both)  # nothing is tied
         and isinstance(step, float)

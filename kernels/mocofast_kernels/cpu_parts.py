@@ -106,14 +106,25 @@ def _order(t: Tensor) -> list[int]:
 
 
 def check_memory(**lists: Sequence[Tensor | None]) -> None:
-    """Raises ValueError for a tensor whose storage was freed, where reading would crash.
+    """Raises ValueError for a tensor that its storage does not hold, where reading could crash.
 
     lists: tensors by the name of their list, which the error says.
     """
     for name, tensors in lists.items():
         for i, t in enumerate(tensors):
-            if t is not None and t.numel() and not t.data_ptr() and t.device.type != "meta":
+            if t is not None and not has_memory(t):
                 raise ValueError(
                     f"{name}[{i}] must have memory: got a {t.dtype} tensor of shape "
-                    f"{tuple(t.shape)} whose storage was freed"
+                    f"{tuple(t.shape)} whose storage was freed or made smaller"
                 )
+
+
+def has_memory(t: Tensor) -> bool:
+    """Returns whether the storage of a tensor holds all elements. On "meta" nothing is held."""
+    if not t.numel() or t.device.type == "meta":
+        return True
+    elements = t.numel()
+    if not t.is_contiguous():
+        elements = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+    end = (t.storage_offset() + elements) * t.itemsize
+    return t.data_ptr() != 0 and end <= t.untyped_storage().nbytes()

@@ -20,7 +20,13 @@ from torch.autograd.graph import increment_version
 
 from mocofast_kernels import cpu_threads
 from mocofast_kernels.cpu_library import is_watched, library
-from mocofast_kernels.cpu_parts import ParameterRow, check_memory, part_size, same_layout
+from mocofast_kernels.cpu_parts import (
+    ParameterRow,
+    check_memory,
+    has_memory,
+    part_size,
+    same_layout,
+)
 from mocofast_kernels.remembered import KINDS, Remembered
 
 FEW = 2**18  # elements that a thread takes in less time than a change of threads costs
@@ -77,7 +83,7 @@ def step_(
     ema_momentum: m of the moving average.
 
     Rows left alone hold other tensors than float32 (copies: bfloat16) of equal layout on CPUs.
-    Raises ValueError for a tensor whose storage was freed.
+    Raises ValueError for a tensor whose storage was freed or made smaller.
     """
     make = _function()
     if make is None or not rows or not _is_free(rows[0].param):
@@ -112,7 +118,9 @@ class Pairs:
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
         self.counts = Counts.of(targets)
-        self.apart = array("q")  # the addresses of the last call: of sources, then of targets
+        # Of the last call: addresses and bytes of the storages, of sources, then of targets.
+        self.addresses = array("q")
+        self.sizes: list[int] = []
 
 
 def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: float) -> bool:
@@ -129,11 +137,12 @@ def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: floa
     if make is None or is_watched():
         return False
     addresses = array("q", map(Tensor.data_ptr, both))
-    if addresses != pairs.apart:  # most lists hold the tensors of their last call
-        apart = set(addresses)
-        if 0 in apart or len(apart) < len(addresses):
+    sizes = _sizes(both)
+    # Most lists hold the tensors of their last call.
+    if addresses != pairs.addresses or sizes != pairs.sizes:
+        if len(set(addresses)) < len(addresses) or not all(map(has_memory, both)):
             return False
-        pairs.apart = addresses
+        pairs.addresses, pairs.sizes = addresses, sizes
     _run(targets[0], make, addresses, _PAIRS, True, pairs.counts, _NO_STEP, step)
     increment_version(targets)
     return True
@@ -159,6 +168,7 @@ class _Plan(NamedTuple):
 
     fits: list[bool]  # rows that the library takes
     counts: Counts  # of these rows
+    sizes: list[int]  # bytes of the storages of these rows, at their last step
 
 
 _plans: Remembered[_Plan] = Remembered()
@@ -173,7 +183,7 @@ def _step_alike(
     plan = _plans.find(tensors, kind)
     if plan is None:
         fits = list(map(_fits, rows))
-        plan = _Plan(fits, Counts.of([row.param for row in compress(rows, fits)]))
+        plan = _Plan(fits, Counts.of([row.param for row in compress(rows, fits)]), [])
         _plans.add(tensors, plan, kind)
     left: list[ParameterRow] = []
     if not all(plan.fits):
@@ -184,10 +194,11 @@ def _step_alike(
         columns = _columns(rows)
         tensors = [t for column in columns if column is not None for t in column]
     addresses = array("q", map(Tensor.data_ptr, tensors))
-    apart = set(addresses)
-    if 0 in apart:
+    sizes = _sizes(tensors)
+    if sizes != plan.sizes:  # most rows hold the memory of their last step
         check_memory(**{name: x for name, x in zip(NAMES, columns) if x is not None})
-    if len(apart) < len(addresses):  # tensors share memory
+        plan.sizes[:] = sizes
+    if len(set(addresses)) < len(addresses):  # tensors share memory
         return left + rows
     present = sum(1 << i for i, column in enumerate(columns) if column is not None)
     _run(rows[0].param, make, addresses, present, False, plan.counts, rule, average)
@@ -225,6 +236,11 @@ def _fits(row: ParameterRow) -> bool:
         and all(t.numel() == 1 for t in state[2:])
         and same_layout(tensors)
     )
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns the bytes of the storages. A tensor that lost memory since a call has another."""
+    return list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
 
 
 def _run(

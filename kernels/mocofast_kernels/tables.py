@@ -98,7 +98,7 @@ class TableCache:
 
         A new set of rows uploads tables, and the host does not wait for the upload. Other CUDA
         streams wait for the upload. Raises RuntimeError where the upload falls into the capture of
-        a CUDA graph, and ValueError for a tensor whose storage was freed.
+        a CUDA graph, and ValueError for a tensor without memory.
         """
         key = tuple(
             None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
