@@ -225,6 +225,18 @@ def test_features_that_require_grad(threads: int, monkeypatch: pytest.MonkeyPatc
     assert shots.mean == pytest.approx((cosines[:, :7].argmax(1) == own).double().mean().item())
 
 
+def test_an_empty_part_of_the_bank_is_passed_over() -> None:
+    train, labels, val, _ = clusters(40, 9, 8, seed=6)
+    whole = knn.nearest_labels([(train, labels)], val, 3)
+    parts = [(train[:0], labels[:0]), (train[:25], labels[:25]), (train[25:25], labels[25:25])]
+    for found, expected in zip(
+        knn.nearest_labels([*parts, (train[25:], labels[25:])], val, 3), whole, strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    similarity, found = knn.nearest_labels(parts[:1], val, 3)
+    assert similarity.shape == found.shape == (len(val), 0)
+
+
 def test_knn_votes_by_similarity_not_by_number() -> None:
     # One very close neighbour of class 0, two distant neighbours of class 1.
     # The close neighbour wins at a low temperature.

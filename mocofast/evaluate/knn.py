@@ -135,7 +135,7 @@ def knn_votes(
     vote. The search is exact, and reads the bank once: its memory does not grow with the bank.
 
     bank: parts of the bank: features (n, D), any float dtype, normalised here, and labels (n,)
-        int64. Of any total length, at least one.
+        int64. Any of them may be empty, but not all.
     queries: (M, D), any float dtype, normalised here, on the device of the parts.
     table: (L, T): the targets of every label, see `mocofast.evaluate.targets`.
     """
@@ -155,6 +155,8 @@ def nearest_labels(
     best = torch.empty(len(queries), 0, device=device)
     best_labels = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     for part, labels in bank:
+        if not len(part):
+            continue
         labels = labels.to(device)
         values, index = _search(queries, part.to(device), min(k, len(part)))
         similarity = torch.cat([best, values], dim=1)
