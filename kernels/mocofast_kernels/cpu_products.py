@@ -88,7 +88,7 @@ class Scratch(threading.local):
         step = max(1, FLAGS // logits.shape[1])
         for part, bound in zip(logits.split(step), tie.split(step)):
             if self._flags is None or self._flags.numel() < part.numel():
-                self._flags = torch.empty(part.numel(), device=part.device)
+                self._flags = part.new_empty(part.numel(), dtype=torch.float32)
             flags = self._flags[: part.numel()].view_as(part)
             counts.append(torch.ge(part, bound, out=flags).sum(1).int())
         return counts[0] if len(counts) == 1 else torch.cat(counts)
@@ -97,7 +97,7 @@ class Scratch(threading.local):
         """Returns memory of shape and dtype, the same for every call with the dtype."""
         size = shape[0] * shape[1]
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:
-            self._buffers[dtype] = torch.empty(size, dtype=dtype)
+            self._buffers[dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return self._buffers[dtype][:size].view(shape)
 
 

@@ -100,14 +100,14 @@ class Sweep:
         """
         count, width = rows.stop - rows.start, keys.shape[1]
         padded = -(-count // LANES) * LANES
-        total = torch.zeros(padded, 1)
-        out = torch.zeros(padded, width) if output else None
+        total = torch.zeros(padded, 1, dtype=torch.float32, device=keys.device)
+        out = total.new_zeros(padded, width) if output else None
         above = None
         if tie is not None:
-            above = torch.zeros(padded, dtype=torch.int32)
+            above = total.new_zeros(padded, dtype=torch.int32)
             tie = torch.nn.functional.pad(tie, (0, 0, 0, padded - count))
         pairs = TILE // 2 * width if self.dtype == torch.bfloat16 else 0
-        scratch = torch.empty(KEYS * self.depth + pairs, dtype=torch.int32)
+        scratch = total.new_empty(KEYS * self.depth + pairs, dtype=torch.int32)
         self._sweep(
             self.dtype == torch.bfloat16,
             self.panels[rows.start // LANES :].data_ptr(),

@@ -75,8 +75,8 @@ def lars_(
     plan = _tables.plan([_columns(row, 1) for row in matrices], elementwise=6)
     for table in plan.tables:
         count, device = len(table.sizes), table.sizes.device
-        squares = torch.empty(len(table.owners), 2, device=device)
-        trust = torch.empty(count, device=device)
+        squares = torch.empty(len(table.owners), 2, dtype=torch.float32, device=device)
+        trust = torch.empty(count, dtype=torch.float32, device=device)
         with torch.cuda.device_of(rows[0].param):
             _squares_kernel[(len(table.owners),)](
                 table.addresses,
@@ -135,7 +135,7 @@ def adamw_(
         # Without averages, the compiler stops at 64 registers, and spills two in bfloat16.
         options = FUSED if types["TARGET"] is not None else ALL_REGISTERS
         count, device = len(table.sizes), table.sizes.device
-        corrections = torch.empty(count, 2, device=device)
+        corrections = torch.empty(count, 2, dtype=torch.float32, device=device)
         with torch.cuda.device_of(rows[0].param):
             logs = _log(beta1), _log(beta2)
             _count_kernel[(count,)](table.addresses[7], corrections, *logs, **FUSED)

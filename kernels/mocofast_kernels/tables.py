@@ -168,15 +168,15 @@ class TableCache:
         tensors = [next(t for t in row if t is not None) for row in chosen]
         device = tensors[0].device
         addresses = [[0 if t is None else t.data_ptr() for t in column] for column in zip(*chosen)]
-        sizes = torch.tensor([t.numel() for t in tensors])
+        sizes = torch.tensor([t.numel() for t in tensors], device="cpu")
         blocks = -(-sizes // self._block)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)])
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
-        within = torch.arange(len(owners)) - starts[owners]
+        starts = torch.cat([sizes.new_zeros(1), blocks.cumsum(0)])
+        owners = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), blocks)
+        within = torch.arange(len(owners), device="cpu") - starts[owners]
         return AddressTable(
             places,
             tuple(None if t is None else t.dtype for t in chosen[0]),
-            _upload(torch.tensor(addresses), device),
+            _upload(torch.tensor(addresses, device="cpu"), device),
             _upload(sizes, device),
             _upload(torch.stack([owners, within], dim=1).int(), device),
             _upload(starts.int(), device),

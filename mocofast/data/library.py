@@ -56,17 +56,18 @@ def rounds_together() -> bool:
     Raises RuntimeError if PyTorch does for some operators or sizes only.
     """
     factor = 7471 / 65536
+    factors = torch.full((1, 1, 1), factor, dtype=torch.float32, device="cpu")
     found = set()
     for count in (7, 64, 1023):  # a tail, whole vectors, and a long row with a tail
-        x = torch.arange(40001, 40001 + count, dtype=torch.float32).view(1, 1, count)
+        x = torch.arange(40001, 40001 + count, dtype=torch.float32, device="cpu").view(1, 1, count)
         y = x.flip(2) * (1 / 3)
-        exact = y.double() + x.double() * torch.tensor(factor).double()
+        exact = y.double() + x.double() * factors.double()
         together, apart = exact.float(), y + x * factor
         differ = together != apart
         for got in (
             y.add(x, alpha=factor),
-            torch.addcmul(y, x, torch.full((1, 1, 1), factor)),
-            torch.addcmul(y, x.expand(2, 1, count)[1:], torch.full((1, 1, 1), factor)),
+            torch.addcmul(y, x, factors),
+            torch.addcmul(y, x.expand(2, 1, count)[1:], factors),
         ):
             found.add((bool((got == together).all()), bool((got == apart).all())))
         if not differ.any():

@@ -299,7 +299,7 @@ def apply_late_ops(
         jitter_stains_(x, 1 + uniform[:, :3], uniform[:, 3:], top)
     if augment.noise:
         normal = normal_numbers(keys, 2, x[0].numel())
-        sigma = torch.tensor([p.noise * top for p in params], device=x.device)
+        sigma = x.new_tensor([p.noise * top for p in params])
         x.addcmul_(normal.view_as(x), sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
 
 
@@ -349,7 +349,7 @@ def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
 
     The paper is "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference".
     """
-    stains = torch.tensor(STAINS, device=x.device)
+    stains = x.new_tensor(STAINS)
     # Densities of red, green and blue, (n, 3, H * W). Black counts as half a level.
     density = x.flatten(2).clamp(min=0.5).div_(top).log10_().neg_()
     amounts = torch.linalg.inv(stains).T @ density

@@ -152,7 +152,7 @@ def nearest_labels(
     """
     device = queries.device
     queries = F.normalize(queries.float(), dim=1)
-    best = torch.empty(len(queries), 0, device=device)
+    best = torch.empty(len(queries), 0, dtype=torch.float32, device=device)
     best_labels = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     for part, labels in bank:
         if not len(part):
@@ -218,7 +218,7 @@ def few_shot_accuracy(
     accuracies = []
     for _ in range(repeats):
         chosen = torch.cat(
-            [m[torch.randperm(len(m), generator=generator)[:shots]] for m in members]
+            [m[torch.randperm(len(m), generator=generator, device="cpu")[:shots]] for m in members]
         )
         bank_labels = labels[chosen].to(device)
         nearest = _search(val, train_features[chosen.to(device)], 1)[1][:, 0]
@@ -280,8 +280,8 @@ class _Bank:
         """
         bank, device = self.features, rows.device
         if not hasattr(self._own, "tile"):
-            self._own.tile = torch.empty(self.rows * self.columns, device=device)
-        best = torch.empty(len(rows), 0, device=device)
+            self._own.tile = bank.new_empty(self.rows * self.columns)
+        best = bank.new_empty(len(rows), 0)
         index = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         for start in range(0, len(bank), _COLUMNS):
             part = bank[start : start + _COLUMNS]

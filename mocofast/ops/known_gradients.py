@@ -23,7 +23,7 @@ def unit_gradient(device: torch.device) -> Tensor:
     unit = _units.get(device)
     if unit is None or unit._version:  # a hook wrote into it
         with torch.inference_mode(False):
-            unit = torch.ones((), device=device)
+            unit = torch.ones((), dtype=torch.float32, device=device)
         # A graph under capture fills its tensors at the replay, and not now.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _units[device] = unit

@@ -353,7 +353,7 @@ class FusedAdamW(FusedOptimizer, torch.optim.AdamW):
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), device=p.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
