@@ -101,6 +101,25 @@ def test_folders_of_transformers_are_read(arch: str, named: bool | None, tmp_pat
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_folder_of_transformers_with_other_heads_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    checkpoint = trained("vit_micro_cifar", SMALL)
+    folder = tmp_path / "hf"
+    export(checkpoint, "transformers", folder)
+    told = folder / "config.json"
+    text = told.read_text()
+    told.write_text(text.replace('"num_attention_heads": 4', '"num_attention_heads": 8'))
+    assert told.read_text() != text
+    model = build_method(settings.from_dict(checkpoint["config"]))
+    before = model.state_dict()["encoder_q.conv_proj.weight"].clone()
+    message = "hf: vit_micro_cifar has 4 heads, and config.json tells num_attention_heads 8"
+    with pytest.raises(ConfigError, match=message):
+        load_any(str(folder), "vit_micro_cifar")
+    with pytest.raises(ConfigError, match=message):
+        initialise(model, str(folder), "vit_micro_cifar")
+    assert torch.equal(model.state_dict()["encoder_q.conv_proj.weight"], before)
+
+
 def test_commands_and_warm_starts_read_a_folder_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

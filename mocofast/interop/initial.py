@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mocofast.config import ConfigError
 from mocofast.interop.layouts import MOMENTUM, find_encoder
 from mocofast.interop.reading import is_ours, read_any, tensors_of
-from mocofast.interop.reference_checkpoints import load_backbone
+from mocofast.interop.reference_checkpoints import check_heads, load_backbone
 from mocofast.methods.base import Method
 from mocofast.methods.clip import CLIP
 from mocofast.models.encoders import head_name
@@ -34,7 +34,9 @@ def initialise(method: Method, path: str, arch: str) -> list[str]:
     try:
         weights = tensors_of(content["model"] if is_ours(content) else content)
         check_finite(weights, str(file))
-        query = find_encoder(weights, arch).weights
+        found = find_encoder(weights, arch)
+        check_heads(method.encoder_q, found, file)
+        query = found.weights
         load_backbone(method.encoder_q, query, arch)
     except ConfigError as error:
         text = str(error).removeprefix(f"{file}: ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from mocofast.methods.moco import MoCo
 from mocofast.models.heads import head_names
 from mocofast.models.vit import SIZES
 from mocofast.train.checkpoint import FORMAT, checked, model_from_checkpoint
+from mocofast.train.file_kinds import entries_of
 from mocofast.train.finite import check_finite
 from mocofast.view_sizes import Size, height_width
 
@@ -98,7 +100,9 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
         ):
             return Loaded(*_moco(weights, arch or named), "facebookresearch/moco", True, content)
         found = find_encoder(weights, arch or _known(named))
-        return Loaded(*_encoder(found, size), found.layout, False, content)
+        method, config = _encoder(found, size)
+        check_heads(method.encoder_q, found, file)
+        return Loaded(method, config, found.layout, False, content)
     except ConfigError as error:
         if str(error).startswith(path):
             raise
@@ -207,6 +211,21 @@ def load_backbone(encoder: torch.nn.Module, weights: Mapping[str, Tensor], arch:
             f"shape: {described_names(wrong)}"
         )
     encoder.load_state_dict(given, strict=False)
+
+
+def check_heads(encoder: torch.nn.Module, found: Found, file: Path) -> None:
+    """Raises ConfigError if a ViT has other heads than the configuration beside the file tells.
+
+    No weight shows the number of heads. transformers writes it into config.json.
+    """
+    if found.layout != "transformers":
+        return
+    told = entries_of(file.with_name("config.json")).get("num_attention_heads")
+    own = {part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")}
+    if own and told is not None and own != {told}:
+        raise ConfigError(
+            f"{found.arch} has {own.pop()} heads, and config.json tells num_attention_heads {told}"
+        )
 
 
 def as_checkpoint(loaded: Loaded) -> dict[str, Any]:

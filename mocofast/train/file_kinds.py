@@ -88,12 +88,12 @@ def _is_text(first: bytes) -> bool:
 
 def other_folder(path: Path) -> str:
     """Returns what a folder without checkpoints/ is, and what to name in its place."""
-    results = _entries(path / "results.json")
+    results = entries_of(path / "results.json")
     if "command" in results:
         has_run = (path.parent / "checkpoints").is_dir()
         run = path.parent if has_run else results.get("checkpoint", "their checkpoint")
         return f"results of mocofast {results['command']}; name {run}"
-    if "model_type" in _entries(path / "config.json"):
+    if "model_type" in entries_of(path / "config.json"):
         return (
             "a folder of transformers; evaluations, export and --init read its model.safetensors, "
             "and no run continues from it"
@@ -106,7 +106,7 @@ def other_folder(path: Path) -> str:
     return "expected a folder with checkpoints/"
 
 
-def _entries(file: Path) -> dict[str, Any]:
+def entries_of(file: Path) -> dict[str, Any]:
     """Returns the content of a JSON file, {} for other files."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
