@@ -34,9 +34,9 @@ def initialise(method: Method, path: str, arch: str) -> list[str]:
     try:
         weights = tensors_of(content["model"] if is_ours(content) else content)
         check_finite(weights, str(file))
-        found = find_encoder(weights, arch)
-        check_heads(method.encoder_q, found, file)
-        query = found.weights
+        encoder = find_encoder(weights, arch)
+        check_heads(method.encoder_q, encoder, file)
+        query = encoder.weights
         load_backbone(method.encoder_q, query, arch)
     except ConfigError as error:
         text = str(error).removeprefix(f"{file}: ")
