@@ -122,6 +122,23 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
         super().__init__(prog, width=columns, **kwargs)
 
+    def add_usage(
+        self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None
+    ) -> None:
+        """Adds a usage, broken between its parts. Of no usage argparse makes one."""
+        if usage is not None:
+            parts = re.sub(r"[\[(][^\[(]*[\])]", lambda part: part[0].replace(" ", "\0"), usage)
+            indent = " " * len(f"usage: {self._prog} ")
+            lines = textwrap.wrap(
+                f"usage: {parts}",
+                self._width,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            usage, prefix = "\n".join(lines).replace("\0", " "), ""
+        super().add_usage(usage, actions, groups, prefix)
+
     def wrapped(self, text: str | None) -> str:
         """Returns a text with its long lines broken. The second column of a table stays one."""
         lines = []

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mocofast bench",
         description="Times ops, steps and loaders beside PyTorch and other packages.",
     )
-    commands = parser.add_subparsers(required=True, dest="name", metavar="|".join(names))
+    commands = parser.add_subparsers(required=True, dest="name", metavar="BENCHMARK")
     for name, text in names.items():
         command = commands.add_parser(name, help=text, formatter_class=RAW)
         if [name] == given[:1]:
