@@ -132,6 +132,11 @@ def test_stats_says_why_images_are_left_out(
     out = capsys.readouterr().out
     reason = "ValueError: has 1 channels, not data.channels=4"
     assert f"3 images measured, 2 left out\nleft out: 2 images: {reason}" in out
+    for name in ("1.png", "2.png", "b.png"):
+        (tmp_path / name).unlink()
+    assert cli.main(["stats", str(tmp_path), "--channels", "4"]) == 0
+    out = capsys.readouterr().out
+    assert f"1 image measured, 1 left out\nleft out: 1 image: {reason}" in out
 
 
 def test_stats_gives_a_gray_file_among_colours_ranges_by_channel(tmp_path: Path) -> None:

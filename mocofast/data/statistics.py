@@ -13,6 +13,7 @@ from mocofast.config import ConfigError, DataConfig
 from mocofast.data.arrays import PixelFormat, read_numbers
 from mocofast.data.deadline import in_time
 from mocofast.data.decoding import decode, read_header
+from mocofast.data.finding import counted
 from mocofast.data.interface import Source, no_image_decodes, read_seconds
 from mocofast.data.loaders import count_workers, pixels_of
 from mocofast.data.options import StatsConfig as StatsConfig
@@ -58,9 +59,10 @@ class Statistics(NamedTuple):
 
     def report(self) -> str:
         """Returns lines for people, and the options."""
-        lines = [f"{self.images} images measured, {len(self.skipped)} left out", *self.remarks]
+        measured = f"{counted(self.images, 'image')} measured, {len(self.skipped):,} left out"
+        lines = [measured, *self.remarks]
         reasons = Counter(self.skipped.values()).most_common(SHOWN)
-        lines += [f"left out: {count} images: {printable(reason)}" for reason, count in reasons]
+        lines += [f"left out: {counted(n, 'image')}: {printable(reason)}" for reason, n in reasons]
         lines += [f"{n.dtype} numbers from {n.low:.6g} to {n.high:.6g}" for n in self.numbers]
         return "\n".join([*lines, self.options()])
 
