@@ -111,10 +111,10 @@ def test_predict_without_a_classifier_shows_neighbours(
     image = next(images_of(run).rglob("*.jpg"))
     (tmp_path / "bad.jpg").write_text("no image")
     checkpoint = run / "checkpoints" / "last.pt"
-    status, out, err = call(
-        capsys, "predict", str(checkpoint), str(image), str(tmp_path / "bad.jpg"), "--json"
-    )
+    named = [str(tmp_path / "none.jpg"), str(image), str(tmp_path / "bad.jpg")]
+    status, out, err = call(capsys, "predict", str(checkpoint), *named, "--json")
     assert status == 1
+    assert f"predict: {named[0]}: there is no such image\n" in err
     assert "bad.jpg: " in err
     row = json.loads(out)
     assert len(row["neighbours"]) == 5

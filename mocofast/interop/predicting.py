@@ -35,7 +35,9 @@ def predict(
     bank: Datasets | None,
     neighbours: int,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Returns a row for every image, and the images that cannot be read, {name: reason}.
+    """Returns a row for every image, and the images that are missing or cannot be read.
+
+    The latter are {name: reason}. Raises FileNotFoundError if all are missing.
 
     images: files and folders.
     encoder: on `device`: the classifier's, if there is one.
@@ -45,7 +47,8 @@ def predict(
     A row has entries image, predictions (name and score, the best first; of several tags and
     classes all) and, with a bank, neighbours (name, label, similarity; the nearest first).
     """
-    source, _ = as_asked(_source(images), config.data)
+    found_images, missing = _source(images)
+    source, _ = as_asked(found_images, config.data)
     autocast = run_autocast(config, encoder, device)
     scores: list[Tensor] = []
     features: list[Tensor] = []
@@ -64,7 +67,7 @@ def predict(
                     encoder, every, device, "backbone", *statistics, autocast=autocast
                 )
                 features += [values for values, _, _ in found]
-    skipped = {source.name(i): reason for i, reason in batches.skipped.items()}
+    skipped = missing | {source.name(i): reason for i, reason in batches.skipped.items()}
     rows: list[dict[str, Any]] = [{"image": source.name(i), "predictions": []} for i in seen]
     if scores:
         assert classifier is not None
@@ -76,8 +79,12 @@ def predict(
     return rows, skipped
 
 
-def _source(images: Sequence[str]) -> FolderSource:
-    names = []
+def _source(images: Sequence[str]) -> tuple[FolderSource, dict[str, str]]:
+    """Returns the images, and what is missing, {name: reason}.
+
+    Raises FileNotFoundError if there is none.
+    """
+    names, missing = [], {}
     for name in images:
         path = Path(name)
         if path.is_dir():
@@ -85,8 +92,10 @@ def _source(images: Sequence[str]) -> FolderSource:
         elif path.is_file():
             names.append(name)
         else:
-            raise FileNotFoundError(f"there is no image {name!r}")
-    return FolderSource("", names)
+            missing[name] = "there is no such image"
+    if not names:
+        raise FileNotFoundError(f"there is no image {images[0]!r}")
+    return FolderSource("", names), missing
 
 
 def _add_predictions(rows: list[dict[str, Any]], scores: Tensor, targets: Targets) -> None:
