@@ -147,6 +147,15 @@ def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
     assert exit_info.value.code == 2
 
 
+def test_a_row_tells_generations_of_a_cpu_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(timing, "cpu_bf16", lambda: "AVX512-BF16")
+    assert timing.device_name(CPU) == "AMD EPYC"
+    assert timing.cpu_generation() == "family 26, model 2, AVX512-BF16"
+    assert timing.environment(CPU)["cpu"] == timing.cpu_generation()
+
+
 def test_the_clock_measures_a_known_wait() -> None:
     calls = []
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from mocofast_kernels.cpu_products import cpu_bf16
 
 from mocofast.train.profile import memory_passes
 from mocofast.usage import Usage, usage
@@ -263,6 +264,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Returns what a result depends on: device, threads, versions, date and commit."""
     return {
         "device": device_name(device),
+        **({"cpu": cpu_generation()} if device.type == "cpu" else {}),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -276,12 +278,27 @@ def device_name(device: torch.device) -> str:
     """Returns the model name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = _cpuinfo("model name")
+    return name or platform.processor() or platform.machine()
+
+
+def cpu_generation() -> str:
+    """Returns family and model of the CPU, which tell generations of one name apart.
+
+    AMD: family 25 is Zen 3 or Zen 4, family 26 is Zen 5. Also names the instructions for bf16.
+    """
+    numbers = [f"{name.removeprefix('cpu ')} {_cpuinfo(name)}" for name in ("cpu family", "model")]
+    return ", ".join([*numbers, cpu_bf16() or "no bf16"])
+
+
+def _cpuinfo(name: str) -> str:
+    """Returns an entry of the first core, "" where the system does not tell."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match.group(1) if match else platform.machine()
+        return ""
+    match = re.search(rf"^{name}\s*:\s*(.+)", text, re.MULTILINE)
+    return match.group(1) if match else ""
 
 
 def cache_size(device: torch.device) -> int:
