@@ -1,6 +1,7 @@
 """Measures goals of this project in the build of another checkout and in this build, in turns.
 
-    python benchmarks/compare_builds.py OLD_TREE [--only NAME ...] [--images FOLDER] [--turns N]
+    python benchmarks/compare_builds.py OLD_TREE [--only NAME ...] [--images FOLDER]
+        [--photos FOLDER] [--turns N]
 
 OLD_TREE: a checkout, for instance of `git worktree add OLD_TREE COMMIT`. A module that was not
 compiled there is not used there. Each side of a turn runs in a process of its own. A side that is
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mocofast_bench import neighbours, start, timing
+from PIL import Image
 
 from mocofast.usage import usage
 
@@ -44,6 +46,8 @@ IMAGES = 60_000  # of the set whose first step is measured
 FILES = 1_000_000  # of the set that is listed
 TARS, SAMPLES = 20, 10_000  # and samples of a tar file
 CLASSES = 10_000  # of a million labels
+LARGE, LARGE_SIZE = 32, (4_000, 3_000)  # photos as phones make them, width and height
+RATES = ("images_per_second", "pairs_per_second")  # units of which more is better
 
 
 class Quantity(NamedTuple):
@@ -51,7 +55,7 @@ class Quantity(NamedTuple):
 
     name: str  # of a function of builds/quantities.py
     options: dict[str, Any]  # of this function
-    unit: str  # milliseconds, cpu_seconds or images_per_second
+    unit: str  # milliseconds, seconds, cpu_seconds, or one of RATES
     goal: str  # in words
     # The least ratio of the side `against` and this build. Without a side: the most that this build
     # may take, in `unit`.
@@ -68,6 +72,7 @@ def quantities() -> Iterator[Quantity]:
     """Yields all quantities."""
     yield from _ops()
     yield from _training()
+    yield from _loaders()
     yield from _start()
     yield from _passes()
 
@@ -91,6 +96,10 @@ def _ops() -> Iterator[Quantity]:
     for arch in ("resnet18", "resnet50"):
         average = {"arch": arch, "threads": 2, "repeats": 21}
         yield Quantity("ema", average, ms, equal, 1.0, busy=2)
+        for name in ("sgd", "adamw"):  # old builds have no such measurement
+            step = average | {"name": name, "copies": False}
+            goal, side = "no slower than PyTorch's fused step and _foreach_lerp_", "fused, lerp"
+            yield Quantity("optimizer", step, ms, goal, 1.0, side, (OURS,), busy=2)
 
 
 def _training() -> Iterator[Quantity]:
@@ -101,10 +110,27 @@ def _training() -> Iterator[Quantity]:
     for busy, target, goal in (
         (0, 1.7, "1.7 times the old build"),
         (1, 1.0, "no slower than the old build"),
+        (2, 1.0, "no slower than the old build"),
     ):
         options = {"size": 64, "steps": 160, "every": 20}
         rate = "images_per_second"
         yield Quantity("pretrain", options, rate, goal, target, busy=busy, folder="images")
+    goal = "beside two busy processes at most 3 times the quiet time"
+    yield Quantity("demo", {"busy": 2}, "seconds", goal, 1 / 3, "quiet", (OURS,))
+
+
+def _loaders() -> Iterator[Quantity]:
+    """Yields pairs of views per second of the DALI loader, from JPEG files."""
+    photos, rate = {"recipe": "moco_v2_r50_200ep", "batch": 32}, "pairs_per_second"
+    small = {"recipe": "cifar10_r18", "batch": 128}
+    full, scaled = {"decode": "full", "seconds": 10}, {"decode": "scaled", "seconds": 10}
+    equal = "no slower than the old build"
+    for busy, target, goal in ((0, 2.0, "2 times the old build"), (2, 1.0, equal)):
+        yield Quantity("loader", photos | full, rate, goal, target, busy=busy, folder="photos")
+    goal = "1.5 times the old build"
+    yield Quantity("loader", small | full, rate, goal, 1.5, folder="images")
+    goal, large = "2.5 times the old build, which decodes in full", photos | {"batch": 4}
+    yield Quantity("loader", large | scaled, rate, goal, 2.5, folder="large photos")
 
 
 def _start() -> Iterator[Quantity]:
@@ -125,11 +151,16 @@ def _start() -> Iterator[Quantity]:
 
 
 def _passes() -> Iterator[Quantity]:
-    """Yields kNN, averages and optimisers beside PyTorch."""
+    """Yields kNN, attention, averages and optimisers beside PyTorch."""
     for bank, queries in ((1_500, 1_000), (50_000, 2_048), (200_000, 1_024)):
         options = {"bank": bank, "queries": queries, "threads": 1, "repeats": 5}
         goal, side = "no slower than plain PyTorch", "plain PyTorch"
         yield Quantity("knn", options, "milliseconds", goal, 1.0, side)
+    for bf16 in (False, True):
+        options = {"arch": "vit_small", "size": 224, "batch": 8, "bf16": bf16}
+        goal, side = "no slower than torchvision's attention", "torchvision"
+        own = options | {"threads": 1, "repeats": 5}
+        yield Quantity("attention", own, "milliseconds", goal, 1.0, side, (OURS,))
     ways = ((1, False), (2, False), (2, True))  # threads, and whether they sleep
     for arch, (threads, passive) in itertools.product(("resnet18", "resnet50"), ways):
         options = {"arch": arch, "threads": threads, "repeats": 21}
@@ -145,28 +176,41 @@ def _passes() -> Iterator[Quantity]:
 class Folders:
     """Folders of files that quantities read, made when they are asked for."""
 
-    def __init__(self, images: Path | None, place: Path) -> None:
-        """images: the user's folder. place: an empty folder."""
-        self._images, self._place = images, place
-        self._makers = {"many images": self._link_images, "files": _link_files, "tars": _pack}
+    def __init__(self, images: Path | None, photos: Path | None, place: Path) -> None:
+        """images, photos: the user's folders. place: an empty folder."""
+        self._given, self._place = {"images": images, "photos": photos}, place
+        self._makers = {
+            "many images": self._link_images,
+            "large photos": self._enlarge,
+            "files": _link_files,
+            "tars": _pack,
+        }
 
-    def missing(self, name: str) -> bool:
-        """Returns whether a folder needs the user's images, and there are none."""
-        return name in ("images", "many images") and self._images is None
+    def missing(self, name: str) -> str:
+        """Returns the option that a folder needs and that is not given, or ""."""
+        needed = name.split(" ")[-1]
+        return f"--{needed}" if self._given.get(needed, self._place) is None else ""
 
     def path(self, name: str) -> Path:
-        """Returns a folder. name: "images", "many images", "files" or "tars"."""
-        if name == "images":
-            assert self._images is not None
-            return self._images.resolve()
+        """Returns a folder. name: an option's, "many images", "large photos", "files" or "tars"."""
+        if given := self._given.get(name):
+            return given.resolve()
         place = self._place / name.replace(" ", "_")
         if not place.exists():
             self._makers[name](place)
         return place / "folder"
 
+    def _enlarge(self, place: Path) -> None:
+        """Enlarges LARGE of the user's photos to LARGE_SIZE."""
+        (place / "folder").mkdir(parents=True)
+        for number, file in enumerate(_files(self.path("photos"))[:LARGE]):
+            with Image.open(file) as image:
+                large = image.convert("RGB").resize(LARGE_SIZE, Image.Resampling.BICUBIC)
+            large.save(place / "folder" / f"{number:02d}.jpg", quality=90)
+
     def _link_images(self, place: Path) -> None:
         """Links the user's images until there are IMAGES. A folder remains a class."""
-        files = [file for file in sorted(self.path("images").rglob("*")) if file.is_file()]
+        files = _files(self.path("images"))
         for number in range(IMAGES):
             file = files[number % len(files)]
             link = place / "folder" / file.parent.name / f"{number:06d}{file.suffix}"
@@ -175,6 +219,10 @@ class Folders:
                 os.link(file, link)
             except OSError:  # another file system, or too many links
                 shutil.copyfile(file, link)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
 def _link_files(place: Path) -> None:
@@ -277,7 +325,7 @@ def measure(
 def results(quantity: Quantity, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Returns the entries of a row that hold results. samples: {side: a value for each turn}."""
     times = {side: timing.summary(list(values)) for side, values in samples.items()}
-    power = -1 if quantity.unit == "images_per_second" else 1  # less time is better, less is worse
+    power = -1 if quantity.unit in RATES else 1  # less time is better, a lower rate is worse
     ratios = {
         side: statistics.median((a / b) ** power for a, b in zip(values, samples[OURS]))
         for side, values in samples.items()
@@ -304,8 +352,8 @@ def chosen_quantities(only: Sequence[str], folders: Folders) -> list[Quantity]:
     for quantity in quantities():
         if only and quantity.name not in only:
             continue
-        if folders.missing(quantity.folder):
-            print(f"{quantity.name} is left out: it needs --images FOLDER")
+        if option := folders.missing(quantity.folder):
+            print(f"{quantity.name} is left out: it needs {option} FOLDER")
             continue
         chosen.append(quantity)
     return chosen
@@ -320,6 +368,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("old", type=Path, metavar="OLD_TREE", help="checkout of the old build")
     parser.add_argument("--only", nargs="+", choices=names, default=[], help="default: all")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="class folders of images")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="JPEG files of 0.2 Mpx")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "goals_cpu.jsonl")
     parser.add_argument("--turns", type=int, default=5, help="default: %(default)s")
     given = parser.parse_args(argv)
@@ -334,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trees = {OLD: given.old.resolve(), OURS: HERE.parent}
     failed = 0
     with tempfile.TemporaryDirectory() as place:
-        folders = Folders(given.images, Path(place))
+        folders = Folders(given.images, given.photos, Path(place))
         for quantity in chosen_quantities(given.only, folders):
             try:
                 row = measure(quantity, trees, given.turns, folders, Path(place, "cache"))

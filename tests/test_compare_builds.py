@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import compare_builds
 import numpy as np
@@ -62,10 +67,11 @@ def test_ratios_above_1_are_better_for_times_and_for_rates() -> None:
     assert times["cpu_seconds"] == {OLD: 6.0, OURS: 2.0}
     assert times["quartiles"][OLD] == [5.0, 7.5]
     assert not times["met"]
-    rate = SPLIT._replace(unit="images_per_second", against=OLD, target=0.3)
-    found = compare_builds.results(rate, samples)
-    assert found["ratios"] == {OLD: 0.333}
-    assert found["met"]
+    for unit in compare_builds.RATES:
+        rate = SPLIT._replace(unit=unit, against=OLD, target=0.3)
+        found = compare_builds.results(rate, samples)
+        assert found["ratios"] == {OLD: 0.333}
+        assert found["met"]
 
 
 def test_the_process_of_another_build_is_an_error(tmp_path: Path) -> None:
@@ -91,6 +97,34 @@ def test_runs_are_of_the_build_wherever_the_script_starts(
     assert 1 < times["mocofast"] < 300  # the import of PyTorch alone takes more than a second
     rates = compare_builds.in_build(ROOT, "pretrain", options | {"steps": 2, "every": 1}, variables)
     assert 0 < rates["mocofast"] < 1e5
+    files = {"folder": options["folder"], "recipe": "cifar10_r18", "batch": 8, "seconds": 0.01}
+    for decode in ("full", "scaled"):
+        pairs = compare_builds.in_build(ROOT, "loader", files | {"decode": decode}, variables)
+        assert 1 < pairs["mocofast"] < 1e5
+
+
+def test_the_demo_runs_quiet_and_beside_busy_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside: list[int] = []
+    commands: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def neighbours(count: int) -> Iterator[None]:
+        beside.append(count)
+        yield
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        time.sleep(0.02 * (1 + beside[-1]))
+
+    monkeypatch.setattr(timing, "busy_neighbours", neighbours)
+    monkeypatch.setattr(subprocess, "run", run)
+    seconds = quantities.demo(2)
+    assert 0.02 <= seconds["quiet"] < seconds["mocofast"]
+    assert seconds["mocofast"] >= 0.06
+    assert beside == [0, 2]
+    assert all(
+        command[1:5] == ["-m", "mocofast", "pretrain", "--train.dir"] for command in commands
+    )
 
 
 def test_choices_of_the_user_do_not_reach_a_build(
@@ -110,16 +144,30 @@ def test_quantities_name_functions_and_take_their_options() -> None:
 
 
 def test_folders_hold_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"IMAGES": 7, "FILES": 1_100, "TARS": 2, "SAMPLES": 5}.items():
+    sizes = {"IMAGES": 7, "FILES": 1_100, "TARS": 2, "SAMPLES": 5}
+    for name, value in (*sizes.items(), ("LARGE", 2), ("LARGE_SIZE", (40, 30))):
         monkeypatch.setattr(compare_builds, name, value)
     for name in ("cat/1.png", "cat/2.png", "dog/3.png"):
         image = tmp_path / "images" / name
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_text(name)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, gray in enumerate((10, 250, 90)):
+        Image.new("L", (20, 15), gray).save(photos / f"{number}.jpg")
     made = tmp_path / "made"
     made.mkdir()
-    folders = Folders(tmp_path / "images", made)
-    assert Folders(None, made).missing("many images")
+    folders = Folders(tmp_path / "images", photos, made)
+    assert not any(map(folders.missing, ("", "images", "many images", "photos", "large photos")))
+    none = Folders(None, None, made)
+    assert [none.missing(name) for name in ("images", "many images")] == ["--images"] * 2
+    assert [none.missing(name) for name in ("photos", "large photos")] == ["--photos"] * 2
+    assert not any(map(none.missing, ("", "files", "tars")))
+    enlarged = sorted(folders.path("large photos").iterdir())
+    for file, level in zip(enlarged, (10, 250), strict=True):
+        with Image.open(file) as image:
+            assert (image.size, image.mode) == ((40, 30), "RGB")
+            assert np.asarray(image).mean() == pytest.approx(level, abs=2)
     linked = sorted(file for file in folders.path("many images").rglob("*.png"))
     assert [file.parent.name for file in linked] == ["cat"] * 5 + ["dog"] * 2
     assert linked[-1].read_text() == "dog/3.png"
@@ -131,6 +179,21 @@ def test_folders_hold_what_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(index.keys) == 5
         assert index.members.label_names[index.labels].tolist() == [b"0", b"1", b"2", b"3", b"4"]
     assert len(shards) == 2
+
+
+def test_both_attentions_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: dict[str, torch.Tensor] = {}
+
+    def called(calls: dict[str, Any], repeats: int) -> dict[str, float]:
+        losses.update({side: call() for side, call in calls.items()})
+        return dict.fromkeys(calls, float(repeats))
+
+    monkeypatch.setattr(quantities, "_milliseconds", called)
+    for bf16, error in ((False, 1e-5), (True, 2e-2)):
+        options = {"size": 16, "batch": 2, "bf16": bf16, "threads": 1, "repeats": 3}
+        values = quantities.attention("vit_micro_cifar", **options)
+        assert values == {"mocofast": 3, "torchvision": 3}
+        torch.testing.assert_close(*losses.values(), rtol=error, atol=0)
 
 
 def test_plain_knn_classifies_as_ours() -> None:

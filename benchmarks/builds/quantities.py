@@ -11,6 +11,7 @@ Python looks into the folder of a script first, and `benchmarks` holds this buil
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")
@@ -94,6 +95,50 @@ def first_step(folder: str, size: int) -> Values:
             return {"mocofast": _cpu_seconds(process.pid)}
         finally:
             process.kill()
+
+
+def demo(busy: int) -> Values:
+    """Returns the seconds of the demo (`mocofast pretrain`), beside busy processes and quiet.
+
+    busy: number of processes that only keep a core busy.
+    """
+    from mocofast_bench import timing
+
+    values = {}
+    for side, count in (("quiet", 0), ("mocofast", busy)):
+        with tempfile.TemporaryDirectory() as run, timing.busy_neighbours(count):
+            command = [sys.executable, "-m", "mocofast", "pretrain", "--train.dir", run]
+            before = time.monotonic()
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            values[side] = time.monotonic() - before
+    return values
+
+
+def loader(folder: str, recipe: str, batch: int, decode: str, seconds: float) -> Values:
+    """Returns the pairs/s of the DALI loader over whole epochs, from the start of the first one.
+
+    decode: as `data.decode`, in builds that have the option. seconds: least time of the epochs.
+    """
+    from mocofast.config import DataConfig
+    from mocofast.data.interface import BatchSlice, view_augments
+    from mocofast.data.loaders import build_loader
+    from mocofast.data.sources import load_datasets
+    from mocofast.settings import load_recipe
+
+    data = DataConfig(source="folder", path=folder, loader="dali", labels="none", holdout=0.0)
+    if hasattr(data, "decode"):
+        data.decode = decode
+    source = load_datasets(data).train
+    augments = view_augments(load_recipe(recipe).augment, 2)
+    made = build_loader(source, data, augments, BatchSlice(batch), 0, CPU)
+    pairs, epoch, began = 0, 0, time.monotonic()
+    try:
+        while (spent := time.monotonic() - began) < seconds or not pairs:
+            pairs += sum(len(views.views[0]) for views in made.epoch(epoch))
+            epoch += 1
+    finally:
+        made.close()
+    return {"mocofast": pairs / spent}
 
 
 def _pretrain(folder: str, run: str, size: int, every: int) -> list[str]:
@@ -257,6 +302,32 @@ def optimizer(name: str, arch: str, copies: bool, threads: int, repeats: int) ->
     return _milliseconds({"mocofast": ours.step, "fused, lerp": fused}, repeats)
 
 
+def attention(arch: str, size: int, batch: int, bf16: bool, threads: int, repeats: int) -> Values:
+    """Returns the ms of a ViT's forward and backward pass, and with torchvision's attention.
+
+    bf16: under autocast.
+    """
+    from mocofast.models.encoders import build_encoder
+
+    torch.set_num_threads(threads)
+    ours = build_encoder(arch, size)(num_classes=128)
+    theirs = copy.deepcopy(ours)
+    for block in theirs.encoder.layers:
+        width, heads = block.self_attention.out_proj.in_features, block.self_attention.num_heads
+        block.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def trained(network: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss: Tensor = network(images).float().square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    calls = {"mocofast": lambda: trained(ours), "torchvision": lambda: trained(theirs)}
+    return _milliseconds(calls, repeats)
+
+
 def shapes(arch: str) -> list[tuple[int, ...]]:
     """Returns the shapes of the weights of torchvision's network, with 128 outputs."""
     from torchvision import models
@@ -298,8 +369,8 @@ def _cpu(calls: dict[str, Callable[[], Any]], repeats: int) -> Values:
 QUANTITIES: dict[str, Callable[..., Values]] = {
     function.__name__: function
     for function in (
-        *(info_nce, step, pretrain, first_step, split, few_shot, subset),
-        *(listing, index, knn, ema, optimizer),
+        *(info_nce, step, pretrain, demo, loader, first_step, split, few_shot, subset),
+        *(listing, index, knn, ema, optimizer, attention),
     )
 }
 
