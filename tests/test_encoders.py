@@ -317,6 +317,31 @@ def test_conversion_keeps_the_modules() -> None:
     assert list(map(id, encoder.modules())) == list(map(id, parts))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (6, 4, 0, 5), (6, 0, 5, 5)])
+def test_maps_without_values_are_those_of_pytorch(
+    shape: tuple[int, ...], training: bool, splits: int
+) -> None:
+    plain = nn.BatchNorm2d(shape[1]).train(training)
+    layers = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(layers, splits)
+    images = channels_last(torch.randn(shape))
+    if not shape[1]:
+        for model in (plain, layers):
+            with pytest.raises(IndexError):
+                model(images)
+        return
+    for model in (plain, layers):
+        y = model(images)
+        y.sum().backward()
+        assert y.shape == shape
+    for one, other in zip(layers.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    for one, other in zip(layers.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_fused_block_takes_float32_under_autocast(training: bool) -> None:
     """The shortcut is float32 then, and the convolutions' results are bfloat16."""

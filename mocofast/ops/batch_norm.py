@@ -63,6 +63,7 @@ def ghost_batch_norm(
         or x.dtype not in FUSED_DTYPES
         # In NCHW memory PyTorch's BatchNorm needs no copy: splits are channels of a view.
         or (x.is_contiguous() and not channels_last)
+        or not x.numel()
         or not _takes(x, residual, weight, bias, running_mean, running_var)
     ):
         return pytorch_batch_norm(
@@ -132,7 +133,7 @@ def _check(
             f"got {len(x)} images and {num_splits} splits"
         )
     values = x.shape[2] * x.shape[3] * (len(x) // num_splits)
-    if values <= 1:
+    if values == 1:
         where = f" in each of {num_splits} splits" if num_splits > 1 else ""
         raise ValueError(
             f"x must hold more than one value per channel{where}: got shape {tuple(x.shape)}"
