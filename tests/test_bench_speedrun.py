@@ -131,7 +131,7 @@ def test_budgets_from_one_trunk_are_compared_with_cosine_runs(
 
 @pytest.mark.parametrize(
     ("epochs", "cooldowns"),
-    [(100, {40: 4, 60: 6, 80: 8, 100: 10}), (20, {8: 1, 12: 1, 16: 2, 20: 2})],
+    [(100, {40: 4, 60: 6, 80: 8, 100: 10}), (20, {8: 1, 12: 1, 16: 1, 20: 2})],
 )
 def test_budgets_are_parts_of_the_plain_recipe(epochs: int, cooldowns: dict[int, int]) -> None:
     assert speedrun._budgets(epochs) == cooldowns

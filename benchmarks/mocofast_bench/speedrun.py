@@ -226,7 +226,7 @@ def _wsd(task: Task, arguments: argparse.Namespace, log: _Log) -> dict[str, Any]
 def _budgets(epochs: int) -> dict[int, int]:
     """Returns the budgets of a plain recipe of `epochs`, {epochs: epochs of the cool-down}."""
     budgets = [round(part * epochs) for part in BUDGETS]
-    return {budget: max(1, round(budget / 10)) for budget in budgets}
+    return {budget: max(1, budget // 10) for budget in budgets}
 
 
 def _branches(task: Task, path: str, seed: int, precision: str) -> dict[str, Any]:
