@@ -64,6 +64,7 @@ class Quantity(NamedTuple):
     builds: Sequence[str] = (OLD, OURS)
     busy: int = 0  # processes that only keep a core busy
     pytorch: bool = False  # they multiply matrices on all cores, by PyTorch
+    light: int = 0  # processes that wake every millisecond
     passive: bool = False  # with PASSIVE
     folder: str = ""  # option "folder": a name of `Folders`
 
@@ -89,9 +90,11 @@ def _ops() -> Iterator[Quantity]:
         (0, 2, 1.0, equal),
     ):
         yield Quantity("info_nce", product | {"threads": threads}, ms, goal, target, busy=busy)
+    goal, two = "15 times the old build", product | {"threads": 2}
     for busy in (1, 2):
-        goal, two = "15 times the old build", product | {"threads": 2}
         yield Quantity("info_nce", two, ms, goal, 15.0, busy=busy, pytorch=True)
+    for busy in (0, 1, 2):
+        yield Quantity("info_nce", two, ms, goal, 15.0, busy=busy, light=1)
     yield Quantity("knn", large, ms, equal, 1.0, busy=2)
     for arch in ("resnet18", "resnet50"):
         average = {"arch": arch, "threads": 2, "repeats": 21}
@@ -289,7 +292,8 @@ def measure(
     samples: dict[str, list[float]] = {}
     before, began = usage(), time.monotonic()
     program = timing.PYTORCH if quantity.pytorch else timing.BUSY
-    with timing.busy_neighbours(quantity.busy, program):
+    light = timing.busy_neighbours(quantity.light, timing.LIGHT)
+    with timing.busy_neighbours(quantity.busy, program), light:
         for turn in range(turns):
             for build in quantity.builds if turn % 2 else quantity.builds[::-1]:
                 variables = environment(trees[build], cache, quantity.passive)
@@ -309,6 +313,7 @@ def measure(
         **{name: value for name, value in quantity.options.items() if name != "threads"},
         "busy": quantity.busy,
         **({"of": "PyTorch"} if quantity.pytorch else {}),
+        **({"light": quantity.light} if quantity.light else {}),
         "environment": PASSIVE if quantity.passive else {},
         "turns": turns,
         "took_seconds": round(time.monotonic() - began, 1),

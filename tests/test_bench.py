@@ -87,7 +87,11 @@ def test_kernels_beside_busy_processes_says_so(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
-@pytest.mark.parametrize("program", [timing.BUSY, timing.PYTORCH], ids=["Python", "PyTorch"])
+@pytest.mark.parametrize(
+    "program",
+    [timing.BUSY, timing.PYTORCH, timing.LIGHT],
+    ids=["Python", "PyTorch", "light"],
+)
 def test_busy_neighbours_work_until_the_block_ends(
     program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

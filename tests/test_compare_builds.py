@@ -139,7 +139,7 @@ def test_choices_of_the_user_do_not_reach_a_build(
 def test_quantities_name_functions_and_take_their_options() -> None:
     every = list(compare_builds.quantities())
     assert {quantity.name for quantity in every} == set(quantities.QUANTITIES)
-    keys = [(q.name, str(q.options), q.busy, q.pytorch, q.passive) for q in every]
+    keys = [(q.name, str(q.options), q.busy, q.pytorch, q.light, q.passive) for q in every]
     assert len(set(keys)) == len(keys)
 
 

@@ -51,6 +51,17 @@ while os.getppid() == int(sys.argv[1]):
     matrix @ matrix
 """
 
+# Wakes every millisecond, and works for a tenth of it, as an editor or a browser.
+LIGHT = """
+import os, sys, time
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.0009)
+    end = time.perf_counter() + 0.0001
+    while time.perf_counter() < end:
+        pass
+"""
+
 Call = Callable[[], Any]  # what is timed: one call of a candidate
 Key = TypeVar("Key", bound=Hashable)
 # Usage of the machine while other processes measured memory: no neighbours disturb it.
@@ -153,13 +164,13 @@ def summary(values: list[float]) -> Timing:
 
 @contextlib.contextmanager
 def busy_neighbours(count: int, program: str = BUSY) -> Iterator[None]:
-    """Runs `count` processes that only keep a core busy, until the block ends.
+    """Runs `count` processes of the program until the block ends.
 
-    program: BUSY or PYTORCH, whose processes keep all cores busy.
+    program: BUSY keeps a core busy, PYTORCH all cores, LIGHT a tenth of a core.
 
     The processes also end when this process ends, however it ends.
     """
-    alone = ["-S"] if program == BUSY else []  # without site-packages Python starts at once
+    alone = [] if program == PYTORCH else ["-S"]  # without site-packages Python starts at once
     command = [sys.executable, *alone, "-c", program, str(os.getpid())]
     with contextlib.ExitStack() as stack:
         for _ in range(count):
