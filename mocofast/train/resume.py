@@ -82,8 +82,6 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     with fitting():
         settings.from_dict(then)
     free: tuple[str, ...] = FREE_TO_CHANGE
-    if extend:
-        free += FREE_TO_EXTEND
     if _before_cooldown(config, state) and _before_cooldown(settings.from_dict(then), state):
         free += ("train.epochs", "optim.cooldown_epochs")
     for group in settings.groups(config.model.method):
@@ -91,9 +89,9 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
             name = f"{group}.{key}"
             if (name, value) == ("train.precision", "auto"):
                 continue
-            is_free = name.startswith(free) and name != "optim.name"  # states differ
+            may_extend = name.startswith(FREE_TO_EXTEND) and name != "optim.name"  # states differ
+            is_free = name.startswith(free) or (extend and may_extend)
             if not is_free and value != then.get(group, {}).get(key, value):
-                may_extend = name.startswith(FREE_TO_EXTEND) and name != "optim.name"
                 raise ConfigError(
                     f"{name}: {value!r}, but the run to continue has {then[group][key]!r}. "
                     + ("--extend continues with the new value. " * may_extend)
