@@ -34,12 +34,21 @@ SPLIT = Quantity(
 
 
 def test_a_row_holds_both_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_builds, "quantities", lambda: iter([SPLIT]))
+    begun: list[tuple[int, str]] = []
+    neighbours = timing.busy_neighbours
+
+    def begin(count: int, program: str) -> Any:
+        begun.append((count, program))
+        return neighbours(count, program)
+
+    monkeypatch.setattr(timing, "busy_neighbours", begin)
+    monkeypatch.setattr(compare_builds, "quantities", lambda: iter([SPLIT._replace(light=1)]))
     out = tmp_path / "rows.jsonl"
     assert compare_builds.main([str(ROOT), "--turns", "2", "--out", str(out)]) == 0
+    assert sorted(begun) == [(0, timing.BUSY), (1, timing.LIGHT)]
     (row,) = map(json.loads, out.read_text().splitlines())
     assert (row["quantity"], row["goal"], row["target"]) == ("split", "at most a minute", 60)
-    assert (row["turns"], row["busy"], row["count"]) == (2, 0, 1_000)
+    assert (row["turns"], row["busy"], row["light"], row["count"]) == (2, 0, 1, 1_000)
     assert row["commits"] == dict.fromkeys((OLD, OURS), timing.commit_of(ROOT))
     assert set(row["cpu_seconds"]) == set(row["quartiles"]) == {OLD, OURS}
     for side, seconds in row["cpu_seconds"].items():
