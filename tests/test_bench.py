@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,28 @@ def test_unusable_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_marked_where_code_changed(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", "-C", str(tmp_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert timing.commit_of(tmp_path) is None
+    rows, code = tmp_path / "benchmarks/results/rows.jsonl", tmp_path / "code.py"
+    rows.parent.mkdir(parents=True)
+    for file in (rows, code):
+        file.write_text("1\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert timing.commit_of(tmp_path) == commit
+    rows.write_text("1\n2\n")
+    assert timing.commit_of(tmp_path) == commit
+    code.write_text("2\n")
+    assert timing.commit_of(rows.parent) == f"{commit}+"
 
 
 def test_a_row_tells_generations_of_a_cpu_apart(monkeypatch: pytest.MonkeyPatch) -> None:

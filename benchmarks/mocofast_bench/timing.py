@@ -329,15 +329,20 @@ def _version(package: str) -> str | None:
 
 
 def commit_of(folder: Path) -> str | None:
-    """Returns the commit of a checkout, with + if files were changed. None outside a checkout."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
+    """Returns the commit of a checkout, with + if files were changed. None outside a checkout.
+
+    New rows in `benchmarks/results` are no change.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=False
         )
-    except (OSError, subprocess.CalledProcessError):
+
+    try:
+        commit = git("describe", "--always", "--exclude=*")
+        code = (":(top)", ":(top,exclude)benchmarks/results")
+        changed = git("diff", "--quiet", "HEAD", "--", *code).returncode
+    except OSError:
         return None
-    return commit.stdout.strip()
+    return None if commit.returncode else commit.stdout.strip() + "+" * bool(changed)
