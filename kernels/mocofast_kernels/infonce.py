@@ -26,7 +26,6 @@ from mocofast_kernels import cpu
 from mocofast_kernels import tiles as tile_table
 from mocofast_kernels.configs import (
     ALL_REGISTERS,
-    LONGEST,
     TENSOR_MEMORY,
     Architecture,
     Tile,
@@ -217,7 +216,7 @@ def infonce_forward(
 ) -> InfoNCEForward:
     """Returns the loss of every row, the gradients and the positive's rank, from a single sweep.
 
-    query, positive: (N, C), float32, bfloat16 or float16, any strides, C up to 8192.
+    query, positive: (N, C), float32, bfloat16 or float16, any strides.
     negatives: (K, C), types and strides as query.
     temperature: float > 0, or a tensor () on the same device, read on the device.
     normalize: divide query and positive by max(|x|, 1e-12) inside the kernel.
@@ -239,12 +238,13 @@ def infonce_forward(
     positive (N, C), the second through the positive's score alone, and by 1 / T (N,).
     Fields not asked for are None. Does not synchronise with the host.
 
-    GPUs without matrix units for dot_dtype take the blocked PyTorch path of `mocofast_kernels.cpu`.
+    GPUs without matrix units for dot_dtype take the blocked PyTorch path of `mocofast_kernels.cpu`,
+    as rows of more than 8,192 columns do.
     """
     # Choose the variant of the kernel and the tile.
     N, C = query.shape
     K = negatives.shape[0]
-    assert positive.shape == (N, C) and negatives.shape == (K, C) and 1 <= C <= LONGEST, (N, K, C)
+    assert positive.shape == (N, C) and negatives.shape == (K, C), (N, K, C)
     query, positive, negatives = narrow(query), narrow(positive), narrow(negatives)
     is_pointer = isinstance(temperature, Tensor)
     products = forward_products(

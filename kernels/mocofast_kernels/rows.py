@@ -189,18 +189,20 @@ def blocked_without_matrix_units(
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Makes a launching function call `blocked` on GPUs without matrix units for `dot_dtype`.
 
-    It also calls `blocked` where there is a mask of excluded negatives, which no kernel reads.
+    It also calls `blocked` where there is a mask of excluded negatives, which no kernel reads, and
+    for rows that no program can hold.
 
+    launch: its third argument holds the negatives, (K, C).
     blocked: the same computation in PyTorch (`mocofast_kernels.cpu`), without options of launches.
     """
 
     def choosing(launch: Callable[P, Result]) -> Callable[P, Result]:
         @functools.wraps(launch)
         def chosen(*args: P.args, **kwargs: P.kwargs) -> Result:
-            first: Any = args[0]
+            negatives: Any = args[2]
             dot_dtype: Any = kwargs["dot_dtype"]
-            no_mask = kwargs.get("mask") is None
-            if no_mask and configs.has_matrix_units(first.device, dot_dtype):
+            fits = negatives.shape[1] <= configs.LONGEST and kwargs.get("mask") is None
+            if fits and configs.has_matrix_units(negatives.device, dot_dtype):
                 return launch(*args, **kwargs)
             own = {name: value for name, value in kwargs.items() if name not in LAUNCHES}
             return blocked(*args, **own)
