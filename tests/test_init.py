@@ -15,6 +15,7 @@ from mocofast import MoCo, cli
 from mocofast.config import ConfigError
 from mocofast.interop import to_reference_state_dict
 from mocofast.interop.initial import initialise
+from mocofast.interop.reference_checkpoints import load_any
 from mocofast.models.encoders import TinyResNet
 from mocofast.train.checkpoint import load_checkpoint
 
@@ -59,7 +60,33 @@ def test_other_heads_queues_and_files_are_said(run: Path) -> None:
         assert torch.equal(model.state_dict()[name], saved[name])
 
 
-@pytest.mark.parametrize("prefix", ["momentum_backbone.", "encoder_k.module.0."])
+@pytest.mark.parametrize(
+    "beside", [{}, {"accuracy.total": torch.zeros(1)}], ids=["alone", "metric"]
+)
+@pytest.mark.parametrize("wrapper", ["model.", "method.module."])
+def test_a_model_of_another_loop_gives_both_encoders_and_the_queue(
+    wrapper: str, beside: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """mocofast.MoCo in a module of Lightning, whose queue is (K, C), also beside a metric."""
+    torch.manual_seed(0)
+    theirs, model = (MoCo(TinyResNet, dim=7, queue_size=50) for _ in range(2))
+    with torch.no_grad():
+        theirs.encoder_k.conv1.weight.normal_()
+        theirs.queue_ptr.fill_(12)
+    state = {wrapper + name: value for name, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state | beside}, tmp_path / "loop.ckpt")
+    (line,) = initialise(model, str(tmp_path / "loop.ckpt"), "resnet_tiny")
+    assert line.endswith("encoder, head, momentum encoder, queue")
+    loaded = load_any(str(tmp_path / "loop.ckpt"))
+    assert loaded.is_complete
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(loaded.method.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "prefix", ["momentum_backbone.", "encoder_k.module.0.", "target_encoder.net."]
+)
 def test_momentum_encoders_of_other_projects_are_taken(prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     query, key = (torchvision.models.resnet18().state_dict() for _ in range(2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mocofast.config import ConfigError
-from mocofast.interop.layouts import MOMENTUM, find_encoder
+from mocofast.interop.layouts import MOMENTUM, find_encoder, method_part
 from mocofast.interop.reading import is_ours, read_any, tensors_of
 from mocofast.interop.reference_checkpoints import check_heads, load_backbone
 from mocofast.methods.base import Method
@@ -32,7 +32,7 @@ def initialise(method: Method, path: str, arch: str) -> list[str]:
     """
     content, file = read_any(path)
     try:
-        weights = tensors_of(content["model"] if is_ours(content) else content)
+        weights = method_part(tensors_of(content["model"] if is_ours(content) else content))
         check_finite(weights, str(file))
         encoder = find_encoder(weights, arch)
         check_heads(method.encoder_q, encoder, file)
@@ -99,14 +99,15 @@ def _load_texts(method: CLIP, weights: Mapping[str, Tensor]) -> bool:
 def _load_queue(method: Any, queue: Tensor, weights: Mapping[str, Tensor], ours: bool) -> bool:
     """Loads queue and pointer if they fit. Returns whether they were loaded.
 
-    ours: the queue of the file is (K, C), not (C, K).
+    ours: the queue of the file is (K, C). Queues of others are (C, K), apart from those of
+        `mocofast.MoCo` in another loop.
     """
     given, pointer = weights.get("queue"), weights.get("queue_ptr")
     if isinstance(method, CLIP):  # a queue of texts, and one of images: both are filled anew
         return False
     if given is None or pointer is None or given.dim() != 2 or pointer.numel() != 1:
         return False
-    given = given if ours else given.t()
+    given = given.t() if not ours and given.t().shape == queue.shape else given
     if given.shape != queue.shape:
         return False
     queue.copy_(given)

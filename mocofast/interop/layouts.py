@@ -38,10 +38,11 @@ ENCODERS = (
     # The wrapper's name does not stand before entries of losses and metrics.
     *((wrapper, "a wrapped model") for wrapper in WRAPPERS),
 )
-# Prefixes of momentum encoders: mmselfsup, facebookresearch/moco, moco-v3, solo-learn, lightly.
+# Prefixes of momentum encoders: mmselfsup, facebookresearch/moco, moco-v3, solo-learn, lightly,
+# byol-pytorch.
 MOMENTUM = (
     *("encoder_k.module.0.", "encoder_k.", "momentum_encoder."),
-    *("momentum_backbone.", "backbone_momentum."),
+    *("momentum_backbone.", "backbone_momentum.", "target_encoder."),
 )
 # Children of nn.Sequential(*list(resnet.children())[:-1]), as lightly's examples write it.
 SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -137,6 +138,21 @@ def _part(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
             inner, further = _part(without_wrappers(part))
             return inner, layout if further == "torchvision or timm" else further
     return dict(weights), "torchvision or timm"
+
+
+def method_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the entries of a method with a momentum encoder, without the names of its wrappers.
+
+    Another loop's module may have losses and metrics beside the method. Entries without a momentum
+    encoder come back as they are.
+    """
+    if not any(name.startswith(MOMENTUM) for name in weights):
+        for wrapper in WRAPPERS:
+            part = {n.removeprefix(wrapper): v for n, v in weights.items() if n.startswith(wrapper)}
+            inner = method_part(without_wrappers(part)) if part else part
+            if any(name.startswith(MOMENTUM) for name in inner):
+                return inner
+    return dict(weights)
 
 
 def _is_solo_learn(weights: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
-from mocofast.interop.layouts import Found, find_encoder
+from mocofast.interop.layouts import Found, find_encoder, method_part
 from mocofast.interop.reading import described_names, is_ours, read_any, tensors_of
 from mocofast.interop.weights import load_reference_state_dict
 from mocofast.methods.base import Method
@@ -91,7 +91,7 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
     named = named if isinstance(named, str) else None
     _check(arch, named, path)
     try:
-        weights = tensors_of(content)
+        weights = method_part(tensors_of(content))
         check_finite(weights, path)
         parts = {name.split(".")[0] for name in weights}
         if (
