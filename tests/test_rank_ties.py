@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ def take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def tied_problem(kind: str, dtype: torch.dtype, C: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns query (5, C), positive (5, C) and negatives (37, C) whose scores all tie."""
     generator = torch.Generator().manual_seed(C)
-    query, key = torch.randn(2, C, generator=generator)
-    lengths = torch.rand(37, 1, generator=generator) + 0.5
+    exact = torch.promote_types(dtype, torch.float32)
+    query, key = torch.randn(2, C, generator=generator, dtype=exact)
+    lengths = torch.rand(37, 1, generator=generator, dtype=exact) + 0.5
     if kind == "equal":
         lengths = torch.ones_like(lengths)
     elif kind == "unit":  # as in a queue, rounded once more than the positive
@@ -37,8 +39,16 @@ def tied_problem(kind: str, dtype: torch.dtype, C: int) -> tuple[Tensor, Tensor,
     return query.expand(5, C).to(dtype), rows[:5].clone(), rows
 
 
-@pytest.mark.parametrize("device", ["cpu", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        *(("cpu", dtype) for dtype in (torch.float64, torch.float32, *HALVES)),
+        *(("triton", dtype) for dtype in (torch.float32, *HALVES)),
+    ],
+)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("C", [3, 64, 200])
 def test_the_positive_loses_ties_in_every_dtype(
@@ -46,14 +56,25 @@ def test_the_positive_loses_ties_in_every_dtype(
 ) -> None:
     if device == "triton":
         take_triton(monkeypatch)
-    kinds = ("equal", "unit", "lengths") if normalize and dtype == torch.float32 else ("equal",)
-    for kind in kinds:
+    exact = normalize and dtype not in HALVES
+    for kind in ("equal", "unit", "lengths") if exact else ("equal",):
         query, positive, negatives = tied_problem(kind, dtype, C)
-        loss, rank = ops.info_nce(
-            query, positive, negatives, normalize=normalize, temperature=0.5, return_rank=True
-        )
-        assert loss.isfinite().all()
-        assert rank.tolist() == [37] * 5
+        own = negatives.expand(5, 37, C).contiguous()
+        mask = torch.zeros(5, 37, dtype=torch.bool)
+        masked: dict[str, Any] = {"exclude": mask}
+        for theirs, options in ((negatives, {}), (negatives, masked), (own, {})):
+            loss, rank = ops.info_nce(
+                *(query, positive, theirs),
+                normalize=normalize,
+                temperature=0.5,
+                return_rank=True,
+                **options,
+            )
+            assert loss.isfinite().all()
+            assert rank.tolist() == [37] * 5
+        dense = (x.view(1, 5, C) for x in (query, positive))
+        _, rank = ops.info_nce(*dense, negatives, normalize=normalize, return_rank=True)
+        assert rank.tolist() == [[37] * 5]
     # A negative that is a little lower is not above: 2e-5, in float32.
     if dtype == torch.float32:
         lower = F.normalize(positive[:1].double(), dim=1) - 2e-5 * F.normalize(query[:1].double())
