@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -26,6 +28,8 @@ from mocofast.interop.export import export
 from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 from mocofast.models.encoders import features
 from mocofast.models.vit import sincos_position_embedding
+from mocofast.train.checkpoint import load_checkpoint
+from tests.runs import make_images
 
 Weights = dict[str, Tensor]
 
@@ -367,6 +371,50 @@ def test_published_weights_probe_and_export(resnet: nn.Module, tmp_path: Path) -
     assert written.keys() == resnet.state_dict().keys()
     assert all(torch.equal(written[n], v) for n, v in resnet.state_dict().items())
     assert cli.main(["export", str(path), "--format", "reference", str(out)]) == 2
+
+
+@pytest.mark.parametrize("layout", ["moco, published", "safetensors"])
+def test_every_command_reads_the_file_of_another_project(
+    layout: str,
+    resnet: nn.Module,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # results of a file go into runs/
+    weights, path = dict(resnet.state_dict()), tmp_path / "foreign.safetensors"
+    if layout == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(LAYOUTS[layout](weights), path := tmp_path / "foreign.pth")
+    images = make_images(tmp_path / "images", 24)
+    for part in ("train", "val"):
+        shutil.copytree(images, tmp_path / "imagenet" / part)
+    small = ("--augment.size", "32")
+    fixed = ("--data.path", str(images), "--device", "cpu", *small)
+    run = ["--train.dir", str(tmp_path / "run"), "--model.arch", "resnet18", "--data.workers", "0"]
+    run += ["--data.batch_size", "4", "--model.queue_size", "8", "--train.max_steps", "1"]
+    run += ["--knn.start", "false", "--train.device", "cpu", "--optim.lr", "0"]
+    probe = ["-a", "resnet18", "-b", "8", "--epochs", "1", "-j", "0", str(tmp_path / "imagenet")]
+    for words in (
+        ["knn", str(path), *fixed],
+        ["linear", str(path), *fixed],
+        ["finetune", str(path), *fixed, "--finetune.epochs", "1"],
+        ["embed", str(path), str(images), str(tmp_path / "features.npz"), *small],
+        ["export", str(path), "--format", "torchvision", str(tmp_path / "out.pt")],
+        ["pretrain", str(images), "--init", str(path), *run, *small],
+        ["main_lincls", "--pretrained", str(path), *probe],
+    ):
+        assert cli.main(words) == 0, (words[0], capsys.readouterr().err)
+    # The weights of the file came through.
+    for out, prefix in (("out.pt", ""), ("run", "encoder_q.")):
+        found = tmp_path / out
+        state = load_checkpoint(found)["model"] if found.is_dir() else torch.load(found)
+        assert torch.equal(
+            state[f"{prefix}layer3.0.conv1.weight"], weights["layer3.0.conv1.weight"]
+        )
+    embedded = np.load(tmp_path / "features.npz")
+    assert embedded["features"].shape == (24, 512)
 
 
 def test_errors_are_short_and_say_what_to_do(

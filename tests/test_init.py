@@ -149,7 +149,9 @@ def test_a_finished_run_is_extended_by_epochs_at_another_rate(
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line][-1] == 2 * steps
     # Options that cannot change the trajectory need no --extend. Others stay refused.
-    assert cli.main(["pretrain", "--resume", str(folder), "--data.prefetch", "3"]) == 0
+    free = ["--data.prefetch", "3", "--data.workers", "1", "--data.hw_decoder_load", "0.5"]
+    free += ["--data.preallocate", "100,80"]
+    assert cli.main(["pretrain", "--resume", str(folder), *free]) == 0
     assert cli.main([*further, "--extend", "--model.dim", "5"]) == 2
     capsys.readouterr()
     assert cli.main([*further, "--extend", "--optim.name", "adamw"]) == 2

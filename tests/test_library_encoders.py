@@ -32,6 +32,7 @@ from mocofast.models.encoders import (
 )
 from mocofast.models.heads import pooled, replace_head
 from mocofast.train.checkpoint import load_checkpoint
+from tests.runs import make_images
 
 MODULE = """
 from torch import nn
@@ -108,6 +109,21 @@ def test_models_of_timm_train_and_give_pooled_features(name: str, head: str, wid
     assert not any(n.startswith(f"{head}.") for n in backbone_state_dict(model))
     replace_head(model.encoder_q, nn.Linear(width, 3))
     assert model.encoder_q(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002"])
+def test_runs_of_timms_encoders_go_through_every_command(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    images, run = make_images(tmp_path / "images", 24), str(tmp_path / "run")
+    words = ["pretrain", str(images), "--train.dir", run, "--model.arch", f"timm/{name}"]
+    words += ["--augment.size", "32", "--data.batch_size", "4", "--model.queue_size", "8"]
+    words += ["--train.max_steps", "1", "--knn.start", "false", "--train.device", "cpu"]
+    assert cli.main([*words, "--data.workers", "0"]) == 0
+    fixed = ("--data.path", str(images), "--device", "cpu")
+    assert cli.main(["knn", run, *fixed]) == 0
+    assert cli.main(["linear", run, *fixed]) == 0
+    assert cli.main(["finetune", run, *fixed, "--finetune.epochs", "1"]) == 0
+    assert cli.main(["export", run, "--format", "timm", str(tmp_path / "out.pt")]) == 0
 
 
 def test_functions_of_the_user_build_encoders(module: str) -> None:
