@@ -16,7 +16,9 @@ from mocofast_bench import commands, loops, neighbours, step, train, training_st
 from mocofast_bench.commands import BENCHMARKS, benchmark, main
 
 from mocofast.config import Config, ConfigError
+from mocofast.data.loaders import count_workers
 from mocofast.settings import load_recipe
+from mocofast.train import threads
 from mocofast.usage import Usage, usage
 from tests import runs
 
@@ -201,6 +203,27 @@ def test_the_quick_options_of_a_step_leave_memory_and_profile_out_and_keep_the_t
     assert {"mocofast", "reference", "strong", "encoders only"} <= set(row["milliseconds"])
     assert "breakdown_milliseconds" not in row and not row["extra_bytes"]
     assert len(step.plot(row).get_axes()) == 1
+
+
+@pytest.mark.usefixtures("measured_here")
+@pytest.mark.parametrize("command", ["step", "train"])
+def test_steps_and_runs_are_timed_on_the_threads_of_pretrain(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny network takes one thread, and all where its operations count as many."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setattr(threads, "cores_of_others", lambda _: 0.0)
+    before, cores = torch.get_num_threads(), count_workers(-1)
+    short = {"step": ["--times-only", "--no-profile", "--modes"], "train": ["--steps", "1"]}
+    try:
+        for worth, expected in ((threads.WORTH, 1), (5, cores)):
+            monkeypatch.setattr(threads, "WORTH", worth)
+            torch.set_num_threads(2)
+            assert main([command, *TINY, *short[command]]) == 0
+            assert last_row(capsys.readouterr().out)["threads"] == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("measured_here")
