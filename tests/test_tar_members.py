@@ -108,6 +108,17 @@ def test_a_file_cut_off_anywhere_ends_as_with_tarfile(tmp_path: Path, tar_format
         assert by_members(cut) == by_tarfile(cut), size
 
 
+@pytest.mark.parametrize("end", [b"\0x", b"  ", b" x", b"x ", b"7\0", b"\xff\xff"])
+def test_what_follows_the_digits_of_a_sum_is_read_as_by_tarfile(tmp_path: Path, end: bytes) -> None:
+    path = write(tmp_path / "x.tar", tarfile.USTAR_FORMAT)
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[-2].offset
+    content = bytearray(path.read_bytes())
+    content[start + 154 : start + 156] = end
+    path.write_bytes(content)
+    assert by_members(path) == by_tarfile(path)
+
+
 @pytest.mark.parametrize("tar_format", FORMATS)
 def test_a_damaged_byte_of_any_header_ends_as_with_tarfile(tmp_path: Path, tar_format: str) -> None:
     whole = write(tmp_path / "x.tar", FORMATS[tar_format]).read_bytes()

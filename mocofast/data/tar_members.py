@@ -187,7 +187,9 @@ class TarMembers:
 
 
 def _are_whole(headers: list[bytes]) -> bool:
-    """Returns whether every header holds the sum of its bytes, and a size of at most 11 digits."""
+    """Returns whether every header holds the sum of its bytes, in 6 digits, and a size of at most
+    11 digits.
+    """
     if not headers:
         return True
     table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)  # (headers, BLOCK)
@@ -201,5 +203,5 @@ def _are_whole(headers: list[bytes]) -> bool:
             return False
     # The field of the sum counts as 8 spaces.
     total = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    ends_of_size = np.isin(table[:, 135], (0, ord(" ")))
-    return bool(np.array_equal(total, written) and ends_of_size.all())
+    ends = table[:, [135, 154, 155]] & ~np.uint8(ord(" "))  # 0 for NULs and spaces
+    return bool(np.array_equal(total, written) and not ends.any())
