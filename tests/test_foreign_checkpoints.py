@@ -7,6 +7,7 @@ tests/test_other_projects.py takes the projects' own code (docs/checkpoints.md).
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from mocofast import MoCo, cli
 from mocofast.config import ConfigError
 from mocofast.interop import to_reference_state_dict
 from mocofast.interop.export import export
+from mocofast.interop.reading import tensors_of
 from mocofast.interop.reference_checkpoints import as_checkpoint, load_any
 from mocofast.models.encoders import features
 from mocofast.models.vit import sincos_position_embedding
@@ -149,6 +151,13 @@ def test_every_layout_gives_the_features_of_its_encoder(
     loaded = load_any(str(path))
     assert loaded.config.model.arch == "resnet18"
     assert_features(loaded.method.encoder_q, resnet, 64)
+
+
+def test_wrappers_may_stand_in_any_order() -> None:
+    weights = {"conv1.weight": torch.zeros(1), "layer1.0.bn1.bias": torch.ones(2)}
+    for names in itertools.permutations(("module.", "_orig_mod.", "model.", "_forward_module.")):
+        found = tensors_of({"state_dict": under("".join(names), weights)})
+        assert found.keys() == weights.keys(), names
 
 
 def assert_features(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: int) -> None:
