@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from mocofast import MoCo
 from mocofast.models.batch_norm import SplitBatchNorm2d, fuse_batch_norms, split_batch_norm
+from mocofast.models.convolutions import CompiledConv2d, compile_convolutions
 from mocofast.models.encoders import TinyResNet, add_mlp_head, build_encoder, features, head_name
 from mocofast.models.pixels import prepare_images
 from tests.eager_moco import LoopedSplitBatchNorm
@@ -354,6 +356,26 @@ def test_a_fused_block_takes_float32_under_autocast(training: bool) -> None:
         y, expected = layers(images), plain(images)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+
+
+def test_torchvision_takes_features_of_a_converted_encoder() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18_cifar")(num_classes=3)
+    nodes = ["layer1.0.conv1", "layer3"]
+    plain = create_feature_extractor(copy.deepcopy(encoder), nodes)
+    split_batch_norm(encoder, 1)
+    compile_convolutions(encoder)
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours = create_feature_extractor(encoder, nodes)
+    assert {CompiledConv2d, SplitBatchNorm2d} <= set(map(type, ours.modules()))
+    images = channels_last(torch.randn(4, 3, 16, 16))
+    for training in (True, False):
+        found, expected = ours.train(training)(images), plain.train(training)(images)
+        assert list(found) == nodes
+        assert torch.allclose(found["layer3"], expected["layer3"], rtol=1e-3, atol=1e-3)
+        assert torch.allclose(found[nodes[0]], expected[nodes[0]], rtol=1e-3, atol=1e-4)
+    for name, value in plain.named_buffers():
+        assert torch.allclose(ours.get_buffer(name).float(), value.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_conversion_refuses_layers_without_running_statistics() -> None:

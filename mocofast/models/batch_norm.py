@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.models.encoders import TinyBlock
+from mocofast.models.tracing import is_traced, whole_call
 from mocofast.ops.batch_norm import ghost_batch_norm
 
 
@@ -36,6 +37,8 @@ class SplitBatchNorm(_BatchNorm):
         self.num_splits = num_splits
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        if is_traced(x):
+            return whole_call(self, x, relu, residual)
         # A layer of one split may have lost its statistics or momentum after `fuse_batch_norms`.
         if not self.training or (self.num_splits == 1 and not _splits(self)):
             y = super().forward(x)

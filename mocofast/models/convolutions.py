@@ -12,6 +12,7 @@ import torch
 from mocofast_kernels.cpu_convolution import KINDS, LANES, convolves
 from torch import Tensor, nn
 
+from mocofast.models.tracing import is_traced, whole_call
 from mocofast.ops.convolution import convolve
 
 
@@ -23,6 +24,8 @@ class CompiledConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if is_traced(input):
+            return whole_call(self, input)
         if torch.compiler.is_compiling():
             return super()._conv_forward(input, weight, bias)
         images, low = input, weight
