@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,10 @@ def test_a_queue_larger_than_the_set_is_said(
     assert pretrain(tmp_path / "large", *options, "--model.queue_size", "65536") == 0
     out = capsys.readouterr().out
     assert out.count("the queue of 65536 keys is larger than the set of") == 1
+    # 65,536 / 1,438 images. The size that the line suggests is smaller than the set.
+    found = re.search(r"of ([\d.]+) epochs.* --model.queue_size (\d+)", out)
+    assert found is not None and 64 <= int(found[2]) < 1438
+    assert float(found[1]) == pytest.approx(65536 / 1438, rel=1e-2)
     assert pretrain(tmp_path / "seed", "--train.seed", "-1") == 2
     assert "train.seed" in capsys.readouterr().err
 
