@@ -319,6 +319,25 @@ def test_conversion_keeps_the_modules() -> None:
     assert list(map(id, encoder.modules())) == list(map(id, parts))
 
 
+@pytest.mark.parametrize("of_gradient", [True, False])
+def test_batchnorm_of_negative_views(of_gradient: bool) -> None:
+    """The sign of the tensor is a flag beside the memory."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (channels_last(torch.randn(6, 16, 5, 5, generator=generator)) for _ in range(2))
+    plain = nn.BatchNorm2d(16)
+    layers = nn.Sequential(copy.deepcopy(plain))
+    fuse_batch_norms(layers)
+    images = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(plain(images), images, grad)
+    if of_gradient:
+        grad = torch._neg_view(-grad)
+    else:
+        images = torch._neg_view(-x).requires_grad_()
+    (found,) = torch.autograd.grad(layers(images), images, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layers[0].running_mean, plain.running_mean)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (6, 4, 0, 5), (6, 0, 5, 5)])

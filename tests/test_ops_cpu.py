@@ -363,6 +363,19 @@ def test_repeated_runs_are_bit_equal(temperature: float) -> None:
 # --- EMA and queue ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negative_views_of_features(dtype: torch.dtype) -> None:
+    """The sign of the tensor is a flag beside the memory, which the compiled sweep reads."""
+    plain = [features(seed, size, 64).to(dtype) for seed, size in enumerate((70, 70, 3000))]
+    found = []
+    for given in (plain, [torch._neg_view(-x) for x in plain]):
+        leaves = [x.detach().requires_grad_() for x in given]
+        loss, rank = ops.info_nce(*leaves, return_rank=True)
+        found.append([loss.detach(), rank, *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_ema_matches_float64_for_every_dtype_and_stride() -> None:
     shapes = [(1,), (7, 3), (64, 3, 7, 7)]
     targets = [features(i, *s) for i, s in enumerate(shapes)]

@@ -357,7 +357,7 @@ class Blocks:
         Negatives of the dtype that need no normalisation are not copied.
         """
         dtype = torch.promote_types(self.dtype, torch.float32) if self.normalize else self.dtype
-        block = self.negatives[columns].to(dtype).contiguous()
+        block = self.negatives[columns].to(dtype).contiguous().resolve_neg()
         return (block / clamped_norm(block)).to(self.dtype) if self.normalize else block
 
 

@@ -111,7 +111,10 @@ def _takes(
         cpu_ghost_bn.normalises(x.dtype)
         and weight.dtype == bias.dtype == torch.float32
         and type(x) is Tensor
-        and all(t is None or t.device == x.device for t in (residual, weight, bias, *running))
+        and not any(
+            t is not None and (t.device != x.device or t.is_neg())
+            for t in (x, residual, weight, bias, *running)
+        )
         and not is_transformed()
     )
 
@@ -208,7 +211,7 @@ def _backward(
 
     Without ReLU, the residual's gradient is grad_output itself.
     """
-    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    grad_output = grad_output.contiguous(memory_format=torch.channels_last).resolve_neg()
     backward = backend.backend_for(x.device.type).ghost_bn_backward
     assert backward is not None
     grad_x, grad_weight, grad_bias, grad_residual = backward(
