@@ -368,8 +368,8 @@ def test_negative_views_of_features(dtype: torch.dtype) -> None:
     """The sign of the tensor is a flag beside the memory, which the compiled sweep reads."""
     plain = [features(seed, size, 64).to(dtype) for seed, size in enumerate((70, 70, 3000))]
     found = []
-    for given in (plain, [torch._neg_view(-x) for x in plain]):
-        leaves = [x.detach().requires_grad_() for x in given]
+    for tensors in (plain, [torch._neg_view(-x) for x in plain]):
+        leaves = [x.detach().requires_grad_() for x in tensors]
         loss, rank = ops.info_nce(*leaves, return_rank=True)
         found.append([loss.detach(), rank, *torch.autograd.grad(loss, leaves)])
     for one, other in zip(*found, strict=True):
