@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import shutil
 import subprocess
@@ -152,6 +153,32 @@ def test_numbers_that_are_not_octal_are_read_as_by_tarfile(tmp_path: Path) -> No
             info.size, info.uid = 9, 2**30
             tar.addfile(info, io.BytesIO(b"123456789"))
     assert by_members(path) == by_tarfile(path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        (b"-00000002000", "-1,024"),
+        (b"\xff" * 10 + b"\xfc\0", "-1,024"),
+        (b"\x80\0\0\x80" + b"\0" * 8, f"{1 << 71:,}"),
+    ],
+)
+def test_an_impossible_size_ends_the_members(
+    tmp_path: Path, size: bytes, named: str, first: bool
+) -> None:
+    path = write(tmp_path / "x.tar", tarfile.USTAR_FORMAT)
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[0 if first else 1].offset
+    content = bytearray(path.read_bytes())
+    content[start + 124 : start + 136] = size
+    header = content[start : start + 512]
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    content[start + 148 : start + 156] = b"%06o\0 " % total
+    path.write_bytes(content)
+    message = f"a member of {named} bytes at byte"
+    with TarMembers(path) as tar, pytest.raises(tarfile.ReadError, match=message):
+        list(itertools.islice(tar, 100))
 
 
 def test_sums_padded_with_spaces_are_read_as_by_tarfile(tmp_path: Path) -> None:

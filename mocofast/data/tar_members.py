@@ -21,6 +21,7 @@ _AT_ONCE = 1024  # headers whose checksums are verified together
 _SMALL, _LARGE = 4096, 32768
 _AT_END = 1 << 20  # bytes behind the end of an archive that are read at once
 _LONGEST_PAX = 1 << 20  # bytes of a PAX header that is read here
+_LONGEST_FILE = 1 << 63  # bytes
 _FILE_TYPES = b"0\0"
 _PAX_TYPE = ord("x")
 # Parts of the keywords of a PAX header that change the name, the size or the kind of a member.
@@ -90,9 +91,16 @@ class TarMembers:
         self._tar.close()
 
     def __iter__(self) -> Iterator[Member]:
-        """Yields every member. Raises tarfile.TarError where the tar file is cut off."""
+        """Yields every member. Raises tarfile.TarError where the tar file is cut off, and for a
+        member of an impossible size.
+        """
         tar = self._tar
         while (member := tar.next()) is not None:
+            # tarfile would go back, and read the same members for ever, or past all files.
+            if not member.offset_data <= tar.offset < _LONGEST_FILE:
+                raise tarfile.ReadError(
+                    f"a member of {member.size:,} bytes at byte {member.offset:,}"
+                )
             yield member
             # tarfile keeps all headers: a gigabyte for a shard of a million samples.
             tar.members.clear()  # type: ignore[attr-defined]
@@ -163,7 +171,7 @@ class TarMembers:
                 content = window[at + BLOCK : at + BLOCK + size]
                 small = content if len(content) == size else None
             if kind == _PAX_TYPE:
-                if size > _LONGEST_PAX:
+                if not 0 <= size <= _LONGEST_PAX:
                     break
                 if small is None:
                     small = os.pread(self._file, size, position + BLOCK)
