@@ -118,9 +118,7 @@ class Pairs:
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
         self.counts = Counts.of(targets)
-        # Of the last call: addresses and bytes of the storages, of sources, then of targets.
-        self.addresses = array("q")
-        self.sizes: list[int] = []
+        self.addresses = array("q")  # of the last call: of sources, then of targets
 
 
 def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: float) -> bool:
@@ -137,12 +135,11 @@ def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: floa
     if make is None or is_watched():
         return False
     addresses = array("q", map(Tensor.data_ptr, both))
-    sizes = _sizes(both)
-    # Most lists hold the tensors of their last call.
-    if addresses != pairs.addresses or sizes != pairs.sizes:
+    # Most lists hold the tensors of their last call. A storage that loses memory moves.
+    if addresses != pairs.addresses:
         if len(set(addresses)) < len(addresses) or not all(map(has_memory, both)):
             return False
-        pairs.addresses, pairs.sizes = addresses, sizes
+        pairs.addresses = addresses
     _run(targets[0], make, addresses, _PAIRS, True, pairs.counts, _NO_STEP, step)
     increment_version(targets)
     return True
