@@ -67,7 +67,8 @@ def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
 ) -> None:
     # 6 steps of 6 keys (12 if symmetric) write 36 keys (72) into 17 rows: the queue wraps around in
     # the middle of a batch.
-    batches = random_batches(steps=6, size=6)
+    # (With seed 1 a value lies so near the kink of a ReLU that the order of a sum decides.)
+    batches = random_batches(steps=6, size=6, seed=2)
     model = small_moco(base, **options).to(device)
     eager, exact = EagerMoCo(model, torch.float32), EagerMoCo(model, torch.float64)
     trajectories = []

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
-from mocofast_kernels.cpu_one_block import is_one_block, one_block
+from mocofast_kernels.cpu_one_block import compiled_block, is_one_block, one_block
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, weighted_sums
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
@@ -132,8 +132,8 @@ def infonce_forward(
         and is_one_block(query, negatives)
     ):
         assert isinstance(inverse_t, float)  # because `unshifted`
-        of_negatives = negatives, inverse_t, normalize_negatives
-        loss, rank, grad = one_block(query, positive, *of_negatives, return_rank, mean)
+        given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
+        loss, rank, grad = compiled_block(*given) or one_block(*given)
         return InfoNCEForward(loss, None, rank, grad, None, None)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)

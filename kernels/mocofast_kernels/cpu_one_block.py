@@ -1,14 +1,20 @@
-"""InfoNCE of small problems on a CPU: one straight function, without blocks.
+"""InfoNCE of small problems on a CPU, without blocks.
 
-At 16 x 256 x 64 a third of the time went into calls between the operations (docs/log.md).
+One call of the compiled library (`sweep.c`) takes few rows of float32: PyTorch's two dozen operators
+cost a microsecond each. One straight function takes the rest (docs/log.md).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
+from mocofast_kernels.cpu_library import is_watched
 from mocofast_kernels.cpu_products import SMALL, Scratch, product, weighted_sums
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
@@ -18,9 +24,68 @@ from mocofast_kernels.cpu_vectors import (
     through_normalize,
     unit_rows,
 )
+from mocofast_kernels.remembered import KINDS
 
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
+
+_Loss = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 3,
+    *[ctypes.c_int64] * 3,
+    ctypes.c_int,
+    ctypes.c_float,
+    ctypes.c_int,
+    ctypes.c_float,
+    *[ctypes.c_void_p] * 3,
+)
+
+
+def compiled_block(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    inverse_t: float,
+    normalize_negatives: bool,
+    return_rank: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Returns the results of `one_block` by the compiled library, to rounding.
+
+    None for other tensors than contiguous float32 ones, for many numbers, and where the library or
+    its instructions are missing. The choice does not depend on the number of threads.
+    """
+    tensors = query, positive, negatives
+    count, dim = query.shape
+    padded = -(-count // cpu_sweep.LANES) * cpu_sweep.LANES
+    if padded * negatives.numel() > SMALL or is_watched():
+        return None
+    for x in tensors:
+        plain = type(x) in KINDS and x.dtype == torch.float32
+        if not plain or not x.is_contiguous() or x.is_neg():
+            return None
+    compute = _compiled()
+    if compute is None:
+        return None
+    loss, grad = query.new_empty(() if mean else count), torch.empty_like(query)
+    addresses = map(Tensor.data_ptr, tensors)
+    sizes = count, len(negatives), dim
+    rank = query.new_empty(count, dtype=torch.int32) if return_rank else None
+    options = normalize_negatives, inverse_t, mean, cpu_ranks.TIE
+    outputs = loss.data_ptr(), grad.data_ptr(), None if rank is None else rank.data_ptr()
+    if not compute(*addresses, *sizes, *options, *outputs):
+        raise MemoryError(f"no memory for the gradient of {count} x {dim} numbers")
+    return loss, rank, grad
+
+
+@functools.cache
+def _compiled() -> Any:
+    """Returns the function of the library, or None."""
+    found = cpu_sweep.compiled(torch.float32)[0]
+    try:
+        return None if found is None else _Loss(("sweep_loss", found))
+    except AttributeError:  # a library of an older version
+        return None
 
 
 def is_one_block(query: Tensor, negatives: Tensor) -> bool:

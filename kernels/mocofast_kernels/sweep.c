@@ -12,6 +12,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "compilers.h"
@@ -62,6 +63,95 @@ INLINE __attribute__((target(AVX512))) __m512 exp2_of(__m512 x) {
 #define NAME(x) bfloat16_##x
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #include "sweep_body.h"
+
+#define TARGET __attribute__((target(AVX512)))
+#define EPS 1e-12f /* smallest divisor of a normalised vector */
+
+/* Lanes of 16 numbers from i on, of `width`. */
+INLINE TARGET __mmask16 lanes_from(int64_t i, int64_t width) {
+  return width - i < LANES ? (__mmask16)((1 << (width - i)) - 1) : ALL;
+}
+
+TARGET static float dot(const float *a, const float *b, int64_t width) {
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += LANES) {
+    __mmask16 lanes = lanes_from(i, width);
+    sums = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), _mm512_maskz_loadu_ps(lanes, b + i),
+                           sums);
+  }
+  return _mm512_reduce_add_ps(sums);
+}
+
+/* Returns the sum of |a b|. */
+TARGET static float dot_of_sizes(const float *a, const float *b, int64_t width) {
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += LANES) {
+    __mmask16 lanes = lanes_from(i, width);
+    __m512 x = _mm512_maskz_loadu_ps(lanes, a + i), y = _mm512_maskz_loadu_ps(lanes, b + i);
+    sums = _mm512_add_ps(sums, _mm512_abs_ps(_mm512_mul_ps(x, y)));
+  }
+  return _mm512_reduce_add_ps(sums);
+}
+
+/* Writes a x + b y. */
+TARGET static void combine(float *out, float a, const float *x, float b, const float *y,
+                           int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    __mmask16 lanes = lanes_from(i, width);
+    __m512 sum = _mm512_mul_ps(_mm512_set1_ps(a), _mm512_maskz_loadu_ps(lanes, x + i));
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_maskz_loadu_ps(lanes, y + i), sum);
+    _mm512_mask_storeu_ps(out + i, lanes, sum);
+  }
+}
+
+/* Returns max(norm, EPS), NaN for NaN. */
+static float norm_of(const float *x, int64_t width) {
+  float norm = sqrtf(dot(x, x, width));
+  return norm < EPS ? EPS : norm;
+}
+
+/* InfoNCE of unit vectors: losses, the gradient by the query, and the positives' ranks or none.
+ * share: of the sizes of the products, within which a score ties with the positive's. */
+static void losses(struct sweep *s, const float *query, const float *positive, float inverse_t,
+                   int mean, float share, float *loss, float *grad, int32_t *ranks, float *units,
+                   float *panels, float *ties) {
+  const double log_2 = 0.6931471805599453;
+  const float factor = (float)(inverse_t / log_2);
+  int64_t rows = s->rows, width = s->width;
+  for (int64_t r = 0; r < rows; r++) {
+    float norm = norm_of(query + r * width, width);
+    float *unit = units + r * width, *panel = panels + r / LANES * LANES * width + r % LANES;
+    for (int64_t i = 0; i < width; i++) {
+      unit[i] = query[r * width + i] / norm;
+      panel[i * LANES] = unit[i] * factor;
+    }
+    if (ranks) {
+      const float *key = positive + r * width;
+      float sum = dot(unit, key, width) - share * dot_of_sizes(unit, key, width);
+      ties[r] = factor * sum / norm_of(key, width);
+    }
+  }
+  float32_sweep(s);
+  double all = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const float *unit = units + r * width, *key = positive + r * width;
+    float *own = grad + r * width;
+    float norm = norm_of(query + r * width, width), length = norm_of(key, width);
+    double difference = log(s->total[r]) - (double)inverse_t * dot(unit, key, width) / length;
+    double value = difference > 40 ? difference : log1p(exp(difference));
+    double weight = -(double)inverse_t / (1 + exp(-difference)) / (mean ? (double)rows : 1);
+    all += value;
+    if (!mean) loss[r] = (float)value;
+    if (ranks) ranks[r] = value != value ? (int32_t)s->count : s->above[r];
+    /* By the unit vector, then by the query: up to EPS the divisor is a constant. */
+    combine(own, (float)(weight / length), key, (float)(-weight / s->total[r]),
+            s->output + r * width, width);
+    float along = norm <= EPS ? 0 : dot(own, unit, width) / norm;
+    combine(own, 1 / norm, own, -along, unit, width);
+  }
+  if (mean) *loss = (float)(all / (double)rows);
+}
+#undef TARGET
 #endif
 
 /* Returns whether this CPU sweeps with float32 operands (0) or bfloat16 operands (1). */
@@ -81,5 +171,41 @@ EXPORT void sweep_keys(int bfloat16, const uint32_t *panels, const uint32_t *key
     bfloat16_sweep(&s);
   else
     float32_sweep(&s);
+#endif
+}
+
+/* Computes InfoNCE of a few rows, float32: loss, gradient and ranks of cpu_one_block.py.
+ *
+ * query, positive, grad: (rows, width). keys: (count, width). loss: (rows), of the mean ().
+ * ranks: (rows), or 0. tie: TIE of cpu_ranks.py. normalize: divide the keys by their norms.
+ * Returns whether there was memory. */
+EXPORT int sweep_loss(const float *query, const float *positive, const float *keys, int64_t rows,
+                      int64_t count, int64_t width, int normalize, float inverse_t, int mean,
+                      float tie, float *loss, float *grad, int32_t *ranks) {
+#if X86
+  int64_t padded = (rows + LANES - 1) / LANES * LANES, numbers = padded * width;
+  float *memory = calloc((size_t)(3 * numbers + 3 * padded + KEYS * width), sizeof(*memory));
+  if (!memory) return 0;
+  float *panels = memory, *units = panels + numbers, *output = units + numbers;
+  float *total = output + numbers, *ties = total + padded;
+  int32_t *above = (int32_t *)(ties + padded);
+  struct sweep s = {(const uint32_t *)panels,
+                    (const uint32_t *)keys,
+                    rows,
+                    count,
+                    width,
+                    width,
+                    normalize,
+                    ranks ? ties : 0,
+                    total,
+                    output,
+                    above,
+                    (uint32_t *)(above + padded),
+                    0};
+  losses(&s, query, positive, inverse_t, mean, tie, loss, grad, ranks, units, panels, ties);
+  free(memory);
+  return 1;
+#else
+  return 0;
 #endif
 }
