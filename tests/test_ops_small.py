@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         (16, 64, 16),  # whole panels, keys and vectors
         (17, 63, 17),
         (33, 200, 64),
-        (512, 16, 128),  # the most rows
+        (600, 16, 128),
         (5, 300, 200),
     ],
 )
@@ -135,7 +135,7 @@ def test_what_the_library_does_not_take_goes_another_way(calls: list[bool]) -> N
     computed(features(0, 16, 8).t(), *plain[1:])  # another order in memory
     computed(*plain[:2], torch._neg_view(-plain[2]))
     computed(plain[0].bfloat16(), *plain[1:])
-    computed(features(0, 1, 64), features(1, 1, 64), features(2, 1025, 64))  # lanes without a row
+    computed(features(0, 1, 64), features(1, 1, 64), features(2, 2**14 + 1, 64))  # 16 lanes
     assert calls == [True, False, False, False, False]
     with FlopCounterMode(display=False) as counter:
         computed(*plain)

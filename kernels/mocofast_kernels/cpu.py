@@ -129,12 +129,15 @@ def infonce_forward(
         and not excluded
         and operand == torch.float32
         and query.dtype != torch.float64
-        and is_one_block(query, negatives)
     ):
         assert isinstance(inverse_t, float)  # because `unshifted`
         given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
-        loss, rank, grad = compiled_block(*given) or one_block(*given)
-        return InfoNCEForward(loss, None, rank, grad, None, None)
+        found = compiled_block(*given)
+        if found is None and is_one_block(query, negatives):
+            found = one_block(*given)
+        if found is not None:
+            loss, rank, grad = found
+            return InfoNCEForward(loss, None, rank, grad, None, None)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2

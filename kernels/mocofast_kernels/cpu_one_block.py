@@ -1,7 +1,7 @@
 """InfoNCE of small problems on a CPU, without blocks.
 
-One call of the compiled library (`sweep.c`) takes few rows of float32: PyTorch's two dozen operators
-cost a microsecond each. One straight function takes the rest (docs/log.md).
+One call of the compiled library (`sweep.c`) takes few rows of float32: PyTorch's two dozen
+operators cost a microsecond each. One straight function takes the rest (docs/log.md).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mocofast_kernels.remembered import KINDS
 
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
+PRODUCTS = 2**24  # most of the compiled library, which computes on one thread
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -58,7 +59,7 @@ def compiled_block(
     tensors = query, positive, negatives
     count, dim = query.shape
     padded = -(-count // cpu_sweep.LANES) * cpu_sweep.LANES
-    if padded * negatives.numel() > SMALL or is_watched():
+    if padded * negatives.numel() > PRODUCTS or is_watched():
         return None
     for x in tensors:
         plain = type(x) in KINDS and x.dtype == torch.float32
