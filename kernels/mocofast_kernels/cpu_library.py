@@ -29,6 +29,18 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
 
 
+def function(prototype: Any, name: str) -> Any:
+    """Returns a function of the library, None without the library or the function.
+
+    prototype: of `ctypes.CFUNCTYPE`. A library of an older version may lack the function.
+    """
+    found, _ = library()
+    try:
+        return None if found is None else prototype((name, found))
+    except AttributeError:
+        return None
+
+
 @functools.cache
 def threads_of_openmp() -> Any:
     """Returns the function of PyTorch's OpenMP that runs a function on threads, or None."""

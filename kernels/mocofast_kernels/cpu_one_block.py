@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
-from mocofast_kernels.cpu_library import is_watched
+from mocofast_kernels.cpu_library import function, is_watched
 from mocofast_kernels.cpu_products import SMALL, Scratch, product, weighted_sums
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
@@ -81,12 +81,9 @@ def compiled_block(
 
 @functools.cache
 def _compiled() -> Any:
-    """Returns the function of the library, or None."""
-    found = cpu_sweep.compiled(torch.float32)[0]
-    try:
-        return None if found is None else _Loss(("sweep_loss", found))
-    except AttributeError:  # a library of an older version
-        return None
+    """Returns the function of the library, None without the library or its instructions."""
+    runs = cpu_sweep.compiled(torch.float32)[0] is not None
+    return function(_Loss, "sweep_loss") if runs else None
 
 
 def is_one_block(query: Tensor, negatives: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mocofast_kernels import cpu_threads
-from mocofast_kernels.cpu_library import is_watched, library
+from mocofast_kernels.cpu_library import function, is_watched
 from mocofast_kernels.cpu_parts import (
     ParameterRow,
     check_memory,
@@ -147,11 +147,7 @@ def average_(targets: list[Tensor], both: list[Tensor], pairs: Pairs, step: floa
 
 @functools.cache
 def _function() -> Any:
-    found, _ = library()
-    try:
-        return None if found is None else _Make(("steps_make", found))
-    except AttributeError:  # a library of an older version
-        return None
+    return function(_Make, "steps_make")
 
 
 def _is_free(tensor: Tensor) -> bool:

@@ -109,48 +109,6 @@ static float norm_of(const float *x, int64_t width) {
   float norm = sqrtf(dot(x, x, width));
   return norm < EPS ? EPS : norm;
 }
-
-/* InfoNCE of unit vectors: losses, the gradient by the query, and the positives' ranks or none.
- * share: of the sizes of the products, within which a score ties with the positive's. */
-static void losses(struct sweep *s, const float *query, const float *positive, float inverse_t,
-                   int mean, float share, float *loss, float *grad, int32_t *ranks, float *units,
-                   float *panels, float *ties) {
-  const double log_2 = 0.6931471805599453;
-  const float factor = (float)(inverse_t / log_2);
-  int64_t rows = s->rows, width = s->width;
-  for (int64_t r = 0; r < rows; r++) {
-    float norm = norm_of(query + r * width, width);
-    float *unit = units + r * width, *panel = panels + r / LANES * LANES * width + r % LANES;
-    for (int64_t i = 0; i < width; i++) {
-      unit[i] = query[r * width + i] / norm;
-      panel[i * LANES] = unit[i] * factor;
-    }
-    if (ranks) {
-      const float *key = positive + r * width;
-      float sum = dot(unit, key, width) - share * dot_of_sizes(unit, key, width);
-      ties[r] = factor * sum / norm_of(key, width);
-    }
-  }
-  float32_sweep(s);
-  double all = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    const float *unit = units + r * width, *key = positive + r * width;
-    float *own = grad + r * width;
-    float norm = norm_of(query + r * width, width), length = norm_of(key, width);
-    double difference = log(s->total[r]) - (double)inverse_t * dot(unit, key, width) / length;
-    double value = difference > 40 ? difference : log1p(exp(difference));
-    double weight = -(double)inverse_t / (1 + exp(-difference)) / (mean ? (double)rows : 1);
-    all += value;
-    if (!mean) loss[r] = (float)value;
-    if (ranks) ranks[r] = value != value ? (int32_t)s->count : s->above[r];
-    /* By the unit vector, then by the query: up to EPS the divisor is a constant. */
-    combine(own, (float)(weight / length), key, (float)(-weight / s->total[r]),
-            s->output + r * width, width);
-    float along = norm <= EPS ? 0 : dot(own, unit, width) / norm;
-    combine(own, 1 / norm, own, -along, unit, width);
-  }
-  if (mean) *loss = (float)(all / (double)rows);
-}
 #undef TARGET
 #endif
 
@@ -183,12 +141,16 @@ EXPORT int sweep_loss(const float *query, const float *positive, const float *ke
                       int64_t count, int64_t width, int normalize, float inverse_t, int mean,
                       float tie, float *loss, float *grad, int32_t *ranks) {
 #if X86
+  const double log_2 = 0.6931471805599453;
+  const float factor = (float)(inverse_t / log_2);
   int64_t padded = (rows + LANES - 1) / LANES * LANES, numbers = padded * width;
-  float *memory = calloc((size_t)(3 * numbers + 3 * padded + KEYS * width), sizeof(*memory));
+  float *memory = calloc((size_t)(3 * numbers + 6 * padded + KEYS * width), sizeof(*memory));
   if (!memory) return 0;
   float *panels = memory, *units = panels + numbers, *output = units + numbers;
   float *total = output + numbers, *ties = total + padded;
-  int32_t *above = (int32_t *)(ties + padded);
+  float *norms = ties + padded, *lengths = norms + padded; /* of the query and of the positive */
+  float *scores = lengths + padded;                        /* of the positive, times its length */
+  int32_t *above = (int32_t *)(scores + padded);
   struct sweep s = {(const uint32_t *)panels,
                     (const uint32_t *)keys,
                     rows,
@@ -202,7 +164,39 @@ EXPORT int sweep_loss(const float *query, const float *positive, const float *ke
                     above,
                     (uint32_t *)(above + padded),
                     0};
-  losses(&s, query, positive, inverse_t, mean, tie, loss, grad, ranks, units, panels, ties);
+  for (int64_t r = 0; r < rows; r++) {
+    const float *vector = query + r * width, *key = positive + r * width;
+    float *unit = units + r * width, *panel = panels + r / LANES * LANES * width + r % LANES;
+    norms[r] = norm_of(vector, width);
+    lengths[r] = norm_of(key, width);
+    for (int64_t i = 0; i < width; i++) {
+      unit[i] = vector[i] / norms[r];
+      panel[i * LANES] = unit[i] * factor;
+    }
+    scores[r] = dot(unit, key, width);
+    if (ranks) {
+      float least = scores[r] - tie * dot_of_sizes(unit, key, width);
+      ties[r] = factor * least / lengths[r];
+    }
+  }
+  float32_sweep(&s);
+  double all = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const float *unit = units + r * width;
+    float *own = grad + r * width;
+    double difference = log(total[r]) - (double)inverse_t * scores[r] / lengths[r];
+    double value = difference > 40 ? difference : log1p(exp(difference));
+    double weight = -(double)inverse_t / (1 + exp(-difference)) / (mean ? (double)rows : 1);
+    all += value;
+    if (!mean) loss[r] = (float)value;
+    if (ranks) ranks[r] = value != value ? (int32_t)count : above[r];
+    /* By the unit vector, then by the query: up to EPS the divisor is a constant. */
+    combine(own, (float)(weight / lengths[r]), positive + r * width, (float)(-weight / total[r]),
+            output + r * width, width);
+    float along = norms[r] <= EPS ? 0 : dot(own, unit, width) / norms[r];
+    combine(own, 1 / norms[r], own, -along, unit, width);
+  }
+  if (mean) *loss = (float)(all / (double)rows);
   free(memory);
   return 1;
 #else
