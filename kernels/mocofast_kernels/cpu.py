@@ -40,6 +40,7 @@ from torch import Tensor
 from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
 from mocofast_kernels.cpu_one_block import compiled_block, is_one_block, one_block
 from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, weighted_sums
+from mocofast_kernels.cpu_sums import Sums, joined, merged, sums_of
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
     clamped_norm,
@@ -82,7 +83,6 @@ def is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: A
     return len(rows) * negatives.numel() <= SMALL
 
 
-@cpu_threads.one_fork(unless=is_small)
 def infonce_forward(
     query: Tensor,
     positive: Tensor,
@@ -122,22 +122,63 @@ def infonce_forward(
     inverse_t = _inverse(temperature)
     unshifted = normalize and _is_unshifted(inverse_t)
     operand = operand_dtype(dot_dtype, unshifted, query, negatives)
-    if (
+    is_plain = (
         unshifted
         and only_query
         and compute_grad
         and not excluded
         and operand == torch.float32
         and query.dtype != torch.float64
-    ):
+    )
+    if is_plain:
         assert isinstance(inverse_t, float)  # because `unshifted`
         given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
         found = compiled_block(*given)
-        if found is None and is_one_block(query, negatives):
-            found = one_block(*given)
         if found is not None:
             loss, rank, grad = found
             return InfoNCEForward(loss, None, rank, grad, None, None)
+    return _forward(
+        query,
+        positive,
+        negatives,
+        inverse_t,
+        excluded,
+        operand,
+        normalize=normalize,
+        normalize_negatives=normalize_negatives,
+        return_rank=return_rank,
+        compute_grad=compute_grad,
+        only_query=only_query,
+        mean=mean,
+        is_plain=is_plain,
+        unshifted=unshifted,
+    )
+
+
+@cpu_threads.one_fork(unless=is_small)
+def _forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    inverse_t: float | Tensor,
+    excluded: Exclusion,
+    operand: torch.dtype,
+    *,
+    normalize: bool,
+    normalize_negatives: bool,
+    return_rank: bool,
+    compute_grad: bool,
+    only_query: bool,
+    mean: bool,
+    is_plain: bool,
+    unshifted: bool,
+) -> InfoNCEForward:
+    """Does what `infonce_forward` does, by PyTorch's operators and the sweep over blocks."""
+    if is_plain and is_one_block(query, negatives):
+        assert isinstance(inverse_t, float)  # because `unshifted`
+        given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
+        loss, rank, grad = one_block(*given)
+        return InfoNCEForward(loss, None, rank, grad, None, None)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
@@ -151,25 +192,25 @@ def infonce_forward(
     blocks = Blocks(negatives, normalize_negatives and sweep is None, len(h), operand)
     tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
     options = (excluded, unshifted, compute_grad, Scratch())
-    sums: dict[int, _Sums] = {}  # first row: sums of the rows over the merged blocks
+    sums: dict[int, Sums] = {}  # first row: sums of the rows over the merged blocks
 
-    def compute(block: tuple[slice, slice]) -> _Sums:
+    def compute(block: tuple[slice, slice]) -> Sums:
         rows, columns = block
         own_tie = None if tie is None else tie[rows]
         if sweep is not None:
             of_keys = blocks[columns], rows, normalize_negatives
             total, output, above = sweep.sums(*of_keys, own_tie, compute_grad)
-            return _Sums(total, output, None, above)
+            return Sums(total, output, None, above)
         own = queries[rows], logit_positive[rows], own_tie, block
-        return _sums(blocks[columns], *own, *options)
+        return sums_of(blocks[columns], *own, *options)
 
-    def merge(block: tuple[slice, slice], part: _Sums) -> None:
+    def merge(block: tuple[slice, slice], part: Sums) -> None:
         first = block[0].start
-        sums[first] = _merged(sums[first], part) if first in sums else part
+        sums[first] = merged(sums[first], part) if first in sums else part
 
     pairs = [(rows, columns) for rows in blocks.rows for columns in blocks.columns]
     cpu_threads.in_order(compute, pairs, merge)
-    total, output, maximum, positive_rank = _joined(list(sums.values()))
+    total, output, maximum, positive_rank = joined(list(sums.values()))
 
     # Loss = softplus(log(sum) - positive logit). A row without negatives: softplus(-inf) = 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
@@ -177,7 +218,7 @@ def infonce_forward(
         difference.add_(maximum, alpha=1 / LOG2E)
     loss = softplus(difference)
     if positive_rank is not None:
-        cpu_ranks.without_nan(positive_rank, loss.squeeze(1), len(negatives), exclude_period)
+        cpu_ranks.without_nan(positive_rank, loss.squeeze(1), len(negatives), excluded.period)
     lse = None if only_query else torch.add(loss, logit_positive, alpha=1 / LOG2E).squeeze(1)
     loss = loss.squeeze(1)
     returned_loss = loss.mean() if mean else loss
@@ -204,81 +245,6 @@ def infonce_forward(
         if grad_positive is not None:
             grad_positive = grad_positive.to(gradient_dtype(positive.dtype))
     return InfoNCEForward(returned_loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
-
-
-class _Sums(NamedTuple):
-    """Sums over all negatives for R queries, with weights w = exp2(logit - maximum)."""
-
-    total: Tensor  # (R, 1) sum of w
-    output: Tensor | None  # (R, C) sum of w x negative
-    maximum: Tensor | None  # (R, 1), or None where nothing is subtracted
-    above: Tensor | None  # (R,) int32: logits that reach the positive's logit
-
-
-def _sums(
-    block: Tensor,
-    scaled: Tensor,
-    logit_positive: Tensor,
-    tie: Tensor | None,
-    place: tuple[slice, slice],
-    excluded: Exclusion,
-    unshifted: bool,
-    compute_grad: bool,
-    scratch: Scratch,
-) -> _Sums:
-    """Returns the sums over a block of negatives for a block of queries.
-
-    block: (B, C) negatives.
-    scaled: (R, C) queries times log2(e) / T, in the dtype of the negatives.
-    logit_positive: (R, 1).
-    tie: (R, 1), the least logit that ties with the positive's logit. None: count no logits.
-    place: the numbers of these queries and negatives among all.
-    unshifted: the logits are bounded, so no maximum is subtracted.
-    """
-    output = maximum = above = None
-    logits = scratch.product(scaled, block)  # (R, B)
-    if excluded:
-        excluded.fill(logits, *place)
-    if tie is not None:
-        above = scratch.count_reaching(logits, tie)
-    if not unshifted:
-        maximum = torch.maximum(logit_positive, logits.amax(1, keepdim=True))
-        logits.sub_(maximum)
-    weights = logits.exp2_()
-    total = weights.sum(1, keepdim=True)
-    if compute_grad:
-        output = weighted_sums(scratch.operand(weights, block.dtype), block)
-    return _Sums(total, output, maximum, above)
-
-
-def _merged(sums: _Sums, part: _Sums) -> _Sums:
-    """Returns the sums over the negatives of `sums` and `part`. Overwrites `sums` and `part`."""
-    maximum = None
-    if sums.maximum is not None and part.maximum is not None:
-        maximum = torch.maximum(sums.maximum, part.maximum)
-        _shift(sums, sums.maximum - maximum)
-        _shift(part, part.maximum - maximum)
-    sums.total.add_(part.total)
-    for own, other in ((sums.output, part.output), (sums.above, part.above)):
-        if own is not None and other is not None:
-            own.add_(other)
-    return sums._replace(maximum=maximum)
-
-
-def _shift(sums: _Sums, difference: Tensor) -> None:
-    """Multiplies the weights of `sums` by exp2(difference). difference: (R, 1)."""
-    factor = torch.exp2(difference)
-    sums.total.mul_(factor)
-    if sums.output is not None:
-        sums.output.mul_(factor)
-
-
-def _joined(blocks: list[_Sums]) -> _Sums:
-    """Returns the sums of all blocks of queries, concatenated."""
-    if len(blocks) == 1:
-        return blocks[0]
-    fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*blocks)]
-    return _Sums(*fields)
 
 
 @cpu_threads.one_fork(unless=is_small)

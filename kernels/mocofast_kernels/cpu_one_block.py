@@ -28,7 +28,7 @@ from mocofast_kernels.remembered import KINDS
 
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
-PRODUCTS = 2**24  # most of the compiled library, which computes on one thread
+PRODUCTS = 2**27  # most of the compiled library, which computes on one thread: 3 ms
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
