@@ -196,6 +196,44 @@ def test_the_clock_measures_a_known_wait() -> None:
     assert len(calls) == 3 + 3  # warm-up and rounds
 
 
+def test_cold_calls_come_one_by_one_after_a_pass_over_other_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    passed: list[int] = []
+    pass_over = timing.pass_over
+
+    def passing(memory: torch.Tensor) -> None:
+        pass_over(memory)
+        passed.append(memory.nbytes)
+        order.append(f"pass {int(memory.min())}")
+        assert memory.min() == memory.max()  # every byte is written
+
+    monkeypatch.setattr(timing, "pass_over", passing)
+    sides = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    timing.interleaved(sides, 4, CPU, cold=True)
+    assert order[:6] == ["a"] * 3 + ["b"] * 3  # warm-up
+    timed = order[6:]
+    assert timed[::2] == [f"pass {number}" for number in range(1, 9)]
+    assert [sorted(timed[i + 1 : i + 5 : 2]) for i in range(0, 16, 4)] == [["a", "b"]] * 4
+    assert set(passed) == {80_000_000}
+
+
+def test_cpu_medians_leave_waits_and_the_first_round_out() -> None:
+    calls = []
+
+    def work() -> None:
+        calls.append(1)
+        end = time.process_time() + (0.2 if len(calls) == 1 else 0.02)
+        while time.process_time() < end:
+            pass
+
+    seconds = timing.cpu_medians({"work": work, "wait": lambda: time.sleep(0.02)}, 3)
+    assert len(calls) == 1 + 3
+    assert 0.02 <= seconds["work"] < 0.1
+    assert seconds["wait"] < 0.01
+
+
 def allocate(megabytes: int) -> int | None:
     return timing.peak_extra_memory(lambda: torch.ones(megabytes, 2**18), CPU)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import subprocess
 import time
@@ -14,13 +15,15 @@ import compare_builds
 import numpy as np
 import pytest
 import torch
-from builds import quantities
+from builds import goals, quantities
 from compare_builds import OLD, OURS, Folders, Quantity
 from mocofast_bench import timing
 from PIL import Image
 
 from mocofast.data.shard_index import local_index
 from mocofast.evaluate.knn import knn_accuracy
+from mocofast.settings import apply, load_recipe
+from tests.pictures import jpeg
 
 ROOT = Path(__file__).parent.parent
 SPLIT = Quantity(
@@ -110,6 +113,88 @@ def test_runs_are_of_the_build_wherever_the_script_starts(
     for decode in ("full", "scaled"):
         pairs = compare_builds.in_build(ROOT, "loader", files | {"decode": decode}, variables)
         assert 1 < pairs["mocofast"] < 1e5
+
+
+def test_a_first_step_is_of_the_network_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def to_first_step(command: list[str], metrics: Path) -> float:
+        assert command[1:4] == ["-m", "mocofast", "pretrain"]
+        flags = command[5:]
+        config = load_recipe(command[4])
+        apply(config, {name[2:]: value for name, value in zip(flags[::2], flags[1::2])})
+        assert Path(config.train.dir) == metrics.parent
+        configs.append(config)
+        return 1.0
+
+    monkeypatch.setattr(quantities, "_to_first_step", to_first_step)
+    for own in ({}, {"arch": "resnet50"}, {"recipe": "cifar10_r18"}):
+        assert quantities.first_step(folder="images", size=32, **own) == {"mocofast": 1.0}
+    models = [config.model for config in configs]
+    assert [model.arch for model in models] == ["resnet18", "resnet50", "resnet18_cifar"]
+    assert [model.bn_splits for model in models] == [1, 1, 8]
+    assert [config.data.batch_size for config in configs] == [32, 32, 512]
+    for config in configs:
+        assert (config.data.source, config.data.path) == ("folder", "images")
+        assert (config.augment.size, config.train.log_every) == (32, 1)
+        assert config.knn.start_limit == 5  # the default: kNN may end early
+
+
+def test_cold_calls_are_asked_of_this_build_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def interleaved(calls: dict[str, Any], repeats: int, device: Any, **how: Any) -> Any:
+        for call in calls.values():
+            call()
+        asked.append({"sides": set(calls), "repeats": repeats, **how})
+        return dict.fromkeys(calls, timing.Timing(0.5, 0.5, 0.5))
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    monkeypatch.setattr(quantities, "shapes", lambda arch: [(3, 4)])
+    plain, cold = {"arch": "", "threads": 1, "repeats": 3}, {"cold": True}
+    for options in (plain, plain | cold):
+        values = quantities.ema(**options)
+        assert values == {"mocofast": 500.0, "foreach_lerp": 500.0}
+        values = quantities.optimizer(name="sgd", copies=True, **options)
+        assert values == {"mocofast": 500.0, "fused, lerp": 500.0}
+    # `interleaved` of old builds has no `cold`
+    assert [{key: a[key] for key in a if key != "sides"} for a in asked] == [
+        *2 * [{"repeats": 3}],
+        *2 * [{"repeats": 3, "cold": True}],
+    ]
+    every = [q for q in goals.quantities() if q.name in ("ema", "optimizer") and not q.busy]
+    for name, count in (("ema", 6), ("optimizer", 24)):
+        of_name = [q for q in every if q.name == name]
+        colds = [q for q in of_name if q.options.get("cold")]
+        assert (len(colds), len(of_name)) == (count, 2 * count)
+        assert all(q.builds == (OURS,) and q.target == 1.0 for q in colds)
+
+
+def test_decoders_are_timed_on_equal_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders = pytest.importorskip("mocofast_bench.decoders", reason="needs DALI")
+    monkeypatch.setattr(decoders, "BATCH", 3)
+    for number in range(7):  # the last batch holds one
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    Image.new("L", (20, 15), 90).save(tmp_path / "gray.jpg")
+    values = quantities.decoder(str(tmp_path), repeats=2)
+    assert {"mocofast", "DALI", "torchvision", "PIL"} <= set(values)
+    assert all(0 < value < 1000 for value in values.values())
+
+    files = [jpeg(number) for number in range(7)]
+    sides = decoders.build_sides(files)
+    for decoder in sides.values():
+        for _ in range(2):  # a round begins with the first file
+            decoder.decode()
+            for got, file in zip(decoder.pixels(), files, strict=True):
+                with Image.open(io.BytesIO(file)) as image:
+                    assert np.abs(got - np.asarray(image).astype(int)).max() <= 2
+    for side, levels in (("mocofast", 1), ("torchvision", 3)):
+        off = [pixels ^ np.uint8(levels) for pixels in sides["PIL"].pixels()]
+        wrong = {**sides, side: sides[side]._replace(pixels=lambda off=off: iter(off))}
+        with pytest.raises(RuntimeError, match=f"{side} decodes file 0 to other pixels"):
+            decoders.check_equal(files, wrong)
 
 
 def test_the_demo_runs_quiet_and_beside_busy_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ Python looks into the folder of a script first, and `benchmarks` holds this buil
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")
@@ -81,18 +80,24 @@ def pretrain(folder: str, size: int, steps: int, every: int) -> Values:
     return {"mocofast": statistics.median(rates[1:])}
 
 
-def first_step(folder: str, size: int) -> Values:
-    """Returns the CPU seconds of `mocofast pretrain` to the end of the first step."""
-    with (
-        tempfile.TemporaryDirectory() as run,
-        subprocess.Popen(_pretrain(folder, run, size, 1), stdout=sys.stderr) as process,
-    ):
+def first_step(folder: str, size: int, arch: str = "resnet18", recipe: str = "") -> Values:
+    """Returns the CPU seconds of `mocofast pretrain` to the end of the first step.
+
+    arch: trained on batches of 32. recipe: with its own network and batches instead.
+    """
+    with tempfile.TemporaryDirectory() as run:
+        command = _pretrain(folder, run, size, 1, arch, recipe)
+        return {"mocofast": _to_first_step(command, Path(run, "metrics.jsonl"))}
+
+
+def _to_first_step(command: list[str], metrics: Path) -> float:
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
         try:
-            while '"loss"' not in _text(Path(run, "metrics.jsonl")):
+            while not metrics.exists() or '"loss"' not in metrics.read_text(encoding="utf-8"):
                 if process.poll() is not None:
                     raise RuntimeError(f"pretrain ended with {process.returncode}")
                 time.sleep(0.02)
-            return {"mocofast": _cpu_seconds(process.pid)}
+            return _cpu_seconds(process.pid)
         finally:
             process.kill()
 
@@ -141,22 +146,20 @@ def loader(folder: str, recipe: str, batch: int, decode: str, seconds: float) ->
     return {"mocofast": pairs / spent}
 
 
-def _pretrain(folder: str, run: str, size: int, every: int) -> list[str]:
+def _pretrain(
+    folder: str, run: str, size: int, every: int, arch: str = "resnet18", recipe: str = ""
+) -> list[str]:
     options = {
+        "data.source": "folder",
         "data.path": folder,
-        "model.arch": "resnet18",
-        "model.queue_size": QUEUE,
         "augment.size": size,
-        "data.batch_size": 32,
         "train.log_every": every,
         "train.dir": run,
     }
+    if not recipe:
+        options |= {"model.arch": arch, "model.queue_size": QUEUE, "data.batch_size": 32}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "mocofast", "pretrain", RECIPE, *words]
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    return [sys.executable, "-m", "mocofast", "pretrain", recipe or RECIPE, *words]
 
 
 def _cpu_seconds(process: int) -> float:
@@ -279,27 +282,49 @@ def plain_knn(
     return shares
 
 
-def ema(arch: str, threads: int, repeats: int) -> Values:
-    """Returns the ms of an EMA of all weights, and of torch._foreach_lerp_."""
+def decoder(folder: str, repeats: int) -> Values:
+    """Returns the CPU ms of decoding a photo as the DALI loader does on a CPU, and of others.
+
+    folder: of JPEG files. Raises RuntimeError if a side decodes one to other pixels than PIL.
+    """
+    from mocofast_bench import decoders
+    from mocofast_bench.timing import cpu_medians
+
+    torch.set_num_threads(1)
+    files = [file.read_bytes() for file in sorted(Path(folder).iterdir())]
+    sides = decoders.build_sides(files)
+    decoders.check_equal(files, sides)
+    medians = cpu_medians({side: each.decode for side, each in sides.items()}, repeats)
+    return {side: 1e3 * seconds / len(files) for side, seconds in medians.items()}
+
+
+def ema(arch: str, threads: int, repeats: int, cold: bool = False) -> Values:
+    """Returns the ms of an EMA of all weights, and of torch._foreach_lerp_.
+
+    cold: each call after a pass over other memory, as in training.
+    """
     from mocofast_bench.ema import build_averagers
 
     torch.set_num_threads(threads)
     averagers = build_averagers(shapes(arch), torch.float32, CPU)[1]
     sides = ("mocofast", "foreach_lerp")
-    return _milliseconds({side: averagers[side].update for side in sides}, repeats)
+    return _milliseconds({side: averagers[side].update for side in sides}, repeats, cold)
 
 
-def optimizer(name: str, arch: str, copies: bool, threads: int, repeats: int) -> Values:
+def optimizer(
+    name: str, arch: str, copies: bool, threads: int, repeats: int, cold: bool = False
+) -> Values:
     """Returns the ms of a step with average, and of PyTorch's fused step and _foreach_lerp_.
 
     name: "sgd" or "adamw". copies: both also write bfloat16 copies of weights and averages.
+    cold: as for `ema`.
     """
     from mocofast_bench.optim import build_sides
 
     torch.set_num_threads(threads)
     ours, others, _ = build_sides(name, CPU, copies, shapes(arch))
     fused = next(call for side, (_, call) in others.items() if side.startswith("fused"))
-    return _milliseconds({"mocofast": ours.step, "fused, lerp": fused}, repeats)
+    return _milliseconds({"mocofast": ours.step, "fused, lerp": fused}, repeats, cold)
 
 
 def attention(arch: str, size: int, batch: int, bf16: bool, threads: int, repeats: int) -> Values:
@@ -307,25 +332,10 @@ def attention(arch: str, size: int, batch: int, bf16: bool, threads: int, repeat
 
     bf16: under autocast.
     """
-    from mocofast.models.encoders import build_encoder
+    from mocofast_bench.attention import build_sides
 
     torch.set_num_threads(threads)
-    ours = build_encoder(arch, size)(num_classes=128)
-    theirs = copy.deepcopy(ours)
-    for block in theirs.encoder.layers:
-        width, heads = block.self_attention.out_proj.in_features, block.self_attention.num_heads
-        block.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-    def trained(network: nn.Module) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss: Tensor = network(images).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    calls = {"mocofast": lambda: trained(ours), "torchvision": lambda: trained(theirs)}
-    return _milliseconds(calls, repeats)
+    return _milliseconds(build_sides(arch, size, batch, bf16), repeats)
 
 
 def shapes(arch: str) -> list[tuple[int, ...]]:
@@ -346,10 +356,11 @@ def _random(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
 
 
-def _milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> Values:
+def _milliseconds(calls: dict[str, Callable[[], Any]], repeats: int, cold: bool = False) -> Values:
     from mocofast_bench.timing import interleaved
 
-    times = interleaved(calls, repeats, CPU)
+    # Old builds know no `cold`.
+    times = interleaved(calls, repeats, CPU, **({"cold": True} if cold else {}))
     return {side: 1e3 * time.median for side, time in times.items()}
 
 
@@ -370,7 +381,7 @@ QUANTITIES: dict[str, Callable[..., Values]] = {
     function.__name__: function
     for function in (
         *(info_nce, step, pretrain, demo, loader, first_step, split, few_shot, subset),
-        *(listing, index, knn, ema, optimizer, attention),
+        *(listing, index, knn, decoder, ema, optimizer, attention),
     )
 }
 

@@ -33,6 +33,7 @@ from mocofast.usage import Usage, usage
 PASSED = 512 * 2**20  # bytes of the passes that measure the bandwidth of memory
 # Seconds. Shorter calls are repeated within a sample: the clock is not exact enough.
 MINIMUM_SAMPLE = 2e-3
+OTHER = 80_000_000  # bytes of other memory, between calls that find cold caches
 
 BUSY = """
 import os, sys
@@ -88,7 +89,10 @@ def entries(times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
 
 
 def interleaved(
-    candidates: dict[Key, Callable[[], Any]], repeats: int, device: torch.device
+    candidates: dict[Key, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    cold: bool = False,
 ) -> dict[Key, Timing]:
     """Times every candidate once per round, in random order.
 
@@ -97,6 +101,8 @@ def interleaved(
     candidates: {name: function without arguments}.
     repeats: number of rounds.
     device: where the functions run. A GPU is timed with CUDA events.
+    cold: a sample is one call, after an untimed pass over OTHER bytes of other memory, as the rest
+        of a training step leaves the caches. Otherwise a function also finds its own data there.
 
     Returns {name: Timing}, seconds per call. An exception leaves the times so far in SO_FAR.
     """
@@ -108,16 +114,31 @@ def interleaved(
             for _ in range(3):
                 once[name] = _sample(function, 1, device)
         calls = {name: max(1, round(MINIMUM_SAMPLE / time)) for name, time in once.items()}
+        other = torch.zeros(OTHER // 4 if cold else 0, device=device)
         # Timed rounds. In a fixed order, the candidate after a large copy was 8% slower on a CPU.
         shuffled = random.Random(0)
         for _ in range(repeats):
             for name in shuffled.sample(list(candidates), len(candidates)):
-                samples[name].append(_sample(candidates[name], calls[name], device))
+                if cold:
+                    pass_over(other)
+                samples[name].append(_sample(candidates[name], 1 if cold else calls[name], device))
     except BaseException:
         found = {str(name): summary(samples[name] or [time]) for name, time in once.items()}
         SO_FAR.update(entries(found))
         raise
     return {name: summary(values) for name, values in samples.items()}
+
+
+def cpu_medians(candidates: Mapping[str, Call], repeats: int) -> dict[str, float]:
+    """Returns {name: median CPU seconds of a call, all threads}, of calls in random order."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    shuffled = random.Random(0)
+    for _ in range(1 + repeats):  # the first round loads code and takes memory
+        for name in shuffled.sample(list(candidates), len(candidates)):
+            before = time.process_time()
+            candidates[name]()
+            samples[name].append(time.process_time() - before)
+    return {name: statistics.median(values[1:]) for name, values in samples.items()}
 
 
 def interleaved_with_memory(
@@ -133,6 +154,11 @@ def interleaved_with_memory(
     calls = {name: function for name, (function, _) in passes.items()}
     times = interleaved({**candidates, **calls}, repeats, device)
     return times, max(moved / times.pop(name).median for name, (_, moved) in passes.items())
+
+
+def pass_over(memory: torch.Tensor) -> None:
+    """Reads and writes memory, which takes the place of other data in the caches."""
+    memory.add_(1.0)
 
 
 def _sample(function: Callable[[], Any], calls: int, device: torch.device) -> float:
