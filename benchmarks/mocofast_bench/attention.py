@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ def build_sides(arch: str, size: int, batch: int, bf16: bool) -> dict[str, Call]
 
     arch: a ViT of ours. size: of the images, in pixels. bf16: under autocast.
     """
-    ours = build_encoder(arch, size)(num_classes=128)
+    ours: Any = build_encoder(arch, size)(num_classes=128)
     theirs = copy.deepcopy(ours)
     for block in theirs.encoder.layers:
         width, heads = block.self_attention.out_proj.in_features, block.self_attention.num_heads
@@ -27,7 +28,7 @@ def build_sides(arch: str, size: int, batch: int, bf16: bool) -> dict[str, Call]
     def trained(network: nn.Module) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss: Tensor = network(images).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     return {"mocofast": lambda: trained(ours), "torchvision": lambda: trained(theirs)}
