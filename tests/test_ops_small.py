@@ -80,6 +80,36 @@ def test_loss_and_gradient_match_float64(
     assert (grad.double() - expected_grad).norm() <= 64 * slack * expected_grad.norm() + 1e-7
 
 
+@pytest.mark.parametrize("dtypes", ["bff", "bbb", "hfh", "fbb"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_numbers_of_16_bits_are_computed_in_float32(
+    dtypes: str, reduction: str, calls: list[bool]
+) -> None:
+    names = {"b": torch.bfloat16, "h": torch.float16, "f": torch.float32}
+    query, positive, negatives = (
+        features(seed, count, 24).to(names[name])
+        for seed, (count, name) in enumerate(zip((20, 20, 70), dtypes))
+    )
+    query.requires_grad_()
+    loss = ops.info_nce(query, positive, negatives, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), query)
+    assert calls == [True]
+    assert (loss.dtype, grad.dtype) == (torch.float32, query.dtype)
+    wide = query.detach().double().requires_grad_()
+    rows = info_nce_oracle(wide, positive.double(), negatives.double(), 0.1)
+    expected = rows if reduction == "none" else rows.mean()
+    (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    rounded = torch.finfo(query.dtype).eps  # of the gradient alone
+    assert (grad.double() - expected_grad).norm() <= (rounded + 1e-5) * expected_grad.norm()
+
+
+def test_many_keys_of_16_bits_are_not_copied(calls: list[bool]) -> None:
+    query = features(0, 4, 8).requires_grad_()
+    ops.info_nce(query, features(1, 4, 8), features(2, 2**17 + 1, 8).bfloat16())
+    assert calls == [False]
+
+
 def test_rows_without_direction_short_rows_and_nan_are_as_in_pytorchs_path() -> None:
     query, positive = features(0, 9, 12), features(1, 9, 12)
     query[0], query[1], query[2, 3], positive[4], positive[5, 0] = (
@@ -134,9 +164,9 @@ def test_what_the_library_does_not_take_goes_another_way(calls: list[bool]) -> N
     computed(*plain)
     computed(features(0, 16, 8).t(), *plain[1:])  # another order in memory
     computed(*plain[:2], torch._neg_view(-plain[2]))
-    computed(plain[0].bfloat16(), *plain[1:])
+    computed(*(x.double() for x in plain))  # never offered to the library
     computed(features(0, 1, 64), features(1, 1, 64), features(2, 2**17 + 1, 64))  # 16 lanes
-    assert calls == [True, False, False, False, False]
+    assert calls == [True, False, False, False]
     with FlopCounterMode(display=False) as counter:
         computed(*plain)
     assert calls[-1] is False

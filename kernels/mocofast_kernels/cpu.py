@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
 from mocofast_kernels.cpu_one_block import compiled_block, is_one_block, one_block
-from mocofast_kernels.cpu_products import SMALL, Scratch, operand_dtype, weighted_sums
+from mocofast_kernels.cpu_products import SMALL, Scratch, cpu_bf16, operand_dtype, weighted_sums
 from mocofast_kernels.cpu_sums import Sums, joined, merged, sums_of
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
@@ -123,14 +123,10 @@ def infonce_forward(
     unshifted = normalize and _is_unshifted(inverse_t)
     operand = operand_dtype(dot_dtype, unshifted, query, negatives)
     is_plain = (
-        unshifted
-        and only_query
-        and compute_grad
-        and not excluded
-        and operand == torch.float32
-        and query.dtype != torch.float64
+        unshifted and only_query and compute_grad and not excluded and query.dtype != torch.float64
     )
-    if is_plain:
+    # Up to the library's limit float32 is faster than bfloat16, but for AMX.
+    if is_plain and (operand == torch.float32 or cpu_bf16() != "AMX"):
         assert isinstance(inverse_t, float)  # because `unshifted`
         given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
         found = compiled_block(*given)
@@ -150,7 +146,7 @@ def infonce_forward(
         compute_grad=compute_grad,
         only_query=only_query,
         mean=mean,
-        is_plain=is_plain,
+        is_plain=is_plain and operand == torch.float32,
         unshifted=unshifted,
     )
 

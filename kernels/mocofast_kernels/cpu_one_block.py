@@ -29,6 +29,8 @@ from mocofast_kernels.remembered import KINDS
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
 PRODUCTS = 2**27  # most of the compiled library, which computes on one thread: 3 ms
+CONVERTED = 2**20  # most numbers of negatives of 16 bits, which are copied to float32
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -53,30 +55,34 @@ def compiled_block(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """Returns the results of `one_block` by the compiled library, to rounding.
 
-    None for other tensors than contiguous float32 ones, for many numbers, and where the library or
-    its instructions are missing. The choice does not depend on the number of threads.
+    None for other tensors than contiguous ones of float32, bfloat16 and float16, for many numbers,
+    and where the library or its instructions are missing. The choice does not depend on the number
+    of threads.
     """
-    tensors = query, positive, negatives
     count, dim = query.shape
     padded = -(-count // cpu_sweep.LANES) * cpu_sweep.LANES
     if padded * negatives.numel() > PRODUCTS or is_watched():
         return None
-    for x in tensors:
-        plain = type(x) in KINDS and x.dtype == torch.float32
+    for x in (query, positive, negatives):
+        plain = type(x) in KINDS and x.dtype in _DTYPES
         if not plain or not x.is_contiguous() or x.is_neg():
             return None
+    if negatives.dtype != torch.float32 and negatives.numel() > CONVERTED:
+        return None
     compute = _compiled()
     if compute is None:
         return None
-    loss, grad = query.new_empty(() if mean else count), torch.empty_like(query)
+    tensors = query.float(), positive.float(), negatives.float()
+    loss = tensors[0].new_empty(() if mean else count)
+    grad = torch.empty_like(tensors[0])
     addresses = map(Tensor.data_ptr, tensors)
     sizes = count, len(negatives), dim
-    rank = query.new_empty(count, dtype=torch.int32) if return_rank else None
+    rank = loss.new_empty(count, dtype=torch.int32) if return_rank else None
     options = normalize_negatives, inverse_t, mean, cpu_ranks.TIE
     outputs = loss.data_ptr(), grad.data_ptr(), None if rank is None else rank.data_ptr()
     if not compute(*addresses, *sizes, *options, *outputs):
         raise MemoryError(f"no memory for the gradient of {count} x {dim} numbers")
-    return loss, rank, grad
+    return loss, rank, grad.to(gradient_dtype(query.dtype)) if mean else grad
 
 
 @functools.cache
