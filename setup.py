@@ -98,6 +98,7 @@ PHOTOMETRIC = Extension(
             "avx2_end",
             "compilers",
             "photometric_body",
+            "rotation_body",
             "resize_body",
             "resize_avx2",
             "resize_weights",

@@ -157,6 +157,7 @@ def test_every_way_in_which_pytorch_rounds_has_its_compiled_operators(
         "for variant in (2, 1) if of_views.rounds_together() else (0,):\n"
         "    if library.photometric_runs(variant):\n"
         "        assert not p.differs(p.Photometric(library, variant)), variant\n"
+        "        assert not p.rotation_differs(p.Photometric(library, variant)), variant\n"
         "        for dtype in (torch.uint8, torch.uint16):\n"
         "            assert not resize.differs(resize.Resize(library, variant), dtype), variant\n"
     )

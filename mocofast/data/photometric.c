@@ -1,4 +1,5 @@
-/* The operators of view_ops.py on a CPU, compiled: jitter, grayscale, blur, solarize and flips.
+/* The operators of view_ops.py on a CPU, compiled: rotation, jitter, grayscale, blur,
+ * solarize and flips.
  *
  * photometric.py loads this library by ctypes, which holds no lock of Python during a call. The
  * library needs no header of Python.
@@ -80,12 +81,15 @@ static inline int64_t pixels_of(const struct images *images) {
 #endif
 
 typedef void (*load_function)(const struct images *, const void *, float *);
+typedef void (*rotate_function)(const struct images *, const void *, const float *, float *,
+                                float *);
 typedef void (*chain_function)(const struct images *, float *, float *, const float *);
 typedef void (*jitter_function)(const struct images *, float *, const float *);
 typedef void (*store_function)(const struct images *, float *, void *, int, int, int, float *);
 
 struct variant {
   load_function load;
+  rotate_function rotate;
   chain_function chain;
   jitter_function channel_jitter;
   store_function store;
@@ -93,10 +97,10 @@ struct variant {
 
 /* The numbers are those of library.VARIANTS. */
 static const struct variant variants[] = {
-    {plain_load, plain_chain, plain_channel_jitter, plain_store},
-    {fused_load, fused_chain, fused_channel_jitter, fused_store},
+    {plain_load, plain_rotate, plain_chain, plain_channel_jitter, plain_store},
+    {fused_load, fused_rotate, fused_chain, fused_channel_jitter, fused_store},
 #ifdef X86
-    {avx2_load, avx2_chain, avx2_channel_jitter, avx2_store},
+    {avx2_load, avx2_rotate, avx2_chain, avx2_channel_jitter, avx2_store},
 #endif
 };
 
@@ -115,18 +119,23 @@ EXPORT int photometric_runs(int variant) {
  * out: (n, H, W, C) of the same type. The images of `in` may lie there, in the same order.
  * views: n times `fields` floats.
  * channel_jitter: 1 if the factors of channels stand behind the fields.
- * scratch: C H W + 2 W (H + 2 R) floats, R the largest reach.
+ * places: for every view the places of rotation_body.h, or 0 for a view that is not turned.
+ * scratch: C H W floats, and behind them the more of 2 W (H + 2 R), R the largest reach, and, if a
+ *   view is turned, C H W + W + 1.
  * mean: for sums beyond 2^24, which float32 does not hold. */
-EXPORT void photometric_make(int variant, const void *const *in, void *out, int64_t n, int height,
-                             int width, int channels, int top, const float *views, int64_t fields,
-                             int gray_first, int channel_jitter, float *scratch,
-                             mean_function mean) {
+EXPORT void photometric_views(int variant, const void *const *in, void *out, int64_t n, int height,
+                              int width, int channels, int top, const float *views, int64_t fields,
+                              int gray_first, int channel_jitter, const float *const *places,
+                              float *scratch, mean_function mean) {
   struct images images = {height, width, channels, top, gray_first, mean};
   const struct variant *chosen = &variants[variant];
   int64_t count = pixels_of(&images) * channels, bytes = count * (top == 255 ? 1 : 2);
   for (int64_t i = 0; i < n; i++, views += fields) {
     char *made = (char *)out + i * bytes;
-    chosen->load(&images, in[i], scratch);
+    if (places[i])
+      chosen->rotate(&images, in[i], places[i], scratch, scratch + count);
+    else
+      chosen->load(&images, in[i], scratch);
     chosen->chain(&images, scratch, scratch + count, views);
     chosen->store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0,
                   (int)views[TURNS], scratch + count);

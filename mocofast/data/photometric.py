@@ -6,9 +6,10 @@ the CPU can (AVX2, AVX-512, ARM), and apart elsewhere. `library` finds out which
 compares a few views when the library is loaded. Where a view differs, PyTorch's operators make
 all views.
 
-The library has jitter, grayscale, blur, solarize, flips, quarter turns and jitter by channel.
-Rotation, jitter of stains and noise are PyTorch's in every case: their sines, powers and
-logarithms are approximations of PyTorch's own.
+The library has rotation, jitter, grayscale, blur, solarize, flips, quarter turns and jitter by
+channel. Sines and cosines of rotations are PyTorch's, which approximates them in its own way, and
+PyTorch rotates where rotated views alone differ. Jitter of stains and noise are PyTorch's in every
+case: their powers and logarithms are approximations, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mocofast.config import AugmentConfig
 from mocofast.data import view_ops
 from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.library import compared
+from mocofast.data.rotation import turned_places
 
 FIELDS = 15  # floats of a view in photometric.c, without factors of channels
 _NO_ORDER = (-1, -1, -1, -1)
@@ -50,6 +52,7 @@ _Views = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_int,
     ctypes.c_void_p,
+    ctypes.c_void_p,
     _Mean,
 )
 
@@ -70,10 +73,11 @@ def make_views(
     if library is None:
         view_ops.apply_view_ops(crops, params, augment, out)
         return
-    if any(p.angle for p in params):
+    if not library.rotates and any(p.angle for p in params):
         alone = [p._replace(**{**_NOTHING, "angle": p.angle}) for p in params]
         upright, crops = crops, torch.empty_like(crops)
         view_ops.apply_view_ops(upright, alone, augment, crops)
+        params = [p._replace(angle=0.0) for p in params]
     library.make(crops, params, augment, out)
     if any(p.key for p in params) and (augment.hed or augment.noise):
         alone = [p._replace(**{**_NOTHING, "key": p.key, "noise": p.noise}) for p in params]
@@ -102,7 +106,8 @@ class Photometric:
     def __init__(self, library: ctypes.CDLL, variant: int) -> None:
         """library: photometric.c, compiled. variant: number in `library.VARIANTS`."""
         self.variant = variant
-        self._views = _Views(("photometric_make", library))
+        self.rotates = True  # False: PyTorch rotates
+        self._views = _Views(("photometric_views", library))
         self._scratch = threading.local()  # a buffer for every thread
 
     def make(
@@ -112,11 +117,11 @@ class Photometric:
         augment: AugmentConfig,
         out: Tensor,
     ) -> None:
-        """Applies all operators but rotation, jitter of stains and noise. Takes the arguments of
+        """Applies all operators but jitter of stains and noise. Takes the arguments of
         `make_views`. Holds no lock of Python while the views are made.
         """
         images = [crop.contiguous() for crop in crops]
-        places = np.array([image.data_ptr() for image in images], dtype=np.uintp)
+        pixels = np.array([image.data_ptr() for image in images], dtype=np.uintp)
         made = out if out.is_contiguous() else out.contiguous()
         n, height, width, channels = out.shape
         radii = [view_ops.box_radius(p.sigma) for p in params]
@@ -146,13 +151,15 @@ class Photometric:
             keys = view_ops.signed_keys(params, out.device)
             factors = view_ops.channel_factors(keys, augment, channels)
             table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
+        places, turned = _places_of(params, height, width)
         reach = math.ceil(max(radii, default=0))
-        blur = 2 * width * (height + 2 * reach)
-        scratch = self._buffer(channels * height * width + blur)
+        size = channels * height * width
+        more = max(2 * width * (height + 2 * reach), size + width + 1 if len(turned) else 0)
+        scratch = self._buffer(size + more)
         top = 255 if out.dtype == torch.uint8 else 65535
         self._views(
             self.variant,
-            places.ctypes.data,
+            pixels.ctypes.data,
             made.data_ptr(),
             n,
             height,
@@ -163,6 +170,7 @@ class Photometric:
             table.shape[1],
             augment.gray_first,
             by_channel,
+            places.ctypes.data,
             scratch.ctypes.data,
             _mean_by_pytorch,
         )
@@ -177,6 +185,21 @@ class Photometric:
         return buffer
 
 
+def _places_of(
+    params: Sequence[ViewParams], height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the addresses of the places of views, (n,), 0 without an angle, and their memory."""
+    addresses = np.zeros(len(params), dtype=np.uintp)
+    rows = [i for i, p in enumerate(params) if p.angle]
+    if not rows:
+        return addresses, np.empty(0, dtype=np.float32)
+    angles = torch.tensor([params[i].angle for i in rows], dtype=torch.float32, device="cpu")
+    parts = turned_places(angles, height, width)
+    memory = torch.cat([part.flatten(1) for part in parts], dim=1).numpy()
+    addresses[rows] = memory.ctypes.data + memory.strides[0] * np.arange(len(rows), dtype=np.uintp)
+    return addresses, memory
+
+
 @_Mean
 def _mean_by_pytorch(plane: ctypes._Pointer, height: int, width: int) -> float:
     """Returns PyTorch's mean of (height, width) float32, whose sum float32 does not hold."""
@@ -187,17 +210,26 @@ def _mean_by_pytorch(plane: ctypes._Pointer, height: int, width: int) -> float:
 @cache
 def compiled() -> tuple[Photometric | None, str]:
     """Returns the compiled operators and their instructions, or None and the reason."""
-    return compared(Photometric, differs, "views")
+    found = compared(Photometric, differs, "views")
+    operators, why = found
+    if operators is None or not rotation_differs(operators):
+        return found
+    operators.rotates = False
+    return operators, f"{why}, rotation by PyTorch"
 
 
 def differs(operators: Photometric) -> bool:
-    """Returns whether a view differs from PyTorch's view. Compares views of 8 and of 16 bits."""
-    options: dict[str, Any] = {
-        "blur": 0.7,
-        "solarize": 0.3,
-        "vertical_flip": 0.5,
-        "channel_jitter": (0.2, 0.2),
-    }
+    """Returns whether a view without a rotation differs from PyTorch's view."""
+    return _differs(operators, blur=0.7, solarize=0.3, vertical_flip=0.5, channel_jitter=(0.2, 0.2))
+
+
+def rotation_differs(operators: Photometric) -> bool:
+    """Returns whether a rotated view differs from PyTorch's view."""
+    return _differs(operators, rotate=180.0, jitter_p=0.0)
+
+
+def _differs(operators: Photometric, **options: Any) -> bool:
+    """Compares views of 8 and of 16 bits. options: of AugmentConfig."""
     for channels, dtype in ((3, np.uint8), (3, np.uint16), (2, np.uint16)):
         augment = AugmentConfig(size=_SHAPE, gray=0.2 if channels == 3 else 0.0, **options)
         rng = np.random.default_rng(channels)

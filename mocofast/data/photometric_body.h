@@ -284,6 +284,8 @@ static void NAME(store)(const struct images *images, float *planes, void *image,
   }
 }
 
+#include "rotation_body.h"
+
 #undef MULTIPLY_ADD
 #undef NAME
 #undef FUSED

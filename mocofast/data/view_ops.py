@@ -23,10 +23,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import ViewParams
+from mocofast.data.rotation import rotate_
 
 # Weights of red, green and blue: ITU-R BT.601 in PIL's fixed point, exact in float32.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -228,27 +228,6 @@ def box_blur_(x: Tensor, radius: Tensor, reach: int) -> None:
             blurred = (window[0] + window[-1]).mul_(outer).addcmul_(body, inner)
             torch.round(blurred, out=centre)
         x.copy_(centre)
-
-
-def rotate_(x: Tensor, angle: Tensor) -> None:
-    """Rotates counter-clockwise about the centre, bilinear, with black outside.
-
-    angle: (n, 1, 1, 1), in degrees.
-    """
-    radians = angle.view(-1) * (math.pi / 180)
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    # The grid is in halves of the height and of the width.
-    height, width = x.shape[2:]
-    across, down = -sin * (height / width), sin * (width / height)
-    theta = torch.stack((cos, across, zero, down, cos, zero), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    # As in PIL, a pixel is black if its centre comes from outside, and otherwise
-    # interpolated between pixels of the image.
-    turned = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    inside = ((grid >= -1) & (grid < 1)).all(dim=3).unsqueeze(1)
-    # PIL truncates float64. The small constant keeps values that float32 puts just below
-    # an integer.
-    torch.mul(turned.add_(2**-10).floor_(), inside, out=x)
 
 
 def solarize_(x: Tensor, top: int = 255) -> None:
