@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mocofast_bench import eager_formulas
 from mocofast_kernels import cpu, cpu_memory
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -410,24 +409,3 @@ def test_ema_updates_parameters_in_place_and_follows_the_loop() -> None:
     for parameter, want in zip(target.parameters(), expected):
         assert parameter.grad is None
         torch.testing.assert_close(parameter.detach(), want, rtol=1e-6, atol=1e-7)
-
-
-def test_transforms_of_torch_func_are_right_or_refused_by_name() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, positive, negatives = (torch.randn(n, 8, generator=generator) for n in (4, 4, 9))
-
-    def loss(query: Tensor) -> Tensor:
-        return ops.info_nce(query, positive, negatives)
-
-    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
-        torch.func.grad(loss)(query)
-    batched = torch.stack([query, 2 - query])
-    expected = torch.stack([loss(x) for x in batched])
-    torch.testing.assert_close(torch.func.vmap(loss)(batched), expected)
-    # The directional derivative along the query's own gradient is the square of the gradient.
-    leaf = query.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    _, along = torch.func.jvp(loss, (query,), (gradient,))
-    torch.testing.assert_close(along, gradient.square().sum())
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
-        loss(forward_ad.make_dual(leaf, torch.ones_like(leaf)))

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from mocofast_kernels.exclusion import Exclusion
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mocofast.ops import custom_ops, sweep
 from mocofast.ops.first_derivative import first_derivative
 from mocofast.ops.known_gradients import as_mean, is_unit
-from mocofast.ops.sweep import Options, reduced, refuse_transforms
+from mocofast.ops.sweep import Options, is_wrapped, reduced
 
 
 def info_nce(
@@ -45,14 +46,16 @@ def info_nce(
     )
     needs_negatives_grad = torch.is_grad_enabled() and negatives.requires_grad
 
-    # Compiled code calls the op. Eager mode avoids the op: its wrapper costs tens of microseconds.
-    if torch.compiler.is_compiling():
+    # Compiled code calls the op, and so does vmap, which the op takes apart. Eager mode avoids the
+    # op: its wrapper costs tens of microseconds.
+    through_op = torch.compiler.is_compiling()
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        through_op = through_op or is_wrapped(query, positive, negatives, tensor, *excluded[1:])
+    if through_op:
         loss, _, positive_rank, _, _, _ = custom_ops.info_nce_op(
             query, positive, negatives, tensor, scalar, *options, *excluded, needs_forward_grad
         )
         return reduced(loss, reduction), positive_rank if return_rank else None
-    if needs_forward_grad or needs_negatives_grad or query.device.type != "cpu":
-        refuse_transforms(query, positive, negatives, tensor)
     arguments = query, positive, negatives
     if needs_forward_grad or needs_negatives_grad:
         return _InfoNCE.apply(*arguments, tensor, scalar, options, excluded, reduction)

@@ -143,7 +143,8 @@ def _checked_scalar(
 ) -> float | Tensor:
     """Raises unless value > least, and finite.
 
-    The value of a CUDA tensor is not read, because reading makes the host wait.
+    The value of a CUDA tensor is not read, because reading makes the host wait, and neither are
+    the values of a tensor that vmap maps, which has several.
     """
     expected = f"{name} must be {kind} or a 0-d floating tensor"
     if isinstance(value, Tensor):
@@ -152,7 +153,8 @@ def _checked_scalar(
         if value.dim() != 0:
             raise ValueError(f"{expected}: got {described(value)}")
         check_same(name, value.device, "device of the features", device)
-        if device.type != "cpu" or torch.compiler.is_compiling():
+        is_mapped = torch._C._functorch.is_batchedtensor(value)
+        if device.type != "cpu" or torch.compiler.is_compiling() or is_mapped:
             return value
         number = float(value.detach())
     elif isinstance(value, Real) and not isinstance(value, bool):

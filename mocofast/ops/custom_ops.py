@@ -81,6 +81,17 @@ def _(
     )
 
 
+@info_nce_op.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
+    """Computes one problem after the other: every problem is a sweep over its negatives."""
+    results = [
+        info_nce_op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(output) for output in zip(*results))
+    return outputs, (0,) * len(outputs)
+
+
 @torch.library.custom_op("mocofast::info_nce_grad_negatives", mutates_args=())
 def grad_negatives_op(
     grad_loss: Tensor,

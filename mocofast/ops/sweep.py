@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mocofast.ops import backend
+
+_functorch: Any = torch._C._functorch
+_WAY_OUT = "no forward mode: take the gradient by loss.backward() or torch.autograd.grad"
 
 
 class Options(NamedTuple):
@@ -127,6 +131,40 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
     )
     if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "the losses of mocofast.ops have no transforms of torch.func and no forward mode: "
-            "take the gradient by loss.backward() or torch.autograd.grad"
+            "siglip_loss, and losses of a group of ranks, have no transforms of torch.func and "
+            f"{_WAY_OUT}"
         )
+
+
+def is_wrapped(*inputs: Tensor | None) -> bool:
+    """Says whether a transform of torch.func wraps an input, as vmap does.
+
+    Raises RuntimeError where a derivative is taken by an input. Call it under transforms, or in
+    forward mode.
+    """
+    given = [x for x in inputs if x is not None]
+    if any(_has_derivative(level) for x in given for level in _levels(x)):
+        raise RuntimeError(
+            "of the transforms of torch.func the losses of mocofast.ops have vmap alone, without a "
+            f"gradient, and {_WAY_OUT}"
+        )
+    return any(map(_functorch.is_functorch_wrapped_tensor, given))
+
+
+def _levels(x: Tensor) -> Iterator[Tensor]:
+    """Yields a tensor, and the tensors inside, one for every transform that wraps it."""
+    yield x
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+        yield x
+
+
+def _has_derivative(level: Tensor) -> bool:
+    tracked: bool = _functorch.is_gradtrackingtensor(level)  # by torch.func.grad or torch.func.jvp
+    if level.requires_grad and (tracked or torch.is_grad_enabled()):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    if _functorch.is_functorch_wrapped_tensor(level):
+        return tracked
+    return forward_ad.unpack_dual(level).tangent is not None
