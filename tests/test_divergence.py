@@ -201,6 +201,6 @@ def test_a_queue_larger_than_the_set_is_said(
 
 def test_a_batch_of_one_without_negatives_is_an_error() -> None:
     one = torch.randn(1, 4)
-    with pytest.raises(ValueError, match="positive_key must have 2 rows"):
+    with pytest.raises(ValueError, match="positive_key without negative_keys must have 2 rows"):
         ops.info_nce(one, one)
     assert ops.info_nce(one, one, torch.randn(1, 4)).isfinite()

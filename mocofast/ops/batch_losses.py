@@ -16,6 +16,7 @@ from mocofast.ops.checks import (
     check_reduction,
     check_rows,
     check_same,
+    check_several,
     checked_number,
     checked_temperature,
 )
@@ -67,7 +68,8 @@ def nt_xent(
     images are negatives.
 
     z_a, z_b: (N, C), two views of N images, normalised inside. With own_rows: (M, C), the
-        views of all ranks.
+        views of all ranks. ValueError for a single image: without negatives the loss
+        would be 0 for any features and train nothing.
     temperature: as in `info_nce`.
     reduction: over 2N views, those of z_a first. "mean" or "sum" returns (), "none" (2N,).
     return_rank: also returns how many negatives score above the positive, (2N,) int32, with
@@ -109,6 +111,7 @@ def nt_xent(
                 "of all ranks: pass one of them"
             )
         ring = ring_of(group, z_a=z_a, z_b=z_b)
+        check_several("z_a", sum(ring.counts))
         views = torch.cat([z_a, z_b])
         losses, positive_rank = ring_loss(
             views,
@@ -121,6 +124,8 @@ def nt_xent(
         )
         loss = reduced(losses, reduction)
         return loss if positive_rank is None else (loss, positive_rank)
+
+    check_several("z_a", len(z_a))
 
     # Rows. The period M leaves out both views of the image: the positive has a term of its own.
     own_a, all_a = own_rows_first(z_a, own_rows)  # (N, C), (M, C)
@@ -163,6 +168,8 @@ def clip_loss(
     Takes the mean of two cross entropies: images against texts, and texts against images.
 
     image_features, text_features: (N, C), not normalised here. CLIP normalises before the loss.
+        ValueError for a single pair: without negatives the loss would be 0 for any features and
+        train nothing. (`siglip_loss` also trains a pair alone.)
     logit_scale: factor of the dot products, 1 / T (not its logarithm), a float or a 0-d tensor.
     group: as in `nt_xent`: the features of all ranks are negatives, and the loss is that of this
         rank's N pairs.
@@ -175,6 +182,7 @@ def clip_loss(
     ring = None
     if group is not None:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
+    check_several("image_features", len(image_features) if ring is None else sum(ring.counts))
     losses = []
     for query, key in pairs:
         if ring is not None:

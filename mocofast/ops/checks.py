@@ -116,6 +116,15 @@ def check_rows(name: str, value: Any, of: str, count: int) -> None:
         raise ValueError(f"{expected}: got {value}")
 
 
+def check_several(name: str, count: int) -> None:
+    """Raises unless a batch has 2 rows or more: a row is a negative of another row."""
+    if count == 1:
+        raise ValueError(
+            f"{name} must have 2 rows or more, because the other rows are the negatives: got 1 "
+            "row, and a loss of 0 that teaches nothing"
+        )
+
+
 def check_reduction(value: Any) -> None:
     """Raises unless `value` names a reduction."""
     if value not in REDUCTIONS:
@@ -144,7 +153,7 @@ def _checked_scalar(
     """Raises unless value > least, and finite.
 
     The value of a CUDA tensor is not read, because reading makes the host wait, and neither are
-    the values of a tensor that vmap maps, which has several.
+    the several values of a tensor that vmap maps.
     """
     expected = f"{name} must be {kind} or a 0-d floating tensor"
     if isinstance(value, Tensor):

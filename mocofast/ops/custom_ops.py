@@ -83,7 +83,7 @@ def _(
 
 @info_nce_op.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
-    """Computes one problem after the other: every problem is a sweep over its negatives."""
+    """Computes the problems in turns: every problem is a sweep over negatives."""
     results = [
         info_nce_op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)))
         for i in range(info.batch_size)

@@ -17,6 +17,7 @@ from mocofast.ops.checks import (
     check_reduction,
     check_rows,
     check_same,
+    check_several,
     check_width,
     checked_ids,
     checked_mask,
@@ -113,7 +114,9 @@ def info_nce(
     Returns the float32 loss (float64 for float64 inputs), or (loss, rank). Gradients reach all
     inputs that require a gradient, in their own dtypes. No (N, K) tensor is kept for backward. The
     negatives may be overwritten before backward, unless they require a gradient.
-    Raises ValueError or TypeError, naming the argument. A second derivative raises RuntimeError.
+    Raises ValueError or TypeError, naming the argument. A second derivative raises RuntimeError,
+    and the transforms of torch.func do, too, except vmap without a gradient, which computes the
+    problems in turns.
 
     MoCo v3 on every rank (the keys carry no gradient):
 
@@ -215,11 +218,8 @@ def _check_keys(
         check_width("negative_keys", negative_keys, "query", query)
         if has_own:
             check_same("negative_keys", len(negative_keys), "number of rows of query", len(query))
-    elif positive_key.shape[:-1].numel() == 1:
-        raise ValueError(
-            "positive_key must have 2 rows or more without negative_keys, whose other rows are the "
-            "negatives: got 1 row, and a loss of 0 that teaches nothing"
-        )
+    else:
+        check_several("positive_key without negative_keys", positive_key.shape[:-1].numel())
 
 
 def own_rows_first(gathered: Tensor, own_rows: slice | None) -> tuple[Tensor, Tensor]:

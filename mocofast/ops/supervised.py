@@ -12,6 +12,7 @@ from mocofast.ops import autograd
 from mocofast.ops.checks import (
     check_features,
     check_reduction,
+    check_several,
     check_width,
     checked_ids,
     checked_temperature,
@@ -67,8 +68,8 @@ def supervised_contrastive(
         key_labels = checked_ids("key_labels", key_labels, keys.shape[:1], device)
     elif key_labels is not None:
         raise ValueError("key_labels must come with keys: got no keys")
-    elif rows.numel() == 1:
-        raise ValueError("features must have 2 rows or more without keys: got 1")
+    else:
+        check_several("features without keys", rows.numel())
 
     with without_autocast(device.type):
         own_labels = labels[:, None].expand(rows).flatten() if views else labels

@@ -139,7 +139,7 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
 def is_wrapped(*inputs: Tensor | None) -> bool:
     """Says whether a transform of torch.func wraps an input, as vmap does.
 
-    Raises RuntimeError where a derivative is taken by an input. Call it under transforms, or in
+    Raises RuntimeError where a derivative is taken by an input. For calls under transforms, or in
     forward mode.
     """
     given = [x for x in inputs if x is not None]
@@ -152,7 +152,7 @@ def is_wrapped(*inputs: Tensor | None) -> bool:
 
 
 def _levels(x: Tensor) -> Iterator[Tensor]:
-    """Yields a tensor, and the tensors inside, one for every transform that wraps it."""
+    """Yields a tensor, and the tensor inside of every transform that wraps the tensor."""
     yield x
     while _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
