@@ -97,6 +97,7 @@ PHOTOMETRIC = Extension(
             "avx2_begin",
             "avx2_end",
             "compilers",
+            "late_body",
             "photometric_body",
             "rotation_body",
             "resize_body",

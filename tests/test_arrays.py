@@ -415,46 +415,6 @@ def test_channels_have_factors_of_their_own(x: torch.Tensor) -> None:
     torch.testing.assert_close(ratio[0], ratio[2], rtol=1e-3, atol=0)  # a key gives the factors
 
 
-def test_the_hash_is_lowbias32_of_unsigned_words() -> None:
-    words = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint32)
-    expected = words.astype(np.uint64)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-        expected ^= expected >> np.uint64(shift)
-        expected = expected * np.uint64(factor) & np.uint64(2**32 - 1)
-    got = view_ops.hash_words_(torch.from_numpy(words.view(np.int32).copy()))
-    assert np.array_equal(got.numpy().view(np.uint32), expected.astype(np.uint32))
-
-
-def test_noise_is_normal_with_the_deviation_of_the_view() -> None:
-    x = torch.full((3, BANDS, 64, 64), 30000.0)
-    params = [neutral(64)._replace(key=k, noise=n) for k, n in ((1, 0.02), (2, 0.05), (3, 0.0))]
-    view_ops.apply_late_ops(x, params, AugmentConfig(noise=0.1), 65535)
-    noise = (x - 30000).double() / 65535
-    for image, sigma in zip(noise[:2], (0.02, 0.05)):
-        assert image.std().item() == pytest.approx(sigma, rel=0.02)
-        assert abs(image.mean().item()) < 0.02 * sigma
-        assert (image.abs() < sigma).double().mean().item() == pytest.approx(0.6827, abs=0.01)
-        flat = image.flatten()
-        assert abs(torch.corrcoef(torch.stack((flat[1:], flat[:-1])))[0, 1]) < 0.02
-    assert abs(torch.corrcoef(noise[:2].flatten(1))[0, 1]) < 0.02
-    assert not noise[2].any()
-
-
-def test_stains_are_jittered_as_optical_densities_in_float64() -> None:
-    densities = np.random.default_rng(0).uniform(0, 0.8, (2, 5, 7, 3))  # haematoxylin, eosin, DAB
-    stains = np.array(view_ops.STAINS)
-    slides = 65535 * 10 ** -(densities @ stains)
-    factor = np.array([[1.1, 0.9, 1.0], [1, 1, 1]])
-    offset = np.array([[0, 0.05, -0.05], [0, 0, 0]])
-    changed = densities * factor[:, None, None] + offset[:, None, None]
-    expected = 65535 * 10 ** -(changed @ stains)
-    x = torch.from_numpy(slides).permute(0, 3, 1, 2).float().contiguous()
-    jitter = (torch.from_numpy(factor).float(), torch.from_numpy(offset).float())
-    view_ops.jitter_stains_(x, *jitter, 65535)
-    got = x.permute(0, 2, 3, 1).double().numpy()
-    assert np.abs(got - expected.clip(0, 65535)).max() <= 1
-
-
 def test_new_operators_on_rgb_are_the_same_in_both_paths() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 24, 20, 3), dtype=np.uint8)
     augment = replace(AUGMENT, jitter=(0.0, 0.0, 0.0, 0.0), rotate=0.0, blur=0.0, hed=0.05)

@@ -92,18 +92,24 @@ def test_views_equal_pytorchs_to_the_bit(
     library: Path, size: Size, dtype: type, channels: int
 ) -> None:
     colour = channels == 3
-    for gray_first in (True, False):
+    late: tuple[dict[str, Any], ...] = (
+        {"channel_jitter": (0.2, 0.3), "hed": 0.05 if colour else 0.0, "noise": 0.1},
+        {"hed": 1.0 if colour else 0.0},
+        {"noise": 1.0},
+        {},
+    )
+    for number, options in enumerate(late):
         augment = AugmentConfig(
             size=size,
             jitter_p=0.9,
             gray=0.3 if colour else 0.0,
-            gray_first=gray_first,
+            gray_first=number % 2 == 0,
             blur=0.6,
             blur_sigma=(0.1, 5.0),
             solarize=0.3,
             vertical_flip=0.5,
             quarter_turns=0.6 if isinstance(size, int) else 0.0,
-            channel_jitter=(0.2, 0.3) if gray_first else (0.0, 0.0),
+            **options,
         )
         count = 6 if size == 300 else 12
         crops = pictures(size, channels, dtype, count)
@@ -114,10 +120,10 @@ def test_views_equal_pytorchs_to_the_bit(
             operators = Photometric(ctypes.CDLL(str(library)), variant)
             got = torch.empty_like(crops)
             operators.make(crops, params, augment, got)
-            assert equal(got, expected), library_of_views.VARIANTS[variant]
+            assert equal(got, expected), (library_of_views.VARIANTS[variant], options)
 
 
-def test_rotation_stains_and_noise_join_the_compiled_operators(library: Path, loads: Any) -> None:
+def test_all_operators_work_in_place_and_into_memory_with_gaps(library: Path, loads: Any) -> None:
     loads(library)
     assert compiled()[0] is not None, compiled()[1]
     augment = AugmentConfig(

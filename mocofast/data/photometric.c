@@ -1,5 +1,4 @@
-/* The operators of view_ops.py on a CPU, compiled: rotation, jitter, grayscale, blur,
- * solarize and flips.
+/* The operators of view_ops.py on a CPU, compiled.
  *
  * photometric.py loads this library by ctypes, which holds no lock of Python during a call. The
  * library needs no header of Python.
@@ -29,8 +28,7 @@
 #define LUMA_G (38470.f / 65536)
 #define LUMA_B (7471.f / 65536)
 
-/* The floats that describe a view. photometric.py writes the same order. Behind the fields stand
- * C factors of brightness and C factors of contrast, if `channel_jitter` is set. */
+/* The floats that describe a view. photometric.py writes the same order. */
 enum {
   ORDER, /* four operators: 0 brightness, 1 contrast, 2 saturation, 3 hue, or -1 for none */
   BRIGHTNESS = 4,
@@ -56,6 +54,15 @@ struct images {
   int top;           /* the largest level: 255 or 65535 */
   int gray_first;
   mean_function mean;
+};
+
+/* The operators with numbers from the key of a view, in their order. The numbers of a view are, one
+ * after the other: factors of brightness and of contrast for C channels, a map of colours (9 and 3,
+ * stains.colour_map), and the deviation of the noise. */
+struct late {
+  int channel_jitter;      /* 0 or 1 */
+  const float *logarithms; /* of every level (stains.logarithms), or NULL: no jitter of stains */
+  int noise;               /* 0 or 1 */
 };
 
 /* Returns the pixels of an image. */
@@ -84,23 +91,24 @@ typedef void (*load_function)(const struct images *, const void *, float *);
 typedef void (*rotate_function)(const struct images *, const void *, const float *, float *,
                                 float *);
 typedef void (*chain_function)(const struct images *, float *, float *, const float *);
-typedef void (*jitter_function)(const struct images *, float *, const float *);
+typedef void (*late_function)(const struct images *, const struct late *, void *, const float *,
+                              uint32_t, float *);
 typedef void (*store_function)(const struct images *, float *, void *, int, int, int, float *);
 
 struct variant {
   load_function load;
   rotate_function rotate;
   chain_function chain;
-  jitter_function channel_jitter;
+  late_function late;
   store_function store;
 };
 
 /* The numbers are those of library.VARIANTS. */
 static const struct variant variants[] = {
-    {plain_load, plain_rotate, plain_chain, plain_channel_jitter, plain_store},
-    {fused_load, fused_rotate, fused_chain, fused_channel_jitter, fused_store},
+    {plain_load, plain_rotate, plain_chain, plain_late, plain_store},
+    {fused_load, fused_rotate, fused_chain, fused_late, fused_store},
 #ifdef X86
-    {avx2_load, avx2_rotate, avx2_chain, avx2_channel_jitter, avx2_store},
+    {avx2_load, avx2_rotate, avx2_chain, avx2_late, avx2_store},
 #endif
 };
 
@@ -113,37 +121,47 @@ EXPORT int photometric_runs(int variant) {
   return 0;
 }
 
-/* Makes n views.
+/* Makes n views, without the operators of `photometric_late`.
  *
  * in: n images, (H, W, C), uint8 for a top of 255, uint16 for a top of 65535.
  * out: (n, H, W, C) of the same type. The images of `in` may lie there, in the same order.
- * views: n times `fields` floats.
- * channel_jitter: 1 if the factors of channels stand behind the fields.
+ * views: n times FIELDS floats.
  * places: for every view the places of rotation_body.h, or 0 for a view that is not turned.
  * scratch: C H W floats, and behind them the more of 2 W (H + 2 R), R the largest reach, and, if a
  *   view is turned, C H W + W + 1.
  * mean: for sums beyond 2^24, which float32 does not hold. */
-EXPORT void photometric_views(int variant, const void *const *in, void *out, int64_t n, int height,
-                              int width, int channels, int top, const float *views, int64_t fields,
-                              int gray_first, int channel_jitter, const float *const *places,
-                              float *scratch, mean_function mean) {
+EXPORT void photometric_early(int variant, const void *const *in, void *out, int64_t n, int height,
+                              int width, int channels, int top, const float *views, int gray_first,
+                              const float *const *places, float *scratch, mean_function mean) {
   struct images images = {height, width, channels, top, gray_first, mean};
   const struct variant *chosen = &variants[variant];
   int64_t count = pixels_of(&images) * channels, bytes = count * (top == 255 ? 1 : 2);
-  for (int64_t i = 0; i < n; i++, views += fields) {
-    char *made = (char *)out + i * bytes;
+  for (int64_t i = 0; i < n; i++, views += FIELDS) {
     if (places[i])
       chosen->rotate(&images, in[i], places[i], scratch, scratch + count);
     else
       chosen->load(&images, in[i], scratch);
     chosen->chain(&images, scratch, scratch + count, views);
-    chosen->store(&images, scratch, made, views[FLIP] != 0, views[VERTICAL_FLIP] != 0,
-                  (int)views[TURNS], scratch + count);
-    if (!channel_jitter) continue;
-    chosen->load(&images, made, scratch);
-    chosen->channel_jitter(&images, scratch, views);
-    chosen->store(&images, scratch, made, 0, 0, 0, scratch + count);
+    chosen->store(&images, scratch, (char *)out + i * bytes, views[FLIP] != 0,
+                  views[VERTICAL_FLIP] != 0, (int)views[TURNS], scratch + count);
   }
+}
+
+/* Changes n views, (n, H, W, C), in place.
+ *
+ * channel_jitter, logarithms, noise: as in `struct late`. Jitter of stains needs three channels.
+ * numbers: n times `fields` floats, as `struct late` says.
+ * keys: of n views.
+ * scratch: C H W + W floats. */
+EXPORT void photometric_late(int variant, void *views, int64_t n, int height, int width,
+                             int channels, int top, int channel_jitter, const float *logarithms,
+                             int noise, const float *numbers, int64_t fields, const uint32_t *keys,
+                             float *scratch, mean_function mean) {
+  struct images images = {height, width, channels, top, 0, mean};
+  struct late late = {channel_jitter, logarithms, noise};
+  int64_t bytes = pixels_of(&images) * channels * (top == 255 ? 1 : 2);
+  for (int64_t i = 0; i < n; i++, numbers += fields)
+    variants[variant].late(&images, &late, (char *)views + i * bytes, numbers, keys[i], scratch);
 }
 
 /* The linker of Windows wants this name in a library that setuptools builds. Not called. */

@@ -6,10 +6,9 @@ the CPU can (AVX2, AVX-512, ARM), and apart elsewhere. `library` finds out which
 compares a few views when the library is loaded. Where a view differs, PyTorch's operators make
 all views.
 
-The library has rotation, jitter, grayscale, blur, solarize, flips, quarter turns and jitter by
-channel. Sines and cosines of rotations are PyTorch's, which approximates them in its own way, and
-PyTorch rotates where rotated views alone differ. Jitter of stains and noise are PyTorch's in every
-case: their powers and logarithms are approximations, too.
+The library has all operators. Sines and cosines of rotations and logarithms of levels are
+PyTorch's, which approximates them in its own way. Where rotated views alone differ, PyTorch
+rotates.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ import torch
 from torch import Tensor
 
 from mocofast.config import AugmentConfig
-from mocofast.data import view_ops
+from mocofast.data import stains, view_ops
 from mocofast.data.interface import ViewParams, sample_view
 from mocofast.data.library import compared
 from mocofast.data.rotation import turned_places
 
-FIELDS = 15  # floats of a view in photometric.c, without factors of channels
+FIELDS = 15  # floats of a view in photometric.c
 _NO_ORDER = (-1, -1, -1, -1)
 # Views that are compared when the library is loaded, and the shape of a view
 _COMPARED, _SHAPE = 12, (33, 37)
 
 _Mean = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_int)
-_Views = ctypes.CFUNCTYPE(
+_Early = ctypes.CFUNCTYPE(
     None,
     ctypes.c_int,
     ctypes.c_void_p,
@@ -48,9 +47,25 @@ _Views = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_int,
     ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    _Mean,
+)
+_Late = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_int,
     ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int64,
     ctypes.c_void_p,
     ctypes.c_void_p,
     _Mean,
@@ -79,10 +94,6 @@ def make_views(
         view_ops.apply_view_ops(upright, alone, augment, crops)
         params = [p._replace(angle=0.0) for p in params]
     library.make(crops, params, augment, out)
-    if any(p.key for p in params) and (augment.hed or augment.noise):
-        alone = [p._replace(**{**_NOTHING, "key": p.key, "noise": p.noise}) for p in params]
-        last = AugmentConfig(hed=augment.hed, noise=augment.noise)
-        view_ops.apply_view_ops(out, alone, last, out)
 
 
 # The fields of ViewParams after the crop that leave a view as it is.
@@ -107,7 +118,8 @@ class Photometric:
         """library: photometric.c, compiled. variant: number in `library.VARIANTS`."""
         self.variant = variant
         self.rotates = True  # False: PyTorch rotates
-        self._views = _Views(("photometric_views", library))
+        self._early = _Early(("photometric_early", library))
+        self._late = _Late(("photometric_late", library))
         self._scratch = threading.local()  # a buffer for every thread
 
     def make(
@@ -117,8 +129,8 @@ class Photometric:
         augment: AugmentConfig,
         out: Tensor,
     ) -> None:
-        """Applies all operators but jitter of stains and noise. Takes the arguments of
-        `make_views`. Holds no lock of Python while the views are made.
+        """Does what `make_views` does, and rotates in every case. Holds no lock of Python while the
+        views are made.
         """
         images = [crop.contiguous() for crop in crops]
         pixels = np.array([image.data_ptr() for image in images], dtype=np.uintp)
@@ -146,18 +158,13 @@ class Photometric:
             ],
             dtype=np.float32,
         ).reshape(n, FIELDS)
-        by_channel = any(augment.channel_jitter) and any(p.key for p in params)
-        if by_channel:
-            keys = view_ops.signed_keys(params, out.device)
-            factors = view_ops.channel_factors(keys, augment, channels)
-            table = np.concatenate((table, *(f.numpy() for f in factors)), axis=1)
         places, turned = _places_of(params, height, width)
         reach = math.ceil(max(radii, default=0))
         size = channels * height * width
         more = max(2 * width * (height + 2 * reach), size + width + 1 if len(turned) else 0)
         scratch = self._buffer(size + more)
         top = 255 if out.dtype == torch.uint8 else 65535
-        self._views(
+        self._early(
             self.variant,
             pixels.ctypes.data,
             made.data_ptr(),
@@ -167,15 +174,63 @@ class Photometric:
             channels,
             top,
             table.ctypes.data,
-            table.shape[1],
             augment.gray_first,
-            by_channel,
             places.ctypes.data,
             scratch.ctypes.data,
             _mean_by_pytorch,
         )
+        if any(p.key for p in params):
+            self._make_late(made, params, augment, top, scratch)
         if made is not out:
             out.copy_(made)
+
+    def _make_late(
+        self,
+        views: Tensor,
+        params: Sequence[ViewParams],
+        augment: AugmentConfig,
+        top: int,
+        scratch: np.ndarray,
+    ) -> None:
+        """Applies the operators with numbers from the keys of views, in place.
+
+        views: (n, H, W, C), in C order.
+        scratch: C H W + W floats.
+        """
+        n, height, width, channels = views.shape
+        keys = view_ops.signed_keys(params, views.device)
+        numbers: list[Tensor] = []  # n times the floats of photometric.c's `struct late`
+        if by_channel := any(augment.channel_jitter):
+            numbers += view_ops.channel_factors(keys, augment, channels)
+        logarithms = None
+        if augment.hed:
+            if channels != 3:
+                raise ValueError(f"hed: expected 3 channels, got {channels}")
+            logarithms = stains.logarithms(top)
+            matrix, shift = stains.colour_map(*view_ops.stain_jitter(keys, augment))
+            numbers += matrix.flatten(1), shift
+        if augment.noise:
+            numbers.append(view_ops.noise_deviations(params, top).unsqueeze(1))
+        if not numbers:
+            return
+        table = torch.cat(numbers, dim=1)
+        self._late(
+            self.variant,
+            views.data_ptr(),
+            n,
+            height,
+            width,
+            channels,
+            top,
+            by_channel,
+            None if logarithms is None else logarithms.data_ptr(),
+            augment.noise > 0,
+            table.data_ptr(),
+            table.shape[1],
+            keys.data_ptr(),
+            scratch.ctypes.data,
+            _mean_by_pytorch,
+        )
 
     def _buffer(self, size: int) -> np.ndarray:
         """Returns at least `size` floats, the same memory in every call of a thread."""
@@ -220,7 +275,8 @@ def compiled() -> tuple[Photometric | None, str]:
 
 def differs(operators: Photometric) -> bool:
     """Returns whether a view without a rotation differs from PyTorch's view."""
-    return _differs(operators, blur=0.7, solarize=0.3, vertical_flip=0.5, channel_jitter=(0.2, 0.2))
+    late = {"vertical_flip": 0.5, "channel_jitter": (0.2, 0.2), "hed": 0.1, "noise": 0.1}
+    return _differs(operators, blur=0.7, solarize=0.3, **late)
 
 
 def rotation_differs(operators: Photometric) -> bool:
@@ -231,7 +287,8 @@ def rotation_differs(operators: Photometric) -> bool:
 def _differs(operators: Photometric, **options: Any) -> bool:
     """Compares views of 8 and of 16 bits. options: of AugmentConfig."""
     for channels, dtype in ((3, np.uint8), (3, np.uint16), (2, np.uint16)):
-        augment = AugmentConfig(size=_SHAPE, gray=0.2 if channels == 3 else 0.0, **options)
+        colours = {} if channels == 3 else {"gray": 0.0, "hed": 0.0}
+        augment = AugmentConfig(size=_SHAPE, **{"gray": 0.2, **options, **colours})
         rng = np.random.default_rng(channels)
         shape = (_COMPARED, *_SHAPE, channels)
         numbers = rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype)

@@ -190,30 +190,26 @@ static void NAME(chain)(const struct images *images, float *x, float *scratch, c
   if (view[SOLARIZE]) NAME(solarize)(x, values, top);
 }
 
-/* view: as for `chain`. Brightness, then contrast, with own factors for every channel. */
-static void NAME(channel_jitter)(const struct images *images, float *x, const float *view) {
-  int64_t count = pixels_of(images);
-  const float *factor = view + FIELDS;
-  for (int c = 0; c < images->channels; c++, x += count, factor++) {
-    NAME(brightness)(x, count, factor[0], (float)images->top);
-    float mean = NAME(mean)(images, x);
-    NAME(contrast_plane)(images, x, mean, factor[images->channels]);
-  }
-}
-
 /* Copies an image, (H, W, C), to planes, (C, H, W) float32. */
 static void NAME(load)(const struct images *images, const void *image, float *planes) {
   int64_t count = pixels_of(images);
   int channels = images->channels;
   const uint8_t *bytes = image;
   const uint16_t *words = image;
-  if (images->top == 255 && channels == 3) {
+  if (channels == 3) {
     float *restrict r = planes, *restrict g = planes + count, *restrict b = planes + 2 * count;
-    for (int64_t i = 0; i < count; i++) {
-      r[i] = bytes[3 * i];
-      g[i] = bytes[3 * i + 1];
-      b[i] = bytes[3 * i + 2];
-    }
+    if (images->top == 255)
+      for (int64_t i = 0; i < count; i++) {
+        r[i] = bytes[3 * i];
+        g[i] = bytes[3 * i + 1];
+        b[i] = bytes[3 * i + 2];
+      }
+    else
+      for (int64_t i = 0; i < count; i++) {
+        r[i] = words[3 * i];
+        g[i] = words[3 * i + 1];
+        b[i] = words[3 * i + 2];
+      }
     return;
   }
   for (int c = 0; c < channels; c++, planes += count) {
@@ -225,13 +221,23 @@ static void NAME(load)(const struct images *images, const void *image, float *pl
 }
 
 /* Copies a row of three planes to a row of an image. step: from a pixel to the next. */
-static inline void NAME(store_rgb)(uint8_t *restrict out, const float *restrict r,
-                             const float *restrict g, const float *restrict b, int width,
-                             int64_t step) {
+static inline void NAME(store_bytes)(uint8_t *restrict out, const float *restrict r,
+                                     const float *restrict g, const float *restrict b, int width,
+                                     int64_t step) {
   for (int x = 0; x < width; x++, out += 3) {
     out[0] = (uint8_t)(int32_t)r[x * step];
     out[1] = (uint8_t)(int32_t)g[x * step];
     out[2] = (uint8_t)(int32_t)b[x * step];
+  }
+}
+
+static inline void NAME(store_words)(uint16_t *restrict out, const float *restrict r,
+                                     const float *restrict g, const float *restrict b, int width,
+                                     int64_t step) {
+  for (int x = 0; x < width; x++, out += 3) {
+    out[0] = (uint16_t)(int32_t)r[x * step];
+    out[1] = (uint16_t)(int32_t)g[x * step];
+    out[2] = (uint16_t)(int32_t)b[x * step];
   }
 }
 
@@ -259,17 +265,22 @@ static void NAME(store)(const struct images *images, float *planes, void *image,
   }
   for (int y = 0; y < height; y++) {
     float *from = planes + start + y * row;
-    if (images->top == 255 && channels == 3) {
-      uint8_t *out = (uint8_t *)image + 3 * (int64_t)y * width;
+    if (channels == 3) {
+      int64_t at = 3 * (int64_t)y * width;
       if (column == -1) { /* a compiler makes no vector instructions of steps backwards and of 3 */
         from -= last;
         for (int c = 0; c < 3; c++) NAME(mirror)(from + c * count, buffer, width);
       }
       const float *g = from + count, *b = from + 2 * count;
-      if (column == 1 || column == -1)
-        NAME(store_rgb)(out, from, g, b, width, 1);
+      int straight = column == 1 || column == -1;
+      if (images->top == 255 && straight)
+        NAME(store_bytes)((uint8_t *)image + at, from, g, b, width, 1);
+      else if (images->top == 255)
+        NAME(store_bytes)((uint8_t *)image + at, from, g, b, width, column);
+      else if (straight)
+        NAME(store_words)((uint16_t *)image + at, from, g, b, width, 1);
       else
-        NAME(store_rgb)(out, from, g, b, width, column);
+        NAME(store_words)((uint16_t *)image + at, from, g, b, width, column);
       continue;
     }
     for (int c = 0; c < channels; c++, from += count) {
@@ -285,6 +296,7 @@ static void NAME(store)(const struct images *images, float *planes, void *image,
 }
 
 #include "rotation_body.h"
+#include "late_body.h"
 
 #undef MULTIPLY_ADD
 #undef NAME

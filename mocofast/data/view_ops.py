@@ -26,7 +26,9 @@ from torch import Tensor
 
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import ViewParams
+from mocofast.data.random_numbers import normal_numbers, uniform_numbers
 from mocofast.data.rotation import rotate_
+from mocofast.data.stains import jitter_stains_
 
 # Weights of red, green and blue: ITU-R BT.601 in PIL's fixed point, exact in float32.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -273,12 +275,10 @@ def apply_late_ops(
         adjust_brightness_(x, brightness[:, :, None, None], top)
         adjust_channel_contrast_(x, contrast[:, :, None, None], top)
     if augment.hed:
-        # (n, 6): three factors, three densities
-        uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
-        jitter_stains_(x, 1 + uniform[:, :3], uniform[:, 3:], top)
+        jitter_stains_(x, *stain_jitter(keys, augment), top)
     if augment.noise:
         normal = normal_numbers(keys, 2, x[0].numel())
-        sigma = x.new_tensor([p.noise * top for p in params])
+        sigma = noise_deviations(params, top).to(x.device, non_blocking=True)
         x.addcmul_(normal.view_as(x), sigma.view(-1, 1, 1, 1)).round_().clamp_(0, top)
 
 
@@ -300,6 +300,20 @@ def channel_factors(keys: Tensor, augment: AugmentConfig, channels: int) -> tupl
     return brightness, contrast
 
 
+def stain_jitter(keys: Tensor, augment: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Returns the factors and the offsets of three stains, (n, 3) float32.
+
+    keys: (n,) int32, the result of `signed_keys`.
+    """
+    uniform = uniform_numbers(keys, 4, 6).mul_(2).sub_(1).mul_(augment.hed)
+    return 1 + uniform[:, :3], uniform[:, 3:]
+
+
+def noise_deviations(params: Sequence[ViewParams], top: int) -> Tensor:
+    """Returns the standard deviations of the noise, (n,) float32 on the CPU, in levels."""
+    return torch.tensor([p.noise * top for p in params], dtype=torch.float32, device="cpu")
+
+
 def vertical_flip_(x: Tensor) -> None:
     """Exchanges top and bottom."""
     x.copy_(x.flip(2))
@@ -313,59 +327,3 @@ def turn_(turns: int, x: Tensor) -> None:
 def adjust_channel_contrast_(x: Tensor, factor: Tensor, top: int) -> None:
     """Blends every channel with the mean of the channel, rounded."""
     _blend_(x, x.mean((2, 3), keepdim=True).add_(0.5).floor_(), factor, top)
-
-
-# Optical densities of red, green and blue that a stain adds, for haematoxylin, eosin and DAB:
-# Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution".
-STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-
-
-def jitter_stains_(x: Tensor, factor: Tensor, offset: Tensor, top: int) -> None:
-    """Scales and shifts the densities of haematoxylin, eosin and DAB, as Tellez et al. 2018.
-
-    x: (n, 3, H, W), red, green and blue of a stained slide.
-    factor, offset: (n, 3), of every stain. Offsets are decimal optical densities.
-
-    The paper is "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference".
-    """
-    stains = x.new_tensor(STAINS)
-    # Densities of red, green and blue, (n, 3, H * W). Black counts as half a level.
-    density = x.flatten(2).clamp(min=0.5).div_(top).log10_().neg_()
-    amounts = torch.linalg.inv(stains).T @ density
-    amounts.mul_(factor.unsqueeze(2)).add_(offset.unsqueeze(2))
-    jittered = torch.pow(10, -(stains.T @ amounts)).mul_(top)
-    x.copy_(jittered.view_as(x).round_().clamp_(0, top))
-
-
-def normal_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
-    """Returns normal numbers, (n, count) float32, by the transform of Box and Muller.
-
-    keys: (n,), as for `uniform_numbers`.
-    stream: uses the streams `stream` and `stream` + 1.
-    """
-    half = (count + 1) // 2
-    radius = uniform_numbers(keys, stream, half).neg_().log1p_().mul_(-2).sqrt_()
-    angle = uniform_numbers(keys, stream + 1, half).mul_(2 * math.pi)
-    return torch.cat((radius * angle.cos(), radius.mul_(angle.sin_())), dim=1)[:, :count]
-
-
-def uniform_numbers(keys: Tensor, stream: int, count: int) -> Tensor:
-    """Returns numbers in [0, 1), (n, count) float32: a hash of key, stream and position.
-
-    keys: (n,) int32.
-    stream: from 0.
-
-    Integer arithmetic, so a CPU and a GPU give the same numbers. The hash of 32 bits is "lowbias32"
-    of Wellons 2018, "Prospecting for hash functions".
-    """
-    place = torch.arange(count, dtype=torch.int32, device=keys.device)
-    words = hash_words_(hash_words_(keys + stream).unsqueeze(1) ^ place)
-    return words.bitwise_right_shift_(8).bitwise_and_(2**24 - 1).float().div_(2**24)
-
-
-def hash_words_(x: Tensor) -> Tensor:
-    """Hashes int32 words in place, modulo 2^32. Returns x."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
-        # The mask makes the shift of a negative word fill with zeros.
-        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
-    return x
