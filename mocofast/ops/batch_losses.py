@@ -20,6 +20,7 @@ from mocofast.ops.checks import (
     checked_number,
     checked_temperature,
 )
+from mocofast.ops.in_batch import small_loss
 from mocofast.ops.losses import own_rows_first
 from mocofast.ops.ring import Ring, ring_of
 from mocofast.ops.ring import info_nce as ring_loss
@@ -127,6 +128,18 @@ def nt_xent(
 
     check_several("z_a", len(z_a))
 
+    if own_rows is None:
+        small = small_loss(
+            torch.cat([z_a, z_b]),
+            None,
+            1.0 / temperature,
+            normalize=True,
+            return_rank=return_rank,
+            reduction=reduction,
+        )
+        if small is not None:
+            loss, rank = small
+            return loss if rank is None else (loss, rank)
     # Rows. The period M leaves out both views of the image: the positive has a term of its own.
     own_a, all_a = own_rows_first(z_a, own_rows)  # (N, C), (M, C)
     own_b, all_b = own_rows_first(z_b, own_rows)
@@ -183,6 +196,10 @@ def clip_loss(
     if group is not None:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
     check_several("image_features", len(image_features) if ring is None else sum(ring.counts))
+    if ring is None:
+        small = small_loss(*pairs[0], scale, normalize=False, both_ways=True)
+        if small is not None:
+            return small[0]
     losses = []
     for query, key in pairs:
         if ring is not None:

@@ -23,6 +23,7 @@ from mocofast.ops.checks import (
     checked_mask,
     checked_temperature,
 )
+from mocofast.ops.in_batch import small_loss
 from mocofast.ops.sweep import reduced
 
 
@@ -174,15 +175,27 @@ def info_nce(
             exclude = None if exclude is None else exclude.roll(-own_rows.start, 1)
         positive_key, negatives = own_rows_first(positive_key, own_rows)
         period = len(negatives)
+    excluded = Exclusion(period, query_ids, key_ids, exclude)
+    small = None
+    has_exceptions = query_ids is not None or exclude is not None
+    if period == len(query) and not has_exceptions and normalize_negatives == normalize:
+        small = small_loss(
+            query,
+            positive_key,
+            1.0 / temperature,
+            normalize=normalize,
+            return_rank=return_rank,
+            reduction=reduction,
+        )
     # One sweep over the negatives: loss, and positive rank (N,) or None.
-    loss, rank = autograd.info_nce(
+    loss, rank = small or autograd.info_nce(
         query,
         positive_key,
         negatives,
         temperature,
         normalize=normalize,
         normalize_negatives=normalize_negatives,
-        excluded=Exclusion(period, query_ids, key_ids, exclude),
+        excluded=excluded,
         return_rank=return_rank,
         reduction=reduction,
     )

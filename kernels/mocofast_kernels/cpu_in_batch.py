@@ -1,0 +1,104 @@
+"""Losses over the pairs of a small batch on a CPU, with all gradients from a single pass.
+
+The logits of a small batch fit the cache, so they are kept: a block of a large batch is computed
+again for the gradient of the keys, and once more for the columns of CLIP's loss (`cpu`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels.cpu_products import SMALL, product
+from mocofast_kernels.cpu_vectors import LOG2E, softplus, through_normalize, unit_rows
+
+LOGITS = 2**18  # most logits of a batch: 1 MB
+RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
+
+
+class InBatch(NamedTuple):
+    """The mean loss and its gradients. Gradients may be None unless asked for."""
+
+    loss: Tensor  # ()
+    rank: Tensor | None  # (N,) int32: negatives that score as high as the positive, or higher
+    grad_query: Tensor | None  # (N, C)
+    grad_key: Tensor | None  # (N, C)
+    grad_scale: Tensor  # (): by the factor of the dot products, 1 / T
+
+
+@cpu_threads.one_fork(unless=lambda query, *_, **__: len(query) * query.numel() <= SMALL)
+def in_batch(
+    query: Tensor,
+    key: Tensor | None,
+    scale: float,
+    *,
+    normalize: bool,
+    both_ways: bool,
+    return_rank: bool,
+    need_key: bool,
+) -> InBatch | None:
+    """Returns InfoNCE of every query against the keys of all other queries, its mean and gradients.
+
+    query, key: (N, C). Key i is the positive of query i. None: NT-Xent, where the rows are the
+        views a of N / 2 images, then the views b, and every row meets all rows of other images.
+    scale: 1 / T.
+    normalize: divide rows by their L2 norms first.
+    both_ways: the mean of this loss and of the loss of keys against queries (CLIP).
+    return_rank: also count negatives, for losses one way.
+    need_key: compute the gradient of the keys.
+
+    Returns None where logits lie far apart or are not finite (exponentials then need a shift for
+    every row), and for rows without a negative.
+    """
+    count = len(query)
+    if count < (4 if key is None else 2):
+        return None
+    h, query_norm = unit_rows(query, normalize)
+    unit_key, key_norm = (h, None) if key is None else unit_rows(key, normalize)
+    positive = h.roll(count // 2, 0) if key is None else unit_key
+    scaled = h * (scale * LOG2E)  # logits are in bits
+    logits = product(scaled, unit_key)  # (N, N)
+    low, high = map(float, logits.aminmax())
+    if not high - low <= RANGE:
+        return None
+    logits.fill_diagonal_(-torch.inf)
+    if key is None:
+        for offset in (count // 2, -(count // 2)):
+            logits.diagonal(offset).fill_(-torch.inf)
+    logit_positive = (scaled * positive).sum(1)
+    rank = None
+    if return_rank:
+        reach = logits >= cpu_ranks.least_tie(scaled, positive)
+        rank = reach.sum(1, dtype=torch.int32)
+    weights = logits.sub_(high).exp2_()
+    # Rows, then columns: the loss, and the share of a negative's weight in the gradient.
+    losses, shares, positive_share = [], [], torch.zeros_like(logit_positive)
+    for dim in (1, 0) if both_ways else (1,):
+        total = weights.sum(dim)
+        difference = total.log2().add_(high).sub_(logit_positive).div_(LOG2E)
+        losses.append(softplus(difference).mean())
+        share = torch.sigmoid(difference)
+        positive_share.add_(share)
+        shares.append(share.div_(total))
+    loss, factor = losses[0], scale / count
+    if both_ways:
+        loss, factor = (losses[0] + losses[1]) / 2, factor / 2
+        weights.mul_(shares[0][:, None] + shares[1])
+    else:
+        weights.mul_(shares[0][:, None])
+    if key is None:  # a row is a query and a key
+        weights = weights + weights.t()
+        positive_share = positive_share + positive_share.roll(count // 2)
+    part = positive_share[:, None]
+    grad = torch.addcmul(product(weights, unit_key.t()), part, positive, value=-1).mul_(factor)
+    along = (grad * h).sum(1, keepdim=True)
+    grad_scale = along.sum() / (2 * scale if key is None else scale)
+    grad_key = None
+    if need_key and key is not None:
+        grad_key = torch.addcmul(product(weights.t(), h.t()), part, h, value=-1).mul_(factor)
+        along_key = (grad_key * unit_key).sum(1, keepdim=True)
+        grad_key = through_normalize(grad_key, along_key, unit_key, key_norm)
+    return InBatch(loss, rank, through_normalize(grad, along, h, query_norm), grad_key, grad_scale)
