@@ -32,7 +32,7 @@ from mocofast.models.encoders import (
 )
 from mocofast.models.heads import pooled, replace_head
 from mocofast.train.checkpoint import load_checkpoint
-from tests.runs import make_images
+from tests.runs import make_images, metrics
 
 MODULE = """
 from torch import nn
@@ -111,19 +111,38 @@ def test_models_of_timm_train_and_give_pooled_features(name: str, head: str, wid
     assert model.encoder_q(images).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002"])
-def test_runs_of_timms_encoders_go_through_every_command(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("timm")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("convnext_atto", 32),
+        ("regnetx_002", 32),
+        # The smallest Swin, whose windows fit images of 224 pixels.
+        pytest.param("swin_tiny_patch4_window7_224", 224, marks=pytest.mark.slow),
+    ],
+)
+def test_runs_of_timms_encoders_go_through_every_command(
+    name: str, size: int, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm")
     images, run = make_images(tmp_path / "images", 24), str(tmp_path / "run")
     words = ["pretrain", str(images), "--train.dir", run, "--model.arch", f"timm/{name}"]
-    words += ["--augment.size", "32", "--data.batch_size", "4", "--model.queue_size", "8"]
-    words += ["--train.max_steps", "1", "--knn.start", "false", "--train.device", "cpu"]
-    assert cli.main([*words, "--data.workers", "0"]) == 0
+    words += ["--augment.size", str(size), "--data.batch_size", "4", "--model.queue_size", "8"]
+    words += ["--train.max_steps", "2", "--knn.start", "false", "--train.device", "cpu"]
+    assert cli.main([*words, "--data.workers", "0", "--train.log_every", "1"]) == 0
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2] and all(0 < row["loss"] < 20 for row in rows)
     fixed = ("--data.path", str(images), "--device", "cpu")
     assert cli.main(["knn", run, *fixed]) == 0
     assert cli.main(["linear", run, *fixed]) == 0
     assert cli.main(["finetune", run, *fixed, "--finetune.epochs", "1"]) == 0
     assert cli.main(["export", run, "--format", "timm", str(tmp_path / "out.pt")]) == 0
+    # timm's model with the exported weights has the features of the run.
+    model = timm.create_model(name, num_classes=0).eval()
+    model.load_state_dict(torch.load(tmp_path / "out.pt"))
+    view = torch.randn(2, 3, size, size)
+    encoder = load_any(run).method.encoder_q
+    with evaluating(encoder), torch.no_grad():
+        torch.testing.assert_close(model(view), features(encoder, view), rtol=1e-4, atol=1e-4)
 
 
 def test_functions_of_the_user_build_encoders(module: str) -> None:
