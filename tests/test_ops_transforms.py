@@ -113,9 +113,12 @@ def test_derivatives_of_torch_func_are_refused_by_name(size: tuple[int, int, int
         lambda: torch.func.jvp(each, (stacked,), (stacked,)),
         lambda: torch.func.jacfwd(loss)(query),
         lambda: torch.func.grad(lambda x: ops.info_nce(query, positive, x))(negatives),
+        lambda: torch.func.grad(lambda x: ops.info_nce(x, positive))(query),  # in-batch
+        lambda: torch.func.grad(lambda x: ops.nt_xent(x, positive))(query),
+        lambda: torch.func.grad(lambda x: ops.clip_loss(x, positive, 1.0))(query),
     ]
     for call in calls:
-        with pytest.raises(RuntimeError, match=r"no forward mode: .* torch\.autograd\.grad"):
+        with pytest.raises(RuntimeError, match=r"^of the transforms .* torch\.autograd\.grad"):
             call()
     with torch.no_grad():
         torch.testing.assert_close(each(leaf[None])[0], loss(query))

@@ -9,6 +9,7 @@ import torch
 from mocofast_kernels import cpu_in_batch
 from mocofast_kernels.cpu_in_batch import InBatch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mocofast.ops import sweep
 from mocofast.ops.first_derivative import first_derivative
@@ -36,11 +37,12 @@ def small_loss(
         or query.device.type != "cpu"
         or len(query) ** 2 > cpu_in_batch.LOGITS
         or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # `autograd.info_nce` refuses these
+        or forward_ad._current_level >= 0
         or not torch.is_grad_enabled()
         or not any(x.requires_grad for x in tensors)
     ):
         return None
-    sweep.refuse_transforms(*tensors)
     with torch.no_grad(), sweep.without_autocast("cpu"):
         found = cpu_in_batch.in_batch(
             query,
