@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from mocofast_bench import data, kernels, optim, timing
+from mocofast_bench import autotune, commands, data, kernels, optim, targets, timing
 from mocofast_bench.commands import main
 from mocofast_bench.sizes import weight_shapes
 from torch import nn
@@ -181,6 +181,22 @@ def test_a_row_tells_generations_of_a_cpu_apart(monkeypatch: pytest.MonkeyPatch)
     assert timing.device_name(CPU) == "AMD EPYC"
     assert timing.cpu_generation() == "family 26, model 2, AVX512-BF16"
     assert timing.environment(CPU)["cpu"] == timing.cpu_generation()
+
+
+@pytest.mark.parametrize("name", [*commands.BENCHMARKS, *commands.COMPILING, "all"])
+def test_every_benchmark_has_help_of_at_most_100_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: mocofast bench {name} ")
+    assert not [line for line in out.splitlines() if len(line) > 100]
+    choices = {"targets": targets.TARGETS, "autotune": (*autotune.KINDS, *autotune.TYPES)}
+    for choice in choices.get(name, ()):
+        assert choice in " ".join(out.split())
 
 
 def test_the_clock_measures_a_known_wait() -> None:

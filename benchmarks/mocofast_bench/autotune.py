@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--c", type=positive, nargs="+", default=[128], help="dimensions (default: 128)"
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of call (default: all)"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"kinds of call: {_quoted(KINDS)} (default: all)",
     )
     parser.add_argument(
         "--types",
         nargs="+",
         choices=TYPES,
         default=["bf16", "fp32 as bf16"],
-        help="types of inputs and products (default: bf16, and fp32 as bf16)",
+        metavar="TYPE",
+        help=f"types of inputs and products: {_quoted(TYPES)} (default: bf16, and fp32 as bf16)",
     )
     parser.add_argument(
         "--repeats", type=positive, default=20, help="timed rounds (default: %(default)s)"
@@ -85,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="table to write (default: the file for this GPU)"
     )
+
+
+def _quoted(choices: Sequence[str]) -> str:
+    """Returns choices as words of a shell: spaces and commas are part of them."""
+    return ", ".join(f'"{choice}"' for choice in choices)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

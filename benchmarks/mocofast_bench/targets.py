@@ -78,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         metavar="REGEX",
         help="compile cases whose name contains a match (default: a case of every family)",
     )
-    parser.add_argument("--target", choices=TARGETS, help="one kind of GPU (default: all)")
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        metavar="GPU",
+        help=f"one kind of GPU: {', '.join(TARGETS)} (default: all)",
+    )
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the table as Markdown")
 
 
