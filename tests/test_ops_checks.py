@@ -117,13 +117,6 @@ def _supervised(keys: Tensor) -> Tensor:
         (ValueError, r"logit_scale .*got 0\.0", lambda: ops.clip_loss(GOOD, GOOD, 0.0)),
         (ValueError, r"logit_scale .*\(2,\)", lambda: ops.clip_loss(GOOD, GOOD, torch.ones(2))),
         (ValueError, "z_a .*not empty", lambda: ops.nt_xent(GOOD[:0], GOOD[:0])),
-        (ValueError, "z_a must have 2 rows.*got 1 ", lambda: ops.nt_xent(GOOD[:1], GOOD[:1])),
-        (
-            ValueError,
-            "z_a must have 2 rows",
-            lambda: ops.nt_xent(GOOD[:1], GOOD[:1], own_rows=slice(0, 1)),
-        ),
-        (ValueError, "image_features must have 2", lambda: ops.clip_loss(GOOD[:1], GOOD[:1], 1.0)),
         (TypeError, "z_b .*float64", lambda: ops.nt_xent(GOOD, GOOD.double())),
         (TypeError, "group .*'all'", lambda: ops.nt_xent(GOOD, GOOD, group="all")),
         (TypeError, "group .*3", lambda: ops.clip_loss(GOOD, GOOD, 1.0, group=3)),

@@ -16,7 +16,6 @@ from mocofast.ops.checks import (
     check_reduction,
     check_rows,
     check_same,
-    check_several,
     checked_number,
     checked_temperature,
 )
@@ -69,8 +68,8 @@ def nt_xent(
     images are negatives.
 
     z_a, z_b: (N, C), two views of N images, normalised inside. With own_rows: (M, C), the
-        views of all ranks. ValueError for a single image: without negatives the loss
-        would be 0 for any features and train nothing.
+        views of all ranks. A single image has no negatives: the loss is 0 for
+        any features.
     temperature: as in `info_nce`.
     reduction: over 2N views, those of z_a first. "mean" or "sum" returns (), "none" (2N,).
     return_rank: also returns how many negatives score above the positive, (2N,) int32, with
@@ -112,7 +111,6 @@ def nt_xent(
                 "of all ranks: pass one of them"
             )
         ring = ring_of(group, z_a=z_a, z_b=z_b)
-        check_several("z_a", sum(ring.counts))
         views = torch.cat([z_a, z_b])
         losses, positive_rank = ring_loss(
             views,
@@ -125,8 +123,6 @@ def nt_xent(
         )
         loss = reduced(losses, reduction)
         return loss if positive_rank is None else (loss, positive_rank)
-
-    check_several("z_a", len(z_a))
 
     if own_rows is None:
         small = small_loss(
@@ -181,8 +177,8 @@ def clip_loss(
     Takes the mean of two cross entropies: images against texts, and texts against images.
 
     image_features, text_features: (N, C), not normalised here. CLIP normalises before the loss.
-        ValueError for a single pair: without negatives the loss would be 0 for any features and
-        train nothing. (`siglip_loss` also trains a pair alone.)
+        A single pair has no negatives: the loss is 0 for any features. (`siglip_loss` trains a
+        pair alone, too.)
     logit_scale: factor of the dot products, 1 / T (not its logarithm), a float or a 0-d tensor.
     group: as in `nt_xent`: the features of all ranks are negatives, and the loss is that of this
         rank's N pairs.
@@ -195,7 +191,6 @@ def clip_loss(
     ring = None
     if group is not None:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
-    check_several("image_features", len(image_features) if ring is None else sum(ring.counts))
     if ring is None:
         small = small_loss(*pairs[0], scale, normalize=False, both_ways=True)
         if small is not None:
