@@ -84,7 +84,7 @@ class CLIP(MomentumMethod):
         super().__init__(pixel_mean, pixel_std)
         if loss == "sigmoid" and queue_size:
             raise ValueError(f"queue_size must be 0 for the sigmoid loss: got {queue_size}")
-        self.loss = loss
+        self.loss, self.needs_pairs = loss, loss == "softmax" and not queue_size
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, dim)
         self.text_q = texts.tower
@@ -179,6 +179,8 @@ class CLIP(MomentumMethod):
             loss = siglip_loss(image, text, scale, self.logit_bias, group=group)
         else:
             loss = clip_loss(image, text, scale, group=group)
+        if len(image) == 1:  # no other text
+            return loss, torch.zeros(1, dtype=torch.int32, device=image.device)
         with torch.no_grad():
             _, positive_rank = info_nce(image, text, normalize=False, return_rank=True)
         return loss, positive_rank
