@@ -22,7 +22,7 @@ from mocofast.evaluate.logistic import Features
 from mocofast.evaluate.targets import targets_of
 from mocofast.methods.build import build_method
 from mocofast.settings import apply, load_recipe
-from mocofast.train.checks import check_batches, check_pairs, micro_batches
+from mocofast.train.checks import check_batches, micro_batches
 from mocofast.train.engine import Engine
 from mocofast.train.estimate import seconds_per_image
 from mocofast.train.optimizer import optimizer_of
@@ -93,23 +93,6 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_has_one_value() -> Non
     with pytest.raises(ConfigError, match=r"1 image in each of 2 splits .*bn_splits"):
         check_batches(config, split, 8, BatchSlice(2, uneven=True, parts=2))
     assert seconds_per_image(split, 32, 3, torch.device("cpu")) > 0  # measured on two a split
-
-
-def test_an_image_alone_is_refused_where_the_batch_holds_the_negatives() -> None:
-    config = Config()
-    apply(config, {"data.batch_size": 4, "data.drop_last": False, "train.accumulate": 1})
-    one = BatchSlice(4, drop_last=False, uneven=True)
-    for name, needs_pairs in (("simclr", True), ("moco_v3", True), ("moco", False)):
-        own = Config()
-        apply(own, {"model.method": name, "model.arch": "resnet_tiny", "augment.size": 32})
-        method = build_method(own)
-        check_pairs(config, method, 10, one)
-        check_pairs(config, method, 9, BatchSlice(4, 0, 2, drop_last=False, uneven=True))
-        if not needs_pairs:
-            check_pairs(config, method, 9, one)
-            continue
-        with pytest.raises(ConfigError, match=r"data.drop_last: the last batch .* has 1 image"):
-            check_pairs(config, method, 9, one)
 
 
 @pytest.mark.parametrize("images", [10, 13, 16])

@@ -146,6 +146,22 @@ def test_the_other_losses_name_the_bad_argument(
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: ops.nt_xent(x, y, return_rank=True),
+        lambda x, y: ops.nt_xent(x, y, return_rank=True, own_rows=slice(0, 1)),
+        lambda x, y: (ops.clip_loss(x, y, 5.0), torch.zeros(1)),
+    ],
+)
+def test_a_pair_without_negatives_has_a_loss_and_gradients_of_0(loss: Any) -> None:
+    x, y = (torch.randn(1, 4, requires_grad=True) for _ in range(2))
+    value, rank = loss(x, y)
+    value.backward()
+    assert value.item() == 0 and rank.any().item() is False
+    assert x.grad.count_nonzero() == y.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
     ("error", "match", "targets", "sources", "momentum"),
     [
         (ValueError, "sources .*1 and 2", [GOOD, GOOD], [GOOD], 0.9),

@@ -81,7 +81,6 @@ class Method(nn.Module):
     num_views = 2
     takes_local_views = False  # multi-crop, see AugmentConfig.local_crops
     joins_sizes = False  # the head sees large and small views together: no sharded form
-    needs_pairs = False  # the negatives are other images of the batch: an image alone has none
     batch_fields: tuple[str, ...] = ()
     momentum = 0.0  # m of the moving average, if there is a momentum encoder
     filling_steps = 0  # first steps of a run, which fill the queue and train nothing

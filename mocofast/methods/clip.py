@@ -84,7 +84,7 @@ class CLIP(MomentumMethod):
         super().__init__(pixel_mean, pixel_std)
         if loss == "sigmoid" and queue_size:
             raise ValueError(f"queue_size must be 0 for the sigmoid loss: got {queue_size}")
-        self.loss, self.needs_pairs = loss, loss == "softmax" and not queue_size
+        self.loss = loss
         self.encoder_q = base_encoder(num_classes=dim)
         set_head(self.encoder_q, dim)
         self.text_q = texts.tower

@@ -38,8 +38,6 @@ class MoCoV3(PredictingMethod):
     predictor_norm: end the predictor in a BatchNorm, as the paper does for ViTs.
     """
 
-    needs_pairs = True
-
     def __init__(
         self,
         base_encoder: Callable[..., nn.Module],

@@ -41,7 +41,6 @@ class SimCLR(Method):
     """
 
     takes_local_views = True
-    needs_pairs = True
     joins_sizes = True
 
     def __init__(

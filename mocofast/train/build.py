@@ -19,7 +19,7 @@ from mocofast.models.encoders import build_encoder, untrained
 from mocofast.models.recompute import recompute_blocks
 from mocofast.rendezvous import wait_for
 from mocofast.train.checkpoint import RunState
-from mocofast.train.checks import check_batches, check_pairs
+from mocofast.train.checks import check_batches
 from mocofast.train.estimate import fitting_queue
 from mocofast.train.metrics import Window
 from mocofast.train.optimizer import optimizer_of
@@ -84,7 +84,6 @@ def new_state(
     )
     _drop_tokens(model, config)
     check_batches(config, model.encoder_q, len(source), batch_slice)
-    check_pairs(config, model, len(source), batch_slice)
     if config.engine.checkpoint_activations and not recompute_blocks(model.encoder_q):
         raise ConfigError(
             "engine.checkpoint_activations: expected false, because model.arch "

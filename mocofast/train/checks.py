@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import BatchSlice
-from mocofast.methods.base import Method
 from mocofast.view_sizes import height_width
 
 
@@ -36,7 +35,6 @@ def micro_batches(config: Config, images: int, batch_slice: BatchSlice) -> dict[
     return found
 
 
-_PLACES = {"data.batch_size": "a micro-batch", "data.drop_last": "the last batch of an epoch"}
 _WAYS = {"data.batch_size": "", "data.drop_last": "; --data.drop_last true leaves the batch out"}
 
 
@@ -47,27 +45,13 @@ def check_batches(config: Config, encoder: nn.Module, images: int, batch_slice: 
     """
     splits = batch_slice.parts
     for option, count in micro_batches(config, images, batch_slice).items():
+        what = "a micro-batch" if option == "data.batch_size" else "the last batch of an epoch"
         alone = count == splits and batch_slice.world_size == 1
         if alone and (layer := _needs_two(config, encoder, splits)):
             of = f" in each of {splits} splits (model.bn_splits)" if splits > 1 else ""
             raise ConfigError(
-                f"{option}: {_PLACES[option]} has 1 image{of}, and BatchNorm {layer} needs 2 or "
-                f"more values a channel{_WAYS[option]}"
-            )
-
-
-def check_pairs(config: Config, method: Method, images: int, batch_slice: BatchSlice) -> None:
-    """Raises ConfigError, naming the option, where an image is alone and has no negatives.
-
-    Arguments: as for `check_batches`.
-    """
-    if not method.needs_pairs or batch_slice.world_size > 1:
-        return
-    for option, count in micro_batches(config, images, batch_slice).items():
-        if count == 1:
-            raise ConfigError(
-                f"{option}: {_PLACES[option]} has 1 image, and the negatives are the other images "
-                f"of the batch: there is nothing to learn from it{_WAYS[option]}"
+                f"{option}: {what} has 1 image{of}, and BatchNorm {layer} needs 2 or more values a "
+                f"channel{_WAYS[option]}"
             )
 
 
