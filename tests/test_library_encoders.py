@@ -30,7 +30,7 @@ from mocofast.models.encoders import (
     head_name,
     untrained,
 )
-from mocofast.models.heads import pooled, replace_head
+from mocofast.models.heads import head_names, pooled, replace_head
 from mocofast.train.checkpoint import load_checkpoint
 from tests.runs import make_images, metrics
 
@@ -294,6 +294,26 @@ def test_distilled_models_average_both_heads(tmp_path: Path) -> None:
         torch.testing.assert_close(features(encoder, images), theirs(images), rtol=0, atol=1e-6)
         replace_head(encoder, nn.Linear(192, 3))
         assert encoder(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "caformer_s18",  # head.fc.fc2, without head.fc.fc1
+        "cpubone_b0_bfrobust",  # head.classifier.linear
+        "efficientvit_m0",  # head.linear
+        "inception_next_atto",  # head.fc2, and head.fc1 stays
+        "levit_128s",  # head.linear, head_dist.linear
+        "repvit_m0_9",  # head.head.l, head.head_dist.l
+        "shvit_s1",  # head.l
+    ],
+)
+def test_heads_are_what_timm_leaves_out_without_classes(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model, theirs = timm.create_model(name), timm.create_model(name, num_classes=0)
+    heads = tuple(f"{head}." for head in head_names(model))
+    assert [n for n in model.state_dict() if not n.startswith(heads)] == list(theirs.state_dict())
 
 
 def test_auxiliary_heads_do_not_count() -> None:

@@ -74,7 +74,8 @@ def _names_of_timm(encoder: nn.Module) -> tuple[str, ...]:
     name = settings.get("classifier") if isinstance(settings, dict) else None
     names = (name,) if isinstance(name, str) else tuple(name or ())
     # A norm, a hidden layer and the last layer are one head: without classes timm has none of them.
-    return tuple(re.sub(r"\.(linear|l|fc2)$", "", name) for name in names)
+    # (MetaNeXt keeps the hidden layer of its `head.fc2`, CAFormer not the one of `head.fc.fc2`.)
+    return tuple(re.sub(r"(\.linear|\.l|(?<=\.fc)\.fc2)$", "", name) for name in names)
 
 
 def head_names(encoder: nn.Module) -> tuple[str, ...]:
