@@ -95,6 +95,9 @@ def _loaders() -> Iterator[Quantity]:
         yield Quantity("loader", photos | full, rate, goal, target, busy=busy, folder="photos")
     goal = "1.5 times the old build"
     yield Quantity("loader", small | full, rate, goal, 1.5, folder="images")
+    for changes in ({"rotate": 15.0}, {"hed": 0.05}, {"noise": 0.02}):
+        options = photos | full | {"changes": changes}
+        yield Quantity("loader", options, rate, equal, 1.0, folder="photos")
     goal, large = "2.5 times the old build, which decodes in full", photos | {"batch": 4}
     yield Quantity("loader", large | scaled, rate, goal, 2.5, folder="large photos")
     goal, unit = "at most 1.15 times torchvision, pixels equal to PIL's", "cpu_milliseconds"

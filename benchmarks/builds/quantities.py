@@ -119,10 +119,18 @@ def demo(busy: int) -> Values:
     return values
 
 
-def loader(folder: str, recipe: str, batch: int, decode: str, seconds: float) -> Values:
+def loader(
+    folder: str,
+    recipe: str,
+    batch: int,
+    decode: str,
+    seconds: float,
+    changes: dict[str, float] | None = None,
+) -> Values:
     """Returns the pairs/s of the DALI loader over whole epochs, from the start of the first one.
 
     decode: as `data.decode`, in builds that have the option. seconds: least time of the epochs.
+    changes: fields of `augment` with other values than the recipe's.
     """
     from mocofast.config import DataConfig
     from mocofast.data.interface import BatchSlice, view_augments
@@ -134,7 +142,10 @@ def loader(folder: str, recipe: str, batch: int, decode: str, seconds: float) ->
     if hasattr(data, "decode"):
         data.decode = decode
     source = load_datasets(data).train
-    augments = view_augments(load_recipe(recipe).augment, 2)
+    augment = load_recipe(recipe).augment
+    for name, value in (changes or {}).items():
+        setattr(augment, name, value)
+    augments = view_augments(augment, 2)
     made = build_loader(source, data, augments, BatchSlice(batch), 0, CPU)
     pairs, epoch, began = 0, 0, time.monotonic()
     try:
