@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,17 +15,35 @@ from torch.nn import functional as F
 from mocofast import ops
 from mocofast.ops import in_batch
 
-LOSSES = ("info_nce", "info_nce as given", "nt_xent", "clip_loss")
+LOSSES = (
+    "info_nce",
+    "info_nce as given",
+    "nt_xent",
+    "clip_loss",
+    "supervised_contrastive",
+    "siglip_loss",
+)
 SCALE = 9.0
+BIAS = -2.0
 
 
 def features(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def labels_of(features: Tensor) -> Tensor:
+    """Returns classes of several rows, and a row without a positive."""
+    return torch.arange(len(features)).sub(1).div(3, rounding_mode="floor")
+
+
 def ours(loss: str, a: Tensor, b: Tensor, scale: Any = SCALE, **options: Any) -> Any:
     if loss == "clip_loss":
         return ops.clip_loss(a, b, scale, **options)
+    if loss == "siglip_loss":
+        return ops.siglip_loss(a, b, scale, BIAS)
+    if loss == "supervised_contrastive":
+        features = torch.cat([a, b])
+        return ops.supervised_contrastive(features, labels_of(features), temperature=1 / scale)
     if loss == "nt_xent":
         return ops.nt_xent(a, b, temperature=1 / scale, **options)
     options["normalize"] = loss == "info_nce"
@@ -33,6 +52,17 @@ def ours(loss: str, a: Tensor, b: Tensor, scale: Any = SCALE, **options: Any) ->
 
 def eager(loss: str, a: Tensor, b: Tensor, scale: Any = SCALE) -> Tensor:
     """Returns the published formula's mean, by cross entropy."""
+    if loss == "siglip_loss":
+        signs = 2 * torch.eye(len(a)) - 1
+        return -F.logsigmoid(signs * (scale * a @ b.T + BIAS)).sum() / len(a)
+    if loss == "supervised_contrastive":
+        features = F.normalize(torch.cat([a, b]))
+        labels, same = labels_of(features), torch.eye(len(features)).bool()
+        scores = scale * features @ features.T
+        logs = scores - torch.logsumexp(scores.masked_fill(same, -math.inf), 1, keepdim=True)
+        positives = (labels[:, None] == labels) & ~same
+        rows = [-logs[i, positives[i]].mean() for i in range(len(logs)) if positives[i].any()]
+        return torch.stack(rows).mean()
     if loss in ("info_nce", "nt_xent"):
         a, b = F.normalize(a), F.normalize(b)
     labels = torch.arange(len(a))
@@ -50,14 +80,15 @@ def eager(loss: str, a: Tensor, b: Tensor, scale: Any = SCALE) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every call that a small batch could serve: whether its logits were kept."""
     seen: list[bool] = []
-    compute = cpu_in_batch.in_batch
 
-    def watched(*arguments: Any, **options: Any) -> Any:
+    def watched(compute: Any, *arguments: Any, **options: Any) -> Any:
         found = compute(*arguments, **options)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(cpu_in_batch, "in_batch", watched)
+    for name in ("in_batch", "supervised", "sigmoid"):
+        compute = getattr(cpu_in_batch, name)
+        monkeypatch.setattr(cpu_in_batch, name, partial(watched, compute))
     return seen
 
 
@@ -124,7 +155,7 @@ def test_only_wanted_gradients_are_computed(loss: str, which: int, calls: list[b
     assert alone[1 - which].grad is None
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES[:-1])  # a sigmoid has no range
 def test_numbers_out_of_range_go_through_the_sweep(loss: str, calls: list[bool]) -> None:
     a, b = pair(9, 8)
     scale = 400.0  # logits of unit vectors lie up to 1,150 bits apart
@@ -164,7 +195,7 @@ def test_a_second_derivative_and_transforms_are_refused(loss: str) -> None:
     (grad,) = torch.autograd.grad(ours(loss, a, b), a, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
-    with pytest.raises(RuntimeError, match="of the transforms"):
+    with pytest.raises(RuntimeError, match="transforms of torch.func"):
         torch.func.grad(lambda x: ours(loss, x, b.detach()))(a.detach())
 
 

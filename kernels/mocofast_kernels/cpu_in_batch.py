@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
 from mocofast_kernels.cpu_products import SMALL, product
-from mocofast_kernels.cpu_vectors import LOG2E, softplus, through_normalize, unit_rows
+from mocofast_kernels.cpu_vectors import LOG2E, softplus, through_normalize, unit_rows, wide
 
 LOGITS = 2**18  # most logits of a batch: 1 MB
 RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
@@ -27,6 +27,7 @@ class InBatch(NamedTuple):
     grad_query: Tensor | None  # (N, C)
     grad_key: Tensor | None  # (N, C)
     grad_scale: Tensor  # (): by the factor of the dot products, 1 / T
+    grad_bias: Tensor | None = None  # (): of SigLIP
 
 
 @cpu_threads.one_fork(unless=lambda query, *_, **__: len(query) * query.numel() <= SMALL)
@@ -102,3 +103,56 @@ def in_batch(
         along_key = (grad_key * unit_key).sum(1, keepdim=True)
         grad_key = through_normalize(grad_key, along_key, unit_key, key_norm)
     return InBatch(loss, rank, through_normalize(grad, along, h, query_norm), grad_key, grad_scale)
+
+
+@cpu_threads.one_fork(unless=lambda query, *_, **__: len(query) * query.numel() <= SMALL)
+def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) -> InBatch | None:
+    """Returns the supervised contrastive loss over the rows with positives, and its gradient.
+
+    query: (N, C). labels: (N,). A row's positives are the other rows with its label.
+    scale, normalize, None: as for `in_batch`.
+    """
+    if len(query) < 2:
+        return None
+    h, norm = unit_rows(query, normalize)
+    logits = product(h * (scale * LOG2E), h)  # (N, N), in bits
+    low, high = map(float, logits.aminmax())
+    if not high - low <= RANGE:
+        return None
+    positives = labels[:, None].eq(labels).fill_diagonal_(False).to(h.dtype)
+    count = positives.sum(1)
+    has_positives = count.clamp(max=1)
+    positives.div_(count.clamp(min=1)[:, None])  # the mean over a row's positives
+    logit_positive = (logits * positives).sum(1)
+    weights = logits.sub_(high).exp2_().fill_diagonal_(0)
+    total = weights.sum(1)
+    losses = total.log2().add_(high).sub_(logit_positive).mul_(has_positives).div_(LOG2E)
+    rows = has_positives.sum().clamp_(min=1)
+    weights.mul_((has_positives / total)[:, None]).sub_(positives)
+    grad = product(weights + weights.t(), h.t()).mul_(scale / rows)
+    along = (grad * h).sum(1, keepdim=True)
+    grad_scale = along.sum() / (2 * scale)
+    return InBatch(
+        losses.sum() / rows, None, through_normalize(grad, along, h, norm), None, grad_scale
+    )
+
+
+@cpu_threads.one_fork(unless=lambda query, *_: len(query) * query.numel() <= SMALL)
+def sigmoid(query: Tensor, key: Tensor, scale: float, bias: float) -> InBatch:
+    """Returns SigLIP's loss of all pairs of rows, a sum over N keys and a mean over N queries.
+
+    query, key: (N, C). Key i is the positive of query i. scale, bias: of the dot products.
+    """
+    x, y = wide(query), wide(key)
+    margins = product(x * -scale, y).sub_(bias)  # (N, N), of the negatives
+    margins.diagonal().neg_()
+    # The exponentials of the loss serve the gradient.
+    losses, exponentials = torch.ops.aten.log_sigmoid_forward(margins)
+    loss = losses.sum() / -len(x)
+    share = loss.new_tensor(1 / len(x)).expand_as(margins)
+    weights = torch.ops.aten.log_sigmoid_backward(share, margins, exponentials)
+    weights.diagonal().neg_()
+    grad = product(weights, y.t())
+    grad_scale = (grad * x).sum()
+    grad_key = product(weights.t(), x.t()).mul_(scale)
+    return InBatch(loss, None, grad.mul_(scale), grad_key, grad_scale, weights.sum())

@@ -19,7 +19,7 @@ from mocofast.ops.checks import (
     checked_number,
     checked_temperature,
 )
-from mocofast.ops.in_batch import small_loss
+from mocofast.ops.in_batch import small_loss, small_sigmoid
 from mocofast.ops.losses import own_rows_first
 from mocofast.ops.ring import Ring, ring_of
 from mocofast.ops.ring import info_nce as ring_loss
@@ -235,8 +235,8 @@ def siglip_loss(
     logit_bias: b, a float or a 0-d tensor. SigLIP starts at -10.
     group: as in `nt_xent`: the texts of all ranks are negatives of this rank's N images.
 
-    Returns the float32 loss, (), without an (N, N) tensor. Dtypes, gradients and errors as in
-    `info_nce`, but autocast does not round the features.
+    Returns the float32 loss, (), without an (N, N) tensor (on a CPU: above 512 rows). Dtypes,
+    gradients and errors as in `info_nce`, but autocast does not round the features.
     """
     _check_pairs(image_features, text_features)
     device, dtype = image_features.device, wide_dtype(image_features.dtype)
@@ -245,7 +245,11 @@ def siglip_loss(
     scale, bias = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scale, bias))
     rows = len(image_features)
     ring = Ring(None, 0, [rows], rows)
-    if group is not None:
+    if group is None:
+        small = small_sigmoid(image_features, text_features, scale, bias)
+        if small is not None:
+            return small
+    else:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
     return sigmoid.siglip(image_features, text_features, scale, bias, ring).mean()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,23 +32,14 @@ def small_loss(
 
     Arguments: as for `cpu_in_batch.in_batch`. None for all other calls.
     """
-    tensors = [x for x in (query, key, scale) if isinstance(x, Tensor)]
-    if (
-        reduction != "mean"
-        or query.device.type != "cpu"
-        or len(query) ** 2 > cpu_in_batch.LOGITS
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # `autograd.info_nce` refuses these
-        or forward_ad._current_level >= 0
-        or not torch.is_grad_enabled()
-        or not any(x.requires_grad for x in tensors)
-    ):
+    inputs = query, key, scale
+    if reduction != "mean" or not _is_small(*inputs):
         return None
     with torch.no_grad(), sweep.without_autocast("cpu"):
         found = cpu_in_batch.in_batch(
             query,
             key,
-            float(scale.detach()) if isinstance(scale, Tensor) else scale,
+            _number(scale),
             normalize=normalize,
             both_ways=both_ways,
             return_rank=return_rank,
@@ -55,22 +47,68 @@ def small_loss(
         )
     if found is None:
         return None
-    return _InBatch.apply(query, key, scale, found), found.rank
+    return _InBatch.apply("info_nce", found, *inputs, None), found.rank
+
+
+def small_supervised(
+    features: Tensor, labels: Tensor, scale: float | Tensor, normalize: bool
+) -> Tensor | None:
+    """Returns the mean supervised loss () of a small batch that needs gradients, or None.
+
+    Arguments: as for `cpu_in_batch.supervised`.
+    """
+    if not _is_small(features, None, scale):
+        return None
+    with torch.no_grad(), sweep.without_autocast("cpu"):
+        found = cpu_in_batch.supervised(features, labels, _number(scale), normalize=normalize)
+    if found is None:
+        return None
+    loss: Tensor = _InBatch.apply("supervised_contrastive", found, features, None, scale, None)
+    return loss
+
+
+def small_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Tensor | None:
+    """Returns SigLIP's mean loss () of a small batch that needs gradients, or None.
+
+    Arguments: as for `cpu_in_batch.sigmoid`.
+    """
+    if not _is_small(query, key, scale, bias):
+        return None
+    with torch.no_grad(), sweep.without_autocast("cpu"):
+        found = cpu_in_batch.sigmoid(query, key, _number(scale), _number(bias))
+    loss: Tensor = _InBatch.apply("siglip_loss", found, query, key, scale, bias)
+    return loss
+
+
+def _is_small(query: Tensor, *others: Tensor | float | None) -> bool:
+    """Says whether a call is of a small batch on a CPU, in eager mode, and needs gradients."""
+    return (
+        query.device.type == "cpu"
+        and len(query) ** 2 <= cpu_in_batch.LOGITS
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # the general way refuses these
+        and forward_ad._current_level < 0
+        and torch.is_grad_enabled()
+        and any(isinstance(x, Tensor) and x.requires_grad for x in (query, *others))
+    )
+
+
+def _number(x: float | Tensor) -> float:
+    return float(x.detach()) if isinstance(x, Tensor) else x
 
 
 class _InBatch(torch.autograd.Function):
     """Returns the loss of a result, and its gradients in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor | None, scale: float | Tensor, found: InBatch
-    ) -> Tensor:
-        needs = ctx.needs_input_grad
-        grads = found.grad_query, found.grad_key, found.grad_scale
-        # Inputs are saved for the error of a second derivative alone.
+    def forward(ctx: Any, op: str, found: InBatch, *inputs: Any) -> Tensor:
+        """Takes query, key, scale and bias as inputs: tensors, numbers or None."""
+        grads = found.grad_query, found.grad_key, found.grad_scale, found.grad_bias
+        needs: Sequence[bool] = ctx.needs_input_grad[2:]
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)))
-        ctx.inputs = [x for x in (query, key, scale) if isinstance(x, Tensor)]
-        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (query, key, scale)]
+        # The inputs serve the error of a second derivative alone.
+        ctx.op, ctx.inputs = op, [x for x in inputs if isinstance(x, Tensor)]
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
         return found.loss
 
     @staticmethod
@@ -81,5 +119,5 @@ class _InBatch(torch.autograd.Function):
                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
             ]
         if torch.is_grad_enabled():  # create_graph=True
-            grads = first_derivative("info_nce", grads, (grad_loss, *ctx.inputs))
-        return *grads, None
+            grads = first_derivative(ctx.op, grads, (grad_loss, *ctx.inputs))
+        return None, None, *grads

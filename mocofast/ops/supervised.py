@@ -17,6 +17,7 @@ from mocofast.ops.checks import (
     checked_ids,
     checked_temperature,
 )
+from mocofast.ops.in_batch import small_supervised
 from mocofast.ops.sweep import reduced, without_autocast
 
 
@@ -47,8 +48,8 @@ def supervised_contrastive(
     normalize: divides all inputs by their L2 norms over C.
 
     Returns the float32 loss (float64 for float64 inputs). The sums over positives are linear in the
-    keys, so classes are summed once, and the sweep of `info_nce` does the rest: no (N, N) tensor.
-    Dtypes, gradients and errors as in `info_nce`.
+    keys, so classes are summed once, and the sweep of `info_nce` does the rest: no (N, N) tensor
+    (on a CPU: above 512 rows). Dtypes, gradients and errors as in `info_nce`.
     """
     # All arguments are checked before anything runs.
     views = isinstance(features, Tensor) and features.dim() == 3
@@ -71,8 +72,12 @@ def supervised_contrastive(
     else:
         check_several("features without keys", rows.numel())
 
+    own_labels = labels[:, None].expand(rows).flatten() if views else labels
+    if keys is None and reduction == "mean":
+        small = small_supervised(features.flatten(0, -2), own_labels, 1.0 / temperature, normalize)
+        if small is not None:
+            return small
     with without_autocast(device.type):
-        own_labels = labels[:, None].expand(rows).flatten() if views else labels
         queries = wide(features.flatten(0, -2))
         others = queries if keys is None else wide(keys)
         if normalize:
