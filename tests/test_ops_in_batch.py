@@ -10,6 +10,8 @@ import pytest
 import torch
 from mocofast_kernels import cpu_in_batch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from mocofast import ops
@@ -106,7 +108,8 @@ def test_loss_and_gradients_match_float64(
     loss: str, count: int, dim: int, dtype: torch.dtype, calls: list[bool]
 ) -> None:
     a, b = pair(count, dim, dtype)
-    scale = torch.tensor(SCALE, requires_grad=True)
+    scale = torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32))
+    scale.requires_grad_()
     value = ours(loss, a, b, scale)
     value.mul(3).backward()
     assert calls == [True]
@@ -216,3 +219,55 @@ def test_what_has_other_rules_goes_another_way(calls: list[bool]) -> None:
     dense = features(2, 3, 2, 4).requires_grad_()
     ops.info_nce(dense, dense.detach())  # 6 queries
     assert calls == [True, True]
+
+
+class InverseOf:
+    """A scale that was given as a temperature."""
+
+    def __init__(self, temperature: Tensor) -> None:
+        self.temperature = temperature
+
+    def __rtruediv__(self, one: int) -> Tensor:
+        return self.temperature
+
+
+@pytest.mark.parametrize("logits", [0, cpu_in_batch.LOGITS], ids=["sweep", "kept"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_a_scalar_of_few_bits_is_inverted_in_many(
+    dtype: torch.dtype, loss: str, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_in_batch, "LOGITS", logits)
+    a, b = (x.detach().double().requires_grad_() for x in pair(8, 6))
+    takes_scale = loss in ("clip_loss", "siglip_loss")
+    given = torch.tensor(SCALE if takes_scale else 1 / SCALE, dtype=dtype).requires_grad_()
+    value = ours(loss, a, b, given if takes_scale else InverseOf(given))
+    value.backward()
+    exact = given.detach().double().requires_grad_()
+    expected = eager(loss, a, b, exact if takes_scale else 1 / exact)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert given.grad is not None and given.grad.dtype == dtype
+    assert float(given.grad) == pytest.approx(float(gradient), rel=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fake_tensors_and_tracers_look_at_no_value(loss: str) -> None:
+    with FakeTensorMode():
+        a, b = pair(6, 4)
+        value = ours(loss, a, b)
+        value.backward()
+        assert value.shape == () and a.grad is not None and a.grad.shape == a.shape
+        assert isinstance(value, FakeTensor)
+    if loss in LOSSES[:4]:  # the others add real tensors, labels or scalars
+        assert isinstance(ours(loss, a, b), FakeTensor)  # outside of the mode
+    a, b = (x.detach() for x in pair(6, 4))
+
+    def gradient(a: Tensor, b: Tensor) -> Tensor:
+        given = a.detach().requires_grad_()
+        return torch.autograd.grad(ours(loss, given, b), given)[0]
+
+    traced = make_fx(gradient)(b, a)
+    torch.testing.assert_close(traced(a, b), gradient(a, b))

@@ -167,6 +167,19 @@ def test_what_the_library_does_not_take_goes_another_way(calls: list[bool]) -> N
     computed(*(x.double() for x in plain))  # never offered to the library
     computed(features(0, 1, 64), features(1, 1, 64), features(2, 2**17 + 1, 64))  # 16 lanes
     assert calls == [True, False, False, False]
+    elsewhere = [x.to("meta") for x in plain]  # of another device, as of CUDA without Triton
+    options = {"normalize": True, "normalize_negatives": True, "return_rank": False, "mean": True}
+    found = cpu.infonce_forward(
+        *elsewhere,
+        0.1,
+        exclude_period=0,
+        compute_grad=True,
+        only_query=True,
+        dot_dtype=torch.float32,
+        **options,
+    )
+    assert found.grad_query is not None and found.grad_query.is_meta
+    assert calls[-1] is False
     with FlopCounterMode(display=False) as counter:
         computed(*plain)
     assert calls[-1] is False

@@ -55,13 +55,13 @@ def compiled_block(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """Returns the results of `one_block` by the compiled library, to rounding.
 
-    None for other tensors than contiguous ones of float32, bfloat16 and float16, for many numbers,
-    and where the library or its instructions are missing. The choice does not depend on the number
-    of threads.
+    None for other tensors than contiguous ones of float32, bfloat16 and float16 on a CPU, for many
+    numbers, and where the library or its instructions are missing. The choice does not depend on
+    the number of threads.
     """
     count, dim = query.shape
     padded = -(-count // cpu_sweep.LANES) * cpu_sweep.LANES
-    if padded * negatives.numel() > PRODUCTS or is_watched():
+    if padded * negatives.numel() > PRODUCTS or is_watched() or query.device.type != "cpu":
         return None
     for x in (query, positive, negatives):
         plain = type(x) in KINDS and x.dtype in _DTYPES

@@ -124,22 +124,23 @@ def nt_xent(
         loss = reduced(losses, reduction)
         return loss if positive_rank is None else (loss, positive_rank)
 
+    # Rows. The period M leaves out both views of the image: the positive has a term of its own.
+    own_a, all_a = own_rows_first(z_a, own_rows)  # (N, C), (M, C)
+    own_b, all_b = own_rows_first(z_b, own_rows)
+    views = torch.cat([all_a, all_b])  # (2M, C)
     if own_rows is None:
         small = small_loss(
-            torch.cat([z_a, z_b]),
+            views,
             None,
-            1.0 / temperature,
+            temperature,
             normalize=True,
+            inverse=True,
             return_rank=return_rank,
             reduction=reduction,
         )
         if small is not None:
             loss, rank = small
             return loss if rank is None else (loss, rank)
-    # Rows. The period M leaves out both views of the image: the positive has a term of its own.
-    own_a, all_a = own_rows_first(z_a, own_rows)  # (N, C), (M, C)
-    own_b, all_b = own_rows_first(z_b, own_rows)
-    views = torch.cat([all_a, all_b])  # (2M, C)
     if len(own_a) == len(all_a):
         calls = [(views, torch.cat([own_b, own_a]))]
     else:
@@ -195,6 +196,8 @@ def clip_loss(
         small = small_loss(*pairs[0], scale, normalize=False, both_ways=True)
         if small is not None:
             return small[0]
+    if isinstance(scale, Tensor):  # a reciprocal in 16 bits would be another temperature
+        scale = scale.to(torch.promote_types(scale.dtype, wide_dtype(image_features.dtype)))
     losses = []
     for query, key in pairs:
         if ring is not None:

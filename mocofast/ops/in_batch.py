@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from mocofast_kernels import cpu_in_batch
 from mocofast_kernels.cpu_in_batch import InBatch
+from mocofast_kernels.cpu_library import is_watched
+from mocofast_kernels.remembered import KINDS
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,17 +26,20 @@ def small_loss(
     scale: float | Tensor,
     *,
     normalize: bool,
+    inverse: bool = False,
     both_ways: bool = False,
     return_rank: bool = False,
     reduction: str = "mean",
 ) -> Loss | None:
     """Returns the mean loss () and the ranks (N,) or None, of a small batch that needs gradients.
 
-    Arguments: as for `cpu_in_batch.in_batch`. None for all other calls.
+    inverse: `scale` is T instead of 1 / T.
+    Other arguments: as for `cpu_in_batch.in_batch`. None for all other calls.
     """
-    inputs = query, key, scale
-    if reduction != "mean" or not _is_small(*inputs):
+    if reduction != "mean" or not _is_small(query, key, scale):
         return None
+    if inverse:
+        scale = _inverse(scale)
     with torch.no_grad(), sweep.without_autocast("cpu"):
         found = cpu_in_batch.in_batch(
             query,
@@ -47,18 +52,19 @@ def small_loss(
         )
     if found is None:
         return None
-    return _InBatch.apply("info_nce", found, *inputs, None), found.rank
+    return _InBatch.apply("info_nce", found, query, key, scale, None), found.rank
 
 
 def small_supervised(
-    features: Tensor, labels: Tensor, scale: float | Tensor, normalize: bool
+    features: Tensor, labels: Tensor, temperature: float | Tensor, normalize: bool
 ) -> Tensor | None:
     """Returns the mean supervised loss () of a small batch that needs gradients, or None.
 
-    Arguments: as for `cpu_in_batch.supervised`.
+    temperature: T. Other arguments: as for `cpu_in_batch.supervised`.
     """
-    if not _is_small(features, None, scale):
+    if not _is_small(features, temperature):
         return None
+    scale = _inverse(temperature)
     with torch.no_grad(), sweep.without_autocast("cpu"):
         found = cpu_in_batch.supervised(features, labels, _number(scale), normalize=normalize)
     if found is None:
@@ -82,6 +88,7 @@ def small_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Te
 
 def _is_small(query: Tensor, *others: Tensor | float | None) -> bool:
     """Says whether a call is of a small batch on a CPU, in eager mode, and needs gradients."""
+    tensors = [x for x in (query, *others) if isinstance(x, Tensor)]
     return (
         query.device.type == "cpu"
         and len(query) ** 2 <= cpu_in_batch.LOGITS
@@ -89,8 +96,16 @@ def _is_small(query: Tensor, *others: Tensor | float | None) -> bool:
         and not torch._C._are_functorch_transforms_active()  # the general way refuses these
         and forward_ad._current_level < 0
         and torch.is_grad_enabled()
-        and any(isinstance(x, Tensor) and x.requires_grad for x in (query, *others))
+        and any(x.requires_grad for x in tensors)
+        # Fake tensors and tracers have no values to look at.
+        and not is_watched()
+        and KINDS.issuperset(map(type, tensors))
     )
+
+
+def _inverse(temperature: float | Tensor) -> float | Tensor:
+    """Returns 1 / T. In the 16 bits of a tensor it would be that of another temperature."""
+    return 1.0 / (temperature.double() if isinstance(temperature, Tensor) else temperature)
 
 
 def _number(x: float | Tensor) -> float:

@@ -182,8 +182,9 @@ def info_nce(
         small = small_loss(
             query,
             positive_key,
-            1.0 / temperature,
+            temperature,
             normalize=normalize,
+            inverse=True,
             return_rank=return_rank,
             reduction=reduction,
         )

@@ -74,7 +74,7 @@ def supervised_contrastive(
 
     own_labels = labels[:, None].expand(rows).flatten() if views else labels
     if keys is None and reduction == "mean":
-        small = small_supervised(features.flatten(0, -2), own_labels, 1.0 / temperature, normalize)
+        small = small_supervised(features.flatten(0, -2), own_labels, temperature, normalize)
         if small is not None:
             return small
     with without_autocast(device.type):
