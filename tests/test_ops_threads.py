@@ -6,10 +6,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +229,51 @@ def test_several_callers_at_a_time_get_their_own_results() -> None:
         for result in callers.map(lambda _: gradients(2, 0.2), range(8)):
             for got, expected in zip(result, want):
                 assert torch.equal(got, expected)
+
+
+def _spun(products: int) -> int:
+    """Returns how many threads end during a call of one_fork with so many products."""
+
+    @cpu_threads.one_fork(unless=never, products=lambda x: products)
+    def call(x: Tensor) -> None:
+        time.sleep(0.3)
+
+    torch.ones(1000, 1000).mul_(2)
+    before = len(os.listdir("/proc/self/task"))
+    call(torch.zeros(1))
+    return before - len(os.listdir("/proc/self/task"))
+
+
+SPIN = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+from tests.test_ops_threads import _spun
+from mocofast_kernels import cpu_threads
+torch.set_num_threads(2)
+_spun(0)  # the pool's thread starts
+print(_spun(0), _spun(2 * cpu_threads.LONG), _spun(2 * cpu_threads.LONG + 1), _spun(0))
+x = torch.ones(1000, 1000)
+print(torch.get_num_threads(), float(x.mul_(2).sum()))
+cpu_threads._forked.set()
+print(_spun(2 * cpu_threads.LONG + 1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("policy", ["", "passive"])
+def test_long_work_ends_threads_that_spin(policy: str) -> None:
+    """The other tests of this file run where the environment may say how threads wait."""
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+    if policy:
+        variables["OMP_WAIT_POLICY"] = policy
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", SPIN, root]
+    out = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+    ended = "0" if policy else "1"
+    assert out.split() == ["0", "0", ended, "0", "2", "2000000.0", "0"]
 
 
 def _child(connection: multiprocessing.connection.Connection) -> None:

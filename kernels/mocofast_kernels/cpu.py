@@ -80,7 +80,12 @@ class InfoNCEForward(NamedTuple):
 
 def is_small(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> bool:
     """Takes the arguments of the functions below. rows: (N, ...)."""
-    return len(rows) * negatives.numel() <= SMALL
+    return products(rows, _, negatives) <= SMALL
+
+
+def products(rows: Tensor, _: Tensor, negatives: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Returns N K C. Takes the arguments of the functions below."""
+    return len(rows) * negatives.numel()
 
 
 def infonce_forward(
@@ -151,7 +156,7 @@ def infonce_forward(
     )
 
 
-@cpu_threads.one_fork(unless=is_small)
+@cpu_threads.one_fork(unless=is_small, products=products)
 def _forward(
     query: Tensor,
     positive: Tensor,
@@ -243,7 +248,7 @@ def _forward(
     return InfoNCEForward(returned_loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
 
 
-@cpu_threads.one_fork(unless=is_small)
+@cpu_threads.one_fork(unless=is_small, products=products)
 def infonce_grad_negatives(
     grad_loss: Tensor,
     query: Tensor,

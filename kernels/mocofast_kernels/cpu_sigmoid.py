@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_threads
-from mocofast_kernels.cpu import Blocks, is_small
+from mocofast_kernels.cpu import Blocks, is_small, products
 from mocofast_kernels.cpu_products import Scratch, weighted_sums
 from mocofast_kernels.cpu_vectors import softplus, wide
 from mocofast_kernels.exclusion import Exclusion
@@ -27,7 +27,7 @@ class SigmoidForward(NamedTuple):
     output: Tensor  # (N, C) sum of p x negative. Times t: the gradient by the row
 
 
-@cpu_threads.one_fork(unless=is_small)
+@cpu_threads.one_fork(unless=is_small, products=products)
 def sigmoid_forward(
     query: Tensor, bias: Tensor, negatives: Tensor, scale: Tensor, excluded: Exclusion
 ) -> SigmoidForward:
@@ -62,7 +62,7 @@ def sigmoid_forward(
     return SigmoidForward(*map(torch.cat, zip(*sums.values())))
 
 
-@cpu_threads.one_fork(unless=is_small)
+@cpu_threads.one_fork(unless=is_small, products=products)
 def sigmoid_grad_negatives(
     query: Tensor,
     bias: Tensor,

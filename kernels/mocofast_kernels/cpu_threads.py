@@ -7,6 +7,7 @@ Here a thread takes whole blocks and computes a block alone. The threads meet on
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
@@ -22,21 +23,27 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 AHEAD = 4  # blocks per thread whose results may wait for a slower thread
+# Products that a thread computes in the time that a start of PyTorch's threads is worth: 3 ms
+LONG = 2**27
 
 _starting = threading.Lock()  # held while a thread sets its number of threads
 # While a function of `one_fork` runs. count: threads for the blocks. left: an event, set when the
 # caller was interrupted.
 _here = threading.local()
+# Set in a forked process: its OpenMP does not know that the threads are gone, and would wait.
+_forked = threading.Event()
 
 
 def one_fork(
-    unless: Callable[..., bool],
+    unless: Callable[..., bool], products: Callable[..., int] = lambda *_, **__: 0
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Makes a function run on a thread of the pool, where every operation stays on one thread.
 
     `in_order` inside the function uses as many threads as PyTorch has in the calling thread.
 
     unless: takes the arguments of a call. True: the work is less than a change of threads costs.
+    products: takes the arguments of a call, and returns how many products it computes. Long work
+        ends PyTorch's threads, which otherwise wait without sleep on the cores of the pool.
 
     A call runs in the calling thread where `unless` says so, where PyTorch has one thread, on other
     devices, in a thread of the pool, and where operations are watched (a dispatch mode of PyTorch
@@ -71,6 +78,9 @@ def one_fork(
 
             future = _threads().submit(run)
             try:
+                # Beside the work: a thread without a core ends late.
+                if products(*args, **kwargs) > LONG * threads and not _forked.is_set():
+                    _end_openmp()
                 return future.result()
             except BaseException:
                 left.set()
@@ -183,6 +193,39 @@ class _Run:
 
 
 @functools.cache
+def _pause_of_openmp() -> Any:
+    """Returns OpenMP's function that ends threads, or None.
+
+    None where the environment says how threads wait, and without OpenMP 5.0.
+    """
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return None
+    try:
+        pause = ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):
+        return None
+    pause.argtypes = [ctypes.c_int]
+    return pause
+
+
+def _end_openmp() -> None:
+    """Ends the OpenMP threads of the calling thread.
+
+    After an operation PyTorch's threads spin for milliseconds, half of the time of a core. The next
+    operation starts others, in 40 us a thread.
+    """
+    pause = _pause_of_openmp()
+    if pause is not None:
+        pause(1)  # omp_pause_soft
+
+
+def _forget_threads() -> None:
+    """Leaves threads to the parent of a forked process, which has none of them."""
+    _threads.cache_clear()
+    _forked.set()
+
+
+@functools.cache
 def _threads() -> ThreadPoolExecutor:
     """Returns the pool of single-threaded threads, made at the first call."""
     return ThreadPoolExecutor(os.cpu_count() or 1, "mocofast-ops", compute_alone)
@@ -206,7 +249,7 @@ def compute_alone() -> None:
 
 if hasattr(os, "register_at_fork"):  # absent on Windows
     # A forked process has none of the threads, and none that could release the lock.
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_forget_threads)
     os.register_at_fork(
         before=_starting.acquire,
         after_in_parent=_starting.release,

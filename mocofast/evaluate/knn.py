@@ -82,7 +82,10 @@ def knn_accuracy(
 
 
 @torch.no_grad()  # for features that require grad, as threads of `one_fork` compute
-@cpu_threads.one_fork(unless=lambda train, labels, val, *_: len(train) * len(val) <= _FEW)
+@cpu_threads.one_fork(
+    unless=lambda train, labels, val, *_: len(train) * len(val) <= _FEW,
+    products=lambda train, labels, val, *_: len(val) * train.numel(),
+)
 def _hits(
     train_features: Tensor,
     train_labels: Tensor,
@@ -241,7 +244,10 @@ def label_position(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@cpu_threads.one_fork(unless=lambda queries, bank, k: len(queries) * len(bank) <= _FEW)
+@cpu_threads.one_fork(
+    unless=lambda queries, bank, k: len(queries) * len(bank) <= _FEW,
+    products=lambda queries, bank, k: len(queries) * bank.numel(),
+)
 def _search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns the k largest cosines of queries and bank, in any order, and the bank indices.
 
