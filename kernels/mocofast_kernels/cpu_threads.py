@@ -30,8 +30,6 @@ _starting = threading.Lock()  # held while a thread sets its number of threads
 # While a function of `one_fork` runs. count: threads for the blocks. left: an event, set when the
 # caller was interrupted.
 _here = threading.local()
-# Set in a forked process: its OpenMP does not know that the threads are gone, and would wait.
-_forked = threading.Event()
 
 
 def one_fork(
@@ -79,7 +77,7 @@ def one_fork(
             future = _threads().submit(run)
             try:
                 # Beside the work: a thread without a core ends late.
-                if products(*args, **kwargs) > LONG * threads and not _forked.is_set():
+                if products(*args, **kwargs) > LONG * threads:
                     _end_openmp()
                 return future.result()
             except BaseException:
@@ -219,10 +217,18 @@ def _end_openmp() -> None:
         pause(1)  # omp_pause_soft
 
 
-def _forget_threads() -> None:
-    """Leaves threads to the parent of a forked process, which has none of them."""
+def _before_fork() -> None:
+    """A forked process has none of the threads, and none that could release the lock.
+
+    OpenMP would wait for its threads there, in operations of PyTorch and in `_end_openmp`.
+    """
+    _starting.acquire()
+    _end_openmp()
+
+
+def _in_child() -> None:
     _threads.cache_clear()
-    _forked.set()
+    _starting.release()
 
 
 @functools.cache
@@ -248,10 +254,6 @@ def compute_alone() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # absent on Windows
-    # A forked process has none of the threads, and none that could release the lock.
-    os.register_at_fork(after_in_child=_forget_threads)
     os.register_at_fork(
-        before=_starting.acquire,
-        after_in_parent=_starting.release,
-        after_in_child=_starting.release,
+        before=_before_fork, after_in_parent=_starting.release, after_in_child=_in_child
     )
