@@ -179,6 +179,30 @@ def test_a_library_that_rounds_otherwise_is_refused(tmp_path: Path, loads: Any) 
     assert "differ from PyTorch's" in compiled()[1]
 
 
+@needs_compiler
+def test_a_library_of_an_older_version_is_named(
+    tmp_path: Path, loads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "old.c"  # lacks the functions of today
+    path.write_text("int photometric_runs(int variant) { return variant == 2 || variant == 0; }")
+    monkeypatch.setattr(sys.modules[__name__], "SOURCES", [path])
+    loads(build(tmp_path, COMPILERS[0], []))
+    operators, why = compiled()
+    assert operators is None
+    assert why.startswith("compiled from an older version: install a C compiler")
+    assert "photometric_early" in why
+
+
+@needs_compiler
+def test_turns_of_views_that_are_not_square_are_an_error(library: Path) -> None:
+    crops = pictures((5, 8), 3, np.uint8, 2)
+    augment = AugmentConfig(size=(5, 8), quarter_turns=1.0)
+    params = [sample_view(augment, (5, 8), 3, 0, i, 0) for i in range(2)]
+    operators = Photometric(ctypes.CDLL(str(library)), 0)
+    with pytest.raises(ValueError, match="square views, got 5 x 8"):
+        operators.make(crops, params, augment, torch.empty_like(crops))
+
+
 def test_without_a_library_pytorch_makes_the_views_and_doctor_says_why(
     tmp_path: Path, loads: Any
 ) -> None:

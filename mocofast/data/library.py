@@ -40,7 +40,10 @@ def compared(
         library = ctypes.CDLL(found.origin)
         for variant in (2, 1) if rounds_together() else (0,):
             if library.photometric_runs(variant):
-                functions = build(library, variant)
+                try:
+                    functions = build(library, variant)
+                except AttributeError as error:
+                    return None, f"compiled from an older version: {INSTALL} ({error})"
                 if differs(functions):
                     return None, f"{VARIANTS[variant]}: {what} differ from PyTorch's"
                 return functions, VARIANTS[variant]

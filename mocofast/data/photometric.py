@@ -136,6 +136,8 @@ class Photometric:
         pixels = np.array([image.data_ptr() for image in images], dtype=np.uintp)
         made = out if out.is_contiguous() else out.contiguous()
         n, height, width, channels = out.shape
+        if height != width and any(p.turns for p in params):
+            raise ValueError(f"quarter turns: expected square views, got {height} x {width}")
         radii = [view_ops.box_radius(p.sigma) for p in params]
         # (n, FIELDS) float32, in the order of photometric.c
         table = np.array(
