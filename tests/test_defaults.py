@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from mocofast_kernels import cpu_sweep, tables
@@ -13,6 +14,9 @@ from mocofast import ops
 from mocofast.config import AugmentConfig
 from mocofast.data.interface import sample_view
 from mocofast.data.library import rounds_together
+from mocofast.data.loaders import eval_batches
+from mocofast.data.photometric import make_views
+from mocofast.data.sources import ArraySource
 from mocofast.data.view_ops import apply_view_ops
 from mocofast.evaluate import knn
 from mocofast.optim import FusedAdamW
@@ -67,10 +71,31 @@ def views() -> list[Tensor]:
         size=16, hed=0.1, noise=0.05, rotate=20, blur=1.0, channel_jitter=(1, 1)
     )
     crops = (numbers(0, 4, 16, 16, 3) * 50 + 128).clamp(0, 255).to(torch.uint8)
-    out = torch.empty_like(crops)
     params = [sample_view(augment, (16, 16), 3, 0, i, 0) for i in range(4)]
-    apply_view_ops(crops, params, augment, out)
-    return [out]
+    found = [torch.empty_like(crops) for _ in range(2)]
+    for make, out in zip((apply_view_ops, make_views), found):
+        make(crops, params, augment, out)
+    return found
+
+
+def evaluation_crops() -> list[Tensor]:
+    levels = torch.arange(5 * 40 * 30 * 3, device="cpu").remainder(251).to(torch.uint8).numpy()
+    source = ArraySource(levels.reshape(5, 40, 30, 3), np.arange(5), tuple("abcde"))
+    (batch,) = eval_batches(source, 16, 5, 0, torch.device("cpu"))
+    return [x for x in batch if x is not None]
+
+
+def small_losses() -> list[Tensor]:
+    a, b = (numbers(seed, 9, 8).requires_grad_() for seed in (0, 1))
+    labels = torch.arange(9, device="cpu") % 3
+    losses = [
+        ops.info_nce(a, b),
+        ops.nt_xent(a, b),
+        ops.clip_loss(a, b, 2.0),
+        ops.siglip_loss(a, b, 2.0, -1.0),
+        ops.supervised_contrastive(a, labels) + ops.info_nce(a, b.detach(), numbers(2, 20, 8)),
+    ]
+    return [*losses, *torch.autograd.grad(torch.stack(losses).sum(), (a, b))]
 
 
 def table_of_addresses() -> list[Tensor]:
@@ -86,7 +111,9 @@ def table_of_addresses() -> list[Tensor]:
         (ranks_by_pytorch, "meta"),
         (adamw, "meta"),
         (neighbours, "meta"),
-        (views, "cpu"),  # made in threads, which have PyTorch's default device
+        (views, "meta"),
+        (evaluation_crops, "meta"),
+        (small_losses, "meta"),
         (table_of_addresses, "meta"),
         (lambda: [torch.tensor(rounds_together(), device="cpu")], "meta"),
         (lambda: [ops.unit_gradient(torch.device("cpu"))], "meta"),

@@ -63,7 +63,8 @@ def views_from_images(
     read.
     """
     height, width = augment.shape
-    views = torch.empty((len(images), height, width, images[0].shape[2]), dtype=images[0].dtype)
+    first = images[0]
+    views = first.new_empty((len(images), height, width, first.shape[2]), device="cpu")
     most = CHUNK_PIXELS["operators" if compiled()[0] is None else "compiled"]
     # At least two calls for every thread: none waits long for the last call.
     chunk = max(LEAST_PIXELS // (height * width), len(images) // (2 * threads))

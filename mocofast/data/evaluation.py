@@ -114,5 +114,5 @@ class EvalBatches:
         self.skipped.update({i: reason for i, reason in results.items() if isinstance(reason, str)})
         if good:
             images = to_device(torch.from_numpy(np.stack(list(good.values()))), self._device)
-            index = torch.tensor(list(good))
+            index = torch.tensor(list(good), device="cpu")
             yield images.permute(0, 3, 1, 2), labels_of(self._source, index), index

@@ -61,7 +61,7 @@ def resized_crops(
 
 def resized_crop(image: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
     """Returns a crop of an image, resized to (*shape, C). See `resized_crops`."""
-    out = torch.empty((1, *shape, image.shape[2]), dtype=image.dtype)
+    out = torch.empty((1, *shape, image.shape[2]), dtype=image.dtype, device="cpu")
     resized_crops([image], [box], out)
     return out[0]
 
@@ -161,7 +161,7 @@ def differs(resize: Resize, dtype: torch.dtype) -> bool:
             levels = rng.integers(0, top + 1, (height + 1, width + 2, channels))
             image = torch.from_numpy(levels.astype(np.uint8 if top == 255 else np.uint16))
             box = (1, 2, height, width)
-            out = torch.empty((1, *shape, channels), dtype=dtype)
+            out = torch.empty((1, *shape, channels), dtype=dtype, device="cpu")
             resize.crops([image], [box], out, [(True, True)])
             expected = resized_by_pytorch(image, box, (shape[0], shape[1]))
             if not np.array_equal(out[0].numpy()[::-1, ::-1], expected.numpy()):

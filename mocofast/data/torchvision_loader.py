@@ -242,7 +242,7 @@ def _collate(samples: list[Sample]) -> tuple[tuple[Tensor, ...], Tensor, dict[in
         torch.from_numpy(_stacked(view)) for view in zip(*(sample.views for sample in samples))
     )
     skipped = {index: reason for sample in samples for index, reason in sample.skipped.items()}
-    return views, torch.tensor([sample.shown for sample in samples]), skipped
+    return views, torch.tensor([sample.shown for sample in samples], device="cpu"), skipped
 
 
 def _stacked(views: Sequence[np.ndarray]) -> np.ndarray:

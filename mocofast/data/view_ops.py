@@ -88,12 +88,12 @@ def _on_rows(
         return
     part, index = x, None
     if len(rows) < len(x):
-        index = torch.tensor(rows).to(x.device, non_blocking=True)
+        index = torch.tensor(rows, device="cpu").to(x.device, non_blocking=True)
         part = x[index]
     if values is None:
         operator(part)
     else:
-        chosen = torch.tensor([values[i] for i in rows], dtype=torch.float32)
+        chosen = torch.tensor([values[i] for i in rows], dtype=torch.float32, device="cpu")
         operator(part, chosen.to(x.device, non_blocking=True).view(-1, 1, 1, 1))
     if index is not None:
         x[index] = part
@@ -284,7 +284,7 @@ def apply_late_ops(
 
 def signed_keys(params: Sequence[ViewParams], device: torch.device) -> Tensor:
     """Returns the 32 bits of every key as a signed number, (n,) int32."""
-    words = torch.tensor([p.key for p in params]).to(torch.uint32).view(torch.int32)
+    words = torch.tensor([p.key for p in params], device="cpu").to(torch.uint32).view(torch.int32)
     return words.to(device, non_blocking=True)
 
 
