@@ -31,6 +31,7 @@ VIT = ("moco_v3_vit_s", {"model.arch": "vit_tiny_cifar", "model.hidden_dim": 512
 # 16 images, beside which the memory inside an operator is large.
 SMALL = {"model.arch": "resnet18_cifar", "model.shuffle_bn": False, "data.batch_size": 16}
 RESNET = ("moco_v2_r50_200ep", SMALL)
+SIMCLR = ("simclr_r50", {"model.arch": "resnet18_cifar", "data.batch_size": 16})
 RECOMPUTED = {"engine.checkpoint_activations": True, "train.accumulate": 2}
 BF16 = {"train.precision": "bf16"}
 
@@ -82,7 +83,14 @@ def measured_peak(config: Config, rank: int = 0) -> int:
 
 @pytest.mark.parametrize(
     ("run", "options"),
-    [(VIT, {}), (VIT, RECOMPUTED), (RESNET, {}), (RESNET, RECOMPUTED), (RESNET, BF16)],
+    [
+        (VIT, {}),
+        (VIT, RECOMPUTED),
+        (RESNET, {}),
+        (RESNET, RECOMPUTED),
+        (RESNET, BF16),
+        (SIMCLR, {}),
+    ],
 )
 def test_the_predicted_peak_is_the_allocators(
     run: tuple[str, dict[str, Any]], options: dict[str, Any]
