@@ -150,6 +150,7 @@ def test_the_command_says_what_fits(
     assert "--gpu: expected one of T4" in capsys.readouterr().err
 
 
-def test_methods_that_need_more_than_images_are_refused() -> None:
-    with pytest.raises(ConfigError, match="fit knows methods that need images alone"):
-        step_peak(configured("instdisc_r50", **{"model.arch": "resnet18_cifar"}))
+@pytest.mark.parametrize(("recipe", "field"), [("instdisc_r50", "index"), ("clip_r50", "captions")])
+def test_methods_that_need_more_than_images_are_refused(recipe: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"methods that need images alone, .* needs {field}"):
+        step_peak(configured(recipe, **{"model.arch": "resnet18_cifar"}))

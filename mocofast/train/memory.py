@@ -54,10 +54,11 @@ def step_peak(config: Config, world_size: int = 1) -> int:
     """
     with torch.device("meta"):
         method = build_method(untrained(config), 1, 2)
-    if method.batch_fields:
+    fields = [*method.batch_fields, *(["captions"] if config.model.takes_captions else [])]
+    if fields:
         raise ConfigError(
             f"model.method: fit knows methods that need images alone, and {config.model.method} "
-            f"needs {', '.join(method.batch_fields)}"
+            f"needs {', '.join(fields)}"
         )
     if hasattr(method, "shuffle"):
         method.shuffle = partial(_shuffled, world_size)  # type: ignore[assignment]
