@@ -307,10 +307,13 @@ def test_stats_of_bands_are_those_of_float64(tmp_path: Path) -> None:
     assert found.options().startswith(f"--data.channels {BANDS} --data.range divide:10000 ")
 
 
-def test_auto_says_why_dali_does_not_decode(folder: FolderSource) -> None:
-    pixels = pixels_of(folder, BANDS)
+@pytest.mark.parametrize(("channels", "words"), [(BANDS, "13 channels"), (1, "1 channel")])
+def test_auto_says_why_dali_does_not_decode(
+    folder: FolderSource, channels: int, words: str
+) -> None:
+    pixels = pixels_of(folder, channels)
     name, reason = choose_loader(folder, "auto", CPU, (AUGMENT,), pixels)
-    assert (name, reason) == ("torchvision", "13 channels of 16 bits, which DALI does not decode")
+    assert (name, reason) == ("torchvision", f"{words} of 16 bits, which DALI does not decode")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 16])

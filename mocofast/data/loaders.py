@@ -12,6 +12,7 @@ import torch
 from mocofast.config import LOADERS, AugmentConfig, ConfigError, DataConfig
 from mocofast.data.arrays import PixelFormat
 from mocofast.data.device_loader import DeviceLoader, why_not_device_loader
+from mocofast.data.finding import counted
 from mocofast.data.interface import BatchSlice, Loader, Source
 from mocofast.data.items import Item
 from mocofast.data.numpy_files import MAGIC, NPY
@@ -190,7 +191,7 @@ def choose_loader(
             reason = "the images are in memory, so there is nothing to decode"
             return "torchvision", f"{reason}; device: {obstacle}"
     if asked == "auto" and pixels is not None and device.type != "cuda":
-        kind = f"{pixels.channels} channels of {8 * pixels.dtype.itemsize} bits"
+        kind = f"{counted(pixels.channels, 'channel')} of {8 * pixels.dtype.itemsize} bits"
         return "torchvision", f"{kind}, which DALI does not decode"
     # Image files, or views on a GPU: DALI if it is installed.
     missing = dali_missing()
