@@ -243,7 +243,7 @@ def memory_of(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> int |
     torch.compiler.reset()  # earlier sizes count against the limit of recompilations
     full = step(sizes)
     # First a smaller problem: loading code takes memory too. A very small problem would not load
-    # oneDNN. torch.compile loads code for every size.
-    first = full if peer.compiles else step((min(sizes[0], 64), min(sizes[1], 8192), sizes[2]))
+    # oneDNN, nor the sweep over blocks. torch.compile loads code for every size.
+    first = full if peer.compiles else step((min(sizes[0], 64), min(sizes[1], 32_768), sizes[2]))
     first()
     return timing.peak_extra_memory(full, where)

@@ -74,10 +74,14 @@ def one_fork(
                 finally:
                     del _here.count, _here.left
 
+            spins = products(*args, **kwargs) > LONG * threads and _others_run()
+            # Beside other processes a thread waits for a core before it ends: let it end late.
+            late = spins and _is_busy()
+            if spins and not late:
+                _end_openmp()
             future = _threads().submit(run)
             try:
-                # Beside the work: a thread without a core ends late.
-                if products(*args, **kwargs) > LONG * threads:
+                if late:
                     _end_openmp()
                 return future.result()
             except BaseException:
@@ -206,11 +210,38 @@ def _pause_of_openmp() -> Any:
     return pause
 
 
+def _others_run() -> bool:
+    """Returns whether another thread of this process runs or waits for a core, as threads that spin
+    do. False where the system does not tell.
+    """
+    own = str(threading.get_native_id())
+    try:
+        for name in reversed(os.listdir("/proc/self/task")):  # the youngest first
+            if name != own:
+                with open(
+                    f"/proc/self/task/{name}/stat", encoding="utf-8", errors="replace"
+                ) as file:
+                    if file.read().rpartition(")")[2].split()[0] == "R":
+                        return True
+    except OSError:  # another system, or a thread ended
+        pass
+    return False
+
+
+def _is_busy() -> bool:
+    """Returns whether more threads of the system have work than it has cores."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].partition("/")[0]) > (os.cpu_count() or 1)
+    except OSError:
+        return True
+
+
 def _end_openmp() -> None:
     """Ends the OpenMP threads of the calling thread.
 
     After an operation PyTorch's threads spin for milliseconds, half of the time of a core. The next
-    operation starts others, in 40 us a thread.
+    operation starts others, in 40 us a thread. To end threads that sleep costs more than it gains.
     """
     pause = _pause_of_openmp()
     if pause is not None:
