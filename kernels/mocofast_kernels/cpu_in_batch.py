@@ -75,21 +75,15 @@ def in_batch(
         reach = logits >= cpu_ranks.least_tie(scaled, positive)
         rank = reach.sum(1, dtype=torch.int32)
     weights = logits.sub_(high).exp2_()
-    # Rows, then columns: the loss, and the share of a negative's weight in the gradient.
-    losses, shares, positive_share = [], [], torch.zeros_like(logit_positive)
-    for dim in (1, 0) if both_ways else (1,):
-        total = weights.sum(dim)
-        difference = total.log2().add_(high).sub_(logit_positive).div_(LOG2E)
-        losses.append(softplus(difference).mean())
-        share = torch.sigmoid(difference)
-        positive_share.add_(share)
-        shares.append(share.div_(total))
-    loss, factor = losses[0], scale / count
-    if both_ways:
-        loss, factor = (losses[0] + losses[1]) / 2, factor / 2
-        weights.mul_(shares[0][:, None] + shares[1])
-    else:
-        weights.mul_(shares[0][:, None])
+    # Sums over the keys of a query, then over the queries of a key: the losses, and the share of a
+    # negative's weight in the gradient.
+    totals = torch.stack([weights.sum(dim) for dim in ((1, 0) if both_ways else (1,))])
+    difference = totals.log2().add_(high).sub_(logit_positive).div_(LOG2E)
+    loss, factor = softplus(difference).mean(), scale / difference.numel()
+    shares = torch.sigmoid(difference)
+    positive_share = shares.sum(0)
+    shares.div_(totals)
+    weights.mul_(shares[0][:, None] + shares[1] if both_ways else shares[0][:, None])
     if key is None:  # a row is a query and a key
         weights = weights + weights.t()
         positive_share = positive_share + positive_share.roll(count // 2)
@@ -100,8 +94,9 @@ def in_batch(
     grad_key = None
     if need_key and key is not None:
         grad_key = torch.addcmul(product(weights.t(), h.t()), part, h, value=-1).mul_(factor)
-        along_key = (grad_key * unit_key).sum(1, keepdim=True)
-        grad_key = through_normalize(grad_key, along_key, unit_key, key_norm)
+        if normalize:
+            along_key = (grad_key * unit_key).sum(1, keepdim=True)
+            grad_key = through_normalize(grad_key, along_key, unit_key, key_norm)
     return InBatch(loss, rank, through_normalize(grad, along, h, query_norm), grad_key, grad_scale)
 
 
