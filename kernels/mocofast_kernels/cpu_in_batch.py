@@ -16,7 +16,6 @@ from mocofast_kernels.cpu_products import SMALL, product
 from mocofast_kernels.cpu_vectors import LOG2E, softplus, through_normalize, unit_rows, wide
 
 LOGITS = 2**18  # most logits of a batch: 1 MB
-LEAST = 0.05  # a smaller supervised loss is a difference of nearly equal numbers
 RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
 
 
@@ -106,10 +105,7 @@ def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) 
     """Returns the supervised contrastive loss over the rows with positives, and its gradient.
 
     query: (N, C). labels: (N,). A row's positives are the other rows with its label.
-    scale, normalize: as for `in_batch`.
-
-    Returns None where `in_batch` does, and where the loss of a row is small: the sweep keeps its
-    digits.
+    scale, normalize, None: as for `in_batch`.
     """
     if len(query) < 2:
         return None
@@ -126,8 +122,6 @@ def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) 
     weights = logits.sub_(high).exp2_().fill_diagonal_(0)
     total = weights.sum(1)
     losses = total.log2().add_(high).sub_(logit_positive).mul_(has_positives).div_(LOG2E)
-    if float((losses + (1 - has_positives)).min()) < LEAST:
-        return None
     rows = has_positives.sum().clamp_(min=1)
     weights.mul_((has_positives / total)[:, None]).sub_(positives)
     grad = product(weights + weights.t(), h.t()).mul_(scale / rows)
