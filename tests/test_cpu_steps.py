@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from mocofast_kernels import cpu_optim, cpu_parts, cpu_steps
+from mocofast_kernels.cpu_library import threads_of_openmp
 from torch import Tensor, nn
 
 from mocofast import ops
@@ -141,7 +142,7 @@ def test_steps_see_what_changed_since_the_last_step(
 
 
 # Threads, and OpenMP's function or None: the threads of a pool of our own.
-TEAMS = [(1, None), (2, None), (2, cpu_steps._openmp()), (3, cpu_steps._openmp())]
+TEAMS = [(1, None), (2, None), (2, threads_of_openmp()), (3, threads_of_openmp())]
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
@@ -156,7 +157,7 @@ def test_the_library_takes_all_tensors_with_equal_bits_on_any_number_of_threads(
     try:
         for pair, (threads, openmp) in zip(pairs, TEAMS):
             torch.set_num_threads(threads)
-            with mock.patch.object(cpu_steps, "_openmp", return_value=openmp):
+            with mock.patch.object(cpu_steps, "threads_of_openmp", return_value=openmp):
                 for _ in range(2):
                     pair.gradients()
                     pair.optimizer.step()
@@ -169,7 +170,7 @@ def test_the_library_takes_all_tensors_with_equal_bits_on_any_number_of_threads(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other OpenMPs")
 def test_threads_are_those_of_pytorch() -> None:
-    assert cpu_steps._openmp() is not None
+    assert threads_of_openmp() is not None
 
 
 def test_a_backward_pass_after_a_step_is_refused_as_after_pytorchs() -> None:
@@ -218,7 +219,7 @@ def test_long_averages_follow_float64_on_any_number_of_threads(
         for threads, openmp in TEAMS:
             torch.set_num_threads(threads)
             targets = [t.clone() for t in start]
-            with mock.patch.object(cpu_steps, "_openmp", return_value=openmp):
+            with mock.patch.object(cpu_steps, "threads_of_openmp", return_value=openmp):
                 for _ in range(2):  # the second call remembers the lists
                     ops.ema_update_(targets, sources, momentum)
             found.append(targets)

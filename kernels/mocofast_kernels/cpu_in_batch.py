@@ -30,7 +30,12 @@ class InBatch(NamedTuple):
     grad_bias: Tensor | None = None  # (): of SigLIP
 
 
-@cpu_threads.one_fork(unless=lambda query, *_, **__: len(query) * query.numel() <= SMALL)
+def _is_small(query: Tensor, *args: object, **kwargs: object) -> bool:
+    """Takes the arguments of the functions below."""
+    return len(query) * query.numel() <= SMALL
+
+
+@cpu_threads.one_fork(unless=_is_small)
 def in_batch(
     query: Tensor,
     key: Tensor | None,
@@ -100,7 +105,7 @@ def in_batch(
     return InBatch(loss, rank, through_normalize(grad, along, h, query_norm), grad_key, grad_scale)
 
 
-@cpu_threads.one_fork(unless=lambda query, *_, **__: len(query) * query.numel() <= SMALL)
+@cpu_threads.one_fork(unless=_is_small)
 def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) -> InBatch | None:
     """Returns the supervised contrastive loss over the rows with positives, and its gradient.
 
@@ -132,11 +137,12 @@ def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) 
     )
 
 
-@cpu_threads.one_fork(unless=lambda query, *_: len(query) * query.numel() <= SMALL)
-def sigmoid(query: Tensor, key: Tensor, scale: float, bias: float) -> InBatch:
+@cpu_threads.one_fork(unless=_is_small)
+def sigmoid(query: Tensor, key: Tensor, scale: float, bias: float, *, need_key: bool) -> InBatch:
     """Returns SigLIP's loss of all pairs of rows, a sum over N keys and a mean over N queries.
 
     query, key: (N, C). Key i is the positive of query i. scale, bias: of the dot products.
+    need_key: compute the gradient of the keys.
     """
     x, y = wide(query), wide(key)
     margins = product(x * -scale, y).sub_(bias)  # (N, N), of the negatives
@@ -149,5 +155,5 @@ def sigmoid(query: Tensor, key: Tensor, scale: float, bias: float) -> InBatch:
     weights.diagonal().neg_()
     grad = product(weights, y.t())
     grad_scale = (grad * x).sum()
-    grad_key = product(weights.t(), x.t()).mul_(scale)
+    grad_key = product(weights.t(), x.t()).mul_(scale) if need_key else None
     return InBatch(loss, None, grad.mul_(scale), grad_key, grad_scale, weights.sum())

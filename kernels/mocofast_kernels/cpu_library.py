@@ -41,13 +41,23 @@ def function(prototype: Any, name: str) -> Any:
         return None
 
 
-@functools.cache
-def threads_of_openmp() -> Any:
-    """Returns the function of PyTorch's OpenMP that runs a function on threads, or None."""
+def function_of_openmp(name: str) -> Any:
+    """Returns a function of PyTorch's OpenMP, or None."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another OpenMP; Windows
         return None
+
+
+@functools.cache
+def threads_of_openmp() -> Any:
+    """Returns the function of GNU OpenMP that runs a function on PyTorch's own threads, or None.
+
+    After an operator of PyTorch its threads wait for the next operator for milliseconds, without
+    sleep. Threads of another pool would share the cores with them.
+    """
+    found = function_of_openmp("GOMP_parallel")
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p)
 
 
 def is_watched() -> bool:

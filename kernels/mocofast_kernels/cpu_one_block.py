@@ -1,7 +1,8 @@
 """InfoNCE of small problems on a CPU, without blocks.
 
-One call of the compiled library (`sweep.c`) takes few rows of float32: PyTorch's two dozen
-operators cost a microsecond each. One straight function takes the rest (docs/log.md).
+One call of the compiled library (`sweep.c`) takes up to PRODUCTS products: PyTorch's two dozen
+operators cost a microsecond each, and no thread waits for another. One straight function takes
+small problems where the library cannot (docs/log.md).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mocofast_kernels import cpu_threads
-from mocofast_kernels.cpu_library import function, is_watched
+from mocofast_kernels.cpu_library import function, is_watched, threads_of_openmp
 from mocofast_kernels.cpu_parts import (
     ParameterRow,
     check_memory,
@@ -248,7 +248,7 @@ def _run(
 ) -> None:
     places = counts.each.buffer_info()[0], addresses.buffer_info()[0], len(counts.each)
     threads = torch.get_num_threads()
-    team = None if threads == 1 or counts.total <= FEW else _openmp()
+    team = None if threads == 1 or counts.total <= FEW else threads_of_openmp()
     if team is not None:
         size = part_size(counts.total, threads)
         if present == _PAIRS:  # two threads read faster in few long parts, from start to end
@@ -261,19 +261,6 @@ def _run(
         make(*places, present, backwards, start, end, *rule, average, None, 1, 0)
 
     _in_parts(first, counts.total, part)
-
-
-@functools.cache
-def _openmp() -> int | None:
-    """Returns the address of the function that forks PyTorch's own threads, None without GNU's.
-
-    After an operator of PyTorch its threads wait for the next operator for milliseconds, without
-    sleep. Threads of another pool would share the cores with them.
-    """
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):  # other systems, other builds of PyTorch
-        return None
 
 
 @cpu_threads.one_fork(unless=lambda first, total, part: total <= FEW)

@@ -7,7 +7,6 @@ Here a thread takes whole blocks and computes a block alone. The threads meet on
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import threading
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from mocofast_kernels.cpu_library import function_of_openmp
 
 P = ParamSpec("P")
 Item = TypeVar("Item")
@@ -202,12 +203,7 @@ def _pause_of_openmp() -> Any:
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return None
-    try:
-        pause = ctypes.CDLL(None).omp_pause_resource_all
-    except (AttributeError, OSError, TypeError):
-        return None
-    pause.argtypes = [ctypes.c_int]
-    return pause
+    return function_of_openmp("omp_pause_resource_all")
 
 
 def _others_run() -> bool:

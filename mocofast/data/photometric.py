@@ -36,38 +36,29 @@ _NO_ORDER = (-1, -1, -1, -1)
 _COMPARED, _SHAPE = 12, (33, 37)
 
 _Mean = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_int)
+_int, _pointer = ctypes.c_int, ctypes.c_void_p
 _Early = ctypes.CFUNCTYPE(
     None,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
+    _int,
+    *[_pointer] * 2,
     ctypes.c_int64,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
+    *[_int] * 4,
+    _pointer,
+    _int,
+    *[_pointer] * 2,
     _Mean,
 )
 _Late = ctypes.CFUNCTYPE(
     None,
-    ctypes.c_int,
-    ctypes.c_void_p,
+    _int,
+    _pointer,
     ctypes.c_int64,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
+    *[_int] * 5,
+    _pointer,
+    _int,
+    _pointer,
     ctypes.c_int64,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
+    *[_pointer] * 2,
     _Mean,
 )
 

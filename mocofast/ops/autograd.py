@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from mocofast_kernels.exclusion import Exclusion
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mocofast.ops import custom_ops, sweep
 from mocofast.ops.first_derivative import first_derivative
 from mocofast.ops.known_gradients import as_mean, is_unit
-from mocofast.ops.sweep import Options, is_wrapped, reduced
+from mocofast.ops.sweep import Options, is_wrapped, reduced, under_transforms
 
 
 def info_nce(
@@ -49,7 +48,7 @@ def info_nce(
     # Compiled code calls the op, and so does vmap, which the op takes apart. Eager mode avoids the
     # op: its wrapper costs tens of microseconds.
     through_op = torch.compiler.is_compiling()
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if under_transforms():
         through_op = through_op or is_wrapped(query, positive, negatives, tensor, *excluded[1:])
     if through_op:
         loss, _, positive_rank, _, _, _ = custom_ops.info_nce_op(

@@ -192,7 +192,7 @@ def clip_loss(
     ring = None
     if group is not None:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
-    if ring is None:
+    else:
         small = small_loss(*pairs[0], scale, normalize=False, both_ways=True)
         if small is not None:
             return small[0]

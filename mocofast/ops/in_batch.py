@@ -12,7 +12,6 @@ from mocofast_kernels.cpu_in_batch import InBatch
 from mocofast_kernels.cpu_library import is_watched
 from mocofast_kernels.remembered import KINDS
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mocofast.ops import sweep
 from mocofast.ops.first_derivative import first_derivative
@@ -81,7 +80,8 @@ def small_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Te
     if not _is_small(query, key, scale, bias):
         return None
     with torch.no_grad(), sweep.without_autocast("cpu"):
-        found = cpu_in_batch.sigmoid(query, key, _number(scale), _number(bias))
+        numbers = _number(scale), _number(bias)
+        found = cpu_in_batch.sigmoid(query, key, *numbers, need_key=key.requires_grad)
     loss: Tensor = _InBatch.apply("siglip_loss", found, query, key, scale, bias)
     return loss
 
@@ -93,8 +93,7 @@ def _is_small(query: Tensor, *others: Tensor | float | None) -> bool:
         query.device.type == "cpu"
         and len(query) ** 2 <= cpu_in_batch.LOGITS
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # the general way refuses these
-        and forward_ad._current_level < 0
+        and not sweep.under_transforms()  # the general way knows which are refused
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in tensors)
         # Fake tensors and tracers have no values to look at.

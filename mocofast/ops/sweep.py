@@ -136,6 +136,11 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
         )
 
 
+def under_transforms() -> bool:
+    """Says whether a transform of torch.func, or forward mode, is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def is_wrapped(*inputs: Tensor | None) -> bool:
     """Says whether a transform of torch.func wraps an input, as vmap does.
 
