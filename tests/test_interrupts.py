@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from mocofast import __main__, cli, settings
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.train.run import train
+from mocofast.train.run_folder import RunFolder
 from tests import runs
 
 
@@ -191,6 +193,36 @@ def test_a_run_goes_on_without_its_reader(tmp_path: Path) -> None:
     assert done.stderr == "standard output is closed; train.log has all lines\n"
     assert done.returncode == 0
     assert "step 2" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_an_output_without_the_letters_of_a_name_is_no_error(tmp_path: Path) -> None:
+    """The screen is of latin-1, as on Windows behind a pipe, and an image's name is not."""
+    photos = runs.make_images(tmp_path / "photos", 40)
+    (photos / "猫.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    words = ["pretrain", str(photos), "--train.dir", str(tmp_path / "run"), "--train.device", "cpu"]
+    words += ["--train.max_steps", "1", "--data.workers", "0", "--data.loader", "torchvision"]
+    words += ["--model.arch", "resnet_tiny", "--augment.size", "16", "--data.batch_size", "41"]
+    command = [sys.executable, "-m", "mocofast", *words, "--knn.start", "false"]
+    environment = runs.environment() | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    said = done.stdout.decode("latin-1") + done.stderr.decode("latin-1")
+    assert done.returncode == 0, said
+    assert said.count("\\u732b.jpg: ") == 1
+    assert "猫.jpg: " in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+
+
+def test_the_log_of_a_run_needs_no_letters_of_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own users have no `main`, which makes the outputs take every letter."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    folder = RunFolder(tmp_path, settings.load_recipe("digits"), None)
+    folder.write_skipped({"猫.jpg": "damaged"})
+    folder.close()
+    screen.flush()
+    shown = screen.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert shown.endswith("\\u732b.jpg: damaged\n")
 
 
 def test_every_module_imports_without_the_modules_of_unix() -> None:

@@ -70,8 +70,10 @@ class _ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "on_screen", True):
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
             try:
-                tqdm.write(self.format(record), file=sys.stdout)
+                tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
             except OSError:  # the reader has left, or the disk behind the output is full
                 interrupts.drop_output()
