@@ -1,4 +1,4 @@
-"""Atomic writing of files, files that only grow, and locks."""
+"""Atomic writing of files, reading of parts, files that only grow, and locks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("mocofast")
+
+_AT_ONCE = 2**30  # bytes of a read: Linux ends it at 2^31 bytes, macOS and Windows refuse more
+_moving = threading.Lock()  # held while the place in a file moves
 
 
 @contextmanager
@@ -87,6 +91,32 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def read_at(file: int, size: int, place: int) -> bytes:
+    """Returns bytes of an open file, fewer than `size` where the file ends.
+
+    file: number of the file. Threads and forked processes may read a file at the same time.
+    size, place: in bytes.
+    """
+    pieces, have = [], 0
+    while have < size and (piece := _piece_at(file, min(size - have, _AT_ONCE), place + have)):
+        pieces.append(piece)
+        have += len(piece)
+    return b"".join(pieces)
+
+
+def _piece_at(file: int, size: int, place: int) -> bytes:
+    """Returns some bytes, perhaps fewer than `size`. The place of the file stays."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    with _moving:  # Windows
+        before = os.lseek(file, 0, os.SEEK_CUR)
+        os.lseek(file, place, os.SEEK_SET)
+        try:
+            return os.read(file, size)
+        finally:
+            os.lseek(file, before, os.SEEK_SET)
 
 
 def lock(file: IO[str], *, wait: bool) -> bool:

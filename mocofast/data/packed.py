@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mocofast.data.names import NamedImages
+from mocofast.files import read_at
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +40,7 @@ class PackedSource(NamedImages):
         number, offset, size = self._places[index].tolist()
         # Reads at a position: threads and forked workers share no place in the file.
         with self._files[number].open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
+            content = read_at(file.fileno(), size, offset)
         if len(content) < size:
             raise OSError(f"{self._files[number]} ends within {self.name(index)}: it changed")
         return content

@@ -33,6 +33,7 @@ from mocofast.data.shard_samples import NoImageError, Numbering, left_out_lines
 from mocofast.data.shard_table import Table, fingerprint_of, open_table
 from mocofast.data.tar_members import check_tar
 from mocofast.errors import UnreachableError
+from mocofast.files import read_at
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class ShardSource:
         shard = self._shards[number]
         self._fetch(number)
         with shard.path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
+            content = read_at(file.fileno(), size, offset)
         if len(content) < size:
             raise OSError(
                 f"{shard.path} ends within {os.fsdecode(self._table.keys[index])}: "

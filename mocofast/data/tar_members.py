@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mocofast.files import read_at
+
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: a header, and the unit of a member's content
 _AT_ONCE = 1024  # headers whose checksums are verified together
 # Bytes of a read after a file of more than _LARGE bytes (the next header, and often a small label
@@ -118,12 +120,12 @@ class TarMembers:
         the archive, and leaves out all later members without an error.
         """
         position = self._tar.offset
-        block = os.pread(self._file, BLOCK, position)
+        block = read_at(self._file, BLOCK, position)
         if not block:
             raise tarfile.ReadError(f"cut off: no end of the archive at byte {position:,}")
         if any(block) or len(block) < BLOCK:
             raise tarfile.ReadError(f"damaged or cut-off header at byte {position:,}")
-        while rest := os.pread(self._file, _AT_END, position):
+        while rest := read_at(self._file, _AT_END, position):
             if any(rest):
                 raise tarfile.ReadError(
                     f"members behind byte {position:,}: a header of zeros, or several archives in "
@@ -138,7 +140,7 @@ class TarMembers:
             return file.read() if file else b""
         content = member.content
         if content is None:
-            content = os.pread(self._file, member.size, member.offset_data)
+            content = read_at(self._file, member.size, member.offset_data)
         if len(content) < member.size:
             raise tarfile.ReadError("unexpected end of data")
         return content
@@ -157,7 +159,7 @@ class TarMembers:
         while len(headers) < _AT_ONCE:
             header = window[at : at + BLOCK]
             if len(header) < BLOCK:
-                window = os.pread(self._file, _SMALL if size > _LARGE else _LARGE, position)
+                window = read_at(self._file, _SMALL if size > _LARGE else _LARGE, position)
                 at, header = 0, window[:BLOCK]
                 if len(header) < BLOCK:
                     break
@@ -174,7 +176,7 @@ class TarMembers:
                 if not 0 <= size <= _LONGEST_PAX:
                     break
                 if small is None:
-                    small = os.pread(self._file, size, position + BLOCK)
+                    small = read_at(self._file, size, position + BLOCK)
                 if len(small) < size or any(change in small for change in _PAX_CHANGES):
                     break
             elif kind in _FILE_TYPES and not header[345] and size >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 from mocofast.config import ConfigError
 from mocofast.data.finding import counted, listed
 from mocofast.data.names import NamedImages
+from mocofast.files import read_at
 
 _HEADER = struct.Struct("<4s22xHH")  # of a file: signature, lengths of name and extra field
 
@@ -83,12 +83,12 @@ class ZipSource(NamedImages):
         offset, packed, size, method = self._places[index].tolist()
         # Reads at a position: threads and forked workers share no place in the file.
         with self.path.open("rb", buffering=0) as file:
-            header = os.pread(file.fileno(), _HEADER.size, offset)
+            header = read_at(file.fileno(), _HEADER.size, offset)
             if len(header) < _HEADER.size or not header.startswith(b"PK\x03\x04"):
                 raise OSError(f"{self.path} changed: {self.name(index)} is no longer there")
             _, name_length, extra_length = _HEADER.unpack(header)
             start = offset + _HEADER.size + name_length + extra_length
-            content = os.pread(file.fileno(), packed, start)
+            content = read_at(file.fileno(), packed, start)
         if method == zipfile.ZIP_STORED:
             return content
         try:
