@@ -17,10 +17,15 @@ import pytest
 import torch
 from builds import goals, quantities
 from compare_builds import OLD, OURS, Folders, Quantity
-from mocofast_bench import timing
+from mocofast_bench import timing, views_ahead
 from PIL import Image
 
+from mocofast import memory
+from mocofast.config import Config
+from mocofast.data.device_loader import DeviceLoader
+from mocofast.data.interface import BatchSlice, view_augments
 from mocofast.data.shard_index import local_index
+from mocofast.data.sources import load_datasets
 from mocofast.evaluate.knn import knn_accuracy
 from mocofast.settings import apply, load_recipe
 from tests.pictures import jpeg
@@ -220,6 +225,44 @@ def test_the_demo_runs_quiet_and_beside_busy_processes(monkeypatch: pytest.Monke
     assert all(
         command[1:5] == ["-m", "mocofast", "pretrain", "--train.dir"] for command in commands
     )
+
+
+def test_views_of_epochs_made_together_are_those_of_the_loader() -> None:
+    config = load_recipe("digits")
+    sides = views_ahead.build_sides(config, 2)
+    source, augments = load_datasets(config.data).train, view_augments(config.augment, 2)
+    loader = DeviceLoader(source, augments, BatchSlice(128), config.train.seed, torch.device("cpu"))
+    batches = [batch.views for batch in loader.epoch(0)]
+    for views, ahead in zip(zip(*batches), sides.ahead(), strict=True):
+        assert len(ahead) == 2 * 128 * len(batches)  # the second epoch is as long
+        first = ahead[: len(ahead) // 2].permute(0, 3, 1, 2)
+        torch.testing.assert_close(torch.cat(views), first, rtol=0, atol=0)
+
+
+def test_a_gain_of_views_ahead_is_what_their_epoch_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[Config, int]] = []
+    sides = views_ahead.Sides(lambda: None, lambda: None, list)
+
+    def build(config: Config, epochs: int) -> views_ahead.Sides:
+        built.append((config, epochs))
+        return sides
+
+    def medians(calls: dict[str, Any], repeats: int) -> dict[str, float]:
+        assert (calls, repeats) == (sides._asdict(), 5)
+        return {"epoch": 0.1, "views": 0.02, "ahead": 0.06}  # seconds, of 4 epochs together
+
+    monkeypatch.setattr(views_ahead, "build_sides", build)
+    monkeypatch.setattr(timing, "cpu_medians", medians)
+    monkeypatch.setattr(memory, "keep_freed", lambda: None)
+    values = quantities.views_ahead(epochs=4, repeats=5)
+    expected = {"mocofast": 100, "with views ahead": 95, "views": 20, "views ahead": 15}
+    assert values == pytest.approx(expected)
+    assert built == [(load_recipe("digits"), 4)]
+    found = compare_builds.results(
+        next(q for q in goals.quantities() if q.name == "views_ahead"),
+        {OURS: [100.0], "with views ahead": [95.0]},
+    )
+    assert not found["met"]  # a gain of 5 %
 
 
 def test_choices_of_the_user_do_not_reach_a_build(

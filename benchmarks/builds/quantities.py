@@ -119,6 +119,27 @@ def demo(busy: int) -> Values:
     return values
 
 
+def views_ahead(epochs: int, repeats: int) -> Values:
+    """Returns the CPU ms of an epoch of `pretrain digits`, and of its views, today and ahead.
+
+    epochs: whose views are made together. "with views ahead" is what an epoch would take with them.
+    """
+    from mocofast_bench import views_ahead
+    from mocofast_bench.timing import cpu_medians
+
+    from mocofast.memory import keep_freed
+    from mocofast.settings import load_recipe
+
+    keep_freed()
+    torch.set_num_threads(1)  # as `pretrain` takes for a tiny network
+    sides = views_ahead.build_sides(load_recipe("digits"), epochs)
+    seconds = cpu_medians(sides._asdict(), repeats)
+    epoch, views = 1e3 * seconds["epoch"], 1e3 * seconds["views"]
+    ahead = 1e3 * seconds["ahead"] / epochs
+    together = {"with views ahead": epoch - views + ahead}
+    return {"mocofast": epoch, **together, "views": views, "views ahead": ahead}
+
+
 def loader(
     folder: str,
     recipe: str,
@@ -391,8 +412,8 @@ def _cpu(calls: dict[str, Callable[[], Any]], repeats: int) -> Values:
 QUANTITIES: dict[str, Callable[..., Values]] = {
     function.__name__: function
     for function in (
-        *(info_nce, step, pretrain, demo, loader, first_step, split, few_shot, subset),
-        *(listing, index, knn, decoder, ema, optimizer, attention),
+        *(info_nce, step, pretrain, demo, views_ahead, loader, first_step, split, few_shot),
+        *(subset, listing, index, knn, decoder, ema, optimizer, attention),
     )
 }
 
