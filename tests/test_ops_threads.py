@@ -274,6 +274,38 @@ def test_long_work_ends_threads_that_spin(policy: str) -> None:
     assert out.split() == ["0", "0", ended, "0", "2", "2000000.0"]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs cores by number")
+@pytest.mark.parametrize(
+    ("running", "products", "apart"),
+    [(1, cpu_threads.LONG + 1, True), (2, cpu_threads.LONG + 1, False), (1, 1, False)],
+)
+def test_every_thread_keeps_to_a_core_on_a_quiet_machine(
+    running: int, products: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = os.sched_getaffinity(0)
+    if len(every) == 1:
+        pytest.skip("needs two cores")
+    torch.set_num_threads(len(every))
+    monkeypatch.setattr(cpu_threads, "_running", lambda: running)
+    meeting = threading.Barrier(len(every), timeout=60)
+    cores: dict[int, set[int]] = {}  # of a thread, while it computes
+
+    def compute(_: int) -> None:
+        cores[threading.get_native_id()] = os.sched_getaffinity(0)
+        meeting.wait()
+
+    @cpu_threads.one_fork(unless=never, products=lambda x: len(every) * products)
+    def call(x: Tensor) -> None:
+        cpu_threads.in_order(compute, range(len(every)), lambda _, part: None)
+
+    call(torch.zeros(1))
+    if apart:
+        assert sorted(map(sorted, cores.values())) == [[core] for core in sorted(every)]
+    else:
+        assert list(cores.values()) == [every] * len(every)
+    assert [os.sched_getaffinity(thread) for thread in cores] == [every] * len(every)
+
+
 def _child(connection: multiprocessing.connection.Connection) -> None:
     count = len(numbers_of_threads(torch.zeros(1)))
     loss = float(ops.info_nce(torch.ones(8, 8), torch.ones(8, 8), torch.eye(8)))
