@@ -250,11 +250,8 @@ def _run(
     threads = torch.get_num_threads()
     team = None if threads == 1 or counts.total <= FEW else threads_of_openmp()
     if team is not None:
-        size = part_size(counts.total, threads)
-        if present == _PAIRS:  # two threads read faster in few long parts, from start to end
-            size, backwards = -(-counts.total // (2 * threads)), False
-        sharing = team, threads, size
-        make(*places, present, backwards, 0, counts.total, *rule, average, *sharing)
+        sharing = team, threads, part_size(counts.total, threads)
+        make(*places, present, False, 0, counts.total, *rule, average, *sharing)
         return
 
     def part(start: int, end: int) -> None:
