@@ -42,7 +42,7 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     temporary.unlink(missing_ok=True)  # a link would lead elsewhere
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)

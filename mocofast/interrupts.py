@@ -56,7 +56,8 @@ class Watch:
         if threading.current_thread() is not threading.main_thread():
             return
         self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
+        if hasattr(os, "set_blocking"):  # absent on Windows before Python 3.12, and not asked for
+            os.set_blocking(self._pipe[1], False)
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for name in _NAMES:
             number = getattr(signal, name, None)  # Windows has SIGINT and SIGTERM alone

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mocofast import __main__, cli, settings
+from mocofast import __main__, cli, interrupts, settings
 from mocofast.evaluate.features import EvaluationStopped
 from mocofast.evaluate.monitor import KNNMonitor
 from mocofast.train.run import train
@@ -249,6 +249,19 @@ def test_every_module_imports_without_the_modules_of_unix() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_signals_are_taken_where_pipes_have_no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows before Python 3.12, whose pipes may wait."""
+    given: list[int] = []
+    monkeypatch.delattr(os, "set_blocking")
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda number, **_: given.append(number) or -1)
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupts.watching() as watch, pytest.raises(interrupts.Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    assert watch.requested and watch.received == {signal.SIGTERM}
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert given[0] >= 0 and given[1:] == [-1]  # taken, and given back
 
 
 def test_a_notebooks_backend_of_matplotlib_is_no_obstacle(tmp_path: Path) -> None:
