@@ -15,9 +15,11 @@ import torch
 
 from mocofast import settings
 from mocofast.config import Config, ConfigError
+from mocofast.health.watch import read_signals
 from mocofast.interop.initial import initialise
 from mocofast.interop.reference_checkpoints import load_any
 from mocofast.methods.build import build_method
+from mocofast.report.parts import read_skipped
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import LOCK, claimed_folder
@@ -159,7 +161,11 @@ def test_a_whole_folder_is_whole(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "torn", [b"", b"{", b"[1]\n", b"\xff\xfe\n", b"\n\n", b"{}\n", b"[" * 9999]
+    "torn",
+    [
+        *(b"", b"{", b"[1]\n", b"\xff\xfe\n", b"\n\n", b"{}\n", b"[" * 9999),
+        b'{"step": 1, "file": "\xed\xa0\x80"}\n',  # JSON takes half of a character
+    ],
 )
 @pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl"])
 def test_torn_files_of_the_log_do_not_block_a_run(folder: Path, name: str, torn: bytes) -> None:
@@ -172,6 +178,16 @@ def test_torn_files_of_the_log_do_not_block_a_run(folder: Path, name: str, torn:
     assert damaged.exists() == bool(torn)
     if torn:
         assert damaged.read_bytes() == before + torn
+
+
+@pytest.mark.parametrize("torn", [b"[" * 9999, b'{"facts": 3, "file": 3}\n', b"\xff\n", b"[]\n"])
+def test_torn_lines_of_signals_and_skipped_files_are_left_out(tmp_path: Path, torn: bytes) -> None:
+    facts, line = {"facts": {"images": 9}}, {"step": 2, "loss": 0.5}
+    whole = b"".join(json.dumps(each).encode() + b"\n" for each in (facts, line))
+    (tmp_path / "signals.jsonl").write_bytes(whole + torn)
+    assert read_signals(tmp_path) == (facts["facts"], [line])
+    (tmp_path / "skipped.jsonl").write_bytes(b'{"file": "a.jpg", "reason": "cut"}\n' + torn)
+    assert read_skipped(tmp_path) == [("a.jpg", "cut")]
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:

@@ -136,10 +136,11 @@ def read_signals(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
-            facts |= line.get("facts", {})
+            found = line.get("facts")
+            facts |= found if isinstance(found, dict) else {}
             if isinstance(line.get("step"), int):
                 lines.append(line)
     return facts, lines

@@ -127,11 +127,11 @@ def read_skipped(folder: Path) -> list[tuple[str, str]]:
     """Returns (file, reason) of the lines of a run folder's skipped.jsonl."""
     path = folder / "skipped.jsonl"
     skipped = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
             skipped.append((str(entry["file"]), str(entry["reason"])))
-        except (ValueError, KeyError, TypeError):  # a torn line
+        except (ValueError, KeyError, TypeError, RecursionError):  # a torn line
             continue
     return skipped
 

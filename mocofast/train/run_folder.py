@@ -324,14 +324,15 @@ def whole_lines(path: Path, needed: str = "") -> tuple[list[str], int]:
     A killed process leaves a torn last line, a damaged disk anything.
     """
     lines, bad = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for content in path.read_bytes().splitlines(keepends=True):
         try:
+            line = content.decode("utf-8")
             entry = json.loads(line)
             is_whole = isinstance(entry, dict) and (not needed or needed in entry)
         except (ValueError, RecursionError):
             is_whole = False
-        if is_whole and line.endswith(b"\n"):
-            lines.append(line.decode("utf-8"))
+        if is_whole and line.endswith("\n"):
+            lines.append(line)
         else:
             bad += 1
     return lines, bad
