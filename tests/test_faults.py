@@ -116,6 +116,24 @@ def test_old_checkpoints_make_room_where_asked(
             assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_silent_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".pt":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    writer = CheckpointWriter(tmp_path, keep=5, make_room=True)
+    for step in (1, 2):
+        writer.save(state(step))
+        writer.wait()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(NO_ROOM))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    writer.save(state(3))
+    with pytest.raises(OSError, match="step 3 cannot be written: No space left"):
+        writer.wait()
+
+
 LIMITED = (
     "import resource, signal, sys\n"
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -329,6 +347,19 @@ def test_without_the_option_a_run_stops_and_saves_the_batches(
     for step in (5, 6):
         saved = torch.load(folder / evidence.FOLDER / f"step_{step:08d}_rank_0.pt")
         assert torch.equal(saved["views"][0], seen[step])
+
+
+def test_batches_that_cannot_be_written_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NO_ROOM
+
+    spoil(monkeypatch, nan_once(tmp_path))
+    monkeypatch.setattr(evidence, "save_atomically", refuse)
+    said = r"The batches of steps 5, 6 cannot be written \(No space left on device\)"
+    with pytest.raises(DivergedError, match=said):
+        run(tmp_path / "run", checkpoint__every_steps=4)
 
 
 def test_the_limit_of_going_back_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,15 @@ def test_prose_is_plain(place: Path) -> None:
     assert not found.long_lines, str(found)
 
 
+def test_lines_of_c_are_no_longer_than_those_of_python() -> None:
+    sources = [
+        file for name in ("mocofast", "kernels") for file in (prose.ROOT / name).rglob("*.[ch]")
+    ]
+    assert len(sources) > 10
+    lines = [(file, line) for file in sources for line in file.read_text("utf-8").splitlines()]
+    assert not [(file.name, line) for file, line in lines if len(line) > prose.COLUMNS]
+
+
 def test_few_lines_are_kept_from_the_formatter() -> None:
     kept = prose.unformatted([place for place in PLACES if place.is_dir()])
     assert len(kept) < 20, kept

@@ -204,6 +204,28 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows removes no file that is open."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(path)
+
+    def fail() -> None:
+        with claimed_folder(config, False):
+            raise ConfigError("an error of the run")
+
+    config = Config()
+    config.train.dir = str(tmp_path / "run")
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", refuse)
+        with pytest.raises(ConfigError, match="of the run"):
+            fail()
+    with claimed_folder(config, True):  # free again
+        pass
+
+
 def test_starts_without_a_folder_get_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,8 @@ static inline void NAME(box)(float *restrict to, const float *restrict from, int
                              int64_t step, int reach, float inner, float outer) {
   if (reach == 1) {
     for (int x = 0; x < count; x++)
-      to[x] = NAME(round)(MULTIPLY_ADD(from[x + step], inner, (from[x] + from[x + 2 * step]) * outer));
+      to[x] =
+          NAME(round)(MULTIPLY_ADD(from[x + step], inner, (from[x] + from[x + 2 * step]) * outer));
   } else if (reach == 2) {
     for (int x = 0; x < count; x++) {
       float body = from[x + step] + from[x + 2 * step] + from[x + 3 * step];
@@ -186,7 +187,8 @@ static void NAME(chain)(const struct images *images, float *x, float *scratch, c
   }
   if (gray && !images->gray_first) NAME(grayscale)(r, g, b, count);
   for (int c = 0; c < images->channels && view[REACH] > 0; c++)
-    NAME(blur)(x + c * count, images->height, images->width, view[RADIUS], (int)view[REACH], scratch);
+    NAME(blur)(x + c * count, images->height, images->width, view[RADIUS], (int)view[REACH],
+               scratch);
   if (view[SOLARIZE]) NAME(solarize)(x, values, top);
 }
 

@@ -46,7 +46,7 @@ def resized_crops(
     images: n images on the CPU, (H, W, C), uint8 or uint16.
     boxes: the crop of every image.
     out: (n, height, width, C) of the same type, in C order.
-    flips: how every crop is flipped. Empty: no crop.
+    flips: how every crop is flipped. Empty: no crop is.
     """
     flips = flips or [(False, False)] * len(out)
     resize, _ = compiled(out.dtype)

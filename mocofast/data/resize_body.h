@@ -122,7 +122,7 @@ static int NAME(resize_bytes)(const struct crop *crop, const struct axis *across
                               const struct axis *down, uint8_t *out) {
   int values = crop->width * crop->channels, made = crop->wide * crop->channels, ready = 0;
   int size = down->taps + ROWS;
-  size_t passed = (size_t)across->most * crop->channels + PAD; /* bytes behind a row, read at most */
+  size_t passed = (size_t)across->most * crop->channels + PAD; /* read behind a row at most */
   size_t row = made + PAD, wide = values + passed;
   uint8_t *ring = calloc(row * size + ROWS * wide, 1);
   const uint8_t **rows = malloc(sizeof(uint8_t *) * size);

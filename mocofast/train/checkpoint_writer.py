@@ -161,7 +161,10 @@ class CheckpointWriter:
         self._prune(self.keep)
 
     def _made_room(self) -> bool:
-        return bool(self._prune(keep=1))
+        try:
+            return bool(self._prune(keep=1))
+        except OSError:  # a file that cannot be removed
+            return False
 
     def _ends(self, is_last: bool) -> bool:
         """Returns whether a write that failed is given up."""

@@ -66,10 +66,10 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
     try:
         yield path
     finally:
-        if made and [entry.name for entry in path.iterdir()] == [LOCK]:
-            (path / LOCK).unlink()
-            for folder in made:
-                with contextlib.suppress(OSError):  # another run uses the folder
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            if made and [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+                for folder in made:  # up to a folder that another run uses
                     folder.rmdir()
         held.close()
 

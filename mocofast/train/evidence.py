@@ -45,6 +45,7 @@ def save_batches(state: RunState, step: int | None, folder: Path) -> Saved:
     """
     step = step or state.step
     steps = tuple(number for number in (step - 1, step) if number > 0)
+    named = f"steps {', '.join(map(str, steps))}"
     place, (rank, _) = folder / FOLDER, distributed.rank_and_world_size()
     try:
         place.mkdir(exist_ok=True)
@@ -59,8 +60,8 @@ def save_batches(state: RunState, step: int | None, folder: Path) -> Saved:
             }
             save_atomically(content, place / f"step_{number:08d}_rank_{rank}.pt")
     except OSError as error:
-        return Saved(steps, f"The batches of steps {steps} cannot be written ({error.strerror})")
-    return Saved(steps, f"The batches of steps {', '.join(map(str, steps))} are in {place}")
+        return Saved(steps, f"The batches of {named} cannot be written ({error.strerror or error})")
+    return Saved(steps, f"The batches of {named} are in {place}")
 
 
 def save_state(state: RunState, error: Exception, folder: Path) -> None:

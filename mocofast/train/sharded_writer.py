@@ -53,7 +53,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
         return name
 
     def _made_room(self) -> bool:
-        return bool(self._from_main(lambda: self._prune(keep=1)))
+        return bool(self._from_main(super()._made_room))
 
     def _ends(self, is_last: bool) -> bool:
         answers: list[Any] = [None] * dist.get_world_size()
