@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -187,6 +189,60 @@ def test_fused_steps_follow_torchs_and_exchange_state_dicts_with_it(ours: str, t
     if torchs == "AdamW":
         # "fused" says that steps are on the device of the parameters, as the kernel needs.
         assert third.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize(("ours", "torchs"), [("FusedSGD", "SGD"), ("FusedAdamW", "AdamW")])
+def test_complex_parameters_keep_their_imaginary_parts(
+    ours: str, torchs: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    start, key = torch.randn(2, 5, 7, dtype=dtype)
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [make(ours, params[:1], ema=([key], 0.5)), make(torchs, params[1:])]
+    wanted = key.clone()
+    for _ in range(4):
+        gradient = torch.randn(5, 7, dtype=dtype)
+        for p, optimizer in zip(params, optimizers):
+            p.grad = gradient.clone()
+            optimizer.step()
+        wanted = 0.5 * wanted + 0.5 * params[1].detach()
+        torch.testing.assert_close(*params, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(key, wanted, rtol=1e-5, atol=1e-6)
+    mine, theirs = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
+    assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
+def test_a_copied_or_pickled_optimiser_continues_with_its_averages(
+    kind: str, duplicate: Callable[[Any], Any]
+) -> None:
+    model, key = network(), network(1)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in model.parameters()]
+    ema = (list(key.parameters()), 0.5)
+    optimizer = make(kind, model.parameters(), ema=ema, shadows=(copies, None))
+    train(model, optimizer, 2)
+    others = duplicate((model, key, copies, optimizer))
+    for part in ((model, optimizer), (others[0], others[3])):
+        train(*part, 2, 2)
+    assert others[3].owns_ema
+    for ours, theirs in zip((model, key), others):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(copies, others[2]))
+
+
+@pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])
+def test_sparse_gradients_are_refused_by_name(kind: str) -> None:
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1, 1])).sum().backward()
+    with pytest.raises(TypeError, match=f"{kind} takes dense gradients: got .*sparse_coo"):
+        make(kind, table.parameters()).step()
+
+
+def test_lars_refuses_complex_parameters() -> None:
+    with pytest.raises(TypeError, match="FusedLARS takes no complex parameters"):
+        FusedLARS([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], lr=0.1)
 
 
 @pytest.mark.parametrize("kind", ["FusedSGD", "FusedLARS", "FusedAdamW"])

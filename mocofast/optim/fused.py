@@ -137,6 +137,15 @@ class FusedOptimizer(LeanOptimizer):
                 "params: two parameters are the same, or share their memory. Pass tied weights once"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickle and copy.deepcopy keep: averages and copies, too."""
+        own = {
+            "_companions": self._companions,
+            "ema_momentum": self.ema_momentum,
+            "clip_norm": self.clip_norm,
+        }
+        return {**super().__getstate__(), **own}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, as torch.optim.Optimizer does.
 
@@ -154,6 +163,7 @@ class FusedOptimizer(LeanOptimizer):
 
         The host never waits for a GPU. A CUDA graph can capture a step after an earlier step with
         the same tensors, gradients included: use zero_grad(set_to_none=False).
+        Raises TypeError for sparse gradients.
         """
         loss = None
         if closure is not None:
@@ -164,10 +174,17 @@ class FusedOptimizer(LeanOptimizer):
             rows: dict[torch.device, list[ParameterRow]] = {}
             for p in group["params"]:
                 companions = self._companions_of(p)
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise TypeError(
+                        f"params: {type(self).__name__} takes dense gradients: got a gradient of "
+                        f"layout {p.grad.layout} (of nn.Embedding(sparse=True), say)"
+                    )
                 state = () if p.grad is None else self._state(p, group)
                 row = ParameterRow(p, p.grad, *companions, state)
                 if type(p) is not nn.Parameter:
                     row = _local_row(row)
+                if p.is_complex():
+                    row = _real_row(row)
                 rows.setdefault(p.device, []).append(row)
             for device, device_rows in rows.items():
                 self._update(backend.backend_for(device.type), device_rows, group)
@@ -297,6 +314,8 @@ class FusedLARS(FusedOptimizer):
                 "params: FusedLARS scales a parameter by its norm, of which a rank of a sharded "
                 "model (DTensor) holds a part; FusedSGD and FusedAdamW take sharded models"
             )
+        if any(map(Tensor.is_complex, params)):
+            raise TypeError("params: FusedLARS takes no complex parameters; FusedSGD takes them")
         super()._check_kinds(params)
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -374,6 +393,13 @@ def _local_row(row: ParameterRow) -> ParameterRow:
     return ParameterRow._make([*parts, tuple(local_tensor("state", t) for t in row.state)])
 
 
+def _real_row(row: ParameterRow) -> ParameterRow:
+    """Returns the row of a complex parameter as rows of real numbers, as torch's optimisers do."""
+    parts: list[Any] = [None if t is None else torch.view_as_real(t) for t in row[:5]]
+    state = tuple(torch.view_as_real(t) if t.is_complex() else t for t in row.state)
+    return ParameterRow._make([*parts, state])
+
+
 def _check_options(kind: type, group: dict[str, Any]) -> None:
     for name, value in UNSUPPORTED.items():
         if group.get(name, value) != value:
@@ -386,9 +412,11 @@ def _checked_tensors(name: str, tensors: list[Tensor], params: list[Tensor]) -> 
             f"{name} must have a tensor for each parameter: got {len(tensors)} for {len(params)}"
         )
     for i, (tensor, p) in enumerate(zip(tensors, params)):
-        if tensor.shape != p.shape or tensor.device != p.device or not tensor.is_floating_point():
+        kind = "complex" if p.is_complex() else "floating"
+        fits = tensor.is_complex() if p.is_complex() else tensor.is_floating_point()
+        if tensor.shape != p.shape or tensor.device != p.device or not fits:
             raise ValueError(
-                f"{name}, tensor {i} must be floating, of shape {tuple(p.shape)} on {p.device}: "
+                f"{name}, tensor {i} must be {kind}, of shape {tuple(p.shape)} on {p.device}: "
                 f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
             )
         if not is_plain((tensor, p)):
