@@ -169,6 +169,7 @@ def test_a_pair_without_negatives_has_a_loss_and_gradients_of_0(loss: Any) -> No
         (ValueError, r"sources\[1\] .*meta", [GOOD, GOOD], [GOOD, GOOD.to("meta")], 0.9),
         (TypeError, r"sources\[1\] .*int64", [GOOD, GOOD], [GOOD, GOOD.long()], 0.9),
         (TypeError, r"targets\[1\] .*3", [GOOD, 3], [GOOD, GOOD], 0.9),
+        (TypeError, r"targets\[1\] .*dense.*sparse", [GOOD, GOOD.to_sparse()], [GOOD, GOOD], 0.9),
         (ValueError, r"targets\[1\] .*overlap", [GOOD, GOOD[:1].expand(3, 4)], [GOOD, GOOD], 0.9),
         (ValueError, "momentum .*1.1", [GOOD], [GOOD], 1.1),
         (ValueError, "momentum .*nan", [GOOD], [GOOD], math.nan),

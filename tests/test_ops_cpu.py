@@ -430,6 +430,16 @@ def test_ema_of_complex_weights() -> None:
         ops.ema_update_([target], [source.real], 0.9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_ema_of_weights_of_8_bits_rounds_once(dtype: torch.dtype) -> None:
+    target, source = (features(i, 200).to(dtype) for i in range(2))
+    want = (0.9 * target.double() + 0.1 * source.double()).float().to(dtype)
+    mixed = target.float()
+    ops.ema_update_([target, mixed], [source, source], 0.9)
+    assert torch.equal(target.float(), want.float())
+    assert torch.equal(mixed.to(dtype).float(), want.float())
+
+
 def test_ema_of_weights_in_channels_last_and_tied_ones() -> None:
     weight = features(0, 5, 4, 3, 3).to(memory_format=torch.channels_last)
     source = features(1, 5, 4, 3, 3)  # NCHW: paired by index, not by place in memory

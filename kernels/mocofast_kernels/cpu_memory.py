@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mocofast_kernels.cpu_parts import check_memory
-from mocofast_kernels.cpu_vectors import unit_rows
+from mocofast_kernels.cpu_vectors import common_wide_dtype, unit_rows
 
 GRAIN = 2**15  # elements: PyTorch's elementwise operations divide larger tensors among threads
 
@@ -69,9 +69,7 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], momentum: float | 
             plain_targets.append(target)
             plain_sources.append(source)
         else:
-            wide = torch.promote_types(
-                torch.promote_types(target.dtype, source.dtype), torch.float32
-            )
+            wide = common_wide_dtype(target.dtype, source.dtype)
             target.copy_(target.to(wide).lerp_(source.to(wide), step))
     if not plain_targets:
         return

@@ -16,6 +16,18 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def common_wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Returns the dtype, float32 at least, that holds the values of all dtypes.
+
+    PyTorch promotes no types of 8 bits.
+    """
+    result = torch.float32
+    for dtype in dtypes:
+        if dtype.itemsize > 1:
+            result = torch.promote_types(result, dtype)
+    return result
+
+
 def wide(x: Tensor) -> Tensor:
     """Returns x in the dtype of sums."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

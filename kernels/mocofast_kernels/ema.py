@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mocofast_kernels.configs import FUSED
+from mocofast_kernels.cpu_vectors import common_wide_dtype
 from mocofast_kernels.tables import FLOATS, TableCache, column, locate
 
 BLOCK = 4096  # elements that a program updates: 32 a thread
@@ -48,7 +49,7 @@ def _update_one(target: Tensor, source: Tensor, momentum: float | Tensor) -> Non
     if not (target.is_floating_point() or target.is_complex()):
         target.copy_(source)
         return
-    wide = torch.promote_types(target.dtype, torch.float32)
+    wide = common_wide_dtype(target.dtype)
     if isinstance(momentum, Tensor):
         keep, take = momentum.to(wide), (1 - momentum).to(wide)
         target.copy_(target.to(wide) * keep + source.to(wide) * take)

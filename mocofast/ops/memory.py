@@ -166,11 +166,13 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     both = sources + targets
     if not all(issubclass(kind, Tensor) for kind in set(map(type, both))):
         return None
-    kinds = {(x.device, x.dtype) for x in both}
-    devices = {device for device, _ in kinds}
+    kinds = {(x.device, x.dtype, x.layout) for x in both}
+    devices = {device for device, *_ in kinds}
     plain = (
         len(devices) == 1
-        and all(dtype.is_floating_point for _, dtype in kinds)
+        and all(
+            dtype.is_floating_point and layout == torch.strided for _, dtype, layout in kinds
+        )
         and [x.shape for x in targets] == [x.shape for x in sources]
         and all(x.is_contiguous() or 0 not in x.stride() for x in targets)
     )
@@ -179,7 +181,7 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     (device,) = devices
     if not torch.compiler.is_compiling():
         alike = (
-            kinds == {(torch.device("cpu"), torch.float32)}
+            kinds == {(torch.device("cpu"), torch.float32, torch.strided)}
             and not any(map(Tensor.is_neg, both))
             and all(map(same_layout, zip(targets, sources)))
         )
@@ -201,6 +203,8 @@ def _check_pair(i: int, target: Any, source: Any) -> None:
     for name, value in (("targets", target), ("sources", source)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor: got {value!r}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}[{i}] must be a dense tensor: got one of {value.layout}")
     if target.shape != source.shape:
         raise ValueError(
             f"sources[{i}] must have the shape of targets[{i}]: "
