@@ -83,6 +83,28 @@ def test_trajectory_is_that_of_eager_moco_through_a_wrap_around(
     assert int(model.queue_ptr) == exact.pointer == 36 * (1 + model.symmetric) % 17
 
 
+@pytest.mark.parametrize("options", [{}, {"bn_splits": 3, "symmetric": True}], ids=["v1", "splits"])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "encoders"])
+def test_a_model_of_float64_has_the_trajectory_of_float64(whole: bool, options: dict) -> None:
+    batches = random_batches(steps=4, size=6, seed=2)
+    model = small_moco(TinyResNet, **options)
+    exact = EagerMoCo(model, torch.float64)
+    if whole:
+        model.double()
+    else:  # the queue stays float32
+        model.encoder_q.double()
+        model.encoder_k.double()
+    trajectories = []
+    for each in (model, exact):
+        torch.manual_seed(3)  # seeds the shuffle of split BatchNorm
+        trajectories.append(sgd_trajectory(each, batches))
+    ours, wanted = trajectories
+    tolerance = 1e-10 if whole else 1e-6
+    for name, expected in wanted.items():
+        value = ours[name.replace(".whole", "")]
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_every_encoder_has_running_statistics_of_its_own() -> None:
     model = small_moco(TinyResNet)
     eager = EagerMoCo(model, torch.float32)
@@ -310,6 +332,17 @@ def test_key_encoder_takes_no_gradient_and_starts_as_a_copy() -> None:
     assert all(p.grad is not None for p in model.encoder_q.parameters())
     # Updated in place: every parameter keeps its storage.
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_an_encoder_that_got_more_parameters_is_named() -> None:
+    model = small_moco()
+    model.encoder_q.fc = nn.Sequential(model.encoder_q.fc, nn.ReLU(), nn.Linear(13, 13))
+    images = random_batches(1, 4)[0]
+    with pytest.raises(ValueError, match="encoder_k must have the parameters of encoder_q: got 4"):
+        model(*images)
+    model.make_momentum_encoder(model.momentum)
+    model(*images).loss.backward()
+    assert torch.equal(model.encoder_k.fc[2].weight, model.encoder_q.fc[2].weight)
 
 
 def test_initial_queue_is_unit_noise() -> None:

@@ -19,6 +19,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from mocofast_kernels.cpu_vectors import wide
 from torch import Tensor, nn
 
 from mocofast.config import Config
@@ -227,7 +228,7 @@ class MoCo(MomentumMethod):
         loss, positive_rank = info_nce(
             queries,
             positives,
-            self.queue,
+            self.queue.to(q.dtype) if q.dtype == torch.float64 else self.queue,
             temperature=self.temperature,
             negatives_normalized=True,
             return_rank=True,
@@ -248,7 +249,7 @@ class MoCo(MomentumMethod):
         Returns this rank's keys (N, C), and the keys of all ranks in the order of the batch (T, C).
         """
         shuffled, restore = step_inputs or (im_k, None)
-        k = F.normalize(self.encode("encoder_k", shuffled).float(), dim=1)
+        k = F.normalize(wide(self.encode("encoder_k", shuffled)), dim=1)
         keys, shares = gather_rows(k), shares_of(len(k))
         if restore is None:
             return k, in_order(keys, shares)

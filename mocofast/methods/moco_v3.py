@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from mocofast_kernels.cpu_vectors import wide
 from torch import Tensor, nn
 
 from mocofast.config import Config
@@ -94,7 +95,7 @@ class MoCoV3(PredictingMethod):
         (q_1, q_2, *local), keys = self.outputs(
             im_1, im_2, local_views=local_views, update_keys=update_keys
         )  # all (N, C)
-        k_1, k_2 = (F.normalize(k.float(), dim=1) for k in keys)
+        k_1, k_2 = (F.normalize(wide(k), dim=1) for k in keys)
         loss_1, positive_rank_1 = self._contrast([q_1, *local], k_2)
         loss_2, positive_rank_2 = self._contrast([q_2, *local], k_1)
         loss = 2 * self.temperature * (loss_1 + loss_2)

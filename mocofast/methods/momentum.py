@@ -58,13 +58,16 @@ class MomentumMethod(Method):
         ema_update_(list(keys), list(queries), self.momentum)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [
-            pair
-            for trained, average in self.towers.items()
-            for pair in zip(
-                getattr(self, trained).parameters(), getattr(self, average).parameters()
-            )
-        ]
+        pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for trained, average in self.towers.items():
+            queries, keys = (list(getattr(self, x).parameters()) for x in (trained, average))
+            if len(queries) != len(keys):
+                raise ValueError(
+                    f"{average} must have the parameters of {trained}: got {len(keys)} and "
+                    f"{len(queries)}. After a change of {trained}, call make_momentum_encoder"
+                )
+            pairs += zip(queries, keys)
+        return pairs
 
 
 def _momentum_after(momentum: float, step: int, total_steps: int) -> float:

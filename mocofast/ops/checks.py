@@ -24,17 +24,8 @@ def described(value: Any) -> str:
     )
 
 
-def check_matrix(name: str, value: Any, shape: str) -> None:
-    """Raises unless `value` is a non-empty matrix of a supported dtype. shape: "(N, C)", say."""
-    expected = f"{name} must be a float32, bfloat16 or float16 tensor of shape {shape}, not empty"
-    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
-        raise TypeError(f"{expected}: got {described(value)}")
-    if value.dim() != 2 or 0 in value.shape:
-        raise ValueError(f"{expected}: got {described(value)}")
-
-
 def check_features(name: str, value: Any, shape: str, query: Tensor | None = None) -> None:
-    """Raises unless `value` holds features for a loss: like `check_matrix`, or float64 on a CPU.
+    """Raises unless `value` holds features: a tensor of a supported dtype, not empty.
 
     shape: "(N, C)" or "(N, L, C)", say: the number of dimensions is checked.
     query: the first features. Device, and whether the type is float64, must agree.

@@ -14,7 +14,7 @@ from mocofast_kernels.remembered import Remembered
 from torch import Tensor
 
 from mocofast.ops import custom_ops
-from mocofast.ops.checks import check_matrix, check_same, check_width, described
+from mocofast.ops.checks import check_features, check_same, check_width, described
 from mocofast.ops.local import check_sharded_alike, is_plain, local_tensor
 
 
@@ -122,9 +122,9 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, normalize: bool = 
     The host never waits for the device.
     Raises ValueError or TypeError, naming the argument, before anything is modified.
     """
-    check_matrix("queue", queue, "(K, C)")
+    check_features("queue", queue, "(K, C)")
     _check_writable("queue", queue)
-    check_matrix("keys", keys, "(B, C)")
+    check_features("keys", keys, "(B, C)")
     check_width("keys", keys, "queue", queue)
     check_same("keys", keys.device, "device of queue", queue.device)
     if not isinstance(pointer, Tensor) or pointer.dtype != torch.int64:
@@ -170,9 +170,7 @@ def _device_of_plain_pairs(targets: list[Any], sources: list[Any]) -> torch.devi
     devices = {device for device, *_ in kinds}
     plain = (
         len(devices) == 1
-        and all(
-            dtype.is_floating_point and layout == torch.strided for _, dtype, layout in kinds
-        )
+        and all(dtype.is_floating_point and layout == torch.strided for _, dtype, layout in kinds)
         and [x.shape for x in targets] == [x.shape for x in sources]
         and all(x.is_contiguous() or 0 not in x.stride() for x in targets)
     )
