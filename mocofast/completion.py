@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 ASKED = "_ARGCOMPLETE"  # how many words of the line come before the arguments, set by the shell
 
-Completer = Callable[..., list[str]]
-
 
 def is_asked() -> bool:
     """Returns whether the shell asks what may stand at the cursor."""

@@ -25,6 +25,7 @@
 #define GROUP 4   /* rows whose sums are in registers at a time, */
 #define VECTORS 4 /* for so many vectors */
 #define ALL ((__mmask16)0xffff)
+#define EPS 1e-12f /* smallest divisor of a normalised vector */
 
 /* cpu_sweep.py says what the fields are. */
 struct sweep {
@@ -65,7 +66,6 @@ INLINE __attribute__((target(AVX512))) __m512 exp2_of(__m512 x) {
 #include "sweep_body.h"
 
 #define TARGET __attribute__((target(AVX512)))
-#define EPS 1e-12f /* smallest divisor of a normalised vector */
 
 /* Lanes of 16 numbers from i on, of `width`. */
 INLINE TARGET __mmask16 lanes_from(int64_t i, int64_t width) {

@@ -64,7 +64,7 @@ INLINE TARGET void NAME(store)(uint32_t *weights, int first, __m512 values[KEYS]
 #endif
 }
 
-/* Computes 1 / max(norm, 1e-12) of keys, (count, depth) words. */
+/* Computes 1 / max(norm, EPS) of keys, (count, depth) words. */
 TARGET static void NAME(scale)(float *scales, const uint32_t *keys, int count, int64_t depth) {
   for (int j = 0; j < count; j++, keys += depth) {
     __m512 sums = _mm512_setzero_ps();
@@ -80,7 +80,7 @@ TARGET static void NAME(scale)(float *scales, const uint32_t *keys, int count, i
       sums = _mm512_fmadd_ps(x, x, sums);
     }
     float norm = sqrtf(_mm512_reduce_add_ps(sums));
-    scales[j] = 1 / (norm < 1e-12f ? 1e-12f : norm);
+    scales[j] = 1 / (norm < EPS ? EPS : norm);
   }
 }
 

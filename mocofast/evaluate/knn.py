@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mocofast_kernels import cpu_threads
 from torch import Tensor
 
+from mocofast.config import KNNConfig
 from mocofast.device import wide
 
 # Similarities are computed in tiles of rows x columns. A tile has at most _TILE elements (64 MiB in
@@ -50,8 +51,8 @@ def knn_accuracy(
     train_labels: Tensor,
     val_features: Tensor,
     val_labels: Tensor,
-    k: int = 200,
-    temperature: float = 0.1,
+    k: int = KNNConfig.k,
+    temperature: float = KNNConfig.temperature,
     num_classes: int | None = None,
 ) -> KNNResult:
     """Weighted kNN classification (Wu et al. 2018, arXiv:1805.01978, section 3.4).

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mocofast.evaluate.targets import Targets
 
-Interval = tuple[float, float]
 MOST_IN_MATRIX = 1000  # classes up to which results hold the confusion matrix
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mocofast import settings
 from mocofast.config import OWN_IMAGES, Config, ConfigError
 from mocofast.data.label_share import asks_for_few
+from mocofast.data.lists import ENDINGS
 from mocofast.data.table_sets import holds_tables
 from mocofast.data_config import TABLES
 from mocofast.train.checkpoint import LAST, check_entries, fitting, load_checkpoint
@@ -16,7 +17,6 @@ from mocofast.train.places import check_places, run_folder_of
 from mocofast.train.run_folder import choose_folder
 
 AUTO = "auto"  # the recipe for images without a named recipe
-_LISTS = (".csv", ".tsv", ".parquet")
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
@@ -72,7 +72,7 @@ def source_of(place: str) -> str:
         return "shards" if any(next(f.glob("*.tar"), None) for f in folders) else "folder"
     if path.suffix.lower() == ".zip":
         return "zip"
-    return "list" if path.suffix.lower() in _LISTS else "folder"
+    return "list" if path.suffix.lower() in ENDINGS else "folder"
 
 
 def configure(
