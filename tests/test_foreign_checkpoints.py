@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,10 @@ LAYOUTS: dict[str, Callable[[Weights], Any]] = {
         | under("predictor.0.", HEAD)
         | under("decoder_blocks.0.", HEAD)
     ),
+    "torchvision's training, with averages": lambda w: {
+        "model": zeros(w),
+        "model_ema": under("module.", w) | {"n_averaged": torch.tensor(3)},
+    },
     "argparse": lambda w: {"args": argparse.Namespace(lr=0.1), "model": w},
 }
 
@@ -352,6 +359,60 @@ def test_weights_of_timm_load(name: str, tmp_path: Path) -> None:
     loaded = load_any(str(path))
     assert loaded.layout == "torchvision or timm"
     assert_features(loaded.method.encoder_q, model, 224)
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema"])
+def test_averages_of_a_training_with_timm_are_taken_as_timm_takes_them(
+    name: str, resnet: nn.Module, tmp_path: Path
+) -> None:
+    helpers = pytest.importorskip("timm.models")
+    weights = dict(resnet.state_dict())
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"arch": "resnet18", "state_dict": zeros(weights), name: weights}, path)
+    timms = helpers.load_state_dict(str(path))
+    ours = load_any(str(path)).method.encoder_q.state_dict()
+    assert timms["conv1.weight"].std() > 0
+    assert all(torch.equal(ours[n], value) for n, value in timms.items())
+
+
+@pytest.mark.parametrize("kind", ["shards", "index", "pickle"])
+def test_folders_of_accelerate_and_transformers_load(
+    kind: str, resnet: nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path
+    if kind == "pickle":  # as old versions of transformers write
+        torch.save(resnet.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.Accelerator(cpu=True).save_model(resnet, str(tmp_path), max_shard_size="20MB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+        path = tmp_path / "model.safetensors.index.json" if kind == "index" else tmp_path
+    loaded = load_any(str(path))
+    assert_features(loaded.method.encoder_q, resnet, 64)
+
+
+def test_an_index_of_files_elsewhere_or_missing_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ({"weight_map": {"a": "../b.safetensors"}}, {"weight_map": 3}, []):
+        index.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match="expected an index of safetensors"):
+            load_any(str(tmp_path))
+    index.write_text(json.dumps({"weight_map": {"conv1.weight": "1.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*1\.safetensors"):
+        load_any(str(tmp_path))
+
+
+def test_a_folder_of_distributed_checkpoints_is_named_with_the_way_out(
+    resnet: nn.Module, tmp_path: Path
+) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    dcp.save({"model": resnet.state_dict()}, checkpoint_id=str(tmp_path / "dcp"))
+    with pytest.raises(FileNotFoundError) as error:
+        load_any(str(tmp_path / "dcp"))
+    words = str(error.value).split("python -m ")[1].rstrip(")").split()
+    file = str(tmp_path / words.pop())
+    subprocess.run([sys.executable, "-m", *words, file], check=True, capture_output=True)
+    assert_features(load_any(file).method.encoder_q, resnet, 64)
 
 
 def test_a_complete_checkpoint_of_moco_keeps_its_queue(tmp_path: Path) -> None:

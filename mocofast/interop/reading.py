@@ -13,11 +13,13 @@ from mocofast.config import ConfigError
 from mocofast.errors import describe_error
 from mocofast.train.checkpoint import FORMAT, LAST, load_checkpoint
 from mocofast.train.checkpoint_file import read_file
-from mocofast.train.file_kinds import other_kind
+from mocofast.train.file_kinds import entries_of, other_kind
 
-# Entries under which projects keep their weights, in the order of search. DINO evaluates the
-# teacher. mmselfsup, Lightning and facebookresearch/moco: state_dict. VISSL: classy_state_dict.
+# Entries under which projects keep their weights, in the order of search. timm evaluates averages
+# (state_dict_ema, model_ema), and DINO the teacher. mmselfsup, Lightning and facebookresearch/moco:
+# state_dict. VISSL: classy_state_dict.
 CONTAINERS = (
+    *("state_dict_ema", "model_ema"),
     *("classy_state_dict", "base_model", "state_dict", "model_state_dict", "teacher", "model"),
     *("network", "net", "module", "weights", "trunk", "student"),
 )
@@ -26,19 +28,23 @@ CONTAINERS = (
 WRAPPERS = ("module.", "model.", "network.", "net.", "method.", "_forward_module.")
 # Wrappers of single parts, which may stand anywhere: torch.compile, FSDP1, recomputed activations.
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Files of a folder of transformers or Accelerate, in the order of search.
+_INDEX = "model.safetensors.index.json"
+_SAVED = ("model.safetensors", _INDEX, "pytorch_model.bin")
 
 
 def read_any(path: str | Path) -> tuple[Any, Path]:
     """Reads a file onto the CPU. Returns its content and its path.
 
     path: a file of torch.save or of safetensors, a run folder, as `load_checkpoint` reads it, or a
-        folder of transformers.
+        folder of transformers or Accelerate, whose weights may be divided into files.
     Raises FileNotFoundError, and ConfigError for a file that cannot be read.
     """
     path = Path(path)
-    saved = path / "model.safetensors"  # of transformers
-    if saved.is_file() and not (path / "checkpoints").is_dir():
-        path = saved
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        path = next((file for name in _SAVED if (file := path / name).is_file()), path)
+    if path.name == _INDEX:
+        return _read_shards(path), path
     if path.is_dir():
         return load_checkpoint(path), path / "checkpoints" / LAST
     if path.suffix != ".safetensors":
@@ -51,6 +57,17 @@ def read_any(path: str | Path) -> tuple[Any, Path]:
         return load_file(path), path
     except Exception as error:
         raise ConfigError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Returns the weights of all files that an index names."""
+    files = entries_of(index).get("weight_map")
+    if not isinstance(files, dict) or not all(Path(str(x)).name == x for x in files.values()):
+        raise ConfigError(f"{index}: expected an index of safetensors, with a weight_map of files")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        weights |= read_any(index.with_name(name))[0]
+    return weights
 
 
 def is_ours(content: Any) -> bool:

@@ -98,6 +98,11 @@ def other_folder(path: Path) -> str:
             "a folder of transformers; evaluations, export and --init read its model.safetensors, "
             "and no run continues from it"
         )
+    if (path / ".metadata").is_file():
+        return (
+            "a folder of torch.distributed.checkpoint; make a file of it first: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt"
+        )
     if path.name == "checkpoints" and any(path.glob("*.pt")):
         return f"the checkpoints of a run; name {path.parent}"
     runs = sorted(folder.parent.name for folder in path.glob("*/checkpoints"))
