@@ -114,7 +114,7 @@ def linear(argv: Sequence[str]) -> int:
         probe = fit_probe(encoder, datasets, config, options, device)
         targets = targets_of(datasets.train.classes, config.data.target)
         seed = config.train.seed
-        figures = measure(probe.scores, probe.labels, targets, options.bootstrap, seed)
+        figures = measure(probe.scores, probe.labels, targets, options.bootstrap, seed, logits=True)
         figures["train_top1" if targets.kind == "class" else "train"] = probe.train_top1
         if probe.l2 is not None:
             figures["l2"] = probe.l2
@@ -176,7 +176,7 @@ def finetune(argv: Sequence[str]) -> int:
         if arguments.out and is_main():
             save_atomically(encoder.state_dict(), Path(arguments.out))
         targets = targets_of(datasets.train.classes, config.data.target)
-        figures = measure(*found, targets, options.bootstrap, config.train.seed)
+        figures = measure(*found, targets, options.bootstrap, config.train.seed, logits=True)
         classifier = Classifier("finetune", targets, config, encoder, None)
         _finish("finetune", arguments, datasets, figures, targets, *found, classifier)
     return 0

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,10 @@ def test_the_tutorial_runs(
         status = cli.main([*words, *short])
         assert status == 0, (words, capsys.readouterr())
     (python,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     exec(python, found)  # the tutorial's own lines
-    assert np.shape(found["nearest"]) == (60, 6)
+    nearest, features = (found[name].numpy() for name in ("nearest", "features"))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = -np.sort(-unit @ unit.T)[:, :6]
+    for row, (mine, wanted) in enumerate(zip(nearest, cosines)):
+        assert unit[mine] @ unit[row] == pytest.approx(wanted, abs=1e-5)

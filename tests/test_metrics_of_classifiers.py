@@ -62,6 +62,23 @@ def test_figures_of_classes_follow_their_definitions() -> None:
     assert (low, high) == pytest.approx((found["top1"] - error, found["top1"] + error), abs=0.012)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auroc_of_logits_is_that_of_their_probabilities(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, 200)
+    logits = rng.normal(size=(200, classes)) + np.eye(classes)[labels]
+    targets = targets_of(tuple("abc"[:classes]), "class")
+    # A number added to all logits of an image changes nothing.
+    moved = torch.tensor(logits + 5 * rng.normal(size=(200, 1))).float()
+    found = measure(moved, torch.tensor(labels), targets, 0, seed=0, logits=True)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    if classes == 2:
+        wanted = metrics.roc_auc_score(labels, shares[:, 1])
+    else:
+        wanted = metrics.roc_auc_score(labels, shares, multi_class="ovr")
+    assert found["auroc"] == pytest.approx(wanted, abs=1e-4)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 5, 6, 30])
 def test_accuracies_of_ties_and_missing_scores(classes: int) -> None:
     rng = np.random.default_rng(classes)

@@ -18,7 +18,12 @@ MOST_IN_MATRIX = 1000  # classes up to which results hold the confusion matrix
 
 
 def measure(
-    scores: Tensor, labels: Tensor, targets: Targets, resamples: int, seed: int
+    scores: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    resamples: int,
+    seed: int,
+    logits: bool = False,
 ) -> dict[str, Any]:
     """Returns the figures of predictions, as JSON holds them.
 
@@ -27,6 +32,9 @@ def measure(
     labels: (N,) int64, see `Targets`.
     resamples: of the bootstrap. 0: no intervals.
     seed: of the bootstrap.
+    logits: the scores are logits of classes or tags. AUROC compares images by the probability of a
+        class, and logits of a class do not have the same order: an image adds what it likes to
+        all its logits.
 
     class: top1, top5, balanced_accuracy (mean recall of the classes), auroc (one class against the
         rest, mean over the classes that occur), per_class (precision, recall, f1, images) and
@@ -40,7 +48,7 @@ def measure(
     """
     scores = scores.float().cpu()
     if targets.kind == "class":
-        found, statistics = _of_classes(scores, labels.cpu(), targets)
+        found, statistics = _of_classes(scores, labels.cpu(), targets, logits)
     elif targets.kind == "tags":
         found, statistics = _of_tags(scores.numpy(), targets.of(labels.cpu()).numpy(), targets)
     else:
@@ -89,7 +97,7 @@ Statistics = dict[str, Callable[[np.ndarray], float]]  # of the images with thes
 
 
 def _of_classes(
-    scores: Tensor, labels: Tensor, targets: Targets
+    scores: Tensor, labels: Tensor, targets: Targets, logits: bool
 ) -> tuple[dict[str, Any], Statistics]:
     true, predicted = labels.numpy(), _predicted(scores)
     numbers = np.arange(len(targets.names))
@@ -98,6 +106,7 @@ def _of_classes(
     )
     hits, occurs = predicted == true, support > 0
     top1, top5 = top_accuracies(scores, labels)
+    shares = scores.double().softmax(1) if logits else scores
 
     def balanced(index: np.ndarray) -> float:
         """Returns metrics.balanced_accuracy_score, in a fiftieth of its time, for resamples."""
@@ -110,7 +119,7 @@ def _of_classes(
         "top1": top1,
         "top5": top5,
         "balanced_accuracy": float(recall[occurs].mean()),
-        "auroc": _auroc(_comparable(scores.numpy()), np.eye(len(numbers), dtype=bool)[true]),
+        "auroc": _auroc(_comparable(shares.numpy()), np.eye(len(numbers), dtype=bool)[true]),
         "per_class": [
             {"name": name, "precision": p, "recall": r if there else None, "f1": f, "images": n}
             for name, p, r, f, n, there in zip(
