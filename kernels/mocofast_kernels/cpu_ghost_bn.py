@@ -24,9 +24,8 @@ class GhostBatchNorm(NamedTuple):
     """Result of `ghost_bn_forward`."""
 
     output: Tensor  # (N, C, H, W) of the input's type, channels-last
-    statistics: (
-        Tensor  # (3, num_splits, C) float32: mean, biased variance, 1 / sqrt(variance + eps)
-    )
+    # (3, num_splits, C) float32: mean, biased variance, 1 / sqrt(variance + eps)
+    statistics: Tensor
 
 
 @functools.cache

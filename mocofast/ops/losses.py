@@ -1,7 +1,7 @@
 """InfoNCE on fused kernels.
 
-CUDA tensors go to Triton kernels, all other tensors to blocked PyTorch operators. Every argument is
-checked here, before anything runs.
+CUDA tensors go to Triton kernels, CPU tensors to compiled loops where the CPU has AVX-512, and all
+other tensors to blocked PyTorch operators. Every argument is checked here, before anything runs.
 """
 
 from __future__ import annotations
