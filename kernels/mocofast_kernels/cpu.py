@@ -55,7 +55,7 @@ from mocofast_kernels.exclusion import Exclusion
 # Largest 1/T whose exponentials need no shift: K exp(1/T) and exp(-1/T) are normal float32 numbers.
 UNSHIFTED_MAX_INVERSE_TEMPERATURE = 60.0
 ROWS = 512  # queries per block
-LOGITS = 2**19  # per block: 2 MB
+LOGITS = 2**19  # per block: 2 MB. Twice as many in the sweep, which stores none
 LEAST_LOGITS = 2**16  # per block, where large blocks would leave a thread without work
 
 
@@ -190,7 +190,8 @@ def _forward(
     sweep = None
     if unshifted and not excluded and not is_one_block(query, negatives):
         sweep = cpu_sweep.sweep_of(queries)
-    blocks = Blocks(negatives, normalize_negatives and sweep is None, len(h), operand)
+    swept = sweep is not None
+    blocks = Blocks(negatives, normalize_negatives and not swept, len(h), operand, swept)
     tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
     options = (excluded, unshifted, compute_grad, Scratch())
     sums: dict[int, Sums] = {}  # first row: sums of the rows over the merged blocks
@@ -309,13 +310,20 @@ class Blocks:
     columns: slices of the negatives.
     """
 
-    def __init__(self, negatives: Tensor, normalize: bool, count: int, dtype: torch.dtype) -> None:
-        """negatives: (K, C). count: number of queries. dtype: of the blocks."""
+    def __init__(
+        self,
+        negatives: Tensor,
+        normalize: bool,
+        count: int,
+        dtype: torch.dtype,
+        swept: bool = False,
+    ) -> None:
+        """negatives: (K, C). count: number of queries. dtype: of the blocks. swept: by `Sweep`."""
         size, dim = negatives.shape
         self.negatives, self.normalize, self.dtype = negatives, normalize, dtype
         self.rows = _ranges(count, ROWS)
         width = max(min(ROWS, count), dim)
-        columns = LOGITS // width
+        columns = LOGITS * (2 if swept else 1) // width
         if (threads := cpu_threads.count()) > 1:  # small blocks where threads would be without work
             shared = -(-size * len(self.rows) // (2 * threads))
             columns = min(columns, max(shared, LEAST_LOGITS // width))
