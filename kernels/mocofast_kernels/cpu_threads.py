@@ -80,14 +80,13 @@ def one_fork(
 
             late = False
             if products(*args, **kwargs) > LONG * threads:
+                cores = _all_cores(threads)
                 running = _running()
                 if running > 1 and _others_run():
                     # Beside other processes a thread waits for a core before it ends: end it late.
                     late = running > (os.cpu_count() or 1)
                     if not late:
                         _end_openmp()
-                        running = _running()
-                cores = _all_cores(threads) if running <= 1 else None
             future = _threads().submit(run)
             try:
                 if late:
@@ -258,7 +257,7 @@ def _on_core(core: int | None) -> Iterator[None]:
     """Keeps the thread to a core. None: to no core.
 
     Two threads that wake each other (Python's lock) share a core for milliseconds at times, while
-    another core sleeps: every other call took 1.2 to 1.8 times as long.
+    another core sleeps or runs one other process: every other call took 1.2 to 1.8 times as long.
     """
     if core is None:
         yield
