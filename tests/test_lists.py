@@ -129,6 +129,31 @@ def test_a_list_that_cannot_be_used_is_an_error_with_the_way_out(tmp_path: Path)
         from_list(write_list(tmp_path / "x.csv", ("name", "x"), [("a.png", "1")]))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('"im/4.png,cat', "line 6: a quote that is not closed"),  # takes the lines behind it
+        (f"im/4.png,{'c' * 140_000}", "line 6: field larger than field limit"),
+    ],
+)
+def test_a_damaged_row_of_a_list_is_named(tmp_path: Path, row: str, said: str) -> None:
+    put_images(tmp_path, *(f"im/{i}.png" for i in range(9)))
+    lines = [f"im/{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(9)]
+    (tmp_path / "x.csv").write_text("\n".join(["path,label", *lines[:4], row, *lines[5:]]))
+    with pytest.raises(ConfigError, match=rf"data\.path: '.*x\.csv', {said}"):
+        from_list(tmp_path / "x.csv")
+
+
+def test_quotes_and_line_ends_inside_of_cells_are_read(tmp_path: Path) -> None:
+    cells = ['a "quoted" word', "two\nlines", 'a quote at the end"', "plain", '5" of rain']
+    rows = [(f"im/{i}.png", cell) for i, cell in enumerate(cells)]
+    path = write_list(tmp_path / "x.csv", ("path", "caption"), rows)
+    assert ImageList(path).columns["caption"] == cells
+    with path.open("a") as file:
+        file.write('im/5.png,half a "quote\n')  # no quote of a cell
+    assert ImageList(path).columns["caption"] == [*cells, 'half a "quote']
+
+
 def test_a_parquet_list_is_a_csv_list(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet

@@ -50,7 +50,7 @@ class ImageList:
                 f"{option}: expected a list with an ending of {', '.join(ENDINGS)}, "
                 f"got {str(self.path)!r}"
             )
-        self.columns = read[self.path.suffix.lower()](self.path)
+        self.columns = read[self.path.suffix.lower()](self.path, option)
         if not self.columns or not next(iter(self.columns.values())):
             raise ConfigError(f"{option}: no rows in {str(self.path)!r}")
 
@@ -102,24 +102,45 @@ class ImageList:
         )
 
 
-def _read_csv(path: Path) -> dict[str, list[str]]:
+def _read_csv(path: Path, option: str) -> dict[str, list[str]]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        header = file.readline()
-        # The most frequent separator of the header.
-        delimiter = max(",;\t|", key=header.count)
-        file.seek(0)
-        rows = csv.reader(file, delimiter=delimiter)
-        names = next(rows, [])
-        table = [[*row, *[""] * (len(names) - len(row))] for row in rows if any(row)]
+        lines = file.readlines()
+    # The most frequent separator of the header.
+    delimiter = max(",;\t|", key=lines[0].count) if lines else ","
+    rows, start = csv.reader(lines, delimiter=delimiter), 0  # start: lines before the row
+    names: list[str] = []
+    table: list[list[str]] = []
+    try:
+        for row in rows:
+            if rows.line_num == len(lines):
+                _check_closed(lines[start:], delimiter)
+            if not start:
+                names = row
+            elif any(row):
+                table.append([*row, *[""] * (len(names) - len(row))])
+            start = rows.line_num
+    except csv.Error as error:
+        raise ConfigError(f"{option}: {str(path)!r}, line {start + 1}: {error}") from None
     return {name: [row[i].strip() for row in table] for i, name in enumerate(names)}
 
 
-def _read_parquet(path: Path) -> dict[str, list[str]]:
+def _check_closed(row: Sequence[str], delimiter: str) -> None:
+    """Raises csv.Error for the lines of a last row whose quote is not closed: Python takes all
+    lines of the file after the quote for a cell.
+    """
+    try:
+        list(csv.reader(row, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise csv.Error("a quote that is not closed") from None
+
+
+def _read_parquet(path: Path, option: str) -> dict[str, list[str]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f"data.path: {str(path)!r} needs pyarrow ({error}); pip install 'mocofast[parquet]'"
+            f"{option}: {str(path)!r} needs pyarrow ({error}); pip install 'mocofast[parquet]'"
         ) from error
     schema = pyarrow.parquet.read_schema(path)
     simple = [name for name in schema.names if _is_text_or_number(schema.field(name).type)]
@@ -127,7 +148,7 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
     if len(simple) < len(schema.names) and not {name.lower() for name in simple} & set(PATH):
         bytes_of = shortened(name for name in schema.names if name not in simple)
         raise ConfigError(
-            f"data.path: {str(path)!r} has no column of paths ({shortened(simple)}); "
+            f"{option}: {str(path)!r} has no column of paths ({shortened(simple)}); "
             f"--data.source parquet reads columns of image bytes ({bytes_of})"
         )
     return {
