@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -245,22 +244,17 @@ def _simple(schema: Any) -> list[str]:
 
 
 def _unpack_once(path: Path, column: str, place: Path) -> None:
-    """Writes `place`.images and `place`.parquet (the other columns), unless they are there."""
+    """Writes `place`.images, then `place`.parquet (the other columns), unless they are there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     table = Path(f"{place}.parquet")
     with Path(f"{place}.lock").open("w") as lock:
         files.lock(lock, wait=True)
         if table.exists():
             return
-        images, part = Path(f"{place}.images"), Path(f"{place}.images.part")
-        try:
+        with files.atomic_write(Path(f"{place}.images")) as part:
             columns = _unpack(path, column, part)
-            os.replace(part, images)
-            pyarrow().parquet.write_table(columns, f"{table}.part")
-            os.replace(f"{table}.part", table)
-        finally:
-            for left in (part, Path(f"{table}.part")):
-                left.unlink(missing_ok=True)
+        with files.atomic_write(table) as part:
+            pyarrow().parquet.write_table(columns, part)
 
 
 def _unpack(path: Path, column: str, target: Path) -> Any:
