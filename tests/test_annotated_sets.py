@@ -104,6 +104,49 @@ def test_difficult_objects_and_bad_boxes(voc: Path, tmp_path: Path) -> None:
     assert "classes that data.classes does not name" in val.remarks[-1]
 
 
+def test_names_of_images_may_have_spaces(voc: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(voc, tmp_path / "set")
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject"):
+        (file,) = (path / folder).glob("val_000.*")
+        file.rename(file.with_name(f"my cell 1{file.suffix}"))
+    for kind in ("Main", "Segmentation"):
+        # As in lists of a class: the second column says whether the image shows it.
+        (path / "ImageSets" / kind / "val.txt").write_text("my cell 1\nval_001 -1\nval_002  1\n")
+    for kind, options in (("boxes", DetectData), ("pixels", SegmentData)):
+        found = load_sets(options(path=str(path)), kind).val
+        names = [item.image.name for item in found.items]
+        assert names == ["my cell 1.jpg", "val_001.jpg", "val_002.jpg"]
+
+
+def test_a_misspelt_class_is_named(voc: Path, coco: Path) -> None:
+    for path in (voc, coco):
+        sets = load_sets(DetectData(path=str(path), classes=("disc", "sqare")), "boxes")
+        said = "data.classes: no object has the class 'sqare'; did you mean 'square'?"
+        assert sets.train.remarks.count(said) == 1 and said not in sets.val.remarks
+
+
+def test_images_of_another_size_than_their_boxes_are_named(
+    voc: Path, coco: Path, tmp_path: Path
+) -> None:
+    for number, made in enumerate((voc, coco)):
+        path = shutil.copytree(made, tmp_path / f"set{number}")
+        for file in path.rglob("*.jpg"):
+            with Image.open(file) as image:
+                image.resize((32, 48)).save(file)
+        for file in path.rglob("*.xml"):
+            size = "<size><width>64</width><height>64</height></size><object>"
+            file.write_text(file.read_text().replace("<object>", size, 1))
+        sets = load_sets(DetectData(path=str(path)), "boxes")
+        if made is voc:  # whose files may be wrong, beside boxes that are right
+            (said,) = [text for text in sets.train.remarks if "not of the size" in text]
+            assert said.startswith("12 of 12 images are not of the size that their annotations say")
+            assert "train_000.jpg has (48, 32) pixels, and its XML file (64, 64)" in said
+        else:
+            said = r"\(48, 32\) pixels, and its annotations are of \(64, 64\)"
+            with pytest.raises(ConfigError, match=said):
+                Reader(sets.train, 3, "boxes").read(0)
+
+
 def _break_xml(path: Path) -> None:
     (path / "Annotations" / "train_003.xml").write_text("<annotation><object>")
 

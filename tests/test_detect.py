@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from mocofast import cli
-from mocofast.detection.launch import configure, table
+from mocofast.detection.launch import configure, labels_of, table
 from mocofast.detection.options import KINDS, DetectConfig, apply
 from mocofast.detection.page import TaskRun, verdict
 from mocofast.detection.run import train
@@ -160,6 +160,17 @@ def test_starts_are_compared_side_by_side(
     said = capsys.readouterr().err
     assert "not a mocofast checkpoint of pretraining, but a file of 'mocofast detect 1'" in said
     assert said.count("checkpoints/") == 1  # said once, not of every file
+
+
+def test_starts_have_names_of_their_own(tmp_path: Path) -> None:
+    for name in ("lr=0.03", "lr=0.1", "a/run", "b/run"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    rates = [str(tmp_path / "lr=0.03"), "scratch", str(tmp_path / "lr=0.1"), "moco.pth"]
+    assert labels_of(rates) == ["lr=0.03", "scratch", "lr=0.1", "moco"]
+    files = [str(tmp_path / name / "checkpoints/last.pt") for name in ("lr=0.03", "lr=0.1")]
+    assert labels_of(files) == ["lr=0.03-checkpoints-last", "lr=0.1-checkpoints-last"]
+    runs = [str(tmp_path / "a/run"), str(tmp_path / "b/run")]
+    assert labels_of(runs) == [f"{tmp_path.name}-{name}-run" for name in "ab"]
 
 
 def test_defaults_are_small_on_a_cpu_alone() -> None:

@@ -49,6 +49,11 @@ class Reader:
         except Exception as error:  # PIL raises nearly any exception
             self.skipped[index] = describe_error(error)
             return None
+        if item.size not in (None, pixels.shape[:2]):
+            raise ConfigError(
+                f"{item.image}: {pixels.shape[:2]} pixels, and its annotations are of {item.size}; "
+                "boxes would lie in other places. Resize annotations and images together"
+            )
         if self.kind == "boxes":
             return to_tensor(pixels), item.target
         found = item.masks() if self.kind == "masks" else item.pixels()

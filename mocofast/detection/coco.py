@@ -15,7 +15,14 @@ import numpy as np
 
 from mocofast.config import ConfigError
 from mocofast.detection.options import SetOptions
-from mocofast.detection.sets import IGNORED, AnnotatedSet, Item, Target, kept_boxes
+from mocofast.detection.sets import (
+    IGNORED,
+    AnnotatedSet,
+    Item,
+    Target,
+    kept_boxes,
+    unused_classes,
+)
 from mocofast.errors import describe_error
 
 
@@ -56,6 +63,7 @@ def load(parts: list[list[Path]], data: SetOptions, kind: str) -> tuple[Annotate
         for file in files:
             _add(found, file, contents[file], labels, Path(data.path))
         sets.append(found)
+    sets[0].remarks += unused_classes(classes, [named[number] for number in used])
     return sets[0], sets[1]
 
 
@@ -106,7 +114,7 @@ def _add(
         bad += len(found) - len(kept)
         masks = partial(_with_masks, target, kept, size, name)
         pixels = partial(_pixels, target, kept, size, name)
-        into.items.append(Item(name, target, masks, pixels))
+        into.items.append(Item(name, target, masks, pixels, size))
     if bad:
         into.remarks.append(f"{file.name}: left out {bad} boxes without an area in their image")
     if strays:

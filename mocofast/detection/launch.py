@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ def _side_by_side(
     device: torch.device,
 ) -> int:
     """Trains from every start with every seed, and compares the figures. Returns the status."""
-    labels = [init if init in STARTS else Path(init).stem or init for init in inits]
+    labels = labels_of(inits)
     if len(set(labels)) < len(labels) or len(set(seeds)) < len(seeds):
         raise ConfigError(f"CKPT: expected starts and seeds of different names, got {labels}")
     if resume and not config.train.dir:
@@ -162,8 +164,8 @@ def _side_by_side(
             if outcome.interrupted:
                 if distributed.is_main():
                     print(
-                        f"to continue all runs: the same command with --train.dir {parent} "
-                        "--resume auto"
+                        "to continue all runs: the same command with --train.dir "
+                        f"{shlex.quote(str(parent))} --resume auto"
                     )
                 return interrupts.EXIT_INTERRUPTED
             figures[label].append(outcome.values)
@@ -177,6 +179,23 @@ def _side_by_side(
             "folder for a run"
         )
     return 0
+
+
+def labels_of(inits: Sequence[str]) -> list[str]:
+    """Returns the names of starts: of a folder, or of a file without its ending.
+
+    Where names are equal (last.pt of two runs), names of the folders above come first.
+    """
+
+    def name(init: str, parts: int) -> str:
+        path = Path(os.path.abspath(init))
+        return "-".join((path if path.is_dir() else path.with_suffix("")).parts[1:][-parts:])
+
+    for parts in (1, 3):
+        labels = [init if init in STARTS else name(init, parts) for init in inits]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _with(config: TaskConfig, init: str, seed: int, folder: Path) -> TaskConfig:

@@ -7,7 +7,7 @@ the order of `AnnotatedSet.classes`. 0 is the background, and 255 marks pixels t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocofast.data.decoding import decode
+from mocofast.settings import nearest
 
 IGNORED = 255
 
@@ -41,12 +42,14 @@ class Item(NamedTuple):
 
     target: the boxes. masks: returns the objects with masks, read from files.
     pixels: returns the class of every pixel, (H, W) uint8.
+    size: height and width of the image that the annotations are of. None: not said.
     """
 
     image: Path
     target: Target
     masks: Callable[[], Target]
     pixels: Callable[[], np.ndarray]
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -74,6 +77,16 @@ class AnnotatedSet:
             found.update(item.image.name.encode())
             found.update(item.target.boxes.tobytes() + item.target.labels.tobytes())
         return found.hexdigest()[:16]
+
+
+def unused_classes(classes: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Returns a remark for every class that no object has. known: the names in the files."""
+    known = list(known)
+    return [
+        f"data.classes: no object has the class {name!r}{nearest(name, known)}"
+        for name in classes
+        if name not in known
+    ]
 
 
 def read_image(path: Path, channels: int) -> np.ndarray:

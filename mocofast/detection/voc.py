@@ -17,7 +17,15 @@ from PIL import Image
 
 from mocofast.config import ConfigError
 from mocofast.detection.options import SetOptions
-from mocofast.detection.sets import IGNORED, AnnotatedSet, Item, Target, boxes_of, kept_boxes
+from mocofast.detection.sets import (
+    IGNORED,
+    AnnotatedSet,
+    Item,
+    Target,
+    boxes_of,
+    kept_boxes,
+    unused_classes,
+)
 from mocofast.errors import describe_error
 
 CLASSES = (
@@ -35,6 +43,13 @@ class _Box(NamedTuple):
     name: str
     corners: tuple[float, float, float, float]
     difficult: bool
+
+
+class _File(NamedTuple):
+    """An XML file. size: (height, width) of the image, (0, 0) where the file does not say it."""
+
+    boxes: list[_Box]
+    size: tuple[int, int]
 
 
 def find(path: Path, kind: str) -> dict[str, Path]:
@@ -59,10 +74,11 @@ def load(parts: list[list[Path]], data: SetOptions, kind: str) -> tuple[Annotate
     """
     listed = [[pair for file in files for pair in _ids(file)] for files in parts]
     if kind == "boxes":
-        boxes = [[_read_xml(root, name) for root, name in part] for part in listed]
-        names = sorted({box.name for part in boxes for found in part for box in found})
+        read = [[_read_xml(root, name) for root, name in part] for part in listed]
+        names = sorted({box.name for part in read for found in part for box in found.boxes})
         classes = data.classes or tuple(names)
-        sets = [_with_boxes(part, found, classes, data) for part, found in zip(listed, boxes)]
+        sets = [_with_boxes(part, found, classes) for part, found in zip(listed, read)]
+        sets[0].remarks += unused_classes(classes, names)
     else:
         classes = data.classes or _mask_classes([pair for part in listed for pair in part])
         sets = [
@@ -76,8 +92,12 @@ def _ids(file: Path) -> list[tuple[Path, str]]:
     """Returns (folder, name) of the images in a list, without repetitions."""
     root = file.parent.parent.parent
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    # Lists of a class have a second column. -1 there: the image does not show the class.
-    names = [line.split()[0] for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    if any(" " in name or "\t" in name for name in names):
+        # Names with spaces, or lists of a class with a second column: -1 for an image that does
+        # not show the class.
+        there = {image.stem for image in (root / "JPEGImages").glob("*")}
+        names = [name if name in there else name.split()[0] for name in names]
     if not names:
         raise ConfigError(f"{file}: a list without names of images")
     return [(root, name) for name in dict.fromkeys(names)]
@@ -97,11 +117,11 @@ def _escaped(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _read_xml(root: Path, name: str) -> list[_Box]:
+def _read_xml(root: Path, name: str) -> _File:
     path = root / "Annotations" / f"{name}.xml"
     try:
         tree = ElementTree.parse(path)
-        return [
+        boxes = [
             _Box(
                 (entry.findtext("name") or "").strip(),
                 _corners(entry),
@@ -109,6 +129,8 @@ def _read_xml(root: Path, name: str) -> list[_Box]:
             )
             for entry in tree.iter("object")
         ]
+        height, width = (int(float(tree.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
+        return _File(boxes, (height, width))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file, for an image of a list") from None
     except (OSError, ElementTree.ParseError, ValueError, TypeError) as error:
@@ -126,21 +148,22 @@ def _corners(entry: ElementTree.Element) -> tuple[float, float, float, float]:
 
 def _with_boxes(
     pairs: Sequence[tuple[Path, str]],
-    boxes: Sequence[list[_Box]],
+    files: Sequence[_File],
     classes: Sequence[str],
-    data: SetOptions,
 ) -> AnnotatedSet:
     from mocofast.data.decoding import image_size
 
-    items, bad, other = [], 0, 0
-    for (root, name), found in zip(pairs, boxes):
+    items, bad, other, resized = [], 0, 0, []
+    for (root, name), file in zip(pairs, files):
         image = _image(root, name)
-        mine = [box for box in found if box.name in classes]
-        other += len(found) - len(mine)
+        mine = [box for box in file.boxes if box.name in classes]
+        other += len(file.boxes) - len(mine)
         try:
             height, width = image_size(str(image))
         except Exception as error:  # PIL raises nearly any exception
             raise ConfigError(f"{image}: not an image ({describe_error(error)})") from None
+        if all(file.size) and file.size != (height, width):
+            resized.append(f"{image} has {(height, width)} pixels, and its XML file {file.size}")
         corners = np.array([box.corners for box in mine], np.float32).reshape(-1, 4)
         corners, good = kept_boxes(corners, width, height)
         bad += int((~good).sum())
@@ -148,6 +171,11 @@ def _with_boxes(
         labels = np.array([classes.index(box.name) + 1 for box in mine], np.int64)[good]
         items.append(Item(image, _target(corners[good], labels, difficult), _no_masks, _no_masks))
     remarks = [f"left out {bad} boxes without an area inside their image"] if bad else []
+    if resized:  # some tools write sizes that are wrong, beside boxes that are right
+        remarks.append(
+            f"{len(resized)} of {len(pairs)} images are not of the size that their annotations "
+            f"say, and boxes may lie in other places: {resized[0]}"
+        )
     if other:
         remarks.append(f"left out {other} objects of classes that data.classes does not name")
     return AnnotatedSet(items, tuple(classes), remarks)
