@@ -114,10 +114,12 @@ COMPILED = Extension(
     "mocofast_kernels._compiled",
     [
         f"kernels/mocofast_kernels/{name}.c"
-        for name in ("sweep", "steps", "convolution", "batch_norm")
+        for name in ("sweep", "in_batch", "steps", "convolution", "batch_norm")
     ],
     depends=[
         "kernels/mocofast_kernels/x86.h",
+        "kernels/mocofast_kernels/avx512.h",
+        "kernels/mocofast_kernels/products.h",
         "kernels/mocofast_kernels/sweep_body.h",
         "kernels/mocofast_kernels/steps_body.h",
         "kernels/mocofast_kernels/convolution_body.h",

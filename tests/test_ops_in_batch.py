@@ -78,10 +78,15 @@ def eager(loss: str, a: Tensor, b: Tensor, scale: Any = SCALE) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every call that a small batch could serve: whether its logits were kept."""
+@pytest.fixture(params=["compiled", "PyTorch"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every call that a small batch could serve: whether its logits were kept.
+
+    Without the compiled library, or on a CPU without AVX-512, both are PyTorch's operators.
+    """
     seen: list[bool] = []
+    if request.param == "PyTorch":
+        monkeypatch.setattr(cpu_in_batch, "serves", lambda query, key: False)
 
     def watched(compute: Any, *arguments: Any, **options: Any) -> Any:
         found = compute(*arguments, **options)

@@ -1,33 +1,21 @@
 """Losses over the pairs of a small batch on a CPU, with all gradients from a single pass.
 
 The logits of a small batch fit the cache, so they are kept: a block of a large batch is computed
-again for the gradient of the keys, and once more for the columns of CLIP's loss (`cpu`).
+again for the gradient of the keys, and once more for the columns of CLIP's loss (`cpu`). The
+compiled library computes what it takes (`cpu_compiled_batch`), PyTorch's operators the rest.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_threads
+from mocofast_kernels.cpu_compiled_batch import RANGE, InBatch, Kind, compiled_batch, serves
 from mocofast_kernels.cpu_products import SMALL, product
 from mocofast_kernels.cpu_vectors import LOG2E, softplus, through_normalize, unit_rows, wide
 
 LOGITS = 2**18  # most logits of a batch: 1 MB
-RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
-
-
-class InBatch(NamedTuple):
-    """The mean loss and its gradients. Gradients may be None unless asked for."""
-
-    loss: Tensor  # ()
-    rank: Tensor | None  # (N,) int32: negatives that score as high as the positive, or higher
-    grad_query: Tensor | None  # (N, C)
-    grad_key: Tensor | None  # (N, C)
-    grad_scale: Tensor  # (): by the factor of the dot products, 1 / T
-    grad_bias: Tensor | None = None  # (): of SigLIP
 
 
 def _is_small(query: Tensor, *args: object, **kwargs: object) -> bool:
@@ -35,7 +23,6 @@ def _is_small(query: Tensor, *args: object, **kwargs: object) -> bool:
     return len(query) * query.numel() <= SMALL
 
 
-@cpu_threads.one_fork(unless=_is_small)
 def in_batch(
     query: Tensor,
     key: Tensor | None,
@@ -57,11 +44,36 @@ def in_batch(
     need_key: compute the gradient of the keys.
 
     Returns None where logits lie far apart or are not finite (exponentials then need a shift for
-    every row), and for rows without a negative.
+    every row), and for rows without a negative. Tensors must have values: no fake tensors.
     """
-    count = len(query)
-    if count < (4 if key is None else 2):
+    if len(query) < (4 if key is None else 2):
         return None
+    if serves(query, key):
+        kind = Kind.VIEWS if key is None else Kind.BOTH_WAYS if both_ways else Kind.PAIRS
+        return compiled_batch(
+            kind,
+            query,
+            key,
+            scale,
+            normalize=normalize,
+            return_rank=return_rank,
+            need_key=need_key,
+        )
+    return _in_batch(query, key, scale, normalize, both_ways, return_rank, need_key)
+
+
+@cpu_threads.one_fork(unless=_is_small)
+def _in_batch(
+    query: Tensor,
+    key: Tensor | None,
+    scale: float,
+    normalize: bool,
+    both_ways: bool,
+    return_rank: bool,
+    need_key: bool,
+) -> InBatch | None:
+    """Returns the results of `in_batch` by PyTorch's operators."""
+    count = len(query)
     h, query_norm = unit_rows(query, normalize)
     unit_key, key_norm = (h, None) if key is None else unit_rows(key, normalize)
     positive = h.roll(count // 2, 0) if key is None else unit_key
@@ -105,7 +117,6 @@ def in_batch(
     return InBatch(loss, rank, through_normalize(grad, along, h, query_norm), grad_key, grad_scale)
 
 
-@cpu_threads.one_fork(unless=_is_small)
 def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) -> InBatch | None:
     """Returns the supervised contrastive loss over the rows with positives, and its gradient.
 
@@ -114,6 +125,15 @@ def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) 
     """
     if len(query) < 2:
         return None
+    if serves(query, None):
+        labels = labels.contiguous()
+        return compiled_batch(Kind.LABELS, query, None, scale, labels=labels, normalize=normalize)
+    return _supervised(query, labels, scale, normalize)
+
+
+@cpu_threads.one_fork(unless=_is_small)
+def _supervised(query: Tensor, labels: Tensor, scale: float, normalize: bool) -> InBatch | None:
+    """Returns the results of `supervised` by PyTorch's operators."""
     h, norm = unit_rows(query, normalize)
     logits = product(h * (scale * LOG2E), h)  # (N, N), in bits
     low, high = map(float, logits.aminmax())
@@ -137,13 +157,22 @@ def supervised(query: Tensor, labels: Tensor, scale: float, *, normalize: bool) 
     )
 
 
-@cpu_threads.one_fork(unless=_is_small)
-def sigmoid(query: Tensor, key: Tensor, scale: float, bias: float, *, need_key: bool) -> InBatch:
+def sigmoid(
+    query: Tensor, key: Tensor, scale: float, bias: float, *, need_key: bool
+) -> InBatch | None:
     """Returns SigLIP's loss of all pairs of rows, a sum over N keys and a mean over N queries.
 
     query, key: (N, C). Key i is the positive of query i. scale, bias: of the dot products.
     need_key: compute the gradient of the keys.
     """
+    if serves(query, key):
+        return compiled_batch(Kind.SIGMOID, query, key, scale, bias=bias, need_key=need_key)
+    return _sigmoid(query, key, scale, bias, need_key)
+
+
+@cpu_threads.one_fork(unless=_is_small)
+def _sigmoid(query: Tensor, key: Tensor, scale: float, bias: float, need_key: bool) -> InBatch:
+    """Returns the results of `sigmoid` by PyTorch's operators."""
     x, y = wide(query), wide(key)
     margins = product(x * -scale, y).sub_(bias)  # (N, N), of the negatives
     margins.diagonal().neg_()

@@ -245,15 +245,15 @@ def siglip_loss(
     device, dtype = image_features.device, wide_dtype(image_features.dtype)
     scale = checked_temperature(logit_scale, device, "logit_scale")
     bias = checked_number(logit_bias, device, "logit_bias")
-    scale, bias = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scale, bias))
-    rows = len(image_features)
-    ring = Ring(None, 0, [rows], rows)
     if group is None:
         small = small_sigmoid(image_features, text_features, scale, bias)
         if small is not None:
             return small
+        rows = len(image_features)
+        ring = Ring(None, 0, [rows], rows)
     else:
         ring = ring_of(group, image_features=image_features, text_features=text_features)
+    scale, bias = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scale, bias))
     return sigmoid.siglip(image_features, text_features, scale, bias, ring).mean()
 
 

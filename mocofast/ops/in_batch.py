@@ -61,7 +61,7 @@ def small_supervised(
 
     temperature: T. Other arguments: as for `cpu_in_batch.supervised`.
     """
-    if not _is_small(features, temperature):
+    if not _is_small(features, labels, temperature):
         return None
     scale = _inverse(temperature)
     with torch.no_grad(), sweep.without_autocast("cpu"):
@@ -72,7 +72,9 @@ def small_supervised(
     return loss
 
 
-def small_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Tensor | None:
+def small_sigmoid(
+    query: Tensor, key: Tensor, scale: float | Tensor, bias: float | Tensor
+) -> Tensor | None:
     """Returns SigLIP's mean loss () of a small batch that needs gradients, or None.
 
     Arguments: as for `cpu_in_batch.sigmoid`.
@@ -82,6 +84,8 @@ def small_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Te
     with torch.no_grad(), sweep.without_autocast("cpu"):
         numbers = _number(scale), _number(bias)
         found = cpu_in_batch.sigmoid(query, key, *numbers, need_key=key.requires_grad)
+    if found is None:
+        return None
     loss: Tensor = _InBatch.apply("siglip_loss", found, query, key, scale, bias)
     return loss
 
