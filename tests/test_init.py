@@ -148,6 +148,12 @@ def test_a_finished_run_is_extended_by_epochs_at_another_rate(
     assert saved["config"]["optim"]["lr"] == 0.001
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line][-1] == 2 * steps
+    # The length of the whole run, not of the extension.
+    shorter = ["pretrain", "--resume", str(folder), "--extend", "--train.epochs", "1"]
+    capsys.readouterr()
+    assert cli.main(shorter) == 2
+    assert "is in epoch 2 already" in (error := capsys.readouterr().err)
+    assert "3 for 1 more" in error and load_checkpoint(folder)["config"]["train"]["epochs"] == 2
     # Options that cannot change the trajectory need no --extend. Others stay refused.
     free = ["--data.prefetch", "3", "--data.workers", "1", "--data.hw_decoder_load", "0.5"]
     free += ["--data.preallocate", "100,80"]

@@ -62,18 +62,24 @@ FREE_TO_EXTEND = (
 
 def _before_cooldown(config: Config, state: Mapping[str, Any]) -> bool:
     """Returns True where the steps until the checkpoint do not depend on the length of the run."""
-    done = state["epoch"] + (state["step_in_epoch"] > 0)
     return (
         config.optim.schedule == "wsd"
         and getattr(config.model, "momentum_schedule", "constant") == "constant"
-        and done <= cooldown_start(config.optim, config.train.epochs)
+        and _begun(state) <= cooldown_start(config.optim, config.train.epochs)
     )
+
+
+def _begun(state: Mapping[str, Any]) -> int:
+    """Returns the number of epochs that the run of a checkpoint has begun."""
+    begun: int = state["epoch"] + (state["step_in_epoch"] > 0)
+    return begun
 
 
 def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) -> None:
     """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run.
 
-    extend: options of FREE_TO_EXTEND may differ, apart from the optimiser's name.
+    extend: options of FREE_TO_EXTEND may differ, apart from the optimiser's name. The run may not
+        get shorter than it is already.
 
     (`train.precision` may be auto, see `keep_precision`.)
     """
@@ -81,6 +87,12 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     now, then = settings.to_dict(config), state["config"]
     with fitting():
         settings.from_dict(then)
+    if extend and config.train.epochs < _begun(state):
+        raise ConfigError(
+            f"train.epochs: {config.train.epochs}, but the run to continue is in epoch "
+            f"{_begun(state)} already. --extend takes the length of the whole run: "
+            f"{_begun(state) + config.train.epochs} for {config.train.epochs} more"
+        )
     free: tuple[str, ...] = FREE_TO_CHANGE
     if _before_cooldown(config, state) and _before_cooldown(settings.from_dict(then), state):
         free += ("train.epochs", "optim.cooldown_epochs")
