@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import VisionTransformer
 
-from mocofast import ops
+from mocofast import MoCo, ops
 from mocofast.optim import FusedAdamW, FusedLARS, FusedSGD
+from tests.eager_moco import PlainEncoder, random_batches
 
 WORLD, STEPS = 2, 4
 
@@ -36,8 +37,8 @@ def sharded(model: nn.Module) -> nn.Module:
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
+        name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+        for name, x in model.state_dict().items()
     }
 
 
@@ -72,6 +73,68 @@ def trained(rank: int, kind: str, shard: bool, fused_average: bool) -> dict[str,
             key.unshard()  # type: ignore[operator]
             key.reshard()  # type: ignore[operator]
     return {"query": whole(query), "key": whole(key)}
+
+
+def moco_trained(rank: int, sharded_parts: tuple[str, ...], fused: bool) -> dict[str, Tensor]:
+    """Trains MoCo, under DDP without parts. Returns losses and the whole state dict.
+
+    sharded_parts: attributes, and "" for the model, in the order in which FSDP2 shards them.
+    """
+    torch.manual_seed(0)
+    model = MoCo(PlainEncoder, 8, 20, momentum=0.8)
+    for name in sharded_parts:
+        fully_shard(model.get_submodule(name))
+    run: nn.Module = model if sharded_parts else DistributedDataParallel(model)
+    queries, keys = model.trained_pairs()
+    optimizer = FusedSGD(queries, 0.3, 0.9, ema=(keys, model.momentum) if fused else None)
+    losses = []
+    for im_q, im_k in random_batches(STEPS, WORLD * 3):
+        parts = im_q.chunk(WORLD)[rank], im_k.chunk(WORLD)[rank]
+        loss = run(*parts, update_keys=not fused).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), **whole(model)}
+
+
+MOCO_PARTS = {
+    "encoders": ("encoder_q", "encoder_k"),
+    "encoders and model": ("encoder_q", "encoder_k", ""),
+    "model": ("",),
+}
+
+
+def moco_cases(rank: int) -> dict[str, Any]:
+    cases: dict[str, Any] = {}
+    for fused in (False, True):
+        cases[f"DDP, {fused}"] = moco_trained(rank, (), fused)
+        for name, parts in MOCO_PARTS.items():
+            try:
+                cases[f"{name}, {fused}"] = moco_trained(rank, parts, fused)
+            except RuntimeError as error:
+                cases[f"{name}, {fused}"] = str(error)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def moco_results() -> dict[str, Any]:
+    return on_ranks(moco_cases, WORLD)[0]
+
+
+@pytest.mark.parametrize("parts", MOCO_PARTS)
+@pytest.mark.parametrize("fused", [False, True], ids=["average apart", "average in the optimiser"])
+def test_moco_sharded_in_another_loop_equals_ddp(
+    parts: str, fused: bool, moco_results: dict[str, Any]
+) -> None:
+    found, expected = (moco_results[f"{name}, {fused}"] for name in (parts, "DDP"))
+    if parts == "model" and not fused:  # the average of whole weights would be lost
+        assert "fully_shard(model.encoder_q), fully_shard(model.encoder_k), then" in found
+        return
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert expected["losses"].std() > 0.01
 
 
 def all_cases(rank: int) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mocofast.methods.base import Method
 from mocofast.models.vit import without_drop_path
 from mocofast.ops import ema_update_
+from mocofast.ops.local import is_dtensor
 from mocofast.optim.schedule import cosine_momentum
 
 
@@ -52,9 +56,33 @@ class MomentumMethod(Method):
         pairs = [(q, k) for q, k in self._pairs() if q.requires_grad]
         return [q for q, _ in pairs], [k for _, k in pairs]
 
+    def check_views(self, local_views: Sequence[Tensor] = (), **views: Tensor) -> None:
+        """Checks the views, as every Method does. In train mode FSDP2 drops whole weights.
+
+        FSDP2 keeps the whole weights of an encoder after a pass without a backward pass. Optimisers
+        and averages change the parts of a rank, so the whole weights are of an earlier step.
+        """
+        super().check_views(local_views, **views)
+        if self.training:
+            for encoder in (*self.towers, *self.towers.values()):
+                for part in getattr(self, encoder).modules():
+                    if _is_fsdp(part):
+                        part.reshard()
+
     def update_momentum_encoder(self) -> None:
-        """Updates encoder_k: k = m k + (1 - m) q."""
+        """Updates encoder_k: k = m k + (1 - m) q.
+
+        Raises RuntimeError where FSDP2 shards the method, but no encoder: all weights are whole
+        during the forward pass, and FSDP2 would drop every change.
+        """
         queries, keys = zip(*self._pairs())
+        if _is_fsdp(self) and not all(map(is_dtensor, keys)):
+            query, key = next(iter(self.towers.items()))
+            raise RuntimeError(
+                f"FSDP2 shards the model as a whole, so the average of {key} would be lost. Shard "
+                f"the encoders before it: fully_shard(model.{query}), fully_shard(model.{key}), "
+                "then fully_shard(model)"
+            )
         ema_update_(list(keys), list(queries), self.momentum)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -68,6 +96,14 @@ class MomentumMethod(Method):
                 )
             pairs += zip(queries, keys)
         return pairs
+
+
+def _is_fsdp(module: Any) -> bool:
+    """Returns whether FSDP2 shards a module, without importing FSDP2."""
+    if torch.compiler.is_compiling():
+        return False
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def _momentum_after(momentum: float, step: int, total_steps: int) -> float:

@@ -79,7 +79,7 @@ def check_same_run(config: Config, state: dict[str, Any], extend: bool = False) 
     """Raises ConfigError, naming the option, if `config` differs from the checkpoint's run.
 
     extend: options of FREE_TO_EXTEND may differ, apart from the optimiser's name. The run may not
-        get shorter than it is already.
+        get shorter.
 
     (`train.precision` may be auto, see `keep_precision`.)
     """
