@@ -8,9 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn import metrics
 from torch import Tensor, nn
 
+from mocofast import cli
 from mocofast.config import Config, ConfigError, DataConfig, OptimConfig
 from mocofast.data.sources import ArraySource, Datasets, load_datasets
 from mocofast.evaluate import search as search_module
@@ -329,3 +331,35 @@ def test_protocols_have_the_values_of_their_papers() -> None:
     assert (given.epochs, given.lr) == (3, 0.1)
     with pytest.raises(ConfigError, match=r"linear.lr: no effect with linear.protocol=fast"):
         of_protocol(LinearConfig(), {"linear.lr": "1"}, "resnet50")
+
+
+def test_images_that_cannot_be_decoded_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 30)):
+        for name in ("a", "b"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / part / name / f"{i:02d}.png")
+    bad = ["train/a/03.png", *(f"val/b/{i:02d}.png" for i in range(25))]
+    for name in bad:
+        (tmp_path / "set" / name).write_bytes(b"no image")
+    small = ["--model.arch", "resnet_tiny", "--augment.size", "32", "--data.path", "set"]
+    run = ["--train.epochs", "0", "--train.dir", "run", "--knn.every", "0"]
+    assert cli.main(["pretrain", *small, *run]) == 0
+    for command, short in (
+        ("knn", []),
+        ("linear", []),
+        ("linear", ["--linear.protocol", "reference", "--linear.epochs", "1"]),
+        ("finetune", ["--finetune.epochs", "1"]),
+    ):
+        capsys.readouterr()
+        assert cli.main([command, "run", "--data.path", "set", *short]) == 0
+        out, err = capsys.readouterr()
+        left_out = [text for text in (out + err).splitlines() if text.startswith("left out: ")]
+        said = [text.split(":")[1].strip() for text in left_out]
+        rest = "5 images more that cannot be decoded"
+        assert sorted(said) == sorted([*bad[:21], rest]), command  # 20 names of a set

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -16,12 +17,15 @@ from mocofast.data.evaluation import EvalBatches
 from mocofast.data.interface import Source
 from mocofast.data.loaders import count_workers, eval_batches
 from mocofast.data.threads import Threads
-from mocofast.errors import NothingDecodedError
+from mocofast.errors import NothingDecodedError, printable
 from mocofast.models import encoders, pixels
 from mocofast.models.convolutions import compiled_convolutions
 from mocofast.view_sizes import Size
 
+log = logging.getLogger("mocofast")
+
 EVALUATION_BATCH = 256  # images
+MOST_NAMED = 20  # images that cannot be decoded
 MOST_AT_ONCE = 4  # batches that a CPU computes at the same time: each holds its activations
 
 
@@ -172,6 +176,17 @@ def extract_batches(
             free.put(_replica(encoder))
         with Threads(at_once, "mocofast-features") as pool:
             yield from pool.map(compute_in_thread, batches, at_once)
+
+
+def name_left_out(source: Source, skipped: Mapping[int, str]) -> None:
+    """Logs which images cannot be decoded, so that no figure is of fewer images in silence.
+
+    skipped: {index in `source`: reason}, of a loader or of `image_batches`.
+    """
+    for index, reason in sorted(skipped.items())[:MOST_NAMED]:
+        log.warning("left out: %s: %s", printable(source.name(index)), printable(reason))
+    if len(skipped) > MOST_NAMED:
+        log.warning("left out: %d images more that cannot be decoded", len(skipped) - MOST_NAMED)
 
 
 def check_finite(features: Tensor) -> None:

@@ -24,7 +24,7 @@ from mocofast.data.sources import Datasets, labelled
 from mocofast.device import choose_autocast, short_name, wrong_in_bf16
 from mocofast.distributed import rank_and_world_size
 from mocofast.errors import NothingDecodedError
-from mocofast.evaluate.features import evaluating, image_batches
+from mocofast.evaluate.features import evaluating, image_batches, name_left_out
 from mocofast.evaluate.layers import add_drop_path, optimizer_of
 from mocofast.evaluate.linear import Probe, fit_probe, plain_view
 from mocofast.evaluate.metrics import top_accuracies
@@ -202,6 +202,7 @@ def train_classifier(
                     result = predict(encoder, datasets.val, config, device, autocast)
                     on_epoch(result)
             scale.into(encoder)
+            name_left_out(datasets.train, loader.skipped)
         finally:
             loader.close()
             for handle in handles:
@@ -225,12 +226,14 @@ def predict(
     def compute(part: Source) -> tuple[Tensor, ...]:
         scores, every = [], []
         with torch.no_grad(), evaluating(encoder), autocast:
-            for images, labels, _ in image_batches(part, config, device):
+            batches = image_batches(part, config, device)
+            for images, labels, _ in batches:
                 assert labels is not None
                 scores.append(encoder(prepare_images(images, mean, std)).float().cpu())
                 every.append(labels)
         if not scores:
             raise NothingDecodedError("data.path: none of the images to evaluate can be decoded")
+        name_left_out(part, batches.skipped)
         return torch.cat(scores), torch.cat(every)
 
     return Predictions(*over_ranks(compute, source))

@@ -39,6 +39,7 @@ from mocofast.evaluate.features import (
     extract,
     extraction,
     image_batches,
+    name_left_out,
 )
 from mocofast.evaluate.knn import label_position
 from mocofast.evaluate.logistic import Features, fit_logistic
@@ -292,6 +293,7 @@ def _sgd(
                 )
     finally:
         loader.close()
+    name_left_out(datasets.train, loader.skipped)
     weight, bias = head.weight.detach(), head.bias.detach()
     return Probe(weight, bias, _scores(val_features, weight, bias), val_labels, train_top1, None)
 
@@ -307,7 +309,10 @@ def frozen_features(
     how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:
-        return extract(encoder, image_batches(part, config, device), device, "backbone", **how)
+        batches = image_batches(part, config, device)
+        found = extract(encoder, batches, device, "backbone", **how)
+        name_left_out(part, batches.skipped)
+        return found
 
     features, labels = over_ranks(compute, source)
     check_finite(features)

@@ -21,6 +21,7 @@ from mocofast.evaluate.features import (
     extract_batches,
     extraction,
     image_batches,
+    name_left_out,
 )
 from mocofast.evaluate.knn import nearest_labels, votes_of
 from mocofast.evaluate.monitor import at_most, check_shots
@@ -75,7 +76,10 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
     how = extraction(config, device, autocast)
 
     def compute(part: Source) -> tuple[Tensor, ...]:
-        return extract(encoder, image_batches(part, config, device), device, knn.features, **how)
+        batches = image_batches(part, config, device)
+        found = extract(encoder, batches, device, knn.features, **how)
+        name_left_out(part, batches.skipped)
+        return found
 
     queries, labels = over_ranks(compute, val)
     check_finite(queries)
@@ -95,6 +99,7 @@ def search(encoder: nn.Module, datasets: Datasets, config: Config, device: torch
             if rows >= _PART:
                 yield tuple(torch.cat(tensors) for tensors in zip(*waiting))  # type: ignore[misc]
                 waiting, rows = [], 0
+        name_left_out(source, batches.skipped)
         if waiting:
             yield tuple(torch.cat(tensors) for tensors in zip(*waiting))  # type: ignore[misc]
 

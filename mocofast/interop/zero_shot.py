@@ -13,7 +13,13 @@ from torch import Tensor
 from mocofast.config import Config, ConfigError
 from mocofast.data.interface import Source
 from mocofast.device import run_autocast
-from mocofast.evaluate.features import evaluating, extract, extraction, image_batches
+from mocofast.evaluate.features import (
+    evaluating,
+    extract,
+    extraction,
+    image_batches,
+    name_left_out,
+)
 from mocofast.evaluate.ranks import over_ranks
 from mocofast.evaluate.targets import targets_of
 from mocofast.interop.classifiers import Classifier, plain_encoder
@@ -125,6 +131,7 @@ def classify(classifier: Classifier, source: Source, device: torch.device) -> tu
     def compute(part: Source) -> tuple[Tensor, ...]:
         batches = image_batches(part, config, device)
         outputs, labels = extract(classifier.encoder, batches, device, "output", **how)
+        name_left_out(part, batches.skipped)
         return outputs.softmax(1), labels
 
     scores, labels = over_ranks(compute, source)
