@@ -393,7 +393,9 @@ def test_folders_of_accelerate_and_transformers_load(
 
 def test_an_index_of_files_elsewhere_or_missing_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
-    for content in ({"weight_map": {"a": "../b.safetensors"}}, {"weight_map": 3}, []):
+    maps = [{"a": "../b.safetensors"}, {"a": index.name}, {"a": "x.bin"}, {"a": ["x"]}, 3]
+    torch.save([torch.zeros(3)], tmp_path / "x.bin")
+    for content in (*({"weight_map": each} for each in maps), []):
         index.write_text(json.dumps(content))
         with pytest.raises(ConfigError, match="expected an index of safetensors"):
             load_any(str(tmp_path))

@@ -62,12 +62,17 @@ def read_any(path: str | Path) -> tuple[Any, Path]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Returns the weights of all files that an index names."""
     files = entries_of(index).get("weight_map")
-    if not isinstance(files, dict) or not all(Path(str(x)).name == x for x in files.values()):
+    if not isinstance(files, dict) or not all(map(_is_weights, files.values())):
         raise ConfigError(f"{index}: expected an index of safetensors, with a weight_map of files")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         weights |= read_any(index.with_name(name))[0]
     return weights
+
+
+def _is_weights(name: Any) -> bool:
+    """Returns whether a value of an index names a file beside the index, of safetensors."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def is_ours(content: Any) -> bool:
