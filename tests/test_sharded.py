@@ -78,7 +78,7 @@ def trained(rank: int, kind: str, shard: bool, fused_average: bool) -> dict[str,
 def moco_trained(rank: int, sharded_parts: tuple[str, ...], fused: bool) -> dict[str, Tensor]:
     """Trains MoCo, under DDP without parts. Returns losses and the whole state dict.
 
-    sharded_parts: attributes, and "" for the model, in the order in which FSDP2 shards them.
+    sharded_parts: attributes, and "" for the model, in the order of the calls of fully_shard.
     """
     torch.manual_seed(0)
     model = MoCo(PlainEncoder, 8, 20, momentum=0.8)
