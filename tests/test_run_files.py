@@ -23,6 +23,7 @@ from mocofast.report.parts import read_skipped
 from mocofast.train.checkpoint import load_checkpoint
 from mocofast.train.checkpoint_writer import CheckpointWriter
 from mocofast.train.claim import LOCK, claimed_folder
+from mocofast.train.engine import Engine
 from mocofast.train.run import train
 from tests.test_cli import call
 
@@ -61,6 +62,20 @@ def test_without_last_the_newest_step_file_continues(
     assert run(folder, 4, "auto").step == 4
     assert steps_of(folder) == [1, 2, 3, 4]
     assert "step_00000003.pt" in caplog.text
+
+
+def test_on_a_cpu_the_line_of_a_step_does_not_wait_for_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, written = Engine.step, []
+
+    def look(engine: Engine, *given: Any) -> Any:
+        written.append(steps_of(tmp_path))
+        return step(engine, *given)
+
+    monkeypatch.setattr(Engine, "step", look)
+    run(tmp_path, 3, **{"checkpoint.every_steps": 0})
+    assert written == [[], [1], [1, 2]]
 
 
 def flip(path: Path, rng: random.Random) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from mocofast_bench.processes import on_ranks
+from torch import Tensor
 
 from mocofast import settings
 from mocofast.data.sources import load_datasets
 from mocofast.evaluate.features import EvaluationStopped, EvaluationTooLongError
 from mocofast.evaluate.monitor import KNNMonitor, _Forecast
 from mocofast.models.encoders import TinyResNet
+from mocofast.train import estimate
 from mocofast.train.run import train
 
 CPU = torch.device("cpu")
@@ -62,6 +64,44 @@ def test_only_a_clear_forecast_ends_an_evaluation() -> None:
     with pytest.raises(EvaluationTooLongError) as caught:
         monitor().evaluate(TinyResNet(8), limit=1e-6)
     assert 0 < caught.value.seconds < 600
+
+
+def test_a_known_time_ends_an_evaluation_before_it_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knn = monitor()
+    monkeypatch.setattr("mocofast.evaluate.monitor.batches_at_once", lambda *_: 2)
+    computed: list[Tensor] = []
+    encoder = TinyResNet(8)
+    encoder.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0]))
+    images = len(knn.train) + len(knn.val)
+    for seconds, computes in ((4.1 * 3600, False), (3.9 * 3600, True)):
+        forward = 2 * seconds / images  # two batches at a time
+        if computes:
+            assert knn.evaluate(encoder, limit=3600, forward=forward)["knn_top1"] > 0
+        else:
+            with pytest.raises(EvaluationTooLongError) as caught:
+                knn.evaluate(encoder, limit=3600, forward=forward)
+            assert caught.value.seconds == pytest.approx(seconds)
+        assert bool(computed) == computes
+
+
+def test_a_run_knows_the_time_of_an_evaluation_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[float] = []
+
+    def evaluate(*given: object) -> dict[str, float]:
+        known.append(given[4])
+        return {"knn_top1": 0.5}
+
+    monkeypatch.setattr(estimate, "seconds_per_sample", lambda *_: 12.0)
+    monkeypatch.setattr(KNNMonitor, "evaluate", evaluate)
+    config = settings.load_recipe("digits")
+    settings.apply(config, {"train.dir": str(tmp_path), "train.max_steps": 1})
+    train(config)
+    # A forward pass of two, and the two passes of a backward pass: a forward pass is a quarter.
+    assert known[0] == 3
 
 
 @pytest.mark.parametrize(

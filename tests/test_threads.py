@@ -57,13 +57,32 @@ def test_all_cores_compute_where_threads_sleep_and_a_network_is_large() -> None:
 def test_only_large_networks_get_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setattr(threads, "cores_of_others", lambda _: 0.0)
-    for arch, size, expected in (("resnet_tiny", 8, 1), ("resnet18", 64, CORES)):
+    networks = (("resnet_tiny", 8, 1), ("vit_micro_cifar", 16, 1), ("resnet18", 64, CORES))
+    for arch, size, expected in networks:
         c = config(arch, size)
         network = encoder(c).train()
         set_threads(network, c, CPU)
         assert torch.get_num_threads() == expected
         assert network.training
+        assert threads.at_least(network, c) <= operations(network, c)
         assert operations(network, c) <= threads.at_most(network, c)
+
+
+def test_operations_are_counted_only_between_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def count(network: nn.Module, c: Config) -> int:
+        counted.append(c.model.arch)
+        return operations(network, c)
+
+    monkeypatch.setattr(threads, "operations", count)
+    c = config("resnet18", 64)  # 11 M weights, 32 images
+    for images, large, asked in ((512, True, []), (32, True, ["resnet18"]), (1, False, [])):
+        c.data.batch_size = images
+        c.augment.size = 64 if images > 1 else 8
+        counted.clear()
+        assert threads.is_large(encoder(c), c) == large
+        assert counted == asked
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")

@@ -69,10 +69,11 @@ def clocked() -> Iterator[Curve]:
             encoder: nn.Module,
             stopped: Callable[[], bool] = lambda: False,
             limit: float = math.inf,
+            forward: float = 0.0,
         ) -> dict[str, float]:
             nonlocal left_out
             entered = cpu_seconds()
-            values = super().evaluate(encoder, stopped, limit)
+            values = super().evaluate(encoder, stopped, limit, forward)
             curve.cpu.append(entered - began - left_out)
             curve.knn.append(values["knn_top1"])
             left_out += cpu_seconds() - entered

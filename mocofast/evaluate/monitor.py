@@ -23,6 +23,7 @@ from mocofast.evaluate.features import (
     EVALUATION_BATCH,
     EvaluationStopped,
     EvaluationTooLongError,
+    batches_at_once,
     check_finite,
     extract,
     extraction,
@@ -32,6 +33,8 @@ from mocofast.evaluate.features import (
 from mocofast.evaluate.knn import few_shot_accuracy, knn_accuracy
 
 Images = tuple[Tensor, Tensor | None, Tensor]  # images, labels and index of a batch
+
+CLEARLY = 4  # a prediction without a batch: other precisions and sizes of batches change times
 
 RESNETS = ("resnet", "wide_resnet", "resnext")  # take images of any size
 
@@ -93,6 +96,7 @@ class KNNMonitor:
         encoder: nn.Module,
         stopped: Callable[[], bool] = lambda: False,
         limit: float = math.inf,
+        forward: float = 0.0,
     ) -> dict[str, float]:
         """Returns {"knn_top1": share, ...}, equal on all ranks. Shares are from 0 to 1.
 
@@ -100,6 +104,8 @@ class KNNMonitor:
             EvaluationStopped.
         limit: seconds. If a rank predicts a longer evaluation from its first batches, all ranks
             raise EvaluationTooLongError.
+        forward: seconds of a forward pass of an image, equal on all ranks, if they are known. Where
+            they predict CLEARLY times the limit, nothing is computed.
 
         Copies rank 0's running statistics of BatchNorm to all ranks first: the checkpoint, which
         rank 0 writes, has the same statistics.
@@ -108,7 +114,12 @@ class KNNMonitor:
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
         autocast = knn_autocast(self.config, encoder, self.device)
-        forecast = _Forecast(len(self.train) + len(self.val), limit)
+        images = len(self.train) + len(self.val)
+        at_once = batches_at_once(self.config.data.workers, self.device)
+        known = forward * images / at_once
+        if known > CLEARLY * limit:
+            raise EvaluationTooLongError(known)
+        forecast = _Forecast(images, limit)
         with stoppable(encoder, stopped):
             bank, bank_labels = self._features(encoder, self.train, autocast, forecast, "bank")
             queries, query_labels = self._features(encoder, self.val, autocast, forecast, "queries")

@@ -33,20 +33,22 @@ def announce(
     world_size: int,
     lines: Sequence[str],
     resumed_step: int | None,
-) -> None:
+) -> float:
     """Logs recipe, data, device, loader, and how long the run will take.
 
     encoder: the query encoder, whole. choices: of the recipe `auto`. lines: further lines.
     resumed_step: None for a new run.
+
+    Returns the seconds of training on an image, or 0 where they were not measured.
     """
     announce_images(state, datasets, choices, resumed_step is None)
     log.info(describe_device(state, autocast, world_size))
     for line in lines:
         log.info(line)
     if resumed_step is None:
-        announce_time(state, encoder, autocast)
-    else:
-        announce_continuation(state, world_size)
+        return announce_time(state, encoder, autocast)
+    announce_continuation(state, world_size)
+    return 0.0
 
 
 def announce_images(
@@ -85,14 +87,15 @@ def announce_images(
         log.warning("%s", line)
 
 
-def announce_time(state: RunState, encoder: nn.Module, autocast: torch.autocast) -> None:
-    """Measures and logs how long a new run will take."""
+def announce_time(state: RunState, encoder: nn.Module, autocast: torch.autocast) -> float:
+    """Measures and logs how long a new run will take. Returns as `announce`."""
     c = state.config
     if not c.train.epochs:
-        return
+        return 0.0
     each = estimate.seconds_per_sample(encoder, c.augment, c.data.channels, state.device, autocast)
     own = max(state.shares_of_a_batch().counts)  # the others wait for the rank of most images
     log.info(estimate.time_of_run(each, c, own, state.loader.steps_per_epoch))
+    return each
 
 
 def announce_continuation(state: RunState, world_size: int) -> None:

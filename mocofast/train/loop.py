@@ -128,10 +128,11 @@ class Run:
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         self.watch: Watch | Attendant | None = None
+        self.seconds_per_image = 0.0  # of training. 0: not known
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *crowded, *self.remarks, f"writing to {self.path}"]
             seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
-            announce(*seen, lines, resumed_step)
+            self.seconds_per_image = announce(*seen, lines, resumed_step)
             pretrained = bool(self.remarks)
             self.watch = Watch(self.path, config, model, datasets, resumed_step, pretrained)
         elif sharded:
@@ -289,7 +290,7 @@ class Run:
     # ---- output ----
 
     def _end_window(self, bar: tqdm[Any], remaining: float) -> None:
-        """Ends the window. `_write_pending` writes the line after the next step's launch."""
+        """Ends the window. On a GPU its line is written after the launch of the next step."""
         state = self.state
         if not state.window.steps:  # all were left out
             return
@@ -303,6 +304,8 @@ class Run:
             {},
         )
         self.pending = (line, state.window.flush(), bar)
+        if self.device.type == "cpu":  # nothing to wait for
+            self._write_pending()
 
     def _write_pending(self) -> None:
         """Writes the line of the window that ended before the last launch, if there is one."""
@@ -343,7 +346,12 @@ class Run:
 
         limit = self.config.knn.start_limit if state.step == 0 < self.total_steps else 0
         try:
-            figures = self.monitor.evaluate(state.whole_encoder(), stopped, limit or math.inf)
+            forward = 0.0
+            if self.device.type == "cpu" and self.world_size == 1:  # ranks end together
+                # A forward and a backward pass take three times as long, the momentum encoder once.
+                forward = self.seconds_per_image / 4
+            encoder = state.whole_encoder()
+            figures = self.monitor.evaluate(encoder, stopped, limit or math.inf, forward)
         except EvaluationStopped:
             log.info("evaluation stopped; a continued run evaluates first")
             return False

@@ -54,7 +54,7 @@ def set_threads(
         torch.set_num_threads(saved["threads"])
         return []
     sleeping = saved is None and world_size == 1 and waits_briefly()
-    large = sleeping and at_most(encoder, config) >= WORTH <= operations(encoder, config)
+    large = sleeping and is_large(encoder, config)
     cores = count_workers(-1)
     free = (os.cpu_count() or 1) - (cores_of_others(LOOK) if large and cores > 1 else 0.0)
     crowded = free < cores - TOLERANCE
@@ -66,6 +66,19 @@ def set_threads(
         f"computes on {threads} of {cores} cores: other processes use some of them "
         f"(OMP_NUM_THREADS={cores} takes all, and waits for these processes)"
     ]
+
+
+def is_large(encoder: nn.Module, config: Config) -> bool:
+    """Returns whether a forward pass has the operations of WORTH. Bounds spare the count."""
+    if at_least(encoder, config) >= WORTH:
+        return True
+    return at_most(encoder, config) >= WORTH <= operations(encoder, config)
+
+
+def at_least(encoder: nn.Module, config: Config) -> int:
+    """Returns a bound of `operations` that costs no time: a weight works once for every image."""
+    parts = (part for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear))
+    return 2 * config.data.batch_size * sum(part.weight.numel() for part in parts)
 
 
 def at_most(encoder: nn.Module, config: Config) -> int:
