@@ -172,7 +172,7 @@ def _side_by_side(
     if distributed.is_main():
         text = table(figures)
         with files.atomic_write(parent / "comparison.json") as file:
-            file.write_text(json.dumps({"seeds": list(seeds), **figures}, indent=1) + "\n")
+            file.write_text(json.dumps({"seeds": list(seeds), **figures}, indent=1) + "\n", "utf-8")
         (parent / "comparison.md").write_text(f"In percent:\n\n{text}\n", encoding="utf-8")
         print(
             f"in percent:\n{text}\nwritten to {parent}: comparison.md, comparison.json, and a "

@@ -30,6 +30,11 @@ def info_nce_op(
     mask: Tensor | None,
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the fields of `InfoNCEForward` of N queries, with empty tensors in place of None.
+
+    temperature: () or None, which takes `scalar`. Others: of `Options`, `Exclusion`, and
+    `sweep.forward`, checked.
+    """
     options = Options(normalize, normalize_negatives, return_rank, dot_dtype)
     result = sweep.forward(
         query,
@@ -108,6 +113,10 @@ def grad_negatives_op(
     key_ids: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
+    """Returns the gradient by the negatives, (K, C) float32. Arguments: as for `info_nce_op`.
+
+    grad_loss, lse: (N,) float32, of the losses of `info_nce_op`.
+    """
     return sweep.grad_negatives(
         grad_loss,
         query,
@@ -169,6 +178,7 @@ info_nce_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("mocofast::enqueue_", mutates_args=("queue", "pointer"))
 def enqueue_op(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) -> None:
+    """Does what `mocofast.ops.enqueue_` does, for checked arguments."""
     backend.backend_for(queue.device.type).enqueue_(queue, pointer, keys, normalize=normalize)
 
 
@@ -176,6 +186,10 @@ def enqueue_op(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool) ->
 def ema_update_op(
     targets: list[Tensor], sources: list[Tensor], momentum: Tensor | None, scalar: float
 ) -> None:
+    """Does what `mocofast.ops.ema_update_` does, for checked arguments of a single device.
+
+    momentum: () or None, which takes `scalar`.
+    """
     backend.backend_for(targets[0].device.type).ema_update_(
         targets, sources, scalar if momentum is None else momentum
     )

@@ -109,6 +109,10 @@ def _gradients(
 def siglip_negatives_op(
     query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the fields of `SigmoidForward`. Key i is no negative of row i.
+
+    query, keys: (N, C). scale, bias: ().
+    """
     kernels = backend.backend_for(query.device.type)
     sums = kernels.sigmoid_forward(query, bias, keys, scale, Exclusion(len(query)))
     return sums.loss, sums.weight, sums.output
@@ -126,6 +130,7 @@ def _(query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor,
 def siglip_grad_keys_op(
     query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, grad_loss: Tensor
 ) -> Tensor:
+    """Returns the gradient by the keys, (N, C) float32 or float64. grad_loss: (N,)."""
     excluded = Exclusion(len(query))
     kernels = backend.backend_for(query.device.type)
     return kernels.sigmoid_grad_negatives(query, bias, keys, scale, excluded, grad_loss)
