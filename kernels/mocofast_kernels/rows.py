@@ -14,6 +14,7 @@ from torch import Tensor
 from mocofast_kernels import configs
 from mocofast_kernels.configs import ALL_REGISTERS, FUSED, block_of, row_warps
 from mocofast_kernels.cpu_ranks import TIE as TIE_SHARE
+from mocofast_kernels.tables import FLOATS
 
 LAUNCHES = ("num_splits", "tile")  # arguments of launches alone
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
@@ -237,9 +238,8 @@ def dot_kind(dot_dtype: torch.dtype, device: torch.device) -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-        dtype
-    ]
+    """Returns Triton's type for float32, bfloat16 or float16. KeyError for others."""
+    return FLOATS[dtype]
 
 
 def narrow(x: Tensor) -> Tensor:
