@@ -115,7 +115,9 @@ def linear(argv: Sequence[str]) -> int:
         targets = targets_of(datasets.train.classes, config.data.target)
         seed = config.train.seed
         figures = measure(probe.scores, probe.labels, targets, options.bootstrap, seed, logits=True)
-        figures["train_top1" if targets.kind == "class" else "train"] = probe.train_top1
+        if probe.train_top1 is not None:
+            name = {"class": "train_top1", "tags": "train_map", "number": "train_r2"}
+            figures[name[targets.kind]] = probe.train_top1
         if probe.l2 is not None:
             figures["l2"] = probe.l2
         plain = plain_encoder(encoder.cpu(), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -363,3 +364,27 @@ def test_images_that_cannot_be_decoded_are_named(
         said = [text.split(":")[1].strip() for text in left_out]
         rest = "5 images more that cannot be decoded"
         assert sorted(said) == sorted([*bad[:21], rest]), command  # 20 names of a set
+
+
+def test_a_probe_of_tags_says_what_its_figures_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = ["path,tags"]
+    for i in range(60):
+        pixels = rng.integers(0, 100, (8, 8, 3)) + np.array([(i % 2) * 150, 0, (i % 3 > 1) * 150])
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02d}.png")
+        rows.append(f"{i:02d}.png,{'red' if i % 2 else ''};{'blue' if i % 3 > 1 else ''}")
+    (tmp_path / "tags.csv").write_text("\n".join(rows) + "\n")
+    small = ["--model.arch", "resnet_tiny", "--augment.size", "32", "--train.epochs", "0"]
+    assert cli.main(["pretrain", "--data.path", ".", *small, "--train.dir", "run"]) == 0
+    tags = ["--data.path", ".", "--data.labels", "tags.csv:tags", "--data.target", "tags"]
+    assert cli.main(["linear", "run", *tags]) == 0
+    figures = json.loads((tmp_path / "run/linear/results.json").read_text())["figures"]
+    out = capsys.readouterr().out
+    assert figures["train_map"] > 0.9 and f"train_map {figures['train_map']:.4g}\n" in out
+    sgd = ["--linear.protocol", "reference", "--linear.epochs", "1", "--linear.lr", "0.1"]
+    assert cli.main(["linear", "run", *tags, *sgd, "--dir", "sgd"]) == 0
+    figures = json.loads((tmp_path / "sgd/results.json").read_text())["figures"]
+    assert [name for name in figures if name.startswith("train")] == []

@@ -65,7 +65,7 @@ class LinearResult(NamedTuple):
 
     top1: float  # of the validation images
     top5: float
-    train_top1: float  # of the training images (SGD: random crops of the last epoch)
+    train_top1: float | None  # of the training images (SGD: random crops of the last epoch)
     l2: float | None  # L2 strength chosen by `fast`, None for SGD
 
 
@@ -76,7 +76,8 @@ class Probe(NamedTuple):
     bias: Tensor  # (T,) float32
     scores: Tensor  # (M, T) float32, of the validation images
     labels: Tensor  # (M,) int64
-    train_top1: float  # see LinearResult. Of tags and numbers: their figure, see `_figure`
+    # see LinearResult. Of tags and numbers: their figure, see `_figure`, and None after SGD
+    train_top1: float | None
     l2: float | None
 
 
@@ -176,9 +177,8 @@ def _fast(
         solution = _fit(prepared.after(held), labels[held:], targets, l2, solution, LOOSE)
         figure = _figure(features[:held], labels[:held], targets, *solution)
         log.info(
-            "linear: l2 %.0e gives %.2f %% on the held-out tenth of the training images",
-            l2,
-            100 * figure,
+            "linear: l2 %.0e gives %s on the held-out tenth of the training images",
+            *(l2, _words(figure, targets)),
         )
         if figure > best:
             best, chosen, start = figure, l2, solution
@@ -246,7 +246,7 @@ def _sgd(
         per="epoch",
     )
     steps = loader.steps_per_epoch
-    train_top1 = 0.0
+    train_top1: float | None = None
     try:
         with evaluating(encoder):
             for epoch in range(options.epochs):
@@ -281,15 +281,15 @@ def _sgd(
                 if world_size > 1:
                     dist.all_reduce(sums)
                 seen, hit, loss_sum = sums.tolist()
-                train_top1 = hit / seen
+                own_figure = ""
+                if targets.kind == "class":
+                    train_top1 = hit / seen
+                    own_figure = f"train acc@1 {100 * train_top1:.2f} %  "
                 figure = _figure(val_features, val_labels, targets, head.weight, head.bias)
                 log.info(
-                    "linear: epoch %d/%d  loss %.4f  train acc@1 %.2f %%  validation %.2f %%",
-                    epoch + 1,
-                    options.epochs,
-                    loss_sum / seen,
-                    100 * train_top1,
-                    100 * figure,
+                    "linear: epoch %d/%d  loss %.4f  %svalidation %s",
+                    *(epoch + 1, options.epochs, loss_sum / seen),
+                    *(own_figure, _words(figure, targets)),
                 )
     finally:
         loader.close()
@@ -341,6 +341,13 @@ def _figure(
         return 0.0
     columns = (values[:, there].cpu().numpy() for values in (wanted, scores))
     return float(average_precision_score(*columns, average="macro"))
+
+
+def _words(figure: float, targets: Targets) -> str:
+    """Returns a figure of `_figure` in words."""
+    if targets.kind == "class":
+        return f"{100 * figure:.2f} %"
+    return f"{'mAP' if targets.kind == 'tags' else 'R²'} {figure:.4f}"
 
 
 @contextmanager

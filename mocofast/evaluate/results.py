@@ -15,7 +15,8 @@ from mocofast.evaluate.pictures import plot_confusion, plot_values
 from mocofast.evaluate.targets import Targets
 from mocofast.plots import save_figure
 
-_PLAIN = ("train_top1", "l2", "few_shot_top1")  # printed without the name of the command
+# Printed without the name of the command.
+_PLAIN = ("train_top1", "train_map", "train_r2", "l2", "few_shot_top1")
 _LISTS = ("per_class", "confusion", "intervals")  # figures that are no single numbers
 
 
