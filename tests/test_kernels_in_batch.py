@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from mocofast_kernels import cpu_compiled_batch, cpu_in_batch
-from mocofast_kernels.cpu_compiled_batch import InBatch, Kind, compiled_batch, serves
+from mocofast_kernels.cpu_compiled_batch import InBatch, Kind, compiled_batch, scaled, serves
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -193,3 +193,30 @@ def test_without_memory_an_error_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu_compiled_batch, "_compiled", lambda: lambda *_: 0)
     with pytest.raises(MemoryError, match="logits of 4 rows"):
         compiled_batch(Kind.PAIRS, torch.ones(4, 6), torch.ones(4, 6), 1.0)
+
+
+def test_a_norm_of_0_is_a_constant_divisor() -> None:
+    x, y, labels = features(6, 5)
+    x[2] = 0
+    found = compute(Kind.PAIRS, x, y, labels)
+    expected = cpu_in_batch._in_batch(x, y, SCALE, True, False, False, True)
+    assert found is not None and expected is not None
+    for own, other in zip(found[2:4], expected[2:4]):
+        assert own is not None and other is not None
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    x[2, 1] = 1e-13
+    found = compute(Kind.PAIRS, x, y, labels)
+    expected = cpu_in_batch._in_batch(x, y, SCALE, True, False, False, True)
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found.grad_query, expected.grad_query, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2**15 + 7])
+def test_a_gradient_is_scaled_as_pytorch_does(count: int) -> None:
+    grad = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    for factor in (torch.tensor(0.3), torch.tensor(math.nan), torch.tensor(0.3).double()):
+        torch.testing.assert_close(
+            scaled(grad, factor), grad * factor, rtol=0, atol=0, equal_nan=True
+        )
+    wide = grad.double()
+    assert torch.equal(scaled(wide, torch.tensor(0.3)), wide * torch.tensor(0.3))

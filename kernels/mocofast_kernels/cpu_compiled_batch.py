@@ -19,6 +19,7 @@ from mocofast_kernels.cpu_library import function
 
 PRODUCTS = 2**27  # most N N C, which one thread computes in 4 ms
 RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
+GRAIN = 2**15  # most numbers that PyTorch multiplies on one thread
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 _Loss = ctypes.CFUNCTYPE(
@@ -31,6 +32,9 @@ _Loss = ctypes.CFUNCTYPE(
     ctypes.c_float,
     *[ctypes.c_void_p] * 6,
 )
+
+
+_Scale = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
 
 
 class Kind(enum.IntEnum):
@@ -119,6 +123,33 @@ def compiled_batch(
     if not done:
         raise MemoryError(f"no memory for the logits of {len(x)} rows")
     return None if done < 0 else InBatch(loss, rank, grad, grad_key, grad_scale, grad_bias)
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Returns grad x factor, computed in the calling thread.
+
+    grad: a gradient of `compiled_batch`, or another tensor. factor: ().
+
+    PyTorch divides many numbers among its threads. Since their last operation they have gone to
+    sleep, and beside busy processes they wake a time slice late.
+    """
+    scale = _scale()
+    if (
+        grad.numel() <= GRAIN
+        or scale is None
+        or {grad.dtype, factor.dtype} != {torch.float32}
+        or not grad.is_contiguous()
+        or not grad.is_cpu
+    ):
+        return grad * factor
+    result = torch.empty_like(grad)
+    scale(result.data_ptr(), grad.data_ptr(), grad.numel(), float(factor))
+    return result
+
+
+@functools.cache
+def _scale() -> Any:
+    return function(_Scale, "in_batch_scale")
 
 
 @functools.cache

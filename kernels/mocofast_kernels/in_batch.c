@@ -324,3 +324,9 @@ EXPORT int in_batch_loss(int kind, const float *x, const float *y, const int64_t
   return 0;
 #endif
 }
+
+/* Writes factor x from. */
+EXPORT void in_batch_scale(float *restrict to, const float *restrict from, int64_t count,
+                           float factor) {
+  for (int64_t i = 0; i < count; i++) to[i] = factor * from[i];
+}

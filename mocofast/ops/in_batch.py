@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from mocofast_kernels import cpu_in_batch
-from mocofast_kernels.cpu_in_batch import InBatch
+from mocofast_kernels.cpu_compiled_batch import InBatch, scaled
 from mocofast_kernels.cpu_library import is_watched
 from mocofast_kernels.remembered import KINDS
 from torch import Tensor
 
 from mocofast.ops import sweep
 from mocofast.ops.first_derivative import first_derivative
+from mocofast.ops.transforms import is_transformed
 
 Loss = tuple[Tensor, Tensor | None]
 
@@ -131,9 +132,10 @@ class _InBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        multiply = torch.mul if is_transformed() else scaled
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             grads = [
-                None if grad is None else (grad * grad_loss).to(dtype)
+                None if grad is None else multiply(grad, grad_loss).to(dtype)
                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
             ]
         if torch.is_grad_enabled():  # create_graph=True
