@@ -235,6 +235,32 @@ def test_measuring_changes_neither_the_encoder_nor_the_random_state() -> None:
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
+class Clocked(torch.nn.Module):
+    """Moves a clock: 30 s in the first call, which loads code, then `per_image` an image."""
+
+    def __init__(self, per_image: float) -> None:
+        super().__init__()
+        self.inner, self.per_image = torch.nn.Linear(3 * 8 * 8, 2), per_image
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        CLOCK.append(CLOCK[-1] + (self.per_image * len(images) if len(CLOCK) > 1 else 30.0))
+        return self.inner(images.flatten(1))
+
+
+CLOCK: list[float] = []
+
+
+@pytest.mark.parametrize(("per_image", "passes"), [(0.1, 3), (0.001, 5), (1.0, 2)])
+def test_the_time_of_an_image_is_without_what_the_first_pass_loads(
+    per_image: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CLOCK[:] = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: CLOCK[-1])
+    each = estimate.seconds_per_image(Clocked(per_image), 8, 3, CPU)
+    assert each == pytest.approx(per_image * 4 / 3)
+    assert len(CLOCK) - 1 == passes
+
+
 def test_measuring_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync_batch_norm, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(sync_batch_norm, "all_gather", lambda values: pytest.fail("gathered"))

@@ -43,21 +43,25 @@ def seconds_per_image(
     norms = [module for module in encoder.modules() if isinstance(module, SplitBatchNorm)]
     splits = max((module.num_splits for module in norms), default=1)  # which divide a batch
     order = to_fastest_format(encoder, device, splits)
+
+    def seconds_of(count: int) -> float:
+        images = torch.rand(count, channels, *height_width(size), device=device)
+        images = images.contiguous(memory_format=order)
+        begin = time.perf_counter()
+        with copy.copy(autocast) or torch.autocast(device.type, enabled=False):
+            encoder(images).float().square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    fewest = 2 * splits  # a split needs two images
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seconds_of(fewest)  # loads code, for seconds on a busy machine
         for least in IMAGES:
-            count = -(-max(least, 2 * splits) // splits) * splits  # a split needs two images
-            images = torch.rand(count, channels, *height_width(size), device=device)
-            images = images.contiguous(memory_format=order)
-            best = float("inf")
-            for _ in range(3):
-                begin = time.perf_counter()
-                with copy.copy(autocast) or torch.autocast(device.type, enabled=False):
-                    encoder(images).float().square().mean().backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                best = min(best, time.perf_counter() - begin)
-                if best > 1:  # a second, third measurement would delay the start
-                    break
+            count = -(-max(least, fewest) // splits) * splits
+            best = seconds_of(count)
+            if best <= 1:  # another measurement would delay the start
+                best = min(best, seconds_of(count))
             if best > SHORT:
                 break
     return best * 4 / 3 / count  # the momentum encoder's forward pass is a third of the above
