@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mocofast.config import ConfigError, DataConfig
+from mocofast.data import finding
 from mocofast.data.finding import Disk, Names, Patterns
 from mocofast.data.layout import grouped_holdout
 from mocofast.data.names import EXTENSIONS
@@ -333,3 +334,19 @@ def test_find_images_says_what_else_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"1 file of other kinds ignored: 1 \.gif; convert"):
         find_images(tmp_path)
+
+
+def test_folders_below_many_levels_are_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's stack ends near 1,000 levels."""
+    monkeypatch.setattr(finding, "DEEPEST", 4)
+    put_images(tmp_path, "1/2/3/in.png", "1/2/3/4/out.png", "1/2/3/4/5/out.png")
+    found = finding.Disk(tmp_path, {".png"}).find("")
+    assert found.names == ["1/2/3/in.png"]
+    assert found.unreadable == {"1/2/3/4": "OSError: below 4 levels of folders"}
+    assert found.warnings() == [
+        "1 folder cannot be read and left out: 1/2/3/4 (OSError: below 4 levels of folders)"
+    ]
+    (tmp_path / "1/2/3/in.png").unlink()
+    assert not finding.Disk(tmp_path, {".png"}).holds_image()

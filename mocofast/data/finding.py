@@ -20,6 +20,7 @@ from mocofast.data.names import FIELDS, extension_of
 from mocofast.errors import describe_error, printable
 
 SHOWN = 5  # kinds, folders or names that a line lists
+DEEPEST = 200  # levels of folders on a disk
 
 # Names of folders that mostly hold masks, and classes of pictures such as "with_mask" left alone.
 _MASKS = re.compile(
@@ -238,7 +239,7 @@ class Disk:
 
     def _holds_image(self, prefix: str, above: frozenset[str], patterns: Patterns) -> bool:
         real = os.path.realpath(self.root / prefix)
-        if real in above:
+        if real in above or len(above) >= DEEPEST:
             return False
         folders = []
         # A folder that cannot be read holds none. `find` names the folder.
@@ -266,6 +267,8 @@ class Disk:
             return 0
         names, folders, excluded = [], [], 0
         try:
+            if len(above) >= DEEPEST:
+                raise OSError(f"below {DEEPEST} levels of folders")
             for name, kind in self._look(folder):
                 if kind == _FOLDER:
                     folders.append(name)
