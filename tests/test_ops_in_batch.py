@@ -276,3 +276,14 @@ def test_fake_tensors_and_tracers_look_at_no_value(loss: str) -> None:
 
     traced = make_fx(gradient)(b, a)
     torch.testing.assert_close(traced(a, b), gradient(a, b))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_for_several_gradients_at_once(loss: str) -> None:
+    a, b = pair(200, 170)  # more numbers than PyTorch multiplies on one thread
+    value = ours(loss, a, b)
+    given = torch.tensor([1.0, -2.0])
+    (both,) = torch.autograd.grad(value, a, given, is_grads_batched=True, retain_graph=True)
+    for number, found in zip(given, both):
+        (alone,) = torch.autograd.grad(value, a, number, retain_graph=True)
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)

@@ -143,7 +143,7 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     ):
         return grad * factor
     result = torch.empty_like(grad)
-    scale(result.data_ptr(), grad.data_ptr(), grad.numel(), float(factor))
+    scale(result.data_ptr(), grad.data_ptr(), grad.numel(), factor.item())
     return result
 
 

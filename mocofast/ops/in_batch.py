@@ -132,7 +132,9 @@ class _InBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        multiply = torch.mul if is_transformed() else scaled
+        # Of `is_grads_batched` the numbers cannot be read.
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+        multiply = torch.mul if batched or is_transformed() else scaled
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             grads = [
                 None if grad is None else multiply(grad, grad_loss).to(dtype)
