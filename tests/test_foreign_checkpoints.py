@@ -375,6 +375,34 @@ def test_averages_of_a_training_with_timm_are_taken_as_timm_takes_them(
     assert all(torch.equal(ours[n], value) for n, value in timms.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "arch", "expected"),
+    [
+        ("resnetaa50", None, "timm/resnetaa50"),  # weights of resnet50, and other features
+        ("convnext_atto", None, "timm/convnext_atto"),
+        ("convnext_atto", "timm/convnext_atto", "timm/convnext_atto"),
+        ("resnet18", None, "resnet18"),
+        ("resnet18", "timm/resnet18", "timm/resnet18"),
+        ("resnet18.a1_in1k", None, "resnet18"),
+        ("our-resnet", "resnet18", "resnet18"),
+    ],
+)
+def test_a_training_with_timm_names_its_encoder(
+    name: str, arch: str | None, expected: str, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    library = name if timm.is_model(name.partition(".")[0]) else "resnet18"
+    model = renewed(timm.create_model(library, num_classes=0))
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"epoch": 3, "arch": name, "state_dict": model.state_dict()}, path)
+    loaded = load_any(str(path), arch)
+    assert loaded.config.model.arch == expected
+    assert_features(loaded.method.encoder_q, model, 64)
+    with pytest.raises(ConfigError, match=r"is |not the weights"):
+        load_any(str(path), "resnet34")
+
+
 @pytest.mark.parametrize("kind", ["shards", "index", "pickle"])
 def test_folders_of_accelerate_and_transformers_load(
     kind: str, resnet: nn.Module, tmp_path: Path

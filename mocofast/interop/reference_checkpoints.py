@@ -5,6 +5,7 @@ docs/checkpoints.md lists the layouts that are known.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mocofast.methods.base import Method
 from mocofast.methods.build import build_method
 from mocofast.methods.moco import MoCo
 from mocofast.models.heads import head_names
+from mocofast.models.libraries import TIMM
 from mocofast.models.vit import SIZES
 from mocofast.train.checkpoint import FORMAT, checked, model_from_checkpoint
 from mocofast.train.file_kinds import entries_of
@@ -87,8 +89,8 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
         model, config = model_from_checkpoint(checked(content, file))
         _check(arch, config.model.arch, path)
         return Loaded(model, config, "mocofast", True, content)
-    named = content.get("arch") if isinstance(content, Mapping) else None
-    named = named if isinstance(named, str) else None
+    told = content.get("arch") if isinstance(content, Mapping) else None
+    named = _known(told)
     _check(arch, named, path)
     try:
         weights = method_part(tensors_of(content))
@@ -98,8 +100,10 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
             parts >= {"encoder_q", "encoder_k", "queue", "queue_ptr"}
             and weights["queue"].dim() == 2
         ):
-            return Loaded(*_moco(weights, arch or named), "facebookresearch/moco", True, content)
-        found = find_encoder(weights, arch or _known(named))
+            of_user = told if isinstance(told, str) and ":" in told else None  # module:function
+            model, config = _moco(weights, arch or named or of_user)
+            return Loaded(model, config, "facebookresearch/moco", True, content)
+        found = find_encoder(weights, arch or named)
         method, config = _encoder(found, size)
         check_heads(method.encoder_q, found, file)
         return Loaded(method, config, found.layout, False, content)
@@ -111,15 +115,29 @@ def load_any(path: str, arch: str | None = None, size: Size = 0) -> Loaded:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _known(named: str | None) -> str | None:
-    """Returns the name of an encoder in a file if it is one of ours: other projects name freely."""
+def _known(named: Any) -> str | None:
+    """Returns `model.arch` of the name in a file, None for names that other projects made up."""
     from torchvision.models import list_models
 
-    return named if named in list_models() or named in SIZES else None
+    if not isinstance(named, str):
+        return None
+    if named.startswith(TIMM) or named in SIZES or named == "resnet_tiny":
+        return named
+    plain = named.removesuffix("_cifar").removesuffix("_solo")
+    if plain in list_models():
+        return named
+    if importlib.util.find_spec("timm") is None:
+        return None
+    import timm
+
+    model = named.partition(".")[0]  # the rest tells weights
+    if model in list_models():
+        return model
+    return f"{TIMM}{model}" if timm.is_model(model) else None
 
 
 def _check(expected: str | None, found: str | None, path: str) -> None:
-    if expected and found and found != expected:
+    if expected and found and found.removeprefix(TIMM) != expected.removeprefix(TIMM):
         raise WrongArch(f"the encoder of {path} is {found}")
 
 
