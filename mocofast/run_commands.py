@@ -107,10 +107,11 @@ def _sweep(arguments: Namespace) -> int:
         config_of(trial, folder / module.name_of(trial))
     main = os.environ.get("RANK", "0") == "0"
 
-    def run(trial: module.Trial, place: Path) -> bool:
+    def run(trial: module.Trial, place: Path) -> dict[str, float] | None:
         config, options = config_of(trial, place)
         kept = configure.kept_options(config, recipe, options)
-        return not train(config, "auto", False, kept).interrupted
+        result = train(config, "auto", False, kept)
+        return None if result.interrupted else result.after
 
     base = {"words": arguments.words, "options": given}
     rows = module.run_all(folder, trials, base, run, print if main else lambda line: None, main)

@@ -205,6 +205,23 @@ def test_two_ranks_give_the_figures_of_one(run: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_sweep_of_short_runs_shows_the_accuracy_after_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    command = ("sweep", "digits", "--dir", str(folder), "--train.max_steps", "2")
+    status, out, err = call(capsys, *command, "--grid", "optim.lr", "0.05", "0.5")
+    assert status == 0, err
+    said = re.findall(r"^(before|after): +kNN accuracy ([.\d]+)", out + err, re.M)
+    (before, *_), after = ([float(x) for w, x in said if w == p] for p in ("before", "after"))
+    rows = json.loads((folder / "sweep.json").read_text())["runs"]
+    assert [row["figures"]["knn_top1"] for row in rows] == pytest.approx(after, abs=6e-5)
+    assert len(rows) == 2 and before not in after
+    # The folders alone do not tell this accuracy, and the one before training is none.
+    _, table, _ = call(capsys, "compare", *(str(folder / row["folder"]) for row in rows))
+    assert "knn_first" in table and "knn_top1" not in table
+
+
 def test_a_sweep_runs_every_combination_once_and_continues(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

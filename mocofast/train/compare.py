@@ -51,7 +51,9 @@ def read_runs(folders: list[str]) -> list[Run]:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{metrics}: damaged ({error})") from error
         config = settings.load_recipe(str(path / "config.yaml"))
-        runs.append(Run(name, config, records, figures_of(records) | _evaluations(path)))
+        untrained = records[-1] if records and not config.train.epochs else {}
+        figures = figures_of(records, untrained) | _evaluations(path)
+        runs.append(Run(name, config, records, figures))
     return runs
 
 

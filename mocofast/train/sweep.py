@@ -55,7 +55,7 @@ def run_all(
     folder: Path,
     trials: Sequence[Trial],
     base: Mapping[str, Any],
-    run: Callable[[Trial, Path], bool],
+    run: Callable[[Trial, Path], Mapping[str, float] | None],
     say: Callable[[str], None],
     write: bool = True,
 ) -> list[dict[str, Any]]:
@@ -63,7 +63,8 @@ def run_all(
 
     base: what all runs have in common, as JSON holds it. Raises ConfigError if the results of
         `folder` are of another base.
-    run: runs a trial in a folder. Returns False if a signal ended the run, which ends the sweep.
+    run: runs a trial in a folder. Returns the kNN figures at the end, or None if a signal ended the
+        run, which ends the sweep.
     say: prints a line.
     write: whether this process writes the results (rank 0).
     A row has entries options, folder, status (done or diverged) and figures. A trial that was
@@ -87,15 +88,16 @@ def run_all(
             say(f"run {number} of {len(trials)}, {name}: done before")
             continue
         say(f"run {number} of {len(trials)}: {name}")
-        status = "done"
+        status, after = "done", None
         try:
-            if not run(trial, folder / name):
+            after = run(trial, folder / name)
+            if after is None:
                 break
         except DivergedError as error:
             status = "diverged"
             say(f"{name}: {error}")
         if write:
-            figures = figures_of(records_of(folder / name))
+            figures = figures_of(records_of(folder / name), after or {})
             rows[name] = {"options": trial, "folder": name, "status": status, "figures": figures}
             folder.mkdir(parents=True, exist_ok=True)
             with files.atomic_write(path) as file:
@@ -106,10 +108,11 @@ def run_all(
     return [rows[name] for name in names if name in rows]
 
 
-def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def figures_of(records: Sequence[Mapping[str, Any]], after: Mapping[str, float]) -> dict[str, Any]:
     """Returns the figures of a run: last loss, first, last and best kNN accuracy, epochs.
 
-    records: the lines of its metrics.jsonl.
+    records: the lines of its metrics.jsonl. after: the kNN figures at the end, where known: a run
+        that `train.max_steps` ended has no line of them, and its random encoder is no result.
     """
 
     def column(name: str) -> list[float]:
@@ -122,7 +125,11 @@ def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if loss:
         found["loss"] = loss[-1]
     if knn:
-        found |= {"knn_first": knn[0], "knn_top1": knn[-1], "knn_best": max(knn)}
+        found["knn_first"] = knn[0]
+    trained = [r["knn_top1"] for r in records if r["step"] and r.get("knn_top1") is not None]
+    last = after.get("knn_top1")
+    if results := trained + ([] if last is None else [last]):
+        found |= {"knn_top1": results[-1], "knn_best": max(results)}
     if speed:
         found["images_per_second"] = sorted(speed)[len(speed) // 2]
     return found
