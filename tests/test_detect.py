@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -265,6 +266,27 @@ def test_mistakes_end_with_2_and_a_line(
     error = capsys.readouterr().err
     assert status == 2 and said in error and len(error.splitlines()) == 1, error
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("folder", ["locked", "locked/run"])
+def test_a_folder_that_cannot_be_made_is_said_in_a_line(
+    voc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+) -> None:
+    make = Path.mkdir
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> None:  # root may write anywhere
+        if "locked" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    status = detect("scratch", "--data.path", str(voc), "--train.dir", str(tmp_path / folder))
+    said = capsys.readouterr().err
+    assert status == 2 and f"train.dir: {tmp_path / folder} cannot be made (Permission" in said
 
 
 def test_a_run_is_continued_with_its_own_options_and_images_only(

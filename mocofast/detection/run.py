@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mocofast import __version__, distributed, settings
 from mocofast.config import ConfigError
+from mocofast.data.finding import counted
 from mocofast.detection.batches import Reader, TrainingBatches
 from mocofast.detection.folder import TaskFolder, format_of
 from mocofast.detection.layouts import load_sets
@@ -338,9 +339,9 @@ class _Run:
         m, train, val = self.config.model, self.sets.train, self.sets.val
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log.info(
-            "%s on %s, from %s: %.1f million weights, %d steps in %d epochs",
+            "%s on %s, from %s: %.1f million weights, %s in %s",
             *(m.name, m.arch, m.init or "scratch", count / 1e6),
-            *(self.total_steps, self.config.train.epochs),
+            *(counted(self.total_steps, "step"), counted(self.config.train.epochs, "epoch")),
         )
         log.info(
             "data: %d images to train on, %d to evaluate on, %d classes: %s",

@@ -53,6 +53,8 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"train.dir: a parent of {path} is a file") from None
+        except OSError as error:
+            raise _not_made(path, error) from error
         try:
             path.mkdir()
             break
@@ -60,6 +62,8 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
             if config.train.dir or resuming:
                 break
             path = choose_folder(config, resuming)  # another run was faster
+        except OSError as error:
+            raise _not_made(path, error) from error
     if not path.is_dir():
         raise ConfigError(f"train.dir: {path} is a file")
     held = _lock(path)
@@ -72,6 +76,13 @@ def claimed_folder(config: FolderOptions, resuming: bool) -> Iterator[Path]:
                 for folder in made:  # up to a folder that another run uses
                     folder.rmdir()
         held.close()
+
+
+def _not_made(folder: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or error
+    return ConfigError(
+        f"train.dir: {folder} cannot be made ({reason}): choose another folder (--train.dir)"
+    )
 
 
 def check_unused(folder: Path) -> None:
