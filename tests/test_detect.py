@@ -72,6 +72,18 @@ def test_a_run_writes_its_files_and_its_config_runs_again(voc: Path, tmp_path: P
     assert "AP50, first" in text and "Problem: diverged" in text and "model.width" in text
 
 
+def test_a_warm_up_longer_than_the_run_is_named(voc: Path, tmp_path: Path) -> None:
+    options = ("--data.path", str(voc), *DETECT, "--train.epochs", "1")
+    for steps in (3, 4):  # the run has 3
+        folder = tmp_path / str(steps)
+        words = ("--optim.warmup_steps", str(steps), "--train.dir", str(folder))
+        assert detect("scratch", *options, *words) == 0
+        said = (
+            "optim.warmup_steps: 4, and the run has 3 steps" in (folder / "train.log").read_text()
+        )
+        assert said == (steps == 4)
+
+
 def test_a_continued_run_equals_a_run_that_never_stopped(voc: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--data.path", str(voc), *DETECT, "--train.epochs", "3", "--train.eval_every", "2")

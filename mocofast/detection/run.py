@@ -349,6 +349,12 @@ class _Run:
         )
         for remark in dict.fromkeys([*train.remarks, *val.remarks]):
             log.warning("%s", remark)
+        if 0 < self.total_steps < self.config.optim.warmup_steps:
+            log.warning(
+                "optim.warmup_steps: %d, and the run has %s, so the rate stays below its peak. "
+                "Take fewer, or more --train.epochs",
+                *(self.config.optim.warmup_steps, counted(self.total_steps, "step")),
+            )
         precision = "bf16 autocast" if self.autocast._enabled else "fp32"
         log.info("device %s x %d, %s", self.device, self.world_size, precision)
         log.info("writing to %s", self.path)
