@@ -32,6 +32,7 @@ threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ def infonce_forward(
         compute_grad=compute_grad,
         only_query=only_query,
         mean=mean,
-        is_plain=is_plain and operand == torch.float32,
+        is_plain=is_plain,
         unshifted=unshifted,
     )
 
@@ -175,11 +176,21 @@ def _forward(
     unshifted: bool,
 ) -> InfoNCEForward:
     """Does what `infonce_forward` does, by PyTorch's operators and the sweep over blocks."""
-    if is_plain and is_one_block(query, negatives):
+    if is_plain:
         assert isinstance(inverse_t, float)  # because `unshifted`
         given = query, positive, negatives, inverse_t, normalize_negatives, return_rank, mean
-        loss, rank, grad = one_block(*given)
-        return InfoNCEForward(loss, None, rank, grad, None, None)
+        if operand == torch.float32 and is_one_block(query, negatives):
+            loss, rank, grad = one_block(*given)
+            return InfoNCEForward(loss, None, rank, grad, None, None)
+        ends = cpu_sweep.ends_of(
+            query, positive, inverse_t, operand, normalize_negatives, return_rank
+        )
+        if ends is not None:
+            blocks = Blocks(negatives, False, len(query), operand, True)
+            sums = _swept(ends.sweep, blocks, normalize_negatives, ends.tie, True)
+            loss, rank, grad = ends.finish(sums, len(negatives), mean)
+            grad = grad.to(gradient_dtype(query.dtype)) if mean else grad
+            return InfoNCEForward(loss, None, rank, grad, None, None)
     h, query_norm = unit_rows(query, normalize)  # (N, C)
     key, key_norm = unit_rows(positive, normalize)  # (N, C)
     scaled = h * (inverse_t * LOG2E)  # logits are in units of log 2
@@ -190,29 +201,26 @@ def _forward(
     sweep = None
     if unshifted and not excluded and not is_one_block(query, negatives):
         sweep = cpu_sweep.sweep_of(queries)
-    swept = sweep is not None
-    blocks = Blocks(negatives, normalize_negatives and not swept, len(h), operand, swept)
-    tie = cpu_ranks.least_tie(queries, key.to(operand)) if return_rank else None
-    options = (excluded, unshifted, compute_grad, Scratch())
-    sums: dict[int, Sums] = {}  # first row: sums of the rows over the merged blocks
+    tie = None
+    if sweep is None:
+        blocks = Blocks(negatives, normalize_negatives, len(h), operand)
+        if return_rank:
+            tie = cpu_ranks.least_tie(queries, key.to(operand))
+        options = (excluded, unshifted, compute_grad, Scratch())
 
-    def compute(block: tuple[slice, slice]) -> Sums:
-        rows, columns = block
-        own_tie = None if tie is None else tie[rows]
-        if sweep is not None:
-            of_keys = blocks[columns], rows, normalize_negatives
-            total, output, above = sweep.sums(*of_keys, own_tie, compute_grad)
-            return Sums(total, output, None, above)
-        own = queries[rows], logit_positive[rows], own_tie, block
-        return sums_of(blocks[columns], *own, *options)
+        def compute(block: tuple[slice, slice]) -> Sums:
+            rows, columns = block
+            own = queries[rows], logit_positive[rows], None if tie is None else tie[rows], block
+            return sums_of(blocks[columns], *own, *options)
 
-    def merge(block: tuple[slice, slice], part: Sums) -> None:
-        first = block[0].start
-        sums[first] = merged(sums[first], part) if first in sums else part
-
-    pairs = [(rows, columns) for rows in blocks.rows for columns in blocks.columns]
-    cpu_threads.in_order(compute, pairs, merge)
-    total, output, maximum, positive_rank = joined(list(sums.values()))
+        found = _over(blocks, compute)
+    else:
+        blocks = Blocks(negatives, False, len(h), operand, True)
+        if return_rank:  # by the positive as the sweep sees an equal negative. Logits stay float32.
+            equal = (positive if normalize_negatives else key).to(operand)
+            tie = cpu_ranks.least_tie(queries.float(), unit_rows(equal, normalize_negatives)[0])
+        found = _swept(sweep, blocks, normalize_negatives, tie, compute_grad)
+    total, output, maximum, positive_rank = found
 
     # Loss = softplus(log(sum) - positive logit). A row without negatives: softplus(-inf) = 0.
     difference = total.log().sub_(logit_positive, alpha=1 / LOG2E)
@@ -247,6 +255,33 @@ def _forward(
         if grad_positive is not None:
             grad_positive = grad_positive.to(gradient_dtype(positive.dtype))
     return InfoNCEForward(returned_loss, lse, positive_rank, grad_query, grad_positive, grad_scale)
+
+
+def _swept(
+    sweep: cpu_sweep.Sweep, blocks: Blocks, normalize: bool, tie: Tensor | None, output: bool
+) -> Sums:
+    """Returns the sums over all negatives by the compiled sweep."""
+
+    def compute(block: tuple[slice, slice]) -> Sums:
+        rows, columns = block
+        own_tie = None if tie is None else tie[rows]
+        total, out, above = sweep.sums(blocks[columns], rows, normalize, own_tie, output)
+        return Sums(total, out, None, above)
+
+    return _over(blocks, compute)
+
+
+def _over(blocks: Blocks, compute: Callable[[tuple[slice, slice]], Sums]) -> Sums:
+    """Returns the sums over all negatives. compute: of some queries over a block of negatives."""
+    sums: dict[int, Sums] = {}  # first row: sums of the rows over the merged blocks
+
+    def merge(block: tuple[slice, slice], part: Sums) -> None:
+        first = block[0].start
+        sums[first] = merged(sums[first], part) if first in sums else part
+
+    pairs = [(rows, columns) for rows in blocks.rows for columns in blocks.columns]
+    cpu_threads.in_order(compute, pairs, merge)
+    return joined(list(sums.values()))
 
 
 @cpu_threads.one_fork(unless=is_small, products=products)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mocofast_kernels import cpu_products
-from mocofast_kernels.cpu_library import is_watched, library
+from mocofast_kernels import cpu_products, cpu_ranks
+from mocofast_kernels.cpu_library import function, is_watched, library
+from mocofast_kernels.cpu_sums import Sums
+from mocofast_kernels.remembered import KINDS
 
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
@@ -27,6 +30,24 @@ _Sweep = ctypes.CFUNCTYPE(
     *[ctypes.c_int64] * 4,
     ctypes.c_int,
     *[ctypes.c_void_p] * 5,
+)
+_Prepare = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 2,
+    *[ctypes.c_int64] * 2,
+    ctypes.c_float,
+    ctypes.c_int,
+    ctypes.c_float,
+    *[ctypes.c_void_p] * 4,
+)
+_Finish = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,
+    *[ctypes.c_int64] * 3,
+    ctypes.c_float,
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 8,
 )
 
 
@@ -53,31 +74,39 @@ def sweep_of(rows: Tensor) -> Sweep | None:
 
     rows: operands, float32 or bfloat16.
     """
+    found = _library_for(rows, rows.dtype)
+    if found is None:
+        return None
+    depth = rows.shape[1] * rows.element_size() // 4
+    # (A single row is contiguous with any stride, which a view of words must divide.)
+    words = rows.contiguous().view(-1).view(torch.int32).view(len(rows), depth)
+    padded = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % LANES))
+    panels = padded.view(-1, LANES, depth).transpose(1, 2).contiguous()
+    return Sweep(found, panels, len(rows), rows.dtype)
+
+
+def _library_for(rows: Tensor, operand: torch.dtype) -> ctypes.CDLL | None:
+    """Returns the library if it sweeps for rows (N, C) with operands of a dtype."""
     if (
-        rows.dtype not in _INSTRUCTIONS
+        operand not in _INSTRUCTIONS
         or rows.device.type != "cpu"
-        or rows.shape[1] * rows.element_size() % 4
+        or rows.shape[1] * operand.itemsize % 4
         # PyTorch's products with AMX are several times as fast.
-        or (rows.dtype == torch.bfloat16 and cpu_products.cpu_bf16() == "AMX")
+        or (operand == torch.bfloat16 and cpu_products.cpu_bf16() == "AMX")
         or is_watched()
     ):
         return None
-    found = compiled(rows.dtype)[0]
-    return None if found is None else Sweep(found, rows)
+    return compiled(operand)[0]
 
 
 class Sweep:
     """Sums of w = exp2(row . key) and of w x key, for rows in panels of 16."""
 
-    def __init__(self, found: ctypes.CDLL, rows: Tensor) -> None:
-        """rows: (N, C) float32, or bfloat16 with an even C."""
+    def __init__(self, found: ctypes.CDLL, panels: Tensor, count: int, dtype: torch.dtype) -> None:
+        """panels: (P, words, 16) int32: float32, or two bfloat16. count: N. dtype: of the rows."""
         self._sweep = _Sweep(("sweep_keys", found))
-        self.count, self.dtype = len(rows), rows.dtype
-        self.depth = rows.shape[1] * rows.element_size() // 4  # words, of bfloat16 two numbers
-        # (A single row is contiguous with any stride, which a view of words must divide.)
-        words = rows.contiguous().view(-1).view(torch.int32).view(len(rows), self.depth)
-        padded = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % LANES))
-        self.panels = padded.view(-1, LANES, self.depth).transpose(1, 2).contiguous()
+        self.panels, self.count, self.dtype = panels, count, dtype
+        self.depth = panels.shape[1]
 
     def sums(
         self,
@@ -117,11 +146,85 @@ class Sweep:
             self.depth,
             width,
             normalize,
-            *(None if x is None else x.data_ptr() for x in (tie, total, out, above)),
-            scratch.data_ptr(),
+            *_addresses(tie, total, out, above, scratch),
         )
         return (
             total[:count],
             None if out is None else out[:count],
             None if above is None else above[:count],
         )
+
+
+def ends_of(
+    query: Tensor,
+    positive: Tensor,
+    inverse_t: float,
+    operand: torch.dtype,
+    normalize_negatives: bool,
+    ranks: bool,
+) -> Ends | None:
+    """Returns the ends of the sweep for query and positive (N, C), None where PyTorch serves.
+
+    operand: of the sweep. ranks: compute ranks.
+    """
+    found = _library_for(query, operand)
+    if found is None or not all(type(x) in KINDS and not x.is_neg() for x in (query, positive)):
+        return None
+    calls = function(_Prepare, "sweep_prepare"), function(_Finish, "sweep_finish")
+    if None in calls:  # an older library
+        return None
+    vectors = query.float().contiguous(), positive.float().contiguous()
+    return Ends(found, *calls, *vectors, inverse_t, operand, normalize_negatives, ranks)
+
+
+class Ends:
+    """What InfoNCE computes before and after a sweep, as MoCo calls it, by the compiled library.
+
+    Unit vectors, logits without a shift, all negatives, and the gradient of the query alone.
+
+    sweep: of the queries, times log2(e) / T.
+    tie: (N, 1) float32, the least logit that ties with the positive's logit. None: no ranks.
+    """
+
+    def __init__(
+        self,
+        found: ctypes.CDLL,
+        prepare: Any,
+        finish: Any,
+        query: Tensor,
+        positive: Tensor,
+        inverse_t: float,
+        operand: torch.dtype,
+        normalize_negatives: bool,
+        ranks: bool,
+    ) -> None:
+        """query, positive: (N, C) float32, contiguous."""
+        count, width = query.shape
+        self._finish, self._positive, self._inverse_t = finish, positive, inverse_t
+        self._units, self._numbers = torch.empty_like(query), query.new_empty(3, count)
+        self.tie = query.new_empty(count, 1) if ranks else None
+        depth = width * operand.itemsize // 4
+        panels = query.new_zeros(-(-count // LANES), depth, LANES, dtype=torch.int32)
+        self.sweep = Sweep(found, panels, count, operand)
+        given = _addresses(query, positive)
+        outputs = _addresses(self._units, self._numbers, panels, self.tie)
+        options = inverse_t, normalize_negatives, cpu_ranks.TIE
+        prepare(operand == torch.bfloat16, *given, count, width, *options, *outputs)
+
+    def finish(self, sums: Sums, keys: int, mean: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns loss (N,), of the mean (); ranks (N,) int32 or None; and the gradient (N, C).
+
+        sums: over all negatives, of all rows, contiguous. keys: how many negatives there are.
+        """
+        count, width = self._units.shape
+        loss = self._units.new_empty(() if mean else count)
+        grad = torch.empty_like(self._units)
+        ranks = None if sums.above is None else torch.empty_like(sums.above)
+        sizes = count, keys, width, self._inverse_t, mean
+        given = _addresses(self._units, self._numbers, sums.total, sums.output, sums.above)
+        self._finish(*_addresses(self._positive), *sizes, *given, *_addresses(loss, grad, ranks))
+        return loss, ranks, grad
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]

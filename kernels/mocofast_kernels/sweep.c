@@ -49,6 +49,94 @@ struct sweep {
 #define NAME(x) bfloat16_##x
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #include "sweep_body.h"
+
+/* Rounds to bfloat16, to the even of two nearest. */
+static uint32_t bfloat16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static float rounded(float x) {
+  uint32_t bits = bfloat16_of(x) << 16;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+/* What InfoNCE knows of the rows before the sweep. `prepare` writes it, `finish` reads it. */
+struct rows {
+  const float *query, *positive; /* (count, width) */
+  int64_t count, width;
+  float inverse_t;
+  float *units;                  /* (count, width) unit vectors of the query */
+  float *norms, *lengths;        /* (count) of the query and of the positive */
+  float *scores;                 /* (count) of the positive, times its length */
+};
+
+/* Lays the rows out in panels, times log2(e) / T, and computes ties, (count), or 0.
+ * normalize: the sweep divides keys by their norms. tie: TIE of cpu_ranks.py. */
+static void prepare(const struct rows *s, int bfloat16, int normalize, float tie, uint32_t *panels,
+                    float *ties) {
+  const int64_t width = s->width, depth = bfloat16 ? width / 2 : width;
+  const float factor = (float)(s->inverse_t / 0.6931471805599453);
+  for (int64_t r = 0; r < s->count; r++) {
+    const float *vector = s->query + r * width, *key = s->positive + r * width;
+    float *unit = s->units + r * width, norm = norm_of(vector, width), length = norm_of(key, width);
+    uint32_t *panel = panels + r / LANES * LANES * depth + r % LANES;
+    s->norms[r] = norm;
+    s->lengths[r] = length;
+    for (int64_t i = 0; i < width; i++) unit[i] = vector[i] / norm;
+    for (int64_t i = 0; i < depth; i++)
+      if (bfloat16) {
+        panel[i * LANES] = bfloat16_of(unit[2 * i] * factor) |
+                           bfloat16_of(unit[2 * i + 1] * factor) << 16;
+      } else {
+        float number = unit[i] * factor;
+        memcpy(panel + i * LANES, &number, sizeof(number));
+      }
+    s->scores[r] = dot(unit, key, width);
+    if (!ties) continue;
+    if (bfloat16) { /* the score of an equal key among the negatives, which are rounded first */
+      double score = 0, size = 0, square = 0;
+      for (int64_t i = 0; i < width; i++) {
+        const double number = rounded(normalize ? key[i] : key[i] / length);
+        const double term = rounded(unit[i] * factor) * number;
+        score += term;
+        size += fabs(term);
+        square += number * number;
+      }
+      double divisor = normalize ? fmax(sqrt(square), EPS) : 1;
+      ties[r] = (float)((score - tie * size) / divisor);
+    } else {
+      float least = s->scores[r] - tie * dot_of_sizes(unit, key, width);
+      ties[r] = factor * least / length;
+    }
+  }
+}
+
+/* Computes loss, gradient and ranks from sums over `keys` keys. `sweep_loss` says what they are. */
+static void finish(const struct rows *s, const float *total, const float *output,
+                   const int32_t *above, int64_t keys, int mean, float *loss, float *grad,
+                   int32_t *ranks) {
+  const double inverse_t = s->inverse_t;
+  double all = 0;
+  for (int64_t r = 0; r < s->count; r++) {
+    const float *unit = s->units + r * s->width, norm = s->norms[r], length = s->lengths[r];
+    float *own = grad + r * s->width;
+    double difference = log(total[r]) - inverse_t * s->scores[r] / length;
+    double value = difference > 40 ? difference : log1p(exp(difference));
+    double weight = -inverse_t / (1 + exp(-difference)) / (mean ? (double)s->count : 1);
+    all += value;
+    if (!mean) loss[r] = (float)value;
+    if (ranks) ranks[r] = value != value ? (int32_t)keys : above[r];
+    /* By the unit vector, then by the query: up to EPS the divisor is a constant. */
+    combine(own, (float)(weight / length), s->positive + r * s->width, (float)(-weight / total[r]),
+            output + r * s->width, s->width);
+    float along = norm <= EPS ? 0 : dot(own, unit, s->width) / norm;
+    combine(own, 1 / norm, own, -along, unit, s->width);
+  }
+  if (mean) *loss = (float)(all / (double)s->count);
+}
 #endif
 
 /* Returns whether this CPU sweeps with float32 operands (0) or bfloat16 operands (1). */
@@ -71,6 +159,33 @@ EXPORT void sweep_keys(int bfloat16, const uint32_t *panels, const uint32_t *key
 #endif
 }
 
+/* Prepares rows of InfoNCE for a sweep with operands of float32 or bfloat16.
+ *
+ * query, positive: (rows, width). numbers: (3, rows), units: (rows, width), for `sweep_finish`.
+ * panels: for `sweep_keys`. ties: (rows), or 0. normalize, tie: as for `sweep_loss`. */
+EXPORT void sweep_prepare(int bfloat16, const float *query, const float *positive, int64_t rows,
+                          int64_t width, float inverse_t, int normalize, float tie, float *units,
+                          float *numbers, uint32_t *panels, float *ties) {
+#if X86
+  struct rows s = {query,   positive,       rows,              width, inverse_t, units,
+                   numbers, numbers + rows, numbers + 2 * rows};
+  prepare(&s, bfloat16, normalize, tie, panels, ties);
+#endif
+}
+
+/* Computes InfoNCE of prepared rows from their sums over `count` keys, which `sweep_keys` adds.
+ * loss, grad, ranks: as for `sweep_loss`. */
+EXPORT void sweep_finish(const float *positive, int64_t rows, int64_t count, int64_t width,
+                         float inverse_t, int mean, float *units, float *numbers,
+                         const float *total, const float *output, const int32_t *above,
+                         float *loss, float *grad, int32_t *ranks) {
+#if X86
+  struct rows s = {0,       positive,       rows,              width, inverse_t, units,
+                   numbers, numbers + rows, numbers + 2 * rows};
+  finish(&s, total, output, above, count, mean, loss, grad, ranks);
+#endif
+}
+
 /* Computes InfoNCE of a few rows, float32: loss, gradient and ranks of cpu_one_block.py.
  *
  * query, positive, grad: (rows, width). keys: (count, width). loss: (rows), of the mean ().
@@ -80,16 +195,14 @@ EXPORT int sweep_loss(const float *query, const float *positive, const float *ke
                       int64_t count, int64_t width, int normalize, float inverse_t, int mean,
                       float tie, float *loss, float *grad, int32_t *ranks) {
 #if X86
-  const double log_2 = 0.6931471805599453;
-  const float factor = (float)(inverse_t / log_2);
   int64_t padded = (rows + LANES - 1) / LANES * LANES, numbers = padded * width;
   float *memory = calloc((size_t)(3 * numbers + 6 * padded + KEYS * width), sizeof(*memory));
   if (!memory) return 0;
   float *panels = memory, *units = panels + numbers, *output = units + numbers;
-  float *total = output + numbers, *ties = total + padded;
-  float *norms = ties + padded, *lengths = norms + padded; /* of the query and of the positive */
-  float *scores = lengths + padded;                        /* of the positive, times its length */
-  int32_t *above = (int32_t *)(scores + padded);
+  float *total = output + numbers, *ties = total + padded, *norms = ties + padded;
+  int32_t *above = (int32_t *)(norms + 3 * padded);
+  struct rows own = {query, positive,       rows,              width, inverse_t, units,
+                     norms, norms + padded, norms + 2 * padded};
   struct sweep s = {(const uint32_t *)panels,
                     (const uint32_t *)keys,
                     rows,
@@ -103,39 +216,9 @@ EXPORT int sweep_loss(const float *query, const float *positive, const float *ke
                     above,
                     (uint32_t *)(above + padded),
                     0};
-  for (int64_t r = 0; r < rows; r++) {
-    const float *vector = query + r * width, *key = positive + r * width;
-    float *unit = units + r * width, *panel = panels + r / LANES * LANES * width + r % LANES;
-    norms[r] = norm_of(vector, width);
-    lengths[r] = norm_of(key, width);
-    for (int64_t i = 0; i < width; i++) {
-      unit[i] = vector[i] / norms[r];
-      panel[i * LANES] = unit[i] * factor;
-    }
-    scores[r] = dot(unit, key, width);
-    if (ranks) {
-      float least = scores[r] - tie * dot_of_sizes(unit, key, width);
-      ties[r] = factor * least / lengths[r];
-    }
-  }
+  prepare(&own, 0, normalize, tie, (uint32_t *)panels, ranks ? ties : 0);
   float32_sweep(&s);
-  double all = 0;
-  for (int64_t r = 0; r < rows; r++) {
-    const float *unit = units + r * width;
-    float *own = grad + r * width;
-    double difference = log(total[r]) - (double)inverse_t * scores[r] / lengths[r];
-    double value = difference > 40 ? difference : log1p(exp(difference));
-    double weight = -(double)inverse_t / (1 + exp(-difference)) / (mean ? (double)rows : 1);
-    all += value;
-    if (!mean) loss[r] = (float)value;
-    if (ranks) ranks[r] = value != value ? (int32_t)count : above[r];
-    /* By the unit vector, then by the query: up to EPS the divisor is a constant. */
-    combine(own, (float)(weight / lengths[r]), positive + r * width, (float)(-weight / total[r]),
-            output + r * width, width);
-    float along = norms[r] <= EPS ? 0 : dot(own, unit, width) / norms[r];
-    combine(own, 1 / norms[r], own, -along, unit, width);
-  }
-  if (mean) *loss = (float)(all / (double)rows);
+  finish(&own, total, output, above, count, mean, loss, grad, ranks);
   free(memory);
   return 1;
 #else
