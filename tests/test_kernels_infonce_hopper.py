@@ -21,7 +21,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 from mocofast_kernels import infonce_blackwell, infonce_hopper, tiles
 from mocofast_kernels.configs import SPECIALISED, TENSOR_MEMORY, Architecture, Tile
 from mocofast_kernels.cpu import InfoNCEForward
-from mocofast_kernels.cpu_ranks import TIE
+from mocofast_kernels.cpu_ranks import tie_share
 from mocofast_kernels.infonce import infonce_forward
 
 from tests import gluon_device
@@ -41,7 +41,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     terms = q * k
-    return terms.sum(1), terms.sum(1) - TIE * terms.abs().sum(1)
+    return terms.sum(1), terms.sum(1) - tie_share(q.shape[1]) * terms.abs().sum(1)
 
 
 @contextmanager

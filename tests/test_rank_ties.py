@@ -88,6 +88,57 @@ def test_the_positive_loses_ties_in_every_dtype(
     assert ops.nt_xent(same, same, return_rank=True)[1].tolist() == [8] * 10
 
 
+# The last shape is too large for one call without a sweep over blocks.
+@pytest.mark.parametrize(("count", "size"), [(4, 50), (48, 30_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("value", [1.0, 0.3, -2.7])
+@pytest.mark.parametrize("C", [100, 1000])
+def test_constant_features_are_no_hit(
+    C: int, value: float, dtype: torch.dtype, count: int, size: int
+) -> None:
+    """Equal terms are rounded the same way at every addition: the largest error of a sum."""
+    size = size * 100 // C
+    for gradient in (False, True):
+        query = torch.full((count, C), value, dtype=dtype, requires_grad=gradient)
+        positive, negatives = torch.full_like(query, value), query.detach().new_full((size, C), 1)
+        _, rank = ops.info_nce(query, positive, negatives * value, return_rank=True)
+        assert rank.tolist() == [size] * count
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(100, torch.float32), (500, torch.bfloat16)])
+def test_constant_features_are_no_hit_on_a_gpu(
+    C: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_triton(monkeypatch)
+    for value in (1.0, 0.3, -2.7):
+        query, negatives = torch.full((4, C), value, dtype=dtype), torch.full((50, C), value)
+        _, rank = ops.info_nce(query, query, negatives.to(dtype), return_rank=True)
+        assert rank.tolist() == [50] * 4
+
+
+@pytest.mark.parametrize("size", [40, 70_000])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_positive_that_the_queue_holds_ties(
+    dtype: torch.dtype, normalized: bool, gradient: bool, size: int
+) -> None:
+    """A queue of 16 bits holds rounded keys. normalized: it holds unit vectors."""
+    generator = torch.Generator().manual_seed(size)
+    query, negatives = (torch.randn(n, 64, generator=generator).to(dtype) for n in (16, size))
+    positive = (query.float() + 0.1 * torch.randn(16, 64, generator=generator)).to(dtype)
+    pointer = torch.zeros(1, dtype=torch.int64)
+    held = F.normalize(negatives.float()).to(dtype) if normalized else negatives
+    ops.enqueue_(held, pointer, positive, normalize=normalized)
+    _, rank = ops.info_nce(
+        query.requires_grad_(gradient),
+        *(positive, held),
+        return_rank=True,
+        negatives_normalized=normalized,
+    )
+    assert rank.tolist() == [1] * 16
+
+
 @pytest.mark.parametrize("device", ["cpu", "triton"])
 def test_a_nan_is_never_a_hit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "triton":

@@ -33,17 +33,6 @@ WIDE static float dot(const float *a, const float *b, int64_t width) {
   return _mm512_reduce_add_ps(sums);
 }
 
-/* Returns the sum of |a b|. */
-WIDE static float dot_of_sizes(const float *a, const float *b, int64_t width) {
-  __m512 sums = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += LANES) {
-    __mmask16 lanes = lanes_from(i, width);
-    __m512 x = _mm512_maskz_loadu_ps(lanes, a + i), y = _mm512_maskz_loadu_ps(lanes, b + i);
-    sums = _mm512_add_ps(sums, _mm512_abs_ps(_mm512_mul_ps(x, y)));
-  }
-  return _mm512_reduce_add_ps(sums);
-}
-
 /* Writes a x + b y. */
 WIDE static void combine(float *out, float a, const float *x, float b, const float *y,
                          int64_t width) {

@@ -182,9 +182,8 @@ def _forward(
         if operand == torch.float32 and is_one_block(query, negatives):
             loss, rank, grad = one_block(*given)
             return InfoNCEForward(loss, None, rank, grad, None, None)
-        ends = cpu_sweep.ends_of(
-            query, positive, inverse_t, operand, normalize_negatives, return_rank
-        )
+        kinds = operand, normalize_negatives, return_rank
+        ends = cpu_sweep.ends_of(query, positive, negatives, inverse_t, *kinds)
         if ends is not None:
             blocks = Blocks(negatives, False, len(query), operand, True)
             sums = _swept(ends.sweep, blocks, normalize_negatives, ends.tie, True)
@@ -205,7 +204,8 @@ def _forward(
     if sweep is None:
         blocks = Blocks(negatives, normalize_negatives, len(h), operand)
         if return_rank:
-            tie = cpu_ranks.least_tie(queries, key.to(operand))
+            equal = cpu_ranks.as_stored(key, negatives, normalize_negatives)
+            tie = cpu_ranks.least_tie(queries, equal.to(operand))
         options = (excluded, unshifted, compute_grad, Scratch())
 
         def compute(block: tuple[slice, slice]) -> Sums:
@@ -216,9 +216,9 @@ def _forward(
         found = _over(blocks, compute)
     else:
         blocks = Blocks(negatives, False, len(h), operand, True)
-        if return_rank:  # by the positive as the sweep sees an equal negative. Logits stay float32.
-            equal = (positive if normalize_negatives else key).to(operand)
-            tie = cpu_ranks.least_tie(queries.float(), unit_rows(equal, normalize_negatives)[0])
+        if return_rank:
+            equal = cpu_sweep.equal_keys(positive, negatives, operand, normalize_negatives)
+            tie = cpu_ranks.least_tie(queries.float(), equal)
         found = _swept(sweep, blocks, normalize_negatives, tie, compute_grad)
     total, output, maximum, positive_rank = found
 

@@ -35,7 +35,7 @@ _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
-    *[ctypes.c_void_p] * 3,
+    *[ctypes.c_void_p] * 4,
     *[ctypes.c_int64] * 3,
     ctypes.c_int,
     ctypes.c_float,
@@ -76,11 +76,15 @@ def compiled_block(
     tensors = query.float(), positive.float(), negatives.float()
     loss = tensors[0].new_empty(() if mean else count)
     grad = torch.empty_like(tensors[0])
-    addresses = map(Tensor.data_ptr, tensors)
+    rank = equal = None
+    if return_rank:
+        rank = loss.new_empty(count, dtype=torch.int32)
+        if negatives.dtype != torch.float32 and not normalize_negatives:
+            equal = cpu_ranks.as_stored(unit_rows(positive, True)[0], negatives, False)
+    addresses = cpu_sweep.addresses(*tensors, equal)
     sizes = count, len(negatives), dim
-    rank = loss.new_empty(count, dtype=torch.int32) if return_rank else None
-    options = normalize_negatives, inverse_t, mean, cpu_ranks.TIE
-    outputs = loss.data_ptr(), grad.data_ptr(), None if rank is None else rank.data_ptr()
+    options = normalize_negatives, inverse_t, mean, cpu_ranks.tie_share(dim)
+    outputs = cpu_sweep.addresses(loss, grad, rank)
     if not compute(*addresses, *sizes, *options, *outputs):
         raise MemoryError(f"no memory for the gradient of {count} x {dim} numbers")
     return loss, rank, grad.to(gradient_dtype(query.dtype)) if mean else grad
@@ -128,7 +132,8 @@ def one_block(
     weights = product(scaled, block)  # logits
     rank = None
     if return_rank:
-        rank = Scratch().count_reaching(weights, cpu_ranks.least_tie(scaled, key))
+        equal = cpu_ranks.as_stored(key, negatives, normalize_negatives)
+        rank = Scratch().count_reaching(weights, cpu_ranks.least_tie(scaled, equal))
     weights.exp2_()
     total = weights.sum(1, keepdim=True)
     output = weighted_sums(weights, block)

@@ -7,9 +7,15 @@ from torch import Tensor
 
 from mocofast_kernels.cpu_vectors import wide
 
-# Scores of equal vectors differ by rounding: up to 2 x 2^-23 of sum_i |q_i k_i| for any C, measured
-# with oneDNN's products. A score within twice this of the positive's score ties with it.
-TIE = 2.0**-21
+
+def tie_share(dim: int) -> float:
+    """Returns the share of sum_i |q_i k_i| that float32 scores of equal vectors differ by at most.
+
+    dim: C. A sum of C products, one after another, is off by at most C / 2 units in the last place
+    of the sum of sizes (Higham 2002, eq. 3.5). Equal numbers come to a quarter of it, because every
+    addition rounds the same way. The rest of the share is for norms and the second score.
+    """
+    return (dim + 8) * 2.0**-24
 
 
 def least_tie(query: Tensor, positive: Tensor) -> Tensor:
@@ -19,8 +25,16 @@ def least_tie(query: Tensor, positive: Tensor) -> Tensor:
     """
     terms = wide(query) * wide(positive)
     score = terms.sum(1, keepdim=True)
-    tie = TIE * torch.finfo(terms.dtype).eps / torch.finfo(torch.float32).eps
+    tie = tie_share(terms.shape[1]) * torch.finfo(terms.dtype).eps / torch.finfo(torch.float32).eps
     return wide((score - tie * terms.abs_().sum(1, keepdim=True)).to(query.dtype))
+
+
+def as_stored(keys: Tensor, negatives: Tensor, normalize_negatives: bool) -> Tensor:
+    """Returns unit vectors as the negatives would hold them: a queue of 16 bits rounds its keys.
+
+    normalize_negatives: the negatives are normalised when they are read, and not rounded before.
+    """
+    return keys if normalize_negatives else wide(keys.to(negatives.dtype))
 
 
 def without_nan(ranks: Tensor, loss: Tensor, negatives: int, exclude_period: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mocofast_kernels import cpu_products, cpu_ranks
 from mocofast_kernels.cpu_library import function, is_watched, library
 from mocofast_kernels.cpu_sums import Sums
+from mocofast_kernels.cpu_vectors import unit_rows, wide
 from mocofast_kernels.remembered import KINDS
 
 LANES = 16  # rows of a panel, as in sweep.c
@@ -34,11 +35,9 @@ _Sweep = ctypes.CFUNCTYPE(
 _Prepare = ctypes.CFUNCTYPE(
     None,
     ctypes.c_int,
-    *[ctypes.c_void_p] * 2,
+    *[ctypes.c_void_p] * 3,
     *[ctypes.c_int64] * 2,
-    ctypes.c_float,
-    ctypes.c_int,
-    ctypes.c_float,
+    *[ctypes.c_float] * 2,
     *[ctypes.c_void_p] * 4,
 )
 _Finish = ctypes.CFUNCTYPE(
@@ -146,7 +145,7 @@ class Sweep:
             self.depth,
             width,
             normalize,
-            *_addresses(tie, total, out, above, scratch),
+            *addresses(tie, total, out, above, scratch),
         )
         return (
             total[:count],
@@ -155,9 +154,22 @@ class Sweep:
         )
 
 
+def equal_keys(
+    positive: Tensor, negatives: Tensor, operand: torch.dtype, normalize_negatives: bool
+) -> Tensor:
+    """Returns the positives (N, C) as the sweep reads equal negatives, float32.
+
+    The sweep rounds negatives to its operands, and then divides them by their norms if asked for.
+    """
+    if normalize_negatives:
+        return unit_rows(positive.to(operand), True)[0]
+    return wide(cpu_ranks.as_stored(unit_rows(positive, True)[0], negatives, False).to(operand))
+
+
 def ends_of(
     query: Tensor,
     positive: Tensor,
+    negatives: Tensor,
     inverse_t: float,
     operand: torch.dtype,
     normalize_negatives: bool,
@@ -174,7 +186,10 @@ def ends_of(
     if None in calls:  # an older library
         return None
     vectors = query.float().contiguous(), positive.float().contiguous()
-    return Ends(found, *calls, *vectors, inverse_t, operand, normalize_negatives, ranks)
+    equal = None
+    if ranks and not operand == negatives.dtype == positive.dtype == torch.float32:
+        equal = equal_keys(positive, negatives, operand, normalize_negatives)
+    return Ends(found, *calls, *vectors, equal, inverse_t, operand, ranks)
 
 
 class Ends:
@@ -193,12 +208,15 @@ class Ends:
         finish: Any,
         query: Tensor,
         positive: Tensor,
+        equal: Tensor | None,
         inverse_t: float,
         operand: torch.dtype,
-        normalize_negatives: bool,
         ranks: bool,
     ) -> None:
-        """query, positive: (N, C) float32, contiguous."""
+        """query, positive: (N, C) float32, contiguous.
+
+        equal: (N, C) keys that tie with the positives. None: the positives' unit vectors.
+        """
         count, width = query.shape
         self._finish, self._positive, self._inverse_t = finish, positive, inverse_t
         self._units, self._numbers = torch.empty_like(query), query.new_empty(3, count)
@@ -206,10 +224,10 @@ class Ends:
         depth = width * operand.itemsize // 4
         panels = query.new_zeros(-(-count // LANES), depth, LANES, dtype=torch.int32)
         self.sweep = Sweep(found, panels, count, operand)
-        given = _addresses(query, positive)
-        outputs = _addresses(self._units, self._numbers, panels, self.tie)
-        options = inverse_t, normalize_negatives, cpu_ranks.TIE
-        prepare(operand == torch.bfloat16, *given, count, width, *options, *outputs)
+        given = addresses(query, positive, equal)
+        outputs = addresses(self._units, self._numbers, panels, self.tie)
+        options = count, width, inverse_t, cpu_ranks.tie_share(width)
+        prepare(operand == torch.bfloat16, *given, *options, *outputs)
 
     def finish(self, sums: Sums, keys: int, mean: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns loss (N,), of the mean (); ranks (N,) int32 or None; and the gradient (N, C).
@@ -221,10 +239,11 @@ class Ends:
         grad = torch.empty_like(self._units)
         ranks = None if sums.above is None else torch.empty_like(sums.above)
         sizes = count, keys, width, self._inverse_t, mean
-        given = _addresses(self._units, self._numbers, sums.total, sums.output, sums.above)
-        self._finish(*_addresses(self._positive), *sizes, *given, *_addresses(loss, grad, ranks))
+        given = addresses(self._units, self._numbers, sums.total, sums.output, sums.above)
+        self._finish(*addresses(self._positive), *sizes, *given, *addresses(loss, grad, ranks))
         return loss, ranks, grad
 
 
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Returns the addresses of contiguous tensors, None for None."""
     return [None if x is None else x.data_ptr() for x in tensors]

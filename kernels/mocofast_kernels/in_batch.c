@@ -38,6 +38,17 @@ struct batch {
   double loss, grad_scale, grad_bias;
 };
 
+/* Returns the sum of |a b|. */
+WIDE static float dot_of_sizes(const float *a, const float *b, int64_t width) {
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += LANES) {
+    __mmask16 lanes = lanes_from(i, width);
+    __m512 x = _mm512_maskz_loadu_ps(lanes, a + i), y = _mm512_maskz_loadu_ps(lanes, b + i);
+    sums = _mm512_add_ps(sums, _mm512_abs_ps(_mm512_mul_ps(x, y)));
+  }
+  return _mm512_reduce_add_ps(sums);
+}
+
 /* The key that is the positive of a row. */
 INLINE int64_t positive_of(const struct batch *b, int64_t row) {
   if (b->kind != VIEWS) return row;

@@ -10,15 +10,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import constexpr_function
 
 from mocofast_kernels import configs
 from mocofast_kernels.configs import ALL_REGISTERS, FUSED, block_of, row_warps
-from mocofast_kernels.cpu_ranks import TIE as TIE_SHARE
+from mocofast_kernels.cpu_ranks import tie_share
 from mocofast_kernels.tables import FLOATS
 
 LAUNCHES = ("num_splits", "tile")  # arguments of launches alone
 EPSILON = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
-TIE = tl.constexpr(TIE_SHARE)
+_tie_share = constexpr_function(tie_share)
 
 
 @triton.jit
@@ -73,9 +74,10 @@ def positive_scores_of(q, k):
 
     q, k: (R, C) float32, rounded as operands.
     """
+    share: tl.constexpr = _tie_share(q.shape[1])
     terms = q * k
     score = tl.sum(terms, axis=1)
-    return score, score - TIE * tl.sum(tl.abs(terms), axis=1)
+    return score, score - share * tl.sum(tl.abs(terms), axis=1)
 
 
 @triton.jit

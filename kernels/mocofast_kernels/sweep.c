@@ -50,17 +50,45 @@ struct sweep {
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #include "sweep_body.h"
 
-/* Rounds to bfloat16, to the even of two nearest. */
-static uint32_t bfloat16_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+/* Rounds to bfloat16, to the even of two nearest, with 16 bits of zeros above. */
+INLINE WIDE __m512i bfloat16_of(__m512 x) {
+  __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7fff);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, odd)), 16);
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0));
 }
 
-static float rounded(float x) {
-  uint32_t bits = bfloat16_of(x) << 16;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
+/* Lays a row out in a panel: factor times the unit vector. */
+WIDE static void lay(uint32_t *panel, int bfloat16, const float *unit, float factor,
+                     int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    uint32_t words[LANES];
+    __mmask16 lanes = lanes_from(i, width);
+    __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, unit + i), _mm512_set1_ps(factor));
+    if (bfloat16)
+      _mm256_storeu_si256((__m256i *)words, _mm512_cvtepi32_epi16(bfloat16_of(x)));
+    else
+      _mm512_storeu_ps(words, x);
+    const int64_t numbers = width - i < LANES ? width - i : LANES;
+    for (int64_t j = 0; j < numbers >> bfloat16; j++)
+      panel[((i >> bfloat16) + j) * LANES] = words[j];
+  }
+}
+
+/* Returns the least logit that ties with the logit of a key. tie: a share of all terms' sizes. */
+WIDE static float least_tie(int bfloat16, const float *unit, float factor, const float *key,
+                            int64_t width, float tie) {
+  __m512 score = _mm512_setzero_ps(), size = score;
+  for (int64_t i = 0; i < width; i += LANES) {
+    __mmask16 lanes = lanes_from(i, width);
+    __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, unit + i), _mm512_set1_ps(factor));
+    if (bfloat16) x = _mm512_castsi512_ps(_mm512_slli_epi32(bfloat16_of(x), 16));
+    __m512 term = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, key + i));
+    score = _mm512_add_ps(score, term);
+    size = _mm512_add_ps(size, _mm512_abs_ps(term));
+  }
+  return _mm512_reduce_add_ps(score) - tie * _mm512_reduce_add_ps(size);
 }
 
 /* What InfoNCE knows of the rows before the sweep. `prepare` writes it, `finish` reads it. */
@@ -68,49 +96,29 @@ struct rows {
   const float *query, *positive; /* (count, width) */
   int64_t count, width;
   float inverse_t;
-  float *units;                  /* (count, width) unit vectors of the query */
-  float *norms, *lengths;        /* (count) of the query and of the positive */
-  float *scores;                 /* (count) of the positive, times its length */
+  float *units;           /* (count, width) unit vectors of the query */
+  float *norms, *lengths; /* (count) of the query and of the positive */
+  float *scores;          /* (count) of the positive, times its length */
 };
 
 /* Lays the rows out in panels, times log2(e) / T, and computes ties, (count), or 0.
- * normalize: the sweep divides keys by their norms. tie: TIE of cpu_ranks.py. */
-static void prepare(const struct rows *s, int bfloat16, int normalize, float tie, uint32_t *panels,
-                    float *ties) {
+ * equal, tie: as for `sweep_loss`. */
+static void prepare(const struct rows *s, int bfloat16, const float *equal, float tie,
+                    uint32_t *panels, float *ties) {
   const int64_t width = s->width, depth = bfloat16 ? width / 2 : width;
   const float factor = (float)(s->inverse_t / 0.6931471805599453);
   for (int64_t r = 0; r < s->count; r++) {
     const float *vector = s->query + r * width, *key = s->positive + r * width;
     float *unit = s->units + r * width, norm = norm_of(vector, width), length = norm_of(key, width);
-    uint32_t *panel = panels + r / LANES * LANES * depth + r % LANES;
     s->norms[r] = norm;
     s->lengths[r] = length;
     for (int64_t i = 0; i < width; i++) unit[i] = vector[i] / norm;
-    for (int64_t i = 0; i < depth; i++)
-      if (bfloat16) {
-        panel[i * LANES] = bfloat16_of(unit[2 * i] * factor) |
-                           bfloat16_of(unit[2 * i + 1] * factor) << 16;
-      } else {
-        float number = unit[i] * factor;
-        memcpy(panel + i * LANES, &number, sizeof(number));
-      }
+    lay(panels + r / LANES * LANES * depth + r % LANES, bfloat16, unit, factor, width);
     s->scores[r] = dot(unit, key, width);
-    if (!ties) continue;
-    if (bfloat16) { /* the score of an equal key among the negatives, which are rounded first */
-      double score = 0, size = 0, square = 0;
-      for (int64_t i = 0; i < width; i++) {
-        const double number = rounded(normalize ? key[i] : key[i] / length);
-        const double term = rounded(unit[i] * factor) * number;
-        score += term;
-        size += fabs(term);
-        square += number * number;
-      }
-      double divisor = normalize ? fmax(sqrt(square), EPS) : 1;
-      ties[r] = (float)((score - tie * size) / divisor);
-    } else {
-      float least = s->scores[r] - tie * dot_of_sizes(unit, key, width);
-      ties[r] = factor * least / length;
-    }
+    if (ties && equal)
+      ties[r] = least_tie(bfloat16, unit, factor, equal + r * width, width, tie);
+    else if (ties)
+      ties[r] = least_tie(bfloat16, unit, factor, key, width, tie) / length;
   }
 }
 
@@ -162,14 +170,14 @@ EXPORT void sweep_keys(int bfloat16, const uint32_t *panels, const uint32_t *key
 /* Prepares rows of InfoNCE for a sweep with operands of float32 or bfloat16.
  *
  * query, positive: (rows, width). numbers: (3, rows), units: (rows, width), for `sweep_finish`.
- * panels: for `sweep_keys`. ties: (rows), or 0. normalize, tie: as for `sweep_loss`. */
-EXPORT void sweep_prepare(int bfloat16, const float *query, const float *positive, int64_t rows,
-                          int64_t width, float inverse_t, int normalize, float tie, float *units,
-                          float *numbers, uint32_t *panels, float *ties) {
+ * panels: for `sweep_keys`. ties: (rows), or 0. equal, tie: as for `sweep_loss`. */
+EXPORT void sweep_prepare(int bfloat16, const float *query, const float *positive,
+                          const float *equal, int64_t rows, int64_t width, float inverse_t,
+                          float tie, float *units, float *numbers, uint32_t *panels, float *ties) {
 #if X86
   struct rows s = {query,   positive,       rows,              width, inverse_t, units,
                    numbers, numbers + rows, numbers + 2 * rows};
-  prepare(&s, bfloat16, normalize, tie, panels, ties);
+  prepare(&s, bfloat16, equal, tie, panels, ties);
 #endif
 }
 
@@ -189,11 +197,14 @@ EXPORT void sweep_finish(const float *positive, int64_t rows, int64_t count, int
 /* Computes InfoNCE of a few rows, float32: loss, gradient and ranks of cpu_one_block.py.
  *
  * query, positive, grad: (rows, width). keys: (count, width). loss: (rows), of the mean ().
- * ranks: (rows), or 0. tie: TIE of cpu_ranks.py. normalize: divide the keys by their norms.
+ * ranks: (rows), or 0. normalize: divide the keys by their norms.
+ * equal: (rows, width) the keys that tie with the positives, or 0: the positives' unit vectors.
+ * tie: the share of the sum of |q k| that scores of equal keys may differ by.
  * Returns whether there was memory. */
-EXPORT int sweep_loss(const float *query, const float *positive, const float *keys, int64_t rows,
-                      int64_t count, int64_t width, int normalize, float inverse_t, int mean,
-                      float tie, float *loss, float *grad, int32_t *ranks) {
+EXPORT int sweep_loss(const float *query, const float *positive, const float *keys,
+                      const float *equal, int64_t rows, int64_t count, int64_t width,
+                      int normalize, float inverse_t, int mean, float tie, float *loss,
+                      float *grad, int32_t *ranks) {
 #if X86
   int64_t padded = (rows + LANES - 1) / LANES * LANES, numbers = padded * width;
   float *memory = calloc((size_t)(3 * numbers + 6 * padded + KEYS * width), sizeof(*memory));
@@ -216,7 +227,7 @@ EXPORT int sweep_loss(const float *query, const float *positive, const float *ke
                     above,
                     (uint32_t *)(above + padded),
                     0};
-  prepare(&own, 0, normalize, tie, (uint32_t *)panels, ranks ? ties : 0);
+  prepare(&own, 0, equal, tie, (uint32_t *)panels, ranks ? ties : 0);
   float32_sweep(&s);
   finish(&own, total, output, above, count, mean, loss, grad, ranks);
   free(memory);
