@@ -30,20 +30,12 @@ from torch import Tensor, nn
 
 from mocofast.ops import backend
 from mocofast.ops.backend import Backend
-from mocofast.ops.local import check_sharded_alike, is_dtensor, is_plain, local_tensor
+from mocofast.ops.local import is_dtensor, local_tensor
+from mocofast.optim.fused_checks import check_options, checked_tensors
 from mocofast.optim.lean import LeanOptimizer
 
 EMA = tuple[Sequence[Tensor], "float | Tensor"]
 Shadows = tuple["Sequence[Tensor] | None", "Sequence[Tensor] | None"]
-
-# Options that a state dict of PyTorch's optimisers may hold, with the only supported value.
-UNSUPPORTED = {
-    "dampening": 0,
-    "nesterov": False,
-    "maximize": False,
-    "differentiable": False,
-    "amsgrad": False,
-}
 
 
 class _Companions(NamedTuple):
@@ -118,7 +110,7 @@ class FusedOptimizer(LeanOptimizer):
         Raises ValueError, with nothing added, for an unsupported option and for parameters that
         share memory, and TypeError for wrappers of tensors other than DTensors.
         """
-        _check_options(type(self), param_group)
+        check_options(type(self), param_group)
         super().add_param_group(param_group)
         try:
             self._check_kinds(self.param_groups[-1]["params"])
@@ -152,7 +144,7 @@ class FusedOptimizer(LeanOptimizer):
         Raises ValueError for an unsupported option, before anything changes.
         """
         for group in state_dict["param_groups"]:
-            _check_options(type(self), group)
+            check_options(type(self), group)
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -231,7 +223,7 @@ class FusedOptimizer(LeanOptimizer):
             columns.append(
                 [None] * len(params)
                 if tensors is None
-                else _checked_tensors(name, list(tensors), params)
+                else checked_tensors(name, list(tensors), params)
             )
         self._companions = {p: _Companions(*row) for p, *row in zip(params, *columns)}
 
@@ -398,27 +390,3 @@ def _real_row(row: ParameterRow) -> ParameterRow:
     parts: list[Any] = [None if t is None else torch.view_as_real(t) for t in row[:5]]
     state = tuple(torch.view_as_real(t) if t.is_complex() else t for t in row.state)
     return ParameterRow._make([*parts, state])
-
-
-def _check_options(kind: type, group: dict[str, Any]) -> None:
-    for name, value in UNSUPPORTED.items():
-        if group.get(name, value) != value:
-            raise ValueError(f"{name}: {kind.__name__} has {value} only: got {group[name]}")
-
-
-def _checked_tensors(name: str, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    if len(tensors) != len(params):
-        raise ValueError(
-            f"{name} must have a tensor for each parameter: got {len(tensors)} for {len(params)}"
-        )
-    for i, (tensor, p) in enumerate(zip(tensors, params)):
-        kind = "complex" if p.is_complex() else "floating"
-        fits = tensor.is_complex() if p.is_complex() else tensor.is_floating_point()
-        if tensor.shape != p.shape or tensor.device != p.device or not fits:
-            raise ValueError(
-                f"{name}, tensor {i} must be {kind}, of shape {tuple(p.shape)} on {p.device}: "
-                f"got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}"
-            )
-        if not is_plain((tensor, p)):
-            check_sharded_alike(f"{name}, tensor {i}", tensor, "its parameter", p)
-    return tensors

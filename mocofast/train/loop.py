@@ -128,11 +128,11 @@ class Run:
         self.batches: Iterator[Batch] | None = None  # the rest of the present epoch
         self.pending: tuple[StepLine, PendingWindow, tqdm[Any]] | None = None
         self.watch: Watch | Attendant | None = None
-        self.seconds_per_image = 0.0  # of training. 0: not known
+        self.forward_seconds = 0.0  # of an image. 0: not known
         if rank == 0:
             lines = [f"engine {mode}: {reason}", *crowded, *self.remarks, f"writing to {self.path}"]
             seen = (self.state, encoder, datasets, self.choices, self.autocast, world_size)
-            self.seconds_per_image = announce(*seen, lines, resumed_step)
+            self.forward_seconds = announce(*seen, lines, resumed_step)
             pretrained = bool(self.remarks)
             self.watch = Watch(self.path, config, model, datasets, resumed_step, pretrained)
         elif sharded:
@@ -294,15 +294,8 @@ class Run:
         state = self.state
         if not state.window.steps:  # all were left out
             return
-        line = StepLine(
-            state.step,
-            state.epochs_done(),
-            self.rate,
-            state.model.chance_loss,
-            memory_gib(self.device),
-            remaining,
-            {},
-        )
+        known = state.step, state.epochs_done(), self.rate, state.model.chance_loss
+        line = StepLine(*known, memory_gib(self.device), remaining, {})
         self.pending = (line, state.window.flush(), bar)
         if self.device.type == "cpu":  # nothing to wait for
             self._write_pending()
@@ -346,12 +339,8 @@ class Run:
 
         limit = self.config.knn.start_limit if state.step == 0 < self.total_steps else 0
         try:
-            forward = 0.0
-            if self.device.type == "cpu" and self.world_size == 1:  # ranks end together
-                # A forward and a backward pass take three times as long, the momentum encoder once.
-                forward = self.seconds_per_image / 4
-            encoder = state.whole_encoder()
-            figures = self.monitor.evaluate(encoder, stopped, limit or math.inf, forward)
+            seconds = limit or math.inf, self.forward_seconds
+            figures = self.monitor.evaluate(state.whole_encoder(), stopped, *seconds)
         except EvaluationStopped:
             log.info("evaluation stopped; a continued run evaluates first")
             return False
