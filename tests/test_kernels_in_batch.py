@@ -143,6 +143,25 @@ def test_a_nearly_perfect_match_keeps_the_digits_of_its_small_loss() -> None:
         assert float(found.grad_scale) == pytest.approx(-16 * exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.01, 0.3, 1.0, -1.0, 5.0])
+def test_logarithms_of_the_sigmoid_loss_are_exact_to_3e_7(bias: float) -> None:
+    """All logits are the bias: 17 terms of one value."""
+    x = torch.zeros(17, 3)
+    found = compiled_batch(Kind.SIGMOID, x, x, 1.0, bias=bias, need_key=True)
+    assert found is not None
+    exact = math.log1p(math.exp(-bias)) + 16 * math.log1p(math.exp(bias))
+    assert float(found.loss) == pytest.approx(exact, rel=3e-7)
+
+
+def test_labels_may_have_any_stride() -> None:
+    x, _, labels = features(34, 5)
+    spread = torch.stack([labels, torch.arange(34)], 1)[:, 0]
+    assert spread.stride() == (2,)
+    own, other = (cpu_in_batch.supervised(x, y, SCALE, normalize=True) for y in (labels, spread))
+    assert own is not None and other is not None
+    assert torch.equal(own.loss, other.loss) and torch.equal(own.grad_query, other.grad_query)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e20])
 @pytest.mark.parametrize("kind", Kind)
 def test_numbers_that_are_not_finite(kind: Kind, value: float) -> None:
