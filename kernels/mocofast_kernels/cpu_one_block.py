@@ -94,7 +94,7 @@ def compiled_block(
 def _compiled() -> Any:
     """Returns the function of the library, None without the library or its instructions."""
     runs = cpu_sweep.compiled(torch.float32)[0] is not None
-    return function(_Loss, "sweep_loss") if runs else None
+    return function(_Loss, "sweep_whole") if runs else None
 
 
 def is_one_block(query: Tensor, negatives: Tensor) -> bool:

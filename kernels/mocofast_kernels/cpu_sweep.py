@@ -188,7 +188,7 @@ def ends_of(
     vectors = query.float().contiguous(), positive.float().contiguous()
     equal = None
     if ranks and not operand == negatives.dtype == positive.dtype == torch.float32:
-        equal = equal_keys(positive, negatives, operand, normalize_negatives)
+        equal = equal_keys(positive, negatives, operand, normalize_negatives).contiguous()
     return Ends(found, *calls, *vectors, equal, inverse_t, operand, ranks)
 
 

@@ -102,7 +102,7 @@ struct rows {
 };
 
 /* Lays the rows out in panels, times log2(e) / T, and computes ties, (count), or 0.
- * equal, tie: as for `sweep_loss`. */
+ * equal, tie: as for `sweep_whole`. */
 static void prepare(const struct rows *s, int bfloat16, const float *equal, float tie,
                     uint32_t *panels, float *ties) {
   const int64_t width = s->width, depth = bfloat16 ? width / 2 : width;
@@ -122,7 +122,7 @@ static void prepare(const struct rows *s, int bfloat16, const float *equal, floa
   }
 }
 
-/* Computes loss, gradient and ranks from sums over `keys` keys. `sweep_loss` says what they are. */
+/* Computes loss, gradient and ranks from sums over `keys` keys. `sweep_whole` says what they are. */
 static void finish(const struct rows *s, const float *total, const float *output,
                    const int32_t *above, int64_t keys, int mean, float *loss, float *grad,
                    int32_t *ranks) {
@@ -170,7 +170,7 @@ EXPORT void sweep_keys(int bfloat16, const uint32_t *panels, const uint32_t *key
 /* Prepares rows of InfoNCE for a sweep with operands of float32 or bfloat16.
  *
  * query, positive: (rows, width). numbers: (3, rows), units: (rows, width), for `sweep_finish`.
- * panels: for `sweep_keys`. ties: (rows), or 0. equal, tie: as for `sweep_loss`. */
+ * panels: for `sweep_keys`. ties: (rows), or 0. equal, tie: as for `sweep_whole`. */
 EXPORT void sweep_prepare(int bfloat16, const float *query, const float *positive,
                           const float *equal, int64_t rows, int64_t width, float inverse_t,
                           float tie, float *units, float *numbers, uint32_t *panels, float *ties) {
@@ -182,7 +182,7 @@ EXPORT void sweep_prepare(int bfloat16, const float *query, const float *positiv
 }
 
 /* Computes InfoNCE of prepared rows from their sums over `count` keys, which `sweep_keys` adds.
- * loss, grad, ranks: as for `sweep_loss`. */
+ * loss, grad, ranks: as for `sweep_whole`. */
 EXPORT void sweep_finish(const float *positive, int64_t rows, int64_t count, int64_t width,
                          float inverse_t, int mean, float *units, float *numbers,
                          const float *total, const float *output, const int32_t *above,
@@ -201,7 +201,7 @@ EXPORT void sweep_finish(const float *positive, int64_t rows, int64_t count, int
  * equal: (rows, width) the keys that tie with the positives, or 0: the positives' unit vectors.
  * tie: the share of the sum of |q k| that scores of equal keys may differ by.
  * Returns whether there was memory. */
-EXPORT int sweep_loss(const float *query, const float *positive, const float *keys,
+EXPORT int sweep_whole(const float *query, const float *positive, const float *keys,
                       const float *equal, int64_t rows, int64_t count, int64_t width,
                       int normalize, float inverse_t, int mean, float tie, float *loss,
                       float *grad, int32_t *ranks) {
