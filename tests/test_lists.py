@@ -6,6 +6,7 @@ import csv
 import pickle
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,8 @@ def test_labels_of_a_folder_may_come_from_a_list(tmp_path: Path) -> None:
     assert train.labels is not None
     assert train.labels.tolist() == [1, 0, 1, 0, -1]
     assert note == "5 images of 2 classes, 1 unlabelled, none held out"
+    note = load_datasets(replace(data, target="tags")).note
+    assert note == "5 images with 2 different labels, 1 unlabelled, none held out"
     assert remarks[-1] == f"1 image without a label in {path}"
     with pytest.raises(ConfigError, match=r"data\.labels: no column label .*/x\.csv:COLUMN"):
         load_datasets(DataConfig(path=str(tmp_path), labels=str(path)))

@@ -269,7 +269,7 @@ def _sets(layout: Layout, data: DataConfig, seed: int, make: _Make) -> Datasets:
         train.captions = np.array(layout.captions, dtype=object)
     if len(layout.val):
         val = make(layout.val, layout.val_labels, layout.classes)
-        note = f"{_summary(train)}; held out: {layout.val_folder}, {len(val)}"
+        note = f"{_summary(train, data)}; held out: {layout.val_folder}, {len(val)}"
         if data.group:
             remarks = (*remarks, f"data.group not used: {layout.val_folder} is held out already")
         return Datasets(train, val, note, remarks)
@@ -296,7 +296,7 @@ def _load_shards(data: DataConfig, seed: int) -> Datasets:
     sets = open_shard_sets(_path(data), data)
     if sets.val is None:
         return _hold_out(sets.train, data, seed, sets.why, None, sets.remarks)
-    note = f"{_summary(sets.train)}; held out: {sets.val_folder}, {len(sets.val)}"
+    note = f"{_summary(sets.train, data)}; held out: {sets.val_folder}, {len(sets.val)}"
     return Datasets(sets.train, sets.val, note, sets.remarks)
 
 
@@ -387,14 +387,15 @@ def _hold_out(
         held_out = grouped_holdout(groups[usable], data.holdout, seed)
     held_out = usable[held_out]
     kept = np.setdiff1d(np.arange(len(source)), held_out)
-    summary = _summary(source) + remark
+    summary = _summary(source, data) + remark
     if not len(held_out):
         return Datasets(source, None, f"{summary}, none held out", remarks)
     note = f"{summary}; {len(held_out)} of them held out"
     return Datasets(_part(source, kept), _part(source, held_out), note, remarks)
 
 
-def _summary(source: Source) -> str:
-    text = f"{len(source)} images of {len(source.classes)} classes"
+def _summary(source: Source, data: DataConfig) -> str:
+    kind = "of {} classes" if data.target == "class" else "with {} different labels"
+    text = f"{len(source)} images " + kind.format(len(source.classes))
     unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
     return f"{text}, {unlabelled} unlabelled" if unlabelled else text
