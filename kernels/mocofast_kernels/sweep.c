@@ -122,7 +122,7 @@ static void prepare(const struct rows *s, int bfloat16, const float *equal, floa
   }
 }
 
-/* Computes loss, gradient and ranks from sums over `keys` keys. `sweep_whole` says what they are. */
+/* Computes loss, gradient and ranks, as `sweep_whole` does, from sums over `keys` keys. */
 static void finish(const struct rows *s, const float *total, const float *output,
                    const int32_t *above, int64_t keys, int mean, float *loss, float *grad,
                    int32_t *ranks) {
