@@ -358,9 +358,7 @@ _LOAD: dict[str, Callable[[DataConfig, int], Datasets]] = {
 
 def _path(data: DataConfig) -> str:
     if not data.path:
-        raise ConfigError(
-            f"data.path must name a folder for data.source={data.source}, got an empty path"
-        )
+        raise ConfigError(f"data.path: data.source {data.source} needs a folder, got an empty path")
     return data.path
 
 
@@ -390,12 +388,12 @@ def _hold_out(
     summary = _summary(source, data) + remark
     if not len(held_out):
         return Datasets(source, None, f"{summary}, none held out", remarks)
-    note = f"{summary}; {len(held_out)} of them held out"
-    return Datasets(_part(source, kept), _part(source, held_out), note, remarks)
+    summary += f"; {len(held_out)} of them held out"
+    return Datasets(_part(source, kept), _part(source, held_out), summary, remarks)
 
 
 def _summary(source: Source, data: DataConfig) -> str:
     kind = "of {} classes" if data.target == "class" else "with {} different labels"
-    text = f"{len(source)} images " + kind.format(len(source.classes))
     unlabelled = 0 if source.labels is None else int((source.labels < 0).sum())
+    text = f"{len(source)} images {kind.format(len(source.classes))}"
     return f"{text}, {unlabelled} unlabelled" if unlabelled else text
