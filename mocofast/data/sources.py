@@ -358,7 +358,7 @@ _LOAD: dict[str, Callable[[DataConfig, int], Datasets]] = {
 
 def _path(data: DataConfig) -> str:
     if not data.path:
-        raise ConfigError(f"data.path: data.source {data.source} needs a folder, got an empty path")
+        raise ConfigError(f"data.path must name a folder for data.source={data.source}: got none")
     return data.path
 
 
