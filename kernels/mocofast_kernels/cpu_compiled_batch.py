@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_sweep
-from mocofast_kernels.cpu_library import function
+from mocofast_kernels.cpu_library import addresses, function, takes
+from mocofast_kernels.cpu_memory import GRAIN
+from mocofast_kernels.cpu_sweep import PRODUCTS
 
-PRODUCTS = 2**27  # most N N C, which one thread computes in 4 ms
 RANGE = 100.0  # largest difference of two logits in bits: exponentials and sums are normal numbers
-GRAIN = 2**15  # most numbers that PyTorch multiplies on one thread
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -32,8 +31,6 @@ _Loss = ctypes.CFUNCTYPE(
     ctypes.c_float,
     *[ctypes.c_void_p] * 6,
 )
-
-
 _Scale = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
 
 
@@ -65,10 +62,8 @@ def serves(query: Tensor, key: Tensor | None) -> bool:
     products, and where the library or its instructions are missing. The answer does not depend on
     the number of threads.
     """
-    for x in (query,) if key is None else (query, key):
-        if x.dtype not in _FLOATS or not x.is_contiguous() or x.is_neg() or not x.is_cpu:
-            return False
-    return len(query) * query.numel() <= PRODUCTS and _compiled() is not None
+    fit = takes(query) and (key is None or takes(key))
+    return fit and len(query) * query.numel() <= PRODUCTS and _compiled() is not None
 
 
 def compiled_batch(
@@ -102,24 +97,10 @@ def compiled_batch(
     loss, grad_scale = x.new_empty(()), x.new_empty(())
     grad_bias = x.new_empty(()) if kind == Kind.SIGMOID else None
     rank = x.new_empty(len(x), dtype=torch.int32) if return_rank else None
-    done = _compiled()(
-        kind,
-        x.data_ptr(),
-        y.data_ptr(),
-        None if labels is None else labels.data_ptr(),
-        *x.shape,
-        normalize,
-        scale,
-        bias,
-        RANGE,
-        cpu_ranks.tie_share(x.shape[1]),
-        loss.data_ptr(),
-        grad.data_ptr(),
-        None if grad_key is None else grad_key.data_ptr(),
-        grad_scale.data_ptr(),
-        None if grad_bias is None else grad_bias.data_ptr(),
-        None if rank is None else rank.data_ptr(),
-    )
+    given, numbers = addresses(x, y, labels), (scale, bias, RANGE)
+    outputs = addresses(loss, grad, grad_key, grad_scale, grad_bias, rank)
+    tie = cpu_ranks.tie_share(x.shape[1])
+    done = _compiled()(kind, *given, *x.shape, normalize, *numbers, tie, *outputs)
     if not done:
         raise MemoryError(f"no memory for the logits of {len(x)} rows")
     return None if done < 0 else InBatch(loss, rank, grad, grad_key, grad_scale, grad_bias)
@@ -154,6 +135,4 @@ def _scale() -> Any:
 
 @functools.cache
 def _compiled() -> Any:
-    """Returns the function of the library, None without the library or its instructions."""
-    runs = cpu_sweep.compiled(torch.float32)[0] is not None
-    return function(_Loss, "in_batch_loss") if runs else None
+    return cpu_sweep.wide_function(_Loss, "in_batch_loss")

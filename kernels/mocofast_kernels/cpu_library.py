@@ -12,8 +12,12 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mocofast_kernels.remembered import KINDS
 
 NAME = "mocofast_kernels._compiled"
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 INSTALL = "install a C compiler, then pip install --force-reinstall --no-deps mocofast"
 
 
@@ -39,6 +43,20 @@ def function(prototype: Any, name: str) -> Any:
         return None if found is None else prototype((name, found))
     except AttributeError:
         return None
+
+
+def takes(x: Tensor) -> bool:
+    """Returns whether the library reads x.float() as it lies in memory.
+
+    That is a contiguous tensor of float32, bfloat16 or float16 on a CPU.
+    """
+    plain = type(x) in KINDS and x.dtype in _FLOATS and x.device.type == "cpu"
+    return plain and x.is_contiguous() and not x.is_neg()
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Returns the addresses of contiguous tensors, None for None."""
+    return [None if x is None else x.data_ptr() for x in tensors]
 
 
 def function_of_openmp(name: str) -> Any:

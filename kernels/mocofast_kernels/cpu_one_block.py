@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_ranks, cpu_sweep, cpu_threads
-from mocofast_kernels.cpu_library import function, is_watched
+from mocofast_kernels.cpu_library import addresses, is_watched, takes
 from mocofast_kernels.cpu_products import SMALL, Scratch, product, weighted_sums
+from mocofast_kernels.cpu_sweep import PRODUCTS
 from mocofast_kernels.cpu_vectors import (
     LOG2E,
     clamped_norm,
@@ -25,13 +26,10 @@ from mocofast_kernels.cpu_vectors import (
     through_normalize,
     unit_rows,
 )
-from mocofast_kernels.remembered import KINDS
 
 ROWS = 512  # most queries
 NUMBERS = 2**17  # most logits, and most numbers of the negatives
-PRODUCTS = 2**27  # most of the compiled library, which computes on one thread: 3 ms
 CONVERTED = 2**20  # most numbers of negatives of 16 bits, which are copied to float32
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 _Loss = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -62,12 +60,10 @@ def compiled_block(
     """
     count, dim = query.shape
     padded = -(-count // cpu_sweep.LANES) * cpu_sweep.LANES
-    if padded * negatives.numel() > PRODUCTS or is_watched() or query.device.type != "cpu":
+    if padded * negatives.numel() > PRODUCTS or is_watched():
         return None
-    for x in (query, positive, negatives):
-        plain = type(x) in KINDS and x.dtype in _DTYPES
-        if not plain or not x.is_contiguous() or x.is_neg():
-            return None
+    if not all(map(takes, (query, positive, negatives))):
+        return None
     if negatives.dtype != torch.float32 and negatives.numel() > CONVERTED:
         return None
     compute = _compiled()
@@ -81,20 +77,17 @@ def compiled_block(
         rank = loss.new_empty(count, dtype=torch.int32)
         if negatives.dtype != torch.float32 and not normalize_negatives:
             equal = cpu_ranks.as_stored(unit_rows(positive, True)[0], negatives, False)
-    addresses = cpu_sweep.addresses(*tensors, equal)
     sizes = count, len(negatives), dim
     options = normalize_negatives, inverse_t, mean, cpu_ranks.tie_share(dim)
-    outputs = cpu_sweep.addresses(loss, grad, rank)
-    if not compute(*addresses, *sizes, *options, *outputs):
+    given, outputs = addresses(*tensors, equal), addresses(loss, grad, rank)
+    if not compute(*given, *sizes, *options, *outputs):
         raise MemoryError(f"no memory for the gradient of {count} x {dim} numbers")
     return loss, rank, grad.to(gradient_dtype(query.dtype)) if mean else grad
 
 
 @functools.cache
 def _compiled() -> Any:
-    """Returns the function of the library, None without the library or its instructions."""
-    runs = cpu_sweep.compiled(torch.float32)[0] is not None
-    return function(_Loss, "sweep_whole") if runs else None
+    return cpu_sweep.wide_function(_Loss, "sweep_whole")
 
 
 def is_one_block(query: Tensor, negatives: Tensor) -> bool:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mocofast_kernels import cpu_products, cpu_ranks
-from mocofast_kernels.cpu_library import function, is_watched, library
+from mocofast_kernels.cpu_library import addresses, function, is_watched, library
 from mocofast_kernels.cpu_sums import Sums
 from mocofast_kernels.cpu_vectors import unit_rows, wide
 from mocofast_kernels.remembered import KINDS
 
 LANES = 16  # rows of a panel, as in sweep.c
 KEYS = 8  # keys at a time
+PRODUCTS = 2**27  # most in the calling thread: 3 to 4 ms
 TILE = 128  # bfloat16 keys whose weights are kept at a time
 _INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
 _Sweep = ctypes.CFUNCTYPE(
@@ -66,6 +67,12 @@ def compiled(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     name = _INSTRUCTIONS[dtype]
     return (found, name) if runs else (None, f"this CPU or the C compiler does not know {name}")
+
+
+def wide_function(prototype: Any, name: str) -> Any:
+    """Returns a function of the library with AVX-512, None without the library or AVX-512."""
+    runs = compiled(torch.float32)[0] is not None
+    return function(prototype, name) if runs else None
 
 
 def sweep_of(rows: Tensor) -> Sweep | None:
@@ -242,8 +249,3 @@ class Ends:
         given = addresses(self._units, self._numbers, sums.total, sums.output, sums.above)
         self._finish(*addresses(self._positive), *sizes, *given, *addresses(loss, grad, ranks))
         return loss, ranks, grad
-
-
-def addresses(*tensors: Tensor | None) -> list[int | None]:
-    """Returns the addresses of contiguous tensors, None for None."""
-    return [None if x is None else x.data_ptr() for x in tensors]
